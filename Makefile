@@ -1,0 +1,43 @@
+# Everything runs in .venv; `make` alone lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
+
+install: $(INSTALLED)  ## make .venv and install the package with the tested versions
+
+# torch goes first: its CPU build satisfies every later requirement and keeps gigabytes of CUDA
+# packages away. On a machine with a GPU: make install TORCH="torch==2.13.0 --index-url ...".
+TORCH ?= torch==2.13.0
+$(INSTALLED): pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(INSTALLED)  ## build, measure and score five variants of the embedded model
+	$(BIN)/gteopt run recipes/plans/demo.yaml
+
+test: $(INSTALLED)  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## format, lint, types and tests: what CI runs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: $(INSTALLED)  ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED)  ## write the command-line reference from the program
+	$(BIN)/python -m typer gteopt.cli utils docs --name gteopt > docs/cli.md
+
+clean:  ## remove the environment and everything built
+	rm -rf .venv dist build artifacts/*/ artifacts/.[a-z]*

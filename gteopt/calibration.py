@@ -1,0 +1,393 @@
+"""Calibration: texts -> token batches -> what each linear layer sees, block by block.
+
+Hides: where texts come from and how they are drawn; how a transformer is cut into blocks and
+replayed with exactly the arguments that its own forward pass gives each block (mask, positions,
+attention direction). Padding is never counted. Refuses to know: what is done with the statistics.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gteopt.encoder import Encoder, Role
+from gteopt.errors import InputError, NumericsError, UnsupportedError, join_problems
+from gteopt.quant.gptq import HessianAccumulator
+from gteopt.recipe import Calibration
+from gteopt.records import CalibrationRecord
+
+BUILTIN = "builtin"
+_BATCH_TOKENS = 8192
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """One text with the role that it plays."""
+
+    text: str
+    role: Role = "document"
+    instruction: str | None = None
+
+
+def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[CalibrationText, ...]:
+    """The recipe's texts: read, deduplicated, drawn with its seed, in a fixed order.
+
+    Raises:
+        InputError: the source is missing, malformed, or has no usable text.
+    """
+    texts = list(dict.fromkeys(_read_texts(spec, hub_dir)))
+    if not texts:
+        raise InputError(f"calibration texts '{spec.texts}' hold no text")
+    random.Random(spec.seed).shuffle(texts)
+    return tuple(texts[: spec.n_texts])
+
+
+def tokenize(
+    encoder: Encoder, texts: Sequence[CalibrationText], max_tokens: int
+) -> list[list[int]]:
+    """Token ids as the encoder makes them; instructions only where the model takes them."""
+    return [
+        encoder.tokenize(
+            [each.text],
+            role=each.role,
+            instruction=each.instruction if encoder.takes_instructions else None,
+            max_tokens=max_tokens,
+        )[0]
+        for each in texts
+    ]
+
+
+def record(
+    spec: Calibration, texts: Sequence[CalibrationText], tokens: Sequence[Sequence[int]]
+) -> CalibrationRecord:
+    """What the manifest says of the texts."""
+    rows = [[each.role, each.instruction, each.text] for each in texts]
+    content = json.dumps(rows, ensure_ascii=False).encode()
+    name = spec.texts if spec.texts == BUILTIN else Path(spec.texts).name
+    return CalibrationRecord(
+        source=name,
+        n_texts=len(texts),
+        n_tokens=sum(len(ids) for ids in tokens),
+        max_tokens=spec.max_tokens,
+        seed=spec.seed,
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def with_sentences(texts: Sequence[CalibrationText]) -> list[CalibrationText]:
+    """The texts and, of each document of several sentences, its sentences.
+
+    Fitting a projection needs several times more vectors than dimensions; sentences of a passage
+    are free further samples of what the model encodes.
+    """
+    out = list(texts)
+    for each in texts:
+        if each.role == "document":
+            parts = [part.strip() for part in _SENTENCE_END.split(each.text) if part.strip()]
+            if len(parts) > 1:
+                out += [CalibrationText(part) for part in parts]
+    return list(dict.fromkeys(out))
+
+
+def _read_texts(spec: Calibration, hub_dir: Path | None) -> Iterator[CalibrationText]:
+    if spec.texts == BUILTIN:
+        path = Path(__file__).parent / "assets" / "calibration.jsonl"
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            yield CalibrationText(row["text"], row["role"], row["instruction"])
+        return
+    path = Path(spec.texts)
+    if path.suffix in (".jsonl", ".csv", ".txt"):
+        if not path.is_file():
+            raise InputError(f"calibration file {path} does not exist")
+        yield from _READERS[path.suffix](path, spec.column)
+        return
+    yield from _read_dataset(spec, hub_dir)
+
+
+def _read_txt(path: Path, column: str) -> Iterator[CalibrationText]:
+    del column  # one text a line
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            yield CalibrationText(line.strip())
+
+
+def _read_csv(path: Path, column: str) -> Iterator[CalibrationText]:
+    with path.open(encoding="utf-8", newline="") as handle:
+        reader = csv.DictReader(handle)
+        if column not in (reader.fieldnames or []):
+            raise InputError(
+                f"{path} has no column '{column}' (columns: {', '.join(reader.fieldnames or [])}); "
+                f"set calibration.column"
+            )
+        for row in reader:
+            if row[column]:
+                yield CalibrationText(row[column])
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[CalibrationText]:
+    """Objects with `column`, and optionally `role` and `instruction`; all bad lines at once."""
+    problems, texts = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, role = row[column], row.get("role", "document")
+            if not isinstance(text, str) or role not in ("query", "document"):
+                raise TypeError(f"'{column}' must be a string and role query or document")
+            texts.append(CalibrationText(text, cast(Role, role), row.get("instruction")))
+        except KeyError:
+            problems.append(f"line {number}: no field '{column}' (set calibration.column)")
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise InputError(join_problems(f"{path} has {len(problems)} bad line(s)", shown))
+    yield from texts
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[CalibrationText]]] = {
+    ".txt": _read_txt,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+}
+
+
+def _read_dataset(spec: Calibration, hub_dir: Path | None) -> Iterator[CalibrationText]:
+    source = spec.texts
+    if hub_dir is not None:
+        if not (hub_dir / source).is_dir():
+            raise InputError(
+                f"calibration texts '{source}': {hub_dir / source} does not exist; to add it: "
+                f"hf download --repo-type dataset {source} --local-dir {hub_dir / source}"
+            )
+        source = str(hub_dir / source)
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(
+            f"calibration texts '{source}' are neither '{BUILTIN}', nor a .jsonl, .csv or .txt "
+            f"file, nor a data set <org>/<name>"
+        )
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(source, split=spec.split)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"calibration data set {spec.texts} (split {spec.split}) cannot be read: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if spec.column not in rows.column_names:
+        raise InputError(
+            f"calibration data set {spec.texts} has no column '{spec.column}' "
+            f"(columns: {', '.join(rows.column_names)}); set calibration.column"
+        )
+    for text in rows[spec.column]:
+        if isinstance(text, str) and text.strip():
+            yield CalibrationText(text)
+
+
+@dataclass
+class BlockInput:
+    """One padded batch on its way through the blocks; `hidden` [N, T, D] moves on in place."""
+
+    hidden: Tensor
+    real: Tensor  # [N, T] bool, False on padding
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block with the arguments that the model's own forward gives it, a batch."""
+
+    name: str
+    module: nn.Module
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+    def run(self, batch: int, hidden: Tensor) -> Tensor:
+        """The block's output [N, T, D] for one batch."""
+        args, kwargs = self.calls[batch]
+        out = self.module(hidden, *args, **kwargs)
+        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Linear layers of the block by their name in the whole model."""
+        return {
+            f"{self.name}.{name}": module
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+
+def find_blocks(module: nn.Module, n_layers: int | None) -> tuple[str, nn.ModuleList]:
+    """The list of transformer blocks inside a model and its name.
+
+    Raises:
+        UnsupportedError: the model has no list of alike blocks with linear layers.
+    """
+    for name, each in module.named_modules():
+        if (
+            isinstance(each, nn.ModuleList)
+            and (n_layers is None or len(each) == n_layers)
+            and len({type(block) for block in each}) == 1
+            and any(isinstance(inner, nn.Linear) for inner in each[0].modules())
+        ):
+            return name, each
+    raise UnsupportedError(
+        f"{type(module).__name__} has no list of transformer blocks with linear layers; gteopt "
+        f"cannot quantize it (recipes with method none still work)"
+    )
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes its arguments, hands the hidden states on unchanged."""
+
+    def __init__(self, returns_tuple: bool) -> None:
+        super().__init__()
+        self.returns_tuple = returns_tuple
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.hidden: list[Tensor] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        self.calls.append((args[1:], kwargs))
+        self.hidden.append(hidden)
+        return (hidden,) if self.returns_tuple else hidden
+
+
+@torch.inference_mode()
+def open_blocks(
+    encoder: Encoder, tokens: Sequence[Sequence[int]]
+) -> tuple[list[Block], list[BlockInput]]:
+    """Cut the model into blocks and bring the texts to the first one's door.
+
+    The model's own forward runs once with every block replaced by a recorder, so that each block
+    is later replayed with its own keywords: a dropped `is_causal` would calibrate causally.
+
+    Returns:
+        The blocks in order, and one `BlockInput` a batch of at most 8192 padded tokens.
+    """
+    name, block_list = find_blocks(
+        encoder.module, encoder.checkpoint.config.get("num_hidden_layers")
+    )
+    originals = list(block_list)
+    batches = list(_token_batches(tokens))
+    sample = encoder.pad([batches[0][0][:4]])
+    returned: list[Any] = []
+    hook = originals[0].register_forward_hook(lambda _m, _a, out: returned.append(out))
+    encoder.module(input_ids=sample[0], attention_mask=sample[1])
+    hook.remove()
+    recorders = [_Recorder(isinstance(returned[0], tuple)) for _ in originals]
+    inputs = []
+    try:
+        for i, recorder in enumerate(recorders):
+            block_list[i] = recorder
+        for batch in batches:
+            ids, mask = encoder.pad(batch)
+            encoder.module(input_ids=ids, attention_mask=mask)
+            inputs.append(BlockInput(recorders[0].hidden[-1], mask.bool()))
+    finally:
+        for i, original in enumerate(originals):
+            block_list[i] = original
+    blocks = [
+        Block(f"{name}.{i}", original, tuple(recorders[i].calls))
+        for i, original in enumerate(originals)
+    ]
+    return blocks, inputs
+
+
+def _token_batches(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Texts sorted by length, cut so that a padded batch stays within the token budget."""
+    batch: list[Sequence[int]] = []
+    for ids in sorted(tokens, key=len):
+        if batch and (len(batch) + 1) * len(ids) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(ids)
+    yield batch
+
+
+@torch.inference_mode()
+def stages(block: Block, inputs: Sequence[BlockInput]) -> list[list[str]]:
+    """The block's linear layers in running order; layers that read the same tensor stand together.
+
+    Quantizing stage by stage lets each layer see what the layers before it have become
+    ("true sequential" in the GPTQ code).
+    """
+    seen: list[tuple[str, int, tuple[int, ...]]] = []
+    alive: list[Tensor] = []  # inputs are kept alive, or a freed address could be used again
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            alive.append(args[0])
+            seen.append((name, args[0].data_ptr(), tuple(args[0].shape)))
+
+        return hook
+
+    handles = [
+        linear.register_forward_pre_hook(note(name)) for name, linear in block.linears().items()
+    ]
+    try:
+        block.run(0, inputs[0].hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for name, address, shape in seen:
+        groups.setdefault((address, shape), []).append(name)
+    return list(groups.values())
+
+
+class _Stop(Exception):
+    """Ends a block's forward pass once the wanted input has been seen."""
+
+
+@torch.inference_mode()
+def accumulate_hessian(
+    block: Block, layer: str, inputs: Sequence[BlockInput]
+) -> HessianAccumulator:
+    """Statistics of what one linear layer reads, over all real tokens of all batches.
+
+    Raises:
+        NumericsError: the activations hold NaN or infinity.
+    """
+    linear = block.module.get_submodule(layer.removeprefix(f"{block.name}."))
+    assert isinstance(linear, nn.Linear)
+    accumulator = HessianAccumulator(linear.in_features, linear.weight.device)
+    real: Tensor | None = None
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert real is not None
+        rows = args[0][real]  # [n, I]
+        if not bool(torch.isfinite(rows).all()):
+            raise NumericsError(f"the input of {layer} holds NaN or infinity during calibration")
+        accumulator.add(rows)
+        raise _Stop
+
+    handle = linear.register_forward_pre_hook(hook)
+    try:
+        for i, batch in enumerate(inputs):
+            real = batch.real
+            try:
+                block.run(i, batch.hidden)
+            except _Stop:
+                continue
+    finally:
+        handle.remove()
+    return accumulator
+
+
+@torch.inference_mode()
+def advance_(block: Block, inputs: Sequence[BlockInput]) -> None:
+    """Move every batch through the block; the inputs become the next block's."""
+    for i, batch in enumerate(inputs):
+        batch.hidden = block.run(i, batch.hidden)

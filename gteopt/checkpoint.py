@@ -1,0 +1,434 @@
+"""A base model or an artifact as a folder: what it is, learned without loading its weights.
+
+Hides: where a name leads (embedded model, folder, hub directory, Hub), the file layouts of Sentence
+Transformers, and which facts win when the family table and the folder disagree. Refuses to know:
+torch. Code named by a folder is never imported; pickled weights are never opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from gteopt.artifact import MANIFEST, artifact_sha256, hash_file, is_artifact, verify
+from gteopt.errors import (
+    InputError,
+    IntegrityError,
+    UnsupportedError,
+    join_problems,
+    suggest,
+)
+from gteopt.families import PUBLISHED, Attention, Family, Pooling, Published, family_of
+from gteopt.records import Manifest
+
+NANO = "nano"
+VECTOR_MODULES = "vectors_"
+"""Folders of an artifact whose name starts so are the Sentence Transformers form of what
+`vectors.safetensors` says; gteopt itself applies the latter."""
+
+_DECODERS = frozenset({"qwen2", "qwen3", "mistral", "llama", "gemma", "gemma2", "phi", "phi3"})
+_POOLING: dict[str, Pooling] = {
+    "lasttoken": "lasttoken",
+    "mean": "mean",
+    "mean_tokens": "mean",
+    "cls": "cls",
+    "cls_token": "cls",
+}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*/config.json"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder, described.
+
+    Attributes:
+        id: what it was asked for by.
+        config: `config.json` without remote-code entries and with the attention direction set.
+        pooling, normalise, dense: the modules behind the transformer; `dense` are folders.
+        end_token: appended to each text once; None leaves special tokens to the tokenizer.
+        query_template: prefix of a query, with `{instruction}`; None takes no instruction.
+        prompts: fixed prefixes by role where there is no template.
+        dims: dimensions of the model's output, before an artifact's own vectors are made.
+        matryoshka_dims: shorter lengths that the model was trained for, longest first.
+        weight_files: safetensors files of the transformer.
+        tensors: name -> shape of everything in them.
+        notes: what a reader of `inspect` should know.
+    """
+
+    id: str
+    folder: Path
+    revision: str | None
+    config: Mapping[str, Any]
+    family: Family | None
+    attention: Attention
+    pooling: Pooling
+    normalise: bool
+    dense: tuple[Path, ...]
+    end_token: str | None
+    query_template: str | None
+    default_instruction: str | None
+    prompts: Mapping[str, str]
+    lower_case: bool
+    dims: int
+    matryoshka_dims: tuple[int, ...]
+    max_tokens: int
+    license: str | None
+    published: Published | None
+    weight_files: tuple[Path, ...]
+    tensors: Mapping[str, tuple[int, ...]]
+    manifest: Manifest | None
+    notes: tuple[str, ...]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identifies the content: an artifact's own hash, else over weights, configs, tokenizer."""
+        if self.manifest is not None:
+            return artifact_sha256(self.folder)
+        digest = hashlib.sha256()
+        for path in sorted([*self.weight_files, *self.side_files]):
+            digest.update(
+                f"{path.relative_to(self.folder).as_posix()}:{hash_file(path)}\n".encode()
+            )
+        return digest.hexdigest()
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """What config.json says of weights that are quantized in another library's layout."""
+        found: Mapping[str, Any] | None = self.config.get("quantization_config")
+        return found
+
+    @property
+    def side_files(self) -> list[Path]:
+        """Tokenizer, module and prompt files, which an artifact takes over as they are."""
+        names = [
+            "modules.json",
+            "config_sentence_transformers.json",
+            "sentence_bert_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "vocab.txt",
+            "vocab.json",
+            "merges.txt",
+            "tokenizer.model",
+            "sentencepiece.bpe.model",
+        ]
+        found = [self.folder / name for name in names if (self.folder / name).is_file()]
+        for module in _module_folders(self.folder):
+            found += [path for path in sorted(module.glob("*")) if path.suffix in _SIDE_SUFFIXES]
+        return found
+
+
+_SIDE_SUFFIXES = (".json", ".safetensors")
+
+
+def open_checkpoint(
+    source: str | Path, *, hub_dir: Path | None = None, revision: str | None = None
+) -> Checkpoint:
+    """Describe the model that `source` means; an artifact is verified file by file first.
+
+    Args:
+        source: "nano" (the embedded model), a folder, or `<org>/<name>`.
+        hub_dir: where `<org>/<name>` lies on disk; given, the network is never touched.
+        revision: commit, branch or tag on the Hub.
+
+    Raises:
+        InputError: no such model, or the folder is not a Sentence Transformers model.
+        IntegrityError: weights are truncated or missing, or an artifact was altered.
+        UnsupportedError: it needs remote code, pickled weights or modules that gteopt lacks.
+    """
+    folder, identifier = _resolve(str(source), hub_dir, revision)
+    manifest = verify(folder) if is_artifact(folder) else None
+    config = _read_json(folder / "config.json")
+    family = family_of(config)
+    notes: list[str] = []
+    remote = sorted(str(v) for v in (config.pop("auto_map", None) or {}).values())
+    pooling, normalise, dense, remote_modules = _read_modules(folder, family)
+    remote += remote_modules
+    if remote:
+        if family is None:
+            raise UnsupportedError(
+                f"{identifier} needs code from its own folder ({', '.join(remote)}), which gteopt "
+                f"never runs, and belongs to no family that gteopt knows; use a model whose "
+                f"architecture ships with transformers"
+            )
+        notes.append(f"remote code ignored ({', '.join(remote)}): {family.name} runs natively")
+    if manifest is None and "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "an unnamed method")
+        notes.append(f"weights are already quantized by {method}; quantize the model they are from")
+    attention = _attention(config, family)
+    if attention == "bidirectional" and config["model_type"] in _DECODERS:
+        config["is_causal"] = False  # transformers 5 reads it; see design.md
+    weight_files = _weight_files(folder, manifest)
+    tensors = _read_headers(weight_files)
+    st_config = _read_json(folder / "config_sentence_transformers.json", optional=True)
+    bert_config = _read_json(folder / "sentence_bert_config.json", optional=True)
+    tokenizer_config = _read_json(folder / "tokenizer_config.json", optional=True)
+    dims = _output_dims(config, dense)
+    published_id = manifest.base.id if manifest else identifier
+    published = PUBLISHED.get(published_id)
+    return Checkpoint(
+        id=identifier,
+        folder=folder,
+        revision=revision,
+        config=config,
+        family=family,
+        attention=attention,
+        pooling=pooling,
+        normalise=normalise or (family is not None),
+        dense=dense,
+        end_token=family.end_token if family else None,
+        query_template=family.query_template if family else None,
+        default_instruction=family.default_instruction if family else None,
+        prompts={k: v for k, v in st_config.get("prompts", {}).items() if isinstance(v, str)},
+        lower_case=bool(bert_config.get("do_lower_case", False)),
+        dims=dims,
+        matryoshka_dims=tuple(
+            sorted((d for d in config.get("matryoshka_dimensions", []) if d <= dims), reverse=True)
+        ),
+        max_tokens=_max_tokens(config, bert_config, tokenizer_config, family),
+        license=_license(folder) or (published.license if published else None),
+        published=published,
+        weight_files=weight_files,
+        tensors=tensors,
+        manifest=manifest,
+        notes=tuple(notes),
+    )
+
+
+def _resolve(source: str, hub_dir: Path | None, revision: str | None) -> tuple[Path, str]:
+    """The folder that a name means, and the name to record."""
+    if source == NANO:
+        return Path(__file__).parent / "assets" / "nano", NANO
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+    if hub_dir is not None and is_hub_id and (hub_dir / source).is_dir():
+        return hub_dir / source, source
+    if Path(source).is_dir():
+        return Path(source), Path(source).resolve().name
+    if Path(source).is_file():
+        raise InputError(f"{source} is a file; give the folder of a model")
+    if hub_dir is not None:
+        present = sorted(p.relative_to(hub_dir).as_posix() for p in hub_dir.glob("*/*"))
+        raise InputError(
+            f"no model {source}: it is no folder and {hub_dir / source} does not exist; "
+            f"{suggest(source, [NANO, *present])} To add it: hf download {source} --local-dir "
+            f"{hub_dir / source}"
+        )
+    if not is_hub_id:
+        raise InputError(
+            f"unknown model '{source}': not a folder and not a Hub id (<org>/<name>); "
+            f"{suggest(source, [NANO, *PUBLISHED])}"
+        )
+    return _download(source, revision), source
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_DOWNLOADED))
+    except Exception as error:  # the Hub client raises many unrelated types
+        if isinstance(error, OSError | ValueError):
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"model {hub_id} could not be fetched from the Hub ({reason}); check the name and "
+                f"the network, or download it elsewhere and give --hub-dir. "
+                f"{suggest(hub_id, [NANO, *PUBLISHED])}"
+            ) from error
+        raise
+
+
+def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    if not path.is_file():
+        if optional:
+            return {}
+        raise InputError(
+            f"{path.parent} is not a model folder: it has no {path.name}; give a folder that "
+            f"transformers or sentence-transformers saved, or an artifact"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise IntegrityError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise IntegrityError(f"{path} should hold a JSON object, found {type(data).__name__}")
+    return data
+
+
+@lru_cache(maxsize=256)
+def _hash_unchanged(path: Path, n_bytes: int, mtime_ns: int) -> str:
+    """A base's file is hashed once a process: a plan opens a 28 GB checkpoint several times."""
+    del n_bytes, mtime_ns  # they make a changed file another key
+    return hash_file(path)
+
+
+def _module_folders(folder: Path) -> list[Path]:
+    """Folders of the modules behind the transformer, vector modules of an artifact left out."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return []
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    paths = [str(entry.get("path", "")) for entry in entries]
+    return [folder / p for p in paths if p and not p.startswith(VECTOR_MODULES)]
+
+
+def _read_modules(
+    folder: Path, family: Family | None
+) -> tuple[Pooling, bool, tuple[Path, ...], list[str]]:
+    """Pooling, normalisation, dense folders and remote-code modules that `modules.json` names."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        if family is None:
+            raise InputError(
+                f"{folder} has no modules.json and belongs to no known family, so its pooling is "
+                f"unknown; save it once with sentence-transformers"
+            )
+        return family.pooling, True, (), []
+    pooling: Pooling | None = family.pooling if family else None
+    normalise, dense, remote = False, [], []
+    for entry in json.loads(path.read_text(encoding="utf-8")):
+        kind = str(entry["type"])
+        name = kind.rsplit(".", maxsplit=1)[-1]
+        module_path = str(entry.get("path", ""))
+        if module_path.startswith(VECTOR_MODULES):
+            continue
+        if not kind.startswith("sentence_transformers."):
+            remote.append(kind)
+        elif name == "Pooling":
+            found = _read_pooling(folder / module_path)
+            pooling = family.pooling if family else found
+        elif name == "Normalize":
+            normalise = True
+        elif name == "Dense":
+            dense.append(folder / module_path)
+        elif name != "Transformer":
+            raise UnsupportedError(
+                f"{folder}: module {kind} is not supported (supported: Transformer, Pooling, "
+                f"Dense, Normalize)"
+            )
+    if pooling is None:
+        if not remote:
+            raise UnsupportedError(f"{folder}: modules.json names no Pooling module")
+        pooling = "mean"  # the caller refuses remote code of an unknown family
+    return pooling, normalise, tuple(dense), remote
+
+
+def _read_pooling(folder: Path) -> Pooling:
+    config = _read_json(folder / "config.json")
+    modes = [
+        key.removeprefix("pooling_mode_")
+        for key, value in config.items()
+        if key.startswith("pooling_mode_") and value is True
+    ]
+    if isinstance(config.get("pooling_mode"), str):
+        modes = [config["pooling_mode"]]
+    if len(modes) != 1 or modes[0] not in _POOLING:
+        raise UnsupportedError(
+            f"{folder}: pooling {' + '.join(modes) or 'none'} is not supported (supported, one at "
+            f"a time: {', '.join(sorted(set(_POOLING.values())))})"
+        )
+    if config.get("include_prompt") is False:
+        raise UnsupportedError(f"{folder}: pooling without the prompt's tokens is not supported")
+    return _POOLING[modes[0]]
+
+
+def _attention(config: Mapping[str, Any], family: Family | None) -> Attention:
+    if family is not None:
+        return family.attention
+    if config.get("model_type") in _DECODERS and config.get("is_causal", True):
+        return "causal"
+    return "bidirectional"
+
+
+def _weight_files(folder: Path, manifest: Manifest | None) -> tuple[Path, ...]:
+    if manifest is not None and manifest.layout == "gteopt":
+        return tuple(sorted((folder / "weights").glob("*.safetensors")))
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        missing = [f"{name} is missing" for name in names if not (folder / name).is_file()]
+        if missing:
+            raise IntegrityError(
+                join_problems(f"{folder} is incomplete; download it again", missing)
+            )
+        return tuple(folder / name for name in names)
+    if single.is_file():
+        return (single,)
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise UnsupportedError(
+            f"{folder} has its weights only as pickle ({', '.join(pickles)}), which can run code "
+            f"when opened; convert them to safetensors first (save_pretrained does)"
+        )
+    raise InputError(
+        f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json"
+        + (f" nor {MANIFEST}" if manifest is None else "")
+    )
+
+
+def _read_headers(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    problems = []
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as handle:
+                for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+        except SafetensorError as error:
+            problems.append(f"{path.name} ({path.stat().st_size} bytes): {error}")
+    if problems:
+        subject = f"{files[0].parent} has broken weight files; download them again"
+        raise IntegrityError(join_problems(subject, problems))
+    return shapes
+
+
+def _output_dims(config: Mapping[str, Any], dense: tuple[Path, ...]) -> int:
+    if dense:
+        return int(_read_json(dense[-1] / "config.json")["out_features"])
+    dims = config.get("hidden_size", config.get("dim"))
+    if not isinstance(dims, int):
+        raise UnsupportedError("config.json names no hidden_size; this architecture is unknown")
+    return dims
+
+
+def _max_tokens(
+    config: Mapping[str, Any],
+    bert_config: Mapping[str, Any],
+    tokenizer_config: Mapping[str, Any],
+    family: Family | None,
+) -> int:
+    """The least of the limits that are stated; tokenizers state absurd ones for 'no limit'."""
+    stated = [
+        bert_config.get("max_seq_length"),
+        tokenizer_config.get("model_max_length"),
+        config.get("max_position_embeddings"),
+        family.max_tokens if family else None,
+    ]
+    return min(int(limit) for limit in stated if isinstance(limit, int | float) and limit > 0)
+
+
+def _license(folder: Path) -> str | None:
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return None
+    match = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.S)
+    if match is None:
+        return None
+    try:
+        front = yaml.safe_load(match.group(1))
+    except yaml.YAMLError:
+        return None
+    found = front.get("license") if isinstance(front, dict) else None
+    return str(found) if found else None

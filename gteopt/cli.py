@@ -1,0 +1,615 @@
+"""The command line: parse, call, print. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from typer.core import TyperGroup
+
+from gteopt.errors import GteoptError, InputError
+
+if TYPE_CHECKING:
+    from gteopt.recipe import Frozen
+    from gteopt.records import Inspection, Manifest, Results
+
+_GOES_ON = "what is finished is kept, and the same command goes on from there"
+
+
+class _Group(TyperGroup):
+    """Says what Ctrl-C leaves behind, whichever command it stops."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that `ctx` names."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise GteoptError(f"interrupted; {_GOES_ON}") from interrupt
+
+
+app = typer.Typer(
+    name="gteopt",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Turn a text-embedding model into the cheapest variant that still ranks like it.\n\n"
+    "Start with `gteopt run recipes/plans/demo.yaml`, or `gteopt inspect nano`.",
+)
+# Piped output has no width of its own; rich would assume 80 columns and drop some of a table's.
+_out = Console(width=None if sys.stdout.isatty() else 120)
+_err = Console(stderr=True)
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+HubDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="read models and data sets from DIR/<org>/<name>; the network is never touched",
+        envvar="GTEOPT_HUB_DIR",
+        metavar="DIR",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")]
+Out = Annotated[Path, typer.Option(help="folder of the new artifact; must not exist yet")]
+Base = Annotated[str, typer.Argument(help="'nano', a folder, or <org>/<name>")]
+Artifacts = Annotated[list[str], typer.Argument(help="artifact folders, or bases")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from gteopt import __version__
+
+        typer.echo(f"gteopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="show the traceback of an error")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="show the version and stop", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    del debug, version  # main looks for --debug itself, as it must know before anything is parsed
+
+
+@app.command()
+def run(
+    plan: Annotated[str, typer.Argument(help="a plan's YAML file, or the name of a shipped plan")],
+    out: Annotated[Path | None, typer.Option(help="results folder instead of the plan's")] = None,
+    hub_dir: HubDir = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Build, measure, score and choose: a whole plan, or what is left of it.
+
+    Example: `gteopt run recipes/plans/demo.yaml`
+    """
+    from gteopt.plan import run as run_plan
+    from gteopt.recipe import find_yaml, load_plan
+
+    document = load_plan(plan)
+    if out is not None:
+        document = document.model_copy(update={"out": out})
+    beside = find_yaml("recipes/plans", plan).parent
+    with _progress() as progress:
+        results = run_plan(
+            document, beside=beside, hub_dir=hub_dir, device=device, progress=progress
+        )
+    _show_results(results, as_json=as_json)
+    if not as_json:
+        _out.print(f"Report: {document.out / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def quantize(
+    base: Base,
+    recipe: Annotated[str, typer.Option(help="a shipped recipe (`gteopt recipes`), or a file")],
+    out: Out,
+    hub_dir: HubDir = None,
+    revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
+    dtype: Annotated[str, typer.Option(help="of what stays unquantized")] = "bfloat16",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Make one variant of a base.
+
+    Example: `gteopt quantize nano --recipe gptq-int4 --out artifacts/nano-int4`
+    """
+    from gteopt.build import quantize as build
+
+    with _progress() as progress:
+        manifest = build(
+            base,
+            recipe,
+            out,
+            hub_dir=hub_dir,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
+    _show_manifest(manifest, out, as_json=as_json)
+
+
+@app.command()
+def truncate(
+    artifact: Annotated[Path, typer.Argument(help="artifact folder")],
+    out: Out,
+    dims: Annotated[int | None, typer.Option(help="dimensions to keep; all when left out")] = None,
+    method: Annotated[Literal["slice", "pca"], typer.Option(help="first or principal ones")] = (
+        "slice"
+    ),
+    vectors: Annotated[
+        Literal["float32", "int8", "binary"], typer.Option(help="how a vector is stored")
+    ] = "float32",
+    rescore: Annotated[int, typer.Option(min=1, help="candidates per result on codes")] = 4,
+    hub_dir: HubDir = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Make an artifact with the same weights and shorter or smaller vectors.
+
+    Example: `gteopt truncate artifacts/nano-int4 --dims 64 --vectors int8 --out artifacts/nano-64`
+    """
+    from gteopt.build import truncate as shorten
+
+    with _progress() as progress:
+        manifest = shorten(
+            artifact,
+            out,
+            dims=dims,
+            method=method,
+            vectors=vectors,
+            rescore=rescore,
+            hub_dir=hub_dir,
+            device=device,
+            progress=progress,
+        )
+    _show_manifest(manifest, out, as_json=as_json)
+
+
+@app.command()
+def bench(
+    artifacts: Artifacts,
+    baseline: Annotated[
+        str | None, typer.Option(help="what ratios refer to; the first artifact when left out")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="results folder for bench.json")] = None,
+    hub_dir: HubDir = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed and memory, each artifact interleaved with the baseline.
+
+    Example: `gteopt bench artifacts/nano-int4 --baseline nano --out artifacts/results`
+    """
+    from gteopt.bench import bench as measure
+    from gteopt.recipe import BenchSpec
+    from gteopt.records import write_record
+    from gteopt.report import bench_table
+
+    sources = _named([*([baseline] if baseline else []), *artifacts])
+    with _progress() as progress:
+        report = measure(
+            sources,
+            baseline=next(iter(sources)),
+            spec=BenchSpec(),
+            device=device,
+            hub_dir=hub_dir,
+            progress=progress,
+        )
+    if out is not None:
+        write_record(out / "bench.json", report)
+    _show(report, bench_table(report), as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    artifacts: Artifacts,
+    suite: Annotated[
+        str | None, typer.Option(help="a shipped suite (`gteopt suites`), or a file")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="own data as one more task: a BEIR folder, or a .csv or .jsonl of labelled pairs"
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="own texts without labels, one a line: fidelity only")
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="what the queries of --data are for")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="the base to judge against; the artifacts' own when left out"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="results folder; makes runs resumable")] = None,
+    hub_dir: HubDir = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score artifacts on a suite and measure their fidelity to the baseline.
+
+    Example: `gteopt evaluate artifacts/nano-int4 --suite mini --out artifacts/results`
+    """
+    from gteopt.evaluation import load_suite, with_data
+    from gteopt.plan import base_of, compare_texts, score
+    from gteopt.report import eval_table, fidelity_table
+
+    sources = _named([baseline or base_of(artifacts), *artifacts])
+    if texts is not None:
+        if suite or data:
+            raise InputError("--texts has no labels to score; give it without --suite and --data")
+        with _progress() as progress:
+            close = compare_texts(sources, texts, hub_dir=hub_dir, device=device, progress=progress)
+        _show_all(list(close.values()), fidelity_table(close), as_json=as_json)
+        return
+    loaded = load_suite(suite) if suite else None
+    if data is not None:
+        loaded = with_data(loaded, data, instruction=instruction)
+    if loaded is None:
+        raise InputError("nothing to evaluate on; give --suite, --data or --texts")
+    with _progress() as progress:
+        reports = score(sources, loaded, out, hub_dir=hub_dir, device=device, progress=progress)
+    _show_all(list(reports.values()), eval_table(reports), as_json=as_json)
+
+
+@app.command()
+def choose(
+    results_dir: Annotated[Path, typer.Argument(help="folder with bench.json and eval/")],
+    policy: Annotated[str, typer.Option(help="a shipped policy, or a file")],
+    as_json: AsJson = False,
+) -> None:
+    """Pick the variant that a policy asks for.
+
+    Example: `gteopt choose artifacts/demo --policy smallest-index`
+    """
+    from gteopt.choose import choose as pick
+    from gteopt.recipe import load_policy
+    from gteopt.records import read_results, write_record
+
+    results = read_results(results_dir)
+    choice = pick(load_policy(policy), results)
+    write_record(results_dir / "choice.json", choice)
+    if as_json:
+        _print_json(json.loads(choice.model_dump_json(by_alias=True)))
+    else:
+        _show_results(results.model_copy(update={"choice": choice}), as_json=False)
+
+
+@app.command()
+def report(
+    results_dir: Annotated[Path, typer.Argument(help="folder with bench.json and eval/")],
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html from what a results folder holds, and print its table.
+
+    Example: `gteopt report artifacts/demo`
+    """
+    from gteopt.records import read_results
+    from gteopt.report import write_report
+
+    results = read_results(results_dir)
+    path = write_report(results_dir, results, title=f"gteopt: {results_dir.resolve().name}")
+    _show_results(results, as_json=as_json)
+    if not as_json:
+        _out.print(f"Report: {path}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="artifact folder")], as_json: AsJson = False
+) -> None:
+    """Check every file of an artifact against its manifest.
+
+    Example: `gteopt verify artifacts/nano-int4`
+    """
+    from gteopt.artifact import verify as check
+
+    manifest = check(artifact)
+    if as_json:
+        _print_json({"artifact": str(artifact), "files": len(manifest.files), "whole": True})
+    else:
+        n_bytes = sum(file.n_bytes for file in manifest.files)
+        _out.print(f"{artifact}: {len(manifest.files)} files, {_size(n_bytes)}, all as recorded")
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="a base or an artifact")],
+    hub_dir: HubDir = None,
+    revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model is and what every recipe would make of it, before anything is built.
+
+    Example: `gteopt inspect nano`
+    """
+    from gteopt.inspect import inspect as look
+
+    found = look(source, hub_dir=hub_dir, revision=revision)
+    if as_json:
+        _print_json(json.loads(found.model_dump_json(by_alias=True)))
+        return
+    _out.print(_facts(found))
+    if found.manifest is not None:
+        _out.print(_layers(found.manifest))
+    else:
+        _out.print(_estimates(found))
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes that ship with gteopt.
+
+    Example: `gteopt recipes`
+    """
+    from gteopt.recipe import load_recipe, shipped_names
+
+    found = [load_recipe(name) for name in shipped_names("recipes")]
+    rows = [{"name": each.name, "summary": each.summary} for each in found]
+    _show_list("recipes", rows, as_json=as_json)
+
+
+@app.command()
+def suites(as_json: AsJson = False) -> None:
+    """List the evaluation suites that ship with gteopt.
+
+    Example: `gteopt suites`
+    """
+    from gteopt.evaluation.suites import Suite
+    from gteopt.recipe import find_yaml, read_yaml, shipped_names
+
+    found = [read_yaml(find_yaml("eval/suites", n), Suite) for n in shipped_names("eval/suites")]
+    rows = [
+        {
+            "name": each.name,
+            "summary": each.summary,
+            "tasks": str(len(each.tasks)),
+            "minutes (7B, H200)": f"{each.minutes:g}" if each.minutes else "",
+        }
+        for each in found
+    ]
+    _show_list("suites", rows, as_json=as_json)
+
+
+def main() -> None:
+    """The console script: one line and exit code 1 for what the user can mend, 2 for usage."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"(?!gteopt)")
+    try:
+        app()
+    except GteoptError as error:
+        if "--debug" in sys.argv:
+            raise
+        _fail(str(error))
+    except OSError as error:
+        if "--debug" in sys.argv:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}; {_GOES_ON}")
+
+
+def _fail(message: str) -> None:
+    _err.print(f"gteopt: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)
+
+
+@contextmanager
+def _progress() -> Iterator[_Steps]:
+    """Progress on stderr; see `_Steps`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    steps = _Steps(Progress(*columns, console=_err, transient=True))
+    try:
+        yield steps
+        steps.close()
+    finally:
+        steps.stop()
+
+
+class _Steps:
+    """A bar for the step at hand; a finished step leaves one line with the time that it took."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._what: str | None = None
+        self._task: TaskID | None = None
+        self._since = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` units of the step `what` are finished."""
+        if what != self._what:
+            self.close()
+            self._bars.start()  # only now: an error before the first step leaves no empty bar
+            self._what, self._since = what, time.monotonic()
+            self._task = self._bars.add_task(what, total=total)
+        assert self._task is not None
+        self._bars.update(self._task, completed=done, total=total)
+
+    def close(self) -> None:
+        """The step at hand is over."""
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            took = time.monotonic() - self._since
+            _err.print(f"{self._what}  {took:.1f} s", style="dim", markup=False, highlight=False)
+            self._what = self._task = None
+
+    def stop(self) -> None:
+        """Take the bar off the screen, also when the step at hand failed."""
+        if self._bars.live.is_started:
+            self._bars.stop()
+
+
+def _named(sources: list[str]) -> dict[str, str]:
+    """Short names for sources: the folder's last part, where that tells them apart."""
+    named: dict[str, str] = {}
+    for source in sources:
+        name = Path(source).name or source
+        if name in named and named[name] != source:
+            raise InputError(
+                f"two artifacts are called {name} ({named[name]}, {source}); rename one folder"
+            )
+        named[name] = source
+    return named
+
+
+def _print_json(content: object) -> None:
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _show(record: Frozen, table: Table, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(json.loads(record.model_dump_json(by_alias=True)))
+    else:
+        _out.print(table)
+
+
+def _show_all(records: Sequence[Frozen], table: Table, *, as_json: bool) -> None:
+    if as_json:
+        _print_json([json.loads(each.model_dump_json(by_alias=True)) for each in records])
+    else:
+        _out.print(table)
+
+
+def _show_results(results: Results, *, as_json: bool) -> None:
+    from gteopt.report import terminal_table
+
+    _show(results, terminal_table(results), as_json=as_json)
+    if not as_json and results.choice is not None:
+        _out.print(results.choice.reason, soft_wrap=True)
+
+
+def _show_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(json.loads(manifest.model_dump_json(by_alias=True)))
+        return
+    ratio = manifest.weight_bytes / manifest.base.weight_bytes
+    _out.print(
+        f"{out}: {manifest.recipe.name} of {manifest.base.id}, weights "
+        f"{_size(manifest.weight_bytes)} ({ratio:.0%} of {manifest.base.dtype}), "
+        f"{manifest.vectors.dims} dimensions, {manifest.vectors.bytes_per_vector} bytes a vector",
+        soft_wrap=True,
+    )
+
+
+def _show_list(title: str, rows: list[dict[str, str]], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row.values())
+    _out.print(table)
+
+
+def _facts(found: Inspection) -> Table:
+    table = Table(title=found.id, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    facts = {
+        "family": found.family or "Sentence Transformers encoder",
+        "architecture": f"{found.architecture}, {found.attention} attention",
+        "parameters": f"{found.n_parameters:,}",
+        "dimensions": str(found.dims),
+        "trained lengths": ", ".join(map(str, found.matryoshka_dims)) or "none stated",
+        "longest input": f"{found.max_tokens:,} tokens",
+        "pooling": f"{found.pooling}{', normalised' if found.normalised else ''}",
+        "end token": found.end_token or "as the tokenizer does",
+        "query prompt": repr(found.query_prompt),
+        "document prompt": repr(found.document_prompt),
+        "license": found.license or "not stated",
+        "published": ", ".join(f"{k} {v}" for k, v in found.published_scores.items()) or "-",
+        "sha256": found.sha256,
+    }
+    for name, value in facts.items():
+        table.add_row(name, value)
+    for note in found.notes:
+        table.add_row("note", note)
+    return table
+
+
+def _estimates(found: Inspection) -> Table:
+    table = Table(title="what each recipe would make of it", title_justify="left")
+    for name in ("recipe", "weights", "bytes a vector", "build memory, at most", ""):
+        table.add_column(name, justify="left" if name in ("recipe", "") else "right")
+    for each in found.estimates:
+        if each.weight_bytes is None or each.build_bytes is None:
+            table.add_row(each.recipe, "-", "-", "-", f"cannot be built: {each.problem}")
+        else:
+            table.add_row(
+                each.recipe,
+                _size(each.weight_bytes),
+                str(each.bytes_per_vector),
+                _size(each.build_bytes),
+                each.summary,
+            )
+    return table
+
+
+def _layers(manifest: Manifest) -> Table:
+    recipe = manifest.recipe
+    title = (
+        f"{recipe.name} of {manifest.base.id}: weights {_size(manifest.weight_bytes)}, vectors "
+        f"{manifest.vectors.dims} x {manifest.vectors.code}"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("layer", "shape", "method", "bits", "weight SNR dB", "output SNR dB", "note"):
+        right = name in ("shape", "bits", "weight SNR dB", "output SNR dB")
+        table.add_column(name, justify="right" if right else "left")
+    for layer in manifest.layers:
+        table.add_row(
+            layer.name,
+            f"{layer.out_features} x {layer.in_features}",
+            layer.method,
+            f"{layer.bits_per_weight:.2f}",
+            f"{layer.weight_snr_db:.1f}",
+            "-" if layer.output_snr_db is None else f"{layer.output_snr_db:.1f}",
+            layer.note or "",
+        )
+    for left in manifest.unquantized:
+        table.add_row(left.name, f"{left.n_parameters:,}", "-", "", "", "", left.reason)
+    return table
+
+
+def _size(n_bytes: int) -> str:
+    """Decimal megabytes or gigabytes."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.2f} MB"
+
+
+if __name__ == "__main__":
+    main()

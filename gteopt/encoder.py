@@ -1,0 +1,532 @@
+"""Load a base or an artifact into an `Encoder`: texts in, unit vectors out.
+
+Hides: Hugging Face loading, attention direction, tokenization with the end token, prompts, padding,
+pooling, and whether layers are quantized. The only file that knows them. Refuses to know: how a
+variant was made, measured or judged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from gteopt.checkpoint import Checkpoint, open_checkpoint
+from gteopt.errors import InputError, IntegrityError, NumericsError, UnsupportedError, suggest
+from gteopt.families import Pooling
+from gteopt.formats import ReadLayer, Shape, format_of
+from gteopt.kernels import make_linear
+from gteopt.quant.affine import PackedWeight
+from gteopt.quant.vectors import VectorTransform, identity
+from gteopt.recipe import Progress, quiet
+from gteopt.records import Manifest
+
+Role = Literal["query", "document"]
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+VECTORS_FILE = "vectors.safetensors"
+
+
+class Encoder:
+    """A loaded embedding model; callers cannot tell whether it is quantized.
+
+    Attributes:
+        name: the artifact's recipe name, or what the base was asked for by.
+        checkpoint: what the folder says about the model.
+        module: the transformer, token ids in, token vectors out.
+        full_dims: dimensions of the model's own output.
+        vectors: what happens to an embedding after the model.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        module: nn.Module,
+        tokenizer: Any,
+        dense: nn.Module,
+        vectors: VectorTransform,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.module = module
+        self.tokenizer = tokenizer
+        self.vectors = vectors
+        self.device = device
+        self.dtype = dtype
+        self.name = checkpoint.manifest.recipe.name if checkpoint.manifest else checkpoint.id
+        self.full_dims = checkpoint.dims
+        self.max_tokens = checkpoint.max_tokens
+        self.default_instruction = checkpoint.default_instruction
+        self._dense = dense
+        self._end_id: int | None = None
+        if checkpoint.end_token is not None:
+            self._end_id = tokenizer.convert_tokens_to_ids(checkpoint.end_token)
+        self._pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    @property
+    def sha256(self) -> str:
+        """Identifies base files or artifact; what caches and reports are keyed by."""
+        return self.checkpoint.sha256
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The artifact's manifest; None for a base."""
+        return self.checkpoint.manifest
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of what `encode` returns."""
+        return self.vectors.dims
+
+    @property
+    def takes_instructions(self) -> bool:
+        """Whether queries carry an instruction."""
+        return self.checkpoint.query_template is not None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the transformer's parameters and buffers as they lie in memory."""
+        seen: dict[int, int] = {}
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return sum(seen.values())
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """How many linear layers run on which kernel."""
+        counts = Counter(
+            str(getattr(module, "kernel", "torch.linear"))
+            for module in self.module.modules()
+            if isinstance(module, nn.Linear) or hasattr(module, "kernel")
+        )
+        return dict(sorted(counts.items()))
+
+    def prompt(self, role: Role, instruction: str | None = None) -> str:
+        """What is put before a text of this role.
+
+        Raises:
+            InputError: unknown role; an instruction for a document or for a model that takes none.
+        """
+        if role not in ("query", "document"):
+            raise InputError(f"unknown role '{role}': {suggest(str(role), ['query', 'document'])}")
+        if instruction is not None and role == "document":
+            raise InputError("an instruction goes on queries only; documents are encoded bare")
+        template = self.checkpoint.query_template
+        if template is None:
+            if instruction is not None:
+                raise InputError(f"{self.name} takes no instructions; encode without one")
+            return self.checkpoint.prompts.get(role, "")
+        if role == "document":
+            return ""
+        return template.format(instruction=instruction or self.default_instruction)
+
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role = "document",
+        instruction: str | None = None,
+        max_tokens: int | None = None,
+    ) -> list[list[int]]:
+        """Token ids of each text with prompt and end token, cut to `max_tokens` or the model's."""
+        if isinstance(texts, str):
+            raise InputError("texts must be a list of strings, found one string; write [text]")
+        for position, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"texts[{position}] is {type(text).__name__}, expected a string")
+        if not texts:
+            return []
+        prompt = self.prompt(role, instruction)
+        full = [prompt + text for text in texts]
+        if self.checkpoint.lower_case:
+            full = [text.lower() for text in full]
+        limit = min(max_tokens or self.max_tokens, self.max_tokens)
+        if self._end_id is None:
+            encoded = self.tokenizer(full, truncation=True, max_length=limit)
+            return [list(ids) for ids in encoded["input_ids"]]
+        # Room is left for the end token, so that truncation can never cut off what pooling reads;
+        # the tokenizer's own template is bypassed, so that it can never be there twice.
+        encoded = self.tokenizer(
+            full, add_special_tokens=False, truncation=True, max_length=limit - 1
+        )
+        return [[*ids, self._end_id] for ids in encoded["input_ids"]]
+
+    def batches(
+        self, tokens: Sequence[Sequence[int]], batch_size: int
+    ) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
+        """Positions and token lists of each batch, longest first so that memory peaks early."""
+        order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+        for start in range(0, len(order), batch_size):
+            positions = order[start : start + batch_size]
+            yield positions, [tokens[i] for i in positions]
+
+    def pad(
+        self, tokens: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "right"
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids [N, T] int64 and attention mask [N, T] int64 of one padded batch."""
+        longest = max(len(ids) for ids in tokens)
+        ids = torch.full((len(tokens), longest), self._pad_id, dtype=torch.int64)
+        mask = torch.zeros((len(tokens), longest), dtype=torch.int64)
+        for row, each in enumerate(tokens):
+            where = slice(0, len(each)) if side == "right" else slice(longest - len(each), longest)
+            ids[row, where] = torch.tensor(each, dtype=torch.int64)
+            mask[row, where] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Unit vectors [N, D] float32 of token vectors [N, T, D]; differentiable."""
+        vectors = pool(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), mask, self._how)
+        vectors = self._dense(vectors)
+        if self.checkpoint.normalise:
+            vectors = nn.functional.normalize(vectors, dim=-1)
+        return vectors
+
+    @property
+    def _how(self) -> Pooling:
+        return self.checkpoint.pooling
+
+    @torch.inference_mode()
+    def embed_tokens(
+        self, tokens: Sequence[Sequence[int]], *, padding: Literal["left", "right"] = "right"
+    ) -> NDArray[np.float32]:
+        """Vectors of one batch of token lists at the model's full dimension, [N, full_dims].
+
+        Raises:
+            NumericsError: the model produced NaN or infinity.
+        """
+        ids, mask = self.pad(tokens, side=padding)
+        hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
+        vectors = self.pooled(hidden, mask)
+        if not bool(torch.isfinite(vectors).all()):
+            raise NumericsError(
+                f"{self.name} produced NaN or infinity in a batch of {len(tokens)} texts of up to "
+                f"{ids.shape[1]} tokens in {self.dtype}; verify the artifact, or load it with "
+                f"dtype float32 to find out whether its weights are sound"
+            )
+        return np.asarray(vectors.cpu().numpy())
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role = "document",
+        instruction: str | None = None,
+        batch_size: int = 32,
+        progress: Progress = quiet,
+    ) -> NDArray[np.float32]:
+        """Vectors at the model's full dimension, [N, full_dims] float32, in the order given."""
+        tokens = self.tokenize(texts, role=role, instruction=instruction)
+        out = np.empty((len(tokens), self.full_dims), dtype=np.float32)
+        done = 0
+        for positions, batch in self.batches(tokens, batch_size):
+            out[positions] = self.embed_tokens(batch)
+            done += len(batch)
+            progress(f"encoding with {self.name}", done, len(tokens))
+        return out
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role = "document",
+        instruction: str | None = None,
+        batch_size: int = 32,
+        progress: Progress = quiet,
+    ) -> NDArray[np.float32]:
+        """Unit vectors [N, dims] float32, shortened as the artifact says.
+
+        What an index stores is `vectors.quantize` of this.
+
+        Args:
+            texts: any number of strings.
+            role: "query" texts get the instruction, "document" texts stay bare.
+            instruction: what the query is for; the family's default when None.
+            batch_size: texts computed together.
+            progress: told after each batch.
+        """
+        return self.vectors.project(
+            self.embed(
+                texts,
+                role=role,
+                instruction=instruction,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        )
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """One vector a text, [N, D], of token vectors [N, T, D] and their mask [N, T]."""
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "mean":
+        weights = mask.unsqueeze(-1).to(hidden.dtype)  # [N, T, 1]
+        return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * positions).argmax(dim=1)  # the last real token under either padding side
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    hub_dir: Path | None = None,
+    revision: str | None = None,
+) -> Encoder:
+    """Load a base model or an artifact.
+
+    Args:
+        source: "nano", a folder, an artifact folder, or `<org>/<name>`.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1".
+        dtype: "auto" is bfloat16 for a base and the dtype it was built in for an artifact;
+            also "bfloat16", "float32", "float64".
+        hub_dir: folder in the Hub's layout; given, the network is never touched.
+        revision: commit, branch or tag on the Hub.
+
+    Raises:
+        InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
+    """
+    return load_checkpoint(
+        open_checkpoint(source, hub_dir=hub_dir, revision=revision), device=device, dtype=dtype
+    )
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, *, device: str = "auto", dtype: str = "auto"
+) -> Encoder:
+    """Load what `open_checkpoint` has described."""
+    where = _device(device)
+    if dtype == "auto":
+        dtype = checkpoint.manifest.base.dtype if checkpoint.manifest else "bfloat16"
+    kind = parse_dtype(dtype)
+    manifest = checkpoint.manifest
+    module = (
+        _load_packed(checkpoint, where, kind)
+        if checkpoint.quantization or (manifest is not None and manifest.layers)
+        else _load_plain(checkpoint, where, kind)
+    )
+    module.eval().requires_grad_(False)
+    dense = nn.Sequential(*(_load_dense(path) for path in checkpoint.dense)).to(where)
+    return Encoder(
+        checkpoint=checkpoint,
+        module=module,
+        tokenizer=load_tokenizer(checkpoint),
+        dense=dense.eval().requires_grad_(False),
+        vectors=_load_vectors(checkpoint),
+        device=where,
+        dtype=kind,
+    )
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name.
+
+    Raises:
+        InputError: unknown, or float16, which overflows in gte-Qwen2 where bfloat16 does not.
+    """
+    if name == "float16":
+        raise InputError(
+            "dtype float16 is refused: activations of gte-Qwen2 overflow it; use bfloat16"
+        )
+    if name not in _DTYPES:
+        raise InputError(f"unknown dtype '{name}': {suggest(name, _DTYPES)}")
+    return _DTYPES[name]
+
+
+def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
+    """The transformer with every parameter on the meta device and its buffers real."""
+    from accelerate import init_empty_weights
+
+    transformers = _transformers()
+    with init_empty_weights(include_buffers=False):
+        module: nn.Module = transformers.AutoModel.from_config(
+            _hf_config(checkpoint), attn_implementation="sdpa"
+        )
+    return module
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The folder's tokenizer, without its code."""
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{checkpoint.folder} has no tokenizer that can be loaded "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _transformers() -> Any:
+    """transformers, imported late (it takes seconds) and quiet about its own progress."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} ignores `is_causal: false` and would run "
+            f"bidirectional models causally; install transformers>=5"
+        )
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _hf_config(checkpoint: Checkpoint) -> Any:
+    fields = {
+        key: value
+        for key, value in checkpoint.config.items()
+        if key not in ("model_type", "quantization_config")  # the latter is ours to apply
+    }
+    kind = str(checkpoint.config["model_type"])
+    try:
+        return _transformers().AutoConfig.for_model(kind, **fields)
+    except ValueError as error:
+        raise UnsupportedError(
+            f"{checkpoint.folder}: transformers has no architecture '{kind}' of its own"
+        ) from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(f"device {name} was asked for, but torch sees no GPU; use cpu")
+    return device
+
+
+def _load_plain(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    module, info = _transformers().AutoModel.from_pretrained(
+        checkpoint.folder,
+        config=_hf_config(checkpoint),
+        dtype=dtype,
+        attn_implementation="sdpa",
+        trust_remote_code=False,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    # A pooler head is no part of the embedding; anything else missing would be random numbers.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise IntegrityError(
+            f"{checkpoint.folder}: {len(missing)} tensors of the architecture are not in its "
+            f"weight files ({shown}); the download is incomplete or config.json belongs to "
+            f"another model"
+        )
+    loaded: nn.Module = module.to(device)
+    return loaded
+
+
+def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The transformer with packed layers in place; no full-precision copy of them ever exists."""
+    module = build_skeleton(checkpoint)
+    tensors: dict[str, Tensor] = {}
+    for path in checkpoint.weight_files:
+        with safe_open(path, framework="pt", device=str(device)) as handle:
+            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                tensors[name] = handle.get_tensor(name)
+    tensors = _bare_names(tensors, module)
+    for name, layer, bias in _take_layers(checkpoint, module, tensors):
+        swap_linear_(module, name, layer.weight, bias, device, dtype, order=layer.order)
+    plain = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+    unexpected = module.load_state_dict(plain, strict=False, assign=True).unexpected_keys
+    buffers = {name for name, _ in module.named_buffers()}
+    unexpected = [name for name in unexpected if name not in buffers]
+    left = [name for name, p in module.named_parameters() if p.is_meta]
+    if left and all(name.startswith("pooler.") for name in left):
+        setattr(module, "pooler", None)  # noqa: B010 - a head of other tasks, which some checkpoints leave out
+        left = []
+    if left or unexpected:
+        raise IntegrityError(
+            f"{checkpoint.folder}: weights do not fit the architecture (missing: "
+            f"{', '.join(left[:5]) or 'none'}; unexpected: {', '.join(unexpected[:5]) or 'none'})"
+        )
+    return module.to(device)
+
+
+def _bare_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Tensors named as in the bare transformer, where a checkpoint has it inside a model with a
+    head (`model.layers.0...` beside `lm_head`); the head is no part of the embedding.
+    """
+    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    return inside or tensors
+
+
+def _take_layers(
+    checkpoint: Checkpoint, module: nn.Module, tensors: dict[str, Tensor]
+) -> Iterator[tuple[str, ReadLayer, Tensor | None]]:
+    """Each quantized layer with its bias, its tensors taken out of `tensors`."""
+    config, manifest = checkpoint.quantization, checkpoint.manifest
+    records = {each.name: each for each in manifest.layers} if manifest is not None else {}
+    for name in list(records) if config is None else format_of(config).layers_in(tensors):
+        prefix = f"{name}."
+        own = {each: tensors.pop(each) for each in list(tensors) if each.startswith(prefix)}
+        parts = {each.removeprefix(prefix): tensor for each, tensor in own.items()}
+        bias = parts.pop("bias", None)
+        if config is None:
+            scheme, in_features = records[name].scheme, records[name].in_features
+            yield name, ReadLayer(PackedWeight.from_tensors(scheme, in_features, parts)), bias
+            continue
+        linear = dict(module.named_modules()).get(name)
+        if not isinstance(linear, nn.Linear):
+            raise IntegrityError(
+                f"{checkpoint.folder}: the quantized layer {name} is no linear layer of the "
+                f"architecture; config.json belongs to another model"
+            )
+        shape = Shape(linear.out_features, linear.in_features)
+        yield name, format_of(config).from_tensors(config, name, shape, parts), bias
+
+
+def swap_linear_(
+    module: nn.Module,
+    name: str,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    order: Tensor | None = None,
+) -> None:
+    """Replace the linear layer `name` inside `module` by its packed form; see `make_linear`."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(parent_name)
+    setattr(parent, leaf, make_linear(packed, bias, device=device, dtype=dtype, order=order))
+
+
+def _load_dense(folder: Path) -> nn.Module:
+    """A Sentence Transformers `Dense` module as a function of the vector alone, in float32."""
+    from sentence_transformers.models import Dense
+
+    dense = Dense.load(str(folder))
+    return nn.Sequential(dense.linear.float(), dense.activation_function)
+
+
+def _load_vectors(checkpoint: Checkpoint) -> VectorTransform:
+    if checkpoint.manifest is None:
+        return identity(checkpoint.dims)
+    path = checkpoint.folder / VECTORS_FILE
+    tensors: dict[str, NDArray[Any]] = {}
+    if path.is_file():
+        with safe_open(path, framework="numpy") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return VectorTransform.from_tensors(checkpoint.manifest.vectors, checkpoint.dims, tensors)

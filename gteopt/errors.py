@@ -1,0 +1,49 @@
+"""The errors that a user may see, and the two helpers that word them.
+
+Every message says which thing, what was found, what was allowed and what to do. `cli.py` turns a
+`GteoptError` into that message and exit code 1; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GteoptError(Exception):
+    """Something the user can act on; its text is complete and needs no traceback."""
+
+
+class InputError(GteoptError):
+    """A file, a name or an argument that the user gave is wrong."""
+
+
+class UnsupportedError(GteoptError):
+    """The request is well-formed, but this model, device or installation cannot do it."""
+
+
+class IntegrityError(GteoptError):
+    """Bytes on disk are not what their manifest or their format says."""
+
+
+class NumericsError(GteoptError):
+    """A computation left the numbers it can work with (NaN, a factorisation that fails)."""
+
+
+def join_problems(subject: str, problems: Iterable[str]) -> str:
+    """One message that lists every problem found in one subject (a file, a model)."""
+    return "\n  - ".join([f"{subject}:", *problems])
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The end of an 'unknown name' message: the nearest known names, or all of them.
+
+    Args:
+        name: what the user wrote.
+        known: the names that exist.
+    """
+    options = sorted(known)
+    near = difflib.get_close_matches(name.lower(), options, n=2, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(options) or 'none'}"

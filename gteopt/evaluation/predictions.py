@@ -1,0 +1,286 @@
+"""From what mteb predicts for each text to the entries that its main score is made of.
+
+Hides: how each of mteb's task classes writes its predictions, and which documents its clusterings
+draw. Refuses to know: encoders, intervals, files of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mteb._evaluators.retrieval_metrics import calculate_retrieval_scores, mrr
+from mteb.abstasks import (
+    AbsTaskBitextMining,
+    AbsTaskClassification,
+    AbsTaskClustering,
+    AbsTaskClusteringLegacy,
+    AbsTaskMultilabelClassification,
+    AbsTaskPairClassification,
+    AbsTaskRetrieval,
+    AbsTaskSTS,
+    AbsTaskSummarization,
+)
+
+from gteopt.errors import UnsupportedError
+from gteopt.evaluation.samples import Array, Samples
+
+TOLERANCE = 1e-6
+_AT = re.compile(r"^(max_over_subqueries_)?(ndcg|map|recall|precision|hit_rate|mrr)_at_(\d+)$")
+_PAIR_METRIC = re.compile(r"^(max|similarity|cosine|dot|manhattan|euclidean)_(ap|accuracy)$")
+_TREC = {  # mteb's name -> pytrec_eval's
+    "ndcg": "ndcg_cut",
+    "map": "map_cut",
+    "recall": "recall",
+    "precision": "P",
+    "hit_rate": "success",
+}
+_DIGITS = 5  # mteb rounds what pytrec_eval gives, but not the reciprocal rank
+
+
+class Draws:
+    """A task's random generator that keeps what it drew: the documents of each clustering."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+        self.sampled: list[list[int]] = []
+        self.chosen: list[list[int]] = []
+
+    def sample(self, population: Sequence[int], *args: Any, **kwargs: Any) -> list[int]:
+        """As `random.Random.sample`."""
+        self.sampled.append(self._generator.sample(population, *args, **kwargs))
+        return self.sampled[-1]
+
+    def choices(self, population: Sequence[int], *args: Any, **kwargs: Any) -> list[int]:
+        """As `random.Random.choices`."""
+        self.chosen.append(self._generator.choices(population, *args, **kwargs))
+        return self.chosen[-1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+
+def record_draws_(task: Any) -> Draws | None:
+    """Make a clustering task keep its draws; None for a task that draws no documents."""
+    if not isinstance(task, AbsTaskClustering):
+        return None
+    draws = Draws(task.rng_state)
+    task.rng_state = draws
+    return draws
+
+
+def read_predictions(task: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """What a task wrote into `folder`, by subset and split; empty if it writes nothing."""
+    path = folder / task.prediction_file_name
+    if not path.is_file():
+        return {}
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def collect(
+    task: Any, split: str, predictions: Mapping[str, Mapping[str, Any]], draws: Draws | None
+) -> Iterator[tuple[str, Samples | UnsupportedError]]:
+    """The entries of each subset of one split, or why there are none.
+
+    Args:
+        task: after it was evaluated, with its data.
+        split: the one that was evaluated.
+        predictions: from `read_predictions`.
+        draws: of this evaluation of this split alone.
+    """
+    chosen = iter(draws.chosen if draws else ())
+    sampled = iter(draws.sampled if draws else ())
+    for subset in task.hf_subsets:
+        try:
+            data = task.dataset.get(subset, task.dataset)[split]
+            own = predictions.get(subset, predictions.get("parallel", {})).get(split)
+            if own is None:
+                raise UnsupportedError(f"{type(task).__name__} writes no predictions")
+            yield subset, _samples(task, data, subset, own, sampled, chosen)
+        except UnsupportedError as error:
+            yield subset, error
+
+
+def _samples(
+    task: Any,
+    data: Any,
+    subset: str,
+    own: Any,
+    sampled: Iterator[list[int]],
+    chosen: Iterator[list[int]],
+) -> Samples:
+    metric = task.metadata.main_score
+    if isinstance(task, AbsTaskRetrieval):
+        return _retrieval(task, data, own, metric)
+    if isinstance(task, AbsTaskClustering):
+        return _clustering(task, data, own, metric, sampled, chosen)
+    if isinstance(task, AbsTaskClusteringLegacy) and metric == "v_measure":
+        return _clustering_sets(task, data, own)
+    if isinstance(task, AbsTaskSTS) and metric == "cosine_spearman":
+        arrays = {
+            "similarities": np.array(own["cosine_scores"]),
+            "gold": np.array(data["score"], np.float64),
+        }
+        return Samples("spearman", "pair", arrays)
+    if isinstance(task, AbsTaskBitextMining) and metric in ("f1", "accuracy"):
+        return _bitext(task, data, subset, own, metric)
+    if isinstance(task, AbsTaskPairClassification) and _PAIR_METRIC.match(metric):
+        return _pairs(task, data, own, metric)
+    if isinstance(task, AbsTaskSummarization) and metric == "cosine_spearman":
+        return _summaries(own)
+    is_plain = isinstance(task, AbsTaskClassification) and not (
+        isinstance(task, AbsTaskMultilabelClassification) or task.is_cross_validation
+    )
+    if is_plain and metric in ("accuracy", "f1"):
+        return _classification(task, data, own, metric)
+    raise UnsupportedError(f"{metric} of {task.metadata.type} is not kept text by text")
+
+
+def _retrieval(task: Any, data: Any, results: Any, metric: str) -> Samples:
+    qrels = data["relevant_docs"]
+    if task.ignore_identical_ids:
+        for query, found in results.items():
+            found.pop(query, None)
+    at = _AT.match("recall_at_1" if metric == "accuracy" else metric)
+    if at is None:
+        raise UnsupportedError(f"{metric} is not kept query by query")
+    over_subqueries, name, depth = bool(at[1]), at[2], int(at[3])
+    if over_subqueries:
+        results, qrels = _merged(results, qrels)
+    if name == "mrr":
+        ranks = mrr(qrels, results, [depth])[f"MRR@{depth}"]
+        by_query = dict(zip(results, ranks, strict=True))
+    else:
+        # The other depths cost nothing, and mteb's own function wants depth 1 for its summary.
+        skip_first = task.skip_first_result and not over_subqueries
+        scored = calculate_retrieval_scores(results, qrels, [1, depth], skip_first).all_scores
+        by_query = {query: found[f"{_TREC[name]}_{depth}"] for query, found in scored.items()}
+    values = np.array([by_query[query] for query in sorted(by_query)])
+    return Samples("mean", "query", {"values": values}, None if name == "mrr" else _DIGITS)
+
+
+def _merged(results: Any, qrels: Any) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Subqueries ("12_0", "12_1") as one query that finds what the best of them finds."""
+    merged: dict[str, dict[str, float]] = {}
+    judged: dict[str, Any] = {}
+    for query, relevant in qrels.items():
+        stem = query.rpartition("_")[0]
+        judged[stem] = relevant
+        best = merged.setdefault(stem, {})
+        for document, score in results[query].items():
+            best[document] = max(score, best.get(document, score))
+    return merged, judged
+
+
+def _classification(task: Any, data: Any, own: Any, metric: str) -> Samples:
+    gold, predictions = np.array(data[task.label_column_name]), np.array(own)  # [U], [E, U]
+    if metric == "accuracy":
+        return Samples("mean", "document", {"values": (predictions == gold).mean(axis=0)})
+    _, codes = np.unique(np.r_[gold, predictions.ravel()], return_inverse=True)
+    arrays = {
+        "gold": codes[: len(gold)].astype(np.int32),
+        "predictions": codes[len(gold) :].reshape(predictions.shape).astype(np.int32),
+    }
+    return Samples("f1_macro", "document", arrays)
+
+
+def _clustering(
+    task: Any,
+    data: Any,
+    own: Any,
+    metric: str,
+    sampled: Iterator[list[int]],
+    chosen: Iterator[list[int]],
+) -> Samples:
+    embeds_all = task.max_document_to_embed is None
+    embeds_all = embeds_all and task.max_fraction_of_documents_to_embed is None
+    document_ids = np.arange(len(data)) if embeds_all else np.array(next(sampled))
+    every_label = data.select(document_ids)[task.label_column_name]
+    labels = [label if isinstance(label, list) else [label] for label in every_label]
+    parts = []
+    for level, (_, clusterings) in enumerate(own.items()):
+        # A document without a label at this level is left out, exactly as mteb decides it.
+        of_level = np.array([label[level] if len(label) > level else -1 for label in labels])
+        valid = np.array([label != -1 for label in of_level])
+        rows = np.flatnonzero(valid)
+        codes = np.unique(of_level[valid], return_inverse=True)[1]
+        for clusters in clusterings:
+            drawn = np.array(next(chosen))
+            parts.append((rows[drawn], codes[drawn], np.array(clusters), level))
+    return _clustering_samples(metric, parts)
+
+
+def _clustering_sets(task: Any, data: Any, own: Any) -> Samples:
+    """Each row of the data is a set of documents that is clustered for itself."""
+    clusterings = iter(own)
+    ids: dict[str, int] = {}
+    parts = []
+    for row in data:
+        texts, labels = row[task.input_column_name], np.array(row[task.label_column_name])
+        codes = np.unique(labels, return_inverse=True)[1]
+        document = np.array([ids.setdefault(text, len(ids)) for text in texts])
+        # mteb gives a set with one label full marks without clustering it: one cluster does.
+        clusters = np.array(next(clusterings)) if codes.max() else np.zeros_like(codes)
+        parts.append((document, codes, clusters, 0))
+    return _clustering_samples("v_measure", parts)
+
+
+def _clustering_samples(metric: str, parts: Sequence[tuple[Any, Any, Any, int]]) -> Samples:
+    if metric not in ("v_measure", "ami"):
+        raise UnsupportedError(f"{metric} of clusterings is not kept document by document")
+    documents, golds, clusters, levels = zip(*parts, strict=True)
+    used, document = np.unique(np.concatenate(documents), return_inverse=True)
+    del used  # only which rows are of one document matters
+    arrays: dict[str, Array] = {
+        "document": document.astype(np.int32),
+        "experiment": np.repeat(np.arange(len(parts)), [len(each) for each in documents]),
+        "gold": np.concatenate(golds),
+        "cluster": np.concatenate(clusters),
+        "level": np.array(levels),
+    }
+    narrow = {name: array.astype(np.int32) for name, array in arrays.items()}
+    return Samples("ami" if metric == "ami" else "v_measure", "document", narrow)
+
+
+def _bitext(task: Any, data: Any, subset: str, own: Any, metric: str) -> Samples:
+    pair = subset if task.parallel_subsets else "-".join(task._DEFAULT_PAIR[0])
+    predicted = np.array([found["corpus_id"] for found in own[pair]])
+    gold = np.arange(len(predicted))
+    if "gold" in data:
+        gold = np.array([right for _, right in data["gold"]])
+    if metric == "accuracy":
+        values = (predicted == gold).astype(np.float64)
+        return Samples("mean", "sentence", {"values": values})
+    arrays = {"gold": gold.astype(np.int32), "predictions": predicted[None].astype(np.int32)}
+    return Samples("f1_weighted", "sentence", arrays)
+
+
+def _pairs(task: Any, data: Any, own: Any, metric: str) -> Samples:
+    labels = data[task.label_column_name]
+    gold = np.array(labels[0] if len(data) == 1 else labels)
+    similarities = {
+        "similarity": np.array(own["similarity_scores"]),
+        "cosine": np.array(own["cosine_scores"]),
+        "dot": np.array(own["dot_scores"]),
+        "manhattan": -np.array(own["manhattan_distances"]),
+        "euclidean": -np.array(own["euclidean_distances"]),
+    }
+    of, _, kind = metric.partition("_")
+    used = list(similarities.values()) if of == "max" else [similarities[of]]
+    arrays = {"similarities": np.stack(used), "gold": gold.astype(np.int8)}
+    return Samples("max_ap" if kind == "ap" else "max_accuracy", "pair", arrays)
+
+
+def _summaries(own: Any) -> Samples:
+    values = [
+        Samples(
+            "spearman", "pair", {"similarities": np.array(found), "gold": np.array(human)}
+        ).score()
+        for found, human in zip(own["cosine_scores"], own["human_scores"], strict=True)
+    ]
+    return Samples("mean", "text", {"values": np.array(values)})

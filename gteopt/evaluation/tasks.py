@@ -1,0 +1,598 @@
+"""The tasks that are scored: mteb's own classes, and the mini set as subclasses of them.
+
+Hides: how a task finds its data (the Hub, a folder in the Hub's layout, the package) and which
+revision of it was read. Refuses to know: encoders, scores.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from mteb import TaskMetadata, get_task
+from mteb.abstasks import (
+    AbsTask,
+    AbsTaskBitextMining,
+    AbsTaskClassification,
+    AbsTaskClustering,
+    AbsTaskRetrieval,
+    AbsTaskSTS,
+)
+from mteb.get_tasks import TASK_LIST
+
+from gteopt.errors import InputError, join_problems, suggest
+from gteopt.evaluation.own import Collection, Pairs, read_own
+from gteopt.evaluation.suites import Suite, SuiteTask
+from gteopt.recipe import shipped_dir
+
+_LANGUAGES = {"en": "eng-Latn", "fr": "fra-Latn", "pl": "pol-Latn", "zh": "cmn-Hans"}
+_MINI_PATH = "gteopt/mini"
+_MINI_DIR = "eval/mini"
+
+
+_CLASSES: dict[str, Any] = {each.metadata.name: each for each in TASK_LIST}
+
+
+@dataclass(frozen=True)
+class ResolvedTask:
+    """One task of a suite, found but not loaded.
+
+    Attributes:
+        revision: commit of the data on the Hub, or "sha256:..." of the local files that are read.
+        folder: where local data lie; None where they come from the Hub.
+        aggregate: name of the task that this one is a part of; its scores are reported under that
+            name, with this one as a subset.
+    """
+
+    task: Any
+    splits: tuple[str, ...]
+    subsets: tuple[str, ...]
+    instruction: str
+    revision: str
+    folder: Path | None
+    aggregate: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the task."""
+        return str(self.task.metadata.name)
+
+
+def suite_problems(suite: Suite) -> list[str]:
+    """Everything that is wrong with the names in a suite: tasks, subsets, splits."""
+    problems = []
+    classes = _CLASSES | MINI_TASKS
+    seen: set[str] = set()
+    for entry in suite.tasks:
+        if entry.task in seen:
+            problems.append(f"task '{entry.task}' is listed twice")
+        seen.add(entry.task)
+        if entry.data is not None:
+            problems += _own_problems(entry, classes)
+            continue
+        task_class = classes.get(entry.task)
+        if task_class is None:
+            problems.append(f"unknown task '{entry.task}': {_suggest_task(entry.task, classes)}")
+            continue
+        metadata = task_class.metadata
+        if entry.task in MINI_TASKS and entry.revision is not None:
+            problems.append(f"task '{entry.task}' ships with gteopt; remove 'revision'")
+        if hasattr(metadata, "tasks"):
+            problems += _aggregate_problems(entry, [part.metadata.name for part in metadata.tasks])
+            continue
+        if entry.parts is not None:
+            problems.append(f"task '{entry.task}' is not made of others; remove 'parts'")
+        if set(metadata.modalities) != {"text"}:
+            found = ", ".join(metadata.modalities)
+            problems.append(f"task '{entry.task}' needs {found}; gteopt encodes text only")
+            continue
+        # Data may have splits that mteb does not score by default, so only its subsets are known.
+        for subset in entry.subsets or ():
+            if subset not in metadata.hf_subsets:
+                problems.append(
+                    f"task '{entry.task}' has no subset '{subset}': "
+                    f"{suggest(subset, metadata.hf_subsets)}"
+                )
+    return problems
+
+
+def resolve(suite: Suite, hub_dir: Path | None) -> list[ResolvedTask]:
+    """Find every task and its data, without loading any.
+
+    Raises:
+        InputError: names that do not exist; or every folder below `hub_dir` that is missing, and
+            how to fetch it.
+    """
+    problems = suite_problems(suite)
+    if problems:
+        raise InputError(join_problems(f"suite {suite.name} is not valid", problems))
+    resolved = []
+    for entry in suite.tasks:
+        for part, aggregate in _parts(entry):
+            try:
+                resolved.append(_resolve(part, aggregate, hub_dir))
+            except InputError as error:
+                problems.append(str(error))
+    if problems:
+        raise InputError(join_problems(f"suite {suite.name} lacks data", problems))
+    return resolved
+
+
+def load_data(tasks: Sequence[ResolvedTask]) -> None:
+    """Load the data of tasks, before anything is encoded.
+
+    Raises:
+        InputError: names every task whose data cannot be read, or lack a split or subset.
+    """
+    problems = []
+    for each in tasks:
+        try:
+            each.task.load_data()
+            if isinstance(each.task, AbsTaskRetrieval):
+                each.task.convert_v1_dataset_format_to_v2(num_proc=None)
+        except Exception as error:
+            # datasets, huggingface_hub and the tasks' own loaders share no exception type.
+            problems.append(_unreadable(each, error))
+            continue
+        problems += [
+            f"{each.name}: {each.folder or each.task.metadata.dataset['path']} has no split "
+            f"'{split}' of subset '{subset}'; name what it has in the suite (subsets, splits)"
+            for split in each.splits
+            for subset in each.subsets
+            if split not in each.task.dataset.get(subset, each.task.dataset)
+        ]
+    if problems:
+        raise InputError(join_problems("data of the suite cannot be read", problems))
+
+
+def task_instruction(task: AbsTask) -> str:
+    """What a task's queries are prefixed with, for models that take instructions.
+
+    mteb's prompts are the task descriptions of E5-mistral (Wang et al. 2023, arXiv:2401.00368,
+    appendix), which gte-Qwen2's authors evaluate with as well: on queries only. Where a
+    task has none of its own, its type's counts ("Retrieve semantically similar text.").
+    """
+    prompt = task.metadata.prompt
+    if isinstance(prompt, dict):
+        prompt = prompt.get("query")
+    return str(prompt or task.abstask_prompt)
+
+
+def n_samples(task: Any, split: str, subset: str) -> int:
+    """How many queries, pairs or texts the score of one split and subset is over."""
+    data = task.dataset.get(subset, task.dataset)[split]
+    return len(data["queries"] if isinstance(task, AbsTaskRetrieval) else data)
+
+
+def mini_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of one file of the mini set."""
+    path = shipped_dir(_MINI_DIR) / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _mini(name: str, kind: str, main_score: str, languages: Any, **more: Any) -> Any:
+    return TaskMetadata(
+        name=name,
+        type=kind,
+        main_score=main_score,
+        eval_langs=languages,
+        # Where the data are is known only at run time: the package may be a wheel or a checkout.
+        dataset={"path": _MINI_PATH, "revision": "shipped"},
+        license="cc0-1.0",
+        sample_creation="created",
+        **more,
+    )
+
+
+class MiniRetrieval(AbsTaskRetrieval):  # type: ignore[misc]
+    """Short queries over one pool of documents in four languages; many cross a language."""
+
+    metadata = _mini(
+        "MiniRetrieval",
+        "Retrieval",
+        "ndcg_at_10",
+        list(_LANGUAGES.values()),
+        description="Queries and documents on 16 everyday topics, in one multilingual pool.",
+        prompt="Given a web search query, retrieve relevant passages that answer the query",
+    )
+
+    def load_data(self, *args: Any, **kwargs: Any) -> None:
+        """Read the mini set."""
+        relevant: dict[str, dict[str, int]] = {}
+        for row in mini_rows("qrels"):
+            relevant.setdefault(row["query_id"], {})[row["corpus_id"]] = row["score"]
+        columns = ("id", "text")
+        data = {
+            "corpus": _dataset(mini_rows("corpus"), columns),
+            "queries": _dataset(mini_rows("queries"), columns),
+            "relevant_docs": relevant,
+            "top_ranked": None,
+        }
+        self.dataset = {"default": {"test": data}}
+        self.data_loaded = True
+
+
+class MiniSTS(AbsTaskSTS):  # type: ignore[misc]
+    """Graded similarity of sentence pairs within each language."""
+
+    metadata = _mini(
+        "MiniSTS",
+        "STS",
+        "cosine_spearman",
+        {language: [code] for language, code in _LANGUAGES.items()},
+        description="Sentence pairs with similarity from 0 to 5, many with one telling difference.",
+    )
+
+    def load_data(self, *args: Any, **kwargs: Any) -> None:
+        """Read the mini set."""
+        columns = ("sentence1", "sentence2", "score")
+        rows = mini_rows("sts")
+        self.dataset = {
+            language: DatasetDict({"test": _dataset(_of(rows, "language", language), columns)})
+            for language in self.hf_subsets
+        }
+        self.data_loaded = True
+
+
+class MiniIntentClassification(AbsTaskClassification):  # type: ignore[misc]
+    """Intents of messages to a library; all languages together, so that they must share a space."""
+
+    metadata = _mini(
+        "MiniIntentClassification",
+        "Classification",
+        "accuracy",
+        list(_LANGUAGES.values()),
+        description="Messages to a public library, by what the writer wants.",
+        prompt="Given a message to a public library, find the corresponding intent",
+    )
+
+    def load_data(self, *args: Any, **kwargs: Any) -> None:
+        """Read the mini set."""
+        rows = mini_rows("intents")
+        self.dataset = DatasetDict(
+            {
+                split: _dataset(_of(rows, "split", split), ("text", "label"))
+                for split in ("train", "test")
+            }
+        )
+        self.data_loaded = True
+
+
+class _WithoutReplacement(random.Random):
+    """A generator whose `choices` never returns an item twice."""
+
+    def choices(self, population: Any, *args: Any, k: int = 1, **kwargs: Any) -> list[Any]:
+        return self.sample(population, k=min(k, len(population)))
+
+
+class MiniTopicClustering(AbsTaskClustering):  # type: ignore[misc]
+    """Topics of the retrieval task's documents, within each language.
+
+    Ten k-means runs over all documents of a language, in ten orders. Two of mteb's habits are for
+    large data and hide differences on 48 texts: it draws texts with replacement, and two copies of
+    a text share a cluster whatever the model (random weights then reach an AMI of 0.45 instead of
+    0.03); and V-measure, which is not corrected for chance, starts at 0.56 here.
+    """
+
+    metadata = _mini(
+        "MiniTopicClustering",
+        "Clustering",
+        "ami",
+        {language: [code] for language, code in _LANGUAGES.items()},
+        description="Passages to be grouped by topic.",
+        prompt="Identify the topic of the given passages",
+    )
+    max_fraction_of_documents_to_embed = None
+
+    def __init__(self, seed: int = 42, **kwargs: Any) -> None:
+        super().__init__(seed, **kwargs)
+        self.rng_state = _WithoutReplacement(seed)
+
+    def load_data(self, *args: Any, **kwargs: Any) -> None:
+        """Read the mini set."""
+        rows = mini_rows("corpus")
+        self.dataset = {}
+        for language in self.hf_subsets:
+            own = _of(rows, "language", language)
+            columns = {
+                "sentences": [row["text"] for row in own],
+                "labels": [row["topic"] for row in own],
+            }
+            self.dataset[language] = DatasetDict({"test": Dataset.from_dict(columns)})
+        self.data_loaded = True
+
+
+class MiniBitextMining(AbsTaskBitextMining):  # type: ignore[misc]
+    """Find each English sentence's translation among near misses."""
+
+    metadata = _mini(
+        "MiniBitextMining",
+        "BitextMining",
+        "f1",
+        {f"en-{other}": ["eng-Latn", _LANGUAGES[other]] for other in ("fr", "pl", "zh")},
+        description="Sentences with their translations; neighbours differ in one detail.",
+    )
+
+    def load_data(self, *args: Any, **kwargs: Any) -> None:
+        """Read the mini set."""
+        rows = mini_rows("bitext")
+        self.dataset = {}
+        for pair in self.hf_subsets:
+            first, second = pair.split("-")
+            columns = {
+                "sentence1": [row[first] for row in rows],
+                "sentence2": [row[second] for row in rows],
+            }
+            self.dataset[pair] = DatasetDict({"test": Dataset.from_dict(columns)})
+        self.data_loaded = True
+
+
+class OwnRetrieval(AbsTaskRetrieval):  # type: ignore[misc]
+    """A user's own collection; `_own_task` gives it its metadata."""
+
+    def __init__(self, own: Collection) -> None:
+        super().__init__()
+        self._own = own
+
+    def load_data(self, *args: Any, **kwargs: Any) -> None:
+        """Hand over what was read; each split has the queries that it judges."""
+        corpus = Dataset.from_list([dict(row) for row in self._own.corpus])
+        splits: dict[str, Any] = {}
+        for split, relevant in self._own.qrels.items():
+            queries = [dict(row) for row in self._own.queries if row["id"] in relevant]
+            splits[split] = {
+                "corpus": corpus,
+                "queries": _dataset(queries, ("id", "text")),
+                "relevant_docs": {query: dict(grades) for query, grades in relevant.items()},
+                "top_ranked": None,
+            }
+        self.dataset = {"default": splits}
+        self.data_loaded = True
+
+
+class OwnSTS(AbsTaskSTS):  # type: ignore[misc]
+    """A user's own labelled pairs; `_own_task` gives them their metadata."""
+
+    def __init__(self, own: Pairs) -> None:
+        super().__init__()
+        self._own = own
+
+    def load_data(self, *args: Any, **kwargs: Any) -> None:
+        """Hand over what was read."""
+        columns = {
+            "sentence1": list(self._own.first),
+            "sentence2": list(self._own.second),
+            "score": list(self._own.scores),
+        }
+        self.dataset = DatasetDict({"test": Dataset.from_dict(columns)})
+        self.data_loaded = True
+
+
+def _own_task(name: str, own: Collection | Pairs) -> Any:
+    """A task of a user's own data. mteb keeps metadata on the class, so each has a class."""
+    is_search = isinstance(own, Collection)
+    prompt = "Given a web search query, retrieve relevant passages that answer the query"
+    metadata = TaskMetadata(
+        name=name,
+        type="Retrieval" if is_search else "STS",
+        main_score="ndcg_at_10" if is_search else "cosine_spearman",
+        eval_langs=["und-Zyyy"],  # ISO 639-3 and 15924: undetermined
+        dataset={"path": "own", "revision": "local"},
+        description="A user's own data.",
+        prompt=prompt if is_search else None,
+    )
+    task_class: Any = OwnRetrieval if is_search else OwnSTS
+    return type(task_class.__name__, (task_class,), {"metadata": metadata})(own)
+
+
+MINI_TASKS: dict[str, type[AbsTask]] = {
+    each.metadata.name: each
+    for each in (
+        MiniRetrieval,
+        MiniSTS,
+        MiniIntentClassification,
+        MiniTopicClustering,
+        MiniBitextMining,
+    )
+}
+
+
+def _parts(entry: SuiteTask) -> list[tuple[SuiteTask, str | None]]:
+    """What an entry scores: itself, or each part of an aggregate with the aggregate's name."""
+    if entry.data is not None or entry.task in MINI_TASKS:
+        return [(entry, None)]
+    if not hasattr(_CLASSES[entry.task].metadata, "tasks"):
+        return [(entry, None)]
+    names = [part.metadata.name for part in _CLASSES[entry.task].metadata.tasks]
+    own = entry.model_dump(exclude={"task", "parts", "revision", "files_sha256"})
+    pins = entry.parts or {}
+    return [(SuiteTask(task=name, revision=pins.get(name), **own), entry.task) for name in names]
+
+
+def _aggregate_problems(entry: SuiteTask, names: Sequence[str]) -> list[str]:
+    problems = [
+        f"task '{entry.task}' has no part '{name}': {suggest(name, names)}"
+        for name in entry.parts or ()
+        if name not in names
+    ]
+    if entry.parts and set(names) - set(entry.parts):
+        missing = ", ".join(name for name in names if name not in entry.parts)
+        problems.append(f"task '{entry.task}' is pinned in part only; 'parts' lacks {missing}")
+    problems += [
+        f"task '{entry.task}' is made of others; pin their revisions in 'parts', not '{field}'"
+        for field in ("revision", "files_sha256")
+        if getattr(entry, field) is not None
+    ]
+    if entry.subsets is not None:
+        problems.append(f"task '{entry.task}' is made of others and has no subsets")
+    return problems
+
+
+def _own_problems(entry: SuiteTask, known: Iterable[str]) -> list[str]:
+    problems = []
+    if entry.task in known:
+        problems.append(f"task '{entry.task}' is mteb's; give your own data another name")
+    for field in ("subsets", "revision", "files_sha256", "parts"):
+        if getattr(entry, field) is not None:
+            problems.append(f"task '{entry.task}' is your own data; remove '{field}'")
+    return problems
+
+
+def _resolve_own(entry: SuiteTask, path: Path) -> ResolvedTask:
+    """Read a user's own data.
+
+    Raises:
+        InputError: lists everything that is wrong with them.
+    """
+    own = read_own(path)
+    task = _own_task(entry.task, own)
+    has = tuple(own.qrels) if isinstance(own, Collection) else ("test",)
+    unknown = [split for split in entry.splits or () if split not in has]
+    if unknown:
+        raise InputError(
+            f"{entry.task}: {path} has no split {', '.join(unknown)}; it has {', '.join(has)}"
+        )
+    return ResolvedTask(
+        task=task,
+        splits=entry.splits or (("test",) if "test" in has else has),
+        subsets=("default",),
+        instruction=entry.instruction or task_instruction(task),
+        revision=f"sha256:{own.sha256}",
+        folder=path,
+    )
+
+
+def _resolve(entry: SuiteTask, aggregate: str | None, hub_dir: Path | None) -> ResolvedTask:
+    """Find the data of one task.
+
+    Raises:
+        InputError: no folder; or data of another revision than pinned.
+    """
+    if entry.data is not None:
+        return _resolve_own(entry, entry.data)
+    task = _make_task(entry)
+    path = task.metadata.dataset["path"]
+    pinned = entry.revision or task.metadata.dataset.get("revision")
+    is_mini = path == _MINI_PATH
+    folder: Path | None = None
+    if is_mini:
+        folder = shipped_dir(_MINI_DIR)
+    elif hub_dir is not None:
+        folder = hub_dir / path
+    revision = str(pinned)
+    if folder is not None:
+        if not folder.is_dir():
+            raise InputError(
+                f"{entry.task}: no folder {folder}; fetch it with: "
+                f"{_fetch_command(path, pinned, folder)}"
+            )
+        content = _folder_sha256(folder, "*.jsonl" if is_mini else "*")
+        commit = _downloaded_commit(folder)
+        _check_pin(entry, folder, path, commit, content)
+        revision = commit or f"sha256:{content}"
+    dataset = {**task.metadata.dataset}
+    if folder is None:
+        dataset["revision"] = pinned
+    elif not is_mini:
+        dataset |= {"path": str(folder), "revision": None}
+    task.metadata = task.metadata.model_copy(update={"dataset": dataset})
+    return ResolvedTask(
+        task=task,
+        splits=entry.splits or tuple(task.metadata.eval_splits),
+        subsets=tuple(task.hf_subsets),
+        instruction=entry.instruction or task_instruction(task),
+        revision=revision,
+        folder=folder,
+        aggregate=aggregate,
+    )
+
+
+def _check_pin(entry: SuiteTask, folder: Path, path: str, commit: str | None, content: str) -> None:
+    """Refuse local data that are known to be of another revision than the suite's.
+
+    A folder that `hf download --local-dir` made tells its commit. Of others, only the bytes can be
+    compared; where the suite pins none, the report records their hash, as always.
+    """
+    if commit is not None and entry.revision is not None:
+        if commit != entry.revision:
+            raise InputError(
+                f"{entry.task}: {folder} holds revision {commit}, but the suite pins "
+                f"{entry.revision}; fetch that with: "
+                f"{_fetch_command(path, entry.revision, folder)}, or change the suite's pin"
+            )
+    elif entry.files_sha256 is not None and content != entry.files_sha256:
+        raise InputError(
+            f"{entry.task}: the files of {folder} have sha256 {content}, but the suite pins "
+            f"{entry.files_sha256}; they are other data, and their scores are not comparable"
+        )
+
+
+def _downloaded_commit(folder: Path) -> str | None:
+    """The one commit that all files of a folder were downloaded at, where the Hub client noted it.
+
+    It writes `.cache/huggingface/download/<file>.metadata`: commit, etag, time.
+    """
+    notes = (folder / ".cache" / "huggingface" / "download").rglob("*.metadata")
+    commits = {note.read_text(encoding="utf-8").partition("\n")[0].strip() for note in notes}
+    return commits.pop() if len(commits) == 1 else None
+
+
+def _make_task(entry: SuiteTask) -> Any:
+    if entry.task in MINI_TASKS:
+        task = MINI_TASKS[entry.task]().filter_languages(None, hf_subsets=entry.subsets)
+        return task.filter_eval_splits(entry.splits)
+    return get_task(entry.task, hf_subsets=entry.subsets, eval_splits=entry.splits)
+
+
+def _dataset(rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> Dataset:
+    return Dataset.from_list([{column: row[column] for column in columns} for row in rows])
+
+
+def _of(rows: Sequence[dict[str, Any]], field: str, value: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row[field] == value]
+
+
+def _suggest_task(name: str, known: Iterable[str]) -> str:
+    # mteb has more than a thousand tasks: matched whatever their case, and never listed.
+    by_lower = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=2)
+    if near:
+        return f"did you mean {' or '.join(by_lower[each] for each in near)}?"
+    return "`mteb available-tasks` lists mteb's"
+
+
+def _unreadable(each: ResolvedTask, error: Exception) -> str:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if each.folder is not None:
+        return f"{each.name}: {each.folder} does not load ({first_line})"
+    dataset = each.task.metadata.dataset
+    path = dataset["path"]
+    fetch = _fetch_command(path, dataset.get("revision"), Path("DIR", path))
+    return (
+        f"{each.name}: {path} does not load from the Hub ({first_line}); to work "
+        f"offline, run where there is a network: {fetch}, then give --hub-dir DIR"
+    )
+
+
+def _fetch_command(path: str, revision: str | None, folder: Path) -> str:
+    at = f" --revision {revision}" if revision else ""
+    return f"hf download --repo-type dataset {path}{at} --local-dir {folder}"
+
+
+def _folder_sha256(folder: Path, pattern: str) -> str:
+    """Hash over names and bytes of a folder's files; the Hub client's own dot files left out."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob(pattern)):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            with path.open("rb") as handle:
+                content = hashlib.file_digest(handle, "sha256").hexdigest()
+            digest.update(f"{relative.as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()

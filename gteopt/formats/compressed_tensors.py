@@ -1,0 +1,232 @@
+"""The layout of `quant_method: compressed-tensors`: llm-compressor, transformers, vLLM.
+
+A layer NAME of O output and I input features in G groups is either packed (`pack-quantized`)
+
+    NAME.weight_packed      int32 [O, ceil(I * bits / 32)]  codes packed densely along I
+    NAME.weight_scale       [O, G], float
+    NAME.weight_shape       int64 [2]                       O and I
+    NAME.weight_zero_point  int32 [ceil(O * bits / 32), G]  packed densely along O; asymmetric only
+    NAME.weight_g_idx       int32 [I]                       older act-order checkpoints only
+
+or has a byte a weight (`int-quantized`, which 8-bit activations need)
+
+    NAME.weight             int8 [O, I]
+    NAME.weight_scale       [O, G], float
+    NAME.weight_zero_point  int8 [O, G]                     asymmetric only
+
+Its integers are signed, ours unsigned: they differ by 2^(bits - 1), which packing adds back.
+Hides: which layer has which scheme (`config_groups`, `targets`, `ignore`).
+Source: compressed-tensors 0.20, `compressors/pack_quantized`, `compressors/naive_quantized`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gteopt.errors import UnsupportedError
+from gteopt.formats.packed import (
+    Config,
+    ReadLayer,
+    Shape,
+    as_bytes,
+    as_words,
+    assemble,
+    check_tensors,
+    feature_order,
+)
+from gteopt.quant.affine import PackedWeight, pack_codes, packed_width, unpack_codes
+from gteopt.recipe import LayerScheme
+
+
+def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:
+    """Why these layers cannot be written so: never; any scheme of whole numbers can."""
+    del schemes, shapes
+    return []
+
+
+def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
+    """The layer's tensors without its bias; `from_tensors` gives exactly the same weight back."""
+    bits = weight.scheme.bits
+    scale = weight.scale.contiguous()
+    if weight.scheme.activation_bits == 8:
+        return {"weight": (weight.qweight ^ 128).view(torch.int8), "weight_scale": scale}
+    tensors = {
+        "weight_packed": as_words(weight.qweight),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([weight.out_features, weight.in_features]),
+    }
+    if weight.qzero is not None:
+        zero = weight.unpack().zero.t().contiguous()  # [G, O]
+        tensors["weight_zero_point"] = as_words(pack_codes(zero, bits)).t().contiguous()
+    return tensors
+
+
+def quantization_config(
+    schemes: Mapping[str, LayerScheme], left: Sequence[str], blocks: str, made_by: str
+) -> dict[str, Any]:
+    """What config.json says of a model whose layers `to_tensors` wrote.
+
+    Args:
+        schemes: the quantized layers.
+        left: linear layers, of the whole model, that are not quantized.
+        blocks: not needed here.
+        made_by: the format has no room for it.
+    """
+    del blocks, made_by
+    kinds = list(dict.fromkeys(schemes.values()))
+    groups = {}
+    for i, scheme in enumerate(kinds):
+        # A class name is what engines understand best; names are needed where schemes differ.
+        targets = ["Linear"] if len(kinds) == 1 else [n for n, s in schemes.items() if s == scheme]
+        groups[f"group_{i}"] = {
+            "targets": targets,
+            "weights": {
+                "num_bits": scheme.bits,
+                "type": "int",
+                "symmetric": scheme.symmetric,
+                "strategy": "channel" if scheme.group_size == "row" else "group",
+                "group_size": None if scheme.group_size == "row" else scheme.group_size,
+                "dynamic": False,
+            },
+            "input_activations": _TOKENS if scheme.activation_bits == 8 else None,
+            "output_activations": None,
+            "format": _format(scheme),
+        }
+    formats = sorted({_format(scheme) for scheme in kinds})
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": formats[0] if len(formats) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": list(left),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        # transformers decompresses in a hook that only `model(...)` runs; sentence-transformers 6.2
+        # calls `model.forward(...)` and would multiply codes. This decompresses at load.
+        "dequantize": True,
+    }
+
+
+def layers_in(names: Iterable[str]) -> list[str]:
+    """The quantized layers among a checkpoint's tensor names."""
+    suffix = ".weight_scale"
+    return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+
+
+def from_tensors(
+    config: Config, name: str, shape: Shape, tensors: Mapping[str, Tensor]
+) -> ReadLayer:
+    """Read a layer's tensors (without its bias) of any maker.
+
+    Raises:
+        IntegrityError: tensors are missing or of another shape.
+        UnsupportedError: a scheme that gteopt's kernels do not have.
+    """
+    subject = f"compressed-tensors layer {name}"
+    group = _group_of(config, name)
+    weights = group.get("weights") or {}
+    activation_bits = _activation_bits(subject, group.get("input_activations"))
+    bits = int(weights.get("num_bits", 8))
+    if weights.get("type", "int") != "int":
+        raise UnsupportedError(
+            f"{subject}: {bits}-bit {weights['type']} weights are not supported (supported: int)"
+        )
+    scale = tensors.get("weight_scale", torch.empty(0, 1))
+    scale = scale.reshape(1, 1).expand(shape.out_features, 1) if scale.numel() == 1 else scale
+    n_groups = scale.shape[-1]
+    grid = (shape.out_features, n_groups)
+    offset = 1 << (bits - 1)
+    order = None
+    if "weight_packed" in tensors:
+        n_words = (shape.in_features * bits + 31) // 32
+        zero_words = (packed_width(shape.out_features, bits) + 3) // 4
+        wanted: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
+            "weight_packed": (torch.int32, (shape.out_features, n_words)),
+            "weight_scale": (None, grid),
+            "weight_shape": (None, (2,)),
+            "weight_zero_point": (torch.int32, (zero_words, n_groups)),
+            "weight_g_idx": (None, (shape.in_features,)),
+        }
+        optional = frozenset({"weight_shape", "weight_zero_point", "weight_g_idx"})
+        check_tensors(subject, {**tensors, "weight_scale": scale}, wanted, optional)
+        codes = unpack_codes(as_bytes(tensors["weight_packed"]), bits, shape.in_features)
+        groups = tensors.get("weight_g_idx")
+        if groups is not None and not bool((groups == -1).all()):  # -1: never filled in
+            order = feature_order(subject, groups, n_groups)
+        if order is not None:
+            codes = codes[:, order]
+        packed_zero = tensors.get("weight_zero_point")
+        zero = torch.full(grid, offset, dtype=torch.uint8, device=codes.device)
+        if packed_zero is not None:
+            zero = unpack_codes(as_bytes(packed_zero.t()), bits, shape.out_features).t()
+    else:
+        wanted = {
+            "weight": (torch.int8, (shape.out_features, shape.in_features)),
+            "weight_scale": (None, grid),
+            "weight_zero_point": (torch.int8, grid),
+        }
+        tensors = {**tensors, "weight_scale": scale}
+        check_tensors(subject, tensors, wanted, frozenset({"weight_zero_point"}))
+        codes = (tensors["weight"].to(torch.int16) + offset).to(torch.uint8)
+        stored = tensors.get("weight_zero_point", torch.zeros(grid, dtype=torch.int8))
+        zero = (stored.to(torch.int16) + offset).to(torch.uint8).to(codes.device)
+    weight = assemble(
+        subject,
+        codes.contiguous(),
+        scale.contiguous(),
+        zero.contiguous(),
+        bits,
+        activation_bits=activation_bits,
+    )
+    return ReadLayer(weight, order)
+
+
+_TOKENS: dict[str, Any] = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+}
+
+
+def _format(scheme: LayerScheme) -> str:
+    return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
+
+
+def _group_of(config: Config, name: str) -> Mapping[str, Any]:
+    """The config group that covers a linear layer: one that names it before one that names all."""
+    groups = list((config.get("config_groups") or {}).values())
+    for group in groups:
+        if any(_matches(target, name) for target in group.get("targets", ())):
+            return dict(group)
+    for group in groups:
+        if "Linear" in group.get("targets", ()):
+            return dict(group)
+    raise UnsupportedError(
+        f"compressed-tensors layer {name}: no entry of config_groups has it among its targets"
+    )
+
+
+def _matches(target: str, name: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), name) is not None
+    return name == target or name.endswith(f".{target}")
+
+
+def _activation_bits(subject: str, activations: Mapping[str, Any] | None) -> int:
+    if activations is None:
+        return 16
+    found = {key: activations.get(key) for key in _TOKENS}
+    if found != _TOKENS:
+        shown = ", ".join(f"{key}: {value}" for key, value in found.items())
+        raise UnsupportedError(
+            f"{subject}: activations with {shown} are not supported (supported: symmetric int8, "
+            f"each token scaled when it is seen)"
+        )
+    return 8

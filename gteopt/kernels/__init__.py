@@ -1,0 +1,56 @@
+"""Runtime linear layers for packed weights, and the choice between them.
+
+Every layer has a `kernel` name, `in_features`, `out_features`, holds packed buffers and no float
+copy of its weight, and maps [..., I] to [..., O] in its input's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gteopt.kernels.cpu import Int4LinearCpu, Int8LinearCpu, int4_runs_here
+from gteopt.kernels.reference import DequantLinear, Int8Reference
+from gteopt.quant.affine import PackedWeight
+
+_Kernel = Callable[[PackedWeight, Tensor | None], nn.Module]
+_INT8_ACTIVATIONS: dict[str, _Kernel] = {"cpu": Int8LinearCpu}
+"""By device type; elsewhere `Int8Reference` computes the same numbers in float32."""
+
+
+def make_linear(
+    weight: PackedWeight,
+    bias: Tensor | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    order: Tensor | None = None,
+) -> nn.Module:
+    """The fastest layer that can compute this weight on this device.
+
+    Args:
+        weight: packed codes and grid, on any device.
+        bias: [O] or None, any float dtype.
+        device: where the layer is to run.
+        dtype: of the inputs that it will be given.
+        order: int64 [I], the input feature that each column of the weight multiplies; None when
+            they are in order.
+    """
+    kernel: _Kernel = DequantLinear
+    if weight.scheme.activation_bits == 8:
+        kernel = _INT8_ACTIVATIONS.get(device.type, Int8Reference)
+    elif device.type == "cpu" and dtype == torch.bfloat16 and int4_runs_here(weight.unpack()):
+        kernel = Int4LinearCpu
+    layer = kernel(weight, None if bias is None else bias.detach().to(dtype)).to(device)
+    if order is not None:
+        layer.register_buffer("order", order.to(device))
+        layer.register_forward_pre_hook(_reorder)
+    return layer
+
+
+def _reorder(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Put the input features into the order of the layer's columns."""
+    assert isinstance(layer.order, Tensor)
+    return (inputs[0][..., layer.order],)

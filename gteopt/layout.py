@@ -1,0 +1,246 @@
+"""The Sentence Transformers folder that an artifact is.
+
+Hides: which files other libraries expect (module list, pooling, prompts, a tokenizer that appends
+the end token by itself, a projection as a Dense module) and where packed weights lie among them.
+Refuses to know: how weights or projections were found. Specified in artifacts/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gteopt import __version__
+from gteopt.checkpoint import VECTOR_MODULES, Checkpoint
+from gteopt.encoder import VECTORS_FILE, Encoder, load_tokenizer
+from gteopt.formats import FORMATS, Format
+from gteopt.quant.affine import PackedWeight
+from gteopt.quant.vectors import VectorTransform
+from gteopt.recipe import Layout
+from gteopt.records import LayerRecord
+
+WEIGHTS = "weights"
+_ONE_FILE_BYTES = 4 << 30
+"""Standard weights up to this size lie in one file, beyond it in one file a transformer block."""
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write safetensors so that a half-written file never carries the final name.
+
+    Raises:
+        OSError: the file cannot be written (a full disk).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with _write_errors(path):
+        save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(path)
+
+
+def write_model(
+    encoder: Encoder,
+    stage: Path,
+    *,
+    blocks: str | None,
+    layers: Sequence[LayerRecord],
+    layout: Layout | None,
+) -> None:
+    """Config, weights, tokenizer and the Sentence Transformers module files.
+
+    Args:
+        encoder: the loaded model, quantized or not.
+        stage: the folder to write into.
+        blocks: name of the list of transformer blocks whose shards `stage` already holds; None
+            writes all weights as transformers does.
+        layers: the quantized layers in those shards.
+        layout: what the shards become; "gteopt" leaves them as they are.
+    """
+    checkpoint = encoder.checkpoint
+    config = {
+        **checkpoint.config,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "architectures": [type(encoder.module).__name__],
+    }
+    config.pop("torch_dtype", None)
+    _write_json(stage / "config.json", config)
+    if blocks is not None:
+        rest = {
+            name: tensor.contiguous().cpu()
+            for name, tensor in encoder.module.state_dict().items()
+            if not name.startswith(f"{blocks}.")
+        }
+        save_tensors(stage / WEIGHTS / "rest.safetensors", rest)
+        form = FORMATS.get(layout) if layout is not None else None
+        if form is not None:
+            config["quantization_config"] = form.quantization_config(
+                {each.name: each.scheme for each in layers},
+                [n for n, m in encoder.module.named_modules() if isinstance(m, nn.Linear)],
+                blocks,
+                f"gteopt:{__version__}",
+            )
+            _write_json(stage / "config.json", config)
+            _write_standard(stage, layers, form)
+    else:
+        # safetensors stores each tensor once; tied names are restored by the architecture
+        with _write_errors(stage / "model.safetensors"):
+            encoder.module.save_pretrained(stage)  # type: ignore[operator]
+        _write_json(stage / "config.json", config)
+    _write_tokenizer(checkpoint, stage)
+    _write_modules(checkpoint, stage)
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """A full disk, which safetensors reports in a type of its own, as the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def _write_standard(stage: Path, layers: Sequence[LayerRecord], form: Format) -> None:
+    """Turn the staged shards into the files that other libraries read, and remove the shards."""
+    shards = sorted((stage / WEIGHTS).glob("*.safetensors"))
+    if sum(path.stat().st_size for path in shards) <= _ONE_FILE_BYTES:
+        whole: dict[str, Tensor] = {}
+        for path in shards:
+            whole |= _standard_tensors(load_file(path), layers, form)
+        save_tensors(stage / "model.safetensors", whole)
+    else:
+        where: dict[str, str] = {}
+        total = 0
+        for i, path in enumerate(shards, start=1):
+            tensors = _standard_tensors(load_file(path), layers, form)
+            name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+            save_tensors(stage / name, tensors)
+            where |= dict.fromkeys(tensors, name)
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        _write_json(stage / "model.safetensors.index.json", index)
+    shutil.rmtree(stage / WEIGHTS)
+
+
+def _standard_tensors(
+    tensors: dict[str, Tensor], layers: Sequence[LayerRecord], form: Format
+) -> dict[str, Tensor]:
+    """One shard with its packed layers in another layout; biases and the rest stay."""
+    for each in layers:
+        names = {part: f"{each.name}.{part}" for part in ("qweight", "scale", "qzero")}
+        if names["qweight"] not in tensors:
+            continue
+        parts = {part: tensors.pop(name) for part, name in names.items() if name in tensors}
+        packed = PackedWeight.from_tensors(each.scheme, each.in_features, parts)
+        tensors |= {f"{each.name}.{n}": t for n, t in form.to_tensors(packed).items()}
+    return tensors
+
+
+def _write_tokenizer(checkpoint: Checkpoint, stage: Path) -> None:
+    """The tokenizer, made to append the end token by itself: other libraries rely on that."""
+    tokenizer = load_tokenizer(checkpoint)
+    end = checkpoint.end_token
+    if end is not None:
+        end_id = tokenizer.convert_tokens_to_ids(end)
+        if tokenizer("a")["input_ids"][-1:] != [end_id]:
+            from tokenizers.processors import Sequence as Processors
+            from tokenizers.processors import TemplateProcessing
+
+            template = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, end_id)])
+            backend = tokenizer.backend_tokenizer
+            before = backend.post_processor
+            backend.post_processor = Processors([before, template]) if before else template
+    tokenizer.model_max_length = checkpoint.max_tokens
+    tokenizer.save_pretrained(stage)
+
+
+def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
+    """modules.json and what it names, in the form that all Sentence Transformers releases read."""
+    kinds = ["Transformer", "Pooling", *["Dense"] * len(checkpoint.dense)]
+    if checkpoint.normalise:
+        kinds.append("Normalize")
+    modules = []
+    for i, kind in enumerate(kinds):
+        path = "" if i == 0 else f"{i}_{kind}"
+        modules.append(
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        )
+    _write_json(stage / "modules.json", modules)
+    pooling = {
+        "word_embedding_dimension": checkpoint.config.get("hidden_size", checkpoint.dims),
+        **{
+            f"pooling_mode_{name}": checkpoint.pooling == short
+            for name, short in (("cls_token", "cls"), ("mean_tokens", "mean"))
+        },
+        "pooling_mode_lasttoken": checkpoint.pooling == "lasttoken",
+        "include_prompt": True,
+    }
+    _write_json(stage / "1_Pooling" / "config.json", pooling)
+    for i, source in enumerate(checkpoint.dense, start=2):
+        (stage / f"{i}_Dense").mkdir(exist_ok=True)
+        for file in sorted(source.iterdir()):
+            shutil.copyfile(file, stage / f"{i}_Dense" / file.name)
+    prompts = dict(checkpoint.prompts)
+    if checkpoint.query_template is not None:
+        query = checkpoint.query_template.format(instruction=checkpoint.default_instruction)
+        prompts = {"query": query, "document": ""}
+    _write_json(
+        stage / "config_sentence_transformers.json",
+        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+    _write_json(
+        stage / "sentence_bert_config.json",
+        {"max_seq_length": checkpoint.max_tokens, "do_lower_case": checkpoint.lower_case},
+    )
+
+
+def write_vectors(transform: VectorTransform, stage: Path) -> None:
+    """vectors.safetensors, and the projection as modules that Sentence Transformers applies."""
+    tensors = {name: torch.from_numpy(each) for name, each in transform.to_tensors().items()}
+    if tensors:
+        save_tensors(stage / VECTORS_FILE, tensors)
+    if transform.method == "full":
+        return
+    weight = transform.projection
+    if weight is None:
+        weight = np.eye(transform.dims, transform.full_dims, dtype=np.float32)
+    dense = stage / f"{VECTOR_MODULES}dense"
+    _write_json(
+        dense / "config.json",
+        {
+            "in_features": transform.full_dims,
+            "out_features": transform.dims,
+            "bias": False,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        },
+    )
+    save_tensors(
+        dense / "model.safetensors",
+        {"linear.weight": torch.from_numpy(weight)},
+    )
+    modules = json.loads((stage / "modules.json").read_text(encoding="utf-8"))
+    modules = [m for m in modules if not m["path"].startswith(VECTOR_MODULES)]
+    for kind in ("dense", "normalize"):
+        i = len(modules)
+        modules.append(
+            {
+                "idx": i,
+                "name": str(i),
+                "path": f"{VECTOR_MODULES}{kind}",
+                "type": f"sentence_transformers.models.{kind.capitalize()}",
+            }
+        )
+    _write_json(stage / "modules.json", modules)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,101 @@
+"""What a measurement or a build ran on: the machine and the library versions.
+
+Hides: where an operating system keeps these facts. Refuses to know: what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from gteopt.records import Conditions, Machine
+
+_LIBRARIES = (
+    "gteopt",
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
+# The same processor is several times faster or slower at int8 and bf16 with or without these, and
+# a virtual machine may hide them behind the same model name.
+_LOW_PRECISION_FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "i8mm")
+
+
+def machine() -> Machine:
+    """The machine as this process sees it (container limits and affinity applied).
+
+    Imports torch for the name of the GPU.
+    """
+    return Machine(
+        cpu=_cpu(),
+        n_cores=_n_cores(),
+        memory_bytes=_memory_bytes(),
+        gpu=_gpu(),
+        os=platform.platform(),
+        python=platform.python_version(),
+    )
+
+
+def versions() -> Conditions:
+    """Installed versions of the libraries that decide results, without importing them."""
+    return {name: _version(name) for name in _LIBRARIES}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"  # gteopt itself, run from a source folder
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    found = set(flags[1].split()).intersection(_LOW_PRECISION_FLAGS) if flags else set()
+    model = name[1].strip() if name else platform.machine()
+    return f"{model} ({', '.join(sorted(found))})" if found else model
+
+
+def _n_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        n_cores = len(os.sched_getaffinity(0))
+    else:  # macOS and Windows have no such call
+        n_cores = os.cpu_count() or 1
+    quota, _, period = _cgroup("cpu.max").partition(" ")
+    return min(n_cores, math.ceil(int(quota) / int(period))) if quota.isdigit() else n_cores
+
+
+def _memory_bytes() -> int:
+    total: int = psutil.virtual_memory().total
+    limit = _cgroup("memory.max")
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _cgroup(limit: str) -> str:
+    """A limit of the container (control group version 2), "" where there is none."""
+    try:
+        return Path("/sys/fs/cgroup", limit).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _gpu() -> str | None:
+    import torch  # seconds; `versions` and the report do without it
+
+    if not torch.cuda.is_available():
+        return None
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return names[0] if len(names) == 1 else f"{len(names)} x {names[0]}"

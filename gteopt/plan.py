@@ -1,0 +1,298 @@
+"""A whole plan: build, bench, evaluate, choose, report; what is already done is not done twice.
+
+Hides: the layout of a plan's folder and when a finished step is still valid. Refuses to know: how
+any step works.
+
+    OUT/variants/<recipe>/   artifacts
+    OUT/bench.json           speed and memory
+    OUT/eval/<variant>.json  scores and fidelity
+    OUT/scores/              finished tasks, so that an interrupted evaluation goes on
+    OUT/choice.json          the answer to the policy
+    OUT/report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gteopt.artifact import artifact_sha256, discard, is_artifact, read_manifest
+from gteopt.bench import bench
+from gteopt.build import quantize, restyle
+from gteopt.checkpoint import NANO, open_checkpoint
+from gteopt.choose import choose
+from gteopt.encoder import load
+from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems
+from gteopt.evaluation import (
+    Suite,
+    compare,
+    fidelity,
+    load_suite,
+    read_texts,
+    run_suite,
+    sample_of,
+    settle,
+)
+from gteopt.machine import machine, versions
+from gteopt.recipe import (
+    DEFAULT_MARGIN,
+    BenchSpec,
+    Plan,
+    Policy,
+    Progress,
+    Recipe,
+    load_policy,
+    load_recipe,
+    quiet,
+)
+from gteopt.records import (
+    BenchReport,
+    EvalReport,
+    FidelityReport,
+    Results,
+    read_record,
+    write_record,
+)
+from gteopt.report import write_report
+
+BASELINE = "bf16"
+
+
+def run(
+    plan: Plan,
+    *,
+    beside: Path | None = None,
+    hub_dir: Path | None = None,
+    device: str = "auto",
+    progress: Progress = quiet,
+) -> Results:
+    """Carry out a plan, or what is left of it, and return everything measured.
+
+    Args:
+        plan: what to do.
+        beside: folder that the plan's relative file names are tried against.
+        hub_dir: models and data sets are read from here and the network is never touched.
+        device: where everything runs.
+        progress: told how far each step is.
+
+    Raises:
+        InputError: lists every problem of the plan before anything slow starts.
+    """
+    recipes, suite, policy = _resolve(plan, beside)
+    folder = plan.out
+    artifacts = build_variants(
+        plan.base, recipes, folder / "variants", hub_dir=hub_dir, device=device, progress=progress
+    )
+    sources = {BASELINE: plan.base, **{name: str(path) for name, path in artifacts.items()}}
+    report = measure(sources, plan.bench, folder, hub_dir=hub_dir, device=device, progress=progress)
+    evals = score(
+        sources,
+        suite,
+        folder,
+        hub_dir=hub_dir,
+        device=device,
+        margin=policy.margin,
+        progress=progress,
+    )
+    for path in (folder / "eval").glob("*.json"):
+        if path.stem not in evals:
+            path.unlink()  # of a recipe that the plan no longer names
+    choice = choose(policy, Results(bench=report, evals=evals, choice=None))
+    write_record(folder / "choice.json", choice)
+    results = Results(bench=report, evals=evals, choice=choice)
+    write_report(folder, results, title=f"gteopt: {plan.name} ({plan.base})")
+    return results
+
+
+def build_variants(
+    base: str,
+    recipes: Sequence[Recipe],
+    folder: Path,
+    *,
+    hub_dir: Path | None,
+    device: str,
+    progress: Progress,
+) -> dict[str, Path]:
+    """One artifact a recipe; recipes that differ only in their vectors share one build."""
+    built: dict[str, Path] = {}
+    by_weights: dict[str, Path] = {}
+    base_sha256 = open_checkpoint(base, hub_dir=hub_dir).sha256
+    for recipe in recipes:
+        out = folder / recipe.name
+        if is_artifact(out) and not _is_current(out, recipe, base_sha256):
+            discard(out)  # the plan owns this folder; its recipe or base has changed
+        twin = by_weights.get(recipe.weights_sha256())
+        if twin is not None:
+            restyle(twin, recipe, out, hub_dir=hub_dir, device=device, progress=progress)
+        else:
+            quantize(base, recipe, out, hub_dir=hub_dir, device=device, progress=progress)
+            by_weights[recipe.weights_sha256()] = out
+        built[recipe.name] = out
+    return built
+
+
+def measure(
+    sources: Mapping[str, str],
+    spec: BenchSpec,
+    folder: Path,
+    *,
+    hub_dir: Path | None,
+    device: str,
+    progress: Progress,
+) -> BenchReport:
+    """The bench report of these variants, measured unless the folder already holds it."""
+    path = folder / "bench.json"
+    if path.is_file():
+        try:
+            old = read_record(path, BenchReport)
+        except IntegrityError:
+            old = None  # of another version, or damaged: measured again
+        if old is not None and _still_holds(old, sources, spec, hub_dir):
+            return old
+    report = bench(
+        sources, baseline=BASELINE, spec=spec, device=device, hub_dir=hub_dir, progress=progress
+    )
+    write_record(path, report)
+    return report
+
+
+def score(
+    sources: Mapping[str, str],
+    suite: Suite,
+    folder: Path | None,
+    *,
+    hub_dir: Path | None,
+    device: str,
+    margin: float = DEFAULT_MARGIN,
+    progress: Progress,
+) -> dict[str, EvalReport]:
+    """Scores of every variant beside the first's, which is the baseline.
+
+    Verdicts are against `margin` and corrected for all tasks of all variants together.
+
+    With a results folder, finished tasks are stored in it and not done twice.
+    """
+    reports: dict[str, EvalReport] = {}
+    baseline = None
+    for name, source in sources.items():
+        encoder = load(source, device=device, hub_dir=hub_dir)
+        store = folder / "scores" if folder else None
+        done = run_suite(encoder, suite, hub_dir=hub_dir, store=store, progress=progress)
+        baseline = baseline or done
+        reports[name] = compare(baseline, done, variant_name=name, margin=margin)
+    reports = settle(reports)
+    if folder is not None:
+        for name, report in reports.items():
+            write_record(folder / "eval" / f"{name}.json", report)
+    return reports
+
+
+def compare_texts(
+    sources: Mapping[str, str],
+    file: Path,
+    *,
+    hub_dir: Path | None,
+    device: str,
+    progress: Progress,
+) -> dict[str, FidelityReport]:
+    """Fidelity of every variant to the first, which is the baseline, on a user's own texts.
+
+    Texts are encoded as documents, without an instruction.
+    """
+    texts = read_texts(file)
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    reports: dict[str, FidelityReport] = {}
+    baseline = None
+    for name, source in sources.items():
+        encoder = load(source, device=device, hub_dir=hub_dir)
+        sample = sample_of(texts, encoder.embed(texts, progress=progress))
+        baseline = baseline or (encoder.name, encoder.sha256, sample)
+        reports[name] = FidelityReport(
+            schema="gteopt.fidelity/1",
+            variant=name,
+            artifact_sha256=encoder.sha256,
+            baseline=baseline[0],
+            baseline_sha256=baseline[1],
+            texts=file.name,
+            texts_sha256=digest,
+            fidelity=fidelity(baseline[2], sample, encoder.vectors),
+            machine=machine(),
+            versions={**versions(), "dtype": str(encoder.dtype).removeprefix("torch.")},
+        )
+    return reports
+
+
+def base_of(sources: Sequence[str]) -> str:
+    """The one base that artifacts were made from, as something that `load` takes.
+
+    Raises:
+        InputError: they have several bases, or one that only its owner can name (a folder).
+    """
+    bases = set()
+    for source in sources:
+        folder = Path(source)
+        bases.add(read_manifest(folder).base.id if is_artifact(folder) else source)
+    if len(bases) > 1:
+        raise InputError(
+            f"the artifacts have different bases ({', '.join(sorted(bases))}); evaluate them "
+            f"apart, or give --baseline"
+        )
+    base = bases.pop()
+    if base != NANO and "/" not in base and not Path(base).is_dir():
+        raise InputError(f"the base was a folder called {base}; say where it is with --baseline")
+    return base
+
+
+def _resolve(plan: Plan, beside: Path | None) -> tuple[list[Recipe], Suite, Policy]:
+    """Everything that the plan names; all problems at once."""
+    problems: list[str] = []
+    recipes: list[Recipe] = []
+    for name in plan.recipes:
+        try:
+            recipes.append(load_recipe(name, beside=beside))
+        except GteoptError as error:
+            problems.append(str(error))
+    names = [recipe.name for recipe in recipes]
+    problems += [
+        f"recipe {n} is named twice" for n in sorted({n for n in names if names.count(n) > 1})
+    ]
+    if BASELINE in names:
+        problems.append(f"recipe {BASELINE} is the baseline, which every plan measures anyway")
+    suite: Suite | None = None
+    policy: Policy | None = None
+    try:
+        suite = load_suite(plan.suite)
+    except GteoptError as error:
+        problems.append(str(error))
+    try:
+        policy = load_policy(plan.policy, beside=beside)
+    except GteoptError as error:
+        problems.append(str(error))
+    if problems or suite is None or policy is None:
+        raise InputError(join_problems(f"plan {plan.name} cannot run", problems))
+    return recipes, suite, policy
+
+
+def _is_current(out: Path, recipe: Recipe, base_sha256: str) -> bool:
+    try:
+        manifest = read_manifest(out)
+    except IntegrityError:
+        return False
+    return (manifest.recipe_sha256, manifest.base.sha256) == (recipe.sha256(), base_sha256)
+
+
+def _still_holds(
+    old: BenchReport, sources: Mapping[str, str], spec: BenchSpec, hub_dir: Path | None
+) -> bool:
+    """Whether an earlier report speaks of these artifacts, on this machine, with these versions."""
+    same_versions = versions().items() <= old.versions.items()  # the report also notes the dtype
+    if not same_versions or (old.spec, old.machine) != (spec, machine()):
+        return False
+    hashes = {
+        name: artifact_sha256(Path(source))
+        if is_artifact(Path(source))
+        else open_checkpoint(source, hub_dir=hub_dir).sha256
+        for name, source in sources.items()
+    }
+    return hashes == {name: each.artifact_sha256 for name, each in old.variants.items()}

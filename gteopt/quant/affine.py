@@ -1,0 +1,396 @@
+"""Affine quantization: grids, rounding, dense bit packing, signal-to-noise.
+
+A weight [O, I] is cut along I into G groups a row; each group has a float16 scale s and an integer
+zero point z, and a code c stands for the value (c - z) * s. Hides: how a grid is chosen, how codes
+are packed into bytes. Refuses to know: layers, models, files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gteopt.errors import InputError, IntegrityError, NumericsError, join_problems
+from gteopt.recipe import GroupSize, LayerScheme
+
+_SMALLEST_SCALE = 2.0**-24
+"""The least positive float16: a group too small for it keeps a scale that is not zero."""
+_CLIP_RATIOS = tuple(i / 40 for i in range(44, 15, -1))
+"""Candidate ranges as shares of a group's own range, 1.1 down to 0.4. Above 1 because a symmetric
+range [-8, 7] * s reaches a positive extreme only with a larger step."""
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as codes, one byte each: the form that solvers produce.
+
+    Attributes:
+        codes: uint8 [O, I], each in `code_range(scheme)`.
+        scale: float16 [O, G], positive.
+        zero: uint8 [O, G]; 2^(bits-1) everywhere when the scheme is symmetric.
+        scheme: bits and groups.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    scheme: LayerScheme
+
+    def dequantize(self) -> Tensor:
+        """The values that the codes stand for, (codes - zero) * scale: float32 [O, I]."""
+        return dequantize(self.codes, self.scale, self.zero, torch.float32)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight as it lies on disk and in memory.
+
+    Attributes:
+        qweight: uint8 [O, ceil(I * bits / 8)], codes packed along I by `pack_codes`.
+        scale: float16 [O, G].
+        qzero: uint8 [O, ceil(G * bits / 8)], zero points packed along G; None when symmetric.
+        scheme: bits and groups.
+        in_features: I, which the packed width alone does not tell.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    qzero: Tensor | None
+    scheme: LayerScheme
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.qweight.shape[0]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors, scales and zero points included."""
+        return sum(t.numel() * t.element_size() for t in self.to_tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight, scales and zero points included."""
+        return 8 * self.n_bytes / (self.out_features * self.in_features)
+
+    def unpack(self) -> QuantizedWeight:
+        """The codes again, exactly those that were packed."""
+        n_groups = self.scale.shape[1]
+        if self.qzero is None:
+            zero = torch.full_like(self.scale, middle(self.scheme), dtype=torch.uint8)
+        else:
+            zero = unpack_codes(self.qzero, self.scheme.bits, n_groups)
+        codes = unpack_codes(self.qweight, self.scheme.bits, self.in_features)
+        return QuantizedWeight(codes, self.scale, zero, self.scheme)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The tensors by name: "qweight", "scale" and, when asymmetric, "qzero"."""
+        tensors = {"qweight": self.qweight, "scale": self.scale}
+        return tensors if self.qzero is None else {**tensors, "qzero": self.qzero}
+
+    @staticmethod
+    def from_tensors(
+        scheme: LayerScheme, in_features: int, tensors: Mapping[str, Tensor]
+    ) -> PackedWeight:
+        """Rebuild from `to_tensors()`, checking every name, dtype and shape.
+
+        Raises:
+            IntegrityError: the tensors do not belong to this scheme and width.
+        """
+        n_groups = in_features // group_width(in_features, scheme.group_size)
+        wanted = {
+            "qweight": (torch.uint8, packed_width(in_features, scheme.bits)),
+            "scale": (torch.float16, n_groups),
+        }
+        if not scheme.symmetric:
+            wanted["qzero"] = (torch.uint8, packed_width(n_groups, scheme.bits))
+        problems = [f"'{name}' is missing" for name in wanted if name not in tensors]
+        problems += [f"'{name}' does not belong here" for name in tensors if name not in wanted]
+        rows = tensors["qweight"].shape[0] if "qweight" in tensors else 0
+        for name, (dtype, width) in wanted.items():
+            found = tensors.get(name)
+            if found is not None and (found.dtype, tuple(found.shape)) != (dtype, (rows, width)):
+                problems.append(
+                    f"'{name}' is {found.dtype} {list(found.shape)}, expected {dtype} "
+                    f"{[rows, width]}"
+                )
+        if problems:
+            subject = f"packed {scheme.bits}-bit weight with {in_features} input features"
+            raise IntegrityError(join_problems(subject, problems))
+        return PackedWeight(
+            tensors["qweight"], tensors["scale"], tensors.get("qzero"), scheme, in_features
+        )
+
+
+def quantize_rtn(
+    weight: Tensor, scheme: LayerScheme, *, clip_search: bool = False
+) -> QuantizedWeight:
+    """Round to nearest: each weight to the closest code of its group's grid.
+
+    Args:
+        weight: [O, I], any float dtype; computed in float32.
+        scheme: bits and groups.
+        clip_search: search each group's range for the least squared error.
+
+    Raises:
+        NumericsError: the weight holds NaN or infinity, or a scale exceeds float16.
+    """
+    scale, zero = fit_grid(weight, scheme, clip_search=clip_search, importance=None)
+    width = group_width(weight.shape[1], scheme.group_size)
+    grouped = weight.detach().float().reshape(len(weight), -1, width)  # [O, G, I/G]
+    codes = encode(grouped, scale.float()[..., None], zero.float()[..., None], scheme)
+    return QuantizedWeight(codes.flatten(1).to(torch.uint8), scale, zero, scheme)
+
+
+def fit_grid(
+    weight: Tensor, scheme: LayerScheme, *, clip_search: bool, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Choose each group's scale and zero point.
+
+    The scale is rounded to float16 before anything is derived from it, so that codes are fitted to
+    the grid that is stored. Every grid holds the value 0; a group of zeros gets scale 1.
+
+    Args:
+        weight: [O, I], any float dtype; computed in float32.
+        scheme: bits and groups.
+        clip_search: try narrower ranges than min to max and keep, for each group, the one with
+            the least sum of importance * squared error.
+        importance: [I], not negative, such as a Hessian's diagonal; None weighs all alike.
+
+    Returns:
+        scale float16 [O, G] and zero uint8 [O, G].
+
+    Raises:
+        NumericsError: the weight holds NaN or infinity, or a scale exceeds float16.
+    """
+    width = group_width(weight.shape[1], scheme.group_size)
+    grouped = weight.detach().float().reshape(len(weight), -1, width)  # [O, G, I/G]
+    low = grouped.amin(-1).clamp_max(0)
+    high = grouped.amax(-1).clamp_min(0)
+    if not torch.isfinite(high - low).all():
+        raise NumericsError("the weight holds NaN or infinite values; it cannot be quantized")
+    scale, zero = _grid_of_range(low, high, scheme)
+    if clip_search:
+        share = torch.ones(weight.shape[1], device=weight.device)
+        if importance is not None:
+            share = importance.float()
+        share = share.view(-1, width)  # [G, I/G]
+        best = _weighted_error(grouped, scale, zero, share, scheme)
+        for ratio in _CLIP_RATIOS:
+            trial = _grid_of_range(low * ratio, high * ratio, scheme)
+            error = _weighted_error(grouped, *trial, share, scheme)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale = torch.where(better, trial[0], scale)
+            zero = torch.where(better, trial[1], zero)
+    if not torch.isfinite(scale).all():
+        raise NumericsError(
+            f"a weight range of {(high - low).max().item():.4g} needs a scale beyond float16's "
+            f"65504; leave this layer unquantized (`skip`)"
+        )
+    return scale, zero
+
+
+def encode(values: Tensor, scale: Tensor, zero: Tensor, scheme: LayerScheme) -> Tensor:
+    """The nearest code of each value, ties to even, clipped into the grid.
+
+    Args:
+        values: float32 [O, G, I/G], or any other shape.
+        scale: float32, of a shape that broadcasts with values.
+        zero: float32 whole numbers, shaped like scale.
+        scheme: bounds the codes.
+
+    Returns:
+        float32 whole numbers of the broadcast shape.
+    """
+    lowest, highest = code_range(scheme)
+    return torch.round(values / scale).add_(zero).clamp_(lowest, highest)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """(codes - zero) * scale in `dtype`.
+
+    Args:
+        codes: uint8 [O, I].
+        scale: float16 [O, G].
+        zero: uint8 [O, G], or a shape that broadcasts to it.
+        dtype: of the result and of the arithmetic.
+
+    Returns:
+        [O, I] in `dtype`. The difference is exact; bfloat16 rounds the scale and the product.
+    """
+    # Small integers vectorise; float16 and bfloat16 subtractions do not.
+    steps = codes.reshape(*scale.shape, -1).to(torch.int16).sub_(zero[..., None])  # [O, G, I/G]
+    return steps.to(dtype).mul_(scale[..., None].to(dtype)).flatten(1)
+
+
+def code_range(scheme: LayerScheme) -> tuple[int, int]:
+    """The least and greatest code; symmetric 8-bit leaves out 0, so that int8 has no -128."""
+    return int(scheme.symmetric and scheme.bits == 8), (1 << scheme.bits) - 1
+
+
+def middle(scheme: LayerScheme) -> int:
+    """The zero point of every symmetric group."""
+    return 1 << (scheme.bits - 1)
+
+
+def pack(weight: QuantizedWeight) -> PackedWeight:
+    """Pack codes and zero points densely; `unpack` gives exactly the same back."""
+    bits = weight.scheme.bits
+    return PackedWeight(
+        qweight=pack_codes(weight.codes, bits),
+        scale=weight.scale.contiguous(),
+        qzero=None if weight.scheme.symmetric else pack_codes(weight.zero, bits),
+        scheme=weight.scheme,
+        in_features=weight.codes.shape[1],
+    )
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes densely along the last axis, the first code in the lowest bits.
+
+    Code i takes bits i * bits to (i + 1) * bits - 1 of the row, bit k being bit k % 8 of byte
+    k // 8; 3-bit codes cross bytes. Unused bits of the last byte are 0.
+
+    Args:
+        codes: uint8 [..., n], each below 2^bits.
+        bits: bits a code.
+
+    Returns:
+        uint8 [..., ceil(n * bits / 8)].
+    """
+    n_codes, n_bytes = _period(bits)
+    n = codes.shape[-1]
+    padded = torch.nn.functional.pad(codes, (0, -n % n_codes))
+    padded = padded.reshape(*codes.shape[:-1], -1, n_codes)
+    packed = torch.zeros(
+        (*padded.shape[:-1], n_bytes), dtype=torch.uint8, device=codes.device
+    )  # [..., ceil(n / n_codes), n_bytes]
+    for i in range(n_codes):
+        byte, shift = divmod(i * bits, 8)
+        packed[..., byte] |= padded[..., i] << shift
+        if shift + bits > 8:
+            packed[..., byte + 1] |= padded[..., i] >> (8 - shift)
+    return packed.flatten(-2)[..., : packed_width(n, bits)].contiguous()
+
+
+def unpack_codes(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Undo `pack_codes`: uint8 [..., ceil(n * bits / 8)] to uint8 [..., n].
+
+    Runs inside the forward pass of the kernels, hence the path of its own for 4 and 2 bits: each
+    byte is spread over a wider integer whose bytes, little-endian, are its codes. That touches
+    memory contiguously and is ten times faster than writing codes with a stride.
+    """
+    if bits == 8:
+        return packed
+    if bits == 4:
+        wide = packed.to(torch.int16)
+        wide |= wide << 4
+        return wide.bitwise_and_(0x0F0F).view(torch.uint8)[..., :n]
+    if bits == 2:
+        wide = packed.to(torch.int32)
+        wide |= wide << 12
+        wide |= wide << 6
+        return wide.bitwise_and_(0x03030303).view(torch.uint8)[..., :n]
+    n_codes, n_bytes = _period(bits)
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % n_bytes))
+    words = padded.reshape(*packed.shape[:-1], -1, n_bytes)  # [..., ceil(n / n_codes), n_bytes]
+    codes = torch.empty((*words.shape[:-1], n_codes), dtype=torch.uint8, device=packed.device)
+    for i in range(n_codes):
+        byte, shift = divmod(i * bits, 8)
+        code = words[..., byte] >> shift
+        if shift + bits > 8:
+            code |= words[..., byte + 1] << (8 - shift)
+        torch.bitwise_and(code, (1 << bits) - 1, out=codes[..., i])
+    return codes.flatten(-2)[..., :n]
+
+
+def packed_width(n: int, bits: int) -> int:
+    """Bytes that `n` packed codes take."""
+    return (n * bits + 7) // 8
+
+
+def group_width(in_features: int, group_size: GroupSize) -> int:
+    """Input features a group.
+
+    Raises:
+        InputError: the group size does not divide `in_features`.
+    """
+    if group_size == "row":
+        return in_features
+    if in_features % group_size:
+        raise InputError(
+            f"group_size {group_size} does not divide {in_features} input features; choose another "
+            f"group_size, or `fallback: row` or `fallback: skip` in the recipe"
+        )
+    return group_size
+
+
+def group_size_problems(in_features: Mapping[str, int], group_size: GroupSize) -> list[str]:
+    """One line for each layer whose input features the group size does not divide.
+
+    Args:
+        in_features: input features by layer name.
+        group_size: as in the scheme; "row" fits every layer.
+    """
+    if group_size == "row":
+        return []
+    return [
+        f"{name}: {n} input features are not a multiple of group_size {group_size}"
+        for name, n in in_features.items()
+        if n % group_size
+    ]
+
+
+def snr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal-to-noise ratio 10 log10(|R|^2 / |R - A|^2) in dB, in float64; inf when equal."""
+    signal = reference.double().square().sum().item()
+    noise = (reference.double() - approximation.double()).square().sum().item()
+    return ratio_db(signal, noise)
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); inf without noise, -inf without signal."""
+    if noise <= 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """The least number of codes that fill whole bytes, and of those bytes."""
+    n_codes = 8 // math.gcd(bits, 8)
+    return n_codes, n_codes * bits // 8
+
+
+def _grid_of_range(low: Tensor, high: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor]:
+    """The grid whose codes span low <= 0 <= high: scale float16 [O, G], zero uint8 [O, G]."""
+    lowest, highest = code_range(scheme)
+    span = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
+    step = torch.where(span > 0, span / (highest - lowest), 1.0)
+    scale = step.clamp_min(_SMALLEST_SCALE).half()
+    if scheme.symmetric:
+        return scale, torch.full_like(scale, middle(scheme), dtype=torch.uint8)
+    zero = torch.round(-low / scale.float()).clamp_(lowest, highest)
+    return scale, zero.to(torch.uint8)
+
+
+def _weighted_error(
+    grouped: Tensor, scale: Tensor, zero: Tensor, share: Tensor, scheme: LayerScheme
+) -> Tensor:
+    """Sum over each group of share * squared rounding error: [O, G].
+
+    Args:
+        grouped: float32 [O, G, I/G].
+        scale: float16 [O, G].
+        zero: uint8 [O, G].
+        share: float32 [G, I/G].
+        scheme: bounds the codes.
+    """
+    step, offset = scale.float()[..., None], zero.float()[..., None]
+    values = encode(grouped, step, offset, scheme).sub_(offset).mul_(step)
+    return values.sub_(grouped).square_().mul_(share).sum(-1)

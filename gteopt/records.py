@@ -1,0 +1,550 @@
+"""Every JSON that gteopt writes, as a frozen type with a versioned schema.
+
+Hides: how records become JSON (atomically) and how a bad file is reported. Refuses to know: torch,
+and how any number in a record was measured.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from gteopt.errors import InputError, IntegrityError, join_problems
+from gteopt.recipe import (
+    DEFAULT_MARGIN,
+    BenchSpec,
+    Frozen,
+    LayerScheme,
+    Layout,
+    Metric,
+    Policy,
+    Recipe,
+    VectorCode,
+)
+
+Conditions = dict[str, str]
+"""What a number depends on besides the variant: library versions, thread counts, environment."""
+
+
+class Machine(Frozen):
+    """Where something was measured or built."""
+
+    cpu: str
+    n_cores: int
+    memory_bytes: int
+    gpu: str | None
+    os: str
+    python: str
+
+
+class BaseRecord(Frozen):
+    """The source model.
+
+    Attributes:
+        id: what the user named it by: Hub id, folder name or "nano".
+        family: row of the family table.
+        revision: commit of a Hub download, where known.
+        sha256: hash over the base's weight, config and tokenizer files.
+        dims: full embedding dimension.
+        n_parameters: all parameters of the transformer.
+        weight_bytes: of the transformer in `dtype`.
+        license: as its model card states it.
+    """
+
+    id: str
+    family: str
+    revision: str | None
+    sha256: str
+    dims: int
+    n_parameters: int
+    dtype: str
+    weight_bytes: int
+    license: str | None
+
+
+class CalibrationRecord(Frozen):
+    """The texts that a build looked at; `sha256` covers texts, roles, instructions and order."""
+
+    source: str
+    n_texts: int
+    n_tokens: int
+    max_tokens: int
+    seed: int
+    sha256: str
+
+
+class LayerRecord(Frozen):
+    """One quantized linear layer.
+
+    Attributes:
+        method: how its codes were found.
+        bits_per_weight: as stored, scales and zero points included.
+        weight_snr_db: 10 log10(|W|^2 / |W - Wq|^2).
+        output_snr_db: 10 log10(|XW|^2 / |X(W - Wq)|^2) on the calibration tokens, where measured.
+        note: anything out of the ordinary: a fallback, raised damping, dead input features.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    method: str
+    scheme: LayerScheme
+    bits_per_weight: float
+    weight_snr_db: float
+    output_snr_db: float | None = None
+    note: str | None = None
+
+
+class UnquantizedRecord(Frozen):
+    """One group of parameters left in full precision, and why."""
+
+    name: str
+    n_parameters: int
+    reason: str
+
+
+class VectorRecord(Frozen):
+    """What happens to an embedding after the model; the tensors lie in vectors.safetensors.
+
+    Attributes:
+        dims: dimensions after projection.
+        method: "full", "slice" or "pca".
+        explained_variance_ratio: share of the calibration vectors' variance that is kept.
+        bytes_per_vector: of one stored code.
+    """
+
+    dims: int
+    method: Literal["full", "slice", "pca"]
+    explained_variance_ratio: float | None = None
+    code: VectorCode = "float32"
+    rescore: int = 1
+    bytes_per_vector: int
+
+
+class FileRecord(Frozen):
+    """One file of an artifact; `path` is relative, with forward slashes."""
+
+    path: str
+    n_bytes: int
+    sha256: str
+
+
+class Manifest(Frozen):
+    """`gteopt.json`: what an artifact is and how it came to be. Specified in artifacts/README.md.
+
+    It holds no time and no path, so that the same build gives the same bytes.
+
+    Attributes:
+        layout: how the layers' packed weights lie on disk; None when no layer is quantized.
+    """
+
+    schema_: Literal["gteopt.artifact/1"] = Field(default="gteopt.artifact/1", alias="schema")
+    recipe: Recipe
+    recipe_sha256: str
+    base: BaseRecord
+    calibration: CalibrationRecord | None
+    layers: tuple[LayerRecord, ...]
+    layout: Layout | None = None
+    unquantized: tuple[UnquantizedRecord, ...]
+    vectors: VectorRecord
+    weight_bytes: int
+    files: tuple[FileRecord, ...]
+    versions: Conditions
+    machine: Machine
+
+
+class RecipeEstimate(Frozen):
+    """What a recipe would make of a base, worked out from shapes alone.
+
+    Attributes:
+        weight_bytes: of the variant's transformer, on disk and in memory.
+        build_bytes: memory that the build needs at most beyond the Python process itself.
+        bytes_per_vector: of one stored vector.
+        problem: why this recipe cannot be built from this base; None when it can.
+    """
+
+    recipe: str
+    summary: str
+    weight_bytes: int | None
+    build_bytes: int | None
+    bytes_per_vector: int | None
+    problem: str | None
+
+
+class Inspection(Frozen):
+    """What `inspect` says of a base or an artifact.
+
+    Attributes:
+        query_prompt, document_prompt: what is put before a text of each role.
+        notes: anything out of the ordinary, remote code that is ignored for one.
+        estimates: one a recipe, for a base; empty for an artifact.
+        manifest: of an artifact.
+    """
+
+    schema_: Literal["gteopt.inspection/1"] = Field("gteopt.inspection/1", alias="schema")
+    id: str
+    sha256: str
+    architecture: str
+    family: str | None
+    attention: str
+    pooling: str
+    normalised: bool
+    end_token: str | None
+    query_prompt: str
+    document_prompt: str
+    dims: int
+    matryoshka_dims: tuple[int, ...]
+    max_tokens: int
+    license: str | None
+    n_parameters: int
+    published_scores: dict[str, float]
+    notes: tuple[str, ...]
+    estimates: tuple[RecipeEstimate, ...]
+    manifest: Manifest | None
+
+
+class LatencyRecord(Frozen):
+    """Percentiles of one query's end-to-end time, in milliseconds (texts in, vector out)."""
+
+    tokens: int
+    n_queries: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+
+
+class ThroughputRecord(Frozen):
+    """One workload of one variant: medians over the interleaved repeats.
+
+    Attributes:
+        baseline_ratio: median over repeats of variant speed / baseline speed in the same round.
+    """
+
+    batch_size: int
+    tokens: int
+    texts_per_s: float
+    tokens_per_s: float
+    baseline_ratio: float
+
+
+class VariantBench(Frozen):
+    """Speed and memory of one variant.
+
+    Attributes:
+        weight_bytes: parameters and buffers as they lie in memory at run time.
+        load_s: from path to first vector ready, in a fresh process, with its imports done and the
+            files in the page cache.
+        imports_process_bytes: its resident set after the imports, before the load.
+        peak_process_bytes: its peak resident set over load and one batch, imports included.
+        peak_device_bytes: peak allocated device memory of it; None on CPU.
+        kernels: how many linear layers run on which kernel.
+        dims: dimensions of a stored vector.
+        code: how each of them is stored.
+        bytes_per_vector: of one stored vector code.
+        index_bytes_per_million: bytes of a million stored vectors, search structure not counted.
+    """
+
+    artifact_sha256: str
+    weight_bytes: int
+    load_s: float
+    imports_process_bytes: int
+    peak_process_bytes: int
+    peak_device_bytes: int | None
+    latency: LatencyRecord
+    throughput: tuple[ThroughputRecord, ...]
+    kernels: dict[str, int]
+    dims: int
+    code: VectorCode
+    bytes_per_vector: int
+    index_bytes_per_million: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Geometric mean over the workloads, so that none of them outweighs the others."""
+        return geometric_mean(record.tokens_per_s for record in self.throughput)
+
+    @property
+    def speed_ratio(self) -> float:
+        """Geometric mean of the workloads' `baseline_ratio`."""
+        return geometric_mean(record.baseline_ratio for record in self.throughput)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The peak where the weights lie: on the device where there is one, else the process."""
+        if self.peak_device_bytes is not None:
+            return self.peak_device_bytes
+        return self.peak_process_bytes
+
+
+class BenchReport(Frozen):
+    """Result of `bench`: every variant measured side by side with the baseline in one run."""
+
+    schema_: Literal["gteopt.bench/1"] = Field(default="gteopt.bench/1", alias="schema")
+    spec: BenchSpec
+    baseline: str
+    variants: dict[str, VariantBench]
+    device: str
+    n_threads: int
+    machine: Machine
+    versions: Conditions
+
+
+Verdict = Literal["equivalent", "better", "worse", "undecided"]
+"""What may be said of a difference, given its interval and a margin that does not matter."""
+
+
+class Difference(Frozen):
+    """Variant - baseline, on the 0 to 1 scale of scores, with a 95 % paired bootstrap interval.
+
+    Attributes:
+        low, high: ends of the interval.
+        verdict: "equivalent" where the interval lies within the margin; "worse" or "better" where
+            it leaves out zero and the claim survives the correction for all claims made together.
+        p: two-sided p-value of a difference of zero, not corrected.
+    """
+
+    value: float
+    low: float
+    high: float
+    verdict: Verdict
+    p: float
+
+
+class TaskScore(Frozen):
+    """One task, split and subset (language).
+
+    Attributes:
+        score: the task's main score, 0 to 1 as mteb gives it.
+        baseline_score: the baseline's on the same data in the same environment.
+        instruction: what queries were prefixed with; None where the model takes none.
+        difference: from the baseline, with its interval; None where `no_interval` says why.
+        unit: what the interval resamples ("query", "pair", "document").
+        n_units: how many of them there are.
+    """
+
+    task: str
+    task_type: str
+    split: str
+    subset: str
+    metric: str
+    score: float
+    baseline_score: float
+    instruction: str | None
+    dataset_revision: str
+    n_samples: int
+    difference: Difference | None = None
+    unit: str | None = None
+    n_units: int | None = None
+    no_interval: str | None = None
+
+
+class FailedTask(Frozen):
+    """A task that could not be scored, and why; a report that has one is partial."""
+
+    task: str
+    reason: str
+
+
+class Fidelity(Frozen):
+    """Closeness to the baseline on the suite's own texts; no labels.
+
+    Attributes:
+        mean_cosine: mean cosine to the baseline's vector of the same text, before truncation and
+            vector codes (vectors of different dimension have no cosine).
+        p1_cosine: its 1st percentile.
+        neighbour_overlap: mean share of the baseline's 10 nearest neighbours that are among the
+            variant's 10, on the vectors as stored (truncated, coded, rescored).
+        spearman: Spearman correlation of the variant's similarities with the baseline's, over
+            pairs of texts, on the vectors as stored.
+    """
+
+    n_texts: int
+    mean_cosine: float
+    p1_cosine: float
+    neighbour_overlap: float
+    spearman: float
+
+
+class EvalReport(Frozen):
+    """Result of `evaluate` for one variant on one suite.
+
+    Attributes:
+        score, baseline_score: mean over tasks (subsets averaged within a task first).
+        retention: score / baseline_score.
+        partial: some task failed; the mean is over the others and comparable only with itself.
+        difference: of the scores, tasks resampled independently and themselves taken as given;
+            None where some task has no interval.
+        retention_low, retention_high: 95 % interval of retention, from the same resamples.
+        margin: differences up to this are of no matter; what verdicts are against.
+        n_claims: how many differences were tested together (tasks x variants, Holm).
+    """
+
+    schema_: Literal["gteopt.eval/1"] = Field(default="gteopt.eval/1", alias="schema")
+    variant: str
+    artifact_sha256: str
+    baseline: str
+    baseline_sha256: str
+    suite: str
+    suite_sha256: str
+    tasks: tuple[TaskScore, ...]
+    failed: tuple[FailedTask, ...]
+    partial: bool
+    score: float
+    baseline_score: float
+    retention: float
+    difference: Difference | None = None
+    retention_low: float | None = None
+    retention_high: float | None = None
+    margin: float = DEFAULT_MARGIN
+    n_claims: int = 0
+    fidelity: Fidelity
+    machine: Machine
+    versions: Conditions
+
+
+class FidelityReport(Frozen):
+    """Result of `evaluate --texts` for one variant: a user's own texts, without labels.
+
+    Attributes:
+        texts: name of the file; `texts_sha256` covers the texts and their order.
+    """
+
+    schema_: Literal["gteopt.fidelity/1"] = Field(default="gteopt.fidelity/1", alias="schema")
+    variant: str
+    artifact_sha256: str
+    baseline: str
+    baseline_sha256: str
+    texts: str
+    texts_sha256: str
+    fidelity: Fidelity
+    machine: Machine
+    versions: Conditions
+
+
+class BrokenLimit(Frozen):
+    """A limit that a candidate does not keep; `found` is None where the metric is missing."""
+
+    metric: Metric
+    bound: Literal["min", "max"]
+    limit: float
+    found: float | None
+
+
+class Candidate(Frozen):
+    """One variant as the policy sees it."""
+
+    name: str
+    metrics: dict[Metric, float]
+    broken: tuple[BrokenLimit, ...]
+    on_pareto_front: bool
+
+
+class Choice(Frozen):
+    """The answer to a policy.
+
+    Attributes:
+        picked: the variant to deploy; None when none keeps every limit.
+        reason: one sentence a person can read.
+    """
+
+    schema_: Literal["gteopt.choice/1"] = Field(default="gteopt.choice/1", alias="schema")
+    policy: Policy
+    picked: str | None
+    reason: str
+    candidates: tuple[Candidate, ...]
+
+
+class Results(Frozen):
+    """Everything measured for one plan, as it lies in a results folder.
+
+    `bench.json` and `eval/<variant>.json` are needed; `choice.json` comes later.
+    """
+
+    bench: BenchReport
+    evals: dict[str, EvalReport]
+    choice: Choice | None
+
+
+Record = TypeVar("Record", bound=Frozen)
+
+
+def to_json(record: Frozen) -> str:
+    """The record as indented JSON that ends in a newline."""
+    return record.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+def write_record(path: Path, record: Frozen) -> None:
+    """Write a record so that a reader sees the old file or the whole new one, never half of it."""
+    write_atomically(path, to_json(record).encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as handle:
+        try:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+            os.chmod(handle.name, 0o644)
+            os.replace(handle.name, path)
+        except BaseException:
+            Path(handle.name).unlink(missing_ok=True)
+            raise
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """Read and validate a record.
+
+    Raises:
+        IntegrityError: missing, not JSON, of another schema, or not valid.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise IntegrityError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        first: dict[str, Any] = dict(error.errors()[0])
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise IntegrityError(
+            f"{path}: is not a valid {kind.__name__} ({where}: {first['msg']}; "
+            f"{error.error_count()} problem(s) in all); it was edited, cut short, or written by "
+            f"another version of gteopt"
+        ) from error
+
+
+def read_results(folder: Path) -> Results:
+    """Read a results folder.
+
+    Raises:
+        InputError: the folder is not one that `run`, `bench` and `evaluate` have filled.
+        IntegrityError: one of its files is damaged.
+    """
+    needed = {"bench.json (made by `gteopt bench --out`)": folder / "bench.json"}
+    missing = [name for name, path in needed.items() if not path.is_file()]
+    eval_files = sorted((folder / "eval").glob("*.json"))
+    if not eval_files:
+        missing.append("eval/<variant>.json (made by `gteopt evaluate --out`)")
+    if missing:
+        raise InputError(join_problems(f"{folder} is not a results folder; it lacks", missing))
+    evals: dict[str, EvalReport] = {}
+    for path in eval_files:
+        report = read_record(path, EvalReport)
+        if report.variant in evals:
+            raise IntegrityError(
+                f"{path}: is a second evaluation of '{report.variant}'; keep the one that counts"
+            )
+        evals[report.variant] = report
+    choice_path = folder / "choice.json"
+    return Results(
+        bench=read_record(folder / "bench.json", BenchReport),
+        evals=evals,
+        choice=read_record(choice_path, Choice) if choice_path.is_file() else None,
+    )

@@ -1,0 +1,104 @@
+"""An artifact is whole, as recorded, and refused otherwise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gteopt
+from gteopt.artifact import artifact_sha256, verify
+from gteopt.errors import InputError, IntegrityError
+
+TEXTS = ["Bridges carry loads to the ground.", "一座桥", "Pont"]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artifact") / "rtn"
+    gteopt.quantize("nano", "rtn-int4", out)
+    return out
+
+
+@pytest.fixture
+def artifact(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "copy"))
+
+
+def test_a_whole_artifact_verifies_and_every_file_is_recorded(artifact: Path) -> None:
+    manifest = verify(artifact)
+    assert {file.path for file in manifest.files} | {"gteopt.json"} == {
+        path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("position", [0, 200, -1])
+def test_one_flipped_bit_in_any_weight_file_is_found(artifact: Path, position: int) -> None:
+    path = artifact / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"model\.safetensors has changed"):
+        gteopt.load(artifact)
+
+
+def test_missing_extra_and_shortened_files_are_all_named_at_once(artifact: Path) -> None:
+    (artifact / "tokenizer.json").unlink()
+    (artifact / "run_me.py").write_text("print('no')")
+    (artifact / "config.json").write_bytes((artifact / "config.json").read_bytes()[:-1])
+    with pytest.raises(IntegrityError) as caught:
+        verify(artifact)
+    message = str(caught.value)
+    assert "tokenizer.json is missing" in message
+    assert "run_me.py is not in the manifest" in message
+    assert "config.json has" in message
+
+
+def test_an_edited_manifest_changes_the_artifacts_name(artifact: Path) -> None:
+    before = artifact_sha256(artifact)
+    content = json.loads((artifact / "gteopt.json").read_text())
+    content["recipe"]["summary"] = "something else"
+    (artifact / "gteopt.json").write_text(json.dumps(content))
+    assert artifact_sha256(artifact) != before
+    content["surprise"] = 1
+    (artifact / "gteopt.json").write_text(json.dumps(content))
+    with pytest.raises(IntegrityError, match="surprise"):
+        verify(artifact)
+
+
+def test_save_then_load_gives_identical_vectors(original: Path, artifact: Path) -> None:
+    np.testing.assert_array_equal(
+        gteopt.load(original).encode(TEXTS), gteopt.load(artifact).encode(TEXTS)
+    )
+
+
+def test_the_same_build_gives_the_same_bytes(original: Path, tmp_path: Path) -> None:
+    gteopt.quantize("nano", "rtn-int4", tmp_path / "again")
+    assert artifact_sha256(tmp_path / "again") == artifact_sha256(original)
+
+
+def test_an_out_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(InputError, match="exists and holds other files"):
+        gteopt.quantize("nano", "bf16", tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_another_recipe_never_replaces_an_artifact(artifact: Path) -> None:
+    before = artifact_sha256(artifact)
+    with pytest.raises(InputError, match="holds another artifact"):
+        gteopt.quantize("nano", "bf16", artifact)
+    assert artifact_sha256(artifact) == before
+
+
+def test_another_dtype_is_another_build(original: Path) -> None:
+    with pytest.raises(InputError, match="holds another artifact"):
+        gteopt.quantize("nano", "rtn-int4", original, dtype="float32")
+
+
+def test_a_folder_that_is_no_artifact_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no gteopt\.json"):
+        verify(tmp_path)

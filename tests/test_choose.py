@@ -1,0 +1,347 @@
+"""The choice among variants, against hand-computed cases and brute force."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from gteopt.choose import choose, pareto_front
+from gteopt.errors import InputError
+from gteopt.recipe import (
+    HIGHER_IS_BETTER,
+    BenchSpec,
+    Limit,
+    Metric,
+    Objective,
+    Policy,
+    load_policy,
+    shipped_names,
+)
+from gteopt.records import (
+    BenchReport,
+    EvalReport,
+    FailedTask,
+    Fidelity,
+    LatencyRecord,
+    Machine,
+    Results,
+    ThroughputRecord,
+    VariantBench,
+)
+
+MACHINE = Machine(cpu="c", n_cores=2, memory_bytes=1, gpu=None, os="o", python="3")
+MB = 1_000_000
+
+
+def policy(objective: Objective, **limits: Limit) -> Policy:
+    named = {name: limit.model_dump() for name, limit in limits.items()}
+    return Policy.model_validate(
+        {"schema": "gteopt.policy/1", "name": "mine", "limits": named, "objective": objective}
+    )
+
+
+def bench(
+    *,
+    weight_bytes: int = 10 * MB,
+    p95_ms: float = 5.0,
+    tokens_per_s: float = 1000.0,
+    index_bytes: int = 1000 * MB,
+    device_bytes: int | None = None,
+) -> VariantBench:
+    speed = ThroughputRecord(
+        batch_size=8, tokens=64, texts_per_s=1, tokens_per_s=tokens_per_s, baseline_ratio=1
+    )
+    return VariantBench(
+        artifact_sha256="a",
+        weight_bytes=weight_bytes,
+        load_s=1,
+        imports_process_bytes=100 * MB,
+        peak_process_bytes=400 * MB,
+        peak_device_bytes=device_bytes,
+        latency=LatencyRecord(tokens=16, n_queries=50, p50_ms=1, p95_ms=p95_ms, p99_ms=9),
+        throughput=(speed,),
+        kernels={},
+        dims=256,
+        code="float32",
+        bytes_per_vector=1024,
+        index_bytes_per_million=index_bytes,
+    )
+
+
+def evaluation(
+    name: str,
+    *,
+    retention: float = 0.98,
+    overlap: float = 0.9,
+    cosine: float = 0.99,
+    spearman: float = 0.97,
+    failed: tuple[FailedTask, ...] = (),
+    artifact: str = "a",
+    suite: str = "s",
+) -> EvalReport:
+    return EvalReport(
+        variant=name,
+        artifact_sha256=artifact,
+        baseline="base",
+        baseline_sha256="b",
+        suite="mini",
+        suite_sha256=suite,
+        tasks=(),
+        failed=failed,
+        partial=bool(failed),
+        score=retention / 2,
+        baseline_score=0.5,
+        retention=retention,
+        fidelity=Fidelity(
+            n_texts=9,
+            mean_cosine=cosine,
+            p1_cosine=0.9,
+            neighbour_overlap=overlap,
+            spearman=spearman,
+        ),
+        machine=MACHINE,
+        versions={},
+    )
+
+
+def results(
+    variants: dict[str, VariantBench], evals: list[EvalReport], baseline: str = "base"
+) -> Results:
+    report = BenchReport(
+        spec=BenchSpec(),
+        baseline=baseline,
+        variants=variants,
+        device="cpu",
+        n_threads=2,
+        machine=MACHINE,
+        versions={},
+    )
+    return Results(bench=report, evals={e.variant: e for e in evals}, choice=None)
+
+
+SMALLEST = Objective(minimise="weight_bytes")
+
+
+def test_the_smallest_that_keeps_the_limits_is_picked_and_the_rest_say_what_they_broke() -> None:
+    choice = choose(
+        policy(SMALLEST, retention=Limit(min=0.97), p95_ms=Limit(max=6)),
+        results(
+            {
+                "int8": bench(weight_bytes=8 * MB),
+                "int4": bench(weight_bytes=5 * MB, p95_ms=6.5),
+                "int2": bench(weight_bytes=3 * MB),
+            },
+            [
+                evaluation("int8", retention=0.991, overlap=0.93),
+                evaluation("int4", retention=0.95),
+                evaluation("int2", retention=0.6),
+            ],
+        ),
+    )
+    assert choice.picked == "int8"
+    assert choice.reason == (
+        "int8 has the lowest weight size (8 MB) of the 1 of 3 variants that keep every limit of "
+        "policy 'mine', with retention 99.1 % and neighbour overlap 93 %."
+    )
+    broken = {
+        c.name: [(b.metric, b.bound, b.limit, b.found) for b in c.broken] for c in choice.candidates
+    }
+    assert broken == {
+        "int8": [],
+        "int4": [("retention", "min", 0.97, 0.95), ("p95_ms", "max", 6.0, 6.5)],
+        "int2": [("retention", "min", 0.97, 0.6)],
+    }
+
+
+def test_metrics_are_read_from_where_the_reports_keep_them() -> None:
+    variants = {
+        "cpu": bench(weight_bytes=3, p95_ms=4.5, tokens_per_s=77, index_bytes=88),
+        "gpu": bench(device_bytes=55),
+    }
+    report = evaluation("cpu", retention=0.9, overlap=0.8, cosine=0.7, spearman=0.6)
+    choice = choose(policy(SMALLEST), results(variants, [report]))
+    found = {c.name: c.metrics for c in choice.candidates}
+    assert found["cpu"] == {
+        "retention": 0.9,
+        "mean_cosine": 0.7,
+        "neighbour_overlap": 0.8,
+        "spearman": 0.6,
+        "weight_bytes": 3,
+        "peak_memory_bytes": 400 * MB,
+        "p95_ms": 4.5,
+        "tokens_per_s": pytest.approx(77),
+        "index_bytes": 88,
+    }
+    assert found["gpu"]["peak_memory_bytes"] == 55
+    assert "retention" not in found["gpu"]
+
+
+def test_a_limit_exactly_met_is_kept() -> None:
+    limits = {"retention": Limit(min=0.98, max=0.98), "weight_bytes": Limit(max=10 * MB)}
+    choice = choose(policy(SMALLEST, **limits), results({"a": bench()}, [evaluation("a")]))
+    assert choice.picked == "a"
+
+
+def test_an_unmeasured_metric_breaks_its_limit_with_nothing_found() -> None:
+    choice = choose(
+        policy(SMALLEST, spearman=Limit(min=0.1), p95_ms=Limit(max=99)),
+        results({"a": bench()}, [evaluation("b")]),
+    )
+    assert choice.picked is None
+    broken = {c.name: [(b.metric, b.found) for b in c.broken] for c in choice.candidates}
+    assert broken == {"a": [("spearman", None)], "b": [("p95_ms", None)]}
+    assert "Spearman correlation was not measured and must be at least 0.1" in choice.reason
+
+
+def test_a_nan_counts_as_unmeasured() -> None:
+    choice = choose(
+        policy(SMALLEST, spearman=Limit(max=2)),
+        results({"a": bench()}, [evaluation("a", spearman=float("nan"))]),
+    )
+    assert [b.found for b in choice.candidates[0].broken] == [None]
+
+
+def test_a_candidate_without_the_objective_is_not_picked() -> None:
+    choice = choose(
+        policy(Objective(maximise="tokens_per_s")),
+        results({"slow": bench(tokens_per_s=1)}, [evaluation("slow"), evaluation("unbenched")]),
+    )
+    assert choice.picked == "slow"
+    alone = choose(policy(SMALLEST), results({}, [evaluation("unbenched")]))
+    assert alone.picked is None
+    assert "(unbenched) have no weight size measured" in alone.reason
+
+
+def test_the_baseline_equals_itself_without_an_evaluation() -> None:
+    choice = choose(
+        policy(SMALLEST, retention=Limit(min=0.99), mean_cosine=Limit(min=1)),
+        results({"base": bench(), "small": bench(weight_bytes=1)}, [evaluation("small")]),
+    )
+    assert choice.picked == "base"
+
+
+def test_ties_go_to_the_higher_retention_then_the_first_name() -> None:
+    variants = {name: bench() for name in "cab"}
+    evals = [evaluation("a", retention=0.9), evaluation("b"), evaluation("c")]
+    assert choose(policy(SMALLEST), results(variants, evals)).picked == "b"
+
+
+def test_when_none_fits_the_reason_names_the_nearest_and_its_misses() -> None:
+    choice = choose(
+        policy(SMALLEST, retention=Limit(min=1.0), weight_bytes=Limit(max=4 * MB)),
+        results(
+            {"near": bench(weight_bytes=5 * MB), "far": bench(weight_bytes=9 * MB)},
+            [evaluation("near", retention=0.98), evaluation("far", retention=1.0)],
+        ),
+    )
+    assert choice.picked is None
+    assert choice.reason == (
+        "None of the 2 variants keeps every limit of policy 'mine'; nearest is near, whose "
+        "retention is 98 % and must be at least 100 % (2 % off), whose weight size is 5 MB and "
+        "must be at most 4 MB (1 MB off)."
+    )
+
+
+def test_a_partial_evaluation_is_never_picked_silently() -> None:
+    failed = (FailedTask(task="Banking77", reason="no data"),)
+    choice = choose(policy(SMALLEST), results({"a": bench()}, [evaluation("a", failed=failed)]))
+    assert choice.picked == "a"
+    assert "its evaluation is PARTIAL, without Banking77" in choice.reason
+
+
+def test_a_variant_without_evaluation_is_never_picked_silently() -> None:
+    choice = choose(policy(SMALLEST), results({"a": bench()}, []))
+    assert choice.picked == "a"
+    assert "its quality was NOT evaluated" in choice.reason
+
+
+def test_reports_that_do_not_belong_together_are_refused_all_at_once() -> None:
+    mixed = results(
+        {"a": bench(), "b": bench()},
+        [evaluation("a", artifact="other"), evaluation("b", suite="other")],
+    )
+    with pytest.raises(InputError, match="'a': bench measured a, the evaluation scored other") as e:
+        choose(policy(SMALLEST), mixed)
+    assert "of 2 suites: mini other, mini s" in str(e.value)
+
+
+def test_results_without_variants_are_refused() -> None:
+    with pytest.raises(InputError, match="hold no variant"):
+        choose(policy(SMALLEST), results({}, []))
+
+
+def test_the_front_uses_neighbour_overlap_where_an_evaluation_is_partial() -> None:
+    variants = {"a": bench(), "b": bench()}
+    good, bad = evaluation("a", overlap=0.9, retention=0.8), evaluation("b", overlap=0.8)
+    failed = (FailedTask(task="t", reason="r"),)
+    for last, front in (
+        (bad, {"b"}),
+        (evaluation("b", overlap=0.8, failed=failed), {"a"}),
+    ):
+        choice = choose(policy(SMALLEST), results(variants, [good, last]))
+        assert {c.name for c in choice.candidates if c.on_pareto_front} == front
+
+
+METRICS: list[Metric] = ["retention", "p95_ms", "weight_bytes", "tokens_per_s"]
+
+
+def random_metrics(seed: int) -> dict[str, dict[Metric, float]]:
+    rng = random.Random(seed)
+    # Few distinct values, so that ties and equal points occur; a third lacks an axis.
+    return {
+        f"v{i}": {m: float(rng.randint(1, 4)) for m in METRICS if rng.random() < 0.9}
+        for i in range(rng.randint(1, 12))
+    }
+
+
+def dominates(a: dict[Metric, float], b: dict[Metric, float], axes: list[Metric]) -> bool:
+    signs = {m: 1 if m in HIGHER_IS_BETTER else -1 for m in axes}
+    gains = [signs[m] * (a[m] - b[m]) for m in axes]
+    return min(gains) >= 0 and max(gains) > 0
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_front_equals_brute_force(seed: int) -> None:
+    metrics = random_metrics(seed)
+    whole = {name: found for name, found in metrics.items() if set(METRICS) <= found.keys()}
+    expected = {
+        name
+        for name in whole
+        if not any(dominates(other, whole[name], METRICS) for other in whole.values())
+    }
+    assert pareto_front(metrics, set(METRICS)) == expected
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_no_admissible_candidate_beats_the_picked_one_in_the_objective(seed: int) -> None:
+    rng = random.Random(seed)
+    names = [f"v{i}" for i in range(rng.randint(1, 9))]
+    measured = results(
+        {n: bench(weight_bytes=rng.randint(1, 5), tokens_per_s=rng.randint(1, 5)) for n in names},
+        [evaluation(n, retention=rng.randint(5, 10) / 10) for n in names],
+    )
+    objective = rng.choice([SMALLEST, Objective(maximise="tokens_per_s")])
+    choice = choose(policy(objective, retention=Limit(min=0.7)), measured)
+    admissible = {n for n in names if measured.evals[n].retention >= 0.7}
+    if not admissible:
+        assert choice.picked is None
+        return
+    assert choice.picked in admissible
+    metrics = {c.name: c.metrics for c in choice.candidates}
+    axes: list[Metric] = [objective.metric, "retention"]
+    assert not any(
+        dominates(metrics[n], metrics[choice.picked], axes[:1])
+        or dominates(metrics[n], metrics[choice.picked], axes)
+        for n in admissible
+    )
+
+
+@pytest.mark.parametrize("name", shipped_names("recipes/policies"))
+def test_every_shipped_policy_can_be_kept_by_the_baseline(name: str) -> None:
+    shipped = load_policy(name)
+    choice = choose(shipped, results({"base": bench()}, []))
+    assert choice.picked == "base"
+    assert shipped.name == name
+    assert shipped.summary
+    assert f"policy '{name}'" in choice.reason

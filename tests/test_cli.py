@@ -1,0 +1,210 @@
+"""The command line: what a user types, sees, and gets when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import gteopt
+from gteopt.cli import main
+
+COMMANDS = [
+    "run", "quantize", "truncate", "bench", "evaluate", "choose", "report", "verify", "inspect",
+    "recipes", "suites",
+]  # fmt: skip
+
+
+class Ran:
+    """Exit code and output of one call of the console script's function."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+Call = Callable[..., Ran]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Call `main` with these arguments, as the console script does."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["gteopt", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return Ran(int(stopped.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "int8"
+    gteopt.quantize("nano", "int8", out)
+    return out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_a_worked_example(call: Call, command: str) -> None:
+    ran = call(command, "--help")
+    assert ran.code == 0
+    assert f"Example: gteopt {command}" in " ".join(ran.out.split())
+    assert "--json" in ran.out
+
+
+def test_the_top_level_help_lists_every_command(call: Call) -> None:
+    ran = call("--help")
+    assert ran.code == 0
+    assert all(f" {command} " in ran.out for command in COMMANDS)
+
+
+def test_recipes_and_suites_list_what_ships(call: Call) -> None:
+    names = {row["name"] for row in json.loads(call("recipes", "--json").out)}
+    assert {"bf16", "int8", "gptq-int4", "gptq-int4-slice128-binary"} <= names
+    assert {row["name"] for row in json.loads(call("suites", "--json").out)} >= {"mini", "stsb"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "nano", "--recipe", "gptq-int5", "--out", "x"], "did you mean gptq-int"),
+        (["quantize", "nan", "--recipe", "int8", "--out", "x"], "did you mean nano"),
+        (["evaluate", "nano", "--suite", "mimi"], "did you mean mini"),
+        (["run", "dmo"], "did you mean demo"),
+        (["run", "no/such/plan.yaml"], "no/such/plan.yaml does not exist"),
+        (["choose", ".", "--policy", "balanced"], "is not a results folder"),
+        (["verify", "."], "is not an artifact"),
+        (["inspect", "nano", "--hub-dir", "/nonexistent"], ""),
+    ],
+)
+def test_a_wrong_name_gives_one_message_and_exit_code_1(
+    call: Call, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = call(*arguments)
+    if not message:  # the embedded model needs no hub directory
+        assert ran.code == 0
+        return
+    assert ran.code == 1
+    assert message in ran.err
+    assert ran.err.startswith("gteopt: ")
+    assert "Traceback" not in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "nano"],
+        ["frobnicate"],
+        ["truncate", "x", "--dims", "many", "--out", "y"],
+        ["truncate", "x", "--method", "svd", "--out", "y"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(call: Call, arguments: list[str]) -> None:
+    ran = call(*arguments)
+    assert ran.code == 2
+    assert "Traceback" not in ran.err
+
+
+def test_debug_shows_where_an_error_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gteopt", "--debug", "verify", "."])
+    with pytest.raises(gteopt.errors.InputError):
+        main()
+
+
+def test_inspect_predicts_the_size_that_the_build_then_has(call: Call, artifact: Path) -> None:
+    found = json.loads(call("inspect", "nano", "--json").out)
+    assert (found["attention"], found["pooling"]) == ("bidirectional", "lasttoken")
+    assert found["end_token"] == "<|endoftext|>"
+    assert found["matryoshka_dims"] == [256, 128, 64, 32]
+    estimates = {each["recipe"]: each for each in found["estimates"]}
+    built = gteopt.load(artifact).weight_bytes
+    assert estimates["int8"]["weight_bytes"] == pytest.approx(built, rel=0.002)
+    plain = gteopt.load("nano").weight_bytes
+    assert estimates["bf16"]["weight_bytes"] == pytest.approx(plain, rel=1e-6)
+    assert estimates["gptq-int4"]["build_bytes"] > estimates["int8"]["build_bytes"] > plain
+
+
+def test_inspect_shows_a_base_and_an_artifact_in_words(call: Call, artifact: Path) -> None:
+    base, variant = call("inspect", "nano"), call("inspect", artifact)
+    assert (base.code, variant.code) == (0, 0)
+    assert "bidirectional" in base.out
+    assert "Instruct: {instruction}" in base.out
+    assert "gptq-int4-slice128-binary" in base.out
+    assert "layers.0.self_attn.q_proj" in variant.out
+    assert "lookup table" in variant.out
+
+
+def test_truncate_then_verify_then_a_flipped_byte(
+    call: Call, artifact: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "short"
+    ran = call("truncate", artifact, "--dims", 32, "--vectors", "binary", "--out", out, "--json")
+    assert json.loads(ran.out)["vectors"]["bytes_per_vector"] == 4
+    assert call("verify", out).code == 0
+    path = out / "config.json"
+    path.write_bytes(path.read_bytes().replace(b"false", b"true ", 1))
+    ran = call("verify", out)
+    assert ran.code == 1
+    assert "config.json has changed" in ran.err
+
+
+def quantize_in_child(
+    out: Path, preexec_fn: Callable[[], None] | None = None
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "gteopt.cli", "quantize", "nano", "--recipe", "gptq-int4"]
+    return subprocess.Popen(
+        [*command, "--out", str(out)], stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn
+    )
+
+
+def test_ctrl_c_leaves_one_line_and_nothing_taken_for_whole(tmp_path: Path) -> None:
+    out = tmp_path / "int4"
+    child = quantize_in_child(out)
+    first_block = tmp_path / ".int4.partial" / "weights" / "block-000.json"
+    deadline = time.monotonic() + 300
+    while not first_block.exists():
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert "interrupted; what is finished is kept" in err
+    assert "Traceback" not in err
+    assert not out.exists()
+    assert first_block.exists()
+
+
+def test_a_disk_that_is_full_is_named_and_nothing_is_taken_for_whole(tmp_path: Path) -> None:
+    """A file size limit of 200 kB makes the real write of the first block fail half way."""
+    out = tmp_path / "int4"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    child = quantize_in_child(out, preexec_fn=limit)
+    _, err = child.communicate(timeout=300)
+    assert child.returncode == 1
+    assert "File too large" in err
+    assert "Traceback" not in err
+    assert not out.exists()
+    assert not list((tmp_path / ".int4.partial" / "weights").glob("block-*.json"))
+
+
+def test_the_console_script_is_installed_and_tells_its_version() -> None:
+    script = Path(sys.executable).with_name("gteopt")
+    ran = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == f"gteopt {gteopt.__version__}"

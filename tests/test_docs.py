@@ -1,0 +1,71 @@
+"""The README and the command-line reference cannot lie."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from gteopt.cli import app
+from gteopt.recipe import load_plan, shipped_names
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def generated_reference() -> str:
+    ran = subprocess.run(
+        [sys.executable, "-m", "typer", "gteopt.cli", "utils", "docs", "--name", "gteopt"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return ran.stdout
+
+
+def test_the_cli_reference_is_what_the_program_says() -> None:
+    written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert written.split() == generated_reference().split(), "run `make docs`"
+
+
+def test_every_command_in_the_readme_exists_with_its_options() -> None:
+    group = typer.main.get_command(app)
+    lines = [line for kind, body in BLOCKS if kind == "sh" for line in body.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("gteopt ")]
+    assert len(commands) >= 8
+    for words in commands:
+        command = group.commands[words[1]]  # type: ignore[attr-defined]
+        options = {name for each in command.params for name in each.opts}
+        assert {word for word in words if word.startswith("--")} <= options, words
+
+
+def test_the_python_example_in_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources = [body for kind, body in BLOCKS if kind == "python"]
+    assert len(sources) == 1
+    exec(compile(sources[0], "README.md", "exec"), {})
+    assert (tmp_path / "artifacts" / "nano-int4" / "gteopt.json").is_file()
+
+
+def test_the_readmes_results_table_has_every_variant_of_the_demo() -> None:
+    for name in load_plan("demo").recipes:
+        assert f"| `{name}` |" in README
+
+
+def test_every_shipped_recipe_is_named_in_the_readme() -> None:
+    assert [name for name in shipped_names("recipes") if f"`{name}`" not in README] == []
+
+
+def test_links_inside_the_repository_lead_somewhere() -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []

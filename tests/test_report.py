@@ -1,0 +1,464 @@
+"""The report shows every number that was measured, and a real browser renders it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from gteopt.recipe import BenchSpec, Limit, Objective, Policy, VectorCode
+from gteopt.records import (
+    BenchReport,
+    BrokenLimit,
+    Candidate,
+    Choice,
+    EvalReport,
+    FailedTask,
+    Fidelity,
+    LatencyRecord,
+    Machine,
+    Results,
+    TaskScore,
+    ThroughputRecord,
+    VariantBench,
+)
+from gteopt.report import (
+    bench_table,
+    eval_table,
+    html_page,
+    rows,
+    terminal_table,
+    write_report,
+)
+
+MACHINE = Machine(
+    cpu="AMD EPYC 9B14 (avx512_bf16, avx512_vnni)",
+    n_cores=2,
+    memory_bytes=25_276_502_016,
+    gpu=None,
+    os="Linux-6.1-x86_64-with-glibc2.36",
+    python="3.11.7",
+)
+VERSIONS = {"gteopt": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.23.0", "numpy": "2.4.6"}
+REASON = (
+    "gptq-int4-pca128 keeps 98.4 % of the baseline's score with 5.1 MB of weights, the smallest "
+    "of the variants that keep every limit."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    name: str
+    weight_bytes: int
+    dims: int
+    code: VectorCode
+    bytes_per_vector: int
+    speed: float
+    retention: float
+    cosine: float
+    overlap: float
+
+
+DEMO = (
+    Given("none", 16_781_824, 256, "float32", 1024, 1.01, 1.0, 1.0, 1.0),
+    Given("int8", 13_700_000, 256, "float32", 1024, 1.42, 0.9991, 0.9989, 0.973),
+    Given("gptq-int4", 12_100_000, 256, "float32", 1024, 0.96, 0.9937, 0.9912, 0.921),
+    Given("gptq-int4-pca128", 12_100_000, 128, "float32", 512, 0.95, 0.9841, 0.9912, 0.884),
+    Given("int8-slice64-int8", 13_700_000, 64, "int8", 64, 1.40, 0.9612, 0.9989, 0.801),
+    Given("gptq-int4-slice128-binary", 12_100_000, 128, "binary", 16, 0.94, 0.9423, 0.9912, 0.742),
+)
+TASKS = (
+    ("MiniRetrieval", "Retrieval", "en", "ndcg_at_10", 0.8123),
+    ("MiniRetrieval", "Retrieval", "zh", "ndcg_at_10", 0.7741),
+    ("MiniSTS", "STS", "default", "cosine_spearman", 0.7218),
+    ("MiniIntent", "Classification", "pl", "accuracy", 0.8894),
+    ("MiniBitext", "BitextMining", "en-fr", "f1", 0.6502),
+)
+
+
+def test_rows_give_the_baseline_first_and_every_ratio_against_it(demo: Results) -> None:
+    found = rows(demo)
+    assert [row.name for row in found] == [given.name for given in DEMO]
+    for row, given in zip(found, DEMO, strict=True):
+        assert row.weight_ratio == given.weight_bytes / DEMO[0].weight_bytes
+        assert row.speed_ratio == pytest.approx(given.speed)
+        assert row.retention == given.retention
+        assert (row.dims, row.vector_bytes) == (given.dims, given.bytes_per_vector)
+
+
+def test_the_verdict_names_each_broken_limit_in_numbers(demo: Results) -> None:
+    verdicts = {row.name: row.verdict for row in rows(demo)}
+    assert verdicts["gptq-int4-pca128"] == "picked"
+    assert verdicts["int8"] == "on the Pareto front"
+    assert verdicts["int8-slice64-int8"] == "retention 96.12 % < 97 %"
+    assert verdicts["gptq-int4-slice128-binary"] == (
+        "retention 94.23 % < 97 %; neighbour overlap not measured, limit 80 %"
+    )
+
+
+def test_a_variant_without_an_evaluation_has_a_row_without_scores(demo: Results) -> None:
+    evals = {name: report for name, report in demo.evals.items() if name not in ("none", "int8")}
+    by_name = {row.name: row for row in rows(demo.model_copy(update={"evals": evals}))}
+    assert by_name["int8"].score is None
+    assert by_name["int8"].speed_ratio is not None
+    assert by_name["none"].retention == 1.0
+    assert by_name["none"].score == demo.evals["none"].score
+
+
+@pytest.mark.parametrize("width", [100, 120])
+def test_the_terminal_table_fits_with_every_name_on_one_line(demo: Results, width: int) -> None:
+    text = rendered(demo, width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    for given in DEMO:
+        assert any(given.name in line and f"{given.dims}" in line for line in lines), given.name
+    assert any(line.lstrip().startswith("✓ gptq-int4-pca128 ") for line in lines)
+    assert "✗ int8-slice64-int8: retention 96.12 % < 97 %" in text
+
+
+def test_the_bench_table_shows_every_workload_of_every_variant(demo: Results) -> None:
+    text = printed(bench_table(demo.bench), 100)
+    assert max(map(len, text.splitlines())) <= 100
+    for workload in demo.bench.spec.workloads:
+        assert f"{workload.batch_size}×{workload.tokens}" in text
+    for given in DEMO:
+        line = next(line for line in text.splitlines() if f"{given.name} " in line)
+        assert line.count(f"{31_000 * given.speed:,.0f}") == len(demo.bench.spec.workloads)
+
+
+def test_the_evaluation_table_shows_every_task_and_language(demo: Results) -> None:
+    evals = {name: demo.evals[name] for name in ("none", "int8", "gptq-int4")}
+    text = printed(eval_table(evals), 100)
+    assert max(map(len, text.splitlines())) <= 100
+    for task, _, subset, _, score in TASKS:
+        line = next(
+            line for line in text.splitlines() if task in line and f"{score:.2%}"[:-1] in line
+        )
+        assert subset in line or subset == "default"
+        assert f"{score * 0.9991 * 100:.2f}" in line
+
+
+def test_a_partial_score_is_marked_in_the_table_and_on_the_page(demo: Results) -> None:
+    failed = FailedTask(task="MiniBitext", reason="the data set is damaged")
+    partial = demo.evals["int8"].model_copy(update={"partial": True, "failed": (failed,)})
+    results = demo.model_copy(update={"evals": {**demo.evals, "int8": partial}})
+    sentence = "int8: task MiniBitext failed: the data set is damaged"
+    assert sentence in rendered(results, 100)
+    assert re.search(r"\d\*", rendered(results, 100))
+    page = html_page(results, title="demo")
+    assert sentence in page
+    assert "Partial evaluation" in page
+
+
+def test_names_and_reasons_are_escaped_everywhere(demo: Results) -> None:
+    evil = "</script><img src=x onerror=alert(1)>"
+    bench = demo.bench.variants["int8"]
+    results = demo.model_copy(
+        update={
+            "bench": demo.bench.model_copy(
+                update={"variants": {**demo.bench.variants, evil: bench}}
+            ),
+            "evals": {**demo.evals, evil: demo.evals["int8"]},
+            "choice": None,
+        }
+    )
+    page = html_page(results, title=evil)
+    assert evil not in page
+    assert "<img" not in without_plotly(page)
+
+
+def test_the_page_without_plotly_is_small(demo: Results) -> None:
+    assert len(without_plotly(html_page(demo, title="demo"))) < 100_000
+
+
+def test_the_report_is_written_whole_and_holds_the_page(demo: Results, tmp_path: Path) -> None:
+    path = write_report(tmp_path, demo, "demo")
+    assert path.read_text(encoding="utf-8") == html_page(demo, title="demo")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize(("n_variants", "width"), [(6, 1280), (2, 500), (30, 1280), (30, 500)])
+def test_chromium_renders_every_variant_without_error_or_request(
+    n_variants: int, width: int, tmp_path: Path
+) -> None:
+    results = demo_results(many(n_variants))
+    write_report(tmp_path, results, f"{n_variants} variants")
+    dom, log, urls = browse(tmp_path / "report.html", width, tmp_path)
+    assert "CONSOLE" not in log, log
+    assert urls == []
+    page = Page()
+    page.feed(dom)
+    assert page.n_charts == 6
+    assert page.n_charts_drawn == 6
+    names = {given.name for given in many(n_variants)}
+    assert names <= page.texts
+    # On both scatter plots every variant carries its name or its number, and none covers another.
+    assert len(page.labels) == 2
+    for labels in page.labels:
+        assert len(labels) == n_variants
+        for one, other in itertools.combinations(labels, 2):
+            assert not overlap(one, other), (one, other)
+
+
+def test_chromium_renders_results_without_choice_and_evaluations(
+    demo: Results, tmp_path: Path
+) -> None:
+    write_report(tmp_path, demo.model_copy(update={"choice": None, "evals": {}}), "speed only")
+    dom, log, urls = browse(tmp_path / "report.html", 1280, tmp_path)
+    assert "CONSOLE" not in log, log
+    assert urls == []
+    assert "nothing is recommended" in dom
+
+
+def test_the_check_for_requests_sees_a_page_that_asks_for_an_image(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text('<img src="http://127.0.0.1:9/x.png"><script>no_such_name</script>')
+    _, log, urls = browse(page, 500, tmp_path)
+    assert urls == ["http://127.0.0.1:9/x.png"]
+    assert "CONSOLE" in log
+
+
+@pytest.fixture(scope="module")
+def demo() -> Results:
+    return demo_results(DEMO)
+
+
+def many(n_variants: int) -> list[Given]:
+    """The demo's variants, or that many around them, crowded as real ones are."""
+    if n_variants <= len(DEMO):
+        return list(DEMO[:n_variants])
+    extra = [
+        dataclasses.replace(
+            DEMO[1 + index % 5],
+            name=f"mixed-int{2 + index % 7}-g{32 << index % 3}-v{index}",
+            weight_bytes=12_000_000 + (index * 7919) % 23 * 90_000,
+            speed=0.8 + (index * 31) % 17 / 30,
+            retention=0.93 + (index * 13) % 19 / 300,
+        )
+        for index in range(n_variants - len(DEMO))
+    ]
+    return [*DEMO, *extra]
+
+
+def demo_results(variants: tuple[Given, ...] | list[Given]) -> Results:
+    spec = BenchSpec()
+    policy = Policy(
+        schema="gteopt.policy/1",
+        name="balanced",
+        summary="The smallest variant that keeps 97 % of the score.",
+        limits={"retention": Limit(min=0.97), "neighbour_overlap": Limit(min=0.8)},
+        objective=Objective(minimise="weight_bytes"),
+    )
+    picked = "gptq-int4-pca128" if len(variants) > 3 else variants[-1].name
+    return Results(
+        bench=BenchReport(
+            spec=spec,
+            baseline="none",
+            variants={given.name: variant_bench(given, spec) for given in variants},
+            device="cpu",
+            n_threads=2,
+            machine=MACHINE,
+            versions=VERSIONS,
+        ),
+        evals={given.name: eval_report(given) for given in variants},
+        choice=Choice(
+            policy=policy,
+            picked=picked,
+            reason=REASON.replace("gptq-int4-pca128", picked),
+            candidates=tuple(candidate(given) for given in variants),
+        ),
+    )
+
+
+def variant_bench(given: Given, spec: BenchSpec) -> VariantBench:
+    return VariantBench(
+        artifact_sha256="0" * 64,
+        weight_bytes=given.weight_bytes,
+        load_s=0.31,
+        imports_process_bytes=402_000_000,
+        peak_process_bytes=402_000_000 + 3 * given.weight_bytes,
+        peak_device_bytes=None,
+        latency=LatencyRecord(
+            tokens=spec.query_tokens,
+            n_queries=spec.n_queries,
+            p50_ms=2.91 / given.speed,
+            p95_ms=3.44 / given.speed,
+            p99_ms=5.02 / given.speed,
+        ),
+        throughput=tuple(
+            ThroughputRecord(
+                batch_size=workload.batch_size,
+                tokens=workload.tokens,
+                texts_per_s=31_000 * given.speed / workload.tokens,
+                tokens_per_s=31_000 * given.speed,
+                baseline_ratio=given.speed,
+            )
+            for workload in spec.workloads
+        ),
+        kernels={"torch.linear": 28} if given.name == "none" else {"int4": 28},
+        dims=given.dims,
+        code=given.code,
+        bytes_per_vector=given.bytes_per_vector,
+        index_bytes_per_million=given.bytes_per_vector * 1_000_000,
+    )
+
+
+def eval_report(given: Given) -> EvalReport:
+    baseline = sum(score for *_, score in TASKS) / len(TASKS)
+    return EvalReport(
+        variant=given.name,
+        artifact_sha256="0" * 64,
+        baseline="none",
+        baseline_sha256="1" * 64,
+        suite="mini",
+        suite_sha256="2f" * 32,
+        tasks=tuple(
+            TaskScore(
+                task=task,
+                task_type=task_type,
+                split="test",
+                subset=subset,
+                metric=metric,
+                score=score * given.retention,
+                baseline_score=score,
+                instruction="Retrieve passages that answer the question"
+                if task_type == "Retrieval"
+                else None,
+                dataset_revision="8f3c" * 10,
+                n_samples=1120,
+            )
+            for task, task_type, subset, metric, score in TASKS
+        ),
+        failed=(),
+        partial=False,
+        score=baseline * given.retention,
+        baseline_score=baseline,
+        retention=given.retention,
+        fidelity=Fidelity(
+            n_texts=1024,
+            mean_cosine=given.cosine,
+            p1_cosine=2 * given.cosine - 1,
+            neighbour_overlap=given.overlap,
+            spearman=0.5 + given.overlap / 2,
+        ),
+        machine=MACHINE,
+        versions=VERSIONS,
+    )
+
+
+def candidate(given: Given) -> Candidate:
+    broken = []
+    if given.retention < 0.97:
+        broken.append(
+            BrokenLimit(metric="retention", bound="min", limit=0.97, found=given.retention)
+        )
+    if given.code == "binary":
+        broken.append(BrokenLimit(metric="neighbour_overlap", bound="min", limit=0.8, found=None))
+    return Candidate(
+        name=given.name,
+        metrics={"retention": given.retention, "weight_bytes": given.weight_bytes},
+        broken=tuple(broken),
+        on_pareto_front=not broken and given.name != "none",
+    )
+
+
+def rendered(results: Results, width: int) -> str:
+    return printed(terminal_table(results), width)
+
+
+def printed(table: Table, width: int) -> str:
+    console = Console(width=width, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def without_plotly(page: str) -> str:
+    return max(re.split(r"<script>/\*\*.*?</script>", page, flags=re.DOTALL), key=len)
+
+
+def browse(path: Path, width: int, scratch: Path) -> tuple[str, str, list[str]]:
+    """Open a page in headless Chromium.
+
+    Returns:
+        The DOM after scripts ran, the browser's log, the network URLs that the page asked for.
+    """
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip(f"needs a browser on the PATH, one of: {', '.join(names)}")
+    net_log = scratch / "net.json"
+    run = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--enable-logging=stderr",
+            f"--user-data-dir={scratch / 'profile'}",
+            f"--log-net-log={net_log}",
+            f"--window-size={width},2400",
+            "--virtual-time-budget=8000",
+            "--dump-dom",
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    # Chromium asks for things of its own (updates, time); those have no page as their initiator.
+    events = net_log.read_text().splitlines()
+    requests = [event for event in events if '"initiator":' in event]
+    own = [event for event in requests if '"initiator":"not an origin"' not in event]
+    urls = [url for event in own for url in re.findall(r'"url":"((?:https?|wss?):[^"]*)"', event)]
+    return run.stdout, run.stderr, urls
+
+
+class Page(HTMLParser):
+    """What a test asks of a rendered page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: set[str] = set()
+        self.n_charts = 0
+        self.n_charts_drawn = 0
+        self.labels: list[list[dict[str, float]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        kinds = given.get("class", "").split()
+        self.n_charts += "plotly-graph-div" in kinds
+        # The first of the layers that plotly stacks holds the drawn axes and points.
+        self.n_charts_drawn += tag == "g" and "cartesianlayer" in kinds
+        if "labels" in kinds:
+            self.labels.append([])
+        if tag == "span" and "left" in given.get("style", ""):
+            sizes = re.findall(r"(left|top|width): (-?[\d.]+)px", given["style"])
+            self.labels[-1].append({side: float(value) for side, value in sizes})
+
+    def handle_data(self, data: str) -> None:
+        self.texts.add(data.strip())
+
+
+def overlap(one: dict[str, float], other: dict[str, float], height: float = 15) -> bool:
+    apart = (
+        one["left"] + one["width"] <= other["left"]
+        or other["left"] + other["width"] <= one["left"]
+        or one["top"] + height <= other["top"]
+        or other["top"] + height <= one["top"]
+    )
+    return not apart

@@ -1,0 +1,212 @@
+"""Entries kept query by query, pair by pair, document by document make mteb's own scores."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy.stats import spearmanr
+from sklearn.metrics import (
+    accuracy_score,
+    adjusted_mutual_info_score,
+    average_precision_score,
+    f1_score,
+    v_measure_score,
+)
+
+import gteopt
+from gteopt.encoder import Encoder
+from gteopt.errors import IntegrityError, UnsupportedError
+from gteopt.evaluation import Suite, SuiteRun, load_suite, run_suite
+from gteopt.evaluation.samples import Samples, read_samples, write_samples
+
+RNG = np.random.default_rng(0)
+N = 40
+
+
+def suite_of(*tasks: str | dict[str, Any]) -> Suite:
+    entries = [{"task": each} if isinstance(each, str) else each for each in tasks]
+    return Suite.model_validate({"schema": "gteopt.suite/1", "name": "test", "tasks": entries})
+
+
+@pytest.fixture(scope="module")
+def nano() -> Encoder:
+    return gteopt.load("nano", device="cpu")
+
+
+def reproduces(run: SuiteRun) -> None:
+    assert not run.failed
+    for each in run.scores:
+        assert each.no_samples is None
+        samples = run.samples[each.task, each.split, each.subset]
+        assert samples.score() == pytest.approx(each.score, abs=1e-6)
+        assert samples.n_units == each.n_samples
+
+
+def clusterings(statistic: Any) -> Samples:
+    rows = np.tile(np.arange(N), 3)
+    return Samples(
+        statistic,
+        "document",
+        {
+            "document": rows,
+            "experiment": np.repeat(np.arange(3), N),
+            "gold": RNG.integers(0, 5, N)[rows],
+            "cluster": RNG.integers(0, 4, 3 * N),
+            "level": np.zeros(3, int),
+        },
+    )
+
+
+SAMPLES = {
+    "mean": Samples("mean", "query", {"values": RNG.random(N)}),
+    "spearman": Samples(
+        "spearman",
+        "pair",
+        {"similarities": RNG.random(N).round(1), "gold": RNG.integers(0, 5, N)},
+    ),
+    **{
+        name: Samples(
+            name,
+            "document",
+            {"predictions": RNG.integers(0, 6, (3, N)), "gold": RNG.integers(0, 5, N)},
+        )
+        for name in ("f1_macro", "f1_weighted")
+    },
+    "max_ap": Samples(
+        "max_ap",
+        "pair",
+        {"similarities": RNG.random((3, N)).round(1), "gold": RNG.integers(0, 2, N)},
+    ),
+    "v_measure": clusterings("v_measure"),
+    "ami": clusterings("ami"),
+}
+
+
+def oracle(samples: Samples, drawn: npt.NDArray[np.int64]) -> float:
+    """The score of the units `drawn`, copied out one by one, by scipy or scikit-learn."""
+    own = samples.arrays
+    if samples.statistic == "mean":
+        return float(own["values"][drawn].mean())
+    if samples.statistic == "spearman":
+        return float(spearmanr(own["similarities"][drawn], own["gold"][drawn])[0])
+    if samples.statistic.startswith("f1"):
+        how = samples.statistic.removeprefix("f1_")
+        gold = own["gold"][drawn]
+        return float(np.mean([f1_score(gold, p[drawn], average=how) for p in own["predictions"]]))
+    if samples.statistic == "max_ap":
+        gold = own["gold"][drawn]
+        return float(max(average_precision_score(gold, s[drawn]) for s in own["similarities"]))
+    score = v_measure_score if samples.statistic == "v_measure" else adjusted_mutual_info_score
+    gold, clusters = own["gold"].reshape(3, N), own["cluster"].reshape(3, N)
+    return float(np.mean([score(g[drawn], c[drawn]) for g, c in zip(gold, clusters, strict=True)]))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_weighted_score_is_the_score_of_the_units_copied_as_often(name: str) -> None:
+    samples = SAMPLES[name]
+    weights = np.random.default_rng(1).multinomial(N, np.full(N, 1 / N), size=20)
+    expected = [oracle(samples, np.repeat(np.arange(N), row)) for row in weights]
+    np.testing.assert_allclose(samples.scores(weights), expected, atol=1e-9)
+    assert samples.score() == pytest.approx(oracle(samples, np.arange(N)), abs=1e-9)
+
+
+def test_the_best_accuracy_is_found_by_trying_every_threshold() -> None:
+    similarities, gold = SAMPLES["max_ap"].arrays["similarities"], RNG.integers(0, 2, N)
+    samples = Samples("max_accuracy", "pair", {"similarities": similarities, "gold": gold})
+    tried = [
+        accuracy_score(gold, row >= threshold)
+        for row in similarities
+        for threshold in np.unique(row)[1:]
+    ]
+    assert samples.score() == pytest.approx(max(tried), abs=1e-12)
+
+
+def test_written_entries_come_back_and_damage_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "task.safetensors"
+    written = {("test", name): samples for name, samples in SAMPLES.items()}
+    rounded = Samples("mean", "query", SAMPLES["mean"].arrays, digits=5)
+    write_samples(path, {**written, ("test", "rounded"): rounded})
+    found = read_samples(path)
+    assert found.keys() == {*written, ("test", "rounded")}
+    assert found["test", "rounded"].digits == 5
+    for key, samples in written.items():
+        assert found[key].statistic == samples.statistic
+        for name, array in samples.arrays.items():
+            np.testing.assert_array_equal(found[key].arrays[name], array)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(IntegrityError, match="delete it"):
+        read_samples(path)
+
+
+def test_entries_reproduce_every_score_of_the_mini_suite(nano: Encoder) -> None:
+    run = run_suite(nano, load_suite("mini"))
+    reproduces(run)
+    statistics = {samples.statistic for samples in run.samples.values()}
+    assert statistics == {"mean", "spearman", "ami", "f1_weighted"}
+
+
+def test_entries_reproduce_scores_on_published_data(nano: Encoder, shared: Path) -> None:
+    multilingual = {
+        "task": "STSBenchmarkMultilingualSTS",
+        "subsets": ["fr"],
+        "splits": ["test"],
+    }
+    reproduces(run_suite(nano, suite_of("STSBenchmark", multilingual), hub_dir=shared / "hub"))
+
+
+MOCKS = (
+    "BitextMiningTask",
+    "MultilingualBitextMiningTask",
+    "MultilingualParallelBitextMiningTask",
+    "ClassificationTask",
+    "MultilingualClassificationTask",
+    "ClusteringTask",
+    "MultilingualClusteringFastTask",
+    "PairClassificationTask",
+    "MultilingualPairClassificationTask",
+    "RerankingTask",
+    "MultilingualRerankingTask",
+    "RetrievalTask",
+    "InstructionRetrieval",
+    "STSTask",
+    "MultilingualSTSTask",
+    "SummarizationTask",
+)
+
+
+@pytest.mark.parametrize("name", MOCKS)
+def test_entries_reproduce_scores_of_every_task_class_of_mteb(name: str, nano: Encoder) -> None:
+    """On the tiny data that mteb itself is tested with."""
+    from mteb.mocks import mock_tasks
+    from mteb.mocks.mock_tasks.clustering import MockClusteringTask
+
+    from gteopt.evaluation.adapter import TaskModel, TextCache
+    from gteopt.evaluation.fidelity import Sampler
+    from gteopt.evaluation.isolation import isolated
+    from gteopt.evaluation.predictions import collect, read_predictions, record_draws_
+    from gteopt.recipe import quiet
+
+    with isolated(offline=True):
+        task = getattr(mock_tasks, f"Mock{name}", MockClusteringTask)()
+        assert type(task).__name__ == f"Mock{name}"
+        task.load_data()
+        split = task.metadata.eval_splits[0]
+        model = TaskModel(TextCache(nano, 32), None, Sampler(), quiet)
+        draws = record_draws_(task)
+        with tempfile.TemporaryDirectory() as folder:
+            encode = {"batch_size": 32}
+            scores = task.evaluate(
+                model, split, encode_kwargs=encode, prediction_folder=Path(folder)
+            )
+            predictions = read_predictions(task, Path(folder))
+        found = dict(collect(task, split, predictions, draws))
+    assert found.keys() == scores.keys()
+    for subset, metrics in scores.items():
+        samples = found[subset]
+        assert not isinstance(samples, UnsupportedError), samples
+        assert samples.score() == pytest.approx(metrics["main_score"], abs=1e-6)

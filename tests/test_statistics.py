@@ -1,0 +1,283 @@
+"""Intervals cover the truth at the stated rate, for every statistic; verdicts say what they may."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import adjusted_mutual_info_score
+
+from gteopt.evaluation.samples import Samples
+from gteopt.evaluation.statistics import (
+    Draws,
+    holm,
+    interval,
+    mean_of,
+    p_value,
+    paired_draws,
+    verdict,
+)
+
+Pair = tuple[Samples, Samples]
+Maker = Callable[[np.random.Generator, int], Pair]
+
+N_REPEATS = 300
+N_RESAMPLES = 300
+
+
+def both(statistic: Any, unit: str, variant: dict[str, Any], baseline: dict[str, Any]) -> Pair:
+    return Samples(statistic, unit, variant), Samples(statistic, unit, baseline)
+
+
+def draw(pair: Pair, task: str = "t", **how: Any) -> Draws:
+    found = paired_draws(*pair, task=task, **how)
+    assert found is not None
+    return found
+
+
+def ndcg(rng: np.random.Generator, n: int) -> Pair:
+    """Queries of which three in ten change, by a tenth on average."""
+    ours = rng.beta(0.6, 0.6, n)
+    moved = np.clip(ours + rng.normal(-0.1, 0.3, n), 0, 1)
+    theirs = np.where(rng.random(n) < 0.3, moved, ours)
+    return both("mean", "query", {"values": theirs}, {"values": ours})
+
+
+def accuracy(rng: np.random.Generator, n: int) -> Pair:
+    """Answers of which few flip: 6 % of the right ones, 10 % of the wrong ones."""
+    ours = rng.random(n) < 0.8
+    flipped = rng.random(n) < np.where(ours, 0.06, 0.1)
+    values = (np.where(flipped, ~ours, ours).astype(float), ours.astype(float))
+    return both("mean", "document", {"values": values[0]}, {"values": values[1]})
+
+
+def similarity(rng: np.random.Generator, n: int) -> Pair:
+    gold = rng.standard_normal(n)
+    ours = gold + 0.8 * rng.standard_normal(n)
+    theirs = ours + 0.4 * rng.standard_normal(n)
+    return both(
+        "spearman",
+        "pair",
+        {"similarities": theirs, "gold": gold},
+        {"similarities": ours, "gold": gold},
+    )
+
+
+def translations(rng: np.random.Generator, n: int) -> Pair:
+    gold, hard, other = np.arange(n), rng.random(n), rng.integers(0, n, n)
+    found = [np.where(hard < right, gold, other)[None] for right in (0.75, 0.8)]
+    arrays = [{"gold": gold, "predictions": each} for each in found]
+    return both("f1_weighted", "sentence", *arrays)
+
+
+def classes(rng: np.random.Generator, n: int) -> Pair:
+    gold, hard, other = rng.integers(0, 4, n), rng.random((5, n)), rng.integers(0, 4, (5, n))
+    found = [np.where(hard < right, gold, other) for right in (0.6, 0.7)]
+    arrays = [{"gold": gold, "predictions": each} for each in found]
+    return both("f1_macro", "document", *arrays)
+
+
+def duplicates(statistic: str) -> Maker:
+    def make(rng: np.random.Generator, n: int) -> Pair:
+        gold = (rng.random(n) < 0.4).astype(int)
+        ours = 1.2 * gold + rng.standard_normal(n)
+        theirs = ours + 0.5 * rng.standard_normal(n)
+        arrays = [{"gold": gold, "similarities": each[None]} for each in (theirs, ours)]
+        return both(statistic, "pair", *arrays)
+
+    return make
+
+
+def clusterings(statistic: str) -> Maker:
+    """Documents that are hard in every run, and runs that are lucky for one model or for both."""
+    n_runs, n_classes = 8, 4
+
+    def make(rng: np.random.Generator, n: int) -> Pair:
+        gold = rng.integers(0, n_classes, n)
+        document = np.tile(np.arange(n), n_runs)
+        fixed = {
+            "document": document,
+            "experiment": np.repeat(np.arange(n_runs), n),
+            "gold": gold[document],
+            "level": np.zeros(n_runs, int),
+        }
+        hard, luck = rng.random(n), rng.normal(0, 0.05, (n_runs, 1))
+        arrays = []
+        for right in (0.6, 0.65):
+            effort = 0.7 * hard + 0.3 * rng.random((n_runs, n))
+            solved = effort < right + luck + rng.normal(0, 0.05, (n_runs, 1))
+            cluster = np.where(solved, gold, rng.integers(0, n_classes, (n_runs, n)))
+            arrays.append({**fixed, "cluster": cluster.ravel()})
+        return both(statistic, "document", *arrays)
+
+    return make
+
+
+# What is drawn, units, and the difference of the two models where it is known in closed form.
+CASES: dict[str, tuple[Maker, int, float | None]] = {
+    "retrieval and reranking (mean over queries)": (ndcg, 60, None),
+    "classification (accuracy)": (accuracy, 120, 0.2 * 0.1 - 0.8 * 0.06),
+    "classification (macro F1)": (classes, 120, None),
+    "similarity (Spearman)": (
+        similarity,
+        150,
+        6 / math.pi * (math.asin(1 / math.sqrt(1.8) / 2) - math.asin(1 / math.sqrt(1.64) / 2)),
+    ),
+    "bitext (weighted F1)": (translations, 120, None),
+    "pairs (average precision)": (duplicates("max_ap"), 150, None),
+    "pairs (best accuracy)": (duplicates("max_accuracy"), 150, None),
+    "clustering (V-measure)": (clusterings("v_measure"), 100, None),
+    "clustering (AMI)": (clusterings("ami"), 40, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_interval_covers_the_difference_at_its_rate(case: str) -> None:
+    make, n_units, truth = CASES[case]
+    rng = np.random.default_rng(7)
+    if truth is None:
+        # The mean of the statistic at this number of units: metrics that are no means are biased.
+        pairs = (make(rng, n_units) for _ in range(800))
+        truth = float(np.mean([ours.score() - theirs.score() for ours, theirs in pairs]))
+    n_repeats = N_REPEATS if "AMI" not in case else 150
+    covered = 0
+    for number in range(n_repeats):
+        variant, baseline = make(rng, n_units)
+        draws = draw((variant, baseline), task=str(number), n_resamples=N_RESAMPLES)
+        low, high = interval(draws.difference)
+        covered += low <= truth <= high
+    # What 95 % coverage gives in 999 of 1000 runs of this test.
+    least, most = stats.binom.ppf([0.0005, 0.9995], n_repeats, 0.95)
+    assert least <= covered <= most, f"{covered / n_repeats:.3f}"
+
+
+def test_a_suite_interval_covers_the_mean_over_its_tasks_at_its_rate() -> None:
+    makers = ((ndcg, 60), (accuracy, 120), (similarity, 80))
+    rng = np.random.default_rng(3)
+    truth = float(
+        np.mean(
+            [
+                np.mean([a.score() - b.score() for a, b in (make(rng, n) for _ in range(2000))])
+                for make, n in makers
+            ]
+        )
+    )
+    covered = 0
+    for number in range(N_REPEATS):
+        parts = []
+        for make, n in makers:
+            draws = draw(make(rng, n), task=f"{make}{number}", n_resamples=N_RESAMPLES)
+            parts.append(draws)
+        low, high = interval(mean_of(parts).difference)
+        covered += low <= truth <= high
+    least, most = stats.binom.ppf([0.0005, 0.9995], N_REPEATS, 0.95)
+    assert least <= covered <= most, f"{covered / N_REPEATS:.3f}"
+
+
+def test_pairing_makes_the_interval_of_a_small_change_short() -> None:
+    variant, baseline = ndcg(np.random.default_rng(0), 400)
+    paired = draw((variant, baseline))
+    shuffled = np.random.default_rng(1).permutation(variant.arrays["values"])
+    unpaired = draw((Samples("mean", "query", {"values": shuffled}), baseline))
+    assert np.ptp(interval(paired.difference)) < 0.5 * np.ptp(interval(unpaired.difference))
+
+
+def test_a_large_sample_has_the_textbook_interval() -> None:
+    variant, baseline = ndcg(np.random.default_rng(0), 20_000)
+    draws = draw((variant, baseline))
+    each = variant.arrays["values"] - baseline.arrays["values"]
+    expected = stats.t.interval(0.95, len(each) - 1, each.mean(), stats.sem(each))
+    assert interval(draws.difference) == pytest.approx(expected, rel=0.1)
+
+
+def test_a_model_equals_itself_exactly() -> None:
+    for make, n, _ in CASES.values():
+        _, baseline = make(np.random.default_rng(0), n)
+        draws = draw((baseline, baseline), n_resamples=50)
+        assert interval(draws.difference) == (0.0, 0.0)
+        assert p_value(0.0, draws.difference) == 1.0
+
+
+def test_the_same_seed_gives_the_same_interval_and_one_unit_gives_none() -> None:
+    variant, baseline = ndcg(np.random.default_rng(0), 50)
+    first, again, other = (draw((variant, baseline), seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.difference, again.difference)
+    assert (first.difference != other.difference).any()
+    alone = Samples("mean", "query", {"values": np.array([0.5])})
+    assert paired_draws(alone, alone, task="t") is None
+
+
+def test_translations_of_the_same_texts_are_not_taken_for_independent() -> None:
+    variant, baseline = ndcg(np.random.default_rng(0), 100)
+    one = draw((variant, baseline))
+    same, apart = (draw((variant, baseline), task=name) for name in ("t", "other"))
+    width = np.ptp(interval(one.difference))
+    assert np.ptp(interval(mean_of([one, same]).difference)) == pytest.approx(width)
+    halved = np.ptp(interval(mean_of([one, apart]).difference))
+    assert halved == pytest.approx(width / math.sqrt(2), rel=0.15)
+
+
+def test_halves_leave_a_clustering_by_chance_at_zero_where_copies_do_not() -> None:
+    """Why documents are not drawn with replacement."""
+    rng = np.random.default_rng(0)
+    gold, cluster = np.repeat(np.arange(16), 3), rng.integers(0, 16, 48)
+    drawn = rng.integers(0, 48, (200, 48))
+    copies = np.mean([adjusted_mutual_info_score(gold[d], cluster[d]) for d in drawn])
+    halves = [rng.permutation(48)[:24] for _ in range(200)]
+    without = np.mean([adjusted_mutual_info_score(gold[d], cluster[d]) for d in halves])
+    observed = adjusted_mutual_info_score(gold, cluster)
+    assert copies > observed + 0.2
+    assert abs(without - observed) < 0.1
+
+
+def test_p_values_agree_with_the_interval_and_follow_the_normal_tail() -> None:
+    scores = np.sqrt(2) * np.random.default_rng(0).standard_normal(100_000)
+    assert p_value(1.959964 * math.sqrt(2), scores) == pytest.approx(0.05, abs=0.002)
+    assert p_value(5 * math.sqrt(2), scores) == pytest.approx(2 * stats.norm.sf(5), rel=0.1)
+
+
+def test_holm_corrects_as_in_the_textbook() -> None:
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert found == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_holm_keeps_false_claims_of_a_family_at_one_in_twenty() -> None:
+    rng = np.random.default_rng(0)
+    false = sum(
+        min(holm({str(i): p for i, p in enumerate(row)}).values()) < 0.05
+        for row in rng.random((2000, 20))
+    )
+    assert false <= stats.binom.ppf(0.999, 2000, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "expected"),
+    [
+        (-0.005, 0.008, 0.6, "equivalent"),
+        (-0.008, -0.002, 0.001, "equivalent"),  # surely worse, by less than matters
+        (-0.03, -0.002, 0.01, "worse"),
+        (0.002, 0.05, 0.01, "better"),
+        (-0.03, -0.002, 0.2, "undecided"),  # does not survive the correction
+        (-0.03, 0.002, 0.1, "undecided"),
+    ],
+)
+def test_a_verdict_says_no_more_than_interval_and_correction_allow(
+    low: float, high: float, p: float, expected: str
+) -> None:
+    assert verdict(low, high, 0.01, p) == expected
+
+
+def test_retention_is_drawn_from_both_scores_together() -> None:
+    variant, baseline = ndcg(np.random.default_rng(0), 300)
+    draws = draw((variant, baseline))
+    low, high = interval(draws.retention)
+    assert low < variant.score() / baseline.score() < high
+    # Fieller's interval of a ratio of means, to first order.
+    ours, theirs = variant.arrays["values"], baseline.arrays["values"]
+    ratio = ours.mean() / theirs.mean()
+    error = 1.96 * stats.sem(ours - ratio * theirs) / theirs.mean()
+    assert high - low == pytest.approx(2 * error, rel=0.2)

@@ -1,0 +1,144 @@
+"""Shipped suites say what mteb's benchmarks are; pins are kept; the offline scores are mteb's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gteopt.errors import InputError
+from gteopt.evaluation import Suite, load_suite
+from gteopt.recipe import shipped_names
+
+BENCHMARKS = {
+    "mteb-en": ("MTEB(eng, v1)", 56),
+    "c-mteb": ("MTEB(cmn, v1)", 31),
+    "mteb-fr": ("MTEB(fra, v1)", 25),
+    "mteb-pl": ("MTEB(pol, v1)", 17),
+}
+
+
+def suite_of(*tasks: dict[str, Any]) -> Suite:
+    return Suite.model_validate({"schema": "gteopt.suite/1", "name": "test", "tasks": tasks})
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_suite_is_mtebs_own_definition(name: str) -> None:
+    import mteb
+
+    benchmark, n_tasks = BENCHMARKS[name]
+    suite = {each.task: each for each in load_suite(name).tasks}
+    assert len(suite) == n_tasks
+    for task in mteb.get_benchmark(benchmark).tasks:
+        entry = suite.pop(task.metadata.name)
+        assert list(entry.splits or ()) == list(task.eval_splits)
+        if hasattr(task.metadata, "tasks"):
+            revisions = {p.metadata.name: p.metadata.dataset["revision"] for p in task.tasks}
+            assert entry.parts == revisions
+        else:
+            assert list(entry.subsets or ("default",)) == list(task.hf_subsets)
+            assert entry.revision == task.metadata.dataset["revision"]
+    assert suite == {}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_suite_accounts_for_the_average_of_2024(name: str) -> None:
+    suite = load_suite(name)
+    published = suite.published
+    assert published is not None
+    assert published.n_tasks == len(suite.tasks) + len(published.missing) - len(published.added)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_lite_suite_covers_every_task_type_with_tasks_of_the_whole(name: str) -> None:
+    import mteb
+
+    def types(suite: Suite) -> set[str]:
+        return {mteb.get_task(each.task).metadata.type for each in suite.tasks}
+
+    whole, lite = load_suite(name), load_suite(f"{name}-lite")
+    assert all(each in whole.tasks for each in lite.tasks)
+    assert types(lite) == types(whole)
+    assert lite.minutes is not None
+    assert whole.minutes is not None
+    assert lite.minutes <= min(10, whole.minutes / 3)
+
+
+def test_every_shipped_suite_loads_and_pins_what_it_downloads() -> None:
+    from gteopt.evaluation.tasks import MINI_TASKS
+
+    for name in shipped_names("eval/suites"):
+        for each in load_suite(name).tasks:
+            assert each.task in MINI_TASKS or each.revision or each.parts, (name, each.task)
+
+
+def test_the_parts_of_an_aggregate_count_as_subsets_of_one_task(tmp_path: Path) -> None:
+    from gteopt.evaluation.tasks import resolve
+
+    suite = suite_of({"task": "CQADupstackRetrieval"})
+    found = resolve(suite, None)
+    assert len(found) == 12
+    assert {each.aggregate for each in found} == {"CQADupstackRetrieval"}
+    with pytest.raises(InputError) as caught:
+        resolve(suite, tmp_path)
+    assert str(caught.value).count("hf download") == 12
+
+
+def test_data_of_another_revision_than_pinned_are_refused(tmp_path: Path) -> None:
+    from gteopt.evaluation.tasks import resolve
+
+    folder = tmp_path / "mteb" / "stsbenchmark-sts"
+    notes = folder / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    (folder / "test.jsonl").write_text(json.dumps({"sentence1": "a"}) + "\n")
+
+    def note(commit: str) -> None:
+        (notes / "test.jsonl.metadata").write_text(f"{commit}\netag\n1700000000.0\n")
+
+    pinned = {"task": "STSBenchmark", "revision": "a" * 40}
+    note("b" * 40)
+    with pytest.raises(InputError) as caught:
+        resolve(suite_of(pinned), tmp_path)
+    for expected in ("b" * 40, "a" * 40, f"--revision {'a' * 40}", str(folder)):
+        assert expected in str(caught.value)
+    note("a" * 40)
+    assert resolve(suite_of(pinned), tmp_path)[0].revision == "a" * 40
+
+    (notes / "test.jsonl.metadata").unlink()
+    by_content = resolve(suite_of(pinned), tmp_path)[0].revision
+    assert by_content.startswith("sha256:")
+    content = by_content.removeprefix("sha256:")
+    assert resolve(suite_of({**pinned, "files_sha256": content}), tmp_path)
+    with pytest.raises(InputError, match="other data"):
+        resolve(suite_of({**pinned, "files_sha256": "0" * 64}), tmp_path)
+
+
+def test_a_pinned_revision_is_what_the_hub_is_asked_for() -> None:
+    from gteopt.evaluation.tasks import resolve
+
+    found = resolve(suite_of({"task": "STSBenchmark", "revision": "c" * 40}), None)[0]
+    assert found.task.metadata.dataset["revision"] == found.revision == "c" * 40
+
+
+def test_wrong_pins_of_a_suite_are_named_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "schema: gteopt.suite/1\nname: own\ntasks:\n"
+        f"  - {{task: CQADupstackRetrieval, revision: {'a' * 40}}}\n"
+        f"  - {{task: MiniSTS, revision: {'a' * 40}}}\n"
+        f"  - {{task: STSBenchmark, parts: {{STSBenchmark: {'a' * 40}}}}}\n"
+    )
+    with pytest.raises(InputError) as caught:
+        load_suite(str(path))
+    message = str(caught.value)
+    assert "pin their revisions in 'parts', not 'revision'" in message
+    assert "'MiniSTS' ships with gteopt; remove 'revision'" in message
+    assert "'STSBenchmark' is not made of others" in message
+
+
+def test_the_offline_data_are_as_pinned(shared: Path) -> None:
+    from gteopt.evaluation.tasks import resolve
+
+    assert len(resolve(load_suite("offline"), shared / "hub")) == 7

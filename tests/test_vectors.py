@@ -1,0 +1,373 @@
+"""Projections, stored codes and search, against plain re-computations and scikit-learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from sklearn.decomposition import TruncatedSVD
+
+from gteopt.errors import GteoptError, InputError, IntegrityError, NumericsError
+from gteopt.quant import vectors as vectors_module
+from gteopt.quant.vectors import VectorTransform, fit, identity
+from gteopt.recipe import Dims, VectorCode, Vectors
+
+Array = npt.NDArray[Any]
+CODES: list[VectorCode] = ["float32", "int8", "binary"]
+
+
+def unit(x: Array) -> npt.NDArray[np.float32]:
+    rows: npt.NDArray[np.float32] = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype("f4")
+    return rows
+
+
+def clustered(seed: int, n: int, dims: int = 64) -> npt.NDArray[np.float32]:
+    """Unit rows around 40 shared centres with falling variance, like a model's vectors."""
+    scale = np.linspace(1.0, 0.3, dims)
+    centres = np.random.default_rng(99).normal(size=(40, dims)) * scale
+    rng = np.random.default_rng(seed)
+    return unit(centres[rng.integers(40, size=n)] + 0.7 * rng.normal(size=(n, dims)) * scale + 0.1)
+
+
+def true_top(queries: Array, documents: Array, k: int) -> Array:
+    return np.argsort(-(queries @ documents.T), axis=1, kind="stable")[:, :k]
+
+
+def recall(found: Array, truth: Array) -> float:
+    pairs = zip(found, truth, strict=True)
+    return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in pairs]))
+
+
+def test_slicing_keeps_the_first_dimensions_as_unit_rows() -> None:
+    x = clustered(1, 20)
+    transform = fit(x, Dims(n=24), Vectors())
+    np.testing.assert_allclose(transform.project(x), unit(x[:, :24]), atol=1e-7)
+    assert transform.record().method == "slice"
+
+
+def test_identity_returns_unit_rows_unchanged() -> None:
+    x = clustered(2, 20)
+    np.testing.assert_allclose(identity(64).project(x), x, atol=1e-7)
+
+
+def test_a_row_that_the_slice_makes_zero_stays_zero() -> None:
+    x = np.zeros((1, 8), dtype=np.float32)
+    x[0, 7] = 1
+    assert not fit(x, Dims(n=4), Vectors()).project(x).any()
+
+
+def test_pca_of_low_rank_vectors_keeps_every_cosine() -> None:
+    rng = np.random.default_rng(3)
+    x = unit(rng.normal(size=(200, 6)) @ rng.normal(size=(6, 64)))
+    transform = fit(x, Dims(n=6, method="pca"), Vectors())
+    z = transform.project(x)
+    assert transform.projection is not None
+    np.testing.assert_allclose(z @ z.T, x @ x.T, atol=1e-5)
+    np.testing.assert_allclose(z @ transform.projection, x, atol=1e-5)
+    assert transform.explained_variance_ratio == pytest.approx(1.0)
+
+
+def test_pca_rows_are_orthonormal_and_span_scikit_learns_subspace() -> None:
+    x = clustered(4, 500)
+    transform = fit(x, Dims(n=10, method="pca"), Vectors())
+    ours = transform.projection
+    assert ours is not None
+    np.testing.assert_allclose(ours @ ours.T, np.eye(10), atol=1e-5)
+    theirs = TruncatedSVD(10, algorithm="arpack", random_state=0).fit(x.astype(np.float64))
+    np.testing.assert_allclose(ours.T @ ours, theirs.components_.T @ theirs.components_, atol=1e-5)
+    assert transform.explained_variance_ratio == pytest.approx(
+        theirs.explained_variance_ratio_.sum(), abs=1e-6
+    )
+
+
+def test_full_pca_changes_no_cosine() -> None:
+    x, other = clustered(5, 100), clustered(6, 30)
+    z = fit(x, Dims(n=64, method="pca"), Vectors()).project(other)
+    np.testing.assert_allclose(z @ z.T, other @ other.T, atol=1e-5)
+
+
+def test_projecting_a_row_does_not_depend_on_its_batch() -> None:
+    x = clustered(7, 300)
+    transform = fit(x, Dims(n=16, method="pca"), Vectors())
+    alone = np.concatenate([transform.project(row[None]) for row in x])
+    np.testing.assert_array_equal(transform.project(x), alone)
+
+
+@pytest.mark.parametrize(
+    ("n_vectors", "dims", "vectors", "expected"),
+    [
+        (50, Dims(n=65), Vectors(), "dims.n is 65, but the model's vectors have 64"),
+        (50, Dims(n=65, method="pca"), Vectors(), "dims.n is 65, but the model's vectors have 64"),
+        (50, Dims(n=51, method="pca"), Vectors(), "at least 51 calibration texts, found 50"),
+        (15, None, Vectors(code="int8"), "at least 16 calibration texts .* found 15"),
+    ],
+)
+def test_what_the_calibration_vectors_do_not_allow_is_refused_with_numbers(
+    n_vectors: int, dims: Dims | None, vectors: Vectors, expected: str
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        fit(clustered(8, n_vectors), dims, vectors)
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_infinity_are_refused_everywhere(code: VectorCode, bad: float) -> None:
+    x = clustered(9, 50)
+    transform = fit(x, None, Vectors(code=code))
+    stored = transform.quantize(x)
+    broken = x.copy()
+    broken[3, 5] = bad
+    for act in (
+        lambda: fit(broken, None, Vectors(code=code)),
+        lambda: transform.project(broken),
+        lambda: transform.quantize(broken),
+        lambda: transform.search(broken, stored, 3),
+    ):
+        with pytest.raises(NumericsError, match=r"1 of 50 .* hold NaN or infinity"):
+            act()
+
+
+def test_int8_values_out_of_range_saturate_where_a_bare_cast_flips_their_sign() -> None:
+    x = clustered(10, 200)
+    transform = fit(x, None, Vectors(code="int8"))
+    assert transform.low is not None
+    assert transform.high is not None
+    step = (transform.high - transform.low) / 255
+    outside = np.stack([transform.high + 9 * step, transform.low - 9 * step])
+    wrapped = (np.rint((outside - transform.low) / step) - 128).astype(np.int64).astype(np.int8)
+    assert (wrapped[0] < 0).all()
+    assert (wrapped[1] > 0).all()
+    codes = transform.quantize(outside)
+    assert (codes[0] == 127).all()
+    assert (codes[1] == -128).all()
+
+
+def test_int8_error_is_at_most_half_a_step_inside_the_range() -> None:
+    x = clustered(11, 500)
+    transform = fit(x, None, Vectors(code="int8"))
+    assert transform.low is not None
+    assert transform.high is not None
+    inside = (x >= transform.low) & (x <= transform.high)
+    assert inside.mean() > 0.999
+    error = np.abs(transform.dequantize(transform.quantize(x)) - x)
+    assert (error <= (transform.high - transform.low) / 255 / 2 + 1e-7)[inside].all()
+
+
+def test_a_dimension_constant_in_calibration_is_coded_as_that_constant() -> None:
+    x = clustered(12, 50)
+    x[:, 7] = 0.25
+    transform = fit(unit(x), Dims(n=8), Vectors(code="int8"))
+    constant = VectorTransform(
+        full_dims=2,
+        dims=2,
+        code="int8",
+        low=np.array([0.5, -1], dtype=np.float32),
+        high=np.array([0.5, 1], dtype=np.float32),
+    )
+    decoded = constant.dequantize(constant.quantize([[0.9, 1.0], [-0.9, -1.0]]))
+    np.testing.assert_array_equal(decoded, np.array([[0.5, 1], [0.5, -1]], dtype=np.float32))
+    assert np.isfinite(transform.dequantize(transform.quantize(transform.project(x)))).all()
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_vector_gets_the_same_code_in_every_batch(code: VectorCode) -> None:
+    transform = fit(clustered(13, 100), None, Vectors(code=code))
+    x, scaled = clustered(14, 40), 3 * clustered(15, 7)
+    together = transform.quantize(np.concatenate([scaled, x]))[7:]
+    np.testing.assert_array_equal(together, transform.quantize(x))
+    np.testing.assert_array_equal(together[5:6], transform.quantize(x[5:6]))
+
+
+def test_binary_packs_signs_first_dimension_highest() -> None:
+    transform = fit(clustered(16, 20, dims=10), None, Vectors(code="binary"))
+    z = [[1, -1, 0, 1, -1, -1, -1, 1, -1, 1]]
+    assert transform.quantize(z).tolist() == [[0b10010001, 0b01000000]]
+    root = 1 / np.sqrt(10)
+    expected = root * np.where(np.array(z) > 0, 1, -1)
+    np.testing.assert_allclose(transform.dequantize(transform.quantize(z)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dims", [64, 52])
+def test_binary_scores_equal_a_count_of_differing_bits(dims: int) -> None:
+    x, queries = clustered(17, 60, dims), clustered(18, 5, dims)
+    transform = fit(x, None, Vectors(code="binary", rescore=1))
+    indices, scores = transform.search(queries, transform.quantize(x), 60)
+    for query, found, values in zip(queries, indices, scores, strict=True):
+        for document, value in zip(found, values, strict=True):
+            differing = sum((a > 0) != (b > 0) for a, b in zip(query, x[document], strict=True))
+            assert value == pytest.approx(1 - 2 * differing / dims, abs=1e-6)
+
+
+def test_float_search_equals_a_full_sort() -> None:
+    documents, queries = clustered(19, 700), clustered(20, 30)
+    indices, scores = identity(64).search(queries, documents, 10)
+    exact = queries.astype(np.float64) @ documents.astype(np.float64).T
+    np.testing.assert_array_equal(indices, np.argsort(-exact, axis=1, kind="stable")[:, :10])
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, indices, axis=1), atol=1e-6)
+
+
+def test_int8_search_loses_no_more_than_its_coding_error() -> None:
+    documents, queries = clustered(21, 2000), clustered(22, 50)
+    transform = fit(clustered(23, 300), None, Vectors(code="int8"))
+    stored = transform.quantize(documents)
+    found, _ = transform.search(queries, stored, 10)
+    truth = true_top(queries, documents, 10)
+    # |q.d' - q.d| <= |d' - d| for unit q, once for the document found and once for the one lost.
+    error = np.linalg.norm(transform.dequantize(stored) - documents, axis=1).max()
+    exact = queries @ documents.T
+    worst_found = np.take_along_axis(exact, found, axis=1).min(axis=1)
+    tenth = np.take_along_axis(exact, truth, axis=1)[:, -1]
+    assert (worst_found >= tenth - 2 * error).all()
+    assert error < 0.02
+    assert recall(found, truth) >= 0.95
+
+
+@pytest.mark.parametrize(("code", "least_gain"), [("int8", 0.0), ("binary", 0.05)])
+def test_rescoring_does_not_lower_recall_at_10(code: VectorCode, least_gain: float) -> None:
+    transforms = [
+        fit(clustered(40, 300), None, Vectors(code=code, rescore=rescore)) for rescore in (1, 4)
+    ]
+    gains = []
+    for seed in range(100, 108):
+        documents, queries = clustered(seed, 2000), clustered(seed + 50, 50)
+        truth = true_top(queries, documents, 10)
+        plain, rescored = (
+            recall(t.search(queries, t.quantize(documents), 10)[0], truth) for t in transforms
+        )
+        gains.append(rescored - plain)
+    assert np.mean(gains) >= least_gain
+
+
+def test_rescored_scores_are_float_query_times_decoded_document() -> None:
+    documents, queries = clustered(27, 300), clustered(28, 8)
+    transform = fit(documents, None, Vectors(code="binary", rescore=4))
+    stored = transform.quantize(documents)
+    indices, scores = transform.search(queries, stored, 10)
+    decoded = transform.dequantize(stored)
+    for query, found, values in zip(queries, indices, scores, strict=True):
+        np.testing.assert_allclose(values, decoded[found] @ query, atol=1e-6)
+        assert (np.diff(values) <= 0).all()
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("rescore", [1, 3])
+def test_equal_documents_come_in_order_of_their_index(
+    code: VectorCode, rescore: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectors_module, "_BLOCK_VECTORS", 7)
+    documents = np.repeat(clustered(29, 4), 25, axis=0)
+    transform = fit(clustered(30, 50), None, Vectors(code=code, rescore=rescore))
+    indices, scores = transform.search(clustered(31, 6), transform.quantize(documents), 60)
+    for found, values in zip(indices, scores, strict=True):
+        tied = np.diff(values) == 0
+        assert tied.sum() >= 50
+        assert (np.diff(found)[tied] > 0).all()
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("rescore", [1, 4])
+def test_blocks_do_not_change_the_answer(
+    code: VectorCode, rescore: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents, queries = clustered(32, 500), clustered(33, 23)
+    transform = fit(documents, None, Vectors(code=code, rescore=rescore))
+    stored = transform.quantize(documents)
+    whole = transform.search(queries, stored, 12)
+    monkeypatch.setattr(vectors_module, "_BLOCK_VECTORS", 37)
+    monkeypatch.setattr(vectors_module, "_BLOCK_SCORES", 37 * 5)
+    blocked = transform.search(queries, stored, 12)
+    np.testing.assert_array_equal(whole[0], blocked[0])
+    np.testing.assert_array_equal(whole[1], blocked[1])
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("n_documents", [0, 1, 5])
+def test_k_beyond_the_corpus_returns_all_of_it(code: VectorCode, n_documents: int) -> None:
+    transform = fit(clustered(34, 50), None, Vectors(code=code))
+    stored = transform.quantize(clustered(35, n_documents))
+    indices, scores = transform.search(clustered(36, 3), stored, 10)
+    assert indices.shape == scores.shape == (3, n_documents)
+    assert (np.sort(indices, axis=1) == np.arange(n_documents)).all()
+
+
+def test_search_without_queries_returns_nothing() -> None:
+    documents = clustered(37, 20)
+    assert identity(64).search(documents[:0], documents, 5)[0].shape == (0, 5)
+
+
+@pytest.mark.parametrize("dims", [Dims(n=20), Dims(n=20, method="pca"), None])
+@pytest.mark.parametrize("code", CODES)
+def test_bytes_per_vector_is_what_codes_take(code: VectorCode, dims: Dims | None) -> None:
+    x = clustered(38, 50)
+    transform = fit(x, dims, Vectors(code=code))
+    codes = transform.quantize(transform.project(x))
+    assert transform.bytes_per_vector == codes.nbytes / 50 == transform.record().bytes_per_vector
+
+
+@pytest.mark.parametrize("dims", [Dims(n=20), Dims(n=20, method="pca"), None])
+@pytest.mark.parametrize("code", CODES)
+def test_a_stored_transform_comes_back_exactly(code: VectorCode, dims: Dims | None) -> None:
+    x = clustered(39, 50)
+    transform = fit(x, dims, Vectors(code=code, rescore=3))
+    back = VectorTransform.from_tensors(transform.record(), 64, transform.to_tensors())
+    assert back.record() == transform.record()
+    assert back.to_tensors().keys() == transform.to_tensors().keys()
+    np.testing.assert_array_equal(
+        back.quantize(back.project(x)), transform.quantize(transform.project(x))
+    )
+
+
+def test_damaged_tensors_are_refused_all_at_once() -> None:
+    transform = fit(clustered(41, 50), Dims(n=20, method="pca"), Vectors(code="int8"))
+    tensors: dict[str, Array] = dict(transform.to_tensors())
+    tensors["projection"] = tensors["projection"].T
+    tensors["high"] = tensors["high"].astype(np.float64)
+    tensors["low"] = np.full(20, np.nan, dtype=np.float32)
+    tensors["bias"] = tensors["low"]
+    with pytest.raises(IntegrityError) as caught:
+        VectorTransform.from_tensors(transform.record(), 64, tensors)
+    for part in (
+        "'bias' is unknown",
+        "'high' is float64 (20,)",
+        "'projection' is float32 (64, 20), must be float32 (20, 64)",
+        "'low' holds NaN",
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(IntegrityError, match="'high' is missing"):
+        VectorTransform.from_tensors(transform.record(), 64, {})
+    swapped = dict(transform.to_tensors())
+    swapped["low"], swapped["high"] = swapped["high"], swapped["low"]
+    with pytest.raises(IntegrityError, match="'low' exceeds 'high'"):
+        VectorTransform.from_tensors(transform.record(), 64, swapped)
+
+
+def test_stored_float_vectors_with_nan_are_refused() -> None:
+    documents = clustered(43, 20)
+    documents[4, 4] = np.nan
+    with pytest.raises(NumericsError, match="1 of 20 stored vectors hold NaN"):
+        identity(64).search(clustered(44, 2), documents, 3)
+
+
+def test_a_record_at_odds_with_itself_is_refused() -> None:
+    record = identity(64).record()
+    with pytest.raises(IntegrityError, match="64 dimensions do not fit the model's 32"):
+        VectorTransform.from_tensors(record, 32, {})
+    with pytest.raises(IntegrityError, match="7 bytes a vector recorded, 256 follow"):
+        VectorTransform.from_tensors(record.model_copy(update={"bytes_per_vector": 7}), 64, {})
+
+
+def test_wrong_shapes_are_refused_with_both_shapes() -> None:
+    transform = fit(clustered(42, 50), Dims(n=20), Vectors(code="int8"))
+    z = transform.project(clustered(42, 50))
+    stored = transform.quantize(z)
+    cases: list[tuple[type[GteoptError], str, Any]] = [
+        (InputError, r"\[50, 20\], must be \[N, 64\]", lambda: transform.project(z)),
+        (InputError, r"\[64\], must be \[N, 20\]", lambda: transform.quantize(np.zeros(64))),
+        (InputError, r"float32 \[50, 20\]; int8 vectors", lambda: transform.dequantize(z)),
+        (InputError, "k is 0", lambda: transform.search(z, stored, 0)),
+    ]
+    for kind, expected, act in cases:
+        with pytest.raises(kind, match=expected):
+            act()
