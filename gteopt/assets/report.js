@@ -83,7 +83,14 @@ for (const holder of document.querySelectorAll(".labelled")) {
   holder.querySelector(".js-plotly-plot").on("plotly_afterplot", () => placeLabels(holder));
 }
 // Charts are drawn while the page is still being read, when the grid has not its final width yet.
+// The observer reports only when a frame is painted, which a page in the background never is, so
+// the end of loading fits every chart once.
+function fit(figure) {
+  Plotly.Plots.resize(figure.querySelector(".js-plotly-plot"));
+}
+const figures = document.querySelectorAll("figure");
 const observer = new ResizeObserver((entries) => {
-  for (const entry of entries) Plotly.Plots.resize(entry.target.querySelector(".js-plotly-plot"));
+  for (const entry of entries) fit(entry.target);
 });
-for (const figure of document.querySelectorAll("figure")) observer.observe(figure);
+for (const figure of figures) observer.observe(figure);
+window.addEventListener("load", () => figures.forEach(fit));
