@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from gteopt.errors import InputError, join_problems
-from gteopt.recipe import HIGHER_IS_BETTER, Metric, Policy
+from gteopt.recipe import HIGHER_IS_BETTER, METRIC_WORDS, Metric, Policy, metric_amount
 from gteopt.records import BrokenLimit, Candidate, Choice, EvalReport, Results, VariantBench
 
 _COSTS: tuple[Metric, ...] = ("weight_bytes", "index_bytes", "tokens_per_s")
@@ -155,13 +155,14 @@ def _why(
     metric = policy.objective.metric
     word = "lowest" if policy.objective.minimise is not None else "highest"
     quality = [
-        f"{_WORDS[m]} {_amount(m, best.metrics[m])}"
+        f"{METRIC_WORDS[m]} {metric_amount(m, best.metrics[m])}"
         for m in ("retention", "neighbour_overlap")
         if m in best.metrics and m != metric
     ]
+    best_amount = metric_amount(metric, best.metrics[metric])
     reason = (
-        f"{best.name} has the {word} {_WORDS[metric]} ({_amount(metric, best.metrics[metric])}) of "
-        f"the {n_admissible} of {n_all} variants that keep every limit of policy '{policy.name}'"
+        f"{best.name} has the {word} {METRIC_WORDS[metric]} ({best_amount}) of the {n_admissible} "
+        f"of {n_all} variants that keep every limit of policy '{policy.name}'"
     )
     if quality:
         reason += f", with {' and '.join(quality)}"
@@ -180,20 +181,19 @@ def _why_none(policy: Policy, candidates: Sequence[Candidate]) -> str:
         return (
             f"No variant can be picked: those that keep every limit of policy '{policy.name}' "
             f"({', '.join(c.name for c in candidates if not c.broken)}) have no "
-            f"{_WORDS[policy.objective.metric]} measured."
+            f"{METRIC_WORDS[policy.objective.metric]} measured."
         )
     misses = []
     for miss in nearest.broken:
-        bound = (
-            f"{'at least' if miss.bound == 'min' else 'at most'} {_amount(miss.metric, miss.limit)}"
-        )
+        side = "at least" if miss.bound == "min" else "at most"
+        bound = f"{side} {metric_amount(miss.metric, miss.limit)}"
         if miss.found is None:
-            misses.append(f"{_WORDS[miss.metric]} was not measured and must be {bound}")
+            misses.append(f"{METRIC_WORDS[miss.metric]} was not measured and must be {bound}")
         else:
-            short = _amount(miss.metric, abs(miss.found - miss.limit))
+            short = metric_amount(miss.metric, abs(miss.found - miss.limit))
             misses.append(
-                f"{_WORDS[miss.metric]} is {_amount(miss.metric, miss.found)} and must be {bound} "
-                f"({short} off)"
+                f"{METRIC_WORDS[miss.metric]} is {metric_amount(miss.metric, miss.found)} and must "
+                f"be {bound} ({short} off)"
             )
     return (
         f"None of the {len(candidates)} variants keeps every limit of policy '{policy.name}'; "
@@ -210,33 +210,3 @@ def _distance(candidate: Candidate) -> tuple[int, float]:
         if miss.found is not None
     )
     return unknown, relative
-
-
-_WORDS: dict[Metric, str] = {
-    "retention": "retention",
-    "retention_low": "lower end of retention's 95 % interval",
-    "mean_cosine": "mean cosine",
-    "neighbour_overlap": "neighbour overlap",
-    "spearman": "Spearman correlation",
-    "weight_bytes": "weight size",
-    "peak_memory_bytes": "peak memory",
-    "p95_ms": "p95 latency",
-    "tokens_per_s": "throughput",
-    "index_bytes": "index size per million vectors",
-}
-
-
-def _amount(metric: Metric, value: float) -> str:
-    """A metric's value with its unit, to four significant digits."""
-    if metric.endswith("_bytes"):
-        for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-            if value >= scale:
-                return f"{value / scale:.4g} {unit}"
-        return f"{value:.0f} bytes"
-    if metric == "p95_ms":
-        return f"{value:.4g} ms"
-    if metric == "tokens_per_s":
-        return f"{value:,.0f} tokens/s"
-    if metric in ("retention", "retention_low", "neighbour_overlap"):
-        return f"{100 * value:.4g} %"
-    return f"{value:.4g}"

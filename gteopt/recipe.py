@@ -49,6 +49,35 @@ HIGHER_IS_BETTER: frozenset[str] = frozenset(
     {"retention", "retention_low", "mean_cosine", "neighbour_overlap", "spearman", "tokens_per_s"}
 )
 
+METRIC_WORDS: dict[Metric, str] = {
+    "retention": "retention",
+    "retention_low": "lower end of retention's 95 % interval",
+    "mean_cosine": "mean cosine",
+    "neighbour_overlap": "neighbour overlap",
+    "spearman": "Spearman correlation",
+    "weight_bytes": "weight size",
+    "peak_memory_bytes": "peak memory",
+    "p95_ms": "p95 latency",
+    "tokens_per_s": "throughput",
+    "index_bytes": "index size per million vectors",
+}
+
+
+def metric_amount(metric: Metric, value: float) -> str:
+    """A metric's value with its unit, to four significant digits."""
+    if metric.endswith("_bytes"):
+        for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+            if value >= scale:
+                return f"{value / scale:.4g} {unit}"
+        return f"{value:.0f} bytes"
+    if metric == "p95_ms":
+        return f"{value:.4g} ms"
+    if metric == "tokens_per_s":
+        return f"{value:,.0f} tokens/s"
+    if metric in ("retention", "retention_low", "neighbour_overlap"):
+        return f"{100 * value:.4g} %"
+    return f"{value:.4g}"
+
 
 class Progress(Protocol):
     """Told how far a long step is; the command line draws a bar from it."""

@@ -9,7 +9,6 @@ its content security policy, so that it opens the same from a disk, an attachmen
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -23,7 +22,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from gteopt.recipe import Metric
+from gteopt.recipe import METRIC_WORDS, metric_amount
 from gteopt.records import (
     BenchReport,
     BrokenLimit,
@@ -279,33 +278,12 @@ def _verdict(name: str, results: Results) -> tuple[Status, str]:
     return "other", "keeps the limits, off the Pareto front"
 
 
-_METRIC_WORDS: dict[Metric, tuple[str, float, str]] = {
-    "retention": ("retention", 100, " %"),
-    "mean_cosine": ("mean cosine", 1, ""),
-    "neighbour_overlap": ("neighbour overlap", 100, " %"),
-    "spearman": ("Spearman", 1, ""),
-    "weight_bytes": ("weights", 1 / _MEGABYTE, " MB"),
-    "peak_memory_bytes": ("peak memory", 1 / _MEGABYTE, " MB"),
-    "p95_ms": ("p95 latency", 1, " ms"),
-    "tokens_per_s": ("speed", 1, " tokens/s"),
-    "index_bytes": ("index", 1 / _MEGABYTE, " MB per million"),
-}
-
-
 def _in_words(limit: BrokenLimit) -> str:
-    word, factor, unit = _METRIC_WORDS[limit.metric]
-    allowed = f"{_four_digits(limit.limit * factor)}{unit}"
+    word, allowed = METRIC_WORDS[limit.metric], metric_amount(limit.metric, limit.limit)
     if limit.found is None:
         return f"{word} not measured, limit {allowed}"
     sign = "<" if limit.bound == "min" else ">"
-    return f"{word} {_four_digits(limit.found * factor)}{unit} {sign} {allowed}"
-
-
-def _four_digits(value: float) -> str:
-    """Four significant digits, never an exponent: 0.9931, 16.79, 15,231."""
-    magnitude = math.floor(math.log10(abs(value))) if value else 0
-    text = f"{value:,.{max(0, 3 - magnitude)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{word} {metric_amount(limit.metric, limit.found)} {sign} {allowed}"
 
 
 def _fixed(digits: int, factor: float = 1) -> Callable[[float], str]:

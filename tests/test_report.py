@@ -9,12 +9,22 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from gteopt.recipe import BenchSpec, Limit, Objective, Policy, VectorCode
+from gteopt.recipe import (
+    METRIC_WORDS,
+    BenchSpec,
+    Limit,
+    Metric,
+    Objective,
+    Policy,
+    VectorCode,
+    metric_amount,
+)
 from gteopt.records import (
     BenchReport,
     BrokenLimit,
@@ -102,6 +112,18 @@ def test_the_verdict_names_each_broken_limit_in_numbers(demo: Results) -> None:
     assert verdicts["gptq-int4-slice128-binary"] == (
         "retention 94.23 % < 97 %; neighbour overlap not measured, limit 80 %"
     )
+
+
+@pytest.mark.parametrize("metric", get_args(Metric))
+def test_every_metric_that_a_policy_can_limit_has_a_verdict(demo: Results, metric: Metric) -> None:
+    assert demo.choice is not None
+    broken = BrokenLimit(metric=metric, bound="max", limit=1.0, found=2.0)
+    candidates = [c.model_copy(update={"broken": (broken,)}) for c in demo.choice.candidates]
+    choice = demo.choice.model_copy(update={"picked": None, "candidates": tuple(candidates)})
+    for row in rows(demo.model_copy(update={"choice": choice})):
+        if row.name in {c.name for c in candidates}:
+            limit, found = metric_amount(metric, 1.0), metric_amount(metric, 2.0)
+            assert row.verdict == f"{METRIC_WORDS[metric]} {found} > {limit}"
 
 
 def test_a_variant_without_an_evaluation_has_a_row_without_scores(demo: Results) -> None:
