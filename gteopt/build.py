@@ -46,6 +46,8 @@ from gteopt.encoder import (
     VECTORS_FILE,
     Encoder,
     build_skeleton,
+    empty_,
+    fill_,
     load_checkpoint,
     parse_dtype,
     swap_linear_,
@@ -110,12 +112,14 @@ class LayerPlan:
         notes: layer name -> what is out of the ordinary.
         unquantized: everything that stays as it is, with the reason.
         layout: how the packed weights will lie on disk; None without any.
+        blocks: name of the model's list of transformer blocks; None where none is quantized.
     """
 
     schemes: Mapping[str, LayerScheme]
     notes: Mapping[str, str]
     unquantized: tuple[UnquantizedRecord, ...]
     layout: Layout | None
+    blocks: str | None
 
 
 def quantize(
@@ -172,21 +176,19 @@ def quantize(
     stage = _open_stage(out, recipe, checkpoint, dtype)
 
     progress(f"loading {checkpoint.id}", 0, 1)
-    encoder = load_checkpoint(checkpoint, device=device, dtype=dtype)
+    encoder = load_checkpoint(checkpoint, device=device, dtype=dtype, later=plan.blocks)
     base_record = describe_base(checkpoint, encoder)
     tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
     calibration = record(recipe.calibration, texts, tokens) if texts else None
-    prefix = None
     layers: tuple[LayerRecord, ...] = ()
-    if plan.schemes:
-        n_layers = checkpoint.config.get("num_hidden_layers")
-        prefix, modules = find_blocks(encoder.module, n_layers)
+    if plan.blocks is not None:
+        modules = encoder.module.get_submodule(plan.blocks).children()
         if isinstance(recipe.weights, GptqWeights):
             blocks, inputs = open_blocks(encoder, tokens)
         else:
-            blocks, inputs = [Block(f"{prefix}.{i}", m, ()) for i, m in enumerate(modules)], []
+            blocks, inputs = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)], []
         layers = _quantize_blocks(encoder, blocks, inputs, recipe, plan, stage, progress)
-    write_model(encoder, stage, blocks=prefix, layers=layers, layout=plan.layout)
+    write_model(encoder, stage, blocks=plan.blocks, layers=layers, layout=plan.layout)
     for notes in (stage / WEIGHTS).glob("*.json"):
         notes.unlink()
     return _finish(
@@ -296,6 +298,7 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
     notes: dict[str, str] = {}
     reasons: dict[str, str] = {}
     layout: Layout | None = None
+    prefix: str | None = None
     if not isinstance(weights, NoWeights):
         prefix, _ = find_blocks(skeleton, checkpoint.config.get("num_hidden_layers"))
         linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
@@ -327,20 +330,27 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
             schemes[name] = scheme
         shapes = {n: Shape(linears[n].out_features, linears[n].in_features) for n in schemes}
         layout = choose_layout(recipe.layout, schemes, shapes) if schemes else None
-    return LayerPlan(schemes, notes, tuple(_unquantized(skeleton, schemes, reasons)), layout)
+    return LayerPlan(
+        schemes=schemes,
+        notes=notes,
+        unquantized=tuple(_unquantized(skeleton, schemes, reasons)),
+        layout=layout,
+        blocks=prefix if schemes else None,
+    )
 
 
 def describe_base(checkpoint: Checkpoint, encoder: Encoder) -> BaseRecord:
     """What the manifest says of the source model."""
+    n_parameters = sum(p.numel() for p in encoder.module.parameters())
     return BaseRecord(
         id=checkpoint.id,
         family=checkpoint.family.name if checkpoint.family else "sentence-transformers",
         revision=checkpoint.revision,
         sha256=checkpoint.sha256,
         dims=checkpoint.dims,
-        n_parameters=sum(p.numel() for p in encoder.module.parameters()),
+        n_parameters=n_parameters,
         dtype=str(encoder.dtype).removeprefix("torch."),
-        weight_bytes=sum(p.numel() * p.element_size() for p in encoder.module.parameters()),
+        weight_bytes=n_parameters * encoder.dtype.itemsize,
         license=checkpoint.license,
     )
 
@@ -362,6 +372,11 @@ def _unquantized(
         else:
             reason = "a normalisation: too few weights to matter"
         yield UnquantizedRecord(name=name, n_parameters=n, reason=reason)
+
+
+def _shortens(recipe: Recipe) -> bool:
+    """Whether the variant's vectors are other than the model's own."""
+    return recipe.dims is not None or recipe.vectors.code != "float32"
 
 
 def _needs_texts(recipe: Recipe) -> bool:
@@ -421,7 +436,11 @@ def _quantize_blocks(
     stage: Path,
     progress: Progress,
 ) -> tuple[LayerRecord, ...]:
-    """Quantize block after block, each on the outputs of those before it; store each at once."""
+    """Quantize block after block, each on the outputs of those before it; store each at once.
+
+    A block's weights are read when its turn comes and freed after it, unless the finished model is
+    needed to fit vectors.
+    """
     weights = recipe.weights
     assert not isinstance(weights, NoWeights)
     layers: list[LayerRecord] = []
@@ -432,13 +451,16 @@ def _quantize_blocks(
         notes = shard.with_suffix(".json")
         if notes.is_file():
             records = _LAYERS.validate_json(notes.read_bytes())
-            _reload_block_(encoder, load_file(shard), records)
+            _reload_block_(encoder, block, load_file(shard), records)
         else:
+            fill_(encoder, block.name)
             records, packed = _quantize_block_(encoder, block, inputs, weights, plan)
             save_tensors(shard, _shard_tensors(block, packed))
             write_atomically(notes, _LAYERS.dump_json(records))
         if i + 1 < len(blocks):
             advance_(block, inputs)
+        if not _shortens(recipe):
+            empty_(encoder, block.name)
         layers += records
     progress(what, len(blocks), len(blocks))
     return tuple(layers)
@@ -549,15 +571,18 @@ def _shard_tensors(block: Block, packed: Mapping[str, Mapping[str, Tensor]]) -> 
 
 
 def _reload_block_(
-    encoder: Encoder, tensors: dict[str, Tensor], records: Sequence[LayerRecord]
+    encoder: Encoder, block: Block, tensors: dict[str, Tensor], records: Sequence[LayerRecord]
 ) -> None:
     """Put a block that an earlier run finished back into the model."""
     for each in records:
-        prefix = f"{each.name}."
-        parts = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        own = [name for name in tensors if name.startswith(f"{each.name}.")]
+        parts = {name.removeprefix(f"{each.name}."): tensors.pop(name) for name in own}
         bias = parts.pop("bias", None)
         packed = PackedWeight.from_tensors(each.scheme, each.in_features, parts)
         swap_linear_(encoder.module, each.name, packed, bias, encoder.device, encoder.dtype)
+    rest = {name.removeprefix(f"{block.name}."): t for name, t in tensors.items()}
+    block.module.load_state_dict(rest, strict=False, assign=True)
+    block.module.to(encoder.device)
 
 
 def _finish(
@@ -606,7 +631,7 @@ def _fit_vectors(
     encoder: Encoder, recipe: Recipe, texts: Sequence[CalibrationText], progress: Progress
 ) -> VectorTransform:
     """The recipe's vector transform, fitted on the variant's own vectors of the texts."""
-    if recipe.dims is None and recipe.vectors.code == "float32":
+    if not _shortens(recipe):
         return identity(encoder.full_dims)
     samples = with_sentences(texts)
     tokens = tokenize(encoder, samples, recipe.calibration.max_tokens)

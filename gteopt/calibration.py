@@ -13,6 +13,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gteopt.encoder import Encoder, Role
+from gteopt.encoder import Encoder, Role, fill_
 from gteopt.errors import InputError, NumericsError, UnsupportedError, join_problems
 from gteopt.quant.gptq import HessianAccumulator
 from gteopt.recipe import Calibration
@@ -283,8 +284,15 @@ def open_blocks(
     batches = list(_token_batches(tokens))
     sample = encoder.pad([batches[0][0][:4]])
     returned: list[Any] = []
-    hook = originals[0].register_forward_hook(lambda _m, _a, out: returned.append(out))
-    encoder.module(input_ids=sample[0], attention_mask=sample[1])
+
+    def note(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> None:
+        returned.append(out)
+        raise _Stop
+
+    fill_(encoder, f"{name}.0")
+    hook = originals[0].register_forward_hook(note)
+    with suppress(_Stop):
+        encoder.module(input_ids=sample[0], attention_mask=sample[1])
     hook.remove()
     recorders = [_Recorder(isinstance(returned[0], tuple)) for _ in originals]
     inputs = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -302,19 +302,32 @@ def load(
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, *, device: str = "auto", dtype: str = "auto"
+    checkpoint: Checkpoint,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    later: str | None = None,
 ) -> Encoder:
-    """Load what `open_checkpoint` has described."""
+    """Load what `open_checkpoint` has described.
+
+    Args:
+        checkpoint: a base or an artifact.
+        device: see `load`.
+        dtype: see `load`.
+        later: a submodule of a base (its list of blocks) whose weights stay in their files until
+            `fill_` asks for them; where the files name weights in another way than the
+            architecture does, everything is read at once all the same.
+    """
     where = _device(device)
     if dtype == "auto":
         dtype = checkpoint.manifest.base.dtype if checkpoint.manifest else "bfloat16"
     kind = parse_dtype(dtype)
     manifest = checkpoint.manifest
-    module = (
-        _load_packed(checkpoint, where, kind)
-        if checkpoint.quantization or (manifest is not None and manifest.layers)
-        else _load_plain(checkpoint, where, kind)
-    )
+    if checkpoint.quantization or (manifest is not None and manifest.layers):
+        module = _load_packed(checkpoint, where, kind)
+    else:
+        frame = _load_frame(checkpoint, where, kind, later) if later is not None else None
+        module = _load_plain(checkpoint, where, kind) if frame is None else frame
     module.eval().requires_grad_(False)
     dense = nn.Sequential(*(_load_dense(path) for path in checkpoint.dense)).to(where)
     return Encoder(
@@ -326,6 +339,26 @@ def load_checkpoint(
         device=where,
         dtype=kind,
     )
+
+
+def fill_(encoder: Encoder, name: str) -> None:
+    """Read those weights of the submodule `name` that were left in their files."""
+    part = encoder.module.get_submodule(name)
+    wanted = [each for each, p in part.named_parameters() if p.is_meta]
+    names = {f"{name}.{each}": each for each in wanted}
+    stored = _stored_names(encoder.checkpoint, encoder.module, names)
+    tensors = _read(encoder.checkpoint, {stored[full]: each for full, each in names.items()})
+    part.load_state_dict(
+        {each: tensor.to(encoder.device, encoder.dtype) for each, tensor in tensors.items()},
+        strict=False,
+        assign=True,
+    )
+    part.requires_grad_(False)
+
+
+def empty_(encoder: Encoder, name: str) -> None:
+    """Free the memory of the submodule `name`; its shapes stay."""
+    encoder.module.get_submodule(name).to("meta")
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -431,6 +464,52 @@ def _load_plain(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         )
     loaded: nn.Module = module.to(device)
     return loaded
+
+
+def _load_frame(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, later: str
+) -> nn.Module | None:
+    """The transformer without the weights of `later`; None where names in the files differ."""
+    module = build_skeleton(checkpoint)
+    names = [name for name, _ in module.named_parameters()]
+    stored = _stored_names(checkpoint, module, names)
+    if len(stored) < len(names):
+        return None
+    now = {stored[name]: name for name in names if not name.startswith(f"{later}.")}
+    tensors = _read(checkpoint, now)
+    module.load_state_dict(
+        {name: tensor.to(device, dtype) for name, tensor in tensors.items()},
+        strict=False,
+        assign=True,
+    )
+    for name, buffer in module.named_buffers():
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, buffer.to(device))
+    return module
+
+
+def _stored_names(
+    checkpoint: Checkpoint, module: nn.Module, names: Iterable[str]
+) -> dict[str, str]:
+    """What the weight files call each parameter, as far as they have it; see `_bare_names`."""
+    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    inside = any(name.startswith(prefix) for name in checkpoint.tensors)
+    stored = {name: f"{prefix}{name}" if inside else name for name in names}
+    return {name: each for name, each in stored.items() if each in checkpoint.tensors}
+
+
+def _read(checkpoint: Checkpoint, wanted: Mapping[str, str]) -> dict[str, Tensor]:
+    """Copies of some of the tensors in the weight files, under new names.
+
+    Copies, so that the mapped files leave memory when the tensors do.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in checkpoint.weight_files:
+        with safe_open(path, framework="pt") as handle:
+            for stored in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                if stored in wanted:
+                    tensors[wanted[stored]] = handle.get_tensor(stored).clone()
+    return tensors
 
 
 def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -30,8 +30,9 @@ from gteopt.recipe import Layout
 from gteopt.records import LayerRecord
 
 WEIGHTS = "weights"
-_ONE_FILE_BYTES = 4 << 30
-"""Standard weights up to this size lie in one file, beyond it in one file a transformer block."""
+_FILE_BYTES = 256 << 20
+"""Most that blocks put together in one file of standard weights take: it is what is in memory while
+they are converted. A block larger than this has a file of its own."""
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -111,20 +112,28 @@ def _write_errors(path: Path) -> Iterator[None]:
 def _write_standard(stage: Path, layers: Sequence[LayerRecord], form: Format) -> None:
     """Turn the staged shards into the files that other libraries read, and remove the shards."""
     shards = sorted((stage / WEIGHTS).glob("*.safetensors"))
-    if sum(path.stat().st_size for path in shards) <= _ONE_FILE_BYTES:
-        whole: dict[str, Tensor] = {}
-        for path in shards:
-            whole |= _standard_tensors(load_file(path), layers, form)
-        save_tensors(stage / "model.safetensors", whole)
-    else:
-        where: dict[str, str] = {}
-        total = 0
-        for i, path in enumerate(shards, start=1):
-            tensors = _standard_tensors(load_file(path), layers, form)
-            name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-            save_tensors(stage / name, tensors)
-            where |= dict.fromkeys(tensors, name)
-            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    files: list[list[Path]] = []
+    room = 0
+    for path in shards:
+        n_bytes = path.stat().st_size
+        if not files or n_bytes > room:
+            files.append([])
+            room = _FILE_BYTES
+        files[-1].append(path)
+        room -= n_bytes
+    where: dict[str, str] = {}
+    total = 0
+    for i, parts in enumerate(files, start=1):
+        tensors: dict[str, Tensor] = {}
+        for path in parts:
+            tensors |= _standard_tensors(load_file(path), layers, form)
+        name = f"model-{i:05}-of-{len(files):05}.safetensors"
+        if len(files) == 1:
+            name = "model.safetensors"
+        save_tensors(stage / name, tensors)
+        where |= dict.fromkeys(tensors, name)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write_json(stage / "model.safetensors.index.json", index)
     shutil.rmtree(stage / WEIGHTS)

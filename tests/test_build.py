@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
@@ -316,3 +317,49 @@ def test_minilm_at_four_bits_keeps_a_mean_cosine_of_0_985(tmp_path: Path, shared
     base = gteopt.load(get_model_path(), dtype="float32").encode(texts)
     variant = gteopt.load(tmp_path / "out").encode(texts)
     assert mean_cosine(base, variant) >= 0.985
+
+
+def deeper_nano(target: Path, n_blocks: int) -> Path:
+    """The nano with wide, random blocks, one file each, as large checkpoints have them."""
+    shutil.copytree(NANO, target)
+    whole = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    shapes = {n.removeprefix("layers.0."): t for n, t in whole.items() if n.startswith("layers.0.")}
+    frame = {n: t for n, t in whole.items() if not n.startswith("layers.")}
+    files = {"frame.safetensors": frame}
+    for i in range(n_blocks):
+        block = {f"layers.{i}.{name}": t.clone() for name, t in shapes.items()}
+        for name in ("gate_proj", "up_proj"):
+            block[f"layers.{i}.mlp.{name}.weight"] = torch.randn(8192, 256).bfloat16() / 16
+        block[f"layers.{i}.mlp.down_proj.weight"] = torch.randn(256, 8192).bfloat16() / 90
+        files[f"block-{i}.safetensors"] = block
+    for name, tensors in files.items():
+        save_file(tensors, target / name, metadata={"format": "pt"})
+    weight_map = {tensor: file for file, tensors in files.items() for tensor in tensors}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((target / "config.json").read_text())
+    config |= {"num_hidden_layers": n_blocks, "intermediate_size": 8192}
+    config["layer_types"] = ["full_attention"] * n_blocks
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_the_memory_of_a_build_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
+    """Of 24 further blocks, 300 MB of weights, one is in memory at a time; what grows is the file
+    that the packed blocks are put together in, 80 MB here and 256 MB at most.
+    """
+    script = (
+        "import gteopt, sys; gteopt.quantize(sys.argv[1], 'rtn-int4', sys.argv[2]); "
+        "print(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1])"
+    )
+    # Otherwise glibc keeps what is freed, and the peak shows its habits.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    peak_bytes = {}
+    for n_blocks in (2, 26):
+        base = deeper_nano(tmp_path / f"base-{n_blocks}", n_blocks)
+        command = [sys.executable, "-c", script, str(base), str(tmp_path / f"out-{n_blocks}")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        peak_bytes[n_blocks] = 1024 * int(done.stdout)
+    full_bytes = 24 * 2 * 3 * 256 * 8192
+    assert peak_bytes[26] - peak_bytes[2] < full_bytes / 2

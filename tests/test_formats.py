@@ -257,7 +257,7 @@ def test_every_layout_gives_the_same_vectors(int4: dict[str, Path]) -> None:
 def test_weights_beyond_one_file_are_written_as_shards_with_an_index(
     int4: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gteopt.layout._ONE_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr("gteopt.layout._FILE_BYTES", 1 << 18)
     scheme = LayerScheme(bits=4, group_size=64, symmetric=False)
     gteopt.quantize("nano", recipe(scheme), tmp_path / "shards")
     index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
