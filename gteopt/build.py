@@ -68,6 +68,7 @@ from gteopt.quant.affine import (
 from gteopt.quant.vectors import VectorTransform, fit, identity
 from gteopt.recipe import (
     Dims,
+    Effort,
     Frozen,
     GptqWeights,
     LayerScheme,
@@ -85,12 +86,16 @@ from gteopt.records import (
     CalibrationRecord,
     LayerRecord,
     Manifest,
+    TuningRecord,
     UnquantizedRecord,
     write_atomically,
     write_record,
 )
+from gteopt.tuning import MOST_WEIGHTS, SCHEDULES, tune
 
 _STATE = "build-state.json"
+_SOLVED = "solved"
+"""Where the solver's blocks lie while they wait for tuning."""
 _LAYERS = TypeAdapter(tuple[LayerRecord, ...])
 
 
@@ -181,18 +186,23 @@ def quantize(
     tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
     calibration = record(recipe.calibration, texts, tokens) if texts else None
     layers: tuple[LayerRecord, ...] = ()
+    tuning: TuningRecord | None = None
     if plan.blocks is not None:
         modules = encoder.module.get_submodule(plan.blocks).children()
         if isinstance(recipe.weights, GptqWeights):
             blocks, inputs = open_blocks(encoder, tokens)
         else:
             blocks, inputs = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)], []
-        layers = _quantize_blocks(encoder, blocks, inputs, recipe, plan, stage, progress)
+        tuned = _effort(recipe) != "fast"
+        shards = stage / (_SOLVED if tuned else WEIGHTS)
+        layers = _quantize_blocks(encoder, blocks, inputs, recipe, plan, shards, progress)
+        if tuned:
+            layers, tuning = _tune_blocks(encoder, blocks, layers, tokens, recipe, stage, progress)
     write_model(encoder, stage, blocks=plan.blocks, layers=layers, layout=plan.layout)
     for notes in (stage / WEIGHTS).glob("*.json"):
         notes.unlink()
     return _finish(
-        encoder, recipe, stage, out, base_record, calibration, layers, plan.layout,
+        encoder, recipe, stage, out, base_record, calibration, layers, tuning, plan.layout,
         plan.unquantized, texts, progress,
     )  # fmt: skip
 
@@ -279,7 +289,7 @@ def restyle(
         tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
         calibration = record(recipe.calibration, texts, tokens)
     return _finish(
-        encoder, recipe, stage, out, old.base, calibration, old.layers, old.layout,
+        encoder, recipe, stage, out, old.base, calibration, old.layers, old.tuning, old.layout,
         old.unquantized, texts, progress,
     )  # fmt: skip
 
@@ -329,6 +339,13 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
                 notes[name] = f"{reason}: one group a row"
             schemes[name] = scheme
         shapes = {n: Shape(linears[n].out_features, linears[n].in_features) for n in schemes}
+        n_weights = sum(linears[n].weight.numel() for n in schemes)
+        if _effort(recipe) != "fast" and n_weights > MOST_WEIGHTS:
+            raise InputError(
+                f"recipe {recipe.name}: effort {_effort(recipe)} tunes the whole model at once and "
+                f"takes up to {MOST_WEIGHTS / 1e9:g} billion quantized weights, found "
+                f"{n_weights / 1e9:.2g} billion; build with effort fast"
+            )
         layout = choose_layout(recipe.layout, schemes, shapes) if schemes else None
     return LayerPlan(
         schemes=schemes,
@@ -377,6 +394,10 @@ def _unquantized(
 def _shortens(recipe: Recipe) -> bool:
     """Whether the variant's vectors are other than the model's own."""
     return recipe.dims is not None or recipe.vectors.code != "float32"
+
+
+def _effort(recipe: Recipe) -> Effort:
+    return recipe.weights.effort if isinstance(recipe.weights, GptqWeights) else "fast"
 
 
 def _needs_texts(recipe: Recipe) -> bool:
@@ -433,7 +454,7 @@ def _quantize_blocks(
     inputs: Sequence[BlockInput],
     recipe: Recipe,
     plan: LayerPlan,
-    stage: Path,
+    shards: Path,
     progress: Progress,
 ) -> tuple[LayerRecord, ...]:
     """Quantize block after block, each on the outputs of those before it; store each at once.
@@ -447,7 +468,7 @@ def _quantize_blocks(
     what = f"quantizing {encoder.checkpoint.id} with {recipe.name}"
     for i, block in enumerate(blocks):
         progress(what, i, len(blocks))
-        shard = stage / WEIGHTS / f"block-{i:03}.safetensors"
+        shard = _shard(shards, i)
         notes = shard.with_suffix(".json")
         if notes.is_file():
             records = _LAYERS.validate_json(notes.read_bytes())
@@ -506,6 +527,79 @@ def _quantize_block_(
                 packed[name]["bias"] = linear.bias
             swap_linear_(encoder.module, name, each, linear.bias, encoder.device, encoder.dtype)
     return tuple(records[name] for name in linears), packed
+
+
+class _TunedBlocks(Frozen):
+    """Written when every tuned shard is there; without it tuning starts again from the solver's."""
+
+    layers: tuple[LayerRecord, ...]
+    tuning: TuningRecord
+
+
+def _tune_blocks(
+    encoder: Encoder,
+    blocks: Sequence[Block],
+    solved: Sequence[LayerRecord],
+    tokens: Sequence[Sequence[int]],
+    recipe: Recipe,
+    stage: Path,
+    progress: Progress,
+) -> tuple[tuple[LayerRecord, ...], TuningRecord]:
+    """Tune what the solver left, and write it as the shards that the artifact is made from."""
+    done = stage / WEIGHTS / "tuned.json"
+    shards = {i: load_file(_shard(stage / _SOLVED, i)) for i in range(len(blocks))}
+    if done.is_file():
+        found = _TunedBlocks.model_validate_json(done.read_bytes())
+    else:
+        schedule = SCHEDULES[_effort(recipe)]
+        assert schedule is not None
+        start = {
+            each.name: _packed(each, tensors).unpack()
+            for tensors in shards.values()
+            for each in solved
+            if f"{each.name}.qweight" in tensors
+        }
+        device = str(encoder.device)
+        teacher = load_checkpoint(encoder.checkpoint, device=device, dtype="float32")
+        start = {name: codes.to(encoder.device) for name, codes in start.items()}
+        result = tune(teacher, start, tokens, schedule, progress=progress)
+        layers = []
+        for each in solved:
+            codes = result.weights[each.name]
+            weight = teacher.module.get_submodule(each.name).weight
+            assert isinstance(weight, Tensor)
+            # What the solver had measured on the layer's output holds no longer.
+            update = {"weight_snr_db": snr_db(weight, codes.dequantize()), "output_snr_db": None}
+            layers.append(each.model_copy(update=update))
+        for i, tensors in shards.items():
+            for each in layers:
+                if f"{each.name}.qweight" in tensors:
+                    parts = pack(result.weights[each.name]).to_tensors()
+                    tensors |= {f"{each.name}.{part}": t.cpu() for part, t in parts.items()}
+            for name in tensors.keys() & result.rest.keys():
+                tensors[name] = result.rest[name].to(tensors[name])
+            save_tensors(_shard(stage / WEIGHTS, i), tensors)
+        found = _TunedBlocks(layers=tuple(layers), tuning=result.record)
+        write_atomically(done, found.model_dump_json().encode())
+    if _shortens(recipe):
+        for i, block in enumerate(blocks):
+            records = [each for each in found.layers if each.name.startswith(f"{block.name}.")]
+            _reload_block_(encoder, block, load_file(_shard(stage / WEIGHTS, i)), records)
+    shutil.rmtree(stage / _SOLVED)
+    return found.layers, found.tuning
+
+
+def _shard(folder: Path, block: int) -> Path:
+    return folder / f"block-{block:03}.safetensors"
+
+
+def _packed(record: LayerRecord, tensors: Mapping[str, Tensor]) -> PackedWeight:
+    """One layer's packed weight among the tensors of its shard."""
+    parts = ("qweight", "scale", "qzero")
+    own = {part: f"{record.name}.{part}" for part in parts if f"{record.name}.{part}" in tensors}
+    return PackedWeight.from_tensors(
+        record.scheme, record.in_features, {part: tensors[name] for part, name in own.items()}
+    )
 
 
 def _quantize_layer(
@@ -593,6 +687,7 @@ def _finish(
     base: BaseRecord,
     calibration: CalibrationRecord | None,
     layers: tuple[LayerRecord, ...],
+    tuning: TuningRecord | None,
     layout: Layout | None,
     unquantized: tuple[UnquantizedRecord, ...],
     texts: Sequence[CalibrationText],
@@ -615,6 +710,7 @@ def _finish(
         base=base,
         calibration=calibration,
         layers=layers,
+        tuning=tuning,
         layout=layout,
         unquantized=unquantized,
         vectors=transform.record(),

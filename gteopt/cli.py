@@ -129,6 +129,13 @@ def quantize(
     base: Base,
     recipe: Annotated[str, typer.Option(help="a shipped recipe (`gteopt recipes`), or a file")],
     out: Out,
+    effort: Annotated[
+        Literal["fast", "standard", "best"] | None,
+        typer.Option(
+            help="of GPTQ recipes: the solver alone, or its result tuned against the base's "
+            "vectors for 400 or 1600 steps; the recipe's own when left out"
+        ),
+    ] = None,
     hub_dir: HubDir = None,
     revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
     dtype: Annotated[str, typer.Option(help="of what stays unquantized")] = "bfloat16",
@@ -140,11 +147,15 @@ def quantize(
     Example: `gteopt quantize nano --recipe gptq-int4 --out artifacts/nano-int4`
     """
     from gteopt.build import quantize as build
+    from gteopt.recipe import load_recipe
 
+    wanted = load_recipe(recipe)
+    if effort is not None:
+        wanted = wanted.with_effort(effort)
     with _progress() as progress:
         manifest = build(
             base,
-            recipe,
+            wanted,
             out,
             hub_dir=hub_dir,
             revision=revision,
@@ -360,6 +371,12 @@ def inspect(
     _out.print(_facts(found))
     if found.manifest is not None:
         _out.print(_layers(found.manifest))
+        if (tuning := found.manifest.tuning) is not None:
+            _out.print(
+                f"tuned for {tuning.n_steps} steps: mean cosine on the calibration texts "
+                f"{tuning.cosine_before:.5f} -> {tuning.cosine_after:.5f}, "
+                f"{tuning.codes_changed:.1%} of the codes changed"
+            )
     else:
         _out.print(_estimates(found))
 

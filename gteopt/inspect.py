@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from gteopt import tuning
 from gteopt.build import plan_layers
 from gteopt.checkpoint import Checkpoint, open_checkpoint
 from gteopt.encoder import build_skeleton, parse_dtype
@@ -130,8 +131,15 @@ def _work_bytes(
         return matrix
     widest = max(linears[name].in_features for name in schemes)
     n_tokens = recipe.calibration.n_texts * recipe.calibration.max_tokens
-    hidden = n_tokens * int(checkpoint.config["hidden_size"]) * item_bytes
-    return matrix + widest * widest * 4 * _HESSIAN_COPIES + 2 * hidden
+    hidden_size = int(checkpoint.config["hidden_size"])
+    hidden = n_tokens * hidden_size * item_bytes
+    solving = matrix + widest * widest * 4 * _HESSIAN_COPIES + 2 * hidden
+    if recipe.weights.effort == "fast":
+        return solving
+    n_weights = sum(linears[name].weight.numel() for name in schemes)
+    n_other = _n_parameters(checkpoint) - n_weights
+    n_layers = int(checkpoint.config["num_hidden_layers"])
+    return max(solving, tuning.work_bytes(n_weights, n_other, n_layers, hidden_size))
 
 
 def _vector_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:

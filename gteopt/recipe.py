@@ -31,6 +31,8 @@ Layout = Literal["gteopt", "gptq", "compressed-tensors"]
 LayoutChoice = Literal["auto", "gteopt", "gptq", "compressed-tensors"]
 VectorCode = Literal["float32", "int8", "binary"]
 DimsMethod = Literal["slice", "pca"]
+Effort = Literal["fast", "standard", "best"]
+"""How much time a build may take for quality: the solver alone, or tuning behind it."""
 DEFAULT_MARGIN = 0.01
 """One point of a score that is shown in per cent."""
 Metric = Literal[
@@ -152,6 +154,8 @@ class GptqWeights(Frozen):
         fallback: for a layer whose input features the group size does not divide: refuse the
             build ("error"), use one group a row ("row") or leave it unquantized ("skip").
         skip: shell patterns of layer names that stay unquantized.
+        effort: "fast" is the solver alone; "standard" and "best" tune its codes and scales, and
+            the blocks' norms and biases, end to end against the original's vectors.
     """
 
     method: Literal["gptq"]
@@ -161,6 +165,7 @@ class GptqWeights(Frozen):
     clip_search: bool = True
     fallback: Literal["error", "row", "skip"] = "error"
     skip: tuple[str, ...] = ()
+    effort: Effort = "fast"
 
 
 Weights = Annotated[NoWeights | RtnWeights | GptqWeights, Field(discriminator="method")]
@@ -230,6 +235,21 @@ class Recipe(Frozen):
                 f"layout: {self.layout} is for quantized weights; weights.method is none"
             )
         return self
+
+    def with_effort(self, effort: Effort) -> Recipe:
+        """The same recipe at another effort.
+
+        Raises:
+            InputError: the recipe's method has no efforts to choose from.
+        """
+        if not isinstance(self.weights, GptqWeights):
+            raise InputError(
+                f"recipe {self.name} has no effort to choose: only weights.method gptq is tuned "
+                f"(found {self.weights.method})"
+            )
+        return self.model_copy(
+            update={"weights": self.weights.model_copy(update={"effort": effort})}
+        )
 
     def sha256(self) -> str:
         """Hash of everything that decides the artifact's tensors (name and summary do not)."""

@@ -100,6 +100,25 @@ class LayerRecord(Frozen):
     note: str | None = None
 
 
+class TuningRecord(Frozen):
+    """What tuning after the solver did.
+
+    Attributes:
+        n_steps: batches.
+        batch_size: texts a batch.
+        cosine_before: mean cosine to the original over the calibration texts, of what the
+            solver left.
+        cosine_after: the same after tuning; equal where tuning was thrown away.
+        codes_changed: share of the codes that are others than the solver's.
+    """
+
+    n_steps: int
+    batch_size: int
+    cosine_before: float
+    cosine_after: float
+    codes_changed: float
+
+
 class UnquantizedRecord(Frozen):
     """One group of parameters left in full precision, and why."""
 
@@ -141,6 +160,7 @@ class Manifest(Frozen):
 
     Attributes:
         layout: how the layers' packed weights lie on disk; None when no layer is quantized.
+        tuning: what was learned after the solver; None at effort fast.
     """
 
     schema_: Literal["gteopt.artifact/1"] = Field(default="gteopt.artifact/1", alias="schema")
@@ -149,6 +169,7 @@ class Manifest(Frozen):
     base: BaseRecord
     calibration: CalibrationRecord | None
     layers: tuple[LayerRecord, ...]
+    tuning: TuningRecord | None = None
     layout: Layout | None = None
     unquantized: tuple[UnquantizedRecord, ...]
     vectors: VectorRecord

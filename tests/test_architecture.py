@@ -17,6 +17,7 @@ RANKS = [
     {"checkpoint"},
     {"encoder"},
     {"calibration", "layout"},
+    {"tuning"},
     {"build"},
     {"bench", "evaluation", "choose", "report", "inspect"},
     {"plan"},

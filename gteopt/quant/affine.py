@@ -17,7 +17,7 @@ from torch import Tensor
 from gteopt.errors import InputError, IntegrityError, NumericsError, join_problems
 from gteopt.recipe import GroupSize, LayerScheme
 
-_SMALLEST_SCALE = 2.0**-24
+SMALLEST_SCALE = 2.0**-24
 """The least positive float16: a group too small for it keeps a scale that is not zero."""
 _CLIP_RATIOS = tuple(i / 40 for i in range(44, 15, -1))
 """Candidate ranges as shares of a group's own range, 1.1 down to 0.4. Above 1 because a symmetric
@@ -39,6 +39,12 @@ class QuantizedWeight:
     scale: Tensor
     zero: Tensor
     scheme: LayerScheme
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same on another device."""
+        return QuantizedWeight(
+            self.codes.to(device), self.scale.to(device), self.zero.to(device), self.scheme
+        )
 
     def dequantize(self) -> Tensor:
         """The values that the codes stand for, (codes - zero) * scale: float32 [O, I]."""
@@ -372,7 +378,7 @@ def _grid_of_range(low: Tensor, high: Tensor, scheme: LayerScheme) -> tuple[Tens
     lowest, highest = code_range(scheme)
     span = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
     step = torch.where(span > 0, span / (highest - lowest), 1.0)
-    scale = step.clamp_min(_SMALLEST_SCALE).half()
+    scale = step.clamp_min(SMALLEST_SCALE).half()
     if scheme.symmetric:
         return scale, torch.full_like(scale, middle(scheme), dtype=torch.uint8)
     zero = torch.round(-low / scale.float()).clamp_(lowest, highest)

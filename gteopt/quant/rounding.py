@@ -1,0 +1,90 @@
+"""A linear layer whose rounding can be learned: codes and scales as parameters.
+
+Learned rounding started from a solver's codes, after AdaRound (Nagel et al. 2020, arXiv:2004.10568)
+and SignRound (Cheng et al. 2023, arXiv:2309.05516), with the straight-through gradients of LSQ
+(Esser et al. 2020, arXiv:1902.08153). Hides: the parametrisation. Refuses to know: what is
+optimised, by what rule, on which data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gteopt.quant.affine import SMALLEST_SCALE, QuantizedWeight, code_range
+
+_INSIDE_CELL = 0.49
+"""How far from its code a start may lie, in steps: below one half, where rounding turns over."""
+
+
+class TunableLinear(nn.Module):
+    """x W^T + bias with W = (clip(round(latent)) - zero) * exp(log_scale), both learned.
+
+    It starts as exactly the weight that it is given. The latent starts where the original weight
+    lies, but inside the code's own cell, so that a code that was wrong by rounding the other way
+    is the first to flip. Zero points stay.
+
+    Attributes:
+        latent: float32 [O, I], in steps of the grid, zero point included.
+        log_scale: float32 [O, G].
+        bias: the layer's own parameter, or None.
+    """
+
+    zero: Tensor
+
+    def __init__(self, linear: nn.Linear, start: QuantizedWeight) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scheme = start.scheme
+        scale, zero = start.scale.float(), start.zero.float()
+        grouped = linear.weight.detach().float().reshape(*scale.shape, -1)  # [O, G, I/G]
+        place = (grouped / scale[..., None] + zero[..., None]).flatten(1)
+        codes = start.codes.float()
+        self.latent = nn.Parameter(place.clamp(codes - _INSIDE_CELL, codes + _INSIDE_CELL))
+        self.log_scale = nn.Parameter(scale.log())
+        self.register_buffer("zero", zero)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O]."""
+        return nn.functional.linear(x, self.weight(), self.bias)
+
+    def weight(self) -> Tensor:
+        """The rounded weight, float32 [O, I]; differentiable in `latent` and `log_scale`."""
+        weight: Tensor = _Rounded.apply(  # type: ignore[no-untyped-call]
+            self.latent, self.log_scale, self.zero, code_range(self.scheme)
+        )
+        return weight
+
+    @torch.no_grad()
+    def export(self) -> QuantizedWeight:
+        """The codes and grid as learned; scales are rounded to the float16 that is stored."""
+        codes = self.latent.round().clamp(*code_range(self.scheme)).to(torch.uint8)
+        scale = self.log_scale.exp().clamp_min(SMALLEST_SCALE).half()
+        return QuantizedWeight(codes, scale, self.zero.to(torch.uint8), self.scheme)
+
+
+class _Rounded(torch.autograd.Function):
+    """Rounding with the identity for its derivative.
+
+    Written out because autograd would keep four float32 copies of every weight for the backward
+    pass; this keeps the codes alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, latent: Tensor, log_scale: Tensor, zero: Tensor, span: tuple[int, int]
+    ) -> Tensor:
+        scale = log_scale.exp()
+        codes = latent.round().clamp_(*span).reshape(*scale.shape, -1)  # [O, G, I/G]
+        steps = codes.sub_(zero[..., None])
+        ctx.save_for_backward(steps.to(torch.int16), scale)
+        return steps.mul_(scale[..., None]).flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        steps, scale = ctx.saved_tensors
+        grad = grads[0].reshape(steps.shape)  # [O, G, I/G]
+        return (grad * scale[..., None]).flatten(1), (grad * steps).sum(-1) * scale, None, None
