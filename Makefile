@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format docs clean
+.PHONY: help install interop demo test check format docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -22,6 +22,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## build, measure and score five variants of the embedded model
 	$(BIN)/gteopt run recipes/plans/demo.yaml
+
+# The libraries whose results ours are compared with; some exclude one another's newest versions, so
+# they get an environment of their own.
+PEERS := llmcompressor optimum gptqmodel compressed-tensors bitsandbytes torchao hqq
+interop:  ## make .venv-interop with the quantizers that benchmarks/peers_quality.py compares
+	test -d .venv-interop || $(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install --quiet $(TORCH)
+	.venv-interop/bin/python -m pip install --quiet -c constraints-interop.txt -e '.[test]' $(PEERS)
 
 test: $(INSTALLED)  ## the whole test suite
 	$(BIN)/python -m pytest

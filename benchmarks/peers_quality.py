@@ -1,7 +1,8 @@
 """How close each quantizer's variant stays to the original, at the same bits and on the same texts.
 
-Prints a table a model and writes one JSON. Peers whose libraries are not installed, or that refuse
-a model, get their error in the table. The environment with the peers is made by `make interop`:
+Prints a table a model and writes one JSON, row by row; rows that the file already holds stay until
+they are measured again (`--only`). Peers whose libraries are not installed, or that refuse a model,
+get their error in the table. The environment with the peers is made by `make interop`:
 
     .venv-interop/bin/python benchmarks/peers_quality.py --hub-dir ../shared/hub \
         --beir ../shared/beir/cranfield --out benchmarks/results/peers_quality.json
@@ -39,7 +40,7 @@ from gteopt.calibration import draw_texts
 from gteopt.checkpoint import open_checkpoint
 from gteopt.encoder import Encoder
 from gteopt.machine import machine, versions
-from gteopt.recipe import Calibration, load_recipe
+from gteopt.recipe import Calibration, Effort, load_recipe
 
 CALIBRATION = Calibration(texts="mteb/stsbenchmark-sts", column="sentence1", n_texts=256)
 PEERS = ("llmcompressor", "gptqmodel", "optimum", "torchao", "bitsandbytes", "hqq")
@@ -91,7 +92,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     texts = read_texts(options.hub_dir, options.beir)
-    rows = []
+    rows: list[Row] = []
+    if options.out and options.out.is_file():
+        rows = [Row(**each) for each in json.loads(options.out.read_text())["rows"]]
     for model in options.models:
         source = model_folder(model)
         base = gteopt.load(source, dtype="float32")
@@ -102,18 +105,24 @@ def main() -> None:
             if options.only and peer not in options.only:
                 continue
             row = measure(model, peer, make, source, reference, texts)
+            rows = [each for each in rows if (each.model, each.peer) != (model, peer)]
             rows.append(row)
             print(show(row), flush=True)
-    if options.out:
-        record = {
-            "schema": "gteopt.peers-quality/1",
-            "calibration": CALIBRATION.model_dump(),
-            "rows": [asdict(row) for row in rows],
-            "machine": machine().model_dump(),
-            "versions": {**versions(), **peer_versions()},
-            "n_threads": torch.get_num_threads(),
-        }
-        options.out.write_text(json.dumps(record, indent=2) + "\n")
+            if options.out:
+                write(options.out, rows)
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Everything measured so far, and where."""
+    record = {
+        "schema": "gteopt.peers-quality/1",
+        "calibration": CALIBRATION.model_dump(),
+        "rows": [asdict(row) for row in rows],
+        "machine": machine().model_dump(),
+        "versions": {**versions(), **peer_versions()},
+        "n_threads": torch.get_num_threads(),
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def measure(
@@ -156,6 +165,8 @@ def quantizers(hub_dir: Path) -> dict[str, Callable[[Path], Variant]]:
     table: dict[str, Callable[[Path], Variant]] = {}
     for name in ours:
         table[f"gteopt {name}"] = partial(gteopt_recipe, name=name, hub_dir=hub_dir)
+    best = partial(gteopt_recipe, name="gptq-int4-guided", hub_dir=hub_dir, effort="best")
+    table["gteopt gptq-int4 best"] = best
     for scheme in ("W4A16_ASYM", "W4A16", "W8A8"):
         make = partial(llm_compressor, scheme=scheme, sentences=sentences)
         table[f"llm-compressor GPTQ {scheme}"] = make
@@ -171,9 +182,11 @@ def quantizers(hub_dir: Path) -> dict[str, Callable[[Path], Variant]]:
     return table
 
 
-def gteopt_recipe(source: Path, name: str, hub_dir: Path) -> Variant:
+def gteopt_recipe(source: Path, name: str, hub_dir: Path, effort: Effort | None = None) -> Variant:
     """One of our recipes, calibrated on the common sentences."""
     recipe = load_recipe(name).model_copy(update={"calibration": CALIBRATION})
+    if effort is not None:
+        recipe = recipe.with_effort(effort)
     out = Path(tempfile.mkdtemp()) / name
     manifest = gteopt.quantize(source, recipe, out, hub_dir=hub_dir, dtype="float32")
     weights = sum(layer.out_features * layer.in_features for layer in manifest.layers)
@@ -226,6 +239,7 @@ def optimum_gptq(source: Path, sentences: list[str]) -> Variant:
         sym=False,
         desc_act=True,
         dataset=rows,
+        act_group_aware=False,
         block_name_to_quantize="encoder.layer" if bert else "layers",
         module_name_preceding_first_block=["embeddings" if bert else "embed_tokens"],
     )
