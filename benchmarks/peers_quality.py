@@ -10,8 +10,8 @@ get their error in the table. The environment with the peers is made by `make in
 Protocol: float32 everywhere but in the quantized weights. Calibration: 256 sentences of the
 STS-B training split (`mteb/stsbenchmark-sts`), drawn with seed 0, the same for everyone. Measured:
 cosine to the float32 original over the distinct sentences of the STS-B test split; Spearman
-correlation on its pairs (the task's score); overlap of the 10 nearest of 400 Cranfield documents
-for 100 queries. Bits are those of the quantized layers as stored, scales and zero points included.
+correlation on its pairs (the task's score); overlap of the 10 nearest of 600 Cranfield documents
+for 225 queries. Bits are those of the quantized layers as stored, scales and zero points included.
 """
 
 from __future__ import annotations
@@ -401,7 +401,7 @@ def overlap(reference: Vectors, found: Vectors) -> float:
 
 
 def read_texts(hub_dir: Path, beir: Path) -> Texts:
-    """STS-B test pairs, and the first Cranfield queries and documents."""
+    """STS-B test pairs, and Cranfield queries and its first documents."""
 
     def rows(path: Path, n: int | None = None) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:n]]
@@ -411,8 +411,8 @@ def read_texts(hub_dir: Path, beir: Path) -> Texts:
         first=[row["sentence1"] for row in pairs],
         second=[row["sentence2"] for row in pairs],
         gold=[row["score"] for row in pairs],
-        queries=[row["text"] for row in rows(beir / "queries.jsonl", 100)],
-        documents=[row["text"] for row in rows(beir / "corpus.jsonl", 400)],
+        queries=[row["text"] for row in rows(beir / "queries.jsonl")],
+        documents=[row["text"] for row in rows(beir / "corpus.jsonl", 600)],
     )
 
 

@@ -65,6 +65,7 @@ from gteopt.quant.affine import (
     quantize_rtn,
     snr_db,
 )
+from gteopt.quant.smooth import Smoothing
 from gteopt.quant.vectors import VectorTransform, fit, identity
 from gteopt.recipe import (
     Dims,
@@ -86,11 +87,13 @@ from gteopt.records import (
     CalibrationRecord,
     LayerRecord,
     Manifest,
+    SmoothingRecord,
     TuningRecord,
     UnquantizedRecord,
     write_atomically,
     write_record,
 )
+from gteopt.smoothing import smooth_block_
 from gteopt.tuning import MOST_WEIGHTS, SCHEDULES, tune
 
 _STATE = "build-state.json"
@@ -504,6 +507,10 @@ def _quantize_block_(
     records: dict[str, LayerRecord] = {}
     packed: dict[str, dict[str, Tensor]] = {}
     order = stages(block, inputs) if isinstance(weights, GptqWeights) else [list(linears)]
+    chosen: dict[str, Smoothing] = {}
+    if isinstance(weights, GptqWeights) and weights.smooth:
+        model_type = str(encoder.checkpoint.config["model_type"])
+        chosen = smooth_block_(block, inputs, plan.schemes, model_type)
     for stage in order:
         wanted = [name for name in stage if name in linears]
         if not wanted:
@@ -521,12 +528,27 @@ def _quantize_block_(
             records[name], codes = _quantize_layer(
                 name, linear.weight.float(), scheme, weights, statistics, plan.notes.get(name)
             )
+            if name in chosen:
+                records[name] = _with_smoothing(records[name], chosen[name])
             each = pack(codes)
             packed[name] = each.to_tensors()
             if linear.bias is not None:
                 packed[name]["bias"] = linear.bias
             swap_linear_(encoder.module, name, each, linear.bias, encoder.device, encoder.dtype)
     return tuple(records[name] for name in linears), packed
+
+
+def _with_smoothing(record: LayerRecord, found: Smoothing) -> LayerRecord:
+    """The record with what was decided on the layer's inputs."""
+    return record.model_copy(
+        update={
+            "smoothing": SmoothingRecord(
+                strength=found.strength,
+                error_before=found.error_before,
+                error_after=found.error_after,
+            )
+        }
+    )
 
 
 class _TunedBlocks(Frozen):

@@ -31,6 +31,8 @@ Layout = Literal["gteopt", "gptq", "compressed-tensors"]
 LayoutChoice = Literal["auto", "gteopt", "gptq", "compressed-tensors"]
 VectorCode = Literal["float32", "int8", "binary"]
 DimsMethod = Literal["slice", "pca"]
+Element = Literal["int", "e4m3"]
+"""What a code is: a whole number of steps, or an 8-bit float of 4 exponent and 3 mantissa bits."""
 Effort = Literal["fast", "standard", "best"]
 """How much time a build may take for quality: the solver alone, or tuning behind it."""
 DEFAULT_MARGIN = 0.01
@@ -106,25 +108,31 @@ class LayerScheme(Frozen):
         group_size: consecutive input features that share a scale; "row" is all of them.
         symmetric: zero point fixed in the middle of the code range.
         activation_bits: 16 computes in the model's own dtype on dequantized weights; 8 quantizes
-            each token's input to int8 and multiplies integers.
+            each token's input to the weights' kind of number and multiplies those.
+        activation_symmetric: false gives each token a zero point too, which inputs that lean to
+            one side (those behind GELU above all) need.
+        element: what weight and activation codes are.
     """
 
     bits: Bits
     group_size: GroupSize
     symmetric: bool
     activation_bits: Literal[8, 16] = 16
+    activation_symmetric: bool = True
+    element: Element = "int"
 
     @model_validator(mode="after")
-    def _integer_matmul_needs_int8_rows(self) -> Self:
-        if self.activation_bits == 8 and (self.bits, self.group_size, self.symmetric) != (
-            8,
-            "row",
-            True,
-        ):
+    def _has_a_kernel(self) -> Self:
+        rows = (self.bits, self.group_size, self.symmetric) == (8, "row", True)
+        if self.activation_bits == 8 and not rows:
             raise ValueError(
                 "activation_bits: 8 needs bits: 8, group_size: row, symmetric: true (an integer "
                 "product has one scale per output channel)"
             )
+        if self.element == "e4m3" and not rows:
+            raise ValueError("element: e4m3 needs bits: 8, group_size: row, symmetric: true")
+        if not self.activation_symmetric and (self.activation_bits, self.element) != (8, "int"):
+            raise ValueError("activation_symmetric: false needs activation_bits: 8, element: int")
         return self
 
 
@@ -156,6 +164,8 @@ class GptqWeights(Frozen):
         skip: shell patterns of layer names that stay unquantized.
         effort: "fast" is the solver alone; "standard" and "best" tune its codes and scales, and
             the blocks' norms and biases, end to end against the original's vectors.
+        smooth: move outliers of 8-bit activations into the weights (SmoothQuant, Xiao et al. 2022,
+            arXiv:2211.10438) wherever the architecture can absorb it and the measured error falls.
     """
 
     method: Literal["gptq"]
@@ -166,6 +176,15 @@ class GptqWeights(Frozen):
     fallback: Literal["error", "row", "skip"] = "error"
     skip: tuple[str, ...] = ()
     effort: Effort = "fast"
+    smooth: bool = False
+
+    @model_validator(mode="after")
+    def _fits_its_scheme(self) -> Self:
+        if self.scheme.element != "int":
+            raise ValueError("method gptq solves for whole numbers; element: e4m3 takes method rtn")
+        if self.smooth and (self.scheme.activation_bits, self.effort) != (8, "fast"):
+            raise ValueError("smooth: true is for activation_bits: 8 at effort: fast")
+        return self
 
 
 Weights = Annotated[NoWeights | RtnWeights | GptqWeights, Field(discriminator="method")]

@@ -78,6 +78,21 @@ class CalibrationRecord(Frozen):
     sha256: str
 
 
+class SmoothingRecord(Frozen):
+    """What smoothing did to a layer's inputs; strength 0 where it did not pay.
+
+    Attributes:
+        strength: share of the outliers' size that went into the weights, 0 to 1.
+        error_before: relative squared output error, summed over the layers that read the same
+            inputs, with weights rounded to nearest and no smoothing.
+        error_after: the same with it.
+    """
+
+    strength: float
+    error_before: float
+    error_after: float
+
+
 class LayerRecord(Frozen):
     """One quantized linear layer.
 
@@ -86,6 +101,7 @@ class LayerRecord(Frozen):
         bits_per_weight: as stored, scales and zero points included.
         weight_snr_db: 10 log10(|W|^2 / |W - Wq|^2).
         output_snr_db: 10 log10(|XW|^2 / |X(W - Wq)|^2) on the calibration tokens, where measured.
+        smoothing: of the inputs; None where the recipe or the architecture has none.
         note: anything out of the ordinary: a fallback, raised damping, dead input features.
     """
 
@@ -97,6 +113,7 @@ class LayerRecord(Frozen):
     bits_per_weight: float
     weight_snr_db: float
     output_snr_db: float | None = None
+    smoothing: SmoothingRecord | None = None
     note: str | None = None
 
 

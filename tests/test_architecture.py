@@ -17,7 +17,7 @@ RANKS = [
     {"checkpoint"},
     {"encoder"},
     {"calibration", "layout"},
-    {"tuning"},
+    {"tuning", "smoothing"},
     {"build"},
     {"bench", "evaluation", "choose", "report", "inspect"},
     {"plan"},

@@ -99,10 +99,10 @@ def test_tokens_are_rounded_by_their_own_range_only() -> None:
     x = seeded(4, 64)
     x[1] *= 1e4
     x[2] = 0
-    codes, scale = quantize_tokens(x)
+    codes, scale, _ = quantize_tokens(x, symmetric=True)
     assert torch.equal(codes.abs().amax(1), torch.tensor([127, 127, 0, 127], dtype=torch.int8))
     assert ((codes * scale - x).abs() <= scale * 0.5001).all()
-    alone, _ = quantize_tokens(x[3:])
+    alone, *_ = quantize_tokens(x[3:], symmetric=True)
     assert torch.equal(codes[3:], alone)
     layer = make_linear(packed(16, 64, W8A8), None, device=CPU, dtype=torch.float32)
     assert (layer(x)[2] == 0).all()

@@ -14,6 +14,11 @@ or has a byte a weight (`int-quantized`, which 8-bit activations need)
     NAME.weight_scale       [O, G], float
     NAME.weight_zero_point  int8 [O, G]                     asymmetric only
 
+or is an 8-bit float (`float-quantized`)
+
+    NAME.weight             float8_e4m3fn [O, I]
+    NAME.weight_scale       [O, 1], float
+
 Its integers are signed, ours unsigned: they differ by 2^(bits - 1), which packing adds back.
 Hides: which layer has which scheme (`config_groups`, `targets`, `ignore`).
 Source: compressed-tensors 0.20, `compressors/pack_quantized`, `compressors/naive_quantized`.
@@ -40,11 +45,11 @@ from gteopt.formats.packed import (
     feature_order,
 )
 from gteopt.quant.affine import PackedWeight, pack_codes, packed_width, unpack_codes
-from gteopt.recipe import LayerScheme
+from gteopt.recipe import Element, LayerScheme
 
 
 def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:
-    """Why these layers cannot be written so: never; any scheme of whole numbers can."""
+    """Why these layers cannot be written so: never; any scheme can."""
     del schemes, shapes
     return []
 
@@ -53,6 +58,8 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     """The layer's tensors without its bias; `from_tensors` gives exactly the same weight back."""
     bits = weight.scheme.bits
     scale = weight.scale.contiguous()
+    if weight.scheme.element == "e4m3":
+        return {"weight": weight.qweight.view(torch.float8_e4m3fn), "weight_scale": scale}
     if weight.scheme.activation_bits == 8:
         return {"weight": (weight.qweight ^ 128).view(torch.int8), "weight_scale": scale}
     tensors = {
@@ -87,13 +94,13 @@ def quantization_config(
             "targets": targets,
             "weights": {
                 "num_bits": scheme.bits,
-                "type": "int",
+                "type": _type(scheme),
                 "symmetric": scheme.symmetric,
                 "strategy": "channel" if scheme.group_size == "row" else "group",
                 "group_size": None if scheme.group_size == "row" else scheme.group_size,
                 "dynamic": False,
             },
-            "input_activations": _TOKENS if scheme.activation_bits == 8 else None,
+            "input_activations": _tokens(scheme) if scheme.activation_bits == 8 else None,
             "output_activations": None,
             "format": _format(scheme),
         }
@@ -130,12 +137,16 @@ def from_tensors(
     subject = f"compressed-tensors layer {name}"
     group = _group_of(config, name)
     weights = group.get("weights") or {}
-    activation_bits = _activation_bits(subject, group.get("input_activations"))
     bits = int(weights.get("num_bits", 8))
-    if weights.get("type", "int") != "int":
+    kind = weights.get("type", "int")
+    if kind != "int" and (kind, bits) != ("float", 8):
         raise UnsupportedError(
-            f"{subject}: {bits}-bit {weights['type']} weights are not supported (supported: int)"
+            f"{subject}: {bits}-bit {kind} weights are not supported (supported: int, 8-bit float)"
         )
+    element: Element = "int" if kind == "int" else "e4m3"
+    activation_bits, activation_symmetric = _activations(
+        subject, group.get("input_activations"), kind
+    )
     scale = tensors.get("weight_scale", torch.empty(0, 1))
     scale = scale.reshape(1, 1).expand(shape.out_features, 1) if scale.numel() == 1 else scale
     n_groups = scale.shape[-1]
@@ -164,6 +175,14 @@ def from_tensors(
         zero = torch.full(grid, offset, dtype=torch.uint8, device=codes.device)
         if packed_zero is not None:
             zero = unpack_codes(as_bytes(packed_zero.t()), bits, shape.out_features).t()
+    elif element == "e4m3":
+        wanted = {
+            "weight": (torch.float8_e4m3fn, (shape.out_features, shape.in_features)),
+            "weight_scale": (None, grid),
+        }
+        check_tensors(subject, {**tensors, "weight_scale": scale}, wanted)
+        codes = tensors["weight"].view(torch.uint8)
+        zero = torch.full(grid, offset, dtype=torch.uint8, device=codes.device)
     else:
         wanted = {
             "weight": (torch.int8, (shape.out_features, shape.in_features)),
@@ -182,20 +201,30 @@ def from_tensors(
         zero.contiguous(),
         bits,
         activation_bits=activation_bits,
+        activation_symmetric=activation_symmetric,
+        element=element,
     )
     return ReadLayer(weight, order)
 
 
-_TOKENS: dict[str, Any] = {
-    "num_bits": 8,
-    "type": "int",
-    "symmetric": True,
-    "strategy": "token",
-    "dynamic": True,
-}
+def _type(scheme: LayerScheme) -> str:
+    return "float" if scheme.element == "e4m3" else "int"
+
+
+def _tokens(scheme: LayerScheme) -> dict[str, Any]:
+    """How the inputs of a layer with 8-bit activations are quantized: each token when it is seen."""
+    return {
+        "num_bits": 8,
+        "type": _type(scheme),
+        "symmetric": scheme.activation_symmetric,
+        "strategy": "token",
+        "dynamic": True,
+    }
 
 
 def _format(scheme: LayerScheme) -> str:
+    if scheme.element == "e4m3":
+        return "float-quantized"
     return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
 
 
@@ -219,14 +248,19 @@ def _matches(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _activation_bits(subject: str, activations: Mapping[str, Any] | None) -> int:
+def _activations(
+    subject: str, activations: Mapping[str, Any] | None, kind: str
+) -> tuple[int, bool]:
+    """Bits of the activations and whether they are symmetric."""
     if activations is None:
-        return 16
-    found = {key: activations.get(key) for key in _TOKENS}
-    if found != _TOKENS:
-        shown = ", ".join(f"{key}: {value}" for key, value in found.items())
+        return 16, True
+    symmetric = activations.get("symmetric", True)
+    wanted = {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True}
+    found = {key: activations.get(key) for key in wanted}
+    if found != wanted or (kind == "float" and not symmetric):
+        shown = ", ".join(f"{key}: {activations.get(key)}" for key in (*wanted, "symmetric"))
         raise UnsupportedError(
-            f"{subject}: activations with {shown} are not supported (supported: symmetric int8, "
-            f"each token scaled when it is seen)"
+            f"{subject}: activations with {shown} are not supported (supported: 8 bits of the "
+            f"weights' type, each token scaled when it is seen)"
         )
-    return 8
+    return 8, bool(symmetric)

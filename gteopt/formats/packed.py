@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gteopt.errors import IntegrityError, UnsupportedError, join_problems
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, middle, pack
-from gteopt.recipe import GroupSize, LayerScheme
+from gteopt.recipe import Element, GroupSize, LayerScheme
 
 Config = Mapping[str, Any]
 """`quantization_config` of a config.json, as it was parsed."""
@@ -107,7 +107,15 @@ def feature_order(subject: str, groups: Tensor, n_groups: int) -> Tensor | None:
 
 
 def assemble(
-    subject: str, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, *, activation_bits: int
+    subject: str,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    *,
+    activation_bits: int,
+    activation_symmetric: bool = True,
+    element: Element = "int",
 ) -> PackedWeight:
     """A packed weight of codes uint8 [O, I], scale [O, G] and zero uint8 [O, G].
 
@@ -137,6 +145,8 @@ def assemble(
             "group_size": group_size,
             "symmetric": symmetric,
             "activation_bits": activation_bits,
+            "activation_symmetric": activation_symmetric,
+            "element": element,
         }
     )
     return pack(QuantizedWeight(codes, rounded, zero, scheme))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gteopt.kernels.cpu import Int4LinearCpu, Int8LinearCpu, int4_runs_here
-from gteopt.kernels.reference import DequantLinear, Int8Reference
+from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
 from gteopt.quant.affine import PackedWeight
 
 _Kernel = Callable[[PackedWeight, Tensor | None], nn.Module]
@@ -39,7 +39,9 @@ def make_linear(
             they are in order.
     """
     kernel: _Kernel = DequantLinear
-    if weight.scheme.activation_bits == 8:
+    if weight.scheme.element == "e4m3":
+        kernel = Fp8Reference if weight.scheme.activation_bits == 8 else DequantLinear
+    elif weight.scheme.activation_bits == 8:
         kernel = _INT8_ACTIVATIONS.get(device.type, Int8Reference)
     elif device.type == "cpu" and dtype == torch.bfloat16 and int4_runs_here(weight.unpack()):
         kernel = Int4LinearCpu

@@ -21,21 +21,27 @@ _TILE = 64
 class Int8LinearCpu(nn.Module):
     """int8 weights times int8 activations, summed in int32 by oneDNN (VNNI or AMX where present).
 
-    Each token's input is rounded by its own scale, max |x| / 127; token scale, weight scale and
-    bias are applied to the sums in float32, rounded once to x's dtype.
-    Buffers: weight int8 [O, I], scale float32 [O], bias float32 [O] or None.
+    Each token's input is rounded by its own range (`quantize_tokens`). A token's zero point z
+    changes every sum by z times the sum of the weight's row, which is subtracted in int32. Token
+    scale, weight scale and bias are applied in float32, rounded once to x's dtype.
+    Buffers: weight int8 [O, I], row_sum int32 [O] or None, scale float32 [O], bias float32 [O] or
+    None.
     """
 
     kernel = "cpu.int8"
     weight: Tensor
+    row_sum: Tensor | None
     scale: Tensor
     bias: Tensor | None
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.symmetric = weight.scheme.activation_symmetric
         # Flipping the top bit of an unsigned code subtracts the zero point 128.
         self.register_buffer("weight", (weight.qweight ^ 128).view(torch.int8))
+        row_sum = None if self.symmetric else self.weight.sum(1, dtype=torch.int32)
+        self.register_buffer("row_sum", row_sum)
         self.register_buffer("scale", weight.scale[:, 0].float())
         self.register_buffer("bias", None if bias is None else bias.float())
 
@@ -44,8 +50,12 @@ class Int8LinearCpu(nn.Module):
         flat = x.reshape(-1, self.in_features)
         y = x.new_empty(len(flat), self.out_features)
         for start in range(0, len(flat), _TOKEN_BLOCK):
-            codes, token_scale = quantize_tokens(flat[start : start + _TOKEN_BLOCK])
+            codes, token_scale, zero = quantize_tokens(
+                flat[start : start + _TOKEN_BLOCK], symmetric=self.symmetric
+            )
             sums = torch._int_mm(codes, self.weight.t())  # int32 [tokens, O]
+            if zero is not None and self.row_sum is not None:
+                sums.addcmul_(zero.int(), self.row_sum, value=-1)
             product = torch.mul(sums, self.scale).mul_(token_scale)
             if self.bias is not None:
                 product.add_(self.bias)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gteopt.quant.affine import PackedWeight, dequantize, middle, unpack_codes
+from gteopt.quant.affine import E4M3_MAX, PackedWeight, dequantize, middle, unpack_codes
 
 
 class DequantLinear(nn.Module):
@@ -45,37 +45,70 @@ class DequantLinear(nn.Module):
             zero = torch.full((1, 1), middle(self.scheme), dtype=torch.uint8, device=codes.device)
         else:
             zero = unpack_codes(self.qzero, bits, self.scale.shape[1])
-        return dequantize(codes, self.scale, zero, dtype)
+        return dequantize(codes, self.scale, zero, dtype, element=self.scheme.element)
 
 
 class Int8Reference(DequantLinear):
     """The arithmetic of an int8 product, carried out in float32. Any device.
 
-    Each token's input is rounded to int8 by its own scale, max |x| / 127; products are summed in
-    float32 and rounded once to x's dtype.
+    Each token's input is rounded to int8 by its own range (`quantize_tokens`); products are summed
+    in float32 and rounded once to x's dtype.
     """
 
     kernel = "reference.int8"
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
-        codes, scale = quantize_tokens(x)
-        product = nn.functional.linear(codes.float() * scale, self.dequantized(torch.float32))
+        codes, scale, zero = quantize_tokens(x, symmetric=self.scheme.activation_symmetric)
+        steps = codes.float() if zero is None else codes.float() - zero
+        product = nn.functional.linear(steps * scale, self.dequantized(torch.float32))
         return (product if self.bias is None else product + self.bias.float()).to(x.dtype)
 
 
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each token to int8, symmetric, by its own range.
+class Fp8Reference(DequantLinear):
+    """The arithmetic of an 8-bit float product, carried out in float32. Any device.
+
+    Each token's input is rounded to e4m3 by its own scale, max |x| / 448. Products of two such
+    numbers are exact in float32, which sums them; the sum is rounded once to x's dtype.
+    """
+
+    kernel = "reference.fp8"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O], in x's dtype."""
+        full = x.float()
+        scale = _not_zero(full.abs().amax(-1, keepdim=True).div_(E4M3_MAX))
+        # Division may round up to beyond the largest number, which e4m3fn turns into NaN.
+        floats = (full / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        weight = self.qweight.view(torch.float8_e4m3fn).float()
+        product = nn.functional.linear(floats.float(), weight).mul_(self.scale[:, 0].float())
+        product = product.mul_(scale)
+        return (product if self.bias is None else product + self.bias.float()).to(x.dtype)
+
+
+def quantize_tokens(x: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round each token to int8 by its own range, x ~ (codes - zero) * scale.
 
     Args:
         x: [..., I], any float dtype; computed in float32.
+        symmetric: codes -127 to 127 span -max |x| to max |x|, without a zero point; otherwise codes
+            -128 to 127 span min(x, 0) to max(x, 0).
 
     Returns:
-        int8 [..., I] in -127 to 127, and float32 scale [..., 1] with x ~ codes * scale; a token of
-        zeros (or of numbers whose scale is denormal) has scale 1.
+        int8 [..., I], float32 scale [..., 1], and float32 whole zero points [..., 1] or None. A
+        token of zeros (or of numbers whose scale is denormal) has scale 1.
     """
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).div_(127)
-    scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
-    # No clamp: |x| / scale exceeds 127 by a rounding error at most.
-    return (x / scale).round_().to(torch.int8), scale
+    if symmetric:
+        scale = _not_zero(x.abs().amax(-1, keepdim=True).div_(127))
+        # No clamp: |x| / scale exceeds 127 by a rounding error at most.
+        return (x / scale).round_().to(torch.int8), scale, None
+    low = x.amin(-1, keepdim=True).clamp_max_(0)
+    scale = _not_zero(x.amax(-1, keepdim=True).clamp_min_(0).sub_(low).div_(255))
+    zero = (-128 - low / scale).round_().clamp_(-128, 127)
+    codes = (x / scale).round_().add_(zero).clamp_(-128, 127)
+    return codes.to(torch.int8), scale, zero
+
+
+def _not_zero(scale: Tensor) -> Tensor:
+    return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)

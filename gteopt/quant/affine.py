@@ -1,8 +1,9 @@
 """Affine quantization: grids, rounding, dense bit packing, signal-to-noise.
 
 A weight [O, I] is cut along I into G groups a row; each group has a float16 scale s and an integer
-zero point z, and a code c stands for the value (c - z) * s. Hides: how a grid is chosen, how codes
-are packed into bytes. Refuses to know: layers, models, files.
+zero point z, and a code c stands for the value (c - z) * s. Of element e4m3, a code is the byte of
+an 8-bit float f and stands for f * s. Hides: how a grid is chosen, how codes are packed into bytes.
+Refuses to know: layers, models, files.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from gteopt.errors import InputError, IntegrityError, NumericsError, join_problems
-from gteopt.recipe import GroupSize, LayerScheme
+from gteopt.recipe import Element, GroupSize, LayerScheme
 
+E4M3_MAX = 448.0
+"""The largest finite 8-bit float of the kind e4m3fn."""
 SMALLEST_SCALE = 2.0**-24
 """The least positive float16: a group too small for it keeps a scale that is not zero."""
 _CLIP_RATIOS = tuple(i / 40 for i in range(44, 15, -1))
@@ -47,8 +50,10 @@ class QuantizedWeight:
         )
 
     def dequantize(self) -> Tensor:
-        """The values that the codes stand for, (codes - zero) * scale: float32 [O, I]."""
-        return dequantize(self.codes, self.scale, self.zero, torch.float32)
+        """The values that the codes stand for: float32 [O, I]."""
+        return dequantize(
+            self.codes, self.scale, self.zero, torch.float32, element=self.scheme.element
+        )
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,8 @@ def quantize_rtn(
     Raises:
         NumericsError: the weight holds NaN or infinity, or a scale exceeds float16.
     """
+    if scheme.element == "e4m3":
+        return _to_e4m3(weight, scheme)
     scale, zero = fit_grid(weight, scheme, clip_search=clip_search, importance=None)
     width = group_width(weight.shape[1], scheme.group_size)
     grouped = weight.detach().float().reshape(len(weight), -1, width)  # [O, G, I/G]
@@ -218,18 +225,24 @@ def encode(values: Tensor, scale: Tensor, zero: Tensor, scheme: LayerScheme) -> 
     return torch.round(values / scale).add_(zero).clamp_(lowest, highest)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
-    """(codes - zero) * scale in `dtype`.
+def dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype, *, element: Element = "int"
+) -> Tensor:
+    """(codes - zero) * scale in `dtype`; of element e4m3 float(codes) * scale.
 
     Args:
         codes: uint8 [O, I].
         scale: float16 [O, G].
         zero: uint8 [O, G], or a shape that broadcasts to it.
         dtype: of the result and of the arithmetic.
+        element: what the codes are.
 
     Returns:
         [O, I] in `dtype`. The difference is exact; bfloat16 rounds the scale and the product.
     """
+    if element == "e4m3":
+        floats = codes.view(torch.float8_e4m3fn).to(dtype).reshape(*scale.shape, -1)
+        return floats.mul_(scale[..., None].to(dtype)).flatten(1)
     # Small integers vectorise; float16 and bfloat16 subtractions do not.
     steps = codes.reshape(*scale.shape, -1).to(torch.int16).sub_(zero[..., None])  # [O, G, I/G]
     return steps.to(dtype).mul_(scale[..., None].to(dtype)).flatten(1)
@@ -365,6 +378,20 @@ def ratio_db(signal: float, noise: float) -> float:
     if noise <= 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def _to_e4m3(weight: Tensor, scheme: LayerScheme) -> QuantizedWeight:
+    """8-bit floats, each row scaled so that its largest weight is the largest of them."""
+    weight = weight.detach().float()
+    largest = weight.abs().amax(1, keepdim=True)
+    if not torch.isfinite(largest).all():
+        raise NumericsError("the weight holds NaN or infinite values; it cannot be quantized")
+    step = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
+    scale = step.clamp_min(SMALLEST_SCALE).half()
+    # The scale may have been rounded down, and e4m3fn turns what is too large into NaN.
+    floats = (weight / scale.float()).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    zero = torch.full_like(scale, middle(scheme), dtype=torch.uint8)
+    return QuantizedWeight(floats.view(torch.uint8), scale, zero, scheme)
 
 
 def _period(bits: int) -> tuple[int, int]:
