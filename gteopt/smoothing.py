@@ -63,14 +63,14 @@ def smooth_block_(
     ]
     seen = _watch(block, inputs, [fold.targets[0] for fold in folds])
     chosen: dict[str, Smoothing] = {}
-    for fold, (sample, largest) in zip(folds, seen, strict=True):
+    for fold, sample in zip(folds, seen, strict=True):
         targets = [modules[target] for target in fold.targets]
         source = modules[fold.source]
         weights = [target.weight for target in targets]
         assert all(isinstance(weight, Tensor) for weight in weights)
         scheme = schemes[f"{block.name}.{fold.targets[0]}"]
         tied = _shared_heads(modules, source, sample.shape[1])
-        found = choose_smoothing(sample, largest, weights, scheme, tied)  # type: ignore[arg-type]
+        found = choose_smoothing(sample, weights, scheme, tied)  # type: ignore[arg-type]
         for target in fold.targets:
             chosen[f"{block.name}.{target}"] = found
         if found.scale is not None:
@@ -82,22 +82,19 @@ def smooth_block_(
 
 def _watch(
     block: Block, inputs: Sequence[BlockInput], layers: Sequence[str]
-) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer's inputs a sample [n, I] and the largest magnitudes [I], both float32."""
+) -> list[Tensor]:
+    """A sample of each layer's inputs: float32 [n, I]."""
     n_tokens = sum(int(batch.real.sum()) for batch in inputs)
     share = min(1.0, _SAMPLE_TOKENS / n_tokens)
     generator = torch.Generator().manual_seed(0)
     picked = [torch.rand(int(b.real.sum()), generator=generator) < share for b in inputs]
     samples: dict[str, list[Tensor]] = {name: [] for name in layers}
-    largest: dict[str, Tensor] = {}
     at = 0
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0][inputs[at].real].float()  # [n, I]
-            samples[name].append(rows[picked[at].to(rows.device)])
-            now = rows.abs().amax(0)
-            largest[name] = torch.maximum(largest[name], now) if name in largest else now
+            rows = args[0][inputs[at].real]  # [n, I]
+            samples[name].append(rows[picked[at].to(rows.device)].float())
 
         return hook
 
@@ -110,7 +107,7 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
-    return [(torch.cat(samples[name]), largest[name]) for name in layers]
+    return [torch.cat(samples[name]) for name in layers]
 
 
 def _shared_heads(
