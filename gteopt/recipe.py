@@ -182,8 +182,10 @@ class GptqWeights(Frozen):
     def _fits_its_scheme(self) -> Self:
         if self.scheme.element != "int":
             raise ValueError("method gptq solves for whole numbers; element: e4m3 takes method rtn")
-        if self.smooth and (self.scheme.activation_bits, self.effort) != (8, "fast"):
-            raise ValueError("smooth: true is for activation_bits: 8 at effort: fast")
+        if self.effort != "fast" and self.scheme.activation_bits == 8:
+            raise ValueError("layers with activation_bits: 8 are not tuned; leave effort: fast")
+        if self.smooth and self.scheme.activation_bits != 8:
+            raise ValueError("smooth: true is for activation_bits: 8")
         return self
 
 
@@ -265,6 +267,11 @@ class Recipe(Frozen):
             raise InputError(
                 f"recipe {self.name} has no effort to choose: only weights.method gptq is tuned "
                 f"(found {self.weights.method})"
+            )
+        if effort != "fast" and self.weights.scheme.activation_bits == 8:
+            raise InputError(
+                f"recipe {self.name} has no effort to choose: layers with 8-bit activations are "
+                f"not tuned"
             )
         return self.model_copy(
             update={"weights": self.weights.model_copy(update={"effort": effort})}

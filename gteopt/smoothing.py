@@ -1,8 +1,8 @@
 """Smoothing inside a transformer block: which layer can absorb what another one's inputs lose.
 
 An input is divided feature by feature before it is rounded; the division is folded into whatever
-made the input, so that it costs nothing at run time and no file format has to know of it. Hides: the
-places where an architecture allows that. Refuses to know: how strengths are chosen, files.
+made the input, so that it costs nothing at run time and no file format has to know of it. Hides:
+the places where an architecture allows that. Refuses to know: how strengths are chosen, files.
 """
 
 from __future__ import annotations
@@ -70,19 +70,17 @@ def smooth_block_(
         assert all(isinstance(weight, Tensor) for weight in weights)
         scheme = schemes[f"{block.name}.{fold.targets[0]}"]
         tied = _shared_heads(modules, source, sample.shape[1])
-        found = choose_smoothing(sample, weights, scheme, tied)  # type: ignore[arg-type]
+        found = choose_smoothing(sample, weights, scheme, tied)
         for target in fold.targets:
             chosen[f"{block.name}.{target}"] = found
         if found.scale is not None:
             for target in targets:
-                target.weight.mul_(found.scale)  # type: ignore[operator]
+                target.weight.mul_(found.scale)
             _divide_(source, found.scale, tied)
     return chosen
 
 
-def _watch(
-    block: Block, inputs: Sequence[BlockInput], layers: Sequence[str]
-) -> list[Tensor]:
+def _watch(block: Block, inputs: Sequence[BlockInput], layers: Sequence[str]) -> list[Tensor]:
     """A sample of each layer's inputs: float32 [n, I]."""
     n_tokens = sum(int(batch.real.sum()) for batch in inputs)
     share = min(1.0, _SAMPLE_TOKENS / n_tokens)
@@ -102,7 +100,7 @@ def _watch(
         block.module.get_submodule(name).register_forward_pre_hook(note(name)) for name in layers
     ]
     try:
-        for at, batch in enumerate(inputs):  # noqa: B007 - the hooks read it
+        for at, batch in enumerate(inputs):
             block.run(at, batch.hidden)
     finally:
         for handle in handles:

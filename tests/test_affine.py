@@ -132,6 +132,25 @@ def test_symmetric_8_bit_uses_no_code_that_int8_negation_overflows() -> None:
         assert codes.min() >= 1
 
 
+def test_8_bit_floats_keep_four_digits_of_every_weight() -> None:
+    """Half a step of a 3-bit mantissa is 2^-4 of a normal number; below 2^-6 steps are 2^-9."""
+    scheme = LayerScheme(bits=8, group_size="row", symmetric=True, element="e4m3")
+    weight = seeded(64, 256) ** 3
+    weight[0] = 0
+    weight[1, 0] = 1e4  # what lies beside an outlier keeps its digits, unlike in int8
+    quantized = quantize_rtn(weight, scheme)
+    scale = quantized.scale.double()
+    bound = (weight.abs().double() / 16).maximum(scale * 2**-10) * (1 + 1e-6)
+    assert ((quantized.dequantize() - weight).abs().double() <= bound).all()
+    assert (quantized.codes & 127 != 127).all()  # NaN
+    assert (quantized.dequantize()[0] == 0).all()
+    again = quantize_rtn(quantized.dequantize(), scheme).dequantize()
+    torch.testing.assert_close(again, quantized.dequantize(), rtol=1 / 16, atol=0)
+    assert torch.equal(pack(quantized).unpack().codes, quantized.codes)
+    with pytest.raises(NumericsError, match="NaN or infinite"):
+        quantize_rtn(weight / 0, scheme)
+
+
 @pytest.mark.parametrize("scheme", all_schemes(), ids=str)
 def test_every_grid_represents_zero_exactly(scheme: LayerScheme) -> None:
     weight = seeded(4, 128).abs() + 1

@@ -31,12 +31,17 @@ SCHEMES = [
     )
 ]
 W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+TOKEN_ZEROS = W8A8.model_copy(update={"activation_symmetric": False})
+FP8 = W8A8.model_copy(update={"element": "e4m3"})
+FP8_WEIGHT = FP8.model_copy(update={"activation_bits": 16})
+EIGHT = [W8A8, TOKEN_ZEROS, FP8, FP8_WEIGHT]
 TEXTS = ["A bridge.", "Ein Fluss fließt ins Meer.", "一座桥", "word " * 60]
 
 
 def name_of(scheme: LayerScheme) -> str:
     kind = "sym" if scheme.symmetric else "asym"
-    return f"{scheme.bits}-{scheme.group_size}-{kind}-{scheme.activation_bits}"
+    tokens = f"{scheme.activation_bits}{'' if scheme.activation_symmetric else 'z'}"
+    return f"{scheme.element}{scheme.bits}-{scheme.group_size}-{kind}-{tokens}"
 
 
 def random_weight(scheme: LayerScheme, *, least_zero: int = 0, seed: int = 0) -> PackedWeight:
@@ -49,6 +54,8 @@ def random_weight(scheme: LayerScheme, *, least_zero: int = 0, seed: int = 0) ->
     if scheme.symmetric:
         zero = torch.full(grid, 1 << (scheme.bits - 1), dtype=torch.uint8)
     codes = torch.randint(low, high + 1, (64, 128), generator=generator, dtype=torch.uint8)
+    if scheme.element == "e4m3":
+        codes[codes & 127 == 127] = 0  # not a number
     scale = (torch.rand(grid, generator=generator) / 100 + 1e-3).half()
     return pack(QuantizedWeight(codes, scale, zero, scheme))
 
@@ -64,12 +71,13 @@ def bits_of(row: Tensor, bits: int, n: int) -> list[int]:
     return [(whole >> (i * bits)) & ((1 << bits) - 1) for i in range(n)]
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, W8A8], ids=name_of)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *EIGHT], ids=name_of)
 @pytest.mark.parametrize("layout", FORMATS)
 def test_a_weight_survives_every_layout_that_can_hold_it(layout: Any, scheme: LayerScheme) -> None:
     form = FORMATS[layout]
-    if scheme.activation_bits == 8 and layout == "gptq":
-        assert any("8-bit activations" in p for p in form.problems({"a": scheme}, {"a": SHAPE}))
+    if layout == "gptq" and (scheme.activation_bits == 8 or scheme.element == "e4m3"):
+        reason = "8-bit activations" if scheme.activation_bits == 8 else "8-bit floats"
+        assert any(reason in p for p in form.problems({"a": scheme}, {"a": SHAPE}))
         return
     weight = random_weight(scheme)
     config = form.quantization_config({"a": scheme}, [], "layers", "gteopt")
@@ -100,13 +108,17 @@ def test_gptq_means_what_its_specification_says(scheme: LayerScheme, version: gp
     assert same(gptq.from_tensors(config, "a", SHAPE, tensors).weight, weight)
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, W8A8], ids=name_of)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *EIGHT], ids=name_of)
 def test_compressed_tensors_means_what_its_specification_says(scheme: LayerScheme) -> None:
     """Decoded by the letter: signed integers, 2^(bits - 1) added before they are packed."""
     weight = random_weight(scheme)
     tensors = FORMATS["compressed-tensors"].to_tensors(weight)
     half = 1 << (scheme.bits - 1)
-    if scheme.activation_bits == 8:
+    if scheme.element == "e4m3":
+        assert tensors["weight"].dtype == torch.float8_e4m3fn
+        assert torch.equal(tensors["weight"].view(torch.uint8), weight.unpack().codes)
+        codes = tensors["weight"].float()
+    elif scheme.activation_bits == 8:
         codes = tensors["weight"].long()
     else:
         codes = torch.tensor([bits_of(row, scheme.bits, 128) for row in tensors["weight_packed"]])
@@ -119,6 +131,36 @@ def test_compressed_tensors_means_what_its_specification_says(scheme: LayerSchem
     width = 128 // scale.shape[1]
     by_hand = (codes - zero.repeat_interleave(width, 1)) * scale.repeat_interleave(width, 1)
     torch.testing.assert_close(by_hand, weight.unpack().dequantize(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "form", "activations"),
+    [
+        (W8A8, "int-quantized", ("int", True)),
+        (TOKEN_ZEROS, "int-quantized", ("int", False)),
+        (FP8, "float-quantized", ("float", True)),
+        (FP8_WEIGHT, "float-quantized", None),
+    ],
+    ids=["int8", "int8 with zero points", "fp8", "fp8 weights"],
+)
+def test_compressed_tensors_is_told_how_tokens_are_quantized(
+    scheme: LayerScheme, form: str, activations: tuple[str, bool] | None
+) -> None:
+    layout = FORMATS["compressed-tensors"]
+    config = layout.quantization_config({"a": scheme}, ["head"], "layers", "gteopt")
+    assert (config["format"], config["ignore"]) == (form, ["head"])
+    group = config["config_groups"]["group_0"]
+    assert group["weights"]["type"] == ("float" if scheme.element == "e4m3" else "int")
+    told = group["input_activations"]
+    if activations is None:
+        assert told is None
+        return
+    assert (told["type"], told["symmetric"]) == activations
+    assert (told["strategy"], told["dynamic"], told["num_bits"]) == ("token", True, 8)
+    told["strategy"] = "tensor"
+    tensors = layout.to_tensors(random_weight(scheme))
+    with pytest.raises(UnsupportedError, match=r"strategy: tensor.*are not supported"):
+        layout.from_tensors(config, "a", SHAPE, tensors)
 
 
 def test_a_zero_point_of_zero_needs_version_2() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from torch import nn
 
 from gteopt.kernels import make_linear
 from gteopt.kernels.cpu import Int4LinearCpu, Int8LinearCpu, int4_runs_here
-from gteopt.kernels.reference import DequantLinear, Int8Reference, quantize_tokens
-from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
+from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
+from gteopt.quant.affine import PackedWeight, pack, quantize_rtn, quantize_tokens
 from gteopt.recipe import Bits, GroupSize, LayerScheme
 
 CPU = torch.device("cpu")
 W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+TOKEN_ZEROS = W8A8.model_copy(update={"activation_symmetric": False})
+FP8 = W8A8.model_copy(update={"element": "e4m3"})
 INT4 = LayerScheme(bits=4, group_size=128, symmetric=False)
 TOKENS: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (2, 3), (130,), (259,), (0,), (0, 5))
 # Relative Frobenius error; bfloat16 keeps 8 bits, and its scales and offsets are rounded too.
@@ -68,16 +71,19 @@ def test_a_row_group_of_odd_width_multiplies_as_float64_does() -> None:
         assert relative_error(layer(x), exact_product(x, weight, None)) <= BOUND[torch.float32]
 
 
+@pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_integer_product_equals_its_float_reference(dtype: torch.dtype) -> None:
+def test_the_integer_product_equals_its_float_reference(
+    dtype: torch.dtype, scheme: LayerScheme
+) -> None:
     for (out_features, in_features), biased in itertools.product(
         ((64, 128), (33, 37), (1, 8), (384, 1536)), (True, False)
     ):
-        weight = packed(out_features, in_features, W8A8)
+        weight = packed(out_features, in_features, scheme)
         bias = seeded(out_features, seed=1).to(dtype) if biased else None
         fast, reference = Int8LinearCpu(weight, bias), Int8Reference(weight, bias)
         for shape in TOKENS:
-            x = (seeded(*shape, in_features, seed=3) * 5).to(dtype)
+            x = (seeded(*shape, in_features, seed=3) * 5 + 3).to(dtype)
             y = fast(x)
             assert y.dtype == dtype
             assert y.shape == (*shape, out_features)
@@ -107,6 +113,55 @@ def test_tokens_are_rounded_by_their_own_range_only() -> None:
     layer = make_linear(packed(16, 64, W8A8), None, device=CPU, dtype=torch.float32)
     assert (layer(x)[2] == 0).all()
     assert torch.equal(layer(x)[3], layer(x[3]))
+
+
+def test_zero_points_give_a_one_sided_token_all_256_codes() -> None:
+    x = seeded(6, 64).abs() + 0.1  # as behind GELU: nothing on the other side
+    x[1] = -x[1]
+    x[2] = 0
+    x[3, :32] = 0
+    x[4] = 5  # one value: its range still reaches to zero
+    codes, scale, zero = quantize_tokens(x, symmetric=False)
+    assert zero is not None
+    assert torch.equal(zero, zero.round())
+    assert ((zero >= -128) & (zero <= 127)).all()
+    restored = (codes.double() - zero.double()) * scale.double()
+    assert ((restored - x).abs() <= 0.5001 * scale).all()
+    assert (restored[x == 0] == 0).all()
+    _, symmetric, _ = quantize_tokens(x, symmetric=True)
+    one_sided = torch.tensor([0, 1, 3, 4])
+    torch.testing.assert_close(scale[one_sided] * 255, symmetric[one_sided] * 127)
+
+
+def e4m3(code: int) -> float:
+    """The float that a byte is, by Micikevicius et al. 2022, table 1; NaN for 0x7f and 0xff."""
+    sign, exponent, mantissa = -1 if code >> 7 else 1, code >> 3 & 15, code & 7
+    if exponent == 0:
+        return sign * mantissa / 8 * 2.0**-6
+    return math.nan if code & 127 == 127 else sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+
+
+def test_the_8_bit_float_product_is_its_definition_in_float64() -> None:
+    """Every byte decoded by its bits, every input rounded to the nearest of them, ties to even."""
+    floats = torch.tensor([e4m3(code) for code in range(127)], dtype=torch.float64)
+    weight = packed(96, 64, FP8)
+    table = torch.tensor([e4m3(code) for code in range(256)], dtype=torch.float64)
+    dense = table[weight.qweight.int()] * weight.scale.double()
+    torch.testing.assert_close(weight.unpack().dequantize().double(), dense, rtol=1e-6, atol=0)
+    x = seeded(40, 64, seed=2) * 10 ** seeded(40, 64, seed=3)
+    x[3] = 0
+    step = x.abs().amax(1, keepdim=True) / 448
+    step[3] = 1
+    distance = (floats - (x / step).abs().double()[..., None]).abs()
+    even = torch.arange(127).remainder(2) * 1e-12  # the even one of two equally near
+    rounded = floats[(distance + even).argmin(-1)] * x.sign()
+    bias = seeded(96, seed=1)
+    exact = (rounded * step.double()) @ dense.T + bias.double()
+    layer = make_linear(weight, bias, device=CPU, dtype=torch.float32)
+    assert isinstance(layer, Fp8Reference)
+    assert relative_error(layer(x), exact) <= 2e-6
+    assert layer(x[:0]).shape == (0, 96)
+    assert relative_error(layer(x.bfloat16()), exact_product(x, weight, bias)) < 0.05
 
 
 def test_few_and_many_tokens_agree_in_4_bits() -> None:
@@ -140,7 +195,7 @@ def test_each_layer_names_its_kernel_and_its_size() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", [W8A8, INT4], ids=str)
+@pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS, FP8, INT4], ids=str)
 def test_memory_is_packed_and_survives_a_state_dict(
     scheme: LayerScheme, dtype: torch.dtype
 ) -> None:

@@ -195,6 +195,39 @@ def test_int8_activations_are_refused_on_any_other_scheme(change: dict[str, Any]
 
 
 @pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        ({"element": "e4m3", "bits": 4}, "e4m3 needs bits: 8, group_size: row, symmetric: true"),
+        ({"element": "e4m3", "activation_bits": 16, "symmetric": False}, "e4m3 needs bits: 8"),
+        (
+            {"element": "e4m3", "activation_symmetric": False},
+            "needs activation_bits: 8, element: int",
+        ),
+        ({"activation_bits": 16, "activation_symmetric": False}, "needs activation_bits: 8"),
+    ],
+)
+def test_schemes_that_no_kernel_has_are_refused(scheme: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        LayerScheme.model_validate(W8A8 | {"activation_bits": 16} | scheme)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "weights", "reason"),
+    [
+        (W8A8 | {"element": "e4m3"}, {}, "e4m3 takes method rtn"),
+        (W8A8, {"effort": "best"}, "activation_bits: 8 are not tuned"),
+        (W8A8 | {"activation_bits": 16}, {"smooth": True}, "smooth: true is for activation_bits"),
+    ],
+)
+def test_what_gptq_does_not_do_is_refused(
+    scheme: dict[str, Any], weights: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        recipe(weights={"method": "gptq", "scheme": scheme, **weights})
+    recipe(weights={"method": "gptq", "scheme": W8A8, "smooth": True})
+
+
+@pytest.mark.parametrize(
     ("limit", "expected"),
     [
         ("{}", "give min, max or both"),

@@ -198,8 +198,11 @@ def test_a_shortened_variant_is_fitted_on_the_tuned_weights(guided: Recipe, tmp_
 
 
 def test_effort_is_for_gptq_recipes_only() -> None:
-    with pytest.raises(InputError, match="recipe int8 has no effort to choose"):
+    with pytest.raises(InputError, match="recipe rtn-int8 has no effort to choose: only weights"):
+        load_recipe("rtn-int8").with_effort("best")
+    with pytest.raises(InputError, match="recipe int8 has no effort to choose: layers with 8-bit"):
         load_recipe("int8").with_effort("best")
+    assert load_recipe("int8").with_effort("fast") == load_recipe("int8")
 
 
 def test_a_model_too_large_to_tune_is_refused_before_any_work(

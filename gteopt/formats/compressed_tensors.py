@@ -212,7 +212,7 @@ def _type(scheme: LayerScheme) -> str:
 
 
 def _tokens(scheme: LayerScheme) -> dict[str, Any]:
-    """How the inputs of a layer with 8-bit activations are quantized: each token when it is seen."""
+    """How inputs of a layer with 8-bit activations are quantized: each token when it is seen."""
     return {
         "num_bits": 8,
         "type": _type(scheme),

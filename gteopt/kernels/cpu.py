@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gteopt.kernels.reference import quantize_tokens
-from gteopt.quant.affine import PackedWeight, QuantizedWeight
+from gteopt.quant.affine import PackedWeight, QuantizedWeight, quantize_tokens
 
 _FEW_TOKENS = 96
 """Up to here torch's 4-bit product is faster than dequantizing and multiplying densely (384 to 2048

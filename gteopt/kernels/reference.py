@@ -8,7 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gteopt.quant.affine import E4M3_MAX, PackedWeight, dequantize, middle, unpack_codes
+from gteopt.quant.affine import (
+    E4M3_MAX,
+    PackedWeight,
+    dequantize,
+    middle,
+    quantize_tokens,
+    token_scale,
+    unpack_codes,
+)
 
 
 class DequantLinear(nn.Module):
@@ -77,38 +85,10 @@ class Fp8Reference(DequantLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
         full = x.float()
-        scale = _not_zero(full.abs().amax(-1, keepdim=True).div_(E4M3_MAX))
+        scale = token_scale(full.abs().amax(-1, keepdim=True).div_(E4M3_MAX))
         # Division may round up to beyond the largest number, which e4m3fn turns into NaN.
         floats = (full / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         weight = self.qweight.view(torch.float8_e4m3fn).float()
         product = nn.functional.linear(floats.float(), weight).mul_(self.scale[:, 0].float())
         product = product.mul_(scale)
         return (product if self.bias is None else product + self.bias.float()).to(x.dtype)
-
-
-def quantize_tokens(x: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round each token to int8 by its own range, x ~ (codes - zero) * scale.
-
-    Args:
-        x: [..., I], any float dtype; computed in float32.
-        symmetric: codes -127 to 127 span -max |x| to max |x|, without a zero point; otherwise codes
-            -128 to 127 span min(x, 0) to max(x, 0).
-
-    Returns:
-        int8 [..., I], float32 scale [..., 1], and float32 whole zero points [..., 1] or None. A
-        token of zeros (or of numbers whose scale is denormal) has scale 1.
-    """
-    x = x.float()
-    if symmetric:
-        scale = _not_zero(x.abs().amax(-1, keepdim=True).div_(127))
-        # No clamp: |x| / scale exceeds 127 by a rounding error at most.
-        return (x / scale).round_().to(torch.int8), scale, None
-    low = x.amin(-1, keepdim=True).clamp_max_(0)
-    scale = _not_zero(x.amax(-1, keepdim=True).clamp_min_(0).sub_(low).div_(255))
-    zero = (-128 - low / scale).round_().clamp_(-128, 127)
-    codes = (x / scale).round_().add_(zero).clamp_(-128, 127)
-    return codes.to(torch.int8), scale, zero
-
-
-def _not_zero(scale: Tensor) -> Tensor:
-    return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
