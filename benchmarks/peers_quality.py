@@ -161,7 +161,8 @@ def measure(
 def quantizers(hub_dir: Path) -> dict[str, Callable[[Path], Variant]]:
     """Name -> what makes a variant of the model in a folder."""
     sentences = [each.text for each in draw_texts(CALIBRATION, hub_dir=hub_dir)]
-    ours = ["rtn-int4", "gptq-int4", "gptq-int4-guided", "gptq-int3", "int8-weight", "int8"]
+    ours = ["rtn-int4", "gptq-int4", "gptq-int4-guided", "gptq-int3"]
+    ours += ["int8-weight", "gptq-int8", "int8", "rtn-int8", "fp8"]
     table: dict[str, Callable[[Path], Variant]] = {}
     for name in ours:
         table[f"gteopt {name}"] = partial(gteopt_recipe, name=name, hub_dir=hub_dir)
@@ -170,6 +171,8 @@ def quantizers(hub_dir: Path) -> dict[str, Callable[[Path], Variant]]:
     for scheme in ("W4A16_ASYM", "W4A16", "W8A8"):
         make = partial(llm_compressor, scheme=scheme, sentences=sentences)
         table[f"llm-compressor GPTQ {scheme}"] = make
+    awq = partial(llm_compressor, scheme="W4A16_ASYM", sentences=sentences, awq=True)
+    table["llm-compressor AWQ W4A16_ASYM"] = awq
     table["optimum GPTQ 4-bit asym"] = partial(optimum_gptq, sentences=sentences)
     table["GPTQModel 4-bit sym"] = partial(gptqmodel, sentences=sentences)
     table["torchao int4 g128"] = partial(torchao, kind="int4")
@@ -196,22 +199,28 @@ def gteopt_recipe(source: Path, name: str, hub_dir: Path, effort: Effort | None 
     return gteopt.load(out), bits / weights
 
 
-def llm_compressor(source: Path, scheme: str, sentences: list[str]) -> Variant:
-    """Its GPTQ modifier on a model loaded from a path, as its documentation asks."""
+def llm_compressor(source: Path, scheme: str, sentences: list[str], awq: bool = False) -> Variant:
+    """Its GPTQ or AWQ modifier on a model loaded from a path, as its documentation asks."""
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
     from transformers import AutoModel, AutoTokenizer
 
     folder = plain_copy(source)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [dict(tokenizer(text, truncation=True, max_length=256)) for text in sentences]
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    modifier = GPTQModifier(targets="Linear", scheme=scheme, ignore=["re:.*pooler.*"])
+    ignore = ["re:.*pooler.*"]
+    modifiers = [GPTQModifier(targets="Linear", scheme=scheme, ignore=ignore)]
+    if awq:
+        rounding = QuantizationModifier(targets="Linear", scheme=scheme, ignore=ignore)
+        modifiers = [AWQModifier(), rounding]
     oneshot(
         model=model,
         dataset=Dataset.from_list(rows),
-        recipe=modifier,
+        recipe=modifiers,
         num_calibration_samples=len(rows),
         max_seq_length=256,
         tokenizer=tokenizer,
@@ -244,6 +253,7 @@ def optimum_gptq(source: Path, sentences: list[str]) -> Variant:
         module_name_preceding_first_block=["embeddings" if bert else "embed_tokens"],
     )
     model = quantizer.quantize_model(model, tokenizer)
+    quantizer.dataset = None  # it would be written as JSON, tensors and all
     (folder / "model.safetensors").unlink()
     quantizer.save(model, str(folder))
     return opened(folder)
