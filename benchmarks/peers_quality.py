@@ -254,6 +254,7 @@ def optimum_gptq(source: Path, sentences: list[str]) -> Variant:
     )
     model = quantizer.quantize_model(model, tokenizer)
     quantizer.dataset = None  # it would be written as JSON, tensors and all
+    model.config.quantization_config = quantizer.to_dict()
     (folder / "model.safetensors").unlink()
     quantizer.save(model, str(folder))
     return opened(folder)
