@@ -26,13 +26,14 @@ from gteopt.errors import InputError, join_problems, suggest
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128, "row"]
-Layout = Literal["gteopt", "gptq", "compressed-tensors"]
+Layout = Literal["gteopt", "gptq", "compressed-tensors", "bitsandbytes"]
 """How packed weights lie on disk: our own tensors, or those of a `quant_method` of transformers."""
-LayoutChoice = Literal["auto", "gteopt", "gptq", "compressed-tensors"]
+LayoutChoice = Literal["auto", "gteopt", "gptq", "compressed-tensors", "bitsandbytes"]
 VectorCode = Literal["float32", "int8", "binary"]
 DimsMethod = Literal["slice", "pca"]
-Element = Literal["int", "e4m3"]
-"""What a code is: a whole number of steps, or an 8-bit float of 4 exponent and 3 mantissa bits."""
+Element = Literal["int", "e4m3", "nf4"]
+"""What a code is: a whole number of steps; an 8-bit float of 4 exponent and 3 mantissa bits; the
+place of a number among the 16 of NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, app. E)."""
 Effort = Literal["fast", "standard", "best"]
 """How much time a build may take for quality: the solver alone, or tuning behind it."""
 DEFAULT_MARGIN = 0.01
@@ -111,6 +112,8 @@ class LayerScheme(Frozen):
             each token's input to the weights' kind of number and multiplies those.
         activation_symmetric: false gives each token a zero point too, which inputs that lean to
             one side (those behind GELU above all) need.
+        activation_outliers: inputs of at least this size are multiplied in full precision, the rest
+            in 8 bits (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339).
         element: what weight and activation codes are.
     """
 
@@ -119,6 +122,7 @@ class LayerScheme(Frozen):
     symmetric: bool
     activation_bits: Literal[8, 16] = 16
     activation_symmetric: bool = True
+    activation_outliers: Annotated[float, Field(gt=0)] | None = None
     element: Element = "int"
 
     @model_validator(mode="after")
@@ -131,8 +135,21 @@ class LayerScheme(Frozen):
             )
         if self.element == "e4m3" and not rows:
             raise ValueError("element: e4m3 needs bits: 8, group_size: row, symmetric: true")
+        if self.element == "nf4":
+            plain = (self.bits, self.symmetric, self.activation_bits) == (4, True, 16)
+            if not plain or self.group_size not in (64, 128):
+                raise ValueError(
+                    "element: nf4 needs bits: 4, group_size: 64 or 128, symmetric: true"
+                )
         if not self.activation_symmetric and (self.activation_bits, self.element) != (8, "int"):
             raise ValueError("activation_symmetric: false needs activation_bits: 8, element: int")
+        if self.activation_outliers is not None and (
+            (self.activation_bits, self.element, self.activation_symmetric) != (8, "int", True)
+        ):
+            raise ValueError(
+                "activation_outliers needs activation_bits: 8, element: int, "
+                "activation_symmetric: true"
+            )
         return self
 
 
@@ -180,13 +197,18 @@ class GptqWeights(Frozen):
 
     @model_validator(mode="after")
     def _fits_its_scheme(self) -> Self:
-        if self.scheme.element != "int":
-            raise ValueError("method gptq solves for whole numbers; element: e4m3 takes method rtn")
-        if self.effort != "fast" and self.scheme.activation_bits == 8:
-            raise ValueError("layers with activation_bits: 8 are not tuned; leave effort: fast")
+        if self.effort != "fast" and not self.can_be_tuned:
+            raise ValueError(
+                "layers with activation_bits: 8 or element: e4m3 are not tuned; leave effort: fast"
+            )
         if self.smooth and self.scheme.activation_bits != 8:
             raise ValueError("smooth: true is for activation_bits: 8")
         return self
+
+    @property
+    def can_be_tuned(self) -> bool:
+        """Whether efforts above "fast" exist."""
+        return self.scheme.activation_bits == 16 and self.scheme.element != "e4m3"
 
 
 Weights = Annotated[NoWeights | RtnWeights | GptqWeights, Field(discriminator="method")]
@@ -268,10 +290,10 @@ class Recipe(Frozen):
                 f"recipe {self.name} has no effort to choose: only weights.method gptq is tuned "
                 f"(found {self.weights.method})"
             )
-        if effort != "fast" and self.weights.scheme.activation_bits == 8:
+        if effort != "fast" and not self.weights.can_be_tuned:
             raise InputError(
-                f"recipe {self.name} has no effort to choose: layers with 8-bit activations are "
-                f"not tuned"
+                f"recipe {self.name} has no effort to choose: layers with 8-bit activations or "
+                f"floats are not tuned"
             )
         return self.model_copy(
             update={"weights": self.weights.model_copy(update={"effort": effort})}

@@ -10,6 +10,7 @@ import torch
 
 from gteopt.errors import InputError, IntegrityError, NumericsError
 from gteopt.quant.affine import (
+    NF4_LEVELS,
     PackedWeight,
     code_range,
     fit_grid,
@@ -149,6 +150,27 @@ def test_8_bit_floats_keep_four_digits_of_every_weight() -> None:
     assert torch.equal(pack(quantized).unpack().codes, quantized.codes)
     with pytest.raises(NumericsError, match="NaN or infinite"):
         quantize_rtn(weight / 0, scheme)
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_nf4_takes_the_nearest_of_its_16_numbers(group_size: GroupSize) -> None:
+    scheme = LayerScheme(bits=4, group_size=group_size, symmetric=True, element="nf4")
+    weight = seeded(32, 256)
+    weight[0] = 0
+    weight[1, ::2] = 0
+    quantized = quantize_rtn(weight, scheme)
+    largest = weight.view(32, -1, int(group_size)).abs().amax(-1)
+    torch.testing.assert_close(quantized.scale[1:], largest[1:].half(), rtol=0, atol=0)
+    numbers = (
+        torch.tensor(NF4_LEVELS)
+        * quantized.scale.float().repeat_interleave(int(group_size), 1)[..., None]
+    )
+    nearest = (numbers - weight[..., None]).abs().amin(-1)
+    torch.testing.assert_close((quantized.dequantize() - weight).abs(), nearest)
+    assert (quantized.dequantize()[weight == 0] == 0).all()
+    assert torch.equal(pack(quantized).unpack().codes, quantized.codes)
+    searched = quantize_rtn(weight, scheme, clip_search=True).dequantize()
+    assert (searched - weight).square().sum() < (quantized.dequantize() - weight).square().sum()
 
 
 @pytest.mark.parametrize("scheme", all_schemes(), ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from gteopt.errors import InputError, IntegrityError, UnsupportedError
 from gteopt.formats import FORMATS, Shape, choose_layout, format_of, gptq
 from gteopt.kernels import make_linear
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, code_range, pack
-from gteopt.recipe import LayerScheme, Recipe
+from gteopt.recipe import LayerScheme, Recipe, load_recipe
 
 SHAPE = Shape(64, 128)
 SCHEMES = [
@@ -34,13 +35,19 @@ W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
 TOKEN_ZEROS = W8A8.model_copy(update={"activation_symmetric": False})
 FP8 = W8A8.model_copy(update={"element": "e4m3"})
 FP8_WEIGHT = FP8.model_copy(update={"activation_bits": 16})
+OUTLIERS = W8A8.model_copy(update={"activation_outliers": 6.0})
 EIGHT = [W8A8, TOKEN_ZEROS, FP8, FP8_WEIGHT]
+NF4 = LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4")
+NF4_WIDE = NF4.model_copy(update={"group_size": 128})
+BNB = [NF4, NF4_WIDE, OUTLIERS]
+INT4 = ("gptq", "compressed-tensors")
 TEXTS = ["A bridge.", "Ein Fluss fließt ins Meer.", "一座桥", "word " * 60]
 
 
 def name_of(scheme: LayerScheme) -> str:
     kind = "sym" if scheme.symmetric else "asym"
     tokens = f"{scheme.activation_bits}{'' if scheme.activation_symmetric else 'z'}"
+    tokens += "" if scheme.activation_outliers is None else "o"
     return f"{scheme.element}{scheme.bits}-{scheme.group_size}-{kind}-{tokens}"
 
 
@@ -60,6 +67,14 @@ def random_weight(scheme: LayerScheme, *, least_zero: int = 0, seed: int = 0) ->
     return pack(QuantizedWeight(codes, scale, zero, scheme))
 
 
+def holds(layout: str, scheme: LayerScheme) -> bool:
+    """Which layout is for which scheme."""
+    if layout == "bitsandbytes":
+        return scheme in BNB
+    whole = scheme.element == "int" and scheme.activation_bits == 16
+    return whole if layout == "gptq" else scheme not in BNB
+
+
 def same(a: PackedWeight, b: PackedWeight) -> bool:
     left, right = a.to_tensors(), b.to_tensors()
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
@@ -71,13 +86,13 @@ def bits_of(row: Tensor, bits: int, n: int) -> list[int]:
     return [(whole >> (i * bits)) & ((1 << bits) - 1) for i in range(n)]
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, *EIGHT], ids=name_of)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *EIGHT, *BNB], ids=name_of)
 @pytest.mark.parametrize("layout", FORMATS)
 def test_a_weight_survives_every_layout_that_can_hold_it(layout: Any, scheme: LayerScheme) -> None:
     form = FORMATS[layout]
-    if layout == "gptq" and (scheme.activation_bits == 8 or scheme.element == "e4m3"):
-        reason = "8-bit activations" if scheme.activation_bits == 8 else "8-bit floats"
-        assert any(reason in p for p in form.problems({"a": scheme}, {"a": SHAPE}))
+    found = form.problems({"a": scheme}, {"a": SHAPE})
+    if not holds(layout, scheme):
+        assert re.search("activation|element|knows NF4", " ".join(found))
         return
     weight = random_weight(scheme)
     config = form.quantization_config({"a": scheme}, [], "layers", "gteopt")
@@ -87,7 +102,8 @@ def test_a_weight_survives_every_layout_that_can_hold_it(layout: Any, scheme: La
     read = form.from_tensors(config, "a", SHAPE, tensors)
     assert read.order is None
     one_group = scheme.model_copy(update={"group_size": "row"})  # 128 of 128 features
-    assert read.weight.scheme == (one_group if scheme.group_size == 128 else scheme)
+    wide = scheme.group_size == 128 and scheme.element == "int"
+    assert read.weight.scheme == (one_group if wide else scheme)
     assert same(read.weight, weight)
 
 
@@ -131,6 +147,67 @@ def test_compressed_tensors_means_what_its_specification_says(scheme: LayerSchem
     width = 128 // scale.shape[1]
     by_hand = (codes - zero.repeat_interleave(width, 1)) * scale.repeat_interleave(width, 1)
     torch.testing.assert_close(by_hand, weight.unpack().dequantize(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", [NF4, NF4_WIDE], ids=name_of)
+def test_nf4_means_what_its_specification_says(scheme: LayerScheme) -> None:
+    """Decoded by the letter of bitsandbytes: flat, the first of two codes in the high half."""
+    weight = random_weight(scheme)
+    tensors = FORMATS["bitsandbytes"].to_tensors(weight)
+    state = json.loads(bytes(tensors["weight.quant_state.bitsandbytes__nf4"].tolist()))
+    assert (state["blocksize"], state["shape"]) == (scheme.group_size, [64, 128])
+    numbers = tensors["weight.quant_map"]
+    absmax = tensors["weight.absmax"]
+    flat = []
+    for place, byte in enumerate(tensors["weight"].flatten().tolist()):
+        size = absmax[2 * place // state["blocksize"]]
+        flat += [numbers[byte >> 4] * size, numbers[byte & 15] * size]
+    by_hand = torch.stack(flat).view(64, 128)
+    torch.testing.assert_close(by_hand, weight.unpack().dequantize(), rtol=0, atol=0)
+
+
+def test_double_quantized_scales_are_read_by_the_letter() -> None:
+    form = FORMATS["bitsandbytes"]
+    tensors = form.to_tensors(random_weight(NF4))
+    key = "weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(tensors[key].tolist()))
+    state |= {"nested_blocksize": 100, "nested_dtype": "float32", "nested_offset": 0.004}
+    tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 256, (128,), generator=generator, dtype=torch.uint8)
+    shares, sizes = torch.linspace(0, 1, 256), torch.tensor([0.01, 0.02])
+    tensors["weight.absmax"] = codes
+    tensors["weight.nested_absmax"] = sizes
+    tensors["weight.nested_quant_map"] = shares
+    read = form.from_tensors({}, "a", SHAPE, tensors).weight
+    by_hand = [shares[c] * sizes[i // 100] + 0.004 for i, c in enumerate(codes.tolist())]
+    expected = torch.stack(by_hand).half().view(64, 2)
+    torch.testing.assert_close(read.scale, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"blocksize": 256}, UnsupportedError, "blocks of 256 in rows of 128 features"),
+        ({"quant_map": torch.zeros(16)}, IntegrityError, "does not hold the numbers of NF4"),
+        ({"fp4": True}, UnsupportedError, "only NF4 is supported, not FP4"),
+    ],
+)
+def test_what_bitsandbytes_has_beyond_nf4_is_refused(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    form = FORMATS["bitsandbytes"]
+    tensors = form.to_tensors(random_weight(NF4))
+    key = "weight.quant_state.bitsandbytes__nf4"
+    if "blocksize" in change:
+        state = json.loads(bytes(tensors[key].tolist())) | change
+        tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    if "quant_map" in change:
+        tensors["weight.quant_map"] = change["quant_map"]
+    if "fp4" in change:
+        tensors["weight.quant_state.bitsandbytes__fp4"] = tensors.pop(key)
+    with pytest.raises(error, match=message):
+        form.from_tensors({}, "a", SHAPE, tensors)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +301,7 @@ def test_act_order_checkpoints_multiply_like_their_weight_dequantized_by_hand(
             form.from_tensors(config, "a", SHAPE, tensors)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", ["gptq", "compressed-tensors"])
 def test_tensors_that_do_not_fit_the_layer_are_named(layout: Any) -> None:
     scheme = LayerScheme(bits=4, group_size=32, symmetric=False)
     form = FORMATS[layout]
@@ -249,6 +326,8 @@ def test_the_standard_layout_is_taken_whenever_one_can_hold_the_layers() -> None
     assert choose_layout("auto", {"a": int4, "b": int4}, shapes) == "gptq"
     assert choose_layout("auto", {"a": int4, "b": int8}, shapes) == "compressed-tensors"
     assert choose_layout("auto", {"a": W8A8, "b": W8A8}, shapes) == "compressed-tensors"
+    assert choose_layout("auto", {"a": NF4, "b": NF4}, shapes) == "bitsandbytes"
+    assert choose_layout("auto", {"a": NF4, "b": int8}, shapes) == "gteopt"
     assert choose_layout("gteopt", {"a": int4, "b": int4}, shapes) == "gteopt"
     with pytest.raises(InputError) as caught:
         choose_layout("gptq", {"a": int4, "b": W8A8}, {"a": SHAPE, "b": Shape(63, 128)})
@@ -276,18 +355,18 @@ def recipe(scheme: LayerScheme, layout: str = "auto", **weights: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def int4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same weights in every layout."""
+    """The same weights in every layout that can hold them."""
     folder = tmp_path_factory.mktemp("layouts")
     scheme = LayerScheme(bits=4, group_size=64, symmetric=False)
-    for layout in ("gteopt", *FORMATS):
+    for layout in ("gteopt", *INT4):
         made = gteopt.quantize("nano", recipe(scheme, layout), folder / layout)
         assert made.layout == layout
-    return {layout: folder / layout for layout in ("gteopt", *FORMATS)}
+    return {layout: folder / layout for layout in ("gteopt", *INT4)}
 
 
 def test_every_layout_gives_the_same_vectors(int4: dict[str, Path]) -> None:
     own = gteopt.load(int4["gteopt"]).encode(TEXTS)
-    for layout in FORMATS:
+    for layout in INT4:
         np.testing.assert_array_equal(gteopt.load(int4[layout]).encode(TEXTS), own)
         config = json.loads((int4[layout] / "config.json").read_text())
         assert config["is_causal"] is False
@@ -315,7 +394,7 @@ def test_weights_beyond_one_file_are_written_as_shards_with_an_index(
     np.testing.assert_array_equal(ours, gteopt.load(int4["gptq"]).encode(TEXTS))
 
 
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", INT4)
 def test_a_checkpoint_of_another_maker_opens_without_a_manifest(
     layout: str, int4: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -348,6 +427,19 @@ def test_layers_of_several_schemes_and_skipped_ones_are_written_and_read(tmp_pat
     assert r"-:.*layers\.1\.mlp\.up_proj$" in config["dynamic"]
     encoder = gteopt.load(tmp_path / "skip")
     assert encoder.kernels["torch.linear"] == 10
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8-bnb"])
+def test_bitsandbytes_checkpoints_give_the_vectors_of_our_own_layout(
+    name: str, tmp_path: Path
+) -> None:
+    own = load_recipe(name).model_copy(update={"layout": "gteopt"})
+    gteopt.quantize("nano", own, tmp_path / "own")
+    made = gteopt.quantize("nano", name, tmp_path / "theirs")
+    assert made.layout == "bitsandbytes"
+    (tmp_path / "theirs" / "gteopt.json").unlink()
+    ours = gteopt.load(tmp_path / "own").encode(TEXTS)
+    np.testing.assert_array_equal(gteopt.load(tmp_path / "theirs").encode(TEXTS), ours)
 
 
 def test_a_layout_for_weights_that_stay_as_they_are_is_refused() -> None:

@@ -19,6 +19,8 @@ SCHEMES = [
     LayerScheme(bits=bits, group_size=group_size, symmetric=symmetric)
     for bits, group_size, symmetric in itertools.product(ALL_BITS, GROUP_SIZES, (True, False))
 ]
+NF4 = LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4")
+E4M3 = LayerScheme(bits=8, group_size="row", symmetric=True, element="e4m3")
 
 
 def correlated(n_rows: int, n_features: int, seed: int) -> torch.Tensor:
@@ -67,7 +69,7 @@ def textbook_codes(
     return codes
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, NF4, E4M3], ids=str)
 def test_an_identity_hessian_gives_round_to_nearest_bit_for_bit(scheme: LayerScheme) -> None:
     weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(0))
     for act_order, clip_search in itertools.product((True, False), (True, False)):
@@ -85,7 +87,7 @@ def test_an_identity_hessian_gives_round_to_nearest_bit_for_bit(scheme: LayerSch
         assert torch.equal(solved.zero, rounded.zero)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, NF4, E4M3], ids=str)
 def test_the_output_error_is_never_above_round_to_nearests(scheme: LayerScheme) -> None:
     for seed, (act_order, clip_search) in enumerate(
         itertools.product((True, False), (True, False), repeat=1)

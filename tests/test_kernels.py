@@ -12,13 +12,15 @@ from torch import nn
 from gteopt.kernels import make_linear
 from gteopt.kernels.cpu import Int4LinearCpu, Int8LinearCpu, int4_runs_here
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
-from gteopt.quant.affine import PackedWeight, pack, quantize_rtn, quantize_tokens
+from gteopt.quant.affine import NF4_LEVELS, PackedWeight, pack, quantize_rtn, quantize_tokens
 from gteopt.recipe import Bits, GroupSize, LayerScheme
 
 CPU = torch.device("cpu")
 W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
 TOKEN_ZEROS = W8A8.model_copy(update={"activation_symmetric": False})
 FP8 = W8A8.model_copy(update={"element": "e4m3"})
+OUTLIERS = W8A8.model_copy(update={"activation_outliers": 6.0})
+NF4 = LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4")
 INT4 = LayerScheme(bits=4, group_size=128, symmetric=False)
 TOKENS: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (2, 3), (130,), (259,), (0,), (0, 5))
 # Relative Frobenius error; bfloat16 keeps 8 bits, and its scales and offsets are rounded too.
@@ -71,7 +73,9 @@ def test_a_row_group_of_odd_width_multiplies_as_float64_does() -> None:
         assert relative_error(layer(x), exact_product(x, weight, None)) <= BOUND[torch.float32]
 
 
-@pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize(
+    "scheme", [W8A8, TOKEN_ZEROS, OUTLIERS], ids=["symmetric", "zero points", "outliers"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_integer_product_equals_its_float_reference(
     dtype: torch.dtype, scheme: LayerScheme
@@ -131,6 +135,40 @@ def test_zero_points_give_a_one_sided_token_all_256_codes() -> None:
     _, symmetric, _ = quantize_tokens(x, symmetric=True)
     one_sided = torch.tensor([0, 1, 3, 4])
     torch.testing.assert_close(scale[one_sided] * 255, symmetric[one_sided] * 127)
+
+
+def test_outliers_are_multiplied_as_they_are() -> None:
+    """LLM.int8(): the integer product of what is small plus the full product of what is not."""
+    weight = packed(96, 64, OUTLIERS)
+    x = seeded(20, 64)
+    x[:, 7] *= 40
+    x[3, 9] = -100
+    x[5] = 0
+    large = x.abs() >= 6
+    dense = weight.unpack().dequantize().double()
+    plain = Int8Reference(pack(weight.unpack()), None)
+    plain.scheme = W8A8
+    exact = plain(x.masked_fill(large, 0)).double() + (x * large).double() @ dense.T
+    for layer in (Int8LinearCpu(weight, None), Int8Reference(weight, None)):
+        assert relative_error(layer(x), exact) <= 2e-6
+        torch.testing.assert_close(layer(x)[:4], layer(x[:4]), rtol=1e-5, atol=1e-5)
+    whole = exact_product(x, weight, None)
+    assert relative_error(Int8LinearCpu(weight, None)(x), whole) < 0.3 * relative_error(
+        plain(x), whole
+    )
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nf4_multiplies_as_float64_does(dtype: torch.dtype, group_size: GroupSize) -> None:
+    weight = packed(96, 256, NF4.model_copy(update={"group_size": group_size}))
+    numbers = torch.tensor(NF4_LEVELS, dtype=torch.float64)
+    codes = weight.unpack().codes.view(96, -1, int(group_size))
+    dense = (numbers[codes.int()] * weight.scale.double()[..., None]).flatten(1)
+    x = seeded(40, 256).to(dtype)
+    layer = make_linear(weight, None, device=CPU, dtype=dtype)
+    assert layer.kernel == "reference.dequant"
+    assert relative_error(layer(x), x.double() @ dense.T) <= BOUND[dtype]
 
 
 def e4m3(code: int) -> float:
@@ -195,7 +233,7 @@ def test_each_layer_names_its_kernel_and_its_size() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS, FP8, INT4], ids=str)
+@pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS, OUTLIERS, FP8, NF4, INT4], ids=str)
 def test_memory_is_packed_and_survives_a_state_dict(
     scheme: LayerScheme, dtype: torch.dtype
 ) -> None:

@@ -204,6 +204,9 @@ def test_int8_activations_are_refused_on_any_other_scheme(change: dict[str, Any]
             "needs activation_bits: 8, element: int",
         ),
         ({"activation_bits": 16, "activation_symmetric": False}, "needs activation_bits: 8"),
+        ({"activation_bits": 16, "activation_outliers": 6.0}, "needs activation_bits: 8"),
+        ({"element": "nf4"}, "nf4 needs bits: 4, group_size: 64 or 128, symmetric: true"),
+        ({"element": "nf4", "bits": 4, "group_size": 32}, "nf4 needs bits: 4, group_size: 64"),
     ],
 )
 def test_schemes_that_no_kernel_has_are_refused(scheme: dict[str, Any], reason: str) -> None:
@@ -214,8 +217,8 @@ def test_schemes_that_no_kernel_has_are_refused(scheme: dict[str, Any], reason: 
 @pytest.mark.parametrize(
     ("scheme", "weights", "reason"),
     [
-        (W8A8 | {"element": "e4m3"}, {}, "e4m3 takes method rtn"),
-        (W8A8, {"effort": "best"}, "activation_bits: 8 are not tuned"),
+        (W8A8 | {"element": "e4m3"}, {"effort": "best"}, "element: e4m3 are not tuned"),
+        (W8A8, {"effort": "best"}, "activation_bits: 8 or element"),
         (W8A8 | {"activation_bits": 16}, {"smooth": True}, "smooth: true is for activation_bits"),
     ],
 )

@@ -18,7 +18,7 @@ from gteopt.calibration import draw_texts, tokenize
 from gteopt.checkpoint import open_checkpoint
 from gteopt.encoder import Encoder
 from gteopt.errors import InputError
-from gteopt.quant.affine import QuantizedWeight, code_range, quantize_rtn
+from gteopt.quant.affine import NF4_LEVELS, QuantizedWeight, code_range, quantize_rtn
 from gteopt.quant.rounding import TunableLinear
 from gteopt.recipe import Calibration, LayerScheme, Recipe, load_recipe
 from gteopt.tuning import Schedule, tune
@@ -28,6 +28,7 @@ SCHEMES = [
     LayerScheme(bits=4, group_size=32, symmetric=False),
     LayerScheme(bits=3, group_size=64, symmetric=True),
     LayerScheme(bits=8, group_size="row", symmetric=True),
+    LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4"),
 ]
 
 
@@ -60,8 +61,17 @@ def test_gradients_are_those_of_a_straight_through_estimator(scheme: LayerScheme
 
     latent = tunable.latent.detach().double().requires_grad_(True)
     log_scale = tunable.log_scale.detach().double().requires_grad_(True)
-    codes = latent + (latent.round().clamp(*code_range(scheme)) - latent).detach()
-    steps = codes.reshape(*log_scale.shape, -1) - start.zero.double()[..., None]
+    rounded = latent.round().clamp(*code_range(scheme)).detach()
+    if scheme.element == "nf4":
+        levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)
+        # What moving by one code changes: half the way from the last neighbour to the next.
+        padded = torch.cat([2 * levels[:1] - levels[1:2], levels, 2 * levels[-1:] - levels[-2:-1]])
+        slope = (padded[2:] - padded[:-2]) / 2
+        at = rounded.int()
+        steps = (levels[at] + slope[at] * (latent - latent.detach())).reshape(*log_scale.shape, -1)
+    else:
+        codes = latent + (rounded - latent.detach())
+        steps = codes.reshape(*log_scale.shape, -1) - start.zero.double()[..., None]
     weight = (steps * log_scale.exp()[..., None]).flatten(1)
     (weight - target.double()).square().sum().backward()  # type: ignore[no-untyped-call]
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gteopt.errors import InputError, UnsupportedError, join_problems, suggest
-from gteopt.formats import compressed_tensors, gptq
+from gteopt.formats import bitsandbytes, compressed_tensors, gptq
 from gteopt.formats.packed import Config, ReadLayer, Shape
 from gteopt.quant.affine import PackedWeight
 from gteopt.recipe import LayerScheme, Layout, LayoutChoice
@@ -45,7 +45,11 @@ class Format(Protocol):
         """One layer from its tensors, bias left out; of any maker."""
 
 
-FORMATS: dict[Layout, Format] = {"gptq": gptq, "compressed-tensors": compressed_tensors}
+FORMATS: dict[Layout, Format] = {
+    "gptq": gptq,
+    "compressed-tensors": compressed_tensors,
+    "bitsandbytes": bitsandbytes,
+}
 """By `quant_method`; the first one that can hold a variant is what `layout: auto` takes."""
 
 

@@ -49,9 +49,14 @@ from gteopt.recipe import Element, LayerScheme
 
 
 def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:
-    """Why these layers cannot be written so: never; any scheme can."""
-    del schemes, shapes
-    return []
+    """Why these layers cannot be written so; empty when they can."""
+    del shapes
+    found = []
+    if any(scheme.element == "nf4" for scheme in schemes.values()):
+        found.append("element nf4: the layout knows whole numbers and 8-bit floats only")
+    if any(scheme.activation_outliers is not None for scheme in schemes.values()):
+        found.append("activation_outliers: the layout quantizes all of a token")
+    return found
 
 
 def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:

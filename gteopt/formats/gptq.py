@@ -50,8 +50,10 @@ def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) ->
     ]
     if any(scheme.activation_bits == 8 for scheme in schemes.values()):
         found.append("8-bit activations: the layout knows weights only")
-    if any(scheme.element != "int" for scheme in schemes.values()):
-        found.append("8-bit floats: the layout knows whole numbers only")
+    found += [
+        f"element {element}: the layout knows whole numbers only"
+        for element in sorted({scheme.element for scheme in schemes.values()} - {"int"})
+    ]
     if any((s.bits, s.group_size) == (4, "row") for s in schemes.values()):
         found.append("4 bits in one group a row: GPTQModel's CPU kernel needs groups of 32 to 256")
     if len(set(schemes.values())) > 1:

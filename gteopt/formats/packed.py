@@ -115,7 +115,9 @@ def assemble(
     *,
     activation_bits: int,
     activation_symmetric: bool = True,
+    activation_outliers: float | None = None,
     element: Element = "int",
+    group_size: GroupSize | None = None,
 ) -> PackedWeight:
     """A packed weight of codes uint8 [O, I], scale [O, G] and zero uint8 [O, G].
 
@@ -130,7 +132,7 @@ def assemble(
     rounded = scale.to(torch.float16)
     if not bool(torch.isfinite(rounded).all()):
         raise UnsupportedError(f"{subject}: a scale is not finite or exceeds float16's 65504")
-    group_size = group_size_of(subject, codes.shape[1], scale.shape[1])
+    group_size = group_size or group_size_of(subject, codes.shape[1], scale.shape[1])
     symmetric = bool((zero == 1 << (bits - 1)).all())
     if activation_bits == 8 and (bits, group_size, symmetric) != (8, "row", True):
         raise UnsupportedError(
@@ -146,6 +148,7 @@ def assemble(
             "symmetric": symmetric,
             "activation_bits": activation_bits,
             "activation_symmetric": activation_symmetric,
+            "activation_outliers": activation_outliers,
             "element": element,
         }
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gteopt.kernels.reference import take_outliers
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, quantize_tokens
 
 _FEW_TOKENS = 96
@@ -37,6 +38,7 @@ class Int8LinearCpu(nn.Module):
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.symmetric = weight.scheme.activation_symmetric
+        self.outliers = weight.scheme.activation_outliers
         # Flipping the top bit of an unsigned code subtracts the zero point 128.
         self.register_buffer("weight", (weight.qweight ^ 128).view(torch.int8))
         row_sum = None if self.symmetric else self.weight.sum(1, dtype=torch.int32)
@@ -49,13 +51,17 @@ class Int8LinearCpu(nn.Module):
         flat = x.reshape(-1, self.in_features)
         y = x.new_empty(len(flat), self.out_features)
         for start in range(0, len(flat), _TOKEN_BLOCK):
-            codes, token_scale, zero = quantize_tokens(
-                flat[start : start + _TOKEN_BLOCK], symmetric=self.symmetric
+            rest, outliers, columns = take_outliers(
+                flat[start : start + _TOKEN_BLOCK], self.outliers
             )
+            codes, token_scale, zero = quantize_tokens(rest, symmetric=self.symmetric)
             sums = torch._int_mm(codes, self.weight.t())  # int32 [tokens, O]
             if zero is not None and self.row_sum is not None:
                 sums.addcmul_(zero.int(), self.row_sum, value=-1)
             product = torch.mul(sums, self.scale).mul_(token_scale)
+            if len(columns):
+                dense = self.weight[:, columns].float().mul_(self.scale[:, None])
+                product.addmm_(outliers.float(), dense.t())
             if self.bias is not None:
                 product.add_(self.bias)
             y[start : start + _TOKEN_BLOCK] = product
@@ -121,7 +127,9 @@ def int4_runs_here(weight: QuantizedWeight) -> bool:
     """
     out_features, in_features = weight.codes.shape
     width = in_features // weight.scale.shape[1]
-    if weight.scheme.bits != 4 or out_features % _TILE or width not in (32, 64, 128, 256):
+    if (weight.scheme.bits, weight.scheme.element) != (4, "int"):
+        return False
+    if out_features % _TILE or width not in (32, 64, 128, 256):
         return False
     tiles = _from_torch_layout(_to_torch_layout(weight.codes))
     return torch.equal(tiles.transpose(1, 2).reshape(out_features, in_features), weight.codes)

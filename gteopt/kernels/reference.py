@@ -60,16 +60,21 @@ class Int8Reference(DequantLinear):
     """The arithmetic of an int8 product, carried out in float32. Any device.
 
     Each token's input is rounded to int8 by its own range (`quantize_tokens`); products are summed
-    in float32 and rounded once to x's dtype.
+    in float32 and rounded once to x's dtype. Inputs beyond the scheme's `activation_outliers` are
+    multiplied as they are.
     """
 
     kernel = "reference.int8"
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
-        codes, scale, zero = quantize_tokens(x, symmetric=self.scheme.activation_symmetric)
+        rest, outliers, columns = take_outliers(x, self.scheme.activation_outliers)
+        codes, scale, zero = quantize_tokens(rest, symmetric=self.scheme.activation_symmetric)
         steps = codes.float() if zero is None else codes.float() - zero
-        product = nn.functional.linear(steps * scale, self.dequantized(torch.float32))
+        weight = self.dequantized(torch.float32)
+        product = nn.functional.linear(steps * scale, weight)
+        if len(columns):
+            product.add_(nn.functional.linear(outliers.float(), weight[:, columns]))
         return (product if self.bias is None else product + self.bias.float()).to(x.dtype)
 
 
@@ -92,3 +97,25 @@ class Fp8Reference(DequantLinear):
         product = nn.functional.linear(floats.float(), weight).mul_(self.scale[:, 0].float())
         product = product.mul_(scale)
         return (product if self.bias is None else product + self.bias.float()).to(x.dtype)
+
+
+def take_outliers(x: Tensor, limit: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Split inputs into those below a size and the others.
+
+    A value is an outlier by itself, whatever shares its batch or its column: a text's vector does
+    not depend on its neighbours. (bitsandbytes takes a column whole where one token needs it.)
+
+    Args:
+        x: [..., I].
+        limit: least size of an outlier; None knows none.
+
+    Returns:
+        x with zeros for outliers [..., I]; the outliers, with zeros for all else, in the K columns
+        that have any [..., K]; int64 [K], those columns.
+    """
+    if limit is None:
+        return x, x[..., :0], torch.empty(0, dtype=torch.int64, device=x.device)
+    large = x.abs() >= limit
+    columns = large.reshape(-1, x.shape[-1]).any(0).nonzero()[:, 0]
+    outliers = x[..., columns] * large[..., columns]
+    return x.masked_fill(large, 0), outliers, columns

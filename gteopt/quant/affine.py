@@ -1,8 +1,9 @@
 """Affine quantization: grids, rounding, dense bit packing, signal-to-noise.
 
 A weight [O, I] is cut along I into G groups a row; each group has a float16 scale s and an integer
-zero point z, and a code c stands for the value (c - z) * s. Of element e4m3, a code is the byte of
-an 8-bit float f and stands for f * s. Hides: how a grid is chosen, how codes are packed into bytes.
+zero point z, and a code c stands for the value (c - z) * s. Of element e4m3 a code is the byte of
+an 8-bit float f, of element nf4 the place of a number f among the 16 of NF4, and stands for f * s.
+Hides: how a grid is chosen, how codes are packed into bytes.
 Refuses to know: layers, models, files.
 """
 
@@ -20,6 +21,14 @@ from gteopt.recipe import Element, GroupSize, LayerScheme
 
 E4M3_MAX = 448.0
 """The largest finite 8-bit float of the kind e4m3fn."""
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+"""QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), appendix E."""
+_LARGEST: Mapping[Element, float] = {"e4m3": E4M3_MAX, "nf4": 1.0}
 SMALLEST_SCALE = 2.0**-24
 """The least positive float16: a group too small for it keeps a scale that is not zero."""
 _CLIP_RATIOS = tuple(i / 40 for i in range(44, 15, -1))
@@ -151,8 +160,6 @@ def quantize_rtn(
     Raises:
         NumericsError: the weight holds NaN or infinity, or a scale exceeds float16.
     """
-    if scheme.element == "e4m3":
-        return _to_e4m3(weight, scheme)
     scale, zero = fit_grid(weight, scheme, clip_search=clip_search, importance=None)
     width = group_width(weight.shape[1], scheme.group_size)
     grouped = weight.detach().float().reshape(len(weight), -1, width)  # [O, G, I/G]
@@ -221,14 +228,29 @@ def encode(values: Tensor, scale: Tensor, zero: Tensor, scheme: LayerScheme) -> 
     Returns:
         float32 whole numbers of the broadcast shape.
     """
-    lowest, highest = code_range(scheme)
-    return torch.round(values / scale).add_(zero).clamp_(lowest, highest)
+    shares = values / scale
+    if scheme.element == "e4m3":
+        # What is too large would become NaN.
+        return shares.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).float()
+    if scheme.element == "nf4":
+        levels = torch.tensor(NF4_LEVELS, device=shares.device)
+        return torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2).float()
+    return shares.round_().add_(zero).clamp_(*code_range(scheme))
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor, scheme: LayerScheme) -> Tensor:
+    """What `encode`'s codes stand for, float32; arguments and shapes as there."""
+    if scheme.element == "e4m3":
+        return codes.to(torch.uint8).view(torch.float8_e4m3fn).float().mul_(scale)
+    if scheme.element == "nf4":
+        return torch.tensor(NF4_LEVELS, device=codes.device)[codes.int()].mul_(scale)
+    return (codes - zero).mul_(scale)
 
 
 def dequantize(
     codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype, *, element: Element = "int"
 ) -> Tensor:
-    """(codes - zero) * scale in `dtype`; of element e4m3 float(codes) * scale.
+    """(codes - zero) * scale in `dtype`; of the other elements the codes' numbers * scale.
 
     Args:
         codes: uint8 [O, I].
@@ -243,6 +265,10 @@ def dequantize(
     if element == "e4m3":
         floats = codes.view(torch.float8_e4m3fn).to(dtype).reshape(*scale.shape, -1)
         return floats.mul_(scale[..., None].to(dtype)).flatten(1)
+    if element == "nf4":
+        levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=codes.device)
+        numbers = levels[codes.int()].reshape(*scale.shape, -1)
+        return numbers.mul_(scale[..., None].to(dtype)).flatten(1)
     # Small integers vectorise; float16 and bfloat16 subtractions do not.
     steps = codes.reshape(*scale.shape, -1).to(torch.int16).sub_(zero[..., None])  # [O, G, I/G]
     return steps.to(dtype).mul_(scale[..., None].to(dtype)).flatten(1)
@@ -409,20 +435,6 @@ def ratio_db(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def _to_e4m3(weight: Tensor, scheme: LayerScheme) -> QuantizedWeight:
-    """8-bit floats, each row scaled so that its largest weight is the largest of them."""
-    weight = weight.detach().float()
-    largest = weight.abs().amax(1, keepdim=True)
-    if not torch.isfinite(largest).all():
-        raise NumericsError("the weight holds NaN or infinite values; it cannot be quantized")
-    step = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
-    scale = step.clamp_min(SMALLEST_SCALE).half()
-    # The scale may have been rounded down, and e4m3fn turns what is too large into NaN.
-    floats = (weight / scale.float()).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    zero = torch.full_like(scale, middle(scheme), dtype=torch.uint8)
-    return QuantizedWeight(floats.view(torch.uint8), scale, zero, scheme)
-
-
 def _period(bits: int) -> tuple[int, int]:
     """The least number of codes that fill whole bytes, and of those bytes."""
     n_codes = 8 // math.gcd(bits, 8)
@@ -431,6 +443,10 @@ def _period(bits: int) -> tuple[int, int]:
 
 def _grid_of_range(low: Tensor, high: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor]:
     """The grid whose codes span low <= 0 <= high: scale float16 [O, G], zero uint8 [O, G]."""
+    if scheme.element != "int":
+        step = torch.maximum(-low, high) / _LARGEST[scheme.element]
+        scale = torch.where(step > 0, step, 1.0).clamp_min(SMALLEST_SCALE).half()
+        return scale, torch.full_like(scale, middle(scheme), dtype=torch.uint8)
     lowest, highest = code_range(scheme)
     span = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
     step = torch.where(span > 0, span / (highest - lowest), 1.0)
@@ -454,5 +470,5 @@ def _weighted_error(
         scheme: bounds the codes.
     """
     step, offset = scale.float()[..., None], zero.float()[..., None]
-    values = encode(grouped, step, offset, scheme).sub_(offset).mul_(step)
+    values = decode(encode(grouped, step, offset, scheme), step, offset, scheme)
     return values.sub_(grouped).square_().mul_(share).sum(-1)

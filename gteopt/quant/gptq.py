@@ -16,6 +16,7 @@ from torch import Tensor
 from gteopt.errors import NumericsError
 from gteopt.quant.affine import (
     QuantizedWeight,
+    decode,
     encode,
     fit_grid,
     group_width,
@@ -207,7 +208,8 @@ def _round_columns(
         errors = torch.empty_like(weight[start:end])
         for i in range(start, end):
             codes[i] = encode(weight[i], steps[i], offsets[i], scheme)
-            error = (weight[i] - (codes[i] - offsets[i]) * steps[i]) / factor[i, i]
+            error = weight[i] - decode(codes[i], steps[i], offsets[i], scheme)
+            error /= factor[i, i]
             weight[i + 1 : end] -= torch.outer(factor[i, i + 1 : end], error)
             errors[i - start] = error
         weight[end:] -= factor[start:end, end:].T @ errors

@@ -13,26 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gteopt.quant.affine import SMALLEST_SCALE, QuantizedWeight, code_range
+from gteopt.quant.affine import NF4_LEVELS, SMALLEST_SCALE, QuantizedWeight, code_range
 
 _INSIDE_CELL = 0.49
 """How far from its code a start may lie, in steps: below one half, where rounding turns over."""
 
 
 class TunableLinear(nn.Module):
-    """x W^T + bias with W = (clip(round(latent)) - zero) * exp(log_scale), both learned.
+    """x W^T + bias with W = level(clip(round(latent))) * exp(log_scale), both learned.
+
+    A code's level is code - zero, or its number of NF4; the latent interpolates between codes.
 
     It starts as exactly the weight that it is given. The latent starts where the original weight
     lies, but inside the code's own cell, so that a code that was wrong by rounding the other way
     is the first to flip. Zero points stay.
 
     Attributes:
-        latent: float32 [O, I], in steps of the grid, zero point included.
+        latent: float32 [O, I], in codes.
         log_scale: float32 [O, G].
         bias: the layer's own parameter, or None.
     """
 
     zero: Tensor
+    levels: Tensor | None
 
     def __init__(self, linear: nn.Linear, start: QuantizedWeight) -> None:
         super().__init__()
@@ -40,7 +43,13 @@ class TunableLinear(nn.Module):
         self.scheme = start.scheme
         scale, zero = start.scale.float(), start.zero.float()
         grouped = linear.weight.detach().float().reshape(*scale.shape, -1)  # [O, G, I/G]
-        place = (grouped / scale[..., None] + zero[..., None]).flatten(1)
+        nf4 = start.scheme.element == "nf4"
+        self.register_buffer("levels", torch.tensor(NF4_LEVELS).to(scale) if nf4 else None)
+        shares = grouped / scale[..., None]
+        if self.levels is None:
+            place = (shares + zero[..., None]).flatten(1)
+        else:
+            place = _place(shares.flatten(1), self.levels)
         codes = start.codes.float()
         self.latent = nn.Parameter(place.clamp(codes - _INSIDE_CELL, codes + _INSIDE_CELL))
         self.log_scale = nn.Parameter(scale.log())
@@ -54,7 +63,7 @@ class TunableLinear(nn.Module):
     def weight(self) -> Tensor:
         """The rounded weight, float32 [O, I]; differentiable in `latent` and `log_scale`."""
         weight: Tensor = _Rounded.apply(  # type: ignore[no-untyped-call]
-            self.latent, self.log_scale, self.zero, code_range(self.scheme)
+            self.latent, self.log_scale, self.zero, code_range(self.scheme), self.levels
         )
         return weight
 
@@ -66,6 +75,12 @@ class TunableLinear(nn.Module):
         return QuantizedWeight(codes, scale, self.zero.to(torch.uint8), self.scheme)
 
 
+def _place(shares: Tensor, levels: Tensor) -> Tensor:
+    """Where values lie among ascending levels [n], in codes; linear between two, and beyond."""
+    left = (torch.bucketize(shares, levels) - 1).clamp_(0, len(levels) - 2)
+    return left + (shares - levels[left]) / (levels[left + 1] - levels[left])
+
+
 class _Rounded(torch.autograd.Function):
     """Rounding with the identity for its derivative.
 
@@ -75,16 +90,30 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, latent: Tensor, log_scale: Tensor, zero: Tensor, span: tuple[int, int]
+        ctx: Any,
+        latent: Tensor,
+        log_scale: Tensor,
+        zero: Tensor,
+        span: tuple[int, int],
+        levels: Tensor | None,
     ) -> Tensor:
         scale = log_scale.exp()
         codes = latent.round().clamp_(*span).reshape(*scale.shape, -1)  # [O, G, I/G]
-        steps = codes.sub_(zero[..., None])
-        ctx.save_for_backward(steps.to(torch.int16), scale)
-        return steps.mul_(scale[..., None]).flatten(1)
+        ctx.save_for_backward(codes.to(torch.uint8), scale, zero, levels)
+        return _numbers(codes, zero, levels).mul_(scale[..., None]).flatten(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        steps, scale = ctx.saved_tensors
-        grad = grads[0].reshape(steps.shape)  # [O, G, I/G]
-        return (grad * scale[..., None]).flatten(1), (grad * steps).sum(-1) * scale, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        codes, scale, zero, levels = ctx.saved_tensors
+        grad = grads[0].reshape(codes.shape)  # [O, G, I/G]
+        by_scale = (grad * _numbers(codes.float(), zero, levels)).sum(-1) * scale
+        by_latent = grad * scale[..., None]
+        if levels is not None:
+            # A code's step is the mean of those to its neighbours.
+            by_latent *= torch.gradient(levels)[0][codes.int()]
+        return by_latent.flatten(1), by_scale, None, None, None
+
+
+def _numbers(codes: Tensor, zero: Tensor, levels: Tensor | None) -> Tensor:
+    """What float codes [O, G, I/G] stand for, before the scale."""
+    return codes - zero[..., None] if levels is None else levels[codes.int()]

@@ -1,0 +1,202 @@
+"""The layout of `quant_method: bitsandbytes`: transformers, vLLM.
+
+A layer NAME of O output and I input features is either NF4, its weights flattened and cut into
+blocks of B (two codes a byte, the first one in the high half)
+
+    NAME.weight                 uint8 [O * I / 2, 1]
+    NAME.weight.absmax          float32 [O * I / B], or uint8 with double quantization
+    NAME.weight.quant_map       float32 [16], the numbers of NF4
+    NAME.weight.quant_state.bitsandbytes__nf4   a JSON text as uint8: block size, shape, dtype,
+                                and with double quantization the nested block size and offset
+    NAME.weight.nested_absmax, NAME.weight.nested_quant_map   with double quantization only
+
+or LLM.int8(), a weight being weight * SCB / 127
+
+    NAME.weight         int8 [O, I]
+    NAME.SCB            float32 [O]
+    NAME.weight_format  uint8 [], 0: rows in their order
+
+Double quantization is read, not written. Hides: those names. Source: bitsandbytes 0.50,
+`functional.QuantState`, `nn.modules.Linear8bitLt`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gteopt.errors import IntegrityError, UnsupportedError
+from gteopt.formats.packed import Config, ReadLayer, Shape, assemble, check_tensors
+from gteopt.quant.affine import NF4_LEVELS, PackedWeight
+from gteopt.recipe import GroupSize, LayerScheme
+
+_STATE = "weight.quant_state.bitsandbytes__nf4"
+_BLOCK_SIZES = (64, 128)
+
+
+def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:
+    """Why these layers cannot be written so; empty when they can."""
+    del shapes
+    kinds = set(schemes.values())
+    found = []
+    if any(not _is_nf4(s) and s.activation_outliers is None for s in kinds):
+        found.append("the layout knows NF4 and, as LLM.int8() has it, 8 bits with outliers only")
+    if len(kinds) > 1:
+        found.append("layers differ in bits or groups: the layout has one scheme for all of them")
+    return found
+
+
+def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
+    """The layer's tensors without its bias; `from_tensors` gives exactly the same weight back."""
+    scale = weight.scale.float()
+    if not _is_nf4(weight.scheme):
+        return {
+            "weight": (weight.qweight ^ 128).view(torch.int8),
+            "SCB": scale[:, 0] * 127,
+            "weight_format": torch.zeros((), dtype=torch.uint8),
+        }
+    packed = weight.qweight.reshape(-1, 1)
+    state = {
+        "quant_type": "nf4",
+        "blocksize": weight.scheme.group_size,
+        "dtype": "bfloat16",
+        "shape": [weight.out_features, weight.in_features],
+    }
+    return {
+        "weight": packed << 4 | packed >> 4,  # ours has the first code in the low half
+        "weight.absmax": scale.flatten(),
+        "weight.quant_map": torch.tensor(NF4_LEVELS),
+        _STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+    }
+
+
+def quantization_config(
+    schemes: Mapping[str, LayerScheme], left: Sequence[str], blocks: str, made_by: str
+) -> dict[str, Any]:
+    """What config.json says of a model whose layers `to_tensors` wrote.
+
+    Args:
+        schemes: the quantized layers, all alike.
+        left: linear layers, of the whole model, that are not quantized.
+        blocks: not needed here.
+        made_by: the format has no room for it.
+    """
+    del blocks, made_by
+    scheme = next(iter(schemes.values()))
+    nf4 = _is_nf4(scheme)
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": nf4,
+        "load_in_8bit": not nf4,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_threshold": scheme.activation_outliers or 0.0,
+        "llm_int8_skip_modules": list(left),
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
+
+
+def layers_in(names: Iterable[str]) -> list[str]:
+    """The quantized layers among a checkpoint's tensor names."""
+    ends = (".weight.absmax", ".SCB")
+    return sorted(name.removesuffix(end) for name in names for end in ends if name.endswith(end))
+
+
+def from_tensors(
+    config: Config, name: str, shape: Shape, tensors: Mapping[str, Tensor]
+) -> ReadLayer:
+    """Read a layer's tensors (without its bias) of any maker.
+
+    Raises:
+        IntegrityError: tensors are missing or of another shape.
+        UnsupportedError: FP4, or a block size that gteopt's kernels do not have.
+    """
+    subject = f"bitsandbytes layer {name}"
+    if "SCB" in tensors:
+        return ReadLayer(_read_int8(subject, config, shape, tensors), None)
+    return ReadLayer(_read_nf4(subject, shape, tensors), None)
+
+
+def _read_int8(
+    subject: str, config: Config, shape: Shape, tensors: Mapping[str, Tensor]
+) -> PackedWeight:
+    wanted: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
+        "weight": (torch.int8, (shape.out_features, shape.in_features)),
+        "SCB": (torch.float32, (shape.out_features,)),
+        "weight_format": (torch.uint8, ()),
+    }
+    check_tensors(subject, tensors, wanted, frozenset({"weight_format"}))
+    if int(tensors.get("weight_format", torch.tensor(0))) != 0:
+        raise UnsupportedError(f"{subject}: 'weight_format' is not 0 (rows in their order)")
+    codes = (tensors["weight"].to(torch.int16) + 128).to(torch.uint8)
+    scale = tensors["SCB"][:, None] / 127
+    threshold = float(config.get("llm_int8_threshold", 6.0))
+    return assemble(
+        subject,
+        codes,
+        scale,
+        torch.full_like(scale, 128, dtype=torch.uint8),
+        8,
+        activation_bits=8,
+        activation_outliers=threshold or None,
+    )
+
+
+def _read_nf4(subject: str, shape: Shape, tensors: Mapping[str, Tensor]) -> PackedWeight:
+    if _STATE not in tensors:
+        raise UnsupportedError(f"{subject}: '{_STATE}' is missing; only NF4 is supported, not FP4")
+    state = json.loads(bytes(tensors[_STATE].tolist()))
+    width = int(state["blocksize"])
+    if width not in _BLOCK_SIZES or shape.in_features % width:
+        raise UnsupportedError(
+            f"{subject}: blocks of {width} in rows of {shape.in_features} features (supported: "
+            f"{' and '.join(map(str, _BLOCK_SIZES))}, where they divide the features)"
+        )
+    n_weights = shape.out_features * shape.in_features
+    n_blocks = n_weights // width
+    nested = "weight.nested_absmax" in tensors
+    absmax_dtype = torch.uint8 if nested else torch.float32
+    wanted: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
+        "weight": (torch.uint8, (n_weights // 2, 1)),
+        "weight.absmax": (absmax_dtype, (n_blocks,)),
+        "weight.quant_map": (torch.float32, (16,)),
+        _STATE: (torch.uint8, tuple(tensors[_STATE].shape)),
+    }
+    if nested:
+        step = int(state["nested_blocksize"])
+        wanted["weight.nested_absmax"] = (torch.float32, (-(-n_blocks // step),))
+        wanted["weight.nested_quant_map"] = (torch.float32, (256,))
+    check_tensors(subject, tensors, wanted)
+    found = tensors["weight.quant_map"]
+    if not torch.allclose(found, torch.tensor(NF4_LEVELS).to(found), rtol=0, atol=1e-6):
+        raise IntegrityError(f"{subject}: 'weight.quant_map' does not hold the numbers of NF4")
+    absmax = tensors["weight.absmax"]
+    if nested:
+        shares = tensors["weight.nested_quant_map"][absmax.int()]
+        sizes = tensors["weight.nested_absmax"].repeat_interleave(step)[:n_blocks]
+        absmax = shares * sizes + float(state["nested_offset"])
+    packed = tensors["weight"].reshape(shape.out_features, -1)
+    codes = torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1)
+    scale = absmax.view(shape.out_features, -1)
+    zero = torch.full_like(scale, 8, dtype=torch.uint8)
+    return assemble(
+        subject,
+        codes,
+        scale,
+        zero,
+        4,
+        activation_bits=16,
+        element="nf4",
+        group_size=cast(GroupSize, width),
+    )
+
+
+def _is_nf4(scheme: LayerScheme) -> bool:
+    return scheme.element == "nf4"
