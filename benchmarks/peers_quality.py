@@ -161,13 +161,13 @@ def measure(
 def quantizers(hub_dir: Path) -> dict[str, Callable[[Path], Variant]]:
     """Name -> what makes a variant of the model in a folder."""
     sentences = [each.text for each in draw_texts(CALIBRATION, hub_dir=hub_dir)]
-    ours = ["rtn-int4", "gptq-int4", "gptq-int4-guided", "gptq-int3"]
-    ours += ["int8-weight", "gptq-int8", "int8", "rtn-int8", "fp8"]
+    ours = ["rtn-int4", "gptq-int4", "gptq-nf4", "gptq-int4-guided", "gptq-nf4-guided"]
+    ours += ["gptq-int3", "int8-weight", "gptq-int8", "int8", "rtn-int8", "fp8"]
     table: dict[str, Callable[[Path], Variant]] = {}
     for name in ours:
         table[f"gteopt {name}"] = partial(gteopt_recipe, name=name, hub_dir=hub_dir)
-    best = partial(gteopt_recipe, name="gptq-int4-guided", hub_dir=hub_dir, effort="best")
-    table["gteopt gptq-int4 best"] = best
+    best = partial(gteopt_recipe, name="gptq-nf4-guided", hub_dir=hub_dir, effort="best")
+    table["gteopt gptq-nf4 best"] = best
     for scheme in ("W4A16_ASYM", "W4A16", "W8A8"):
         make = partial(llm_compressor, scheme=scheme, sentences=sentences)
         table[f"llm-compressor GPTQ {scheme}"] = make
