@@ -24,12 +24,13 @@ demo: $(INSTALLED)  ## build, measure and score five variants of the embedded mo
 	$(BIN)/gteopt run recipes/plans/demo.yaml
 
 # The libraries whose results ours are compared with; some exclude one another's newest versions, so
-# they get an environment of their own.
+# they get an environment of their own, which benchmarks/peers_quality.py runs in too.
 PEERS := llmcompressor optimum gptqmodel compressed-tensors bitsandbytes torchao hqq
-interop:  ## make .venv-interop with the quantizers that benchmarks/peers_quality.py compares
+interop:  ## make .venv-interop with other quantizers, and test what they write and read
 	test -d .venv-interop || $(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install --quiet $(TORCH)
 	.venv-interop/bin/python -m pip install --quiet -c constraints-interop.txt -e '.[test]' $(PEERS)
+	.venv-interop/bin/python -m pytest tests/interop
 
 test: $(INSTALLED)  ## the whole test suite
 	$(BIN)/python -m pytest
