@@ -162,12 +162,24 @@ def quantizers(hub_dir: Path) -> dict[str, Callable[[Path], Variant]]:
     """Name -> what makes a variant of the model in a folder."""
     sentences = [each.text for each in draw_texts(CALIBRATION, hub_dir=hub_dir)]
     ours = ["rtn-int4", "gptq-int4", "gptq-nf4", "gptq-int4-guided", "gptq-nf4-guided"]
-    ours += ["gptq-int3", "int8-weight", "gptq-int8", "int8", "rtn-int8", "fp8"]
+    ours += [
+        "mixed-nf4",
+        "mixed-4.25",
+        "mixed-3.5",
+        "gptq-int3",
+        "int8-weight",
+        "gptq-int8",
+        "int8",
+        "rtn-int8",
+        "fp8",
+    ]
     table: dict[str, Callable[[Path], Variant]] = {}
     for name in ours:
         table[f"gteopt {name}"] = partial(gteopt_recipe, name=name, hub_dir=hub_dir)
-    best = partial(gteopt_recipe, name="gptq-nf4-guided", hub_dir=hub_dir, effort="best")
-    table["gteopt gptq-nf4 best"] = best
+    efforts: tuple[Effort, ...] = ("standard", "best")
+    for effort in efforts:
+        make = partial(gteopt_recipe, name="mixed-nf4", hub_dir=hub_dir, effort=effort)
+        table[f"gteopt mixed-nf4 {effort}"] = make
     for scheme in ("W4A16_ASYM", "W4A16", "W8A8"):
         make = partial(llm_compressor, scheme=scheme, sentences=sentences)
         table[f"llm-compressor GPTQ {scheme}"] = make
@@ -196,6 +208,8 @@ def gteopt_recipe(source: Path, name: str, hub_dir: Path, effort: Effort | None 
     bits = sum(
         layer.bits_per_weight * layer.out_features * layer.in_features for layer in manifest.layers
     )
+    if manifest.allocation is not None:  # with the layers that it left in 16 bits
+        return gteopt.load(out), manifest.allocation.bits_per_weight
     return gteopt.load(out), bits / weights
 
 

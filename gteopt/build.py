@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,9 +62,11 @@ from gteopt.quant.affine import (
     QuantizedWeight,
     group_size_problems,
     pack,
+    packed_bytes,
     quantize_rtn,
     snr_db,
 )
+from gteopt.quant.allocation import allocate
 from gteopt.quant.smooth import Smoothing
 from gteopt.quant.vectors import VectorTransform, fit, identity
 from gteopt.recipe import (
@@ -83,6 +85,7 @@ from gteopt.recipe import (
     quiet,
 )
 from gteopt.records import (
+    AllocationRecord,
     BaseRecord,
     CalibrationRecord,
     LayerRecord,
@@ -93,13 +96,19 @@ from gteopt.records import (
     write_atomically,
     write_record,
 )
+from gteopt.sensitivity import measure
 from gteopt.smoothing import smooth_block_
 from gteopt.tuning import MOST_WEIGHTS, SCHEDULES, tune
 
 _STATE = "build-state.json"
+_ALLOCATION = "allocation.json"
+_SENSITIVITY_TEXTS = 64
+"""Texts of the calibration set that sensitivities are measured on: with four times as many the
+predicted loss of the choice changed by less than 2 % on MiniLM."""
 _SOLVED = "solved"
 """Where the solver's blocks lie while they wait for tuning."""
 _LAYERS = TypeAdapter(tuple[LayerRecord, ...])
+_LOSSES = TypeAdapter(dict[str, tuple[float, ...]])
 
 
 class _BuildState(Frozen):
@@ -121,6 +130,7 @@ class LayerPlan:
         unquantized: everything that stays as it is, with the reason.
         layout: how the packed weights will lie on disk; None without any.
         blocks: name of the model's list of transformer blocks; None where none is quantized.
+        choices: layer name -> what its scheme is chosen from, where the recipe has a budget.
     """
 
     schemes: Mapping[str, LayerScheme]
@@ -128,6 +138,7 @@ class LayerPlan:
     unquantized: tuple[UnquantizedRecord, ...]
     layout: Layout | None
     blocks: str | None
+    choices: Mapping[str, tuple[LayerScheme, ...]]
 
 
 def quantize(
@@ -189,7 +200,10 @@ def quantize(
     tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
     calibration = record(recipe.calibration, texts, tokens) if texts else None
     layers: tuple[LayerRecord, ...] = ()
+    allocation: AllocationRecord | None = None
     tuning: TuningRecord | None = None
+    if plan.choices:
+        plan, allocation = _allocate(encoder, recipe, plan, tokens, stage, progress)
     if plan.blocks is not None:
         modules = encoder.module.get_submodule(plan.blocks).children()
         if isinstance(recipe.weights, GptqWeights):
@@ -205,8 +219,8 @@ def quantize(
     for notes in (stage / WEIGHTS).glob("*.json"):
         notes.unlink()
     return _finish(
-        encoder, recipe, stage, out, base_record, calibration, layers, tuning, plan.layout,
-        plan.unquantized, texts, progress,
+        encoder, recipe, stage, out, base_record, calibration, layers, allocation, tuning,
+        plan.layout, plan.unquantized, texts, progress,
     )  # fmt: skip
 
 
@@ -292,8 +306,8 @@ def restyle(
         tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
         calibration = record(recipe.calibration, texts, tokens)
     return _finish(
-        encoder, recipe, stage, out, old.base, calibration, old.layers, old.tuning, old.layout,
-        old.unquantized, texts, progress,
+        encoder, recipe, stage, out, old.base, calibration, old.layers, old.allocation, old.tuning,
+        old.layout, old.unquantized, texts, progress,
     )  # fmt: skip
 
 
@@ -310,6 +324,7 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
     schemes: dict[str, LayerScheme] = {}
     notes: dict[str, str] = {}
     reasons: dict[str, str] = {}
+    choices: dict[str, tuple[LayerScheme, ...]] = {}
     layout: Layout | None = None
     prefix: str | None = None
     if not isinstance(weights, NoWeights):
@@ -349,14 +364,47 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
                 f"takes up to {MOST_WEIGHTS / 1e9:g} billion quantized weights, found "
                 f"{n_weights / 1e9:.2g} billion; build with effort fast"
             )
-        layout = choose_layout(recipe.layout, schemes, shapes) if schemes else None
+        if isinstance(weights, GptqWeights) and weights.budget is not None:
+            choices = {
+                name: _fitting(sizes[name], scheme, weights) for name, scheme in schemes.items()
+            }
+        layout = _plan_layout(recipe, schemes, choices, shapes) if schemes else None
     return LayerPlan(
         schemes=schemes,
         notes=notes,
         unquantized=tuple(_unquantized(skeleton, schemes, reasons)),
         layout=layout,
         blocks=prefix if schemes else None,
+        choices=choices,
     )
+
+
+def _fitting(
+    in_features: int, scheme: LayerScheme, weights: GptqWeights
+) -> tuple[LayerScheme, ...]:
+    """A layer's own scheme and those of the recipe's choices whose groups divide its features."""
+    offered = [
+        each
+        for each in weights.choices
+        if not group_size_problems({"": in_features}, each.group_size)
+    ]
+    return tuple(dict.fromkeys([scheme, *offered]))
+
+
+def _plan_layout(
+    recipe: Recipe,
+    schemes: Mapping[str, LayerScheme],
+    choices: Mapping[str, tuple[LayerScheme, ...]],
+    shapes: Mapping[str, Shape],
+) -> Layout:
+    """The layout for these layers; under a budget one that holds whatever will be chosen."""
+    if not choices:
+        return choose_layout(recipe.layout, schemes, shapes)
+    any_scheme = {f"{name} ({i})": each for name, c in choices.items() for i, each in enumerate(c)}
+    any_shape = {
+        f"{name} ({i})": shapes[name] for name, c in choices.items() for i in range(len(c))
+    }
+    return choose_layout(recipe.layout, any_scheme, any_shape)
 
 
 def describe_base(checkpoint: Checkpoint, encoder: Encoder) -> BaseRecord:
@@ -449,6 +497,64 @@ def _open_stage(out: Path, recipe: Recipe, checkpoint: Checkpoint, dtype: str) -
     stage.mkdir(parents=True)
     write_record(state_path, state)
     return stage
+
+
+def _allocate(
+    encoder: Encoder,
+    recipe: Recipe,
+    plan: LayerPlan,
+    tokens: Sequence[Sequence[int]],
+    stage: Path,
+    progress: Progress,
+) -> tuple[LayerPlan, AllocationRecord]:
+    """The plan with each layer's scheme chosen under the recipe's budget."""
+    assert isinstance(recipe.weights, GptqWeights)
+    assert recipe.weights.budget is not None
+    n_weights: dict[str, int] = {}
+    n_bytes: dict[str, list[int]] = {}
+    for name, offered in plan.choices.items():
+        linear = encoder.module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        shape = linear.out_features, linear.in_features
+        n_weights[name] = linear.weight.numel()
+        n_bytes[name] = [packed_bytes(*shape, scheme) for scheme in offered]
+        n_bytes[name].append(2 * n_weights[name])
+    budget = int(sum(n_weights.values()) * recipe.weights.budget / 8)
+    stored = stage / _ALLOCATION
+    losses: dict[str, tuple[float, ...]]
+    if stored.is_file():
+        losses = _LOSSES.validate_json(stored.read_bytes())
+    else:
+        losses = measure(encoder, tokens[:_SENSITIVITY_TEXTS], plan.choices, progress=progress)
+        write_atomically(stored, _LOSSES.dump_json(losses))
+    try:
+        picked = allocate([(*losses[n], 0.0) for n in losses], [n_bytes[n] for n in losses], budget)
+    except InputError as error:
+        raise InputError(
+            f"recipe {recipe.name}: a budget of {recipe.weights.budget:g} bits a weight cannot be "
+            f"kept: the smallest choices take "
+            f"{8 * sum(map(min, n_bytes.values())) / sum(n_weights.values()):.3f}"
+        ) from error
+    chosen = dict(zip(losses, picked, strict=True))
+    schemes = {n: plan.choices[n][i] for n, i in chosen.items() if i < len(plan.choices[n])}
+    whole = tuple(
+        UnquantizedRecord(name=n, n_parameters=n_weights[n], reason="the budget allows 16 bits")
+        for n in chosen
+        if n not in schemes
+    )
+    tried = tuple(dict.fromkeys(scheme for each in plan.choices.values() for scheme in each))
+    record = AllocationRecord(
+        budget=recipe.weights.budget,
+        bits_per_weight=8 * sum(n_bytes[n][i] for n, i in chosen.items()) / sum(n_weights.values()),
+        predicted_loss=sum((*losses[n], 0.0)[i] for n, i in chosen.items()),
+        schemes=tried,
+        losses={
+            n: tuple(dict(zip(plan.choices[n], losses[n], strict=True)).get(s) for s in tried)
+            for n in losses
+        },
+    )
+    schemes = {name: schemes[name] for name in plan.schemes if name in schemes}
+    return replace(plan, schemes=schemes, unquantized=(*plan.unquantized, *whole)), record
 
 
 def _quantize_blocks(
@@ -709,6 +815,7 @@ def _finish(
     base: BaseRecord,
     calibration: CalibrationRecord | None,
     layers: tuple[LayerRecord, ...],
+    allocation: AllocationRecord | None,
     tuning: TuningRecord | None,
     layout: Layout | None,
     unquantized: tuple[UnquantizedRecord, ...],
@@ -719,6 +826,7 @@ def _finish(
     transform = _fit_vectors(encoder, recipe, texts, progress)
     write_vectors(transform, stage)
     (stage / _STATE).unlink(missing_ok=True)
+    (stage / _ALLOCATION).unlink(missing_ok=True)
     files = file_records(stage)
     weights = [
         f
@@ -732,6 +840,7 @@ def _finish(
         base=base,
         calibration=calibration,
         layers=layers,
+        allocation=allocation,
         tuning=tuning,
         layout=layout,
         unquantized=unquantized,

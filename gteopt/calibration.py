@@ -213,6 +213,7 @@ class Block:
     name: str
     module: nn.Module
     calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    returns_tuple: bool = False
 
     def run(self, batch: int, hidden: Tensor) -> Tensor:
         """The block's output [N, T, D] for one batch."""
@@ -307,10 +308,54 @@ def open_blocks(
         for i, original in enumerate(originals):
             block_list[i] = original
     blocks = [
-        Block(f"{name}.{i}", original, tuple(recorders[i].calls))
+        Block(f"{name}.{i}", original, tuple(recorders[i].calls), recorders[i].returns_tuple)
         for i, original in enumerate(originals)
     ]
     return blocks, inputs
+
+
+class _Given(nn.Module):
+    """Stands in for every block: gives out hidden states that were computed elsewhere."""
+
+    hidden: Tensor
+
+    def __init__(self, returns_tuple: bool) -> None:
+        super().__init__()
+        self.returns_tuple = returns_tuple
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return (self.hidden,) if self.returns_tuple else self.hidden
+
+
+@torch.inference_mode()
+def behind_blocks(
+    encoder: Encoder,
+    blocks: Sequence[Block],
+    hidden: Sequence[Tensor],
+    inputs: Sequence[BlockInput],
+) -> Tensor:
+    """Vectors float64 [n, D] of what the last block gave out, by the model's own forward.
+
+    Args:
+        encoder: the model that `open_blocks` was given.
+        blocks: as it returned them.
+        hidden: the last block's output [N, T, D], batch by batch.
+        inputs: the batches, as it returned them.
+    """
+    _, block_list = find_blocks(encoder.module, encoder.checkpoint.config.get("num_hidden_layers"))
+    stub = _Given(blocks[0].returns_tuple)
+    vectors = []
+    try:
+        for i in range(len(block_list)):
+            block_list[i] = stub
+        for each, batch in zip(hidden, inputs, strict=True):
+            stub.hidden, mask = each, batch.real.long()
+            out = encoder.module(input_ids=torch.zeros_like(mask), attention_mask=mask)
+            vectors.append(encoder.pooled(out.last_hidden_state, mask))
+    finally:
+        for i, block in enumerate(blocks):
+            block_list[i] = block.module
+    return torch.cat(vectors).double()
 
 
 def _token_batches(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:

@@ -371,6 +371,11 @@ def inspect(
     _out.print(_facts(found))
     if found.manifest is not None:
         _out.print(_layers(found.manifest))
+        if (allocation := found.manifest.allocation) is not None:
+            _out.print(
+                f"bits chosen by layer: {allocation.bits_per_weight:.3f} bits a weight of "
+                f"{allocation.budget:g}, predicted loss {allocation.predicted_loss:.2g}"
+            )
         if (tuning := found.manifest.tuning) is not None:
             _out.print(
                 f"tuned for {tuning.n_steps} steps: mean cosine on the calibration texts "

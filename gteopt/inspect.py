@@ -16,7 +16,7 @@ from gteopt.build import plan_layers
 from gteopt.checkpoint import Checkpoint, open_checkpoint
 from gteopt.encoder import build_skeleton, parse_dtype
 from gteopt.errors import GteoptError
-from gteopt.quant.affine import group_width, packed_width
+from gteopt.quant.affine import packed_bytes
 from gteopt.recipe import GptqWeights, LayerScheme, Recipe, load_recipe, shipped_names
 from gteopt.records import Inspection, RecipeEstimate
 
@@ -90,10 +90,14 @@ def estimate(
                 problem=str(error),
             )
             continue
-        saved = sum(
-            linears[name].weight.numel() * item_bytes - _packed_bytes(linears[name], scheme)
+        whole = sum(linears[name].weight.numel() for name in schemes)
+        packed = sum(
+            packed_bytes(linears[name].out_features, linears[name].in_features, scheme)
             for name, scheme in schemes.items()
         )
+        if isinstance(recipe.weights, GptqWeights) and recipe.weights.budget is not None:
+            packed = int(whole * recipe.weights.budget / 8)
+        saved = whole * item_bytes - packed
         yield RecipeEstimate(
             recipe=recipe.name,
             summary=recipe.summary,
@@ -106,14 +110,6 @@ def estimate(
 
 def _n_parameters(checkpoint: Checkpoint) -> int:
     return sum(math.prod(shape) for shape in checkpoint.tensors.values())
-
-
-def _packed_bytes(linear: nn.Linear, scheme: LayerScheme) -> int:
-    """Bytes of codes, float16 scales and packed zero points of one layer."""
-    groups = linear.in_features // group_width(linear.in_features, scheme.group_size)
-    zero_bytes = 0 if scheme.symmetric else packed_width(groups, scheme.bits)
-    row = packed_width(linear.in_features, scheme.bits) + 2 * groups + zero_bytes
-    return linear.out_features * row
 
 
 def _work_bytes(

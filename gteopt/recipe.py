@@ -181,6 +181,10 @@ class GptqWeights(Frozen):
         skip: shell patterns of layer names that stay unquantized.
         effort: "fast" is the solver alone; "standard" and "best" tune its codes and scales, and
             the blocks' norms and biases, end to end against the original's vectors.
+        budget: mean bits a weight, as stored, that all layers may take together; each layer then
+            gets `scheme`, one of `choices`, or stays in 16 bits, so that the loss predicted from
+            measurements of each layer alone is least. None gives all layers `scheme`.
+        choices: further schemes; one that does not fit a layer's features is not offered to it.
         smooth: move outliers of 8-bit activations into the weights (SmoothQuant, Xiao et al. 2022,
             arXiv:2211.10438) wherever the architecture can absorb it and the measured error falls.
     """
@@ -194,6 +198,8 @@ class GptqWeights(Frozen):
     skip: tuple[str, ...] = ()
     effort: Effort = "fast"
     smooth: bool = False
+    budget: Annotated[float, Field(gt=0, le=16)] | None = None
+    choices: tuple[LayerScheme, ...] = ()
 
     @model_validator(mode="after")
     def _fits_its_scheme(self) -> Self:
@@ -201,9 +207,17 @@ class GptqWeights(Frozen):
             raise ValueError(
                 "layers with activation_bits: 8 or element: e4m3 are not tuned; leave effort: fast"
             )
+        if self.choices and self.budget is None:
+            raise ValueError("choices are for a budget; give one, or leave them out")
+        if any(each.activation_bits == 8 or each.element == "e4m3" for each in self._offered):
+            raise ValueError("a budget chooses among schemes with activation_bits: 16, not e4m3")
         if self.smooth and self.scheme.activation_bits != 8:
             raise ValueError("smooth: true is for activation_bits: 8")
         return self
+
+    @property
+    def _offered(self) -> tuple[LayerScheme, ...]:
+        return () if self.budget is None else (self.scheme, *self.choices)
 
     @property
     def can_be_tuned(self) -> bool:

@@ -117,6 +117,25 @@ class LayerRecord(Frozen):
     note: str | None = None
 
 
+class AllocationRecord(Frozen):
+    """Which scheme each layer got under a budget, and why.
+
+    Attributes:
+        budget: mean bits a weight that were allowed.
+        bits_per_weight: mean bits a weight that the choice takes; 16-bit layers counted in.
+        predicted_loss: sum of the chosen schemes' losses.
+        schemes: what was tried.
+        losses: by layer, the mean cosine distance to the base's vectors with this layer alone
+            rounded to each of `schemes`; None where a scheme does not fit the layer.
+    """
+
+    budget: float
+    bits_per_weight: float
+    predicted_loss: float
+    schemes: tuple[LayerScheme, ...]
+    losses: dict[str, tuple[float | None, ...]]
+
+
 class TuningRecord(Frozen):
     """What tuning after the solver did.
 
@@ -177,6 +196,7 @@ class Manifest(Frozen):
 
     Attributes:
         layout: how the layers' packed weights lie on disk; None when no layer is quantized.
+        allocation: how bits were chosen by layer; None without a budget.
         tuning: what was learned after the solver; None at effort fast.
     """
 
@@ -186,6 +206,7 @@ class Manifest(Frozen):
     base: BaseRecord
     calibration: CalibrationRecord | None
     layers: tuple[LayerRecord, ...]
+    allocation: AllocationRecord | None = None
     tuning: TuningRecord | None = None
     layout: Layout | None = None
     unquantized: tuple[UnquantizedRecord, ...]

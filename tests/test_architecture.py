@@ -17,7 +17,7 @@ RANKS = [
     {"checkpoint"},
     {"encoder"},
     {"calibration", "layout"},
-    {"tuning", "smoothing"},
+    {"tuning", "smoothing", "sensitivity"},
     {"build"},
     {"bench", "evaluation", "choose", "report", "inspect"},
     {"plan"},

@@ -389,6 +389,13 @@ def packed_width(n: int, bits: int) -> int:
     return (n * bits + 7) // 8
 
 
+def packed_bytes(out_features: int, in_features: int, scheme: LayerScheme) -> int:
+    """Bytes of a `PackedWeight` of this shape: codes, scales and zero points."""
+    groups = in_features // group_width(in_features, scheme.group_size)
+    zero_bytes = 0 if scheme.symmetric else packed_width(groups, scheme.bits)
+    return out_features * (packed_width(in_features, scheme.bits) + 2 * groups + zero_bytes)
+
+
 def group_width(in_features: int, group_size: GroupSize) -> int:
     """Input features a group.
 
