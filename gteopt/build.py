@@ -50,6 +50,7 @@ from gteopt.encoder import (
     fill_,
     load_checkpoint,
     parse_dtype,
+    swap_embedding_,
     swap_linear_,
 )
 from gteopt.errors import InputError, NumericsError, join_problems
@@ -64,6 +65,7 @@ from gteopt.quant.affine import (
     pack,
     packed_bytes,
     quantize_rtn,
+    ratio_db,
     snr_db,
 )
 from gteopt.quant.allocation import allocate
@@ -104,6 +106,7 @@ _STATE = "build-state.json"
 _ALLOCATION = "allocation.json"
 _SENSITIVITY_TEXTS = 64
 """Texts of the calibration set that sensitivities are measured on."""
+_EMBEDDING_ROWS = 8192
 _SOLVED = "solved"
 """Where the solver's blocks lie while they wait for tuning."""
 _LAYERS = TypeAdapter(tuple[LayerRecord, ...])
@@ -199,6 +202,7 @@ def quantize(
     tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
     calibration = record(recipe.calibration, texts, tokens) if texts else None
     layers: tuple[LayerRecord, ...] = ()
+    embedding = _pack_embedding_(encoder) if recipe.embedding == "int8" else None
     allocation: AllocationRecord | None = None
     tuning: TuningRecord | None = None
     if plan.choices:
@@ -218,8 +222,8 @@ def quantize(
     for notes in (stage / WEIGHTS).glob("*.json"):
         notes.unlink()
     return _finish(
-        encoder, recipe, stage, out, base_record, calibration, layers, allocation, tuning,
-        plan.layout, plan.unquantized, texts, progress,
+        encoder, recipe, stage, out, base_record, calibration, layers, embedding,
+        allocation, tuning, plan.layout, plan.unquantized, texts, progress,
     )  # fmt: skip
 
 
@@ -305,8 +309,8 @@ def restyle(
         tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
         calibration = record(recipe.calibration, texts, tokens)
     return _finish(
-        encoder, recipe, stage, out, old.base, calibration, old.layers, old.allocation, old.tuning,
-        old.layout, old.unquantized, texts, progress,
+        encoder, recipe, stage, out, old.base, calibration, old.layers, old.embedding,
+        old.allocation, old.tuning, old.layout, old.unquantized, texts, progress,
     )  # fmt: skip
 
 
@@ -371,10 +375,48 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
     return LayerPlan(
         schemes=schemes,
         notes=notes,
-        unquantized=tuple(_unquantized(skeleton, schemes, reasons)),
+        unquantized=tuple(
+            each
+            for each in _unquantized(skeleton, schemes, reasons)
+            if recipe.embedding == "full" or each.name != _embedding_name(skeleton)
+        ),
         layout=layout,
         blocks=prefix if schemes else None,
         choices=choices,
+    )
+
+
+def _embedding_name(module: nn.Module) -> str:
+    table = module.get_input_embeddings()  # type: ignore[operator]
+    return next(str(name) for name, each in module.named_modules() if each is table)
+
+
+@torch.inference_mode()
+def _pack_embedding_(encoder: Encoder) -> LayerRecord:
+    """Replace the token embedding table by int8 rows, a few thousand at a time."""
+    name = _embedding_name(encoder.module)
+    table = encoder.module.get_submodule(name)
+    assert isinstance(table, nn.Embedding)
+    scheme = LayerScheme(bits=8, group_size="row", symmetric=True)
+    chunks: list[QuantizedWeight] = []
+    signal = noise = 0.0
+    for rows in torch.split(table.weight, _EMBEDDING_ROWS):
+        chunks.append(quantize_rtn(rows, scheme))
+        signal += rows.double().square().sum().item()
+        noise += (rows.double() - chunks[-1].dequantize()).square().sum().item()
+    codes, scale, zero = (
+        torch.cat([getattr(each, part) for each in chunks]) for part in ("codes", "scale", "zero")
+    )
+    packed = pack(QuantizedWeight(codes, scale, zero, scheme))
+    swap_embedding_(encoder.module, name, packed, encoder.device, encoder.dtype)
+    return LayerRecord(
+        name=name,
+        out_features=table.num_embeddings,
+        in_features=table.embedding_dim,
+        method="rtn",
+        scheme=scheme,
+        bits_per_weight=packed.bits_per_weight,
+        weight_snr_db=ratio_db(signal, noise),
     )
 
 
@@ -397,6 +439,8 @@ def _plan_layout(
     shapes: Mapping[str, Shape],
 ) -> Layout:
     """The layout for these layers; under a budget one that holds whatever will be chosen."""
+    if recipe.embedding == "int8":
+        return "gteopt"
     if not choices:
         return choose_layout(recipe.layout, schemes, shapes)
     any_scheme = {f"{name} ({i})": each for name, c in choices.items() for i, each in enumerate(c)}
@@ -818,6 +862,7 @@ def _finish(
     base: BaseRecord,
     calibration: CalibrationRecord | None,
     layers: tuple[LayerRecord, ...],
+    embedding: LayerRecord | None,
     allocation: AllocationRecord | None,
     tuning: TuningRecord | None,
     layout: Layout | None,
@@ -843,6 +888,7 @@ def _finish(
         base=base,
         calibration=calibration,
         layers=layers,
+        embedding=embedding,
         allocation=allocation,
         tuning=tuning,
         layout=layout,

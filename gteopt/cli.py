@@ -127,8 +127,10 @@ def run(
 @app.command()
 def quantize(
     base: Base,
-    recipe: Annotated[str, typer.Option(help="a shipped recipe (`gteopt recipes`), or a file")],
     out: Out,
+    recipe: Annotated[
+        str, typer.Option(help="a shipped recipe (`gteopt recipes`), or a file")
+    ] = "mixed-nf4",
     effort: Annotated[
         Literal["fast", "standard", "best"] | None,
         typer.Option(
@@ -136,6 +138,9 @@ def quantize(
             "vectors for 400 or 1600 steps; the recipe's own when left out"
         ),
     ] = None,
+    embed_int8: Annotated[
+        bool, typer.Option("--embed-int8", help="keep the token embedding table in int8 too")
+    ] = False,
     hub_dir: HubDir = None,
     revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
     dtype: Annotated[str, typer.Option(help="of what stays unquantized")] = "bfloat16",
@@ -152,6 +157,8 @@ def quantize(
     wanted = load_recipe(recipe)
     if effort is not None:
         wanted = wanted.with_effort(effort)
+    if embed_int8:
+        wanted = wanted.with_int8_embedding()
     with _progress() as progress:
         manifest = build(
             base,
@@ -623,6 +630,10 @@ def _layers(manifest: Manifest) -> Table:
             "-" if layer.output_snr_db is None else f"{layer.output_snr_db:.1f}",
             layer.note or "",
         )
+    if (embedding := manifest.embedding) is not None:
+        shape = f"{embedding.out_features} x {embedding.in_features}"
+        bits, snr = f"{embedding.bits_per_weight:.2f}", f"{embedding.weight_snr_db:.1f}"
+        table.add_row(embedding.name, shape, embedding.method, bits, snr, "-", "token embeddings")
     for left in manifest.unquantized:
         table.add_row(left.name, f"{left.n_parameters:,}", "-", "", "", "", left.reason)
     return table

@@ -24,6 +24,7 @@ from gteopt.errors import InputError, IntegrityError, NumericsError, Unsupported
 from gteopt.families import Pooling
 from gteopt.formats import ReadLayer, Shape, format_of
 from gteopt.kernels import make_linear
+from gteopt.kernels.reference import PackedEmbedding
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.vectors import VectorTransform, identity
 from gteopt.recipe import Progress, quiet
@@ -521,6 +522,12 @@ def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
             for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
                 tensors[name] = handle.get_tensor(name)
     tensors = _bare_names(tensors, module)
+    embedding = checkpoint.manifest.embedding if checkpoint.manifest is not None else None
+    if embedding is not None:
+        own = {n: tensors.pop(n) for n in list(tensors) if n.startswith(f"{embedding.name}.")}
+        parts = {n.removeprefix(f"{embedding.name}."): tensor for n, tensor in own.items()}
+        table = PackedWeight.from_tensors(embedding.scheme, embedding.in_features, parts)
+        swap_embedding_(module, embedding.name, table, device, dtype)
     for name, layer, bias in _take_layers(checkpoint, module, tensors):
         swap_linear_(module, name, layer.weight, bias, device, dtype, order=layer.order)
     plain = {
@@ -574,6 +581,14 @@ def _take_layers(
             )
         shape = Shape(linear.out_features, linear.in_features)
         yield name, format_of(config).from_tensors(config, name, shape, parts), bias
+
+
+def swap_embedding_(
+    module: nn.Module, name: str, table: PackedWeight, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Replace the embedding `name` inside `module` by its packed form."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, PackedEmbedding(table, dtype).to(device))
 
 
 def swap_linear_(

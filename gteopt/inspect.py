@@ -98,6 +98,9 @@ def estimate(
         if isinstance(recipe.weights, GptqWeights) and recipe.weights.budget is not None:
             packed = int(whole * recipe.weights.budget / 8)
         saved = whole * item_bytes - packed
+        if recipe.embedding == "int8":
+            table = skeleton.get_input_embeddings().weight  # type: ignore[operator]
+            saved += table.numel() * (item_bytes - 1) - 2 * len(table)
         yield RecipeEstimate(
             recipe=recipe.name,
             summary=recipe.summary,

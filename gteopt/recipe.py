@@ -272,6 +272,8 @@ class Recipe(Frozen):
     """How to make one variant of a base.
 
     Attributes:
+        embedding: "int8" keeps the token embedding table in 8 bits with one scale a token; no
+            standard layout can hold that.
         layout: how quantized weights lie on disk; "auto" takes the first standard layout that can
             hold them exactly, which other libraries open without gteopt.
     """
@@ -280,6 +282,7 @@ class Recipe(Frozen):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     summary: str = ""
     weights: Weights = NoWeights()
+    embedding: Literal["full", "int8"] = "full"
     layout: LayoutChoice = "auto"
     calibration: Calibration = Calibration()
     dims: Dims | None = None
@@ -291,7 +294,23 @@ class Recipe(Frozen):
             raise ValueError(
                 f"layout: {self.layout} is for quantized weights; weights.method is none"
             )
+        if self.embedding == "int8" and self.weights.method == "none":
+            raise ValueError("embedding: int8 goes with quantized weights; weights.method is none")
+        if self.embedding == "int8" and self.layout not in ("auto", "gteopt"):
+            raise ValueError(f"embedding: int8 needs layout: gteopt or auto (found {self.layout})")
         return self
+
+    def with_int8_embedding(self) -> Recipe:
+        """The same recipe with the token embedding table in int8.
+
+        Raises:
+            InputError: the recipe leaves weights as they are, or asks for another layout.
+        """
+        try:
+            return Recipe.model_validate({**self.model_dump(by_alias=True), "embedding": "int8"})
+        except ValidationError as error:
+            reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+            raise InputError(f"recipe {self.name}: {reason}") from error
 
     def with_effort(self, effort: Effort) -> Recipe:
         """The same recipe at another effort.
@@ -319,7 +338,7 @@ class Recipe(Frozen):
 
     def weights_sha256(self) -> str:
         """Hash of what decides the weights alone; recipes that share it share one build."""
-        include = {"weights", "layout"}
+        include = {"weights", "embedding", "layout"}
         if self.weights.method == "gptq":
             include.add("calibration")
         return _sha256(self.model_dump(mode="json", include=include))

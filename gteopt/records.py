@@ -196,6 +196,7 @@ class Manifest(Frozen):
 
     Attributes:
         layout: how the layers' packed weights lie on disk; None when no layer is quantized.
+        embedding: the token embedding table, a row a token; None where it is not quantized.
         allocation: how bits were chosen by layer; None without a budget.
         tuning: what was learned after the solver; None at effort fast.
     """
@@ -206,6 +207,7 @@ class Manifest(Frozen):
     base: BaseRecord
     calibration: CalibrationRecord | None
     layers: tuple[LayerRecord, ...]
+    embedding: LayerRecord | None = None
     allocation: AllocationRecord | None = None
     tuning: TuningRecord | None = None
     layout: Layout | None = None

@@ -56,6 +56,31 @@ class DequantLinear(nn.Module):
         return dequantize(codes, self.scale, zero, dtype, element=self.scheme.element)
 
 
+class PackedEmbedding(nn.Module):
+    """An embedding table with packed rows; the rows that are looked up are dequantized.
+
+    Buffers: qweight uint8 [V, D], scale float16 [V, 1].
+    """
+
+    kernel = "reference.embedding"
+    qweight: Tensor
+    scale: Tensor
+
+    def __init__(self, table: PackedWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = table.out_features, table.in_features
+        self.scheme, self.dtype = table.scheme, dtype
+        self.register_buffer("qweight", table.qweight)
+        self.register_buffer("scale", table.scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [...] to vectors [..., D] in the model's dtype."""
+        flat = ids.reshape(-1)
+        zero = torch.full((1, 1), middle(self.scheme), dtype=torch.uint8, device=ids.device)
+        rows = dequantize(self.qweight[flat], self.scale[flat], zero, self.dtype)
+        return rows.view(*ids.shape, self.embedding_dim)
+
+
 class Int8Reference(DequantLinear):
     """The arithmetic of an int8 product, carried out in float32. Any device.
 

@@ -262,15 +262,16 @@ def dequantize(
     Returns:
         [O, I] in `dtype`. The difference is exact; bfloat16 rounds the scale and the product.
     """
+    grouped = (*scale.shape, codes.shape[1] // scale.shape[1])
     if element == "e4m3":
-        floats = codes.view(torch.float8_e4m3fn).to(dtype).reshape(*scale.shape, -1)
+        floats = codes.view(torch.float8_e4m3fn).to(dtype).reshape(grouped)
         return floats.mul_(scale[..., None].to(dtype)).flatten(1)
     if element == "nf4":
         levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=codes.device)
-        numbers = levels[codes.int()].reshape(*scale.shape, -1)
+        numbers = levels[codes.int()].reshape(grouped)
         return numbers.mul_(scale[..., None].to(dtype)).flatten(1)
     # Small integers vectorise; float16 and bfloat16 subtractions do not.
-    steps = codes.reshape(*scale.shape, -1).to(torch.int16).sub_(zero[..., None])  # [O, G, I/G]
+    steps = codes.reshape(grouped).to(torch.int16).sub_(zero[..., None])  # [O, G, I/G]
     return steps.to(dtype).mul_(scale[..., None].to(dtype)).flatten(1)
 
 
