@@ -245,7 +245,7 @@ def truncate(
         artifact: the artifact to start from; its own vector settings are replaced, not stacked.
         out: folder of the new artifact.
         dims: how many dimensions to keep; None keeps all.
-        method: "slice" (the first dimensions) or "pca".
+        method: "slice" (the first dimensions), "pca", or "auto" (whichever keeps more).
         vectors: "float32", "int8" or "binary".
         rescore: candidates fetched per result when searching codes.
         hub_dir: where calibration data sets lie.
@@ -495,8 +495,8 @@ def _effort(recipe: Recipe) -> Effort:
 
 
 def _needs_texts(recipe: Recipe) -> bool:
-    pca = recipe.dims is not None and recipe.dims.method == "pca"
-    return recipe.weights.method == "gptq" or pca or recipe.vectors.code == "int8"
+    fitted = recipe.dims is not None and recipe.dims.method != "slice"
+    return recipe.weights.method == "gptq" or fitted or recipe.vectors.code == "int8"
 
 
 def _check_dims(dims: Dims | None, checkpoint: Checkpoint) -> None:

@@ -178,9 +178,9 @@ def truncate(
     artifact: Annotated[Path, typer.Argument(help="artifact folder")],
     out: Out,
     dims: Annotated[int | None, typer.Option(help="dimensions to keep; all when left out")] = None,
-    method: Annotated[Literal["slice", "pca"], typer.Option(help="first or principal ones")] = (
-        "slice"
-    ),
+    method: Annotated[
+        Literal["slice", "pca", "auto"], typer.Option(help="first, principal, or what keeps more")
+    ] = ("slice"),
     vectors: Annotated[
         Literal["float32", "int8", "binary"], typer.Option(help="how a vector is stored")
     ] = "float32",

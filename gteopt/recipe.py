@@ -30,7 +30,7 @@ Layout = Literal["gteopt", "gptq", "compressed-tensors", "bitsandbytes"]
 """How packed weights lie on disk: our own tensors, or those of a `quant_method` of transformers."""
 LayoutChoice = Literal["auto", "gteopt", "gptq", "compressed-tensors", "bitsandbytes"]
 VectorCode = Literal["float32", "int8", "binary"]
-DimsMethod = Literal["slice", "pca"]
+DimsMethod = Literal["slice", "pca", "auto"]
 Element = Literal["int", "e4m3", "nf4"]
 """What a code is: a whole number of steps; an 8-bit float of 4 exponent and 3 mantissa bits; the
 place of a number among the 16 of NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, app. E)."""
@@ -249,7 +249,13 @@ class Calibration(Frozen):
 
 
 class Dims(Frozen):
-    """Shorten vectors to `n` dimensions: the first ones ("slice") or the principal ones ("pca")."""
+    """Shorten vectors to `n` dimensions.
+
+    Attributes:
+        n: how many are kept.
+        method: the first ones ("slice"), the principal ones ("pca"), or whichever of the two keeps
+            more neighbours on calibration texts that it was not fitted on ("auto").
+    """
 
     n: Annotated[int, Field(ge=1)]
     method: DimsMethod = "slice"

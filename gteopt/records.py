@@ -169,6 +169,8 @@ class VectorRecord(Frozen):
     Attributes:
         dims: dimensions after projection.
         method: "full", "slice" or "pca".
+        neighbours_kept: by method, the share of the 10 nearest neighbours in full dimension that
+            remain, measured on calibration texts held out from the fit; of dims.method auto only.
         explained_variance_ratio: share of the calibration vectors' variance that is kept.
         bytes_per_vector: of one stored code.
     """
@@ -176,6 +178,7 @@ class VectorRecord(Frozen):
     dims: int
     method: Literal["full", "slice", "pca"]
     explained_variance_ratio: float | None = None
+    neighbours_kept: dict[str, float] | None = None
     code: VectorCode = "float32"
     rescore: int = 1
     bytes_per_vector: int

@@ -82,6 +82,42 @@ def test_pca_rows_are_orthonormal_and_span_scikit_learns_subspace() -> None:
     )
 
 
+def test_auto_takes_what_keeps_more_neighbours_of_texts_it_was_not_fitted_on() -> None:
+    """Few directions that lie anywhere are a PCA's; short vectors with noise behind are a slice's."""
+    rng = np.random.default_rng(5)
+    turned = rng.normal(size=(400, 12)) @ np.linalg.qr(rng.normal(size=(64, 64)))[0][:12]
+    nested = rng.normal(size=(240, 128))
+    nested[:, 16:] *= 0.85  # an eighth of the dimensions, trained to stand alone
+    nested[:, :16] = nested[:, :16] * 1.2
+    for x, dims, wanted in ((unit(turned), 12, "pca"), (unit(nested), 100, "slice")):
+        transform = fit(x, Dims(n=dims, method="auto"), Vectors())
+        kept = transform.record().neighbours_kept
+        assert kept is not None
+        if wanted == "pca":
+            assert transform.method == "pca"
+            assert kept["pca"] > 0.95 > kept["slice"]
+        assert transform.method == max(kept, key=lambda method: kept[method])
+        held_out, others = x[::4], np.delete(x, np.s_[::4], axis=0)
+        for method in ("slice", "pca"):
+            trial = fit(others, Dims.model_validate({"n": dims, "method": method}), Vectors())
+            a, b = trial.project(held_out), held_out
+            scores = [v.astype("f8") @ v.T.astype("f8") - 9 * np.eye(len(v)) for v in (a, b)]
+            top = [np.argsort(-s, axis=1, kind="stable")[:, :10] for s in scores]
+            assert kept[method] == pytest.approx(recall(*top), abs=2e-3)
+        plain = fit(x, Dims.model_validate({"n": dims, "method": transform.method}), Vectors())
+        np.testing.assert_array_equal(plain.project(x), transform.project(x))
+        again = VectorTransform.from_tensors(transform.record(), x.shape[1], transform.to_tensors())
+        assert again.record() == transform.record()
+
+
+def test_auto_needs_texts_to_choose_by_and_does_without_a_pca_that_they_cannot_give() -> None:
+    with pytest.raises(InputError, match="at least 200 calibration texts to choose by, found 60"):
+        fit(clustered(3, 60), Dims(n=8, method="auto"), Vectors())
+    few = fit(clustered(3, 210, 192), Dims(n=180, method="auto"), Vectors())
+    assert few.record().neighbours_kept is not None
+    assert few.method == "slice"
+
+
 def test_full_pca_changes_no_cosine() -> None:
     x, other = clustered(5, 100), clustered(6, 30)
     z = fit(x, Dims(n=64, method="pca"), Vectors()).project(other)
