@@ -348,9 +348,9 @@ def fit(x: npt.ArrayLike, dims: Dims | None, vectors: Vectors) -> VectorTransfor
 def _fit_projection(rows: Floats, dims: Dims) -> VectorTransform:
     """Slice, or PCA by a float64 singular value decomposition of `rows` [N, F]."""
     if dims.method == "auto":
-        kept = _neighbours_kept(rows, dims.n)
-        best = dims.model_copy(update={"method": max(kept, key=lambda method: kept[method])})
-        return replace(_fit_projection(rows, best), neighbours_kept=kept)
+        shares = _neighbours_kept(rows, dims.n)
+        best = dims.model_copy(update={"method": max(shares, key=lambda method: shares[method])})
+        return replace(_fit_projection(rows, best), neighbours_kept=shares)
     n, full_dims = rows.shape
     if dims.n > full_dims:
         raise InputError(f"dims.n is {dims.n}, but the model's vectors have {full_dims} dimensions")
