@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -276,6 +277,7 @@ def optimum_gptq(source: Path, sentences: list[str]) -> Variant:
 
 def gptqmodel(source: Path, sentences: list[str]) -> Variant:
     """GPTQModel's own entry point; it knows language models only."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default fails on two cores
     from gptqmodel import GPTQModel, QuantizeConfig
 
     folder = plain_copy(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -69,3 +70,22 @@ def test_links_inside_the_repository_lead_somewhere() -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_comparison_in_the_readme_is_what_was_measured() -> None:
+    stored = json.loads((ROOT / "benchmarks" / "results" / "peers_quality.json").read_text())
+    rows = {(row["model"], row["peer"]): row for row in stored["rows"]}
+    table = README.split("<!-- peers -->")[1].split("<!-- /peers -->")[0].strip().splitlines()[2:]
+    assert len(table) > 20
+    for line in table:
+        peer, bits, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        found = [rows.get((model, peer)) for model in ("all-MiniLM-L6-v2", "gte-nano")]
+        sizes = [row["bits_per_weight"] for row in found if row and not row["error"]]
+        assert bits == f"{max(sizes):.2f}", peer
+        for row, (error, neighbours, seconds) in zip(found, (cells[:3], cells[3:]), strict=True):
+            if row is None or row["error"]:
+                assert (error, neighbours, seconds) == ("fails" if row else "", "", ""), peer
+                continue
+            assert error == f"{1 - row['mean_cosine']:.5f}", peer
+            assert neighbours == f"{100 * row['neighbour_overlap']:.1f} %", peer
+            assert seconds == f"{row['build_s']:.0f} s", peer
