@@ -371,6 +371,10 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
             choices = {
                 name: _fitting(sizes[name], scheme, weights) for name, scheme in schemes.items()
             }
+        if recipe.embedding == "int8" and not schemes:
+            raise InputError(
+                f"recipe {recipe.name} skips every layer; embedding: int8 goes with quantized ones"
+            )
         layout = _plan_layout(recipe, schemes, choices, shapes) if schemes else None
     return LayerPlan(
         schemes=schemes,
@@ -563,6 +567,12 @@ def _allocate(
         n_bytes[name] = [packed_bytes(*shape, scheme) for scheme in offered]
         n_bytes[name].append(2 * n_weights[name])
     budget = int(sum(n_weights.values()) * recipe.weights.budget / 8)
+    least = sum(map(min, n_bytes.values()))
+    if least > budget:
+        raise InputError(
+            f"recipe {recipe.name}: a budget of {recipe.weights.budget:g} bits a weight cannot be "
+            f"kept: the smallest choices take {8 * least / sum(n_weights.values()):.3f}"
+        )
     stored = stage / _ALLOCATION
     losses: dict[str, tuple[float, ...]]
     if stored.is_file():
@@ -570,14 +580,7 @@ def _allocate(
     else:
         losses = measure(encoder, tokens[:_SENSITIVITY_TEXTS], plan.choices, progress=progress)
         write_atomically(stored, _LOSSES.dump_json(losses))
-    try:
-        picked = allocate([(*losses[n], 0.0) for n in losses], [n_bytes[n] for n in losses], budget)
-    except InputError as error:
-        raise InputError(
-            f"recipe {recipe.name}: a budget of {recipe.weights.budget:g} bits a weight cannot be "
-            f"kept: the smallest choices take "
-            f"{8 * sum(map(min, n_bytes.values())) / sum(n_weights.values()):.3f}"
-        ) from error
+    picked = allocate([(*losses[n], 0.0) for n in losses], [n_bytes[n] for n in losses], budget)
     chosen = dict(zip(losses, picked, strict=True))
     schemes = {n: plan.choices[n][i] for n, i in chosen.items() if i < len(plan.choices[n])}
     whole = tuple(

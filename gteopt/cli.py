@@ -180,7 +180,7 @@ def truncate(
     dims: Annotated[int | None, typer.Option(help="dimensions to keep; all when left out")] = None,
     method: Annotated[
         Literal["slice", "pca", "auto"], typer.Option(help="first, principal, or what keeps more")
-    ] = ("slice"),
+    ] = "slice",
     vectors: Annotated[
         Literal["float32", "int8", "binary"], typer.Option(help="how a vector is stored")
     ] = "float32",

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import gteopt
+from gteopt.build import plan_layers
 from gteopt.checkpoint import open_checkpoint
 from gteopt.errors import InputError
 from gteopt.inspect import estimate
@@ -101,5 +102,9 @@ def test_what_cannot_hold_it_is_refused() -> None:
     gptq = load_recipe("gptq-int4").model_copy(update={"layout": "gptq"})
     with pytest.raises(InputError, match="needs layout: gteopt or auto"):
         gptq.with_int8_embedding()
+    nothing = load_recipe("rtn-int4").with_int8_embedding()
+    weights = nothing.weights.model_copy(update={"skip": ("*",)})
+    with pytest.raises(InputError, match="skips every layer; embedding: int8 goes with"):
+        plan_layers(open_checkpoint("nano"), nothing.model_copy(update={"weights": weights}))
     plain = Recipe.model_validate({"schema": "gteopt.recipe/1", "name": "x"})
     assert plain.embedding == "full"

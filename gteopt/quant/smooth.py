@@ -81,7 +81,7 @@ def choose_smoothing(
 
 
 def _scale(size: Tensor, weight_largest: Tensor, strength: float) -> Tensor:
-    """S [I]; 1 for features that are never active or have no weight."""
+    """The scale s [I]; 1 for features that are never active or have no weight."""
     used = (size > 0) & (weight_largest > 0)
     if not bool(used.any()):
         return torch.ones_like(size)
