@@ -39,7 +39,9 @@ def make_linear(
             they are in order.
     """
     kernel: _Kernel = DequantLinear
-    if weight.scheme.element == "e4m3":
+    if (on_gpu := _cuda_kernel(weight, device, dtype)) is not None:
+        kernel = on_gpu
+    elif weight.scheme.element == "e4m3":
         kernel = Fp8Reference if weight.scheme.activation_bits == 8 else DequantLinear
     elif weight.scheme.activation_bits == 8:
         kernel = _INT8_ACTIVATIONS.get(device.type, Int8Reference)
@@ -50,6 +52,25 @@ def make_linear(
         layer.register_buffer("order", order.to(device))
         layer.register_forward_pre_hook(_reorder)
     return layer
+
+
+def _cuda_kernel(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> _Kernel | None:
+    """The GPU layer that holds this weight; None where the portable ones are all there is."""
+    scheme = weight.scheme
+    # Triton comes with torch where there is a GPU, and wants tensor cores for these types.
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return None
+    from gteopt.kernels import cuda
+
+    if scheme.element == "e4m3" and scheme.activation_bits == 8:
+        fits = capability >= (8, 9) and dtype == torch.bfloat16 and cuda.fp8_fits(weight)
+        return cuda.Fp8LinearCuda if fits else None
+    if scheme.activation_bits == 8:
+        return cuda.Int8LinearCuda if scheme.activation_outliers is None else None
+    return cuda.Int4LinearCuda if scheme.bits == 4 and cuda.int4_fits(weight) else None
 
 
 def _reorder(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

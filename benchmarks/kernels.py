@@ -1,0 +1,268 @@
+"""The GPU layers on the shapes of gte-Qwen2-7B: right against float64, and how fast.
+
+    .venv/bin/python benchmarks/kernels.py --out benchmarks/results/kernels.json
+
+Each shape and number of tokens has a row a layer: ours, and what torch offers for the same weights
+(bfloat16 through cuBLAS; `torch._int_mm` with the scales applied by torch.compile; tinygemm's 4-bit
+product). Calls are interleaved and the median of their times is kept; the weights of a round do not
+fit the cache of the round before. `share_of_peak` is of the largest square product in that type
+that this very run reached, `bytes_per_s` counts weights and activations once.
+
+Without a GPU, `TRITON_INTERPRET=1 ... --device cpu --shapes 96x256 --tokens 5` checks the numbers
+and times nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gteopt.kernels import cuda
+from gteopt.kernels.reference import DequantLinear
+from gteopt.machine import machine, versions
+from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
+from gteopt.recipe import LayerScheme
+from gteopt.records import write_atomically
+
+SHAPES = ("3584x3584", "512x3584", "18944x3584", "3584x18944")
+"""Outputs x inputs: query and output, key and value, gate and up, down."""
+TOKENS = (1, 16, 128, 2048, 16384)
+W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+TOKEN_ZEROS = W8A8.model_copy(update={"activation_symmetric": False})
+FP8 = W8A8.model_copy(update={"element": "e4m3"})
+INT4 = LayerScheme(bits=4, group_size=128, symmetric=False)
+NF4 = LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4")
+TILES = (
+    cuda.Tile(16, 64, 256, 4, 4), cuda.Tile(32, 64, 256, 4, 4), cuda.Tile(64, 128, 128, 4, 4),
+    cuda.Tile(128, 128, 128, 4, 4), cuda.Tile(128, 128, 128, 8, 3), cuda.Tile(128, 256, 128, 8, 3),
+    cuda.Tile(128, 256, 64, 8, 4), cuda.Tile(256, 128, 128, 8, 3),
+)  # fmt: skip
+_CHECKED_TOKENS = 64
+"""Rows that are compared with float64."""
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer on one shape.
+
+    Attributes:
+        error: relative Frobenius error to the float64 product of the weight that the layer holds
+            and the unrounded input; bfloat16 alone is near 0.002.
+        time_us: median; None where nothing was timed.
+        share_of_peak: of the peak of the operands' type.
+        bytes_per_s: least traffic over time.
+    """
+
+    layer: str
+    outputs: int
+    inputs: int
+    tokens: int
+    error: float
+    time_us: float | None
+    share_of_peak: float | None
+    bytes_per_s: float | None
+
+
+def main() -> None:
+    """Measure every layer on every shape."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="outputs x inputs")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--tiles", action="store_true", help="every tile of the int8 product too")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    timed = device.type == "cuda"
+    peaks = {kind: peak(kind, device) for kind in ("bf16", "int8", "fp8")} if timed else {}
+    rows: list[Row] = []
+    for shape in options.shapes:
+        outputs, inputs = map(int, shape.split("x"))
+        layers = layers_of(outputs, inputs, device, tiles=options.tiles)
+        for tokens in options.tokens:
+            x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(tokens))
+            # The interpreter multiplies bfloat16 operands as bit patterns.
+            x = x.to(device, torch.bfloat16 if timed else torch.float32)
+            times = interleaved(layers, x, options.rounds) if timed else {}
+            for name, (product, weight, kind) in layers.items():
+                took = times.get(name)
+                part = x[:_CHECKED_TOKENS]
+                exact = part.double() @ weight.double().T
+                wrong = (product(x)[:_CHECKED_TOKENS].double() - exact).norm() / exact.norm()
+                n_bytes = 2 * tokens * (inputs + outputs) + outputs * inputs * _BYTES[kind]
+                row = Row(
+                    layer=name,
+                    outputs=outputs,
+                    inputs=inputs,
+                    tokens=tokens,
+                    error=float(wrong),
+                    time_us=None if took is None else took * 1e6,
+                    share_of_peak=None
+                    if took is None
+                    else 2 * tokens * inputs * outputs / took / peaks[_TYPE[kind]],
+                    bytes_per_s=None if took is None else n_bytes / took,
+                )
+                rows.append(row)
+                shown = "" if took is None else f"{took * 1e6:10.1f} us {row.share_of_peak:7.1%}"
+                print(f"{shape:12}{tokens:7} {name:42}{row.error:9.5f}{shown}", flush=True)
+    if options.out is not None:
+        record = {
+            "schema": "gteopt.kernels/1",
+            "peak_flop_per_s": peaks,
+            "rounds": options.rounds,
+            "rows": [asdict(row) for row in rows],
+            "machine": machine().model_dump(),
+            "versions": versions(),
+        }
+        write_atomically(options.out, (json.dumps(record, indent=2) + "\n").encode())
+
+
+_BYTES = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
+_TYPE = {"bf16": "bf16", "int8": "int8", "fp8": "fp8", "int4": "bf16"}
+"""The type that the tensor cores multiply."""
+
+
+def layers_of(
+    outputs: int, inputs: int, device: torch.device, *, tiles: bool
+) -> dict[str, tuple[Product, Tensor, str]]:
+    """Each layer with the weight [O, I] that it stands for and the kind of its weights."""
+    dense = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)) / inputs**0.5
+    dense = dense.to(device)
+    whole = dense.bfloat16() if device.type == "cuda" else dense
+    found: dict[str, tuple[Product, Tensor, str]] = {
+        "torch bf16": (lambda x: nn.functional.linear(x, whole), whole, "bf16")
+    }
+
+    def add(name: str, kind: str, scheme: LayerScheme, make: type[nn.Module]) -> PackedWeight:
+        packed = pack(quantize_rtn(dense, scheme))
+        found[name] = make(packed, None).to(device), packed.unpack().dequantize(), kind
+        return packed
+
+    symmetric = add("ours int8", "int8", W8A8, cuda.Int8LinearCuda)
+    add("ours int8, token zero points", "int8", TOKEN_ZEROS, cuda.Int8LinearCuda)
+    for tile in TILES if tiles else ():
+        layer = cuda.Int8LinearCuda(symmetric, None).to(device)
+        what = f"ours int8, {tile.tokens}x{tile.outputs}x{tile.inputs} {tile.n_warps} warps"
+        found[what] = _tiled(layer, tile), symmetric.unpack().dequantize(), "int8"
+    if device.type == "cuda":
+        found["torch._int_mm, compiled"] = (
+            _compiled_int_mm(symmetric),
+            symmetric.unpack().dequantize(),
+            "int8",
+        )
+    if cuda.fp8_fits(pack(quantize_rtn(dense, FP8))) and device.type == "cuda":
+        add("ours fp8", "fp8", FP8, cuda.Fp8LinearCuda)
+    four = add("ours int4", "int4", INT4, cuda.Int4LinearCuda)
+    add("ours nf4", "int4", NF4, cuda.Int4LinearCuda)
+    add("dequantize, portable", "int4", INT4, DequantLinear)
+    if device.type == "cuda":
+        found["torch tinygemm int4"] = _tinygemm(four), four.unpack().dequantize(), "int4"
+    return found
+
+
+def _tiled(layer: cuda.Int8LinearCuda, tile: cuda.Tile) -> Product:
+    def product(x: Tensor) -> Tensor:
+        codes, scale, zero = cuda.quantize_tokens(x, symmetric=True)
+        return cuda.int8_product(
+            codes, scale, zero, layer.weight, layer.scale, None, None, x.dtype, tile
+        )
+
+    return product
+
+
+def _compiled_int_mm(packed: PackedWeight) -> Product:
+    """What torchao's dynamic int8 comes down to."""
+    weight = (packed.qweight ^ 128).view(torch.int8).t()
+    scale = packed.scale[:, 0].bfloat16()
+
+    @torch.compile
+    def product(x: Tensor) -> Tensor:
+        token_scale = x.abs().amax(-1, keepdim=True).float() / 127
+        codes = (x / token_scale).round().to(torch.int8)
+        sums = torch._int_mm(codes, weight)
+        return (sums * token_scale).bfloat16() * scale
+
+    def padded(x: Tensor) -> Tensor:
+        # torch._int_mm takes more than 16 rows on a GPU.
+        rows = max(32, len(x))
+        wide = nn.functional.pad(x, (0, 0, 0, rows - len(x))) if rows > len(x) else x
+        found: Tensor = product(wide)
+        return found[: len(x)]
+
+    return padded
+
+
+def _tinygemm(packed: PackedWeight) -> Product:
+    codes = packed.unpack()
+    scale = codes.scale.float()
+    grid = torch.stack([scale, (8 - codes.zero.float()) * scale], -1).transpose(0, 1)
+    pairs = codes.codes[:, ::2] << 4 | codes.codes[:, 1::2]
+    weight = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
+    width = packed.in_features // packed.scale.shape[1]
+    grid = grid.bfloat16().contiguous()
+
+    def product(x: Tensor) -> Tensor:
+        found: Tensor = torch.ops.aten._weight_int4pack_mm(x, weight, width, grid)
+        return found
+
+    return product
+
+
+def interleaved(
+    layers: dict[str, tuple[Product, Tensor, str]], x: Tensor, rounds: int
+) -> dict[str, float]:
+    """Median seconds of a call of each, one call of each a round, after three rounds unmeasured."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=x.device)
+    times: dict[str, list[float]] = {name: [] for name in layers}
+    for number in range(rounds + 3):
+        for name, (product, _, _) in layers.items():
+            flush.zero_()  # the weights come from memory, as they do within a model
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            start.record()
+            product(x)
+            end.record()
+            torch.cuda.synchronize()
+            if number >= 3:
+                times[name].append(start.elapsed_time(end) / 1e3)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def peak(kind: str, device: torch.device) -> float:
+    """FLOP/s of the larger of two square products in this type."""
+    best = 0.0
+    for n in (4096, 8192):
+        x = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+        if kind == "int8":
+            x = (x * 40).round().to(torch.int8)
+        if kind == "fp8":
+            x = x.to(torch.float8_e4m3fn)
+        took = interleaved({kind: (_SQUARES[kind], x, kind)}, x, 10)[kind]
+        best = max(best, 2 * n**3 / took)
+    return best
+
+
+def _fp8_square(x: Tensor) -> Tensor:
+    ones = torch.ones((len(x), 1), device=x.device)
+    return torch._scaled_mm(x, x.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16)
+
+
+_SQUARES: dict[str, Product] = {
+    "bf16": lambda x: x @ x.t(),
+    "int8": lambda x: torch._int_mm(x, x.t()),
+    "fp8": _fp8_square,
+}
+
+
+if __name__ == "__main__":
+    main()

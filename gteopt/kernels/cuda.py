@@ -1,0 +1,455 @@
+"""Linear layers for NVIDIA GPUs, in Triton and torch's own 8-bit float product.
+
+Hides: tiles, launches, and how packed codes become operands on the way to the tensor cores. Imports
+triton, which comes with torch where there is a GPU; `kernels/__init__.py` imports this file only
+for layers that are to run on one. Under TRITON_INTERPRET=1 the same kernels run on the CPU, which
+is how they are tested without a GPU.
+
+Shapes: T tokens, O output features, I input features, G groups, S parts that I is split into.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from gteopt.quant.affine import (
+    E4M3_MAX,
+    NF4_LEVELS,
+    PackedWeight,
+    group_width,
+    middle,
+    unpack_codes,
+)
+
+_FEW_TOKENS = 64
+"""Up to here 4-bit weights are multiplied as they are read; beyond, a bfloat16 copy of the layer
+lives for one call, since each tile of tokens would otherwise decode the whole weight again."""
+_PROGRAMS = 264
+"""Blocks of work that fill a large GPU: two for each of the 132 multiprocessors of an H100."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes at once: tokens x outputs, so many inputs a step."""
+
+    tokens: int
+    outputs: int
+    inputs: int
+    n_warps: int
+    n_stages: int
+
+
+def int8_tile(n_tokens: int) -> Tile:
+    """Tile of the int8 product; chosen by shared memory and registers, not yet by measurement."""
+    if n_tokens <= 32:
+        return Tile(32, 64, 256, 4, 4)
+    if n_tokens <= 256:
+        return Tile(64, 128, 128, 4, 4)
+    return Tile(128, 256, 128, 8, 3)
+
+
+class Int8LinearCuda(nn.Module):
+    """int8 weights times int8 activations on the tensor cores, summed in int32.
+
+    Arithmetic as in `Int8LinearCpu`: a token's zero point times the sum of the weight's row is
+    subtracted in int32; token scale, weight scale and bias are applied in float32 before the sum
+    leaves the registers; rounded once to x's dtype. No int32 lies in memory.
+    Buffers: weight int8 [O, I], row_sum int32 [O] or None, scale float32 [O], bias float32 [O] or
+    None.
+    """
+
+    kernel = "cuda.int8"
+    weight: Tensor
+    row_sum: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        symmetric = weight.scheme.activation_symmetric
+        # Flipping the top bit of an unsigned code subtracts the zero point 128.
+        self.register_buffer("weight", (weight.qweight ^ 128).view(torch.int8))
+        row_sum = None if symmetric else self.weight.sum(1, dtype=torch.int32)
+        self.register_buffer("row_sum", row_sum)
+        self.register_buffer("scale", weight.scale[:, 0].float())
+        self.register_buffer("bias", None if bias is None else bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O], in x's dtype."""
+        flat = x.reshape(-1, self.in_features).contiguous()
+        codes, scale, zero = quantize_tokens(flat, symmetric=self.row_sum is None)
+        tile = int8_tile(len(flat))
+        y = int8_product(
+            codes, scale, zero, self.weight, self.scale, self.row_sum, self.bias, x.dtype, tile
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class Fp8LinearCuda(nn.Module):
+    """e4m3 weights times e4m3 activations through `torch._scaled_mm`; capability 8.9 and up.
+
+    One scale an output feature and one a token; sums in float32. The fast accumulation of Hopper's
+    tensor cores (14 bits between promotions) stays off: over 18,944 inputs it costs digits that
+    the 8-bit operands still have.
+    Buffers: weight e4m3 [O, I], scale float32 [1, O], bias bfloat16 [O] or None.
+    """
+
+    kernel = "cuda.fp8"
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.register_buffer("weight", weight.qweight.view(torch.float8_e4m3fn))
+        self.register_buffer("scale", weight.scale[:, 0].float()[None])
+        self.register_buffer("bias", None if bias is None else bias.bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """bfloat16 [..., I] to bfloat16 [..., O]."""
+        flat = x.reshape(-1, self.in_features).contiguous()
+        floats, scale = round_tokens(flat)
+        y = torch._scaled_mm(
+            floats,
+            self.weight.t(),
+            scale_a=scale,
+            scale_b=self.scale,
+            bias=self.bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=False,
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class Int4LinearCuda(nn.Module):
+    """4-bit weights, whole numbers or NF4, times 16-bit activations; sums in float32.
+
+    Few tokens: codes are decoded in registers, and a group's scale is applied to its sum. Many:
+    the layer is decoded into x's dtype and multiplied by cuBLAS. One packed copy serves both.
+    Buffers: qweight uint8 [O, I / 2], scale float16 [O, G], zero uint8 [O, G] or None, bias [O] or
+    None.
+    """
+
+    kernel = "cuda.int4"
+    qweight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.nf4 = weight.scheme.element == "nf4"
+        self.middle = middle(weight.scheme)
+        zero = None
+        if weight.qzero is not None:
+            zero = unpack_codes(weight.qzero, 4, weight.scale.shape[1]).contiguous()
+        levels = torch.tensor(NF4_LEVELS) if self.nf4 else None
+        self.register_buffer("qweight", weight.qweight)
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("zero", zero)
+        self.register_buffer("levels", levels)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O], in x's dtype."""
+        flat = x.reshape(-1, self.in_features).contiguous()
+        if len(flat) > _FEW_TOKENS:
+            y = nn.functional.linear(flat, self.decoded(x.dtype), self.bias)
+        else:
+            y = self._read_once(flat)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The weight [O, I] in `dtype`, rounded once."""
+        out = torch.empty(
+            self.out_features, self.in_features, dtype=dtype, device=self.qweight.device
+        )
+        width = self.in_features // self.scale.shape[1]
+        block = min(1024, triton.next_power_of_2(self.in_features // 2))
+        grid = (self.out_features, triton.cdiv(self.in_features // 2, block))
+        _decode_kernel[grid](
+            self.qweight, self.scale, self.zero, self.levels, out,
+            self.in_features, width, self.scale.shape[1],
+            MIDDLE=self.middle, HAS_ZERO=self.zero is not None, NF4=self.nf4, BLOCK=block,
+        )  # fmt: skip
+        return out
+
+    def _read_once(self, flat: Tensor) -> Tensor:
+        n_tokens, n_groups = len(flat), self.scale.shape[1]
+        inputs = min(128, self.in_features // n_groups)
+        tokens, outputs = (16 if n_tokens <= 16 else 64), 32
+        programs = triton.cdiv(self.out_features, outputs)
+        steps = self.in_features // inputs
+        # Sums of parts are kept apart and added in order: atomics would add them in any.
+        n_parts = max(1, min(steps, _PROGRAMS // programs))
+        parts = torch.empty(
+            n_parts, n_tokens, self.out_features, dtype=torch.float32, device=flat.device
+        )
+        grid = (programs, n_parts, triton.cdiv(n_tokens, tokens))
+        if n_tokens:
+            _int4_kernel[grid](
+                flat, self.qweight, self.scale, self.zero, self.levels, parts,
+                n_tokens, self.out_features, self.in_features, n_groups,
+                self.in_features // n_groups, triton.cdiv(steps, n_parts),
+                MIDDLE=self.middle, HAS_ZERO=self.zero is not None, NF4=self.nf4,
+                TOKENS=tokens, OUTPUTS=outputs, INPUTS=inputs, num_warps=4, num_stages=4,
+            )  # fmt: skip
+        y = parts.sum(0)
+        return (y if self.bias is None else y + self.bias.float()).to(flat.dtype)
+
+
+def int4_fits(weight: PackedWeight) -> bool:
+    """Whether `Int4LinearCuda` can hold this weight: groups of whole steps of a tensor core."""
+    width = group_width(weight.in_features, weight.scheme.group_size)
+    step = min(128, width)
+    return weight.scheme.bits == 4 and step >= 16 and not step & (step - 1) and not width % step
+
+
+def fp8_fits(weight: PackedWeight) -> bool:
+    """Whether `torch._scaled_mm` takes this weight: both sides multiples of 16."""
+    return weight.in_features % 16 == 0 and weight.out_features % 16 == 0
+
+
+def quantize_tokens(x: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`quant.affine.quantize_tokens` of x [T, I] in one pass over memory; the same numbers.
+
+    Returns:
+        int8 [T, I], float32 scale [T, 1], int32 zero points [T] or None.
+    """
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
+    zero = None if symmetric else torch.empty(len(x), dtype=torch.int32, device=x.device)
+    block = min(4096, triton.next_power_of_2(x.shape[1]))
+    if len(x):
+        _quantize_kernel[(len(x),)](
+            x, codes, scale, zero, x.shape[1], SYMMETRIC=symmetric, BLOCK=block, num_warps=8
+        )
+    return codes, scale, zero
+
+
+def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each token of x [T, I] to 8-bit floats by its own scale, max |x| / 448.
+
+    Returns:
+        e4m3 [T, I], float32 scale [T, 1].
+    """
+    floats = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
+    block = min(4096, triton.next_power_of_2(x.shape[1]))
+    if len(x):
+        _round_kernel[(len(x),)](
+            x, floats, scale, x.shape[1], MOST=E4M3_MAX, BLOCK=block, num_warps=8
+        )
+    return floats, scale
+
+
+def int8_product(
+    codes: Tensor,
+    token_scale: Tensor,
+    zero: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    row_sum: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile,
+) -> Tensor:
+    """((codes - zero) W^T) * token_scale * scale + bias, summed in int32: [T, O] in `dtype`.
+
+    Args:
+        codes: int8 [T, I].
+        token_scale: float32 [T, 1].
+        zero: int32 [T], and `row_sum` int32 [O] with it; None when tokens are symmetric.
+        weight: int8 [O, I].
+        scale: float32 [O].
+        row_sum: see `zero`.
+        bias: float32 [O] or None.
+        dtype: of the result.
+        tile: see `Tile`.
+    """
+    (n_tokens, n_inputs), n_outputs = codes.shape, len(weight)
+    y = torch.empty((n_tokens, n_outputs), dtype=dtype, device=codes.device)
+    grid = (triton.cdiv(n_tokens, tile.tokens) * triton.cdiv(n_outputs, tile.outputs),)
+    if n_tokens:
+        _int8_kernel[grid](
+            codes, weight, y, token_scale, zero, scale, row_sum, bias,
+            n_tokens, n_outputs, n_inputs,
+            HAS_ZERO=zero is not None, HAS_BIAS=bias is not None,
+            TOKENS=tile.tokens, OUTPUTS=tile.outputs, INPUTS=tile.inputs, TOGETHER=8,
+            num_warps=tile.n_warps, num_stages=tile.n_stages,
+        )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _rounded(x):
+    # Adding 1.5 * 2^23 leaves no fraction bits: rounds to even, like torch.round, up to 2^22.
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _quantize_kernel(x, codes, scale, zero, n_inputs, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a token: its range, then its codes (the second read comes from the cache)."""
+    row = tl.program_id(0).to(tl.int64) * n_inputs
+    low = tl.zeros((BLOCK,), tl.float32)
+    high = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n_inputs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        low = tl.minimum(low, values)
+        high = tl.maximum(high, values)
+    least = tl.min(low, axis=0)
+    most = tl.max(high, axis=0)
+    if SYMMETRIC:
+        step = tl.div_rn(tl.maximum(most, -least), 127.0)
+    else:
+        step = tl.div_rn(most - least, 255.0)
+    step = tl.where(step >= 1.1754943508222875e-38, step, 1.0)
+    tl.store(scale + tl.program_id(0), step)
+    shift = 0.0
+    if not SYMMETRIC:
+        shift = _rounded(-128.0 - tl.div_rn(least, step))
+        shift = tl.minimum(tl.maximum(shift, -128.0), 127.0)
+        tl.store(zero + tl.program_id(0), shift.to(tl.int32))
+    for start in range(0, n_inputs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        rounded = _rounded(tl.div_rn(values, tl.broadcast_to(step, (BLOCK,)))) + shift
+        rounded = tl.minimum(tl.maximum(rounded, -128.0), 127.0)
+        tl.store(codes + row + at, rounded.to(tl.int8), mask=at < n_inputs)
+
+
+@triton.jit
+def _round_kernel(x, floats, scale, n_inputs, MOST: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a token: its largest value, then its 8-bit floats."""
+    row = tl.program_id(0).to(tl.int64) * n_inputs
+    high = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n_inputs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        high = tl.maximum(high, tl.abs(values))
+    step = tl.div_rn(tl.max(high, axis=0), MOST)
+    step = tl.where(step >= 1.1754943508222875e-38, step, 1.0)
+    tl.store(scale + tl.program_id(0), step)
+    for start in range(0, n_inputs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        shares = tl.div_rn(values, tl.broadcast_to(step, (BLOCK,)))
+        shares = tl.minimum(tl.maximum(shares, -MOST), MOST)
+        tl.store(floats + row + at, shares.to(tl.float8e4nv), mask=at < n_inputs)
+
+
+@triton.jit
+def _int8_kernel(
+    codes, weight, y, token_scale, zero, scale, row_sum, bias,
+    n_tokens, n_outputs, n_inputs,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    # Programs that run together share rows of weight: TOGETHER tiles of tokens, then the next.
+    n_down = tl.cdiv(n_tokens, TOKENS)
+    n_across = tl.cdiv(n_outputs, OUTPUTS)
+    program = tl.program_id(0)
+    band = program // (TOGETHER * n_across)
+    height = tl.minimum(n_down - band * TOGETHER, TOGETHER)
+    within = program % (TOGETHER * n_across)
+    t = (band * TOGETHER + within % height) * TOKENS + tl.arange(0, TOKENS)
+    o = (within // height) * OUTPUTS + tl.arange(0, OUTPUTS)
+    i = tl.arange(0, INPUTS)
+    left = codes + t.to(tl.int64)[:, None] * n_inputs + i[None, :]
+    right = weight + o.to(tl.int64)[None, :] * n_inputs + i[:, None]
+    sums = tl.zeros((TOKENS, OUTPUTS), tl.int32)
+    for start in range(0, n_inputs, INPUTS):
+        real = i < n_inputs - start
+        a = tl.load(left, mask=(t < n_tokens)[:, None] & real[None, :], other=0)
+        b = tl.load(right, mask=(o < n_outputs)[None, :] & real[:, None], other=0)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+        left += INPUTS
+        right += INPUTS
+    if HAS_ZERO:
+        zeros = tl.load(zero + t, mask=t < n_tokens, other=0)
+        row_sums = tl.load(row_sum + o, mask=o < n_outputs, other=0)
+        sums -= zeros[:, None] * row_sums[None, :]
+    out = sums.to(tl.float32) * tl.load(scale + o, mask=o < n_outputs, other=0.0)[None, :]
+    out *= tl.load(token_scale + t, mask=t < n_tokens, other=0.0)[:, None]
+    if HAS_BIAS:
+        out += tl.load(bias + o, mask=o < n_outputs, other=0.0)[None, :]
+    where = y + t.to(tl.int64)[:, None] * n_outputs + o[None, :]
+    inside = (t < n_tokens)[:, None] & (o < n_outputs)[None, :]
+    tl.store(where, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _int4_kernel(
+    x, qweight, scale, zero, levels, parts,
+    n_tokens, n_outputs, n_inputs, n_groups, width, n_steps,
+    MIDDLE: tl.constexpr, HAS_ZERO: tl.constexpr, NF4: tl.constexpr,
+    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """Sums of one part of the inputs for a tile of tokens and outputs."""
+    o = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    first = tl.program_id(1) * n_steps * INPUTS
+    last = tl.minimum(first + n_steps * INPUTS, n_inputs)
+    byte = tl.arange(0, INPUTS // 2)
+    i = tl.arange(0, INPUTS)
+    sums = tl.zeros((TOKENS, OUTPUTS), tl.float32)
+    for start in range(first, last, INPUTS):
+        packed = tl.load(
+            qweight + o.to(tl.int64)[:, None] * (n_inputs // 2) + start // 2 + byte[None, :],
+            mask=(o < n_outputs)[:, None],
+            other=0,
+        )
+        group = o * n_groups + start // width  # a step never crosses groups
+        steps = tl.load(scale + group, mask=o < n_outputs, other=0.0).to(tl.float32)
+        code = tl.interleave(packed & 15, packed >> 4)  # [OUTPUTS, INPUTS]
+        if NF4:
+            numbers = tl.load(levels + code.to(tl.int32)).to(x.dtype.element_ty)
+        else:
+            if HAS_ZERO:
+                middle = tl.load(zero + group, mask=o < n_outputs, other=0).to(tl.int32)
+                numbers = (code.to(tl.int32) - middle[:, None]).to(x.dtype.element_ty)
+            else:
+                numbers = (code.to(tl.int32) - MIDDLE).to(x.dtype.element_ty)
+        a = tl.load(
+            x + t.to(tl.int64)[:, None] * n_inputs + start + i[None, :],
+            mask=(t < n_tokens)[:, None],
+            other=0.0,
+        )
+        product = tl.dot(a, tl.trans(numbers), out_dtype=tl.float32, input_precision="ieee")
+        sums += product * steps[None, :]
+    where = (tl.program_id(1) * n_tokens + t).to(tl.int64)[:, None] * n_outputs + o[None, :]
+    tl.store(parts + where, sums, mask=(t < n_tokens)[:, None] & (o < n_outputs)[None, :])
+
+
+@triton.jit
+def _decode_kernel(
+    qweight, scale, zero, levels, out, n_inputs, width, n_groups,
+    MIDDLE: tl.constexpr, HAS_ZERO: tl.constexpr, NF4: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK bytes of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    byte = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    packed = tl.load(qweight + row * (n_inputs // 2) + byte, mask=byte < n_inputs // 2, other=0)
+    i = tl.program_id(1) * BLOCK * 2 + tl.arange(0, 2 * BLOCK)
+    code = tl.interleave(packed & 15, packed >> 4).to(tl.int32)
+    group = row * n_groups + i // width
+    steps = tl.load(scale + group, mask=i < n_inputs, other=0.0).to(tl.float32)
+    if NF4:
+        numbers = tl.load(levels + code)
+    else:
+        if HAS_ZERO:
+            middle = tl.load(zero + group, mask=i < n_inputs, other=0).to(tl.int32)
+            numbers = (code - middle).to(tl.float32)
+        else:
+            numbers = (code - MIDDLE).to(tl.float32)
+    values = (numbers * steps).to(out.dtype.element_ty)
+    tl.store(out + row * n_inputs + i, values, mask=i < n_inputs)

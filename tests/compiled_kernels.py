@@ -1,0 +1,87 @@
+"""Compile the GPU kernels for a GPU that need not be there; write what came out, as JSON.
+
+Run by test_kernels_cuda.py in a process of its own: Triton decides at import whether it compiles or
+interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gteopt.kernels import cuda
+
+SIGNATURES = {
+    "_quantize_kernel": {"x": "*bf16", "codes": "*i8", "scale": "*fp32", "zero": "*i32"},
+    "_round_kernel": {"x": "*bf16", "floats": "*fp8e4nv", "scale": "*fp32"},
+    "_int8_kernel": {
+        "codes": "*i8", "weight": "*i8", "y": "*bf16", "token_scale": "*fp32", "zero": "*i32",
+        "scale": "*fp32", "row_sum": "*i32", "bias": "*fp32",
+    },
+    "_int4_kernel": {
+        "x": "*bf16", "qweight": "*u8", "scale": "*fp16", "zero": "*u8", "levels": "*fp32",
+        "parts": "*fp32",
+    },
+    "_decode_kernel": {
+        "qweight": "*u8", "scale": "*fp16", "zero": "*u8", "levels": "*fp32", "out": "*bf16",
+    },
+}  # fmt: skip
+"""Pointers; every other argument that is not a constant is an int32."""
+
+
+def compiled(capability: int) -> Iterator[dict[str, Any]]:
+    """Every kernel as the layers of a 7B model launch it."""
+    for n_tokens in (1, 128, 4096):
+        t = cuda.int8_tile(n_tokens)
+        constants = {
+            "HAS_ZERO": True, "HAS_BIAS": True, "TOGETHER": 8,
+            "TOKENS": t.tokens, "OUTPUTS": t.outputs, "INPUTS": t.inputs,
+        }  # fmt: skip
+        yield _compile("_int8_kernel", constants, t.n_warps, t.n_stages, capability)
+    for nf4, inputs in ((False, 128), (True, 64)):
+        element = {"MIDDLE": 8, "HAS_ZERO": not nf4, "NF4": nf4}
+        for tokens in (16, 64):
+            constants = {**element, "TOKENS": tokens, "OUTPUTS": 32, "INPUTS": inputs}
+            yield _compile("_int4_kernel", constants, 4, 4, capability)
+        yield _compile("_decode_kernel", {**element, "BLOCK": 1024}, 4, 3, capability)
+    yield _compile("_quantize_kernel", {"SYMMETRIC": False, "BLOCK": 4096}, 8, 3, capability)
+    if capability >= 89:
+        yield _compile("_round_kernel", {"MOST": 448.0, "BLOCK": 4096}, 8, 3, capability)
+
+
+def _compile(
+    name: str, constants: Mapping[str, Any], n_warps: int, n_stages: int, capability: int
+) -> dict[str, Any]:
+    kernel = getattr(cuda, name)
+    pointers = SIGNATURES[name]
+    signature = {
+        each: "constexpr" if each in constants else pointers.get(each, "i32")
+        for each in kernel.arg_names
+    }
+    # What a launch finds out by itself: pointers and the layers' sizes are multiples of 16.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, each in enumerate(kernel.arg_names)
+        if each in pointers or each in ("n_inputs", "n_outputs")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": n_warps, "num_stages": n_stages}
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = found.asm["ptx"]
+    return {
+        "kernel": name,
+        "shared_bytes": found.metadata.shared,
+        "tensor_core_products": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
+        "int8_products": ptx.count(".s32.s8.s8"),
+        "spills": ptx.count("st.local"),
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(list(compiled(int(sys.argv[1])))))

@@ -1,0 +1,164 @@
+"""The GPU kernels against float64 and the portable layers, without a GPU in Triton's interpreter.
+
+What the interpreter cannot do is not claimed here: it multiplies bfloat16 operands as bit patterns,
+so products of decoded 4-bit weights are checked in float32, and its conversions to short floats
+truncate or drop carries, so those are compared by their error. `benchmarks/kernels.py` checks both
+on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from gteopt.kernels.reference import Fp8Reference, Int8Reference
+from gteopt.quant import affine
+from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
+from gteopt.recipe import LayerScheme
+
+W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+TOKEN_ZEROS = W8A8.model_copy(update={"activation_symmetric": False})
+FP8 = W8A8.model_copy(update={"element": "e4m3"})
+INT4 = LayerScheme(bits=4, group_size=64, symmetric=False)
+SYMMETRIC = LayerScheme(bits=4, group_size=128, symmetric=True)
+ROW = LayerScheme(bits=4, group_size="row", symmetric=False)
+NF4 = LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4")
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def cuda() -> ModuleType:
+    pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
+    return importlib.import_module("gteopt.kernels.cuda")
+
+
+def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def packed(out_features: int, in_features: int, scheme: LayerScheme) -> PackedWeight:
+    return pack(quantize_rtn(seeded(out_features, in_features, seed=out_features) / 8, scheme))
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    difference = (found.double() - exact.double()).norm()
+    return float(difference / exact.double().norm()) if exact.numel() else float(difference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tokens_get_exactly_the_codes_of_the_portable_rounding(
+    cuda: ModuleType, symmetric: bool, dtype: torch.dtype
+) -> None:
+    for width in (16, 200, 5000):
+        x = (seeded(9, width) * 3 + 1).to(dtype)
+        x[1] *= 1e4
+        x[2] = 0
+        x[3] = x[3].abs()
+        codes, scale, zero = cuda.quantize_tokens(x, symmetric=symmetric)
+        wanted_codes, wanted_scale, wanted_zero = affine.quantize_tokens(x, symmetric=symmetric)
+        assert torch.equal(codes, wanted_codes)
+        assert torch.equal(scale, wanted_scale)
+        if wanted_zero is None:
+            assert zero is None
+        else:
+            assert torch.equal(zero.float(), wanted_zero[:, 0])
+
+
+@pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_int8_product_equals_the_float_reference(
+    cuda: ModuleType, dtype: torch.dtype, scheme: LayerScheme
+) -> None:
+    for (out_features, in_features), biased in (((70, 200), True), ((33, 37), False)):
+        weight = packed(out_features, in_features, scheme)
+        bias = seeded(out_features, seed=1) if biased else None
+        layer, reference = cuda.Int8LinearCuda(weight, bias), Int8Reference(weight, bias)
+        for shape in ((1,), (2, 3), (0,), (70,)):
+            x = (seeded(*shape, in_features, seed=3) * 5 + 3).to(dtype)
+            y = layer(x)
+            assert y.dtype == dtype
+            assert y.shape == (*shape, out_features)
+            bound = 2e-6 if dtype == torch.float32 else 6e-3
+            assert relative_error(y, reference(x)) <= bound
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 20, 100])
+@pytest.mark.parametrize("scheme", [INT4, SYMMETRIC, ROW, NF4], ids=["g64", "g128", "row", "nf4"])
+def test_4_bit_weights_multiply_as_float64_does(
+    cuda: ModuleType, scheme: LayerScheme, n_tokens: int
+) -> None:
+    for out_features, in_features in ((70, 256), (8, 1024)):
+        weight = packed(out_features, in_features, scheme)
+        assert cuda.int4_fits(weight)
+        bias = seeded(out_features, seed=1)
+        x = seeded(n_tokens, in_features, seed=2)
+        exact = x.double() @ weight.unpack().dequantize().double().T + bias.double()
+        y = cuda.Int4LinearCuda(weight, bias)(x)
+        assert y.shape == exact.shape
+        assert relative_error(y, exact) <= 2e-6
+
+
+@pytest.mark.parametrize("scheme", [INT4, SYMMETRIC, ROW, NF4], ids=["g64", "g128", "row", "nf4"])
+def test_a_decoded_layer_is_exactly_the_dequantized_one(
+    cuda: ModuleType, scheme: LayerScheme
+) -> None:
+    weight = packed(70, 256, scheme)
+    decoded = cuda.Int4LinearCuda(weight, None).decoded(torch.float32)
+    assert torch.equal(decoded, weight.unpack().dequantize())
+
+
+def test_weights_that_a_step_would_cross_groups_of_are_left_to_the_portable_layer(
+    cuda: ModuleType,
+) -> None:
+    assert not cuda.int4_fits(packed(8, 96, ROW))  # a row of 96: no power of two divides it
+    assert not cuda.int4_fits(packed(8, 128, W8A8))
+    assert not cuda.fp8_fits(packed(8, 128, FP8))
+    assert cuda.fp8_fits(packed(48, 128, FP8))
+
+
+def test_8_bit_float_products_err_no_more_than_their_rounding(cuda: ModuleType) -> None:
+    weight = packed(64, 256, FP8)
+    bias = seeded(64, seed=1).bfloat16()
+    x = seeded(33, 256, seed=2).bfloat16()
+    floats, scale = cuda.round_tokens(x)
+    assert torch.equal(scale, x.float().abs().amax(1, keepdim=True) / affine.E4M3_MAX)
+    # Three bits of fraction: at most 1/16 of a value, twice that where the carry is dropped.
+    assert float(((floats.float() * scale - x.float()).abs() / x.float().abs()).median()) <= 1 / 16
+    layer, reference = cuda.Fp8LinearCuda(weight, bias), Fp8Reference(weight, bias)
+    exact = x.double() @ weight.unpack().dequantize().double().T + bias.double()
+    assert relative_error(reference(x), exact) <= 0.03
+    assert relative_error(layer(x), exact) <= 0.08
+
+
+def test_kernels_compile_for_an_h100_to_tensor_core_products_that_fit_it(tmp_path: Path) -> None:
+    """227 KiB: CUDA C++ Programming Guide, technical specifications of capability 9.0."""
+    pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = Path(__file__).with_name("compiled_kernels.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "90"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for each in json.loads(done.stdout):
+        assert each["shared_bytes"] <= 227 << 10, each
+        assert each["spills"] == 0, each
+        if each["kernel"] in ("_int8_kernel", "_int4_kernel"):
+            assert each["tensor_core_products"] > 0, each
+        if each["kernel"] == "_int8_kernel":
+            assert each["int8_products"] > 0, each
