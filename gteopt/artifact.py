@@ -58,15 +58,20 @@ def check_free(out: Path) -> None:
         )
 
 
-def file_records(folder: Path) -> tuple[FileRecord, ...]:
-    """Every file under `folder` but the manifest, sorted by path, with size and hash."""
+def file_records(folder: Path, *, only: str = "**/*") -> tuple[FileRecord, ...]:
+    """Every file under `folder` but the manifest, sorted by path, with size and hash.
+
+    Args:
+        folder: an artifact, or the stage of one.
+        only: pattern of the paths to record.
+    """
     return tuple(
         FileRecord(
             path=path.relative_to(folder).as_posix(),
             n_bytes=path.stat().st_size,
             sha256=hash_file(path),
         )
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(folder.glob(only))
         if path.is_file() and path.name != MANIFEST
     )
 

@@ -15,7 +15,7 @@ RANKS = [
     {"quant", "machine"},
     {"kernels", "formats", "artifact"},
     {"checkpoint"},
-    {"encoder"},
+    {"encoder", "card"},
     {"calibration", "layout"},
     {"tuning", "smoothing", "sensitivity"},
     {"build"},
@@ -24,7 +24,9 @@ RANKS = [
     {"cli"},
 ]
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names}
-WITHOUT_TORCH = RANKS[0] | RANKS[1] | RANKS[2] | {"artifact", "checkpoint", "choose", "report"}
+WITHOUT_TORCH = (
+    RANKS[0] | RANKS[1] | RANKS[2] | {"artifact", "checkpoint", "card", "choose", "report"}
+)
 
 
 def imports(path: Path) -> set[str]:
