@@ -8,7 +8,7 @@ same artifact always has the same card.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -19,6 +19,8 @@ from gteopt.recipe import Effort, Layout, Recipe, load_recipe, shipped_names
 from gteopt.records import Manifest
 
 CARD = "README.md"
+_PLACE = "FOLDER"
+"""What commands call the artifact where it has no place yet."""
 
 _LIBRARIES: dict[Layout, str] = {
     "gptq": "gptqmodel optimum",
@@ -31,29 +33,40 @@ _TEI = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "
 _EFFORTS: tuple[Effort | None, ...] = (None, "fast", "standard", "best")
 
 
-def card(manifest: Manifest, checkpoint: Checkpoint) -> str:
+def card(
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    *,
+    place: str = _PLACE,
+    metadata: Mapping[str, Any] | None = None,
+    findings: Sequence[str] = (),
+) -> str:
     """The text of README.md: hub metadata, facts, engines with their commands, how it was made.
 
     Args:
         manifest: the artifact's; `files` is not looked at, for the card is one of them.
         checkpoint: the base, or the artifact itself: both know attention, pooling and prompts.
+        place: what its commands call the model, its name on the hub for one.
+        metadata: more of the hub's metadata, or other values of it.
+        findings: more sections, before how it was made.
     """
     sections = [
-        _front_matter(manifest),
+        _front_matter(manifest, metadata or {}),
         f"# {manifest.base.id.rpartition('/')[2]}, {manifest.recipe.name}",
         _summary(manifest),
         _facts(manifest, checkpoint),
         "## Use",
-        _use(manifest, checkpoint),
+        _use(manifest, checkpoint).replace(_PLACE, place),
         "## Engines",
-        "\n".join(f"- {line}" for line in _engines(manifest, checkpoint)),
+        "\n".join(f"- {line}" for line in _engines(manifest, checkpoint)).replace(_PLACE, place),
+        *findings,
         "## How it was made",
         _made(manifest),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(manifest: Manifest) -> str:
+def _front_matter(manifest: Manifest, more: Mapping[str, Any]) -> str:
     """Model card metadata; `base_model` only where it names a model of the Hub."""
     content: dict[str, Any] = {
         "library_name": "sentence-transformers",
@@ -70,6 +83,7 @@ def _front_matter(manifest: Manifest) -> str:
         content["tags"].append(manifest.layout)
     if bits := sorted({layer.scheme.bits for layer in manifest.layers}):
         content["tags"] += [f"{each}-bit" for each in bits]
+    content |= more
     return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---"
 
 
