@@ -33,6 +33,9 @@ from gteopt.errors import GteoptError, InputError
 
 _MADE_BY_THE_HUB = frozenset({".gitattributes"})
 """What a repository holds from its creation; nobody's content."""
+_STEP_BYTES = 8 << 20
+"""After how many bytes what was sent is settled, so that it never travels again. A Xet upload that
+is interrupted before it is settled is lost; each settling takes a few requests."""
 _AGAIN = "run the same command again: what has arrived is not sent twice"
 
 
@@ -168,9 +171,9 @@ def create(repo: str, *, private: bool) -> Repository:
 def send(repository: Repository, files: Mapping[str, Content], *, message: str) -> Sent:
     """Make a repository hold exactly these files, in one commit on `main`.
 
-    What is there with the same bytes does not travel. A large file that has arrived before the
-    upload was interrupted is known to the hub and not sent again; nobody sees any of it before the
-    commit, which is refused where the repository has changed since it was looked at.
+    What is there with the same bytes does not travel, nor what has arrived before an upload was
+    interrupted. Nobody sees any of it before the commit, which is refused where the repository has
+    changed since it was looked at.
 
     Raises:
         InputError: no permission, no network, or somebody else's commit came between.
@@ -180,12 +183,13 @@ def send(repository: Repository, files: Mapping[str, Content], *, message: str) 
     stale = sorted(set(repository.content) - set(files))
     commit = repository.commit
     if new or stale:
-        additions = [
-            CommitOperationAdd(path_in_repo=path, path_or_fileobj=files[path].source)
-            for path in new
-        ]
         deletions = [CommitOperationDelete(path_in_repo=path) for path in stale]
+        additions = []
         with _plainly(repository.id, "write to"):
+            for paths in _steps(new, files):
+                step = [CommitOperationAdd(path, files[path].source) for path in paths]
+                HfApi().preupload_lfs_files(repository.id, step, free_memory=False)
+                additions += step
             commit = (
                 HfApi()
                 .create_commit(
@@ -222,6 +226,18 @@ def fetch(repository: Repository, paths: Iterable[str], into: Path) -> None:
             local_dir=into,
             allow_patterns=[glob.escape(path) for path in paths],
         )
+
+
+def _steps(paths: Iterable[str], files: Mapping[str, Content]) -> Iterator[list[str]]:
+    """The paths, largest file first, in groups that are settled together."""
+    step: list[str] = []
+    for path in sorted(paths, key=lambda each: (-files[each].n_bytes, each)):
+        step.append(path)
+        if sum(files[each].n_bytes for each in step) >= _STEP_BYTES:
+            yield step
+            step = []
+    if step:
+        yield step
 
 
 def _is_there(repository: Repository, path: str, content: Content) -> bool:

@@ -2,8 +2,8 @@
 
 It speaks the real protocol over real HTTP: repositories, the pre-upload question, the LFS batch API
 with direct uploads, commits as NDJSON, trees, and files with ranges. Faults can be set: a
-connection cut in the middle of a file, or held open until the client is killed. It has no Xet
-storage, so clients run with HF_HUB_DISABLE_XET=1.
+connection cut in the middle of a file, or held open until the client is killed. Large files may
+come by the Xet protocol too (`xet_storage`), which clients use unless HF_HUB_DISABLE_XET=1.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from xet_storage import read_shard, read_xorb
+
 _LARGE = ("safetensors", "tokenizer.json")
+_XET_TOKEN = "xet-token-of-an-hour"
 
 
 @dataclass
@@ -55,6 +59,9 @@ class Hub:
         hold_upload: SHA-256 of uploads that are read and then left without an answer.
         cut_download: by path, after how many bytes to cut a download; once.
         hold_download: by path, after how many bytes to send no more; once.
+        xorbs: chunks that came by the Xet protocol, by the hash of what they came in.
+        xet_bytes: how much of that arrived.
+        n_shards: how many Xet uploads to settle; the next is left without an answer.
         echo_token: repeat the client's token in error messages, as a careless server may.
     """
 
@@ -71,6 +78,9 @@ class Hub:
     release: threading.Event = field(default_factory=threading.Event)
     cut_download: dict[str, int] = field(default_factory=dict)
     hold_download: dict[str, int] = field(default_factory=dict)
+    xorbs: dict[str, list[bytes]] = field(default_factory=dict)
+    xet_bytes: int = 0
+    n_shards: int = 1 << 30
     echo_token: bool = False
     endpoint: str = ""
 
@@ -79,6 +89,7 @@ class Hub:
         self.requests.clear()
         self.received.clear()
         self.served.clear()
+        self.xet_bytes = 0
 
 
 def serve(hub: Hub) -> ThreadingHTTPServer:
@@ -119,6 +130,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._receive(path)
             elif self.command == "POST":
                 self._post(path)
+            elif match := re.fullmatch(r"/api/models/(.+)/xet-write-token/main", path):
+                self._check_may_write(match[1])
+                url, exp = self.state.endpoint, int(time.time()) + 3600
+                self._json({"accessToken": _XET_TOKEN, "exp": exp, "casUrl": url})
             elif path.startswith("/api/models/"):
                 self._describe(path.removeprefix("/api/models/"))
             else:
@@ -187,8 +202,37 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/api/models/(.+)/commit/main", path):
             self._check_may_write(match[1])
             self._commit(match[1], body)
+        elif match := re.fullmatch(r"/v1/(xorb-grants|xorbs)/default/(\w+)", path):
+            self._receive_xorb(match[2], body, is_question=match[1] == "xorb-grants")
+        elif path == "/v1/shards":
+            self._receive_shard(body)
         else:
             raise _Refused(404, f"no such call: {path}")
+
+    def _receive_xorb(self, name: str, body: bytes, *, is_question: bool) -> None:
+        assert self.headers.get("Authorization") == f"Bearer {_XET_TOKEN}"
+        is_new = name not in self.state.xorbs
+        if is_question:
+            if is_new:
+                raise _Refused(404, "send it here")
+            self._json({"status": "already_exists"})
+            return
+        self.state.xet_bytes += len(body)
+        self.state.xorbs[name] = read_xorb(body)
+        self._json({"was_inserted": is_new})
+
+    def _receive_shard(self, body: bytes) -> None:
+        assert self.headers.get("Authorization") == f"Bearer {_XET_TOKEN}"
+        self.state.n_shards -= 1
+        if self.state.n_shards < 0:
+            self.state.held.set()
+            self.state.release.wait()
+            self._cut()
+            return
+        for sha256, content in read_shard(body, self.state.xorbs):
+            assert hashlib.sha256(content).hexdigest() == sha256
+            self.state.storage[sha256] = content
+        self._json({"result": 1})
 
     def _create(self, wanted: dict[str, Any]) -> None:
         name = f"{wanted['organization']}/{wanted['name']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -65,6 +66,7 @@ class User:
 
     hub: Hub
     home: Path
+    xet: bool = False
 
     def start(
         self, *arguments: object, token: str | None = TOKEN, endpoint: str | None = None
@@ -74,7 +76,7 @@ class User:
         env |= {
             "HF_ENDPOINT": endpoint or self.hub.endpoint,
             "HF_HOME": str(self.home / "hf"),
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "0" if self.xet else "1",
             "NO_PROXY": "127.0.0.1",
         }
         if token is not None:
@@ -218,6 +220,31 @@ def test_a_killed_publication_goes_on_and_is_never_half_seen(user: User, artifac
     user.publish(artifact)
     assert set(user.hub.received) == {last}
     assert set(on_hub(user.hub)) == set(contents(artifact))
+
+
+def test_a_killed_xet_upload_goes_on_too(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+    """By the protocol that huggingface_hub prefers: killed after the first, largest file."""
+    user = User(hub, tmp_path / "home", xet=True)
+    hub.n_shards = 1
+    child = user.start("publish", artifact, "--repo", REPO)
+    assert hub.held.wait(120)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    large = {path: hub.storage.get(sha256) for path, sha256 in large_files(artifact).items()}
+    assert [path for path, data in large.items() if data] == ["weights/rest.safetensors"]
+    assert on_hub(hub) == {}
+    hub.release.set()
+    hub.n_shards = 1 << 30
+    hub.forget_traffic()
+    user.publish(artifact)
+    assert 0 < hub.xet_bytes < sum(len(on_hub(hub)[path]) for path in large if not large[path])
+    assert hub.received == {}
+    assert set(on_hub(hub)) == set(contents(artifact))
+    for path, sha256 in large_files(artifact).items():
+        assert hashlib.sha256(on_hub(hub)[path]).hexdigest() == sha256
+    hub.forget_traffic()
+    user.publish(artifact)
+    assert hub.xet_bytes == 0
 
 
 def test_a_killed_pull_goes_on_and_leaves_nothing_that_looks_whole(
