@@ -134,12 +134,12 @@ def write_folder(folder: Folder, out: Path) -> Publication:
     Raises:
         InputError: `out` holds something other than an earlier one of the same artifact.
     """
-    if is_artifact(out):
+    if is_artifact(out) and not out.samefile(folder.artifact):
         there = read_manifest(out).published_from
         if there is not None and there == folder.manifest.published_from:
             discard(out)
     check_free(out)
-    stage = stage_folder(out)
+    stage = _stage(out, "publish")
     discard(stage)
     for path, content in folder.files.items():
         target = stage / path
@@ -200,7 +200,7 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> Manifest:
     if is_artifact(out) and artifact_sha256(out) == name:
         return verify(out)
     check_free(out)
-    stage = stage_folder(out)
+    stage = _stage(out, "pull")
     paths = {MANIFEST, *(each.path for each in wanted.files)}
     _tidy(stage, paths)
     hub.fetch(repository, paths, stage)
@@ -238,8 +238,8 @@ def published_card(
         name = repo.partition("/")[2]
         metadata["model-index"] = eval_results_to_model_index(name, entries)
     sections = [_license_section(manifest, terms)]
-    sections += _quality_sections(measured.eval, repo)
-    sections += _speed_section(measured.bench, measured.name)
+    sections += _quality_sections(measured.eval, repo, manifest)
+    sections += _speed_section(measured.bench, measured.name, manifest)
     if measured.eval is None and measured.bench is None:
         sections.append(
             "## Measured\n\nNothing was measured: neither how close this is to the original nor "
@@ -296,7 +296,7 @@ def _license_section(manifest: Manifest, terms: Terms) -> str:
     )
 
 
-def _quality_sections(report: EvalReport | None, repo: str) -> Iterator[str]:
+def _quality_sections(report: EvalReport | None, repo: str, manifest: Manifest) -> Iterator[str]:
     if report is None:
         return
     kept = f"{report.retention:.1%}"
@@ -315,11 +315,11 @@ def _quality_sections(report: EvalReport | None, repo: str) -> Iterator[str]:
     ]
     facts = "\n".join(f"| {name} | {text} |" for name, text in rows)
     yield (
-        f"## Quality\n\nSuite `{report.suite}` (SHA-256 `{report.suite_sha256[:16]}`), beside the "
-        f"baseline `{report.baseline}` (`{report.baseline_sha256[:16]}`): the original in its own "
-        f"precision at full dimension, on the same machine with the same versions. Neighbours and "
-        f"cosines are of {close.n_texts:,} texts of the suite; cosines are before vectors are "
-        f"shortened or coded.\n\n| | |\n|---|---|\n{facts}"
+        f"## Quality\n\nSuite `{report.suite}` (SHA-256 `{report.suite_sha256[:16]}`), beside "
+        f"{_baseline(report.baseline, report.baseline_sha256, manifest)}, with the same data on "
+        f"the same machine ({_versions(report.versions)}). Neighbours and cosines are of "
+        f"{close.n_texts:,} texts of the suite; cosines are before vectors are shortened or "
+        f"coded.\n\n| | |\n|---|---|\n{facts}"
     )
     lines = "\n".join(_task_row(each) for each in report.tasks)
     text = (
@@ -370,7 +370,7 @@ def _model_index(report: EvalReport, datasets: Mapping[str, str]) -> Iterator[Ev
             )
 
 
-def _speed_section(bench: BenchReport | None, name: str) -> Iterator[str]:
+def _speed_section(bench: BenchReport | None, name: str, manifest: Manifest) -> Iterator[str]:
     if bench is None:
         return
     mine, base = bench.variants[name], bench.variants[bench.baseline]
@@ -396,14 +396,24 @@ def _speed_section(bench: BenchReport | None, name: str) -> Iterator[str]:
         rows.append((what, *cells))
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     where = bench.machine.gpu if bench.device != "cpu" else bench.machine.cpu
-    used = ", ".join(f"{name} {version}" for name, version in sorted(bench.versions.items()))
     kernels = ", ".join(f"{count} x {kernel}" for kernel, count in sorted(mine.kernels.items()))
     yield (
         f"## Speed\n\n| | this | baseline | ratio |\n|---|---|---|---|\n{lines}\n\n"
-        f"Measured in turns with the baseline `{bench.baseline}` on {where or bench.device}, "
-        f"{bench.n_threads} threads, {bench.machine.memory_bytes / 1e9:.0f} GB, in gteopt "
-        f"(kernels: {kernels or 'none'}; {used})."
+        f"Measured in turns with {_baseline(bench.baseline, base.artifact_sha256, manifest)}, on "
+        f"{where or bench.device}, {bench.n_threads} threads, "
+        f"{bench.machine.memory_bytes / 1e9:.0f} GB, in gteopt (kernels: {kernels or 'none'}; "
+        f"{_versions(bench.versions)})."
     )
+
+
+def _baseline(name: str, sha256: str, manifest: Manifest) -> str:
+    is_base = sha256 == manifest.base.sha256
+    what = "the original, unquantized, at full dimension" if is_base else "not the original itself"
+    return f"the baseline `{name}` (`{sha256[:16]}`), {what}"
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
 
 
 def _limits(manifest: Manifest, terms: Terms, measured: Measured) -> Iterator[str]:
@@ -463,6 +473,11 @@ def _remote_manifest(repository: hub.Repository, scratch: Path) -> Manifest:
         raise InputError(
             f"{repository.id}: its {MANIFEST} cannot be read; another version of gteopt wrote it"
         ) from error
+
+
+def _stage(out: Path, verb: str) -> Path:
+    """A folder of our own: a build that was interrupted on its way to `out` keeps its stage."""
+    return stage_folder(out.with_name(f"{out.name}.{verb}"))
 
 
 def _tidy(stage: Path, paths: set[str]) -> None:

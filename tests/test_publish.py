@@ -251,7 +251,11 @@ def test_a_killed_pull_goes_on_and_leaves_nothing_that_looks_whole(
     user: User, artifact: Path, tmp_path: Path
 ) -> None:
     user.publish(artifact)
-    path, out, partial = "weights/rest.safetensors", tmp_path / "back", tmp_path / ".back.partial"
+    path, out, partial = (
+        "weights/rest.safetensors",
+        tmp_path / "back",
+        tmp_path / ".back.pull.partial",
+    )
     size = len(user.hub.repos[REPO].files[path])
     # All but the last 100 bytes: the client writes to disk by pieces of 10 MB.
     user.hub.hold_download[path] = size - 100
@@ -311,6 +315,10 @@ def test_a_dry_run_writes_what_is_then_sent_and_needs_no_network(
         assert f"{path} " in ran.stdout
         assert f" {len(data):,} bytes" in ran.stdout
     user.publish(artifact)
+    assert contents(out) == on_hub(user.hub)
+    # The published folder is an artifact itself: it may be published, but not written over itself.
+    ran = user.run("publish", out, "--repo", REPO, "--dry-run", "--out", out)
+    assert "holds another artifact" in ran.stderr
     assert contents(out) == on_hub(user.hub)
 
 
@@ -389,8 +397,8 @@ def test_a_bad_name_and_a_dead_network_are_named(
 # The card ---------------------------------------------------------------------------------------
 
 
-def write_results(folder: Path, sha256: str) -> None:
-    """Records as `bench` and `evaluate` write them, of an artifact with this hash."""
+def write_results(folder: Path, sha256: str, baseline: str = "b" * 64) -> None:
+    """Records as `bench` and `evaluate` write them, of an artifact and a baseline by hash."""
     shared: Any = {"task_type": "STS", "split": "test", "metric": "cosine_spearman", "n_samples": 9}
     tasks = (
         TaskScore(
@@ -420,7 +428,7 @@ def write_results(folder: Path, sha256: str) -> None:
         variant="small",
         artifact_sha256=sha256,
         baseline="nano",
-        baseline_sha256="b" * 64,
+        baseline_sha256=baseline,
         suite="stsb",
         suite_sha256="c" * 64,
         tasks=tasks,
@@ -439,7 +447,7 @@ def write_results(folder: Path, sha256: str) -> None:
     )
     write_record(folder / "eval" / "small.json", report)
     speeds = {}
-    for name, each, ratio in (("nano", "b" * 64, 1.0), ("small", sha256, 0.75)):
+    for name, each, ratio in (("nano", baseline, 1.0), ("small", sha256, 0.75)):
         speeds[name] = VariantBench(
             artifact_sha256=each,
             weight_bytes=10_000_000,
@@ -497,7 +505,9 @@ def test_results_are_in_the_cards_tables_and_in_the_hubs_metadata(
         "- Other: no data",
     ):
         assert row in text
-    assert "Measured in turns with the baseline `nano` on a CPU, 2 threads, 8 GB" in text
+    assert "`nano` (`bbbbbbbbbbbbbbbb`), not the original itself, on a CPU, 2 threads, 8 GB" in text
+    write_results(tmp_path, artifact_sha256(artifact), read_manifest(artifact).base.sha256)
+    assert readme(artifact, results=tmp_path).count("the original, unquantized") == 2
     data: Any = ModelCard(text).data
     (entry,) = data.eval_results
     assert data.model_name == "nano-small"
