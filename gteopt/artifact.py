@@ -16,6 +16,8 @@ from gteopt.errors import InputError, IntegrityError, join_problems
 from gteopt.records import FileRecord, Manifest, read_record, write_record
 
 MANIFEST = "gteopt.json"
+_HUB_FILE, _HUB_FOLDER = ".gitattributes", (".cache", "huggingface")
+"""What the model hub and its client leave in a folder that they make; no part of the artifact."""
 _CHUNK_BYTES = 1 << 22
 
 
@@ -58,15 +60,20 @@ def check_free(out: Path) -> None:
         )
 
 
-def file_records(folder: Path) -> tuple[FileRecord, ...]:
-    """Every file under `folder` but the manifest, sorted by path, with size and hash."""
+def file_records(folder: Path, *, only: str = "**/*") -> tuple[FileRecord, ...]:
+    """Every file under `folder` but the manifest, sorted by path, with size and hash.
+
+    Args:
+        folder: an artifact, or the stage of one.
+        only: pattern of the paths to record.
+    """
     return tuple(
         FileRecord(
             path=path.relative_to(folder).as_posix(),
             n_bytes=path.stat().st_size,
             sha256=hash_file(path),
         )
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(folder.glob(only))
         if path.is_file() and path.name != MANIFEST
     )
 
@@ -74,6 +81,11 @@ def file_records(folder: Path) -> tuple[FileRecord, ...]:
 def seal(stage: Path, out: Path, manifest: Manifest) -> None:
     """Make a finished stage folder the artifact `out`: write its manifest, sync, rename."""
     write_record(stage / MANIFEST, manifest)
+    place(stage, out)
+
+
+def place(stage: Path, out: Path) -> None:
+    """Give a stage folder that has its manifest the artifact's name: sync, rename."""
     for path in stage.rglob("*"):
         _sync(path)
     _sync(stage)
@@ -124,8 +136,9 @@ def verify(folder: Path) -> Manifest:
         elif hash_file(path) != record.sha256:
             problems.append(f"{record.path} has changed (its SHA-256 differs from the manifest's)")
     known = {record.path for record in manifest.files} | {MANIFEST}
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    problems += [f"{path} is not in the manifest" for path in sorted(present - known)]
+    present = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    names = {each.as_posix() for each in present if each.parts[:2] != _HUB_FOLDER} - {_HUB_FILE}
+    problems += [f"{path} is not in the manifest" for path in sorted(names - known)]
     if problems:
         raise IntegrityError(join_problems(f"{folder} is damaged; do not use it", problems))
     return manifest

@@ -41,6 +41,7 @@ from gteopt.calibration import (
     tokenize,
     with_sentences,
 )
+from gteopt.card import CARD, card
 from gteopt.checkpoint import VECTOR_MODULES, Checkpoint, open_checkpoint
 from gteopt.encoder import (
     VECTORS_FILE,
@@ -878,6 +879,7 @@ def _finish(
     write_vectors(transform, stage)
     (stage / _STATE).unlink(missing_ok=True)
     (stage / _ALLOCATION).unlink(missing_ok=True)
+    (stage / CARD).unlink(missing_ok=True)
     files = file_records(stage)
     weights = [
         f
@@ -902,6 +904,9 @@ def _finish(
         versions=versions(),
         machine=machine(),
     )
+    (stage / CARD).write_text(card(manifest, encoder.checkpoint), encoding="utf-8")
+    files = tuple(sorted((*files, *file_records(stage, only=CARD)), key=lambda each: each.path))
+    manifest = manifest.model_copy(update={"files": files})
     seal(stage, out, manifest)
     return manifest
 

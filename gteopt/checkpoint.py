@@ -35,7 +35,8 @@ VECTOR_MODULES = "vectors_"
 """Folders of an artifact whose name starts so are the Sentence Transformers form of what
 `vectors.safetensors` says; gteopt itself applies the latter."""
 
-_DECODERS = frozenset({"qwen2", "qwen3", "mistral", "llama", "gemma", "gemma2", "phi", "phi3"})
+DECODERS = frozenset({"qwen2", "qwen3", "mistral", "llama", "gemma", "gemma2", "phi", "phi3"})
+"""Architectures that attend causally unless config.json says otherwise."""
 _POOLING: dict[str, Pooling] = {
     "lasttoken": "lasttoken",
     "mean": "mean",
@@ -168,7 +169,7 @@ def open_checkpoint(
         method = config["quantization_config"].get("quant_method", "an unnamed method")
         notes.append(f"weights are already quantized by {method}; quantize the model they are from")
     attention = _attention(config, family)
-    if attention == "bidirectional" and config["model_type"] in _DECODERS:
+    if attention == "bidirectional" and config["model_type"] in DECODERS:
         config["is_causal"] = False  # transformers 5 reads it; see design.md
     weight_files = _weight_files(folder, manifest)
     tensors = _read_headers(weight_files)
@@ -346,7 +347,7 @@ def _read_pooling(folder: Path) -> Pooling:
 def _attention(config: Mapping[str, Any], family: Family | None) -> Attention:
     if family is not None:
         return family.attention
-    if config.get("model_type") in _DECODERS and config.get("is_causal", True):
+    if config.get("model_type") in DECODERS and config.get("is_causal", True):
         return "causal"
     return "bidirectional"
 

@@ -30,7 +30,7 @@ from gteopt.errors import GteoptError, InputError
 
 if TYPE_CHECKING:
     from gteopt.recipe import Frozen
-    from gteopt.records import Inspection, Manifest, Results
+    from gteopt.records import Inspection, Manifest, Publication, Results
 
 _GOES_ON = "what is finished is kept, and the same command goes on from there"
 
@@ -72,6 +72,7 @@ HubDir = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")]
 Out = Annotated[Path, typer.Option(help="folder of the new artifact; must not exist yet")]
 Base = Annotated[str, typer.Argument(help="'nano', a folder, or <org>/<name>")]
+Repo = Annotated[str, typer.Option(help="ORG/NAME on the model hub", metavar="ORG/NAME")]
 Artifacts = Annotated[list[str], typer.Argument(help="artifact folders, or bases")]
 
 
@@ -359,6 +360,81 @@ def verify(
 
 
 @app.command()
+def publish(
+    artifact: Annotated[Path, typer.Argument(help="artifact folder")],
+    repo: Repo,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="folder with bench.json and eval/ of this artifact, for its card"),
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="the base's license, where the base does not say or gteopt asks"),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="make the repository private when it is created")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="write the folder that would be sent; no network")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="of --dry-run: where; ARTIFACT-published when left out"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send an artifact to the model hub, with a card that says what it is and what was measured.
+
+    The access token is what `hf auth login` stored, or `HF_TOKEN`.
+
+    Example: `gteopt publish artifacts/nano-int4 --repo me/nano-int4 --dry-run`
+    """
+    from gteopt.publish import prepare, write_folder
+    from gteopt.publish import publish as send
+
+    if out is not None and not dry_run:
+        raise InputError("--out is where --dry-run writes; nothing is written without it")
+    datasets = None
+    if results is not None:
+        from gteopt.evaluation.tasks import hub_datasets
+
+        datasets = hub_datasets()
+    folder = prepare(artifact, repo, results=results, license=license, datasets=datasets)
+    if folder.terms.binds is not None:
+        _err.print(
+            f"{repo} will be under {folder.terms.license}: {folder.terms.binds}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    if dry_run:
+        out = out or artifact.with_name(f"{artifact.name}-published")
+        done = write_folder(folder, out)
+    else:
+        done = send(folder, private=private)
+    _show_publication(done, out, as_json=as_json)
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(help="ORG/NAME on the model hub")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the artifact; artifacts/NAME when left out")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a published artifact and check every file against its manifest.
+
+    Example: `gteopt pull me/nano-int4 --out artifacts/nano-int4`
+    """
+    from gteopt.publish import pull as bring
+
+    out = out or Path("artifacts", Path(repo).name)
+    _show_manifest(bring(repo, out, revision=revision), out, as_json=as_json)
+
+
+@app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="a base or an artifact")],
     hub_dir: HubDir = None,
@@ -550,6 +626,32 @@ def _show_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
         f"{out}: {manifest.recipe.name} of {manifest.base.id}, weights "
         f"{_size(manifest.weight_bytes)} ({ratio:.0%} of {manifest.base.dtype}), "
         f"{manifest.vectors.dims} dimensions, {manifest.vectors.bytes_per_vector} bytes a vector",
+        soft_wrap=True,
+    )
+
+
+def _show_publication(done: Publication, out: Path | None, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(json.loads(done.model_dump_json(by_alias=True)))
+        return
+    table = Table(title=f"{out or done.url}", title_justify="left", box=None, pad_edge=False)
+    table.add_column("file", overflow="fold")
+    table.add_column("size", justify="right")
+    table.add_column("")
+    for each in done.files:
+        state = "" if done.commit is None else "sent" if each.sent else "was there"
+        table.add_row(each.path, f"{each.n_bytes:,} bytes", state)
+    for path in done.deleted:
+        table.add_row(path, "", "deleted, of an earlier version")
+    _out.print(table)
+    n_bytes = sum(each.n_bytes for each in done.files)
+    whole = f"{len(done.files)} files, {_size(n_bytes)}"
+    if done.commit is None:
+        _out.print(f"Not sent: {whole} for {done.repo}, written to {out}", soft_wrap=True)
+        return
+    sent = sum(each.n_bytes for each in done.files if each.sent)
+    _out.print(
+        f"{done.url} holds {whole}, {_size(sent)} of it sent now, commit {done.commit[:12]}",
         soft_wrap=True,
     )
 

@@ -202,6 +202,8 @@ class Manifest(Frozen):
         embedding: the token embedding table, a row a token; None where it is not quantized.
         allocation: how bits were chosen by layer; None without a budget.
         tuning: what was learned after the solver; None at effort fast.
+        published_from: in a published folder, the hash of the artifact that it was made from, which
+            differs from it in README.md only; None in an artifact as it was built.
     """
 
     schema_: Literal["gteopt.artifact/1"] = Field(default="gteopt.artifact/1", alias="schema")
@@ -220,6 +222,7 @@ class Manifest(Frozen):
     files: tuple[FileRecord, ...]
     versions: Conditions
     machine: Machine
+    published_from: str | None = None
 
 
 class RecipeEstimate(Frozen):
@@ -490,6 +493,36 @@ class FidelityReport(Frozen):
     versions: Conditions
 
 
+class PublishedFile(Frozen):
+    """One file of a published folder; `sent` says whether it had to travel."""
+
+    path: str
+    n_bytes: int
+    sent: bool
+
+
+class Publication(Frozen):
+    """What `publish` did, or would do where `commit` is None.
+
+    Attributes:
+        artifact_sha256: of the published gteopt.json.
+        published_from: of the artifact's own.
+        binds: what the license asks of whoever takes it; None where little.
+        deleted: paths of an earlier version that are gone.
+    """
+
+    schema_: Literal["gteopt.publication/1"] = Field("gteopt.publication/1", alias="schema")
+    repo: str
+    url: str | None
+    commit: str | None
+    artifact_sha256: str
+    published_from: str
+    license: str
+    binds: str | None
+    files: tuple[PublishedFile, ...]
+    deleted: tuple[str, ...]
+
+
 class BrokenLimit(Frozen):
     """A limit that a candidate does not keep; `found` is None where the metric is missing."""
 
@@ -591,24 +624,40 @@ def read_results(folder: Path) -> Results:
         InputError: the folder is not one that `run`, `bench` and `evaluate` have filled.
         IntegrityError: one of its files is damaged.
     """
-    needed = {"bench.json (made by `gteopt bench --out`)": folder / "bench.json"}
-    missing = [name for name, path in needed.items() if not path.is_file()]
-    eval_files = sorted((folder / "eval").glob("*.json"))
-    if not eval_files:
+    bench, evals = read_measurements(folder)
+    missing = [] if bench else ["bench.json (made by `gteopt bench --out`)"]
+    if not evals:
         missing.append("eval/<variant>.json (made by `gteopt evaluate --out`)")
-    if missing:
+    if bench is None or missing:
         raise InputError(join_problems(f"{folder} is not a results folder; it lacks", missing))
+    choice_path = folder / "choice.json"
+    return Results(
+        bench=bench,
+        evals=evals,
+        choice=read_record(choice_path, Choice) if choice_path.is_file() else None,
+    )
+
+
+def read_measurements(folder: Path) -> tuple[BenchReport | None, dict[str, EvalReport]]:
+    """What a results folder says of speed and of quality, by variant; either may be missing.
+
+    Raises:
+        InputError: it says neither.
+        IntegrityError: one of its files is damaged.
+    """
     evals: dict[str, EvalReport] = {}
-    for path in eval_files:
+    for path in sorted((folder / "eval").glob("*.json")):
         report = read_record(path, EvalReport)
         if report.variant in evals:
             raise IntegrityError(
                 f"{path}: is a second evaluation of '{report.variant}'; keep the one that counts"
             )
         evals[report.variant] = report
-    choice_path = folder / "choice.json"
-    return Results(
-        bench=read_record(folder / "bench.json", BenchReport),
-        evals=evals,
-        choice=read_record(choice_path, Choice) if choice_path.is_file() else None,
-    )
+    path = folder / "bench.json"
+    bench = read_record(path, BenchReport) if path.is_file() else None
+    if bench is None and not evals:
+        raise InputError(
+            f"{folder} is not a results folder; it has neither bench.json (made by `gteopt bench "
+            f"--out`) nor eval/<variant>.json (made by `gteopt evaluate --out`)"
+        )
+    return bench, evals

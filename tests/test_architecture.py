@@ -10,21 +10,26 @@ import gteopt
 PACKAGE = Path(gteopt.__file__).parent
 RANKS = [
     {"errors"},
-    {"recipe", "families"},
+    {"recipe", "families", "licenses"},
     {"records"},
     {"quant", "machine"},
-    {"kernels", "formats", "artifact"},
+    {"kernels", "formats", "artifact", "hub"},
     {"checkpoint"},
-    {"encoder"},
+    {"encoder", "card"},
     {"calibration", "layout"},
     {"tuning", "smoothing", "sensitivity"},
     {"build"},
-    {"bench", "evaluation", "choose", "report", "inspect"},
+    {"bench", "evaluation", "choose", "report", "inspect", "publish"},
     {"plan"},
     {"cli"},
 ]
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names}
-WITHOUT_TORCH = RANKS[0] | RANKS[1] | RANKS[2] | {"artifact", "checkpoint", "choose", "report"}
+WITHOUT_TORCH = (
+    RANKS[0]
+    | RANKS[1]
+    | RANKS[2]
+    | {"artifact", "hub", "checkpoint", "card", "choose", "report", "publish"}
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -18,8 +18,8 @@ import gteopt
 from gteopt.cli import main
 
 COMMANDS = [
-    "run", "quantize", "truncate", "bench", "evaluate", "choose", "report", "verify", "inspect",
-    "recipes", "suites",
+    "run", "quantize", "truncate", "bench", "evaluate", "choose", "report", "verify", "publish",
+    "pull", "inspect", "recipes", "suites",
 ]  # fmt: skip
 
 

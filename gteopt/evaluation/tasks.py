@@ -125,6 +125,15 @@ def resolve(suite: Suite, hub_dir: Path | None) -> list[ResolvedTask]:
     return resolved
 
 
+def hub_datasets() -> dict[str, str]:
+    """By name of each mteb task that is not made of others, its data set on the hub."""
+    return {
+        name: str(each.metadata.dataset["path"])
+        for name, each in _CLASSES.items()
+        if not hasattr(each.metadata, "tasks")
+    }
+
+
 def load_data(tasks: Sequence[ResolvedTask]) -> None:
     """Load the data of tasks, before anything is encoded.
 
