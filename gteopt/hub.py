@@ -94,7 +94,6 @@ class Sent:
     url: str
     commit: str
     sent: tuple[str, ...]
-    kept: tuple[str, ...]
     deleted: tuple[str, ...]
 
 
@@ -178,8 +177,7 @@ def send(repository: Repository, files: Mapping[str, Content], *, message: str) 
     Raises:
         InputError: no permission, no network, or somebody else's commit came between.
     """
-    kept = {path for path, content in files.items() if _is_there(repository, path, content)}
-    new = sorted(set(files) - kept)
+    new = sorted(path for path in files if not _is_there(repository, path, files[path]))
     stale = sorted(set(repository.content) - set(files))
     commit = repository.commit
     if new or stale:
@@ -205,7 +203,6 @@ def send(repository: Repository, files: Mapping[str, Content], *, message: str) 
         url=f"{HfApi().endpoint}/{repository.id}",
         commit=commit,
         sent=tuple(new),
-        kept=tuple(sorted(kept)),
         deleted=tuple(stale),
     )
 

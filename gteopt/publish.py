@@ -160,10 +160,8 @@ def publish(folder: Folder, *, private: bool = False) -> Publication:
             than an earlier version of this artifact.
     """
     hub.check_token()
-    repository = hub.find(folder.repo)
-    if repository is None:
-        repository = hub.create(folder.repo, private=private)
-    elif private and not repository.private:
+    repository = hub.find(folder.repo) or hub.create(folder.repo, private=private)
+    if private and not repository.private:
         raise InputError(
             f"{folder.repo} exists and is public; make it private on its page, or leave --private "
             f"out"

@@ -119,11 +119,12 @@ def large_files(artifact: Path) -> dict[str, str]:
     return {f.path: f.sha256 for f in files if f.path.endswith(("safetensors", "tokenizer.json"))}
 
 
-def test_a_published_artifact_comes_back_the_same(
+def test_a_published_artifact_comes_back_the_same_and_the_token_is_kept_nowhere(
     user: User, artifact: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "back"
-    done = user.publish(artifact)
+    done = user.publish(artifact, "--private")
+    assert user.hub.repos[REPO].private
     assert done["commit"] == user.hub.repos[REPO].commits[-1][0]
     assert all(each["sent"] for each in done["files"])
     assert user.run("pull", REPO, "--out", out).returncode == 0
@@ -137,6 +138,8 @@ def test_a_published_artifact_comes_back_the_same(
     )
     again = user.run("pull", REPO, "--out", out)
     assert (again.returncode, contents(out) == theirs) == (0, True)
+    kept = [contents(tmp_path), contents(artifact.parent), on_hub(user.hub)]
+    assert [path for files in kept for path, data in files.items() if TOKEN.encode() in data] == []
 
 
 def test_what_the_card_says_of_loading_is_true(user: User, tmp_path: Path) -> None:
@@ -320,18 +323,6 @@ def test_a_dry_run_writes_what_is_then_sent_and_needs_no_network(
     ran = user.run("publish", out, "--repo", REPO, "--dry-run", "--out", out)
     assert "holds another artifact" in ran.stderr
     assert contents(out) == on_hub(user.hub)
-
-
-def test_the_token_is_kept_nowhere(user: User, artifact: Path, tmp_path: Path) -> None:
-    user.publish(artifact, "--private")
-    assert user.hub.repos[REPO].private
-    assert user.run("pull", REPO, "--out", tmp_path / "back").returncode == 0
-    kept = [
-        *contents(tmp_path).items(),
-        *contents(artifact.parent).items(),
-        *on_hub(user.hub).items(),
-    ]
-    assert [path for path, data in kept if TOKEN.encode() in data] == []
 
 
 WRONG = TOKEN.replace("0001", "0002")
