@@ -54,11 +54,13 @@ class Terms:
         license: the hub's name for it.
         binds: what it asks of whoever takes the model; None where hardly anything.
         is_stated: by the base itself; else by the user.
+        is_known: its terms are known here.
     """
 
     license: str
     binds: str | None
     is_stated: bool
+    is_known: bool = True
 
 
 def read_terms(base: str, stated: str | None, given: str | None = None) -> Terms:
@@ -109,4 +111,5 @@ def read_terms(base: str, stated: str | None, given: str | None = None) -> Terms
         )
     else:
         binds = "terms that gteopt does not know: read them"
+        return Terms(license, binds, is_stated=stated is not None, is_known=False)
     return Terms(license, binds, is_stated=stated is not None)

@@ -228,9 +228,7 @@ def published_card(
     datasets: Mapping[str, str],
 ) -> str:
     """README.md of a repository: the artifact's card, its license and what was measured."""
-    metadata: dict[str, object] = {"license": terms.license}
-    if terms.license == "other":
-        metadata["license_name"] = f"that of {manifest.base.id}"
+    metadata = _license_metadata(manifest.base.id, terms)
     entries = list(_model_index(measured.eval, datasets)) if measured.eval else []
     if entries:
         name = repo.partition("/")[2]
@@ -278,6 +276,17 @@ def _measured(results: Path | None, hashes: set[str]) -> Measured:
         bench=bench if found_bench else None,
         name=found_bench[0] if found_bench else "",
     )
+
+
+def _license_metadata(base: str, terms: Terms) -> dict[str, object]:
+    """The license as the hub takes it, which is one that it knows or `other` with a name."""
+    if terms.is_known or (terms.is_stated and terms.license != "other"):
+        return {"license": terms.license}
+    name = f"{base}-license" if terms.license == "other" else terms.license
+    found = {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", name.lower())}
+    if "/" in base:
+        found["license_link"] = f"https://huggingface.co/{base}"
+    return dict(found)
 
 
 def _license_section(manifest: Manifest, terms: Terms) -> str:

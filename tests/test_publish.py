@@ -588,6 +588,9 @@ def test_the_license_that_a_user_gives_is_on_the_card_as_the_users_word(
     data: Any = ModelCard(text).data
     assert data.license == "apache-2.0"
     assert "`apache-2.0`, as its publisher states, not the base" in text
+    # The hub takes the names that it knows, and others beside `other` only.
+    data = ModelCard(readme(silent, license="Their-License 2")).data
+    assert (data.license, data.license_name) == ("other", "their-license-2")
 
 
 def test_a_folder_from_the_hubs_own_client_verifies_but_nothing_else_is_let_in(
