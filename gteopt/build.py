@@ -31,12 +31,14 @@ from gteopt.calibration import (
     Block,
     BlockInput,
     CalibrationText,
+    Room,
     accumulate_hessian,
     advance_,
     draw_texts,
     find_blocks,
     open_blocks,
     record,
+    replay_dtype,
     stages,
     tokenize,
     with_sentences,
@@ -103,7 +105,10 @@ from gteopt.sensitivity import measure
 from gteopt.smoothing import smooth_block_
 from gteopt.tuning import MOST_WEIGHTS, SCHEDULES, tune
 
+ACTIVATION_BYTES = 4 << 30
+"""Hidden states of the calibration texts that are kept in memory unless more or less is said."""
 _STATE = "build-state.json"
+_ACTIVATIONS = "activations"
 _ALLOCATION = "allocation.json"
 _SENSITIVITY_TEXTS = 64
 """Texts of the calibration set that sensitivities are measured on."""
@@ -153,6 +158,7 @@ def quantize(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "bfloat16",
+    activation_bytes: int = ACTIVATION_BYTES,
     progress: Progress = quiet,
 ) -> Manifest:
     """Make the variant that `recipe` describes and put it at `out`.
@@ -167,7 +173,10 @@ def quantize(
         hub_dir: models and data sets are read from here and the network is never touched.
         revision: of a base on the Hub.
         device: where calibration runs.
-        dtype: of everything that is not quantized, and of the computation.
+        dtype: of everything that is not quantized, and of the computation (which is in float32
+            where a processor only emulates bfloat16).
+        activation_bytes: most memory for the hidden states of the calibration texts; what is more
+            lies in files beside `out` during the build. Changes no result.
         progress: told after each block.
 
     Raises:
@@ -211,12 +220,15 @@ def quantize(
     if plan.blocks is not None:
         modules = encoder.module.get_submodule(plan.blocks).children()
         if isinstance(recipe.weights, GptqWeights):
-            blocks, inputs = open_blocks(encoder, tokens)
+            room = Room(activation_bytes, stage / _ACTIVATIONS)
+            blocks, inputs = open_blocks(encoder, tokens, dtype=replay_dtype(encoder), room=room)
         else:
             blocks, inputs = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)], []
         tuned = _effort(recipe) != "fast"
         shards = stage / (_SOLVED if tuned else WEIGHTS)
         layers = _quantize_blocks(encoder, blocks, inputs, recipe, plan, shards, progress)
+        del inputs
+        shutil.rmtree(stage / _ACTIVATIONS, ignore_errors=True)
         if tuned:
             layers, tuning = _tune_blocks(encoder, blocks, layers, tokens, recipe, stage, progress)
     write_model(encoder, stage, blocks=plan.blocks, layers=layers, layout=plan.layout)
@@ -625,22 +637,29 @@ def _quantize_blocks(
     weights = recipe.weights
     assert not isinstance(weights, NoWeights)
     layers: list[LayerRecord] = []
+    dtype = replay_dtype(encoder) if inputs else encoder.dtype
     what = f"quantizing {encoder.checkpoint.id} with {recipe.name}"
     for i, block in enumerate(blocks):
         progress(what, i, len(blocks))
         shard = _shard(shards, i)
         notes = shard.with_suffix(".json")
+        is_last = i + 1 == len(blocks)
         if notes.is_file():
             records = _LAYERS.validate_json(notes.read_bytes())
-            _reload_block_(encoder, block, load_file(shard), records)
+            tensors = load_file(shard)
         else:
-            fill_(encoder, block.name)
-            records, packed = _quantize_block_(encoder, block, inputs, weights, plan)
-            save_tensors(shard, _shard_tensors(block, packed))
+            fill_(encoder, block.name, dtype)
+            records, packed = _quantize_block_(encoder, block, inputs, weights, plan, dtype)
+            tensors = _shard_tensors(block, packed, encoder.dtype)
+            save_tensors(shard, tensors)
             write_atomically(notes, _LAYERS.dump_json(records))
-        if i + 1 < len(blocks):
+        if inputs and not is_last:
+            # What is stored is what later blocks see, whether it was made now or by an earlier run.
+            _reload_block_(encoder, block, tensors, records, dtype)
             advance_(block, inputs)
-        if not _shortens(recipe):
+        if _shortens(recipe):
+            _reload_block_(encoder, block, tensors, records, encoder.dtype)
+        else:
             empty_(encoder, block.name)
         layers += records
     progress(what, len(blocks), len(blocks))
@@ -654,6 +673,7 @@ def _quantize_block_(
     inputs: Sequence[BlockInput],
     weights: RtnWeights | GptqWeights,
     plan: LayerPlan,
+    dtype: torch.dtype,
 ) -> tuple[tuple[LayerRecord, ...], dict[str, dict[str, Tensor]]]:
     """Replace the block's linear layers by packed ones, in running order.
 
@@ -661,6 +681,7 @@ def _quantize_block_(
         What the manifest says of each layer, and each layer's packed tensors and bias.
     """
     linears = {name: linear for name, linear in block.linears().items() if name in plan.schemes}
+    names = list(linears)
     records: dict[str, LayerRecord] = {}
     packed: dict[str, dict[str, Tensor]] = {}
     order = stages(block, inputs) if isinstance(weights, GptqWeights) else [list(linears)]
@@ -691,8 +712,9 @@ def _quantize_block_(
             packed[name] = each.to_tensors()
             if linear.bias is not None:
                 packed[name]["bias"] = linear.bias
-            swap_linear_(encoder.module, name, each, linear.bias, encoder.device, encoder.dtype)
-    return tuple(records[name] for name in linears), packed
+            swap_linear_(encoder.module, name, each, linear.bias, encoder.device, dtype)
+            del linear, linears[name]  # frees the weight
+    return tuple(records[name] for name in names), packed
 
 
 def _with_smoothing(record: LayerRecord, found: Smoothing) -> LayerRecord:
@@ -763,7 +785,8 @@ def _tune_blocks(
     if _shortens(recipe):
         for i, block in enumerate(blocks):
             records = [each for each in found.layers if each.name.startswith(f"{block.name}.")]
-            _reload_block_(encoder, block, load_file(_shard(stage / WEIGHTS, i)), records)
+            tensors = load_file(_shard(stage / WEIGHTS, i))
+            _reload_block_(encoder, block, tensors, records, encoder.dtype)
     shutil.rmtree(stage / _SOLVED)
     return found.layers, found.tuning
 
@@ -829,32 +852,39 @@ def _quantize_layer(
     )
 
 
-def _shard_tensors(block: Block, packed: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _shard_tensors(
+    block: Block, packed: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Everything of one block by its name in the model: packed layers and what stays as it is."""
     tensors = {
-        f"{layer}.{part}": tensor
+        f"{layer}.{part}": tensor.to(dtype) if part == "bias" else tensor
         for layer, parts in packed.items()
         for part, tensor in parts.items()
     }
     for name, tensor in block.module.state_dict().items():
         layer = f"{block.name}.{name}".rpartition(".")[0]
         if layer not in packed:
-            tensors[f"{block.name}.{name}"] = tensor
+            tensors[f"{block.name}.{name}"] = tensor.to(dtype)
     return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
 
 def _reload_block_(
-    encoder: Encoder, block: Block, tensors: dict[str, Tensor], records: Sequence[LayerRecord]
+    encoder: Encoder,
+    block: Block,
+    tensors: Mapping[str, Tensor],
+    records: Sequence[LayerRecord],
+    dtype: torch.dtype,
 ) -> None:
-    """Put a block that an earlier run finished back into the model."""
+    """Put a finished block into the model, to compute in `dtype`."""
+    rest = dict(tensors)
     for each in records:
-        own = [name for name in tensors if name.startswith(f"{each.name}.")]
-        parts = {name.removeprefix(f"{each.name}."): tensors.pop(name) for name in own}
+        own = [name for name in rest if name.startswith(f"{each.name}.")]
+        parts = {name.removeprefix(f"{each.name}."): rest.pop(name) for name in own}
         bias = parts.pop("bias", None)
         packed = PackedWeight.from_tensors(each.scheme, each.in_features, parts)
-        swap_linear_(encoder.module, each.name, packed, bias, encoder.device, encoder.dtype)
-    rest = {name.removeprefix(f"{block.name}."): t for name, t in tensors.items()}
-    block.module.load_state_dict(rest, strict=False, assign=True)
+        swap_linear_(encoder.module, each.name, packed, bias, encoder.device, dtype)
+    plain = {n.removeprefix(f"{block.name}."): t.to(dtype) for n, t in rest.items()}
+    block.module.load_state_dict(plain, strict=False, assign=True)
     block.module.to(encoder.device)
 
 

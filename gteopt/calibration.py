@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gteopt.encoder import Encoder, Role, fill_
@@ -28,7 +29,9 @@ from gteopt.recipe import Calibration
 from gteopt.records import CalibrationRecord
 
 BUILTIN = "builtin"
-_BATCH_TOKENS = 8192
+_BATCH_TOKENS = 2048
+"""Padded tokens that run through a block at once: what its widest layer gives out for them, in
+float32, is 160 MB for 18,944 features."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
@@ -198,12 +201,46 @@ def _read_dataset(spec: Calibration, hub_dir: Path | None) -> Iterator[Calibrati
             yield CalibrationText(text)
 
 
-@dataclass
-class BlockInput:
-    """One padded batch on its way through the blocks; `hidden` [N, T, D] moves on in place."""
+@dataclass(frozen=True)
+class Room:
+    """Where hidden states of the calibration texts go when memory has no room for them.
 
-    hidden: Tensor
-    real: Tensor  # [N, T] bool, False on padding
+    Attributes:
+        n_bytes: most that they take in memory, over all batches.
+        folder: where the others lie, a file a batch.
+    """
+
+    n_bytes: int
+    folder: Path
+
+
+class BlockInput:
+    """One padded batch on its way through the blocks; `hidden` moves on in place.
+
+    Attributes:
+        real: [N, T] bool, False on padding.
+    """
+
+    def __init__(self, hidden: Tensor, real: Tensor, file: Path | None = None) -> None:
+        self.real = real
+        self._file = file
+        self._held: Tensor | None = None
+        self.hidden = hidden
+
+    @property
+    def hidden(self) -> Tensor:
+        """[N, T, D]; read from its file at each use where it has one."""
+        if self._held is not None:
+            return self._held
+        assert self._file is not None
+        return load_file(self._file)["hidden"].to(self.real.device)
+
+    @hidden.setter
+    def hidden(self, value: Tensor) -> None:
+        if self._file is None:
+            self._held = value
+        else:
+            save_file({"hidden": value.contiguous().cpu()}, self._file)
 
 
 @dataclass(frozen=True)
@@ -257,26 +294,37 @@ class _Recorder(nn.Module):
         super().__init__()
         self.returns_tuple = returns_tuple
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.hidden: list[Tensor] = []
+        self.hidden: Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         self.calls.append((args[1:], kwargs))
-        self.hidden.append(hidden)
+        self.hidden = hidden
         return (hidden,) if self.returns_tuple else hidden
 
 
 @torch.inference_mode()
 def open_blocks(
-    encoder: Encoder, tokens: Sequence[Sequence[int]]
+    encoder: Encoder,
+    tokens: Sequence[Sequence[int]],
+    *,
+    dtype: torch.dtype | None = None,
+    room: Room | None = None,
 ) -> tuple[list[Block], list[BlockInput]]:
     """Cut the model into blocks and bring the texts to the first one's door.
 
     The model's own forward runs once with every block replaced by a recorder, so that each block
     is later replayed with its own keywords: a dropped `is_causal` would calibrate causally.
 
+    Args:
+        encoder: the model; its blocks' weights may still be in their files.
+        tokens: token ids of the texts.
+        dtype: of the hidden states and of whatever else the blocks are handed; the model's own
+            when None.
+        room: for the hidden states; None keeps all of them in memory.
+
     Returns:
-        The blocks in order, and one `BlockInput` a batch of at most 8192 padded tokens.
+        The blocks in order, and one `BlockInput` a batch of at most 2048 padded tokens.
     """
     name, block_list = find_blocks(
         encoder.module, encoder.checkpoint.config.get("num_hidden_layers")
@@ -297,21 +345,59 @@ def open_blocks(
     hook.remove()
     recorders = [_Recorder(isinstance(returned[0], tuple)) for _ in originals]
     inputs = []
+    kept_bytes = 0
     try:
         for i, recorder in enumerate(recorders):
             block_list[i] = recorder
         for batch in batches:
             ids, mask = encoder.pad(batch)
             encoder.module(input_ids=ids, attention_mask=mask)
-            inputs.append(BlockInput(recorders[0].hidden[-1], mask.bool()))
+            hidden = recorders[0].hidden.to(dtype or encoder.dtype)
+            n_bytes = hidden.numel() * hidden.element_size()
+            file = None
+            if room is not None and kept_bytes + n_bytes > room.n_bytes:
+                room.folder.mkdir(parents=True, exist_ok=True)
+                file = room.folder / f"batch-{len(inputs):05}.safetensors"
+            else:
+                kept_bytes += n_bytes
+            inputs.append(BlockInput(hidden, mask.bool(), file))
     finally:
         for i, original in enumerate(originals):
             block_list[i] = original
     blocks = [
-        Block(f"{name}.{i}", original, tuple(recorders[i].calls), recorders[i].returns_tuple)
+        Block(
+            f"{name}.{i}",
+            original,
+            tuple(_cast(call, encoder.dtype, dtype) for call in recorders[i].calls),
+            recorders[i].returns_tuple,
+        )
         for i, original in enumerate(originals)
     ]
     return blocks, inputs
+
+
+def replay_dtype(encoder: Encoder) -> torch.dtype:
+    """What a build replays blocks in: the model's dtype, or float32 where bfloat16 is emulated.
+
+    A processor without bfloat16 instructions multiplies float32 several times faster.
+    """
+    if encoder.device.type == "cpu" and encoder.dtype == torch.bfloat16:
+        fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return torch.bfloat16 if fast else torch.float32
+    return encoder.dtype
+
+
+def _cast(value: Any, old: torch.dtype, new: torch.dtype | None) -> Any:
+    """A block's arguments with every tensor of dtype `old` in `new`."""
+    if new is None or new == old:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(new) if value.dtype == old else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(each, old, new) for each in value)
+    if isinstance(value, dict):
+        return {key: _cast(each, old, new) for key, each in value.items()}
+    return value
 
 
 class _Given(nn.Module):

@@ -145,6 +145,14 @@ def quantize(
     hub_dir: HubDir = None,
     revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
     dtype: Annotated[str, typer.Option(help="of what stays unquantized")] = "bfloat16",
+    activation_gb: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="memory for the calibration texts' hidden states; the others lie on disk beside "
+            "the artifact while it is built",
+        ),
+    ] = 4,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -168,6 +176,7 @@ def quantize(
             hub_dir=hub_dir,
             revision=revision,
             dtype=dtype,
+            activation_bytes=int(activation_gb * 2**30),
             device=device,
             progress=progress,
         )

@@ -342,18 +342,27 @@ def load_checkpoint(
     )
 
 
-def fill_(encoder: Encoder, name: str) -> None:
-    """Read those weights of the submodule `name` that were left in their files."""
+def fill_(encoder: Encoder, name: str, dtype: torch.dtype | None = None) -> None:
+    """Read those weights of the submodule `name` that were left in their files.
+
+    Args:
+        encoder: as `load_checkpoint` returned it, given `later`.
+        name: a block, say.
+        dtype: of all its weights from here on; the model's own when None.
+    """
     part = encoder.module.get_submodule(name)
+    kind = dtype or encoder.dtype
     wanted = [each for each, p in part.named_parameters() if p.is_meta]
     names = {f"{name}.{each}": each for each in wanted}
     stored = _stored_names(encoder.checkpoint, encoder.module, names)
-    tensors = _read(encoder.checkpoint, {stored[full]: each for full, each in names.items()})
-    part.load_state_dict(
-        {each: tensor.to(encoder.device, encoder.dtype) for each, tensor in tensors.items()},
-        strict=False,
-        assign=True,
+    tensors = {each: p.to(kind) for each, p in part.named_parameters() if not p.is_meta}
+    tensors |= _read(
+        encoder.checkpoint,
+        {stored[full]: each for full, each in names.items()},
+        encoder.device,
+        kind,
     )
+    part.load_state_dict(tensors, strict=False, assign=True)
     part.requires_grad_(False)
 
 
@@ -477,12 +486,8 @@ def _load_frame(
     if len(stored) < len(names):
         return None
     now = {stored[name]: name for name in names if not name.startswith(f"{later}.")}
-    tensors = _read(checkpoint, now)
-    module.load_state_dict(
-        {name: tensor.to(device, dtype) for name, tensor in tensors.items()},
-        strict=False,
-        assign=True,
-    )
+    tensors = _read(checkpoint, now, device, dtype)
+    module.load_state_dict(tensors, strict=False, assign=True)
     for name, buffer in module.named_buffers():
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, buffer.to(device))
@@ -499,8 +504,10 @@ def _stored_names(
     return {name: each for name, each in stored.items() if each in checkpoint.tensors}
 
 
-def _read(checkpoint: Checkpoint, wanted: Mapping[str, str]) -> dict[str, Tensor]:
-    """Copies of some of the tensors in the weight files, under new names.
+def _read(
+    checkpoint: Checkpoint, wanted: Mapping[str, str], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Copies of some of the tensors in the weight files, under new names, one after the other.
 
     Copies, so that the mapped files leave memory when the tensors do.
     """
@@ -509,7 +516,8 @@ def _read(checkpoint: Checkpoint, wanted: Mapping[str, str]) -> dict[str, Tensor
         with safe_open(path, framework="pt") as handle:
             for stored in handle.keys():  # noqa: SIM118 - safe_open is no mapping
                 if stored in wanted:
-                    tensors[wanted[stored]] = handle.get_tensor(stored).clone()
+                    mapped = handle.get_tensor(stored)
+                    tensors[wanted[stored]] = mapped.to(device, dtype, copy=True)
     return tensors
 
 

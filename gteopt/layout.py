@@ -30,6 +30,7 @@ from gteopt.recipe import Layout
 from gteopt.records import LayerRecord
 
 WEIGHTS = "weights"
+_REST = "rest"
 _FILE_BYTES = 256 << 20
 """Most that blocks put together in one file of standard weights take: it is what is in memory while
 they are converted. A block larger than this has a file of its own."""
@@ -80,7 +81,7 @@ def write_model(
             for name, tensor in encoder.module.state_dict().items()
             if not name.startswith(f"{blocks}.")
         }
-        save_tensors(stage / WEIGHTS / "rest.safetensors", rest)
+        save_tensors(stage / WEIGHTS / f"{_REST}.safetensors", rest)
         form = FORMATS.get(layout) if layout is not None else None
         if form is not None:
             config["quantization_config"] = form.quantization_config(
@@ -130,7 +131,10 @@ def _write_standard(stage: Path, layers: Sequence[LayerRecord], form: Format) ->
         name = f"model-{i:05}-of-{len(files):05}.safetensors"
         if len(files) == 1:
             name = "model.safetensors"
-        save_tensors(stage / name, tensors)
+        if [path.stem for path in parts] == [_REST]:  # nothing in it changes
+            parts[0].replace(stage / name)
+        else:
+            save_tensors(stage / name, tensors)
         where |= dict.fromkeys(tensors, name)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if len(files) > 1:

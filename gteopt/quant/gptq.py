@@ -187,8 +187,8 @@ def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Ten
     """Upper triangular U with U^T U = (H + damping * mean diagonal)^-1, and the damping used.
 
     H stands for the Hessian with its rows and columns in `order`. With J reversing an axis and
-    J H J = L L^T, U = J L^-1 J: one factorisation and one triangular inverse, both in float64 and in
-    the memory of one matrix, without forming H^-1. The result is float32.
+    J H J = L L^T, U = J L^-1 J: one factorisation and one triangular inverse, both in float64 and
+    in the memory of one matrix, without forming H^-1. The result is float32.
 
     Raises:
         NumericsError: no damping up to `_MOST_DAMPING` makes the matrix positive definite.
