@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gteopt.encoder import Encoder, Role, fill_
+from gteopt.encoder import Encoder, Role, Tokens, fill_
 from gteopt.errors import InputError, NumericsError, UnsupportedError, join_problems
 from gteopt.quant.gptq import HessianAccumulator
 from gteopt.recipe import Calibration
 from gteopt.records import CalibrationRecord
 
 BUILTIN = "builtin"
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
 """Padded tokens that run through a block at once: what its widest layer gives out for them, in
 float32, is 160 MB for 18,944 features."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
@@ -57,9 +58,7 @@ def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[Calib
     return tuple(texts[: spec.n_texts])
 
 
-def tokenize(
-    encoder: Encoder, texts: Sequence[CalibrationText], max_tokens: int
-) -> list[list[int]]:
+def tokenize(encoder: Encoder, texts: Sequence[CalibrationText], max_tokens: int) -> list[Tokens]:
     """Token ids as the encoder makes them; instructions only where the model takes them."""
     return [
         encoder.tokenize(
@@ -219,10 +218,14 @@ class BlockInput:
 
     Attributes:
         real: [N, T] bool, False on padding.
+        pooled: [N, T], the tokens that a text's vector is made of.
     """
 
-    def __init__(self, hidden: Tensor, real: Tensor, file: Path | None = None) -> None:
+    def __init__(
+        self, hidden: Tensor, real: Tensor, pooled: Tensor, file: Path | None = None
+    ) -> None:
         self.real = real
+        self.pooled = pooled
         self._file = file
         self._held: Tensor | None = None
         self.hidden = hidden
@@ -233,14 +236,18 @@ class BlockInput:
         if self._held is not None:
             return self._held
         assert self._file is not None
-        return load_file(self._file)["hidden"].to(self.real.device)
+        hidden: Tensor = load_file(self._file)["hidden"]
+        return hidden.to(self.real.device)
 
     @hidden.setter
     def hidden(self, value: Tensor) -> None:
         if self._file is None:
             self._held = value
         else:
-            save_file({"hidden": value.contiguous().cpu()}, self._file)
+            try:
+                save_file({"hidden": value.contiguous().cpu()}, self._file)
+            except SafetensorError as error:  # a full disk, in a type of its own
+                raise OSError(f"{self._file} cannot be written: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -330,7 +337,7 @@ def open_blocks(
         encoder.module, encoder.checkpoint.config.get("num_hidden_layers")
     )
     originals = list(block_list)
-    batches = list(_token_batches(tokens))
+    batches = list(token_batches(tokens))
     sample = encoder.pad([batches[0][0][:4]])
     returned: list[Any] = []
 
@@ -344,7 +351,7 @@ def open_blocks(
         encoder.module(input_ids=sample[0], attention_mask=sample[1])
     hook.remove()
     recorders = [_Recorder(isinstance(returned[0], tuple)) for _ in originals]
-    inputs = []
+    inputs: list[BlockInput] = []
     kept_bytes = 0
     try:
         for i, recorder in enumerate(recorders):
@@ -360,7 +367,7 @@ def open_blocks(
                 file = room.folder / f"batch-{len(inputs):05}.safetensors"
             else:
                 kept_bytes += n_bytes
-            inputs.append(BlockInput(hidden, mask.bool(), file))
+            inputs.append(BlockInput(hidden, mask.bool(), encoder.pool_mask(batch, mask), file))
     finally:
         for i, original in enumerate(originals):
             block_list[i] = original
@@ -381,10 +388,14 @@ def replay_dtype(encoder: Encoder) -> torch.dtype:
 
     A processor without bfloat16 instructions multiplies float32 several times faster.
     """
-    if encoder.device.type == "cpu" and encoder.dtype == torch.bfloat16:
-        fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        return torch.bfloat16 if fast else torch.float32
+    if encoder.dtype == torch.bfloat16 and emulates_bfloat16(encoder.device.type):
+        return torch.float32
     return encoder.dtype
+
+
+def emulates_bfloat16(device: str) -> bool:
+    """Whether products of bfloat16 are slower than those of float32 on "cpu" or "cuda"."""
+    return device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _cast(value: Any, old: torch.dtype, new: torch.dtype | None) -> Any:
@@ -437,18 +448,18 @@ def behind_blocks(
         for each, batch in zip(hidden, inputs, strict=True):
             stub.hidden, mask = each, batch.real.long()
             out = encoder.module(input_ids=torch.zeros_like(mask), attention_mask=mask)
-            vectors.append(encoder.pooled(out.last_hidden_state, mask))
+            vectors.append(encoder.pooled(out.last_hidden_state, batch.pooled))
     finally:
         for i, block in enumerate(blocks):
             block_list[i] = block.module
     return torch.cat(vectors).double()
 
 
-def _token_batches(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+def token_batches(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
     """Texts sorted by length, cut so that a padded batch stays within the token budget."""
     batch: list[Sequence[int]] = []
     for ids in sorted(tokens, key=len):
-        if batch and (len(batch) + 1) * len(ids) > _BATCH_TOKENS:
+        if batch and (len(batch) + 1) * len(ids) > BATCH_TOKENS:
             yield batch
             batch = []
         batch.append(ids)

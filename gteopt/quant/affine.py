@@ -463,7 +463,8 @@ def group_size_problems(in_features: Mapping[str, int], group_size: GroupSize) -
 def snr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal-to-noise ratio 10 log10(|R|^2 / |R - A|^2) in dB, in float64; inf when equal."""
     signal = noise = 0.0
-    for rows, other in zip(reference.split(_SNR_ROWS), approximation.split(_SNR_ROWS), strict=True):
+    parts = (torch.split(each, _SNR_ROWS) for each in (reference, approximation))
+    for rows, other in zip(*parts, strict=True):
         signal += rows.double().square().sum().item()
         noise += (rows.double() - other.double()).square().sum().item()
     return ratio_db(signal, noise)

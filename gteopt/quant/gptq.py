@@ -52,8 +52,9 @@ class HessianAccumulator:
     def hessian(self) -> Tensor:
         """The mean so far, float32 [I, I]; not a copy."""
         if not self._is_mirrored:
-            for start, end in _spans(len(self._sum), _STRIP):
-                self._sum[start:end, end:] = self._sum[end:, start:end].T
+            with torch.inference_mode():  # where it was summed, as often as not
+                for start, end in _spans(len(self._sum), _STRIP):
+                    self._sum[start:end, end:] = self._sum[end:, start:end].T
             self._is_mirrored = True
         return self._sum
 
@@ -160,11 +161,12 @@ def solve(
 def work_bytes(out_features: int, in_features: int) -> int:
     """Most that `solve` holds beside the weight that it is given; the Hessian is counted in.
 
-    The Hessian and the factor in float32 and what the factor is made from in float64; then, without
-    the latter, the weight in float32 and its codes twice.
+    The Hessian and the factor in float32, what the factor is made from in float64 and a strip of it
+    twice in float32; then, without the latter two, the weight in float32 and its codes twice.
     """
     square, weights = in_features * in_features, out_features * in_features
-    return max((4 + 8 + 4) * square, (4 + 4) * square + (4 + 1 + 1) * weights)
+    strip = 2 * 4 * min(_STRIP, in_features) * in_features
+    return max((4 + 8 + 4) * square + strip, (4 + 4) * square + (4 + 1 + 1) * weights)
 
 
 def output_snr_db(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
