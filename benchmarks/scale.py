@@ -8,6 +8,7 @@ none is reported here.
     python benchmarks/scale.py build --shape gte-Qwen2-1.5B                      # on the CPU
     python benchmarks/scale.py build --shape gte-Qwen2-7B --device cuda --texts 128 --tokens 512
     python benchmarks/scale.py sweep    # cost over layers, hidden size and calibration tokens
+    python benchmarks/scale.py long     # memory of one text of up to 32,000 tokens
 
 Each run is a process of its own, whose peak resident set is read from the operating system; it is
 written to benchmarks/results/scale.json, beside what `inspect` predicts.
@@ -24,6 +25,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -51,7 +53,7 @@ SHAPES = {
     "gte-Qwen2-1.5B": Shape(1536, 28, 12, 2, 8960, 151_646),
     "gte-Qwen2-7B": Shape(3584, 28, 28, 4, 18_944, 151_646),
 }
-SMALL = Shape(512, 4, 8, 2, 2048, 16_384)
+SMALL = Shape(512, 4, 8, 2, 2048, 20_480)
 
 
 def make_checkpoint(folder: Path, shape: Shape) -> Path:
@@ -86,7 +88,7 @@ def make_checkpoint(folder: Path, shape: Shape) -> Path:
         shards[-1].append(name)
         room -= n_bytes
     generator = torch.Generator().manual_seed(0)
-    where = {}
+    where: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
         tensors = {name: _random(name, sizes[name], generator) for name in names}
@@ -123,7 +125,8 @@ def write_texts(path: Path, n_texts: int, n_tokens: int) -> None:
     """Texts that are longer than `n_tokens`, from the embedded calibration texts end to end."""
     lines = (ASSETS / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
     source = [json.loads(line)["text"].replace("\n", " ") for line in lines]
-    texts, at = [], 0
+    texts: list[str] = []
+    at = 0
     while len(texts) < n_texts:
         text = ""
         while len(text.split()) < n_tokens:  # a word is at least a token
@@ -193,7 +196,7 @@ def measure(
         write_texts(texts, n_texts, n_tokens)
         spec = Calibration(texts=str(texts), n_texts=n_texts, max_tokens=n_tokens)
         wanted = load_recipe(recipe).model_copy(update={"calibration": spec})
-        (predicted,) = estimate(open_checkpoint(base), [wanted])
+        (predicted,) = estimate(open_checkpoint(base), [wanted], device=device)
         out = Path(temporary) / "out"
         command = [sys.executable, "-c", _CHILD, str(base), str(out), str(texts)]
         command += [str(n_texts), str(n_tokens), recipe, device]
@@ -236,8 +239,80 @@ def sweep(device: str, work: Path) -> None:
     for hidden in (256, 1024):
         shape = replace(SMALL, hidden=hidden, intermediate=4 * hidden)
         keep("sweep", measure(shape, 32, 128, "gptq-int4", device, work))
-    for n_texts in (16, 64, 128):
+    for n_texts in (8, 128):
         keep("sweep", measure(SMALL, n_texts, 128, "gptq-int4", device, work))
+
+
+_LONG_CHILD = """
+import json, sys, time
+import gteopt
+
+encoder = gteopt.load(sys.argv[1], dtype="float32")
+encoder.encode(["a text"])
+
+def resident(field):
+    line = next(line for line in open("/proc/self/status") if field in line)
+    return 1024 * int(line.split()[1])
+
+for n_tokens in map(int, sys.argv[2:]):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = resident("VmRSS")
+    started = time.process_time()
+    encoder.embed_tokens([[*(7 + i % 9000 for i in range(n_tokens - 1)), 20477]])
+    seconds = time.process_time() - started
+    print(json.dumps([n_tokens, resident("VmHWM") - before, round(seconds, 1)]), flush=True)
+"""
+
+
+def long_text(work: Path) -> None:
+    """Peak memory beyond the loaded model, of one text of each length."""
+    from gteopt.machine import machine, versions
+
+    shape = Shape(256, 2, 4, 2, 1024, 20_480)
+    with tempfile.TemporaryDirectory(dir=work) as temporary:
+        base = make_checkpoint(Path(temporary) / "base", shape)
+        command = [sys.executable, "-c", _LONG_CHILD, str(base), "8000", "16000", "32000"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    names = ("n_tokens", "peak_bytes", "cpu_seconds")
+    rows = [dict(zip(names, json.loads(line), strict=True)) for line in done.stdout.splitlines()]
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results["long"] = {
+        "shape": asdict(shape),
+        "dtype": "float32",
+        "texts": rows,
+        "machine": machine().model_dump(),
+        "versions": versions(),
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(rows)
+
+
+def plot(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
+    """CPU time and memory over layers, hidden size and calibration tokens, as one HTML page."""
+    from plotly.subplots import make_subplots
+
+    rows = results["sweep"]
+    middle = asdict(SMALL)
+    figure = make_subplots(
+        rows=2, cols=3, shared_yaxes=True, column_titles=["layers", "hidden size", "tokens"]
+    )
+    for column, key in enumerate(("layers", "hidden", "n_tokens"), start=1):
+        others = [k for k in ("layers", "hidden") if k != key]
+        n_usual = next(r["n_tokens"] for r in rows if r["n_texts"] == 32)
+        own = sorted(
+            (r["shape"].get(key, r["n_tokens"]), r["cpu_seconds"], r["peak_bytes"] / 1e9)
+            for r in rows
+            if all(r["shape"][k] == middle[k] for k in others)
+            and (key == "n_tokens" or r["n_tokens"] == n_usual)
+        )
+        xs = [x for x, *_ in own]
+        for row, name in ((1, "CPU seconds"), (2, "peak GB, imports included")):
+            figure.add_scatter(
+                x=xs, y=[each[row] for each in own], mode="lines+markers", row=row, col=column
+            )
+            figure.update_yaxes(title_text=name, row=row, col=1, rangemode="tozero")
+    figure.update_layout(showlegend=False, template="plotly_white", title="Cost of a 4-bit build")
+    figure.write_html(target, include_plotlyjs="cdn")
 
 
 def main() -> None:
@@ -245,7 +320,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["build", "sweep"])
+    parser.add_argument("what", choices=["build", "sweep", "long", "plot"])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="gte-Qwen2-1.5B")
     parser.add_argument("--layers", type=int, help="fewer than published, to try it out")
     parser.add_argument("--texts", type=int, default=64)
@@ -256,6 +331,12 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.what == "sweep":
         sweep(asked.device, asked.work)
+        return
+    if asked.what == "long":
+        long_text(asked.work)
+        return
+    if asked.what == "plot":
+        plot(json.loads(RESULTS.read_text()), RESULTS.with_suffix(".html"))
         return
     shape = SHAPES[asked.shape]
     if asked.layers is not None:
