@@ -371,11 +371,13 @@ def open_blocks(
     finally:
         for i, original in enumerate(originals):
             block_list[i] = original
+    calls = [recorder.calls for recorder in recorders]
+    cast: dict[int, Tensor] = {}
     blocks = [
         Block(
             f"{name}.{i}",
             original,
-            tuple(_cast(call, encoder.dtype, dtype) for call in recorders[i].calls),
+            tuple(_cast(call, encoder.dtype, dtype or encoder.dtype, cast) for call in calls[i]),
             recorders[i].returns_tuple,
         )
         for i, original in enumerate(originals)
@@ -398,16 +400,23 @@ def emulates_bfloat16(device: str) -> bool:
     return device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _cast(value: Any, old: torch.dtype, new: torch.dtype | None) -> Any:
-    """A block's arguments with every tensor of dtype `old` in `new`."""
-    if new is None or new == old:
-        return value
-    if isinstance(value, Tensor):
-        return value.to(new) if value.dtype == old else value
+def _cast(value: Any, old: torch.dtype, new: torch.dtype, done: dict[int, Tensor]) -> Any:
+    """A block's arguments with every tensor of dtype `old` in `new`.
+
+    Args:
+        value: the arguments, or one of them.
+        old: of the tensors to change.
+        new: what they become.
+        done: by the `id` of a tensor what became of it: blocks share theirs, before and after.
+    """
+    if isinstance(value, Tensor) and value.dtype == old != new:
+        if id(value) not in done:
+            done[id(value)] = value.to(new)
+        return done[id(value)]
     if isinstance(value, tuple | list):
-        return type(value)(_cast(each, old, new) for each in value)
+        return type(value)(_cast(each, old, new, done) for each in value)
     if isinstance(value, dict):
-        return {key: _cast(each, old, new) for key, each in value.items()}
+        return {key: _cast(each, old, new, done) for key, each in value.items()}
     return value
 
 
