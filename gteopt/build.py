@@ -8,13 +8,16 @@ Transformers layout of the result. Refuses to know: how codes are found (quant/)
 from __future__ import annotations
 
 import fnmatch
+import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,18 +34,26 @@ from gteopt.calibration import (
     Block,
     BlockInput,
     CalibrationText,
+    Room,
     accumulate_hessian,
     advance_,
     draw_texts,
     find_blocks,
     open_blocks,
     record,
+    replay_dtype,
     stages,
     tokenize,
     with_sentences,
 )
 from gteopt.card import CARD, card
-from gteopt.checkpoint import VECTOR_MODULES, Checkpoint, open_checkpoint
+from gteopt.checkpoint import (
+    LATENT_FILE,
+    LATENT_PREFIX,
+    VECTOR_MODULES,
+    Checkpoint,
+    open_checkpoint,
+)
 from gteopt.encoder import (
     VECTORS_FILE,
     Encoder,
@@ -54,7 +65,7 @@ from gteopt.encoder import (
     swap_embedding_,
     swap_linear_,
 )
-from gteopt.errors import InputError, NumericsError, join_problems
+from gteopt.errors import GteoptError, InputError, NumericsError, join_problems
 from gteopt.formats import Shape, choose_layout
 from gteopt.layout import WEIGHTS, save_tensors, write_model, write_vectors
 from gteopt.machine import machine, versions
@@ -103,7 +114,10 @@ from gteopt.sensitivity import measure
 from gteopt.smoothing import smooth_block_
 from gteopt.tuning import MOST_WEIGHTS, SCHEDULES, tune
 
+ACTIVATION_BYTES = 4 << 30
+"""Hidden states of the calibration texts that are kept in memory unless more or less is said."""
 _STATE = "build-state.json"
+_ACTIVATIONS = "activations"
 _ALLOCATION = "allocation.json"
 _SENSITIVITY_TEXTS = 64
 """Texts of the calibration set that sensitivities are measured on."""
@@ -151,8 +165,10 @@ def quantize(
     *,
     hub_dir: Path | None = None,
     revision: str | None = None,
+    family: str | None = None,
     device: str = "auto",
     dtype: str = "bfloat16",
+    activation_bytes: int = ACTIVATION_BYTES,
     progress: Progress = quiet,
 ) -> Manifest:
     """Make the variant that `recipe` describes and put it at `out`.
@@ -166,8 +182,12 @@ def quantize(
         out: folder of the artifact; must not exist, or be empty.
         hub_dir: models and data sets are read from here and the network is never touched.
         revision: of a base on the Hub.
+        family: see `open_checkpoint`; the artifact remembers it.
         device: where calibration runs.
-        dtype: of everything that is not quantized, and of the computation.
+        dtype: of everything that is not quantized, and of the computation (which is in float32
+            where a processor only emulates bfloat16).
+        activation_bytes: most memory for the hidden states of the calibration texts; what is more
+            lies in files beside `out` during the build. Changes no result.
         progress: told after each block.
 
     Raises:
@@ -177,7 +197,7 @@ def quantize(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     out = Path(out)
-    checkpoint = open_checkpoint(base, hub_dir=hub_dir, revision=revision)
+    checkpoint = open_checkpoint(base, hub_dir=hub_dir, revision=revision, family=family)
     if checkpoint.manifest is not None:
         raise InputError(
             f"{base} is already an artifact ({checkpoint.manifest.recipe.name} of "
@@ -211,12 +231,15 @@ def quantize(
     if plan.blocks is not None:
         modules = encoder.module.get_submodule(plan.blocks).children()
         if isinstance(recipe.weights, GptqWeights):
-            blocks, inputs = open_blocks(encoder, tokens)
+            room = Room(activation_bytes, stage / _ACTIVATIONS)
+            blocks, inputs = open_blocks(encoder, tokens, dtype=replay_dtype(encoder), room=room)
         else:
             blocks, inputs = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)], []
         tuned = _effort(recipe) != "fast"
         shards = stage / (_SOLVED if tuned else WEIGHTS)
         layers = _quantize_blocks(encoder, blocks, inputs, recipe, plan, shards, progress)
+        del inputs
+        shutil.rmtree(stage / _ACTIVATIONS, ignore_errors=True)
         if tuned:
             layers, tuning = _tune_blocks(encoder, blocks, layers, tokens, recipe, stage, progress)
     write_model(encoder, stage, blocks=plan.blocks, layers=layers, layout=plan.layout)
@@ -376,7 +399,14 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
             raise InputError(
                 f"recipe {recipe.name} skips every layer; embedding: int8 goes with quantized ones"
             )
-        layout = _plan_layout(recipe, schemes, choices, shapes) if schemes else None
+        if checkpoint.latent is not None and recipe.layout not in ("auto", "gteopt"):
+            raise InputError(
+                f"recipe {recipe.name}: layout {recipe.layout} is for folders that other libraries "
+                f"open; none has the latent-attention pooling of {checkpoint.id}. Leave layout out"
+            )
+        if schemes:
+            nested = checkpoint.latent is not None
+            layout = "gteopt" if nested else _plan_layout(recipe, schemes, choices, shapes)
     return LayerPlan(
         schemes=schemes,
         notes=notes,
@@ -384,11 +414,31 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
             each
             for each in _unquantized(skeleton, schemes, reasons)
             if recipe.embedding == "full" or each.name != _embedding_name(skeleton)
-        ),
+        )
+        + _latent_record(checkpoint),
         layout=layout,
         blocks=prefix if schemes else None,
         choices=choices,
     )
+
+
+def _latent_record(checkpoint: Checkpoint) -> tuple[UnquantizedRecord, ...]:
+    n_parameters = n_latent_parameters(checkpoint)
+    if not n_parameters:
+        return ()
+    name = LATENT_PREFIX.removesuffix(".")
+    reason = "the pooling, through which every vector goes"
+    return (UnquantizedRecord(name=name, n_parameters=n_parameters, reason=reason),)
+
+
+def n_latent_parameters(checkpoint: Checkpoint) -> int:
+    """Parameters of a latent-attention pooling; 0 without one."""
+    shapes = dict(checkpoint.tensors)
+    own = checkpoint.folder / LATENT_FILE
+    if own.is_file():
+        with safe_open(own, framework="numpy") as handle:
+            shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    return sum(math.prod(s) for name, s in shapes.items() if name.startswith(LATENT_PREFIX))
 
 
 def _embedding_name(module: nn.Module) -> str:
@@ -458,6 +508,7 @@ def _plan_layout(
 def describe_base(checkpoint: Checkpoint, encoder: Encoder) -> BaseRecord:
     """What the manifest says of the source model."""
     n_parameters = sum(p.numel() for p in encoder.module.parameters())
+    n_parameters += n_latent_parameters(checkpoint)
     return BaseRecord(
         id=checkpoint.id,
         family=checkpoint.family.name if checkpoint.family else "sentence-transformers",
@@ -490,7 +541,7 @@ def _unquantized(
         yield UnquantizedRecord(name=name, n_parameters=n, reason=reason)
 
 
-def _shortens(recipe: Recipe) -> bool:
+def shortens(recipe: Recipe) -> bool:
     """Whether the variant's vectors are other than the model's own."""
     return recipe.dims is not None or recipe.vectors.code != "float32"
 
@@ -625,26 +676,51 @@ def _quantize_blocks(
     weights = recipe.weights
     assert not isinstance(weights, NoWeights)
     layers: list[LayerRecord] = []
+    dtype = replay_dtype(encoder) if inputs else encoder.dtype
     what = f"quantizing {encoder.checkpoint.id} with {recipe.name}"
     for i, block in enumerate(blocks):
         progress(what, i, len(blocks))
         shard = _shard(shards, i)
         notes = shard.with_suffix(".json")
+        is_last = i + 1 == len(blocks)
         if notes.is_file():
             records = _LAYERS.validate_json(notes.read_bytes())
-            _reload_block_(encoder, block, load_file(shard), records)
+            tensors = load_file(shard)
         else:
-            fill_(encoder, block.name)
-            records, packed = _quantize_block_(encoder, block, inputs, weights, plan)
-            save_tensors(shard, _shard_tensors(block, packed))
+            with _memory_errors(block.name):
+                fill_(encoder, block.name, dtype)
+            records, packed = _quantize_block_(encoder, block, inputs, weights, plan, dtype)
+            tensors = _shard_tensors(block, packed, encoder.dtype)
+            save_tensors(shard, tensors)
             write_atomically(notes, _LAYERS.dump_json(records))
-        if i + 1 < len(blocks):
-            advance_(block, inputs)
-        if not _shortens(recipe):
+        if inputs and not is_last:
+            # What is stored is what later blocks see, whether it was made now or by an earlier run.
+            _reload_block_(encoder, block, tensors, records, dtype)
+            with _memory_errors(block.name):
+                advance_(block, inputs)
+        if shortens(recipe):
+            _reload_block_(encoder, block, tensors, records, encoder.dtype)
+        else:
             empty_(encoder, block.name)
         layers += records
     progress(what, len(blocks), len(blocks))
     return tuple(layers)
+
+
+@contextmanager
+def _memory_errors(name: str) -> Iterator[None]:
+    """Memory that ran out, on the device or off it, as an error that names the layer."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and "allocate memory" not in str(error):
+            raise
+        raise GteoptError(
+            f"memory ran out at {name}; finished blocks are kept, and the same command goes on "
+            f"from there. Give it more memory (`gteopt inspect` says how much a build takes), "
+            f"another --device or less --activation-gb"
+        ) from error
 
 
 @torch.inference_mode()
@@ -654,6 +730,7 @@ def _quantize_block_(
     inputs: Sequence[BlockInput],
     weights: RtnWeights | GptqWeights,
     plan: LayerPlan,
+    dtype: torch.dtype,
 ) -> tuple[tuple[LayerRecord, ...], dict[str, dict[str, Tensor]]]:
     """Replace the block's linear layers by packed ones, in running order.
 
@@ -661,6 +738,7 @@ def _quantize_block_(
         What the manifest says of each layer, and each layer's packed tensors and bias.
     """
     linears = {name: linear for name, linear in block.linears().items() if name in plan.schemes}
+    names = list(linears)
     records: dict[str, LayerRecord] = {}
     packed: dict[str, dict[str, Tensor]] = {}
     order = stages(block, inputs) if isinstance(weights, GptqWeights) else [list(linears)]
@@ -672,27 +750,28 @@ def _quantize_block_(
         wanted = [name for name in stage if name in linears]
         if not wanted:
             continue
-        statistics = (
-            accumulate_hessian(block, wanted[0], inputs)
-            if isinstance(weights, GptqWeights)
-            else None
-        )
+        statistics = None
+        if isinstance(weights, GptqWeights):
+            with _memory_errors(wanted[0]):
+                statistics = accumulate_hessian(block, wanted[0], inputs)
         for name in wanted:
             linear = linears[name]
             scheme = plan.schemes[name]
             if not bool(torch.isfinite(linear.weight).all()):
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")
-            records[name], codes = _quantize_layer(
-                name, linear.weight.float(), scheme, weights, statistics, plan.notes.get(name)
-            )
+            with _memory_errors(name):
+                records[name], codes = _quantize_layer(
+                    name, linear.weight.float(), scheme, weights, statistics, plan.notes.get(name)
+                )
             if name in chosen:
                 records[name] = _with_smoothing(records[name], chosen[name])
             each = pack(codes)
             packed[name] = each.to_tensors()
             if linear.bias is not None:
                 packed[name]["bias"] = linear.bias
-            swap_linear_(encoder.module, name, each, linear.bias, encoder.device, encoder.dtype)
-    return tuple(records[name] for name in linears), packed
+            swap_linear_(encoder.module, name, each, linear.bias, encoder.device, dtype)
+            del linear, linears[name]  # frees the weight
+    return tuple(records[name] for name in names), packed
 
 
 def _with_smoothing(record: LayerRecord, found: Smoothing) -> LayerRecord:
@@ -760,10 +839,11 @@ def _tune_blocks(
             save_tensors(_shard(stage / WEIGHTS, i), tensors)
         found = _TunedBlocks(layers=tuple(layers), tuning=result.record)
         write_atomically(done, found.model_dump_json().encode())
-    if _shortens(recipe):
+    if shortens(recipe):
         for i, block in enumerate(blocks):
             records = [each for each in found.layers if each.name.startswith(f"{block.name}.")]
-            _reload_block_(encoder, block, load_file(_shard(stage / WEIGHTS, i)), records)
+            tensors = load_file(_shard(stage / WEIGHTS, i))
+            _reload_block_(encoder, block, tensors, records, encoder.dtype)
     shutil.rmtree(stage / _SOLVED)
     return found.layers, found.tuning
 
@@ -829,32 +909,39 @@ def _quantize_layer(
     )
 
 
-def _shard_tensors(block: Block, packed: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _shard_tensors(
+    block: Block, packed: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Everything of one block by its name in the model: packed layers and what stays as it is."""
     tensors = {
-        f"{layer}.{part}": tensor
+        f"{layer}.{part}": tensor.to(dtype) if part == "bias" else tensor
         for layer, parts in packed.items()
         for part, tensor in parts.items()
     }
     for name, tensor in block.module.state_dict().items():
         layer = f"{block.name}.{name}".rpartition(".")[0]
         if layer not in packed:
-            tensors[f"{block.name}.{name}"] = tensor
+            tensors[f"{block.name}.{name}"] = tensor.to(dtype)
     return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
 
 def _reload_block_(
-    encoder: Encoder, block: Block, tensors: dict[str, Tensor], records: Sequence[LayerRecord]
+    encoder: Encoder,
+    block: Block,
+    tensors: Mapping[str, Tensor],
+    records: Sequence[LayerRecord],
+    dtype: torch.dtype,
 ) -> None:
-    """Put a block that an earlier run finished back into the model."""
+    """Put a finished block into the model, to compute in `dtype`."""
+    rest = dict(tensors)
     for each in records:
-        own = [name for name in tensors if name.startswith(f"{each.name}.")]
-        parts = {name.removeprefix(f"{each.name}."): tensors.pop(name) for name in own}
+        own = [name for name in rest if name.startswith(f"{each.name}.")]
+        parts = {name.removeprefix(f"{each.name}."): rest.pop(name) for name in own}
         bias = parts.pop("bias", None)
         packed = PackedWeight.from_tensors(each.scheme, each.in_features, parts)
-        swap_linear_(encoder.module, each.name, packed, bias, encoder.device, encoder.dtype)
-    rest = {name.removeprefix(f"{block.name}."): t for name, t in tensors.items()}
-    block.module.load_state_dict(rest, strict=False, assign=True)
+        swap_linear_(encoder.module, each.name, packed, bias, encoder.device, dtype)
+    plain = {n.removeprefix(f"{block.name}."): t.to(dtype) for n, t in rest.items()}
+    block.module.load_state_dict(plain, strict=False, assign=True)
     block.module.to(encoder.device)
 
 
@@ -884,7 +971,8 @@ def _finish(
     weights = [
         f
         for f in files
-        if f.path.startswith((f"{WEIGHTS}/", "model")) and f.path.endswith(".safetensors")
+        if f.path.startswith((f"{WEIGHTS}/", "model", LATENT_FILE))
+        and f.path.endswith(".safetensors")
     ]
     manifest = Manifest(
         schema="gteopt.artifact/1",
@@ -915,7 +1003,7 @@ def _fit_vectors(
     encoder: Encoder, recipe: Recipe, texts: Sequence[CalibrationText], progress: Progress
 ) -> VectorTransform:
     """The recipe's vector transform, fitted on the variant's own vectors of the texts."""
-    if not _shortens(recipe):
+    if not shortens(recipe):
         return identity(encoder.full_dims)
     samples = with_sentences(texts)
     tokens = tokenize(encoder, samples, recipe.calibration.max_tokens)

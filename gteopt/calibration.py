@@ -19,16 +19,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gteopt.encoder import Encoder, Role, fill_
+from gteopt.encoder import Encoder, Role, Tokens, fill_
 from gteopt.errors import InputError, NumericsError, UnsupportedError, join_problems
 from gteopt.quant.gptq import HessianAccumulator
 from gteopt.recipe import Calibration
 from gteopt.records import CalibrationRecord
 
 BUILTIN = "builtin"
-_BATCH_TOKENS = 8192
+BATCH_TOKENS = 2048
+"""Padded tokens that run through a block at once: what its widest layer gives out for them, in
+float32, is 160 MB for 18,944 features."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
@@ -54,9 +58,7 @@ def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[Calib
     return tuple(texts[: spec.n_texts])
 
 
-def tokenize(
-    encoder: Encoder, texts: Sequence[CalibrationText], max_tokens: int
-) -> list[list[int]]:
+def tokenize(encoder: Encoder, texts: Sequence[CalibrationText], max_tokens: int) -> list[Tokens]:
     """Token ids as the encoder makes them; instructions only where the model takes them."""
     return [
         encoder.tokenize(
@@ -198,12 +200,54 @@ def _read_dataset(spec: Calibration, hub_dir: Path | None) -> Iterator[Calibrati
             yield CalibrationText(text)
 
 
-@dataclass
-class BlockInput:
-    """One padded batch on its way through the blocks; `hidden` [N, T, D] moves on in place."""
+@dataclass(frozen=True)
+class Room:
+    """Where hidden states of the calibration texts go when memory has no room for them.
 
-    hidden: Tensor
-    real: Tensor  # [N, T] bool, False on padding
+    Attributes:
+        n_bytes: most that they take in memory, over all batches.
+        folder: where the others lie, a file a batch.
+    """
+
+    n_bytes: int
+    folder: Path
+
+
+class BlockInput:
+    """One padded batch on its way through the blocks; `hidden` moves on in place.
+
+    Attributes:
+        real: [N, T] bool, False on padding.
+        pooled: [N, T], the tokens that a text's vector is made of.
+    """
+
+    def __init__(
+        self, hidden: Tensor, real: Tensor, pooled: Tensor, file: Path | None = None
+    ) -> None:
+        self.real = real
+        self.pooled = pooled
+        self._file = file
+        self._held: Tensor | None = None
+        self.hidden = hidden
+
+    @property
+    def hidden(self) -> Tensor:
+        """[N, T, D]; read from its file at each use where it has one."""
+        if self._held is not None:
+            return self._held
+        assert self._file is not None
+        hidden: Tensor = load_file(self._file)["hidden"]
+        return hidden.to(self.real.device)
+
+    @hidden.setter
+    def hidden(self, value: Tensor) -> None:
+        if self._file is None:
+            self._held = value
+        else:
+            try:
+                save_file({"hidden": value.contiguous().cpu()}, self._file)
+            except SafetensorError as error:  # a full disk, in a type of its own
+                raise OSError(f"{self._file} cannot be written: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -257,32 +301,43 @@ class _Recorder(nn.Module):
         super().__init__()
         self.returns_tuple = returns_tuple
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.hidden: list[Tensor] = []
+        self.hidden: Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         self.calls.append((args[1:], kwargs))
-        self.hidden.append(hidden)
+        self.hidden = hidden
         return (hidden,) if self.returns_tuple else hidden
 
 
 @torch.inference_mode()
 def open_blocks(
-    encoder: Encoder, tokens: Sequence[Sequence[int]]
+    encoder: Encoder,
+    tokens: Sequence[Sequence[int]],
+    *,
+    dtype: torch.dtype | None = None,
+    room: Room | None = None,
 ) -> tuple[list[Block], list[BlockInput]]:
     """Cut the model into blocks and bring the texts to the first one's door.
 
     The model's own forward runs once with every block replaced by a recorder, so that each block
     is later replayed with its own keywords: a dropped `is_causal` would calibrate causally.
 
+    Args:
+        encoder: the model; its blocks' weights may still be in their files.
+        tokens: token ids of the texts.
+        dtype: of the hidden states and of whatever else the blocks are handed; the model's own
+            when None.
+        room: for the hidden states; None keeps all of them in memory.
+
     Returns:
-        The blocks in order, and one `BlockInput` a batch of at most 8192 padded tokens.
+        The blocks in order, and one `BlockInput` a batch of at most 2048 padded tokens.
     """
     name, block_list = find_blocks(
         encoder.module, encoder.checkpoint.config.get("num_hidden_layers")
     )
     originals = list(block_list)
-    batches = list(_token_batches(tokens))
+    batches = list(token_batches(tokens))
     sample = encoder.pad([batches[0][0][:4]])
     returned: list[Any] = []
 
@@ -296,22 +351,73 @@ def open_blocks(
         encoder.module(input_ids=sample[0], attention_mask=sample[1])
     hook.remove()
     recorders = [_Recorder(isinstance(returned[0], tuple)) for _ in originals]
-    inputs = []
+    inputs: list[BlockInput] = []
+    kept_bytes = 0
     try:
         for i, recorder in enumerate(recorders):
             block_list[i] = recorder
         for batch in batches:
             ids, mask = encoder.pad(batch)
             encoder.module(input_ids=ids, attention_mask=mask)
-            inputs.append(BlockInput(recorders[0].hidden[-1], mask.bool()))
+            hidden = recorders[0].hidden.to(dtype or encoder.dtype)
+            n_bytes = hidden.numel() * hidden.element_size()
+            file = None
+            if room is not None and kept_bytes + n_bytes > room.n_bytes:
+                room.folder.mkdir(parents=True, exist_ok=True)
+                file = room.folder / f"batch-{len(inputs):05}.safetensors"
+            else:
+                kept_bytes += n_bytes
+            inputs.append(BlockInput(hidden, mask.bool(), encoder.pool_mask(batch, mask), file))
     finally:
         for i, original in enumerate(originals):
             block_list[i] = original
+    calls = [recorder.calls for recorder in recorders]
+    cast: dict[int, Tensor] = {}
     blocks = [
-        Block(f"{name}.{i}", original, tuple(recorders[i].calls), recorders[i].returns_tuple)
+        Block(
+            f"{name}.{i}",
+            original,
+            tuple(_cast(call, encoder.dtype, dtype or encoder.dtype, cast) for call in calls[i]),
+            recorders[i].returns_tuple,
+        )
         for i, original in enumerate(originals)
     ]
     return blocks, inputs
+
+
+def replay_dtype(encoder: Encoder) -> torch.dtype:
+    """What a build replays blocks in: the model's dtype, or float32 where bfloat16 is emulated.
+
+    A processor without bfloat16 instructions multiplies float32 several times faster.
+    """
+    if encoder.dtype == torch.bfloat16 and emulates_bfloat16(encoder.device.type):
+        return torch.float32
+    return encoder.dtype
+
+
+def emulates_bfloat16(device: str) -> bool:
+    """Whether products of bfloat16 are slower than those of float32 on "cpu" or "cuda"."""
+    return device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _cast(value: Any, old: torch.dtype, new: torch.dtype, done: dict[int, Tensor]) -> Any:
+    """A block's arguments with every tensor of dtype `old` in `new`.
+
+    Args:
+        value: the arguments, or one of them.
+        old: of the tensors to change.
+        new: what they become.
+        done: by the `id` of a tensor what became of it: blocks share theirs, before and after.
+    """
+    if isinstance(value, Tensor) and value.dtype == old != new:
+        if id(value) not in done:
+            done[id(value)] = value.to(new)
+        return done[id(value)]
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(each, old, new, done) for each in value)
+    if isinstance(value, dict):
+        return {key: _cast(each, old, new, done) for key, each in value.items()}
+    return value
 
 
 class _Given(nn.Module):
@@ -351,18 +457,18 @@ def behind_blocks(
         for each, batch in zip(hidden, inputs, strict=True):
             stub.hidden, mask = each, batch.real.long()
             out = encoder.module(input_ids=torch.zeros_like(mask), attention_mask=mask)
-            vectors.append(encoder.pooled(out.last_hidden_state, mask))
+            vectors.append(encoder.pooled(out.last_hidden_state, batch.pooled))
     finally:
         for i, block in enumerate(blocks):
             block_list[i] = block.module
     return torch.cat(vectors).double()
 
 
-def _token_batches(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+def token_batches(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
     """Texts sorted by length, cut so that a padded batch stays within the token budget."""
     batch: list[Sequence[int]] = []
     for ids in sorted(tokens, key=len):
-        if batch and (len(batch) + 1) * len(ids) > _BATCH_TOKENS:
+        if batch and (len(batch) + 1) * len(ids) > BATCH_TOKENS:
             yield batch
             batch = []
         batch.append(ids)

@@ -149,7 +149,7 @@ def _runs_both_ways(checkpoint: Checkpoint) -> bool:
 
 def _use(manifest: Manifest, checkpoint: Checkpoint) -> str:
     prompted = checkpoint.query_template is not None or "query" in checkpoint.prompts
-    if manifest.layout == "gteopt":
+    if manifest.layout == "gteopt" or checkpoint.latent is not None:
         role = ', role="query"' if prompted else ""
         code = (
             'import gteopt\n\nencoder = gteopt.load("FOLDER")\n'
@@ -181,6 +181,12 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         + (f"; it makes the {code} codes too" if code != "float32" else "")
         + ". Every file is checked against its hash."
     )
+    if checkpoint.latent is not None:
+        yield (
+            "Nothing else opens this folder: its latent-attention pooling is no module of Sentence "
+            "Transformers, and other engines would pool in another way."
+        )
+        return
     if layout == "gteopt":
         yield "Nothing else opens the layout `gteopt`; no `model.safetensors` is there to misread."
         return

@@ -27,7 +27,15 @@ from gteopt.errors import (
     join_problems,
     suggest,
 )
-from gteopt.families import PUBLISHED, Attention, Family, Pooling, Published, family_of
+from gteopt.families import (
+    FAMILIES,
+    PUBLISHED,
+    Attention,
+    Family,
+    Pooling,
+    Published,
+    family_of,
+)
 from gteopt.records import Manifest
 
 NANO = "nano"
@@ -35,6 +43,21 @@ VECTOR_MODULES = "vectors_"
 """Folders of an artifact whose name starts so are the Sentence Transformers form of what
 `vectors.safetensors` says; gteopt itself applies the latter."""
 
+LATENT_FILE = "pooling.safetensors"
+"""Where an artifact keeps the tensors of a latent-attention pooling."""
+LATENT_PREFIX = "latent_attention_model."
+_NESTED_PREFIX = "embedding_model."
+# What NV-Embed's config.json may leave out: the defaults of its classes.
+_NESTED_DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-5,
+}
 DECODERS = frozenset({"qwen2", "qwen3", "mistral", "llama", "gemma", "gemma2", "phi", "phi3"})
 """Architectures that attend causally unless config.json says otherwise."""
 _POOLING: dict[str, Pooling] = {
@@ -54,8 +77,11 @@ class Checkpoint:
 
     Attributes:
         id: what it was asked for by.
-        config: `config.json` without remote-code entries and with the attention direction set.
+        config: the transformer's part of `config.json`, without remote-code entries and with the
+            attention direction set.
+        latent: what `config.json` says of a latent-attention pooling; None without one.
         pooling, normalise, dense: the modules behind the transformer; `dense` are folders.
+        start_token: put before each text once, where there is an `end_token`.
         end_token: appended to each text once; None leaves special tokens to the tokenizer.
         query_template: prefix of a query, with `{instruction}`; None takes no instruction.
         prompts: fixed prefixes by role where there is no template.
@@ -75,6 +101,8 @@ class Checkpoint:
     pooling: Pooling
     normalise: bool
     dense: tuple[Path, ...]
+    latent: Mapping[str, Any] | None
+    start_token: str | None
     end_token: str | None
     query_template: str | None
     default_instruction: str | None
@@ -109,6 +137,22 @@ class Checkpoint:
         return found
 
     @property
+    def prefix(self) -> str:
+        """What stands before the transformer's names in the weight files of a nested model."""
+        return _NESTED_PREFIX if self.latent is not None and self.manifest is None else ""
+
+    @property
+    def artifact_config(self) -> dict[str, Any]:
+        """`config.json` of an artifact: nested where the model is, and nothing else opens it."""
+        if self.latent is None:
+            return dict(self.config)
+        return {
+            "model_type": "nvembed",
+            "text_config": dict(self.config),
+            "latent_attention_config": dict(self.latent),
+        }
+
+    @property
     def side_files(self) -> list[Path]:
         """Tokenizer, module and prompt files, which an artifact takes over as they are."""
         names = [
@@ -135,7 +179,11 @@ _SIDE_SUFFIXES = (".json", ".safetensors")
 
 
 def open_checkpoint(
-    source: str | Path, *, hub_dir: Path | None = None, revision: str | None = None
+    source: str | Path,
+    *,
+    hub_dir: Path | None = None,
+    revision: str | None = None,
+    family: str | None = None,
 ) -> Checkpoint:
     """Describe the model that `source` means; an artifact is verified file by file first.
 
@@ -143,62 +191,79 @@ def open_checkpoint(
         source: "nano" (the embedded model), a folder, or `<org>/<name>`.
         hub_dir: where `<org>/<name>` lies on disk; given, the network is never touched.
         revision: commit, branch or tag on the Hub.
+        family: name of the family that it belongs to, where neither its files nor its name tell
+            (see `family_of`); an artifact has it in its manifest.
 
     Raises:
-        InputError: no such model, or the folder is not a Sentence Transformers model.
+        InputError: no such model or family, or the folder is not a Sentence Transformers model.
         IntegrityError: weights are truncated or missing, or an artifact was altered.
         UnsupportedError: it needs remote code, pickled weights or modules that gteopt lacks.
     """
     folder, identifier = _resolve(str(source), hub_dir, revision)
     manifest = verify(folder) if is_artifact(folder) else None
     config = _read_json(folder / "config.json")
-    family = family_of(config)
+    st_config = _read_json(folder / "config_sentence_transformers.json", optional=True)
+    prompts = {k: v for k, v in st_config.get("prompts", {}).items() if isinstance(v, str)}
+    known = _family(config, folder, identifier, prompts, manifest, family)
     notes: list[str] = []
-    remote = sorted(str(v) for v in (config.pop("auto_map", None) or {}).values())
-    pooling, normalise, dense, remote_modules = _read_modules(folder, family)
+    remote = sorted({str(v) for v in (config.pop("auto_map", None) or {}).values()})
+    config, latent = _unnest(config, folder)
+    pooling, normalise, dense, remote_modules = _read_modules(folder, known)
     remote += remote_modules
     if remote:
-        if family is None:
+        if known is None:
             raise UnsupportedError(
                 f"{identifier} needs code from its own folder ({', '.join(remote)}), which gteopt "
                 f"never runs, and belongs to no family that gteopt knows; use a model whose "
                 f"architecture ships with transformers"
             )
-        notes.append(f"remote code ignored ({', '.join(remote)}): {family.name} runs natively")
+        notes.append(f"remote code ignored ({', '.join(remote)}): {known.name} runs natively")
     if manifest is None and "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "an unnamed method")
         notes.append(f"weights are already quantized by {method}; quantize the model they are from")
-    attention = _attention(config, family)
+    attention = _attention(config, known)
     if attention == "bidirectional" and config["model_type"] in DECODERS:
         config["is_causal"] = False  # transformers 5 reads it; see design.md
+    elif config["model_type"] in DECODERS:
+        config.pop("is_causal", None)
+    if config["model_type"] in DECODERS:
+        # Published configs ask for a cache of keys and values, which no encoder reads; a block that
+        # is replayed would see those of its earlier runs.
+        config["use_cache"] = False
     weight_files = _weight_files(folder, manifest)
     tensors = _read_headers(weight_files)
-    st_config = _read_json(folder / "config_sentence_transformers.json", optional=True)
     bert_config = _read_json(folder / "sentence_bert_config.json", optional=True)
     tokenizer_config = _read_json(folder / "tokenizer_config.json", optional=True)
     dims = _output_dims(config, dense)
     published_id = manifest.base.id if manifest else identifier
     published = PUBLISHED.get(published_id)
+    max_tokens = _max_tokens(config, bert_config, tokenizer_config, known)
+    said = bert_config.get("max_seq_length")
+    if known is not None and manifest is None and isinstance(said, int) and said < max_tokens:
+        notes.append(
+            f"Sentence Transformers cuts texts at {said:,} tokens here; gteopt takes the family's "
+            f"{max_tokens:,}"
+        )
     return Checkpoint(
         id=identifier,
         folder=folder,
         revision=revision,
         config=config,
-        family=family,
+        family=known,
         attention=attention,
         pooling=pooling,
-        normalise=normalise or (family is not None),
+        normalise=normalise or (known is not None),
         dense=dense,
-        end_token=family.end_token if family else None,
-        query_template=family.query_template if family else None,
-        default_instruction=family.default_instruction if family else None,
-        prompts={k: v for k, v in st_config.get("prompts", {}).items() if isinstance(v, str)},
+        latent=latent,
+        start_token=known.start_token if known else None,
+        end_token=known.end_token if known else None,
+        query_template=known.query_template if known else None,
+        default_instruction=known.default_instruction if known else None,
+        prompts=prompts,
         lower_case=bool(bert_config.get("do_lower_case", False)),
         dims=dims,
-        matryoshka_dims=tuple(
-            sorted((d for d in config.get("matryoshka_dimensions", []) if d <= dims), reverse=True)
-        ),
-        max_tokens=_max_tokens(config, bert_config, tokenizer_config, family),
+        matryoshka_dims=_matryoshka_dims(config, dims, known),
+        max_tokens=max_tokens,
         license=_license(folder) or (published.license if published else None),
         published=published,
         weight_files=weight_files,
@@ -206,6 +271,69 @@ def open_checkpoint(
         manifest=manifest,
         notes=tuple(notes),
     )
+
+
+def _family(
+    config: Mapping[str, Any],
+    folder: Path,
+    identifier: str,
+    prompts: Mapping[str, str],
+    manifest: Manifest | None,
+    asked: str | None,
+) -> Family | None:
+    """The family that was asked for, that the manifest names, or that the files show."""
+    if asked is not None:
+        if asked not in FAMILIES:
+            raise InputError(f"unknown family '{asked}': {suggest(asked, FAMILIES)}")
+        is_nested = "latent_attention_config" in config or config.get("model_type") == "nvembed"
+        if (FAMILIES[asked].pooling == "latent") != is_nested:
+            raise InputError(
+                f"{identifier} is no {asked} model: its config.json "
+                f"{'has' if is_nested else 'lacks'} a latent_attention_config"
+            )
+        return FAMILIES[asked]
+    if manifest is not None and manifest.base.family in FAMILIES:
+        return FAMILIES[manifest.base.family]
+    pooling = ""
+    path = folder / "modules.json"
+    if path.is_file():
+        for entry in json.loads(path.read_text(encoding="utf-8")):
+            if str(entry["type"]).endswith(".Pooling"):
+                found = _read_json(folder / str(entry.get("path", "")) / "config.json")
+                last = found.get("pooling_mode_lasttoken") or found.get("pooling_mode")
+                pooling = "lasttoken" if last in (True, "lasttoken") else "other"
+    return family_of(config, name=identifier, prompts=prompts.values(), pooling=pooling)
+
+
+def _unnest(
+    config: dict[str, Any], folder: Path
+) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """The transformer's config inside NV-Embed's, and that of its pooling; else the config alone.
+
+    The transformer is a Mistral whose code calls itself `bidir_mistral`; its attention sees every
+    token, so a sliding window that the config still names does not apply.
+    """
+    if "latent_attention_config" not in config and config.get("model_type") != "nvembed":
+        return config, None
+    inner = config.get("text_config")
+    latent = config.get("latent_attention_config") or {}
+    if not isinstance(inner, dict) or not isinstance(latent, dict):
+        raise InputError(f"{folder}/config.json names no text_config for its latent attention")
+    kept = {k: v for k, v in inner.items() if k not in ("auto_map", "_name_or_path")}
+    flat = {**_NESTED_DEFAULTS, **kept, "model_type": "mistral", "sliding_window": None}
+    return flat, latent
+
+
+def _matryoshka_dims(
+    config: Mapping[str, Any], dims: int, family: Family | None
+) -> tuple[int, ...]:
+    """The lengths that config.json states, or halves down to the family's least."""
+    stated = {int(d) for d in config.get("matryoshka_dimensions", []) if d <= dims}
+    if not stated and family is not None and family.least_dims is not None:
+        while dims >= family.least_dims:
+            stated.add(dims)
+            dims //= 2
+    return tuple(sorted(stated, reverse=True))
 
 
 def _resolve(source: str, hub_dir: Path | None, revision: str | None) -> tuple[Path, str]:
@@ -292,8 +420,9 @@ def _read_modules(
     if not path.is_file():
         if family is None:
             raise InputError(
-                f"{folder} has no modules.json and belongs to no known family, so its pooling is "
-                f"unknown; save it once with sentence-transformers"
+                f"{folder} has no modules.json and belongs to no family that its files or its name "
+                f"show, so its pooling is unknown; name the family (--family, one of "
+                f"{', '.join(FAMILIES)}) or save it once with sentence-transformers"
             )
         return family.pooling, True, (), []
     pooling: Pooling | None = family.pooling if family else None
@@ -410,9 +539,13 @@ def _max_tokens(
     tokenizer_config: Mapping[str, Any],
     family: Family | None,
 ) -> int:
-    """The least of the limits that are stated; tokenizers state absurd ones for 'no limit'."""
+    """The least of the limits that are stated; tokenizers state absurd ones for 'no limit'.
+
+    What a family was trained for outranks what its Sentence Transformers files cut at (8,192 of
+    gte-Qwen2's 32,768).
+    """
     stated = [
-        bert_config.get("max_seq_length"),
+        None if family else bert_config.get("max_seq_length"),
         tokenizer_config.get("model_max_length"),
         config.get("max_position_embeddings"),
         family.max_tokens if family else None,

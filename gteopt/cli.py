@@ -70,6 +70,13 @@ HubDir = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")]
+Family = Annotated[
+    str | None,
+    typer.Option(
+        help="family of the base, where neither its files nor its name tell: gte-qwen, "
+        "qwen3-embedding, e5-mistral, nv-embed"
+    ),
+]
 Out = Annotated[Path, typer.Option(help="folder of the new artifact; must not exist yet")]
 Base = Annotated[str, typer.Argument(help="'nano', a folder, or <org>/<name>")]
 Repo = Annotated[str, typer.Option(help="ORG/NAME on the model hub", metavar="ORG/NAME")]
@@ -144,7 +151,16 @@ def quantize(
     ] = False,
     hub_dir: HubDir = None,
     revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
+    family: Family = None,
     dtype: Annotated[str, typer.Option(help="of what stays unquantized")] = "bfloat16",
+    activation_gb: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="memory for the calibration texts' hidden states; the others lie on disk beside "
+            "the artifact while it is built",
+        ),
+    ] = 4,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -167,7 +183,9 @@ def quantize(
             out,
             hub_dir=hub_dir,
             revision=revision,
+            family=family,
             dtype=dtype,
+            activation_bytes=int(activation_gb * 2**30),
             device=device,
             progress=progress,
         )
@@ -439,6 +457,7 @@ def inspect(
     source: Annotated[str, typer.Argument(help="a base or an artifact")],
     hub_dir: HubDir = None,
     revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
+    family: Family = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a model is and what every recipe would make of it, before anything is built.
@@ -447,7 +466,7 @@ def inspect(
     """
     from gteopt.inspect import inspect as look
 
-    found = look(source, hub_dir=hub_dir, revision=revision)
+    found = look(source, hub_dir=hub_dir, revision=revision, family=family)
     if as_json:
         _print_json(json.loads(found.model_dump_json(by_alias=True)))
         return

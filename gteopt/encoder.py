@@ -8,6 +8,7 @@ variant was made, measured or judged.
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +20,12 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gteopt.checkpoint import Checkpoint, open_checkpoint
+from gteopt.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint, open_checkpoint
 from gteopt.errors import InputError, IntegrityError, NumericsError, UnsupportedError, suggest
-from gteopt.families import Pooling
 from gteopt.formats import ReadLayer, Shape, format_of
 from gteopt.kernels import make_linear
 from gteopt.kernels.reference import PackedEmbedding
+from gteopt.pooling import LatentAttention, pool
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.vectors import VectorTransform, identity
 from gteopt.recipe import Progress, quiet
@@ -33,6 +34,18 @@ from gteopt.records import Manifest
 Role = Literal["query", "document"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 VECTORS_FILE = "vectors.safetensors"
+_ALONE_TOKENS = 2048
+"""Texts beyond this are not padded to a common length."""
+
+
+class Tokens(list[int]):
+    """Token ids of one text.
+
+    Attributes:
+        n_prompt: positions at the front that are no part of the mean (NV-Embed's instruction).
+    """
+
+    n_prompt: int = 0
 
 
 class Encoder:
@@ -44,6 +57,7 @@ class Encoder:
         module: the transformer, token ids in, token vectors out.
         full_dims: dimensions of the model's own output.
         vectors: what happens to an embedding after the model.
+        n_cut: texts so far that were longer than `max_tokens` and were cut there.
     """
 
     def __init__(
@@ -52,6 +66,7 @@ class Encoder:
         module: nn.Module,
         tokenizer: Any,
         dense: nn.Module,
+        latent: LatentAttention | None,
         vectors: VectorTransform,
         device: torch.device,
         dtype: torch.dtype,
@@ -67,9 +82,10 @@ class Encoder:
         self.max_tokens = checkpoint.max_tokens
         self.default_instruction = checkpoint.default_instruction
         self._dense = dense
-        self._end_id: int | None = None
-        if checkpoint.end_token is not None:
-            self._end_id = tokenizer.convert_tokens_to_ids(checkpoint.end_token)
+        self._latent = latent
+        self._start_ids = _token_ids(tokenizer, checkpoint, checkpoint.start_token)
+        self._end_ids = _token_ids(tokenizer, checkpoint, checkpoint.end_token)
+        self.n_cut = 0
         self._pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     @property
@@ -94,9 +110,12 @@ class Encoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the transformer's parameters and buffers as they lie in memory."""
+        """Bytes of the parameters and buffers of transformer and pooling as they lie in memory."""
         seen: dict[int, int] = {}
-        for tensor in (*self.module.parameters(), *self.module.buffers()):
+        own = [*self.module.parameters(), *self.module.buffers()]
+        if self._latent is not None:
+            own += self._latent.buffers()
+        for tensor in own:
             seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return sum(seen.values())
 
@@ -136,7 +155,7 @@ class Encoder:
         role: Role = "document",
         instruction: str | None = None,
         max_tokens: int | None = None,
-    ) -> list[list[int]]:
+    ) -> list[Tokens]:
         """Token ids of each text with prompt and end token, cut to `max_tokens` or the model's."""
         if isinstance(texts, str):
             raise InputError("texts must be a list of strings, found one string; write [text]")
@@ -150,15 +169,39 @@ class Encoder:
         if self.checkpoint.lower_case:
             full = [text.lower() for text in full]
         limit = min(max_tokens or self.max_tokens, self.max_tokens)
-        if self._end_id is None:
+        if not self._end_ids:
             encoded = self.tokenizer(full, truncation=True, max_length=limit)
-            return [list(ids) for ids in encoded["input_ids"]]
-        # Room is left for the end token, so that truncation can never cut off what pooling reads;
-        # the tokenizer's own template is bypassed, so that it can never be there twice.
-        encoded = self.tokenizer(
-            full, add_special_tokens=False, truncation=True, max_length=limit - 1
-        )
-        return [[*ids, self._end_id] for ids in encoded["input_ids"]]
+            longest = [len(ids) for ids in encoded["input_ids"]].count(limit)
+            if longest:  # among them are those that were cut
+                whole = self.tokenizer(full, truncation=False)["input_ids"]
+                self._report_cut(sum(len(ids) > limit for ids in whole), len(full), limit)
+            return [Tokens(ids) for ids in encoded["input_ids"]]
+        # Room is left for what stands around a text, so that truncation can never cut off what
+        # pooling reads; the tokenizer's own template is bypassed, so that it can never be there
+        # twice.
+        room = limit - len(self._start_ids) - len(self._end_ids)
+        whole = self.tokenizer(full, add_special_tokens=False, truncation=False)["input_ids"]
+        self._report_cut(sum(len(ids) > room for ids in whole), len(full), limit)
+        found = [Tokens((*self._start_ids, *ids[:room], *self._end_ids)) for ids in whole]
+        if self.checkpoint.pooling == "latent" and prompt:
+            # As its authors count: the prompt's tokens alone, from position 0 on. The start token
+            # stands there too, and the prompt's last one, a space, has become part of the text.
+            n_prompt = len(self.tokenizer.tokenize(prompt))
+            for each in found:
+                each.n_prompt = min(n_prompt, len(each) - 1)
+        return found
+
+    def _report_cut(self, n_cut: int, n_texts: int, limit: int) -> None:
+        """Count texts that were cut; say so the first time that the model's own limit did it."""
+        if not n_cut or limit < self.max_tokens:
+            return
+        if not self.n_cut:
+            warnings.warn(
+                f"{n_cut} of {n_texts} texts are longer than {self.max_tokens:,} tokens, the most "
+                f"that {self.name} takes, and were cut there (encoder.n_cut counts further ones)",
+                stacklevel=2,
+            )
+        self.n_cut += n_cut
 
     def batches(
         self, tokens: Sequence[Sequence[int]], batch_size: int
@@ -182,17 +225,25 @@ class Encoder:
             mask[row, where] = 1
         return ids.to(self.device), mask.to(self.device)
 
+    def pool_mask(self, tokens: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
+        """The mask [N, T] of what is pooled: `pad`'s without prompts that pooling leaves out."""
+        skip = torch.tensor([getattr(ids, "n_prompt", 0) for ids in tokens], device=mask.device)
+        return mask.masked_fill(mask.cumsum(1) <= skip[:, None], 0)
+
     def pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Unit vectors [N, D] float32 of token vectors [N, T, D]; differentiable."""
-        vectors = pool(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), mask, self._how)
-        vectors = self._dense(vectors)
+        """Unit vectors [N, D] float32 of token vectors [N, T, D]; differentiable.
+
+        Args:
+            hidden: what the transformer gave out.
+            mask: [N, T], of the tokens that count; see `pool_mask`.
+        """
+        if self._latent is not None:
+            hidden = self._latent(hidden)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        vectors: Tensor = self._dense(pool(hidden, mask, self.checkpoint.pooling))
         if self.checkpoint.normalise:
             vectors = nn.functional.normalize(vectors, dim=-1)
         return vectors
-
-    @property
-    def _how(self) -> Pooling:
-        return self.checkpoint.pooling
 
     @torch.inference_mode()
     def embed_tokens(
@@ -200,12 +251,18 @@ class Encoder:
     ) -> NDArray[np.float32]:
         """Vectors of one batch of token lists at the model's full dimension, [N, full_dims].
 
+        Long texts of different lengths run one by one: padding needs a mask, which takes memory
+        with the square of the length, and none is needed without.
+
         Raises:
             NumericsError: the model produced NaN or infinity.
         """
+        lengths = [len(ids) for ids in tokens]
+        if max(lengths) > _ALONE_TOKENS and min(lengths) < max(lengths):
+            return np.concatenate([self.embed_tokens([each], padding=padding) for each in tokens])
         ids, mask = self.pad(tokens, side=padding)
         hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
-        vectors = self.pooled(hidden, mask)
+        vectors = self.pooled(hidden, self.pool_mask(tokens, mask))
         if not bool(torch.isfinite(vectors).all()):
             raise NumericsError(
                 f"{self.name} produced NaN or infinity in a batch of {len(tokens)} texts of up to "
@@ -264,18 +321,6 @@ class Encoder:
         )
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """One vector a text, [N, D], of token vectors [N, T, D] and their mask [N, T]."""
-    if pooling == "cls":
-        return hidden[:, 0]
-    if pooling == "mean":
-        weights = mask.unsqueeze(-1).to(hidden.dtype)  # [N, T, 1]
-        return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask * positions).argmax(dim=1)  # the last real token under either padding side
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
-
-
 def load(
     source: str | Path,
     *,
@@ -283,6 +328,7 @@ def load(
     dtype: str = "auto",
     hub_dir: Path | None = None,
     revision: str | None = None,
+    family: str | None = None,
 ) -> Encoder:
     """Load a base model or an artifact.
 
@@ -293,13 +339,13 @@ def load(
             also "bfloat16", "float32", "float64".
         hub_dir: folder in the Hub's layout; given, the network is never touched.
         revision: commit, branch or tag on the Hub.
+        family: see `open_checkpoint`.
 
     Raises:
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
     """
-    return load_checkpoint(
-        open_checkpoint(source, hub_dir=hub_dir, revision=revision), device=device, dtype=dtype
-    )
+    checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision, family=family)
+    return load_checkpoint(checkpoint, device=device, dtype=dtype)
 
 
 def load_checkpoint(
@@ -327,7 +373,9 @@ def load_checkpoint(
     if checkpoint.quantization or (manifest is not None and manifest.layers):
         module = _load_packed(checkpoint, where, kind)
     else:
-        frame = _load_frame(checkpoint, where, kind, later) if later is not None else None
+        frame = None
+        if later is not None or checkpoint.prefix:  # which from_pretrained does not know
+            frame = _load_frame(checkpoint, where, kind, later)
         module = _load_plain(checkpoint, where, kind) if frame is None else frame
     module.eval().requires_grad_(False)
     dense = nn.Sequential(*(_load_dense(path) for path in checkpoint.dense)).to(where)
@@ -336,24 +384,34 @@ def load_checkpoint(
         module=module,
         tokenizer=load_tokenizer(checkpoint),
         dense=dense.eval().requires_grad_(False),
+        latent=_load_latent(checkpoint, where, kind),
         vectors=_load_vectors(checkpoint),
         device=where,
         dtype=kind,
     )
 
 
-def fill_(encoder: Encoder, name: str) -> None:
-    """Read those weights of the submodule `name` that were left in their files."""
+def fill_(encoder: Encoder, name: str, dtype: torch.dtype | None = None) -> None:
+    """Read those weights of the submodule `name` that were left in their files.
+
+    Args:
+        encoder: as `load_checkpoint` returned it, given `later`.
+        name: a block, say.
+        dtype: of all its weights from here on; the model's own when None.
+    """
     part = encoder.module.get_submodule(name)
+    kind = dtype or encoder.dtype
     wanted = [each for each, p in part.named_parameters() if p.is_meta]
     names = {f"{name}.{each}": each for each in wanted}
     stored = _stored_names(encoder.checkpoint, encoder.module, names)
-    tensors = _read(encoder.checkpoint, {stored[full]: each for full, each in names.items()})
-    part.load_state_dict(
-        {each: tensor.to(encoder.device, encoder.dtype) for each, tensor in tensors.items()},
-        strict=False,
-        assign=True,
+    tensors = {each: p.to(kind) for each, p in part.named_parameters() if not p.is_meta}
+    tensors |= _read(
+        encoder.checkpoint,
+        {stored[full]: each for full, each in names.items()},
+        encoder.device,
+        kind,
     )
+    part.load_state_dict(tensors, strict=False, assign=True)
     part.requires_grad_(False)
 
 
@@ -389,6 +447,20 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
     return module
 
 
+def tokenizing(checkpoint: Checkpoint) -> Encoder:
+    """An encoder that only tokenizes: nothing of the model is loaded."""
+    return Encoder(
+        checkpoint=checkpoint,
+        module=nn.Module(),
+        tokenizer=load_tokenizer(checkpoint),
+        dense=nn.Identity(),
+        latent=None,
+        vectors=identity(checkpoint.dims),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The folder's tokenizer, without its code."""
     try:
@@ -422,6 +494,11 @@ def _hf_config(checkpoint: Checkpoint) -> Any:
         for key, value in checkpoint.config.items()
         if key not in ("model_type", "quantization_config")  # the latter is ours to apply
     }
+    window = fields.get("sliding_window")
+    if isinstance(window, int) and window >= checkpoint.max_tokens:
+        fields["sliding_window"] = (
+            None  # never reached; transformers would make a mask all the same
+        )
     kind = str(checkpoint.config["model_type"])
     try:
         return _transformers().AutoConfig.for_model(kind, **fields)
@@ -457,32 +534,35 @@ def _load_plain(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     # A pooler head is no part of the embedding; anything else missing would be random numbers.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        raise IntegrityError(
-            f"{checkpoint.folder}: {len(missing)} tensors of the architecture are not in its "
-            f"weight files ({shown}); the download is incomplete or config.json belongs to "
-            f"another model"
-        )
+        raise _missing(checkpoint, missing)
     loaded: nn.Module = module.to(device)
     return loaded
 
 
+def _missing(checkpoint: Checkpoint, names: Sequence[str]) -> IntegrityError:
+    shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+    return IntegrityError(
+        f"{checkpoint.folder}: {len(names)} tensors of the architecture are not in its "
+        f"weight files ({shown}); the download is incomplete or config.json belongs to "
+        f"another model"
+    )
+
+
 def _load_frame(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, later: str
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, later: str | None
 ) -> nn.Module | None:
     """The transformer without the weights of `later`; None where names in the files differ."""
     module = build_skeleton(checkpoint)
     names = [name for name, _ in module.named_parameters()]
     stored = _stored_names(checkpoint, module, names)
     if len(stored) < len(names):
+        if checkpoint.prefix:
+            raise _missing(checkpoint, [name for name in names if name not in stored])
         return None
-    now = {stored[name]: name for name in names if not name.startswith(f"{later}.")}
-    tensors = _read(checkpoint, now)
-    module.load_state_dict(
-        {name: tensor.to(device, dtype) for name, tensor in tensors.items()},
-        strict=False,
-        assign=True,
-    )
+    behind = f"{later}." if later is not None else None
+    now = {stored[n]: n for n in names if behind is None or not n.startswith(behind)}
+    tensors = _read(checkpoint, now, device, dtype)
+    module.load_state_dict(tensors, strict=False, assign=True)
     for name, buffer in module.named_buffers():
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, buffer.to(device))
@@ -493,14 +573,17 @@ def _stored_names(
     checkpoint: Checkpoint, module: nn.Module, names: Iterable[str]
 ) -> dict[str, str]:
     """What the weight files call each parameter, as far as they have it; see `_bare_names`."""
-    prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    inside = any(name.startswith(prefix) for name in checkpoint.tensors)
-    stored = {name: f"{prefix}{name}" if inside else name for name in names}
+    prefix = f"{checkpoint.prefix}{getattr(module, 'base_model_prefix', '')}."
+    if not any(name.startswith(prefix) for name in checkpoint.tensors):
+        prefix = checkpoint.prefix
+    stored = {name: f"{prefix}{name}" for name in names}
     return {name: each for name, each in stored.items() if each in checkpoint.tensors}
 
 
-def _read(checkpoint: Checkpoint, wanted: Mapping[str, str]) -> dict[str, Tensor]:
-    """Copies of some of the tensors in the weight files, under new names.
+def _read(
+    checkpoint: Checkpoint, wanted: Mapping[str, str], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Copies of some of the tensors in the weight files, under new names, one after the other.
 
     Copies, so that the mapped files leave memory when the tensors do.
     """
@@ -509,7 +592,8 @@ def _read(checkpoint: Checkpoint, wanted: Mapping[str, str]) -> dict[str, Tensor
         with safe_open(path, framework="pt") as handle:
             for stored in handle.keys():  # noqa: SIM118 - safe_open is no mapping
                 if stored in wanted:
-                    tensors[wanted[stored]] = handle.get_tensor(stored).clone()
+                    mapped = handle.get_tensor(stored)
+                    tensors[wanted[stored]] = mapped.to(device, dtype, copy=True)
     return tensors
 
 
@@ -613,6 +697,50 @@ def _load_dense(folder: Path) -> nn.Module:
 
     dense = Dense.load(str(folder))
     return nn.Sequential(dense.linear.float(), dense.activation_function)
+
+
+def latent_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of the latent-attention pooling by their published names, in `dtype`.
+
+    Raises:
+        IntegrityError: some are missing.
+    """
+    own = checkpoint.folder / LATENT_FILE
+    files = [own] if own.is_file() else checkpoint.weight_files
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                if name.startswith(LATENT_PREFIX):
+                    short = name.removeprefix(LATENT_PREFIX)
+                    tensors[short] = handle.get_tensor(name).to(dtype, copy=True)
+    return tensors
+
+
+def _load_latent(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> LatentAttention | None:
+    if checkpoint.latent is None:
+        return None
+    try:
+        latent = LatentAttention(checkpoint.latent, latent_tensors(checkpoint, dtype))
+    except KeyError as error:
+        raise _missing(checkpoint, [f"{LATENT_PREFIX}{error.args[0]}"]) from error
+    return latent.to(device)
+
+
+def _token_ids(tokenizer: Any, checkpoint: Checkpoint, token: str | None) -> list[int]:
+    """The id of a token that stands around every text, as a list; empty where there is none."""
+    if token is None:
+        return []
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        raise InputError(
+            f"the tokenizer of {checkpoint.folder} has no token '{token}', which "
+            f"{checkpoint.family.name if checkpoint.family else 'the model'} needs around every "
+            f"text; its tokenizer files belong to another model"
+        )
+    return [int(found)]
 
 
 def _load_vectors(checkpoint: Checkpoint) -> VectorTransform:

@@ -1,16 +1,18 @@
 """What is known of each family of base models.
 
-Hides: which facts a checkpoint's own files leave out or get wrong (attention direction, the end
-token that pooling reads, the prompt template). Refuses to know: torch, files, how it is applied.
+Hides: which facts a checkpoint's own files leave out or get wrong (attention direction, the tokens
+around a text, the prompt template), and what a family is recognised by. Refuses to know: torch,
+files, how it is applied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Pooling = Literal["lasttoken", "mean", "cls"]
+Pooling = Literal["lasttoken", "mean", "cls", "latent"]
 Attention = Literal["bidirectional", "causal"]
 
 
@@ -20,11 +22,16 @@ class Family:
 
     Attributes:
         attention: direction the model was trained with, whatever its config says.
-        pooling: how token vectors become one vector.
+        pooling: how token vectors become one vector; "latent" is NV-Embed's latent attention and
+            then the mean over the text without its instruction.
+        start_token: put before every text exactly once; None where there is none.
         end_token: appended to every text exactly once; last-token pooling reads it.
         query_template: what precedes a query; `{instruction}` is filled in. Documents get nothing.
         default_instruction: used for a query when none is given.
-        max_tokens: longest input, end token included.
+        max_tokens: longest input, start and end token included.
+        least_dims: trained for every shorter vector down to this many dimensions (Matryoshka);
+            None where the authors state nothing.
+        id_pattern: what the names of its models look like, lower case.
     """
 
     name: str
@@ -35,16 +42,22 @@ class Family:
     query_template: str
     default_instruction: str
     max_tokens: int
+    id_pattern: str
+    start_token: str | None = None
+    least_dims: int | None = None
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published model: its license and the averages on its card (MTEB, C-MTEB, ...)."""
+    """A published model: its license, size and the averages on its card (MTEB, C-MTEB, ...)."""
 
     family: str
     license: str
+    dims: int
     scores: Mapping[str, float] = field(default_factory=dict)
 
+
+_SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
 
 FAMILIES: dict[str, Family] = {
     "gte-qwen": Family(
@@ -54,10 +67,45 @@ FAMILIES: dict[str, Family] = {
         pooling="lasttoken",
         end_token="<|endoftext|>",
         query_template="Instruct: {instruction}\nQuery: ",
-        default_instruction=(
-            "Given a web search query, retrieve relevant passages that answer the query"
-        ),
+        default_instruction=_SEARCH,
         max_tokens=32_768,
+        id_pattern=r"gte-qwen",
+    ),
+    "qwen3-embedding": Family(
+        name="qwen3-embedding",
+        title="Qwen3-Embedding: Qwen3, causal, last token",
+        attention="causal",
+        pooling="lasttoken",
+        end_token="<|endoftext|>",
+        query_template="Instruct: {instruction}\nQuery:",
+        default_instruction=_SEARCH,
+        max_tokens=32_768,
+        id_pattern=r"qwen3-embedding",
+        least_dims=32,
+    ),
+    "e5-mistral": Family(
+        name="e5-mistral",
+        title="e5-mistral: Mistral, causal, last token",
+        attention="causal",
+        pooling="lasttoken",
+        start_token="<s>",
+        end_token="</s>",
+        query_template="Instruct: {instruction}\nQuery: ",
+        default_instruction=_SEARCH,
+        max_tokens=4096,
+        id_pattern=r"e5-mistral",
+    ),
+    "nv-embed": Family(
+        name="nv-embed",
+        title="NV-Embed: Mistral run bidirectionally, latent-attention pooling (arXiv:2405.17428)",
+        attention="bidirectional",
+        pooling="latent",
+        start_token="<s>",
+        end_token="</s>",
+        query_template="Instruct: {instruction}\nQuery: ",
+        default_instruction="Given a question, retrieve passages that answer the question",
+        max_tokens=32_768,
+        id_pattern=r"nv-embed",
     ),
 }
 
@@ -65,23 +113,81 @@ PUBLISHED: dict[str, Published] = {
     "Alibaba-NLP/gte-Qwen2-7B-instruct": Published(
         family="gte-qwen",
         license="apache-2.0",
+        dims=3584,
         scores={"MTEB": 70.24, "C-MTEB": 72.05, "MTEB-fr": 68.25, "MTEB-pl": 67.86},
     ),
+    "Alibaba-NLP/gte-Qwen2-1.5B-instruct": Published(
+        family="gte-qwen",
+        license="apache-2.0",
+        dims=1536,
+        scores={"MTEB": 67.16, "C-MTEB": 67.65, "MTEB-fr": 66.60, "MTEB-pl": 64.04},
+    ),
     "Alibaba-NLP/gte-Qwen1.5-7B-instruct": Published(
-        family="gte-qwen", license="apache-2.0", scores={"MTEB": 67.34, "C-MTEB": 69.52}
+        family="gte-qwen",
+        license="apache-2.0",
+        dims=4096,
+        scores={"MTEB": 67.34, "C-MTEB": 69.52},
+    ),
+    "intfloat/e5-mistral-7b-instruct": Published(
+        family="e5-mistral", license="mit", dims=4096, scores={"MTEB": 66.63, "C-MTEB": 60.81}
+    ),
+    "nvidia/NV-Embed-v1": Published(
+        family="nv-embed", license="cc-by-nc-4.0", dims=4096, scores={"MTEB": 69.32}
+    ),
+    "Qwen/Qwen3-Embedding-0.6B": Published(
+        family="qwen3-embedding",
+        license="apache-2.0",
+        dims=1024,
+        scores={"MTEB(eng, v2)": 70.70, "C-MTEB": 66.33, "MTEB(Multilingual)": 64.33},
+    ),
+    "Qwen/Qwen3-Embedding-4B": Published(
+        family="qwen3-embedding",
+        license="apache-2.0",
+        dims=2560,
+        scores={"MTEB(eng, v2)": 74.60, "C-MTEB": 72.27, "MTEB(Multilingual)": 69.45},
+    ),
+    "Qwen/Qwen3-Embedding-8B": Published(
+        family="qwen3-embedding",
+        license="apache-2.0",
+        dims=4096,
+        scores={"MTEB(eng, v2)": 75.22, "C-MTEB": 73.84, "MTEB(Multilingual)": 70.58},
     ),
 }
 
+_CAUSAL_FAMILIES = {"mistral": "e5-mistral", "qwen3": "qwen3-embedding"}
 
-def family_of(config: Mapping[str, Any]) -> Family | None:
-    """The family that a checkpoint's `config.json` belongs to, or None.
 
-    gte-Qwen checkpoints say `model_type: qwen2` like a plain language model; what tells them apart
-    is `is_causal: false`, or the remote code that their `auto_map` names (never run here).
+def family_of(
+    config: Mapping[str, Any], *, name: str = "", prompts: Iterable[str] = (), pooling: str = ""
+) -> Family | None:
+    """The family that a checkpoint belongs to, or None.
+
+    NV-Embed's config says so. gte-Qwen checkpoints say `model_type: qwen2` like a plain language
+    model; what tells them apart is `is_causal: false`, or the remote code that their `auto_map`
+    names (never run here). The configs of e5-mistral and Qwen3-Embedding are those of the language
+    models they were made from; they are known by their name, or by what Sentence Transformers
+    reads: last-token pooling and a prompt of the family's form. An encoder of another name and
+    other prompts is none of them, and is run as its folder says.
+
+    Args:
+        config: of `config.json`.
+        name: Hub id or name of the folder.
+        prompts: in `config_sentence_transformers.json`.
+        pooling: of the `Pooling` module; "" where no file says.
     """
-    if config.get("model_type") == "qwen2":
+    kind = config.get("model_type")
+    if kind == "nvembed" or "latent_attention_config" in config:
+        return FAMILIES["nv-embed"]
+    if kind == "qwen2":
         auto_map = config.get("auto_map") or {}
         names_gte_code = auto_map.get("AutoModel") == "modeling_qwen.Qwen2Model"
         if config.get("is_causal") is False or names_gte_code:
             return FAMILIES["gte-qwen"]
+    if kind in _CAUSAL_FAMILIES and pooling in ("", "lasttoken"):
+        family = FAMILIES[_CAUSAL_FAMILIES[kind]]
+        before, after = family.query_template.split("{instruction}")
+        if re.search(family.id_pattern, name.lower()) or (
+            pooling and any(p.startswith(before) and p.endswith(after) for p in prompts)
+        ):
+            return family
     return None

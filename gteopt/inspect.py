@@ -7,23 +7,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from gteopt import tuning
-from gteopt.build import plan_layers
+from gteopt.build import (
+    ACTIVATION_BYTES,
+    LayerPlan,
+    n_latent_parameters,
+    plan_layers,
+    shortens,
+)
+from gteopt.calibration import (
+    BATCH_TOKENS,
+    draw_texts,
+    emulates_bfloat16,
+    token_batches,
+    tokenize,
+)
 from gteopt.checkpoint import Checkpoint, open_checkpoint
-from gteopt.encoder import build_skeleton, parse_dtype
+from gteopt.encoder import build_skeleton, parse_dtype, tokenizing
 from gteopt.errors import GteoptError
+from gteopt.quant import gptq
 from gteopt.quant.affine import packed_bytes
-from gteopt.recipe import GptqWeights, LayerScheme, Recipe, load_recipe, shipped_names
+from gteopt.recipe import Calibration, GptqWeights, Recipe, load_recipe, shipped_names
 from gteopt.records import Inspection, RecipeEstimate
 
-# float32 copies that a solve holds at once: of the Hessian (itself, permuted, its inverse, the
-# factor) and of the weight matrix (itself, permuted, errors, result).
-_HESSIAN_COPIES = 4
-_WEIGHT_COPIES = 4
+# What a build holds beside tensors of the model, in bytes a weight: codes, their spread bytes and
+# the float32 weight that a portable kernel makes in each call.
+_DEQUANT_BYTES = 1 + 2 + 4
+_WRITE_BYTES = 2 * 256 << 20
+"""Files that blocks are put together in, while they are converted."""
+_LIBRARY_BYTES = 64 << 20
+"""What libraries take at their first use: the tokenizer, scratch space of matrix products."""
+_KEPT_SHARE = 0.05
+"""Freed memory that the allocator keeps. These two are measured, not derived: the builds in
+benchmarks/results/scale.json."""
+_SEARCH_BYTES = 64 << 20
+"""A few million weights on trial grids."""
 
 
 def inspect(
@@ -31,6 +54,7 @@ def inspect(
     *,
     hub_dir: Path | None = None,
     revision: str | None = None,
+    family: str | None = None,
     dtype: str = "bfloat16",
 ) -> Inspection:
     """Describe a base (with an estimate for every shipped recipe) or an artifact.
@@ -38,7 +62,7 @@ def inspect(
     Raises:
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision)
+    checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision, family=family)
     manifest = checkpoint.manifest
     template = checkpoint.query_template
     recipes = [] if manifest else [load_recipe(name) for name in shipped_names("recipes")]
@@ -61,23 +85,44 @@ def inspect(
         n_parameters=manifest.base.n_parameters if manifest else _n_parameters(checkpoint),
         published_scores=dict(checkpoint.published.scores) if checkpoint.published else {},
         notes=checkpoint.notes,
-        estimates=tuple(estimate(checkpoint, recipes, dtype=dtype)),
+        estimates=tuple(estimate(checkpoint, recipes, dtype=dtype, hub_dir=hub_dir)),
         manifest=manifest,
     )
 
 
 def estimate(
-    checkpoint: Checkpoint, recipes: Iterable[Recipe], *, dtype: str = "bfloat16"
+    checkpoint: Checkpoint,
+    recipes: Iterable[Recipe],
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    activation_bytes: int = ACTIVATION_BYTES,
+    hub_dir: Path | None = None,
 ) -> Iterable[RecipeEstimate]:
-    """Size and build memory of each recipe applied to this base."""
+    """Size and build memory of each recipe applied to this base.
+
+    Args:
+        checkpoint: the base.
+        recipes: what to estimate.
+        dtype: see `quantize`.
+        device: "cpu" or "cuda": whether bfloat16 is computed in float32 depends on it.
+        activation_bytes: see `quantize`.
+        hub_dir: where calibration data sets lie; texts that cannot be read count with the most
+            tokens that the recipe allows.
+    """
     item_bytes = parse_dtype(dtype).itemsize
     skeleton = build_skeleton(checkpoint)
     linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
     full_bytes = sum(p.numel() for p in skeleton.parameters()) * item_bytes
+    full_bytes += n_latent_parameters(checkpoint) * item_bytes
     buffer_bytes = sum(b.numel() * b.element_size() for b in skeleton.buffers())
+    padded: dict[Calibration, int] = {}
     for recipe in recipes:
         try:
-            schemes = plan_layers(checkpoint, recipe).schemes
+            plan = plan_layers(checkpoint, recipe)
+            schemes = plan.schemes
+            if recipe.calibration not in padded:
+                padded[recipe.calibration] = _padded_tokens(checkpoint, recipe.calibration, hub_dir)
             if recipe.dims is not None and recipe.dims.n > checkpoint.dims:
                 raise ValueError(f"the model has only {checkpoint.dims} dimensions")
         except (GteoptError, ValueError) as error:
@@ -105,7 +150,21 @@ def estimate(
             recipe=recipe.name,
             summary=recipe.summary,
             weight_bytes=full_bytes - saved + buffer_bytes,
-            build_bytes=full_bytes + _work_bytes(checkpoint, recipe, linears, schemes, item_bytes),
+            build_bytes=buffer_bytes
+            + _build_bytes(
+                checkpoint,
+                recipe,
+                plan,
+                _Sizes(
+                    skeleton=skeleton,
+                    full_bytes=full_bytes,
+                    packed_bytes=packed,
+                    item_bytes=item_bytes,
+                    replay_bytes=4 if item_bytes == 2 and emulates_bfloat16(device) else item_bytes,
+                    activation_bytes=activation_bytes,
+                    n_tokens=padded[recipe.calibration],
+                ),
+            ),
             bytes_per_vector=_vector_bytes(checkpoint, recipe),
             problem=None,
         )
@@ -115,30 +174,107 @@ def _n_parameters(checkpoint: Checkpoint) -> int:
     return sum(math.prod(shape) for shape in checkpoint.tensors.values())
 
 
-def _work_bytes(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    linears: Mapping[str, nn.Linear],
-    schemes: Mapping[str, LayerScheme],
-    item_bytes: int,
-) -> int:
-    """What the build holds beside the model: one layer's solve and the texts' hidden states."""
-    if not schemes:
-        return 0
-    matrix = max(linears[name].weight.numel() for name in schemes) * 4 * _WEIGHT_COPIES
-    if not isinstance(recipe.weights, GptqWeights):
-        return matrix
-    widest = max(linears[name].in_features for name in schemes)
-    n_tokens = recipe.calibration.n_texts * recipe.calibration.max_tokens
-    hidden_size = int(checkpoint.config["hidden_size"])
-    hidden = n_tokens * hidden_size * item_bytes
-    solving = matrix + widest * widest * 4 * _HESSIAN_COPIES + 2 * hidden
-    if recipe.weights.effort == "fast":
-        return solving
-    n_weights = sum(linears[name].weight.numel() for name in schemes)
+@dataclass(frozen=True)
+class _Sizes:
+    """What the memory of a build follows from, besides recipe and plan."""
+
+    skeleton: nn.Module
+    full_bytes: int
+    packed_bytes: int
+    item_bytes: int
+    replay_bytes: int
+    activation_bytes: int
+    n_tokens: int
+
+
+def _padded_tokens(checkpoint: Checkpoint, spec: Calibration, hub_dir: Path | None) -> int:
+    """Tokens of the calibration texts, padding included."""
+    try:
+        tokens = tokenize(
+            tokenizing(checkpoint), draw_texts(spec, hub_dir=hub_dir), spec.max_tokens
+        )
+    except GteoptError:
+        return spec.n_texts * spec.max_tokens
+    return sum(len(batch) * max(map(len, batch)) for batch in token_batches(tokens))
+
+
+def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes: _Sizes) -> int:
+    """Most that a build holds: loading, one block's work, tuning, or putting files together.
+
+    What is outside the blocks (nearly all of it the token embedding) is there all the time, a
+    block's weights only in its turn.
+    """
+    blocks_name = plan.blocks
+    if blocks_name is None:
+        # The model, and its bytes while they are written.
+        return _LIBRARY_BYTES + 2 * sizes.full_bytes
+    module = sizes.skeleton.get_submodule(blocks_name)
+    blocks = [dict(block.named_parameters()) for block in module.children()]
+    in_blocks = sum(p.numel() for block in blocks for p in block.values())
+    frame = sizes.full_bytes - in_blocks * sizes.item_bytes
+    table = int(sizes.skeleton.get_input_embeddings().weight.numel())  # type: ignore[operator]
+    load = frame + table * sizes.item_bytes
+    if recipe.embedding == "int8":
+        frame -= table * (sizes.item_bytes - 1)
+    largest = max(range(len(blocks)), key=lambda i: sum(p.numel() for p in blocks[i].values()))
+    linears = {
+        f"{blocks_name}.{largest}.{name}": each
+        for name, each in module[largest].named_modules()  # type: ignore[index]
+        if isinstance(each, nn.Linear)
+    }
+    block = _block_bytes(checkpoint, recipe, plan, linears, blocks[largest], sizes)
+    held = frame
+    if shortens(recipe):
+        held += sizes.packed_bytes
+    if plan.choices:  # measured with the whole model in memory
+        held += in_blocks * sizes.item_bytes
+    finish = held + min(_WRITE_BYTES, 2 * sizes.packed_bytes) + frame
+    peak = _LIBRARY_BYTES + int((1 + _KEPT_SHARE) * max(load, held + block, finish))
+    if not isinstance(recipe.weights, GptqWeights) or recipe.weights.effort == "fast":
+        return peak
+    n_weights = sum(
+        each.weight.numel()
+        for name, each in sizes.skeleton.named_modules()
+        if isinstance(each, nn.Linear) and name in plan.schemes
+    )
     n_other = _n_parameters(checkpoint) - n_weights
     n_layers = int(checkpoint.config["num_hidden_layers"])
-    return max(solving, tuning.work_bytes(n_weights, n_other, n_layers, hidden_size))
+    hidden_size = int(checkpoint.config["hidden_size"])
+    return max(peak, frame + tuning.work_bytes(n_weights, n_other, n_layers, hidden_size))
+
+
+def _block_bytes(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    plan: LayerPlan,
+    linears: Mapping[str, nn.Linear],
+    parameters: Mapping[str, nn.Parameter],
+    sizes: _Sizes,
+) -> int:
+    """Most that one block's turn takes: its weights, the texts' hidden states, the solver."""
+    n_parameters = sum(p.numel() for p in parameters.values())
+    planned = {name: each.weight for name, each in linears.items() if name in plan.schemes}
+    if not isinstance(recipe.weights, GptqWeights):
+        codes = max((w.numel() for w in planned.values()), default=0)
+        return n_parameters * sizes.item_bytes + 2 * codes + _SEARCH_BYTES
+    hidden_size = int(checkpoint.config["hidden_size"])
+    item = sizes.replay_bytes
+    hidden = min(sizes.n_tokens * hidden_size * item, sizes.activation_bytes)
+    widest = max(max(w.shape) for w in planned.values())
+    n_batch = min(sizes.n_tokens, BATCH_TOKENS)
+    # An MLP's gate, its activation, the other half and their product; queries, keys, values and
+    # their rotations beside them.
+    running = n_batch * (4 * widest + 4 * hidden_size) * item
+    worst = running
+    left = n_parameters * item
+    for weight in planned.values():
+        rows, columns = weight.shape
+        solving = gptq.work_bytes(rows, columns) + _SEARCH_BYTES
+        seeing = 4 * columns * columns + running + 4 * n_batch * columns
+        worst = max(worst, left + solving, left + seeing)
+        left -= weight.numel() * item - packed_bytes(rows, columns, recipe.weights.scheme)
+    most = max(w.numel() for w in planned.values())
+    return hidden + max(worst, left + running + _DEQUANT_BYTES * most)
 
 
 def _vector_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gteopt import __version__
-from gteopt.checkpoint import VECTOR_MODULES, Checkpoint
-from gteopt.encoder import VECTORS_FILE, Encoder, load_tokenizer
+from gteopt.checkpoint import LATENT_FILE, LATENT_PREFIX, VECTOR_MODULES, Checkpoint
+from gteopt.encoder import VECTORS_FILE, Encoder, latent_tensors, load_tokenizer
 from gteopt.formats import FORMATS, Format
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.vectors import VectorTransform
@@ -30,6 +30,7 @@ from gteopt.recipe import Layout
 from gteopt.records import LayerRecord
 
 WEIGHTS = "weights"
+_REST = "rest"
 _FILE_BYTES = 256 << 20
 """Most that blocks put together in one file of standard weights take: it is what is in memory while
 they are converted. A block larger than this has a file of its own."""
@@ -68,11 +69,15 @@ def write_model(
     """
     checkpoint = encoder.checkpoint
     config = {
-        **checkpoint.config,
+        **checkpoint.artifact_config,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "architectures": [type(encoder.module).__name__],
     }
     config.pop("torch_dtype", None)
+    if checkpoint.latent is not None:
+        config["architectures"] = ["NVEmbedModel"]
+        kept = latent_tensors(checkpoint, encoder.dtype)
+        save_tensors(stage / LATENT_FILE, {f"{LATENT_PREFIX}{n}": t for n, t in kept.items()})
     _write_json(stage / "config.json", config)
     if blocks is not None:
         rest = {
@@ -80,7 +85,7 @@ def write_model(
             for name, tensor in encoder.module.state_dict().items()
             if not name.startswith(f"{blocks}.")
         }
-        save_tensors(stage / WEIGHTS / "rest.safetensors", rest)
+        save_tensors(stage / WEIGHTS / f"{_REST}.safetensors", rest)
         form = FORMATS.get(layout) if layout is not None else None
         if form is not None:
             config["quantization_config"] = form.quantization_config(
@@ -130,7 +135,10 @@ def _write_standard(stage: Path, layers: Sequence[LayerRecord], form: Format) ->
         name = f"model-{i:05}-of-{len(files):05}.safetensors"
         if len(files) == 1:
             name = "model.safetensors"
-        save_tensors(stage / name, tensors)
+        if [path.stem for path in parts] == [_REST]:  # nothing in it changes
+            parts[0].replace(stage / name)
+        else:
+            save_tensors(stage / name, tensors)
         where |= dict.fromkeys(tensors, name)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if len(files) > 1:
@@ -156,14 +164,23 @@ def _standard_tensors(
 def _write_tokenizer(checkpoint: Checkpoint, stage: Path) -> None:
     """The tokenizer, made to append the end token by itself: other libraries rely on that."""
     tokenizer = load_tokenizer(checkpoint)
-    end = checkpoint.end_token
-    if end is not None:
-        end_id = tokenizer.convert_tokens_to_ids(end)
-        if tokenizer("a")["input_ids"][-1:] != [end_id]:
+    if checkpoint.end_token is not None:
+        start, end = checkpoint.start_token, checkpoint.end_token
+        ids = tokenizer("a")["input_ids"]
+        lacking = [
+            token
+            for token, found in ((start, ids[:1]), (end, ids[-1:]))
+            if token is not None and found != [tokenizer.convert_tokens_to_ids(token)]
+        ]
+        if lacking:
             from tokenizers.processors import Sequence as Processors
             from tokenizers.processors import TemplateProcessing
 
-            template = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, end_id)])
+            parts = [start if start in lacking else None, "$A", end if end in lacking else None]
+            template = TemplateProcessing(
+                single=" ".join(part for part in parts if part is not None),
+                special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in lacking],
+            )
             backend = tokenizer.backend_tokenizer
             before = backend.post_processor
             backend.post_processor = Processors([before, template]) if before else template
@@ -172,7 +189,13 @@ def _write_tokenizer(checkpoint: Checkpoint, stage: Path) -> None:
 
 
 def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
-    """modules.json and what it names, in the form that all Sentence Transformers releases read."""
+    """modules.json and what it names, in the form that all Sentence Transformers releases read.
+
+    Sentence Transformers has no module for latent attention; without a list of modules it refuses
+    the folder, where one with another pooling would give wrong vectors.
+    """
+    if checkpoint.latent is not None:
+        return
     kinds = ["Transformer", "Pooling", *["Dense"] * len(checkpoint.dense)]
     if checkpoint.normalise:
         kinds.append("Normalize")
@@ -216,7 +239,7 @@ def write_vectors(transform: VectorTransform, stage: Path) -> None:
     tensors = {name: torch.from_numpy(each) for name, each in transform.to_tensors().items()}
     if tensors:
         save_tensors(stage / VECTORS_FILE, tensors)
-    if transform.method == "full":
+    if transform.method == "full" or not (stage / "modules.json").is_file():
         return
     weight = transform.projection
     if weight is None:

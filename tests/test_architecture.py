@@ -12,7 +12,7 @@ RANKS = [
     {"errors"},
     {"recipe", "families", "licenses"},
     {"records"},
-    {"quant", "machine"},
+    {"quant", "machine", "pooling"},
     {"kernels", "formats", "artifact", "hub"},
     {"checkpoint"},
     {"encoder", "card"},

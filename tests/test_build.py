@@ -345,21 +345,60 @@ def deeper_nano(target: Path, n_blocks: int) -> Path:
     return target
 
 
-def test_the_memory_of_a_build_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
-    """Of 24 further blocks, 300 MB of weights, one is in memory at a time; what grows is the file
-    that the packed blocks are put together in, 80 MB here and 256 MB at most.
-    """
-    script = (
-        "import gteopt, sys; gteopt.quantize(sys.argv[1], 'rtn-int4', sys.argv[2]); "
-        "print(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1])"
+def peak_bytes(script: str, *arguments: object) -> int:
+    """Peak resident set of a process that runs `script`, beyond what it had before."""
+    code = (
+        "import sys, gteopt\n"
+        "def resident(field):\n"
+        "    line = next(line for line in open('/proc/self/status') if field in line)\n"
+        "    return 1024 * int(line.split()[1])\n"
+        "gteopt.load('nano').encode(['a text'])  # imports, and what libraries take at first use\n"
+        "open('/proc/self/clear_refs', 'w').write('5')  # the peak starts here\n"
+        f"before = resident('VmRSS')\n{script}\nprint(resident('VmHWM') - before)"
     )
     # Otherwise glibc keeps what is freed, and the peak shows its habits.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    peak_bytes = {}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(done.stdout.splitlines()[-1])
+
+
+def test_the_memory_of_a_build_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
+    """Of 24 further blocks, 300 MB of weights, one is in memory at a time; what grows is the file
+    that the packed blocks are put together in, 80 MB here and 256 MB at most.
+
+    Loading what was built takes the packed weights and the layers that are being put in place, and
+    never the 300 MB that they stand for.
+    """
+    build = "gteopt.quantize(sys.argv[1], 'rtn-int4', sys.argv[2])"
+    grown = {}
     for n_blocks in (2, 26):
         base = deeper_nano(tmp_path / f"base-{n_blocks}", n_blocks)
-        command = [sys.executable, "-c", script, str(base), str(tmp_path / f"out-{n_blocks}")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        peak_bytes[n_blocks] = 1024 * int(done.stdout)
+        grown[n_blocks] = peak_bytes(build, base, tmp_path / f"out-{n_blocks}")
     full_bytes = 24 * 2 * 3 * 256 * 8192
-    assert peak_bytes[26] - peak_bytes[2] < full_bytes / 2
+    assert grown[26] - grown[2] < full_bytes / 2
+    load = "encoder = gteopt.load(sys.argv[1])"
+    loaded = {n: peak_bytes(load, tmp_path / f"out-{n}") for n in (2, 26)}
+    assert loaded[26] - loaded[2] < 0.6 * full_bytes
+
+
+def test_inspect_predicts_the_memory_of_a_build_within_15_percent(tmp_path: Path) -> None:
+    """A model of which one MLP matrix, its Hessian and the table outweigh what a process has."""
+    from gteopt.inspect import estimate
+
+    base = deeper_nano(tmp_path / "base", 2)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"{i} " + "a bridge over the river " * 20 for i in range(64)))
+    recipe = load_recipe("gptq-int4").model_copy(
+        update={"calibration": Calibration(texts=str(texts), n_texts=64, max_tokens=64)}
+    )
+    (predicted,) = estimate(open_checkpoint(base), [recipe])
+    script = (
+        "from gteopt.recipe import load_recipe\n"
+        "gteopt.quantize(sys.argv[1], load_recipe(sys.argv[2]), sys.argv[3])"
+    )
+    path = tmp_path / "gptq-int4-here.yaml"
+    dumped = {**recipe.model_dump(by_alias=True, mode="json"), "name": path.stem}
+    path.write_text(json.dumps(dumped))
+    seen = peak_bytes(script, base, path, tmp_path / "out")
+    assert predicted.build_bytes == pytest.approx(seen, rel=0.15)

@@ -13,6 +13,7 @@ import pytest
 import typer.main
 
 from gteopt.cli import app
+from gteopt.families import FAMILIES, PUBLISHED
 from gteopt.recipe import load_plan, shipped_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,34 @@ def test_every_command_in_the_readme_exists_with_its_options() -> None:
         command = group.commands[words[1]]  # type: ignore[attr-defined]
         options = {name for each in command.params for name in each.opts}
         assert {word for word in words if word.startswith("--")} <= options, words
+
+
+def test_the_table_of_families_says_what_the_program_knows() -> None:
+    table = README.split("<!-- families -->")[1].split("<!-- /families -->")[0]
+    rows = [
+        [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in table.strip().splitlines()[2:]
+    ]
+    expected = []
+    for name, model in PUBLISHED.items():
+        family = FAMILIES[model.family]
+        pooling = {"lasttoken": "last token", "latent": "latent attention, mean"}[family.pooling]
+        around = f"... `{family.end_token}`"
+        dims = f"{model.dims:,}"
+        expected.append(
+            [
+                name,
+                family.name,
+                family.attention,
+                pooling,
+                f"`{family.start_token}` {around}" if family.start_token else around,
+                f"{dims}, down to {family.least_dims}" if family.least_dims else dims,
+                f"{family.max_tokens:,}",
+                model.license,
+                ", ".join(f"{suite} {score:.2f}" for suite, score in model.scores.items()),
+            ]
+        )
+    assert rows == expected
 
 
 def test_the_python_example_in_the_readme_runs(

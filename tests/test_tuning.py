@@ -16,7 +16,7 @@ from gteopt import tuning
 from gteopt.build import plan_layers
 from gteopt.calibration import draw_texts, tokenize
 from gteopt.checkpoint import open_checkpoint
-from gteopt.encoder import Encoder
+from gteopt.encoder import Encoder, Tokens
 from gteopt.errors import InputError
 from gteopt.quant.affine import NF4_LEVELS, QuantizedWeight, code_range, quantize_rtn
 from gteopt.quant.rounding import TunableLinear
@@ -87,7 +87,7 @@ def nano() -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def tokens(nano: Encoder) -> list[list[int]]:
+def tokens(nano: Encoder) -> list[Tokens]:
     return tokenize(nano, draw_texts(FEW), FEW.max_tokens)
 
 

@@ -10,7 +10,7 @@ Refuses to know: layers, models, files.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,9 @@ NF4_LEVELS = (
 )  # fmt: skip
 """QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), appendix E."""
 _LARGEST: Mapping[Element, float] = {"e4m3": E4M3_MAX, "nf4": 1.0}
+_CHUNK_WEIGHTS = 1 << 21
+"""Weights whose grids are searched at a time."""
+_SNR_ROWS = 1024
 SMALLEST_SCALE = 2.0**-24
 """The least positive float16: a group too small for it keeps a scale that is not zero."""
 _CLIP_RATIOS = tuple(i / 40 for i in range(44, 15, -1))
@@ -57,6 +60,11 @@ class QuantizedWeight:
         return QuantizedWeight(
             self.codes.to(device), self.scale.to(device), self.zero.to(device), self.scheme
         )
+
+    def rows(self, start: int, end: int) -> QuantizedWeight:
+        """Some of the output features, as a view."""
+        part = slice(start, end)
+        return QuantizedWeight(self.codes[part], self.scale[part], self.zero[part], self.scheme)
 
     def dequantize(self) -> Tensor:
         """The values that the codes stand for: float32 [O, I]."""
@@ -162,9 +170,12 @@ def quantize_rtn(
     """
     scale, zero = fit_grid(weight, scheme, clip_search=clip_search, importance=None)
     width = group_width(weight.shape[1], scheme.group_size)
-    grouped = weight.detach().float().reshape(len(weight), -1, width)  # [O, G, I/G]
-    codes = encode(grouped, scale.float()[..., None], zero.float()[..., None], scheme)
-    return QuantizedWeight(codes.flatten(1).to(torch.uint8), scale, zero, scheme)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for at, rows in _row_chunks(weight):
+        grouped = rows.reshape(len(rows), -1, width)  # [O, G, I/G]
+        step, offset = scale[at].float()[..., None], zero[at].float()[..., None]
+        codes[at] = encode(grouped, step, offset, scheme).flatten(1).to(torch.uint8)
+    return QuantizedWeight(codes, scale, zero, scheme)
 
 
 def fit_grid(
@@ -188,17 +199,37 @@ def fit_grid(
     Raises:
         NumericsError: the weight holds NaN or infinity, or a scale exceeds float16.
     """
+    share = torch.ones(weight.shape[1], device=weight.device)
+    if importance is not None:
+        share = importance.float()
+    grids = [
+        _fit_rows(rows, scheme, clip_search=clip_search, share=share)
+        for _, rows in _row_chunks(weight)
+    ]
+    scale, zero = (torch.cat(parts) for parts in zip(*grids, strict=True))
+    return scale, zero
+
+
+def _row_chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a weight in float32, a few million values at a time: rows do not know each other."""
+    n_rows = max(1, _CHUNK_WEIGHTS // max(1, weight.shape[1]))
+    for start in range(0, len(weight), n_rows):
+        at = slice(start, start + n_rows)
+        yield at, weight[at].detach().float()
+
+
+def _fit_rows(
+    weight: Tensor, scheme: LayerScheme, *, clip_search: bool, share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`fit_grid` of a weight float32 [O, I] at once; `share` [I] weighs each feature's error."""
     width = group_width(weight.shape[1], scheme.group_size)
-    grouped = weight.detach().float().reshape(len(weight), -1, width)  # [O, G, I/G]
+    grouped = weight.reshape(len(weight), -1, width)  # [O, G, I/G]
     low = grouped.amin(-1).clamp_max(0)
     high = grouped.amax(-1).clamp_min(0)
     if not torch.isfinite(high - low).all():
         raise NumericsError("the weight holds NaN or infinite values; it cannot be quantized")
     scale, zero = _grid_of_range(low, high, scheme)
     if clip_search:
-        share = torch.ones(weight.shape[1], device=weight.device)
-        if importance is not None:
-            share = importance.float()
         share = share.view(-1, width)  # [G, I/G]
         best = _weighted_error(grouped, scale, zero, share, scheme)
         for ratio in _CLIP_RATIOS:
@@ -431,8 +462,11 @@ def group_size_problems(in_features: Mapping[str, int], group_size: GroupSize) -
 
 def snr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal-to-noise ratio 10 log10(|R|^2 / |R - A|^2) in dB, in float64; inf when equal."""
-    signal = reference.double().square().sum().item()
-    noise = (reference.double() - approximation.double()).square().sum().item()
+    signal = noise = 0.0
+    parts = (torch.split(each, _SNR_ROWS) for each in (reference, approximation))
+    for rows, other in zip(*parts, strict=True):
+        signal += rows.double().square().sum().item()
+        noise += (rows.double() - other.double()).square().sum().item()
     return ratio_db(signal, noise)
 
 

@@ -27,29 +27,48 @@ from gteopt.recipe import LayerScheme
 
 _MOST_DAMPING = 1.0
 """Past the mean of its own diagonal, what is factorised is no longer the Hessian."""
+_STRIP = 1024
+"""Columns of a matrix [I, I] that are worked on at a time, so that no second one is needed."""
+_CHUNK_WEIGHTS = 1 << 22
+"""Weights whose errors are worked out at a time."""
 
 
 class HessianAccumulator:
     """The running mean of x x^T over the inputs x of one layer, in float32.
 
-    A mean, not a sum, so that its magnitude does not grow with the calibration set.
+    A mean, not a sum, so that its magnitude does not grow with the calibration set. Only the lower
+    triangle is summed, strip by strip; the upper one is its mirror image.
 
     Attributes:
-        hessian: float32 [I, I].
         n_rows: inputs seen so far.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.hessian = torch.zeros(in_features, in_features, device=device)
+        self._sum = torch.zeros(in_features, in_features, device=device)
+        self._is_mirrored = True
         self.n_rows = 0
+
+    @property
+    def hessian(self) -> Tensor:
+        """The mean so far, float32 [I, I]; not a copy."""
+        if not self._is_mirrored:
+            with torch.inference_mode():  # where it was summed, as often as not
+                for start, end in _spans(len(self._sum), _STRIP):
+                    self._sum[start:end, end:] = self._sum[end:, start:end].T
+            self._is_mirrored = True
+        return self._sum
 
     def add(self, x: Tensor) -> None:
         """Count more inputs in: [n, I], any float dtype. Padding must not be among them."""
         if not len(x):
             return
-        x = x.to(self.hessian)
+        x = x.to(self._sum)
         total = self.n_rows + len(x)
-        self.hessian.addmm_(x.T, x, beta=self.n_rows / total, alpha=1 / total)
+        for start, end in _spans(len(self._sum), _STRIP):
+            self._sum[start:, start:end].addmm_(
+                x[:, start:].T, x[:, start:end], beta=self.n_rows / total, alpha=1 / total
+            )
+        self._is_mirrored = False
         self.n_rows = total
 
 
@@ -113,7 +132,7 @@ def solve(
     order = torch.arange(n_features, device=weight.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-    factor, used = _inverse_factor(hessian[order][:, order], damping)
+    factor, used = _inverse_factor(hessian, order, damping)
 
     importance = torch.empty_like(diagonal)
     importance[order] = 1 / factor.square().sum(0)  # 1 / [H^-1]_ii
@@ -123,17 +142,31 @@ def solve(
     group = torch.arange(n_features, device=weight.device) // group_width(
         n_features, scheme.group_size
     )
-    codes = torch.empty_like(weight)
-    codes[:, order] = _round_columns(
-        weight[:, order], factor, scale.float(), zero.float(), group[order], scheme, block_size
+    ordered = _round_columns(
+        weight.T[order], factor, scale.float(), zero.float(), group[order], scheme, block_size
     )
-    solved = QuantizedWeight(codes.to(torch.uint8), scale, zero, scheme)
+    del factor
+    codes = torch.empty_like(ordered)
+    codes[order] = ordered
+    del ordered
+    solved = QuantizedWeight(codes.T.contiguous(), scale, zero, scheme)
     rounded = quantize_rtn(weight, scheme, clip_search=clip_search)
     return GptqResult(
         weight=_better_rows(solved, rounded, weight, hessian),
         damping=used,
         n_dead=int((diagonal == 0).sum()),
     )
+
+
+def work_bytes(out_features: int, in_features: int) -> int:
+    """Most that `solve` holds beside the weight that it is given; the Hessian is counted in.
+
+    The Hessian and the factor in float32, what the factor is made from in float64 and a strip of it
+    twice in float32; then, without the latter two, the weight in float32 and its codes twice.
+    """
+    square, weights = in_features * in_features, out_features * in_features
+    strip = 2 * 4 * min(_STRIP, in_features) * in_features
+    return max((4 + 8 + 4) * square + strip, (4 + 4) * square + (4 + 1 + 1) * weights)
 
 
 def output_snr_db(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
@@ -144,39 +177,85 @@ def output_snr_db(weight: Tensor, approximation: Tensor, hessian: Tensor) -> flo
         approximation: the dequantized weight, [O, I]; E = W - approximation.
         hessian: H, float32 [I, I], mean of x x^T over the inputs.
     """
-    weight = weight.float()
-    signal = _row_errors(weight, hessian).double().sum().item()
-    noise = _row_errors(weight - approximation.float(), hessian).double().sum().item()
+    signal = noise = 0.0
+    for start, end in _row_spans(weight):
+        rows = weight[start:end].float()
+        signal += _row_errors(rows, hessian).double().sum().item()
+        noise += _row_errors(rows - approximation[start:end].float(), hessian).double().sum().item()
     return ratio_db(signal, noise)
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper triangular U with U^T U = (H + damping * mean diagonal)^-1, and the damping used.
 
-    With J reversing an axis and J H J = L L^T, U = (J L J)^-1: one factorisation and one triangular
-    inverse, without forming H^-1. Both in float64; the result is float32.
+    H stands for the Hessian with its rows and columns in `order`. With J reversing an axis and
+    J H J = L L^T, U = J L^-1 J: one factorisation and one triangular inverse, both in float64 and
+    in the memory of one matrix, without forming H^-1. The result is float32.
 
     Raises:
         NumericsError: no damping up to `_MOST_DAMPING` makes the matrix positive definite.
     """
+    n = len(hessian)
     mean = hessian.diagonal().double().mean()
-    reversed_ = hessian.double().flip(0, 1)
-    identity = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    backwards = order.flip(0)
+    work = torch.empty(n, n, dtype=torch.float64, device=hessian.device)
     used = damping
     while used <= _MOST_DAMPING:
+        for start, end in _spans(n, _STRIP):
+            work[start:end] = hessian[backwards[start:end]][:, backwards]
         # Without any input there is nothing to scale by; every damping then gives the identity.
-        lower, info = torch.linalg.cholesky_ex(
-            reversed_ + identity * (used * mean if mean else 1.0)
-        )
-        if not info.item():
-            upper = lower.flip(0, 1)
-            return torch.linalg.solve_triangular(upper, identity, upper=True).float(), used
+        work.diagonal().add_(used * mean if mean else 1.0)
+        if _cholesky_(work):
+            _invert_lower_(work)
+            factor = torch.empty_like(hessian)
+            for start, end in _spans(n, _STRIP):
+                factor[start:end] = work[n - end : n - start].flip(0, 1)
+            return factor, used
         used *= 10
     raise NumericsError(
-        f"the Hessian [{len(hessian)}, {len(hessian)}] of a layer's inputs is not positive "
+        f"the Hessian [{n}, {n}] of a layer's inputs is not positive "
         f"definite with damping {damping:g} to {used / 10:g} (mean diagonal {mean.item():.4g}, "
         f"least {hessian.diagonal().min().item():.4g}); use more calibration texts or more damping"
     )
+
+
+def _cholesky_(matrix: Tensor) -> bool:
+    """Replace a symmetric matrix [n, n] by its lower Cholesky factor; False where it has none.
+
+    Blocked and right-looking (Golub and Van Loan, Matrix Computations, 4.2.9): a library routine
+    would need a second matrix. The upper triangle is set to zero.
+    """
+    n = len(matrix)
+    for start, end in _spans(n, _STRIP // 4):
+        corner, info = torch.linalg.cholesky_ex(matrix[start:end, start:end])
+        if info.item():
+            return False
+        matrix[start:end, start:end] = corner
+        panel = torch.linalg.solve_triangular(corner, matrix[end:, start:end].T, upper=False).T
+        matrix[end:, start:end] = panel
+        for first, last in _spans(n - end, _STRIP):
+            matrix[end + first :, end + first : end + last].addmm_(
+                panel[first:], panel[first:last].T, alpha=-1
+            )
+    matrix.tril_()
+    return True
+
+
+def _invert_lower_(lower: Tensor) -> None:
+    """Replace a lower triangular matrix [n, n] by its inverse, the last columns first.
+
+    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]], C^-1 being there already.
+    """
+    n = len(lower)
+    identity = torch.eye(min(n, _STRIP // 4), dtype=lower.dtype, device=lower.device)
+    for start, end in reversed(_spans(n, _STRIP // 4)):
+        one = identity[: end - start, : end - start]
+        corner = torch.linalg.solve_triangular(lower[start:end, start:end], one, upper=False)
+        below = lower[end:, start:end] @ corner
+        for first, last in _spans(n - end, _STRIP):
+            rows = lower[end + first : end + last, end : end + last]
+            lower[end + first : end + last, start:end] = -(rows @ below[:last])
+        lower[start:end, start:end] = corner
 
 
 def _round_columns(
@@ -188,41 +267,45 @@ def _round_columns(
     scheme: LayerScheme,
     block_size: int,
 ) -> Tensor:
-    """GPTQ's loop (Algorithm 1) on columns already in order: float32 whole codes [O, I].
+    """GPTQ's loop (Algorithm 1) on features already in order: uint8 codes [I, O].
 
     Args:
-        weight: float32 [O, I].
+        weight: float32 [I, O], features first so that one of them is contiguous in memory; used up.
         factor: U of `_inverse_factor`, float32 [I, I].
         scale: float32 [O, G].
         zero: float32 [O, G].
-        group: which group each column belongs to, [I].
+        group: which group each feature belongs to, [I].
         scheme: bounds the codes.
-        block_size: columns a block.
+        block_size: features a block.
     """
-    # Features first, so that a column of the weight is contiguous in memory.
-    weight = weight.T.contiguous()  # [I, O]
-    steps, offsets = scale.T[group], zero.T[group]  # [I, O]
-    codes = torch.empty_like(weight)
+    steps, offsets, of = scale.T.contiguous(), zero.T.contiguous(), group.tolist()  # [G, O]
+    codes = torch.empty_like(weight, dtype=torch.uint8)
     for start in range(0, len(weight), block_size):
         end = min(start + block_size, len(weight))
         errors = torch.empty_like(weight[start:end])
         for i in range(start, end):
-            codes[i] = encode(weight[i], steps[i], offsets[i], scheme)
-            error = weight[i] - decode(codes[i], steps[i], offsets[i], scheme)
+            step, offset = steps[of[i]], offsets[of[i]]
+            code = encode(weight[i], step, offset, scheme)
+            codes[i] = code
+            error = weight[i] - decode(code, step, offset, scheme)
             error /= factor[i, i]
             weight[i + 1 : end] -= torch.outer(factor[i, i + 1 : end], error)
             errors[i - start] = error
-        weight[end:] -= factor[start:end, end:].T @ errors
-    return codes.T
+        weight[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return codes
 
 
 def _better_rows(
     first: QuantizedWeight, second: QuantizedWeight, weight: Tensor, hessian: Tensor
 ) -> QuantizedWeight:
     """Row by row the one with the smaller output error; the first where they are equal."""
-    error_first = _row_errors(first.dequantize() - weight, hessian)
-    error_second = _row_errors(second.dequantize() - weight, hessian)
-    take = (error_second < error_first)[:, None]
+    take = torch.cat(
+        [
+            _row_errors(second.rows(start, end).dequantize() - weight[start:end], hessian)
+            < _row_errors(first.rows(start, end).dequantize() - weight[start:end], hessian)
+            for start, end in _row_spans(weight)
+        ]
+    )[:, None]
     return QuantizedWeight(
         codes=torch.where(take, second.codes, first.codes),
         scale=torch.where(take, second.scale, first.scale),
@@ -234,3 +317,12 @@ def _better_rows(
 def _row_errors(error: Tensor, hessian: Tensor) -> Tensor:
     """diag(E H E^T): float32 [O]."""
     return (error @ hessian).mul_(error).sum(1)
+
+
+def _spans(n: int, width: int) -> list[tuple[int, int]]:
+    """0 to n cut into pieces of at most `width`."""
+    return [(start, min(start + width, n)) for start in range(0, n, width)]
+
+
+def _row_spans(weight: Tensor) -> list[tuple[int, int]]:
+    return _spans(len(weight), max(1, _CHUNK_WEIGHTS // weight.shape[1]))

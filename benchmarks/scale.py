@@ -1,0 +1,349 @@
+"""Builds at the size of published models, from checkpoints with random weights.
+
+The checkpoint has the shapes, tensor names and shard layout of the real one (bfloat16 safetensors
+shards and their index), the embedded model's tokenizer, and calibration texts put together from the
+embedded ones. Time and memory of a build do not depend on what the weights are; quality does, so
+none is reported here.
+
+    python benchmarks/scale.py build --shape gte-Qwen2-1.5B                      # on the CPU
+    python benchmarks/scale.py build --shape gte-Qwen2-7B --device cuda --texts 128 --tokens 512
+    python benchmarks/scale.py sweep    # cost over layers, hidden size and calibration tokens
+    python benchmarks/scale.py long     # memory of one text of up to 32,000 tokens
+
+Each run is a process of its own, whose peak resident set is read from the operating system; it is
+written to benchmarks/results/scale.json, beside what `inspect` predicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import gteopt
+
+RESULTS = Path(__file__).parent / "results" / "scale.json"
+ASSETS = Path(gteopt.__file__).parent / "assets"
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a Qwen2 checkpoint's config.json says of its size."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+
+
+SHAPES = {
+    "gte-Qwen2-1.5B": Shape(1536, 28, 12, 2, 8960, 151_646),
+    "gte-Qwen2-7B": Shape(3584, 28, 28, 4, 18_944, 151_646),
+}
+SMALL = Shape(512, 4, 8, 2, 2048, 20_480)
+
+
+def make_checkpoint(folder: Path, shape: Shape) -> Path:
+    """Write a random checkpoint of this shape; one shard is in memory at a time."""
+    folder.mkdir(parents=True)
+    d, kv = shape.hidden, shape.hidden // shape.heads * shape.kv_heads
+    parts = {
+        "input_layernorm.weight": (d,),
+        "post_attention_layernorm.weight": (d,),
+        "self_attn.q_proj.weight": (d, d),
+        "self_attn.q_proj.bias": (d,),
+        "self_attn.k_proj.weight": (kv, d),
+        "self_attn.k_proj.bias": (kv,),
+        "self_attn.v_proj.weight": (kv, d),
+        "self_attn.v_proj.bias": (kv,),
+        "self_attn.o_proj.weight": (d, d),
+        "mlp.gate_proj.weight": (shape.intermediate, d),
+        "mlp.up_proj.weight": (shape.intermediate, d),
+        "mlp.down_proj.weight": (d, shape.intermediate),
+    }
+    sizes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (shape.vocabulary, d)}
+    for i in range(shape.layers):
+        sizes |= {f"layers.{i}.{name}": size for name, size in parts.items()}
+    sizes["norm.weight"] = (d,)
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name, size in sizes.items():
+        n_bytes = 2 * torch.Size(size).numel()
+        if n_bytes > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= n_bytes
+    generator = torch.Generator().manual_seed(0)
+    where: dict[str, str] = {}
+    for i, names in enumerate(shards, start=1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: _random(name, sizes[name], generator) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    total = sum(2 * torch.Size(size).numel() for size in sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    nano = ASSETS / "nano"
+    config = json.loads((nano / "config.json").read_text())
+    config |= {
+        "hidden_size": d,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocabulary,
+        "layer_types": ["full_attention"] * shape.layers,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(nano / name, folder / name)
+    return folder
+
+
+def _random(name: str, size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if "layernorm" in name or name == "norm.weight":
+        return torch.ones(size, dtype=torch.bfloat16)
+    tensor = torch.empty(size, dtype=torch.bfloat16)
+    return tensor.normal_(0, size[-1] ** -0.5, generator=generator)
+
+
+def write_texts(path: Path, n_texts: int, n_tokens: int) -> None:
+    """Texts that are longer than `n_tokens`, from the embedded calibration texts end to end."""
+    lines = (ASSETS / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
+    source = [json.loads(line)["text"].replace("\n", " ") for line in lines]
+    texts: list[str] = []
+    at = 0
+    while len(texts) < n_texts:
+        text = ""
+        while len(text.split()) < n_tokens:  # a word is at least a token
+            text += f" {source[at % len(source)]}"
+            at += 1
+        texts.append(f"{len(texts)}{text}")
+    path.write_text("\n".join(texts), encoding="utf-8")
+
+
+_CHILD = """
+import json, sys, time
+import torch
+import gteopt
+from gteopt.recipe import Calibration, load_recipe
+
+base, out, texts, n_texts, n_tokens, recipe, device = sys.argv[1:]
+wanted = load_recipe(recipe)
+spec = Calibration(texts=texts, n_texts=int(n_texts), max_tokens=int(n_tokens))
+wanted = wanted.model_copy(update={"calibration": spec})
+from gteopt.build import plan_layers
+from gteopt.checkpoint import open_checkpoint
+from gteopt.encoder import build_skeleton
+build_skeleton(open_checkpoint("nano"))  # the imports
+
+def resident(field):
+    line = next(line for line in open("/proc/self/status") if field in line)
+    return 1024 * int(line.split()[1])
+
+open_checkpoint(base).sha256  # once a process, and no part of a build's own time
+before = resident("VmRSS")
+blocks = []
+started = time.perf_counter()
+def progress(what, done, total):
+    if what.startswith("quantizing"):
+        blocks.append(round(time.perf_counter() - started, 2))
+        print(what, done, total, blocks[-1], file=sys.stderr, flush=True)
+manifest = gteopt.quantize(base, wanted, out, device=device, progress=progress)
+seconds = time.perf_counter() - started
+print(json.dumps({
+    "seconds": round(seconds, 1),
+    "cpu_seconds": round(time.process_time(), 1),
+    "seconds_at_block": blocks,
+    "imports_bytes": before,
+    "peak_bytes": resident("VmHWM"),
+    "peak_device_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
+    "weight_bytes": manifest.weight_bytes,
+    "n_tokens": manifest.calibration.n_tokens if manifest.calibration else 0,
+    "n_threads": torch.get_num_threads(),
+}))
+"""
+
+
+def measure(
+    shape: Shape, n_texts: int, n_tokens: int, recipe: str, device: str, work: Path
+) -> dict[str, object]:
+    """Build once in a process of its own; what `inspect` predicts, and what was seen."""
+    from gteopt.checkpoint import open_checkpoint
+    from gteopt.inspect import estimate
+    from gteopt.machine import machine, versions
+    from gteopt.recipe import Calibration, load_recipe
+
+    with tempfile.TemporaryDirectory(dir=work) as temporary:
+        started = time.perf_counter()
+        base = make_checkpoint(Path(temporary) / "base", shape)
+        made_s = time.perf_counter() - started
+        texts = Path(temporary) / "texts.txt"
+        write_texts(texts, n_texts, n_tokens)
+        spec = Calibration(texts=str(texts), n_texts=n_texts, max_tokens=n_tokens)
+        wanted = load_recipe(recipe).model_copy(update={"calibration": spec})
+        (predicted,) = estimate(open_checkpoint(base), [wanted], device=device)
+        out = Path(temporary) / "out"
+        command = [sys.executable, "-c", _CHILD, str(base), str(out), str(texts)]
+        command += [str(n_texts), str(n_tokens), recipe, device]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        seen = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "shape": asdict(shape),
+        "n_texts": n_texts,
+        "max_tokens": n_tokens,
+        "recipe": recipe,
+        "device": device,
+        "predicted_bytes": predicted.build_bytes,
+        "checkpoint_s": round(made_s, 1),
+        **seen,
+        "machine": machine().model_dump(),
+        "versions": versions(),
+    }
+
+
+def keep(kind: str, row: dict[str, object]) -> None:
+    """Put one result into the file, in place of an earlier one of the same workload."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    what = ("shape", "n_texts", "max_tokens", "recipe", "device")
+    rows = [r for r in results.get(kind, []) if any(r[key] != row[key] for key in what)]
+    results[kind] = [*rows, row]
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    beyond = int(str(row["peak_bytes"])) - int(str(row["imports_bytes"]))
+    print(
+        f"{kind} {row['shape']} {row['n_tokens']} tokens: {row['seconds']} s "
+        f"({row['cpu_seconds']} s of CPU), {beyond / 1e9:.2f} GB beyond the imports, "
+        f"predicted {int(str(row['predicted_bytes'])) / 1e9:.2f} GB",
+        flush=True,
+    )
+
+
+def sweep(device: str, work: Path) -> None:
+    """One of layers, hidden size and calibration tokens changed at a time."""
+    for layers in (2, 4, 8):
+        keep("sweep", measure(replace(SMALL, layers=layers), 32, 128, "gptq-int4", device, work))
+    for hidden in (256, 1024):
+        shape = replace(SMALL, hidden=hidden, intermediate=4 * hidden)
+        keep("sweep", measure(shape, 32, 128, "gptq-int4", device, work))
+    for n_texts in (8, 128):
+        keep("sweep", measure(SMALL, n_texts, 128, "gptq-int4", device, work))
+
+
+_LONG_CHILD = """
+import json, sys, time
+import gteopt
+
+encoder = gteopt.load(sys.argv[1], dtype="float32")
+encoder.encode(["a text"])
+
+def resident(field):
+    line = next(line for line in open("/proc/self/status") if field in line)
+    return 1024 * int(line.split()[1])
+
+for n_tokens in map(int, sys.argv[2:]):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = resident("VmRSS")
+    started = time.process_time()
+    encoder.embed_tokens([[*(7 + i % 9000 for i in range(n_tokens - 1)), 20477]])
+    seconds = time.process_time() - started
+    print(json.dumps([n_tokens, resident("VmHWM") - before, round(seconds, 1)]), flush=True)
+"""
+
+
+def long_text(work: Path) -> None:
+    """Peak memory beyond the loaded model, of one text of each length."""
+    from gteopt.machine import machine, versions
+
+    shape = Shape(256, 2, 4, 2, 1024, 20_480)
+    with tempfile.TemporaryDirectory(dir=work) as temporary:
+        base = make_checkpoint(Path(temporary) / "base", shape)
+        command = [sys.executable, "-c", _LONG_CHILD, str(base), "8000", "16000", "32000"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    names = ("n_tokens", "peak_bytes", "cpu_seconds")
+    rows = [dict(zip(names, json.loads(line), strict=True)) for line in done.stdout.splitlines()]
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results["long"] = {
+        "shape": asdict(shape),
+        "dtype": "float32",
+        "texts": rows,
+        "machine": machine().model_dump(),
+        "versions": versions(),
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(rows)
+
+
+def plot(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
+    """CPU time and memory over layers, hidden size and calibration tokens, as one HTML page."""
+    from plotly.subplots import make_subplots
+
+    rows = results["sweep"]
+    middle = asdict(SMALL)
+    figure = make_subplots(
+        rows=2, cols=3, shared_yaxes=True, column_titles=["layers", "hidden size", "tokens"]
+    )
+    for column, key in enumerate(("layers", "hidden", "n_tokens"), start=1):
+        others = [k for k in ("layers", "hidden") if k != key]
+        n_usual = next(r["n_tokens"] for r in rows if r["n_texts"] == 32)
+        own = sorted(
+            (r["shape"].get(key, r["n_tokens"]), r["cpu_seconds"], r["peak_bytes"] / 1e9)
+            for r in rows
+            if all(r["shape"][k] == middle[k] for k in others)
+            and (key == "n_tokens" or r["n_tokens"] == n_usual)
+        )
+        xs = [x for x, *_ in own]
+        for row, name in ((1, "CPU seconds"), (2, "peak GB, imports included")):
+            figure.add_scatter(
+                x=xs, y=[each[row] for each in own], mode="lines+markers", row=row, col=column
+            )
+            figure.update_yaxes(title_text=name, row=row, col=1, rangemode="tozero")
+    figure.update_layout(showlegend=False, template="plotly_white", title="Cost of a 4-bit build")
+    figure.write_html(target, include_plotlyjs="cdn")
+
+
+def main() -> None:
+    """Parse, measure, keep."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=["build", "sweep", "long", "plot"])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="gte-Qwen2-1.5B")
+    parser.add_argument("--layers", type=int, help="fewer than published, to try it out")
+    parser.add_argument("--texts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--recipe", default="gptq-int4")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
+    asked = parser.parse_args()
+    if asked.what == "sweep":
+        sweep(asked.device, asked.work)
+        return
+    if asked.what == "long":
+        long_text(asked.work)
+        return
+    if asked.what == "plot":
+        plot(json.loads(RESULTS.read_text()), RESULTS.with_suffix(".html"))
+        return
+    shape = SHAPES[asked.shape]
+    if asked.layers is not None:
+        shape = replace(shape, layers=asked.layers)
+    row = measure(shape, asked.texts, asked.tokens, asked.recipe, asked.device, asked.work)
+    keep("builds", row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""A build that is killed, or runs out of something, loses nothing and says where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_families import MODELS, publish
+
+import gteopt
+from gteopt.errors import NumericsError
+
+SCRIPT = """
+import os, resource, signal, sys
+import gteopt
+from gteopt.recipe import Calibration, LayerScheme, load_recipe
+
+base, out, recipe, what, at, activation_bytes = sys.argv[1:]
+wanted = load_recipe(recipe)
+spec = Calibration(n_texts=24, max_tokens=48)
+scheme = wanted.weights.scheme
+if scheme.group_size != "row":
+    scheme = scheme.model_copy(update={"group_size": 32})
+weights = wanted.weights.model_copy(update={"scheme": scheme})
+wanted = wanted.model_copy(update={"calibration": spec, "weights": weights})
+
+def progress(step, done, total):
+    if not step.startswith("quantizing") or done != int(at):
+        return
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "disk":  # every file from here on ends at 1000 bytes, as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    if what == "memory":  # no further page
+        resource.setrlimit(resource.RLIMIT_AS, (1, resource.RLIM_INFINITY))
+
+try:
+    gteopt.quantize(base, wanted, out, activation_bytes=int(activation_bytes), progress=progress)
+except Exception as error:
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def build(
+    base: Path, out: Path, recipe: str, what: str = "-", at: int = -1, activation_bytes: int = 0
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SCRIPT, str(base), str(out), recipe, what, str(at)]
+    # Otherwise memory that was freed is used again, and no further page is needed.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    return subprocess.run(
+        [*command, str(activation_bytes)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=500,
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / MODELS[0].name
+    publish(folder, MODELS[0])
+    return folder
+
+
+def content(artifact: Path) -> dict[str, bytes]:
+    files = [path for path in artifact.rglob("*") if path.is_file()]
+    return {path.relative_to(artifact).as_posix(): path.read_bytes() for path in files}
+
+
+def finished_blocks(out: Path) -> int:
+    return len(list((out.parent / f".{out.name}.partial").rglob("block-*.json")))
+
+
+@pytest.mark.parametrize("recipe", ["gptq-int4", "int8"])
+def test_killed_after_each_block_in_turn_it_ends_in_the_same_bytes(
+    base: Path, tmp_path: Path, recipe: str
+) -> None:
+    """int8 smooths: what one block absorbs is rounded when it is stored, and later ones see that.
+
+    The interrupted build keeps its hidden states on disk, the whole one in memory.
+    """
+    whole = build(base, tmp_path / "whole", recipe, activation_bytes=1 << 30)
+    assert whole.stdout == ""
+    for block in (1, 2):
+        killed = build(base, tmp_path / "out", recipe, "kill", block)
+        assert killed.returncode == -signal.SIGKILL
+        assert finished_blocks(tmp_path / "out") == block
+        assert not (tmp_path / "out").exists()
+    assert build(base, tmp_path / "out", recipe).stdout == ""
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("disk", r"OSError: .*block-001\.part|OSError: .*block-001|OSError: .*activations"),
+        ("memory", r"GteoptError: memory ran out at layers\.1.*finished blocks are kept"),
+    ],
+)
+def test_what_runs_out_is_named_and_the_next_run_goes_on(
+    base: Path, tmp_path: Path, what: str, message: str
+) -> None:
+    import re
+
+    stopped = build(base, tmp_path / "out", "gptq-int4", what, 1, activation_bytes=1 << 30)
+    assert re.search(message, stopped.stdout), stopped.stdout + stopped.stderr
+    assert finished_blocks(tmp_path / "out") == 1
+    assert build(base, tmp_path / "whole", "gptq-int4").stdout == ""
+    assert build(base, tmp_path / "out", "gptq-int4").stdout == ""
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def changed(base: Path, target: Path, name: str, index: int, value: float) -> Path:
+    """A copy of the base with one number of one tensor replaced."""
+    import shutil
+
+    shutil.copytree(base, target)
+    file = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(target / file)
+    tensors[name].view(-1)[index] = value
+    save_file(tensors, target / file, metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("layers.1.mlp.up_proj.weight", r"the weights of layers\.1\.mlp\.up_proj hold NaN"),
+        ("layers.1.post_attention_layernorm.weight", r"the input of layers\.1\.mlp\.gate_proj"),
+        ("layers.2.input_layernorm.weight", r"the input of layers\.2\.self_attn\.q_proj"),
+    ],
+)
+def test_nan_names_the_layer_and_keeps_the_blocks_before_it(
+    base: Path, tmp_path: Path, name: str, layer: str
+) -> None:
+    bad = changed(base, tmp_path / MODELS[0].name, name, 3, float("nan"))
+    stopped = build(bad, tmp_path / "out", "gptq-int4")
+    import re
+
+    assert stopped.stdout.startswith("NumericsError")
+    assert re.search(layer, stopped.stdout)
+    assert finished_blocks(tmp_path / "out") == int(name.split(".")[1])
+
+
+def test_a_dead_input_feature_is_recorded_and_costs_nothing(base: Path, tmp_path: Path) -> None:
+    from gteopt.artifact import read_manifest
+
+    name = "layers.0.input_layernorm.weight"
+    dead = changed(base, tmp_path / MODELS[0].name, name, 5, 0.0)
+    assert build(dead, tmp_path / "out", "gptq-int4").stdout == ""
+    notes = {layer.name: layer.note or "" for layer in read_manifest(tmp_path / "out").layers}
+    assert "1 input features never active" in notes["layers.0.self_attn.q_proj"]
+    assert "never active" not in notes["layers.1.self_attn.q_proj"]
+    assert torch.isfinite(
+        torch.from_numpy(gteopt.load(tmp_path / "out").encode(["a text", "another"]))
+    ).all()
+
+
+def test_a_hessian_that_no_damping_mends_names_the_layer() -> None:
+    """The real solver on a real matrix with negative curvature, through the build's own door."""
+    from gteopt.build import _quantize_layer
+    from gteopt.quant.gptq import HessianAccumulator
+    from gteopt.recipe import GptqWeights, load_recipe
+
+    weights = load_recipe("gptq-int4").weights
+    assert isinstance(weights, GptqWeights)
+    statistics = HessianAccumulator(128)
+    statistics.add(torch.randn(200, 128))
+    statistics.hessian[3, 3] = -1e6
+    with pytest.raises(NumericsError, match=r"layers\.7\.mlp\.down_proj: the Hessian.*damping"):
+        _quantize_layer(
+            "layers.7.mlp.down_proj", torch.randn(8, 128), weights.scheme, weights, statistics, None
+        )
