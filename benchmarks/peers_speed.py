@@ -52,9 +52,7 @@ PEERS = (
     "bitsandbytes",
     "onnxruntime",
     "openvino",
-    "optimum",
-    "optimum-onnx",
-    "optimum-intel",
+    "nncf",
 )
 WORKLOADS = {"bulk": (8, 128), "query": (1, 16)}
 """Name -> texts, tokens in each."""
@@ -192,9 +190,9 @@ def engines(model: str) -> dict[str, Callable[[Path], Engine]]:
         "bitsandbytes nf4": partial(bitsandbytes, kind="nf4"),
     }
     if model == "minilm":  # the exports of a bidirectional Qwen2 come out causal or NaN
-        table["sentence-transformers ONNX int8"] = onnx_int8
-        table["sentence-transformers OpenVINO fp32"] = partial(openvino, int8=False)
-        table["sentence-transformers OpenVINO int8"] = partial(openvino, int8=True)
+        table["onnxruntime int8"] = onnx_int8
+        table["OpenVINO fp32"] = partial(openvino, int8=False)
+        table["OpenVINO int8"] = partial(openvino, int8=True)
     table["gteopt fp32"] = partial(ours, dtype="float32")
     table["gteopt bf16"] = partial(ours, dtype="bfloat16")
     recipes = {"int8": "int8", "4-bit": "gptq-int4"} if model == "minilm" else {}
@@ -312,39 +310,111 @@ def bitsandbytes(folder: Path, kind: str) -> Engine:
     return with_module(folder, change)
 
 
-def onnx_int8(folder: Path) -> Engine:
-    """sentence-transformers' ONNX backend with its own dynamic int8 export."""
-    import onnxruntime
-    from sentence_transformers import export_dynamic_quantized_onnx_model
+def exported(folder: Path) -> Path:
+    """The model's token vectors as an ONNX graph with free batch and length.
 
-    scratch = Path(tempfile.mkdtemp()) / "model"
-    shutil.copytree(folder, scratch)
+    sentence-transformers' own export needs optimum-onnx or optimum-intel, which exclude
+    transformers 5.17; what they run is onnxruntime's and nncf's quantization on such a graph.
+    """
+    from transformers import AutoModel
+
+    module = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    path = Path(tempfile.mkdtemp()) / "model.onnx"
+    ids = torch.ones(2, 8, dtype=torch.int64)
+    free = {0: "texts", 1: "tokens"}
+    torch.onnx.export(
+        TokenVectors(module.eval()),
+        (ids, ids),
+        str(path),
+        dynamo=False,
+        input_names=["input_ids", "attention_mask"],
+        output_names=["hidden"],
+        dynamic_axes={"input_ids": free, "attention_mask": free, "hidden": free},
+        opset_version=17,
+    )
+    return path
+
+
+class TokenVectors(nn.Module):
+    """(ids, mask) -> hidden, without keyword arguments; the mask is added up by hand, since
+    transformers builds its own in a way that no export traces with a free length.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token vectors [N, T, D]."""
+        added = (1.0 - mask[:, None, None, :].float()) * -10000.0
+        found: Tensor = self.module(input_ids=ids, attention_mask=added).last_hidden_state
+        return found
+
+
+def with_graph(folder: Path, run: Callable[[Vectors, Vectors], Vectors]) -> Engine:
+    """Tokenizer, a graph (ids, mask) -> hidden, mean pooling."""
+    tokenizer = _sentence_transformer(folder).tokenizer
+
+    def encode(texts: Sequence[str]) -> Vectors:
+        rows = tokenizer(list(texts), padding=True, truncation=True, return_tensors="np")
+        ids, mask = (rows[name].astype(np.int64) for name in ("input_ids", "attention_mask"))
+        hidden = run(ids, mask)
+        weights = mask[..., None].astype(np.float32)
+        return unit((hidden * weights).sum(1) / weights.sum(1))
+
+    return encode
+
+
+def onnx_int8(folder: Path) -> Engine:
+    """Dynamic int8 quantization of onnxruntime."""
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    source = exported(folder)
+    path = source.with_name("int8.onnx")
+    quantize_dynamic(
+        source,
+        path,
+        per_channel=True,
+        reduce_range="avx512_vnni" not in machine().cpu,
+        weight_type=QuantType.QInt8,
+    )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    kwargs: dict[str, Any] = {"provider": "CPUExecutionProvider", "session_options": options}
-    model = _sentence_transformer(scratch, backend="onnx", model_kwargs={**kwargs, "export": True})
-    kind = "avx512_vnni" if "avx512_vnni" in machine().cpu else "avx2"
-    export_dynamic_quantized_onnx_model(model, kind, str(scratch))
-    kwargs["file_name"] = f"onnx/model_{'quint8' if kind == 'avx2' else 'qint8'}_{kind}.onnx"
-    return encode_with(_sentence_transformer(scratch, backend="onnx", model_kwargs=kwargs))
+    session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+
+    def run(ids: Vectors, mask: Vectors) -> Vectors:
+        return np.asarray(session.run(None, {"input_ids": ids, "attention_mask": mask})[0])
+
+    return with_graph(folder, run)
 
 
 def openvino(folder: Path, int8: bool) -> Engine:
-    """sentence-transformers' OpenVINO backend: as exported, or with its static int8 export."""
-    scratch = Path(tempfile.mkdtemp()) / "model"
-    shutil.copytree(folder, scratch)
-    one = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    kwargs: dict[str, Any] = {"device": "CPU", "ov_config": one}
-    model = _sentence_transformer(
-        scratch, backend="openvino", model_kwargs={**kwargs, "export": True}
-    )
-    if not int8:
-        return encode_with(model)
-    from sentence_transformers import export_static_quantized_openvino_model
+    """OpenVINO on the exported graph: as it is, or with nncf's static int8 of 64 texts."""
+    import openvino as ov
 
-    export_static_quantized_openvino_model(model, None, str(scratch))
-    kwargs["file_name"] = "openvino/openvino_model_qint8_quantized.xml"
-    return encode_with(_sentence_transformer(scratch, backend="openvino", model_kwargs=kwargs))
+    model = ov.convert_model(str(exported(folder)))
+    if int8:
+        import nncf
+
+        tokenizer = _sentence_transformer(folder).tokenizer
+        base = gteopt.load(folder, dtype="float32")
+        rows = [
+            dict(tokenizer([text], return_tensors="np"))
+            for n_tokens in (16, 32, 64, 128)
+            for text in exact_texts(base, 16, n_tokens, seed=7)
+        ]
+        inputs = [
+            {k: row[k].astype(np.int64) for k in ("input_ids", "attention_mask")} for row in rows
+        ]
+        model = nncf.quantize(model, nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER)
+    settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.compile_model(model, "CPU", settings)
+
+    def run(ids: Vectors, mask: Vectors) -> Vectors:
+        return np.asarray(compiled({"input_ids": ids, "attention_mask": mask})[0])
+
+    return with_graph(folder, run)
 
 
 def minilm() -> Path:

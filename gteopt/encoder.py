@@ -104,6 +104,13 @@ class Encoder:
         return sum(seen.values()) + sum(hidden)
 
     @property
+    def block_bytes(self) -> int:
+        """`weight_bytes` without the token embeddings, of which a text reads a row a token."""
+        table: nn.Module = self.module.get_input_embeddings()  # type: ignore[operator]
+        parts = (*table.parameters(), *table.buffers())
+        return self.weight_bytes - sum(each.numel() * each.element_size() for each in parts)
+
+    @property
     def kernels(self) -> dict[str, int]:
         """How many linear layers run on which kernel."""
         counts = Counter(

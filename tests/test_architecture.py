@@ -16,7 +16,7 @@ RANKS = [
     {"kernels", "formats", "artifact", "hub"},
     {"checkpoint", "runtime"},
     {"encoder", "card"},
-    {"calibration", "layout"},
+    {"calibration", "layout", "dummy"},
     {"tuning", "smoothing", "sensitivity"},
     {"build"},
     {"bench", "evaluation", "choose", "report", "inspect", "publish"},

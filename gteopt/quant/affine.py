@@ -306,7 +306,7 @@ def quantize_tokens(
 
 def token_scale(scale: Tensor) -> Tensor:
     """Scales to divide by: 1 where a token is nothing but zeros (or its scale is denormal)."""
-    return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
+    return scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 1.0)
 
 
 def code_range(scheme: LayerScheme) -> tuple[int, int]:
