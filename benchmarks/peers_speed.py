@@ -1,10 +1,15 @@
 """Speed of gteopt beside what users can have today: one run, the same texts, turn by turn.
 
 Every engine maps texts to unit vectors, tokenization included. In each round every engine takes one
-turn per workload; what is reported is the median over rounds of the ratio to
-`sentence-transformers fp32` in the same round, so that a machine that slows down hits all alike.
+turn per workload; what is reported is the median over rounds of the ratio to the reference
+(sentence-transformers, fp32 on a CPU, bf16 on a GPU) in the same round, so that a machine that
+slows down hits all alike.
 
     python benchmarks/peers_speed.py --out benchmarks/results/peers_speed_cpu.json
+    python benchmarks/peers_speed.py --device cuda --out benchmarks/results/peers_speed_cuda.json
+
+The second takes a gte-Qwen2-7B of random weights, texts of 512 tokens, 32 at a time; it has not
+been run yet, as no GPU was at hand.
 
 Peers whose libraries are missing, or that refuse a model, get their error in the table; an
 environment with them is made by `make speed-peers`. Models: all-MiniLM-L6-v2, and a bidirectional
@@ -41,11 +46,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import gteopt
-from gteopt.bench import exact_texts
+from gteopt.bench import exact_texts, peak_gflops
 from gteopt.checkpoint import open_checkpoint
+from gteopt.dummy import write_dummy
 from gteopt.machine import machine, versions
 
-REFERENCE = "sentence-transformers fp32"
 PEERS = (
     "sentence-transformers",
     "torchao",
@@ -54,11 +59,45 @@ PEERS = (
     "openvino",
     "nncf",
 )
-WORKLOADS = {"bulk": (8, 128), "query": (1, 16)}
-"""Name -> texts, tokens in each."""
 TOO_SLOW = 8.0
 Vectors = NDArray[np.float32]
 Engine = Callable[[Sequence[str]], Vectors]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a device is measured with.
+
+    Attributes:
+        reference: the engine that ratios and cosines refer to.
+        workloads: name -> texts, tokens in each.
+        models: measured when none is named.
+        layers: blocks of random models when not said; None is all of them.
+    """
+
+    device: str
+    reference: str
+    workloads: dict[str, tuple[int, int]]
+    models: tuple[str, ...]
+    layers: int | None
+
+
+SETTINGS = {
+    "cpu": Setting(
+        "cpu",
+        "sentence-transformers fp32",
+        {"bulk": (8, 128), "query": (1, 16)},
+        ("minilm", "qwen2"),
+        12,
+    ),
+    "cuda": Setting(
+        "cuda",
+        "sentence-transformers bf16",
+        {"bulk": (32, 512), "query": (1, 16)},
+        ("gte-Qwen2-7B-instruct",),
+        None,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -95,30 +134,59 @@ class Row:
 def main() -> None:
     """Measure every engine on every model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--models", nargs="+", default=["minilm", "qwen2"])
-    parser.add_argument("--layers", type=int, default=12, help="blocks of the random Qwen2")
+    parser.add_argument("--device", choices=list(SETTINGS), default="cpu")
+    parser.add_argument("--models", nargs="+", help="minilm, qwen2, or a name of a shipped shape")
+    parser.add_argument("--layers", type=int, help="blocks of models with random weights")
     parser.add_argument("--only", nargs="+", help="engines to run beside the reference")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--rounded", action="store_true", help="MiniLM by rtn recipes too: same kernels, no GPTQ"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    setting = SETTINGS[options.device]
+    layers = options.layers or setting.layers
+    if setting.device == "cpu":
+        torch.set_num_threads(1)
     rows: list[Row] = []
-    peaks = arithmetic_peaks()
+    peaks = arithmetic_peaks() if setting.device == "cpu" else peak_gflops(torch.device("cuda"))
     print("peaks, GFLOP/s:", ", ".join(f"{name} {value:.0f}" for name, value in peaks.items()))
-    for model in options.models:
-        folder = minilm() if model == "minilm" else random_qwen2(options.layers)
-        rows += measure(model, folder, options.only, options.rounds)
+    for model in options.models or setting.models:
+        real = model == "minilm" and not options.rounded
+        table = engines(model, learn=real) if setting.device == "cpu" else gpu_engines()
+        table = {
+            name: make
+            for name, make in table.items()
+            if not options.only or name in [*options.only, setting.reference]
+        }
+        rows += measure(setting, model, folder_of(model, layers), table, options.rounds)
         if options.out:
-            write(options.out, rows, peaks, options.layers)
+            write(options.out, setting, rows, peaks, layers)
 
 
-def measure(model: str, folder: Path, only: list[str] | None, n_rounds: int) -> list[Row]:
+def folder_of(model: str, n_layers: int | None) -> Path:
+    """The folder of a model, made where its weights are random."""
+    if model == "minilm":
+        return minilm()
+    if model == "qwen2":
+        return random_qwen2(n_layers or 24)
+    folder = Path(tempfile.mkdtemp()) / "dummy"
+    write_dummy(model, folder, n_layers=n_layers)
+    return folder
+
+
+def measure(
+    setting: Setting,
+    model: str,
+    folder: Path,
+    table: dict[str, Callable[[Path], Engine]],
+    n_rounds: int,
+) -> list[Row]:
     """Make every engine, check it, let all take turns, print the table."""
     made: dict[str, Engine] = {}
     errors: dict[str, str] = {}
-    for name, make in engines(model).items():
-        if only and name not in [*only, REFERENCE]:
-            continue
+    reference = setting.reference
+    for name, make in table.items():
         try:
             made[name] = make(folder)
             made[name](["one text before the clock starts"])
@@ -127,25 +195,25 @@ def measure(model: str, folder: Path, only: list[str] | None, n_rounds: int) -> 
             lines = str(error).strip().splitlines() or [""]
             errors[name] = f"{type(error).__name__}: {lines[0]}"[:160]
             print(f"{name}: {errors[name]}", flush=True)
-    base = gteopt.load(folder, dtype="float32")
+    base = gteopt.load(folder, dtype="bfloat16", device="cpu")
     texts = {
         name: exact_texts(base, n_texts, n_tokens, seed=0)
-        for name, (n_texts, n_tokens) in WORKLOADS.items()
+        for name, (n_texts, n_tokens) in setting.workloads.items()
     }
     operations = linear_operations(base.module)
     del base
-    expected = made[REFERENCE](texts["bulk"])
+    expected = made[reference](texts["bulk"])
     cosines = {
         name: float((unit(engine(texts["bulk"])) * unit(expected)).sum(axis=1).mean())
         for name, engine in made.items()
     }
-    seconds = take_turns(made, texts, n_rounds)
+    seconds = take_turns(setting, made, texts, n_rounds)
     rows = [Row(model=model, engine=name, error=text) for name, text in errors.items()]
     for name in made:
         timings = {}
-        for workload, (n_texts, n_tokens) in WORKLOADS.items():
+        for workload, (n_texts, n_tokens) in setting.workloads.items():
             mine = seconds[name][workload]
-            theirs = seconds[REFERENCE][workload]
+            theirs = seconds[reference][workload]
             best, n = min(mine), n_texts * n_tokens
             timings[workload] = Timing(
                 seconds=best,
@@ -161,28 +229,31 @@ def measure(model: str, folder: Path, only: list[str] | None, n_rounds: int) -> 
 
 
 def take_turns(
-    made: dict[str, Engine], texts: dict[str, list[str]], n_rounds: int
+    setting: Setting, made: dict[str, Engine], texts: dict[str, list[str]], n_rounds: int
 ) -> dict[str, dict[str, list[float]]]:
-    """CPU seconds of every engine, workload and round."""
+    """Seconds of every engine, workload and round: the process's own on a CPU, the wall's else."""
+    clock = time.process_time if setting.device == "cpu" else time.perf_counter
     seconds: dict[str, dict[str, list[float]]] = {n: {w: [] for w in texts} for n in made}
     for workload, batch in texts.items():
         repeats = 1 if workload == "bulk" else 5
         for turn in range(n_rounds * repeats):
             order = list(made) if turn % 2 == 0 else list(reversed(made))
             for name in order:
-                mine, theirs = seconds[name][workload], seconds[REFERENCE][workload]
+                mine, theirs = seconds[name][workload], seconds[setting.reference][workload]
                 if mine and theirs and min(mine) > TOO_SLOW * min(theirs):
                     continue
-                begin = time.process_time()
-                made[name](batch)
-                mine.append(time.process_time() - begin)
+                begin = clock()
+                made[name](batch)  # vectors come back to the host, which waits for the device
+                mine.append(clock() - begin)
     return seconds
 
 
-def engines(model: str) -> dict[str, Callable[[Path], Engine]]:
-    """Name -> what makes an engine of the model in a folder."""
+def engines(model: str, *, learn: bool) -> dict[str, Callable[[Path], Engine]]:
+    """Name -> what makes an engine of the model in a folder; ours by GPTQ where there is something
+    to learn.
+    """
     table: dict[str, Callable[[Path], Engine]] = {
-        REFERENCE: partial(sentence_transformer, dtype=torch.float32),
+        "sentence-transformers fp32": partial(sentence_transformer, dtype=torch.float32),
         "sentence-transformers bf16": partial(sentence_transformer, dtype=torch.bfloat16),
         "torchao int8 dynamic, compiled": torchao_compiled,
         "torch dynamic int8": torch_dynamic,
@@ -195,11 +266,27 @@ def engines(model: str) -> dict[str, Callable[[Path], Engine]]:
         table["OpenVINO int8"] = partial(openvino, int8=True)
     table["gteopt fp32"] = partial(ours, dtype="float32")
     table["gteopt bf16"] = partial(ours, dtype="bfloat16")
-    real = model == "minilm"  # there is nothing to learn from random weights
-    int8, int4 = ("int8", "gptq-int4") if real else ("rtn-int8", "rtn-int4")
+    int8, int4 = ("int8", "gptq-int4") if learn else ("rtn-int8", "rtn-int4")
     table["gteopt int8"] = partial(ours_quantized, recipe=int8, dtype="float32")
     table["gteopt 4-bit"] = partial(ours_quantized, recipe=int4, dtype="bfloat16")
     return table
+
+
+def gpu_engines() -> dict[str, Callable[[Path], Engine]]:
+    """The same for one GPU and a model of billions of weights. Not run yet: no GPU was at hand."""
+    bf16 = torch.bfloat16
+    return {
+        "sentence-transformers bf16": partial(sentence_transformer, dtype=bf16, device="cuda"),
+        "torchao int8 dynamic, compiled": partial(torchao_compiled, dtype=bf16, device="cuda"),
+        "torchao fp8 dynamic, compiled": partial(
+            torchao_compiled, dtype=bf16, device="cuda", fp8=True
+        ),
+        "bitsandbytes int8": partial(bitsandbytes, kind="int8", dtype=bf16, device="cuda"),
+        "bitsandbytes nf4": partial(bitsandbytes, kind="nf4", dtype=bf16, device="cuda"),
+        "gteopt bf16": partial(ours, dtype="bfloat16", device="cuda"),
+        "gteopt int8": partial(ours_quantized, recipe="rtn-int8", dtype="bfloat16", device="cuda"),
+        "gteopt 4-bit": partial(ours_quantized, recipe="rtn-int4", dtype="bfloat16", device="cuda"),
+    }
 
 
 class Ours:
@@ -214,27 +301,27 @@ class Ours:
         return self._encoder.encode(texts)
 
 
-def ours(folder: Path, dtype: str) -> Engine:
+def ours(folder: Path, dtype: str, device: str = "cpu") -> Engine:
     """The unquantized model in gteopt."""
-    return Ours(gteopt.load(folder, dtype=dtype, device="cpu"))
+    return Ours(gteopt.load(folder, dtype=dtype, device=device))
 
 
-def ours_quantized(folder: Path, recipe: str, dtype: str) -> Engine:
+def ours_quantized(folder: Path, recipe: str, dtype: str, device: str = "cpu") -> Engine:
     """One of our recipes on its own calibration texts; dtype of what stays unquantized."""
     out = Path(tempfile.mkdtemp()) / recipe
-    gteopt.quantize(folder, recipe, out, dtype=dtype, device="cpu")
-    return Ours(gteopt.load(out, device="cpu"))
+    gteopt.quantize(folder, recipe, out, dtype=dtype, device=device)
+    return Ours(gteopt.load(out, device=device))
 
 
-def sentence_transformer(folder: Path, dtype: torch.dtype) -> Engine:
+def sentence_transformer(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Engine:
     """The library as its documentation says."""
-    return encode_with(_sentence_transformer(folder, model_kwargs={"dtype": dtype}))
+    return encode_with(_sentence_transformer(folder, device, model_kwargs={"dtype": dtype}))
 
 
-def _sentence_transformer(folder: Path, **kwargs: Any) -> Any:
+def _sentence_transformer(folder: Path, device: str = "cpu", **kwargs: Any) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(folder), device="cpu", **kwargs)
+    return SentenceTransformer(str(folder), device=device, **kwargs)
 
 
 def encode_with(model: Any) -> Engine:
@@ -247,25 +334,43 @@ def encode_with(model: Any) -> Engine:
     return encode
 
 
-def with_module(folder: Path, change: Callable[[nn.Module], nn.Module]) -> Engine:
-    """sentence-transformers in float32 with its transformer changed."""
-    model = _sentence_transformer(folder, model_kwargs={"dtype": torch.float32})
+def with_module(
+    folder: Path,
+    change: Callable[[nn.Module], nn.Module],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Engine:
+    """sentence-transformers with its transformer changed."""
+    model = _sentence_transformer(folder, device, model_kwargs={"dtype": dtype})
     first = model[0]
     name = "auto_model" if "auto_model" in dict(first.named_children()) else "model"
     setattr(first, name, change(getattr(first, name)))
     return encode_with(model)
 
 
-def torchao_compiled(folder: Path) -> Engine:
+def torchao_compiled(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", fp8: bool = False
+) -> Engine:
     """Weights and dynamic activations in int8 by torchao, under `torch.compile`."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        quantize_,
+    )
 
     def change(module: nn.Module) -> nn.Module:
-        quantize_(module, Int8DynamicActivationInt8WeightConfig())
+        row: Any = PerRow()
+        quantize_(
+            module,
+            Float8DynamicActivationFloat8WeightConfig(granularity=row)
+            if fp8
+            else Int8DynamicActivationInt8WeightConfig(),
+        )
         module.forward = torch.compile(module.forward)
         return module
 
-    engine = with_module(folder, change)
+    engine = with_module(folder, change, dtype, device)
     for n_texts, n_words in ((8, 100), (1, 12)):  # compiled before the clock starts
         for _ in range(2):
             engine(["a " * n_words] * n_texts)
@@ -278,7 +383,9 @@ def torch_dynamic(folder: Path) -> Engine:
     return with_module(folder, lambda module: convert(module, {nn.Linear}))
 
 
-def bitsandbytes(folder: Path, kind: str) -> Engine:
+def bitsandbytes(
+    folder: Path, kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Engine:
     """The linear layers of bitsandbytes in place of those inside the blocks."""
     import bitsandbytes as bnb
 
@@ -287,7 +394,7 @@ def bitsandbytes(folder: Path, kind: str) -> Engine:
         new: Any
         if kind == "nf4":
             new = bnb.nn.Linear4bit(
-                linear.in_features, linear.out_features, bias, torch.float32, quant_type="nf4"
+                linear.in_features, linear.out_features, bias, dtype, quant_type="nf4"
             )
             new.weight = bnb.nn.Params4bit(linear.weight.data, False, quant_type="nf4")
         else:
@@ -297,7 +404,7 @@ def bitsandbytes(folder: Path, kind: str) -> Engine:
             new.weight = bnb.nn.Int8Params(linear.weight.data, False, has_fp16_weights=False)
         if bias:
             new.bias = linear.bias
-        placed: nn.Module = new.to("cpu")
+        placed: nn.Module = new.to(device)
         return placed
 
     def change(module: nn.Module) -> nn.Module:
@@ -307,7 +414,7 @@ def bitsandbytes(folder: Path, kind: str) -> Engine:
                 setattr(module.get_submodule(parent), leaf, replaced(linear))
         return module
 
-    return with_module(folder, change)
+    return with_module(folder, change, dtype, device)
 
 
 def exported(folder: Path) -> Path:
@@ -517,19 +624,22 @@ def show(model: str, rows: list[Row]) -> None:
         )
 
 
-def write(path: Path, rows: list[Row], peaks: dict[str, float], n_layers: int) -> None:
+def write(
+    path: Path, setting: Setting, rows: list[Row], peaks: dict[str, float], n_layers: int | None
+) -> None:
     """Everything measured so far, and where."""
     record = {
         "schema": "gteopt.peers-speed/1",
-        "device": "cpu",
-        "workloads": WORKLOADS,
-        "qwen2_layers": n_layers,
+        "device": setting.device,
+        "reference": setting.reference,
+        "workloads": setting.workloads,
+        "layers_of_random_models": n_layers,
         "peaks_gflops": peaks,
         "rows": [asdict(row) for row in rows],
         "machine": machine().model_dump(),
         "versions": {**versions(), **peer_versions()},
         "n_threads": torch.get_num_threads(),
-        "clock": "CPU time of the process",
+        "clock": "CPU time of the process" if setting.device == "cpu" else "wall",
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -49,9 +49,9 @@ class DenseLinearCpu(nn.Linear):
         self._onednn = kind == torch.float32 and torch.cpu._is_avx512_supported()
         self.kernel = "torch.linear"
         if self._widen:
-            self.kernel = "cpu.bf16 (multiplied in fp32: no AVX512-BF16)"
+            self.kernel = "torch.linear (in fp32: no AVX512-BF16)"
         elif self._onednn:
-            self.kernel = "cpu.fp32 (oneDNN)"
+            self.kernel = "torch.linear (oneDNN)"
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
