@@ -4,10 +4,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install interop demo test check format docs clean
+.PHONY: help install interop speed-peers demo test check format docs clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
 
 install: $(INSTALLED)  ## make .venv and install the package with the tested versions
 
@@ -34,6 +34,14 @@ interop:  ## make .venv-interop with other quantizers, and test what they write 
 	.venv-interop/bin/python -m pip install --quiet $(TORCH)
 	.venv-interop/bin/python -m pip install --quiet -c constraints-interop.txt -e '.[test]' $(PEERS)
 	.venv-interop/bin/python -m pytest tests/interop
+
+# sentence-transformers' ONNX and OpenVINO backends need optimum-onnx and optimum-intel, which exclude
+# the transformers that is pinned; what they run underneath is here.
+SPEED_PEERS := torchao bitsandbytes onnx onnxruntime openvino nncf
+speed-peers:  ## make .venv-speed with other engines for benchmarks/peers_speed.py
+	test -d .venv-speed || $(PYTHON) -m venv .venv-speed
+	.venv-speed/bin/python -m pip install --quiet $(TORCH)
+	.venv-speed/bin/python -m pip install --quiet -c constraints-interop.txt -e '.[test]' $(SPEED_PEERS)
 
 test: $(INSTALLED)  ## the whole test suite
 	$(BIN)/python -m pytest

@@ -310,10 +310,12 @@ def torchao(source: Path, kind: str) -> Variant:
 
 
 def torch_dynamic(source: Path) -> Variant:
-    """torch.ao's dynamic quantization in place."""
+    """torch.ao's dynamic quantization in place; it knows plain linear layers only."""
+    from transformers import AutoModel
+
     encoder = gteopt.load(source, dtype="float32")
     convert: Any = torch.ao.quantization.quantize_dynamic
-    encoder.module = convert(encoder.module, {nn.Linear})
+    encoder.module = convert(AutoModel.from_pretrained(source).float().eval(), {nn.Linear})
     return encoder, 8.0
 
 

@@ -18,13 +18,17 @@ The protocol:
 - **Latency**: single texts of exactly `query_tokens` tokens (end token included, no instruction:
   its tokens would only lengthen the text), each another, end to end: tokenize, encode, shorten,
   code. Percentiles interpolate linearly between order statistics.
-- **Throughput**: batches of texts of exactly `tokens` tokens, from token ids to vectors at the
-  model's full dimension in this process's memory. Tokenization is left out, as it is the same for
+- **Throughput**: batches of texts of exactly `tokens` tokens, or of seeded log-normal lengths of
+  that median, from token ids to vectors at the model's full dimension in this process's memory.
+  Only real tokens count. Tokenization is left out, as it is the same for
   all variants of a base and can be overlapped.
 - **Side by side**: the baseline and one variant are in memory at a time, and they take turns, query
   by query and round by round, with the first turn changing sides, so that a machine that slows down
   hits both. `baseline_ratio` is the median of the ratios within a round. The baseline's own row
   pairs it with itself: how far its ratio is from 1 is the noise of the measurement.
+- **Peaks**: products of 1024 x 1024 by 1024 x 4096 matrices in float32, bfloat16 and int8, the
+  fastest of five. A variant's share is of the number type that its quantized layers multiply in
+  (weights of fewer bits are multiplied as the baseline's number type).
 - **Clock**: the monotonic clock on a CPU, CUDA events on a GPU. Python's cyclic garbage collector
   is off while the clock runs.
 """
@@ -38,20 +42,28 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+from torch import nn
 
+from gteopt.build import quantize
 from gteopt.checkpoint import Checkpoint, open_checkpoint
+from gteopt.dummy import write_dummy
 from gteopt.encoder import Encoder, build_skeleton, load, load_checkpoint, load_tokenizer
 from gteopt.errors import GteoptError, InputError, UnsupportedError, join_problems, suggest
+from gteopt.kernels import make_linear
+from gteopt.kernels.cpu import Int8LinearCpu
 from gteopt.machine import machine, versions
-from gteopt.recipe import BenchSpec, Frozen, Progress, Workload, quiet
-from gteopt.records import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
+from gteopt.quant.affine import pack, quantize_rtn
+from gteopt.recipe import BenchSpec, Frozen, LayerScheme, Progress, Workload, load_recipe, quiet
+from gteopt.records import BenchReport, DummyRecord, LatencyRecord, ThroughputRecord, VariantBench
 
 
 def bench(
@@ -88,6 +100,7 @@ def bench(
         progress("measuring load time and memory", len(footprints), len(order))
 
     reference = load_checkpoint(checkpoints[baseline], device=device)
+    peaks = peak_gflops(reference.device)
     variants: dict[str, VariantBench] = {}
     for name in order:
         encoder = (
@@ -95,7 +108,7 @@ def bench(
             if name == baseline
             else load_checkpoint(checkpoints[name], device=str(reference.device))
         )
-        variants[name] = _measure(name, encoder, reference, footprints[name], spec, progress)
+        variants[name] = _measure(name, encoder, reference, footprints[name], spec, peaks, progress)
         del encoder  # before the next one is loaded
         _release()
     return BenchReport(
@@ -106,7 +119,99 @@ def bench(
         n_threads=torch.get_num_threads(),
         machine=machine(),
         versions={**versions(), "baseline dtype": str(reference.dtype).removeprefix("torch.")},
+        peak_gflops=peaks,
     )
+
+
+def bench_dummy(
+    base: str,
+    recipes: Sequence[str],
+    *,
+    spec: BenchSpec,
+    n_layers: int | None = None,
+    device: str = "auto",
+    progress: Progress = quiet,
+) -> BenchReport:
+    """Measure what recipes would make of a published model, on random weights of its shape.
+
+    Nothing is downloaded; the model and its variants lie in a temporary folder while they are
+    measured. Fewer blocks than the model has are measured as they are: nothing is extrapolated.
+
+    Args:
+        base: see `write_dummy`.
+        recipes: names of recipes that need no calibration, in the order of the report.
+        spec: what is measured, how often.
+        n_layers: blocks to build; all when None.
+        device: as for `load`.
+        progress: told about writing, building and measuring.
+
+    Raises:
+        InputError: see `write_dummy` and `bench`; a recipe that needs calibration.
+    """
+    wanted = {name: load_recipe(name) for name in recipes}
+    if learned := [name for name, each in wanted.items() if each.weights.method == "gptq"]:
+        raise InputError(
+            f"recipes that need calibration learn nothing from random weights "
+            f"({', '.join(learned)}); take their rounded relatives, which run on the same kernels "
+            f"(rtn-int8, rtn-int4, nf4)"
+        )
+    with tempfile.TemporaryDirectory(prefix="gteopt-") as scratch:
+        folder = Path(scratch) / "bf16"
+        n, whole = write_dummy(base, folder, n_layers=n_layers, progress=progress)
+        sources = {"bf16": str(folder)}
+        for name, recipe in wanted.items():
+            sources[name] = str(Path(scratch) / f"variant-{len(sources)}")
+            quantize(folder, recipe, sources[name], device=device, progress=progress)
+        report = bench(sources, baseline="bf16", spec=spec, device=device, progress=progress)
+    dummy = DummyRecord(base=base, n_layers=n, of_layers=whole)
+    return report.model_copy(update={"dummy": dummy})
+
+
+def peak_gflops(device: torch.device) -> dict[str, float]:
+    """10^9 operations a second of large products, by number type; see the module."""
+    kinds: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    wide = 4 if device.type == "cpu" else 8  # a GPU needs more to be busy
+    m, k, n = 256 * wide, 256 * wide, 1024 * wide
+    peaks = {}
+    for name, kind in kinds.items():
+        x, w = (torch.randn(shape, device=device).to(kind) for shape in ((m, k), (n, k)))
+        seconds = [_seconds(partial(nn.functional.linear, x, w), device) for _ in range(5)]
+        peaks[name] = 2 * m * k * n / min(seconds) / 1e9
+    codes = quantize_rtn(torch.randn(n, k), _INT8)
+    layer = make_linear(pack(codes), None, device=device, dtype=torch.float32)
+    if isinstance(layer, Int8LinearCpu):
+        tokens = layer.quantize(torch.randn(m, k))
+        seconds = [
+            _seconds(partial(layer.multiply, tokens, torch.float32), device) for _ in "12345"
+        ]
+        peaks["int8"] = 2 * m * k * n / min(seconds) / 1e9
+    return peaks
+
+
+_INT8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+
+
+def _operations(encoder: Encoder, lengths: Sequence[int]) -> float:
+    """Of the full forward pass over texts of these lengths; see `ThroughputRecord.gflops`."""
+    linear = sum(
+        int(each.in_features) * int(each.out_features)
+        for name, each in encoder.module.named_modules()
+        if hasattr(each, "in_features") and not name.startswith("pooler")
+    )
+    config = encoder.checkpoint.config
+    heads = int(config.get("num_attention_heads", 0))
+    width = int(config.get("head_dim") or int(config["hidden_size"]) // max(heads, 1))
+    attention = 4 * int(config.get("num_hidden_layers", 0)) * heads * width
+    return float(sum(2 * linear * length + attention * length**2 for length in lengths))
+
+
+def _peak(encoder: Encoder, peaks: Mapping[str, float]) -> float | None:
+    """Of the number type that most of this encoder's linear layers multiply in."""
+    kernel = max(encoder.kernels.items(), key=lambda item: item[1])[0] if encoder.kernels else ""
+    kind = "int8" if ".int8" in kernel else str(encoder.dtype).removeprefix("torch.")
+    if "fp32" in kernel:
+        kind = "float32"
+    return peaks.get(kind)
 
 
 def exact_texts(encoder: Encoder, n_texts: int, n_tokens: int, seed: int) -> list[str]:
@@ -170,7 +275,7 @@ def _open_all(
             f"workload batch_size: {workload.batch_size}, tokens: {workload.tokens} is beyond "
             f"{name}'s limit of {limit} tokens"
             for workload in spec.workloads
-            if workload.tokens > limit
+            if workload.longest > limit
         ]
     if problems:
         raise InputError(join_problems("the bench cannot start", problems))
@@ -183,6 +288,7 @@ def _measure(
     reference: Encoder,
     footprint: _Footprint,
     spec: BenchSpec,
+    peaks: Mapping[str, float],
     progress: Progress,
 ) -> VariantBench:
     n_steps = spec.n_queries + spec.repeats * len(spec.workloads)
@@ -193,7 +299,7 @@ def _measure(
 
     latency = _latency(encoder, reference, spec, step)
     throughput = tuple(
-        _throughput(encoder, reference, workload, spec, step) for workload in spec.workloads
+        _throughput(encoder, reference, workload, spec, peaks, step) for workload in spec.workloads
     )
     bytes_per_vector = encoder.vectors.bytes_per_vector
     return VariantBench(
@@ -231,6 +337,7 @@ def _latency(
         p50_ms=float(p50),
         p95_ms=float(p95),
         p99_ms=float(p99),
+        weight_gb_per_s=encoder.block_bytes / float(p50) / 1e6,
     )
 
 
@@ -243,25 +350,49 @@ def _throughput(
     reference: Encoder,
     workload: Workload,
     spec: BenchSpec,
+    peaks: Mapping[str, float],
     step: Callable[[], None],
 ) -> ThroughputRecord:
     turn = (_batch(reference, workload), _batch(encoder, workload))
     turns = [turn] * (spec.warmup + spec.repeats)
     seconds = list(_take_turns(turns, spec.warmup, encoder.device, step))
-    texts_per_s = workload.batch_size / median(variant for _, variant in seconds)
+    once = median(variant for _, variant in seconds)
+    lengths = text_lengths(workload)
+    gflops = _operations(encoder, lengths) / once / 1e9
+    peak = _peak(encoder, peaks)
     return ThroughputRecord(
         batch_size=workload.batch_size,
         tokens=workload.tokens,
-        texts_per_s=texts_per_s,
-        tokens_per_s=texts_per_s * workload.tokens,
+        lengths=workload.lengths,
+        texts_per_s=workload.batch_size / once,
+        tokens_per_s=sum(lengths) / once,
         baseline_ratio=median(baseline / variant for baseline, variant in seconds),
+        gflops=gflops,
+        peak_ratio=None if peak is None else gflops / peak,
     )
 
 
+def text_lengths(workload: Workload) -> list[int]:
+    """Tokens of each of a workload's texts; the same in each call."""
+    if workload.lengths == "equal":
+        return [workload.tokens] * workload.batch_size
+    source = random.Random(0)
+    least = max(workload.tokens // 8, 4)
+    drawn = [workload.tokens * source.lognormvariate(0, 0.8) for _ in range(workload.batch_size)]
+    return [min(max(round(each), least), workload.longest) for each in drawn]
+
+
 def _batch(encoder: Encoder, workload: Workload) -> Callable[[], object]:
-    texts = exact_texts(encoder, workload.batch_size, workload.tokens, seed=1)
+    source = random.Random(1)
+    texts = [_exact_text(encoder, length, source) for length in text_lengths(workload)]
     tokens = encoder.tokenize(texts)
-    return lambda: encoder.embed_tokens(tokens)
+    if workload.lengths == "equal":
+        return lambda: encoder.embed_tokens(tokens)
+    return lambda: [encoder.embed_tokens(batch) for _, batch in encoder.batches(tokens, _MIXED)]
+
+
+_MIXED = 32
+"""Texts of differing lengths that are computed together."""
 
 
 def _take_turns(

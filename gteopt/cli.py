@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -29,7 +30,7 @@ from typer.core import TyperGroup
 from gteopt.errors import GteoptError, InputError
 
 if TYPE_CHECKING:
-    from gteopt.recipe import Frozen
+    from gteopt.recipe import BenchSpec, Frozen
     from gteopt.records import Inspection, Manifest, Publication, Results
 
 _GOES_ON = "what is finished is kept, and the same command goes on from there"
@@ -235,6 +236,31 @@ def bench(
     baseline: Annotated[
         str | None, typer.Option(help="what ratios refer to; the first artifact when left out")
     ] = None,
+    dummy_weights: Annotated[
+        bool,
+        typer.Option(
+            "--dummy-weights",
+            help="build the one model named, of a published shape, with random weights, and the "
+            "recipes of it",
+        ),
+    ] = False,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="with --dummy-weights: rtn-int8, rtn-int4 and nf4 when left out"),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="with --dummy-weights: build only so many blocks")
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help="TEXTSxTOKENS, or TEXTSx~TOKENS for log-normal lengths of that median"),
+    ] = None,
+    query_tokens: Annotated[int, typer.Option(help="of the single query")] = 16,
+    queries: Annotated[int, typer.Option(help="single queries that are timed")] = 50,
+    repeats: Annotated[int, typer.Option(help="counted runs of each workload")] = 5,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="of this machine in dollars: gives cost per tokens")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="results folder for bench.json")] = None,
     hub_dir: HubDir = None,
     device: Device = "auto",
@@ -245,23 +271,69 @@ def bench(
     Example: `gteopt bench artifacts/nano-int4 --baseline nano --out artifacts/results`
     """
     from gteopt.bench import bench as measure
-    from gteopt.recipe import BenchSpec
+    from gteopt.bench import bench_dummy
     from gteopt.records import write_record
-    from gteopt.report import bench_table
+    from gteopt.report import bench_table, limits_table
 
+    spec = _bench_spec(workload, query_tokens, queries, repeats)
     sources = _named([*([baseline] if baseline else []), *artifacts])
+    if not dummy_weights and (recipe or layers is not None):
+        raise InputError("--recipe and --layers belong to --dummy-weights")
+    if dummy_weights and len(sources) != 1:
+        raise InputError("--dummy-weights takes one model and no --baseline")
     with _progress() as progress:
-        report = measure(
-            sources,
-            baseline=next(iter(sources)),
-            spec=BenchSpec(),
-            device=device,
-            hub_dir=hub_dir,
-            progress=progress,
-        )
+        if dummy_weights:
+            report = bench_dummy(
+                artifacts[0],
+                recipe or ["rtn-int8", "rtn-int4", "nf4"],
+                spec=spec,
+                n_layers=layers,
+                device=device,
+                progress=progress,
+            )
+        else:
+            report = measure(
+                sources,
+                baseline=next(iter(sources)),
+                spec=spec,
+                device=device,
+                hub_dir=hub_dir,
+                progress=progress,
+            )
+    report = report.model_copy(update={"price_per_hour": price_per_hour})
     if out is not None:
         write_record(out / "bench.json", report)
     _show(report, bench_table(report), as_json=as_json)
+    if not as_json:
+        _out.print(limits_table(report))
+
+
+def _bench_spec(
+    workloads: list[str] | None, query_tokens: int, n_queries: int, repeats: int
+) -> BenchSpec:
+    from gteopt.recipe import BenchSpec, Workload
+
+    found: dict[str, Any] = {}
+    if workloads:
+        matches = {each: re.fullmatch(r"(\d+)x(~?)(\d+)", each) for each in workloads}
+        if wrong := [each for each, match in matches.items() if match is None]:
+            raise InputError(
+                f"--workload {', '.join(wrong)}: write TEXTSxTOKENS (8x128), or TEXTSx~TOKENS for "
+                f"lengths around a median (64x~128)"
+            )
+        found["workloads"] = tuple(
+            Workload(
+                batch_size=int(match[1]),
+                tokens=int(match[3]),
+                lengths="lognormal" if match[2] else "equal",
+            )
+            for match in matches.values()
+            if match is not None
+        )
+    try:
+        return BenchSpec(query_tokens=query_tokens, n_queries=n_queries, repeats=repeats, **found)
+    except ValueError as error:
+        raise InputError(f"what to measure cannot be: {error}") from error
 
 
 @app.command()

@@ -23,19 +23,21 @@ from torch import Tensor, nn
 from gteopt.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint, open_checkpoint
 from gteopt.errors import InputError, IntegrityError, NumericsError, UnsupportedError, suggest
 from gteopt.formats import ReadLayer, Shape, format_of
-from gteopt.kernels import make_linear
+from gteopt.kernels import make_linear, speed_up_linears_
 from gteopt.kernels.reference import PackedEmbedding
 from gteopt.pooling import LatentAttention, pool
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.vectors import VectorTransform, identity
 from gteopt.recipe import Progress, quiet
 from gteopt.records import Manifest
+from gteopt.runtime import packed_forward
 
 Role = Literal["query", "document"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 VECTORS_FILE = "vectors.safetensors"
 _ALONE_TOKENS = 2048
-"""Texts beyond this are not padded to a common length."""
+"""A batch with a text beyond this is taken text by text: neither padding nor activations of many
+long texts at once."""
 
 
 class Tokens(list[int]):
@@ -83,6 +85,11 @@ class Encoder:
         self.default_instruction = checkpoint.default_instruction
         self._dense = dense
         self._latent = latent
+        # Latent pooling reads the vector of every token.
+        packs = latent is None
+        self._packed = (
+            packed_forward(checkpoint.config, checkpoint.pooling, device) if packs else None
+        )
         self._start_ids = _token_ids(tokenizer, checkpoint, checkpoint.start_token)
         self._end_ids = _token_ids(tokenizer, checkpoint, checkpoint.end_token)
         self.n_cut = 0
@@ -117,7 +124,15 @@ class Encoder:
             own += self._latent.buffers()
         for tensor in own:
             seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return sum(seen.values())
+        hidden = [int(getattr(each, "packed_bytes", 0)) for each in self.module.modules()]
+        return sum(seen.values()) + sum(hidden)
+
+    @property
+    def block_bytes(self) -> int:
+        """`weight_bytes` without the token embeddings, of which a text reads a row a token."""
+        table: nn.Module = self.module.get_input_embeddings()  # type: ignore[operator]
+        parts = (*table.parameters(), *table.buffers())
+        return self.weight_bytes - sum(each.numel() * each.element_size() for each in parts)
 
     @property
     def kernels(self) -> dict[str, int]:
@@ -240,7 +255,11 @@ class Encoder:
         if self._latent is not None:
             hidden = self._latent(hidden)
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        vectors: Tensor = self._dense(pool(hidden, mask, self.checkpoint.pooling))
+        return self._finished(pool(hidden, mask, self.checkpoint.pooling))
+
+    def _finished(self, vectors: Tensor) -> Tensor:
+        """Unit vectors [N, D] float32 of pooled ones."""
+        vectors = self._dense(vectors)
         if self.checkpoint.normalise:
             vectors = nn.functional.normalize(vectors, dim=-1)
         return vectors
@@ -257,17 +276,20 @@ class Encoder:
         Raises:
             NumericsError: the model produced NaN or infinity.
         """
-        lengths = [len(ids) for ids in tokens]
-        if max(lengths) > _ALONE_TOKENS and min(lengths) < max(lengths):
+        if len(tokens) > 1 and max(map(len, tokens)) > _ALONE_TOKENS:
             return np.concatenate([self.embed_tokens([each], padding=padding) for each in tokens])
-        ids, mask = self.pad(tokens, side=padding)
-        hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
-        vectors = self.pooled(hidden, self.pool_mask(tokens, mask))
+        if self._packed is not None and padding == "right":
+            pooled = self._packed(self.module, tokens)
+            vectors = self._finished(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
+        else:
+            ids, mask = self.pad(tokens, side=padding)
+            hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
+            vectors = self.pooled(hidden, self.pool_mask(tokens, mask))
         if not bool(torch.isfinite(vectors).all()):
             raise NumericsError(
                 f"{self.name} produced NaN or infinity in a batch of {len(tokens)} texts of up to "
-                f"{ids.shape[1]} tokens in {self.dtype}; verify the artifact, or load it with "
-                f"dtype float32 to find out whether its weights are sound"
+                f"{max(map(len, tokens))} tokens in {self.dtype}; verify the artifact, or load it "
+                f"with dtype float32 to find out whether its weights are sound"
             )
         return np.asarray(vectors.cpu().numpy())
 
@@ -378,6 +400,7 @@ def load_checkpoint(
             frame = _load_frame(checkpoint, where, kind, later)
         module = _load_plain(checkpoint, where, kind) if frame is None else frame
     module.eval().requires_grad_(False)
+    speed_up_linears_(module, where)
     dense = nn.Sequential(*(_load_dense(path) for path in checkpoint.dense)).to(where)
     return Encoder(
         checkpoint=checkpoint,

@@ -351,10 +351,26 @@ class Recipe(Frozen):
 
 
 class Workload(Frozen):
-    """One throughput measurement: `batch_size` texts of exactly `tokens` tokens."""
+    """One throughput measurement: `batch_size` texts of exactly `tokens` tokens.
+
+    Attributes:
+        lengths: "equal", or "lognormal": seeded lengths of median `tokens`, the deviation of their
+            logarithm 0.8, from an eighth to four times the median; in batches of at most 32.
+    """
 
     batch_size: Annotated[int, Field(ge=1)]
     tokens: Annotated[int, Field(ge=1)]
+    lengths: Literal["equal", "lognormal"] = "equal"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that it may have."""
+        return self.tokens if self.lengths == "equal" else 4 * self.tokens
+
+    @property
+    def name(self) -> str:
+        """As the command line takes it: "8x128", or "64x~128" for lengths around a median."""
+        return f"{self.batch_size}x{'' if self.lengths == 'equal' else '~'}{self.tokens}"
 
 
 class BenchSpec(Frozen):

@@ -276,27 +276,42 @@ class Inspection(Frozen):
 
 
 class LatencyRecord(Frozen):
-    """Percentiles of one query's end-to-end time, in milliseconds (texts in, vector out)."""
+    """Percentiles of one query's end-to-end time, in milliseconds (texts in, vector out).
+
+    Attributes:
+        weight_gb_per_s: bytes of the blocks' weights, which a query reads once, over `p50_ms`; None
+            in older reports.
+    """
 
     tokens: int
     n_queries: int
     p50_ms: float
     p95_ms: float
     p99_ms: float
+    weight_gb_per_s: float | None = None
 
 
 class ThroughputRecord(Frozen):
     """One workload of one variant: medians over the interleaved repeats.
 
     Attributes:
+        tokens: of each text, or their median where lengths differ.
+        lengths: as in `Workload`.
+        tokens_per_s: real tokens, no padding counted.
         baseline_ratio: median over repeats of variant speed / baseline speed in the same round.
+        gflops: 10^9 operations a second of the full forward pass: two a weight of a linear layer
+            and token, and 4 T * d a block, head and token for attention. None in older reports.
+        peak_ratio: `gflops` / the best product measured in the same run, `BenchReport.peak_gflops`.
     """
 
     batch_size: int
     tokens: int
+    lengths: Literal["equal", "lognormal"] = "equal"
     texts_per_s: float
     tokens_per_s: float
     baseline_ratio: float
+    gflops: float | None = None
+    peak_ratio: float | None = None
 
 
 class VariantBench(Frozen):
@@ -348,8 +363,29 @@ class VariantBench(Frozen):
         return self.peak_process_bytes
 
 
+class DummyRecord(Frozen):
+    """The weights were random: what of the model there was.
+
+    Attributes:
+        base: the published model whose shape it has.
+        n_layers: blocks that were built and measured.
+        of_layers: blocks that the model has; where they are more, no figure is the whole model's.
+    """
+
+    base: str
+    n_layers: int
+    of_layers: int
+
+
 class BenchReport(Frozen):
-    """Result of `bench`: every variant measured side by side with the baseline in one run."""
+    """Result of `bench`: every variant measured side by side with the baseline in one run.
+
+    Attributes:
+        peak_gflops: by number type, 10^9 operations a second of the best large product that torch
+            offers on this device; empty in older reports.
+        dummy: None where the weights were real.
+        price_per_hour: of the machine, in dollars, as the user said.
+    """
 
     schema_: Literal["gteopt.bench/1"] = Field(default="gteopt.bench/1", alias="schema")
     spec: BenchSpec
@@ -359,6 +395,23 @@ class BenchReport(Frozen):
     n_threads: int
     machine: Machine
     versions: Conditions
+    peak_gflops: dict[str, float] = Field(default_factory=dict)
+    dummy: DummyRecord | None = None
+    price_per_hour: float | None = None
+
+
+HOSTED_PRICE = 0.008
+"""Dollars for a million tokens at which gte-Qwen2-7B-instruct has been listed as a hosted model."""
+
+
+def cost_per_million_tokens(price_per_hour: float, tokens_per_s: float) -> float:
+    """Dollars, of a machine that does nothing else all the time."""
+    return price_per_hour / 3600 / tokens_per_s * 1e6
+
+
+def break_even_price_per_hour(tokens_per_s: float, price: float = HOSTED_PRICE) -> float:
+    """Hourly price of a machine at which a million tokens cost `price` dollars."""
+    return price * tokens_per_s * 3600 / 1e6
 
 
 Verdict = Literal["equivalent", "better", "worse", "undecided"]

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from gteopt.recipe import METRIC_WORDS, metric_amount
 from gteopt.records import (
+    HOSTED_PRICE,
     BenchReport,
     BrokenLimit,
     EvalReport,
@@ -31,6 +32,8 @@ from gteopt.records import (
     Machine,
     Results,
     TaskScore,
+    break_even_price_per_hour,
+    cost_per_million_tokens,
     write_atomically,
 )
 
@@ -117,7 +120,8 @@ def bench_table(report: BenchReport) -> Table:
     for column in columns:
         table.add_column(column.terminal, justify="right", no_wrap=True)
     for workload in report.spec.workloads:
-        heading = f"{workload.batch_size}×{workload.tokens}\ntok/s"
+        about = "" if workload.lengths == "equal" else "~"
+        heading = f"{workload.batch_size}×{about}{workload.tokens}\ntok/s"
         table.add_column(heading, justify="right", no_wrap=True)
     for row in lines:
         cells = [column.text(row) for column in columns]
@@ -126,7 +130,71 @@ def bench_table(report: BenchReport) -> Table:
     table.caption = Text(
         f"{_machine(report.machine)}; {report.device}, {report.n_threads} threads; latency of "
         f"single queries of {report.spec.query_tokens} tokens; × is relative to "
-        f"{report.baseline}, measured in turns with it",
+        f"{report.baseline}, measured in turns with it{_part_note(report)}",
+        style="not italic",
+    )
+    return table
+
+
+def _part_note(report: BenchReport) -> str:
+    """What must be said of figures of random weights."""
+    dummy = report.dummy
+    if dummy is None:
+        return ""
+    if dummy.n_layers == dummy.of_layers:
+        return f"; random weights in the shape of {dummy.base}"
+    return (
+        f"; random weights, {dummy.n_layers} of the {dummy.of_layers} blocks of {dummy.base}: no "
+        f"figure here is that of the whole model"
+    )
+
+
+def limits_table(report: BenchReport) -> Table:
+    """How near each variant comes to what the device can do, and what its tokens cost.
+
+    A row a variant and workload: 10^9 operations a second and their share of the measured peak;
+    dollars for a million tokens at the price of the machine, where it was said; the hourly price at
+    which they cost what the hosted model does; dollars of storage are left to the user, bytes of an
+    index of a million vectors are not.
+    """
+    table = _table(list(report.variants))
+    for heading in (
+        "workload",
+        "GFLOP/s",
+        "of peak",
+        "$/M tokens",
+        "$/h for hosted price",
+        "index GB/M",
+    ):
+        table.add_column(heading, justify="right")
+    whole = report.dummy is None or report.dummy.n_layers == report.dummy.of_layers
+    for name, variant in report.variants.items():
+        for record, workload in zip(variant.throughput, report.spec.workloads, strict=True):
+            price = report.price_per_hour
+            cost = (
+                f"{cost_per_million_tokens(price, record.tokens_per_s):.4f}"
+                if price is not None and whole
+                else _MISSING
+            )
+            even = f"{break_even_price_per_hour(record.tokens_per_s):.3f}" if whole else _MISSING
+            table.add_row(
+                Text(name),
+                workload.name,
+                _MISSING if record.gflops is None else f"{record.gflops:,.0f}",
+                _MISSING if record.peak_ratio is None else f"{record.peak_ratio:.0%}",
+                cost,
+                even,
+                f"{variant.index_bytes_per_million / 1e9:.2f}",
+            )
+    peaks = ", ".join(f"{kind} {value:,.0f}" for kind, value in report.peak_gflops.items())
+    price_note = (
+        "no price said (--price-per-hour)"
+        if report.price_per_hour is None
+        else f"at ${report.price_per_hour:g} an hour"
+    )
+    table.caption = Text(
+        f"measured peaks in GFLOP/s: {peaks or 'none'}; {price_note}; hosted price: "
+        f"${HOSTED_PRICE} per million tokens",
         style="not italic",
     )
     return table

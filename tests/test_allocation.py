@@ -158,7 +158,7 @@ def test_a_wide_budget_leaves_layers_in_16_bits_and_says_so(tmp_path: Path) -> N
     packed = sum(each.out_features * each.in_features for each in manifest.layers)
     assert in_left + packed <= manifest.base.n_parameters <= in_left + packed + biases
     encoder = gteopt.load(tmp_path / "wide")
-    assert encoder.kernels["torch.linear"] == len(left)
+    assert sum(n for name, n in encoder.kernels.items() if "linear" in name) == len(left)
     assert gteopt.load("nano").encode(["a"]) @ encoder.encode(["a"]).T > 0.999
 
 

@@ -426,7 +426,7 @@ def test_layers_of_several_schemes_and_skipped_ones_are_written_and_read(tmp_pat
     assert config["modules_in_block_to_quantize"] == [list(plan.schemes)]
     assert r"-:.*layers\.1\.mlp\.up_proj$" in config["dynamic"]
     encoder = gteopt.load(tmp_path / "skip")
-    assert encoder.kernels["torch.linear"] == 10
+    assert sum(n for kernel, n in encoder.kernels.items() if "linear" in kernel) == 10
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8-bnb"])

@@ -30,7 +30,8 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def largest(encoder: gteopt.Encoder, lengths: list[int]) -> int:
     ids = [[*(3 + i % 200 for i in range(n - 1)), 2] for n in lengths]
-    with Largest() as seen:
+    seen = Largest()  # type: ignore[no-untyped-call]
+    with seen:
         vectors = encoder.embed_tokens(ids)
     assert np.isfinite(vectors).all()
     return seen.n_values

@@ -11,7 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gteopt.kernels.cpu import Int4LinearCpu, Int8LinearCpu, int4_runs_here
+from gteopt.kernels.cpu import (
+    DenseLinearCpu,
+    Int4LinearCpu,
+    Int8LinearCpu,
+    activation_bits,
+    int4_runs_here,
+)
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
 from gteopt.quant.affine import PackedWeight
 
@@ -45,6 +51,8 @@ def make_linear(
         kernel = Fp8Reference if weight.scheme.activation_bits == 8 else DequantLinear
     elif weight.scheme.activation_bits == 8:
         kernel = _INT8_ACTIVATIONS.get(device.type, Int8Reference)
+        if kernel is Int8LinearCpu and not activation_bits():
+            kernel = Int8Reference  # a build of torch without an int8 product
     elif device.type == "cpu" and dtype == torch.bfloat16 and int4_runs_here(weight.unpack()):
         kernel = Int4LinearCpu
     layer = kernel(weight, None if bias is None else bias.detach().to(dtype)).to(device)
@@ -71,6 +79,16 @@ def _cuda_kernel(weight: PackedWeight, device: torch.device, dtype: torch.dtype)
     if scheme.activation_bits == 8:
         return cuda.Int8LinearCuda if scheme.activation_outliers is None else None
     return cuda.Int4LinearCuda if scheme.bits == 4 and cuda.int4_fits(weight) else None
+
+
+def speed_up_linears_(module: nn.Module, device: torch.device) -> None:
+    """Replace the plain linear layers inside `module` by those of this device, weights shared."""
+    if device.type != "cpu":
+        return
+    for name, linear in list(module.named_modules()):
+        if type(linear) is nn.Linear:
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, DenseLinearCpu(linear))
 
 
 def _reorder(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -2,36 +2,205 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from gteopt.kernels.reference import take_outliers
-from gteopt.quant.affine import PackedWeight, QuantizedWeight, quantize_tokens
+from gteopt.quant.affine import PackedWeight, QuantizedWeight
 
 _FEW_TOKENS = 96
 """Up to here torch's 4-bit product is faster than dequantizing and multiplying densely (384 to 2048
 features, bfloat16, one core of a Zen 5 server: 2 to 3 times at 16 tokens, equal near 100)."""
-_TOKEN_BLOCK = 256
-"""Tokens an int8 product takes at once: the float32 intermediates of more leave the cache, which
-costs up to half the speed (measured with 64 to 1024 on the same machine)."""
-_TILE = 64
-"""Output features that torch's 4-bit layout interleaves on AVX-512."""
+_TINY = torch.finfo(torch.float32).tiny
+"""The least scale of a token; one of nothing but zeros has codes of zero under any."""
+_TILES = (64, 32)
+"""Output features that torch's 4-bit layout interleaves: on AVX-512, on AVX2."""
+_WEIGHT_ROWS = 256
+"""Rows of a 16-bit weight that are widened at once for few tokens, so that they stay in the cache
+(1.3 to 4.5 times as fast as widening the whole weight, 16 tokens, one core of a Zen 3 server)."""
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it; without, torch's product is 10 times slower than
+    float32's.
+    """
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class DenseLinearCpu(nn.Linear):
+    """A linear layer of a weight that is not quantized; parameters and gradients are `nn.Linear`'s.
+
+    bfloat16 weights are multiplied in float32 where the CPU has no instructions for bfloat16, a
+    few rows at a time where tokens are few. float32 goes through oneDNN on AVX-512, where MKL is
+    slow on AMD's processors.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        kind = linear.weight.dtype
+        self._widen = kind == torch.bfloat16 and not multiplies_bfloat16()
+        self._onednn = kind == torch.float32 and torch.cpu._is_avx512_supported()
+        self.kernel = "torch.linear"
+        if self._widen:
+            self.kernel = "torch.linear (in fp32: no AVX512-BF16)"
+        elif self._onednn:
+            self.kernel = "torch.linear (oneDNN)"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O], in x's dtype."""
+        if self.weight.is_meta or (torch.is_grad_enabled() and self._has_gradient(x)):
+            return nn.functional.linear(x, self.weight, self.bias)
+        if self._widen:
+            return self._widened(x.reshape(-1, self.in_features)).view(
+                *x.shape[:-1], self.out_features
+            )
+        if self._onednn and x.dtype == torch.float32 and x.numel():
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self.weight, self.bias, "none", [], ""
+            )
+            return product
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def _has_gradient(self, x: Tensor) -> bool:
+        return x.requires_grad or self.weight.requires_grad
+
+    def _widened(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        bias = None if self.bias is None else self.bias.float()
+        if len(x) > _FEW_TOKENS:
+            return nn.functional.linear(wide, self.weight.float(), bias).to(x.dtype)
+        y = wide.new_empty(self.out_features, len(x))
+        for start in range(0, self.out_features, _WEIGHT_ROWS):
+            rows = self.weight[start : start + _WEIGHT_ROWS].float()
+            torch.mm(rows, wide.t(), out=y[start : start + _WEIGHT_ROWS])
+        product = y.t() if bias is None else y.t() + bias
+        return product.to(x.dtype, memory_format=torch.contiguous_format)
+
+
+class _Product(Protocol):
+    """int8 weights of one layer, packed: whole float codes [tokens, I] to float32 [tokens, O].
+
+    What is multiplied is codes + zero, from 0 to 255, less zero again: int32 sums times the
+    weight's scales.
+    """
+
+    def __call__(self, codes: Tensor, zero: int) -> Tensor: ...
+
+
+class _Fbgemm:
+    """FBGEMM's product, which converts and scales on the way.
+
+    One core of a Zen 3 server, the layers of MiniLM: 3.8 ms at 16 tokens where oneDNN's product
+    with its epilogue takes 9; about equal at 1024.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        zeros = torch.zeros(len(scale), dtype=torch.int64)
+        with warnings.catch_warnings():
+            # torch says that tensors which carry their scales will go; `_OneDnn` is for then.
+            warnings.simplefilter("ignore", UserWarning)
+            quantized = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"  # read while packing only
+        try:
+            self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+        finally:
+            torch.backends.quantized.engine = engine
+
+    def __call__(self, codes: Tensor, zero: int) -> Tensor:
+        product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            codes, 1.0, zero, self._packed
+        )
+        return product
+
+
+class _OneDnn:
+    """oneDNN's product, where torch comes without FBGEMM."""
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        self._scale, self._zeros = scale, torch.zeros(len(scale), dtype=torch.int32)
+
+    def __call__(self, codes: Tensor, zero: int) -> Tensor:
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+            (codes + zero).to(torch.uint8),
+            *(1.0, zero, self._packed, self._scale, self._zeros, None),
+            *(1.0, 0, torch.float32, "none", [], ""),
+        )
+        return product
+
+
+@lru_cache(maxsize=1)
+def _product() -> type[_Fbgemm] | type[_OneDnn] | None:
+    """The first of them that this build of torch has."""
+    for kind in (_Fbgemm, _OneDnn):
+        try:
+            kind(torch.ones(8, 8, dtype=torch.int8), torch.ones(8))(torch.ones(1, 8), 0)
+        except (AttributeError, NotImplementedError, RuntimeError):
+            continue
+        return kind
+    return None
+
+
+@lru_cache(maxsize=1)
+def activation_bits() -> int:
+    """Bits of the activations whose products with int8 weights this CPU sums exactly: 8, or 7; 0
+    where this build of torch has no such product.
+
+    Without VNNI, x86 adds two products of an unsigned and a signed byte in 16 bits and saturates:
+    255 * 127 * 2 does not fit, 127 * 127 * 2 does. Found out by multiplying the extremes.
+    """
+    product = _product()
+    if product is None:
+        return 0
+    layer = product(torch.full((256, 256), 127, dtype=torch.int8), torch.ones(256))
+    exact = 255 * 127 * 256
+    return 8 if bool((layer(torch.full((64, 256), 255.0), 0) == exact).all()) else 7
+
+
+@dataclass(frozen=True)
+class TokenCodes:
+    """What an int8 product takes: tokens rounded by their own range, x ~ (codes - zero) * scale.
+
+    Attributes:
+        codes: whole float32 [tokens, I], of `activation_bits` bits.
+        scale: float32 [tokens, 1].
+        shift: float32 [tokens, 1], zero * scale; None where zero is 0.
+        outliers, columns: see `take_outliers`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor | None
+    outliers: Tensor
+    columns: Tensor
 
 
 class Int8LinearCpu(nn.Module):
-    """int8 weights times int8 activations, summed in int32 by oneDNN (VNNI or AMX where present).
+    """int8 weights times rounded activations, summed in int32 (VNNI or AMX where present).
 
-    Each token's input is rounded by its own range (`quantize_tokens`). A token's zero point z
-    changes every sum by z times the sum of the weight's row, which is subtracted in int32. Token
-    scale, weight scale and bias are applied in float32, rounded once to x's dtype.
-    Buffers: weight int8 [O, I], row_sum int32 [O] or None, scale float32 [O], bias float32 [O] or
-    None.
+    Each token's input is rounded by its own range, as `quantize_tokens` does, to as many bits as
+    this CPU multiplies exactly (`activation_bits`). A token's zero point z changes every sum by z
+    times the sum of the weight's row. The weight's scale is applied with the
+    product; zero point, token scale and bias follow in float32, rounded once to x's dtype. Layers
+    of the same input may share its codes: `multiply(quantize(x))` is `forward(x)`.
+    The weight lies in the library's own order, in no buffer; `packed_bytes` counts it. Layers that
+    multiply outliers keep it in the plain order as well.
+    Buffers: scale float32 [O]; row float32 [1, O], the sum of each row of weights times its scale;
+    bias float32 [O] or None; weight int8 [O, I] where there are outliers.
     """
 
     kernel = "cpu.int8"
-    weight: Tensor
-    row_sum: Tensor | None
+    weight: Tensor | None
     scale: Tensor
+    row: Tensor
     bias: Tensor | None
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
@@ -40,39 +209,64 @@ class Int8LinearCpu(nn.Module):
         self.symmetric = weight.scheme.activation_symmetric
         self.outliers = weight.scheme.activation_outliers
         # Flipping the top bit of an unsigned code subtracts the zero point 128.
-        self.register_buffer("weight", (weight.qweight ^ 128).view(torch.int8))
-        row_sum = None if self.symmetric else self.weight.sum(1, dtype=torch.int32)
-        self.register_buffer("row_sum", row_sum)
-        self.register_buffer("scale", weight.scale[:, 0].float())
-        self.register_buffer("bias", None if bias is None else bias.float())
+        codes = (weight.qweight ^ 128).view(torch.int8).cpu().contiguous()
+        scale = weight.scale[:, 0].float().cpu()
+        row = codes.sum(1, dtype=torch.int32).float() * scale
+        self.bits = activation_bits()
+        if self.bits < 8:
+            self.kernel = f"cpu.int8 (activations of {self.bits} bits: no VNNI)"
+        product = _product()
+        assert product is not None, "make_linear asks activation_bits first"
+        self._product: _Product = product(codes, scale)
+        self.packed_bytes = codes.numel()
+        self.register_buffer("scale", scale)
+        self.register_buffer("row", row[None])
+        self.register_buffer("bias", None if bias is None else bias.float().cpu())
+        self.register_buffer("weight", None if self.outliers is None else codes)
+        self._middle = 1 << (self.bits - 1) if self.symmetric else 0
+
+    def quantize(self, x: Tensor) -> TokenCodes:
+        """[tokens, I] of any float dtype to what `multiply` takes."""
+        rest, outliers, columns = take_outliers(x, self.outliers)
+        rest = rest.float()
+        most = (1 << self.bits) - 1
+        if self.symmetric:
+            scale = rest.abs().amax(-1, keepdim=True).div_(most >> 1).clamp_min_(_TINY)
+            return TokenCodes((rest / scale).round_(), scale, None, outliers, columns)
+        low = rest.amin(-1, keepdim=True).clamp_max_(0)
+        scale = rest.amax(-1, keepdim=True).clamp_min_(0).sub_(low).div_(most).clamp_min_(_TINY)
+        zero = low.div_(scale).round_().neg_()
+        codes = (rest / scale).round_().add_(zero)
+        if self.bits == 8:
+            codes.clamp_max_(most)  # both ends rounded up; in 7 bits one more is exact still
+        return TokenCodes(codes, scale, zero.mul_(scale), outliers, columns)
+
+    def multiply(self, x: TokenCodes, dtype: torch.dtype) -> Tensor:
+        """[tokens, O] of a dtype."""
+        product = self._product(x.codes, self._middle).mul_(x.scale)
+        if x.shift is not None:
+            product.addmm_(x.shift, self.row, alpha=-1)
+        if self.weight is not None and len(x.columns):
+            dense = self.weight[:, x.columns].float().mul_(self.scale[:, None])
+            product.addmm_(x.outliers.float(), dense.t())
+        if self.bias is not None:
+            product.add_(self.bias)
+        return product.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
         flat = x.reshape(-1, self.in_features)
-        y = x.new_empty(len(flat), self.out_features)
-        for start in range(0, len(flat), _TOKEN_BLOCK):
-            rest, outliers, columns = take_outliers(
-                flat[start : start + _TOKEN_BLOCK], self.outliers
-            )
-            codes, token_scale, zero = quantize_tokens(rest, symmetric=self.symmetric)
-            sums = torch._int_mm(codes, self.weight.t())  # int32 [tokens, O]
-            if zero is not None and self.row_sum is not None:
-                sums.addcmul_(zero.int(), self.row_sum, value=-1)
-            product = torch.mul(sums, self.scale).mul_(token_scale)
-            if len(columns):
-                dense = self.weight[:, columns].float().mul_(self.scale[:, None])
-                product.addmm_(outliers.float(), dense.t())
-            if self.bias is not None:
-                product.add_(self.bias)
-            y[start : start + _TOKEN_BLOCK] = product
+        if not len(flat):
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        y = self.multiply(self.quantize(flat), x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
 
 class Int4LinearCpu(nn.Module):
-    """4-bit weights in torch's CPU layout, bfloat16 activations, sums in float32.
+    """4-bit weights in torch's CPU layout, bfloat16 or float32 inputs, sums in float32.
 
-    Few tokens use torch's 4-bit product. For many, the weight is dequantized from the same layout
-    and multiplied densely, so that one packed copy serves both.
+    Few tokens use torch's 4-bit product of bfloat16 inputs. For many, the weight is dequantized
+    from the same layout and multiplied densely, so that one packed copy serves both.
     Buffers: qweight uint8 [O, I / 2] in torch's layout; grid bfloat16 [G, O, 2], holding scale s
     and offset (8 - zero) * s of the value (code - 8) * s + offset; bias bfloat16 [O] or None.
     """
@@ -94,45 +288,52 @@ class Int4LinearCpu(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
-        """bfloat16 [..., I] to bfloat16 [..., O]."""
+        """[..., I] to [..., O], in x's dtype."""
         flat = x.reshape(-1, self.in_features)
         if len(flat) <= _FEW_TOKENS:
             width = self.in_features // len(self.grid)
             product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                flat.contiguous(), self.qweight, width, self.grid
-            )
+                flat.bfloat16().contiguous(), self.qweight, width, self.grid
+            ).to(x.dtype)
         else:
-            # [tokens, I] @ [O/64, I, 64]: the tiles stay where the layout has them.
-            tiles = torch.matmul(flat, self._dequantized_tiles())
-            product = tiles.transpose(0, 1).reshape(-1, self.out_features)
+            kind = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+            product = torch.mm(flat.to(kind), self._dequantized(kind)).to(x.dtype)
         if self.bias is not None:
             product = product + self.bias
         return product.view(*x.shape[:-1], self.out_features)
 
-    def _dequantized_tiles(self) -> Tensor:
-        """The transposed weight in tiles of 64 output features: bfloat16 [O/64, I, 64]."""
-        n_groups, n_tiles = len(self.grid), self.out_features // _TILE
-        codes = _from_torch_layout(self.qweight).view(n_tiles, n_groups, -1, _TILE)
-        steps = codes.view(torch.int8).sub_(8).to(torch.bfloat16)  # [O/64, G, I/G, 64]
-        grid = self.grid.view(n_groups, n_tiles, _TILE, 2).permute(3, 1, 0, 2).contiguous()
-        scale, offset = grid.unsqueeze(3)  # each [O/64, G, 1, 64]
-        return torch.addcmul(offset, steps, scale).view(n_tiles, -1, _TILE)
+    def _dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The transposed weight [I, O] in `dtype`."""
+        n_groups, tile = len(self.grid), torch_tile()
+        codes = _from_torch_layout(self.qweight, tile)  # [O/tile, I, tile]
+        steps = codes.transpose(0, 1).reshape(n_groups, -1, self.out_features)  # [G, I/G, O]
+        scale, offset = self.grid.to(dtype).unsqueeze(1).unbind(-1)  # each [G, 1, O]
+        values = steps.view(torch.int8).sub_(8).to(dtype).mul_(scale).add_(offset)
+        return values.view(self.in_features, self.out_features)
 
 
 def int4_runs_here(weight: QuantizedWeight) -> bool:
-    """Whether `Int4LinearCpu` can hold this weight on this machine.
-
-    Torch's 4-bit layout depends on the machine's vector width. Only the AVX-512 one is read back
-    here, and that it is the one in use is tested on this very weight.
-    """
+    """Whether `Int4LinearCpu` can hold this weight on this machine."""
     out_features, in_features = weight.codes.shape
     width = in_features // weight.scale.shape[1]
     if (weight.scheme.bits, weight.scheme.element) != (4, "int"):
         return False
-    if out_features % _TILE or width not in (32, 64, 128, 256):
-        return False
-    tiles = _from_torch_layout(_to_torch_layout(weight.codes))
-    return torch.equal(tiles.transpose(1, 2).reshape(out_features, in_features), weight.codes)
+    tile = torch_tile()
+    return tile > 0 and out_features % tile == 0 and width in (32, 64, 128, 256)
+
+
+@lru_cache(maxsize=1)
+def torch_tile() -> int:
+    """Output features interleaved in torch's 4-bit layout here, 0 where it is not known how.
+
+    The layout depends on the machine's vector width; which it is, is found out by reading back.
+    """
+    codes = torch.arange(64 * 64).mul(7).remainder(16).to(torch.uint8).view(64, 64)
+    for tile in _TILES:
+        tiles = _from_torch_layout(_to_torch_layout(codes), tile)
+        if torch.equal(tiles.transpose(1, 2).reshape(64, 64), codes):
+            return tile
+    return 0
 
 
 def _to_torch_layout(codes: Tensor) -> Tensor:
@@ -141,11 +342,11 @@ def _to_torch_layout(codes: Tensor) -> Tensor:
     return packed
 
 
-def _from_torch_layout(packed: Tensor) -> Tensor:
-    """Torch's packed uint8 [O, I / 2] to uint8 codes [O/64, I, 64].
+def _from_torch_layout(packed: Tensor, tile: int) -> Tensor:
+    """Torch's packed uint8 [O, I / 2] to uint8 codes [O/tile, I, tile].
 
-    For each tile of 64 output features and each input feature lie 32 bytes; byte i holds output
-    feature i in its low half and 32 + i in its high half.
+    For each tile of output features and each input feature lie tile / 2 bytes; byte i holds output
+    feature i in its low half and tile / 2 + i in its high half.
     """
-    tiles = packed.view(len(packed) // _TILE, -1, _TILE // 2)
+    tiles = packed.view(len(packed) // tile, -1, tile // 2)
     return torch.cat([tiles & 15, tiles >> 4], dim=-1)

@@ -86,15 +86,18 @@ class Int8Reference(DequantLinear):
 
     Each token's input is rounded to int8 by its own range (`quantize_tokens`); products are summed
     in float32 and rounded once to x's dtype. Inputs beyond the scheme's `activation_outliers` are
-    multiplied as they are.
+    multiplied as they are. `bits` of activations may be fewer than the scheme's 8, as on a CPU that
+    multiplies no more.
     """
 
     kernel = "reference.int8"
+    bits = 8
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
         rest, outliers, columns = take_outliers(x, self.scheme.activation_outliers)
-        codes, scale, zero = quantize_tokens(rest, symmetric=self.scheme.activation_symmetric)
+        symmetric = self.scheme.activation_symmetric
+        codes, scale, zero = quantize_tokens(rest, symmetric=symmetric, bits=self.bits)
         steps = codes.float() if zero is None else codes.float() - zero
         weight = self.dequantized(torch.float32)
         product = nn.functional.linear(steps * scale, weight)

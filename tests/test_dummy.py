@@ -1,0 +1,146 @@
+"""Random weights of a published shape can be measured like a model, and say what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+import gteopt
+from gteopt.bench import bench_dummy, text_lengths
+from gteopt.checkpoint import open_checkpoint
+from gteopt.dummy import shapes, write_dummy
+from gteopt.errors import InputError, UnsupportedError
+from gteopt.recipe import BenchSpec, Workload
+from gteopt.records import break_even_price_per_hour, cost_per_million_tokens
+from gteopt.report import bench_table, limits_table
+
+SMALL = {
+    "model_type": "qwen2",
+    "is_causal": False,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 20480,
+    "rms_norm_eps": 1e-6,
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SMALL))
+    return folder
+
+
+def n_parameters(config: dict[str, int]) -> int:
+    """Counted by hand: linear layers of the blocks and the token embeddings, norms left out."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    width = hidden // config["num_attention_heads"]
+    kv = config["num_key_value_heads"] * width
+    block = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
+    return config["num_hidden_layers"] * block + config["vocab_size"] * hidden
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("gte-Qwen2-7B-instruct", 7.07),
+        ("gte-Qwen2-1.5B-instruct", 1.54),
+        ("gte-Qwen1.5-7B-instruct", 7.10),
+        ("e5-mistral-7b-instruct", 7.11),
+        ("NV-Embed-v1", 7.11),
+    ],
+)
+def test_shipped_shapes_have_the_published_sizes(name: str, billions: float) -> None:
+    assert n_parameters(shapes()[name]) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_a_folder_of_random_weights_is_a_model_with_sane_activations(
+    tmp_path: Path, small: Path
+) -> None:
+    out = tmp_path / "out"
+    assert write_dummy(str(small), out, n_layers=2) == (2, 3)
+    checkpoint = open_checkpoint(out)
+    counted = sum(int(np.prod(s)) for n, s in checkpoint.tensors.items() if len(s) == 2)
+    assert counted == n_parameters({**SMALL, "num_hidden_layers": 2})  # type: ignore[dict-item]
+    encoder = gteopt.load(out, dtype="float32")
+    ids, mask = encoder.pad(encoder.tokenize(["one text of some words", "and another"]))
+    hidden = encoder.module(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    sizes = [float(each.std()) for each in hidden.hidden_states]
+    assert all(0.01 < size < 10 for size in sizes)
+    vectors = encoder.encode(["one text of some words", "and another"])
+    assert abs(float(vectors[0] @ vectors[1])) < 0.9  # what is read is not lost on the way
+
+
+def test_what_cannot_be_built_is_refused_with_what_can(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="did you mean gte-Qwen2-7B-instruct"):
+        write_dummy("Alibaba-NLP/gte-Qwen2-7B-instuct", tmp_path / "a")
+    with pytest.raises(InputError, match="has 3 blocks; give 1 to 3"):
+        write_dummy(str(small), tmp_path / "a", n_layers=4)
+    (small / "config.json").write_text(json.dumps({**SMALL, "model_type": "bert"}))
+    with pytest.raises(UnsupportedError, match="is a bert"):
+        write_dummy(str(small), tmp_path / "a")
+    memory = psutil.virtual_memory()._replace(available=4_000_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(InputError, match=r"28 of 28 blocks .* 4.0 GB are free; --layers 4 fits"):
+        write_dummy("gte-Qwen2-7B-instruct", tmp_path / "a")
+    with pytest.raises(InputError, match=r"learn nothing .*\(gptq-int4\)"):
+        bench_dummy("gte-Qwen2-7B-instruct", ["gptq-int4"], spec=BenchSpec())
+
+
+def test_lengths_around_a_median_are_seeded_and_bounded() -> None:
+    workload = Workload(batch_size=400, tokens=128, lengths="lognormal")
+    lengths = text_lengths(workload)
+    assert lengths == text_lengths(workload)
+    assert min(lengths) >= 16
+    assert max(lengths) <= workload.longest == 512
+    assert float(np.median(lengths)) == pytest.approx(128, rel=0.15)
+    assert float(np.std(np.log(lengths))) == pytest.approx(0.8, rel=0.15)
+
+
+def test_prices_are_machine_hours_over_tokens() -> None:
+    assert cost_per_million_tokens(3.6, 1000) == pytest.approx(1.0)
+    even = break_even_price_per_hour(36_000)
+    assert cost_per_million_tokens(even, 36_000) == pytest.approx(0.008)
+
+
+def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
+    spec = BenchSpec(
+        query_tokens=8,
+        n_queries=10,
+        workloads=(
+            Workload(batch_size=2, tokens=32),
+            Workload(batch_size=5, tokens=32, lengths="lognormal"),
+        ),
+        warmup=0,
+        repeats=1,
+    )
+    report = bench_dummy(str(small), ["rtn-int8"], spec=spec, n_layers=2, device="cpu")
+    assert report.dummy is not None
+    assert (report.dummy.n_layers, report.dummy.of_layers) == (2, 3)
+    assert list(report.variants) == ["bf16", "rtn-int8"]
+    assert {"float32", "bfloat16"} <= set(report.peak_gflops)
+    linear = n_parameters({**SMALL, "num_hidden_layers": 2, "vocab_size": 0})  # type: ignore[dict-item]
+    for variant in report.variants.values():
+        equal, mixed = variant.throughput
+        operations = 2 * linear * 32 + 4 * 2 * 64 * 32**2
+        assert equal.gflops == pytest.approx(operations * equal.texts_per_s / 1e9)
+        n_tokens = sum(text_lengths(spec.workloads[1]))
+        assert mixed.tokens_per_s == pytest.approx(n_tokens * mixed.texts_per_s / 5)
+        assert variant.latency.weight_gb_per_s is not None
+        assert variant.latency.weight_gb_per_s > 0
+    priced = report.model_copy(update={"price_per_hour": 2.0})
+    assert "2 of the 3 blocks" in str(bench_table(priced).caption)
+    cells = [list(column.cells) for column in limits_table(priced).columns]
+    assert set(cells[4]) == set(cells[5]) == {"–"}  # no price of a part of a model
