@@ -6,7 +6,7 @@ any step works.
     OUT/variants/<recipe>/   artifacts
     OUT/bench.json           speed and memory
     OUT/eval/<variant>.json  scores and fidelity
-    OUT/scores/              finished tasks, so that an interrupted evaluation goes on
+    OUT/scores/              encoded texts and finished tasks, from which an evaluation goes on
     OUT/choice.json          the answer to the policy
     OUT/report.html
 """
