@@ -155,6 +155,7 @@ def test_every_task_of_a_benchmark_has_an_instruction_of_its_own(name: str) -> N
 
 def test_instructions_are_those_of_gte_qwen2s_authors() -> None:
     """Alibaba-NLP/gte-Qwen2-7B-instruct, scripts/eval_mteb.py: some of each kind."""
+    from gteopt.evaluation.instructions import on_documents
     from gteopt.evaluation.tasks import resolve
 
     expected = {
@@ -184,9 +185,13 @@ def test_instructions_are_those_of_gte_qwen2s_authors() -> None:
         ),
     }
     found = resolve(suite_of(*({"task": name} for name in expected)), None)
-    assert {each.name: (each.instruction, each.symmetric) for each in found} == expected
+    assert {
+        each.name: (each.instruction, on_documents("gte-qwen", each.name)) for each in found
+    } == expected
     forums = resolve(suite_of({"task": "CQADupstackRetrieval"}), None)
-    assert all(each.symmetric and "duplicates to" in each.instruction for each in forums)
+    assert all(on_documents("gte-qwen", each.name) for each in forums)
+    assert all("duplicates to" in each.instruction for each in forums)
+    assert not on_documents("e5-mistral", "ArguAna")
 
 
 def test_a_suite_overrides_instruction_and_symmetry() -> None:

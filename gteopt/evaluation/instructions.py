@@ -7,6 +7,7 @@ came to the benchmarks later, or are missing there; they have what it says of ta
 
 Symmetric tasks (similarity, classification, clustering, pairs) put the instruction on every text;
 the script does the same with the retrieval tasks in `SYMMETRIC`, whose documents are like queries.
+Other families that take instructions are given the same ones, on queries alone.
 """
 
 from __future__ import annotations
@@ -80,3 +81,8 @@ INSTRUCTIONS: dict[str, str] = {
 }
 
 SYMMETRIC: frozenset[str] = frozenset({"ArguAna", "QuoraRetrieval", *_CQADUPSTACK})
+
+
+def on_documents(family: str | None, task: str) -> bool:
+    """Whether a family's authors put the instruction on a search's documents, too."""
+    return family == "gte-qwen" and task in SYMMETRIC

@@ -46,6 +46,7 @@ from gteopt.evaluation.cache import (
     vector_identity,
 )
 from gteopt.evaluation.fidelity import Sample, Sampler, fidelity, read_sample, write_sample
+from gteopt.evaluation.instructions import on_documents
 from gteopt.evaluation.samples import Samples, read_samples, write_samples
 from gteopt.evaluation.statistics import (
     Draws,
@@ -481,7 +482,7 @@ class _Place:
             "splits": " ".join(task.splits),
             "subsets": " ".join(task.subsets),
             "instruction": task.instruction if encoder.takes_instructions else None,
-            "symmetric": str(task.symmetric and encoder.takes_instructions),
+            "symmetric": str(_on_documents(encoder, task)),
             "revision": task.revision,
             "mteb": version("mteb"),
         }
@@ -544,7 +545,14 @@ def _score(
     from gteopt.evaluation.tasks import n_samples
 
     instruction = resolved.instruction if cache.encoder.takes_instructions else None
-    model = TaskModel(cache, view, instruction, sampler, progress, on_documents=resolved.symmetric)
+    model = TaskModel(
+        cache,
+        view,
+        instruction,
+        sampler,
+        progress,
+        on_documents=_on_documents(cache.encoder, resolved),
+    )
     metadata = resolved.task.metadata
     scores = []
     samples: dict[tuple[str, str], Samples] = {}
@@ -585,6 +593,13 @@ def _score(
             )
     write_results(store, model.mteb_model_meta, resolved, everything, monotonic() - started)
     return FinishedTask(tuple(scores), samples)
+
+
+def _on_documents(encoder: Encoder, task: ResolvedTask) -> bool:
+    """Whether the documents of a search carry the instruction, too."""
+    family = encoder.checkpoint.family
+    known = on_documents(family.name if family else None, task.name)
+    return encoder.takes_instructions and (known if task.symmetric is None else task.symmetric)
 
 
 def _reproducing(found: Samples | UnsupportedError | None, score: float) -> Samples | str:

@@ -30,7 +30,7 @@ class SuiteTask(Frozen):
         splits: None is those that the task is evaluated on.
         instruction: what queries are prefixed with; None is the task's own.
         symmetric: whether the documents of a search carry the instruction, too; None is as the
-            authors of gte-Qwen2 do it (in ArguAna, QuoraRetrieval and CQADupstackRetrieval).
+            model's authors do it (gte-Qwen in ArguAna, QuoraRetrieval and CQADupstackRetrieval).
         revision: commit of the data on the Hub that is read; None is the one that mteb names.
         files_sha256: hash over a local folder of the data, for folders that tell no commit.
         parts: revisions by name of the tasks that an aggregate (CQADupstackRetrieval) is made of.

@@ -28,7 +28,7 @@ from mteb.abstasks import (
 from mteb.get_tasks import TASK_LIST
 
 from gteopt.errors import InputError, join_problems, suggest
-from gteopt.evaluation.instructions import INSTRUCTIONS, SYMMETRIC
+from gteopt.evaluation.instructions import INSTRUCTIONS
 from gteopt.evaluation.own import Collection, Pairs, read_own
 from gteopt.evaluation.suites import Suite, SuiteTask
 from gteopt.recipe import shipped_dir
@@ -48,7 +48,8 @@ class ResolvedTask:
     Attributes:
         revision: commit of the data on the Hub, or "sha256:..." of the local files that are read.
         folder: where local data lie; None where they come from the Hub.
-        symmetric: whether the documents of a search carry the instruction, too.
+        symmetric: whether the documents of a search carry the instruction, too; None where the
+            suite leaves it to the model's authors.
         aggregate: name of the task that this one is a part of; its scores are reported under that
             name, with this one as a subset.
     """
@@ -59,7 +60,7 @@ class ResolvedTask:
     instruction: str
     revision: str
     folder: Path | None
-    symmetric: bool = False
+    symmetric: bool | None = None
     aggregate: str | None = None
 
     @property
@@ -479,7 +480,7 @@ def _resolve_own(entry: SuiteTask, path: Path) -> ResolvedTask:
         instruction=entry.instruction or task_instruction(task),
         revision=f"sha256:{own.sha256}",
         folder=path,
-        symmetric=bool(entry.symmetric),
+        symmetric=entry.symmetric,
     )
 
 
@@ -524,7 +525,7 @@ def _resolve(entry: SuiteTask, aggregate: str | None, hub_dir: Path | None) -> R
         instruction=entry.instruction or task_instruction(task),
         revision=revision,
         folder=folder,
-        symmetric=entry.task in SYMMETRIC if entry.symmetric is None else entry.symmetric,
+        symmetric=entry.symmetric,
         aggregate=aggregate,
     )
 
