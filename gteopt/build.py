@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import TypeAdapter
 from safetensors import safe_open
@@ -51,11 +53,11 @@ from gteopt.checkpoint import (
     LATENT_FILE,
     LATENT_PREFIX,
     VECTOR_MODULES,
+    VECTORS_FILE,
     Checkpoint,
     open_checkpoint,
 )
 from gteopt.encoder import (
-    VECTORS_FILE,
     Encoder,
     build_skeleton,
     empty_,
@@ -336,6 +338,55 @@ def restyle(
         encoder, recipe, stage, out, old.base, calibration, old.layers, old.embedding,
         old.allocation, old.tuning, old.layout, old.unquantized, texts, progress,
     )  # fmt: skip
+
+
+def fit_transforms(
+    encoder: Encoder,
+    dims: Sequence[int],
+    codes: Sequence[VectorCode],
+    *,
+    hub_dir: Path | None = None,
+    progress: Progress = quiet,
+) -> list[VectorTransform]:
+    """What `truncate` would make of the encoder's vectors, of every length in every code.
+
+    An artifact's own way to shorten (slice, PCA, whichever keeps more) and its own calibration
+    texts are used; a base is sliced. The texts are encoded once.
+
+    Args:
+        encoder: a base or an artifact.
+        dims: lengths; none is the model's full one alone.
+        codes: how a vector is stored.
+        hub_dir: where calibration data sets lie.
+        progress: told how many calibration texts are encoded.
+
+    Returns:
+        One transform for each length and code, codes innermost.
+
+    Raises:
+        InputError: more dimensions than the model has, or too few calibration texts.
+    """
+    manifest = encoder.manifest
+    own = manifest.recipe if manifest else Recipe(schema="gteopt.recipe/1", name="base")
+    method = own.dims.method if own.dims else "slice"
+    recipes = []
+    for n in dims or [encoder.full_dims]:
+        shorter = Dims(n=n, method=method)
+        _check_dims(shorter, encoder.checkpoint)
+        for code in codes:
+            vectors = own.vectors.model_copy(update={"code": code})
+            wanted = shorter if n < encoder.full_dims else None
+            recipes.append(own.model_copy(update={"dims": wanted, "vectors": vectors}))
+    fitted = [
+        recipe.vectors.code == "int8" or (recipe.dims is not None and method != "slice")
+        for recipe in recipes
+    ]
+    # Nothing is fitted on these rows where nothing is to be; `fit` reads their width.
+    texts = np.zeros((0, encoder.full_dims), np.float32)
+    if any(fitted):
+        drawn = draw_texts(own.calibration, hub_dir=hub_dir)
+        texts = _calibration_vectors(encoder, own, drawn, progress)
+    return [fit(texts, recipe.dims, recipe.vectors) for recipe in recipes]
 
 
 def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
@@ -1005,12 +1056,19 @@ def _fit_vectors(
     """The recipe's vector transform, fitted on the variant's own vectors of the texts."""
     if not shortens(recipe):
         return identity(encoder.full_dims)
-    samples = with_sentences(texts)
-    tokens = tokenize(encoder, samples, recipe.calibration.max_tokens)
-    vectors = torch.empty((len(tokens), encoder.full_dims)).numpy()
+    vectors = _calibration_vectors(encoder, recipe, texts, progress)
+    return fit(vectors, recipe.dims, recipe.vectors)
+
+
+def _calibration_vectors(
+    encoder: Encoder, recipe: Recipe, texts: Sequence[CalibrationText], progress: Progress
+) -> npt.NDArray[np.float32]:
+    """Vectors [N, full_dims] of the calibration texts and their sentences."""
+    tokens = tokenize(encoder, with_sentences(texts), recipe.calibration.max_tokens)
+    vectors = np.empty((len(tokens), encoder.full_dims), np.float32)
     done = 0
     for positions, batch in encoder.batches(tokens, 32):
         vectors[positions] = encoder.embed_tokens(batch)
         done += len(batch)
         progress(f"fitting vectors of {recipe.name}", done, len(tokens))
-    return fit(vectors, recipe.dims, recipe.vectors)
+    return vectors

@@ -39,6 +39,7 @@ from gteopt.families import (
 from gteopt.records import Manifest
 
 NANO = "nano"
+VECTORS_FILE = "vectors.safetensors"
 VECTOR_MODULES = "vectors_"
 """Folders of an artifact whose name starts so are the Sentence Transformers form of what
 `vectors.safetensors` says; gteopt itself applies the latter."""
@@ -128,6 +129,24 @@ class Checkpoint:
             digest.update(
                 f"{path.relative_to(self.folder).as_posix()}:{hash_file(path)}\n".encode()
             )
+        return digest.hexdigest()
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Identifies what the vectors at full dimension depend on; artifacts that differ only in
+        what happens to vectors after the model share it.
+        """
+        if self.manifest is None:
+            config = json.dumps(dict(self.config), sort_keys=True)
+            family = self.family.name if self.family else ""
+            return hashlib.sha256(f"{self.sha256}\n{config}\n{family}".encode()).hexdigest()
+        # The card, too, says how vectors are stored.
+        after = (VECTORS_FILE, VECTOR_MODULES, "modules.json", "README.md")
+        base = self.manifest.base
+        digest = hashlib.sha256(f"{base.sha256}\n{base.family}\n".encode())
+        for file in self.manifest.files:
+            if not file.path.startswith(after):
+                digest.update(f"{file.path}:{file.sha256}\n".encode())
         return digest.hexdigest()
 
     @property

@@ -19,12 +19,15 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from gteopt.errors import GteoptError, InputError
@@ -358,7 +361,21 @@ def evaluate(
         str | None,
         typer.Option(help="the base to judge against; the artifacts' own when left out"),
     ] = None,
+    dims: Annotated[
+        str | None,
+        typer.Option(help="lengths to score each in, from the same encodings: 256,128,64"),
+    ] = None,
+    vectors: Annotated[
+        str | None, typer.Option(help="codes to score each length in: float32,int8,binary")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="results folder; makes runs resumable")] = None,
+    cache_gb: Annotated[
+        float, typer.Option(min=0, help="most that cached vectors take; the oldest make room")
+    ] = 20,
+    cache_dtype: Annotated[
+        Literal["float16", "float32"],
+        typer.Option(help="of cached vectors; float32 for scores to the sixth digit"),
+    ] = "float16",
     hub_dir: HubDir = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -367,14 +384,16 @@ def evaluate(
 
     Example: `gteopt evaluate artifacts/nano-int4 --suite mini --out artifacts/results`
     """
-    from gteopt.evaluation import load_suite, with_data
-    from gteopt.plan import base_of, compare_texts, score
-    from gteopt.report import eval_table, fidelity_table
+    from gteopt.evaluation import EncodeOptions, load_suite, with_data
+    from gteopt.plan import base_of, compare_texts, parse_grid, score
+    from gteopt.report import eval_table, fidelity_table, grid_table
 
     sources = _named([baseline or base_of(artifacts), *artifacts])
     if texts is not None:
-        if suite or data:
-            raise InputError("--texts has no labels to score; give it without --suite and --data")
+        if suite or data or dims or vectors:
+            raise InputError(
+                "--texts has no labels to score; give it without --suite, --data, --dims, --vectors"
+            )
         with _progress() as progress:
             close = compare_texts(sources, texts, hub_dir=hub_dir, device=device, progress=progress)
         _show_all(list(close.values()), fidelity_table(close), as_json=as_json)
@@ -384,9 +403,20 @@ def evaluate(
         loaded = with_data(loaded, data, instruction=instruction)
     if loaded is None:
         raise InputError("nothing to evaluate on; give --suite, --data or --texts")
+    grid = parse_grid(dims, vectors) if dims or vectors else None
     with _progress() as progress:
-        reports = score(sources, loaded, out, hub_dir=hub_dir, device=device, progress=progress)
-    _show_all(list(reports.values()), eval_table(reports), as_json=as_json)
+        reports = score(
+            sources,
+            loaded,
+            out,
+            hub_dir=hub_dir,
+            device=device,
+            grid=grid,
+            options=EncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype),
+            progress=progress,
+        )
+    table = eval_table(reports) if grid is None else grid_table(reports)
+    _show_all(list(reports.values()), table, as_json=as_json)
 
 
 @app.command()
@@ -624,6 +654,7 @@ def _progress() -> Iterator[_Steps]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
+        _Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -636,14 +667,23 @@ def _progress() -> Iterator[_Steps]:
         steps.stop()
 
 
+class _Rate(ProgressColumn):
+    """Units of the step (texts, blocks) in a second."""
+
+    def render(self, task: Task) -> Text:
+        """The speed of the last half minute."""
+        return Text("" if task.speed is None else f"{_rate(task.speed)}/s")
+
+
 class _Steps:
-    """A bar for the step at hand; a finished step leaves one line with the time that it took."""
+    """A bar for the step at hand; a finished step leaves one line with its units and its time."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
         self._what: str | None = None
         self._task: TaskID | None = None
         self._since = 0.0
+        self._total = 0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """`done` of `total` units of the step `what` are finished."""
@@ -653,6 +693,7 @@ class _Steps:
             self._what, self._since = what, time.monotonic()
             self._task = self._bars.add_task(what, total=total)
         assert self._task is not None
+        self._total = total
         self._bars.update(self._task, completed=done, total=total)
 
     def close(self) -> None:
@@ -660,13 +701,19 @@ class _Steps:
         if self._task is not None:
             self._bars.remove_task(self._task)
             took = time.monotonic() - self._since
-            _err.print(f"{self._what}  {took:.1f} s", style="dim", markup=False, highlight=False)
+            rate = f"{self._total:,} at {_rate(self._total / took)}/s, " if self._total > 1 else ""
+            line = f"{self._what}  {rate}{took:.1f} s"
+            _err.print(line, style="dim", markup=False, highlight=False)
             self._what = self._task = None
 
     def stop(self) -> None:
         """Take the bar off the screen, also when the step at hand failed."""
         if self._bars.live.is_started:
             self._bars.stop()
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
 
 
 def _named(sources: list[str]) -> dict[str, str]:

@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gteopt.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint, open_checkpoint
+from gteopt.checkpoint import (
+    LATENT_FILE,
+    LATENT_PREFIX,
+    VECTORS_FILE,
+    Checkpoint,
+    open_checkpoint,
+)
 from gteopt.errors import InputError, IntegrityError, NumericsError, UnsupportedError, suggest
 from gteopt.formats import ReadLayer, Shape, format_of
 from gteopt.kernels import make_linear, speed_up_linears_
@@ -34,7 +40,6 @@ from gteopt.runtime import packed_forward
 
 Role = Literal["query", "document"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-VECTORS_FILE = "vectors.safetensors"
 _ALONE_TOKENS = 2048
 """A batch with a text beyond this is taken text by text: neither padding nor activations of many
 long texts at once."""
@@ -266,18 +271,31 @@ class Encoder:
 
     @torch.inference_mode()
     def embed_tokens(
-        self, tokens: Sequence[Sequence[int]], *, padding: Literal["left", "right"] = "right"
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        padding: Literal["left", "right"] = "right",
+        texts: Sequence[str] = (),
     ) -> NDArray[np.float32]:
         """Vectors of one batch of token lists at the model's full dimension, [N, full_dims].
 
         Long texts of different lengths run one by one: padding needs a mask, which takes memory
         with the square of the length, and none is needed without.
 
+        Args:
+            tokens: of each text, as `tokenize` makes them.
+            padding: where shorter ones are filled up.
+            texts: what the tokens are of, to be named in an error.
+
         Raises:
             NumericsError: the model produced NaN or infinity.
         """
         if len(tokens) > 1 and max(map(len, tokens)) > _ALONE_TOKENS:
-            return np.concatenate([self.embed_tokens([each], padding=padding) for each in tokens])
+            alone = [
+                self.embed_tokens([each], padding=padding, texts=texts[i : i + 1])
+                for i, each in enumerate(tokens)
+            ]
+            return np.concatenate(alone)
         if self._packed is not None and padding == "right":
             pooled = self._packed(self.module, tokens)
             vectors = self._finished(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
@@ -285,10 +303,13 @@ class Encoder:
             ids, mask = self.pad(tokens, side=padding)
             hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
             vectors = self.pooled(hidden, self.pool_mask(tokens, mask))
-        if not bool(torch.isfinite(vectors).all()):
+        bad = (~torch.isfinite(vectors).all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            text = f" (the first: {texts[bad[0]][:80]!r})" if texts else ""
             raise NumericsError(
-                f"{self.name} produced NaN or infinity in a batch of {len(tokens)} texts of up to "
-                f"{max(map(len, tokens))} tokens in {self.dtype}; verify the artifact, or load it "
+                f"{self.name} produced NaN or infinity for {len(bad)} of {len(tokens)} texts{text} "
+                f"of up to {max(map(len, tokens))} tokens in {self.dtype}; verify the artifact, or "
+                f"load it "
                 f"with dtype float32 to find out whether its weights are sound"
             )
         return np.asarray(vectors.cpu().numpy())
@@ -307,7 +328,7 @@ class Encoder:
         out = np.empty((len(tokens), self.full_dims), dtype=np.float32)
         done = 0
         for positions, batch in self.batches(tokens, batch_size):
-            out[positions] = self.embed_tokens(batch)
+            out[positions] = self.embed_tokens(batch, texts=[texts[i] for i in positions])
             done += len(batch)
             progress(f"encoding with {self.name}", done, len(tokens))
         return out

@@ -21,8 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gteopt import __version__
-from gteopt.checkpoint import LATENT_FILE, LATENT_PREFIX, VECTOR_MODULES, Checkpoint
-from gteopt.encoder import VECTORS_FILE, Encoder, latent_tensors, load_tokenizer
+from gteopt.checkpoint import (
+    LATENT_FILE,
+    LATENT_PREFIX,
+    VECTOR_MODULES,
+    VECTORS_FILE,
+    Checkpoint,
+)
+from gteopt.encoder import Encoder, latent_tensors, load_tokenizer
 from gteopt.formats import FORMATS, Format
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.vectors import VectorTransform

@@ -6,7 +6,7 @@ any step works.
     OUT/variants/<recipe>/   artifacts
     OUT/bench.json           speed and memory
     OUT/eval/<variant>.json  scores and fidelity
-    OUT/scores/              finished tasks, so that an interrupted evaluation goes on
+    OUT/scores/              encoded texts and finished tasks, from which an evaluation goes on
     OUT/choice.json          the answer to the policy
     OUT/report.html
 """
@@ -15,24 +15,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from gteopt.artifact import artifact_sha256, discard, is_artifact, read_manifest
 from gteopt.bench import bench
-from gteopt.build import quantize, restyle
+from gteopt.build import fit_transforms, quantize, restyle
 from gteopt.checkpoint import NANO, open_checkpoint
 from gteopt.choose import choose
-from gteopt.encoder import load
-from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems
+from gteopt.encoder import Encoder, load
+from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
 from gteopt.evaluation import (
+    ENCODE_OPTIONS,
+    EncodeOptions,
     Suite,
+    View,
     compare,
     fidelity,
     load_suite,
+    own_view,
     read_texts,
-    run_suite,
+    run_views,
     sample_of,
     settle,
+    view_of,
 )
 from gteopt.machine import machine, versions
 from gteopt.recipe import (
@@ -42,6 +49,7 @@ from gteopt.recipe import (
     Policy,
     Progress,
     Recipe,
+    VectorCode,
     load_policy,
     load_recipe,
     quiet,
@@ -157,6 +165,52 @@ def measure(
     return report
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Lengths and codes that every variant is scored in, each from the same encodings.
+
+    Attributes:
+        dims: none is the model's full length alone.
+        codes: how a vector is stored.
+    """
+
+    dims: tuple[int, ...] = ()
+    codes: tuple[VectorCode, ...] = ("float32",)
+
+
+def parse_grid(dims: str | None, codes: str | None) -> Grid:
+    """A grid from lists separated by commas; what is left out stays full, or float32.
+
+    Raises:
+        InputError: a length that is no positive whole number, or an unknown code.
+    """
+    problems = []
+    lengths = _listed(dims)
+    problems += [
+        f"--dims: '{each}' is no number of dimensions; write 256,128,64"
+        for each in lengths
+        if not each.isdecimal() or int(each) == 0
+    ]
+    known = get_args(VectorCode)
+    wanted = _listed(codes) or ["float32"]
+    problems += [
+        f"--vectors: unknown code '{each}': {suggest(each, known)}"
+        for each in wanted
+        if each not in known
+    ]
+    if problems:
+        raise InputError(join_problems("the grid cannot be scored", problems))
+    return Grid(
+        dims=tuple(int(each) for each in lengths),
+        codes=tuple(code for code in known if code in wanted),
+    )
+
+
+def _listed(names: str | None) -> list[str]:
+    parts = [each.strip() for each in (names or "").split(",")]
+    return list(dict.fromkeys(each for each in parts if each))
+
+
 def score(
     sources: Mapping[str, str],
     suite: Suite,
@@ -164,12 +218,16 @@ def score(
     *,
     hub_dir: Path | None,
     device: str,
+    grid: Grid | None = None,
+    options: EncodeOptions = ENCODE_OPTIONS,
     margin: float = DEFAULT_MARGIN,
     progress: Progress,
 ) -> dict[str, EvalReport]:
     """Scores of every variant beside the first's, which is the baseline.
 
-    Verdicts are against `margin` and corrected for all tasks of all variants together.
+    Verdicts are against `margin` and corrected for all tasks of all variants together. With a
+    grid, there is a report for each variant, length and code, named by the three; the baseline is
+    then the first source's own vectors.
 
     With a results folder, finished tasks are stored in it and not done twice.
     """
@@ -177,15 +235,40 @@ def score(
     baseline = None
     for name, source in sources.items():
         encoder = load(source, device=device, hub_dir=hub_dir)
-        store = folder / "scores" if folder else None
-        done = run_suite(encoder, suite, hub_dir=hub_dir, store=store, progress=progress)
-        baseline = baseline or done
-        reports[name] = compare(baseline, done, variant_name=name, margin=margin)
+        if grid is None:
+            views = {name: own_view(encoder)}
+        else:
+            views = _grid_views(encoder, name, grid, hub_dir=hub_dir, progress=progress)
+            own = own_view(encoder, name)
+            if baseline is None and own.sha256 not in {each.sha256 for each in views.values()}:
+                views = {name: own, **views}
+        runs = run_views(
+            encoder,
+            suite,
+            list(views.values()),
+            hub_dir=hub_dir,
+            store=folder / "scores" if folder else None,
+            options=options,
+            progress=progress,
+        )
+        if baseline is None:
+            baseline = next(run for run in runs if run.encoder_sha256 == encoder.sha256)
+        for done, (row, run) in enumerate(zip(views, runs, strict=True)):
+            progress(f"{name}: comparing with {baseline.encoder}", done, len(runs))
+            reports[row] = compare(baseline, run, variant_name=row, margin=margin)
     reports = settle(reports)
     if folder is not None:
         for name, report in reports.items():
             write_record(folder / "eval" / f"{name}.json", report)
     return reports
+
+
+def _grid_views(
+    encoder: Encoder, name: str, grid: Grid, *, hub_dir: Path | None, progress: Progress
+) -> dict[str, View]:
+    transforms = fit_transforms(encoder, grid.dims, grid.codes, hub_dir=hub_dir, progress=progress)
+    named = {f"{name}-{each.dims}-{each.code}": each for each in transforms}
+    return {row: view_of(encoder, each, row) for row, each in named.items()}
 
 
 def compare_texts(

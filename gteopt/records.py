@@ -502,6 +502,10 @@ class EvalReport(Frozen):
         retention_low, retention_high: 95 % interval of retention, from the same resamples.
         margin: differences up to this are of no matter; what verdicts are against.
         n_claims: how many differences were tested together (tasks x variants, Holm).
+        dims, code, bytes_per_vector: of what was scored; None in reports of an older gteopt.
+        n_asked_texts: texts whose vectors the tasks scored in this run asked for.
+        n_encoded_texts: of these, encoded; the others came from the cache.
+        notes: anything out of the ordinary: a damaged cache, batches that did not fit the memory.
     """
 
     schema_: Literal["gteopt.eval/1"] = Field(default="gteopt.eval/1", alias="schema")
@@ -522,6 +526,12 @@ class EvalReport(Frozen):
     retention_high: float | None = None
     margin: float = DEFAULT_MARGIN
     n_claims: int = 0
+    dims: int | None = None
+    code: VectorCode | None = None
+    bytes_per_vector: int | None = None
+    n_asked_texts: int = 0
+    n_encoded_texts: int = 0
+    notes: tuple[str, ...] = ()
     fidelity: Fidelity
     machine: Machine
     versions: Conditions

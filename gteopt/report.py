@@ -27,6 +27,7 @@ from gteopt.records import (
     HOSTED_PRICE,
     BenchReport,
     BrokenLimit,
+    Difference,
     EvalReport,
     FidelityReport,
     Machine,
@@ -220,8 +221,60 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
         table.add_row(heading, *cells)
     suites = dict.fromkeys(f"suite {r.suite}, against {r.baseline}" for r in evals)
     notes = [*suites, *(f"* {failure}" for failure in _failures(reports))]
+    notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
     table.caption = Text("\n".join(notes), style="not italic")
     return table
+
+
+def grid_table(reports: Mapping[str, EvalReport]) -> Table:
+    """One line a variant, length and code: score, difference from the baseline, fidelity."""
+    evals = list(reports.values())
+    table = _table(list(reports))
+    for heading in ("vector\nbytes", "score\n%", "difference\n95 %", "nn@10\n%", "ρ"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for name, report in reports.items():
+        found = report.fidelity
+        is_baseline = report.artifact_sha256 == report.baseline_sha256
+        table.add_row(
+            Text(name),
+            _MISSING if report.bytes_per_vector is None else f"{report.bytes_per_vector:,}",
+            f"{report.score * 100:.2f}{'*' if report.partial else ''}",
+            _MISSING if is_baseline else _span(report.difference),
+            f"{found.neighbour_overlap * 100:.1f}",
+            f"{found.spearman:.3f}",
+            "baseline" if is_baseline else report.difference.verdict if report.difference else "",
+            style="dim" if is_baseline else "",
+        )
+    first = evals[0]
+    n_rows = sum(report.artifact_sha256 != report.baseline_sha256 for report in evals)
+    notes = [
+        f"suite {first.suite}, against {first.baseline}; differences in points with their 95 % "
+        f"paired bootstrap interval",
+        f"verdicts against a margin of {first.margin * 100:g} points; worse and better hold for "
+        f"all {n_rows} lines together (Holm)",
+    ]
+    notes += [f"* {failure}" for failure in _failures(reports)]
+    notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
+    table.caption = Text("\n".join(notes), style="not italic")
+    return table
+
+
+def _span(difference: Difference | None) -> str:
+    """A difference of scores in points, with its interval."""
+    if difference is None:
+        return _MISSING
+    value, low, high = (
+        f"{each * 100:+.2f}" for each in (difference.value, difference.low, difference.high)
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def _encodings(evals: Sequence[EvalReport]) -> str:
+    """How many texts were encoded, and how many encodings the cache saved."""
+    asked = sum(report.n_asked_texts for report in evals)
+    encoded = sum(report.n_encoded_texts for report in evals)
+    return f"texts encoded: {encoded:,}; encodings saved: {asked - encoded:,}"
 
 
 def fidelity_table(reports: Mapping[str, FidelityReport]) -> Table:
@@ -309,6 +362,8 @@ def _row(name: str, results: Results) -> Row:
         )
     if evaluation:
         row = _with_scores(row, evaluation)
+        if not bench:
+            row = replace(row, dims=evaluation.dims, vector_bytes=evaluation.bytes_per_vector)
     elif is_baseline and results.evals:
         # Every evaluation repeats the baseline's score over the tasks that it covers itself; one
         # that is not partial covers them all.

@@ -21,7 +21,7 @@ from sklearn.metrics import (
 import gteopt
 from gteopt.encoder import Encoder
 from gteopt.errors import IntegrityError, UnsupportedError
-from gteopt.evaluation import Suite, SuiteRun, load_suite, run_suite
+from gteopt.evaluation import Suite, SuiteRun, load_suite, own_view, run_suite
 from gteopt.evaluation.samples import Samples, read_samples, write_samples
 
 RNG = np.random.default_rng(0)
@@ -180,23 +180,24 @@ MOCKS = (
 
 
 @pytest.mark.parametrize("name", MOCKS)
-def test_entries_reproduce_scores_of_every_task_class_of_mteb(name: str, nano: Encoder) -> None:
+def test_entries_reproduce_scores_of_every_task_class_of_mteb(
+    name: str, nano: Encoder, tmp_path: Path
+) -> None:
     """On the tiny data that mteb itself is tested with."""
     from mteb.mocks import mock_tasks
     from mteb.mocks.mock_tasks.clustering import MockClusteringTask
 
-    from gteopt.evaluation.adapter import TaskModel, TextCache
-    from gteopt.evaluation.fidelity import Sampler
+    from gteopt.evaluation.adapter import TaskModel
+    from gteopt.evaluation.cache import VectorCache
     from gteopt.evaluation.isolation import isolated
     from gteopt.evaluation.predictions import collect, read_predictions, record_draws_
-    from gteopt.recipe import quiet
 
     with isolated(offline=True):
         task = getattr(mock_tasks, f"Mock{name}", MockClusteringTask)()
         assert type(task).__name__ == f"Mock{name}"
         task.load_data()
         split = task.metadata.eval_splits[0]
-        model = TaskModel(TextCache(nano, 32), None, Sampler(), quiet)
+        model = TaskModel(VectorCache(nano, tmp_path), own_view(nano), None)
         draws = record_draws_(task)
         with tempfile.TemporaryDirectory() as folder:
             encode = {"batch_size": 32}

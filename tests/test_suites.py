@@ -142,3 +142,62 @@ def test_the_offline_data_are_as_pinned(shared: Path) -> None:
     from gteopt.evaluation.tasks import resolve
 
     assert len(resolve(load_suite("offline"), shared / "hub")) == 7
+
+
+@pytest.mark.parametrize("name", [*BENCHMARKS, "offline"])
+def test_every_task_of_a_benchmark_has_an_instruction_of_its_own(name: str) -> None:
+    """None falls back on the sentence that mteb has for all tasks of a type."""
+    from gteopt.evaluation.tasks import resolve
+
+    for each in resolve(load_suite(name), None):
+        assert each.instruction != each.task.abstask_prompt, each.name
+
+
+def test_instructions_are_those_of_gte_qwen2s_authors() -> None:
+    """Alibaba-NLP/gte-Qwen2-7B-instruct, scripts/eval_mteb.py: some of each kind."""
+    from gteopt.evaluation.instructions import on_documents
+    from gteopt.evaluation.tasks import resolve
+
+    expected = {
+        "STSBenchmark": ("Retrieve semantically similar text", False),
+        "Banking77Classification": (
+            "Given a online banking query, find the corresponding intents",
+            False,
+        ),
+        "ArguAna": ("Given a claim, find documents that refute the claim", True),
+        "QuoraRetrieval": (
+            "Given a question, retrieve questions that are semantically equivalent to the given "
+            "question",
+            True,
+        ),
+        "SciFact": (
+            "Given a scientific claim, retrieve documents that support or refute the claim",
+            False,
+        ),
+        "MLSUMClusteringS2S": (
+            "Identify the topic or theme of the given articles based on the titles",
+            False,
+        ),
+        "CBD": ("Classify the sentiment of polish tweet reviews", False),
+        "T2Reranking": (
+            "Given a Chinese search query, retrieve web passages that answer the question",
+            False,
+        ),
+    }
+    found = resolve(suite_of(*({"task": name} for name in expected)), None)
+    assert {
+        each.name: (each.instruction, on_documents("gte-qwen", each.name)) for each in found
+    } == expected
+    forums = resolve(suite_of({"task": "CQADupstackRetrieval"}), None)
+    assert all(on_documents("gte-qwen", each.name) for each in forums)
+    assert all("duplicates to" in each.instruction for each in forums)
+    assert not on_documents("e5-mistral", "ArguAna")
+
+
+def test_a_suite_overrides_instruction_and_symmetry() -> None:
+    from gteopt.evaluation.tasks import resolve
+
+    (found,) = resolve(
+        suite_of({"task": "ArguAna", "instruction": "Refute.", "symmetric": False}), None
+    )
+    assert (found.instruction, found.symmetric) == ("Refute.", False)

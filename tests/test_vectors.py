@@ -402,3 +402,18 @@ def test_wrong_shapes_are_refused_with_both_shapes() -> None:
     for kind, expected, act in cases:
         with pytest.raises(kind, match=expected):
             act()
+
+
+def test_the_search_of_bits_is_the_stable_order_of_hamming_distances() -> None:
+    """Nearly all ties: 3000 codes of 12 bits, more than one block, some queries among them."""
+    rng = np.random.default_rng(3)
+    vectors = rng.standard_normal((3000, 12)).astype(np.float32)
+    transform = fit(vectors, None, Vectors(code="binary", rescore=1))
+    codes = transform.quantize(vectors)
+    queries = vectors[::100]
+    found, scores = transform.search(queries, codes, 50)
+    for row, values, query in zip(found, scores, transform.quantize(queries), strict=True):
+        distances = np.unpackbits(query ^ codes, axis=1).sum(axis=1)
+        expected = np.argsort(distances, kind="stable")[:50]
+        np.testing.assert_array_equal(row, expected)
+        np.testing.assert_allclose(values, 1 - 2 * distances[expected] / 12, atol=1e-6)

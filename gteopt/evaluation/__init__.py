@@ -6,20 +6,34 @@ how a variant was made, and whether the encoder that it is handed is one.
 
 from gteopt.evaluation.fidelity import fidelity, sample_of
 from gteopt.evaluation.own import read_texts
-from gteopt.evaluation.runner import SuiteRun, compare, run_suite
+from gteopt.evaluation.runner import (
+    ENCODE_OPTIONS,
+    EncodeOptions,
+    SuiteRun,
+    compare,
+    run_suite,
+    run_views,
+)
 from gteopt.evaluation.statistics import settle
 from gteopt.evaluation.suites import Suite, SuiteTask, load_suite, with_data
+from gteopt.evaluation.views import View, own_view, view_of
 
 __all__ = [
+    "ENCODE_OPTIONS",
+    "EncodeOptions",
     "Suite",
     "SuiteRun",
     "SuiteTask",
+    "View",
     "compare",
     "fidelity",
     "load_suite",
+    "own_view",
     "read_texts",
     "run_suite",
+    "run_views",
     "sample_of",
     "settle",
+    "view_of",
     "with_data",
 ]

@@ -1,7 +1,6 @@
 """An `Encoder` as mteb sees it: what is scored are the vectors as an index would store them.
 
-Hides: mteb's protocols, which text is a query, and that no text is encoded twice in a run. Refuses
-to know: suites, files, scores.
+Hides: mteb's protocols, and which text is a query. Refuses to know: suites, files, scores.
 """
 
 from __future__ import annotations
@@ -18,49 +17,16 @@ from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 from mteb.types import PromptType
 
 from gteopt.evaluation.fidelity import Sampler, Side
-from gteopt.recipe import Progress
+from gteopt.evaluation.views import View
+from gteopt.recipe import Progress, quiet
 
 if TYPE_CHECKING:
-    from gteopt.encoder import Encoder, Role
+    from gteopt.encoder import Role
+    from gteopt.evaluation.cache import VectorCache
 
 Floats = npt.NDArray[np.float32]
-Key = tuple[str, str | None, str]
-
 _CHUNK_TEXTS = 8192  # encoded together, so that lengths sort well; 117 MB at 3584 dimensions
-_CACHE_BYTES = 1 << 30
 _SCORE_DEPTH = re.compile(r"_at_(\d+)$")  # ndcg_at_10
-
-
-class TextCache:
-    """Full-dimension vectors by (role, instruction, text), kept until a gigabyte is full."""
-
-    def __init__(self, encoder: Encoder, batch_size: int) -> None:
-        self.encoder = encoder
-        self._batch_size = batch_size
-        self._rows: dict[Key, Floats] = {}
-        self._n_bytes = 0
-
-    def embed(
-        self, texts: Sequence[str], role: Role, instruction: str | None, progress: Progress
-    ) -> Floats:
-        """Vectors [N, full_dims]; only texts that were not seen before are encoded."""
-        keys = [(role, instruction, text) for text in texts]
-        unseen = list(dict.fromkeys(key for key in keys if key not in self._rows))
-        fresh: dict[Key, Floats] = {}
-        if unseen:
-            vectors = self.encoder.embed(
-                [text for _, _, text in unseen],
-                role=role,
-                instruction=instruction,
-                batch_size=self._batch_size,
-                progress=progress,
-            )
-            fresh = dict(zip(unseen, vectors, strict=True))
-            if self._n_bytes + vectors.nbytes <= _CACHE_BYTES:
-                self._rows |= fresh
-                self._n_bytes += vectors.nbytes
-        rows = [fresh[key] if key in fresh else self._rows[key] for key in keys]
-        return np.stack(rows) if rows else np.empty((0, self.encoder.full_dims), np.float32)
 
 
 class TaskModel:
@@ -68,30 +34,51 @@ class TaskModel:
 
     Symmetric tasks (similarity, classification, clustering, bitext) hand over texts without a
     prompt type: each of them is a query, as in the evaluation of gte-Qwen2 by its authors. The
-    documents of a search never get an instruction.
+    documents of a search get no instruction, but where they are like queries (`on_documents`).
 
     Attributes:
         instruction: put on queries; None for a model that takes none.
-        sampler: is offered every text with its vector.
+        sampler: is offered every text with its vector, where there is one.
     """
 
     def __init__(
-        self, cache: TextCache, instruction: str | None, sampler: Sampler, progress: Progress
+        self,
+        cache: VectorCache,
+        view: View,
+        instruction: str | None,
+        sampler: Sampler | None = None,
+        progress: Progress = quiet,
+        *,
+        on_documents: bool = False,
     ) -> None:
+        """A model of one task.
+
+        Args:
+            cache: gives vectors at full dimension.
+            view: what an index would store of them.
+            instruction: put on queries; None for a model that takes none.
+            sampler: is offered every text with its vector; None where another view's model was.
+            progress: told how many of the texts that the task has asked for are encoded; the
+                number of all grows as mteb asks for more.
+            on_documents: the documents of a search carry the instruction, too.
+        """
         self.instruction = instruction
         self.sampler = sampler
         self._cache = cache
-        self._transform = cache.encoder.vectors
+        self._transform = view.vectors
         self._progress = progress
+        self._on_documents = on_documents and instruction is not None
+        self._n_texts = self._n_done = 0
         self._document_ids: list[str] = []
         self._codes: npt.NDArray[Any] = np.empty((0, 0))
         self.mteb_model_meta = ModelMeta.create_empty(
-            {"name": f"gteopt/{cache.encoder.name}", "revision": cache.encoder.sha256}
+            {"name": f"gteopt/{view.name}", "revision": view.sha256}
         )
 
     def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> Floats:
         """What the stored codes of texts stand for, [N, dims]."""
         texts = [text for batch in inputs for text in batch["text"]]
+        self._n_texts += len(texts)
         side: Side = "text" if prompt_type is None else prompt_type.value
         codes = self._transform.quantize(self._project(texts, side))
         return self._transform.dequantize(codes)
@@ -107,6 +94,7 @@ class TaskModel:
     def index(self, corpus: Any, *, task_metadata: Any, **_: Any) -> None:
         """Code the documents, once."""
         texts = _texts(corpus, task_metadata, PromptType.document)
+        self._n_texts += len(texts)
         self._document_ids = list(corpus["id"])
         parts = [
             self._transform.quantize(self._project(chunk, "document")) for chunk in _chunks(texts)
@@ -132,7 +120,9 @@ class TaskModel:
         depth = _SCORE_DEPTH.search(task_metadata.main_score)
         # One more, because some tasks strike out a document with the query's own id.
         k = top_k if depth is None else min(top_k, int(depth[1]) + 1)
-        projected = self._project(_texts(queries, task_metadata, PromptType.query), "query")
+        texts = _texts(queries, task_metadata, PromptType.query)
+        self._n_texts += len(texts)
+        projected = self._project(texts, "query")
         ids = list(queries["id"])
         if top_ranked is None:
             found, scores = self._transform.search(projected, self._codes, k)
@@ -155,12 +145,19 @@ class TaskModel:
 
     def _project(self, texts: Sequence[str], side: Side) -> Floats:
         """Projected vectors [N, dims] of texts, encoded and sampled in chunks."""
-        role: Role = "document" if side == "document" else "query"
-        instruction = None if side == "document" else self.instruction
+        bare = side == "document" and not self._on_documents
+        role: Role = "document" if bare else "query"
+        instruction = None if bare else self.instruction
         parts = []
+
+        def count(what: str, done: int, total: int) -> None:
+            self._progress(what, self._n_done + done, self._n_texts)
+
         for chunk in _chunks(texts):
-            vectors = self._cache.embed(chunk, role, instruction, self._progress)
-            self.sampler.offer(side, chunk, f"{role}\0{instruction or ''}", vectors)
+            vectors = self._cache.embed(chunk, role, instruction, count)
+            self._n_done += len(chunk)
+            if self.sampler is not None:
+                self.sampler.offer(side, chunk, f"{role}\0{instruction or ''}", vectors)
             parts.append(self._transform.project(vectors))
         return np.concatenate(parts)
 

@@ -97,12 +97,16 @@ def sample_of(texts: Sequence[str], vectors: Floats) -> dict[Side, SideVectors]:
 
 
 def write_sample(path: Path, sample: Sample) -> None:
-    """Save a sample; a reader sees the old one or the whole new one."""
+    """Save a sample; a reader sees the old one or the whole new one.
+
+    Vectors take 16 bits where these hold them exactly, as they do when they come from a cache.
+    """
     tensors: dict[str, npt.NDArray[np.generic]] = {}
     for side, each in sample.items():
         digests = np.frombuffer(bytes.fromhex("".join(each.digests)), dtype=np.uint8)
         tensors[f"{side}.digests"] = digests.reshape(len(each.digests), -1)
-        tensors[f"{side}.vectors"] = each.vectors
+        half = each.vectors.astype(np.float16)
+        tensors[f"{side}.vectors"] = half if (half == each.vectors).all() else each.vectors
     write_atomically(path, save(tensors))
 
 
@@ -117,7 +121,7 @@ def read_sample(path: Path) -> dict[Side, SideVectors]:
         return {
             side: SideVectors(
                 tuple(row.tobytes().hex() for row in tensors[f"{side}.digests"]),
-                tensors[f"{side}.vectors"],
+                tensors[f"{side}.vectors"].astype(np.float32),
             )
             for side in get_args(Side)
             if f"{side}.digests" in tensors
@@ -164,7 +168,9 @@ def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> F
     codes = transform.quantize(transform.project(ours_d))
     exact = identity(base_d.shape[1])
     overlap = _overlap(
-        _neighbours(exact, base_q, base_d, excluding_self=not is_search),
+        _neighbours(
+            exact, exact.project(base_q), exact.project(base_d), excluding_self=not is_search
+        ),
         _neighbours(transform, transform.project(ours_q), codes, excluding_self=not is_search),
     )
     stored_d = transform.dequantize(codes)

@@ -2,6 +2,14 @@
 
 Hides: what is already scored and stored, and how a failing task is told apart from a failing run.
 Refuses to know: how tasks find their data, how vectors become scores.
+
+    STORE/vectors/<weights>/...          encoded texts (`cache`)
+    STORE/tasks/<task>-<key>/<view>.*    scores of one task, and the entries that they are made of
+    STORE/tasks/<task>-<key>/texts.*     its sample of vectors, for fidelity
+    STORE/results/<model>/...            scores in mteb's layout (`results`)
+
+`<key>` stands for everything that the task's scores depend on but the view: the weights, the
+instruction, the data, mteb. What a suite holds besides the task is no part of it.
 """
 
 from __future__ import annotations
@@ -10,7 +18,9 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +37,16 @@ from gteopt.errors import (
     UnsupportedError,
     join_problems,
 )
+from gteopt.evaluation.cache import (
+    DEFAULT_BYTES,
+    CacheDtype,
+    EncodeShards,
+    LocalEncoding,
+    VectorCache,
+    vector_identity,
+)
 from gteopt.evaluation.fidelity import Sample, Sampler, fidelity, read_sample, write_sample
+from gteopt.evaluation.instructions import on_documents
 from gteopt.evaluation.samples import Samples, read_samples, write_samples
 from gteopt.evaluation.statistics import (
     Draws,
@@ -38,6 +57,7 @@ from gteopt.evaluation.statistics import (
     settle,
 )
 from gteopt.evaluation.suites import Suite
+from gteopt.evaluation.views import View, own_view
 from gteopt.machine import machine, versions
 from gteopt.quant.vectors import VectorTransform
 from gteopt.recipe import DEFAULT_MARGIN, Frozen, Progress, quiet
@@ -53,10 +73,30 @@ from gteopt.records import (
 
 if TYPE_CHECKING:
     from gteopt.encoder import Encoder
-    from gteopt.evaluation.adapter import TextCache
     from gteopt.evaluation.tasks import ResolvedTask
 
 _SAMPLE_FILE = "texts.safetensors"
+_LIBRARIES = ("mteb", "datasets", "scikit-learn", "scipy")
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How texts are encoded, and how their vectors are kept.
+
+    Attributes:
+        batch_size: texts computed together; halved where they do not fit the memory.
+        cache_bytes: most that the cache of vectors takes.
+        dtype: of the cached vectors.
+        encode: encodes shards of texts; None does it here, one after the other.
+    """
+
+    batch_size: int = 32
+    cache_bytes: int = DEFAULT_BYTES
+    dtype: CacheDtype = "float16"
+    encode: EncodeShards | None = None
+
+
+ENCODE_OPTIONS = EncodeOptions()
 
 
 class SubsetScore(Frozen):
@@ -81,10 +121,10 @@ class SubsetScore(Frozen):
 class StoredTask(Frozen):
     """A finished task on disk; `key` is everything that its scores depend on.
 
-    What the scores are made of lies beside it, in `<task>.safetensors`.
+    What the scores are made of lies beside it, in a safetensors file of the same name.
     """
 
-    schema_: Literal["gteopt.task/2"] = Field(alias="schema")
+    schema_: Literal["gteopt.task/3"] = Field(alias="schema")
     key: dict[str, str | None]
     scores: tuple[SubsetScore, ...]
 
@@ -110,6 +150,9 @@ class SuiteRun:
         failed: tasks that have no score, and why.
         sample: full-dimension vectors of the suite's texts, for fidelity.
         vectors: turns those into what the encoder stores.
+        n_asked: texts that the tasks scored now have asked the cache for.
+        n_encoded: of these, encoded; the others were in the cache.
+        notes: anything out of the ordinary that happened to the encodings.
     """
 
     encoder: str
@@ -122,6 +165,9 @@ class SuiteRun:
     vectors: VectorTransform
     machine: Machine
     versions: Conditions
+    n_asked: int = 0
+    n_encoded: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def score(self) -> float:
@@ -135,29 +181,59 @@ def run_suite(
     *,
     hub_dir: Path | None = None,
     store: Path | None = None,
-    batch_size: int = 32,
+    options: EncodeOptions = ENCODE_OPTIONS,
     progress: Progress = quiet,
 ) -> SuiteRun:
-    """Score an encoder on every task of a suite.
+    """Score an encoder's own vectors on every task of a suite; see `run_views`."""
+    return run_views(
+        encoder,
+        suite,
+        [own_view(encoder)],
+        hub_dir=hub_dir,
+        store=store,
+        options=options,
+        progress=progress,
+    )[0]
+
+
+def run_views(
+    encoder: Encoder,
+    suite: Suite,
+    views: Sequence[View],
+    *,
+    hub_dir: Path | None = None,
+    store: Path | None = None,
+    options: EncodeOptions = ENCODE_OPTIONS,
+    progress: Progress = quiet,
+) -> list[SuiteRun]:
+    """Score one encoder's texts, encoded once, on every task of a suite in several forms.
 
     A task that fails is recorded and the run goes on.
 
     Args:
-        encoder: a base or a variant; what is scored are its vectors as stored.
+        encoder: a base or a variant.
         suite: tasks, from `load_suite`.
+        views: what of its vectors is scored.
         hub_dir: data sets are read from `hub_dir/<org>/<name>` and the network is not touched.
-        store: folder where each finished task is written at once; a task found there, of the same
-            encoder, suite, instruction and data, is not scored again.
-        batch_size: texts encoded together.
-        progress: told the task and how many of its texts are encoded.
+        store: folder where encoded texts are written shard by shard and finished tasks at once; a
+            task found there, of the same weights, view, instruction and data, is not scored again.
+            Without one, both lie in a temporary folder.
+        options: how texts are encoded and kept.
+        progress: told view and task, and how many of the task's texts are encoded.
+
+    Returns:
+        One run a view.
 
     Raises:
         InputError: data that cannot be found or read, all of it, before anything is encoded.
     """
     from gteopt.evaluation.isolation import isolated
 
-    with isolated(offline=hub_dir is not None):
-        return _run(encoder, suite, hub_dir, store, batch_size, progress)
+    with ExitStack() as stack:
+        stack.enter_context(isolated(offline=hub_dir is not None))
+        if store is None:
+            store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gteopt-")))
+        return _run(encoder, suite, views, hub_dir, store, options, progress)
 
 
 def compare(
@@ -237,6 +313,12 @@ def compare(
         retention_low=retention_low,
         retention_high=retention_high,
         margin=margin,
+        dims=variant.vectors.dims,
+        code=variant.vectors.code,
+        bytes_per_vector=variant.vectors.bytes_per_vector,
+        n_asked_texts=variant.n_asked,
+        n_encoded_texts=variant.n_encoded,
+        notes=variant.notes,
         fidelity=fidelity(baseline.sample, variant.sample, variant.vectors),
         machine=variant.machine,
         versions=variant.versions,
@@ -277,75 +359,179 @@ def _task_score(
 def _run(
     encoder: Encoder,
     suite: Suite,
+    views: Sequence[View],
     hub_dir: Path | None,
-    store: Path | None,
-    batch_size: int,
+    store: Path,
+    options: EncodeOptions,
     progress: Progress,
-) -> SuiteRun:
-    from gteopt.evaluation.adapter import TextCache
+) -> list[SuiteRun]:
     from gteopt.evaluation.tasks import load_data, resolve
 
+    notes: list[str] = []
+
+    def say(note: str) -> None:
+        notes.append(note)
+        progress(note, 1, 1)
+
     tasks = resolve(suite, hub_dir)
-    keys = {each.name: _key(encoder, suite, each) for each in tasks}
-    folder = None if store is None else store / _folder_name(suite, keys)
+    places = {each.name: _Place.of(encoder, each, store, options.dtype) for each in tasks}
     sampler = Sampler()
-    done: dict[str, FinishedTask] = {}
-    if folder is not None and (folder / _SAMPLE_FILE).is_file():
-        sampler.merge(read_sample(folder / _SAMPLE_FILE))
-        done = {
-            name: stored for name, key in keys.items() if (stored := _stored(folder, name, key))
-        }
-    waiting = [each for each in tasks if each.name not in done]
+    done: dict[tuple[str, str], FinishedTask] = {}
+    for name, place in places.items():
+        sample = place.sample()
+        if sample is not None:
+            sampler.merge(sample)
+            found = {view.sha256: place.finished(view) for view in views}
+            done |= {(sha256, name): each for sha256, each in found.items() if each is not None}
+    waiting = [
+        each for each in tasks if any((view.sha256, each.name) not in done for view in views)
+    ]
     load_data(waiting)
 
-    cache = TextCache(encoder, batch_size)
-    failed = []
-    for position, each in enumerate(waiting, start=len(done) + 1):
-        what = f"{encoder.name}: {each.name} ({position} of {len(tasks)})"
-        task_sampler = Sampler()
+    cache = VectorCache(
+        encoder,
+        store / "vectors",
+        encode=options.encode or LocalEncoding(encoder, options.batch_size, say),
+        limit_bytes=options.cache_bytes,
+        dtype=options.dtype,
+        say=say,
+    )
+    failed: dict[str, list[FailedTask]] = {view.sha256: [] for view in views}
+    counts = {view.sha256: [0, 0] for view in views}
+    for position, each in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
         try:
-            finished = _score(cache, each, task_sampler, store, _renamed(progress, what))
-        except GteoptError as error:
-            failed.append(FailedTask(task=each.name, reason=str(error)))
-            continue
-        except Exception as error:
-            # A task of mteb's may fail in any way, and the others are worth having.
-            failed.append(FailedTask(task=each.name, reason=f"{type(error).__name__}: {error}"))
-            continue
+            # A task draws from generators that it owns; every view has to see the same draws.
+            generators = deepcopy((each.task.rng_state, each.task.np_rng))
+            task_sampler: Sampler | None = Sampler()
+            for view in views:
+                if (view.sha256, each.name) in done:
+                    continue
+                each.task.rng_state, each.task.np_rng = deepcopy(generators)
+                before = cache.n_asked, cache.n_encoded
+                what = f"{view.name}: {each.name} ({position} of {len(tasks)})"
+                try:
+                    finished = _score(
+                        cache, view, each, task_sampler, store, _renamed(progress, what)
+                    )
+                except GteoptError as error:
+                    failed[view.sha256].append(FailedTask(task=each.name, reason=str(error)))
+                    continue
+                except Exception as error:
+                    # A task of mteb's may fail in any way, and the others are worth having.
+                    reason = f"{type(error).__name__}: {error}"
+                    failed[view.sha256].append(FailedTask(task=each.name, reason=reason))
+                    continue
+                finally:
+                    counts[view.sha256][0] += cache.n_asked - before[0]
+                    counts[view.sha256][1] += cache.n_encoded - before[1]
+                done[view.sha256, each.name] = finished
+                if task_sampler is not None:
+                    # Vectors first: a task whose scores are on disk has its vectors there, too.
+                    places[each.name].write_sample(task_sampler.sample())
+                    sampler.merge(task_sampler.sample())
+                    task_sampler = None
+                places[each.name].write(view, finished)
         finally:
             each.task.unload_data()
-        done[each.name] = finished
-        sampler.merge(task_sampler.sample())
-        if folder is not None:
-            # Vectors first: a task whose scores are on disk has its vectors there, too.
-            write_sample(folder / _SAMPLE_FILE, sampler.sample())
-            write_samples(folder / f"{each.name}.safetensors", finished.samples)
-            record = StoredTask(schema="gteopt.task/2", key=keys[each.name], scores=finished.scores)
-            write_record(folder / f"{each.name}.json", record)
-    in_order = [done[each.name] for each in tasks if each.name in done]
-    return SuiteRun(
-        encoder=encoder.name,
-        encoder_sha256=encoder.sha256,
-        suite=suite,
-        scores=tuple(score for finished in in_order for score in finished.scores),
-        samples={
-            (name, split, subset): samples
-            for name, finished in done.items()
-            for (split, subset), samples in finished.samples.items()
-        },
-        failed=tuple(failed),
-        sample=sampler.sample(),
-        vectors=encoder.vectors,
-        machine=machine(),
-        versions=_conditions(encoder),
-    )
+    sample = sampler.sample()
+    conditions = _conditions(encoder, options.dtype)
+    return [
+        SuiteRun(
+            encoder=view.name,
+            encoder_sha256=view.sha256,
+            suite=suite,
+            scores=tuple(
+                score
+                for each in tasks
+                if (view.sha256, each.name) in done
+                for score in done[view.sha256, each.name].scores
+            ),
+            samples={
+                (each.name, split, subset): samples
+                for each in tasks
+                if (view.sha256, each.name) in done
+                for (split, subset), samples in done[view.sha256, each.name].samples.items()
+            },
+            failed=tuple(failed[view.sha256]),
+            sample=sample,
+            vectors=view.vectors,
+            machine=machine(),
+            versions=conditions,
+            n_asked=counts[view.sha256][0],
+            n_encoded=counts[view.sha256][1],
+            notes=tuple(notes),
+        )
+        for view in views
+    ]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one task's results under one weight variant lie."""
+
+    folder: Path
+    name: str
+    key: dict[str, str | None]
+
+    @staticmethod
+    def of(encoder: Encoder, task: ResolvedTask, store: Path, dtype: CacheDtype) -> _Place:
+        """The folder is named by everything that scores depend on but the view, so none mix."""
+        key = {
+            **vector_identity(encoder, dtype),
+            "task": task.name,
+            "splits": " ".join(task.splits),
+            "subsets": " ".join(task.subsets),
+            "instruction": task.instruction if encoder.takes_instructions else None,
+            "symmetric": str(_on_documents(encoder, task)),
+            "revision": task.revision,
+            "mteb": version("mteb"),
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return _Place(store / "tasks" / f"{task.name}-{digest[:16]}", task.name, key)
+
+    def sample(self) -> Sample | None:
+        """The sample of vectors; None where there is none, or it is damaged."""
+        path = self.folder / _SAMPLE_FILE
+        try:
+            return read_sample(path) if path.is_file() else None
+        except IntegrityError:
+            return None
+
+    def finished(self, view: View) -> FinishedTask | None:
+        """The task's scores; None where there are none, or of something else, or damaged."""
+        path = self._file(view, "json")
+        if not path.is_file():
+            return None
+        try:
+            record = read_record(path, StoredTask)
+            samples = read_samples(self._file(view, "safetensors"))
+        except IntegrityError:
+            return None  # of an older gteopt, or damaged: scored again
+        return FinishedTask(record.scores, samples) if record.key == self._key(view) else None
+
+    def write_sample(self, sample: Sample) -> None:
+        """Keep the sample of vectors."""
+        write_sample(self.folder / _SAMPLE_FILE, sample)
+
+    def write(self, view: View, finished: FinishedTask) -> None:
+        """Keep scores; the record comes last, so that what it stands for is there."""
+        write_samples(self._file(view, "safetensors"), finished.samples)
+        record = StoredTask(schema="gteopt.task/3", key=self._key(view), scores=finished.scores)
+        write_record(self._file(view, "json"), record)
+
+    def _key(self, view: View) -> dict[str, str | None]:
+        return {**self.key, "view": view.vectors.sha256()}
+
+    def _file(self, view: View, kind: str) -> Path:
+        return self.folder / f"{view.vectors.sha256()[:16]}.{kind}"
 
 
 def _score(
-    cache: TextCache,
+    cache: VectorCache,
+    view: View,
     resolved: ResolvedTask,
-    sampler: Sampler,
-    store: Path | None,
+    sampler: Sampler | None,
+    store: Path,
     progress: Progress,
 ) -> FinishedTask:
     """Every split and subset of one task.
@@ -359,7 +545,14 @@ def _score(
     from gteopt.evaluation.tasks import n_samples
 
     instruction = resolved.instruction if cache.encoder.takes_instructions else None
-    model = TaskModel(cache, instruction, sampler, progress)
+    model = TaskModel(
+        cache,
+        view,
+        instruction,
+        sampler,
+        progress,
+        on_documents=_on_documents(cache.encoder, resolved),
+    )
     metadata = resolved.task.metadata
     scores = []
     samples: dict[tuple[str, str], Samples] = {}
@@ -398,9 +591,15 @@ def _score(
                     no_samples=None if isinstance(found, Samples) else found,
                 )
             )
-    if store is not None:
-        write_results(store, model.mteb_model_meta, resolved, everything, monotonic() - started)
+    write_results(store, model.mteb_model_meta, resolved, everything, monotonic() - started)
     return FinishedTask(tuple(scores), samples)
+
+
+def _on_documents(encoder: Encoder, task: ResolvedTask) -> bool:
+    """Whether the documents of a search carry the instruction, too."""
+    family = encoder.checkpoint.family
+    known = on_documents(family.name if family else None, task.name)
+    return encoder.takes_instructions and (known if task.symmetric is None else task.symmetric)
 
 
 def _reproducing(found: Samples | UnsupportedError | None, score: float) -> Samples | str:
@@ -444,46 +643,14 @@ def _renamed(progress: Progress, task: str) -> Progress:
     return renamed
 
 
-def _conditions(encoder: Encoder) -> Conditions:
+def _conditions(encoder: Encoder, stored: CacheDtype) -> Conditions:
     import torch
 
-    libraries = ("mteb", "datasets", "scikit-learn", "scipy")
     return {
         **versions(),
-        **{name: version(name) for name in libraries},
+        **{name: version(name) for name in _LIBRARIES},
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "device": str(encoder.device),
+        "cached_vectors": stored,
         "torch_threads": str(torch.get_num_threads()),
     }
-
-
-def _key(encoder: Encoder, suite: Suite, task: ResolvedTask) -> dict[str, str | None]:
-    # The same weights give other vectors in another dtype or on another kind of device.
-    return {
-        "encoder": encoder.sha256,
-        "dtype": str(encoder.dtype),
-        "device": encoder.device.type,
-        "suite": suite.sha256(),
-        "instruction": task.instruction if encoder.takes_instructions else None,
-        "revision": task.revision,
-        "mteb": version("mteb"),
-    }
-
-
-def _folder_name(suite: Suite, keys: Mapping[str, Mapping[str, str | None]]) -> str:
-    """One folder for each state of everything that scores depend on, so that none mix."""
-    digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
-    return f"{suite.name}-{digest[:16]}"
-
-
-def _stored(folder: Path, name: str, key: dict[str, str | None]) -> FinishedTask | None:
-    """A finished task; None where there is none, or it is of something else or damaged."""
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        return None
-    try:
-        record = read_record(path, StoredTask)
-        samples = read_samples(folder / f"{name}.safetensors")
-    except IntegrityError:
-        return None  # of an older gteopt, or damaged: scored again
-    return FinishedTask(record.scores, samples) if record.key == key else None

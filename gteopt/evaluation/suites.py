@@ -29,6 +29,8 @@ class SuiteTask(Frozen):
         subsets: mteb's subsets (mostly languages) to score; None is all that the task has.
         splits: None is those that the task is evaluated on.
         instruction: what queries are prefixed with; None is the task's own.
+        symmetric: whether the documents of a search carry the instruction, too; None is as the
+            model's authors do it (gte-Qwen in ArguAna, QuoraRetrieval and CQADupstackRetrieval).
         revision: commit of the data on the Hub that is read; None is the one that mteb names.
         files_sha256: hash over a local folder of the data, for folders that tell no commit.
         parts: revisions by name of the tasks that an aggregate (CQADupstackRetrieval) is made of.
@@ -39,6 +41,7 @@ class SuiteTask(Frozen):
     subsets: Names | None = None
     splits: Names | None = None
     instruction: Annotated[str, Field(min_length=1)] | None = None
+    symmetric: bool | None = None
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     files_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     parts: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]] | None = None

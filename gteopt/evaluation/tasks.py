@@ -28,6 +28,7 @@ from mteb.abstasks import (
 from mteb.get_tasks import TASK_LIST
 
 from gteopt.errors import InputError, join_problems, suggest
+from gteopt.evaluation.instructions import INSTRUCTIONS
 from gteopt.evaluation.own import Collection, Pairs, read_own
 from gteopt.evaluation.suites import Suite, SuiteTask
 from gteopt.recipe import shipped_dir
@@ -47,6 +48,8 @@ class ResolvedTask:
     Attributes:
         revision: commit of the data on the Hub, or "sha256:..." of the local files that are read.
         folder: where local data lie; None where they come from the Hub.
+        symmetric: whether the documents of a search carry the instruction, too; None where the
+            suite leaves it to the model's authors.
         aggregate: name of the task that this one is a part of; its scores are reported under that
             name, with this one as a subset.
     """
@@ -57,6 +60,7 @@ class ResolvedTask:
     instruction: str
     revision: str
     folder: Path | None
+    symmetric: bool | None = None
     aggregate: str | None = None
 
     @property
@@ -164,14 +168,15 @@ def load_data(tasks: Sequence[ResolvedTask]) -> None:
 def task_instruction(task: AbsTask) -> str:
     """What a task's queries are prefixed with, for models that take instructions.
 
-    mteb's prompts are the task descriptions of E5-mistral (Wang et al. 2023, arXiv:2401.00368,
-    appendix), which gte-Qwen2's authors evaluate with as well: on queries only. Where a
-    task has none of its own, its type's counts ("Retrieve semantically similar text.").
+    What gte-Qwen2's authors evaluate with (`instructions`), else the task's own prompt in mteb,
+    which is E5-mistral's. Where there is neither, its type's counts ("Retrieve text based on user
+    query.").
     """
+    own = INSTRUCTIONS.get(task.metadata.name)
     prompt = task.metadata.prompt
     if isinstance(prompt, dict):
         prompt = prompt.get("query")
-    return str(prompt or task.abstask_prompt)
+    return str(own or prompt or task.abstask_prompt)
 
 
 def n_samples(task: Any, split: str, subset: str) -> int:
@@ -475,6 +480,7 @@ def _resolve_own(entry: SuiteTask, path: Path) -> ResolvedTask:
         instruction=entry.instruction or task_instruction(task),
         revision=f"sha256:{own.sha256}",
         folder=path,
+        symmetric=entry.symmetric,
     )
 
 
@@ -519,6 +525,7 @@ def _resolve(entry: SuiteTask, aggregate: str | None, hub_dir: Path | None) -> R
         instruction=entry.instruction or task_instruction(task),
         revision=revision,
         folder=folder,
+        symmetric=entry.symmetric,
         aggregate=aggregate,
     )
 

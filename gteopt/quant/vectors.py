@@ -12,6 +12,7 @@ to int8 without clipping, so that a value just above the range came out as the m
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -185,6 +186,15 @@ class VectorTransform:
             bytes_per_vector=self.bytes_per_vector,
         )
 
+    def sha256(self) -> str:
+        """Identifies what the transform does to vectors and to a search, to the last bit."""
+        rescore = self.rescore if self.code != "float32" else 1
+        about = f"{self.full_dims}:{self.dims}:{self.code}:{rescore}\n"
+        digest = hashlib.sha256(about.encode())
+        for name, array in sorted(self.to_tensors().items()):
+            digest.update(f"{name}:{array.shape}\n".encode() + array.tobytes())
+        return digest.hexdigest()
+
     def to_tensors(self) -> dict[str, Floats]:
         """The fitted arrays by name; empty where nothing was fitted."""
         named = {
@@ -264,15 +274,15 @@ class VectorTransform:
     ) -> tuple[npt.NDArray[np.intp], Floats]:
         """The n best by codes alone: indices and scores [Q, n], merged over blocks of vectors."""
         coded = self.quantize(queries)
+        if self.code == "binary":
+            distances, indices = _nearest_by_hamming(coded, codes, n)
+            return indices, 1 - distances * np.float32(2 / self.dims)
         query_vectors = queries if self.code == "float32" else self.dequantize(coded)
         indices = np.empty((len(queries), 0), dtype=np.intp)
         scores: Floats = np.empty((len(queries), 0), dtype=np.float32)
         for start in range(0, len(codes), _BLOCK_VECTORS):
             part = codes[start : start + _BLOCK_VECTORS]
-            if self.code == "binary":
-                fresh = 1 - _hamming(coded, part) * np.float32(2 / self.dims)
-            else:
-                fresh = _dot(query_vectors, self.dequantize(part))
+            fresh = _dot(query_vectors, self.dequantize(part))
             best, values = _top(fresh, min(n, len(part)))
             # Earlier blocks come first, so a stable order keeps ties in order of their index.
             indices = np.concatenate([indices, best + start], axis=1)
@@ -433,12 +443,26 @@ def _dot(a: Floats, b: Floats) -> Floats:
     return (a.astype(np.float64) @ b.astype(np.float64).T).astype(np.float32)
 
 
-def _hamming(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
-    """Differing bits of packed a [Q, B] and b [N, B]: [Q, N]."""
-    distances = np.empty((len(a), len(b)), dtype=np.int32)
-    for i, row in enumerate(a):
-        distances[i] = np.bitwise_count(row ^ b).sum(axis=1, dtype=np.int32)
-    return distances
+def _nearest_by_hamming(
+    queries: npt.NDArray[np.uint8], codes: npt.NDArray[np.uint8], n: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.intp]]:
+    """Distances and indices [Q, n] of the codes [N, B] with the fewest bits other than a query's
+    [Q, B], nearest first, ties in order of their index.
+
+    By faiss, whose distances are whole numbers, so that the ranking is ours to the last tie, in a
+    twentieth of numpy's time (100 queries, 20,000 vectors of 256 bits: 0.005 s for 0.105 s on one
+    core). Float and int8 codes stay with numpy: faiss sums in float32, by position in a block, so
+    that equal vectors may rank apart (in int8 one or two queries in a hundred had another order)
+    and at 256 dimensions it was no faster (float32 0.188 s for 0.063 s, int8 0.104 s for 0.093 s).
+    """
+    if n == 0:  # nothing is stored, which faiss refuses to search
+        return np.empty((len(queries), 0), np.int32), np.empty((len(queries), 0), np.intp)
+    import faiss  # a tenth of a second, and its own threads; only where bits are searched
+
+    index = faiss.IndexBinaryFlat(8 * codes.shape[1])
+    index.add(np.ascontiguousarray(codes))
+    distances, indices = index.search(np.ascontiguousarray(queries), n)
+    return distances, indices.astype(np.intp)
 
 
 def _top(scores: Floats, n: int) -> tuple[npt.NDArray[np.intp], Floats]:

@@ -1,0 +1,334 @@
+"""Texts are encoded once; a cold, a warm and an interrupted cache give the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import gteopt
+from gteopt.encoder import Encoder
+from gteopt.errors import UnsupportedError
+from gteopt.evaluation import EncodeOptions, Suite, run_suite
+from gteopt.evaluation.cache import SHARD_TEXTS, LocalEncoding, VectorCache
+from gteopt.evaluation.fidelity import read_sample, write_sample
+
+TASKS: tuple[dict[str, Any], ...] = (
+    {"task": "MiniSTS", "subsets": ["en"]},
+    {"task": "MiniBitextMining", "subsets": ["en-fr"]},
+    {"task": "MiniBitextMining", "subsets": ["en-pl"], "instruction": "Translate."},
+)
+
+
+def suite_of(*tasks: dict[str, Any]) -> Suite:
+    return Suite.model_validate({"schema": "gteopt.suite/1", "name": "test", "tasks": tasks})
+
+
+@pytest.fixture(scope="module")
+def nano() -> Encoder:
+    return gteopt.load("nano", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cache") / "int8"
+    gteopt.quantize("nano", "rtn-int8", out)
+    return out
+
+
+def texts_of(n: int, salt: str = "") -> list[str]:
+    return [f"{salt}Text number {i} is about {i * i} things." for i in range(n)]
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*.safetensors"))
+
+
+def test_a_cold_and_a_warm_cache_give_the_same_bits(nano: Encoder, tmp_path: Path) -> None:
+    texts = texts_of(40)
+    cold = VectorCache(nano, tmp_path)
+    first = cold.embed(texts, "query", "Find it.")
+    warm = VectorCache(nano, tmp_path)
+    again = warm.embed(texts[::-1], "query", "Find it.")[::-1]
+    np.testing.assert_array_equal(first, again)
+    assert (cold.n_encoded, warm.n_encoded, warm.n_asked) == (40, 0, 40)
+    plain = nano.embed(texts, role="query", instruction="Find it.")
+    # Half a unit in the last place of float16, relative to the value.
+    assert np.abs(first - plain).max() <= 2**-11 * np.abs(plain).max()
+    # The same text behind another prompt is another vector.
+    other = warm.embed(texts, "document", None)
+    assert warm.n_encoded == 40
+    assert np.abs(other - first).max() > 0.01
+
+
+def test_scores_are_the_same_bits_with_and_without_a_store(nano: Encoder, tmp_path: Path) -> None:
+    suite = suite_of(*TASKS[:2])
+    without = run_suite(nano, suite)
+    cold = run_suite(nano, suite, store=tmp_path)
+    for path in (tmp_path / "tasks").glob("*/*"):
+        path.unlink()  # the vectors stay
+    warm = run_suite(nano, suite, store=tmp_path)
+    assert cold.n_encoded == without.n_encoded > 0
+    assert (warm.n_encoded, warm.n_asked) == (0, cold.n_asked)
+    assert without.scores == cold.scores == warm.scores
+    for side, each in cold.sample.items():
+        np.testing.assert_array_equal(each.vectors, warm.sample[side].vectors)
+        np.testing.assert_array_equal(each.vectors, without.sample[side].vectors)
+
+
+def test_the_sample_of_cached_vectors_is_stored_in_16_bits_without_loss(
+    nano: Encoder, tmp_path: Path
+) -> None:
+    run = run_suite(nano, suite_of(TASKS[0]), store=tmp_path)
+    (path,) = tmp_path.glob("tasks/*/texts.safetensors")
+    for side, each in read_sample(path).items():
+        np.testing.assert_array_equal(each.vectors, run.sample[side].vectors)
+    assert path.stat().st_size < 1.2 * sum(
+        each.vectors.size * 2 + 32 * len(each.digests) for each in run.sample.values()
+    )
+    exact = dict(run.sample.items())
+    side = next(iter(exact))
+    third = exact[side].vectors / np.float32(3)  # needs more than 16 bits
+    write_sample(path, {side: type(exact[side])(exact[side].digests, third)})
+    np.testing.assert_array_equal(read_sample(path)[side].vectors, third)
+
+
+def test_artifacts_that_differ_only_in_their_vectors_share_one_cache(
+    artifact: Path, nano: Encoder, tmp_path: Path
+) -> None:
+    short = tmp_path / "short"
+    gteopt.truncate(artifact, short, dims=64, vectors="binary", device="cpu")
+    whole, shortened = (gteopt.load(each, device="cpu") for each in (artifact, short))
+    store = tmp_path / "store"
+    suite = suite_of(TASKS[0])
+    assert run_suite(whole, suite, store=store).n_encoded > 0
+    assert run_suite(shortened, suite, store=store).n_encoded == 0
+    assert run_suite(nano, suite, store=store).n_encoded > 0  # other weights
+    full = gteopt.load(artifact, device="cpu", dtype="float32")
+    assert run_suite(full, suite, store=store).n_encoded > 0  # another dtype
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_shard_is_told_and_its_texts_are_encoded_again(
+    nano: Encoder, tmp_path: Path, damage: str
+) -> None:
+    suite = suite_of(TASKS[0])
+    sound = run_suite(nano, suite, store=tmp_path)
+    for path in (tmp_path / "tasks").glob("*/*"):
+        path.unlink()
+    shard, *others = shards(tmp_path / "vectors")
+    n_texts = len(load_file(shard)["keys"])
+    assert 0 < n_texts < sound.n_encoded
+    content = shard.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    shard.write_bytes({"flip": bytes(flipped), "cut": content[:-9], "empty": b""}[damage])
+    told: list[str] = []
+    run = run_suite(nano, suite, store=tmp_path, progress=lambda what, *_: told.append(what))
+    assert run.n_encoded == n_texts
+    assert shards(tmp_path / "vectors") == [shard, *others]  # whole again
+    assert run.scores == sound.scores
+    (note,) = run.notes
+    assert str(shard) in note
+    assert "damaged" in note
+    assert note in told
+    assert run_suite(nano, suite_of(*TASKS[:2]), store=tmp_path).notes == ()
+
+
+def test_the_oldest_shards_make_room_and_what_is_returned_stays_right(
+    nano: Encoder, tmp_path: Path
+) -> None:
+    sizes = []
+    for salt in "abc":  # three requests of one shard each
+        VectorCache(nano, tmp_path).embed(texts_of(12, salt), "document", None)
+        sizes = [path.stat().st_size for path in shards(tmp_path)]
+        time.sleep(0.02)  # other times of writing
+    assert len(sizes) == 3
+    room_for_three = sum(sizes) + 100
+    cache = VectorCache(nano, tmp_path, limit_bytes=room_for_three)
+    cache.embed(texts_of(12, "a"), "document", None)  # read just now: no longer the oldest
+    assert cache.n_encoded == 0
+    os.utime(shards(tmp_path)[0])
+    expected = nano.embed(texts_of(12, "d"))
+    small = VectorCache(nano, tmp_path, limit_bytes=1)  # room for nothing but the newest
+    found = small.embed(texts_of(12, "d"), "document", None)
+    np.testing.assert_allclose(found, expected, atol=2**-11)
+    assert len(shards(tmp_path)) == 1
+    # Gone from under a cache that has indexed it, and from its memory: encoded again.
+    cache._held.clear()
+    np.testing.assert_allclose(
+        cache.embed(texts_of(12, "a"), "document", None), nano.embed(texts_of(12, "a")), atol=2**-11
+    )
+    assert cache.n_encoded == 12
+
+
+def test_shards_are_cut_alike_whatever_was_encoded_before_a_stop(
+    nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gteopt.evaluation.cache.SHARD_TEXTS", 16)
+    texts = texts_of(40)
+
+    class Stop(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done > 16:
+            raise Stop
+
+    with pytest.raises(Stop):
+        VectorCache(nano, tmp_path / "a").embed(texts, "document", None, stop)
+    assert len(shards(tmp_path / "a")) == 1
+    resumed, fresh = VectorCache(nano, tmp_path / "a"), VectorCache(nano, tmp_path / "b")
+    np.testing.assert_array_equal(
+        resumed.embed(texts, "document", None), fresh.embed(texts, "document", None)
+    )
+    assert resumed.n_encoded == fresh.n_encoded - 16
+    assert [p.name for p in shards(tmp_path / "a")] == [p.name for p in shards(tmp_path / "b")]
+
+
+def test_two_processes_fill_one_cache_at_once(nano: Encoder, tmp_path: Path) -> None:
+    code = (
+        "import sys, gteopt\n"
+        "from pathlib import Path\n"
+        "from gteopt.evaluation.cache import VectorCache\n"
+        "cache = VectorCache(gteopt.load('nano', device='cpu'), Path(sys.argv[1]))\n"
+        "for part in range(4):\n"
+        "    texts = [f'{part} Text {i} of both.' for i in range(20)]\n"
+        "    cache.embed(texts, 'document', None)\n"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
+    assert [child.wait(timeout=300) for child in children] == [0, 0]
+    reader = VectorCache(nano, tmp_path, say=lambda note: pytest.fail(note))
+    for part in range(4):
+        texts = [f"{part} Text {i} of both." for i in range(20)]
+        found = reader.embed(texts, "document", None)
+        np.testing.assert_allclose(found, nano.embed(texts), atol=2**-8)
+    assert reader.n_encoded == 0
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+
+
+class Narrow(Encoder):
+    """The same encoder, on a device with room for `room` texts: a larger batch asks the allocator
+    for more than there is, and what it then raises is real.
+    """
+
+    def __init__(self, encoder: Encoder, room: int) -> None:
+        self.__dict__.update(encoder.__dict__)
+        self.room = room
+        self.sizes: list[int] = []
+
+    def embed_tokens(self, tokens: Sequence[Sequence[int]], **kwargs: Any) -> Any:
+        self.sizes.append(len(tokens))
+        if len(tokens) > self.room:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return super().embed_tokens(tokens, **kwargs)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_said_once(nano: Encoder, tmp_path: Path) -> None:
+    suite = suite_of(*TASKS[:2])
+    narrow = Narrow(nano, 10)
+    run = run_suite(narrow, suite, options=EncodeOptions(batch_size=32))
+    assert not run.failed
+    (note,) = run.notes
+    assert "batches of 32 texts do not fit" in note
+    assert "went on with 8" in note
+    assert narrow.sizes[:3] == [32, 16, 8]
+    assert max(narrow.sizes[3:]) == 8
+    assert run.score == pytest.approx(run_suite(nano, suite).score, abs=0.01)
+    with pytest.raises(UnsupportedError, match="a single text does not fit the memory"):
+        VectorCache(Narrow(nano, 0), tmp_path, encode=LocalEncoding(Narrow(nano, 0), 4)).embed(
+            ["one text"], "document", None
+        )
+
+
+def asked_again(nano: Encoder, store: Path, *tasks: dict[str, Any]) -> tuple[int, int]:
+    """Texts that the tasks scored now ask for, and how many of them are encoded."""
+    run = run_suite(nano, suite_of(*tasks), store=store)
+    assert not run.failed
+    return run.n_asked, run.n_encoded
+
+
+def test_a_change_invalidates_exactly_what_it_touches(
+    nano: Encoder, artifact: Path, tmp_path: Path
+) -> None:
+    sts, bitext, translation = TASKS
+    asked, encoded = asked_again(nano, tmp_path, sts, bitext)
+    assert asked == encoded > 0
+    assert asked_again(nano, tmp_path, sts, bitext) == (0, 0)
+    # The suite: another order, a task less, a task more, which alone is run.
+    assert asked_again(nano, tmp_path, bitext, sts) == (0, 0)
+    assert asked_again(nano, tmp_path, bitext) == (0, 0)
+    asked, encoded = asked_again(nano, tmp_path, sts, translation)
+    assert asked == encoded > 0
+    # Subsets of one task: its new subset is encoded, its old one read from the cache.
+    both = {**sts, "subsets": ["en", "fr"]}
+    asked, encoded = asked_again(nano, tmp_path, both, bitext)
+    assert 0 < encoded < asked
+    # The instruction of one task: that task, all of its texts.
+    other = {**sts, "instruction": "Compare."}
+    asked, encoded = asked_again(nano, tmp_path, other, bitext)
+    assert asked == encoded > 0
+    # Another artifact: everything.
+    variant = gteopt.load(artifact, device="cpu")
+    run = run_suite(variant, suite_of(sts, bitext), store=tmp_path)
+    assert run.n_encoded == run.n_asked > 0
+    # And the first state is still there.
+    assert asked_again(nano, tmp_path, sts, bitext) == (0, 0)
+
+
+def test_other_data_are_scored_again_but_known_texts_are_not_encoded_again(
+    nano: Encoder, tmp_path: Path
+) -> None:
+    path, store = tmp_path / "pairs.jsonl", tmp_path / "store"
+    rows = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "score": i % 5} for i in range(30)]
+
+    def write() -> None:
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    task = {"task": "pairs", "data": str(path)}
+    write()
+    assert asked_again(nano, store, task, TASKS[0])[1] > 0
+    rows[3]["sentence2"] = "another text"
+    write()
+    assert asked_again(nano, store, task, TASKS[0]) == (60, 1)
+
+
+def test_a_killed_run_goes_on_at_the_last_shard(nano: Encoder, tmp_path: Path) -> None:
+    """SIGKILL in the middle of an encode, of the command itself."""
+    pairs = tmp_path / "pairs.jsonl"
+    n_pairs = SHARD_TEXTS + 60  # two shards for each side
+    rows = (
+        {"sentence1": f"one {i}", "sentence2": f"two {i}", "score": i % 6} for i in range(n_pairs)
+    )
+    pairs.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "gteopt.cli", "evaluate", "nano", "--data", str(pairs)]
+    command += ["--out", str(out), "--device", "cpu", "--json"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    vectors = out / "scores" / "vectors"
+    deadline = time.monotonic() + 300
+    while not shards(vectors):
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait(timeout=60)
+    n_kept = sum(len(load_file(path)["keys"]) for path in shards(vectors))
+    assert SHARD_TEXTS <= n_kept < 2 * n_pairs
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    (report,) = json.loads(ran.stdout)
+    assert report["n_asked_texts"] == 2 * n_pairs
+    assert report["n_encoded_texts"] == 2 * n_pairs - n_kept
+    whole = run_suite(nano, suite_of({"task": "pairs", "data": str(pairs)}))
+    assert report["score"] == whole.score

@@ -1,0 +1,174 @@
+"""Every length and code from one encoding scores as an artifact made with the same settings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gteopt
+from gteopt.cli import main
+from gteopt.errors import InputError
+from gteopt.evaluation import Suite, load_suite, run_suite
+from gteopt.plan import Grid, parse_grid, score
+from gteopt.recipe import Recipe, VectorCode, quiet
+from gteopt.records import EvalReport, read_record
+from gteopt.report import grid_table
+
+TOPICS = ("ships at sea", "trees in spring", "old coins", "fast trains", "sour bread", "night sky")
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    """A search among short texts, pairs, and k-means: what takes vectors in three ways."""
+    folder = tmp_path_factory.mktemp("grid") / "library"
+    (folder / "qrels").mkdir(parents=True)
+    documents = [
+        (f"d{i}{j}", f"{topic} {word}")
+        for i, topic in enumerate(TOPICS)
+        for j, word in enumerate(("seen", "bought", "lost", "drawn", "loved"))
+    ]
+    corpus = [{"_id": own_id, "text": text} for own_id, text in documents]
+    queries = [{"_id": f"q{i}", "text": f"all about {topic}"} for i, topic in enumerate(TOPICS)]
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        content = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(content)
+    lines = [f"q{own_id[1]}\t{own_id}\t1\n" for own_id, _ in documents if own_id[2] != "4"]
+    (folder / "qrels" / "test.tsv").write_text("".join(lines))
+    tasks = [
+        {"task": "library", "data": str(folder)},
+        {"task": "MiniTopicClustering", "subsets": ["en"]},
+    ]
+    return Suite.model_validate({"schema": "gteopt.suite/1", "name": "small", "tasks": tasks})
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base, and rounded weights whose recipe shortens by PCA; both calibrate on few texts."""
+    scheme = {"bits": 8, "group_size": "row", "symmetric": True}
+    recipes: dict[str, dict[str, Any]] = {
+        "base": {"weights": {"method": "none"}},
+        "pca": {
+            "weights": {"method": "rtn", "scheme": scheme},
+            "dims": {"n": 16, "method": "pca"},
+        },
+    }
+    few = {"n_texts": 24, "max_tokens": 16}
+    made = {}
+    for name, recipe in recipes.items():
+        full = {"schema": "gteopt.recipe/1", "name": name, "calibration": few, **recipe}
+        made[name] = tmp_path_factory.mktemp("grid") / name
+        gteopt.quantize("nano", Recipe.model_validate(full), made[name], device="cpu")
+    return made
+
+
+@pytest.fixture(scope="module")
+def reports(
+    artifacts: dict[str, Path], suite: Suite, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, EvalReport]:
+    return score(
+        {name: str(path) for name, path in artifacts.items()},
+        suite,
+        tmp_path_factory.mktemp("results"),
+        hub_dir=None,
+        device="cpu",
+        grid=Grid(dims=(24, 16), codes=("float32", "int8", "binary")),
+        progress=quiet,
+    )
+
+
+@pytest.mark.parametrize(("dims", "code"), [(24, "int8"), (16, "binary"), (16, "float32")])
+def test_a_row_scores_as_the_truncated_artifact_does_alone(
+    reports: dict[str, EvalReport],
+    artifacts: dict[str, Path],
+    suite: Suite,
+    tmp_path: Path,
+    dims: int,
+    code: VectorCode,
+) -> None:
+    short = tmp_path / "short"
+    gteopt.truncate(artifacts["pca"], short, dims=dims, method="pca", vectors=code, device="cpu")
+    alone = run_suite(gteopt.load(short, device="cpu"), suite)
+    row = reports[f"pca-{dims}-{code}"]
+    assert not alone.failed
+    assert {t.task: t.score for t in row.tasks} == {t.task: t.score for t in alone.scores}
+    assert row.bytes_per_vector == alone.vectors.bytes_per_vector
+
+
+def test_a_grid_encodes_each_text_once_for_all_rows(reports: dict[str, EvalReport]) -> None:
+    # The baseline's own vectors, and six rows each of the baseline and of the variant.
+    assert next(iter(reports)) == "base"
+    assert len(reports) == 1 + 2 * 6
+    encoded = {name: report.n_encoded_texts for name, report in reports.items()}
+    assert [name for name, n in encoded.items() if n] == ["base", "pca-24-float32"]
+    assert encoded["base"] == encoded["pca-24-float32"]
+    assert {report.n_asked_texts for report in reports.values()} == {encoded["base"]}
+    table = str(grid_table(reports).caption)
+    n_texts = encoded["base"]
+    assert f"texts encoded: {2 * n_texts:,}; encodings saved: {11 * n_texts:,}" in table
+    assert "for all 12 lines together (Holm)" in table
+
+
+def test_a_grid_judges_all_rows_against_the_baselines_own_vectors(
+    reports: dict[str, EvalReport],
+) -> None:
+    assert {report.baseline for report in reports.values()} == {"base"}
+    assert len({report.artifact_sha256 for report in reports.values()}) == 13
+    n_claims = {report.n_claims for report in reports.values()}
+    assert n_claims == {12 * len(reports["base"].tasks)}
+    assert reports["base"].retention == 1
+    assert reports["base-16-binary"].fidelity.mean_cosine == pytest.approx(1, abs=1e-6)
+
+
+def test_the_command_scores_a_grid_and_goes_on_where_it_was(
+    artifacts: dict[str, Path],
+    suite: Suite,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def evaluate(*more: str) -> list[EvalReport]:
+        data = str(suite.tasks[0].data)
+        base, pca = (str(artifacts[name]) for name in ("base", "pca"))
+        command = ["gteopt", "evaluate", pca, "--baseline", base, "--data", data, *more]
+        command += ["--device", "cpu", "--out", str(tmp_path), "--json"]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        return [EvalReport.model_validate(each) for each in json.loads(capsys.readouterr().out)]
+
+    first = evaluate("--dims", "256,16", "--vectors", "binary,float32")
+    assert [report.variant for report in first] == [
+        *("base-256-float32", "base-256-binary", "base-16-float32", "base-16-binary"),
+        *("pca-256-float32", "pca-256-binary", "pca-16-float32", "pca-16-binary"),
+    ]
+    assert {report.baseline for report in first} == {"base-256-float32"}
+    assert read_record(tmp_path / "eval" / "pca-16-binary.json", EvalReport) == first[-1]
+    # Another code of the same encodings: no text is encoded, only the new rows ask for any.
+    second = evaluate("--dims", "256,16", "--vectors", "float32,binary,int8")
+    assert sum(report.n_encoded_texts for report in second) == 0
+    assert {r.variant for r in second if r.n_asked_texts} == {
+        f"{name}-{dims}-int8" for name in artifacts for dims in (256, 16)
+    }
+
+
+def test_wrong_grids_are_told_before_anything_is_encoded(artifacts: dict[str, Path]) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_grid("256,many,0", "int4,binary")
+    for expected in ("'many' is no number", "'0' is no number", "unknown code 'int4'"):
+        assert expected in str(caught.value)
+    assert parse_grid("64, 32,64", None) == Grid(dims=(64, 32))
+    with pytest.raises(InputError, match="dims 512 is more than the 256"):
+        score(
+            {name: str(path) for name, path in artifacts.items()},
+            load_suite("mini"),
+            None,
+            hub_dir=None,
+            device="cpu",
+            grid=Grid(dims=(512,)),
+            progress=lambda what, *_: pytest.fail(what),
+        )
