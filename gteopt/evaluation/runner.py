@@ -47,6 +47,7 @@ from gteopt.evaluation.cache import (
 )
 from gteopt.evaluation.fidelity import Sample, Sampler, fidelity, read_sample, write_sample
 from gteopt.evaluation.instructions import on_documents
+from gteopt.evaluation.reference import beside_published
 from gteopt.evaluation.samples import Samples, read_samples, write_samples
 from gteopt.evaluation.statistics import (
     Draws,
@@ -67,6 +68,7 @@ from gteopt.records import (
     FailedTask,
     Machine,
     TaskScore,
+    find_reference,
     read_record,
     write_record,
 )
@@ -153,6 +155,7 @@ class SuiteRun:
         n_asked: texts that the tasks scored now have asked the cache for.
         n_encoded: of these, encoded; the others were in the cache.
         notes: anything out of the ordinary that happened to the encodings.
+        hub_id: of a base that may be a published model; see `Checkpoint`.
     """
 
     encoder: str
@@ -168,6 +171,7 @@ class SuiteRun:
     n_asked: int = 0
     n_encoded: int = 0
     notes: tuple[str, ...] = ()
+    hub_id: str | None = None
 
     @property
     def score(self) -> float:
@@ -323,6 +327,11 @@ def compare(
         machine=variant.machine,
         versions=variant.versions,
     )
+    is_baseline = variant.encoder_sha256 == baseline.encoder_sha256
+    if is_baseline and variant.hub_id is not None:
+        reference = find_reference(variant.hub_id)
+        if reference is not None:
+            report = beside_published(report, variant.samples, reference)
     return settle({variant_name: report})[variant_name]
 
 
@@ -460,6 +469,7 @@ def _run(
             n_asked=counts[view.sha256][0],
             n_encoded=counts[view.sha256][1],
             notes=tuple(notes),
+            hub_id=encoder.checkpoint.hub_id,
         )
         for view in views
     ]
