@@ -119,6 +119,15 @@ class Checkpoint:
     manifest: Manifest | None
     notes: tuple[str, ...]
 
+    @property
+    def hub_id(self) -> str | None:
+        """`<org>/<name>`, where it was asked for by that, or lies where `hf download --local-dir
+        <org>/<name>` puts it; what is published of a model is looked up by it.
+        """
+        if self.manifest is not None or self.id == NANO:
+            return None
+        return self.id if "/" in self.id else "/".join(self.folder.absolute().parts[-2:])
+
     @cached_property
     def sha256(self) -> str:
         """Identifies the content: an artifact's own hash, else over weights, configs, tokenizer."""

@@ -25,6 +25,7 @@ from gteopt.recipe import (
     Policy,
     Recipe,
     VectorCode,
+    shipped_dir,
 )
 
 Conditions = dict[str, str]
@@ -435,6 +436,28 @@ class Difference(Frozen):
     p: float
 
 
+class BesidePublished(Frozen):
+    """The baseline's own score beside a published one of the same model.
+
+    Attributes:
+        score: published, 0 to 1.
+        baseline_score: ours, over the same data.
+        low, high: 95 % bootstrap interval of `baseline_score`; None where its entries are not kept.
+        differs: whether the published score lies outside of it; None without one.
+        n_tasks: that both are means over.
+        source: the revision that was run, or "external": what the model's card claims; of a suite,
+            where the scores come from.
+    """
+
+    score: float
+    baseline_score: float
+    low: float | None
+    high: float | None
+    differs: bool | None
+    n_tasks: int = 1
+    source: str
+
+
 class TaskScore(Frozen):
     """One task, split and subset (language).
 
@@ -445,6 +468,7 @@ class TaskScore(Frozen):
         difference: from the baseline, with its interval; None where `no_interval` says why.
         unit: what the interval resamples ("query", "pair", "document").
         n_units: how many of them there are.
+        published: of the baseline of a published model alone, what was published for it.
     """
 
     task: str
@@ -461,6 +485,7 @@ class TaskScore(Frozen):
     unit: str | None = None
     n_units: int | None = None
     no_interval: str | None = None
+    published: BesidePublished | None = None
 
 
 class FailedTask(Frozen):
@@ -490,6 +515,50 @@ class Fidelity(Frozen):
     spearman: float
 
 
+class ReferenceAverage(Frozen):
+    """An average on a model's card.
+
+    Attributes:
+        benchmark: what the card calls it.
+        suite: shipped suite of the same benchmark, whose tasks may have moved since.
+        n_tasks: that it is over.
+        score: 0 to 1.
+    """
+
+    benchmark: str
+    suite: str
+    n_tasks: int
+    score: float
+
+
+class ReferenceScore(Frozen):
+    """A published main score, 0 to 1; `revision` is the model's, or "external" for its card's."""
+
+    task: str
+    split: str
+    subset: str
+    score: float
+    revision: str
+    dataset_revision: str | None
+
+
+class Reference(Frozen):
+    """`eval/reference/<model>.json`: what is published of one model.
+
+    Attributes:
+        model: id on the Hub.
+        source: where `scores` come from, with its state.
+        averages_source: where `averages` come from.
+    """
+
+    schema_: Literal["gteopt.reference/1"] = Field(default="gteopt.reference/1", alias="schema")
+    model: str
+    source: str
+    averages_source: str | None
+    averages: tuple[ReferenceAverage, ...]
+    scores: tuple[ReferenceScore, ...]
+
+
 class EvalReport(Frozen):
     """Result of `evaluate` for one variant on one suite.
 
@@ -506,6 +575,10 @@ class EvalReport(Frozen):
         n_asked_texts: texts whose vectors the tasks scored in this run asked for.
         n_encoded_texts: of these, encoded; the others came from the cache.
         notes: anything out of the ordinary: a damaged cache, batches that did not fit the memory.
+        published: of the baseline of a published model alone: the mean over the tasks that have a
+            published score.
+        published_average: the average on the model's card that the suite goes by, whatever tasks
+            it is over; None where there is none.
     """
 
     schema_: Literal["gteopt.eval/1"] = Field(default="gteopt.eval/1", alias="schema")
@@ -532,6 +605,8 @@ class EvalReport(Frozen):
     n_asked_texts: int = 0
     n_encoded_texts: int = 0
     notes: tuple[str, ...] = ()
+    published: BesidePublished | None = None
+    published_average: ReferenceAverage | None = None
     fidelity: Fidelity
     machine: Machine
     versions: Conditions
@@ -678,6 +753,19 @@ def read_record(path: Path, kind: type[Record]) -> Record:
             f"{error.error_count()} problem(s) in all); it was edited, cut short, or written by "
             f"another version of gteopt"
         ) from error
+
+
+def find_reference(model: str) -> Reference | None:
+    """What is published of a model on the Hub; None where nothing ships.
+
+    Raises:
+        IntegrityError: the installation is damaged.
+    """
+    path = shipped_dir("eval/reference") / f"{model.partition('/')[2]}.json"
+    if not path.is_file():
+        return None
+    found = read_record(path, Reference)
+    return found if found.model == model else None
 
 
 def read_results(folder: Path) -> Results:

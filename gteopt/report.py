@@ -26,6 +26,7 @@ from gteopt.recipe import METRIC_WORDS, metric_amount
 from gteopt.records import (
     HOSTED_PRICE,
     BenchReport,
+    BesidePublished,
     BrokenLimit,
     Difference,
     EvalReport,
@@ -42,6 +43,7 @@ Status = Literal["picked", "front", "rejected", "other"]
 
 _MEGABYTE = 1e6
 _MISSING = "–"
+_DIFFERS = "≠"
 _ASSETS = Path(__file__).parent / "assets"
 _MARKS: dict[Status, str] = {"picked": "✓", "front": "◦", "rejected": "✗", "other": ""}
 # Mid-tones, readable on the light and on the dark page (contrast at least 3:1 on both).
@@ -205,23 +207,33 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
     """Score, fidelity and every task, one column a variant."""
     evals = list(reports.values())
     table = _table([task.task for report in evals for task in report.tasks], heading="")
+    known = {
+        _task_key(task): task.published
+        for report in evals
+        for task in report.tasks
+        if task.published is not None
+    }
+    if known:
+        table.add_column("published", justify="right", no_wrap=True)
     for name in reports:
         table.add_column(Text(name), justify="right", overflow="fold")
     lines = [_with_scores(Row(name, False, "other", ""), reports[name]) for name in reports]
     for column in _COLUMNS:
         if column.attribute in _IN_EVAL:
-            cells = [column.text(row) for row in lines]
+            cells = [*([""] if known else []), *(column.text(row) for row in lines)]
             table.add_row(Text(f"{column.title} {column.unit}"), *cells, style="bold")
     table.add_section()
     scores = [{_task_key(task): task.score for task in report.tasks} for report in evals]
     for key in dict.fromkeys(key for by_key in scores for key in by_key):
         task, split, subset = key
         heading = Text(f"{task} {subset} {split}".replace(" default ", " "))
-        cells = [f"{by_key[key] * 100:.2f}" if key in by_key else _MISSING for by_key in scores]
+        cells = [_published_text(known.get(key))] if known else []
+        cells += [f"{by_key[key] * 100:.2f}" if key in by_key else _MISSING for by_key in scores]
         table.add_row(heading, *cells)
     suites = dict.fromkeys(f"suite {r.suite}, against {r.baseline}" for r in evals)
     notes = [*suites, *(f"* {failure}" for failure in _failures(reports))]
     notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
+    notes += [sentence for report in evals for sentence in _beside_published(report)]
     table.caption = Text("\n".join(notes), style="not italic")
     return table
 
@@ -275,6 +287,44 @@ def _encodings(evals: Sequence[EvalReport]) -> str:
     asked = sum(report.n_asked_texts for report in evals)
     encoded = sum(report.n_encoded_texts for report in evals)
     return f"texts encoded: {encoded:,}; encodings saved: {asked - encoded:,}"
+
+
+def _published_text(found: BesidePublished | None) -> str:
+    if found is None:
+        return _MISSING
+    return f"{_DIFFERS if found.differs else ''}{found.score * 100:.2f}"
+
+
+def _beside_published(report: EvalReport) -> list[str]:
+    """What the baseline's scores say beside those that are published for the same model."""
+    found, average = report.published, report.published_average
+    sentences = []
+    if found is not None:
+        sentence = (
+            f"published for {report.baseline}: {found.score * 100:.2f} over {found.n_tasks} of the "
+            f"tasks; here {found.baseline_score * 100:.2f}"
+        )
+        if found.low is None or found.high is None:
+            sentence += ", no interval"
+        else:
+            word = "outside" if found.differs else "within"
+            sentence += (
+                f", 95 % interval {found.low * 100:.2f} to {found.high * 100:.2f}: {word} of it"
+            )
+        sentences.append(f"{sentence} ({found.source})")
+    if average is not None:
+        sentences.append(
+            f"its card's average for {average.benchmark}: {average.score * 100:.2f} over "
+            f"{average.n_tasks} tasks, as they were then"
+        )
+    differing = [task for task in report.tasks if task.published and task.published.differs]
+    if differing:
+        named = ", ".join(dict.fromkeys(task.task for task in differing))
+        sentences.append(
+            f"{_DIFFERS} more than the baseline's 95 % interval away from the published score "
+            f"({named}): not the texts drawn; look at instruction, dtype, data and revision"
+        )
+    return sentences
 
 
 def fidelity_table(reports: Mapping[str, FidelityReport]) -> Table:
@@ -709,19 +759,30 @@ def _tasks_table(results: Results, lines: Sequence[Row]) -> str:
         row.name: {_task_key(task): task for task in results.evals[row.name].tasks} for row in shown
     }
     tasks = {key: task for by_key in scores.values() for key, task in by_key.items()}
+    own = results.evals.get(results.bench.baseline)
+    if own is not None:
+        tasks = {_task_key(task): task for task in own.tasks} | tasks
+    known = {_task_key(task): task.published for task in own.tasks} if own else {}
     body = ""
     for key, task in tasks.items():
         cells = "".join(_task_cell(scores[row.name].get(key)) for row in shown)
         body += (
             f'<tr><th scope="row">{escape(task.task)}<small>{escape(task.subset)} · '
             f"{escape(task.split)} · {escape(task.metric)} · {task.n_samples:,} samples</small>"
-            f"</th><td>{task.baseline_score * 100:.2f}</td>{cells}</tr>"
+            f"</th><td>{task.baseline_score * 100:.2f}{_published_cell(known.get(key))}</td>"
+            f"{cells}</tr>"
         )
     head = "".join(f'<th scope="col">{escape(row.name)}</th>' for row in shown)
+    notes = "".join(f"<p>{escape(each)}</p>" for each in _beside_published(own)) if own else ""
     return (
         f'<table><thead><tr><th scope="col">Task</th><th scope="col">'
         f"{escape(results.bench.baseline)}</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f"{notes}"
     )
+
+
+def _published_cell(found: BesidePublished | None) -> str:
+    return "" if found is None else f"<small>published {_published_text(found)}</small>"
 
 
 def _task_key(task: TaskScore) -> tuple[str, str, str]:

@@ -85,9 +85,28 @@ def paired_draws(
         None when there are fewer than two units.
     """
     assert variant.pairs_with(baseline)
+    return _draws(variant, baseline, task, n_resamples, seed)
+
+
+def own_draws(
+    samples: Samples, *, task: str, n_resamples: int = N_RESAMPLES, seed: int = _SEED
+) -> Floats | None:
+    """Draws [R] of one model's own score, made as `paired_draws` makes those of a difference.
+
+    None when there are fewer than two units.
+    """
+    found = _draws(samples, None, task, n_resamples, seed)
+    return None if found is None else found.variant
+
+
+def _draws(
+    variant: Samples, baseline: Samples | None, task: str, n_resamples: int, seed: int
+) -> Draws | None:
+    """Draws of both models; without a baseline, as if it scored 0 whatever the texts."""
     if variant.n_units < 2:
         return None
-    variant, baseline = _in_blocks(variant), _in_blocks(baseline)
+    variant = _in_blocks(variant)
+    baseline = None if baseline is None else _in_blocks(baseline)
     n_units = variant.n_units
     digest = hashlib.sha256(f"{seed}\0{task}\0{n_units}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
@@ -100,12 +119,14 @@ def paired_draws(
     for size in _chunk_sizes(n_resamples, n_units):
         weights = draw(rng, size, n_units)
         ours.append(variant.by_experiment(weights))
-        theirs.append(baseline.by_experiment(weights))
+        theirs.append(_by_experiment(baseline, weights, ours[-1]))
     by_experiment = np.concatenate(ours) - np.concatenate(theirs)  # [R, E]
     drawn, baseline_drawn = by_experiment.mean(axis=1), np.concatenate(theirs).mean(axis=1)
 
     all_units = np.ones((1, n_units))
-    found = variant.by_experiment(all_units)[0] - baseline.by_experiment(all_units)[0]  # [E]
+    of_variant = variant.by_experiment(all_units)
+    of_baseline = _by_experiment(baseline, all_units, of_variant)
+    found = (of_variant - of_baseline)[0]  # [E]
     if variant.statistic in CLUSTERINGS:
         deviation, freedom = _crossed(
             math.sqrt(wider) * by_experiment, found, variant.arrays["level"], n_units - 1
@@ -120,8 +141,12 @@ def paired_draws(
     difference = np.empty_like(drawn)
     difference[np.argsort(drawn, kind="stable")] = found.mean() + half_width * normal
     spread = math.sqrt(wider) * (baseline_drawn - baseline_drawn.mean())
-    centred = float(baseline.scores(all_units)[0]) + spread
+    centred = float(of_baseline.mean()) + spread
     return Draws(centred + difference, centred)
+
+
+def _by_experiment(baseline: Samples | None, weights: Floats, like: Floats) -> Floats:
+    return np.zeros_like(like) if baseline is None else baseline.by_experiment(weights)
 
 
 def mean_of(draws: Sequence[Draws]) -> Draws:
@@ -262,7 +287,7 @@ def _crossed(
     return math.sqrt(total), (by_documents + by_experiments) ** 2 / parts
 
 
-def _freedom(variant: Samples, baseline: Samples) -> float:
+def _freedom(variant: Samples, baseline: Samples | None) -> float:
     """Degrees of freedom of the difference's standard error: 2n / (kurtosis - 1) for n units.
 
     A variance is known as well as the units that make it are many (Satterthwaite 1946): n - 1 of
@@ -274,7 +299,7 @@ def _freedom(variant: Samples, baseline: Samples) -> float:
     n_groups = min(n_units, 200)
     group = np.random.default_rng(_SEED).permutation(n_units) % n_groups
     without = (group != np.arange(n_groups)[:, None]).astype(np.float64)  # [groups, U]
-    left = variant.scores(without) - baseline.scores(without)
+    left = variant.scores(without) - (0.0 if baseline is None else baseline.scores(without))
     squares = (left - left.mean()) ** 2
     if squares.sum() <= 1e-24:
         return n_groups - 1

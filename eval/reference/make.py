@@ -1,0 +1,136 @@
+"""Extract the published scores of a few models.
+
+    python eval/reference/make.py ../shared/reference
+
+Writes a JSON file a model beside it, and the table of README.md. A file has the model's scores on
+the tasks, splits and subsets of the shipped suites, from a table of many models, and the averages
+on its card from the family table. Of a score that was run and one that was claimed, the former
+counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+from gteopt.evaluation import load_suite
+from gteopt.families import PUBLISHED
+from gteopt.recipe import shipped_names
+from gteopt.records import Reference, ReferenceAverage, ReferenceScore, write_atomically
+
+FOLDER = Path(__file__).parent
+SOURCE = "embeddings-benchmark/results, state of 2026-08-20"
+CARDS = "Alibaba-NLP/gte-Qwen2-7B-instruct's model card, 2024"
+N_TASKS = {"MTEB": 56, "C-MTEB": 35, "MTEB-fr": 26, "MTEB-pl": 26}
+SUITES = {"MTEB": "mteb-en", "C-MTEB": "c-mteb", "MTEB-fr": "mteb-fr", "MTEB-pl": "mteb-pl"}
+MODELS = (
+    "Alibaba-NLP/gte-Qwen2-7B-instruct",
+    "nvidia/NV-Embed-v1",
+    "Alibaba-NLP/gte-Qwen1.5-7B-instruct",
+    "intfloat/e5-mistral-7b-instruct",
+    "sentence-transformers/all-MiniLM-L6-v2",
+)
+
+Key = tuple[str, str, str]
+
+
+def main(source: Path) -> None:
+    """Write every model's file."""
+    wanted = _wanted()
+    found: dict[str, dict[Key, ReferenceScore]] = {model: {} for model in MODELS}
+    with gzip.open(source / "mteb_scores.csv.gz", "rt", encoding="utf-8") as handle:
+        rows = sorted(csv.DictReader(handle), key=lambda row: row["revision"] != "external")
+    for row in rows:  # later rows win
+        key = row["task"], row["split"], row["subset"]
+        if row["model"] in found and key in wanted and row["main_score"] != "nan":
+            found[row["model"]][key] = ReferenceScore(
+                task=row["task"],
+                split=row["split"],
+                subset=row["subset"],
+                score=float(row["main_score"]),
+                revision=row["revision"],
+                dataset_revision=_or_none(row["dataset_revision"]),
+            )
+    rows_of_table = []
+    for model in MODELS:
+        averages = PUBLISHED[model].scores if model in PUBLISHED else {}
+        reference = Reference(
+            schema="gteopt.reference/1",
+            model=model,
+            source=SOURCE,
+            averages_source=CARDS if averages else None,
+            averages=tuple(
+                ReferenceAverage(
+                    benchmark=name,
+                    suite=SUITES[name],
+                    n_tasks=N_TASKS[name],
+                    score=round(percent / 100, 6),
+                )
+                for name, percent in averages.items()
+            ),
+            scores=tuple(found[model][key] for key in sorted(found[model])),
+        )
+        path = FOLDER / f"{model.partition('/')[2]}.json"
+        write_atomically(path, _a_line_each(reference).encode())
+        cells = [_cell(reference, benchmark) for benchmark in SUITES]
+        rows_of_table.append(f"| `{model}` | {' | '.join(cells)} |")
+    readme = FOLDER / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    filled = "".join(f"{row}\n" for row in rows_of_table)
+    text = re.sub(r"(<!-- averages -->\n\|.*\n\|.*\n)(?:\|.*\n)*", rf"\g<1>{filled}", text)
+    readme.write_text(text, encoding="utf-8")
+
+
+def _cell(reference: Reference, benchmark: str) -> str:
+    """The card's average, and the mean of the scores here over how many of the suite's tasks."""
+    card = {each.benchmark: each for each in reference.averages}.get(benchmark)
+    suite = load_suite(SUITES[benchmark])
+    scores = {(each.task, each.split, each.subset): each.score for each in reference.scores}
+    means = []
+    for entry in suite.tasks:
+        keys = itertools.product(
+            [entry.task], entry.splits or ("test",), entry.subsets or ("default",)
+        )
+        found = [scores[key] for key in keys if key in scores]
+        if found:
+            means.append(sum(found) / len(found))
+    mean = f"{100 * sum(means) / len(means):.2f} ({len(means)} of {len(suite.tasks)})"
+    return f"{100 * card.score:.2f} / {mean}" if card else f"- / {mean}"
+
+
+def _or_none(text: str) -> str | None:
+    return text if text not in ("", "None") else None
+
+
+def _wanted() -> set[Key]:
+    """Task, split and subset of everything in the shipped suites; aggregates whole and in parts."""
+    wanted: set[Key] = set()
+    for name in shipped_names("eval/suites"):
+        for entry in load_suite(name).tasks:
+            names = [entry.task, *(entry.parts or ())]
+            for split in entry.splits or ("test",):
+                for subset in entry.subsets or ("default",):
+                    wanted |= {(task, split, subset) for task in names}
+    return wanted
+
+
+def _a_line_each(reference: Reference) -> str:
+    """JSON with one average or score a line, so that a diff shows which one moved."""
+    plain = reference.model_dump(mode="json", by_alias=True)
+    parts = []
+    for name, value in plain.items():
+        if isinstance(value, list):
+            lines = ",\n".join(f"    {json.dumps(each)}" for each in value)
+            parts.append(f'  "{name}": [\n{lines}\n  ]' if value else f'  "{name}": []')
+        else:
+            parts.append(f'  "{name}": {json.dumps(value)}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

