@@ -29,7 +29,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -631,6 +633,7 @@ def write(
     record = {
         "schema": "gteopt.peers-speed/1",
         "device": setting.device,
+        "command": shlex.join(sys.argv[1:]),
         "reference": setting.reference,
         "workloads": setting.workloads,
         "layers_of_random_models": n_layers,

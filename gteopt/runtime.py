@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, cast
 
@@ -154,6 +155,16 @@ def _apply(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     return [each(x) for each in layers]
 
 
+def _by_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of tokens [T, D], on a CPU so many at a time that what is inside stays cached."""
+    if x.device.type != "cpu" or len(x) <= _TOKEN_BLOCK:
+        return function(x)
+    return torch.cat([function(part) for part in x.split(_TOKEN_BLOCK)])  # type: ignore[no-untyped-call]
+
+
+_TOKEN_BLOCK = 256
+
+
 def _start(embedding: nn.Module, ids: Tensor) -> Tensor:
     """Token vectors [T, D] in the dtype of activations."""
     hidden: Tensor = embedding(ids)
@@ -185,13 +196,18 @@ def _decoder(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _
             q = _rotate(q.view(len(q), -1, width), cos, sin)
         k, v = _rotate(k.view(len(k), -1, width), cos, sin), v.view(len(v), -1, width)
         x = x + attention.o_proj(_attend(q, k, v, layout, causal=causal, one=one))
-        h = _rms_norm(block.post_attention_layernorm, x)
-        gate, up = _apply([block.mlp.gate_proj, block.mlp.up_proj], h)
-        x = x + block.mlp.down_proj(act(gate).mul_(up))
+        x = _by_blocks(partial(_gated_mlp, block, act), x)
     x = _rms_norm(module.norm, x)
     if last is not None:
         return x
     return layout.mean(x) if pooling == "mean" else x[layout.ends(pooling)]
+
+
+def _gated_mlp(block: Any, act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    h = _rms_norm(block.post_attention_layernorm, x)
+    gate, up = _apply([block.mlp.gate_proj, block.mlp.up_proj], h)
+    found: Tensor = x + block.mlp.down_proj(act(gate).mul_(up))
+    return found
 
 
 def _rms_norm(norm: Any, x: Tensor) -> Tensor:
@@ -231,9 +247,13 @@ def _bert(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _Lay
         q, k, v = (each.view(len(each), -1, width) for each in (q, k, v))
         mixed = attention.output.dense(_attend(q, k, v, layout, causal=False, one=one))
         x = _layer_norm(attention.output.LayerNorm, mixed.add_(x))
-        inside = act(block.intermediate.dense(x))
-        x = _layer_norm(block.output.LayerNorm, block.output.dense(inside).add_(x))
+        x = _by_blocks(partial(_bert_mlp, block, act), x)
     return x if first is not None else layout.mean(x)
+
+
+def _bert_mlp(block: Any, act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    inside = block.output.dense(act(block.intermediate.dense(x)))
+    return _layer_norm(block.output.LayerNorm, inside.add_(x))
 
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:

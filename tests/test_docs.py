@@ -118,3 +118,16 @@ def test_the_comparison_in_the_readme_is_what_was_measured() -> None:
             assert error == f"{1 - row['mean_cosine']:.5f}", peer
             assert neighbours == f"{100 * row['neighbour_overlap']:.1f} %", peer
             assert seconds == f"{row['build_s']:.0f} s", peer
+
+
+def test_the_speeds_in_the_readme_are_what_was_measured() -> None:
+    stored = json.loads((ROOT / "benchmarks" / "results" / "peers_speed_cpu.json").read_text())
+    table = README.split("<!-- speed -->")[1].split("<!-- /speed -->")[0].strip().splitlines()[2:]
+    lines = []
+    for row in stored["rows"]:
+        bulk, query = row["timings"]["bulk"], row["timings"]["query"]
+        lines.append(
+            f"| {row['engine']} | {row['cosine']:.4f} | {bulk['ratio']:.2f} | {query['ratio']:.2f} "
+            f"| {query['seconds'] * 1e3:.1f} ms |"
+        )
+    assert table == lines

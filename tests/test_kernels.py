@@ -77,6 +77,17 @@ def test_16_bit_activations_multiply_as_float64_does(
                 assert relative_error(y, exact_product(x, weight, bias)) <= BOUND[dtype]
 
 
+@pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS, FP8, NF4, INT4], ids=str)
+def test_layers_of_a_16_bit_model_take_wide_activations(scheme: LayerScheme) -> None:
+    """The runtime computes in float32 where a CPU has no bfloat16; biases stay as they are."""
+    weight, bias = packed(64, 128, scheme), seeded(64, seed=1).bfloat16()
+    layer = make_linear(weight, bias, device=CPU, dtype=torch.bfloat16)
+    for n_tokens in (3, 200):
+        x = seeded(n_tokens, 128, seed=2)
+        assert layer(x).dtype == torch.float32
+        assert relative_error(layer(x), exact_product(x, weight, bias)) <= 0.05
+
+
 def test_a_row_group_of_odd_width_multiplies_as_float64_does() -> None:
     for bits in (2, 3, 4, 8):
         weight = packed(7, 37, LayerScheme(bits=bits, group_size="row", symmetric=False))

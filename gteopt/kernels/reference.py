@@ -43,7 +43,8 @@ class DequantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
-        return nn.functional.linear(x, self.dequantized(x.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.dequantized(x.dtype), bias)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, I] in `dtype`."""
