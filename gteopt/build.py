@@ -71,6 +71,7 @@ from gteopt.layout import WEIGHTS, save_tensors, write_model, write_vectors
 from gteopt.machine import machine, versions
 from gteopt.quant import gptq
 from gteopt.quant.affine import (
+    PARTS,
     PackedWeight,
     QuantizedWeight,
     group_size_problems,
@@ -854,8 +855,7 @@ def _shard(folder: Path, block: int) -> Path:
 
 def _packed(record: LayerRecord, tensors: Mapping[str, Tensor]) -> PackedWeight:
     """One layer's packed weight among the tensors of its shard."""
-    parts = ("qweight", "scale", "qzero")
-    own = {part: f"{record.name}.{part}" for part in parts if f"{record.name}.{part}" in tensors}
+    own = {part: f"{record.name}.{part}" for part in PARTS if f"{record.name}.{part}" in tensors}
     return PackedWeight.from_tensors(
         record.scheme, record.in_features, {part: tensors[name] for part, name in own.items()}
     )

@@ -22,7 +22,9 @@ from gteopt.quant.affine import (
     group_width,
     quantize_rtn,
     ratio_db,
+    round_to_grid,
 )
+from gteopt.quant.nested import nest
 from gteopt.recipe import LayerScheme
 
 _MOST_DAMPING = 1.0
@@ -139,6 +141,8 @@ def solve(
     scale, zero = fit_grid(
         weight, scheme, clip_search=clip_search, importance=importance / importance.max()
     )
+    nested = nest(scale) if scheme.nested_scales else None
+    scale = scale if nested is None else nested.scale()
     group = torch.arange(n_features, device=weight.device) // group_width(
         n_features, scheme.group_size
     )
@@ -149,8 +153,11 @@ def solve(
     codes = torch.empty_like(ordered)
     codes[order] = ordered
     del ordered
-    solved = QuantizedWeight(codes.T.contiguous(), scale, zero, scheme)
-    rounded = quantize_rtn(weight, scheme, clip_search=clip_search)
+    solved = QuantizedWeight(codes.T.contiguous(), scale, zero, scheme, nested)
+    if nested is None:
+        rounded = quantize_rtn(weight, scheme, clip_search=clip_search)
+    else:  # scales of several rows hang together: both must have the same
+        rounded = round_to_grid(weight, solved)
     return GptqResult(
         weight=_better_rows(solved, rounded, weight, hessian),
         damping=used,
@@ -311,6 +318,7 @@ def _better_rows(
         scale=torch.where(take, second.scale, first.scale),
         zero=torch.where(take, second.zero, first.zero),
         scheme=first.scheme,
+        nested=first.nested,
     )
 
 
