@@ -184,6 +184,9 @@ class GptqWeights(Frozen):
         fallback: for a layer whose input features the group size does not divide: refuse the
             build ("error"), use one group a row ("row") or leave it unquantized ("skip").
         skip: shell patterns of layer names that stay unquantized.
+        compensate: share of the error in a layer's inputs, left by the layers before it, that its
+            weights make up for (asymmetric calibration: GPTAQ, Li et al. 2025, arXiv:2504.02692);
+            0 is GPTQ, which takes its inputs for the truth.
         effort: "fast" is the solver alone; "standard" and "best" tune its codes and scales, and
             the blocks' norms and biases, end to end against the original's vectors.
         budget: mean bits a weight, as stored, that all layers may take together; each layer then
@@ -201,6 +204,7 @@ class GptqWeights(Frozen):
     clip_search: bool = True
     fallback: Literal["error", "row", "skip"] = "error"
     skip: tuple[str, ...] = ()
+    compensate: Annotated[float, Field(ge=0, le=1)] = 0.0
     effort: Effort = "fast"
     smooth: bool = False
     budget: Annotated[float, Field(gt=0, le=16)] | None = None
