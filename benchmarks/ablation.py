@@ -33,6 +33,7 @@ from gteopt.tuning import Schedule, tune
 INT4 = {"bits": 4, "group_size": 128, "symmetric": False}
 NF4 = {"bits": 4, "group_size": 64, "symmetric": True, "element": "nf4"}
 PLAIN = {"act_order": False, "clip_search": False}
+GPTAQ = {"compensate": 0.5}
 SOLVED: dict[str, dict[str, Any]] = {
     "round to nearest": {"method": "rtn", "scheme": INT4},
     "+ clip search": {"method": "rtn", "scheme": INT4, "clip_search": True},
@@ -45,8 +46,10 @@ SOLVED: dict[str, dict[str, Any]] = {
         "clip_search": True,
     },
     "GPTQ + both (gptq-int4)": {"method": "gptq", "scheme": INT4},
+    "gptq-int4 + GPTAQ (compensate)": {"method": "gptq", "scheme": INT4, **GPTAQ},
     "NF4, round to nearest": {"method": "rtn", "scheme": NF4},
     "NF4, GPTQ + both (gptq-nf4)": {"method": "gptq", "scheme": NF4},
+    "gptq-nf4 + GPTAQ": {"method": "gptq", "scheme": NF4, **GPTAQ},
 }
 RECIPES = {"bits by layer (mixed-4.25)": "mixed-4.25", "both (mixed-nf4)": "mixed-nf4"}
 TUNED: dict[str, Callable[[int], Schedule]] = {

@@ -36,9 +36,11 @@ from gteopt.calibration import (
     Block,
     BlockInput,
     CalibrationText,
+    Original,
     Room,
     accumulate_hessian,
     advance_,
+    copy_block,
     draw_texts,
     find_blocks,
     open_blocks,
@@ -73,6 +75,7 @@ from gteopt.layout import WEIGHTS, save_tensors, write_model, write_vectors
 from gteopt.machine import machine, versions
 from gteopt.quant import gptq
 from gteopt.quant.affine import (
+    PARTS,
     PackedWeight,
     QuantizedWeight,
     group_size_problems,
@@ -728,19 +731,28 @@ def _quantize_blocks(
     assert not isinstance(weights, NoWeights)
     layers: list[LayerRecord] = []
     dtype = replay_dtype(encoder) if inputs else encoder.dtype
+    # What the original model feeds each block, where the solver is to make up for the difference.
+    compensate = isinstance(weights, GptqWeights) and weights.compensate > 0
+    exact = [batch.copy() for batch in inputs] if compensate else []
     what = f"quantizing {encoder.checkpoint.id} with {recipe.name}"
     for i, block in enumerate(blocks):
         progress(what, i, len(blocks))
         shard = _shard(shards, i)
         notes = shard.with_suffix(".json")
         is_last = i + 1 == len(blocks)
+        original: Original | None = None
+        if compensate and not is_last and notes.is_file():
+            fill_(encoder, block.name, dtype)
+            original = Original(copy_block(block), exact)
         if notes.is_file():
             records = _LAYERS.validate_json(notes.read_bytes())
             tensors = load_file(shard)
         else:
             with _memory_errors(block.name):
                 fill_(encoder, block.name, dtype)
-            records, packed = _quantize_block_(encoder, block, inputs, weights, plan, dtype)
+            records, packed, original = _quantize_block_(
+                encoder, block, inputs, exact if compensate else None, weights, plan, dtype
+            )
             tensors = _shard_tensors(block, packed, encoder.dtype)
             save_tensors(shard, tensors)
             write_atomically(notes, _LAYERS.dump_json(records))
@@ -749,6 +761,8 @@ def _quantize_blocks(
             _reload_block_(encoder, block, tensors, records, dtype)
             with _memory_errors(block.name):
                 advance_(block, inputs)
+                if original is not None:
+                    advance_(original.block, exact)
         if shortens(recipe):
             _reload_block_(encoder, block, tensors, records, encoder.dtype)
         else:
@@ -779,14 +793,25 @@ def _quantize_block_(
     encoder: Encoder,
     block: Block,
     inputs: Sequence[BlockInput],
+    exact: Sequence[BlockInput] | None,
     weights: RtnWeights | GptqWeights,
     plan: LayerPlan,
     dtype: torch.dtype,
-) -> tuple[tuple[LayerRecord, ...], dict[str, dict[str, Tensor]]]:
+) -> tuple[tuple[LayerRecord, ...], dict[str, dict[str, Tensor]], Original | None]:
     """Replace the block's linear layers by packed ones, in running order.
 
+    Args:
+        encoder: the model that the block is part of.
+        block: its weights are there.
+        inputs: what the model, quantized up to here, feeds the block.
+        exact: what the original model does, where the solver is to make up for the difference.
+        weights: of the recipe.
+        plan: says the layers' schemes.
+        dtype: what the block runs in.
+
     Returns:
-        What the manifest says of each layer, and each layer's packed tensors and bias.
+        What the manifest says of each layer, each layer's packed tensors and bias, and the block as
+        it was where `exact` is given.
     """
     linears = {name: linear for name, linear in block.linears().items() if name in plan.schemes}
     names = list(linears)
@@ -797,6 +822,8 @@ def _quantize_block_(
     if isinstance(weights, GptqWeights) and weights.smooth:
         model_type = str(encoder.checkpoint.config["model_type"])
         chosen = smooth_block_(block, inputs, plan.schemes, model_type)
+    # Smoothing has moved numbers between layers by now: both blocks read the same.
+    original = Original(copy_block(block), exact) if exact is not None else None
     for stage in order:
         wanted = [name for name in stage if name in linears]
         if not wanted:
@@ -804,7 +831,7 @@ def _quantize_block_(
         statistics = None
         if isinstance(weights, GptqWeights):
             with _memory_errors(wanted[0]):
-                statistics = accumulate_hessian(block, wanted[0], inputs)
+                statistics = accumulate_hessian(block, wanted[0], inputs, original)
         for name in wanted:
             linear = linears[name]
             scheme = plan.schemes[name]
@@ -822,7 +849,7 @@ def _quantize_block_(
                 packed[name]["bias"] = linear.bias
             swap_linear_(encoder.module, name, each, linear.bias, encoder.device, dtype)
             del linear, linears[name]  # frees the weight
-    return tuple(records[name] for name in names), packed
+    return tuple(records[name] for name in names), packed, original
 
 
 def _with_smoothing(record: LayerRecord, found: Smoothing) -> LayerRecord:
@@ -905,8 +932,7 @@ def _shard(folder: Path, block: int) -> Path:
 
 def _packed(record: LayerRecord, tensors: Mapping[str, Tensor]) -> PackedWeight:
     """One layer's packed weight among the tensors of its shard."""
-    parts = ("qweight", "scale", "qzero")
-    own = {part: f"{record.name}.{part}" for part in parts if f"{record.name}.{part}" in tensors}
+    own = {part: f"{record.name}.{part}" for part in PARTS if f"{record.name}.{part}" in tensors}
     return PackedWeight.from_tensors(
         record.scheme, record.in_features, {part: tensors[name] for part, name in own.items()}
     )
@@ -927,9 +953,18 @@ def _quantize_layer(
         codes = quantize_rtn(weight, scheme, clip_search=weights.clip_search)
     else:
         assert statistics is not None
+        target = weight
+        if statistics.shift is not None:
+            target = gptq.compensated(
+                weight,
+                statistics.hessian,
+                statistics.shift,
+                share=weights.compensate,
+                damping=weights.damping,
+            )
         try:
             result = gptq.solve(
-                weight,
+                target,
                 statistics.hessian,
                 scheme,
                 act_order=weights.act_order,
@@ -939,7 +974,7 @@ def _quantize_layer(
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
         codes = result.weight
-        output_snr = gptq.output_snr_db(weight, codes.dequantize(), statistics.hessian)
+        output_snr = gptq.output_snr_db(target, codes.dequantize(), statistics.hessian)
         if result.damping > weights.damping:
             notes.append(f"damping raised to {result.damping:g} for the factorisation")
         if result.n_dead:

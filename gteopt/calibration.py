@@ -7,6 +7,7 @@ attention direction). Padding is never counted. Refuses to know: what is done wi
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import json
@@ -14,7 +15,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -229,6 +230,11 @@ class BlockInput:
         self._file = file
         self._held: Tensor | None = None
         self.hidden = hidden
+
+    def copy(self) -> BlockInput:
+        """The same batch at the same place, which moves on by itself."""
+        file = None if self._file is None else self._file.with_name(f"copy-{self._file.name}")
+        return BlockInput(self.hidden, self.real, self.pooled, file)
 
     @property
     def hidden(self) -> Tensor:
@@ -510,11 +516,30 @@ class _Stop(Exception):
     """Ends a block's forward pass once the wanted input has been seen."""
 
 
+@dataclass(frozen=True)
+class Original:
+    """A block as it was before it was quantized, with what the original model feeds it."""
+
+    block: Block
+    inputs: Sequence[BlockInput]
+
+
+def copy_block(block: Block) -> Block:
+    """The block with weights of its own."""
+    return replace(block, module=copy.deepcopy(block.module))
+
+
 @torch.inference_mode()
 def accumulate_hessian(
-    block: Block, layer: str, inputs: Sequence[BlockInput]
+    block: Block, layer: str, inputs: Sequence[BlockInput], original: Original | None = None
 ) -> HessianAccumulator:
     """Statistics of what one linear layer reads, over all real tokens of all batches.
+
+    Args:
+        block: partly quantized.
+        layer: name of the layer in the whole model.
+        inputs: what the quantized model feeds the block.
+        original: given, the accumulator also compares with what the original layer reads.
 
     Raises:
         NumericsError: the activations hold NaN or infinity.
@@ -522,27 +547,33 @@ def accumulate_hessian(
     linear = block.module.get_submodule(layer.removeprefix(f"{block.name}."))
     assert isinstance(linear, nn.Linear)
     accumulator = HessianAccumulator(linear.in_features, linear.weight.device)
-    real: Tensor | None = None
-
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert real is not None
-        rows = args[0][real]  # [n, I]
+    for i, batch in enumerate(inputs):
+        rows = _layer_inputs(block, layer, i, batch)
         if not bool(torch.isfinite(rows).all()):
             raise NumericsError(f"the input of {layer} holds NaN or infinity during calibration")
-        accumulator.add(rows)
+        exact = None
+        if original is not None:
+            exact = _layer_inputs(original.block, layer, i, original.inputs[i])
+        accumulator.add(rows, exact)
+    return accumulator
+
+
+def _layer_inputs(block: Block, layer: str, i: int, batch: BlockInput) -> Tensor:
+    """What a layer of the block reads of the real tokens of batch `i`: [n, I]."""
+    found: list[Tensor] = []
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0][batch.real])
         raise _Stop
 
+    linear = block.module.get_submodule(layer.removeprefix(f"{block.name}."))
     handle = linear.register_forward_pre_hook(hook)
     try:
-        for i, batch in enumerate(inputs):
-            real = batch.real
-            try:
-                block.run(i, batch.hidden)
-            except _Stop:
-                continue
+        with suppress(_Stop):
+            block.run(i, batch.hidden)
     finally:
         handle.remove()
-    return accumulator
+    return found[0]
 
 
 @torch.inference_mode()

@@ -30,7 +30,7 @@ from gteopt.checkpoint import (
 )
 from gteopt.encoder import Encoder, latent_tensors, load_tokenizer
 from gteopt.formats import FORMATS, Format
-from gteopt.quant.affine import PackedWeight
+from gteopt.quant.affine import PARTS, PackedWeight
 from gteopt.quant.vectors import VectorTransform
 from gteopt.recipe import Layout
 from gteopt.records import LayerRecord
@@ -158,7 +158,7 @@ def _standard_tensors(
 ) -> dict[str, Tensor]:
     """One shard with its packed layers in another layout; biases and the rest stay."""
     for each in layers:
-        names = {part: f"{each.name}.{part}" for part in ("qweight", "scale", "qzero")}
+        names = {part: f"{each.name}.{part}" for part in PARTS}
         if names["qweight"] not in tensors:
             continue
         parts = {part: tensors.pop(name) for part, name in names.items() if name in tensors}

@@ -115,6 +115,8 @@ class LayerScheme(Frozen):
         activation_outliers: inputs of at least this size are multiplied in full precision, the rest
             in 8 bits (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339).
         element: what weight and activation codes are.
+        nested_scales: the scales too are in 8 bits (double quantization: QLoRA, Dettmers et al.
+            2023, arXiv:2305.14314, section 3), as the layout bitsandbytes stores them.
     """
 
     bits: Bits
@@ -124,6 +126,7 @@ class LayerScheme(Frozen):
     activation_symmetric: bool = True
     activation_outliers: Annotated[float, Field(gt=0)] | None = None
     element: Element = "int"
+    nested_scales: bool = False
 
     @model_validator(mode="after")
     def _has_a_kernel(self) -> Self:
@@ -141,6 +144,8 @@ class LayerScheme(Frozen):
                 raise ValueError(
                     "element: nf4 needs bits: 4, group_size: 64 or 128, symmetric: true"
                 )
+        if self.nested_scales and self.element != "nf4":
+            raise ValueError("nested_scales: true needs element: nf4")
         if not self.activation_symmetric and (self.activation_bits, self.element) != (8, "int"):
             raise ValueError("activation_symmetric: false needs activation_bits: 8, element: int")
         if self.activation_outliers is not None and (
@@ -179,6 +184,9 @@ class GptqWeights(Frozen):
         fallback: for a layer whose input features the group size does not divide: refuse the
             build ("error"), use one group a row ("row") or leave it unquantized ("skip").
         skip: shell patterns of layer names that stay unquantized.
+        compensate: share of the error in a layer's inputs, left by the layers before it, that its
+            weights make up for (asymmetric calibration: GPTAQ, Li et al. 2025, arXiv:2504.02692);
+            0 is GPTQ, which takes its inputs for the truth.
         effort: "fast" is the solver alone; "standard" and "best" tune its codes and scales, and
             the blocks' norms and biases, end to end against the original's vectors.
         budget: mean bits a weight, as stored, that all layers may take together; each layer then
@@ -196,6 +204,7 @@ class GptqWeights(Frozen):
     clip_search: bool = True
     fallback: Literal["error", "row", "skip"] = "error"
     skip: tuple[str, ...] = ()
+    compensate: Annotated[float, Field(ge=0, le=1)] = 0.0
     effort: Effort = "fast"
     smooth: bool = False
     budget: Annotated[float, Field(gt=0, le=16)] | None = None
@@ -205,12 +214,15 @@ class GptqWeights(Frozen):
     def _fits_its_scheme(self) -> Self:
         if self.effort != "fast" and not self.can_be_tuned:
             raise ValueError(
-                "layers with activation_bits: 8 or element: e4m3 are not tuned; leave effort: fast"
+                "layers with activation_bits: 8, element: e4m3 or nested_scales: true are not "
+                "tuned; leave effort: fast"
             )
         if self.choices and self.budget is None:
             raise ValueError("choices are for a budget; give one, or leave them out")
         if any(each.activation_bits == 8 or each.element == "e4m3" for each in self._offered):
             raise ValueError("a budget chooses among schemes with activation_bits: 16, not e4m3")
+        if any(each.nested_scales for each in self._offered):
+            raise ValueError("a budget chooses among schemes without nested_scales")
         if self.smooth and self.scheme.activation_bits != 8:
             raise ValueError("smooth: true is for activation_bits: 8")
         return self
@@ -222,7 +234,8 @@ class GptqWeights(Frozen):
     @property
     def can_be_tuned(self) -> bool:
         """Whether efforts above "fast" exist."""
-        return self.scheme.activation_bits == 16 and self.scheme.element != "e4m3"
+        scheme = self.scheme
+        return not (scheme.activation_bits == 8 or scheme.element == "e4m3" or scheme.nested_scales)
 
 
 Weights = Annotated[NoWeights | RtnWeights | GptqWeights, Field(discriminator="method")]
@@ -331,8 +344,8 @@ class Recipe(Frozen):
             )
         if effort != "fast" and not self.weights.can_be_tuned:
             raise InputError(
-                f"recipe {self.name} has no effort to choose: layers with 8-bit activations or "
-                f"floats are not tuned"
+                f"recipe {self.name} has no effort to choose: layers with 8-bit activations, "
+                f"8-bit floats or nested scales are not tuned"
             )
         return self.model_copy(
             update={"weights": self.weights.model_copy(update={"effort": effort})}

@@ -101,7 +101,8 @@ class LayerRecord(Frozen):
         method: how its codes were found.
         bits_per_weight: as stored, scales and zero points included.
         weight_snr_db: 10 log10(|W|^2 / |W - Wq|^2).
-        output_snr_db: 10 log10(|XW|^2 / |X(W - Wq)|^2) on the calibration tokens, where measured.
+        output_snr_db: 10 log10(|XW|^2 / |X(W - Wq)|^2) on the calibration tokens, where measured;
+            W is what the solver was given, which with `compensate` is not the base's own weight.
         smoothing: of the inputs; None where the recipe or the architecture has none.
         note: anything out of the ordinary: a fallback, raised damping, dead input features.
     """

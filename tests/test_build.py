@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import gteopt
 from gteopt.build import plan_layers
+from gteopt.calibration import draw_texts
 from gteopt.checkpoint import open_checkpoint
 from gteopt.errors import InputError, NumericsError
 from gteopt.recipe import Calibration, Dims, LayerScheme, Recipe, RtnWeights, Vectors, load_recipe
@@ -402,3 +403,41 @@ def test_inspect_predicts_the_memory_of_a_build_within_15_percent(tmp_path: Path
     path.write_text(json.dumps(dumped))
     seen = peak_bytes(script, base, path, tmp_path / "out")
     assert predicted.build_bytes == pytest.approx(seen, rel=0.15)
+
+
+def test_compensation_brings_vectors_closer_and_survives_a_kill(tmp_path: Path) -> None:
+    def recipe(**weights: float) -> Recipe:
+        scheme = {"bits": 3, "group_size": 64, "symmetric": False}
+        return Recipe.model_validate(
+            {
+                "schema": "gteopt.recipe/1",
+                "name": "compensated",
+                "weights": {"method": "gptq", "scheme": scheme, **weights},
+                "calibration": Calibration(n_texts=96, max_tokens=32).model_dump(),
+            }
+        )
+
+    class Killed(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("quantizing") and done == 2:
+            raise Killed
+
+    made = recipe(compensate=0.5)
+    with pytest.raises(Killed):
+        gteopt.quantize("nano", made, tmp_path / "killed", dtype="float32", progress=stop)
+    gteopt.quantize("nano", made, tmp_path / "killed", dtype="float32")
+    gteopt.quantize("nano", made, tmp_path / "whole", dtype="float32")
+    assert (tmp_path / "killed/gteopt.json").read_bytes() == (
+        tmp_path / "whole/gteopt.json"
+    ).read_bytes()
+
+    gteopt.quantize("nano", recipe(), tmp_path / "plain", dtype="float32")
+    texts = [each.text for each in draw_texts(Calibration(n_texts=300, max_tokens=64))[200:]]
+    wanted = gteopt.load("nano", dtype="float32").embed(texts)
+    found, plain = (
+        float(1 - (gteopt.load(tmp_path / name).embed(texts) * wanted).sum(axis=1).mean())
+        for name in ("whole", "plain")
+    )
+    assert found < 0.95 * plain

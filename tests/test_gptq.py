@@ -10,7 +10,7 @@ import torch
 
 from gteopt.errors import NumericsError
 from gteopt.quant.affine import QuantizedWeight, encode, quantize_rtn
-from gteopt.quant.gptq import HessianAccumulator, output_snr_db, solve
+from gteopt.quant.gptq import HessianAccumulator, compensated, output_snr_db, solve
 from gteopt.recipe import Bits, GroupSize, LayerScheme
 
 ALL_BITS: tuple[Bits, ...] = (2, 3, 4, 8)
@@ -221,6 +221,64 @@ def test_the_accumulated_hessian_is_the_mean_outer_product_of_all_rows() -> None
     expected = (x.double().T @ x.double()) / 101
     assert accumulator.n_rows == 101
     assert torch.allclose(accumulator.hessian.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def drifted(n_rows: int, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor, HessianAccumulator]:
+    """Inputs of the original model, those of a quantized one, and their statistics by halves."""
+    exact = correlated(n_rows, 64, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = exact + exact @ torch.randn(64, 64, generator=generator) / 30
+    x = x + torch.randn(n_rows, 64, generator=generator) / 10  # which nothing can make up for
+    accumulator = HessianAccumulator(64)
+    for rows in (slice(0, n_rows // 3), slice(n_rows // 3, None)):
+        accumulator.add(x[rows], exact[rows])
+    return exact, x, accumulator
+
+
+def test_the_compensated_weight_is_the_least_squares_fit_of_the_originals_outputs() -> None:
+    exact, x, seen = drifted(400)
+    assert seen.shift is not None
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(7))
+    found = compensated(weight, seen.hessian, seen.shift, share=1.0, damping=1e-9)
+    outputs = (exact @ weight.T).double()
+    best = torch.linalg.lstsq(x.double(), outputs).solution.T
+    left, least, before = (
+        float((x.double() @ each.double().T - outputs).square().sum())
+        for each in (found, best, weight)
+    )
+    assert left <= 1.01 * least
+    assert least < 0.5 * before
+    half = compensated(weight, seen.hessian, seen.shift, share=0.5, damping=1e-9)
+    torch.testing.assert_close(half, (weight + found) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_without_an_error_in_the_inputs_nothing_is_compensated() -> None:
+    x = correlated(200, 64, seed=3)
+    seen = HessianAccumulator(64)
+    seen.add(x, x)
+    assert seen.shift is not None
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
+    found = compensated(weight, seen.hessian, seen.shift, share=1.0, damping=0.01)
+    assert torch.equal(found, weight)
+
+
+def test_codes_for_the_compensated_weight_are_closer_to_the_originals_outputs() -> None:
+    """On rows that the solver has not seen, by more than a tenth."""
+    scheme = LayerScheme(bits=4, group_size=32, symmetric=False)
+    exact, x, _ = drifted(4000)
+    seen = HessianAccumulator(64)
+    seen.add(x[:2000], exact[:2000])
+    assert seen.shift is not None
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(7))
+    target = compensated(weight, seen.hessian, seen.shift, share=1.0, damping=0.01)
+    errors = []
+    for each in (weight, target):
+        codes = solve(
+            each, seen.hessian, scheme, act_order=True, damping=0.01, clip_search=True
+        ).weight
+        left = x[2000:] @ codes.dequantize().T - exact[2000:] @ weight.T
+        errors.append(float(left.square().sum()))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_output_snr_is_the_signal_to_noise_of_the_layers_output() -> None:

@@ -7,7 +7,7 @@ blocks of B (two codes a byte, the first one in the high half)
     NAME.weight.absmax          float32 [O * I / B], or uint8 with double quantization
     NAME.weight.quant_map       float32 [16], the numbers of NF4
     NAME.weight.quant_state.bitsandbytes__nf4   a JSON text as uint8: block size, shape, dtype,
-                                and with double quantization the nested block size and offset
+                                and with double quantization those of the scales, and their mean
     NAME.weight.nested_absmax, NAME.weight.nested_quant_map   with double quantization only
 
 or LLM.int8(), a weight being weight * SCB / 127
@@ -16,7 +16,7 @@ or LLM.int8(), a weight being weight * SCB / 127
     NAME.SCB            float32 [O]
     NAME.weight_format  uint8 [], 0: rows in their order
 
-Double quantization is read, not written. Hides: those names. Source: bitsandbytes 0.50,
+Hides: those names. Source: bitsandbytes 0.50,
 `functional.QuantState`, `nn.modules.Linear8bitLt`.
 """
 
@@ -32,6 +32,7 @@ from torch import Tensor
 from gteopt.errors import IntegrityError, UnsupportedError
 from gteopt.formats.packed import Config, ReadLayer, Shape, assemble, check_tensors
 from gteopt.quant.affine import NF4_LEVELS, PackedWeight
+from gteopt.quant.nested import BLOCK_SIZE, dynamic_map
 from gteopt.recipe import GroupSize, LayerScheme
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -60,18 +61,28 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
             "weight_format": torch.zeros((), dtype=torch.uint8),
         }
     packed = weight.qweight.reshape(-1, 1)
-    state = {
+    state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": weight.scheme.group_size,
         "dtype": "bfloat16",
         "shape": [weight.out_features, weight.in_features],
     }
-    return {
+    tensors = {
         "weight": packed << 4 | packed >> 4,  # ours has the first code in the low half
         "weight.absmax": scale.flatten(),
         "weight.quant_map": torch.tensor(NF4_LEVELS),
-        _STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
     }
+    if weight.nested is not None:
+        state |= {
+            "nested_blocksize": BLOCK_SIZE,
+            "nested_dtype": "float32",
+            "nested_offset": weight.nested.offset.item(),
+        }
+        tensors["weight.absmax"] = weight.nested.codes.flatten()
+        tensors["weight.nested_absmax"] = weight.nested.largest
+        tensors["weight.nested_quant_map"] = dynamic_map()
+    tensors[_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return tensors
 
 
 def quantization_config(
@@ -93,7 +104,7 @@ def quantization_config(
         "load_in_4bit": nf4,
         "load_in_8bit": not nf4,
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_use_double_quant": scheme.nested_scales,
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_threshold": scheme.activation_outliers or 0.0,

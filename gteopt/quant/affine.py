@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gteopt.errors import InputError, IntegrityError, NumericsError, join_problems
+from gteopt.quant.nested import BLOCK_SIZE, NestedScale, nest, nested_bytes
 from gteopt.recipe import Element, GroupSize, LayerScheme
 
 E4M3_MAX = 448.0
@@ -32,6 +33,8 @@ _LARGEST: Mapping[Element, float] = {"e4m3": E4M3_MAX, "nf4": 1.0}
 _CHUNK_WEIGHTS = 1 << 21
 """Weights whose grids are searched at a time."""
 _SNR_ROWS = 1024
+PARTS = ("qweight", "scale", "scale_code", "scale_largest", "scale_offset", "qzero")
+"""What the tensors of a packed weight may be called."""
 SMALLEST_SCALE = 2.0**-24
 """The least positive float16: a group too small for it keeps a scale that is not zero."""
 _CLIP_RATIOS = tuple(i / 40 for i in range(44, 15, -1))
@@ -48,17 +51,23 @@ class QuantizedWeight:
         scale: float16 [O, G], positive.
         zero: uint8 [O, G]; 2^(bits-1) everywhere when the scheme is symmetric.
         scheme: bits and groups.
+        nested: how `scale` is stored, where the scheme has nested scales.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
     scheme: LayerScheme
+    nested: NestedScale | None = None
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on another device."""
         return QuantizedWeight(
-            self.codes.to(device), self.scale.to(device), self.zero.to(device), self.scheme
+            self.codes.to(device),
+            self.scale.to(device),
+            self.zero.to(device),
+            self.scheme,
+            None if self.nested is None else self.nested.to(device),
         )
 
     def rows(self, start: int, end: int) -> QuantizedWeight:
@@ -83,6 +92,7 @@ class PackedWeight:
         qzero: uint8 [O, ceil(G * bits / 8)], zero points packed along G; None when symmetric.
         scheme: bits and groups.
         in_features: I, which the packed width alone does not tell.
+        nested: how `scale` is stored, where the scheme has nested scales.
     """
 
     qweight: Tensor
@@ -90,6 +100,7 @@ class PackedWeight:
     qzero: Tensor | None
     scheme: LayerScheme
     in_features: int
+    nested: NestedScale | None = None
 
     @property
     def out_features(self) -> int:
@@ -114,10 +125,15 @@ class PackedWeight:
         else:
             zero = unpack_codes(self.qzero, self.scheme.bits, n_groups)
         codes = unpack_codes(self.qweight, self.scheme.bits, self.in_features)
-        return QuantizedWeight(codes, self.scale, zero, self.scheme)
+        return QuantizedWeight(codes, self.scale, zero, self.scheme, self.nested)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The tensors by name: "qweight", "scale" and, when asymmetric, "qzero"."""
+        """The tensors by name: "qweight", "scale" and, when asymmetric, "qzero".
+
+        Nested scales are there as they are stored: "scale_code", "scale_largest", "scale_offset".
+        """
+        if self.nested is not None:
+            return {"qweight": self.qweight, **self.nested.to_tensors()}
         tensors = {"qweight": self.qweight, "scale": self.scale}
         return tensors if self.qzero is None else {**tensors, "qzero": self.qzero}
 
@@ -131,27 +147,34 @@ class PackedWeight:
             IntegrityError: the tensors do not belong to this scheme and width.
         """
         n_groups = in_features // group_width(in_features, scheme.group_size)
-        wanted = {
-            "qweight": (torch.uint8, packed_width(in_features, scheme.bits)),
-            "scale": (torch.float16, n_groups),
+        rows = tensors["qweight"].shape[0] if "qweight" in tensors else 0
+        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "qweight": (torch.uint8, (rows, packed_width(in_features, scheme.bits)))
         }
+        if scheme.nested_scales:
+            n_blocks = -(-rows * n_groups // BLOCK_SIZE)
+            wanted["scale_code"] = (torch.uint8, (rows, n_groups))
+            wanted["scale_largest"] = (torch.float32, (n_blocks,))
+            wanted["scale_offset"] = (torch.float32, (1,))
+        else:
+            wanted["scale"] = (torch.float16, (rows, n_groups))
         if not scheme.symmetric:
-            wanted["qzero"] = (torch.uint8, packed_width(n_groups, scheme.bits))
+            wanted["qzero"] = (torch.uint8, (rows, packed_width(n_groups, scheme.bits)))
         problems = [f"'{name}' is missing" for name in wanted if name not in tensors]
         problems += [f"'{name}' does not belong here" for name in tensors if name not in wanted]
-        rows = tensors["qweight"].shape[0] if "qweight" in tensors else 0
-        for name, (dtype, width) in wanted.items():
+        for name, (dtype, shape) in wanted.items():
             found = tensors.get(name)
-            if found is not None and (found.dtype, tuple(found.shape)) != (dtype, (rows, width)):
+            if found is not None and (found.dtype, tuple(found.shape)) != (dtype, shape):
                 problems.append(
-                    f"'{name}' is {found.dtype} {list(found.shape)}, expected {dtype} "
-                    f"{[rows, width]}"
+                    f"'{name}' is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}"
                 )
         if problems:
             subject = f"packed {scheme.bits}-bit weight with {in_features} input features"
             raise IntegrityError(join_problems(subject, problems))
+        nested = NestedScale.from_tensors(tensors) if scheme.nested_scales else None
+        scale = tensors["scale"] if nested is None else nested.scale()
         return PackedWeight(
-            tensors["qweight"], tensors["scale"], tensors.get("qzero"), scheme, in_features
+            tensors["qweight"], scale, tensors.get("qzero"), scheme, in_features, nested
         )
 
 
@@ -169,13 +192,21 @@ def quantize_rtn(
         NumericsError: the weight holds NaN or infinity, or a scale exceeds float16.
     """
     scale, zero = fit_grid(weight, scheme, clip_search=clip_search, importance=None)
+    nested = nest(scale) if scheme.nested_scales else None
+    scale = scale if nested is None else nested.scale()
+    return round_to_grid(weight, QuantizedWeight(torch.empty(0), scale, zero, scheme, nested))
+
+
+def round_to_grid(weight: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
+    """The nearest codes of a weight [O, I] on a given grid, whose own codes are ignored."""
+    scheme = grid.scheme
     width = group_width(weight.shape[1], scheme.group_size)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for at, rows in _row_chunks(weight):
         grouped = rows.reshape(len(rows), -1, width)  # [O, G, I/G]
-        step, offset = scale[at].float()[..., None], zero[at].float()[..., None]
+        step, offset = grid.scale[at].float()[..., None], grid.zero[at].float()[..., None]
         codes[at] = encode(grouped, step, offset, scheme).flatten(1).to(torch.uint8)
-    return QuantizedWeight(codes, scale, zero, scheme)
+    return replace(grid, codes=codes)
 
 
 def fit_grid(
@@ -239,6 +270,9 @@ def _fit_rows(
             best = torch.where(better, error, best)
             scale = torch.where(better, trial[0], scale)
             zero = torch.where(better, trial[1], zero)
+    if scheme.nested_scales and bool((used := high > low).any()):
+        # The 1 of a group of zeros would be an outlier among the scales that are stored with it.
+        scale = torch.where(used, scale, scale[used].float().mean().half())
     if not torch.isfinite(scale).all():
         raise NumericsError(
             f"a weight range of {(high - low).max().item():.4g} needs a scale beyond float16's "
@@ -359,6 +393,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
         qzero=None if weight.scheme.symmetric else pack_codes(weight.zero, bits),
         scheme=weight.scheme,
         in_features=weight.codes.shape[1],
+        nested=weight.nested,
     )
 
 
@@ -430,6 +465,9 @@ def packed_bytes(out_features: int, in_features: int, scheme: LayerScheme) -> in
     """Bytes of a `PackedWeight` of this shape: codes, scales and zero points."""
     groups = in_features // group_width(in_features, scheme.group_size)
     zero_bytes = 0 if scheme.symmetric else packed_width(groups, scheme.bits)
+    if scheme.nested_scales:
+        codes = out_features * packed_width(in_features, scheme.bits)
+        return codes + nested_bytes(out_features * groups)
     return out_features * (packed_width(in_features, scheme.bits) + 2 * groups + zero_bytes)
 
 

@@ -22,7 +22,9 @@ from gteopt.quant.affine import (
     group_width,
     quantize_rtn,
     ratio_db,
+    round_to_grid,
 )
+from gteopt.quant.nested import nest
 from gteopt.recipe import LayerScheme
 
 _MOST_DAMPING = 1.0
@@ -40,12 +42,15 @@ class HessianAccumulator:
     triangle is summed, strip by strip; the upper one is its mirror image.
 
     Attributes:
+        shift: float32 [I, I], the running mean of (x0 - x) x^T, x0 being what the original model
+            feeds the layer in place of x; None until `add` is told.
         n_rows: inputs seen so far.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(in_features, in_features, device=device)
         self._is_mirrored = True
+        self.shift: Tensor | None = None
         self.n_rows = 0
 
     @property
@@ -58,8 +63,13 @@ class HessianAccumulator:
             self._is_mirrored = True
         return self._sum
 
-    def add(self, x: Tensor) -> None:
-        """Count more inputs in: [n, I], any float dtype. Padding must not be among them."""
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Count more inputs in.
+
+        Args:
+            x: [n, I], any float dtype. Padding must not be among them.
+            original: x0 [n, I]; of every call or of none.
+        """
         if not len(x):
             return
         x = x.to(self._sum)
@@ -69,6 +79,11 @@ class HessianAccumulator:
                 x[:, start:].T, x[:, start:end], beta=self.n_rows / total, alpha=1 / total
             )
         self._is_mirrored = False
+        if original is not None:
+            if self.shift is None:
+                self.shift = torch.zeros_like(self._sum)
+            left = original.to(x) - x
+            self.shift.addmm_(left.T, x, beta=self.n_rows / total, alpha=1 / total)
         self.n_rows = total
 
 
@@ -139,6 +154,8 @@ def solve(
     scale, zero = fit_grid(
         weight, scheme, clip_search=clip_search, importance=importance / importance.max()
     )
+    nested = nest(scale) if scheme.nested_scales else None
+    scale = scale if nested is None else nested.scale()
     group = torch.arange(n_features, device=weight.device) // group_width(
         n_features, scheme.group_size
     )
@@ -149,8 +166,11 @@ def solve(
     codes = torch.empty_like(ordered)
     codes[order] = ordered
     del ordered
-    solved = QuantizedWeight(codes.T.contiguous(), scale, zero, scheme)
-    rounded = quantize_rtn(weight, scheme, clip_search=clip_search)
+    solved = QuantizedWeight(codes.T.contiguous(), scale, zero, scheme, nested)
+    if nested is None:
+        rounded = quantize_rtn(weight, scheme, clip_search=clip_search)
+    else:  # scales of several rows hang together: both must have the same
+        rounded = round_to_grid(weight, solved)
     return GptqResult(
         weight=_better_rows(solved, rounded, weight, hessian),
         damping=used,
@@ -167,6 +187,35 @@ def work_bytes(out_features: int, in_features: int) -> int:
     square, weights = in_features * in_features, out_features * in_features
     strip = 2 * 4 * min(_STRIP, in_features) * in_features
     return max((4 + 8 + 4) * square + strip, (4 + 4) * square + (4 + 1 + 1) * weights)
+
+
+def compensated(
+    weight: Tensor, hessian: Tensor, shift: Tensor, *, share: float, damping: float
+) -> Tensor:
+    """The weight W' that gives, on the inputs x of a quantized model, the original's outputs W x0.
+
+    GPTAQ (Li et al. 2025, arXiv:2504.02692) solves min |W x0 - Q x|^2 over the codes Q, where GPTQ
+    has min |W x - Q x|^2. Completing the square leaves GPTQ's problem for another weight:
+    W' = W + W S H^-1 with H = mean x x^T and S = mean (x0 - x) x^T. Few texts say little about S,
+    so only a share of the correction is taken, and H is damped.
+
+    Args:
+        weight: W, [O, I].
+        hessian: H, float32 [I, I].
+        shift: S, float32 [I, I].
+        share: 0 to 1.
+        damping: share of the mean diagonal of H that is added to its diagonal.
+
+    Returns:
+        float32 [O, I]; solved in float64.
+    """
+    weight = weight.detach().float()
+    damped = hessian.double()
+    mean = damped.diagonal().mean()
+    damped = damped + torch.eye(len(damped), device=damped.device) * (damping * mean or 1.0)
+    wanted = (weight @ shift).double()  # W S, [O, I]
+    correction: Tensor = torch.linalg.solve(damped, wanted.T).T
+    return weight + share * correction.float()
 
 
 def output_snr_db(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
@@ -311,6 +360,7 @@ def _better_rows(
         scale=torch.where(take, second.scale, first.scale),
         zero=torch.where(take, second.zero, first.zero),
         scheme=first.scheme,
+        nested=first.nested,
     )
 
 

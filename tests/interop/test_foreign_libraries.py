@@ -44,6 +44,7 @@ WRITTEN: dict[str, tuple[dict[str, Any], str]] = {
     "compressed-tensors fp8": (INT8 | {"element": "e4m3"}, "compressed-tensors"),
     "bitsandbytes nf4": (NF4, "bitsandbytes"),
     "bitsandbytes nf4 wide": (NF4 | {"group_size": 128}, "bitsandbytes"),
+    "bitsandbytes nf4 double": (NF4 | {"nested_scales": True}, "bitsandbytes"),
     "bitsandbytes int8": (INT8 | {"activation_outliers": 6.0}, "bitsandbytes"),
 }
 
@@ -213,3 +214,24 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_same_weight(block_size: int) -> N
     theirs = dequantize_4bit(packed, state)
     different = ((ours - theirs).abs() > 1e-3 * weight.abs().amax()).float().mean()
     assert float(different) < 1e-3
+
+
+def test_nested_scales_are_what_bitsandbytes_makes_of_the_same_scales() -> None:
+    from bitsandbytes.functional import create_dynamic_map, quantize_4bit, quantize_blockwise
+
+    from gteopt.quant.nested import BLOCK_SIZE, dynamic_map, nest
+
+    torch.testing.assert_close(dynamic_map(), create_dynamic_map(), rtol=1e-6, atol=0)
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    _, plain = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    _, double = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    ours = nest(plain.absmax)
+    assert double.state2.blocksize == BLOCK_SIZE
+    torch.testing.assert_close(ours.offset[0], double.offset, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.largest, double.state2.absmax, rtol=1e-5, atol=0)
+    codes, _ = quantize_blockwise(plain.absmax - double.offset, blocksize=BLOCK_SIZE)
+    assert torch.equal(codes, double.absmax)
+    # The two differ only where a scale lies between two numbers, by one place.
+    steps = (ours.codes.flatten().int() - codes.int()).abs()
+    assert int(steps.max()) <= 1
+    assert float((steps > 0).float().mean()) < 0.01

@@ -1,0 +1,90 @@
+"""Double quantization: the scales of a weight in 8 bits, with a scale of their own.
+
+QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), section 3, as bitsandbytes does it: scales in the
+order of the weight's rows lose their mean and are cut into blocks of 256; each is stored as the
+place of a number of the "dynamic map" (Dettmers 2015, arXiv:1511.04561), which is multiplied with
+the largest absolute value of its block. Refuses to know: weights, codes, files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZE = 256
+"""Scales that share a scale."""
+_EXPONENTS = 7
+
+
+def dynamic_map() -> Tensor:
+    """The 256 numbers, float32 and ascending, -0.993 to 1.
+
+    Seven decades; the i-th has 2^i numbers of each sign, in the middles of equal parts of its
+    upper nine tenths. Then 0 and 1.
+    """
+    positive = []
+    for i in range(_EXPONENTS):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        positive.append(10.0 ** (i + 1 - _EXPONENTS) * (edges[:-1] + edges[1:]) / 2)
+    numbers = torch.cat(positive)
+    return torch.cat([-numbers, numbers, torch.tensor([0.0, 1.0])]).sort().values
+
+
+@dataclass(frozen=True)
+class NestedScale:
+    """Scales [O, G] as they are stored.
+
+    Attributes:
+        codes: uint8 [O, G], places in `dynamic_map`.
+        largest: float32 [ceil(O * G / 256)], what the codes of each block are multiplied with.
+        offset: float32 [1], what is added then.
+    """
+
+    codes: Tensor
+    largest: Tensor
+    offset: Tensor
+
+    def scale(self) -> Tensor:
+        """What the codes stand for: float16 [O, G], as kernels take it."""
+        numbers = dynamic_map().to(self.largest.device)[self.codes.int()].flatten()
+        sizes = self.largest.repeat_interleave(BLOCK_SIZE)[: numbers.numel()]
+        return (numbers * sizes + self.offset).view(self.codes.shape).half()
+
+    def to(self, device: torch.device | str) -> NestedScale:
+        """The same on another device."""
+        return NestedScale(self.codes.to(device), self.largest.to(device), self.offset.to(device))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {
+            "scale_code": self.codes,
+            "scale_largest": self.largest,
+            "scale_offset": self.offset,
+        }
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> NestedScale:
+        """Undo `to_tensors`."""
+        return NestedScale(tensors["scale_code"], tensors["scale_largest"], tensors["scale_offset"])
+
+
+def nest(scale: Tensor) -> NestedScale:
+    """Round scales [O, G], any float dtype, to the nearest numbers that are stored."""
+    flat = scale.detach().float().flatten()
+    offset = flat.mean()
+    shifted = flat - offset
+    padded = torch.nn.functional.pad(shifted, (0, -len(shifted) % BLOCK_SIZE))
+    largest = padded.view(-1, BLOCK_SIZE).abs().amax(1)
+    # Scales that are all alike need no codes; any divisor will do.
+    sizes = torch.where(largest > 0, largest, 1.0).repeat_interleave(BLOCK_SIZE)[: len(flat)]
+    numbers = dynamic_map().to(flat.device)
+    codes = torch.bucketize(shifted / sizes, (numbers[1:] + numbers[:-1]) / 2)
+    return NestedScale(codes.to(torch.uint8).view(scale.shape), largest, offset.view(1))
+
+
+def nested_bytes(n_scales: int) -> int:
+    """Bytes that `n_scales` scales take."""
+    return n_scales + 4 * -(-n_scales // BLOCK_SIZE) + 4
