@@ -56,9 +56,8 @@ SHAPES = {
 SMALL = Shape(512, 4, 8, 2, 2048, 20_480)
 
 
-def make_checkpoint(folder: Path, shape: Shape) -> Path:
-    """Write a random checkpoint of this shape; one shard is in memory at a time."""
-    folder.mkdir(parents=True)
+def sizes_of(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Name and size of every tensor, as gte-Qwen2's files have them."""
     d, kv = shape.hidden, shape.hidden // shape.heads * shape.kv_heads
     parts = {
         "input_layernorm.weight": (d,),
@@ -78,6 +77,31 @@ def make_checkpoint(folder: Path, shape: Shape) -> Path:
     for i in range(shape.layers):
         sizes |= {f"layers.{i}.{name}": size for name, size in parts.items()}
     sizes["norm.weight"] = (d,)
+    return sizes
+
+
+def write_configs(folder: Path, shape: Shape) -> None:
+    """config.json of this shape, and the embedded model's tokenizer."""
+    nano = ASSETS / "nano"
+    config = json.loads((nano / "config.json").read_text())
+    config |= {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocabulary,
+        "layer_types": ["full_attention"] * shape.layers,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(nano / name, folder / name)
+
+
+def make_checkpoint(folder: Path, shape: Shape) -> Path:
+    """Write a random checkpoint of this shape; one shard is in memory at a time."""
+    folder.mkdir(parents=True)
+    sizes = sizes_of(shape)
     shards: list[list[str]] = [[]]
     room = SHARD_BYTES
     for name, size in sizes.items():
@@ -97,20 +121,7 @@ def make_checkpoint(folder: Path, shape: Shape) -> Path:
     total = sum(2 * torch.Size(size).numel() for size in sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    nano = ASSETS / "nano"
-    config = json.loads((nano / "config.json").read_text())
-    config |= {
-        "hidden_size": d,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "vocab_size": shape.vocabulary,
-        "layer_types": ["full_attention"] * shape.layers,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(nano / name, folder / name)
+    write_configs(folder, shape)
     return folder
 
 

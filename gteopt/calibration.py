@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from gteopt.encoder import Encoder, Role, Tokens, fill_
 from gteopt.errors import InputError, NumericsError, UnsupportedError, join_problems
+from gteopt.kernels.cpu import multiplies_bfloat16
 from gteopt.quant.gptq import HessianAccumulator
 from gteopt.recipe import Calibration
 from gteopt.records import CalibrationRecord
@@ -403,7 +404,7 @@ def replay_dtype(encoder: Encoder) -> torch.dtype:
 
 def emulates_bfloat16(device: str) -> bool:
     """Whether products of bfloat16 are slower than those of float32 on "cpu" or "cuda"."""
-    return device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device == "cpu" and not multiplies_bfloat16()
 
 
 def _cast(value: Any, old: torch.dtype, new: torch.dtype, done: dict[int, Tensor]) -> Any:

@@ -419,6 +419,7 @@ def describe(
         build_skeleton(checkpoint),
         load_tokenizer(checkpoint),
         nn.Identity(),
+        None,
         _load_vectors(checkpoint),
         torch.device(device),
         parse_dtype(_dtype_of(checkpoint, dtype)),

@@ -40,11 +40,9 @@ from gteopt.records import Inspection, RecipeEstimate
 _DEQUANT_BYTES = 1 + 2 + 4
 _WRITE_BYTES = 2 * 256 << 20
 """Files that blocks are put together in, while they are converted."""
-_LIBRARY_BYTES = 64 << 20
-"""What libraries take at their first use: the tokenizer, scratch space of matrix products."""
-_KEPT_SHARE = 0.05
-"""Freed memory that the allocator keeps. These two are measured, not derived: the builds in
-benchmarks/results/scale.json."""
+_KEPT_SHARE, _MOST_KEPT_BYTES = 0.4, 220_000_000
+"""Freed memory that the allocator keeps (the C library returns only what is larger than 32 MB at
+once) and scratch space of libraries. Measured, not derived: benchmarks/results/scale.json."""
 _SEARCH_BYTES = 64 << 20
 """A few million weights on trial grids."""
 
@@ -207,7 +205,7 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
     blocks_name = plan.blocks
     if blocks_name is None:
         # The model, and its bytes while they are written.
-        return _LIBRARY_BYTES + 2 * sizes.full_bytes
+        return 2 * sizes.full_bytes
     module = sizes.skeleton.get_submodule(blocks_name)
     blocks = [dict(block.named_parameters()) for block in module.children()]
     in_blocks = sum(p.numel() for block in blocks for p in block.values())
@@ -229,7 +227,8 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
     if plan.choices:  # measured with the whole model in memory
         held += in_blocks * sizes.item_bytes
     finish = held + min(_WRITE_BYTES, 2 * sizes.packed_bytes) + frame
-    peak = _LIBRARY_BYTES + int((1 + _KEPT_SHARE) * max(load, held + block, finish))
+    peak = max(load, held + block, finish)
+    peak += min(int(_KEPT_SHARE * peak), _MOST_KEPT_BYTES)
     if not isinstance(recipe.weights, GptqWeights) or recipe.weights.effort == "fast":
         return peak
     n_weights = sum(

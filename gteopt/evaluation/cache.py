@@ -6,8 +6,8 @@ full. Refuses to know: mteb, tasks, how vectors are shortened and coded.
     FOLDER/<weights>/<sha256 of the file>.safetensors    keys [N, 32], vectors [N, full_dims]
 
 `<weights>` stands for everything that a vector depends on besides its text: the files that are
-loaded (not what an artifact does to vectors after the model), dtype, kind of device, the layers
-that run there, versions of torch and transformers. Artifacts that differ only in dimensions and
+loaded (not what an artifact does to vectors after the model), dtype, kind of device and how it
+rounds, versions of torch and transformers. Artifacts that differ only in dimensions and
 codes share it. A key is the SHA-256 of prompt and text.
 
 A shard is written beside and renamed, and is named by its content: a killed process leaves whole
@@ -375,12 +375,13 @@ def cut(texts: Iterable[str], role: Role, instruction: str | None) -> list[Shard
 
 def vector_identity(encoder: Encoder, dtype: CacheDtype = "float16") -> dict[str, str]:
     """What full-dimension vectors depend on besides their text."""
+    from gteopt.kernels import arithmetic  # seconds, for torch
+
     return {
         "weights": encoder.checkpoint.weights_sha256,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "device": encoder.device.type,
-        # What rounds activations to 8 bits on one processor rounds them to 7 on another.
-        "kernels": json.dumps(encoder.kernels),
+        "arithmetic": arithmetic(encoder.device),
         "stored": dtype,
         "torch": version("torch"),
         "transformers": version("transformers"),

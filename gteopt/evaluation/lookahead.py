@@ -70,7 +70,12 @@ class _NoSearch(TaskModel):
 
 
 def upcoming_shards(
-    resolved: ResolvedTask, cache: VectorCache, instruction: str | None, planned: set[bytes]
+    resolved: ResolvedTask,
+    cache: VectorCache,
+    instruction: str | None,
+    planned: set[bytes],
+    *,
+    on_documents: bool,
 ) -> list[Shard]:
     """Shards that scoring a task on this cache will encode, in order.
 
@@ -80,6 +85,7 @@ def upcoming_shards(
         instruction: as the task will be scored with.
         planned: keys of texts that earlier tasks will have encoded by then; those of this one are
             added.
+        on_documents: see `TaskModel`.
     """
     recorder: Any = _Recorder(cache, planned)
     view = View("look-ahead", "", identity(_DIMS))
@@ -87,7 +93,7 @@ def upcoming_shards(
     generators = deepcopy((task.rng_state, task.np_rng))
     with isolated(offline=True):
         for split in resolved.splits:
-            model = _NoSearch(recorder, view, instruction, on_documents=resolved.symmetric)
+            model = _NoSearch(recorder, view, instruction, on_documents=on_documents)
             # A metric may fail on random vectors. What is then missing here is encoded when it is
             # asked for, one request at a time.
             with suppress(Exception):

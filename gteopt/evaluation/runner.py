@@ -506,7 +506,13 @@ class _Ahead:
             takes = self._cache.encoder.takes_instructions
             instruction = each.instruction if takes else None
             planned = set(self._planned)
-            shards = upcoming_shards(each, self._cache, instruction, planned)
+            shards = upcoming_shards(
+                each,
+                self._cache,
+                instruction,
+                planned,
+                on_documents=_on_documents(self._cache.encoder, each),
+            )
             self._planned = planned - self._planned
             self._shards.append(shards)
             self._encode.expect(shards)

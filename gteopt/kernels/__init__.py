@@ -17,6 +17,7 @@ from gteopt.kernels.cpu import (
     Int8LinearCpu,
     activation_bits,
     int4_runs_here,
+    multiplies_bfloat16,
 )
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
 from gteopt.quant.affine import PackedWeight
@@ -60,6 +61,16 @@ def make_linear(
         layer.register_buffer("order", order.to(device))
         layer.register_forward_pre_hook(_reorder)
     return layer
+
+
+def arithmetic(device: torch.device) -> str:
+    """What decides the rounding of a product on a kind of device, besides weights and dtype.
+
+    Of a CPU it is this machine's: one rounds activations to 8 bits where another rounds to 7.
+    """
+    if device.type != "cpu":
+        return device.type
+    return f"int8 x {activation_bits()} bits, {'bf16' if multiplies_bfloat16() else 'fp32'}"
 
 
 def _cuda_kernel(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> _Kernel | None:
