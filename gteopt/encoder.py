@@ -369,6 +369,47 @@ def load(
     return load_checkpoint(checkpoint, device=device, dtype=dtype)
 
 
+def describe(
+    source: str | Path,
+    *,
+    device: str,
+    dtype: str = "auto",
+    hub_dir: Path | None = None,
+    revision: str | None = None,
+) -> Encoder:
+    """An encoder without weights: it knows everything about itself, and others encode for it.
+
+    Its parameters are on the meta device; to embed with it is an error of ours.
+
+    Args:
+        source: see `load`, as for the others.
+        device: kind of device that encodes for it, which this machine may lack.
+        dtype: see `load`.
+        hub_dir: see `load`.
+        revision: see `load`.
+
+    Raises:
+        InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision)
+    return Encoder(
+        checkpoint=checkpoint,
+        module=build_skeleton(checkpoint),
+        tokenizer=load_tokenizer(checkpoint),
+        dense=nn.Identity(),
+        latent=None,
+        vectors=_load_vectors(checkpoint),
+        device=torch.device(device),
+        dtype=parse_dtype(_dtype_of(checkpoint, dtype)),
+    )
+
+
+def _dtype_of(checkpoint: Checkpoint, dtype: str) -> str:
+    if dtype != "auto":
+        return dtype
+    return checkpoint.manifest.base.dtype if checkpoint.manifest else "bfloat16"
+
+
 def load_checkpoint(
     checkpoint: Checkpoint,
     *,
@@ -387,9 +428,7 @@ def load_checkpoint(
             architecture does, everything is read at once all the same.
     """
     where = _device(device)
-    if dtype == "auto":
-        dtype = checkpoint.manifest.base.dtype if checkpoint.manifest else "bfloat16"
-    kind = parse_dtype(dtype)
+    kind = parse_dtype(_dtype_of(checkpoint, dtype))
     manifest = checkpoint.manifest
     if checkpoint.quantization or (manifest is not None and manifest.layers):
         module = _load_packed(checkpoint, where, kind)

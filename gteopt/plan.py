@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -24,7 +24,7 @@ from gteopt.bench import bench
 from gteopt.build import fit_transforms, quantize, restyle
 from gteopt.checkpoint import NANO, open_checkpoint
 from gteopt.choose import choose
-from gteopt.encoder import Encoder, load
+from gteopt.encoder import Encoder, describe, load
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
 from gteopt.evaluation import (
     ENCODE_OPTIONS,
@@ -41,6 +41,7 @@ from gteopt.evaluation import (
     settle,
     view_of,
 )
+from gteopt.evaluation.workers import Workers
 from gteopt.machine import machine, versions
 from gteopt.recipe import (
     DEFAULT_MARGIN,
@@ -73,6 +74,7 @@ def run(
     beside: Path | None = None,
     hub_dir: Path | None = None,
     device: str = "auto",
+    workers: Workers | None = None,
     progress: Progress = quiet,
 ) -> Results:
     """Carry out a plan, or what is left of it, and return everything measured.
@@ -82,6 +84,7 @@ def run(
         beside: folder that the plan's relative file names are tried against.
         hub_dir: models and data sets are read from here and the network is never touched.
         device: where everything runs.
+        workers: who encodes the suite's texts instead.
         progress: told how far each step is.
 
     Raises:
@@ -100,6 +103,7 @@ def run(
         folder,
         hub_dir=hub_dir,
         device=device,
+        workers=workers,
         margin=policy.margin,
         progress=progress,
     )
@@ -220,6 +224,7 @@ def score(
     device: str,
     grid: Grid | None = None,
     options: EncodeOptions = ENCODE_OPTIONS,
+    workers: Workers | None = None,
     margin: float = DEFAULT_MARGIN,
     progress: Progress,
 ) -> dict[str, EvalReport]:
@@ -229,12 +234,31 @@ def score(
     grid, there is a report for each variant, length and code, named by the three; the baseline is
     then the first source's own vectors.
 
-    With a results folder, finished tasks are stored in it and not done twice.
+    With a results folder, finished tasks are stored in it and not done twice. With workers, they
+    encode and `device` does not matter; a grid still needs each variant in this process, which fits
+    its ranges.
     """
     reports: dict[str, EvalReport] = {}
     baseline = None
     for name, source in sources.items():
-        encoder = load(source, device=device, hub_dir=hub_dir)
+        notes: list[str] = []
+        how = options
+        if workers is None:
+            encoder = load(source, device=device, hub_dir=hub_dir)
+        else:
+            here = describe if grid is None else load
+            encoder = here(source, device=workers.device, hub_dir=hub_dir)
+            how = replace(
+                options,
+                encode=workers.encoding(
+                    encoder,
+                    source,
+                    hub_dir=hub_dir,
+                    batch_size=options.batch_size,
+                    say=notes.append,
+                ),
+                encoded_on=str(workers),
+            )
         if grid is None:
             views = {name: own_view(encoder)}
         else:
@@ -248,9 +272,10 @@ def score(
             list(views.values()),
             hub_dir=hub_dir,
             store=folder / "scores" if folder else None,
-            options=options,
+            options=how,
             progress=progress,
         )
+        runs = [replace(run, notes=(*run.notes, *notes)) for run in runs]
         if baseline is None:
             baseline = next(run for run in runs if run.encoder_sha256 == encoder.sha256)
         for done, (row, run) in enumerate(zip(views, runs, strict=True)):

@@ -81,6 +81,8 @@ def test_recipes_and_suites_list_what_ships(call: Call) -> None:
         (["quantize", "nano", "--recipe", "gptq-int5", "--out", "x"], "did you mean gptq-int"),
         (["quantize", "nan", "--recipe", "int8", "--out", "x"], "did you mean nano"),
         (["evaluate", "nano", "--suite", "mimi"], "did you mean mini"),
+        (["evaluate", "nano", "--suite", "mini", "--devices", "cpu,gpu"], "name GPUs, each once"),
+        (["evaluate", "nano", "--suite", "mini", "--devices", "cpu", "--ray", "auto"], "one of th"),
         (["run", "dmo"], "did you mean demo"),
         (["run", "no/such/plan.yaml"], "no/such/plan.yaml does not exist"),
         (["choose", ".", "--policy", "balanced"], "is not a results folder"),

@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +77,22 @@ class EncodeShards(Protocol):
         self, shards: Sequence[Shard], progress: Progress
     ) -> Iterator[tuple[Shard, Floats]]:
         """Each shard with its vectors [N, full_dims]; `progress` counts texts of all of them."""
+
+
+@runtime_checkable
+class EncodeAhead(Protocol):
+    """Encodes shards, and may begin before it is asked."""
+
+    def __call__(
+        self, shards: Sequence[Shard], progress: Progress
+    ) -> Iterator[tuple[Shard, Floats]]:
+        """See `EncodeShards`."""
+
+    def expect(self, shards: Sequence[Shard]) -> None:
+        """These will be asked for, in this order."""
+
+    def forget(self, shards: Sequence[Shard]) -> None:
+        """Whichever of these was not asked for will not be."""
 
 
 class LocalEncoding:
@@ -232,6 +248,15 @@ class VectorCache:
         if not texts:
             return np.empty((0, self.encoder.full_dims), np.float32)
         return np.stack([found[digest] for digest in digests]).astype(np.float32)
+
+    def missing(
+        self, texts: Sequence[str], role: Role, instruction: str | None
+    ) -> dict[bytes, str]:
+        """Texts that `embed` would encode, by key; files are not checked."""
+        prompt = self.encoder.prompt(role, instruction)
+        self._look_for_new_shards()
+        wanted = {_digest(prompt, text): text for text in texts}
+        return {key: text for key, text in wanted.items() if key not in self._where}
 
     def _rounded(self, vectors: Floats) -> Stored:
         """Unit rows in the stored dtype. Only directions are ever scored, and unit rows are where

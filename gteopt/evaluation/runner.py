@@ -40,8 +40,10 @@ from gteopt.errors import (
 from gteopt.evaluation.cache import (
     DEFAULT_BYTES,
     CacheDtype,
+    EncodeAhead,
     EncodeShards,
     LocalEncoding,
+    Shard,
     VectorCache,
     vector_identity,
 )
@@ -90,12 +92,14 @@ class EncodeOptions:
         cache_bytes: most that the cache of vectors takes.
         dtype: of the cached vectors.
         encode: encodes shards of texts; None does it here, one after the other.
+        encoded_on: what reports call the place where that happens.
     """
 
     batch_size: int = 32
     cache_bytes: int = DEFAULT_BYTES
     dtype: CacheDtype = "float16"
     encode: EncodeShards | None = None
+    encoded_on: str = "this process"
 
 
 ENCODE_OPTIONS = EncodeOptions()
@@ -407,7 +411,9 @@ def _run(
     )
     failed: dict[str, list[FailedTask]] = {view.sha256: [] for view in views}
     counts = {view.sha256: [0, 0] for view in views}
+    ahead = _Ahead(options.encode, cache, waiting)
     for position, each in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
+        ahead.look(position - (len(tasks) - len(waiting) + 1))
         try:
             # A task draws from generators that it owns; every view has to see the same draws.
             generators = deepcopy((each.task.rng_state, each.task.np_rng))
@@ -443,7 +449,7 @@ def _run(
         finally:
             each.task.unload_data()
     sample = sampler.sample()
-    conditions = _conditions(encoder, options.dtype)
+    conditions = {**_conditions(encoder, options.dtype), "encoded_on": options.encoded_on}
     return [
         SuiteRun(
             encoder=view.name,
@@ -473,6 +479,43 @@ def _run(
         )
         for view in views
     ]
+
+
+class _Ahead:
+    """Lets workers begin with the next task's texts while a task is scored; see `EncodeAhead`."""
+
+    def __init__(
+        self, encode: EncodeShards | None, cache: VectorCache, tasks: Sequence[ResolvedTask]
+    ) -> None:
+        self._encode = encode if isinstance(encode, EncodeAhead) else None
+        self._cache = cache
+        self._tasks = tasks
+        self._planned: set[bytes] = set()  # by the last task that was looked at
+        self._shards: list[list[Shard]] = []
+
+    def look(self, position: int) -> None:
+        """The task at `position` is about to be scored, the one before it was."""
+        from gteopt.evaluation.lookahead import upcoming_shards
+
+        if self._encode is None:
+            return
+        if position > 0:
+            self._encode.forget(self._shards[position - 1])
+            self._shards[position - 1] = []
+        for each in self._tasks[len(self._shards) : position + 2]:
+            takes = self._cache.encoder.takes_instructions
+            instruction = each.instruction if takes else None
+            planned = set(self._planned)
+            shards = upcoming_shards(
+                each,
+                self._cache,
+                instruction,
+                planned,
+                on_documents=_on_documents(self._cache.encoder, each),
+            )
+            self._planned = planned - self._planned
+            self._shards.append(shards)
+            self._encode.expect(shards)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""What a task will ask to be encoded, found by running it on vectors that stand for nothing.
+
+mteb's tasks decide as they go which texts they need (ten training sets, the documents of a
+clustering), but by their own generators, never by the vectors. On a few random dimensions a task
+takes little time and asks for the very texts, in the very order, that it will ask for again.
+
+Refuses to know: who encodes, scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gteopt.evaluation.adapter import TaskModel
+from gteopt.evaluation.cache import Shard, VectorCache, cut
+from gteopt.evaluation.isolation import isolated
+from gteopt.evaluation.views import View
+from gteopt.quant.vectors import identity
+from gteopt.recipe import Progress
+
+if TYPE_CHECKING:
+    from gteopt.encoder import Role
+    from gteopt.evaluation.tasks import ResolvedTask
+
+_DIMS = 8
+
+
+class _Recorder:
+    """Stands for a cache: notes the shards that it would have encoded."""
+
+    def __init__(self, cache: VectorCache, planned: set[bytes]) -> None:
+        self.encoder = cache.encoder
+        self.shards: list[Shard] = []
+        self._cache = cache
+        self._planned = planned
+        self._rng = np.random.default_rng(0)
+
+    def embed(
+        self, texts: Sequence[str], role: Role, instruction: str | None, progress: Progress
+    ) -> npt.NDArray[np.float32]:
+        """Random unit vectors."""
+        missing = {
+            digest: text
+            for digest, text in self._cache.missing(texts, role, instruction).items()
+            if digest not in self._planned
+        }
+        self._planned |= missing.keys()
+        self.shards += cut(missing.values(), role, instruction)
+        vectors = self._rng.standard_normal((len(texts), _DIMS)).astype(np.float32)
+        unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return unit
+
+
+class _NoSearch(TaskModel):
+    """Encodes what a search needs, and finds the first documents."""
+
+    def search(
+        self, queries: Any, *, task_metadata: Any, top_k: int, top_ranked: Any = None, **_: Any
+    ) -> dict[str, dict[str, float]]:
+        """One document a query."""
+        self._codes = self._codes[:1]
+        found = super().search(queries, task_metadata=task_metadata, top_k=1, top_ranked=None)
+        return dict(found)
+
+
+def upcoming_shards(
+    resolved: ResolvedTask,
+    cache: VectorCache,
+    instruction: str | None,
+    planned: set[bytes],
+    *,
+    on_documents: bool,
+) -> list[Shard]:
+    """Shards that scoring a task on this cache will encode, in order.
+
+    Args:
+        resolved: a task with its data; its generators are left as they were.
+        cache: what it holds is not encoded again.
+        instruction: as the task will be scored with.
+        planned: keys of texts that earlier tasks will have encoded by then; those of this one are
+            added.
+        on_documents: see `TaskModel`.
+    """
+    recorder: Any = _Recorder(cache, planned)
+    view = View("look-ahead", "", identity(_DIMS))
+    task = resolved.task
+    generators = deepcopy((task.rng_state, task.np_rng))
+    with isolated(offline=True):
+        for split in resolved.splits:
+            model = _NoSearch(recorder, view, instruction, on_documents=on_documents)
+            # A metric may fail on random vectors. What is then missing here is encoded when it is
+            # asked for, one request at a time.
+            with suppress(Exception):
+                task.evaluate(model, split, encode_kwargs={"batch_size": 32})
+    task.rng_state, task.np_rng = generators
+    shards: list[Shard] = recorder.shards
+    return shards

@@ -1,0 +1,231 @@
+"""Other processes and a real Ray cluster encode to the same bits, also when a worker is killed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from safetensors.numpy import load_file
+
+import gteopt
+from gteopt.encoder import Encoder, describe
+from gteopt.errors import InputError, IntegrityError, NumericsError, UnsupportedError
+from gteopt.evaluation import EncodeOptions, Suite, SuiteRun, cache, run_suite
+from gteopt.evaluation.cache import LocalEncoding, Shard
+from gteopt.evaluation.workers import Workers, local_workers, ray_workers
+from gteopt.recipe import Progress, quiet
+
+SUITE = Suite.model_validate(
+    {
+        "schema": "gteopt.suite/1",
+        "name": "few",
+        "tasks": [{"task": "MiniSTS", "subsets": ["en", "fr"]}],
+    }
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shards() -> Iterator[None]:
+    """Several shards a request, and one thread, which every worker then has as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SHARD_TEXTS", 6)
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module")
+def nano() -> Encoder:
+    return gteopt.load("nano", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def alone(nano: Encoder, tmp_path_factory: pytest.TempPathFactory) -> tuple[SuiteRun, Path]:
+    store = tmp_path_factory.mktemp("alone")
+    return run_suite(nano, SUITE, store=store), store
+
+
+def cached(store: Path) -> dict[bytes, bytes]:
+    """Bytes of every vector on disk, by the key of its text."""
+    found: dict[bytes, bytes] = {}
+    for path in (store / "vectors").rglob("*.safetensors"):
+        shard = load_file(path)
+        assert len(shard["keys"]) <= 6
+        pairs = zip(shard["keys"], shard["vectors"], strict=True)
+        found |= {key.tobytes(): vector.tobytes() for key, vector in pairs}
+    return found
+
+
+def run_killing(
+    workers: Workers, store: Path, kill: Callable[[], None]
+) -> tuple[SuiteRun, list[str]]:
+    """A run of which one worker is killed after its first shard but one."""
+    killed: list[str] = []
+    notes: list[str] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if not killed and 6 < done < total - 12 and "MiniSTS" in what:
+            killed.append(what)
+            kill()
+
+    encoder = describe("nano", device=workers.device)
+    encode = workers.encoding(encoder, "nano", hub_dir=None, say=notes.append)
+    options = EncodeOptions(encode=encode)
+    run = run_suite(encoder, SUITE, store=store, options=options, progress=progress)
+    assert killed
+    return run, notes
+
+
+def assert_same_bits(found: SuiteRun, store: Path, alone: tuple[SuiteRun, Path]) -> None:
+    run, of_run = alone
+    assert found.failed == ()
+    assert found.scores == run.scores
+    assert cached(store) == cached(of_run)
+    for key, samples in run.samples.items():
+        for name, array in samples.arrays.items():
+            np.testing.assert_array_equal(found.samples[key].arrays[name], array)
+    for side, each in run.sample.items():
+        np.testing.assert_array_equal(found.sample[side].vectors, each.vectors)
+
+
+def test_two_processes_of_which_one_is_killed_give_the_bits_of_one(
+    alone: tuple[SuiteRun, Path], tmp_path: Path
+) -> None:
+    with local_workers(["cpu", "cpu"]) as workers:
+
+        def kill() -> None:
+            busy: Any = next(iter(workers.opened()))
+            busy.process.kill()
+
+        run, notes = run_killing(workers, tmp_path, kill)
+        assert workers.n_lost == 1
+        (note,) = notes
+        assert "exit code -9" in note
+        assert "encoded again" in note
+        opened: list[Any] = workers.opened()
+        processes = [worker.process for worker in opened]
+    assert_same_bits(run, tmp_path, alone)
+    assert len(cached(tmp_path)) == 192
+    for process in processes:
+        process.join(30)
+        assert not process.is_alive()
+
+
+def test_a_ray_cluster_that_is_not_there_is_told_with_what_starts_one() -> None:
+    pytest.importorskip("ray", reason="comes with the ray extra")
+    with pytest.raises(InputError, match=r"--ray auto: no Ray cluster(.|\n)*ray start --head"):
+        ray_workers("auto", n_threads=1)
+
+
+def test_a_ray_cluster_of_which_one_node_is_killed_gives_the_bits_of_one_process(
+    alone: tuple[SuiteRun, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    pytest.importorskip("ray", reason="comes with the ray extra")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    try:
+        with ray_workers(cluster.address, n_threads=1) as workers:
+            assert len(workers) == 2
+
+            def kill() -> None:
+                # Not the node through which this process talks to the cluster.
+                own = ray.get_runtime_context().get_node_id()
+                other = next(node for node in nodes if node.node_id != own)
+                cluster.remove_node(other, allow_graceful=False)
+
+            run, notes = run_killing(workers, tmp_path, kill)
+            assert workers.n_lost >= 1
+    finally:
+        cluster.shutdown()
+    assert any("was lost" in note for note in notes)
+    assert_same_bits(run, tmp_path, alone)
+
+
+class Listening(LocalEncoding):
+    """Encodes here, and keeps what it was told to expect and asked for."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__(encoder, 32)
+        self.expected: list[Shard] = []
+        self.asked: list[Shard] = []
+
+    def __call__(self, shards: Sequence[Shard], progress: Progress) -> Any:
+        self.asked += shards
+        return super().__call__(shards, progress)
+
+    def expect(self, shards: Sequence[Shard]) -> None:
+        self.expected += shards
+
+    def forget(self, shards: Sequence[Shard]) -> None:
+        assert set(shards) <= set(self.asked)
+
+
+def test_what_tasks_will_ask_for_is_known_before_and_leaves_their_scores_alone(
+    nano: Encoder,
+) -> None:
+    """On a task of every type; some of their texts are those of an earlier one."""
+    tasks: list[dict[str, Any]] = [
+        {"task": "MiniRetrieval"},
+        {"task": "MiniTopicClustering", "subsets": ["en"]},
+        {"task": "MiniIntentClassification"},
+        {"task": "MiniBitextMining", "subsets": ["en-fr"]},
+        {"task": "MiniSTS", "subsets": ["en", "fr"]},
+    ]
+    suite = SUITE.model_validate({"schema": "gteopt.suite/1", "name": "types", "tasks": tasks})
+    listening = Listening(nano)
+    run = run_suite(nano, suite, options=EncodeOptions(encode=listening))
+    assert not run.failed
+    assert listening.expected == listening.asked
+    assert len(set(listening.asked)) == len(listening.asked) > 100
+    assert run.scores == run_suite(nano, suite).scores
+
+
+def test_what_a_worker_raises_is_raised_here_and_it_lives_on(nano: Encoder, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    broken = gteopt.load("nano", device="cpu")
+    shutil.copytree(broken.checkpoint.folder, folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    shard = Shard("document", None, ("a text",))
+    with local_workers(["cpu"]) as workers:
+        encoder = describe(folder, device="cpu")
+        with pytest.raises(NumericsError, match="NaN"):
+            list(workers.encoding(encoder, str(folder), hub_dir=None)([shard], quiet))
+        # Another model's hash than its files have: what a node with other files would send.
+        elsewhere = workers.encoding(encoder, "nano", hub_dir=None)
+        with pytest.raises(IntegrityError, match="holds other files"):
+            list(elsewhere([shard], quiet))
+        ((_, vectors),) = workers.encoding(nano, "nano", hub_dir=None)([shard], quiet)
+        assert workers.n_lost == 0
+    np.testing.assert_array_equal(vectors, nano.embed(["a text"]))
+
+
+def test_an_encoder_that_is_only_described_knows_all_but_its_weights(nano: Encoder) -> None:
+    found = describe("nano", device="cpu")
+    assert (found.sha256, found.full_dims, found.dtype) == (nano.sha256, 256, torch.bfloat16)
+    assert found.prompt("query", "Find.") == nano.prompt("query", "Find.")
+    assert all(parameter.is_meta for parameter in found.module.parameters())
+
+
+@pytest.mark.parametrize("devices", [[], ["cpu", "cuda:0"], ["cuda", "cuda"], ["cuda:0", "cuda:0"]])
+def test_devices_that_make_no_sense_are_refused(devices: list[str]) -> None:
+    with pytest.raises(InputError, match="name GPUs, each once"):
+        local_workers(devices)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU")
+def test_a_gpu_that_is_not_there_is_told() -> None:
+    with pytest.raises(UnsupportedError, match=r"torch sees 0 GPU\(s\)"):
+        local_workers(["cuda:0", "cuda:1"])
