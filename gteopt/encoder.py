@@ -415,14 +415,14 @@ def describe(
     """
     checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision)
     return Encoder(
-        checkpoint,
-        build_skeleton(checkpoint),
-        load_tokenizer(checkpoint),
-        nn.Identity(),
-        None,
-        _load_vectors(checkpoint),
-        torch.device(device),
-        parse_dtype(_dtype_of(checkpoint, dtype)),
+        checkpoint=checkpoint,
+        module=build_skeleton(checkpoint),
+        tokenizer=load_tokenizer(checkpoint),
+        dense=nn.Identity(),
+        latent=None,
+        vectors=_load_vectors(checkpoint),
+        device=torch.device(device),
+        dtype=parse_dtype(_dtype_of(checkpoint, dtype)),
     )
 
 
