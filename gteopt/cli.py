@@ -34,7 +34,7 @@ from gteopt.errors import GteoptError, InputError
 
 if TYPE_CHECKING:
     from gteopt.evaluation.workers import Workers
-    from gteopt.recipe import Frozen
+    from gteopt.recipe import BenchSpec, Frozen
     from gteopt.records import Inspection, Manifest, Publication, Results
 
 _GOES_ON = "what is finished is kept, and the same command goes on from there"
