@@ -217,8 +217,12 @@ def test_schemes_that_no_kernel_has_are_refused(scheme: dict[str, Any], reason: 
 @pytest.mark.parametrize(
     ("scheme", "weights", "reason"),
     [
-        (W8A8 | {"element": "e4m3"}, {"effort": "best"}, "element: e4m3 are not tuned"),
-        (W8A8, {"effort": "best"}, "activation_bits: 8 or element"),
+        (
+            W8A8 | {"element": "e4m3"},
+            {"effort": "best"},
+            "element: e4m3 or nested_scales: true are not tuned",
+        ),
+        (W8A8, {"effort": "best"}, "activation_bits: 8, element"),
         (W8A8 | {"activation_bits": 16}, {"smooth": True}, "smooth: true is for activation_bits"),
         (W8A8, {"budget": 4.25}, "a budget chooses among schemes with activation_bits: 16"),
         (W8A8, {"choices": [W8A8]}, "choices are for a budget"),
