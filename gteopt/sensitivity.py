@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gteopt.calibration import Block, behind_blocks, open_blocks
+from gteopt.calibration import Block, behind_blocks, open_blocks, replay_dtype
 from gteopt.encoder import Encoder, fill_
 from gteopt.quant.affine import quantize_rtn
 from gteopt.recipe import LayerScheme, Progress, quiet
@@ -27,7 +27,8 @@ def measure(
 ) -> dict[str, tuple[float, ...]]:
     """Mean cosine distance to the model's own vectors with one layer rounded to nearest.
 
-    The whole model is in memory while this runs, and as it was afterwards.
+    The whole model is in memory while this runs, in float32 where the processor emulates bfloat16,
+    and as it was afterwards.
 
     Args:
         encoder: the base; its weights may still be in their files.
@@ -38,13 +39,15 @@ def measure(
     Returns:
         A loss for each of a layer's choices, not negative.
     """
-    blocks, inputs = open_blocks(encoder, tokens)
+    dtype = replay_dtype(encoder)
+    blocks, inputs = open_blocks(encoder, tokens, dtype=dtype)
     for block in blocks:
         fill_(encoder, block.name)
+        block.module.to(dtype)
     doors = [[batch.hidden for batch in inputs]]
     for block in blocks:
         doors.append(_run([block], doors[-1]))
-    wanted = behind_blocks(encoder, blocks, doors[-1], inputs)
+    wanted = behind_blocks(encoder, blocks, _in(encoder.dtype, doors[-1]), inputs)
     losses: dict[str, tuple[float, ...]] = {}
     what = f"measuring the sensitivity of {encoder.checkpoint.id}"
     for at, block in enumerate(blocks):
@@ -58,13 +61,19 @@ def measure(
                 rounded = quantize_rtn(whole, scheme, clip_search=scheme.bits < 8)
                 linear.weight.data = rounded.dequantize().to(whole.dtype)
                 hidden = _run(blocks[at:], doors[at])
-                vectors = behind_blocks(encoder, blocks, hidden, inputs)
+                vectors = behind_blocks(encoder, blocks, _in(encoder.dtype, hidden), inputs)
                 distance = 1 - nn.functional.cosine_similarity(vectors, wanted).mean().item()
                 found.append(max(0.0, distance))
             linear.weight.data = whole
             losses[layer] = tuple(found)
     progress(what, len(losses), len(choices))
+    for block in blocks:
+        block.module.to(encoder.dtype)  # exactly what it was: float32 holds every bfloat16
     return losses
+
+
+def _in(dtype: torch.dtype, hidden: Sequence[Tensor]) -> list[Tensor]:
+    return [each.to(dtype) for each in hidden]
 
 
 def _run(blocks: Sequence[Block], hidden: Sequence[Tensor]) -> list[Tensor]:
