@@ -405,6 +405,8 @@ def ray_workers(address: str, *, device: str = "auto", n_threads: int) -> Worker
         else sum(int(each.get("CPU", 0)) // n_threads for each in resources)
     )
     if n_workers == 0:
+        if is_ours:
+            ray.shutdown()
         wanted = "a GPU" if kind == "cuda" else f"{n_threads} free cores (OMP_NUM_THREADS)"
         raise UnsupportedError(f"--ray {address}: no node of the cluster has {wanted}")
     claim = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": n_threads}
