@@ -94,9 +94,12 @@ def write_model(
         save_tensors(stage / WEIGHTS / f"{_REST}.safetensors", rest)
         form = FORMATS.get(layout) if layout is not None else None
         if form is not None:
+            schemes = {each.name: each.scheme for each in layers}
+            linears = [n for n, m in encoder.module.named_modules() if isinstance(m, nn.Linear)]
             config["quantization_config"] = form.quantization_config(
-                {each.name: each.scheme for each in layers},
-                [n for n, m in encoder.module.named_modules() if isinstance(m, nn.Linear)],
+                schemes,
+                # A build that was resumed need not have put its packed layers into the model.
+                [name for name in linears if name not in schemes],
                 blocks,
                 f"gteopt:{__version__}",
             )

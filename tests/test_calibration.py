@@ -112,7 +112,7 @@ def test_padding_never_counts(nano: Encoder) -> None:
     seen: list[torch.Tensor] = []
     linear = nano.module.get_submodule(layer)
     assert isinstance(linear, nn.Linear)
-    hook = linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0]))
+    hook = linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, -2)))
     for ids in tokens:
         nano.embed_tokens([ids])
     hook.remove()

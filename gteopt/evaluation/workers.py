@@ -487,7 +487,9 @@ class _Actor:
             raise WorkerLost(str(error).strip().splitlines()[0]) from error
 
     def close(self) -> None:
-        self._ray.kill(self._actor)
+        # Once the cluster is left, every call to Ray would quietly join it again.
+        if self._ray.is_initialized():
+            self._ray.kill(self._actor)
 
 
 class RayEncoder:

@@ -52,8 +52,11 @@ def make_linear(
         kernel = Fp8Reference if weight.scheme.activation_bits == 8 else DequantLinear
     elif weight.scheme.activation_bits == 8:
         kernel = _INT8_ACTIVATIONS.get(device.type, Int8Reference)
-        if kernel is Int8LinearCpu and not activation_bits():
-            kernel = Int8Reference  # a build of torch without an int8 product
+        # 0 bits: a build of torch without an int8 product. LLM.int8() is there to be compared with
+        # bitsandbytes, whose activations have 8.
+        least = 1 if weight.scheme.activation_outliers is None else 8
+        if kernel is Int8LinearCpu and activation_bits() < least:
+            kernel = Int8Reference
     elif device.type == "cpu" and dtype == torch.bfloat16 and int4_runs_here(weight.unpack()):
         kernel = Int4LinearCpu
     layer = kernel(weight, None if bias is None else bias.detach().to(dtype)).to(device)
