@@ -93,7 +93,7 @@ def test_a_second_run_does_nothing_again_and_says_the_same(
     nothing = {"n_asked_texts": 0, "n_encoded_texts": 0}  # what these count is of one run
     said = {name: each.model_copy(update=nothing) for name, each in first[0].evals.items()}
     assert again == first[0].model_copy(update={"evals": said})
-    assert steps.seen == []
+    assert [step for step in steps.seen if ": comparing with" not in step] == []
 
 
 def test_only_what_a_changed_plan_touches_is_done_again(
