@@ -735,6 +735,7 @@ def _quantize_blocks(
     compensate = isinstance(weights, GptqWeights) and weights.compensate > 0
     exact = [batch.copy() for batch in inputs] if compensate else []
     what = f"quantizing {encoder.checkpoint.id} with {recipe.name}"
+    order: list[list[str]] = []
     for i, block in enumerate(blocks):
         progress(what, i, len(blocks))
         shard = _shard(shards, i)
@@ -750,8 +751,9 @@ def _quantize_blocks(
         else:
             with _memory_errors(block.name):
                 fill_(encoder, block.name, dtype)
+            order = _order(block, inputs, order)
             records, packed, original = _quantize_block_(
-                encoder, block, inputs, exact if compensate else None, weights, plan, dtype
+                encoder, block, inputs, exact if compensate else None, order, weights, plan, dtype
             )
             tensors = _shard_tensors(block, packed, encoder.dtype)
             save_tensors(shard, tensors)
@@ -770,6 +772,21 @@ def _quantize_blocks(
         layers += records
     progress(what, len(blocks), len(blocks))
     return tuple(layers)
+
+
+def _order(block: Block, inputs: Sequence[BlockInput], known: list[list[str]]) -> list[list[str]]:
+    """The block's linear layers by their names within it, stage by stage where inputs are replayed.
+
+    Blocks of a model are alike: what is known of an earlier one holds while the names are the same,
+    which spares a forward pass.
+    """
+    within = len(block.name) + 1
+    names = [name[within:] for name in block.linears()]
+    if sorted(names) == sorted(name for stage in known for name in stage):
+        return known
+    if not inputs:
+        return [names]
+    return [[name[within:] for name in stage] for stage in stages(block, inputs)]
 
 
 @contextmanager
@@ -794,6 +811,7 @@ def _quantize_block_(
     block: Block,
     inputs: Sequence[BlockInput],
     exact: Sequence[BlockInput] | None,
+    order: Sequence[Sequence[str]],
     weights: RtnWeights | GptqWeights,
     plan: LayerPlan,
     dtype: torch.dtype,
@@ -805,6 +823,7 @@ def _quantize_block_(
         block: its weights are there.
         inputs: what the model, quantized up to here, feeds the block.
         exact: what the original model does, where the solver is to make up for the difference.
+        order: its linear layers as `stages` has them, by their names within the block.
         weights: of the recipe.
         plan: says the layers' schemes.
         dtype: what the block runs in.
@@ -817,7 +836,6 @@ def _quantize_block_(
     names = list(linears)
     records: dict[str, LayerRecord] = {}
     packed: dict[str, dict[str, Tensor]] = {}
-    order = stages(block, inputs) if isinstance(weights, GptqWeights) else [list(linears)]
     chosen: dict[str, Smoothing] = {}
     if isinstance(weights, GptqWeights) and weights.smooth:
         model_type = str(encoder.checkpoint.config["model_type"])
@@ -825,7 +843,8 @@ def _quantize_block_(
     # Smoothing has moved numbers between layers by now: both blocks read the same.
     original = Original(copy_block(block), exact) if exact is not None else None
     for stage in order:
-        wanted = [name for name in stage if name in linears]
+        within_model = [f"{block.name}.{name}" for name in stage]
+        wanted = [name for name in within_model if name in linears]
         if not wanted:
             continue
         statistics = None
@@ -835,7 +854,7 @@ def _quantize_block_(
         for name in wanted:
             linear = linears[name]
             scheme = plan.schemes[name]
-            if not bool(torch.isfinite(linear.weight).all()):
+            if not gptq.is_finite(linear.weight):
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")
             with _memory_errors(name):
                 records[name], codes = _quantize_layer(
@@ -974,7 +993,7 @@ def _quantize_layer(
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
         codes = result.weight
-        output_snr = gptq.output_snr_db(target, codes.dequantize(), statistics.hessian)
+        output_snr = result.output_snr_db
         if result.damping > weights.damping:
             notes.append(f"damping raised to {result.damping:g} for the factorisation")
         if result.n_dead:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from gteopt.encoder import Encoder, Role, Tokens, fill_
 from gteopt.errors import InputError, NumericsError, UnsupportedError, join_problems
 from gteopt.kernels.cpu import multiplies_bfloat16
-from gteopt.quant.gptq import HessianAccumulator
+from gteopt.quant.gptq import HessianAccumulator, is_finite
 from gteopt.recipe import Calibration
 from gteopt.records import CalibrationRecord
 
@@ -550,7 +550,7 @@ def accumulate_hessian(
     accumulator = HessianAccumulator(linear.in_features, linear.weight.device)
     for i, batch in enumerate(inputs):
         rows = _layer_inputs(block, layer, i, batch)
-        if not bool(torch.isfinite(rows).all()):
+        if not is_finite(rows):
             raise NumericsError(f"the input of {layer} holds NaN or infinity during calibration")
         exact = None
         if original is not None:

@@ -10,7 +10,14 @@ import torch
 
 from gteopt.errors import NumericsError
 from gteopt.quant.affine import QuantizedWeight, encode, quantize_rtn
-from gteopt.quant.gptq import HessianAccumulator, compensated, output_snr_db, solve
+from gteopt.quant.gptq import (
+    HessianAccumulator,
+    _inverse_factor,
+    compensated,
+    is_finite,
+    output_snr_db,
+    solve,
+)
 from gteopt.recipe import Bits, GroupSize, LayerScheme
 
 ALL_BITS: tuple[Bits, ...] = (2, 3, 4, 8)
@@ -195,13 +202,46 @@ def test_damping_is_raised_tenfold_until_the_hessian_factorises() -> None:
         solve(weight, hessian, scheme, act_order=True, damping=0.01, clip_search=False)
 
 
+def test_the_factor_of_a_wide_layers_inverse_is_that_of_float64() -> None:
+    """In several strips, from fewer rows than features: as badly conditioned as damping lets it.
+
+    What float32 costs is of the order of 2^-24 * cond(L).
+    """
+    hessian = hessian_of(correlated(700, 1100, seed=4))
+    hessian = (hessian + hessian.T) / 2  # to the last bit
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor, used = _inverse_factor(hessian, order, 0.01)
+    damped = hessian.double()[order][:, order]
+    damped += used * damped.diagonal().mean() * torch.eye(1100, dtype=torch.float64)
+    cond = torch.linalg.cond(damped)
+    assert cond > 1e4
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    assert torch.equal(factor, factor.triu())
+    rows = expected.norm(dim=1)
+    assert ((factor.double() - expected).norm(dim=1) / rows).max() < 10 * 2**-24 * cond.sqrt()
+
+
+def test_nan_and_infinity_are_seen_wherever_they_are() -> None:
+    values = torch.zeros(3, 5)
+    assert is_finite(values)
+    assert is_finite(torch.zeros(0))
+    for bad in (math.nan, math.inf, -math.inf):
+        for at in range(values.numel()):
+            values.view(-1)[at] = bad
+            assert not is_finite(values)
+            values.view(-1)[at] = 3.4e38
+
+
 def test_fewer_rows_than_features_still_solve() -> None:
     scheme = LayerScheme(bits=4, group_size=128, symmetric=False)
     weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
     hessian = hessian_of(correlated(20, 256, seed=0))
     result = solve(weight, hessian, scheme, act_order=True, damping=0.01, clip_search=True)
     assert result.damping == 0.01
-    assert output_snr_db(weight, result.weight.dequantize(), hessian) > 25
+    assert result.output_snr_db > 25
+    assert result.output_snr_db == pytest.approx(
+        output_snr_db(weight, result.weight.dequantize(), hessian), abs=1e-3
+    )
 
 
 def test_nan_in_weight_or_hessian_is_refused() -> None:

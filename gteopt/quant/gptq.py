@@ -95,11 +95,13 @@ class GptqResult:
         weight: the codes and their grid.
         damping: the share that was used: the one asked for, or raised until the Hessian factorised.
         n_dead: input features that were zero in every calibration row.
+        output_snr_db: as the function of that name has it.
     """
 
     weight: QuantizedWeight
     damping: float
     n_dead: int
+    output_snr_db: float
 
 
 def solve(
@@ -137,7 +139,7 @@ def solve(
             to its mean diagonal makes positive definite, or a scale beyond float16.
     """
     weight = weight.detach().float()
-    if not torch.isfinite(hessian).all():
+    if not is_finite(hessian):
         raise NumericsError(
             "the Hessian of a layer's inputs holds NaN or infinite values: the model's activations "
             "overflow on the calibration texts; load it in bfloat16 or float32"
@@ -171,11 +173,21 @@ def solve(
         rounded = quantize_rtn(weight, scheme, clip_search=clip_search)
     else:  # scales of several rows hang together: both must have the same
         rounded = round_to_grid(weight, solved)
+    kept, noise = _better_rows(solved, rounded, weight, hessian)
     return GptqResult(
-        weight=_better_rows(solved, rounded, weight, hessian),
+        weight=kept,
         damping=used,
         n_dead=int((diagonal == 0).sum()),
+        output_snr_db=ratio_db(_output_power(weight, hessian), noise),
     )
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; without a tensor of truth values, so many times faster.
+
+    NaN and infinity survive as the least or the greatest.
+    """
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def work_bytes(out_features: int, in_features: int) -> int:
@@ -226,20 +238,25 @@ def output_snr_db(weight: Tensor, approximation: Tensor, hessian: Tensor) -> flo
         approximation: the dequantized weight, [O, I]; E = W - approximation.
         hessian: H, float32 [I, I], mean of x x^T over the inputs.
     """
-    signal = noise = 0.0
-    for start, end in _row_spans(weight):
-        rows = weight[start:end].float()
-        signal += _row_errors(rows, hessian).double().sum().item()
-        noise += _row_errors(rows - approximation[start:end].float(), hessian).double().sum().item()
-    return ratio_db(signal, noise)
+    noise = _output_power(weight.float() - approximation.float(), hessian)
+    return ratio_db(_output_power(weight, hessian), noise)
+
+
+def _output_power(weight: Tensor, hessian: Tensor) -> float:
+    """tr(W H W^T), some rows at a time."""
+    return sum(
+        _row_errors(weight[start:end].float(), hessian).double().sum().item()
+        for start, end in _row_spans(weight)
+    )
 
 
 def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper triangular U with U^T U = (H + damping * mean diagonal)^-1, and the damping used.
 
     H stands for the Hessian with its rows and columns in `order`. With J reversing an axis and
-    J H J = L L^T, U = J L^-1 J: one factorisation and one triangular inverse, both in float64 and
-    in the memory of one matrix, without forming H^-1. The result is float32.
+    J H J = L L^T, U = J L^-1 J: one factorisation in float64, in the memory of one matrix, and one
+    triangular inverse in float32 (the condition of L is the square root of H's), without forming
+    H^-1.
 
     Raises:
         NumericsError: no damping up to `_MOST_DAMPING` makes the matrix positive definite.
@@ -250,16 +267,17 @@ def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Ten
     work = torch.empty(n, n, dtype=torch.float64, device=hessian.device)
     used = damping
     while used <= _MOST_DAMPING:
-        for start, end in _spans(n, _STRIP):
-            work[start:end] = hessian[backwards[start:end]][:, backwards]
+        for start, end in _spans(n, _STRIP):  # only the lower triangle is read
+            rows = hessian.index_select(0, backwards[start:end])
+            work[start:end, :end] = rows.index_select(1, backwards[:end])
+        del rows
         # Without any input there is nothing to scale by; every damping then gives the identity.
         work.diagonal().add_(used * mean if mean else 1.0)
         if _cholesky_(work):
-            _invert_lower_(work)
-            factor = torch.empty_like(hessian)
-            for start, end in _spans(n, _STRIP):
-                factor[start:end] = work[n - end : n - start].flip(0, 1)
-            return factor, used
+            lower = work.float()
+            del work
+            _invert_lower_(lower)
+            return lower.flip(0, 1), used
         used *= 10
     raise NumericsError(
         f"the Hessian [{n}, {n}] of a layer's inputs is not positive "
@@ -272,7 +290,7 @@ def _cholesky_(matrix: Tensor) -> bool:
     """Replace a symmetric matrix [n, n] by its lower Cholesky factor; False where it has none.
 
     Blocked and right-looking (Golub and Van Loan, Matrix Computations, 4.2.9): a library routine
-    would need a second matrix. The upper triangle is set to zero.
+    would need a second matrix. The upper triangle is not read, and set to zero.
     """
     n = len(matrix)
     for start, end in _spans(n, _STRIP // 4):
@@ -346,27 +364,41 @@ def _round_columns(
 
 def _better_rows(
     first: QuantizedWeight, second: QuantizedWeight, weight: Tensor, hessian: Tensor
-) -> QuantizedWeight:
-    """Row by row the one with the smaller output error; the first where they are equal."""
-    take = torch.cat(
-        [
-            _row_errors(second.rows(start, end).dequantize() - weight[start:end], hessian)
-            < _row_errors(first.rows(start, end).dequantize() - weight[start:end], hessian)
-            for start, end in _row_spans(weight)
-        ]
-    )[:, None]
-    return QuantizedWeight(
+) -> tuple[QuantizedWeight, float]:
+    """Row by row the one with the smaller output error; the first where they are equal.
+
+    Returns:
+        The rows, and the sum of their errors, tr(E H E^T).
+    """
+    taken, noise = [], 0.0
+    for start, end in _row_spans(weight):
+        rows = weight[start:end]
+        ours, plain = (
+            _row_errors(each.rows(start, end).dequantize() - rows, hessian)
+            for each in (first, second)
+        )
+        taken.append(plain < ours)
+        noise += torch.minimum(ours, plain).double().sum().item()
+    take = torch.cat(taken)[:, None]
+    kept = QuantizedWeight(
         codes=torch.where(take, second.codes, first.codes),
         scale=torch.where(take, second.scale, first.scale),
         zero=torch.where(take, second.zero, first.zero),
         scheme=first.scheme,
         nested=first.nested,
     )
+    return kept, noise
 
 
 def _row_errors(error: Tensor, hessian: Tensor) -> Tensor:
-    """diag(E H E^T): float32 [O]."""
-    return (error @ hessian).mul_(error).sum(1)
+    """diag(E H E^T): float32 [O]; from the lower triangle of H, in half the products."""
+    sums = torch.zeros(len(error), device=error.device)
+    for start, end in _spans(len(hessian), _STRIP // 2):
+        own = error[:, start:end]
+        strip = own @ hessian[start:end, start:end]
+        strip.addmm_(error[:, end:], hessian[end:, start:end], alpha=2)
+        sums += strip.mul_(own).sum(1)
+    return sums
 
 
 def _spans(n: int, width: int) -> list[tuple[int, int]]:
