@@ -11,7 +11,8 @@ import fnmatch
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -172,6 +173,7 @@ def quantize(
     revision: str | None = None,
     family: str | None = None,
     device: str = "auto",
+    devices: Sequence[str] = (),
     dtype: str = "bfloat16",
     activation_bytes: int = ACTIVATION_BYTES,
     progress: Progress = quiet,
@@ -189,6 +191,10 @@ def quantize(
         revision: of a base on the Hub.
         family: see `open_checkpoint`; the artifact remembers it.
         device: where calibration runs.
+        devices: where layers that read the same inputs are solved side by side (queries, keys and
+            values; an MLP's gate and the other half), as `parse_devices` has them; given, the first
+            one is where calibration runs. Changes no result among devices of a kind. Each holds
+            the Hessian and what its solve takes.
         dtype: of everything that is not quantized, and of the computation (which is in float32
             where a processor only emulates bfloat16).
         activation_bytes: most memory for the hidden states of the calibration texts; what is more
@@ -223,7 +229,9 @@ def quantize(
     stage = _open_stage(out, recipe, checkpoint, dtype)
 
     progress(f"loading {checkpoint.id}", 0, 1)
-    encoder = load_checkpoint(checkpoint, device=device, dtype=dtype, later=plan.blocks)
+    encoder = load_checkpoint(
+        checkpoint, device=devices[0] if devices else device, dtype=dtype, later=plan.blocks
+    )
     base_record = describe_base(checkpoint, encoder)
     tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
     calibration = record(recipe.calibration, texts, tokens) if texts else None
@@ -242,7 +250,7 @@ def quantize(
             blocks, inputs = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)], []
         tuned = _effort(recipe) != "fast"
         shards = stage / (_SOLVED if tuned else WEIGHTS)
-        layers = _quantize_blocks(encoder, blocks, inputs, recipe, plan, shards, progress)
+        layers = _quantize_blocks(encoder, blocks, inputs, recipe, plan, shards, devices, progress)
         del inputs
         shutil.rmtree(stage / _ACTIVATIONS, ignore_errors=True)
         if tuned:
@@ -720,6 +728,7 @@ def _quantize_blocks(
     recipe: Recipe,
     plan: LayerPlan,
     shards: Path,
+    devices: Sequence[str],
     progress: Progress,
 ) -> tuple[LayerRecord, ...]:
     """Quantize block after block, each on the outputs of those before it; store each at once.
@@ -753,8 +762,9 @@ def _quantize_blocks(
                 fill_(encoder, block.name, dtype)
             order = _order(block, inputs, order)
             records, packed, original = _quantize_block_(
-                encoder, block, inputs, exact if compensate else None, order, weights, plan, dtype
-            )
+                encoder, block, inputs, exact if compensate else None, order, weights, plan, dtype,
+                devices,
+            )  # fmt: skip
             tensors = _shard_tensors(block, packed, encoder.dtype)
             save_tensors(shard, tensors)
             write_atomically(notes, _LAYERS.dump_json(records))
@@ -815,6 +825,7 @@ def _quantize_block_(
     weights: RtnWeights | GptqWeights,
     plan: LayerPlan,
     dtype: torch.dtype,
+    devices: Sequence[str],
 ) -> tuple[tuple[LayerRecord, ...], dict[str, dict[str, Tensor]], Original | None]:
     """Replace the block's linear layers by packed ones, in running order.
 
@@ -827,6 +838,8 @@ def _quantize_block_(
         weights: of the recipe.
         plan: says the layers' schemes.
         dtype: what the block runs in.
+        devices: where layers are solved side by side; without any, one after the other where the
+            block is.
 
     Returns:
         What the manifest says of each layer, each layer's packed tensors and bias, and the block as
@@ -852,14 +865,13 @@ def _quantize_block_(
             with _memory_errors(wanted[0]):
                 statistics = accumulate_hessian(block, wanted[0], inputs, original)
         for name in wanted:
-            linear = linears[name]
-            scheme = plan.schemes[name]
-            if not gptq.is_finite(linear.weight):
+            if not gptq.is_finite(linears[name].weight):
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")
-            with _memory_errors(name):
-                records[name], codes = _quantize_layer(
-                    name, linear.weight.float(), scheme, weights, statistics, plan.notes.get(name)
-                )
+        here = [str(encoder.device)]
+        for name, found, codes in _solve(
+            wanted, linears, plan, weights, statistics, devices or here
+        ):
+            linear, records[name] = linears[name], found
             if name in chosen:
                 records[name] = _with_smoothing(records[name], chosen[name])
             each = pack(codes)
@@ -869,6 +881,47 @@ def _quantize_block_(
             swap_linear_(encoder.module, name, each, linear.bias, encoder.device, dtype)
             del linear, linears[name]  # frees the weight
     return tuple(records[name] for name in names), packed, original
+
+
+def _solve(
+    wanted: Sequence[str],
+    linears: Mapping[str, nn.Linear],
+    plan: LayerPlan,
+    weights: RtnWeights | GptqWeights,
+    statistics: gptq.HessianAccumulator | None,
+    devices: Sequence[str],
+) -> Iterator[tuple[str, LayerRecord, QuantizedWeight]]:
+    """Layers that read the same inputs, in order, each as `_quantize_layer` has it.
+
+    With several devices a thread for each: layers know nothing of each other. With one, a layer is
+    solved when it is asked for, so that its weight may be freed before the next one's turn.
+    """
+
+    @torch.inference_mode()  # which is a thread's own
+    def solve(name: str, device: str) -> tuple[LayerRecord, QuantizedWeight]:
+        weight = linears[name].weight
+        seen = None if statistics is None else statistics.to(device)
+        note = plan.notes.get(name)
+        with _memory_errors(name):
+            found, codes = _quantize_layer(
+                name, weight.to(device).float(), plan.schemes[name], weights, seen, note
+            )
+            return found, codes.to(weight.device)
+
+    if len(devices) == 1:
+        for name in wanted:
+            yield name, *solve(name, devices[0])
+        return
+    if statistics is not None:
+        _ = statistics.hessian  # mirrored once, before threads share it
+    with ExitStack() as stack:
+        pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in devices]
+        futures = [
+            pools[i % len(devices)].submit(solve, name, devices[i % len(devices)])
+            for i, name in enumerate(wanted)
+        ]
+        for name, future in zip(wanted, futures, strict=True):
+            yield name, *future.result()
 
 
 def _with_smoothing(record: LayerRecord, found: Smoothing) -> LayerRecord:

@@ -185,6 +185,14 @@ def quantize(
         ),
     ] = 4,
     device: Device = "auto",
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="solve layers that read the same inputs side by side on these: cuda:0,cuda:1, or "
+            "cpu,cpu; the first one calibrates",
+            metavar="LIST",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make one variant of a base.
@@ -192,6 +200,7 @@ def quantize(
     Example: `gteopt quantize nano --recipe gptq-int4 --out artifacts/nano-int4`
     """
     from gteopt.build import quantize as build
+    from gteopt.machine import parse_devices
     from gteopt.recipe import load_recipe
 
     wanted = load_recipe(recipe)
@@ -210,6 +219,7 @@ def quantize(
             dtype=dtype,
             activation_bytes=int(activation_gb * 2**30),
             device=device,
+            devices=parse_devices(devices) if devices is not None else (),
             progress=progress,
         )
     _show_manifest(manifest, out, as_json=as_json)
@@ -681,9 +691,10 @@ def _workers(devices: str | None, ray: str | None, device: str) -> Iterator[Work
     import torch
 
     from gteopt.evaluation.workers import local_workers, ray_workers
+    from gteopt.machine import parse_devices
 
     if devices is not None:
-        opened = local_workers([each.strip() for each in devices.split(",") if each.strip()])
+        opened = local_workers(parse_devices(devices))
     else:
         assert ray is not None
         opened = ray_workers(ray, device=device, n_threads=torch.get_num_threads())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from gteopt.errors import InputError, UnsupportedError
 from gteopt.records import Conditions, Machine
 
 _LIBRARIES = (
@@ -28,6 +29,37 @@ _LIBRARIES = (
 # The same processor is several times faster or slower at int8 and bf16 with or without these, and
 # a virtual machine may hide them behind the same model name.
 _LOW_PRECISION_FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "i8mm")
+
+
+def parse_devices(names: str) -> list[str]:
+    """A list of this machine's devices: "cuda:0,cuda:1", or "cpu" as often as wanted: "cpu,cpu".
+
+    Raises:
+        InputError: none, an unknown one, several kinds, or a GPU twice.
+        UnsupportedError: more GPUs than torch sees.
+    """
+    import torch
+
+    devices = [each.strip() for each in names.split(",") if each.strip()]
+    kinds = set()
+    for name in devices:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            kinds.add("")
+            break
+        kinds.add(device.type)
+        if device.type == "cuda" and (device.index is None or devices.count(name) > 1):
+            kinds.add("")
+    if kinds not in ({"cpu"}, {"cuda"}):
+        raise InputError(
+            f"--devices {names}: name GPUs, each once (cuda:0,cuda:1), or the processor as often "
+            f"as it is to work at the same time (cpu,cpu)"
+        )
+    most = max(torch.device(name).index or 0 for name in devices)
+    if kinds == {"cuda"} and (n := torch.cuda.device_count()) <= most:
+        raise UnsupportedError(f"--devices {names}: torch sees {n} GPU(s)")
+    return devices
 
 
 def machine() -> Machine:

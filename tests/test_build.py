@@ -137,6 +137,27 @@ def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(
     assert not (tmp_path / ".int4.partial").exists()
 
 
+def test_layers_solved_side_by_side_end_in_the_same_bytes(tmp_path: Path) -> None:
+    """With what is compensated and smoothed, whose statistics the threads share, and rounded."""
+    gptq = load_recipe("gptq-int4")
+    weights = gptq.weights.model_copy(update={"compensate": 0.5})
+    calibration = Calibration(n_texts=16, max_tokens=32)
+    compensated = gptq.model_copy(update={"weights": weights, "calibration": calibration})
+    smoothed = load_recipe("int8").model_copy(update={"calibration": calibration})
+    for name, recipe in (("gptq", compensated), ("int8", smoothed)):
+        gteopt.quantize("nano", recipe, tmp_path / name)
+        gteopt.quantize("nano", recipe, tmp_path / f"{name}-2", devices=["cpu", "cpu"])
+        one, two = (
+            {
+                path.relative_to(tmp_path / each).as_posix(): path.read_bytes()
+                for path in (tmp_path / each).rglob("*")
+                if path.is_file()
+            }
+            for each in (name, f"{name}-2")
+        )
+        assert one == two
+
+
 def test_int8_runs_on_integers_and_stays_close(folder: Path, shared: Path) -> None:
     gteopt.quantize("nano", "int8", folder / "int8")
     encoder = gteopt.load(folder / "int8")

@@ -82,6 +82,7 @@ def test_recipes_and_suites_list_what_ships(call: Call) -> None:
         (["quantize", "nan", "--recipe", "int8", "--out", "x"], "did you mean nano"),
         (["evaluate", "nano", "--suite", "mimi"], "did you mean mini"),
         (["evaluate", "nano", "--suite", "mini", "--devices", "cpu,gpu"], "name GPUs, each once"),
+        (["quantize", "nano", "--out", "x", "--devices", "cpu,cuda:0"], "name GPUs, each once"),
         (["evaluate", "nano", "--suite", "mini", "--devices", "cpu", "--ray", "auto"], "one of th"),
         (["run", "dmo"], "did you mean demo"),
         (["run", "no/such/plan.yaml"], "no/such/plan.yaml does not exist"),

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import re
+import resource
+import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -16,55 +23,76 @@ from test_families import MODELS, publish
 
 import gteopt
 from gteopt.errors import NumericsError
+from gteopt.recipe import Calibration, GptqWeights, load_recipe
 
-SCRIPT = """
-import os, resource, signal, sys
-import gteopt
-from gteopt.recipe import Calibration, LayerScheme, load_recipe
 
-base, out, recipe, what, at, activation_bytes = sys.argv[1:]
-wanted = load_recipe(recipe)
-spec = Calibration(n_texts=24, max_tokens=48)
-scheme = wanted.weights.scheme
-if scheme.group_size != "row":
-    scheme = scheme.model_copy(update={"group_size": 32})
-weights = wanted.weights.model_copy(update={"scheme": scheme})
-wanted = wanted.model_copy(update={"calibration": spec, "weights": weights})
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit code, or the negative signal; the error that it met."""
 
-def progress(step, done, total):
-    if not step.startswith("quantizing") or done != int(at):
-        return
-    if what == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if what == "disk":  # every file from here on ends at 1000 bytes, as on a full disk
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    if what == "memory":  # no further page
-        resource.setrlimit(resource.RLIMIT_AS, (1, resource.RLIM_INFINITY))
+    code: int | None
+    error: str
 
-try:
-    gteopt.quantize(base, wanted, out, activation_bytes=int(activation_bytes), progress=progress)
-except Exception as error:
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    print(f"{type(error).__name__}: {error}")
-"""
+
+def in_process(
+    report: Connection, base: Path, out: Path, recipe: str, failure: str, at: int, room: int
+) -> None:
+    """Build, and let something run out where `at` blocks are done."""
+    wanted = load_recipe(recipe)
+    weights = wanted.weights
+    assert isinstance(weights, GptqWeights)
+    if weights.scheme.group_size != "row":
+        scheme = weights.scheme.model_copy(update={"group_size": 32})
+        weights = weights.model_copy(update={"scheme": scheme})
+    spec = Calibration(n_texts=24, max_tokens=48)
+    wanted = wanted.model_copy(update={"calibration": spec, "weights": weights})
+
+    def progress(what: str, done: int, total: int) -> None:
+        if not what.startswith("quantizing") or done != at:
+            return
+        if failure == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if failure == "disk":  # every file from here on ends at 1000 bytes, as on a full disk
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        if failure == "memory":  # no further page
+            resource.setrlimit(resource.RLIMIT_AS, (1, resource.RLIM_INFINITY))
+
+    try:
+        gteopt.quantize(base, wanted, out, activation_bytes=room, progress=progress)
+    except Exception as error:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        report.send(f"{type(error).__name__}: {error}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes() -> Iterator[ForkServerContext]:
+    """Each process starts from one that has imported everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["gteopt.build", "transformers.models.qwen2.modeling_qwen2", "sentence_transformers"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        # Otherwise memory that was freed is used again, and no further page is needed.
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+        yield context
 
 
 def build(
     base: Path, out: Path, recipe: str, what: str = "-", at: int = -1, activation_bytes: int = 0
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SCRIPT, str(base), str(out), recipe, what, str(at)]
-    # Otherwise memory that was freed is used again, and no further page is needed.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    return subprocess.run(
-        [*command, str(activation_bytes)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        timeout=500,
+) -> Ended:
+    context = multiprocessing.get_context("forkserver")
+    received, report = context.Pipe(duplex=False)
+    process = context.Process(
+        target=in_process, args=(report, base, out, recipe, what, at, activation_bytes)
     )
+    process.start()
+    report.close()
+    process.join(500)
+    error = ""
+    with suppress(EOFError):
+        error = received.recv() if received.poll() else ""
+    return Ended(process.exitcode, error)
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +120,13 @@ def test_killed_after_each_block_in_turn_it_ends_in_the_same_bytes(
     The interrupted build keeps its hidden states on disk, the whole one in memory.
     """
     whole = build(base, tmp_path / "whole", recipe, activation_bytes=1 << 30)
-    assert whole.stdout == ""
+    assert whole == Ended(0, "")
     for block in (1, 2):
         killed = build(base, tmp_path / "out", recipe, "kill", block)
-        assert killed.returncode == -signal.SIGKILL
+        assert killed.code == -signal.SIGKILL
         assert finished_blocks(tmp_path / "out") == block
         assert not (tmp_path / "out").exists()
-    assert build(base, tmp_path / "out", recipe).stdout == ""
+    assert build(base, tmp_path / "out", recipe) == Ended(0, "")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
@@ -112,20 +140,16 @@ def test_killed_after_each_block_in_turn_it_ends_in_the_same_bytes(
 def test_what_runs_out_is_named_and_the_next_run_goes_on(
     base: Path, tmp_path: Path, what: str, message: str
 ) -> None:
-    import re
-
     stopped = build(base, tmp_path / "out", "gptq-int4", what, 1, activation_bytes=1 << 30)
-    assert re.search(message, stopped.stdout), stopped.stdout + stopped.stderr
+    assert re.search(message, stopped.error), stopped
     assert finished_blocks(tmp_path / "out") == 1
-    assert build(base, tmp_path / "whole", "gptq-int4").stdout == ""
-    assert build(base, tmp_path / "out", "gptq-int4").stdout == ""
+    assert build(base, tmp_path / "whole", "gptq-int4") == Ended(0, "")
+    assert build(base, tmp_path / "out", "gptq-int4") == Ended(0, "")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def changed(base: Path, target: Path, name: str, index: int, value: float) -> Path:
     """A copy of the base with one number of one tensor replaced."""
-    import shutil
-
     shutil.copytree(base, target)
     file = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"][name]
     tensors = load_file(target / file)
@@ -147,10 +171,8 @@ def test_nan_names_the_layer_and_keeps_the_blocks_before_it(
 ) -> None:
     bad = changed(base, tmp_path / MODELS[0].name, name, 3, float("nan"))
     stopped = build(bad, tmp_path / "out", "gptq-int4")
-    import re
-
-    assert stopped.stdout.startswith("NumericsError")
-    assert re.search(layer, stopped.stdout)
+    assert stopped.error.startswith("NumericsError")
+    assert re.search(layer, stopped.error)
     assert finished_blocks(tmp_path / "out") == int(name.split(".")[1])
 
 
@@ -159,7 +181,7 @@ def test_a_dead_input_feature_is_recorded_and_costs_nothing(base: Path, tmp_path
 
     name = "layers.0.input_layernorm.weight"
     dead = changed(base, tmp_path / MODELS[0].name, name, 5, 0.0)
-    assert build(dead, tmp_path / "out", "gptq-int4").stdout == ""
+    assert build(dead, tmp_path / "out", "gptq-int4") == Ended(0, "")
     notes = {layer.name: layer.note or "" for layer in read_manifest(tmp_path / "out").layers}
     assert "1 input features never active" in notes["layers.0.self_attn.q_proj"]
     assert "never active" not in notes["layers.1.self_attn.q_proj"]
@@ -172,7 +194,6 @@ def test_a_hessian_that_no_damping_mends_names_the_layer() -> None:
     """The real solver on a real matrix with negative curvature, through the build's own door."""
     from gteopt.build import _quantize_layer
     from gteopt.quant.gptq import HessianAccumulator
-    from gteopt.recipe import GptqWeights, load_recipe
 
     weights = load_recipe("gptq-int4").weights
     assert isinstance(weights, GptqWeights)

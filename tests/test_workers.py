@@ -19,6 +19,7 @@ from gteopt.errors import InputError, IntegrityError, NumericsError, Unsupported
 from gteopt.evaluation import EncodeOptions, Suite, SuiteRun, cache, run_suite
 from gteopt.evaluation.cache import LocalEncoding, Shard
 from gteopt.evaluation.workers import Workers, local_workers, ray_workers
+from gteopt.machine import parse_devices
 from gteopt.recipe import Progress, quiet
 
 SUITE = Suite.model_validate(
@@ -219,13 +220,13 @@ def test_an_encoder_that_is_only_described_knows_all_but_its_weights(nano: Encod
     assert all(parameter.is_meta for parameter in found.module.parameters())
 
 
-@pytest.mark.parametrize("devices", [[], ["cpu", "cuda:0"], ["cuda", "cuda"], ["cuda:0", "cuda:0"]])
-def test_devices_that_make_no_sense_are_refused(devices: list[str]) -> None:
+@pytest.mark.parametrize("devices", ["", "cpu,cuda:0", "cuda,cuda", "cuda:0,cuda:0"])
+def test_devices_that_make_no_sense_are_refused(devices: str) -> None:
     with pytest.raises(InputError, match="name GPUs, each once"):
-        local_workers(devices)
+        parse_devices(devices)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU")
 def test_a_gpu_that_is_not_there_is_told() -> None:
     with pytest.raises(UnsupportedError, match=r"torch sees 0 GPU\(s\)"):
-        local_workers(["cuda:0", "cuda:1"])
+        parse_devices("cuda:0, cuda:1")

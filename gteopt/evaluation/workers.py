@@ -332,40 +332,13 @@ class ShardsElsewhere:
 
 
 def local_workers(devices: Sequence[str]) -> Workers:
-    """One process a device of this machine: "cuda:0", "cuda:1"; or "cpu" as often as wanted.
-
-    Raises:
-        InputError: none, an unknown one, several kinds, or a GPU twice.
-    """
-    import torch
-
-    kinds = set()
-    for name in devices:
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            kinds.add("")
-            break
-        kinds.add(device.type)
-        if device.type == "cuda" and (device.index is None or devices.count(name) > 1):
-            kinds.add("")
-    if kinds not in ({"cpu"}, {"cuda"}):
-        raise InputError(
-            f"--devices {','.join(devices)}: name GPUs, each once (cuda:0,cuda:1), or the "
-            f"processor as often as processes are wanted (cpu,cpu)"
-        )
-    kind = kinds.pop()
-    if kind == "cuda" and (n := torch.cuda.device_count()) <= max(_index(d) for d in devices):
-        raise UnsupportedError(f"--devices {','.join(devices)}: torch sees {n} GPU(s)")
+    """One process a device of this machine, as `parse_devices` has them."""
     openers = [
         lambda name=name, number=number: _Process(f"{number} on {name}", name)
         for number, name in enumerate(devices)
     ]
+    kind = devices[0].partition(":")[0]
     return Workers(openers, device=kind, where=f"{len(devices)} processes ({','.join(devices)})")
-
-
-def _index(device: str) -> int:
-    return int(device.partition(":")[2] or 0)
 
 
 def ray_workers(address: str, *, device: str = "auto", n_threads: int) -> Workers:

@@ -8,6 +8,7 @@ updates. Refuses to know: where inputs come from, how codes are packed.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,16 @@ class HessianAccumulator:
         self._is_mirrored = True
         self.shift: Tensor | None = None
         self.n_rows = 0
+
+    def to(self, device: torch.device | str) -> HessianAccumulator:
+        """The same statistics on another device; itself where they are there already."""
+        here = self.hessian
+        if here.device == torch.device(device):
+            return self
+        other = copy.copy(self)
+        other._sum = here.to(device)
+        other.shift = None if self.shift is None else self.shift.to(device)
+        return other
 
     @property
     def hessian(self) -> Tensor:
