@@ -125,7 +125,7 @@ ACTIVATION_BYTES = 4 << 30
 _STATE = "build-state.json"
 _ACTIVATIONS = "activations"
 _ALLOCATION = "allocation.json"
-_SENSITIVITY_TEXTS = 64
+SENSITIVITY_TEXTS = 64
 """Texts of the calibration set that sensitivities are measured on."""
 _EMBEDDING_ROWS = 8192
 _SOLVED = "solved"
@@ -692,8 +692,10 @@ def _allocate(
     if stored.is_file():
         losses = _LOSSES.validate_json(stored.read_bytes())
     else:
-        losses = measure(encoder, tokens[:_SENSITIVITY_TEXTS], plan.choices, progress=progress)
+        losses = measure(encoder, tokens[:SENSITIVITY_TEXTS], plan.choices, progress=progress)
         write_atomically(stored, _LOSSES.dump_json(losses))
+        assert plan.blocks is not None
+        empty_(encoder, plan.blocks)  # from here on one block at a time, as in every build
     picked = allocate([(*losses[n], 0.0) for n in losses], [n_bytes[n] for n in losses], budget)
     chosen = dict(zip(losses, picked, strict=True))
     schemes = {n: plan.choices[n][i] for n, i in chosen.items() if i < len(plan.choices[n])}

@@ -15,6 +15,7 @@ from torch import nn
 from gteopt import tuning
 from gteopt.build import (
     ACTIVATION_BYTES,
+    SENSITIVITY_TEXTS,
     LayerPlan,
     n_latent_parameters,
     plan_layers,
@@ -224,10 +225,10 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
     held = frame
     if shortens(recipe):
         held += sizes.packed_bytes
-    if plan.choices:  # measured with the whole model in memory
-        held += in_blocks * sizes.item_bytes
     finish = held + min(_WRITE_BYTES, 2 * sizes.packed_bytes) + frame
     peak = max(load, held + block, finish)
+    if plan.choices:
+        peak = max(peak, frame + _measuring_bytes(checkpoint, recipe, in_blocks, linears, sizes))
     peak += min(int(_KEPT_SHARE * peak), _MOST_KEPT_BYTES)
     if not isinstance(recipe.weights, GptqWeights) or recipe.weights.effort == "fast":
         return peak
@@ -240,6 +241,30 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
     n_layers = int(checkpoint.config["num_hidden_layers"])
     hidden_size = int(checkpoint.config["hidden_size"])
     return max(peak, frame + tuning.work_bytes(n_weights, n_other, n_layers, hidden_size))
+
+
+def _measuring_bytes(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    in_blocks: int,
+    linears: Mapping[str, nn.Linear],
+    sizes: _Sizes,
+) -> int:
+    """Most that measuring sensitivities takes: every block, and what each is fed by a few texts.
+
+    Beside them a layer is being rounded: whole, as codes, and in place.
+    """
+    hidden_size = int(checkpoint.config["hidden_size"])
+    n_layers = int(checkpoint.config["num_hidden_layers"])
+    item = sizes.replay_bytes
+    share = min(1.0, SENSITIVITY_TEXTS / recipe.calibration.n_texts)
+    n_tokens = int(sizes.n_tokens * share)
+    doors = (n_layers + 2) * n_tokens * hidden_size * item
+    widest = max(max(each.weight.shape) for each in linears.values())
+    running = min(n_tokens, BATCH_TOKENS) * (4 * widest + 4 * hidden_size) * item
+    most = max(each.weight.numel() for each in linears.values())
+    rounding = (4 + 1 + 4) * most + _SEARCH_BYTES
+    return in_blocks * item + doors + max(running + item * most, rounding)
 
 
 def _block_bytes(
