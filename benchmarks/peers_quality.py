@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -120,7 +120,7 @@ def write(path: Path, rows: list[Row]) -> None:
         "calibration": CALIBRATION.model_dump(),
         "rows": [asdict(row) for row in rows],
         "machine": machine().model_dump(),
-        "versions": {**versions(), **peer_versions()},
+        "versions": {**versions(), **peer_versions(PEERS)},
         "n_threads": torch.get_num_threads(),
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
@@ -321,31 +321,34 @@ def torch_dynamic(source: Path) -> Variant:
 
 def bitsandbytes(source: Path, kind: str) -> Variant:
     """The linear layers of bitsandbytes, in place; nf4 has a float32 scale for each 64 weights."""
+    replace = partial(bitsandbytes_linear, kind=kind)
+    return in_place(source, replace, 4 + 32 / 64 if kind == "nf4" else 8.0)
+
+
+def bitsandbytes_linear(
+    linear: nn.Linear, kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> nn.Module:
+    """A layer of bitsandbytes, "int8" or "nf4", with the weight of a linear layer."""
     import bitsandbytes as bnb
 
-    def replace(linear: nn.Linear) -> nn.Module:
-        bias = linear.bias is not None
-        new: Any
-        if kind == "nf4":
-            new = bnb.nn.Linear4bit(
-                linear.in_features, linear.out_features, bias, torch.float32, quant_type="nf4"
-            )
-            new.weight = bnb.nn.Params4bit(
-                linear.weight.data, requires_grad=False, quant_type="nf4"
-            )
-        else:
-            new = bnb.nn.Linear8bitLt(
-                linear.in_features, linear.out_features, bias, has_fp16_weights=False, threshold=6.0
-            )
-            new.weight = bnb.nn.Int8Params(
-                linear.weight.data, requires_grad=False, has_fp16_weights=False
-            )
-        if bias:
-            new.bias = linear.bias
-        placed: nn.Module = new.to("cpu")
-        return placed
-
-    return in_place(source, replace, 4 + 32 / 64 if kind == "nf4" else 8.0)
+    bias = linear.bias is not None
+    new: Any
+    if kind == "nf4":
+        new = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias, dtype, quant_type="nf4"
+        )
+        new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+    else:
+        new = bnb.nn.Linear8bitLt(
+            linear.in_features, linear.out_features, bias, has_fp16_weights=False, threshold=6.0
+        )
+        new.weight = bnb.nn.Int8Params(
+            linear.weight.data, requires_grad=False, has_fp16_weights=False
+        )
+    if bias:
+        new.bias = linear.bias
+    placed: nn.Module = new.to(device)
+    return placed
 
 
 def hqq(source: Path) -> Variant:
@@ -456,10 +459,10 @@ def model_folder(model: str) -> Path:
     return Path(model)
 
 
-def peer_versions() -> dict[str, str]:
-    """Versions of the peers that are installed."""
+def peer_versions(peers: Iterable[str]) -> dict[str, str]:
+    """Versions of those peers that are installed."""
     found = {}
-    for name in PEERS:
+    for name in peers:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

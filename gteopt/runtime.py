@@ -98,12 +98,22 @@ class _Layout:
 
     def mean(self, hidden: Tensor) -> Tensor:
         """[N, D] means over each text's tokens of [T, D]."""
-        parts = torch.split_with_sizes(hidden, [n * length for n, length in self.runs])
+        parts = _split(hidden, [n * length for n, length in self.runs])
         means = [
             part.view(n, length, -1).mean(1)
             for part, (n, length) in zip(parts, self.runs, strict=True)
         ]
-        return torch.cat(means)
+        return _joined(means)
+
+
+def _split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Parts of [T, ...], of some sizes along T."""
+    return [x] if len(sizes) == 1 else torch.split_with_sizes(x, sizes)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """What `_split` made parts of; torch would copy where there is but one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _attend(
@@ -125,8 +135,8 @@ def _attend(
     n_heads, width = query.shape[1:]
     out = []
     sizes = [n * length for n, length in layout.runs]
-    queries = torch.split_with_sizes(query, [n for n, _ in layout.runs] if one else sizes)
-    keys, values = (torch.split_with_sizes(each, sizes) for each in (key, value))
+    queries = _split(query, [n for n, _ in layout.runs] if one else sizes)
+    keys, values = _split(key, sizes), _split(value, sizes)
     for (n, length), q, k, v in zip(layout.runs, queries, keys, values, strict=True):
         mixed = F.scaled_dot_product_attention(
             q.view(n, -1, n_heads, width).transpose(1, 2),
@@ -136,7 +146,7 @@ def _attend(
             enable_gqa=n_heads != k.shape[1],
         )  # [n, H, length or 1, d]
         out.append(mixed.transpose(1, 2).reshape(-1, n_heads * width))
-    return torch.cat(out)
+    return _joined(out)
 
 
 def _apply(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:

@@ -172,15 +172,16 @@ class TokenCodes:
     Attributes:
         codes: whole float32 [tokens, I], of `activation_bits` bits.
         scale: float32 [tokens, 1].
-        shift: float32 [tokens, 1], zero * scale; None where zero is 0.
-        outliers, columns: see `take_outliers`.
+        shift: float32 [tokens, 1], -zero * scale; None where zero is 0.
+        outliers: see `take_outliers`; None where none are taken.
+        columns: likewise, empty there.
     """
 
     codes: Tensor
     scale: Tensor
     shift: Tensor | None
-    outliers: Tensor
-    columns: Tensor
+    outliers: Tensor | None = None
+    columns: Tensor | tuple[()] = ()
 
 
 class Int8LinearCpu(nn.Module):
@@ -227,31 +228,36 @@ class Int8LinearCpu(nn.Module):
 
     def quantize(self, x: Tensor) -> TokenCodes:
         """[tokens, I] of any float dtype to what `multiply` takes."""
-        rest, outliers, columns = take_outliers(x, self.outliers)
-        rest = rest.float()
+        outliers: Tensor | None = None
+        columns: Tensor | tuple[()] = ()
+        if self.outliers is not None:
+            x, outliers, columns = take_outliers(x, self.outliers)
+        x = x.float()
         most = (1 << self.bits) - 1
         if self.symmetric:
-            scale = rest.abs().amax(-1, keepdim=True).div_(most >> 1).clamp_min_(_TINY)
-            return TokenCodes((rest / scale).round_(), scale, None, outliers, columns)
-        low = rest.amin(-1, keepdim=True).clamp_max_(0)
-        scale = rest.amax(-1, keepdim=True).clamp_min_(0).sub_(low).div_(most).clamp_min_(_TINY)
-        zero = low.div_(scale).round_().neg_()
-        codes = (rest / scale).round_().add_(zero)
+            scale = x.abs().amax(-1, keepdim=True).div_(most >> 1).clamp_min_(_TINY)
+            return TokenCodes((x / scale).round_(), scale, None, outliers, columns)
+        low = x.amin(-1, keepdim=True).clamp_max_(0)
+        scale = x.amax(-1, keepdim=True).clamp_min_(0).sub_(low).div_(most).clamp_min_(_TINY)
+        least = low.div_(scale).round_()  # the zero point, negative
+        codes = (x / scale).round_().sub_(least)
         if self.bits == 8:
             codes.clamp_max_(most)  # both ends rounded up; in 7 bits one more is exact still
-        return TokenCodes(codes, scale, zero.mul_(scale), outliers, columns)
+        return TokenCodes(codes, scale, least.mul_(scale), outliers, columns)
 
     def multiply(self, x: TokenCodes, dtype: torch.dtype) -> Tensor:
         """[tokens, O] of a dtype."""
-        product = self._product(x.codes, self._middle).mul_(x.scale)
+        # In place and by element: with MKL's product of one column (addmm) the epilogue takes 1.1
+        # to 1.25 times as long (16 to 1024 tokens, 384, 1536 features, one core, Zen 3 server).
+        y = self._product(x.codes, self._middle).mul_(x.scale)
         if x.shift is not None:
-            product.addmm_(x.shift, self.row, alpha=-1)
-        if self.weight is not None and len(x.columns):
-            dense = self.weight[:, x.columns].float().mul_(self.scale[:, None])
-            product.addmm_(x.outliers.float(), dense.t())
+            y.addcmul_(x.shift, self.row)
         if self.bias is not None:
-            product.add_(self.bias)
-        return product.to(dtype)
+            y.add_(self.bias)
+        if self.weight is not None and x.outliers is not None and len(x.columns):
+            dense = self.weight[:, x.columns].float().mul_(self.scale[:, None])
+            y.addmm_(x.outliers.float(), dense.t())
+        return y.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
