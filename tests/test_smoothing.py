@@ -67,6 +67,29 @@ def test_an_outlier_feature_is_given_to_the_weights() -> None:
     assert after < 0.2 * found.error_before
 
 
+def test_a_learned_scale_beats_every_strength_of_the_formula() -> None:
+    """SmoothQuant's eq. 4 on a fine grid, with maxima and root mean squares, on MiniLM's inputs."""
+    encoder = load("minilm")
+    block, inputs = first_block(encoder)
+    layer = block.linears()[f"{block.name}.attention.output.dense"]
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for i, batch in enumerate(inputs):
+        block.run(i, batch.hidden)
+    handle.remove()
+    x = torch.cat([each[batch.real] for each, batch in zip(seen, inputs, strict=True)])
+    weight = layer.weight.detach()
+    exact = x.double() @ weight.double().T
+    by_formula = []
+    for size in (x.abs().amax(0), x.square().mean(0).sqrt()):
+        for strength in (i / 40 for i in range(41)):
+            scale = size**strength / weight.abs().amax(0) ** (1 - strength)
+            by_formula.append(error(x / scale, weight * scale, exact))
+    found = choose_smoothing(x, [weight], SCHEME)
+    assert found.scale is not None
+    assert error(x / found.scale, weight * found.scale, exact) < 0.95 * min(by_formula)
+
+
 def test_inputs_without_outliers_are_left_alone() -> None:
     found = choose_smoothing(seeded(512, 64), [seeded(96, 64, seed=1)], SCHEME)
     assert found.scale is None

@@ -23,8 +23,9 @@ from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
 from gteopt.quant.affine import PackedWeight
 
 _Kernel = Callable[[PackedWeight, Tensor | None], nn.Module]
-_INT8_ACTIVATIONS: dict[str, _Kernel] = {"cpu": Int8LinearCpu}
-"""By device type; elsewhere `Int8Reference` computes the same numbers in float32."""
+INT8_ACTIVATIONS: dict[str, _Kernel] = {"cpu": Int8LinearCpu}
+"""By device type; elsewhere `Int8Reference` computes the same numbers in float32. A comparison of
+recipes empties it: whether a processor rounds to 7 bits is not the recipe's doing."""
 
 
 def make_linear(
@@ -51,7 +52,7 @@ def make_linear(
     elif weight.scheme.element == "e4m3":
         kernel = Fp8Reference if weight.scheme.activation_bits == 8 else DequantLinear
     elif weight.scheme.activation_bits == 8:
-        kernel = _INT8_ACTIVATIONS.get(device.type, Int8Reference)
+        kernel = INT8_ACTIVATIONS.get(device.type, Int8Reference)
         # 0 bits: a build of torch without an int8 product. LLM.int8() is there to be compared with
         # bitsandbytes, whose activations have 8.
         least = 1 if weight.scheme.activation_outliers is None else 8
