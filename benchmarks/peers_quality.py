@@ -62,6 +62,8 @@ class Row:
     neighbour_overlap: float | None = None
     stsb_spearman: float | None = None
     build_s: float | None = None
+    cpu: str | None = None
+    transformers: str | None = None
     error: str | None = None
 
 
@@ -124,7 +126,7 @@ def write(path: Path, rows: list[Row]) -> None:
         "calibration": CALIBRATION.model_dump(),
         "rows": [asdict(row) for row in rows],
         "machine": machine().model_dump(),
-        "versions": {**versions(), **peer_versions(PEERS)},
+        "versions": {**before, **versions(), **peer_versions(PEERS)},
         "n_threads": torch.get_num_threads(),
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
@@ -139,6 +141,7 @@ def measure(
     texts: Texts,
 ) -> Row:
     """Build one variant and compare it with the original."""
+    cpu, transformers = machine().cpu, version("transformers")
     started = time.perf_counter()
     try:
         encoder, bits = make(source)
@@ -149,7 +152,7 @@ def measure(
         reason = (
             f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         )
-        return Row(model=model, peer=peer, error=reason[:160])
+        return Row(model, peer, cpu=cpu, transformers=transformers, error=reason[:160])
     cosines = (found.sentences * reference.sentences).sum(axis=1)
     return Row(
         model=model,
@@ -160,6 +163,8 @@ def measure(
         neighbour_overlap=overlap(reference, found),
         stsb_spearman=stsb(found, texts),
         build_s=build_s,
+        cpu=cpu,
+        transformers=transformers,
     )
 
 
