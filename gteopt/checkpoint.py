@@ -159,6 +159,12 @@ class Checkpoint:
         return digest.hexdigest()
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether any layer is packed, by us or by another library."""
+        ours = self.manifest is not None and bool(self.manifest.layers)
+        return ours or bool(self.quantization)
+
+    @property
     def quantization(self) -> Mapping[str, Any] | None:
         """What config.json says of weights that are quantized in another library's layout."""
         found: Mapping[str, Any] | None = self.config.get("quantization_config")

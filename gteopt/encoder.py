@@ -275,6 +275,7 @@ class Encoder:
         tokens: Sequence[Sequence[int]],
         *,
         padding: Literal["left", "right"] = "right",
+        packed: bool = True,
         texts: Sequence[str] = (),
     ) -> NDArray[np.float32]:
         """Vectors of one batch of token lists at the model's full dimension, [N, full_dims].
@@ -285,6 +286,7 @@ class Encoder:
         Args:
             tokens: of each text, as `tokenize` makes them.
             padding: where shorter ones are filled up.
+            packed: see `embed`.
             texts: what the tokens are of, to be named in an error.
 
         Raises:
@@ -292,11 +294,11 @@ class Encoder:
         """
         if len(tokens) > 1 and max(map(len, tokens)) > _ALONE_TOKENS:
             alone = [
-                self.embed_tokens([each], padding=padding, texts=texts[i : i + 1])
+                self.embed_tokens([each], padding=padding, packed=packed, texts=texts[i : i + 1])
                 for i, each in enumerate(tokens)
             ]
             return np.concatenate(alone)
-        if self._packed is not None and padding == "right":
+        if self._packed is not None and packed and padding == "right":
             pooled = self._packed(self.module, tokens)
             vectors = self._finished(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
         else:
@@ -321,14 +323,26 @@ class Encoder:
         role: Role = "document",
         instruction: str | None = None,
         batch_size: int = 32,
+        packed: bool = True,
         progress: Progress = quiet,
     ) -> NDArray[np.float32]:
-        """Vectors at the model's full dimension, [N, full_dims] float32, in the order given."""
+        """Vectors at the model's full dimension, [N, full_dims] float32, in the order given.
+
+        Args:
+            texts: of any length.
+            role: which prompt they get.
+            instruction: of queries; None is the model's default.
+            batch_size: texts that run together.
+            packed: without padding where the architecture allows; otherwise padded, with the sums
+                in the order of Sentence Transformers' forward pass.
+            progress: told after each batch.
+        """
         tokens = self.tokenize(texts, role=role, instruction=instruction)
         out = np.empty((len(tokens), self.full_dims), dtype=np.float32)
         done = 0
         for positions, batch in self.batches(tokens, batch_size):
-            out[positions] = self.embed_tokens(batch, texts=[texts[i] for i in positions])
+            found = self.embed_tokens(batch, packed=packed, texts=[texts[i] for i in positions])
+            out[positions] = found
             done += len(batch)
             progress(f"encoding with {self.name}", done, len(tokens))
         return out
@@ -451,8 +465,7 @@ def load_checkpoint(
     """
     where = _device(device)
     kind = parse_dtype(_dtype_of(checkpoint, dtype))
-    manifest = checkpoint.manifest
-    if checkpoint.quantization or (manifest is not None and manifest.layers):
+    if checkpoint.is_quantized:
         module = _load_packed(checkpoint, where, kind)
     else:
         frame = None

@@ -60,11 +60,17 @@ class Counting(Encoder):
         role: Role = "document",
         instruction: str | None = None,
         batch_size: int = 32,
+        packed: bool = True,
         progress: Progress = quiet,
     ) -> npt.NDArray[np.float32]:
         self.asked += [(role, instruction, text) for text in texts]
         return super().embed(
-            texts, role=role, instruction=instruction, batch_size=batch_size, progress=progress
+            texts,
+            role=role,
+            instruction=instruction,
+            batch_size=batch_size,
+            packed=packed,
+            progress=progress,
         )
 
     def embed_tokens(self, tokens: Sequence[Sequence[int]], **kwargs: Any) -> Any:

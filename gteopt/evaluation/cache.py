@@ -111,6 +111,9 @@ class LocalEncoding:
     ) -> None:
         self._encoder = encoder
         self._batch_size = batch_size
+        # Scores are published from Sentence Transformers' float32. Among pairs that nearly tie the
+        # order of its sums decides the sixth digit.
+        self._as_published = _sums_as_published(encoder)
         self._say = say
 
     def __call__(
@@ -135,6 +138,7 @@ class LocalEncoding:
                     role=shard.role,
                     instruction=shard.instruction,
                     batch_size=self._batch_size,
+                    packed=not self._as_published,
                     progress=progress,
                 )
             except (RuntimeError, MemoryError) as error:
@@ -382,10 +386,15 @@ def vector_identity(encoder: Encoder, dtype: CacheDtype = "float16") -> dict[str
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "device": encoder.device.type,
         "arithmetic": arithmetic(encoder.device),
+        "padded": str(_sums_as_published(encoder)),
         "stored": dtype,
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
+
+
+def _sums_as_published(encoder: Encoder) -> bool:
+    return str(encoder.dtype) == "torch.float32" and not encoder.checkpoint.is_quantized
 
 
 def _short_hash(content: Mapping[str, str]) -> str:
