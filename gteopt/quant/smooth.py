@@ -102,8 +102,8 @@ def _learned(
     Rounding errors taken as independent and uniform, a token's step d_t adds
     d_t^2 / 12 sum_j s_j^2 |W_j|^2 to |y_q - y|^2 and the step d_o of a weight's row adds
     d_o^2 / 12 sum_j |x_j|^2 / s_j^2; the steps are the ranges of x / s and of W s over the codes.
-    OmniQuant (Shao et al. 2023, arXiv:2308.13137) learns s too, through rounded products; none is
-    needed here, so that a descent costs less than trying one more strength.
+    OmniQuant (Shao et al. 2023, arXiv:2308.13137) learns s too, through rounded products; here a
+    step needs no product, and reads x and W a few times.
     """
     sizes = [exact.square().sum() for exact in wanted]
     energy = x.square().sum(0)
@@ -123,7 +123,8 @@ def _learned(
         for step in range(_STEPS):
             optimiser.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
             s = torch.where(used, octaves[rows], 0.0).exp2()
-            high, low = (x / s).amax(1).clamp_min(0), (x / s).amin(1).clamp_max(0)
+            low, high = (x / s).aminmax(dim=1)
+            high, low = high.clamp_min(0), low.clamp_max(0)
             span = 2 * torch.maximum(high, -low) if scheme.activation_symmetric else high - low
             loss = (span / 255).square().sum() * (s.square() * importance).sum()
             for weight, size in pairs:
