@@ -69,7 +69,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 HubDir = Annotated[
     Path | None,
     typer.Option(
-        help="read models and data sets from DIR/<org>/<name>; the network is never touched",
+        help="read models and data sets from DIR/ORG/NAME; the network is never touched",
         envvar="GTEOPT_HUB_DIR",
         metavar="DIR",
     ),
@@ -94,7 +94,7 @@ Family = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="folder of the new artifact; must not exist yet")]
-Base = Annotated[str, typer.Argument(help="'nano', a folder, or <org>/<name>")]
+Base = Annotated[str, typer.Argument(help="'nano', a folder, or ORG/NAME")]
 Repo = Annotated[str, typer.Option(help="ORG/NAME on the model hub", metavar="ORG/NAME")]
 Artifacts = Annotated[list[str], typer.Argument(help="artifact folders, or bases")]
 
