@@ -56,7 +56,14 @@ from torch import nn
 from gteopt.build import quantize
 from gteopt.checkpoint import Checkpoint, open_checkpoint
 from gteopt.dummy import write_dummy
-from gteopt.encoder import Encoder, build_skeleton, load, load_checkpoint, load_tokenizer
+from gteopt.encoder import (
+    Backend,
+    Encoder,
+    build_skeleton,
+    load,
+    load_checkpoint,
+    load_tokenizer,
+)
 from gteopt.errors import GteoptError, InputError, UnsupportedError, join_problems, suggest
 from gteopt.kernels import make_linear
 from gteopt.kernels.cpu import Int8LinearCpu
@@ -72,6 +79,7 @@ def bench(
     baseline: str,
     spec: BenchSpec,
     device: str = "auto",
+    backend: Backend = "torch",
     hub_dir: Path | None = None,
     progress: Progress = quiet,
 ) -> BenchReport:
@@ -82,6 +90,7 @@ def bench(
         baseline: name of the variant that the others are compared with.
         spec: what is measured, how often.
         device: as for `load`.
+        backend: of the variants, as for `load`; the baseline runs on torch.
         hub_dir: as for `load`.
         progress: told after each child process and after each counted query or round.
 
@@ -95,7 +104,13 @@ def bench(
     largest = max(spec.workloads, key=lambda workload: workload.batch_size * workload.tokens)
     footprints: dict[str, _Footprint] = {}
     for name in order:
-        question = _Question(source=sources[name], device=device, hub_dir=hub_dir, workload=largest)
+        question = _Question(
+            source=sources[name],
+            device=device,
+            backend="torch" if name == baseline else backend,
+            hub_dir=hub_dir,
+            workload=largest,
+        )
         footprints[name] = _ask_child(name, question)
         progress("measuring load time and memory", len(footprints), len(order))
 
@@ -106,7 +121,7 @@ def bench(
         encoder = (
             reference
             if name == baseline
-            else load_checkpoint(checkpoints[name], device=str(reference.device))
+            else load_checkpoint(checkpoints[name], device=str(reference.device), backend=backend)
         )
         variants[name] = _measure(name, encoder, reference, footprints[name], spec, peaks, progress)
         del encoder  # before the next one is loaded
@@ -130,6 +145,7 @@ def bench_dummy(
     spec: BenchSpec,
     n_layers: int | None = None,
     device: str = "auto",
+    backend: Backend = "torch",
     progress: Progress = quiet,
 ) -> BenchReport:
     """Measure what recipes would make of a published model, on random weights of its shape.
@@ -143,6 +159,7 @@ def bench_dummy(
         spec: what is measured, how often.
         n_layers: blocks to build; all when None.
         device: as for `load`.
+        backend: see `bench`.
         progress: told about writing, building and measuring.
 
     Raises:
@@ -162,7 +179,9 @@ def bench_dummy(
         for name, recipe in wanted.items():
             sources[name] = str(Path(scratch) / f"variant-{len(sources)}")
             quantize(folder, recipe, sources[name], device=device, progress=progress)
-        report = bench(sources, baseline="bf16", spec=spec, device=device, progress=progress)
+        report = bench(
+            sources, baseline="bf16", spec=spec, device=device, backend=backend, progress=progress
+        )
     dummy = DummyRecord(base=base, n_layers=n, of_layers=whole)
     return report.model_copy(update={"dummy": dummy})
 
@@ -452,6 +471,7 @@ class _Question(Frozen):
 
     source: str
     device: str
+    backend: Backend = "torch"
     hub_dir: Path | None
     workload: Workload
 
@@ -502,7 +522,12 @@ def _footprint(question: _Question) -> _Footprint:
     gc.collect()
     imports_process_bytes = _resident_bytes("VmRSS")
     start = time.perf_counter()
-    encoder = load(question.source, device=question.device, hub_dir=question.hub_dir)
+    encoder = load(
+        question.source,
+        device=question.device,
+        backend=question.backend,
+        hub_dir=question.hub_dir,
+    )
     encoder.vectors.quantize(encoder.encode(["the first text after the load"]))
     load_s = time.perf_counter() - start
     _batch(encoder, question.workload)()

@@ -74,6 +74,10 @@ HubDir = Annotated[
         metavar="DIR",
     ),
 ]
+BackendOption = Annotated[
+    Literal["torch", "openvino"],
+    typer.Option(help="what computes: openvino is the faster one on a CPU with VNNI or AMX"),
+]
 Devices = Annotated[
     str | None,
     typer.Option(help="score with one process a device: cuda:0,cuda:1, or cpu,cpu", metavar="LIST"),
@@ -296,6 +300,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="results folder for bench.json")] = None,
     hub_dir: HubDir = None,
     device: Device = "auto",
+    backend: BackendOption = "torch",
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory, each artifact interleaved with the baseline.
@@ -321,6 +326,7 @@ def bench(
                 spec=spec,
                 n_layers=layers,
                 device=device,
+                backend=backend,
                 progress=progress,
             )
         else:
@@ -329,6 +335,7 @@ def bench(
                 baseline=next(iter(sources)),
                 spec=spec,
                 device=device,
+                backend=backend,
                 hub_dir=hub_dir,
                 progress=progress,
             )

@@ -11,6 +11,8 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +31,9 @@ from gteopt.checkpoint import (
 )
 from gteopt.errors import InputError, IntegrityError, NumericsError, UnsupportedError, suggest
 from gteopt.formats import ReadLayer, Shape, format_of
-from gteopt.kernels import make_linear, speed_up_linears_
+from gteopt.kernels import arithmetic, make_linear, speed_up_linears_
 from gteopt.kernels.reference import PackedEmbedding
+from gteopt.openvino import Graph, Weights
 from gteopt.pooling import LatentAttention, pool
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.vectors import VectorTransform, identity
@@ -39,6 +42,7 @@ from gteopt.records import Manifest
 from gteopt.runtime import packed_forward
 
 Role = Literal["query", "document"]
+Backend = Literal["torch", "openvino"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _ALONE_TOKENS = 2048
 """A batch with a text beyond this is taken text by text: neither padding nor activations of many
@@ -61,7 +65,9 @@ class Encoder:
     Attributes:
         name: the artifact's recipe name, or what the base was asked for by.
         checkpoint: what the folder says about the model.
-        module: the transformer, token ids in, token vectors out.
+        module: the transformer, token ids in, token vectors out; without weights where the backend
+            is not torch.
+        backend: what computes token vectors.
         full_dims: dimensions of the model's own output.
         vectors: what happens to an embedding after the model.
         n_cut: texts so far that were longer than `max_tokens` and were cut there.
@@ -77,6 +83,7 @@ class Encoder:
         vectors: VectorTransform,
         device: torch.device,
         dtype: torch.dtype,
+        graph: Graph | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.module = module
@@ -90,8 +97,10 @@ class Encoder:
         self.default_instruction = checkpoint.default_instruction
         self._dense = dense
         self._latent = latent
+        self._graph = graph
+        self.backend: Backend = "torch" if graph is None else "openvino"
         # Latent pooling reads the vector of every token.
-        packs = latent is None
+        packs = latent is None and graph is None
         self._packed = (
             packed_forward(checkpoint.config, checkpoint.pooling, device) if packs else None
         )
@@ -124,9 +133,10 @@ class Encoder:
     def weight_bytes(self) -> int:
         """Bytes of the parameters and buffers of transformer and pooling as they lie in memory."""
         seen: dict[int, int] = {}
-        own = [*self.module.parameters(), *self.module.buffers()]
-        if self._latent is not None:
-            own += self._latent.buffers()
+        own: list[Tensor] = [] if self._latent is None else list(self._latent.buffers())
+        if self._graph is not None:
+            return self._graph.weight_bytes + sum(t.numel() * t.element_size() for t in own)
+        own += [*self.module.parameters(), *self.module.buffers()]
         for tensor in own:
             seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         hidden = [int(getattr(each, "packed_bytes", 0)) for each in self.module.modules()]
@@ -135,13 +145,24 @@ class Encoder:
     @property
     def block_bytes(self) -> int:
         """`weight_bytes` without the token embeddings, of which a text reads a row a token."""
+        if self._graph is not None:
+            return self.weight_bytes - self._graph.table_bytes
         table: nn.Module = self.module.get_input_embeddings()  # type: ignore[operator]
         parts = (*table.parameters(), *table.buffers())
         return self.weight_bytes - sum(each.numel() * each.element_size() for each in parts)
 
     @property
+    def arithmetic(self) -> str:
+        """What decides the rounding of products besides weights and dtype."""
+        if self._graph is not None:
+            return f"openvino {version('openvino')}, {arithmetic(self.device)}"
+        return arithmetic(self.device)
+
+    @property
     def kernels(self) -> dict[str, int]:
         """How many linear layers run on which kernel."""
+        if self._graph is not None:
+            return self._graph.kernels
         counts = Counter(
             str(getattr(module, "kernel", "torch.linear"))
             for module in self.module.modules()
@@ -303,7 +324,10 @@ class Encoder:
             vectors = self._finished(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
         else:
             ids, mask = self.pad(tokens, side=padding)
-            hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
+            if self._graph is not None:
+                hidden = self._graph(ids, mask)
+            else:
+                hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
             vectors = self.pooled(hidden, self.pool_mask(tokens, mask))
         bad = (~torch.isfinite(vectors).all(dim=1)).nonzero().flatten().tolist()
         if bad:
@@ -383,6 +407,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    backend: Backend = "torch",
     hub_dir: Path | None = None,
     revision: str | None = None,
     family: str | None = None,
@@ -394,15 +419,17 @@ def load(
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1".
         dtype: "auto" is bfloat16 for a base and the dtype it was built in for an artifact;
             also "bfloat16", "float32", "float64".
+        backend: "torch", or "openvino", the faster one on a CPU for the architectures and layers
+            that it knows; activations of quantized products are then rounded to 8 bits.
         hub_dir: folder in the Hub's layout; given, the network is never touched.
         revision: commit, branch or tag on the Hub.
         family: see `open_checkpoint`.
 
     Raises:
-        InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
+        InputError, IntegrityError, UnsupportedError: see `open_checkpoint` and `load_checkpoint`.
     """
     checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision, family=family)
-    return load_checkpoint(checkpoint, device=device, dtype=dtype)
+    return load_checkpoint(checkpoint, device=device, dtype=dtype, backend=backend)
 
 
 def describe(
@@ -451,6 +478,7 @@ def load_checkpoint(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    backend: Backend = "torch",
     later: str | None = None,
 ) -> Encoder:
     """Load what `open_checkpoint` has described.
@@ -459,13 +487,26 @@ def load_checkpoint(
         checkpoint: a base or an artifact.
         device: see `load`.
         dtype: see `load`.
+        backend: see `load`.
         later: a submodule of a base (its list of blocks) whose weights stay in their files until
             `fill_` asks for them; where the files name weights in another way than the
             architecture does, everything is read at once all the same.
+
+    Raises:
+        InputError: an unknown backend.
+        UnsupportedError: a backend that cannot compute this model, or not on this device.
     """
-    where = _device(device)
+    where = _openvino_device(device) if backend == "openvino" else _device(device)
     kind = parse_dtype(_dtype_of(checkpoint, dtype))
-    if checkpoint.is_quantized:
+    graph = None
+    if backend == "openvino":
+        graph = Graph(_whole_config(checkpoint), openvino_weights(checkpoint, kind), dtype=kind)
+        module = build_skeleton(checkpoint)
+    elif backend != "torch":
+        raise InputError(
+            f"unknown backend '{backend}': {suggest(str(backend), ['torch', 'openvino'])}"
+        )
+    elif checkpoint.is_quantized:
         module = _load_packed(checkpoint, where, kind)
     else:
         frame = None
@@ -473,7 +514,8 @@ def load_checkpoint(
             frame = _load_frame(checkpoint, where, kind, later)
         module = _load_plain(checkpoint, where, kind) if frame is None else frame
     module.eval().requires_grad_(False)
-    speed_up_linears_(module, where)
+    if graph is None:
+        speed_up_linears_(module, where)
     dense = nn.Sequential(*(_load_dense(path) for path in checkpoint.dense)).to(where)
     return Encoder(
         checkpoint=checkpoint,
@@ -484,6 +526,7 @@ def load_checkpoint(
         vectors=_load_vectors(checkpoint),
         device=where,
         dtype=kind,
+        graph=graph,
     )
 
 
@@ -693,9 +736,25 @@ def _read(
     return tensors
 
 
-def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The transformer with packed layers in place; no full-precision copy of them ever exists."""
-    module = build_skeleton(checkpoint)
+@dataclass(frozen=True)
+class _Stored:
+    """The weights of a quantized checkpoint as they lie in its files, by the module's names.
+
+    Attributes:
+        layers: name, weight and bias of each quantized linear layer.
+        table: the token embeddings with their name; None where they are not quantized.
+        plain: everything else in the model's dtype.
+    """
+
+    layers: list[tuple[str, ReadLayer, Tensor | None]]
+    table: tuple[str, PackedWeight] | None
+    plain: dict[str, Tensor]
+
+
+def _read_packed(
+    checkpoint: Checkpoint, module: nn.Module, device: torch.device, dtype: torch.dtype
+) -> _Stored:
+    """No full-precision copy of a quantized weight ever exists."""
     tensors: dict[str, Tensor] = {}
     for path in checkpoint.weight_files:
         with safe_open(path, framework="pt", device=str(device)) as handle:
@@ -703,17 +762,29 @@ def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
                 tensors[name] = handle.get_tensor(name)
     tensors = _bare_names(tensors, module)
     embedding = checkpoint.manifest.embedding if checkpoint.manifest is not None else None
+    table = None
     if embedding is not None:
         own = {n: tensors.pop(n) for n in list(tensors) if n.startswith(f"{embedding.name}.")}
         parts = {n.removeprefix(f"{embedding.name}."): tensor for n, tensor in own.items()}
-        table = PackedWeight.from_tensors(embedding.scheme, embedding.in_features, parts)
-        swap_embedding_(module, embedding.name, table, device, dtype)
-    for name, layer, bias in _take_layers(checkpoint, module, tensors):
-        swap_linear_(module, name, layer.weight, bias, device, dtype, order=layer.order)
+        packed = PackedWeight.from_tensors(embedding.scheme, embedding.in_features, parts)
+        table = (embedding.name, packed)
+    layers = list(_take_layers(checkpoint, module, tensors))
     plain = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
+    return _Stored(layers, table, plain)
+
+
+def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The transformer with packed layers in place."""
+    module = build_skeleton(checkpoint)
+    stored = _read_packed(checkpoint, module, device, dtype)
+    if stored.table is not None:
+        swap_embedding_(module, *stored.table, device, dtype)
+    for name, layer, bias in stored.layers:
+        swap_linear_(module, name, layer.weight, bias, device, dtype, order=layer.order)
+    plain = stored.plain
     unexpected = module.load_state_dict(plain, strict=False, assign=True).unexpected_keys
     buffers = {name for name, _ in module.named_buffers()}
     unexpected = [name for name in unexpected if name not in buffers]
@@ -727,6 +798,32 @@ def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
             f"{', '.join(left[:5]) or 'none'}; unexpected: {', '.join(unexpected[:5]) or 'none'})"
         )
     return module.to(device)
+
+
+def _openvino_device(name: str) -> torch.device:
+    if name not in ("auto", "cpu"):
+        raise UnsupportedError(f"backend openvino runs on the CPU, not on {name}; leave device out")
+    return torch.device("cpu")
+
+
+def _whole_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The transformer's config with what config.json leaves to defaults."""
+    return {**checkpoint.config, **_hf_config(checkpoint).to_dict()}
+
+
+def openvino_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
+    """What OpenVINO's graph of a checkpoint is made of."""
+    cpu = torch.device("cpu")
+    if not checkpoint.is_quantized:
+        return Weights(_load_plain(checkpoint, cpu, dtype).state_dict())
+    stored = _read_packed(checkpoint, build_skeleton(checkpoint), cpu, dtype)
+    biases = {f"{name}.bias": bias.to(dtype) for name, _, bias in stored.layers if bias is not None}
+    return Weights(
+        plain={**stored.plain, **biases},
+        packed={name: layer.weight for name, layer, _ in stored.layers},
+        orders={n: layer.order for n, layer, _ in stored.layers if layer.order is not None},
+        table=None if stored.table is None else stored.table[1],
+    )
 
 
 def _bare_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

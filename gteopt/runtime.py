@@ -37,7 +37,7 @@ def packed_forward(
     pass is to be used.
     """
     kind = str(config.get("model_type"))
-    if kind not in _FORWARDS or not _as_expected(config):
+    if kind not in _FORWARDS or not has_known_settings(config):
         return None
     forward = _FORWARDS[kind]
 
@@ -47,7 +47,7 @@ def packed_forward(
     return run
 
 
-def _as_expected(config: Mapping[str, Any]) -> bool:
+def has_known_settings(config: Mapping[str, Any]) -> bool:
     """Whether every setting that would change the computation is at what is written below."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     layers = set(config.get("layer_types") or ())

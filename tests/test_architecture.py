@@ -15,6 +15,7 @@ RANKS = [
     {"quant", "machine", "pooling"},
     {"kernels", "formats", "artifact", "hub"},
     {"checkpoint", "runtime"},
+    {"openvino"},
     {"encoder", "card"},
     {"calibration", "layout", "dummy"},
     {"tuning", "smoothing", "sensitivity"},

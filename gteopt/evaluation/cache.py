@@ -379,13 +379,11 @@ def cut(texts: Iterable[str], role: Role, instruction: str | None) -> list[Shard
 
 def vector_identity(encoder: Encoder, dtype: CacheDtype = "float16") -> dict[str, str]:
     """What full-dimension vectors depend on besides their text."""
-    from gteopt.kernels import arithmetic  # seconds, for torch
-
     return {
         "weights": encoder.checkpoint.weights_sha256,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "device": encoder.device.type,
-        "arithmetic": arithmetic(encoder.device),
+        "arithmetic": encoder.arithmetic,
         "padded": str(_sums_as_published(encoder)),
         "stored": dtype,
         "torch": version("torch"),

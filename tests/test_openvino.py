@@ -1,0 +1,199 @@
+"""The OpenVINO backend computes what torch does from the same packed weights, or refuses."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+import gteopt.openvino
+from gteopt.errors import InputError, UnsupportedError
+from gteopt.evaluation.cache import vector_identity
+from gteopt.openvino import Graph, Weights
+from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
+from gteopt.recipe import LayerScheme, load_recipe
+
+SIZES = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+}
+DECODER = {**SIZES, "num_key_value_heads": 2, "hidden_act": "silu"}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2": {**DECODER, "model_type": "qwen2", "is_causal": False},
+    "qwen2 causal": {**DECODER, "model_type": "qwen2", "rope_theta": 1e6},
+    "mistral": {**DECODER, "model_type": "mistral", "sliding_window": None, "head_dim": 24},
+    "bert": {**SIZES, "model_type": "bert", "hidden_act": "gelu"},
+}
+LENGTHS = (9, 1, 4)
+SCHEMES = {
+    "2 bits": LayerScheme(bits=2, group_size=32, symmetric=False),
+    "3 bits": LayerScheme(bits=3, group_size=64, symmetric=True),
+    "4 bits": LayerScheme(bits=4, group_size=32, symmetric=True),
+    "4 bits with zero points": LayerScheme(bits=4, group_size=128, symmetric=False),
+    "4 bits, a scale a row": LayerScheme(bits=4, group_size="row", symmetric=True),
+    "8 bits": LayerScheme(bits=8, group_size="row", symmetric=True),
+    "8 bits with zero points": LayerScheme(bits=8, group_size=64, symmetric=False),
+}
+
+
+def random_module(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    module: nn.Module = AutoModel.from_config(AutoConfig.for_model(config["model_type"], **fields))
+    for name, parameter in module.named_parameters():  # norms and biases are 1 and 0 when new
+        scale = 0.5 if "norm" in name.lower() or parameter.dim() == 1 else 3.0
+        parameter.data.add_(torch.randn_like(parameter), alpha=scale * 0.05)
+    return module.to(dtype).eval().requires_grad_(False)
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 50, (len(LENGTHS), max(LENGTHS)), generator=generator)
+    mask = torch.arange(max(LENGTHS))[None] < torch.tensor(LENGTHS)[:, None]
+    return ids * mask, mask.long()
+
+
+def alone(module: Any) -> list[Tensor]:
+    """Token vectors of each text in float64 without padding, by the module itself."""
+    ids, _ = padded()
+    found = []
+    for row, length in zip(ids, LENGTHS, strict=True):
+        mask = torch.ones(1, length, dtype=torch.int64)
+        out = module.double()(input_ids=row[None, :length], attention_mask=mask)
+        found.append(out.last_hidden_state[0])
+    return found
+
+
+def quantized(module: Any, scheme: LayerScheme) -> dict[str, PackedWeight]:
+    """Every linear layer of the blocks, rounded; the module gets the values of the codes."""
+    packed = {}
+    for name, linear in module.named_modules():
+        if isinstance(linear, nn.Linear) and "layer" in name:
+            rounded = quantize_rtn(linear.weight.float(), scheme)
+            linear.weight.data = rounded.dequantize().to(linear.weight.dtype)
+            packed[name] = pack(rounded)
+    return packed
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_graph_computes_what_the_module_does(name: str) -> None:
+    module = random_module(CONFIGS[name])
+    weights = Weights(module.state_dict())
+    graph = Graph({**CONFIGS[name], **module.config.to_dict()}, weights, dtype=torch.float32)
+    found = graph(*padded())
+    for row, length, expected in zip(found, LENGTHS, alone(module), strict=True):
+        assert (row[:length] - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_packed_weights_stand_for_the_same_numbers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gteopt.openvino, "_ACTIVATION_GROUP", 0)  # inputs are not rounded
+    module = random_module(CONFIGS["qwen2"])
+    packed = quantized(module, SCHEMES[name])
+    config = {**CONFIGS["qwen2"], **module.config.to_dict()}
+    graph = Graph(config, Weights(module.state_dict(), packed), dtype=torch.float32)
+    found = graph(*padded())
+    for row, length, expected in zip(found, LENGTHS, alone(module), strict=True):
+        assert (row[:length] - expected).norm() < 2e-5 * expected.norm()
+    assert graph.kernels == {f"openvino.int{SCHEMES[name].bits}": len(packed)}
+
+
+def test_codes_stay_packed() -> None:
+    module = random_module(CONFIGS["qwen2"])
+    packed = quantized(module, SCHEMES["4 bits"])
+    graph = Graph(
+        {**CONFIGS["qwen2"], **module.config.to_dict()},
+        Weights(module.state_dict(), packed),
+        dtype=torch.float32,
+    )
+    own = {f"{name}.weight" for name in packed}
+    rest = sum(t.nbytes for name, t in module.state_dict().items() if name not in own)
+    # The angles of the rotary embedding are a constant too: half a head of float32.
+    assert graph.weight_bytes == sum(p.n_bytes for p in packed.values()) + rest + 4 * 16
+
+
+def test_act_order_reaches_the_right_columns() -> None:
+    module = random_module(CONFIGS["bert"])
+    packed = quantized(module, SCHEMES["8 bits with zero points"])
+    orders = {}
+    for seed, name in enumerate(packed):
+        linear = module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(linear.in_features, generator=generator)
+        # Column c multiplies input order[c]: in order, the same layer has its columns put back.
+        linear.weight.data = linear.weight[:, order.argsort()]
+        orders[name] = order
+    graph = Graph(
+        {**CONFIGS["bert"], **module.config.to_dict()},
+        Weights(module.state_dict(), packed, orders),
+        dtype=torch.float32,
+    )
+    found = graph(*padded())
+    for row, length, expected in zip(found, LENGTHS, alone(module), strict=True):
+        assert (row[:length] - expected).norm() < 2e-5 * expected.norm()
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The nano in int8, its token table too."""
+    out = tmp_path_factory.mktemp("openvino") / "int8"
+    recipe = load_recipe("rtn-int8")
+    weights = recipe.weights.model_copy(update={"embed_int8": True})
+    gteopt.quantize("nano", recipe.model_copy(update={"weights": weights}), out)
+    return out
+
+
+def test_an_artifact_has_the_same_vectors_on_both_backends(artifact: Path) -> None:
+    texts = ["A bridge.", "Photosynthesis turns light into sugar, in every leaf of a plant.", "水"]
+    torch_own = gteopt.load(artifact, dtype="float32")
+    fast = gteopt.load(artifact, dtype="float32", backend="openvino")
+    assert fast.backend == "openvino"
+    assert fast.kernels == {"openvino.int8": 28}
+    assert abs(fast.weight_bytes / torch_own.weight_bytes - 1) < 0.01
+    base = gteopt.load("nano", dtype="float32").encode(texts)
+    own, found = torch_own.encode(texts), fast.encode(texts)
+    # Both round the inputs of products to 8 bits, this one the finer: as close to the base.
+    assert (1 - (found * base).sum(1)).max() < 1.2 * (1 - (own * base).sum(1)).max()
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+
+def test_batches_do_not_change_a_vector(artifact: Path) -> None:
+    encoder = gteopt.load("nano", dtype="float32", backend="openvino")
+    texts = ["short", "a text of a few more words than the first one", "and a third"]
+    together = encoder.encode(texts)
+    alone = np.concatenate([encoder.encode([text]) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=2e-6)
+
+
+def test_cached_vectors_of_the_backends_are_kept_apart(artifact: Path) -> None:
+    one, other = (gteopt.load(artifact, backend=each) for each in ("torch", "openvino"))
+    assert vector_identity(one) != vector_identity(other)
+    assert f"openvino {version('openvino')}" in vector_identity(other)["arithmetic"]
+
+
+def test_what_it_cannot_compute_is_refused(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean openvino"):
+        gteopt.load(artifact, backend="openvin")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="runs on the CPU, not on cuda"):
+        gteopt.load(artifact, backend="openvino", device="cuda")
+    gteopt.quantize("nano", "nf4", tmp_path / "nf4")
+    with pytest.raises(UnsupportedError, match=r"layers\.0\..* is nf4; use backend torch"):
+        gteopt.load(tmp_path / "nf4", backend="openvino")
+    with pytest.raises(UnsupportedError, match="and this is a qwen3 one"):
+        Graph({"model_type": "qwen3"}, Weights({}), dtype=torch.float32)
+    wide = {**CONFIGS["qwen2"], "rope_scaling": {"rope_type": "yarn"}}
+    with pytest.raises(UnsupportedError, match="usual settings"):
+        Graph(wide, Weights({}), dtype=torch.float32)
