@@ -36,7 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,6 +51,7 @@ import gteopt
 from gteopt.bench import exact_texts, peak_gflops
 from gteopt.checkpoint import open_checkpoint
 from gteopt.dummy import write_dummy
+from gteopt.encoder import Backend
 from gteopt.machine import machine, versions
 
 PEERS = (
@@ -271,6 +272,10 @@ def engines(model: str, *, learn: bool) -> dict[str, Callable[[Path], Engine]]:
     int8, int4 = ("int8", "gptq-int4") if learn else ("rtn-int8", "rtn-int4")
     table["gteopt int8"] = partial(ours_quantized, recipe=int8, dtype="float32")
     table["gteopt 4-bit"] = partial(ours_quantized, recipe=int4, dtype="bfloat16")
+    fast = partial(ours_quantized, dtype="bfloat16", backend="openvino")
+    table["gteopt bf16, OpenVINO"] = partial(ours, dtype="bfloat16", backend="openvino")
+    table["gteopt int8, OpenVINO"] = partial(fast, recipe=int8)
+    table["gteopt 4-bit, OpenVINO"] = partial(fast, recipe=int4)
     return table
 
 
@@ -303,16 +308,25 @@ class Ours:
         return self._encoder.encode(texts)
 
 
-def ours(folder: Path, dtype: str, device: str = "cpu") -> Engine:
+def ours(folder: Path, dtype: str, device: str = "cpu", backend: Backend = "torch") -> Engine:
     """The unquantized model in gteopt."""
-    return Ours(gteopt.load(folder, dtype=dtype, device=device))
+    return Ours(gteopt.load(folder, dtype=dtype, device=device, backend=backend))
 
 
-def ours_quantized(folder: Path, recipe: str, dtype: str, device: str = "cpu") -> Engine:
+def ours_quantized(
+    folder: Path, recipe: str, dtype: str, device: str = "cpu", backend: Backend = "torch"
+) -> Engine:
     """One of our recipes on its own calibration texts; dtype of what stays unquantized."""
+    out = built(folder, recipe, "bfloat16" if device == "cuda" else "float32", device)
+    return Ours(gteopt.load(out, dtype=dtype, device=device, backend=backend))
+
+
+@lru_cache(maxsize=None)
+def built(folder: Path, recipe: str, dtype: str, device: str) -> Path:
+    """An artifact, made once for all engines that load it."""
     out = Path(tempfile.mkdtemp()) / recipe
     gteopt.quantize(folder, recipe, out, dtype=dtype, device=device)
-    return Ours(gteopt.load(out, device=device))
+    return out
 
 
 def sentence_transformer(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Engine:
