@@ -501,6 +501,23 @@ def report(
 
 
 @app.command()
+def export(
+    artifact: Annotated[Path, typer.Argument(help="artifact folder")],
+    out: Annotated[Path, typer.Argument(help="folder to make")],
+) -> None:
+    """Write an artifact as a folder that Sentence Transformers opens with backend="openvino".
+
+    Example: `gteopt export artifacts/nano-int8 nano-int8-openvino`
+    """
+    from gteopt.layout import export_openvino
+
+    export_openvino(artifact, out)
+    n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    _out.print(f"{out}: {_size(n_bytes)}", soft_wrap=True)
+    _out.print(f'SentenceTransformer("{out}", backend="openvino")', markup=False, soft_wrap=True)
+
+
+@app.command()
 def verify(
     artifact: Annotated[Path, typer.Argument(help="artifact folder")], as_json: AsJson = False
 ) -> None:

@@ -500,7 +500,7 @@ def load_checkpoint(
     kind = parse_dtype(_dtype_of(checkpoint, dtype))
     graph = None
     if backend == "openvino":
-        graph = Graph(_whole_config(checkpoint), openvino_weights(checkpoint, kind), dtype=kind)
+        graph = Graph(whole_config(checkpoint), openvino_weights(checkpoint, kind), dtype=kind)
         module = build_skeleton(checkpoint)
     elif backend != "torch":
         raise InputError(
@@ -806,7 +806,7 @@ def _openvino_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _whole_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def whole_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The transformer's config with what config.json leaves to defaults."""
     return {**checkpoint.config, **_hf_config(checkpoint).to_dict()}
 

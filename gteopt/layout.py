@@ -21,15 +21,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gteopt import __version__
+from gteopt.artifact import MANIFEST, is_artifact
 from gteopt.checkpoint import (
     LATENT_FILE,
     LATENT_PREFIX,
     VECTOR_MODULES,
     VECTORS_FILE,
     Checkpoint,
+    open_checkpoint,
 )
-from gteopt.encoder import Encoder, latent_tensors, load_tokenizer
+from gteopt.encoder import (
+    Encoder,
+    latent_tensors,
+    load_tokenizer,
+    openvino_weights,
+    parse_dtype,
+    whole_config,
+)
+from gteopt.errors import InputError, UnsupportedError
 from gteopt.formats import FORMATS, Format
+from gteopt.openvino import save
 from gteopt.quant.affine import PARTS, PackedWeight
 from gteopt.quant.vectors import VectorTransform
 from gteopt.recipe import Layout
@@ -112,6 +123,48 @@ def write_model(
         _write_json(stage / "config.json", config)
     _write_tokenizer(checkpoint, stage)
     _write_modules(checkpoint, stage)
+
+
+def export_openvino(artifact: Path, out: Path) -> None:
+    """Write a folder that Sentence Transformers opens with `backend="openvino"`, without gteopt.
+
+    It has the artifact's tokenizer, pooling and prompts, and its packed weights as they are inside
+    an OpenVINO graph.
+
+    Args:
+        artifact: folder of an artifact whose vectors are not shortened by a code of gteopt's own.
+        out: folder to make.
+
+    Raises:
+        InputError: no artifact, or `out` exists.
+        IntegrityError: see `open_checkpoint`.
+        UnsupportedError: OpenVINO is missing or cannot say this model; see `gteopt.openvino.Graph`.
+    """
+    if not is_artifact(artifact):
+        raise InputError(f"{artifact} is not an artifact; build one, `--recipe bf16` for a base")
+    if out.exists():
+        raise InputError(f"{out} exists; name a new folder, or remove it")
+    checkpoint = open_checkpoint(artifact)
+    if checkpoint.latent is not None:
+        raise UnsupportedError("latent-attention pooling is not part of an OpenVINO graph")
+    stage = out.with_name(f".{out.name}.part")
+    shutil.rmtree(stage, ignore_errors=True)
+    weights = {path.name for path in checkpoint.weight_files}
+    not_taken = {*weights, MANIFEST, VECTORS_FILE, "README.md", "model.safetensors.index.json"}
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        inside = Path(folder) != artifact
+        return [] if inside else [name for name in names if name in not_taken or name == WEIGHTS]
+
+    try:
+        shutil.copytree(artifact, stage, ignore=left_out)
+        config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        _write_json(stage / "config.json", config)
+        kind = parse_dtype(checkpoint.manifest.base.dtype if checkpoint.manifest else "bfloat16")
+        save(whole_config(checkpoint), openvino_weights(checkpoint, kind), stage)
+        stage.replace(out)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager

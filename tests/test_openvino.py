@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import gteopt.openvino
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.evaluation.cache import vector_identity
+from gteopt.layout import export_openvino
 from gteopt.openvino import Graph, Weights
 from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
 from gteopt.recipe import LayerScheme, load_recipe
@@ -182,6 +184,28 @@ def test_cached_vectors_of_the_backends_are_kept_apart(artifact: Path) -> None:
     one, other = (gteopt.load(artifact, backend=each) for each in ("torch", "openvino"))
     assert vector_identity(one) != vector_identity(other)
     assert f"openvino {version('openvino')}" in vector_identity(other)["arithmetic"]
+
+
+def test_the_exported_graph_runs_without_gteopt(artifact: Path, tmp_path: Path) -> None:
+    """Sentence Transformers wants optimum-intel for it, which excludes the transformers here; what
+    that reads is the graph, its two inputs and its output, beside the module files.
+    """
+    out = tmp_path / "exported"
+    export_openvino(artifact, out)
+    assert not list(out.rglob("*.safetensors"))
+    compiled = openvino.compile_model(
+        out / "openvino" / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    rows = dict(tokenizer(["A bridge over the river."], return_tensors="np"))
+    inputs = {name: rows[name] for name in ("input_ids", "attention_mask")}
+    last = compiled(inputs)["last_hidden_state"][0, -1]
+    expected = gteopt.load(artifact, dtype="float32", backend="openvino")
+    (vector,) = expected.encode(["A bridge over the river."])
+    # Another group size of rounded inputs is this library's default.
+    assert vector @ (last / np.linalg.norm(last)) > 0.9995
+    with pytest.raises(InputError, match="exists"):
+        export_openvino(artifact, out)
 
 
 def test_what_it_cannot_compute_is_refused(artifact: Path, tmp_path: Path) -> None:
