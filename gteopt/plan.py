@@ -222,6 +222,7 @@ def score(
     *,
     hub_dir: Path | None,
     device: str,
+    dtype: str = "auto",
     grid: Grid | None = None,
     options: EncodeOptions = ENCODE_OPTIONS,
     workers: Workers | None = None,
@@ -234,9 +235,9 @@ def score(
     grid, there is a report for each variant, length and code, named by the three; the baseline is
     then the first source's own vectors.
 
-    With a results folder, finished tasks are stored in it and not done twice. With workers, they
-    encode and `device` does not matter; a grid still needs each variant in this process, which fits
-    its ranges.
+    All are computed in `dtype`, as `load` takes it. With a results folder, finished tasks are
+    stored in it and not done twice. With workers, they encode and `device` does not matter; a grid
+    still needs each variant in this process, which fits its ranges.
     """
     reports: dict[str, EvalReport] = {}
     baseline = None
@@ -244,10 +245,10 @@ def score(
         notes: list[str] = []
         how = options
         if workers is None:
-            encoder = load(source, device=device, hub_dir=hub_dir)
+            encoder = load(source, device=device, dtype=dtype, hub_dir=hub_dir)
         else:
             here = describe if grid is None else load
-            encoder = here(source, device=workers.device, hub_dir=hub_dir)
+            encoder = here(source, device=workers.device, dtype=dtype, hub_dir=hub_dir)
             how = replace(
                 options,
                 encode=workers.encoding(
