@@ -40,7 +40,7 @@ from gteopt.evaluation.cache import LocalEncoding, Shard
 from gteopt.evaluation.isolation import isolated
 from gteopt.evaluation.tasks import resolve
 from gteopt.machine import machine, versions
-from gteopt.plan import Grid, score
+from gteopt.plan import Grid, Setup, score
 from gteopt.quant.vectors import VectorTransform
 from gteopt.recipe import Frozen, VectorCode, quiet
 from gteopt.records import Conditions, EvalReport, Machine, write_record
@@ -159,11 +159,13 @@ def main() -> None:
             sources,
             suite,
             Path(folder) / "results",
-            hub_dir=arguments.hub_dir,
-            device="cpu",
-            dtype=arguments.dtype,
-            grid=Grid(DIMS, CODES),
-            options=EncodeOptions(batch_size=BATCH_SIZE),
+            how=Setup(
+                hub_dir=arguments.hub_dir,
+                device="cpu",
+                dtype=arguments.dtype,
+                grid=Grid(DIMS, CODES),
+                options=EncodeOptions(batch_size=BATCH_SIZE),
+            ),
             progress=quiet,
         )
         grid = started.timing()

@@ -21,7 +21,7 @@ import gteopt
 from gteopt.encoder import Encoder
 from gteopt.errors import UnsupportedError
 from gteopt.evaluation import EncodeOptions, Suite, run_suite
-from gteopt.evaluation.cache import SHARD_TEXTS, LocalEncoding, VectorCache
+from gteopt.evaluation.cache import SHARD_TEXTS, Encodings, LocalEncoding, VectorCache
 from gteopt.evaluation.fidelity import read_sample, write_sample
 
 TASKS: tuple[dict[str, Any], ...] = (
@@ -62,13 +62,13 @@ def test_a_cold_and_a_warm_cache_give_the_same_bits(nano: Encoder, tmp_path: Pat
     warm = VectorCache(nano, tmp_path)
     again = warm.embed(texts[::-1], "query", "Find it.")[::-1]
     np.testing.assert_array_equal(first, again)
-    assert (cold.n_encoded, warm.n_encoded, warm.n_asked) == (40, 0, 40)
+    assert (cold.counts, warm.counts) == (Encodings(40, 40), Encodings(40, 0))
     plain = nano.embed(texts, role="query", instruction="Find it.")
     # Half a unit in the last place of float16, relative to the value.
     assert np.abs(first - plain).max() <= 2**-11 * np.abs(plain).max()
     # The same text behind another prompt is another vector.
     other = warm.embed(texts, "document", None)
-    assert warm.n_encoded == 40
+    assert warm.counts.n_encoded == 40
     assert np.abs(other - first).max() > 0.01
 
 
@@ -79,8 +79,9 @@ def test_scores_are_the_same_bits_with_and_without_a_store(nano: Encoder, tmp_pa
     for path in (tmp_path / "tasks").glob("*/*"):
         path.unlink()  # the vectors stay
     warm = run_suite(nano, suite, store=tmp_path)
-    assert cold.n_encoded == without.n_encoded > 0
-    assert (warm.n_encoded, warm.n_asked) == (0, cold.n_asked)
+    assert cold.encodings == cold.encodings_now == without.encodings
+    n_texts = cold.encodings.n_asked
+    assert (cold.encodings, warm.encodings) == (Encodings(n_texts, n_texts), Encodings(n_texts, 0))
     assert without.scores == cold.scores == warm.scores
     for side, each in cold.sample.items():
         np.testing.assert_array_equal(each.vectors, warm.sample[side].vectors)
@@ -112,11 +113,11 @@ def test_artifacts_that_differ_only_in_their_vectors_share_one_cache(
     whole, shortened = (gteopt.load(each, device="cpu") for each in (artifact, short))
     store = tmp_path / "store"
     suite = suite_of(TASKS[0])
-    assert run_suite(whole, suite, store=store).n_encoded > 0
-    assert run_suite(shortened, suite, store=store).n_encoded == 0
-    assert run_suite(nano, suite, store=store).n_encoded > 0  # other weights
+    assert run_suite(whole, suite, store=store).encodings.n_encoded > 0
+    assert run_suite(shortened, suite, store=store).encodings.n_encoded == 0
+    assert run_suite(nano, suite, store=store).encodings.n_encoded > 0  # other weights
     full = gteopt.load(artifact, device="cpu", dtype="float32")
-    assert run_suite(full, suite, store=store).n_encoded > 0  # another dtype
+    assert run_suite(full, suite, store=store).encodings.n_encoded > 0  # another dtype
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
@@ -129,14 +130,14 @@ def test_a_damaged_shard_is_told_and_its_texts_are_encoded_again(
         path.unlink()
     shard, *others = shards(tmp_path / "vectors")
     n_texts = len(load_file(shard)["keys"])
-    assert 0 < n_texts < sound.n_encoded
+    assert 0 < n_texts < sound.encodings.n_encoded
     content = shard.read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     shard.write_bytes({"flip": bytes(flipped), "cut": content[:-9], "empty": b""}[damage])
     told: list[str] = []
     run = run_suite(nano, suite, store=tmp_path, progress=lambda what, *_: told.append(what))
-    assert run.n_encoded == n_texts
+    assert run.encodings.n_encoded == n_texts
     assert shards(tmp_path / "vectors") == [shard, *others]  # whole again
     assert run.scores == sound.scores
     (note,) = run.notes
@@ -158,7 +159,7 @@ def test_the_oldest_shards_make_room_and_what_is_returned_stays_right(
     room_for_three = sum(sizes) + 100
     cache = VectorCache(nano, tmp_path, limit_bytes=room_for_three)
     cache.embed(texts_of(12, "a"), "document", None)  # read just now: no longer the oldest
-    assert cache.n_encoded == 0
+    assert cache.counts.n_encoded == 0
     os.utime(shards(tmp_path)[0])
     expected = nano.embed(texts_of(12, "d"))
     small = VectorCache(nano, tmp_path, limit_bytes=1)  # room for nothing but the newest
@@ -170,7 +171,7 @@ def test_the_oldest_shards_make_room_and_what_is_returned_stays_right(
     np.testing.assert_allclose(
         cache.embed(texts_of(12, "a"), "document", None), nano.embed(texts_of(12, "a")), atol=2**-11
     )
-    assert cache.n_encoded == 12
+    assert cache.counts.n_encoded == 12
 
 
 def test_shards_are_cut_alike_whatever_was_encoded_before_a_stop(
@@ -193,7 +194,7 @@ def test_shards_are_cut_alike_whatever_was_encoded_before_a_stop(
     np.testing.assert_array_equal(
         resumed.embed(texts, "document", None), fresh.embed(texts, "document", None)
     )
-    assert resumed.n_encoded == fresh.n_encoded - 16
+    assert resumed.counts.n_encoded == fresh.counts.n_encoded - 16
     assert [p.name for p in shards(tmp_path / "a")] == [p.name for p in shards(tmp_path / "b")]
 
 
@@ -214,7 +215,7 @@ def test_two_processes_fill_one_cache_at_once(nano: Encoder, tmp_path: Path) -> 
         texts = [f"{part} Text {i} of both." for i in range(20)]
         found = reader.embed(texts, "document", None)
         np.testing.assert_allclose(found, nano.embed(texts), atol=2**-8)
-    assert reader.n_encoded == 0
+    assert reader.counts.n_encoded == 0
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
 
 
@@ -256,7 +257,7 @@ def asked_again(nano: Encoder, store: Path, *tasks: dict[str, Any]) -> tuple[int
     """Texts that the tasks scored now ask for, and how many of them are encoded."""
     run = run_suite(nano, suite_of(*tasks), store=store)
     assert not run.failed
-    return run.n_asked, run.n_encoded
+    return run.encodings_now.n_asked, run.encodings_now.n_encoded
 
 
 def test_a_change_invalidates_exactly_what_it_touches(
@@ -266,6 +267,9 @@ def test_a_change_invalidates_exactly_what_it_touches(
     asked, encoded = asked_again(nano, tmp_path, sts, bitext)
     assert asked == encoded > 0
     assert asked_again(nano, tmp_path, sts, bitext) == (0, 0)
+    # What is reported is what the scores took, whichever run it was.
+    again = run_suite(nano, suite_of(sts, bitext), store=tmp_path)
+    assert again.encodings == Encodings(asked, encoded)
     # The suite: another order, a task less, a task more, which alone is run.
     assert asked_again(nano, tmp_path, bitext, sts) == (0, 0)
     assert asked_again(nano, tmp_path, bitext) == (0, 0)
@@ -282,7 +286,7 @@ def test_a_change_invalidates_exactly_what_it_touches(
     # Another artifact: everything.
     variant = gteopt.load(artifact, device="cpu")
     run = run_suite(variant, suite_of(sts, bitext), store=tmp_path)
-    assert run.n_encoded == run.n_asked > 0
+    assert run.encodings_now.n_encoded == run.encodings_now.n_asked > 0
     # And the first state is still there.
     assert asked_again(nano, tmp_path, sts, bitext) == (0, 0)
 

@@ -131,3 +131,20 @@ def test_the_speeds_in_the_readme_are_what_was_measured() -> None:
             f"| {query['seconds'] * 1e3:.1f} ms |"
         )
     assert table == lines
+
+
+def test_the_reproduced_scores_are_what_was_measured_and_plain_mtebs() -> None:
+    stored = json.loads((ROOT / "benchmarks" / "results" / "reproduce.json").read_text())
+    page = (ROOT / "eval" / "reference" / "README.md").read_text(encoding="utf-8")
+    table = page.split("<!-- reproduced -->")[1].split("<!-- /reproduced -->")[0]
+    lines = []
+    for row in stored["rows"]:
+        assert row["ours"] == pytest.approx(row["plain_mteb"], abs=1e-5), row["task"]
+        published, reason = row["published"], row["reason"] or ""
+        assert reason or published is None or abs(row["ours"] - published) < 0.01, row["task"]
+        name = row["task"] if row["subset"] == "default" else f"{row['task']} {row['subset']}"
+        lines.append(
+            f"| {name} | {row['ours']:.6f} | {row['plain_mteb']:.6f} "
+            f"| {'' if published is None else f'{published:.6f}'} | {reason} |"
+        )
+    assert table.strip().splitlines()[2:] == lines

@@ -70,6 +70,22 @@ class Shard:
     texts: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Encodings:
+    """Texts whose vectors were asked for, and how many of these were encoded; the others were
+    cached.
+    """
+
+    n_asked: int = 0
+    n_encoded: int = 0
+
+    def __add__(self, other: Encodings) -> Encodings:
+        return Encodings(self.n_asked + other.n_asked, self.n_encoded + other.n_encoded)
+
+    def __sub__(self, other: Encodings) -> Encodings:
+        return Encodings(self.n_asked - other.n_asked, self.n_encoded - other.n_encoded)
+
+
 class EncodeShards(Protocol):
     """Encodes shards, here or elsewhere; the order in which they come back does not matter."""
 
@@ -175,8 +191,7 @@ class VectorCache:
     """Full-dimension vectors by (prompt, text), of one encoder.
 
     Attributes:
-        n_asked: texts that were asked for, each request's repetitions counted once.
-        n_encoded: of these, encoded now.
+        counts: since it was opened, each request's repetitions counted once.
     """
 
     def __init__(
@@ -203,8 +218,7 @@ class VectorCache:
         self.encoder = encoder
         self.identity = vector_identity(encoder, dtype)
         self.folder = folder / _short_hash(self.identity)
-        self.n_asked = 0
-        self.n_encoded = 0
+        self.counts = Encodings()
         self._encode = encode or LocalEncoding(encoder, 32, say)
         self._limit_bytes = limit_bytes
         self._dtype = np.dtype(dtype)
@@ -236,8 +250,7 @@ class VectorCache:
         self._look_for_new_shards()
         found = self._read(wanted)
         missing = [text for digest, text in wanted.items() if digest not in found]
-        self.n_asked += len(wanted)
-        self.n_encoded += len(missing)
+        self.counts += Encodings(len(wanted), len(missing))
         n_known = len(texts) - len(missing)
 
         def count(what: str, done: int, total: int) -> None:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
@@ -42,12 +42,20 @@ from gteopt.evaluation.cache import (
     CacheDtype,
     EncodeAhead,
     EncodeShards,
+    Encodings,
     LocalEncoding,
     Shard,
     VectorCache,
     vector_identity,
 )
-from gteopt.evaluation.fidelity import Sample, Sampler, fidelity, read_sample, write_sample
+from gteopt.evaluation.fidelity import (
+    Sample,
+    Sampler,
+    fidelity,
+    read_sample,
+    sample_of,
+    write_sample,
+)
 from gteopt.evaluation.instructions import on_documents
 from gteopt.evaluation.reference import beside_published
 from gteopt.evaluation.samples import Samples, read_samples, write_samples
@@ -130,9 +138,10 @@ class StoredTask(Frozen):
     What the scores are made of lies beside it, in a safetensors file of the same name.
     """
 
-    schema_: Literal["gteopt.task/3"] = Field(alias="schema")
+    schema_: Literal["gteopt.task/4"] = Field(alias="schema")
     key: dict[str, str | None]
     scores: tuple[SubsetScore, ...]
+    encodings: Encodings
 
 
 SampleKey = tuple[str, str, str]
@@ -141,10 +150,11 @@ SampleKey = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class FinishedTask:
-    """One task's scores, and what they are made of by (split, subset)."""
+    """One task's scores, what they are made of by (split, subset), and what they took."""
 
     scores: tuple[SubsetScore, ...]
     samples: Mapping[tuple[str, str], Samples]
+    encodings: Encodings
 
 
 @dataclass(frozen=True)
@@ -156,8 +166,9 @@ class SuiteRun:
         failed: tasks that have no score, and why.
         sample: full-dimension vectors of the suite's texts, for fidelity.
         vectors: turns those into what the encoder stores.
-        n_asked: texts that the tasks scored now have asked the cache for.
-        n_encoded: of these, encoded; the others were in the cache.
+        encodings: that its tasks took, each in the run that scored it: a run that finds everything
+            finished says the same as the one that did it.
+        encodings_now: of these, in this very run.
         notes: anything out of the ordinary that happened to the encodings.
         hub_id: of a base that may be a published model; see `Checkpoint`.
     """
@@ -172,8 +183,8 @@ class SuiteRun:
     vectors: VectorTransform
     machine: Machine
     versions: Conditions
-    n_asked: int = 0
-    n_encoded: int = 0
+    encodings: Encodings
+    encodings_now: Encodings
     notes: tuple[str, ...] = ()
     hub_id: str | None = None
 
@@ -242,6 +253,49 @@ def run_views(
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gteopt-")))
         return _run(encoder, suite, views, hub_dir, store, options, progress)
+
+
+@dataclass(frozen=True)
+class TextsRun:
+    """What one encoder made of a user's own texts.
+
+    Attributes:
+        sample: full-dimension vectors of all of them.
+        notes: anything out of the ordinary that happened to the encodings.
+    """
+
+    sample: Sample
+    encodings: Encodings
+    notes: tuple[str, ...]
+    machine: Machine
+    versions: Conditions
+
+
+def run_texts(
+    encoder: Encoder,
+    texts: Sequence[str],
+    *,
+    store: Path | None = None,
+    options: EncodeOptions = ENCODE_OPTIONS,
+    progress: Progress = quiet,
+) -> TextsRun:
+    """Encode texts as documents without an instruction; see `run_views` for the arguments.
+
+    An interrupted run goes on at the shard, and what a suite has encoded alike is not encoded
+    again.
+    """
+    notes: list[str] = []
+
+    def say(note: str) -> None:
+        notes.append(note)
+        progress(note, 1, 1)
+
+    with ExitStack() as stack:
+        if store is None:
+            store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gteopt-")))
+        cache = _open_cache(encoder, store, options, say)
+        sample = sample_of(texts, cache.embed(texts, "document", None, progress))
+    return TextsRun(sample, cache.counts, tuple(notes), machine(), _conditions(encoder, options))
 
 
 def compare(
@@ -324,8 +378,8 @@ def compare(
         dims=variant.vectors.dims,
         code=variant.vectors.code,
         bytes_per_vector=variant.vectors.bytes_per_vector,
-        n_asked_texts=variant.n_asked,
-        n_encoded_texts=variant.n_encoded,
+        n_asked_texts=variant.encodings.n_asked,
+        n_encoded_texts=variant.encodings.n_encoded,
         notes=variant.notes,
         fidelity=fidelity(baseline.sample, variant.sample, variant.vectors),
         machine=variant.machine,
@@ -401,16 +455,9 @@ def _run(
     ]
     load_data(waiting)
 
-    cache = VectorCache(
-        encoder,
-        store / "vectors",
-        encode=options.encode or LocalEncoding(encoder, options.batch_size, say),
-        limit_bytes=options.cache_bytes,
-        dtype=options.dtype,
-        say=say,
-    )
+    cache = _open_cache(encoder, store, options, say)
     failed: dict[str, list[FailedTask]] = {view.sha256: [] for view in views}
-    counts = {view.sha256: [0, 0] for view in views}
+    now: dict[tuple[str, str], Encodings] = {}
     ahead = _Ahead(options.encode, cache, waiting)
     for position, each in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
         ahead.look(position - (len(tasks) - len(waiting) + 1))
@@ -419,13 +466,14 @@ def _run(
             generators = deepcopy((each.task.rng_state, each.task.np_rng))
             task_sampler: Sampler | None = Sampler()
             for view in views:
-                if (view.sha256, each.name) in done:
+                key = view.sha256, each.name
+                if key in done:
                     continue
                 each.task.rng_state, each.task.np_rng = deepcopy(generators)
-                before = cache.n_asked, cache.n_encoded
+                before = cache.counts
                 what = f"{view.name}: {each.name} ({position} of {len(tasks)})"
                 try:
-                    finished = _score(
+                    scores, samples = _score(
                         cache, view, each, task_sampler, store, _renamed(progress, what)
                     )
                 except GteoptError as error:
@@ -437,48 +485,59 @@ def _run(
                     failed[view.sha256].append(FailedTask(task=each.name, reason=reason))
                     continue
                 finally:
-                    counts[view.sha256][0] += cache.n_asked - before[0]
-                    counts[view.sha256][1] += cache.n_encoded - before[1]
-                done[view.sha256, each.name] = finished
+                    now[key] = cache.counts - before
+                done[key] = FinishedTask(scores, samples, now[key])
                 if task_sampler is not None:
                     # Vectors first: a task whose scores are on disk has its vectors there, too.
                     places[each.name].write_sample(task_sampler.sample())
                     sampler.merge(task_sampler.sample())
                     task_sampler = None
-                places[each.name].write(view, finished)
+                places[each.name].write(view, done[key])
         finally:
             each.task.unload_data()
     sample = sampler.sample()
-    conditions = {**_conditions(encoder, options.dtype), "encoded_on": options.encoded_on}
-    return [
-        SuiteRun(
-            encoder=view.name,
-            encoder_sha256=view.sha256,
-            suite=suite,
-            scores=tuple(
-                score
-                for each in tasks
-                if (view.sha256, each.name) in done
-                for score in done[view.sha256, each.name].scores
-            ),
-            samples={
-                (each.name, split, subset): samples
-                for each in tasks
-                if (view.sha256, each.name) in done
-                for (split, subset), samples in done[view.sha256, each.name].samples.items()
-            },
-            failed=tuple(failed[view.sha256]),
-            sample=sample,
-            vectors=view.vectors,
-            machine=machine(),
-            versions=conditions,
-            n_asked=counts[view.sha256][0],
-            n_encoded=counts[view.sha256][1],
-            notes=tuple(notes),
-            hub_id=encoder.checkpoint.hub_id,
+    conditions = _conditions(encoder, options)
+    runs = []
+    for view in views:
+        own = {name: done[view.sha256, name] for name in places if (view.sha256, name) in done}
+        own_now = {name: taken for (sha256, name), taken in now.items() if sha256 == view.sha256}
+        took = own_now | {name: each.encodings for name, each in own.items()}
+        runs.append(
+            SuiteRun(
+                encoder=view.name,
+                encoder_sha256=view.sha256,
+                suite=suite,
+                scores=tuple(score for each in own.values() for score in each.scores),
+                samples={
+                    (name, split, subset): samples
+                    for name, each in own.items()
+                    for (split, subset), samples in each.samples.items()
+                },
+                failed=tuple(failed[view.sha256]),
+                sample=sample,
+                vectors=view.vectors,
+                machine=machine(),
+                versions=conditions,
+                encodings=sum(took.values(), Encodings()),
+                encodings_now=sum(own_now.values(), Encodings()),
+                notes=tuple(notes),
+                hub_id=encoder.checkpoint.hub_id,
+            )
         )
-        for view in views
-    ]
+    return runs
+
+
+def _open_cache(
+    encoder: Encoder, store: Path, options: EncodeOptions, say: Callable[[str], None]
+) -> VectorCache:
+    return VectorCache(
+        encoder,
+        store / "vectors",
+        encode=options.encode or LocalEncoding(encoder, options.batch_size, say),
+        limit_bytes=options.cache_bytes,
+        dtype=options.dtype,
+        say=say,
+    )
 
 
 class _Ahead:
@@ -560,7 +619,9 @@ class _Place:
             samples = read_samples(self._file(view, "safetensors"))
         except IntegrityError:
             return None  # of an older gteopt, or damaged: scored again
-        return FinishedTask(record.scores, samples) if record.key == self._key(view) else None
+        if record.key != self._key(view):
+            return None
+        return FinishedTask(record.scores, samples, record.encodings)
 
     def write_sample(self, sample: Sample) -> None:
         """Keep the sample of vectors."""
@@ -569,7 +630,12 @@ class _Place:
     def write(self, view: View, finished: FinishedTask) -> None:
         """Keep scores; the record comes last, so that what it stands for is there."""
         write_samples(self._file(view, "safetensors"), finished.samples)
-        record = StoredTask(schema="gteopt.task/3", key=self._key(view), scores=finished.scores)
+        record = StoredTask(
+            schema="gteopt.task/4",
+            key=self._key(view),
+            scores=finished.scores,
+            encodings=finished.encodings,
+        )
         write_record(self._file(view, "json"), record)
 
     def _key(self, view: View) -> dict[str, str | None]:
@@ -586,8 +652,8 @@ def _score(
     sampler: Sampler | None,
     store: Path,
     progress: Progress,
-) -> FinishedTask:
-    """Every split and subset of one task.
+) -> tuple[tuple[SubsetScore, ...], Mapping[tuple[str, str], Samples]]:
+    """Scores of every split and subset of one task, and what they are made of.
 
     Raises:
         NumericsError: vectors or a score that is not a number.
@@ -645,7 +711,7 @@ def _score(
                 )
             )
     write_results(store, model.mteb_model_meta, resolved, everything, monotonic() - started)
-    return FinishedTask(tuple(scores), samples)
+    return tuple(scores), samples
 
 
 def _on_documents(encoder: Encoder, task: ResolvedTask) -> bool:
@@ -696,7 +762,7 @@ def _renamed(progress: Progress, task: str) -> Progress:
     return renamed
 
 
-def _conditions(encoder: Encoder, stored: CacheDtype) -> Conditions:
+def _conditions(encoder: Encoder, options: EncodeOptions) -> Conditions:
     import torch
 
     return {
@@ -704,6 +770,7 @@ def _conditions(encoder: Encoder, stored: CacheDtype) -> Conditions:
         **{name: version(name) for name in _LIBRARIES},
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "device": str(encoder.device),
-        "cached_vectors": stored,
+        "cached_vectors": options.dtype,
         "torch_threads": str(torch.get_num_threads()),
+        "encoded_on": options.encoded_on,
     }
