@@ -158,9 +158,17 @@ def test_the_oldest_shards_make_room_and_what_is_returned_stays_right(
     assert len(sizes) == 3
     room_for_three = sum(sizes) + 100
     cache = VectorCache(nano, tmp_path, limit_bytes=room_for_three)
-    cache.embed(texts_of(12, "a"), "document", None)  # read just now: no longer the oldest
+    oldest = {path: path.stat().st_mtime_ns for path in shards(tmp_path)}
+    cache.embed(texts_of(12, "a"), "document", None)
     assert cache.counts.n_encoded == 0
-    os.utime(shards(tmp_path)[0])
+    # What was read is no longer the oldest, what was only looked through still is.
+    (read,) = (p for p in shards(tmp_path) if p.stat().st_mtime_ns != oldest[p])
+    least = sorted(oldest, key=lambda path: path.stat().st_mtime_ns)
+    VectorCache(nano, tmp_path, limit_bytes=room_for_three).embed(
+        texts_of(12, "e"), "document", None
+    )
+    assert read in shards(tmp_path)
+    assert least[0] not in shards(tmp_path)
     expected = nano.embed(texts_of(12, "d"))
     small = VectorCache(nano, tmp_path, limit_bytes=1)  # room for nothing but the newest
     found = small.embed(texts_of(12, "d"), "document", None)

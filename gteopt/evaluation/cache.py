@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from gteopt.errors import UnsupportedError
@@ -285,8 +286,8 @@ class VectorCache:
     def _look_for_new_shards(self) -> None:
         """Index what this or another process has written since the last look."""
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name not in self._seen and (content := self._load(path.name)) is not None:
-                self._index(path.name, content[0])
+            if path.name not in self._seen:
+                self._index(path.name, self._keys(path))
             self._seen.add(path.name)
 
     def _index(self, name: str, keys: Iterable[bytes]) -> None:
@@ -311,15 +312,22 @@ class VectorCache:
                 found[key] = vectors[row]
         return found
 
+    def _keys(self, path: Path) -> list[bytes]:
+        """Keys of a shard, a small part of it; what they lead to is checked when it is read."""
+        try:
+            with safe_open(path, framework="numpy") as handle:
+                return [row.tobytes() for row in handle.get_tensor("keys")]
+        except FileNotFoundError:  # another process made room
+            return []
+        except SafetensorError:
+            self._discard(path)
+            return []
+
     def _vectors(self, name: str) -> Stored | None:
+        """Vectors of a shard; None where another process made room, or it is damaged."""
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
-        content = self._load(name)
-        return None if content is None else content[1]
-
-    def _load(self, name: str) -> tuple[list[bytes], Stored] | None:
-        """Keys and vectors of a shard; None where another process made room, or it is damaged."""
         path = self.folder / name
         try:
             content = path.read_bytes()
@@ -327,16 +335,18 @@ class VectorCache:
         except FileNotFoundError:
             return None
         if hashlib.sha256(content).hexdigest() != path.stem:
-            path.unlink(missing_ok=True)
-            self._say(
-                f"{self.encoder.name}: the cached vectors in {path} were damaged (their SHA-256 "
-                f"differs from the file's name); the file was removed and its texts are encoded "
-                f"again"
-            )
+            self._discard(path)
             return None
-        tensors = load(content)
-        self._hold(name, tensors["vectors"])
-        return [row.tobytes() for row in tensors["keys"]], tensors["vectors"]
+        vectors: Stored = load(content)["vectors"]
+        self._hold(name, vectors)
+        return vectors
+
+    def _discard(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._say(
+            f"{self.encoder.name}: the cached vectors in {path} were damaged (their SHA-256 "
+            f"differs from the file's name); the file was removed and its texts are encoded again"
+        )
 
     def _hold(self, name: str, vectors: Stored) -> None:
         self._held[name] = vectors
