@@ -4,6 +4,7 @@ Hides: mteb, which only this package imports, and only once something is scored.
 how a variant was made, and whether the encoder that it is handed is one.
 """
 
+from gteopt.evaluation.compare import compare
 from gteopt.evaluation.fidelity import fidelity
 from gteopt.evaluation.own import read_texts
 from gteopt.evaluation.runner import (
@@ -11,7 +12,6 @@ from gteopt.evaluation.runner import (
     EncodeOptions,
     SuiteRun,
     TextsRun,
-    compare,
     run_suite,
     run_texts,
     run_views,
