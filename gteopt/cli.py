@@ -381,7 +381,7 @@ def evaluate(
         ),
     ] = None,
     texts: Annotated[
-        Path | None, typer.Option(help="own texts without labels, one a line: fidelity only")
+        Path | None, typer.Option(help="own texts without labels, one a line: fidelity alone")
     ] = None,
     instruction: Annotated[
         str | None, typer.Option(help="what the queries of --data are for")
