@@ -18,6 +18,7 @@ import torch
 from safetensors.numpy import load_file
 
 import gteopt
+from gteopt.cli import main
 from gteopt.encoder import Encoder
 from gteopt.errors import UnsupportedError
 from gteopt.evaluation import EncodeOptions, Suite, run_suite
@@ -207,19 +208,28 @@ def test_shards_are_cut_alike_whatever_was_encoded_before_a_stop(
 
 
 def test_two_processes_fill_one_cache_at_once(nano: Encoder, tmp_path: Path) -> None:
+    """Another process and this one, which begins when the other is ready."""
     code = (
         "import sys, gteopt\n"
         "from pathlib import Path\n"
         "from gteopt.evaluation.cache import VectorCache\n"
         "cache = VectorCache(gteopt.load('nano', device='cpu'), Path(sys.argv[1]))\n"
-        "for part in range(4):\n"
+        "print('ready', flush=True)\n"
+        "for part in range(12):\n"
         "    texts = [f'{part} Text {i} of both.' for i in range(20)]\n"
         "    cache.embed(texts, 'document', None)\n"
     )
-    children = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
-    assert [child.wait(timeout=300) for child in children] == [0, 0]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    cache = VectorCache(nano, tmp_path, say=lambda note: pytest.fail(note))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        for part in range(12):
+            texts = [f"{part} Text {i} of both." for i in range(20)]
+            cache.embed(texts, "document", None)
+        assert child.wait(timeout=300) == 0
     reader = VectorCache(nano, tmp_path, say=lambda note: pytest.fail(note))
-    for part in range(4):
+    for part in range(12):
         texts = [f"{part} Text {i} of both." for i in range(20)]
         found = reader.embed(texts, "document", None)
         np.testing.assert_allclose(found, nano.embed(texts), atol=2**-8)
@@ -316,7 +326,12 @@ def test_other_data_are_scored_again_but_known_texts_are_not_encoded_again(
     assert asked_again(nano, store, task, TASKS[0]) == (60, 1)
 
 
-def test_a_killed_run_goes_on_at_the_last_shard(nano: Encoder, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_at_the_last_shard(
+    nano: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """SIGKILL in the middle of an encode, of the command itself."""
     pairs = tmp_path / "pairs.jsonl"
     n_pairs = SHARD_TEXTS + 60  # two shards for each side
@@ -325,9 +340,13 @@ def test_a_killed_run_goes_on_at_the_last_shard(nano: Encoder, tmp_path: Path) -
     )
     pairs.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "gteopt.cli", "evaluate", "nano", "--data", str(pairs)]
+    command = ["evaluate", "nano", "--data", str(pairs)]
     command += ["--out", str(out), "--device", "cpu", "--json"]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "gteopt.cli", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     vectors = out / "scores" / "vectors"
     deadline = time.monotonic() + 300
     while not shards(vectors):
@@ -338,8 +357,12 @@ def test_a_killed_run_goes_on_at_the_last_shard(nano: Encoder, tmp_path: Path) -
     child.wait(timeout=60)
     n_kept = sum(len(load_file(path)["keys"]) for path in shards(vectors))
     assert SHARD_TEXTS <= n_kept < 2 * n_pairs
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    (report,) = json.loads(ran.stdout)
+    # The same command again, in this process, which has imported everything.
+    monkeypatch.setattr(sys, "argv", ["gteopt", *command])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    (report,) = json.loads(capsys.readouterr().out)
     assert report["n_asked_texts"] == 2 * n_pairs
     assert report["n_encoded_texts"] == 2 * n_pairs - n_kept
     whole = run_suite(nano, suite_of({"task": "pairs", "data": str(pairs)}))
