@@ -1,36 +1,39 @@
 """A published model through our runner, through plain mteb on the same data, and as published.
 
-    .venv/bin/python benchmarks/reproduce.py --hub-dir ../shared/hub \
-        --out benchmarks/results/reproduce.json
+    python benchmarks/reproduce.py --hub-dir ../shared/hub
 
 The model is all-MiniLM-L6-v2 in float32, as it was published, from the test extra; the suite is
-`offline`. Plain mteb runs its own loader of Sentence Transformers and its own evaluation. Rows that
-the file already holds are not measured again; `--store DIR` keeps our runner's finished tasks.
+`offline`. Plain mteb runs its own loader of Sentence Transformers and its own evaluation. Both run
+in this process, from nothing that an earlier run has left, and each task's rows are written as a
+whole, with the machine and versions that they were measured on. `--tasks` measures some alone;
+the file keeps its rows of the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mteb
 import torch
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from peers_quality import model_folder
+from pydantic import Field
 from sentence_transformers import SentenceTransformer
 
 import gteopt
 from gteopt.evaluation import EncodeOptions, load_suite, run_suite
+from gteopt.evaluation.isolation import isolated
 from gteopt.evaluation.tasks import ResolvedTask, resolve
 from gteopt.machine import machine, versions
-from gteopt.records import find_reference
+from gteopt.recipe import Frozen
+from gteopt.records import Conditions, Machine, find_reference, read_record, write_record
 
+RESULTS = Path(__file__).parent / "results" / "reproduce.json"
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+BATCH_SIZE = 32
 WHY = {
     "LCQMC": "the folder has its first 4,000 of 12,500 pairs",
     "EightTagsClustering": "the folder has 4,372 of 49,373 sentences",
@@ -38,12 +41,10 @@ WHY = {
 """Why a score is not the published one, where it is not within 0.01 or hardly is."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Frozen):
     """One task and subset; scores 0 to 1.
 
     Attributes:
-        plain_mteb: None where it was not run.
         published: None where the source has none.
         reason: why it differs from the published score; None where it does not.
     """
@@ -51,72 +52,75 @@ class Row:
     task: str
     subset: str
     ours: float
-    plain_mteb: float | None
+    plain_mteb: float
     published: float | None
-    plain_difference: float | None
-    published_difference: float | None
     reason: str | None
+    machine: Machine
+    versions: Conditions
+
+
+class Reproduction(Frozen):
+    """The whole comparison; `source` of what is published."""
+
+    schema_: Literal["gteopt.reproduce/2"] = Field(default="gteopt.reproduce/2", alias="schema")
+    model: str
+    source: str
+    rows: tuple[Row, ...]
 
 
 def main() -> None:
-    """Measure every task of the suite."""
+    """Measure, task by task, and write after each."""
+    suite = load_suite("offline")
+    names = [each.task for each in suite.tasks]
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--hub-dir", type=Path, required=True)
-    parser.add_argument("--store", type=Path)
-    parser.add_argument("--tasks", nargs="+", help="that plain mteb runs too, instead of all")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=names, default=names)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    folder = model_folder("all-MiniLM-L6-v2")
-    suite = load_suite("offline")
     reference = find_reference(MODEL)
     assert reference is not None
     published = {(each.task, each.split, each.subset): each.score for each in reference.scores}
-    rows: list[Row] = []
-    if options.out.is_file():
-        rows = [Row(**each) for each in json.loads(options.out.read_text())["rows"]]
+    folder = model_folder("all-MiniLM-L6-v2")
     encoder = gteopt.load(folder, device="cpu", dtype="float32")
-    store = options.store or Path(tempfile.mkdtemp())
-    how = EncodeOptions(dtype="float32")
-    run = run_suite(encoder, suite, hub_dir=options.hub_dir, store=store, options=how)
-    assert not run.failed, run.failed
     plain = SentenceTransformerEncoderWrapper(SentenceTransformer(str(folder), device="cpu"))
-    tasks = {each.name: each for each in resolve(suite, options.hub_dir)}
-    for resolved in tasks.values():
-        ours = [each for each in run.scores if each.task == resolved.name]
-        is_plain = resolved.name in (options.tasks or tasks)
-        known_rows = [r for r in rows if r.task == resolved.name]
-        if known_rows and (not is_plain or known_rows[0].plain_mteb is not None):
-            continue
-        rows = [r for r in rows if r.task != resolved.name]
-        theirs = plain_scores(plain, resolved) if is_plain else {}
-        for each in ours:
-            known = published.get((each.task, each.split, each.subset))
-            other = theirs.get((each.split, each.subset))
-            row = Row(
+    conditions = {
+        **versions(),
+        "mteb": version("mteb"),
+        "dtype": "float32",
+        "torch_threads": str(torch.get_num_threads()),
+        "batch_size": str(BATCH_SIZE),
+    }
+    how = EncodeOptions(dtype="float32", batch_size=BATCH_SIZE)
+    for task in (each for each in suite.tasks if each.task in options.tasks):
+        alone = suite.model_copy(update={"tasks": (task,)})
+        run = run_suite(encoder, alone, hub_dir=options.hub_dir, options=how)
+        assert not run.failed, run.failed
+        with isolated(offline=True):
+            (resolved,) = resolve(alone, options.hub_dir)
+            theirs = plain_scores(plain, resolved)
+        rows = [
+            Row(
                 task=each.task,
                 subset=each.subset,
                 ours=each.score,
-                plain_mteb=other,
-                published=known,
-                plain_difference=None if other is None else each.score - other,
-                published_difference=None if known is None else each.score - known,
+                plain_mteb=theirs[each.split, each.subset],
+                published=published.get((each.task, each.split, each.subset)),
                 reason=WHY.get(each.task),
+                machine=machine(),
+                versions=conditions,
             )
-            rows.append(row)
-            print(f"{row.task:30}{row.subset:10}{row.ours:10.6f}", other, known, flush=True)
-        record = {
-            "schema": "gteopt.reproduce/1",
-            "model": MODEL,
-            "source": reference.source,
-            "rows": [asdict(row) for row in rows],
-            "machine": machine().model_dump(),
-            "versions": {**versions(), "mteb": version("mteb")},
-            "dtype": "float32",
-            "n_threads": torch.get_num_threads(),
-            "batch_size": 32,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=2) + "\n")
+            for each in run.scores
+        ]
+        for row in rows:
+            print(row.task, row.subset, row.ours, row.plain_mteb, row.published, flush=True)
+        kept: tuple[Row, ...] = ()
+        if options.out.is_file():
+            kept = read_record(options.out, Reproduction).rows
+        rows += [row for row in kept if row.task != task.task]
+        rows.sort(key=lambda row: names.index(row.task))
+        write_record(
+            options.out, Reproduction(model=MODEL, source=reference.source, rows=tuple(rows))
+        )
 
 
 def plain_scores(model: Any, resolved: ResolvedTask) -> dict[tuple[str, str], float]:
@@ -127,7 +131,7 @@ def plain_scores(model: Any, resolved: ResolvedTask) -> dict[tuple[str, str], fl
     dataset = {**task.metadata.dataset, "revision": resolved.revision}
     task.metadata = task.metadata.model_copy(update={"dataset": dataset})
     result = mteb.evaluate(
-        model, task, cache=None, show_progress_bar=False, encode_kwargs={"batch_size": 32}
+        model, task, cache=None, show_progress_bar=False, encode_kwargs={"batch_size": BATCH_SIZE}
     )
     return {
         (split, each["hf_subset"]): each["main_score"]

@@ -388,7 +388,7 @@ def evaluate(
         ),
     ] = None,
     texts: Annotated[
-        Path | None, typer.Option(help="own texts without labels, one a line: fidelity only")
+        Path | None, typer.Option(help="own texts without labels, one a line: fidelity alone")
     ] = None,
     instruction: Annotated[
         str | None, typer.Option(help="what the queries of --data are for")
@@ -423,37 +423,28 @@ def evaluate(
     Example: `gteopt evaluate artifacts/nano-int4 --suite mini --out artifacts/results`
     """
     from gteopt.evaluation import EncodeOptions, load_suite, with_data
-    from gteopt.plan import base_of, compare_texts, parse_grid, score
+    from gteopt.plan import Setup, base_of, compare_texts, parse_grid, score
     from gteopt.report import eval_table, fidelity_table, grid_table
 
     sources = _named([baseline or base_of(artifacts), *artifacts])
-    if texts is not None:
-        if suite or data or dims or vectors:
-            raise InputError(
-                "--texts has no labels to score; give it without --suite, --data, --dims, --vectors"
-            )
-        with _progress() as progress:
-            close = compare_texts(sources, texts, hub_dir=hub_dir, device=device, progress=progress)
-        _show_all(list(close.values()), fidelity_table(close), as_json=as_json)
-        return
+    if texts is not None and (suite or data):
+        raise InputError("--texts has no labels to score; give it without --suite and --data")
     loaded = load_suite(suite) if suite else None
     if data is not None:
         loaded = with_data(loaded, data, instruction=instruction)
-    if loaded is None:
+    if loaded is None and texts is None:
         raise InputError("nothing to evaluate on; give --suite, --data or --texts")
     grid = parse_grid(dims, vectors) if dims or vectors else None
+    options = EncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype)
     with _workers(devices, ray, device) as workers, _progress() as progress:
-        reports = score(
-            sources,
-            loaded,
-            out,
-            hub_dir=hub_dir,
-            device=device,
-            grid=grid,
-            options=EncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype),
-            workers=workers,
-            progress=progress,
-        )
+        how = Setup(hub_dir=hub_dir, device=device, grid=grid, workers=workers, options=options)
+        if texts is not None:
+            close = compare_texts(sources, texts, out, how=how, progress=progress)
+        elif loaded is not None:
+            reports = score(sources, loaded, out, how=how, progress=progress)
+    if texts is not None:
+        _show_all(list(close.values()), fidelity_table(close), as_json=as_json)
+        return
     table = eval_table(reports) if grid is None else grid_table(reports)
     _show_all(list(reports.values()), table, as_json=as_json)
 
@@ -706,7 +697,7 @@ def _fail(message: str) -> None:
 
 @contextmanager
 def _workers(devices: str | None, ray: str | None, device: str) -> Iterator[Workers | None]:
-    """Who encodes a suite's texts; None is this process."""
+    """Who encodes texts; None is this process."""
     if devices is None and ray is None:
         yield None
         return

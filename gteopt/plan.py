@@ -3,11 +3,12 @@
 Hides: the layout of a plan's folder and when a finished step is still valid. Refuses to know: how
 any step works.
 
-    OUT/variants/<recipe>/   artifacts
-    OUT/bench.json           speed and memory
-    OUT/eval/<variant>.json  scores and fidelity
-    OUT/scores/              encoded texts and finished tasks, from which an evaluation goes on
-    OUT/choice.json          the answer to the policy
+    OUT/variants/<recipe>/       artifacts
+    OUT/bench.json               speed and memory
+    OUT/eval/<variant>.json      scores and fidelity
+    OUT/fidelity/<variant>.json  fidelity alone, on a user's own texts
+    OUT/scores/                  encoded texts and finished tasks: an evaluation goes on from there
+    OUT/choice.json              the answer to the policy
     OUT/report.html
 """
 
@@ -36,8 +37,8 @@ from gteopt.evaluation import (
     load_suite,
     own_view,
     read_texts,
+    run_texts,
     run_views,
-    sample_of,
     settle,
     view_of,
 )
@@ -97,16 +98,8 @@ def run(
     )
     sources = {BASELINE: plan.base, **{name: str(path) for name, path in artifacts.items()}}
     report = measure(sources, plan.bench, folder, hub_dir=hub_dir, device=device, progress=progress)
-    evals = score(
-        sources,
-        suite,
-        folder,
-        hub_dir=hub_dir,
-        device=device,
-        workers=workers,
-        margin=policy.margin,
-        progress=progress,
-    )
+    how = Setup(hub_dir=hub_dir, device=device, workers=workers)
+    evals = score(sources, suite, folder, how=how, margin=policy.margin, progress=progress)
     for path in (folder / "eval").glob("*.json"):
         if path.stem not in evals:
             path.unlink()  # of a recipe that the plan no longer names
@@ -215,16 +208,32 @@ def _listed(names: str | None) -> list[str]:
     return list(dict.fromkeys(each for each in parts if each))
 
 
+@dataclass(frozen=True)
+class Setup:
+    """Where and how variants are encoded, and what of their vectors is judged.
+
+    Attributes:
+        dtype: that models compute in, as `load` takes it.
+        grid: lengths and codes, each judged by itself; None is the vectors that each variant makes.
+        workers: who encodes, instead of this process on `device`. A grid still needs each variant
+            here, which fits its ranges.
+        options: of the vectors' cache.
+    """
+
+    hub_dir: Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    grid: Grid | None = None
+    workers: Workers | None = None
+    options: EncodeOptions = ENCODE_OPTIONS
+
+
 def score(
     sources: Mapping[str, str],
     suite: Suite,
     folder: Path | None,
     *,
-    hub_dir: Path | None,
-    device: str,
-    grid: Grid | None = None,
-    options: EncodeOptions = ENCODE_OPTIONS,
-    workers: Workers | None = None,
+    how: Setup,
     margin: float = DEFAULT_MARGIN,
     progress: Progress,
 ) -> dict[str, EvalReport]:
@@ -234,58 +243,127 @@ def score(
     grid, there is a report for each variant, length and code, named by the three; the baseline is
     then the first source's own vectors.
 
-    With a results folder, finished tasks are stored in it and not done twice. With workers, they
-    encode and `device` does not matter; a grid still needs each variant in this process, which fits
-    its ranges.
+    With a results folder, finished tasks are stored in it and not done twice.
     """
     reports: dict[str, EvalReport] = {}
     baseline = None
     for name, source in sources.items():
-        notes: list[str] = []
-        how = options
-        if workers is None:
-            encoder = load(source, device=device, hub_dir=hub_dir)
-        else:
-            here = describe if grid is None else load
-            encoder = here(source, device=workers.device, hub_dir=hub_dir)
-            how = replace(
-                options,
-                encode=workers.encoding(
-                    encoder,
-                    source,
-                    hub_dir=hub_dir,
-                    batch_size=options.batch_size,
-                    say=notes.append,
-                ),
-                encoded_on=str(workers),
-            )
-        if grid is None:
-            views = {name: own_view(encoder)}
-        else:
-            views = _grid_views(encoder, name, grid, hub_dir=hub_dir, progress=progress)
-            own = own_view(encoder, name)
-            if baseline is None and own.sha256 not in {each.sha256 for each in views.values()}:
-                views = {name: own, **views}
+        opened = _open(name, source, how, progress)
+        views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
+        if baseline is None and own.sha256 not in {each.sha256 for each in views.values()}:
+            views = {name: own, **views}
         runs = run_views(
-            encoder,
+            opened.encoder,
             suite,
             list(views.values()),
-            hub_dir=hub_dir,
-            store=folder / "scores" if folder else None,
-            options=how,
+            hub_dir=how.hub_dir,
+            store=_store(folder),
+            options=opened.options,
             progress=progress,
         )
-        runs = [replace(run, notes=(*run.notes, *notes)) for run in runs]
+        del opened  # two models may not fit
         if baseline is None:
-            baseline = next(run for run in runs if run.encoder_sha256 == encoder.sha256)
+            baseline = next(run for run in runs if run.encoder_sha256 == own.sha256)
         for done, (row, run) in enumerate(zip(views, runs, strict=True)):
             progress(f"{name}: comparing with {baseline.encoder}", done, len(runs))
-            reports[row] = compare(baseline, run, variant_name=row, margin=margin)
+            noted = replace(run, notes=(*run.notes, *notes))
+            reports[row] = compare(baseline, noted, variant_name=row, margin=margin)
     reports = settle(reports)
     if folder is not None:
         for name, report in reports.items():
             write_record(folder / "eval" / f"{name}.json", report)
     return reports
+
+
+def compare_texts(
+    sources: Mapping[str, str],
+    file: Path,
+    folder: Path | None,
+    *,
+    how: Setup,
+    progress: Progress,
+) -> dict[str, FidelityReport]:
+    """Fidelity of every variant to the first, which is the baseline, on a user's own texts.
+
+    Texts are encoded as documents, without an instruction, and into the same cache as a suite's;
+    with a grid, there is a report for each variant, length and code, against the first source's
+    vectors at full dimension, as always.
+    """
+    texts = read_texts(file)
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    reports: dict[str, FidelityReport] = {}
+    baseline = None
+    for name, source in sources.items():
+        opened = _open(name, source, how, progress)
+        views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
+        run = run_texts(
+            opened.encoder, texts, store=_store(folder), options=opened.options, progress=progress
+        )
+        del opened  # two models may not fit
+        baseline = baseline or (own, run.sample)
+        for done, (row, view) in enumerate(views.items()):
+            progress(f"{name}: comparing with {baseline[0].name}", done, len(views))
+            reports[row] = FidelityReport(
+                variant=row,
+                artifact_sha256=view.sha256,
+                baseline=baseline[0].name,
+                baseline_sha256=baseline[0].sha256,
+                texts=file.name,
+                texts_sha256=digest,
+                dims=view.vectors.dims,
+                code=view.vectors.code,
+                bytes_per_vector=view.vectors.bytes_per_vector,
+                n_asked_texts=run.encodings.n_asked,
+                n_encoded_texts=0 if done else run.encodings.n_encoded,
+                notes=(*run.notes, *notes),
+                fidelity=fidelity(baseline[1], run.sample, view.vectors),
+                machine=run.machine,
+                versions=run.versions,
+            )
+    if folder is not None:
+        for name, report in reports.items():
+            write_record(folder / "fidelity" / f"{name}.json", report)
+    return reports
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """One source, ready to be judged.
+
+    Attributes:
+        views: what of its vectors is judged, by row of the result.
+        notes: what its workers have had to say so far.
+    """
+
+    encoder: Encoder
+    options: EncodeOptions
+    views: dict[str, View]
+    notes: list[str]
+
+
+def _open(name: str, source: str, how: Setup, progress: Progress) -> _Opened:
+    options, notes = how.options, list[str]()
+    if how.workers is None:
+        encoder = load(source, device=how.device, dtype=how.dtype, hub_dir=how.hub_dir)
+    else:
+        here = describe if how.grid is None else load
+        encoder = here(source, device=how.workers.device, dtype=how.dtype, hub_dir=how.hub_dir)
+        encode = how.workers.encoding(
+            encoder,
+            source,
+            hub_dir=how.hub_dir,
+            batch_size=options.batch_size,
+            say=notes.append,
+        )
+        options = replace(options, encode=encode, encoded_on=str(how.workers))
+    views = {name: own_view(encoder)}
+    if how.grid is not None:
+        views = _grid_views(encoder, name, how.grid, hub_dir=how.hub_dir, progress=progress)
+    return _Opened(encoder, options, views, notes)
+
+
+def _store(folder: Path | None) -> Path | None:
+    return folder / "scores" if folder else None
 
 
 def _grid_views(
@@ -294,41 +372,6 @@ def _grid_views(
     transforms = fit_transforms(encoder, grid.dims, grid.codes, hub_dir=hub_dir, progress=progress)
     named = {f"{name}-{each.dims}-{each.code}": each for each in transforms}
     return {row: view_of(encoder, each, row) for row, each in named.items()}
-
-
-def compare_texts(
-    sources: Mapping[str, str],
-    file: Path,
-    *,
-    hub_dir: Path | None,
-    device: str,
-    progress: Progress,
-) -> dict[str, FidelityReport]:
-    """Fidelity of every variant to the first, which is the baseline, on a user's own texts.
-
-    Texts are encoded as documents, without an instruction.
-    """
-    texts = read_texts(file)
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    reports: dict[str, FidelityReport] = {}
-    baseline = None
-    for name, source in sources.items():
-        encoder = load(source, device=device, hub_dir=hub_dir)
-        sample = sample_of(texts, encoder.embed(texts, progress=progress))
-        baseline = baseline or (encoder.name, encoder.sha256, sample)
-        reports[name] = FidelityReport(
-            schema="gteopt.fidelity/1",
-            variant=name,
-            artifact_sha256=encoder.sha256,
-            baseline=baseline[0],
-            baseline_sha256=baseline[1],
-            texts=file.name,
-            texts_sha256=digest,
-            fidelity=fidelity(baseline[2], sample, encoder.vectors),
-            machine=machine(),
-            versions={**versions(), "dtype": str(encoder.dtype).removeprefix("torch.")},
-        )
-    return reports
 
 
 def base_of(sources: Sequence[str]) -> str:

@@ -573,7 +573,7 @@ class EvalReport(Frozen):
         margin: differences up to this are of no matter; what verdicts are against.
         n_claims: how many differences were tested together (tasks x variants, Holm).
         dims, code, bytes_per_vector: of what was scored; None in reports of an older gteopt.
-        n_asked_texts: texts whose vectors the tasks scored in this run asked for.
+        n_asked_texts: texts whose vectors the tasks asked for, each in the run that scored it.
         n_encoded_texts: of these, encoded; the others came from the cache.
         notes: anything out of the ordinary: a damaged cache, batches that did not fit the memory.
         published: of the baseline of a published model alone: the mean over the tasks that have a
@@ -618,6 +618,11 @@ class FidelityReport(Frozen):
 
     Attributes:
         texts: name of the file; `texts_sha256` covers the texts and their order.
+        dims, code, bytes_per_vector: of what was compared.
+        n_asked_texts: texts whose vectors were needed.
+        n_encoded_texts: of these, encoded in this run and for this row; the others came from the
+            cache, where an earlier run or row of the same weights had put them.
+        notes: see `EvalReport`.
     """
 
     schema_: Literal["gteopt.fidelity/1"] = Field(default="gteopt.fidelity/1", alias="schema")
@@ -627,6 +632,12 @@ class FidelityReport(Frozen):
     baseline_sha256: str
     texts: str
     texts_sha256: str
+    dims: int
+    code: VectorCode
+    bytes_per_vector: int
+    n_asked_texts: int
+    n_encoded_texts: int
+    notes: tuple[str, ...]
     fidelity: Fidelity
     machine: Machine
     versions: Conditions

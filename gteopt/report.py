@@ -282,10 +282,10 @@ def _span(difference: Difference | None) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _encodings(evals: Sequence[EvalReport]) -> str:
+def _encodings(reports: Sequence[EvalReport | FidelityReport]) -> str:
     """How many texts were encoded, and how many encodings the cache saved."""
-    asked = sum(report.n_asked_texts for report in evals)
-    encoded = sum(report.n_encoded_texts for report in evals)
+    asked = sum(report.n_asked_texts for report in reports)
+    encoded = sum(report.n_encoded_texts for report in reports)
     return f"texts encoded: {encoded:,}; encodings saved: {asked - encoded:,}"
 
 
@@ -330,18 +330,29 @@ def _beside_published(report: EvalReport) -> list[str]:
 def fidelity_table(reports: Mapping[str, FidelityReport]) -> Table:
     """Closeness to the baseline on a user's own texts, one line a variant."""
     table = _table(list(reports))
-    for heading in ("cosine", "p1 cosine", "neighbours kept", "rank correlation"):
+    for heading in (
+        "vector bytes",
+        "cosine",
+        "p1 cosine",
+        "neighbours kept",
+        "rank correlation",
+    ):
         table.add_column(heading, justify="right")
     for name, report in reports.items():
         found = report.fidelity
         cells = (found.mean_cosine, found.p1_cosine, found.neighbour_overlap, found.spearman)
-        table.add_row(Text(name), *(f"{cell:.4f}" for cell in cells))
-    first = next(iter(reports.values()))
-    table.caption = Text(
+        table.add_row(
+            Text(name), f"{report.bytes_per_vector:,}", *(f"{cell:.4f}" for cell in cells)
+        )
+    rows = list(reports.values())
+    first = rows[0]
+    notes = [
         f"{first.fidelity.n_texts} texts of {first.texts}, against {first.baseline}; neighbours "
         f"and ranks on the vectors as stored",
-        style="not italic",
-    )
+        *dict.fromkeys(note for row in rows for note in row.notes),
+        _encodings(rows),
+    ]
+    table.caption = Text("\n".join(notes), style="not italic")
     return table
 
 

@@ -15,6 +15,12 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session")
+def minilm_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where whichever test is the first to need them leaves all-MiniLM-L6-v2's float32 vectors."""
+    return tmp_path_factory.mktemp("minilm")
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data sets beside the repository, which users do not have."""
     folder = Path(__file__).resolve().parent.parent.parent / "shared"

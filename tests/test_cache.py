@@ -18,10 +18,11 @@ import torch
 from safetensors.numpy import load_file
 
 import gteopt
+from gteopt.cli import main
 from gteopt.encoder import Encoder
 from gteopt.errors import UnsupportedError
 from gteopt.evaluation import EncodeOptions, Suite, run_suite
-from gteopt.evaluation.cache import SHARD_TEXTS, LocalEncoding, VectorCache
+from gteopt.evaluation.cache import SHARD_TEXTS, Encodings, LocalEncoding, VectorCache
 from gteopt.evaluation.fidelity import read_sample, write_sample
 
 TASKS: tuple[dict[str, Any], ...] = (
@@ -62,13 +63,13 @@ def test_a_cold_and_a_warm_cache_give_the_same_bits(nano: Encoder, tmp_path: Pat
     warm = VectorCache(nano, tmp_path)
     again = warm.embed(texts[::-1], "query", "Find it.")[::-1]
     np.testing.assert_array_equal(first, again)
-    assert (cold.n_encoded, warm.n_encoded, warm.n_asked) == (40, 0, 40)
+    assert (cold.counts, warm.counts) == (Encodings(40, 40), Encodings(40, 0))
     plain = nano.embed(texts, role="query", instruction="Find it.")
     # Half a unit in the last place of float16, relative to the value.
     assert np.abs(first - plain).max() <= 2**-11 * np.abs(plain).max()
     # The same text behind another prompt is another vector.
     other = warm.embed(texts, "document", None)
-    assert warm.n_encoded == 40
+    assert warm.counts.n_encoded == 40
     assert np.abs(other - first).max() > 0.01
 
 
@@ -79,8 +80,9 @@ def test_scores_are_the_same_bits_with_and_without_a_store(nano: Encoder, tmp_pa
     for path in (tmp_path / "tasks").glob("*/*"):
         path.unlink()  # the vectors stay
     warm = run_suite(nano, suite, store=tmp_path)
-    assert cold.n_encoded == without.n_encoded > 0
-    assert (warm.n_encoded, warm.n_asked) == (0, cold.n_asked)
+    assert cold.encodings == cold.encodings_now == without.encodings
+    n_texts = cold.encodings.n_asked
+    assert (cold.encodings, warm.encodings) == (Encodings(n_texts, n_texts), Encodings(n_texts, 0))
     assert without.scores == cold.scores == warm.scores
     for side, each in cold.sample.items():
         np.testing.assert_array_equal(each.vectors, warm.sample[side].vectors)
@@ -112,11 +114,11 @@ def test_artifacts_that_differ_only_in_their_vectors_share_one_cache(
     whole, shortened = (gteopt.load(each, device="cpu") for each in (artifact, short))
     store = tmp_path / "store"
     suite = suite_of(TASKS[0])
-    assert run_suite(whole, suite, store=store).n_encoded > 0
-    assert run_suite(shortened, suite, store=store).n_encoded == 0
-    assert run_suite(nano, suite, store=store).n_encoded > 0  # other weights
+    assert run_suite(whole, suite, store=store).encodings.n_encoded > 0
+    assert run_suite(shortened, suite, store=store).encodings.n_encoded == 0
+    assert run_suite(nano, suite, store=store).encodings.n_encoded > 0  # other weights
     full = gteopt.load(artifact, device="cpu", dtype="float32")
-    assert run_suite(full, suite, store=store).n_encoded > 0  # another dtype
+    assert run_suite(full, suite, store=store).encodings.n_encoded > 0  # another dtype
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
@@ -129,14 +131,14 @@ def test_a_damaged_shard_is_told_and_its_texts_are_encoded_again(
         path.unlink()
     shard, *others = shards(tmp_path / "vectors")
     n_texts = len(load_file(shard)["keys"])
-    assert 0 < n_texts < sound.n_encoded
+    assert 0 < n_texts < sound.encodings.n_encoded
     content = shard.read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     shard.write_bytes({"flip": bytes(flipped), "cut": content[:-9], "empty": b""}[damage])
     told: list[str] = []
     run = run_suite(nano, suite, store=tmp_path, progress=lambda what, *_: told.append(what))
-    assert run.n_encoded == n_texts
+    assert run.encodings.n_encoded == n_texts
     assert shards(tmp_path / "vectors") == [shard, *others]  # whole again
     assert run.scores == sound.scores
     (note,) = run.notes
@@ -157,9 +159,17 @@ def test_the_oldest_shards_make_room_and_what_is_returned_stays_right(
     assert len(sizes) == 3
     room_for_three = sum(sizes) + 100
     cache = VectorCache(nano, tmp_path, limit_bytes=room_for_three)
-    cache.embed(texts_of(12, "a"), "document", None)  # read just now: no longer the oldest
-    assert cache.n_encoded == 0
-    os.utime(shards(tmp_path)[0])
+    oldest = {path: path.stat().st_mtime_ns for path in shards(tmp_path)}
+    cache.embed(texts_of(12, "a"), "document", None)
+    assert cache.counts.n_encoded == 0
+    # What was read is no longer the oldest, what was only looked through still is.
+    (read,) = (p for p in shards(tmp_path) if p.stat().st_mtime_ns != oldest[p])
+    least = sorted(oldest, key=lambda path: path.stat().st_mtime_ns)
+    VectorCache(nano, tmp_path, limit_bytes=room_for_three).embed(
+        texts_of(12, "e"), "document", None
+    )
+    assert read in shards(tmp_path)
+    assert least[0] not in shards(tmp_path)
     expected = nano.embed(texts_of(12, "d"))
     small = VectorCache(nano, tmp_path, limit_bytes=1)  # room for nothing but the newest
     found = small.embed(texts_of(12, "d"), "document", None)
@@ -170,7 +180,7 @@ def test_the_oldest_shards_make_room_and_what_is_returned_stays_right(
     np.testing.assert_allclose(
         cache.embed(texts_of(12, "a"), "document", None), nano.embed(texts_of(12, "a")), atol=2**-11
     )
-    assert cache.n_encoded == 12
+    assert cache.counts.n_encoded == 12
 
 
 def test_shards_are_cut_alike_whatever_was_encoded_before_a_stop(
@@ -193,28 +203,37 @@ def test_shards_are_cut_alike_whatever_was_encoded_before_a_stop(
     np.testing.assert_array_equal(
         resumed.embed(texts, "document", None), fresh.embed(texts, "document", None)
     )
-    assert resumed.n_encoded == fresh.n_encoded - 16
+    assert resumed.counts.n_encoded == fresh.counts.n_encoded - 16
     assert [p.name for p in shards(tmp_path / "a")] == [p.name for p in shards(tmp_path / "b")]
 
 
 def test_two_processes_fill_one_cache_at_once(nano: Encoder, tmp_path: Path) -> None:
+    """Another process and this one, which begins when the other is ready."""
     code = (
         "import sys, gteopt\n"
         "from pathlib import Path\n"
         "from gteopt.evaluation.cache import VectorCache\n"
         "cache = VectorCache(gteopt.load('nano', device='cpu'), Path(sys.argv[1]))\n"
-        "for part in range(4):\n"
+        "print('ready', flush=True)\n"
+        "for part in range(12):\n"
         "    texts = [f'{part} Text {i} of both.' for i in range(20)]\n"
         "    cache.embed(texts, 'document', None)\n"
     )
-    children = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
-    assert [child.wait(timeout=300) for child in children] == [0, 0]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    cache = VectorCache(nano, tmp_path, say=lambda note: pytest.fail(note))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        for part in range(12):
+            texts = [f"{part} Text {i} of both." for i in range(20)]
+            cache.embed(texts, "document", None)
+        assert child.wait(timeout=300) == 0
     reader = VectorCache(nano, tmp_path, say=lambda note: pytest.fail(note))
-    for part in range(4):
+    for part in range(12):
         texts = [f"{part} Text {i} of both." for i in range(20)]
         found = reader.embed(texts, "document", None)
         np.testing.assert_allclose(found, nano.embed(texts), atol=2**-8)
-    assert reader.n_encoded == 0
+    assert reader.counts.n_encoded == 0
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
 
 
@@ -256,7 +275,7 @@ def asked_again(nano: Encoder, store: Path, *tasks: dict[str, Any]) -> tuple[int
     """Texts that the tasks scored now ask for, and how many of them are encoded."""
     run = run_suite(nano, suite_of(*tasks), store=store)
     assert not run.failed
-    return run.n_asked, run.n_encoded
+    return run.encodings_now.n_asked, run.encodings_now.n_encoded
 
 
 def test_a_change_invalidates_exactly_what_it_touches(
@@ -266,6 +285,9 @@ def test_a_change_invalidates_exactly_what_it_touches(
     asked, encoded = asked_again(nano, tmp_path, sts, bitext)
     assert asked == encoded > 0
     assert asked_again(nano, tmp_path, sts, bitext) == (0, 0)
+    # What is reported is what the scores took, whichever run it was.
+    again = run_suite(nano, suite_of(sts, bitext), store=tmp_path)
+    assert again.encodings == Encodings(asked, encoded)
     # The suite: another order, a task less, a task more, which alone is run.
     assert asked_again(nano, tmp_path, bitext, sts) == (0, 0)
     assert asked_again(nano, tmp_path, bitext) == (0, 0)
@@ -282,7 +304,7 @@ def test_a_change_invalidates_exactly_what_it_touches(
     # Another artifact: everything.
     variant = gteopt.load(artifact, device="cpu")
     run = run_suite(variant, suite_of(sts, bitext), store=tmp_path)
-    assert run.n_encoded == run.n_asked > 0
+    assert run.encodings_now.n_encoded == run.encodings_now.n_asked > 0
     # And the first state is still there.
     assert asked_again(nano, tmp_path, sts, bitext) == (0, 0)
 
@@ -304,7 +326,12 @@ def test_other_data_are_scored_again_but_known_texts_are_not_encoded_again(
     assert asked_again(nano, store, task, TASKS[0]) == (60, 1)
 
 
-def test_a_killed_run_goes_on_at_the_last_shard(nano: Encoder, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_at_the_last_shard(
+    nano: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """SIGKILL in the middle of an encode, of the command itself."""
     pairs = tmp_path / "pairs.jsonl"
     n_pairs = SHARD_TEXTS + 60  # two shards for each side
@@ -313,9 +340,13 @@ def test_a_killed_run_goes_on_at_the_last_shard(nano: Encoder, tmp_path: Path) -
     )
     pairs.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "gteopt.cli", "evaluate", "nano", "--data", str(pairs)]
+    command = ["evaluate", "nano", "--data", str(pairs)]
     command += ["--out", str(out), "--device", "cpu", "--json"]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "gteopt.cli", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     vectors = out / "scores" / "vectors"
     deadline = time.monotonic() + 300
     while not shards(vectors):
@@ -326,8 +357,12 @@ def test_a_killed_run_goes_on_at_the_last_shard(nano: Encoder, tmp_path: Path) -
     child.wait(timeout=60)
     n_kept = sum(len(load_file(path)["keys"]) for path in shards(vectors))
     assert SHARD_TEXTS <= n_kept < 2 * n_pairs
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    (report,) = json.loads(ran.stdout)
+    # The same command again, in this process, which has imported everything.
+    monkeypatch.setattr(sys, "argv", ["gteopt", *command])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    (report,) = json.loads(capsys.readouterr().out)
     assert report["n_asked_texts"] == 2 * n_pairs
     assert report["n_encoded_texts"] == 2 * n_pairs - n_kept
     whole = run_suite(nano, suite_of({"task": "pairs", "data": str(pairs)}))

@@ -17,6 +17,7 @@ import pytest
 
 import gteopt
 from gteopt.cli import main
+from gteopt.recipe import Calibration, load_recipe
 
 COMMANDS = [
     "run", "quantize", "truncate", "bench", "evaluate", "choose", "report", "verify", "publish",
@@ -52,7 +53,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "int8"
-    gteopt.quantize("nano", "int8", out)
+    few = Calibration(n_texts=24, max_tokens=32)
+    gteopt.quantize("nano", load_recipe("int8").model_copy(update={"calibration": few}), out)
     return out
 
 
@@ -88,6 +90,7 @@ def test_recipes_and_suites_list_what_ships(call: Call) -> None:
         (["evaluate", "nano", "--suite", "mini", "--devices", "cpu,gpu"], "name GPUs, each once"),
         (["quantize", "nano", "--out", "x", "--devices", "cpu,cuda:0"], "name GPUs, each once"),
         (["evaluate", "nano", "--suite", "mini", "--devices", "cpu", "--ray", "auto"], "one of th"),
+        (["evaluate", "nano", "--texts", "t", "--suite", "mini"], "without --suite and --data"),
         (["run", "dmo"], "did you mean demo"),
         (["run", "no/such/plan.yaml"], "no/such/plan.yaml does not exist"),
         (["choose", ".", "--policy", "balanced"], "is not a results folder"),

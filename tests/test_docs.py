@@ -131,3 +131,50 @@ def test_the_speeds_in_the_readme_are_what_was_measured() -> None:
             f"| {query['seconds'] * 1e3:.1f} ms |"
         )
     assert table == lines
+
+
+def test_the_reproduced_scores_are_what_was_measured_and_plain_mtebs() -> None:
+    stored = json.loads((ROOT / "benchmarks" / "results" / "reproduce.json").read_text())
+    page = (ROOT / "eval" / "reference" / "README.md").read_text(encoding="utf-8")
+    table = page.split("<!-- reproduced -->")[1].split("<!-- /reproduced -->")[0]
+    lines = []
+    for row in stored["rows"]:
+        assert row["ours"] == pytest.approx(row["plain_mteb"], abs=1e-5), row["task"]
+        published, reason = row["published"], row["reason"] or ""
+        assert reason or published is None or abs(row["ours"] - published) < 0.01, row["task"]
+        name = row["task"] if row["subset"] == "default" else f"{row['task']} {row['subset']}"
+        lines.append(
+            f"| {name} | {row['ours']:.6f} | {row['plain_mteb']:.6f} "
+            f"| {'' if published is None else f'{published:.6f}'} | {reason} |"
+        )
+    assert table.strip().splitlines()[2:] == lines
+
+
+def test_the_grid_in_the_readme_is_what_was_measured() -> None:
+    stored = json.loads((ROOT / "benchmarks" / "results" / "grid.json").read_text())
+    rows = {row["name"]: row for row in stored["rows"]}
+    table = README.split("<!-- grid -->")[1].split("<!-- /grid -->")[0].strip().splitlines()[2:]
+    lines = []
+    for dims in (256, 128, 64, 32):
+        for code in ("float32", "int8", "binary"):
+            of_row = [rows[f"{name}-{dims}-{code}"] for name in ("nano", "int8", "gptq-int4")]
+            cells = []
+            for row in of_row:
+                cells.append(f"{100 * row['score']:.2f} {row['verdict']}")
+                cells.append(f"{100 * row['neighbour_overlap']:.1f} %")
+            size = f"{of_row[0]['bytes_per_vector']:,}"
+            lines.append(f"| {dims} | {code} | {size} | {' | '.join(cells)} |")
+    assert table == lines
+    assert len(rows) == len(lines) * 3 == stored["plain_rows"]
+    said = README.split("<!-- grid-time -->")[1].split("<!-- /grid-time -->")[0]
+    for figure in (
+        f"took {stored['grid']['cpu_s']:,.0f} s of CPU",
+        f"{stored['n_texts']:,} texts encoded, {stored['n_saved']:,} encodings saved",
+        f"would take {stored['plain_cpu_s']:,.0f} s, {stored['speedup_cpu']:.1f} times",
+    ):
+        assert figure in said
+    # Plain mteb gives the rows' own scores, from vectors that no cache has rounded.
+    assert len(stored["plain"]) == 6
+    for run in stored["plain"]:
+        row = rows[f"{run['name']}-{run['dims']}-{run['code']}"]
+        assert run["score"] == pytest.approx(row["score"], abs=1.1e-4)

@@ -113,7 +113,7 @@ def minilm() -> Encoder:
 
 
 def test_minilm_scores_as_published(
-    minilm: Encoder, shared: Path, monkeypatch: pytest.MonkeyPatch
+    minilm: Encoder, shared: Path, minilm_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Published in embeddings-benchmark/results for all-MiniLM-L6-v2.
     def refuse(*args: object) -> None:
@@ -126,12 +126,12 @@ def test_minilm_scores_as_published(
     )
     counting = Counting(minilm)
     exactly = EncodeOptions(dtype="float32")
-    run = run_suite(counting, suite, hub_dir=shared / "hub", options=exactly)
+    run = run_suite(counting, suite, hub_dir=shared / "hub", store=minilm_store, options=exactly)
     scores = by_task(run)
     assert scores["STSBenchmark", "default"] == pytest.approx(0.820325, abs=1e-6)
     # The English subset is the same pairs again: the same score, and no text encoded twice.
     assert scores["STSBenchmarkMultilingualSTS", "en"] == scores["STSBenchmark", "default"]
-    assert len(counting.asked) == len(set(counting.asked))
+    assert len(counting.asked) == len(set(counting.asked)) == run.encodings_now.n_encoded
     assert {each.instruction for each in run.scores} == {None}
     assert {each.n_samples for each in run.scores} == {1379}
     assert all(each.dataset_revision.startswith("sha256:") for each in run.scores)

@@ -12,14 +12,18 @@ import numpy as np
 import pytest
 
 import gteopt
+from gteopt.build import fit_transforms
 from gteopt.encoder import Encoder
 from gteopt.errors import InputError
-from gteopt.evaluation import load_suite, read_texts, run_suite, with_data
+from gteopt.evaluation import fidelity, load_suite, read_texts, run_suite, with_data
+from gteopt.evaluation.fidelity import sample_of
 from gteopt.evaluation.own import Collection, Pairs, read_own
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.tasks import mini_rows
-from gteopt.plan import compare_texts
+from gteopt.plan import Grid, Setup, compare_texts
 from gteopt.recipe import quiet
+from gteopt.records import FidelityReport, read_record
+from gteopt.report import fidelity_table
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -153,19 +157,61 @@ def test_own_data_may_not_take_the_name_of_a_task(nano: Encoder, tmp_path: Path)
         run_suite(nano, with_data(None, path))
 
 
-def test_own_texts_give_fidelity_without_labels(tmp_path: Path) -> None:
+@pytest.fixture
+def own_texts(tmp_path: Path) -> tuple[Path, list[str]]:
+    """A file of texts with an empty line and a repetition, and the texts that are meant."""
     path = tmp_path / "texts.txt"
-    texts = [row["text"].replace("\n", " ") for row in mini_rows("corpus")][:60]
+    texts = [row["text"].replace("\n", " ").strip() for row in mini_rows("corpus")][:60]
     path.write_text("\n".join([*texts, "", texts[0]]) + "\n", encoding="utf-8")
-    assert read_texts(path) == [text.strip() for text in texts]
+    return path, texts
+
+
+def test_own_texts_give_fidelity_without_labels(own_texts: tuple[Path, list[str]]) -> None:
+    path, texts = own_texts
+    assert read_texts(path) == texts
     sources = {"baseline": "nano", "same": "nano"}
-    report = compare_texts(sources, path, hub_dir=None, device="cpu", progress=quiet)["same"]
+    report = compare_texts(sources, path, None, how=Setup(device="cpu"), progress=quiet)["same"]
     assert report.fidelity.n_texts == 60
     assert report.fidelity.neighbour_overlap == 1
     np.testing.assert_allclose(
         [report.fidelity.mean_cosine, report.fidelity.spearman], 1, atol=1e-6
     )
     assert report.texts == "texts.txt"
+
+
+def test_own_texts_are_encoded_once_for_every_length_code_and_run(
+    nano: Encoder, own_texts: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    path, texts = own_texts
+    sources = {"base": "nano", "same": "nano"}
+    grid = Grid((256, 32), ("float32", "binary"))
+
+    def compared() -> dict[str, FidelityReport]:
+        how = Setup(device="cpu", grid=grid)
+        return compare_texts(sources, path, tmp_path, how=how, progress=quiet)
+
+    first = compared()
+    took = {name: (each.n_asked_texts, each.n_encoded_texts) for name, each in first.items()}
+    rows = [f"{name}-{n}-{code}" for name in sources for n in grid.dims for code in grid.codes]
+    # "same" has the weights of "base", so that even its first row finds everything.
+    assert took == {row: (60, 60 if row == rows[0] else 0) for row in rows}
+    assert "texts encoded: 60; encodings saved: 420" in str(fidelity_table(first).caption)
+    # An oracle: the vectors of one call, without cache and rounding.
+    vectors = nano.embed(texts)
+    sample = sample_of(texts, vectors)
+    for row, transform in zip(rows, fit_transforms(nano, grid.dims, grid.codes), strict=False):
+        expected = fidelity(sample, sample, transform)
+        found = first[row].fidelity
+        assert found.neighbour_overlap == pytest.approx(expected.neighbour_overlap, abs=0.005)
+        assert found.spearman == pytest.approx(expected.spearman, abs=0.005)
+        assert first[row].bytes_per_vector == transform.bytes_per_vector
+        assert first[row] == read_record(tmp_path / "fidelity" / f"{row}.json", FidelityReport)
+    # A second run encodes nothing and says the same; a text more is encoded alone.
+    second = compared()
+    assert not any(each.n_encoded_texts for each in second.values())
+    assert {n: e.fidelity for n, e in second.items()} == {n: e.fidelity for n, e in first.items()}
+    path.write_text(path.read_text(encoding="utf-8") + "One more.\n", encoding="utf-8")
+    assert sum(each.n_encoded_texts for each in compared().values()) == 1
 
 
 def test_too_few_or_broken_texts_are_refused(tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def test_a_base_is_known_by_its_id_or_by_its_folder(hub: Path, tmp_path: Path) -
     assert open_checkpoint("nano").hub_id is None
 
 
-def test_a_published_model_reproduces_its_scores_and_its_report_says_so(hub: Path) -> None:
+def test_a_published_model_reproduces_its_scores_and_its_report_says_so(
+    hub: Path, minilm_store: Path
+) -> None:
     suite = Suite.model_validate(
         {
             "schema": "gteopt.suite/1",
@@ -116,12 +118,14 @@ def test_a_published_model_reproduces_its_scores_and_its_report_says_so(hub: Pat
         }
     )
     encoder = gteopt.load(MINILM, hub_dir=hub, device="cpu", dtype="float32")
-    run = run_suite(encoder, suite, hub_dir=hub, options=EncodeOptions(dtype="float32"))
+    exactly = EncodeOptions(dtype="float32")
+    run = run_suite(encoder, suite, hub_dir=hub, store=minilm_store, options=exactly)
     report = compare(run, run, variant_name="all-MiniLM-L6-v2")
     found = {each.task: each for each in report.tasks}
-    # To the sixth digit. French pairs nearly tie: another order of sums gives 0.649279 to 0.649291.
+    # To the sixth digit where no pairs nearly tie. French ones do: other processors and batches sum
+    # in another order, with which Sentence Transformers itself gives 0.649285 to 0.649294.
     assert found["STSBenchmark"].score == pytest.approx(0.820325, abs=1e-6)
-    assert found["STSBenchmarkMultilingualSTS"].score == pytest.approx(0.649290, abs=1e-6)
+    assert found["STSBenchmarkMultilingualSTS"].score == pytest.approx(0.649290, abs=1.2e-5)
     for name, published in (("STSBenchmark", 0.820325), ("STSBenchmarkMultilingualSTS", 0.64929)):
         beside = found[name].published
         assert beside is not None

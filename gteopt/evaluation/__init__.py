@@ -4,14 +4,16 @@ Hides: mteb, which only this package imports, and only once something is scored.
 how a variant was made, and whether the encoder that it is handed is one.
 """
 
-from gteopt.evaluation.fidelity import fidelity, sample_of
+from gteopt.evaluation.compare import compare
+from gteopt.evaluation.fidelity import fidelity
 from gteopt.evaluation.own import read_texts
 from gteopt.evaluation.runner import (
     ENCODE_OPTIONS,
     EncodeOptions,
     SuiteRun,
-    compare,
+    TextsRun,
     run_suite,
+    run_texts,
     run_views,
 )
 from gteopt.evaluation.statistics import settle
@@ -24,6 +26,7 @@ __all__ = [
     "Suite",
     "SuiteRun",
     "SuiteTask",
+    "TextsRun",
     "View",
     "compare",
     "fidelity",
@@ -31,8 +34,8 @@ __all__ = [
     "own_view",
     "read_texts",
     "run_suite",
+    "run_texts",
     "run_views",
-    "sample_of",
     "settle",
     "view_of",
     "with_data",

@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from gteopt.errors import UnsupportedError
@@ -68,6 +69,22 @@ class Shard:
     role: Role
     instruction: str | None
     texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """Texts whose vectors were asked for, and how many of these were encoded; the others were
+    cached.
+    """
+
+    n_asked: int = 0
+    n_encoded: int = 0
+
+    def __add__(self, other: Encodings) -> Encodings:
+        return Encodings(self.n_asked + other.n_asked, self.n_encoded + other.n_encoded)
+
+    def __sub__(self, other: Encodings) -> Encodings:
+        return Encodings(self.n_asked - other.n_asked, self.n_encoded - other.n_encoded)
 
 
 class EncodeShards(Protocol):
@@ -175,8 +192,7 @@ class VectorCache:
     """Full-dimension vectors by (prompt, text), of one encoder.
 
     Attributes:
-        n_asked: texts that were asked for, each request's repetitions counted once.
-        n_encoded: of these, encoded now.
+        counts: since it was opened, each request's repetitions counted once.
     """
 
     def __init__(
@@ -203,8 +219,7 @@ class VectorCache:
         self.encoder = encoder
         self.identity = vector_identity(encoder, dtype)
         self.folder = folder / _short_hash(self.identity)
-        self.n_asked = 0
-        self.n_encoded = 0
+        self.counts = Encodings()
         self._encode = encode or LocalEncoding(encoder, 32, say)
         self._limit_bytes = limit_bytes
         self._dtype = np.dtype(dtype)
@@ -236,8 +251,7 @@ class VectorCache:
         self._look_for_new_shards()
         found = self._read(wanted)
         missing = [text for digest, text in wanted.items() if digest not in found]
-        self.n_asked += len(wanted)
-        self.n_encoded += len(missing)
+        self.counts += Encodings(len(wanted), len(missing))
         n_known = len(texts) - len(missing)
 
         def count(what: str, done: int, total: int) -> None:
@@ -272,8 +286,8 @@ class VectorCache:
     def _look_for_new_shards(self) -> None:
         """Index what this or another process has written since the last look."""
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name not in self._seen and (content := self._load(path.name)) is not None:
-                self._index(path.name, content[0])
+            if path.name not in self._seen:
+                self._index(path.name, self._keys(path))
             self._seen.add(path.name)
 
     def _index(self, name: str, keys: Iterable[bytes]) -> None:
@@ -298,15 +312,22 @@ class VectorCache:
                 found[key] = vectors[row]
         return found
 
+    def _keys(self, path: Path) -> list[bytes]:
+        """Keys of a shard, a small part of it; what they lead to is checked when it is read."""
+        try:
+            with safe_open(path, framework="numpy") as handle:
+                return [row.tobytes() for row in handle.get_tensor("keys")]
+        except FileNotFoundError:  # another process made room
+            return []
+        except SafetensorError:
+            self._discard(path)
+            return []
+
     def _vectors(self, name: str) -> Stored | None:
+        """Vectors of a shard; None where another process made room, or it is damaged."""
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
-        content = self._load(name)
-        return None if content is None else content[1]
-
-    def _load(self, name: str) -> tuple[list[bytes], Stored] | None:
-        """Keys and vectors of a shard; None where another process made room, or it is damaged."""
         path = self.folder / name
         try:
             content = path.read_bytes()
@@ -314,16 +335,18 @@ class VectorCache:
         except FileNotFoundError:
             return None
         if hashlib.sha256(content).hexdigest() != path.stem:
-            path.unlink(missing_ok=True)
-            self._say(
-                f"{self.encoder.name}: the cached vectors in {path} were damaged (their SHA-256 "
-                f"differs from the file's name); the file was removed and its texts are encoded "
-                f"again"
-            )
+            self._discard(path)
             return None
-        tensors = load(content)
-        self._hold(name, tensors["vectors"])
-        return [row.tobytes() for row in tensors["keys"]], tensors["vectors"]
+        vectors: Stored = load(content)["vectors"]
+        self._hold(name, vectors)
+        return vectors
+
+    def _discard(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._say(
+            f"{self.encoder.name}: the cached vectors in {path} were damaged (their SHA-256 "
+            f"differs from the file's name); the file was removed and its texts are encoded again"
+        )
 
     def _hold(self, name: str, vectors: Stored) -> None:
         self._held[name] = vectors

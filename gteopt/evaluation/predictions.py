@@ -42,7 +42,7 @@ _TREC = {  # mteb's name -> pytrec_eval's
 _DIGITS = 5  # mteb rounds what pytrec_eval gives, but not the reciprocal rank
 
 
-class Draws:
+class RecordedDraws:
     """A task's random generator that keeps what it drew: the documents of each clustering."""
 
     def __init__(self, generator: Any) -> None:
@@ -64,11 +64,11 @@ class Draws:
         return getattr(self._generator, name)
 
 
-def record_draws_(task: Any) -> Draws | None:
+def record_draws_(task: Any) -> RecordedDraws | None:
     """Make a clustering task keep its draws; None for a task that draws no documents."""
     if not isinstance(task, AbsTaskClustering):
         return None
-    draws = Draws(task.rng_state)
+    draws = RecordedDraws(task.rng_state)
     task.rng_state = draws
     return draws
 
@@ -83,7 +83,7 @@ def read_predictions(task: Any, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def collect(
-    task: Any, split: str, predictions: Mapping[str, Mapping[str, Any]], draws: Draws | None
+    task: Any, split: str, predictions: Mapping[str, Mapping[str, Any]], draws: RecordedDraws | None
 ) -> Iterator[tuple[str, Samples | UnsupportedError]]:
     """The entries of each subset of one split, or why there are none.
 

@@ -1,0 +1,161 @@
+"""A variant's run beside its baseline's: differences with intervals, verdicts, fidelity.
+
+Refuses to know: how runs come about, mteb.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from gteopt.errors import InputError, NumericsError, join_problems
+from gteopt.evaluation.fidelity import fidelity
+from gteopt.evaluation.finished import SubsetScore, mean_over_tasks
+from gteopt.evaluation.reference import beside_published
+from gteopt.evaluation.runner import SampleKey, SuiteRun
+from gteopt.evaluation.samples import Samples
+from gteopt.evaluation.statistics import (
+    Draws,
+    difference_of,
+    interval,
+    mean_of,
+    paired_draws,
+    settle,
+)
+from gteopt.recipe import DEFAULT_MARGIN
+from gteopt.records import EvalReport, FailedTask, TaskScore, find_reference
+
+
+def compare(
+    baseline: SuiteRun,
+    variant: SuiteRun,
+    *,
+    variant_name: str,
+    margin: float = DEFAULT_MARGIN,
+) -> EvalReport:
+    """A variant's scores beside its baseline's, with intervals, verdicts and fidelity.
+
+    Scores and retention are over the tasks that both finished. Verdicts are corrected for the
+    claims of this report alone; `settle` does it for those of several.
+
+    Args:
+        baseline: its run of the same suite.
+        variant: the run that is judged.
+        variant_name: what the report calls it.
+        margin: a difference of scores (0 to 1) that does not matter.
+
+    Raises:
+        InputError: runs of different suites, or too few texts in common.
+        NumericsError: no task that both finished, or a baseline score that nothing can be a share
+            of.
+    """
+    if baseline.suite.sha256() != variant.suite.sha256():
+        raise InputError(
+            f"{variant_name} was scored on suite {variant.suite.name}, its baseline on "
+            f"{baseline.suite.name} with other tasks; score both on the same suite"
+        )
+    theirs = {(each.task, each.split, each.subset): each for each in baseline.scores}
+    draws: dict[SampleKey, Draws] = {}
+    tasks = []
+    for each in variant.scores:
+        key = each.task, each.split, each.subset
+        if key not in theirs:
+            continue
+        drawn = _paired(baseline, variant, theirs[key], each)
+        if isinstance(drawn, Draws):
+            draws[key] = drawn
+        tasks.append(_task_score(each, theirs[key], drawn, variant.samples.get(key)))
+    failed = variant.failed + tuple(
+        FailedTask(task=each.task, reason=f"the baseline failed: {each.reason}")
+        for each in baseline.failed
+        if each.task not in {mine.task for mine in variant.failed}
+    )
+    if not tasks:
+        reasons = [f"{each.task}: {each.reason}" for each in failed]
+        raise NumericsError(join_problems(f"{variant_name} has no score", reasons))
+    score = mean_over_tasks((each.task, each.score) for each in tasks)
+    baseline_score = mean_over_tasks((each.task, each.baseline_score) for each in tasks)
+    if baseline_score <= 0:
+        raise NumericsError(
+            f"the baseline {baseline.encoder} scores {baseline_score:.4f} on suite "
+            f"{baseline.suite.name}, so that no retention can be given; is it loaded rightly?"
+        )
+    difference, retention_low, retention_high = None, None, None
+    if len(draws) == len(tasks):
+        overall = mean_of([mean_of(own) for own in _by_task(draws.items()).values()])
+        difference = difference_of(overall, score - baseline_score)
+        retention_low, retention_high = interval(overall.retention)
+    report = EvalReport(
+        schema="gteopt.eval/1",
+        variant=variant_name,
+        artifact_sha256=variant.encoder_sha256,
+        baseline=baseline.encoder,
+        baseline_sha256=baseline.encoder_sha256,
+        suite=variant.suite.name,
+        suite_sha256=variant.suite.sha256(),
+        tasks=tuple(tasks),
+        failed=failed,
+        partial=bool(failed),
+        score=score,
+        baseline_score=baseline_score,
+        retention=score / baseline_score,
+        difference=difference,
+        retention_low=retention_low,
+        retention_high=retention_high,
+        margin=margin,
+        dims=variant.vectors.dims,
+        code=variant.vectors.code,
+        bytes_per_vector=variant.vectors.bytes_per_vector,
+        n_asked_texts=variant.encodings.n_asked,
+        n_encoded_texts=variant.encodings.n_encoded,
+        notes=variant.notes,
+        fidelity=fidelity(baseline.sample, variant.sample, variant.vectors),
+        machine=variant.machine,
+        versions=variant.versions,
+    )
+    is_baseline = variant.encoder_sha256 == baseline.encoder_sha256
+    if is_baseline and variant.hub_id is not None:
+        reference = find_reference(variant.hub_id)
+        if reference is not None:
+            report = beside_published(report, variant.samples, reference)
+    return settle({variant_name: report})[variant_name]
+
+
+def _paired(
+    baseline: SuiteRun, variant: SuiteRun, theirs: SubsetScore, ours: SubsetScore
+) -> Draws | str:
+    """Draws of one task's scores, or why there are none."""
+    for who, score in (("the baseline", theirs), ("the variant", ours)):
+        if score.no_samples is not None:
+            return f"{who}: {score.no_samples}"
+    key = ours.task, ours.split, ours.subset
+    samples, others = variant.samples[key], baseline.samples[key]
+    if not samples.pairs_with(others):
+        return f"the two models were scored on other {samples.unit} sets"
+    return paired_draws(samples, others, task=ours.task) or f"there is only one {samples.unit}"
+
+
+def _task_score(
+    ours: SubsetScore, theirs: SubsetScore, drawn: Draws | str, samples: Samples | None
+) -> TaskScore:
+    has_interval = isinstance(drawn, Draws) and samples is not None
+    return TaskScore(
+        **ours.model_dump(exclude={"no_samples"}),
+        baseline_score=theirs.score,
+        difference=difference_of(drawn, ours.score - theirs.score)
+        if isinstance(drawn, Draws)
+        else None,
+        unit=samples.unit if samples and has_interval else None,
+        n_units=samples.n_units if samples and has_interval else None,
+        no_interval=drawn if isinstance(drawn, str) else None,
+    )
+
+
+Item = TypeVar("Item")
+
+
+def _by_task(items: Iterable[tuple[SampleKey, Item]]) -> dict[str, list[Item]]:
+    found: dict[str, list[Item]] = {}
+    for (task, _, _), item in items:
+        found.setdefault(task, []).append(item)
+    return found
