@@ -6,12 +6,16 @@
 Models, calibration texts and test sentences are those of `peers_quality.py`; the error is
 1 - mean cosine to the float32 original. Rows that the file already holds stay until they are
 measured again (`--only`). Tuning takes most of the time; `--steps 0` leaves it out.
+
+Rotation (QuaRot) is measured here and in no recipe: it needs a product with the back rotation
+behind the pooling, and gains little where activations stay whole.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,8 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peers_quality import CALIBRATION, model_folder
+from safetensors.torch import load_file, save_file
+from scipy.linalg import hadamard
+from torch import Tensor
 
 import gteopt
 from gteopt.calibration import draw_texts, tokenize
@@ -32,6 +41,7 @@ from gteopt.tuning import Schedule, tune
 
 INT4 = {"bits": 4, "group_size": 128, "symmetric": False}
 NF4 = {"bits": 4, "group_size": 64, "symmetric": True, "element": "nf4"}
+INT8 = {"bits": 8, "group_size": "row", "symmetric": True, "activation_bits": 8}
 PLAIN = {"act_order": False, "clip_search": False}
 GPTAQ = {"compensate": 0.5}
 SOLVED: dict[str, dict[str, Any]] = {
@@ -45,12 +55,24 @@ SOLVED: dict[str, dict[str, Any]] = {
         **PLAIN,
         "clip_search": True,
     },
-    "GPTQ + both (gptq-int4)": {"method": "gptq", "scheme": INT4},
-    "gptq-int4 + GPTAQ (compensate)": {"method": "gptq", "scheme": INT4, **GPTAQ},
+    "GPTQ + both": {"method": "gptq", "scheme": INT4},
+    "gptq-int4: GPTAQ too (compensate)": {"method": "gptq", "scheme": INT4, **GPTAQ},
     "NF4, round to nearest": {"method": "rtn", "scheme": NF4},
-    "NF4, GPTQ + both (gptq-nf4)": {"method": "gptq", "scheme": NF4},
-    "gptq-nf4 + GPTAQ": {"method": "gptq", "scheme": NF4, **GPTAQ},
+    "NF4, GPTQ + both": {"method": "gptq", "scheme": NF4},
+    "gptq-nf4: GPTAQ too": {"method": "gptq", "scheme": NF4, **GPTAQ},
+    "W8A8, round to nearest (rtn-int8)": {"method": "rtn", "scheme": INT8},
 }
+ROTATED = {
+    f"{name}, rotated": SOLVED[name]
+    for name in (
+        "round to nearest",
+        "GPTQ + both",
+        "gptq-int4: GPTAQ too (compensate)",
+        "gptq-nf4: GPTAQ too",
+        "W8A8, round to nearest (rtn-int8)",
+    )
+}
+"""Of models with RMSNorm decoders."""
 RECIPES = {"bits by layer (mixed-4.25)": "mixed-4.25", "both (mixed-nf4)": "mixed-nf4"}
 TUNED: dict[str, Callable[[int], Schedule]] = {
     "gptq-int4, scales, norms, biases tuned": lambda n: Schedule(n_steps=n, codes_rate=0.0),
@@ -85,23 +107,33 @@ def main() -> None:
     texts = list(dict.fromkeys([p["sentence1"] for p in pairs] + [p["sentence2"] for p in pairs]))
     recipes = {name: _recipe(weights) for name, weights in SOLVED.items()}
     recipes |= {name: load_recipe(each) for name, each in RECIPES.items()}
+    turned = {name: _recipe(weights) for name, weights in ROTATED.items()}
     rows: list[Row] = []
     if options.out.is_file():
         rows = [Row(**each) for each in json.loads(options.out.read_text())["rows"]]
     for model in options.models:
-        base = gteopt.load(model_folder(model), dtype="float32")
+        source = model_folder(model)
+        base = gteopt.load(source, dtype="float32")
         wanted = base.encode(texts)
-        for parts in [*recipes, *(TUNED if options.steps else ())]:
+        rotates = base.checkpoint.config["model_type"] == "qwen2"
+        rotations = turned if rotates else ()
+        for parts in [*recipes, *rotations, *(TUNED if options.steps else ())]:
             if options.only and parts not in options.only:
                 continue
             started = time.perf_counter()
             if parts in recipes:
-                found, bits = solved(base, recipes[parts], options.hub_dir)
+                encoder, bits = solved(source, recipes[parts], options.hub_dir)
+                found = encoder.encode(texts)
+            elif parts in turned:
+                folder, back = rotated(source)
+                encoder, bits = solved(folder, turned[parts], options.hub_dir)
+                found = _unit(encoder.encode(texts) @ back)
             else:
                 schedule = TUNED[parts](options.steps)
-                found, bits = tuned(base, load_recipe("gptq-int4"), schedule, options.hub_dir)
+                encoder, bits = tuned(base, load_recipe("gptq-int4"), schedule, options.hub_dir)
+                found = encoder.encode(texts)
             build_s = time.perf_counter() - started
-            error = 1 - float((found.encode(texts) * wanted).sum(axis=1).mean())
+            error = 1 - float((found * wanted).sum(axis=1).mean())
             rows = [each for each in rows if (each.model, each.parts) != (model, parts)]
             rows.append(Row(model, parts, bits, error, build_s))
             print(f"{model:18}{parts:42}{bits:6.2f}{error:10.5f}{build_s:8.0f} s", flush=True)
@@ -122,11 +154,10 @@ def _recipe(weights: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(content)
 
 
-def solved(base: Encoder, recipe: Recipe, hub_dir: Path) -> tuple[Encoder, float]:
+def solved(source: Path, recipe: Recipe, hub_dir: Path) -> tuple[Encoder, float]:
     """A variant built in full, and its bits a weight."""
     recipe = recipe.model_copy(update={"calibration": CALIBRATION, "layout": "gteopt"})
     out = Path(tempfile.mkdtemp()) / "variant"
-    source = base.checkpoint.folder
     manifest = gteopt.quantize(source, recipe, out, hub_dir=hub_dir, dtype="float32")
     if manifest.allocation is not None:
         return gteopt.load(out), manifest.allocation.bits_per_weight
@@ -139,7 +170,7 @@ def tuned(
     base: Encoder, recipe: Recipe, schedule: Schedule, hub_dir: Path
 ) -> tuple[Encoder, float]:
     """The model with weights that a solver found and tuning changed, and its bits a weight."""
-    variant, bits = solved(base, recipe, hub_dir)
+    variant, bits = solved(base.checkpoint.folder, recipe, hub_dir)
     start = {
         name: unpacked(module)
         for name, module in variant.module.named_modules()
@@ -151,6 +182,49 @@ def tuned(
     changed = {f"{name}.weight": each.dequantize() for name, each in result.weights.items()}
     encoder.module.load_state_dict({**changed, **result.rest}, strict=False)
     return encoder, bits
+
+
+def rotated(source: Path) -> tuple[Path, NDArray[np.float64]]:
+    """The same Qwen2 with its residual stream rotated (QuaRot, Ashkboos et al. 2024, 2404.00456).
+
+    Norms are folded into the layers behind them; what stands on the residual stream, the token
+    table first, is multiplied by a randomised Hadamard matrix Q. The final norm's scale has no
+    layer behind it: vectors come out as y Q without it.
+
+    Returns:
+        A float32 model folder, and the matrix [D, D] that turns its vectors back.
+    """
+    weights = {name: w.double() for name, w in load_file(source / "model.safetensors").items()}
+    n = weights["embed_tokens.weight"].shape[1]
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], n)
+    q = torch.from_numpy(signs[:, None] * hadamard(n) / np.sqrt(n))
+    norms = {
+        "self_attn": "input_layernorm.weight",
+        "mlp": "post_attention_layernorm.weight",
+    }
+
+    def turned(name: str, weight: Tensor) -> Tensor:
+        if name == "embed_tokens.weight":
+            return weight @ q
+        if name.endswith("norm.weight"):
+            return torch.ones_like(weight)
+        *block, part, layer, kind = name.split(".")
+        if layer in ("o_proj", "down_proj"):
+            return q.T @ weight
+        return weight * weights[".".join([*block, norms[part]])] @ q if kind == "weight" else weight
+
+    folder = Path(tempfile.mkdtemp()) / "rotated"
+    shutil.copytree(source, folder)
+    tensors = {name: turned(name, w).float().contiguous() for name, w in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, (q.T * weights["norm.weight"]).numpy()
+
+
+def _unit(x: NDArray[np.float64]) -> NDArray[np.float32]:
+    unit: NDArray[np.float64] = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return unit.astype(np.float32)
 
 
 def unpacked(module: Any) -> QuantizedWeight:

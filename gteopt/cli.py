@@ -614,8 +614,8 @@ def inspect(
             )
         if (tuning := found.manifest.tuning) is not None:
             _out.print(
-                f"tuned for {tuning.n_steps} steps: mean cosine on the calibration texts "
-                f"{tuning.cosine_before:.5f} -> {tuning.cosine_after:.5f}, "
+                f"tuned by {tuning.by} for {tuning.n_steps} steps: error on the calibration texts "
+                f"{tuning.error_before:.5f} -> {tuning.error_after:.5f}, "
                 f"{tuning.codes_changed:.1%} of the codes changed"
             )
     else:
