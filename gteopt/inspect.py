@@ -311,7 +311,7 @@ def _block_bytes(
     if plan.tune_by == "block":
         n_weights = sum(w.numel() for w in planned.values())
         n_other = n_parameters - n_weights
-        worst = max(worst, left + tuning.work_bytes(n_weights, n_other, 1, hidden_size))
+        worst = max(worst, left + tuning.block_work_bytes(n_weights, n_other, hidden_size))
     return hidden + worst
 
 
