@@ -81,9 +81,9 @@ BLOCK_SCHEDULES: dict[Effort, Schedule | None] = {
     "standard": Schedule(n_steps=100, codes_rate=0.0, scales_rate=1e-3),
     "best": Schedule(n_steps=400, codes_rate=0.0, scales_rate=1e-3),
 }
-"""Of each block that is tuned by itself. Its codes stay: few texts teach them nothing general (a block
-of gte-nano after GPTQ, 3,900 tokens, 100 steps: error on those texts -28 %, on others +12 %; scales,
-norms and biases alone -7 %, -3 %)."""
+"""Of each block that is tuned by itself. Its codes stay: few texts teach them nothing general (a
+block of gte-nano after GPTQ, 3,900 tokens, 100 steps: error on these texts -28 %, on others +12 %;
+of scales, norms and biases alone -7 %, -3 %)."""
 
 
 @dataclass(frozen=True)
