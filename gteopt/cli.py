@@ -166,8 +166,8 @@ def quantize(
         Literal["fast", "standard", "best"] | None,
         typer.Option(
             help="of GPTQ recipes: the solver alone, or its result tuned against the base's "
-            "vectors for 400 or 1600 steps (beyond 2 billion weights each block's scales, norms and "
-            "biases against the base's block for 100 or 400); the recipe's own when left out"
+            "vectors for 400 or 1600 steps (beyond 2 billion weights scales, norms and biases of "
+            "each block against the base's, for 100 or 400); the recipe's own when left out"
         ),
     ] = None,
     embed_int8: Annotated[
