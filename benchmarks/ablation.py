@@ -6,32 +6,56 @@
 Models, calibration texts and test sentences are those of `peers_quality.py`; the error is
 1 - mean cosine to the float32 original. Rows that the file already holds stay until they are
 measured again (`--only`). Tuning takes most of the time; `--steps 0` leaves it out.
+
+Two things are measured here and are in no recipe, for they gain too little. Rotation (QuaRot) needs
+a product with the back rotation behind the pooling. Hessians weighted by how much a token moves the
+vector (GuidedQuant, Kim et al. 2025) need a backward pass through the model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peers_quality import CALIBRATION, model_folder
+from safetensors.torch import load_file, save_file
+from scipy.linalg import hadamard
+from torch import Tensor, nn
 
 import gteopt
-from gteopt.calibration import draw_texts, tokenize
+from gteopt.calibration import (
+    Block,
+    BlockInput,
+    advance_,
+    copy_block,
+    draw_texts,
+    find_blocks,
+    open_blocks,
+    stages,
+    token_batches,
+    tokenize,
+)
 from gteopt.encoder import Encoder
 from gteopt.machine import machine, versions
-from gteopt.quant.affine import PackedWeight, QuantizedWeight
-from gteopt.recipe import Recipe, load_recipe
+from gteopt.quant.affine import PackedWeight, QuantizedWeight, pack
+from gteopt.quant.gptq import HessianAccumulator, solve
+from gteopt.recipe import LayerScheme, Recipe, load_recipe
 from gteopt.tuning import Schedule, tune
 
 INT4 = {"bits": 4, "group_size": 128, "symmetric": False}
 NF4 = {"bits": 4, "group_size": 64, "symmetric": True, "element": "nf4"}
+INT8 = {"bits": 8, "group_size": "row", "symmetric": True, "activation_bits": 8}
 PLAIN = {"act_order": False, "clip_search": False}
 GPTAQ = {"compensate": 0.5}
 SOLVED: dict[str, dict[str, Any]] = {
@@ -45,12 +69,30 @@ SOLVED: dict[str, dict[str, Any]] = {
         **PLAIN,
         "clip_search": True,
     },
-    "GPTQ + both (gptq-int4)": {"method": "gptq", "scheme": INT4},
-    "gptq-int4 + GPTAQ (compensate)": {"method": "gptq", "scheme": INT4, **GPTAQ},
+    "GPTQ + both": {"method": "gptq", "scheme": INT4},
+    "gptq-int4: GPTAQ too (compensate)": {"method": "gptq", "scheme": INT4, **GPTAQ},
     "NF4, round to nearest": {"method": "rtn", "scheme": NF4},
-    "NF4, GPTQ + both (gptq-nf4)": {"method": "gptq", "scheme": NF4},
-    "gptq-nf4 + GPTAQ": {"method": "gptq", "scheme": NF4, **GPTAQ},
+    "NF4, GPTQ + both": {"method": "gptq", "scheme": NF4},
+    "gptq-nf4: GPTAQ too": {"method": "gptq", "scheme": NF4, **GPTAQ},
+    "W8A8, round to nearest (rtn-int8)": {"method": "rtn", "scheme": INT8},
 }
+ROTATED = {
+    f"{name}, rotated": SOLVED[name]
+    for name in (
+        "round to nearest",
+        "GPTQ + both",
+        "gptq-int4: GPTAQ too (compensate)",
+        "gptq-nf4: GPTAQ too",
+        "W8A8, round to nearest (rtn-int8)",
+    )
+}
+"""Of models with RMSNorm decoders."""
+GUIDED = {
+    f"{name}, Hessian guided{half}": (share, compensate)
+    for name, compensate in (("GPTQ + both", 0.0), ("gptq-int4: GPTAQ too (compensate)", 0.5))
+    for share, half in ((1.0, ""), (0.5, " by half"))
+}
+"""Share of a token's weight that its gradient decides, and of what GPTAQ makes up for."""
 RECIPES = {"bits by layer (mixed-4.25)": "mixed-4.25", "both (mixed-nf4)": "mixed-nf4"}
 TUNED: dict[str, Callable[[int], Schedule]] = {
     "gptq-int4, scales, norms, biases tuned": lambda n: Schedule(n_steps=n, codes_rate=0.0),
@@ -85,23 +127,36 @@ def main() -> None:
     texts = list(dict.fromkeys([p["sentence1"] for p in pairs] + [p["sentence2"] for p in pairs]))
     recipes = {name: _recipe(weights) for name, weights in SOLVED.items()}
     recipes |= {name: load_recipe(each) for name, each in RECIPES.items()}
+    turned = {name: _recipe(weights) for name, weights in ROTATED.items()}
     rows: list[Row] = []
     if options.out.is_file():
         rows = [Row(**each) for each in json.loads(options.out.read_text())["rows"]]
     for model in options.models:
-        base = gteopt.load(model_folder(model), dtype="float32")
+        source = model_folder(model)
+        base = gteopt.load(source, dtype="float32")
         wanted = base.encode(texts)
-        for parts in [*recipes, *(TUNED if options.steps else ())]:
+        rotates = base.checkpoint.config["model_type"] == "qwen2"
+        rotations = turned if rotates else ()
+        for parts in [*recipes, *GUIDED, *rotations, *(TUNED if options.steps else ())]:
             if options.only and parts not in options.only:
                 continue
             started = time.perf_counter()
             if parts in recipes:
-                found, bits = solved(base, recipes[parts], options.hub_dir)
+                encoder, bits = solved(source, recipes[parts], options.hub_dir)
+                found = encoder.encode(texts)
+            elif parts in turned:
+                folder, back = rotated(source)
+                encoder, bits = solved(folder, turned[parts], options.hub_dir)
+                found = _unit(encoder.encode(texts) @ back)
+            elif parts in GUIDED:
+                encoder, bits = guided(source, *GUIDED[parts], options.hub_dir)
+                found = encoder.encode(texts)
             else:
                 schedule = TUNED[parts](options.steps)
-                found, bits = tuned(base, load_recipe("gptq-int4"), schedule, options.hub_dir)
+                encoder, bits = tuned(base, load_recipe("gptq-int4"), schedule, options.hub_dir)
+                found = encoder.encode(texts)
             build_s = time.perf_counter() - started
-            error = 1 - float((found.encode(texts) * wanted).sum(axis=1).mean())
+            error = 1 - float((found * wanted).sum(axis=1).mean())
             rows = [each for each in rows if (each.model, each.parts) != (model, parts)]
             rows.append(Row(model, parts, bits, error, build_s))
             print(f"{model:18}{parts:42}{bits:6.2f}{error:10.5f}{build_s:8.0f} s", flush=True)
@@ -122,11 +177,10 @@ def _recipe(weights: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(content)
 
 
-def solved(base: Encoder, recipe: Recipe, hub_dir: Path) -> tuple[Encoder, float]:
+def solved(source: Path, recipe: Recipe, hub_dir: Path) -> tuple[Encoder, float]:
     """A variant built in full, and its bits a weight."""
     recipe = recipe.model_copy(update={"calibration": CALIBRATION, "layout": "gteopt"})
     out = Path(tempfile.mkdtemp()) / "variant"
-    source = base.checkpoint.folder
     manifest = gteopt.quantize(source, recipe, out, hub_dir=hub_dir, dtype="float32")
     if manifest.allocation is not None:
         return gteopt.load(out), manifest.allocation.bits_per_weight
@@ -139,7 +193,7 @@ def tuned(
     base: Encoder, recipe: Recipe, schedule: Schedule, hub_dir: Path
 ) -> tuple[Encoder, float]:
     """The model with weights that a solver found and tuning changed, and its bits a weight."""
-    variant, bits = solved(base, recipe, hub_dir)
+    variant, bits = solved(base.checkpoint.folder, recipe, hub_dir)
     start = {
         name: unpacked(module)
         for name, module in variant.module.named_modules()
@@ -151,6 +205,146 @@ def tuned(
     changed = {f"{name}.weight": each.dequantize() for name, each in result.weights.items()}
     encoder.module.load_state_dict({**changed, **result.rest}, strict=False)
     return encoder, bits
+
+
+def rotated(source: Path) -> tuple[Path, NDArray[np.float64]]:
+    """The same Qwen2 with its residual stream rotated (QuaRot, Ashkboos et al. 2024, 2404.00456).
+
+    Norms are folded into the layers behind them; what stands on the residual stream, the token
+    table first, is multiplied by a randomised Hadamard matrix Q. The final norm's scale has no
+    layer behind it: vectors come out as y Q without it.
+
+    Returns:
+        A float32 model folder, and the matrix [D, D] that turns its vectors back.
+    """
+    weights = {name: w.double() for name, w in load_file(source / "model.safetensors").items()}
+    n = weights["embed_tokens.weight"].shape[1]
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], n)
+    q = torch.from_numpy(signs[:, None] * hadamard(n) / np.sqrt(n))
+    norms = {
+        "self_attn": "input_layernorm.weight",
+        "mlp": "post_attention_layernorm.weight",
+    }
+
+    def turned(name: str, weight: Tensor) -> Tensor:
+        if name == "embed_tokens.weight":
+            return weight @ q
+        if name.endswith("norm.weight"):
+            return torch.ones_like(weight)
+        *block, part, layer, kind = name.split(".")
+        if layer in ("o_proj", "down_proj"):
+            return q.T @ weight
+        return weight * weights[".".join([*block, norms[part]])] @ q if kind == "weight" else weight
+
+    folder = Path(tempfile.mkdtemp()) / "rotated"
+    shutil.copytree(source, folder)
+    tensors = {name: turned(name, w).float().contiguous() for name, w in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, (q.T * weights["norm.weight"]).numpy()
+
+
+def guided(source: Path, share: float, compensate: float, hub_dir: Path) -> tuple[Encoder, float]:
+    """GPTQ with each token weighted by its part in the vector, stage by stage as the build does it.
+
+    A token counts (1 - share) + share * s, s being its part in `saliences`.
+    """
+    encoder = gteopt.load(source, dtype="float32")
+    texts = draw_texts(CALIBRATION, hub_dir=hub_dir)
+    tokens = tokenize(encoder, texts, CALIBRATION.max_tokens)
+    parts = saliences(encoder, tokens)
+    scheme = LayerScheme.model_validate(INT4)
+    blocks, inputs = open_blocks(encoder, tokens)
+    exact = [batch.copy() for batch in inputs]
+    n_bits = n_weights = 0.0
+    for block in blocks:
+        original = copy_block(block)
+        for names in stages(block, inputs):
+            rows, rows_before = reads(block, names[0], inputs), reads(original, names[0], exact)
+            statistics = HessianAccumulator(rows[0].shape[1])
+            for i, (x, x0) in enumerate(zip(rows, rows_before, strict=True)):
+                salience = torch.stack([parts[name][i] for name in names]).mean(0)
+                root = ((1 - share) + share * salience).sqrt()[:, None]
+                statistics.add(root * x, root * x0)
+            for name in names:
+                linear = encoder.module.get_submodule(name)
+                assert isinstance(linear, nn.Linear)
+                lack = statistics.lack(linear.weight.data) if compensate else None
+                codes = solve(
+                    linear.weight.data, statistics.hessian, scheme, act_order=True, damping=0.01,
+                    clip_search=True, lack=lack, share=compensate,
+                ).weight  # fmt: skip
+                linear.weight.data = codes.dequantize()
+                n_weights += codes.codes.numel()
+                n_bits += codes.codes.numel() * pack(codes).bits_per_weight
+        advance_(original, exact)
+        advance_(block, inputs)
+    return encoder, n_bits / n_weights
+
+
+@torch.inference_mode()
+def reads(block: Block, layer: str, inputs: Sequence[BlockInput]) -> list[Tensor]:
+    """What a layer reads of the real tokens of each batch: [n, I]."""
+    found: list[Tensor] = []
+    linear = block.linears()[layer]
+    handle = linear.register_forward_pre_hook(lambda _module, args: found.append(args[0]))
+    for i, batch in enumerate(inputs):
+        block.run(i, batch.hidden)
+    handle.remove()
+    return [rows[batch.real] for rows, batch in zip(found, inputs, strict=True)]
+
+
+def saliences(
+    encoder: Encoder, tokens: Sequence[Sequence[int]], n_probes: int = 4
+) -> dict[str, list[Tensor]]:
+    """How much each real token of each layer's output moves the vector, on average 1.
+
+    The vector's own distance to itself has no gradient; its expectation under small errors has
+    |d(r v)/dy|^2 for random directions r in its place (Gauss-Newton).
+
+    Returns:
+        By layer, one [n] a batch, in the order of `token_batches`.
+    """
+    prefix, blocks = find_blocks(encoder.module, encoder.checkpoint.config["num_hidden_layers"])
+    linears = {f"{prefix}.{n}": m for n, m in blocks.named_modules() if isinstance(m, nn.Linear)}
+    found: dict[str, list[Tensor]] = {name: [] for name in linears}
+    generator = torch.Generator().manual_seed(0)
+    for batch in token_batches(tokens):
+        ids, mask = encoder.pad(batch)
+        outputs: dict[str, Tensor] = {}
+        handles = [
+            linear.register_forward_hook(partial(_note, outputs, name))
+            for name, linear in linears.items()
+        ]
+        embedding = encoder.module.get_input_embeddings()(ids)  # type: ignore[operator]
+        hidden = encoder.module(
+            inputs_embeds=embedding.detach().requires_grad_(True), attention_mask=mask
+        ).last_hidden_state
+        for handle in handles:
+            handle.remove()
+        vectors = encoder.pooled(hidden, encoder.pool_mask(batch, mask))
+        sums = dict.fromkeys(linears, torch.zeros(mask.shape))
+        for _ in range(n_probes):
+            probe = torch.randn(vectors.shape, generator=generator)
+            slopes = torch.autograd.grad(
+                (vectors * probe).sum(), list(outputs.values()), retain_graph=True
+            )
+            for name, slope in zip(outputs, slopes, strict=True):
+                sums[name] = sums[name] + slope.square().sum(-1)
+        for name in linears:
+            found[name].append(sums[name][mask.bool()])
+    means = {name: torch.cat(each).mean() for name, each in found.items()}
+    return {name: [part / means[name] for part in each] for name, each in found.items()}
+
+
+def _note(outputs: dict[str, Tensor], name: str, _module: nn.Module, _args: Any, out: Any) -> None:
+    outputs[name] = out
+
+
+def _unit(x: NDArray[np.float64]) -> NDArray[np.float32]:
+    unit: NDArray[np.float64] = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return unit.astype(np.float32)
 
 
 def unpacked(module: Any) -> QuantizedWeight:

@@ -31,6 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 import gteopt
+from gteopt.recipe import Calibration, Recipe, load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 ASSETS = Path(gteopt.__file__).parent / "assets"
@@ -151,12 +152,10 @@ _CHILD = """
 import json, sys, time
 import torch
 import gteopt
-from gteopt.recipe import Calibration, load_recipe
+from gteopt.recipe import Recipe
 
-base, out, texts, n_texts, n_tokens, recipe, device = sys.argv[1:]
-wanted = load_recipe(recipe)
-spec = Calibration(texts=texts, n_texts=int(n_texts), max_tokens=int(n_tokens))
-wanted = wanted.model_copy(update={"calibration": spec})
+base, out, recipe, device = sys.argv[1:]
+wanted = Recipe.model_validate_json(recipe)
 from gteopt.build import plan_layers
 from gteopt.checkpoint import open_checkpoint
 from gteopt.encoder import build_skeleton
@@ -191,13 +190,17 @@ print(json.dumps({
 
 
 def measure(
-    shape: Shape, n_texts: int, n_tokens: int, recipe: str, device: str, work: Path
+    shape: Shape,
+    n_texts: int,
+    n_tokens: int,
+    recipe: Recipe,
+    device: str,
+    work: Path,
 ) -> dict[str, object]:
     """Build once in a process of its own; what `inspect` predicts, and what was seen."""
     from gteopt.checkpoint import open_checkpoint
     from gteopt.inspect import estimate
     from gteopt.machine import machine, versions
-    from gteopt.recipe import Calibration, load_recipe
 
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         started = time.perf_counter()
@@ -206,18 +209,19 @@ def measure(
         texts = Path(temporary) / "texts.txt"
         write_texts(texts, n_texts, n_tokens)
         spec = Calibration(texts=str(texts), n_texts=n_texts, max_tokens=n_tokens)
-        wanted = load_recipe(recipe).model_copy(update={"calibration": spec})
+        wanted = recipe.model_copy(update={"calibration": spec})
         (predicted,) = estimate(open_checkpoint(base), [wanted], device=device)
         out = Path(temporary) / "out"
-        command = [sys.executable, "-c", _CHILD, str(base), str(out), str(texts)]
-        command += [str(n_texts), str(n_tokens), recipe, device]
+        command = [sys.executable, "-c", _CHILD, str(base), str(out)]
+        command += [wanted.model_dump_json(by_alias=True), device]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         seen = json.loads(done.stdout.splitlines()[-1])
     return {
         "shape": asdict(shape),
         "n_texts": n_texts,
         "max_tokens": n_tokens,
-        "recipe": recipe,
+        "recipe": recipe.name,
+        "compensate": recipe.weights.compensate if recipe.weights.method == "gptq" else 0.0,
         "device": device,
         "predicted_bytes": predicted.build_bytes,
         "checkpoint_s": round(made_s, 1),
@@ -230,7 +234,7 @@ def measure(
 def keep(kind: str, row: dict[str, object]) -> None:
     """Put one result into the file, in place of an earlier one of the same workload."""
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    what = ("shape", "n_texts", "max_tokens", "recipe", "device")
+    what = ("shape", "n_texts", "max_tokens", "recipe", "compensate", "device")
     rows = [r for r in results.get(kind, []) if any(r[key] != row[key] for key in what)]
     results[kind] = [*rows, row]
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -245,13 +249,14 @@ def keep(kind: str, row: dict[str, object]) -> None:
 
 def sweep(device: str, work: Path) -> None:
     """One of layers, hidden size and calibration tokens changed at a time."""
+    recipe = load_recipe("gptq-int4")
     for layers in (2, 4, 8):
-        keep("sweep", measure(replace(SMALL, layers=layers), 32, 128, "gptq-int4", device, work))
+        keep("sweep", measure(replace(SMALL, layers=layers), 32, 128, recipe, device, work))
     for hidden in (256, 1024):
         shape = replace(SMALL, hidden=hidden, intermediate=4 * hidden)
-        keep("sweep", measure(shape, 32, 128, "gptq-int4", device, work))
+        keep("sweep", measure(shape, 32, 128, recipe, device, work))
     for n_texts in (8, 128):
-        keep("sweep", measure(SMALL, n_texts, 128, "gptq-int4", device, work))
+        keep("sweep", measure(SMALL, n_texts, 128, recipe, device, work))
 
 
 _LONG_CHILD = """
@@ -337,6 +342,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--recipe", default="gptq-int4")
+    parser.add_argument("--compensate", type=float, help="in place of the recipe's own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     asked = parser.parse_args()
@@ -352,7 +358,11 @@ def main() -> None:
     shape = SHAPES[asked.shape]
     if asked.layers is not None:
         shape = replace(shape, layers=asked.layers)
-    row = measure(shape, asked.texts, asked.tokens, asked.recipe, asked.device, asked.work)
+    recipe = load_recipe(asked.recipe)
+    if asked.compensate is not None:
+        weights = recipe.weights.model_copy(update={"compensate": asked.compensate})
+        recipe = recipe.model_copy(update={"weights": weights})
+    row = measure(shape, asked.texts, asked.tokens, recipe, asked.device, asked.work)
     keep("builds", row)
 
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -119,7 +120,7 @@ from gteopt.records import (
 )
 from gteopt.sensitivity import measure
 from gteopt.smoothing import smooth_block_
-from gteopt.tuning import MOST_WEIGHTS, SCHEDULES, tune
+from gteopt.tuning import BLOCK_SCHEDULES, MOST_WEIGHTS, SCHEDULES, Tuned, tune, tune_block
 
 ACTIVATION_BYTES = 4 << 30
 """Hidden states of the calibration texts that are kept in memory unless more or less is said."""
@@ -131,7 +132,6 @@ SENSITIVITY_TEXTS = 64
 _EMBEDDING_ROWS = 8192
 _SOLVED = "solved"
 """Where the solver's blocks lie while they wait for tuning."""
-_LAYERS = TypeAdapter(tuple[LayerRecord, ...])
 _LOSSES = TypeAdapter(dict[str, tuple[float, ...]])
 
 
@@ -155,6 +155,7 @@ class LayerPlan:
         layout: how the packed weights will lie on disk; None without any.
         blocks: name of the model's list of transformer blocks; None where none is quantized.
         choices: layer name -> what its scheme is chosen from, where the recipe has a budget.
+        tune_by: what is tuned at once behind the solver; None where nothing is.
     """
 
     schemes: Mapping[str, LayerScheme]
@@ -163,6 +164,7 @@ class LayerPlan:
     layout: Layout | None
     blocks: str | None
     choices: Mapping[str, tuple[LayerScheme, ...]]
+    tune_by: Literal["model", "block"] | None
 
 
 def quantize(
@@ -245,13 +247,17 @@ def quantize(
     if plan.blocks is not None:
         modules = encoder.module.get_submodule(plan.blocks).children()
         if isinstance(recipe.weights, GptqWeights):
-            room = Room(activation_bytes, stage / _ACTIVATIONS)
+            # What the original model feeds the blocks lies beside what the quantized one does.
+            n_kinds = 2 if needs_original(recipe, plan) else 1
+            room = Room(activation_bytes // n_kinds, stage / _ACTIVATIONS)
             blocks, inputs = open_blocks(encoder, tokens, dtype=replay_dtype(encoder), room=room)
         else:
             blocks, inputs = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)], []
-        tuned = _effort(recipe) != "fast"
+        tuned = plan.tune_by == "model"
         shards = stage / (_SOLVED if tuned else WEIGHTS)
-        layers = _quantize_blocks(encoder, blocks, inputs, recipe, plan, shards, devices, progress)
+        layers, tuning = _quantize_blocks(
+            encoder, blocks, inputs, recipe, plan, shards, devices, progress
+        )
         del inputs
         shutil.rmtree(stage / _ACTIVATIONS, ignore_errors=True)
         if tuned:
@@ -417,6 +423,7 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
     choices: dict[str, tuple[LayerScheme, ...]] = {}
     layout: Layout | None = None
     prefix: str | None = None
+    tune_by: Literal["model", "block"] | None = None
     if not isinstance(weights, NoWeights):
         prefix, _ = find_blocks(skeleton, checkpoint.config.get("num_hidden_layers"))
         linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
@@ -448,12 +455,7 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
             schemes[name] = scheme
         shapes = {n: Shape(linears[n].out_features, linears[n].in_features) for n in schemes}
         n_weights = sum(linears[n].weight.numel() for n in schemes)
-        if _effort(recipe) != "fast" and n_weights > MOST_WEIGHTS:
-            raise InputError(
-                f"recipe {recipe.name}: effort {_effort(recipe)} tunes the whole model at once and "
-                f"takes up to {MOST_WEIGHTS / 1e9:g} billion quantized weights, found "
-                f"{n_weights / 1e9:.2g} billion; build with effort fast"
-            )
+        tune_by = _tune_by(recipe, n_weights)
         if isinstance(weights, GptqWeights) and weights.budget is not None:
             choices = {
                 name: _fitting(sizes[name], scheme, weights) for name, scheme in schemes.items()
@@ -482,7 +484,34 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
         layout=layout,
         blocks=prefix if schemes else None,
         choices=choices,
+        tune_by=tune_by,
     )
+
+
+def _tune_by(recipe: Recipe, n_weights: int) -> Literal["model", "block"] | None:
+    """What a recipe tunes at once in a model of so many quantized weights.
+
+    Raises:
+        InputError: the whole model, which is too large for it.
+    """
+    weights = recipe.weights
+    if not isinstance(weights, GptqWeights) or weights.effort == "fast":
+        return None
+    is_large = n_weights > MOST_WEIGHTS
+    if weights.tune_by == "auto":
+        return "block" if is_large else "model"
+    if weights.tune_by == "model" and is_large:
+        raise InputError(
+            f"recipe {recipe.name}: tune_by: model takes up to {MOST_WEIGHTS / 1e9:g} billion "
+            f"quantized weights, found {n_weights / 1e9:.2g} billion; say auto or block"
+        )
+    return weights.tune_by
+
+
+def needs_original(recipe: Recipe, plan: LayerPlan) -> bool:
+    """Whether each block's original runs beside the quantized one."""
+    compensates = isinstance(recipe.weights, GptqWeights) and recipe.weights.compensate > 0
+    return compensates or plan.tune_by == "block"
 
 
 def _latent_record(checkpoint: Checkpoint) -> tuple[UnquantizedRecord, ...]:
@@ -733,19 +762,23 @@ def _quantize_blocks(
     shards: Path,
     devices: Sequence[str],
     progress: Progress,
-) -> tuple[LayerRecord, ...]:
+) -> tuple[tuple[LayerRecord, ...], TuningRecord | None]:
     """Quantize block after block, each on the outputs of those before it; store each at once.
 
     A block's weights are read when its turn comes and freed after it, unless the finished model is
     needed to fit vectors.
+
+    Returns:
+        What the manifest says of the layers, and of tuning where each block was tuned by itself.
     """
     weights = recipe.weights
     assert not isinstance(weights, NoWeights)
     layers: list[LayerRecord] = []
+    tunings: list[TuningRecord] = []
     dtype = replay_dtype(encoder) if inputs else encoder.dtype
-    # What the original model feeds each block, where the solver is to make up for the difference.
-    compensate = isinstance(weights, GptqWeights) and weights.compensate > 0
-    exact = [batch.copy() for batch in inputs] if compensate else []
+    # What the original model feeds each block, where something is to make up for the difference.
+    exact = [batch.copy() for batch in inputs] if needs_original(recipe, plan) else None
+    schedule = BLOCK_SCHEDULES[_effort(recipe)] if plan.tune_by == "block" else None
     what = f"quantizing {encoder.checkpoint.id} with {recipe.name}"
     order: list[list[str]] = []
     for i, block in enumerate(blocks):
@@ -753,40 +786,109 @@ def _quantize_blocks(
         shard = _shard(shards, i)
         notes = shard.with_suffix(".json")
         is_last = i + 1 == len(blocks)
-        original: Original | None = None
-        if compensate and not is_last and notes.is_file():
-            fill_(encoder, block.name, dtype)
-            original = Original(copy_block(block), exact)
         if notes.is_file():
-            records = _LAYERS.validate_json(notes.read_bytes())
+            done = _Done.model_validate_json(notes.read_bytes())
             tensors = load_file(shard)
+            if exact is not None and not is_last:
+                fill_(encoder, block.name, dtype)
+                with _memory_errors(block.name):
+                    advance_(block, exact)
         else:
             with _memory_errors(block.name):
                 fill_(encoder, block.name, dtype)
             order = _order(block, inputs, order)
             records, packed, original = _quantize_block_(
-                encoder, block, inputs, exact if compensate else None, order, weights, plan, dtype,
-                devices,
-            )  # fmt: skip
+                encoder, block, inputs, exact, order, weights, plan, dtype, devices
+            )
+            done = _Done(layers=records)
             tensors = _shard_tensors(block, packed, encoder.dtype)
+            if exact is not None and original is not None:
+                with _memory_errors(block.name):
+                    advance_(original, exact)
+                    if schedule is not None:
+                        start = _codes(records, tensors, encoder.device)
+                        result = tune_block(original, start, inputs, exact, schedule)
+                        whole = {n: each.weight for n, each in original.linears().items()}
+                        taken = _take_(tensors, records, whole, result)
+                        done = _Done(layers=taken, tuning=result.record)
+            del original
             save_tensors(shard, tensors)
-            write_atomically(notes, _LAYERS.dump_json(records))
+            write_atomically(notes, done.model_dump_json().encode())
         if inputs and not is_last:
             # What is stored is what later blocks see, whether it was made now or by an earlier run.
-            _reload_block_(encoder, block, tensors, records, dtype)
+            _reload_block_(encoder, block, tensors, done.layers, dtype)
             with _memory_errors(block.name):
                 advance_(block, inputs)
-                if original is not None:
-                    advance_(original.block, exact)
         if shortens(recipe):
-            _reload_block_(encoder, block, tensors, records, encoder.dtype)
+            _reload_block_(encoder, block, tensors, done.layers, encoder.dtype)
         else:
             empty_(encoder, block.name)
         del tensors
         _give_back()
-        layers += records
+        layers += done.layers
+        tunings += [] if done.tuning is None else [done.tuning]
     progress(what, len(blocks), len(blocks))
-    return tuple(layers)
+    return tuple(layers), _mean(tunings) if tunings else None
+
+
+class _Done(Frozen):
+    """Written when the shards that it speaks of are there, a block's or all tuned ones."""
+
+    layers: tuple[LayerRecord, ...]
+    tuning: TuningRecord | None = None
+
+
+def _mean(blocks: Sequence[TuningRecord]) -> TuningRecord:
+    """One record of blocks of one shape that were tuned alike."""
+    means = {
+        field: sum(getattr(each, field) for each in blocks) / len(blocks)
+        for field in ("error_before", "error_after", "codes_changed")
+    }
+    return blocks[0].model_copy(update=means)
+
+
+def _codes(
+    records: Sequence[LayerRecord], tensors: Mapping[str, Tensor], device: torch.device
+) -> dict[str, QuantizedWeight]:
+    """Codes and grid of those layers whose packed tensors are among these."""
+    return {
+        each.name: _packed(each, tensors).unpack().to(device)
+        for each in records
+        if f"{each.name}.qweight" in tensors
+    }
+
+
+def _take_(
+    tensors: dict[str, Tensor],
+    records: Sequence[LayerRecord],
+    whole: Mapping[str, Tensor],
+    tuned: Tuned,
+) -> tuple[LayerRecord, ...]:
+    """Put what was tuned in the place of what the solver left: packed layers, norms and biases.
+
+    Args:
+        tensors: of one shard; changed in place.
+        records: what the manifest says of the solver's layers.
+        whole: the weights as they were, by the layers' names.
+        tuned: what tuning found.
+
+    Returns:
+        The records of the layers in this shard.
+    """
+    taken = []
+    for each in records:
+        if f"{each.name}.qweight" not in tensors:
+            continue
+        codes = tuned.weights[each.name]
+        parts = pack(codes).to_tensors()
+        tensors |= {f"{each.name}.{part}": t.cpu() for part, t in parts.items()}
+        snr = snr_db(whole[each.name], codes.dequantize())
+        # What the solver had measured on the layer's output holds no longer.
+        update = {"weight_snr_db": snr, "output_snr_db": None}
+        taken.append(each.model_copy(update=update))
+    for name in tensors.keys() & tuned.rest.keys():
+        tensors[name] = tuned.rest[name].to(tensors[name])
+    return tuple(taken)
 
 
 def _give_back() -> None:
@@ -840,14 +942,14 @@ def _quantize_block_(
     plan: LayerPlan,
     dtype: torch.dtype,
     devices: Sequence[str],
-) -> tuple[tuple[LayerRecord, ...], dict[str, dict[str, Tensor]], Original | None]:
+) -> tuple[tuple[LayerRecord, ...], dict[str, dict[str, Tensor]], Block | None]:
     """Replace the block's linear layers by packed ones, in running order.
 
     Args:
         encoder: the model that the block is part of.
         block: its weights are there.
         inputs: what the model, quantized up to here, feeds the block.
-        exact: what the original model does, where the solver is to make up for the difference.
+        exact: what the original model does, where something is to make up for the difference.
         order: its linear layers as `stages` has them, by their names within the block.
         weights: of the recipe.
         plan: says the layers' schemes.
@@ -868,7 +970,12 @@ def _quantize_block_(
         model_type = str(encoder.checkpoint.config["model_type"])
         chosen = smooth_block_(block, inputs, plan.schemes, model_type)
     # Smoothing has moved numbers between layers by now: both blocks read the same.
-    original = Original(copy_block(block), exact) if exact is not None else None
+    original = copy_block(block) if exact is not None else None
+    compared: Original | None = None
+    if isinstance(weights, GptqWeights) and weights.compensate > 0:
+        assert original is not None
+        assert exact is not None
+        compared = Original(original, exact)
     for stage in order:
         within_model = [f"{block.name}.{name}" for name in stage]
         wanted = [name for name in within_model if name in linears]
@@ -877,7 +984,9 @@ def _quantize_block_(
         statistics = None
         if isinstance(weights, GptqWeights):
             with _memory_errors(wanted[0]):
-                statistics = accumulate_hessian(block, wanted[0], inputs, original)
+                statistics = accumulate_hessian(
+                    block, wanted[0], inputs, compared, is_alone=len(wanted) == 1
+                )
         for name in wanted:
             if not gptq.is_finite(linears[name].weight):
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")
@@ -951,13 +1060,6 @@ def _with_smoothing(record: LayerRecord, found: Smoothing) -> LayerRecord:
     )
 
 
-class _TunedBlocks(Frozen):
-    """Written when every tuned shard is there; without it tuning starts again from the solver's."""
-
-    layers: tuple[LayerRecord, ...]
-    tuning: TuningRecord
-
-
 def _tune_blocks(
     encoder: Encoder,
     blocks: Sequence[Block],
@@ -967,41 +1069,32 @@ def _tune_blocks(
     stage: Path,
     progress: Progress,
 ) -> tuple[tuple[LayerRecord, ...], TuningRecord]:
-    """Tune what the solver left, and write it as the shards that the artifact is made from."""
+    """Tune what the solver left, and write it as the shards that the artifact is made from.
+
+    Until every one of those is there tuning starts again from the solver's.
+    """
     done = stage / WEIGHTS / "tuned.json"
     shards = {i: load_file(_shard(stage / _SOLVED, i)) for i in range(len(blocks))}
     if done.is_file():
-        found = _TunedBlocks.model_validate_json(done.read_bytes())
+        found = _Done.model_validate_json(done.read_bytes())
     else:
         schedule = SCHEDULES[_effort(recipe)]
         assert schedule is not None
-        start = {
-            each.name: _packed(each, tensors).unpack()
-            for tensors in shards.values()
-            for each in solved
-            if f"{each.name}.qweight" in tensors
-        }
-        device = str(encoder.device)
-        teacher = load_checkpoint(encoder.checkpoint, device=device, dtype="float32")
-        start = {name: codes.to(encoder.device) for name, codes in start.items()}
+        teacher = load_checkpoint(encoder.checkpoint, device=str(encoder.device), dtype="float32")
+        start: dict[str, QuantizedWeight] = {}
+        for tensors in shards.values():
+            start |= _codes(solved, tensors, encoder.device)
         result = tune(teacher, start, tokens, schedule, progress=progress)
-        layers = []
-        for each in solved:
-            codes = result.weights[each.name]
-            weight = teacher.module.get_submodule(each.name).weight
-            assert isinstance(weight, Tensor)
-            # What the solver had measured on the layer's output holds no longer.
-            update = {"weight_snr_db": snr_db(weight, codes.dequantize()), "output_snr_db": None}
-            layers.append(each.model_copy(update=update))
+        whole = {
+            name: module.weight
+            for name, module in teacher.module.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        layers: list[LayerRecord] = []
         for i, tensors in shards.items():
-            for each in layers:
-                if f"{each.name}.qweight" in tensors:
-                    parts = pack(result.weights[each.name]).to_tensors()
-                    tensors |= {f"{each.name}.{part}": t.cpu() for part, t in parts.items()}
-            for name in tensors.keys() & result.rest.keys():
-                tensors[name] = result.rest[name].to(tensors[name])
+            layers += _take_(tensors, solved, whole, result)
             save_tensors(_shard(stage / WEIGHTS, i), tensors)
-        found = _TunedBlocks(layers=tuple(layers), tuning=result.record)
+        found = _Done(layers=tuple(layers), tuning=result.record)
         write_atomically(done, found.model_dump_json().encode())
     if shortens(recipe):
         for i, block in enumerate(blocks):
@@ -1009,6 +1102,7 @@ def _tune_blocks(
             tensors = load_file(_shard(stage / WEIGHTS, i))
             _reload_block_(encoder, block, tensors, records, encoder.dtype)
     shutil.rmtree(stage / _SOLVED)
+    assert found.tuning is not None
     return found.layers, found.tuning
 
 
@@ -1039,23 +1133,16 @@ def _quantize_layer(
         codes = quantize_rtn(weight, scheme, clip_search=weights.clip_search)
     else:
         assert statistics is not None
-        target = weight
-        if statistics.shift is not None:
-            target = gptq.compensated(
-                weight,
-                statistics.hessian,
-                statistics.shift,
-                share=weights.compensate,
-                damping=weights.damping,
-            )
         try:
             result = gptq.solve(
-                target,
+                weight,
                 statistics.hessian,
                 scheme,
                 act_order=weights.act_order,
                 damping=weights.damping,
                 clip_search=weights.clip_search,
+                lack=statistics.lack(weight),
+                share=weights.compensate,
             )
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error

@@ -532,7 +532,12 @@ def copy_block(block: Block) -> Block:
 
 @torch.inference_mode()
 def accumulate_hessian(
-    block: Block, layer: str, inputs: Sequence[BlockInput], original: Original | None = None
+    block: Block,
+    layer: str,
+    inputs: Sequence[BlockInput],
+    original: Original | None = None,
+    *,
+    is_alone: bool = False,
 ) -> HessianAccumulator:
     """Statistics of what one linear layer reads, over all real tokens of all batches.
 
@@ -541,13 +546,15 @@ def accumulate_hessian(
         layer: name of the layer in the whole model.
         inputs: what the quantized model feeds the block.
         original: given, the accumulator also compares with what the original layer reads.
+        is_alone: the statistics are for this layer only, not for others that read the same.
 
     Raises:
         NumericsError: the activations hold NaN or infinity.
     """
     linear = block.module.get_submodule(layer.removeprefix(f"{block.name}."))
     assert isinstance(linear, nn.Linear)
-    accumulator = HessianAccumulator(linear.in_features, linear.weight.device)
+    through = linear.weight if is_alone else None
+    accumulator = HessianAccumulator(linear.in_features, linear.weight.device, through=through)
     for i, batch in enumerate(inputs):
         rows = _layer_inputs(block, layer, i, batch)
         if not is_finite(rows):

@@ -170,7 +170,8 @@ def quantize(
         Literal["fast", "standard", "best"] | None,
         typer.Option(
             help="of GPTQ recipes: the solver alone, or its result tuned against the base's "
-            "vectors for 400 or 1600 steps; the recipe's own when left out"
+            "vectors for 400 or 1600 steps (beyond 2 billion weights scales, norms and biases of "
+            "each block against the base's, for 100 or 400); the recipe's own when left out"
         ),
     ] = None,
     embed_int8: Annotated[
@@ -629,8 +630,8 @@ def inspect(
             )
         if (tuning := found.manifest.tuning) is not None:
             _out.print(
-                f"tuned for {tuning.n_steps} steps: mean cosine on the calibration texts "
-                f"{tuning.cosine_before:.5f} -> {tuning.cosine_after:.5f}, "
+                f"tuned by {tuning.by} for {tuning.n_steps} steps: error on the calibration texts "
+                f"{tuning.error_before:.5f} -> {tuning.error_after:.5f}, "
                 f"{tuning.codes_changed:.1%} of the codes changed"
             )
     else:

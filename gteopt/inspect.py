@@ -6,6 +6,7 @@ Hides: how sizes follow from shapes. Refuses to know: weights; only headers and 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from gteopt.build import (
     SENSITIVITY_TEXTS,
     LayerPlan,
     n_latent_parameters,
+    needs_original,
     plan_layers,
     shortens,
 )
@@ -230,7 +232,7 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
     if plan.choices:
         peak = max(peak, frame + _measuring_bytes(checkpoint, recipe, in_blocks, linears, sizes))
     peak += min(int(_KEPT_SHARE * peak), _MOST_KEPT_BYTES)
-    if not isinstance(recipe.weights, GptqWeights) or recipe.weights.effort == "fast":
+    if plan.tune_by != "model":
         return peak
     n_weights = sum(
         each.weight.numel()
@@ -283,22 +285,34 @@ def _block_bytes(
         return n_parameters * sizes.item_bytes + 2 * codes + _SEARCH_BYTES
     hidden_size = int(checkpoint.config["hidden_size"])
     item = sizes.replay_bytes
-    hidden = min(sizes.n_tokens * hidden_size * item, sizes.activation_bytes)
+    compensates = recipe.weights.compensate > 0
+    n_kinds = 2 if needs_original(recipe, plan) else 1
+    hidden = min(n_kinds * sizes.n_tokens * hidden_size * item, sizes.activation_bytes)
     widest = max(max(w.shape) for w in planned.values())
     n_batch = min(sizes.n_tokens, BATCH_TOKENS)
     # An MLP's gate, its activation, the other half and their product; queries, keys, values and
     # their rotations beside them.
     running = n_batch * (4 * widest + 4 * hidden_size) * item
     worst = running
-    left = n_parameters * item
+    left = n_kinds * n_parameters * item
+    readers = Counter(weight.shape[1] for weight in planned.values())
     for weight in planned.values():
         rows, columns = weight.shape
-        solving = gptq.work_bytes(rows, columns) + _SEARCH_BYTES
-        seeing = 4 * columns * columns + running + 4 * n_batch * columns
+        n_lacking = 0
+        if compensates:
+            n_lacking = min(rows, columns) if readers[columns] == 1 else columns
+        solving = gptq.work_bytes(rows, columns, n_lacking=n_lacking) + _SEARCH_BYTES
+        seeing = 4 * columns * (columns + n_lacking) + running
+        seeing += (3 if compensates else 1) * 4 * n_batch * columns
         worst = max(worst, left + solving, left + seeing)
         left -= weight.numel() * item - packed_bytes(rows, columns, recipe.weights.scheme)
     most = max(w.numel() for w in planned.values())
-    return hidden + max(worst, left + running + _DEQUANT_BYTES * most)
+    worst = max(worst, left + running + _DEQUANT_BYTES * most)
+    if plan.tune_by == "block":
+        n_weights = sum(w.numel() for w in planned.values())
+        n_other = n_parameters - n_weights
+        worst = max(worst, left + tuning.block_work_bytes(n_weights, n_other, hidden_size))
+    return hidden + worst
 
 
 def _vector_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:

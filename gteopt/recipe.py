@@ -34,6 +34,8 @@ DimsMethod = Literal["slice", "pca", "auto"]
 Element = Literal["int", "e4m3", "nf4"]
 """What a code is: a whole number of steps; an 8-bit float of 4 exponent and 3 mantissa bits; the
 place of a number among the 16 of NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, app. E)."""
+TuneBy = Literal["auto", "model", "block"]
+"""What is tuned at once: the whole model, or one block after the other."""
 Effort = Literal["fast", "standard", "best"]
 """How much time a build may take for quality: the solver alone, or tuning behind it."""
 DEFAULT_MARGIN = 0.01
@@ -188,7 +190,9 @@ class GptqWeights(Frozen):
             weights make up for (asymmetric calibration: GPTAQ, Li et al. 2025, arXiv:2504.02692);
             0 is GPTQ, which takes its inputs for the truth.
         effort: "fast" is the solver alone; "standard" and "best" tune its codes and scales, and
-            the blocks' norms and biases, end to end against the original's vectors.
+            the blocks' norms and biases, against the original.
+        tune_by: "model" tunes end to end against the original's vectors, "block" each block by
+            itself against what the original's gives out; "auto" is "model" up to 2 billion weights.
         budget: mean bits a weight, as stored, that all layers may take together; each layer then
             gets `scheme`, one of `choices`, or stays in 16 bits, so that the loss predicted from
             measurements of each layer alone is least. None gives all layers `scheme`.
@@ -206,6 +210,7 @@ class GptqWeights(Frozen):
     skip: tuple[str, ...] = ()
     compensate: Annotated[float, Field(ge=0, le=1)] = 0.0
     effort: Effort = "fast"
+    tune_by: TuneBy = "auto"
     smooth: bool = False
     budget: Annotated[float, Field(gt=0, le=16)] | None = None
     choices: tuple[LayerScheme, ...] = ()

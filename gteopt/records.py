@@ -142,18 +142,20 @@ class TuningRecord(Frozen):
     """What tuning after the solver did.
 
     Attributes:
-        n_steps: batches.
-        batch_size: texts a batch.
-        cosine_before: mean cosine to the original over the calibration texts, of what the
-            solver left.
-        cosine_after: the same after tuning; equal where tuning was thrown away.
+        by: what was tuned at once.
+        n_steps: batches; of each block where it was tuned by itself.
+        error_before: how far what the solver left is from the original on the calibration texts:
+            by "model", 1 - the mean cosine of the vectors; by "block", the mean over blocks and
+            tokens of texts that the block was not tuned on of the squared distance of its output,
+            relative to the original's.
+        error_after: the same after tuning; equal where tuning was thrown away.
         codes_changed: share of the codes that are others than the solver's.
     """
 
+    by: Literal["model", "block"]
     n_steps: int
-    batch_size: int
-    cosine_before: float
-    cosine_after: float
+    error_before: float
+    error_after: float
     codes_changed: float
 
 

@@ -45,8 +45,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def int4(folder: Path) -> Manifest:
-    return gteopt.quantize("nano", "gptq-int4", folder / "int4")
+def few(folder: Path) -> str:
+    """File of the recipe gptq-int4 with a quarter of its calibration tokens."""
+    recipe = load_recipe("gptq-int4")
+    recipe = recipe.model_copy(update={"calibration": Calibration(n_texts=128, max_tokens=64)})
+    file = folder / "few.yaml"
+    file.write_text(recipe.model_dump_json(by_alias=True))  # which YAML reads too
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def int4(folder: Path, few: str) -> Manifest:
+    return gteopt.quantize("nano", few, folder / "int4")
 
 
 def test_gptq_int4_is_closer_to_the_base_than_rounding_at_the_same_bits(
@@ -88,7 +98,7 @@ def test_the_manifest_tells_what_was_done_and_what_was_left(int4: Manifest) -> N
     assert int4.base.id == "nano"
     assert int4.base.license == "cc-by-nc-sa-4.0"
     assert int4.calibration is not None
-    assert int4.calibration.n_texts == 400
+    assert int4.calibration.n_texts == 128
     assert all(
         layer.output_snr_db is not None and layer.output_snr_db > 15 for layer in int4.layers
     )
@@ -102,11 +112,13 @@ def test_the_manifest_tells_what_was_done_and_what_was_left(int4: Manifest) -> N
     assert counted + biases == int4.base.n_parameters
 
 
-def test_a_finished_build_is_recognised_and_not_done_again(folder: Path, int4: Manifest) -> None:
+def test_a_finished_build_is_recognised_and_not_done_again(
+    folder: Path, few: str, int4: Manifest
+) -> None:
     before = (folder / "int4" / "gteopt.json").stat().st_mtime_ns
     steps: list[str] = []
     again = gteopt.quantize(
-        "nano", "gptq-int4", folder / "int4", progress=lambda what, done, total: steps.append(what)
+        "nano", few, folder / "int4", progress=lambda what, done, total: steps.append(what)
     )
     assert again == int4
     assert steps == []
@@ -115,10 +127,10 @@ def test_a_finished_build_is_recognised_and_not_done_again(folder: Path, int4: M
 
 @pytest.mark.parametrize("finished_blocks", [1, 3])
 def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(
-    folder: Path, int4: Manifest, tmp_path: Path, finished_blocks: int
+    folder: Path, few: str, int4: Manifest, tmp_path: Path, finished_blocks: int
 ) -> None:
     out = tmp_path / "int4"
-    script = f"import gteopt; gteopt.quantize('nano', 'gptq-int4', {str(out)!r})"
+    script = f"import gteopt; gteopt.quantize('nano', {few!r}, {str(out)!r})"
     child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     weights = tmp_path / ".int4.partial" / "weights"
     deadline = time.monotonic() + 300
@@ -131,7 +143,7 @@ def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(
     assert not out.exists()
     done = [path.stat().st_mtime_ns for path in sorted(weights.glob("block-*.json"))]
     assert finished_blocks <= len(done) < 4
-    resumed = gteopt.quantize("nano", "gptq-int4", out)
+    resumed = gteopt.quantize("nano", few, out)
     assert resumed.files == int4.files
     assert (out / "gteopt.json").read_bytes() == (folder / "int4" / "gteopt.json").read_bytes()
     assert not (tmp_path / ".int4.partial").exists()
@@ -410,12 +422,10 @@ def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
 ) -> None:
     """Of those of half a GB and more; a smaller one drowns in what Python and the C library keep.
 
-    The checkpoints are files of the right size with nothing in them: only headers are read. The
-    machine of the measurement had no bfloat16 instructions.
+    The checkpoints are files of the right size with nothing in them: only headers are read.
     """
     from gteopt import inspect
 
-    monkeypatch.setattr(inspect, "emulates_bfloat16", lambda device: device == "cpu")
     root = Path(__file__).resolve().parent.parent / "benchmarks"
     spec = importlib.util.spec_from_file_location("scale", root / "scale.py")
     assert spec is not None
@@ -446,7 +456,11 @@ def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
         calibration = Calibration(
             texts=str(texts), n_texts=row["n_texts"], max_tokens=row["max_tokens"]
         )
-        recipe = load_recipe(row["recipe"]).model_copy(update={"calibration": calibration})
+        recipe = load_recipe(row["recipe"])
+        weights = recipe.weights.model_copy(update={"compensate": row["compensate"]})
+        recipe = recipe.model_copy(update={"calibration": calibration, "weights": weights})
+        emulated = "bf16" not in row["machine"]["cpu"]
+        monkeypatch.setattr(inspect, "emulates_bfloat16", lambda device, found=emulated: found)
         (predicted,) = inspect.estimate(open_checkpoint(folder), [recipe])
         assert predicted.build_bytes == pytest.approx(row["predicted_bytes"], rel=1e-3)
         seen = row["peak_bytes"] - row["imports_bytes"]

@@ -42,16 +42,28 @@ class HessianAccumulator:
     A mean, not a sum, so that its magnitude does not grow with the calibration set. Only the lower
     triangle is summed, strip by strip; the upper one is its mirror image.
 
+    Args:
+        in_features: I.
+        device: where the sums lie.
+        through: the weight [O, I] of the layer that reads these inputs, where it is the only one:
+            with fewer outputs than inputs it is cheaper to sum what it makes of a difference.
+
     Attributes:
-        shift: float32 [I, I], the running mean of (x0 - x) x^T, x0 being what the original model
-            feeds the layer in place of x; None until `add` is told.
         n_rows: inputs seen so far.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device | str = "cpu",
+        *,
+        through: Tensor | None = None,
+    ) -> None:
         self._sum = torch.zeros(in_features, in_features, device=device)
         self._is_mirrored = True
-        self.shift: Tensor | None = None
+        is_narrow = through is not None and len(through) < in_features
+        self._through = through if is_narrow else None
+        self._shift: Tensor | None = None
         self.n_rows = 0
 
     def to(self, device: torch.device | str) -> HessianAccumulator:
@@ -61,7 +73,7 @@ class HessianAccumulator:
             return self
         other = copy.copy(self)
         other._sum = here.to(device)
-        other.shift = None if self.shift is None else self.shift.to(device)
+        other._shift = None if self._shift is None else self._shift.to(device)
         return other
 
     @property
@@ -79,7 +91,8 @@ class HessianAccumulator:
 
         Args:
             x: [n, I], any float dtype. Padding must not be among them.
-            original: x0 [n, I]; of every call or of none.
+            original: x0 [n, I], what the original model feeds the layer in place of x; of every
+                call or of none.
         """
         if not len(x):
             return
@@ -91,11 +104,26 @@ class HessianAccumulator:
             )
         self._is_mirrored = False
         if original is not None:
-            if self.shift is None:
-                self.shift = torch.zeros_like(self._sum)
             left = original.to(x) - x
-            self.shift.addmm_(left.T, x, beta=self.n_rows / total, alpha=1 / total)
+            if self._through is not None:
+                left = left @ self._through.to(x).T  # [n, O]
+            if self._shift is None:
+                self._shift = torch.zeros(left.shape[1], x.shape[1], device=x.device)
+            self._shift.addmm_(left.T, x, beta=self.n_rows / total, alpha=1 / total)
         self.n_rows = total
+
+    def lack(self, weight: Tensor) -> Tensor | None:
+        """What a layer's outputs lack beside the original's: the mean of W (x0 - x) x^T.
+
+        Args:
+            weight: W, float32 [O, I]; the one that was given as `through`, where one was.
+
+        Returns:
+            float32 [O, I], not to be changed; None where `add` was told no x0.
+        """
+        if self._shift is None or self._through is not None:
+            return self._shift
+        return weight @ self._shift
 
 
 @dataclass(frozen=True)
@@ -123,6 +151,8 @@ def solve(
     act_order: bool,
     damping: float,
     clip_search: bool,
+    lack: Tensor | None = None,
+    share: float = 1.0,
     block_size: int = 128,
 ) -> GptqResult:
     """Quantize one weight against the second moment of its inputs.
@@ -132,6 +162,12 @@ def solve(
     can lose to plain rounding on single rows; rows are independent, so each row keeps whichever of
     the two has the smaller output error. Input features that were always zero carry no error and
     are rounded to nearest, which is the best guess should they ever wake.
+
+    With `lack` it is GPTAQ (Li et al. 2025, arXiv:2504.02692), which solves min |W x0 - Q x|^2 over
+    the codes Q, x0 being the original model's inputs, where GPTQ has min |W x - Q x|^2. Completing
+    the square leaves GPTQ's problem for another weight: W + L H^-1 with L = mean W (x0 - x) x^T.
+    Few texts say little about L, so only a share of the correction is taken, and H is the damped
+    one, whose factor is there.
 
     Args:
         weight: [O, I], any float dtype; computed in float32 and left unchanged.
@@ -143,6 +179,8 @@ def solve(
         clip_search: search each group's range, weighing a feature's squared error by
             1 / [H^-1]_ii: what that error costs after the other features have compensated for it
             (arXiv:2210.17323, eq. 2).
+        lack: L, float32 [O, I].
+        share: of the correction by L, 0 to 1.
         block_size: columns between two updates of all later columns; changes speed, not codes.
 
     Raises:
@@ -161,6 +199,8 @@ def solve(
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
     factor, used = _inverse_factor(hessian, order, damping)
+    if lack is not None:
+        weight = _compensated(weight, lack, factor, order, share)
 
     importance = torch.empty_like(diagonal)
     importance[order] = 1 / factor.square().sum(0)  # 1 / [H^-1]_ii
@@ -201,44 +241,38 @@ def is_finite(values: Tensor) -> bool:
     return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
-def work_bytes(out_features: int, in_features: int) -> int:
-    """Most that `solve` holds beside the weight that it is given; the Hessian is counted in.
+def work_bytes(out_features: int, in_features: int, *, n_lacking: int = 0) -> int:
+    """Most that `solve` holds beside the weight that it is given; the statistics are counted in.
 
     The Hessian and the factor in float32, what the factor is made from in float64 and a strip of it
     twice in float32; then, without the latter two, the weight in float32 and its codes twice.
+
+    Args:
+        out_features: O.
+        in_features: I.
+        n_lacking: rows of what the accumulator summed for `lack`, 0 without.
     """
     square, weights = in_features * in_features, out_features * in_features
     strip = 2 * 4 * min(_STRIP, in_features) * in_features
-    return max((4 + 8 + 4) * square + strip, (4 + 4) * square + (4 + 1 + 1) * weights)
+    held = 4 * n_lacking * in_features
+    if n_lacking not in (0, out_features):
+        held += 4 * weights  # the product with the weight
+    compensating = held + 4 * weights if n_lacking else 0
+    return max(
+        held + (4 + 8 + 4) * square + strip,
+        max(held, compensating) + (4 + 4) * square + (4 + 1 + 1) * weights,
+    )
 
 
-def compensated(
-    weight: Tensor, hessian: Tensor, shift: Tensor, *, share: float, damping: float
+def _compensated(
+    weight: Tensor, lack: Tensor, factor: Tensor, order: Tensor, share: float
 ) -> Tensor:
-    """The weight W' that gives, on the inputs x of a quantized model, the original's outputs W x0.
-
-    GPTAQ (Li et al. 2025, arXiv:2504.02692) solves min |W x0 - Q x|^2 over the codes Q, where GPTQ
-    has min |W x - Q x|^2. Completing the square leaves GPTQ's problem for another weight:
-    W' = W + W S H^-1 with H = mean x x^T and S = mean (x0 - x) x^T. Few texts say little about S,
-    so only a share of the correction is taken, and H is damped.
-
-    Args:
-        weight: W, [O, I].
-        hessian: H, float32 [I, I].
-        shift: S, float32 [I, I].
-        share: 0 to 1.
-        damping: share of the mean diagonal of H that is added to its diagonal.
-
-    Returns:
-        float32 [O, I]; solved in float64.
-    """
-    weight = weight.detach().float()
-    damped = hessian.double()
-    mean = damped.diagonal().mean()
-    damped = damped + torch.eye(len(damped), device=damped.device) * (damping * mean or 1.0)
-    wanted = (weight @ shift).double()  # W S, [O, I]
-    correction: Tensor = torch.linalg.solve(damped, wanted.T).T
-    return weight + share * correction.float()
+    """W + share * L (U^T U), the features of L and W in their own order: a new float32 [O, I]."""
+    found = torch.empty_like(weight)
+    for start, end in _row_spans(weight):
+        correction = lack[start:end, order] @ factor.T @ factor  # [rows, I], in `order`
+        found[start:end, order] = weight[start:end, order].add_(correction, alpha=share)
+    return found
 
 
 def output_snr_db(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:

@@ -103,10 +103,12 @@ class _Rounded(torch.autograd.Function):
         return _numbers(codes, zero, levels).mul_(scale[..., None]).flatten(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         codes, scale, zero, levels = ctx.saved_tensors
         grad = grads[0].reshape(codes.shape)  # [O, G, I/G]
         by_scale = (grad * _numbers(codes.float(), zero, levels)).sum(-1) * scale
+        if not ctx.needs_input_grad[0]:  # the codes stay
+            return None, by_scale, None, None, None
         by_latent = grad * scale[..., None]
         if levels is not None:
             # A code's step is the mean of those to its neighbours.
