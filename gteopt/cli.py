@@ -885,7 +885,8 @@ def _facts(found: Inspection) -> Table:
         "document prompt": repr(found.document_prompt),
         "license": found.license or "not stated",
         "published": ", ".join(f"{k} {v}" for k, v in found.published_scores.items()) or "-",
-        "sha256": found.sha256,
+        "revision": found.revision or "-",
+        "sha256": found.sha256 or "known once the weights are here",
     }
     for name, value in facts.items():
         table.add_row(name, value)

@@ -1,6 +1,7 @@
 """What a base or an artifact is, and what every recipe would make of it, before anything is built.
 
-Hides: how sizes follow from shapes. Refuses to know: weights; only headers and configs are read.
+Hides: how sizes follow from shapes. Refuses to know: weights; only headers and configs are read,
+and of a model on the Hub nothing else is fetched.
 """
 
 from __future__ import annotations
@@ -58,17 +59,23 @@ def inspect(
 ) -> Inspection:
     """Describe a base (with an estimate for every shipped recipe) or an artifact.
 
+    Of a model on the Hub whose weights are not here, only what describes them is downloaded.
+
     Raises:
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision, family=family)
+    checkpoint = open_checkpoint(
+        source, hub_dir=hub_dir, revision=revision, family=family, headers_only=True
+    )
     manifest = checkpoint.manifest
+    is_here = manifest is not None or checkpoint.weight_files
     template = checkpoint.query_template
     recipes = [] if manifest else [load_recipe(name) for name in shipped_names("recipes")]
     return Inspection(
         schema="gteopt.inspection/1",
         id=checkpoint.id,
-        sha256=checkpoint.sha256,
+        revision=checkpoint.revision,
+        sha256=checkpoint.sha256 if is_here else None,
         architecture=str(checkpoint.config["model_type"]),
         family=checkpoint.family.name if checkpoint.family else None,
         attention=checkpoint.attention,

@@ -249,6 +249,8 @@ class Inspection(Frozen):
     """What `inspect` says of a base or an artifact.
 
     Attributes:
+        revision: commit of a model on the Hub.
+        sha256: of a base, over weights that are here; None where only their headers were fetched.
         query_prompt, document_prompt: what is put before a text of each role.
         notes: anything out of the ordinary, remote code that is ignored for one.
         estimates: one a recipe, for a base; empty for an artifact.
@@ -257,7 +259,8 @@ class Inspection(Frozen):
 
     schema_: Literal["gteopt.inspection/1"] = Field("gteopt.inspection/1", alias="schema")
     id: str
-    sha256: str
+    revision: str | None = None
+    sha256: str | None
     architecture: str
     family: str | None
     attention: str

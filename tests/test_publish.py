@@ -240,7 +240,9 @@ def test_a_killed_xet_upload_goes_on_too(hub: Hub, artifact: Path, tmp_path: Pat
     hub.n_shards = 1 << 30
     hub.forget_traffic()
     user.publish(artifact)
-    assert 0 < hub.xet_bytes < sum(len(on_hub(hub)[path]) for path in large if not large[path])
+    # Chunks that had arrived without being settled travel again or not, by the order in which the
+    # client packs them; what was settled never does.
+    assert hub.xet_bytes < sum(len(on_hub(hub)[path]) for path in large if not large[path])
     assert hub.received == {}
     assert set(on_hub(hub)) == set(contents(artifact))
     for path, sha256 in large_files(artifact).items():
