@@ -246,7 +246,7 @@ def exact_texts(encoder: Encoder, n_texts: int, n_tokens: int, seed: int) -> lis
 
 def _exact_text(encoder: Encoder, n_tokens: int, source: random.Random) -> str:
     def count(words: list[str]) -> int:
-        return len(encoder.tokenize([" ".join(words)])[0])
+        return encoder.lengths([" ".join(words)])[0]
 
     if (own := count([])) >= n_tokens:
         raise InputError(

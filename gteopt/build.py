@@ -241,7 +241,9 @@ def quantize(
     allocation: AllocationRecord | None = None
     tuning: TuningRecord | None = None
     if plan.choices:
-        plan, allocation = _allocate(encoder, recipe, plan, tokens, stage, progress)
+        plan, allocation = _allocate(
+            encoder, recipe, plan, tokens, stage, activation_bytes, progress
+        )
     if plan.blocks is not None:
         modules = encoder.module.get_submodule(plan.blocks).children()
         if isinstance(recipe.weights, GptqWeights):
@@ -667,9 +669,13 @@ def _allocate(
     plan: LayerPlan,
     tokens: Sequence[Sequence[int]],
     stage: Path,
+    state_bytes: int,
     progress: Progress,
 ) -> tuple[LayerPlan, AllocationRecord]:
-    """The plan with each layer's scheme chosen under the recipe's budget."""
+    """The plan with each layer's scheme chosen under the recipe's budget.
+
+    What was measured is on disk walk by walk; see `measure`.
+    """
     assert isinstance(recipe.weights, GptqWeights)
     assert recipe.weights.budget is not None
     n_weights: dict[str, int] = {}
@@ -689,14 +695,14 @@ def _allocate(
             f"kept: the smallest choices take {8 * least / sum(n_weights.values()):.3f}"
         )
     stored = stage / _ALLOCATION
-    losses: dict[str, tuple[float, ...]]
+    losses: dict[str, tuple[float, ...]] = {}
     if stored.is_file():
         losses = _LOSSES.validate_json(stored.read_bytes())
-    else:
-        losses = measure(encoder, tokens[:SENSITIVITY_TEXTS], plan.choices, progress=progress)
-        write_atomically(stored, _LOSSES.dump_json(losses))
-        assert plan.blocks is not None
-        empty_(encoder, plan.blocks)  # from here on one block at a time, as in every build
+    if left := {name: each for name, each in plan.choices.items() if name not in losses}:
+        few = tokens[:SENSITIVITY_TEXTS]
+        for found in measure(encoder, few, left, state_bytes=state_bytes, progress=progress):
+            losses |= found
+            write_atomically(stored, _LOSSES.dump_json(losses))
     picked = allocate([(*losses[n], 0.0) for n in losses], [n_bytes[n] for n in losses], budget)
     chosen = dict(zip(losses, picked, strict=True))
     schemes = {n: plan.choices[n][i] for n, i in chosen.items() if i < len(plan.choices[n])}
@@ -878,6 +884,7 @@ def _quantize_block_(
         if isinstance(weights, GptqWeights):
             with _memory_errors(wanted[0]):
                 statistics = accumulate_hessian(block, wanted[0], inputs, original)
+            _give_back()  # what the block's run took, before the solve takes its own
         for name in wanted:
             if not gptq.is_finite(linears[name].weight):
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")

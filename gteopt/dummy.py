@@ -25,7 +25,7 @@ from gteopt.errors import InputError, UnsupportedError, suggest
 from gteopt.recipe import Progress, quiet
 
 _CONFIGS = Path(__file__).parent / "assets" / "configs"
-_DECODERS = ("qwen2", "mistral")
+_DECODERS = ("qwen2", "qwen3", "mistral")
 _DEVIATION = 0.02
 _SPARE = 1.3
 """A build holds the model and one block more; a bench, the model and a batch."""
@@ -63,7 +63,7 @@ def write_dummy(
 
     Raises:
         InputError: unknown name, more blocks than the model has, or more than memory holds.
-        UnsupportedError: an architecture other than Qwen2's and Mistral's.
+        UnsupportedError: an architecture other than Qwen2's, Qwen3's and Mistral's.
     """
     config = _config(base)
     whole = int(config["num_hidden_layers"])
@@ -115,7 +115,7 @@ def _config(base: str) -> dict[str, Any]:
     if config.get("model_type") not in _DECODERS:
         raise UnsupportedError(
             f"{base} is a {config.get('model_type')}; random weights are made for "
-            f"{' and '.join(_DECODERS)} only"
+            f"{', '.join(_DECODERS)} only"
         )
     return config
 
@@ -154,6 +154,9 @@ def _parts(
         yield f"{prefix}self_attn.{name}_proj.weight", (n_out, hidden)
         if config["model_type"] == "qwen2":
             yield f"{prefix}self_attn.{name}_proj.bias", (n_out,)
+    if config["model_type"] == "qwen3":
+        for name in ("q", "k"):
+            yield f"{prefix}self_attn.{name}_norm.weight", (width,)
     yield f"{prefix}self_attn.o_proj.weight", (hidden, q)
     yield f"{prefix}mlp.gate_proj.weight", (inner, hidden)
     yield f"{prefix}mlp.up_proj.weight", (inner, hidden)

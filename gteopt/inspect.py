@@ -33,7 +33,7 @@ from gteopt.checkpoint import Checkpoint, open_checkpoint
 from gteopt.encoder import build_skeleton, parse_dtype, tokenizing
 from gteopt.errors import GteoptError
 from gteopt.quant import gptq
-from gteopt.quant.affine import packed_bytes
+from gteopt.quant.affine import SEARCH_BYTES, packed_bytes
 from gteopt.recipe import Calibration, GptqWeights, Recipe, load_recipe, shipped_names
 from gteopt.records import Inspection, RecipeEstimate
 
@@ -45,8 +45,6 @@ _WRITE_BYTES = 2 * 256 << 20
 _KEPT_SHARE, _MOST_KEPT_BYTES = 0.4, 220_000_000
 """Freed memory that the allocator keeps (the C library returns only what is larger than 32 MB at
 once) and scratch space of libraries. Measured, not derived: benchmarks/results/scale.json."""
-_SEARCH_BYTES = 64 << 20
-"""A few million weights on trial grids."""
 
 
 def inspect(
@@ -235,7 +233,9 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
     finish = held + min(_WRITE_BYTES, 2 * sizes.packed_bytes) + frame
     peak = max(load, held + block, finish)
     if plan.choices:
-        peak = max(peak, frame + _measuring_bytes(checkpoint, recipe, in_blocks, linears, sizes))
+        n_block = sum(p.numel() for p in blocks[largest].values())
+        measuring = _measuring_bytes(checkpoint, recipe, plan, linears, n_block, sizes)
+        peak = max(peak, frame + measuring)
     peak += min(int(_KEPT_SHARE * peak), _MOST_KEPT_BYTES)
     if not isinstance(recipe.weights, GptqWeights) or recipe.weights.effort == "fast":
         return peak
@@ -253,25 +253,36 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
 def _measuring_bytes(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    in_blocks: int,
+    plan: LayerPlan,
     linears: Mapping[str, nn.Linear],
+    n_block: int,
     sizes: _Sizes,
 ) -> int:
-    """Most that measuring sensitivities takes: every block, and what each is fed by a few texts.
+    """Most that measuring sensitivities takes: a block, and the hidden states of trials.
 
-    Beside them a layer is being rounded: whole, as codes, and in place.
+    Beside them a layer is being rounded (whole, as codes, and in place), or the block runs.
+
+    Args:
+        checkpoint: the base.
+        recipe: says how many texts there are.
+        plan: says how many trials.
+        linears: of the largest block.
+        n_block: its parameters.
+        sizes: of everything else.
     """
     hidden_size = int(checkpoint.config["hidden_size"])
-    n_layers = int(checkpoint.config["num_hidden_layers"])
     item = sizes.replay_bytes
-    share = min(1.0, SENSITIVITY_TEXTS / recipe.calibration.n_texts)
-    n_tokens = int(sizes.n_tokens * share)
-    doors = (n_layers + 2) * n_tokens * hidden_size * item
+    n_tokens = int(sizes.n_tokens * min(1.0, SENSITIVITY_TEXTS / recipe.calibration.n_texts))
+    state = n_tokens * hidden_size * item
+    counts = [len(each) for each in plan.choices.values()]
+    trials = max(min(sum(counts) * state, sizes.activation_bytes), max(counts) * state)
+    # The base's: at the first block, where this walk began, where it is, and moving on.
+    own = 4 * state
     widest = max(max(each.weight.shape) for each in linears.values())
     running = min(n_tokens, BATCH_TOKENS) * (4 * widest + 4 * hidden_size) * item
     most = max(each.weight.numel() for each in linears.values())
-    rounding = (4 + 1 + 4) * most + _SEARCH_BYTES
-    return in_blocks * item + doors + max(running + item * most, rounding)
+    rounding = (4 + 1 + 4) * most + SEARCH_BYTES
+    return n_block * item + trials + own + max(running + item * most, rounding)
 
 
 def _block_bytes(
@@ -287,7 +298,7 @@ def _block_bytes(
     planned = {name: each.weight for name, each in linears.items() if name in plan.schemes}
     if not isinstance(recipe.weights, GptqWeights):
         codes = max((w.numel() for w in planned.values()), default=0)
-        return n_parameters * sizes.item_bytes + 2 * codes + _SEARCH_BYTES
+        return n_parameters * sizes.item_bytes + 2 * codes + SEARCH_BYTES
     hidden_size = int(checkpoint.config["hidden_size"])
     item = sizes.replay_bytes
     hidden = min(sizes.n_tokens * hidden_size * item, sizes.activation_bytes)
@@ -300,7 +311,7 @@ def _block_bytes(
     left = n_parameters * item
     for weight in planned.values():
         rows, columns = weight.shape
-        solving = gptq.work_bytes(rows, columns) + _SEARCH_BYTES
+        solving = gptq.work_bytes(rows, columns)
         seeing = 4 * columns * columns + running + 4 * n_batch * columns
         worst = max(worst, left + solving, left + seeing)
         left -= weight.numel() * item - packed_bytes(rows, columns, recipe.weights.scheme)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from statistics import geometric_mean
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from gteopt.errors import InputError, IntegrityError, join_problems
 from gteopt.recipe import (
@@ -69,12 +69,17 @@ class BaseRecord(Frozen):
 
 
 class CalibrationRecord(Frozen):
-    """The texts that a build looked at; `sha256` covers texts, roles, instructions and order."""
+    """The texts that a build looked at; `sha256` covers texts, roles, instructions and order.
+
+    Attributes:
+        n_cut: texts that were longer than `max_tokens`; None in older artifacts.
+    """
 
     source: str
     n_texts: int
     n_tokens: int
     max_tokens: int
+    n_cut: int | None = None
     seed: int
     sha256: str
 
@@ -186,10 +191,21 @@ class VectorRecord(Frozen):
     bytes_per_vector: int
 
 
-class FileRecord(Frozen):
-    """One file of an artifact; `path` is relative, with forward slashes."""
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in parts[0]:
+        raise ValueError(f"'{path}' leads out of the artifact")
+    return path
 
-    path: str
+
+class FileRecord(Frozen):
+    """One file of an artifact; `path` is relative, with forward slashes, and leads into it.
+
+    A manifest may come from anywhere, and its paths are read, copied and, after a failed download,
+    removed.
+    """
+
+    path: Annotated[str, AfterValidator(_inside)]
     n_bytes: int
     sha256: str
 

@@ -32,6 +32,9 @@ NF4_LEVELS = (
 _LARGEST: Mapping[Element, float] = {"e4m3": E4M3_MAX, "nf4": 1.0}
 _CHUNK_WEIGHTS = 1 << 21
 """Weights whose grids are searched at a time."""
+SEARCH_BYTES = 8 * 4 * _CHUNK_WEIGHTS
+"""Most that a search takes: float32 values, codes, errors and their sums, of the best grid so far
+and the one on trial."""
 _SNR_ROWS = 1024
 PARTS = ("qweight", "scale", "scale_code", "scale_largest", "scale_offset", "qzero")
 """What the tensors of a packed weight may be called."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gteopt.errors import NumericsError
 from gteopt.quant.affine import (
+    SEARCH_BYTES,
     QuantizedWeight,
     decode,
     encode,
@@ -205,11 +206,14 @@ def work_bytes(out_features: int, in_features: int) -> int:
     """Most that `solve` holds beside the weight that it is given; the Hessian is counted in.
 
     The Hessian and the factor in float32, what the factor is made from in float64 and a strip of it
-    twice in float32; then, without the latter two, the weight in float32 and its codes twice.
+    twice in float32; then, without the latter two, the weight in float32, its codes twice and what
+    searching ranges takes.
     """
     square, weights = in_features * in_features, out_features * in_features
     strip = 2 * 4 * min(_STRIP, in_features) * in_features
-    return max((4 + 8 + 4) * square + strip, (4 + 4) * square + (4 + 1 + 1) * weights)
+    return max(
+        (4 + 8 + 4) * square + strip, (4 + 4) * square + (4 + 1 + 1) * weights + SEARCH_BYTES
+    )
 
 
 def compensated(
