@@ -170,8 +170,12 @@ def resident(field):
 open_checkpoint(base).sha256  # once a process, and no part of a build's own time
 before = resident("VmRSS")
 blocks = []
+measured_bytes = None
 started = time.perf_counter()
 def progress(what, done, total):
+    global measured_bytes
+    if what.startswith("measuring"):
+        measured_bytes = resident("VmHWM")
     if what.startswith("quantizing"):
         blocks.append(round(time.perf_counter() - started, 2))
         print(what, done, total, blocks[-1], file=sys.stderr, flush=True)
@@ -183,6 +187,7 @@ print(json.dumps({
     "seconds_at_block": blocks,
     "imports_bytes": before,
     "peak_bytes": resident("VmHWM"),
+    "measuring_peak_bytes": measured_bytes,  # of sensitivities, where the recipe asks for them
     "peak_device_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
     "weight_bytes": manifest.weight_bytes,
     "n_tokens": manifest.calibration.n_tokens if manifest.calibration else 0,

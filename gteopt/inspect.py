@@ -33,7 +33,7 @@ from gteopt.checkpoint import Checkpoint, open_checkpoint
 from gteopt.encoder import build_skeleton, parse_dtype, tokenizing
 from gteopt.errors import GteoptError
 from gteopt.quant import gptq
-from gteopt.quant.affine import SEARCH_BYTES, packed_bytes
+from gteopt.quant.affine import packed_bytes, search_bytes
 from gteopt.recipe import Calibration, GptqWeights, Recipe, load_recipe, shipped_names
 from gteopt.records import Inspection, RecipeEstimate
 
@@ -42,9 +42,10 @@ from gteopt.records import Inspection, RecipeEstimate
 _DEQUANT_BYTES = 1 + 2 + 4
 _WRITE_BYTES = 2 * 256 << 20
 """Files that blocks are put together in, while they are converted."""
-_KEPT_SHARE, _MOST_KEPT_BYTES = 0.4, 220_000_000
-"""Freed memory that the allocator keeps (the C library returns only what is larger than 32 MB at
-once) and scratch space of libraries. Measured, not derived: benchmarks/results/scale.json."""
+_KEPT_BYTES, _KEPT_SHARE, _MOST_KEPT_BYTES = 50_000_000, 0.33, 220_000_000
+"""What libraries hold for themselves, and freed memory that the allocator keeps (the C library
+returns only what is larger than 32 MB at once): grows with the peak up to a limit. Measured, not
+derived: benchmarks/results/scale.json."""
 
 
 def inspect(
@@ -236,7 +237,7 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
         n_block = sum(p.numel() for p in blocks[largest].values())
         measuring = _measuring_bytes(checkpoint, recipe, plan, linears, n_block, sizes)
         peak = max(peak, frame + measuring)
-    peak += min(int(_KEPT_SHARE * peak), _MOST_KEPT_BYTES)
+    peak += min(_KEPT_BYTES + int(_KEPT_SHARE * peak), _MOST_KEPT_BYTES)
     if not isinstance(recipe.weights, GptqWeights) or recipe.weights.effort == "fast":
         return peak
     n_weights = sum(
@@ -281,7 +282,7 @@ def _measuring_bytes(
     widest = max(max(each.weight.shape) for each in linears.values())
     running = min(n_tokens, BATCH_TOKENS) * (4 * widest + 4 * hidden_size) * item
     most = max(each.weight.numel() for each in linears.values())
-    rounding = (4 + 1 + 4) * most + SEARCH_BYTES
+    rounding = (4 + 1 + 4) * most + search_bytes(most)
     return n_block * item + trials + own + max(running + item * most, rounding)
 
 
@@ -298,7 +299,7 @@ def _block_bytes(
     planned = {name: each.weight for name, each in linears.items() if name in plan.schemes}
     if not isinstance(recipe.weights, GptqWeights):
         codes = max((w.numel() for w in planned.values()), default=0)
-        return n_parameters * sizes.item_bytes + 2 * codes + SEARCH_BYTES
+        return n_parameters * sizes.item_bytes + 2 * codes + search_bytes(codes)
     hidden_size = int(checkpoint.config["hidden_size"])
     item = sizes.replay_bytes
     hidden = min(sizes.n_tokens * hidden_size * item, sizes.activation_bytes)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_build import deeper_nano, peak_bytes
 
 import gteopt
 from gteopt.build import plan_layers
@@ -126,6 +127,23 @@ def test_losses_are_the_same_with_one_block_in_memory_and_room_for_few_trials() 
     assert len(walks) > 3
     assert {name: each for walk in walks for name, each in walk.items()} == found
     assert all(p.is_meta for p in streamed.module.get_submodule(str(plan.blocks)).parameters())
+
+
+def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None:
+    """Of 12 further blocks, 150 MB of weights, one is in memory at a time."""
+    script = (
+        "from gteopt.encoder import load_checkpoint\n"
+        "from gteopt.recipe import LayerScheme\n"
+        "from gteopt.sensitivity import measure\n"
+        "checkpoint = gteopt.checkpoint.open_checkpoint(sys.argv[1])\n"
+        "encoder = load_checkpoint(checkpoint, later='layers')\n"
+        "tokens = encoder.tokenize(['bridge ' * 20] * 4)\n"
+        "scheme = LayerScheme(bits=4, group_size=128, symmetric=False)\n"
+        "choices = {'layers.0.mlp.up_proj': (scheme,), 'layers.1.mlp.up_proj': (scheme,)}\n"
+        "list(measure(encoder, tokens, choices, state_bytes=0))"
+    )
+    grown = {n: peak_bytes(script, deeper_nano(tmp_path / str(n), n)) for n in (2, 14)}
+    assert grown[14] - grown[2] < 12 * 2 * 3 * 256 * 8192 / 4
 
 
 def test_a_checkpoint_without_the_pooler_that_its_architecture_has_is_read_block_by_block(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,10 @@ from torch import Tensor
 
 import gteopt
 from gteopt.checkpoint import open_checkpoint
-from gteopt.encoder import Encoder
+from gteopt.encoder import Encoder, empty_, swap_linear_
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
+from gteopt.quant.affine import pack, quantize_rtn
+from gteopt.recipe import LayerScheme
 
 NANO = Path(gteopt.__file__).parent / "assets" / "nano"
 TEXTS = [
@@ -198,6 +202,22 @@ def test_a_folder_in_the_hubs_layout_is_found_under_hub_dir(tmp_path: Path) -> N
     assert open_checkpoint("org/name", hub_dir=tmp_path).id == "org/name"
     with pytest.raises(InputError, match=r"did you mean org/name"):
         open_checkpoint("org/nam", hub_dir=tmp_path)
+
+
+def test_a_block_that_is_emptied_frees_what_libraries_hold_of_its_packed_layers() -> None:
+    """The int8 product of a CPU keeps weights in an order of its own, in no buffer."""
+    encoder = gteopt.load("nano", dtype="float32")
+    name = "layers.0.mlp.up_proj"
+    linear = encoder.module.get_submodule(name)
+    assert isinstance(linear, torch.nn.Linear)
+    scheme = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+    packed = pack(quantize_rtn(linear.weight, scheme))
+    swap_linear_(encoder.module, name, packed, None, torch.device("cpu"), torch.float32)
+    held = weakref.ref(encoder.module.get_submodule(name))
+    empty_(encoder, "layers.0")
+    gc.collect()
+    assert held() is None
+    assert all(p.is_meta for p in encoder.module.get_submodule("layers.0").parameters())
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:

@@ -32,9 +32,6 @@ NF4_LEVELS = (
 _LARGEST: Mapping[Element, float] = {"e4m3": E4M3_MAX, "nf4": 1.0}
 _CHUNK_WEIGHTS = 1 << 21
 """Weights whose grids are searched at a time."""
-SEARCH_BYTES = 8 * 4 * _CHUNK_WEIGHTS
-"""Most that a search takes: float32 values, codes, errors and their sums, of the best grid so far
-and the one on trial."""
 _SNR_ROWS = 1024
 PARTS = ("qweight", "scale", "scale_code", "scale_largest", "scale_offset", "qzero")
 """What the tensors of a packed weight may be called."""
@@ -242,6 +239,13 @@ def fit_grid(
     ]
     scale, zero = (torch.cat(parts) for parts in zip(*grids, strict=True))
     return scale, zero
+
+
+def search_bytes(n_weights: int) -> int:
+    """Most that fitting the grid of so many weights takes: float32 values, codes and errors of the
+    best grid so far and of the one on trial.
+    """
+    return 8 * 4 * min(n_weights, _CHUNK_WEIGHTS)
 
 
 def _row_chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from gteopt.errors import NumericsError
 from gteopt.quant.affine import (
-    SEARCH_BYTES,
     QuantizedWeight,
     decode,
     encode,
@@ -25,6 +24,7 @@ from gteopt.quant.affine import (
     quantize_rtn,
     ratio_db,
     round_to_grid,
+    search_bytes,
 )
 from gteopt.quant.nested import nest
 from gteopt.recipe import LayerScheme
@@ -212,7 +212,8 @@ def work_bytes(out_features: int, in_features: int) -> int:
     square, weights = in_features * in_features, out_features * in_features
     strip = 2 * 4 * min(_STRIP, in_features) * in_features
     return max(
-        (4 + 8 + 4) * square + strip, (4 + 4) * square + (4 + 1 + 1) * weights + SEARCH_BYTES
+        (4 + 8 + 4) * square + strip,
+        (4 + 4) * square + (4 + 1 + 1) * weights + search_bytes(weights),
     )
 
 
