@@ -7,6 +7,7 @@ torch. Code named by a folder is never imported; pickled weights are never opene
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -79,7 +80,7 @@ _POOLING: dict[str, Pooling] = {
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.md")
-_DOWNLOADED = (*_SIDE_FILES, "*.safetensors")
+"""What describes a model on the Hub."""
 
 
 @dataclass(frozen=True)
@@ -448,22 +449,24 @@ def _resolve(
 
 
 def _download(hub_id: str, revision: str | None, headers_only: bool) -> _Source:
-    if not headers_only:
-        snapshot = hub.snapshot(hub_id, _DOWNLOADED, revision)
-        return _Source(snapshot.folder, hub_id, snapshot.commit)
-    snapshot = hub.snapshot(hub_id, _SIDE_FILES, revision)
-    folder = snapshot.folder
+    """What describes the model, and then the rest: all that an artifact's manifest lists, or a
+    base's safetensors.
+    """
+    described = hub.snapshot(hub_id, _SIDE_FILES, revision)
+    folder, commit = described.folder, described.commit
     if is_artifact(folder):
-        described = [each.path for each in read_manifest(folder).files]
+        wanted = [each.path for each in read_manifest(folder).files]
     elif (folder / _INDEX).is_file():
-        described = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
+        wanted = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
     else:
-        described = ["model.safetensors"]
-    weights = [path for path in described if path.endswith(".safetensors")]
-    if all((folder / path).is_file() for path in described):
-        return _Source(folder, hub_id, snapshot.commit)
-    remote = hub.read_headers(hub_id, weights, snapshot.commit)
-    return _Source(folder, hub_id, snapshot.commit, remote)
+        wanted = ["model.safetensors"]
+    if headers_only and not all((folder / path).is_file() for path in wanted):
+        weights = [path for path in wanted if path.endswith(".safetensors")]
+        return _Source(folder, hub_id, commit, hub.read_headers(hub_id, weights, commit))
+    if not headers_only:
+        rest = [*map(glob.escape, wanted)] if is_artifact(folder) else ["*.safetensors"]
+        hub.snapshot(hub_id, rest, commit)
+    return _Source(folder, hub_id, commit)
 
 
 def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:

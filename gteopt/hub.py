@@ -332,7 +332,7 @@ def _explanation(repo: str, verb: str, error: Exception) -> str | None:
             return _of_status(repo, verb, each)
     for each in chain:
         if isinstance(each, OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE forbids the network; unset it to publish or pull"
+            return "HF_HUB_OFFLINE forbids the network; unset it"
         if type(each).__module__.partition(".")[0] in ("httpx", "httpx2"):
             host = HfApi().endpoint
             return (
