@@ -7,13 +7,12 @@ Transformers layout of the result. Refuses to know: how codes are found (quant/)
 
 from __future__ import annotations
 
-import ctypes
 import fnmatch
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,7 +73,7 @@ from gteopt.encoder import (
 from gteopt.errors import GteoptError, InputError, NumericsError, join_problems
 from gteopt.formats import Shape, choose_layout
 from gteopt.layout import WEIGHTS, save_tensors, write_model, write_vectors
-from gteopt.machine import machine, versions
+from gteopt.machine import give_back, machine, versions
 from gteopt.quant import gptq
 from gteopt.quant.affine import (
     PARTS,
@@ -789,19 +788,10 @@ def _quantize_blocks(
         else:
             empty_(encoder, block.name)
         del tensors
-        _give_back()
+        give_back()
         layers += records
     progress(what, len(blocks), len(blocks))
     return tuple(layers)
-
-
-def _give_back() -> None:
-    """Memory that was freed, to the system; only glibc is known to need being told.
-
-    It keeps what lies between pieces in use, the more of it the more blocks have gone by.
-    """
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _order(block: Block, inputs: Sequence[BlockInput], known: list[list[str]]) -> list[list[str]]:
@@ -884,7 +874,7 @@ def _quantize_block_(
         if isinstance(weights, GptqWeights):
             with _memory_errors(wanted[0]):
                 statistics = accumulate_hessian(block, wanted[0], inputs, original)
-            _give_back()  # what the block's run took, before the solve takes its own
+            give_back()  # what the block's run took, before the solve takes its own
         for name in wanted:
             if not gptq.is_finite(linears[name].weight):
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")

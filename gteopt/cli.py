@@ -603,6 +603,8 @@ def inspect(
 ) -> None:
     """Show what a model is and what every recipe would make of it, before anything is built.
 
+    Of a model on the Hub only what describes it is downloaded, not its weights.
+
     Example: `gteopt inspect nano`
     """
     from gteopt.inspect import inspect as look

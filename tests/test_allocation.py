@@ -115,22 +115,22 @@ def test_losses_are_the_same_with_one_block_in_memory_and_room_for_few_trials() 
     plan = plan_layers(checkpoint, load_recipe("rtn-int4"))
     whole = gteopt.load("nano", dtype="float32")
     tokens = tokenize(whole, draw_texts(FEW), 48)
-    choices = dict.fromkeys(list(plan.schemes)[2:12], (INT2, INT4))  # of two blocks
+    choices = dict.fromkeys(list(plan.schemes)[4:10], (INT2, INT4))  # of two blocks
     wanted = losses(whole, tokens, choices)
     streamed = load_checkpoint(checkpoint, dtype="float32", later=plan.blocks)
     assert streamed.streams
     found = losses(streamed, tokens, choices)
     for name in choices:  # sums of weights that lie elsewhere may differ in their last bits
         assert found[name] == pytest.approx(wanted[name], rel=1e-3)
-    at_once = 7 * sum(map(len, tokens)) * 256 * 4  # of 20 trials, padding not counted
+    at_once = 5 * sum(map(len, tokens)) * 256 * 4  # of 12 trials, padding not counted
     walks = list(measure(streamed, tokens, choices, state_bytes=at_once))
-    assert len(walks) > 3
+    assert len(walks) > 2
     assert {name: each for walk in walks for name, each in walk.items()} == found
     assert all(p.is_meta for p in streamed.module.get_submodule(str(plan.blocks)).parameters())
 
 
 def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None:
-    """Of 12 further blocks, 150 MB of weights, one is in memory at a time."""
+    """Of 6 further blocks, 75 MB of weights, one is in memory at a time."""
     script = (
         "from gteopt.encoder import load_checkpoint\n"
         "from gteopt.recipe import LayerScheme\n"
@@ -142,8 +142,8 @@ def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None
         "choices = {'layers.0.mlp.up_proj': (scheme,), 'layers.1.mlp.up_proj': (scheme,)}\n"
         "list(measure(encoder, tokens, choices, state_bytes=0))"
     )
-    grown = {n: peak_bytes(script, deeper_nano(tmp_path / str(n), n)) for n in (2, 14)}
-    assert grown[14] - grown[2] < 12 * 2 * 3 * 256 * 8192 / 4
+    grown = {n: peak_bytes(script, deeper_nano(tmp_path / str(n), n)) for n in (2, 8)}
+    assert grown[8] - grown[2] < 6 * 2 * 3 * 256 * 8192 / 4
 
 
 def test_a_checkpoint_without_the_pooler_that_its_architecture_has_is_read_block_by_block(
@@ -160,7 +160,7 @@ def test_a_checkpoint_without_the_pooler_that_its_architecture_has_is_read_block
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     texts = ["Bridges carry loads.", "Rain"]
     recipe = mixed(5, calibration=Calibration(n_texts=8, max_tokens=16))
-    weights = recipe.weights.model_copy(update={"choices": ()})
+    weights = recipe.weights.model_copy(update={"choices": (), "skip": ("*.layer.[1-4].*",)})
     recipe = recipe.model_copy(update={"weights": weights})
     for source, out in ((get_model_path(), "whole"), (folder, "without")):
         gteopt.quantize(source, recipe, tmp_path / out, dtype="float32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,12 @@ def test_what_cannot_be_built_is_refused_with_what_can(
         write_dummy(str(small), tmp_path / "a")
     memory = psutil.virtual_memory()._replace(available=4_000_000_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    with pytest.raises(InputError, match=r"28 of 28 blocks .* 4.0 GB are free; --layers 4 fits"):
+    with pytest.raises(InputError, match=r"28 of 28 blocks .* 4.0 GB are free; --layers 2 fits"):
+        write_dummy("gte-Qwen2-7B-instruct", tmp_path / "a")
+    memory = memory._replace(available=100_000_000_000)
+    disk = shutil.disk_usage(tmp_path)._replace(free=10_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
+    with pytest.raises(InputError, match=r"of disk in .* 10.0 GB are free; --layers 6 fits"):
         write_dummy("gte-Qwen2-7B-instruct", tmp_path / "a")
     with pytest.raises(InputError, match=r"learn nothing .*\(gptq-int4\)"):
         bench_dummy("gte-Qwen2-7B-instruct", ["gptq-int4"], spec=BenchSpec())
