@@ -328,7 +328,8 @@ def plot(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
         name = {"layers": "layers", "hidden": "hidden size", "n_tokens": "calibration tokens"}[key]
         parts.append(_panel(column, 0, "CPU seconds", name, xs, [seconds]))
         parts.append(_panel(column, 1, "MB beyond the imports", name, xs, [seen, predicted]))
-    machine = f"{rows[0]['machine']['cpu']}, {rows[0]['n_threads']} threads"
+    n_threads = rows[0]["n_threads"]
+    machine = f"{rows[0]['machine']['cpu']}, {n_threads} thread{'s' if n_threads > 1 else ''}"
     width, height = 3 * (_PANEL[0] + 80), 2 * (_PANEL[1] + 70) + 40
     target.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '

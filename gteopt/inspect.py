@@ -42,7 +42,7 @@ from gteopt.records import Inspection, RecipeEstimate
 _DEQUANT_BYTES = 1 + 2 + 4
 _WRITE_BYTES = 2 * 256 << 20
 """Files that blocks are put together in, while they are converted."""
-_KEPT_BYTES, _KEPT_SHARE, _MOST_KEPT_BYTES = 50_000_000, 0.33, 220_000_000
+_KEPT_BYTES, _KEPT_SHARE, _MOST_KEPT_BYTES = 40_000_000, 0.36, 220_000_000
 """What libraries hold for themselves, and freed memory that the allocator keeps (the C library
 returns only what is larger than 32 MB at once): grows with the peak up to a limit. Measured, not
 derived: benchmarks/results/scale.json."""
