@@ -211,11 +211,13 @@ class Encoder:
         prompt, full = self._prompted(texts, role, instruction)
         limit = min(max_tokens or self.max_tokens, self.max_tokens)
         found = [self._cut(ids, limit) for ids in self._whole(full)]
-        if not self._end_ids and any(each.is_cut for each in found):
-            # Only the tokenizer knows which special tokens have to stay.
-            short = self.tokenizer(full, truncation=True, max_length=limit)["input_ids"]
-            for each, ids in zip(found, short, strict=True):
-                each[:] = ids
+        long = [i for i, each in enumerate(found) if each.is_cut]
+        if long and not self._end_ids:
+            # Only the tokenizer knows which of its special tokens have to stay.
+            texts = [full[i] for i in long]
+            short = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+            for i, ids in zip(long, short, strict=True):
+                found[i][:] = ids
         if self.checkpoint.pooling == "latent" and prompt:
             # As its authors count: the prompt's tokens alone, from position 0 on. The start token
             # stands there too, and the prompt's last one, a space, has become part of the text.

@@ -8,6 +8,7 @@ chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from gteopt.calibration import Block, behind_blocks, open_blocks, replay_dtype
 from gteopt.encoder import Encoder, empty_, fill_
+from gteopt.errors import NumericsError
 from gteopt.quant.affine import quantize_rtn
 from gteopt.recipe import LayerScheme, Progress, quiet
 
@@ -48,13 +50,16 @@ def measure(
 
     Yields:
         A loss for each of a layer's choices, not negative; those of a walk together.
+
+    Raises:
+        NumericsError: weights or vectors hold NaN or infinity.
     """
     dtype = replay_dtype(encoder)
     blocks, inputs = open_blocks(encoder, tokens, dtype=dtype)
     door = [batch.hidden for batch in inputs]
     n_at_once = state_bytes // sum(each.numel() * each.element_size() for each in door)
     where = {layer: at for at, block in enumerate(blocks) for layer in block.linears()}
-    layers = sorted(choices, key=list(where).index)
+    layers = [layer for layer in where if layer in choices]
     what = f"measuring the sensitivity of {encoder.checkpoint.id}"
     n_runs = sum(len(choices[layer]) * (len(blocks) - where[layer]) for layer in layers)
     n_run = start = 0
@@ -77,7 +82,10 @@ def measure(
                     continue
                 whole = linears[layer].weight.data
                 for i, scheme in enumerate(choices[layer]):
-                    rounded = quantize_rtn(whole, scheme, clip_search=scheme.bits < 8)
+                    try:
+                        rounded = quantize_rtn(whole, scheme, clip_search=scheme.bits < 8)
+                    except NumericsError as error:
+                        raise NumericsError(f"{layer}: {error}") from error
                     linears[layer].weight.data = rounded.dequantize().to(whole.dtype)
                     states[layer, i] = _run(block, base)
                     progress(what, n_run := n_run + 1, n_runs)
@@ -95,7 +103,14 @@ def measure(
         found: dict[str, list[float]] = {layer: [] for layer in walk}
         for layer, i in list(states):
             moved = nn.functional.cosine_similarity(vectors(states.pop((layer, i))), wanted)
-            found[layer].append(max(0.0, 1 - moved.mean().item()))
+            distance = 1 - moved.mean().item()
+            if not math.isfinite(distance):  # which would pass for none at all below
+                raise NumericsError(
+                    f"the model's vectors hold NaN or infinity with {layer} rounded to "
+                    f"{choices[layer][i].bits} bits, or without; load it with dtype float32 to "
+                    f"find out whether its weights are sound"
+                )
+            found[layer].append(max(0.0, distance))
         yield {layer: tuple(losses) for layer, losses in found.items()}
 
 

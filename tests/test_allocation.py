@@ -129,6 +129,21 @@ def test_losses_are_the_same_with_one_block_in_memory_and_room_for_few_trials() 
     assert all(p.is_meta for p in streamed.module.get_submodule(str(plan.blocks)).parameters())
 
 
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("layers.1.mlp.up_proj.weight", r"layers\.1\.mlp\.up_proj: the weight holds NaN"),
+        ("norm.weight", r"vectors hold NaN or infinity with layers\.1\.mlp\.up_proj rounded"),
+    ],
+)
+def test_a_number_that_is_none_is_never_taken_for_no_loss(tensor: str, message: str) -> None:
+    encoder = gteopt.load("nano", dtype="float32")
+    encoder.module.get_parameter(tensor).data.view(-1)[0] = float("nan")
+    tokens = tokenize(encoder, draw_texts(FEW)[:4], 16)
+    with pytest.raises(NumericsError, match=message):
+        losses(encoder, tokens, {"layers.1.mlp.up_proj": (INT4,)})
+
+
 def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None:
     """Of 6 further blocks, 75 MB of weights, one is in memory at a time."""
     script = (
@@ -195,19 +210,33 @@ def test_a_mixed_variant_is_closer_to_the_base_than_uniform_bits(
 
 
 def test_what_was_measured_survives_an_interruption_and_is_recorded(tmp_path: Path) -> None:
-    recipe = mixed(4.25)
+    recipe = mixed(4.25, calibration=Calibration(n_texts=12, max_tokens=24))
     whole = gteopt.quantize("nano", recipe, tmp_path / "whole")
     assert whole.layout == "compressed-tensors"
 
     class Interrupted(Exception):
         pass
 
+    totals: list[int] = []
+
+    def stop_measuring(what: str, done: int, total: int) -> None:
+        if what.startswith("measuring"):
+            totals.append(total)
+            if done > total / 2:
+                raise Interrupted
+
     def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("measuring"):
+            totals.append(total)
         if what.startswith("quantizing") and done == 1:
             raise Interrupted
 
-    with pytest.raises(Interrupted):
-        gteopt.quantize("nano", recipe, tmp_path / "again", progress=stop)
+    for each in (stop_measuring, stop):
+        with pytest.raises(Interrupted):  # with room for the trials of a few layers at a time
+            gteopt.quantize(
+                "nano", recipe, tmp_path / "again", activation_bytes=1 << 20, progress=each
+            )
+    assert 0 < totals[-1] < totals[0]  # what was left to measure
     steps: list[str] = []
     again = gteopt.quantize(
         "nano", recipe, tmp_path / "again", progress=lambda what, done, total: steps.append(what)
