@@ -402,15 +402,22 @@ def fit_transforms(
     return [fit(texts, recipe.dims, recipe.vectors) for recipe in recipes]
 
 
-def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
+def plan_layers(
+    checkpoint: Checkpoint, recipe: Recipe, skeleton: nn.Module | None = None
+) -> LayerPlan:
     """Decide each layer's scheme from the architecture alone; no weights are read.
+
+    Args:
+        checkpoint: a base.
+        recipe: what to make of it.
+        skeleton: of the checkpoint, where it was built already (which takes half a second of 7B).
 
     Raises:
         InputError: lists every layer whose input features the group size does not divide, unless
             the recipe names a fallback; or the recipe's layout cannot hold these layers.
         UnsupportedError: the architecture has no transformer blocks.
     """
-    skeleton = build_skeleton(checkpoint)
+    skeleton = build_skeleton(checkpoint) if skeleton is None else skeleton
     weights = recipe.weights
     schemes: dict[str, LayerScheme] = {}
     notes: dict[str, str] = {}

@@ -124,7 +124,7 @@ def estimate(
     padded: dict[Calibration, int] = {}
     for recipe in recipes:
         try:
-            plan = plan_layers(checkpoint, recipe)
+            plan = plan_layers(checkpoint, recipe, skeleton)
             schemes = plan.schemes
             if recipe.calibration not in padded:
                 padded[recipe.calibration] = _padded_tokens(checkpoint, recipe.calibration, hub_dir)
