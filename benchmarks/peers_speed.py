@@ -36,7 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -321,7 +321,7 @@ def ours_quantized(
     return Ours(gteopt.load(out, dtype=dtype, device=device, backend=backend))
 
 
-@lru_cache(maxsize=None)
+@cache
 def built(folder: Path, recipe: str, dtype: str, device: str) -> Path:
     """An artifact, made once for all engines that load it."""
     out = Path(tempfile.mkdtemp()) / recipe
