@@ -420,7 +420,8 @@ def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
     spec.loader.exec_module(scale)
     results = json.loads((root / "results" / "scale.json").read_text())
     rows = [*results["builds"], *results["sweep"]]
-    assert len(rows) >= 9
+    assert len(rows) >= 10
+    assert "mixed-nf4" in {row["recipe"] for row in rows}
     for i, row in enumerate(rows):
         folder, texts = tmp_path / f"base-{i}", tmp_path / f"texts-{i}.txt"
         folder.mkdir()
