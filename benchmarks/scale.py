@@ -8,6 +8,7 @@ none is reported here.
     python benchmarks/scale.py build --shape gte-Qwen2-1.5B                      # on the CPU
     python benchmarks/scale.py build --shape gte-Qwen2-7B --device cuda --texts 128 --tokens 512
     python benchmarks/scale.py sweep    # cost over layers, hidden size and calibration tokens
+    python benchmarks/scale.py plot     # the sweep as benchmarks/results/scale.svg
     python benchmarks/scale.py long     # memory of one text of up to 32,000 tokens
 
 Each run is a process of its own, whose peak resident set is read from the operating system; it is
@@ -168,8 +169,12 @@ def resident(field):
 open_checkpoint(base).sha256  # once a process, and no part of a build's own time
 before = resident("VmRSS")
 blocks = []
+measured_bytes = None
 started = time.perf_counter()
 def progress(what, done, total):
+    global measured_bytes
+    if what.startswith("measuring"):
+        measured_bytes = resident("VmHWM")
     if what.startswith("quantizing"):
         blocks.append(round(time.perf_counter() - started, 2))
         print(what, done, total, blocks[-1], file=sys.stderr, flush=True)
@@ -181,6 +186,7 @@ print(json.dumps({
     "seconds_at_block": blocks,
     "imports_bytes": before,
     "peak_bytes": resident("VmHWM"),
+    "measuring_peak_bytes": measured_bytes,  # of sensitivities, where the recipe asks for them
     "peak_device_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
     "weight_bytes": manifest.weight_bytes,
     "n_tokens": manifest.calibration.n_tokens if manifest.calibration else 0,
@@ -303,32 +309,73 @@ def long_text(work: Path) -> None:
     print(rows)
 
 
-def plot(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
-    """CPU time and memory over layers, hidden size and calibration tokens, as one HTML page."""
-    from plotly.subplots import make_subplots
+_PANEL = (230, 130)
+"""Width and height of a panel's axes, in pixels."""
 
-    rows = results["sweep"]
-    middle = asdict(SMALL)
-    figure = make_subplots(
-        rows=2, cols=3, shared_yaxes=True, column_titles=["layers", "hidden size", "tokens"]
-    )
-    for column, key in enumerate(("layers", "hidden", "n_tokens"), start=1):
+
+def plot(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
+    """CPU time and memory over layers, hidden size and calibration tokens, as one SVG.
+
+    Of memory both what was measured and, dashed, what `inspect` predicts.
+    """
+    rows, middle = results["sweep"], asdict(SMALL)
+    n_usual = next(r["n_tokens"] for r in rows if r["n_texts"] == 32)
+    parts = []
+    for column, key in enumerate(("layers", "hidden", "n_tokens")):
         others = [k for k in ("layers", "hidden") if k != key]
-        n_usual = next(r["n_tokens"] for r in rows if r["n_texts"] == 32)
-        own = sorted(
-            (r["shape"].get(key, r["n_tokens"]), r["cpu_seconds"], r["peak_bytes"] / 1e9)
-            for r in rows
-            if all(r["shape"][k] == middle[k] for k in others)
-            and (key == "n_tokens" or r["n_tokens"] == n_usual)
-        )
-        xs = [x for x, *_ in own]
-        for row, name in ((1, "CPU seconds"), (2, "peak GB, imports included")):
-            figure.add_scatter(
-                x=xs, y=[each[row] for each in own], mode="lines+markers", row=row, col=column
-            )
-            figure.update_yaxes(title_text=name, row=row, col=1, rangemode="tozero")
-    figure.update_layout(showlegend=False, template="plotly_white", title="Cost of a 4-bit build")
-    figure.write_html(target, include_plotlyjs="cdn")
+        own = [r for r in rows if all(r["shape"][k] == middle[k] for k in others)]
+        own = [r for r in own if key == "n_tokens" or r["n_tokens"] == n_usual]
+        own.sort(key=lambda r: float(r["shape"].get(key, r["n_tokens"])))
+        xs = [float(r["shape"].get(key, r["n_tokens"])) for r in own]
+        seconds = [float(r["cpu_seconds"]) for r in own]
+        seen = [(r["peak_bytes"] - r["imports_bytes"]) / 1e6 for r in own]
+        predicted = [r["predicted_bytes"] / 1e6 for r in own]
+        name = {"layers": "layers", "hidden": "hidden size", "n_tokens": "calibration tokens"}[key]
+        parts.append(_panel(column, 0, "CPU seconds", name, xs, [seconds]))
+        parts.append(_panel(column, 1, "MB beyond the imports", name, xs, [seen, predicted]))
+    n_threads = rows[0]["n_threads"]
+    machine = f"{rows[0]['machine']['cpu']}, {n_threads} thread{'s' if n_threads > 1 else ''}"
+    width, height = 3 * (_PANEL[0] + 80), 2 * (_PANEL[1] + 70) + 40
+    target.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="11" fill="#333">\n'
+        f'<rect width="{width}" height="{height}" fill="white"/>\n'
+        f'<text x="20" y="20" font-size="13">A {rows[0]["recipe"]} build of {middle["layers"]} '
+        f"layers, hidden size {middle['hidden']}, {n_usual:,} tokens, one of them varied at a time "
+        f"({machine}); dashed: predicted</text>\n" + "\n".join(parts) + "\n</svg>\n",
+        encoding="utf-8",
+    )
+
+
+def _panel(
+    column: int, row: int, title: str, x_title: str, xs: list[float], lines: list[list[float]]
+) -> str:
+    """One set of axes from zero, a label at each point; the second line is dashed."""
+    width, height = _PANEL
+    left, top = 50 + column * (width + 80), 55 + row * (height + 70)
+    x_most, y_most = max(xs) * 1.05, max(max(line) for line in lines) * 1.1
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return round(left + width * x / x_most, 1), round(top + height * (1 - y / y_most), 1)
+
+    out = [
+        f'<text x="{left}" y="{top - 8}" font-weight="bold">{title}</text>',
+        f'<path d="M{left} {top}V{top + height}H{left + width}" fill="none" stroke="#999"/>',
+        f'<text x="{left + width}" y="{top + height + 32}" text-anchor="end">{x_title}</text>',
+    ]
+    for i, line in enumerate(lines):
+        points = [at(x, y) for x, y in zip(xs, line, strict=True)]
+        dash = "" if i == 0 else ' stroke-dasharray="4 3" opacity="0.6"'
+        path = " ".join(f"{x},{y}" for x, y in points)
+        out.append(f'<polyline points="{path}" fill="none" stroke="#1f6fb4"{dash}/>')
+        if i == 0:
+            out += [f'<circle cx="{x}" cy="{y}" r="3" fill="#1f6fb4"/>' for x, y in points]
+            for value, (x, y) in zip(line, points, strict=True):
+                out.append(f'<text x="{x}" y="{y - 7}" text-anchor="middle">{value:.0f}</text>')
+    for x in xs:
+        px, py = at(x, 0)
+        out.append(f'<text x="{px}" y="{py + 15}" text-anchor="middle">{x:,.0f}</text>')
+    return "\n".join(out)
 
 
 def main() -> None:
@@ -353,7 +400,7 @@ def main() -> None:
         long_text(asked.work)
         return
     if asked.what == "plot":
-        plot(json.loads(RESULTS.read_text()), RESULTS.with_suffix(".html"))
+        plot(json.loads(RESULTS.read_text()), RESULTS.with_suffix(".svg"))
         return
     shape = SHAPES[asked.shape]
     if asked.layers is not None:

@@ -92,7 +92,7 @@ def bench(
         device: as for `load`.
         backend: of the variants, as for `load`; the baseline runs on torch.
         hub_dir: as for `load`.
-        progress: told after each child process and after each counted query or round.
+        progress: told after each child process and after each query or round.
 
     Raises:
         InputError: an unknown baseline, a source that cannot be opened, or a length beyond a
@@ -246,7 +246,7 @@ def exact_texts(encoder: Encoder, n_texts: int, n_tokens: int, seed: int) -> lis
 
 def _exact_text(encoder: Encoder, n_tokens: int, source: random.Random) -> str:
     def count(words: list[str]) -> int:
-        return len(encoder.tokenize([" ".join(words)])[0])
+        return encoder.lengths([" ".join(words)])[0]
 
     if (own := count([])) >= n_tokens:
         raise InputError(
@@ -310,7 +310,7 @@ def _measure(
     peaks: Mapping[str, float],
     progress: Progress,
 ) -> VariantBench:
-    n_steps = spec.n_queries + spec.repeats * len(spec.workloads)
+    n_steps = spec.warmup + spec.n_queries + (spec.warmup + spec.repeats) * len(spec.workloads)
     steps = iter(range(1, n_steps + 1))
 
     def step() -> None:
@@ -427,8 +427,8 @@ def _take_turns(
                 variant_s, baseline_s = _seconds(variant, device), _seconds(baseline, device)
             else:
                 baseline_s, variant_s = _seconds(baseline, device), _seconds(variant, device)
+            step()
             if index >= warmup:
-                step()
                 yield baseline_s, variant_s
 
 

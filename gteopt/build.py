@@ -7,13 +7,12 @@ Transformers layout of the result. Refuses to know: how codes are found (quant/)
 
 from __future__ import annotations
 
-import ctypes
 import fnmatch
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -75,7 +74,7 @@ from gteopt.encoder import (
 from gteopt.errors import GteoptError, InputError, NumericsError, join_problems
 from gteopt.formats import Shape, choose_layout
 from gteopt.layout import WEIGHTS, save_tensors, write_model, write_vectors
-from gteopt.machine import machine, versions
+from gteopt.machine import give_back, machine, versions
 from gteopt.quant import gptq
 from gteopt.quant.affine import (
     PARTS,
@@ -243,7 +242,9 @@ def quantize(
     allocation: AllocationRecord | None = None
     tuning: TuningRecord | None = None
     if plan.choices:
-        plan, allocation = _allocate(encoder, recipe, plan, tokens, stage, progress)
+        plan, allocation = _allocate(
+            encoder, recipe, plan, tokens, stage, activation_bytes, progress
+        )
     if plan.blocks is not None:
         modules = encoder.module.get_submodule(plan.blocks).children()
         if isinstance(recipe.weights, GptqWeights):
@@ -407,15 +408,22 @@ def fit_transforms(
     return [fit(texts, recipe.dims, recipe.vectors) for recipe in recipes]
 
 
-def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> LayerPlan:
+def plan_layers(
+    checkpoint: Checkpoint, recipe: Recipe, skeleton: nn.Module | None = None
+) -> LayerPlan:
     """Decide each layer's scheme from the architecture alone; no weights are read.
+
+    Args:
+        checkpoint: a base.
+        recipe: what to make of it.
+        skeleton: of the checkpoint, where it was built already (which takes half a second of 7B).
 
     Raises:
         InputError: lists every layer whose input features the group size does not divide, unless
             the recipe names a fallback; or the recipe's layout cannot hold these layers.
         UnsupportedError: the architecture has no transformer blocks.
     """
-    skeleton = build_skeleton(checkpoint)
+    skeleton = build_skeleton(checkpoint) if skeleton is None else skeleton
     weights = recipe.weights
     schemes: dict[str, LayerScheme] = {}
     notes: dict[str, str] = {}
@@ -696,9 +704,13 @@ def _allocate(
     plan: LayerPlan,
     tokens: Sequence[Sequence[int]],
     stage: Path,
+    state_bytes: int,
     progress: Progress,
 ) -> tuple[LayerPlan, AllocationRecord]:
-    """The plan with each layer's scheme chosen under the recipe's budget."""
+    """The plan with each layer's scheme chosen under the recipe's budget.
+
+    What was measured is on disk walk by walk; see `measure`.
+    """
     assert isinstance(recipe.weights, GptqWeights)
     assert recipe.weights.budget is not None
     n_weights: dict[str, int] = {}
@@ -718,14 +730,14 @@ def _allocate(
             f"kept: the smallest choices take {8 * least / sum(n_weights.values()):.3f}"
         )
     stored = stage / _ALLOCATION
-    losses: dict[str, tuple[float, ...]]
+    losses: dict[str, tuple[float, ...]] = {}
     if stored.is_file():
         losses = _LOSSES.validate_json(stored.read_bytes())
-    else:
-        losses = measure(encoder, tokens[:SENSITIVITY_TEXTS], plan.choices, progress=progress)
-        write_atomically(stored, _LOSSES.dump_json(losses))
-        assert plan.blocks is not None
-        empty_(encoder, plan.blocks)  # from here on one block at a time, as in every build
+    if left := {name: each for name, each in plan.choices.items() if name not in losses}:
+        few = tokens[:SENSITIVITY_TEXTS]
+        for found in measure(encoder, few, left, state_bytes=state_bytes, progress=progress):
+            losses |= found
+            write_atomically(stored, _LOSSES.dump_json(losses))
     picked = allocate([(*losses[n], 0.0) for n in losses], [n_bytes[n] for n in losses], budget)
     chosen = dict(zip(losses, picked, strict=True))
     schemes = {n: plan.choices[n][i] for n, i in chosen.items() if i < len(plan.choices[n])}
@@ -824,7 +836,7 @@ def _quantize_blocks(
         else:
             empty_(encoder, block.name)
         del tensors
-        _give_back()
+        give_back()
         layers += done.layers
         tunings += [] if done.tuning is None else [done.tuning]
     progress(what, len(blocks), len(blocks))
@@ -889,15 +901,6 @@ def _take_(
     for name in tensors.keys() & tuned.rest.keys():
         tensors[name] = tuned.rest[name].to(tensors[name])
     return tuple(taken)
-
-
-def _give_back() -> None:
-    """Memory that was freed, to the system; only glibc is known to need being told.
-
-    It keeps what lies between pieces in use, the more of it the more blocks have gone by.
-    """
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _order(block: Block, inputs: Sequence[BlockInput], known: list[list[str]]) -> list[list[str]]:
@@ -987,6 +990,7 @@ def _quantize_block_(
                 statistics = accumulate_hessian(
                     block, wanted[0], inputs, compared, is_alone=len(wanted) == 1
                 )
+            give_back()  # what the block's run took, before the solve takes its own
         for name in wanted:
             if not gptq.is_finite(linears[name].weight):
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")

@@ -74,7 +74,7 @@ def tokenize(encoder: Encoder, texts: Sequence[CalibrationText], max_tokens: int
 
 
 def record(
-    spec: Calibration, texts: Sequence[CalibrationText], tokens: Sequence[Sequence[int]]
+    spec: Calibration, texts: Sequence[CalibrationText], tokens: Sequence[Tokens]
 ) -> CalibrationRecord:
     """What the manifest says of the texts."""
     rows = [[each.role, each.instruction, each.text] for each in texts]
@@ -85,6 +85,7 @@ def record(
         n_texts=len(texts),
         n_tokens=sum(len(ids) for ids in tokens),
         max_tokens=spec.max_tokens,
+        n_cut=sum(ids.is_cut for ids in tokens),
         seed=spec.seed,
         sha256=hashlib.sha256(content).hexdigest(),
     )

@@ -15,6 +15,7 @@ import yaml
 
 from gteopt.checkpoint import DECODERS, NANO, Checkpoint
 from gteopt.errors import InputError
+from gteopt.families import FAMILIES, PUBLISHED
 from gteopt.recipe import Effort, Layout, Recipe, load_recipe, shipped_names
 from gteopt.records import Manifest
 
@@ -258,6 +259,8 @@ def _made(manifest: Manifest) -> str:
     command += flags if flags is not None else ["recipe.yaml"]
     if base.revision is not None:
         command += ["--revision", base.revision]
+    if base.family in FAMILIES and base.id != NANO and base.id not in PUBLISHED:
+        command += ["--family", base.family]  # a user may have had to name it
     if base.dtype != "bfloat16":
         command += ["--dtype", base.dtype]
     command += ["--out", "FOLDER"]
@@ -274,8 +277,9 @@ def _made(manifest: Manifest) -> str:
     if manifest.calibration is not None:
         seen = manifest.calibration
         text += (
-            f"\n\nCalibration: {seen.n_texts} texts of `{seen.source}`, {seen.n_tokens:,} tokens, "
-            f"SHA-256 `{seen.sha256[:16]}`; no labels."
+            f"\n\nCalibration: {seen.n_texts} texts of `{seen.source}`, {seen.n_tokens:,} tokens"
+            + (f" ({seen.n_cut} were cut at {seen.max_tokens})" if seen.n_cut else "")
+            + f", SHA-256 `{seen.sha256[:16]}`; no labels."
         )
     used = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
     text += (

@@ -7,6 +7,7 @@ torch. Code named by a folder is never imported; pickled weights are never opene
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -19,7 +20,15 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from gteopt.artifact import MANIFEST, artifact_sha256, hash_file, is_artifact, verify
+from gteopt import hub
+from gteopt.artifact import (
+    MANIFEST,
+    artifact_sha256,
+    hash_file,
+    is_artifact,
+    read_manifest,
+    verify,
+)
 from gteopt.errors import (
     InputError,
     IntegrityError,
@@ -68,8 +77,10 @@ _POOLING: dict[str, Pooling] = {
     "cls": "cls",
     "cls_token": "cls",
 }
+_INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*/config.json"]
+_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.md")
+"""What describes a model on the Hub."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,9 @@ class Checkpoint:
         prompts: fixed prefixes by role where there is no template.
         dims: dimensions of the model's output, before an artifact's own vectors are made.
         matryoshka_dims: shorter lengths that the model was trained for, longest first.
-        weight_files: safetensors files of the transformer.
+        revision: commit of a download from the Hub; else what was asked for.
+        weight_files: safetensors files of the transformer; none where only their headers were
+            fetched.
         tensors: name -> shape of everything in them.
         notes: what a reader of `inspect` should know.
     """
@@ -133,6 +146,7 @@ class Checkpoint:
         """Identifies the content: an artifact's own hash, else over weights, configs, tokenizer."""
         if self.manifest is not None:
             return artifact_sha256(self.folder)
+        assert self.weight_files, "only headers were fetched"
         digest = hashlib.sha256()
         for path in sorted([*self.weight_files, *self.side_files]):
             digest.update(
@@ -218,6 +232,7 @@ def open_checkpoint(
     hub_dir: Path | None = None,
     revision: str | None = None,
     family: str | None = None,
+    headers_only: bool = False,
 ) -> Checkpoint:
     """Describe the model that `source` means; an artifact is verified file by file first.
 
@@ -227,14 +242,19 @@ def open_checkpoint(
         revision: commit, branch or tag on the Hub.
         family: name of the family that it belongs to, where neither its files nor its name tell
             (see `family_of`); an artifact has it in its manifest.
+        headers_only: of a model on the Hub whose weights are not here, fetch no weights but only
+            what describes them; `notes` says so. Such a checkpoint cannot be loaded or hashed.
 
     Raises:
         InputError: no such model or family, or the folder is not a Sentence Transformers model.
         IntegrityError: weights are truncated or missing, or an artifact was altered.
         UnsupportedError: it needs remote code, pickled weights or modules that gteopt lacks.
     """
-    folder, identifier = _resolve(str(source), hub_dir, revision)
-    manifest = verify(folder) if is_artifact(folder) else None
+    found = _resolve(str(source), hub_dir, revision, headers_only)
+    folder, identifier = found.folder, found.id
+    manifest = None
+    if is_artifact(folder):
+        manifest = verify(folder) if found.remote is None else read_manifest(folder)
     config = _read_json(folder / "config.json")
     st_config = _read_json(folder / "config_sentence_transformers.json", optional=True)
     prompts = {k: v for k, v in st_config.get("prompts", {}).items() if isinstance(v, str)}
@@ -264,8 +284,11 @@ def open_checkpoint(
         # Published configs ask for a cache of keys and values, which no encoder reads; a block that
         # is replayed would see those of its earlier runs.
         config["use_cache"] = False
-    weight_files = _weight_files(folder, manifest)
-    tensors = _read_headers(weight_files)
+    if found.remote is None:
+        weight_files = _weight_files(folder, manifest)
+        tensors = _read_headers(weight_files)
+    else:
+        weight_files, tensors = (), dict(found.remote.shapes)
     bert_config = _read_json(folder / "sentence_bert_config.json", optional=True)
     tokenizer_config = _read_json(folder / "tokenizer_config.json", optional=True)
     dims = _output_dims(config, dense)
@@ -278,10 +301,16 @@ def open_checkpoint(
             f"Sentence Transformers cuts texts at {said:,} tokens here; gteopt takes the family's "
             f"{max_tokens:,}"
         )
+    if found.remote is not None:
+        unchecked = "" if manifest is None else "; files are not checked against their hashes"
+        notes.append(
+            f"the weights are not here ({found.remote.n_bytes / 1e9:.2f} GB to download): only "
+            f"their headers were read{unchecked}"
+        )
     return Checkpoint(
         id=identifier,
         folder=folder,
-        revision=revision,
+        revision=found.revision,
         config=config,
         family=known,
         attention=attention,
@@ -370,15 +399,32 @@ def _matryoshka_dims(
     return tuple(sorted(stated, reverse=True))
 
 
-def _resolve(source: str, hub_dir: Path | None, revision: str | None) -> tuple[Path, str]:
-    """The folder that a name means, and the name to record."""
+@dataclass(frozen=True)
+class _Source:
+    """What a name leads to.
+
+    Attributes:
+        id: the name to record.
+        revision: as in `Checkpoint`.
+        remote: what is known of weights that are not in the folder; None where they are.
+    """
+
+    folder: Path
+    id: str
+    revision: str | None
+    remote: hub.RemoteTensors | None = None
+
+
+def _resolve(
+    source: str, hub_dir: Path | None, revision: str | None, headers_only: bool
+) -> _Source:
     if source == NANO:
-        return Path(__file__).parent / "assets" / "nano", NANO
+        return _Source(Path(__file__).parent / "assets" / "nano", NANO, revision)
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
     if hub_dir is not None and is_hub_id and (hub_dir / source).is_dir():
-        return hub_dir / source, source
+        return _Source(hub_dir / source, source, revision)
     if Path(source).is_dir():
-        return Path(source), Path(source).resolve().name
+        return _Source(Path(source), Path(source).resolve().name, revision)
     if Path(source).is_file():
         raise InputError(f"{source} is a file; give the folder of a model")
     if hub_dir is not None:
@@ -393,23 +439,34 @@ def _resolve(source: str, hub_dir: Path | None, revision: str | None) -> tuple[P
             f"unknown model '{source}': not a folder and not a Hub id (<org>/<name>); "
             f"{suggest(source, [NANO, *PUBLISHED])}"
         )
-    return _download(source, revision), source
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_DOWNLOADED))
-    except Exception as error:  # the Hub client raises many unrelated types
-        if isinstance(error, OSError | ValueError):
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"model {hub_id} could not be fetched from the Hub ({reason}); check the name and "
-                f"the network, or download it elsewhere and give --hub-dir. "
-                f"{suggest(hub_id, [NANO, *PUBLISHED])}"
-            ) from error
-        raise
+        return _download(source, revision, headers_only)
+    except InputError as error:
+        raise InputError(
+            f"model {source} could not be fetched: {error}. Or download it elsewhere and give "
+            f"--hub-dir. {suggest(source, [NANO, *PUBLISHED])}"
+        ) from error
+
+
+def _download(hub_id: str, revision: str | None, headers_only: bool) -> _Source:
+    """What describes the model, and then the rest: all that an artifact's manifest lists, or a
+    base's safetensors.
+    """
+    described = hub.snapshot(hub_id, _SIDE_FILES, revision)
+    folder, commit = described.folder, described.commit
+    if is_artifact(folder):
+        wanted = [each.path for each in read_manifest(folder).files]
+    elif (folder / _INDEX).is_file():
+        wanted = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
+    else:
+        wanted = ["model.safetensors"]
+    if headers_only and not all((folder / path).is_file() for path in wanted):
+        weights = [path for path in wanted if path.endswith(".safetensors")]
+        return _Source(folder, hub_id, commit, hub.read_headers(hub_id, weights, commit))
+    if not headers_only:
+        rest = [*map(glob.escape, wanted)] if is_artifact(folder) else ["*.safetensors"]
+        hub.snapshot(hub_id, rest, commit)
+    return _Source(folder, hub_id, commit)
 
 
 def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
@@ -518,7 +575,7 @@ def _attention(config: Mapping[str, Any], family: Family | None) -> Attention:
 def _weight_files(folder: Path, manifest: Manifest | None) -> tuple[Path, ...]:
     if manifest is not None and manifest.layout == "gteopt":
         return tuple(sorted((folder / "weights").glob("*.safetensors")))
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     single = folder / "model.safetensors"
     if index.is_file():
         names = sorted(set(_read_json(index).get("weight_map", {}).values()))

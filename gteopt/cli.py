@@ -612,6 +612,8 @@ def inspect(
 ) -> None:
     """Show what a model is and what every recipe would make of it, before anything is built.
 
+    Of a model on the Hub only what describes it is downloaded, not its weights.
+
     Example: `gteopt inspect nano`
     """
     from gteopt.inspect import inspect as look
@@ -678,6 +680,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
     warnings.filterwarnings("ignore", module=r"(?!gteopt)")
+    warnings.showwarning = _show_warning
     try:
         app()
     except GteoptError as error:
@@ -689,6 +692,11 @@ def main() -> None:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}; {_GOES_ON}")
+
+
+def _show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
+    """A warning as a sentence; where in the code it came from helps no user."""
+    _err.print(f"gteopt: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _fail(message: str) -> None:
@@ -837,6 +845,12 @@ def _show_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
         f"{manifest.vectors.dims} dimensions, {manifest.vectors.bytes_per_vector} bytes a vector",
         soft_wrap=True,
     )
+    if (seen := manifest.calibration) is not None and seen.n_cut:
+        _out.print(
+            f"{seen.n_cut} of {seen.n_texts} calibration texts were longer than {seen.max_tokens} "
+            f"tokens and were cut there",
+            soft_wrap=True,
+        )
 
 
 def _show_publication(done: Publication, out: Path | None, *, as_json: bool) -> None:
@@ -894,7 +908,8 @@ def _facts(found: Inspection) -> Table:
         "document prompt": repr(found.document_prompt),
         "license": found.license or "not stated",
         "published": ", ".join(f"{k} {v}" for k, v in found.published_scores.items()) or "-",
-        "sha256": found.sha256,
+        "revision": found.revision or "-",
+        "sha256": found.sha256 or "known once the weights are here",
     }
     for name, value in facts.items():
         table.add_row(name, value)

@@ -25,10 +25,11 @@ from gteopt.errors import InputError, UnsupportedError, suggest
 from gteopt.recipe import Progress, quiet
 
 _CONFIGS = Path(__file__).parent / "assets" / "configs"
-_DECODERS = ("qwen2", "mistral")
+_DECODERS = ("qwen2", "qwen3", "mistral")
 _DEVIATION = 0.02
-_SPARE = 1.3
-"""A build holds the model and one block more; a bench, the model and a batch."""
+_MEMORY_SHARE, _DISK_SHARE = 1.7, 2.5
+"""A bench holds the model, the largest of its variants (in int8, with the table as it is) and a
+batch; on disk lie the model and three variants."""
 
 
 def shapes() -> dict[str, dict[str, Any]]:
@@ -63,7 +64,7 @@ def write_dummy(
 
     Raises:
         InputError: unknown name, more blocks than the model has, or more than memory holds.
-        UnsupportedError: an architecture other than Qwen2's and Mistral's.
+        UnsupportedError: an architecture other than Qwen2's, Qwen3's and Mistral's.
     """
     config = _config(base)
     whole = int(config["num_hidden_layers"])
@@ -72,7 +73,7 @@ def write_dummy(
         raise InputError(f"--layers {n}: {base} has {whole} blocks; give 1 to {whole}")
     config["num_hidden_layers"] = config["max_window_layers"] = n
     config.pop("layer_types", None)
-    _check_memory(base, config, n, whole)
+    _check_room(base, config, n, whole, folder.parent)
     nano = open_checkpoint("nano")
     shutil.copytree(nano.folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "LICENSE"))
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
@@ -115,26 +116,29 @@ def _config(base: str) -> dict[str, Any]:
     if config.get("model_type") not in _DECODERS:
         raise UnsupportedError(
             f"{base} is a {config.get('model_type')}; random weights are made for "
-            f"{' and '.join(_DECODERS)} only"
+            f"{', '.join(_DECODERS)} only"
         )
     return config
 
 
-def _check_memory(base: str, config: Mapping[str, Any], n: int, whole: int) -> None:
+def _check_room(base: str, config: Mapping[str, Any], n: int, whole: int, scratch: Path) -> None:
+    """Refuse before an hour's work what memory or disk cannot hold."""
+
     def part_bytes(part: int) -> int:  # 0 is a block, 1 what is outside the blocks
         return sum(2 * torch.Size(shape).numel() for _, shape in _parts(config, part, 1))
 
-    def n_bytes(layers: int) -> float:
-        return _SPARE * (part_bytes(1) + layers * part_bytes(0))
-
-    free: int = psutil.virtual_memory().available
-    if n_bytes(n) > free:
-        fits = next((m for m in range(n, 0, -1) if n_bytes(m) <= free), 0)
-        advice = f"; --layers {fits} fits" if fits else ""
-        raise InputError(
-            f"{n} of {whole} blocks of {base} take {n_bytes(n) / 1e9:.1f} GB to build and measure, "
-            f"{free / 1e9:.1f} GB are free{advice}"
-        )
+    frame, block = part_bytes(1), part_bytes(0)
+    for what, share, free in (
+        ("memory", _MEMORY_SHARE, int(psutil.virtual_memory().available)),
+        (f"disk in {scratch}", _DISK_SHARE, shutil.disk_usage(scratch).free),
+    ):
+        if share * (frame + n * block) > free:
+            fits = int((free / share - frame) // block)
+            advice = f"; --layers {fits} fits" if fits > 0 else ""
+            raise InputError(
+                f"{n} of {whole} blocks of {base} take {share * (frame + n * block) / 1e9:.1f} GB "
+                f"of {what} to build and measure, {free / 1e9:.1f} GB are free{advice}"
+            )
 
 
 def _parts(
@@ -154,6 +158,9 @@ def _parts(
         yield f"{prefix}self_attn.{name}_proj.weight", (n_out, hidden)
         if config["model_type"] == "qwen2":
             yield f"{prefix}self_attn.{name}_proj.bias", (n_out,)
+    if config["model_type"] == "qwen3":
+        for name in ("q", "k"):
+            yield f"{prefix}self_attn.{name}_norm.weight", (width,)
     yield f"{prefix}self_attn.o_proj.weight", (hidden, q)
     yield f"{prefix}mlp.gate_proj.weight", (inner, hidden)
     yield f"{prefix}mlp.up_proj.weight", (inner, hidden)

@@ -33,6 +33,7 @@ from gteopt.errors import InputError, IntegrityError, NumericsError, Unsupported
 from gteopt.formats import ReadLayer, Shape, format_of
 from gteopt.kernels import arithmetic, make_linear, speed_up_linears_
 from gteopt.kernels.reference import PackedEmbedding
+from gteopt.machine import give_back
 from gteopt.openvino import Graph, Weights
 from gteopt.pooling import LatentAttention, pool
 from gteopt.quant.affine import PackedWeight
@@ -47,6 +48,9 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torc
 _ALONE_TOKENS = 2048
 """A batch with a text beyond this is taken text by text: neither padding nor activations of many
 long texts at once."""
+_TRIM_BYTES = 64 << 20
+"""Packed weights after which a load returns what making their layers took: several times their own
+size, which the allocator would keep (294 MB after three blocks of gte-Qwen2-1.5B in int8)."""
 
 
 class Tokens(list[int]):
@@ -54,9 +58,11 @@ class Tokens(list[int]):
 
     Attributes:
         n_prompt: positions at the front that are no part of the mean (NV-Embed's instruction).
+        is_cut: whether the text was longer than the limit.
     """
 
     n_prompt: int = 0
+    is_cut: bool = False
 
 
 class Encoder:
@@ -70,7 +76,8 @@ class Encoder:
         backend: what computes token vectors.
         full_dims: dimensions of the model's own output.
         vectors: what happens to an embedding after the model.
-        n_cut: texts so far that were longer than `max_tokens` and were cut there.
+        n_cut: texts so far that were cut, at `max_tokens` or where `tokenize` was told to.
+        streams: whether some weights are in their files until `fill_` asks for them.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class Encoder:
         device: torch.device,
         dtype: torch.dtype,
         graph: Graph | None = None,
+        streams: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.module = module
@@ -107,6 +115,8 @@ class Encoder:
         self._start_ids = _token_ids(tokenizer, checkpoint, checkpoint.start_token)
         self._end_ids = _token_ids(tokenizer, checkpoint, checkpoint.end_token)
         self.n_cut = 0
+        self._said_cut = False
+        self.streams = streams
         self._pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     @property
@@ -198,51 +208,78 @@ class Encoder:
         max_tokens: int | None = None,
     ) -> list[Tokens]:
         """Token ids of each text with prompt and end token, cut to `max_tokens` or the model's."""
-        if isinstance(texts, str):
-            raise InputError("texts must be a list of strings, found one string; write [text]")
-        for position, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"texts[{position}] is {type(text).__name__}, expected a string")
-        if not texts:
-            return []
-        prompt = self.prompt(role, instruction)
-        full = [prompt + text for text in texts]
-        if self.checkpoint.lower_case:
-            full = [text.lower() for text in full]
+        prompt, full = self._prompted(texts, role, instruction)
         limit = min(max_tokens or self.max_tokens, self.max_tokens)
-        if not self._end_ids:
-            encoded = self.tokenizer(full, truncation=True, max_length=limit)
-            longest = [len(ids) for ids in encoded["input_ids"]].count(limit)
-            if longest:  # among them are those that were cut
-                whole = self.tokenizer(full, truncation=False)["input_ids"]
-                self._report_cut(sum(len(ids) > limit for ids in whole), len(full), limit)
-            return [Tokens(ids) for ids in encoded["input_ids"]]
-        # Room is left for what stands around a text, so that truncation can never cut off what
-        # pooling reads; the tokenizer's own template is bypassed, so that it can never be there
-        # twice.
-        room = limit - len(self._start_ids) - len(self._end_ids)
-        whole = self.tokenizer(full, add_special_tokens=False, truncation=False)["input_ids"]
-        self._report_cut(sum(len(ids) > room for ids in whole), len(full), limit)
-        found = [Tokens((*self._start_ids, *ids[:room], *self._end_ids)) for ids in whole]
+        found = [self._cut(ids, limit) for ids in self._whole(full)]
+        long = [i for i, each in enumerate(found) if each.is_cut]
+        if long and not self._end_ids:
+            # Only the tokenizer knows which of its special tokens have to stay.
+            texts = [full[i] for i in long]
+            short = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+            for i, ids in zip(long, short, strict=True):
+                found[i][:] = ids
         if self.checkpoint.pooling == "latent" and prompt:
             # As its authors count: the prompt's tokens alone, from position 0 on. The start token
             # stands there too, and the prompt's last one, a space, has become part of the text.
             n_prompt = len(self.tokenizer.tokenize(prompt))
             for each in found:
                 each.n_prompt = min(n_prompt, len(each) - 1)
+        self._report_cut(found, limit)
         return found
 
-    def _report_cut(self, n_cut: int, n_texts: int, limit: int) -> None:
+    def lengths(
+        self, texts: Sequence[str], *, role: Role = "document", instruction: str | None = None
+    ) -> list[int]:
+        """Tokens that each text has with prompt and end token before it is cut."""
+        _, full = self._prompted(texts, role, instruction)
+        around = len(self._start_ids) + len(self._end_ids)
+        return [len(ids) + around for ids in self._whole(full)]
+
+    def _prompted(
+        self, texts: Sequence[str], role: Role, instruction: str | None
+    ) -> tuple[str, list[str]]:
+        """The prompt, and the texts behind it."""
+        if isinstance(texts, str):
+            raise InputError("texts must be a list of strings, found one string; write [text]")
+        for position, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"texts[{position}] is {type(text).__name__}, expected a string")
+        prompt = self.prompt(role, instruction)
+        full = [prompt + text for text in texts]
+        return prompt, [text.lower() for text in full] if self.checkpoint.lower_case else full
+
+    def _whole(self, full: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts of any length, without start and end token where they are ours to add.
+
+        The tokenizer's own template is bypassed then, so that they can never be there twice.
+        """
+        if not full:
+            return []
+        ids: list[list[int]] = self.tokenizer(
+            full, add_special_tokens=not self._end_ids, truncation=False
+        )["input_ids"]
+        return ids
+
+    def _cut(self, ids: Sequence[int], limit: int) -> Tokens:
+        """With start and end token, and room left for them, so that truncation can never cut off
+        what pooling reads.
+        """
+        room = limit - len(self._start_ids) - len(self._end_ids)
+        found = Tokens((*self._start_ids, *ids[:room], *self._end_ids))
+        found.is_cut = len(ids) > room
+        return found
+
+    def _report_cut(self, tokens: Sequence[Tokens], limit: int) -> None:
         """Count texts that were cut; say so the first time that the model's own limit did it."""
-        if not n_cut or limit < self.max_tokens:
-            return
-        if not self.n_cut:
-            warnings.warn(
-                f"{n_cut} of {n_texts} texts are longer than {self.max_tokens:,} tokens, the most "
-                f"that {self.name} takes, and were cut there (encoder.n_cut counts further ones)",
-                stacklevel=2,
-            )
+        n_cut = sum(each.is_cut for each in tokens)
         self.n_cut += n_cut
+        if n_cut and limit == self.max_tokens and not self._said_cut:
+            self._said_cut = True
+            warnings.warn(
+                f"{n_cut} of {len(tokens)} texts are longer than {limit:,} tokens, the most that "
+                f"{self.name} takes, and were cut there (encoder.n_cut counts further ones)",
+                stacklevel=3,
+            )
 
     def batches(
         self, tokens: Sequence[Sequence[int]], batch_size: int
@@ -498,7 +535,7 @@ def load_checkpoint(
     """
     where = _openvino_device(device) if backend == "openvino" else _device(device)
     kind = parse_dtype(_dtype_of(checkpoint, dtype))
-    graph = None
+    graph, frame = None, None
     if backend == "openvino":
         graph = Graph(whole_config(checkpoint), openvino_weights(checkpoint, kind), dtype=kind)
         module = build_skeleton(checkpoint)
@@ -509,7 +546,6 @@ def load_checkpoint(
     elif checkpoint.is_quantized:
         module = _load_packed(checkpoint, where, kind)
     else:
-        frame = None
         if later is not None or checkpoint.prefix:  # which from_pretrained does not know
             frame = _load_frame(checkpoint, where, kind, later)
         module = _load_plain(checkpoint, where, kind) if frame is None else frame
@@ -527,6 +563,7 @@ def load_checkpoint(
         device=where,
         dtype=kind,
         graph=graph,
+        streams=frame is not None and later is not None,
     )
 
 
@@ -555,8 +592,15 @@ def fill_(encoder: Encoder, name: str, dtype: torch.dtype | None = None) -> None
 
 
 def empty_(encoder: Encoder, name: str) -> None:
-    """Free the memory of the submodule `name`; its shapes stay."""
-    encoder.module.get_submodule(name).to("meta")
+    """Free the memory of the submodule `name`; shapes stay, packed layers do not."""
+    part = encoder.module.get_submodule(name)
+    for parent in list(part.modules()):
+        for leaf, child in list(parent.named_children()):
+            # What a library holds in an order of its own is in no buffer that could be moved.
+            if hasattr(child, "kernel") and not isinstance(child, nn.Linear):
+                setattr(parent, leaf, nn.Identity())
+        for leaf, parameter in list(parent.named_parameters(recurse=False)):
+            setattr(parent, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -694,10 +738,12 @@ def _load_frame(
     module = build_skeleton(checkpoint)
     names = [name for name, _ in module.named_parameters()]
     stored = _stored_names(checkpoint, module, names)
-    if len(stored) < len(names):
-        if checkpoint.prefix:
-            raise _missing(checkpoint, [name for name in names if name not in stored])
-        return None
+    if lacking := [name for name in names if name not in stored]:
+        if not _drop_pooler_(module, lacking):
+            if checkpoint.prefix:
+                raise _missing(checkpoint, lacking)
+            return None
+        names = list(stored)
     behind = f"{later}." if later is not None else None
     now = {stored[n]: n for n in names if behind is None or not n.startswith(behind)}
     tensors = _read(checkpoint, now, device, dtype)
@@ -782,15 +828,22 @@ def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
     stored = _read_packed(checkpoint, module, device, dtype)
     if stored.table is not None:
         swap_embedding_(module, *stored.table, device, dtype)
-    for name, layer, bias in stored.layers:
+    since = 0
+    stored.layers.reverse()
+    while stored.layers:  # each is freed once its layer is made
+        name, layer, bias = stored.layers.pop()
         swap_linear_(module, name, layer.weight, bias, device, dtype, order=layer.order)
+        since += layer.weight.n_bytes
+        if since > _TRIM_BYTES:
+            give_back()
+            since = 0
+    give_back()
     plain = stored.plain
     unexpected = module.load_state_dict(plain, strict=False, assign=True).unexpected_keys
     buffers = {name for name, _ in module.named_buffers()}
     unexpected = [name for name in unexpected if name not in buffers]
     left = [name for name, p in module.named_parameters() if p.is_meta]
-    if left and all(name.startswith("pooler.") for name in left):
-        setattr(module, "pooler", None)  # noqa: B010 - a head of other tasks, which some checkpoints leave out
+    if left and _drop_pooler_(module, left):
         left = []
     if left or unexpected:
         raise IntegrityError(
@@ -824,6 +877,14 @@ def openvino_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
         orders={n: layer.order for n, layer, _ in stored.layers if layer.order is not None},
         table=None if stored.table is None else stored.table[1],
     )
+
+
+def _drop_pooler_(module: nn.Module, lacking: Sequence[str]) -> bool:
+    """Take out a head of other tasks where only its weights are lacking; some files have none."""
+    if not all(name.startswith("pooler.") for name in lacking):
+        return False
+    setattr(module, "pooler", None)  # noqa: B010 - modules declare no such attribute
+    return True
 
 
 def _bare_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ files, how it is applied.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +20,7 @@ class Family:
     """Facts that hold for every model of a family.
 
     Attributes:
+        name: also part of its models' names, in any case.
         attention: direction the model was trained with, whatever its config says.
         pooling: how token vectors become one vector; "latent" is NV-Embed's latent attention and
             then the mean over the text without its instruction.
@@ -31,7 +31,6 @@ class Family:
         max_tokens: longest input, start and end token included.
         least_dims: trained for every shorter vector down to this many dimensions (Matryoshka);
             None where the authors state nothing.
-        id_pattern: what the names of its models look like, lower case.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Family:
     query_template: str
     default_instruction: str
     max_tokens: int
-    id_pattern: str
     start_token: str | None = None
     least_dims: int | None = None
 
@@ -69,7 +67,6 @@ FAMILIES: dict[str, Family] = {
         query_template="Instruct: {instruction}\nQuery: ",
         default_instruction=_SEARCH,
         max_tokens=32_768,
-        id_pattern=r"gte-qwen",
     ),
     "qwen3-embedding": Family(
         name="qwen3-embedding",
@@ -80,7 +77,6 @@ FAMILIES: dict[str, Family] = {
         query_template="Instruct: {instruction}\nQuery:",
         default_instruction=_SEARCH,
         max_tokens=32_768,
-        id_pattern=r"qwen3-embedding",
         least_dims=32,
     ),
     "e5-mistral": Family(
@@ -93,7 +89,6 @@ FAMILIES: dict[str, Family] = {
         query_template="Instruct: {instruction}\nQuery: ",
         default_instruction=_SEARCH,
         max_tokens=4096,
-        id_pattern=r"e5-mistral",
     ),
     "nv-embed": Family(
         name="nv-embed",
@@ -105,7 +100,6 @@ FAMILIES: dict[str, Family] = {
         query_template="Instruct: {instruction}\nQuery: ",
         default_instruction="Given a question, retrieve passages that answer the question",
         max_tokens=32_768,
-        id_pattern=r"nv-embed",
     ),
 }
 
@@ -154,7 +148,11 @@ PUBLISHED: dict[str, Published] = {
     ),
 }
 
-_CAUSAL_FAMILIES = {"mistral": "e5-mistral", "qwen3": "qwen3-embedding"}
+_DECODER_FAMILIES = {
+    "qwen2": "gte-qwen",
+    "mistral": "e5-mistral",
+    "qwen3": "qwen3-embedding",
+}
 
 
 def family_of(
@@ -162,12 +160,14 @@ def family_of(
 ) -> Family | None:
     """The family that a checkpoint belongs to, or None.
 
-    NV-Embed's config says so. gte-Qwen checkpoints say `model_type: qwen2` like a plain language
-    model; what tells them apart is `is_causal: false`, or the remote code that their `auto_map`
-    names (never run here). The configs of e5-mistral and Qwen3-Embedding are those of the language
-    models they were made from; they are known by their name, or by what Sentence Transformers
-    reads: last-token pooling and a prompt of the family's form. An encoder of another name and
-    other prompts is none of them, and is run as its folder says.
+    NV-Embed's config says so. The others' are those of the language models they were made from, and
+    a family is known by its name, or
+    - gte-Qwen by the remote code that its `auto_map` names (never run here), or by `is_causal:
+      false` where Sentence Transformers files name no other pooling or prompts (others have made
+      bidirectional encoders from Qwen2, too);
+    - e5-mistral and Qwen3-Embedding by what Sentence Transformers reads: last-token pooling and a
+      prompt of the family's form.
+    Any other encoder is run as its folder says.
 
     Args:
         config: of `config.json`.
@@ -175,19 +175,22 @@ def family_of(
         prompts: in `config_sentence_transformers.json`.
         pooling: of the `Pooling` module; "" where no file says.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind == "nvembed" or "latent_attention_config" in config:
         return FAMILIES["nv-embed"]
+    if kind not in _DECODER_FAMILIES:
+        return None
+    family = FAMILIES[_DECODER_FAMILIES[kind]]
+    auto_map = config.get("auto_map") or {}
+    if kind == "qwen2" and auto_map.get("AutoModel") == "modeling_qwen.Qwen2Model":
+        return family
+    if pooling not in ("", "lasttoken"):
+        return None
+    before, after = family.query_template.split("{instruction}")
+    said = [each for each in prompts if each]
+    is_prompted = any(each.startswith(before) and each.endswith(after) for each in said)
     if kind == "qwen2":
-        auto_map = config.get("auto_map") or {}
-        names_gte_code = auto_map.get("AutoModel") == "modeling_qwen.Qwen2Model"
-        if config.get("is_causal") is False or names_gte_code:
-            return FAMILIES["gte-qwen"]
-    if kind in _CAUSAL_FAMILIES and pooling in ("", "lasttoken"):
-        family = FAMILIES[_CAUSAL_FAMILIES[kind]]
-        before, after = family.query_template.split("{instruction}")
-        if re.search(family.id_pattern, name.lower()) or (
-            pooling and any(p.startswith(before) and p.endswith(after) for p in prompts)
-        ):
-            return family
-    return None
+        is_marked = config.get("is_causal") is False and (is_prompted or not said)
+    else:
+        is_marked = is_prompted and pooling == "lasttoken"
+    return family if is_marked or family.name in name.lower() else None

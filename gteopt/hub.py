@@ -225,6 +225,60 @@ def fetch(repository: Repository, paths: Iterable[str], into: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Files of a repository in the client's own cache, as they are at one commit."""
+
+    folder: Path
+    commit: str
+
+
+def snapshot(repo: str, patterns: Iterable[str], revision: str | None = None) -> Snapshot:
+    """Bring the files that match into the client's cache; what is there already does not travel.
+
+    Without a network, what an earlier call brought is taken.
+
+    Raises:
+        InputError: no such repository or revision, no access, or neither network nor cache.
+    """
+    with _plainly(repo):
+        folder = Path(
+            HfApi().snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
+        )
+    return Snapshot(folder, folder.name)
+
+
+@dataclass(frozen=True)
+class RemoteTensors:
+    """Tensors of safetensors files that are not here: their shapes, and their bytes together."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    n_bytes: int
+
+
+def read_headers(repo: str, paths: Iterable[str], commit: str) -> RemoteTensors:
+    """What lies in safetensors files of a repository, by a range request or two a file.
+
+    Raises:
+        InputError: a file is missing or is no safetensors file; no access, no network.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    n_bytes = 0
+    with _plainly(repo):
+        for path in paths:
+            try:
+                header = HfApi().parse_safetensors_file_metadata(repo, path, revision=commit)
+            except RemoteEntryNotFoundError:
+                raise InputError(
+                    f"{repo} lacks {path}; gteopt reads weights from safetensors files only"
+                ) from None
+            for name, tensor in header.tensors.items():
+                shapes[name] = tuple(tensor.shape)
+                first, end = tensor.data_offsets
+                n_bytes += end - first
+    return RemoteTensors(shapes, n_bytes)
+
+
 def _steps(paths: Iterable[str], files: Mapping[str, Content]) -> Iterator[list[str]]:
     """The paths, largest file first, in groups that are settled together."""
     step: list[str] = []
@@ -278,7 +332,7 @@ def _explanation(repo: str, verb: str, error: Exception) -> str | None:
             return _of_status(repo, verb, each)
     for each in chain:
         if isinstance(each, OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE forbids the network; unset it to publish or pull"
+            return "HF_HUB_OFFLINE forbids the network; unset it"
         if type(each).__module__.partition(".")[0] in ("httpx", "httpx2"):
             host = HfApi().endpoint
             return (
@@ -287,6 +341,14 @@ def _explanation(repo: str, verb: str, error: Exception) -> str | None:
     if isinstance(error, RuntimeError | ValueError | OSError):
         return f"{repo}: {_first_line(chain[-1])}; {_AGAIN}"
     return None
+
+
+def nothing_there(repo: str) -> str:
+    """What to say of a repository that is missing, or private: the hub does not tell which."""
+    return (
+        f"there is no repository {repo} that you may see; check the name, and for a private one "
+        f"log in (`hf auth login`, or HF_TOKEN)"
+    )
 
 
 def _of_status(repo: str, verb: str, error: HfHubHTTPError) -> str:
@@ -299,6 +361,8 @@ def _of_status(repo: str, verb: str, error: HfHubHTTPError) -> str:
         return f"{repo} lacks a file{reason}"
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated; ask for access on its page{reason}"
+    if isinstance(error, RepositoryNotFoundError) and verb == "read":
+        return nothing_there(repo)
     if status == 401:
         return (
             f"the hub does not accept the access token{reason}; make one that may {verb} {repo} "

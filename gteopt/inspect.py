@@ -1,6 +1,7 @@
 """What a base or an artifact is, and what every recipe would make of it, before anything is built.
 
-Hides: how sizes follow from shapes. Refuses to know: weights; only headers and configs are read.
+Hides: how sizes follow from shapes. Refuses to know: weights; only headers and configs are read,
+and of a model on the Hub nothing else is fetched.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from gteopt.checkpoint import Checkpoint, open_checkpoint
 from gteopt.encoder import build_skeleton, parse_dtype, tokenizing
 from gteopt.errors import GteoptError
 from gteopt.quant import gptq
-from gteopt.quant.affine import packed_bytes
+from gteopt.quant.affine import packed_bytes, search_bytes
 from gteopt.recipe import Calibration, GptqWeights, Recipe, load_recipe, shipped_names
 from gteopt.records import Inspection, RecipeEstimate
 
@@ -43,11 +44,10 @@ from gteopt.records import Inspection, RecipeEstimate
 _DEQUANT_BYTES = 1 + 2 + 4
 _WRITE_BYTES = 2 * 256 << 20
 """Files that blocks are put together in, while they are converted."""
-_KEPT_SHARE, _MOST_KEPT_BYTES = 0.4, 220_000_000
-"""Freed memory that the allocator keeps (the C library returns only what is larger than 32 MB at
-once) and scratch space of libraries. Measured, not derived: benchmarks/results/scale.json."""
-_SEARCH_BYTES = 64 << 20
-"""A few million weights on trial grids."""
+_KEPT_BYTES, _KEPT_SHARE, _MOST_KEPT_BYTES = 40_000_000, 0.36, 220_000_000
+"""What libraries hold for themselves, and freed memory that the allocator keeps (the C library
+returns only what is larger than 32 MB at once): grows with the peak up to a limit. Measured, not
+derived: benchmarks/results/scale.json."""
 
 
 def inspect(
@@ -60,17 +60,23 @@ def inspect(
 ) -> Inspection:
     """Describe a base (with an estimate for every shipped recipe) or an artifact.
 
+    Of a model on the Hub whose weights are not here, only what describes them is downloaded.
+
     Raises:
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision, family=family)
+    checkpoint = open_checkpoint(
+        source, hub_dir=hub_dir, revision=revision, family=family, headers_only=True
+    )
     manifest = checkpoint.manifest
+    is_here = manifest is not None or checkpoint.weight_files
     template = checkpoint.query_template
     recipes = [] if manifest else [load_recipe(name) for name in shipped_names("recipes")]
     return Inspection(
         schema="gteopt.inspection/1",
         id=checkpoint.id,
-        sha256=checkpoint.sha256,
+        revision=checkpoint.revision,
+        sha256=checkpoint.sha256 if is_here else None,
         architecture=str(checkpoint.config["model_type"]),
         family=checkpoint.family.name if checkpoint.family else None,
         attention=checkpoint.attention,
@@ -120,7 +126,7 @@ def estimate(
     padded: dict[Calibration, int] = {}
     for recipe in recipes:
         try:
-            plan = plan_layers(checkpoint, recipe)
+            plan = plan_layers(checkpoint, recipe, skeleton)
             schemes = plan.schemes
             if recipe.calibration not in padded:
                 padded[recipe.calibration] = _padded_tokens(checkpoint, recipe.calibration, hub_dir)
@@ -230,8 +236,10 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
     finish = held + min(_WRITE_BYTES, 2 * sizes.packed_bytes) + frame
     peak = max(load, held + block, finish)
     if plan.choices:
-        peak = max(peak, frame + _measuring_bytes(checkpoint, recipe, in_blocks, linears, sizes))
-    peak += min(int(_KEPT_SHARE * peak), _MOST_KEPT_BYTES)
+        n_block = sum(p.numel() for p in blocks[largest].values())
+        measuring = _measuring_bytes(checkpoint, recipe, plan, linears, n_block, sizes)
+        peak = max(peak, frame + measuring)
+    peak += min(_KEPT_BYTES + int(_KEPT_SHARE * peak), _MOST_KEPT_BYTES)
     if plan.tune_by != "model":
         return peak
     n_weights = sum(
@@ -248,25 +256,36 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
 def _measuring_bytes(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    in_blocks: int,
+    plan: LayerPlan,
     linears: Mapping[str, nn.Linear],
+    n_block: int,
     sizes: _Sizes,
 ) -> int:
-    """Most that measuring sensitivities takes: every block, and what each is fed by a few texts.
+    """Most that measuring sensitivities takes: a block, and the hidden states of trials.
 
-    Beside them a layer is being rounded: whole, as codes, and in place.
+    Beside them a layer is being rounded (whole, as codes, and in place), or the block runs.
+
+    Args:
+        checkpoint: the base.
+        recipe: says how many texts there are.
+        plan: says how many trials.
+        linears: of the largest block.
+        n_block: its parameters.
+        sizes: of everything else.
     """
     hidden_size = int(checkpoint.config["hidden_size"])
-    n_layers = int(checkpoint.config["num_hidden_layers"])
     item = sizes.replay_bytes
-    share = min(1.0, SENSITIVITY_TEXTS / recipe.calibration.n_texts)
-    n_tokens = int(sizes.n_tokens * share)
-    doors = (n_layers + 2) * n_tokens * hidden_size * item
+    n_tokens = int(sizes.n_tokens * min(1.0, SENSITIVITY_TEXTS / recipe.calibration.n_texts))
+    state = n_tokens * hidden_size * item
+    counts = [len(each) for each in plan.choices.values()]
+    trials = max(min(sum(counts) * state, sizes.activation_bytes), max(counts) * state)
+    # The base's: at the first block, where this walk began, where it is, and moving on.
+    own = 4 * state
     widest = max(max(each.weight.shape) for each in linears.values())
     running = min(n_tokens, BATCH_TOKENS) * (4 * widest + 4 * hidden_size) * item
     most = max(each.weight.numel() for each in linears.values())
-    rounding = (4 + 1 + 4) * most + _SEARCH_BYTES
-    return in_blocks * item + doors + max(running + item * most, rounding)
+    rounding = (4 + 1 + 4) * most + search_bytes(most)
+    return n_block * item + trials + own + max(running + item * most, rounding)
 
 
 def _block_bytes(
@@ -282,7 +301,7 @@ def _block_bytes(
     planned = {name: each.weight for name, each in linears.items() if name in plan.schemes}
     if not isinstance(recipe.weights, GptqWeights):
         codes = max((w.numel() for w in planned.values()), default=0)
-        return n_parameters * sizes.item_bytes + 2 * codes + _SEARCH_BYTES
+        return n_parameters * sizes.item_bytes + 2 * codes + search_bytes(codes)
     hidden_size = int(checkpoint.config["hidden_size"])
     item = sizes.replay_bytes
     compensates = recipe.weights.compensate > 0
@@ -301,7 +320,7 @@ def _block_bytes(
         n_lacking = 0
         if compensates:
             n_lacking = min(rows, columns) if readers[columns] == 1 else columns
-        solving = gptq.work_bytes(rows, columns, n_lacking=n_lacking) + _SEARCH_BYTES
+        solving = gptq.work_bytes(rows, columns, n_lacking=n_lacking)
         seeing = 4 * columns * (columns + n_lacking) + running
         seeing += (3 if compensates else 1) * 4 * n_batch * columns
         worst = max(worst, left + solving, left + seeing)

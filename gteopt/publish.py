@@ -188,10 +188,7 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> Manifest:
     hub.check_repo_name(repo)
     repository = hub.find(repo, revision)
     if repository is None:
-        raise InputError(
-            f"there is no repository {repo} that you may see; check the name, and for a private "
-            f"one log in (`hf auth login`, or HF_TOKEN)"
-        )
+        raise InputError(hub.nothing_there(repo))
     with TemporaryDirectory() as scratch:
         wanted = _remote_manifest(repository, Path(scratch))
         name = hash_file(Path(scratch, MANIFEST))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from statistics import geometric_mean
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from gteopt.errors import InputError, IntegrityError, join_problems
 from gteopt.recipe import (
@@ -69,12 +69,17 @@ class BaseRecord(Frozen):
 
 
 class CalibrationRecord(Frozen):
-    """The texts that a build looked at; `sha256` covers texts, roles, instructions and order."""
+    """The texts that a build looked at; `sha256` covers texts, roles, instructions and order.
+
+    Attributes:
+        n_cut: texts that were longer than `max_tokens`; None in older artifacts.
+    """
 
     source: str
     n_texts: int
     n_tokens: int
     max_tokens: int
+    n_cut: int | None = None
     seed: int
     sha256: str
 
@@ -188,10 +193,21 @@ class VectorRecord(Frozen):
     bytes_per_vector: int
 
 
-class FileRecord(Frozen):
-    """One file of an artifact; `path` is relative, with forward slashes."""
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in parts[0]:
+        raise ValueError(f"'{path}' leads out of the artifact")
+    return path
 
-    path: str
+
+class FileRecord(Frozen):
+    """One file of an artifact; `path` is relative, with forward slashes, and leads into it.
+
+    A manifest may come from anywhere, and its paths are read, copied and, after a failed download,
+    removed.
+    """
+
+    path: Annotated[str, AfterValidator(_inside)]
     n_bytes: int
     sha256: str
 
@@ -251,6 +267,8 @@ class Inspection(Frozen):
     """What `inspect` says of a base or an artifact.
 
     Attributes:
+        revision: commit of a model on the Hub.
+        sha256: of a base, over weights that are here; None where only their headers were fetched.
         query_prompt, document_prompt: what is put before a text of each role.
         notes: anything out of the ordinary, remote code that is ignored for one.
         estimates: one a recipe, for a base; empty for an artifact.
@@ -259,7 +277,8 @@ class Inspection(Frozen):
 
     schema_: Literal["gteopt.inspection/1"] = Field("gteopt.inspection/1", alias="schema")
     id: str
-    sha256: str
+    revision: str | None = None
+    sha256: str | None
     architecture: str
     family: str | None
     attention: str

@@ -341,20 +341,20 @@ class _Handler(BaseHTTPRequestHandler):
         etag = hashlib.sha256(content).hexdigest() if large else _git_sha1(content)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         first = int(wanted[1]) if wanted else 0
+        last = min(int(wanted[2]), len(content) - 1) if wanted and wanted[2] else len(content) - 1
         self.send_response(206 if wanted else 200)
         self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", commit)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content) - first))
+        self.send_header("Content-Length", str(last + 1 - first))
         if wanted:
-            last = len(content) - 1
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
         self.end_headers()
         if self.command == "HEAD":
             return
         hold = self.state.hold_download.pop(match[3], None)
         stop = self.state.cut_download.pop(match[3], None) if hold is None else hold
-        part = content[first:] if stop is None else content[first : first + stop]
+        part = content[first : last + 1 if stop is None else first + stop]
         self.state.served[match[3]] = self.state.served.get(match[3], 0) + len(part)
         self.wfile.write(part)
         if hold is not None:

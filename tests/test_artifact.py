@@ -57,6 +57,18 @@ def test_missing_extra_and_shortened_files_are_all_named_at_once(artifact: Path)
     assert "config.json has" in message
 
 
+@pytest.mark.parametrize(
+    "path", ["../own.txt", "/etc/hostname", "a/../../own.txt", "C:\\own.txt", ""]
+)
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(artifact: Path, path: str) -> None:
+    """It may come from anywhere, and what it names is read, copied and removed."""
+    manifest = json.loads((artifact / "gteopt.json").read_text())
+    manifest["files"][0]["path"] = path
+    (artifact / "gteopt.json").write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match="leads out of the artifact"):
+        verify(artifact)
+
+
 def test_an_edited_manifest_changes_the_artifacts_name(artifact: Path) -> None:
     before = artifact_sha256(artifact)
     content = json.loads((artifact / "gteopt.json").read_text())

@@ -124,6 +124,12 @@ def test_texts_have_exactly_the_tokens_asked_for(nano: Encoder, n_tokens: int) -
     assert exact_texts(nano, 4, n_tokens, seed=0) == texts
 
 
+def test_a_text_of_the_models_own_limit_is_exact_and_not_cut(nano: Encoder) -> None:
+    (text,) = exact_texts(nano, 1, nano.max_tokens, seed=0)
+    assert nano.lengths([text]) == [nano.max_tokens]
+    assert nano.n_cut == 0
+
+
 def test_a_length_that_leaves_no_room_for_text_is_refused(nano: Encoder) -> None:
     with pytest.raises(InputError, match=r"1 tokens are too few .* give at least 2"):
         exact_texts(nano, 1, 1, seed=0)

@@ -420,10 +420,7 @@ def test_the_memory_of_a_build_does_not_grow_with_the_number_of_blocks(tmp_path:
 def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of those of half a GB and more; a smaller one drowns in what Python and the C library keep.
-
-    The checkpoints are files of the right size with nothing in them: only headers are read.
-    """
+    """The checkpoints are files of the right size with nothing in them: only headers are read."""
     from gteopt import inspect
 
     root = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -435,8 +432,8 @@ def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
     spec.loader.exec_module(scale)
     results = json.loads((root / "results" / "scale.json").read_text())
     rows = [*results["builds"], *results["sweep"]]
-    rows = [row for row in rows if row["peak_bytes"] - row["imports_bytes"] > 5e8]
-    assert len(rows) >= 2
+    assert len(rows) >= 10
+    assert "mixed-nf4" in {row["recipe"] for row in rows}
     for i, row in enumerate(rows):
         folder, texts = tmp_path / f"base-{i}", tmp_path / f"texts-{i}.txt"
         folder.mkdir()

@@ -62,6 +62,14 @@ def test_drawing_is_seeded_and_the_hash_tells_draws_apart(nano: Encoder) -> None
     assert record(spec, first, tokens).sha256 != record(spec, other, tokens).sha256
 
 
+def test_texts_cut_at_the_recipes_length_are_counted(nano: Encoder) -> None:
+    texts = [CalibrationText("bridge " * n) for n in (1, 30, 60, 90)]
+    lengths = nano.lengths([each.text for each in texts])
+    for max_tokens in (4, lengths[1], lengths[2] - 1, lengths[3]):
+        found = record(Calibration(), texts, tokenize(nano, texts, max_tokens))
+        assert found.n_cut == sum(n > max_tokens for n in lengths)
+
+
 def test_calibration_sees_prompt_and_end_token_as_the_encoder_does(nano: Encoder) -> None:
     text = CalibrationText("how tall is it", "query", "Find the height")
     expected = nano.tokenize(["how tall is it"], role="query", instruction="Find the height")

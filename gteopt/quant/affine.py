@@ -241,6 +241,13 @@ def fit_grid(
     return scale, zero
 
 
+def search_bytes(n_weights: int) -> int:
+    """Most that fitting the grid of so many weights takes: float32 values, codes and errors of the
+    best grid so far and of the one on trial.
+    """
+    return 8 * 4 * min(n_weights, _CHUNK_WEIGHTS)
+
+
 def _row_chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows of a weight in float32, a few million values at a time: rows do not know each other."""
     n_rows = max(1, _CHUNK_WEIGHTS // max(1, weight.shape[1]))

@@ -24,6 +24,7 @@ from gteopt.quant.affine import (
     quantize_rtn,
     ratio_db,
     round_to_grid,
+    search_bytes,
 )
 from gteopt.quant.nested import nest
 from gteopt.recipe import LayerScheme
@@ -245,7 +246,8 @@ def work_bytes(out_features: int, in_features: int, *, n_lacking: int = 0) -> in
     """Most that `solve` holds beside the weight that it is given; the statistics are counted in.
 
     The Hessian and the factor in float32, what the factor is made from in float64 and a strip of it
-    twice in float32; then, without the latter two, the weight in float32 and its codes twice.
+    twice in float32; then, without the latter two, the weight in float32, its codes twice and what
+    searching ranges takes.
 
     Args:
         out_features: O.
@@ -260,7 +262,7 @@ def work_bytes(out_features: int, in_features: int, *, n_lacking: int = 0) -> in
     compensating = held + 4 * weights if n_lacking else 0
     return max(
         held + (4 + 8 + 4) * square + strip,
-        max(held, compensating) + (4 + 4) * square + (4 + 1 + 1) * weights,
+        max(held, compensating) + (4 + 4) * square + (4 + 1 + 1) * weights + search_bytes(weights),
     )
 
 
