@@ -5,8 +5,8 @@ turn per workload; what is reported is the median over rounds of the ratio to th
 (sentence-transformers, fp32 on a CPU, bf16 on a GPU) in the same round, so that a machine that
 slows down hits all alike.
 
-    python benchmarks/peers_speed.py --out benchmarks/results/peers_speed_cpu.json
-    python benchmarks/peers_speed.py --device cuda --out benchmarks/results/peers_speed_cuda.json
+    python benchmarks/peers_speed.py --models minilm --out peers_speed_cpu_minilm.json
+    python benchmarks/peers_speed.py --device cuda --out peers_speed_cuda.json
 
 The second takes a gte-Qwen2-7B of random weights, texts of 512 tokens, 32 at a time; it has not
 been run yet, as no GPU was at hand.

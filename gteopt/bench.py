@@ -133,7 +133,11 @@ def bench(
         device=str(reference.device),
         n_threads=torch.get_num_threads(),
         machine=machine(),
-        versions={**versions(), "baseline dtype": str(reference.dtype).removeprefix("torch.")},
+        versions={
+            **versions(),
+            "baseline dtype": str(reference.dtype).removeprefix("torch."),
+            "backend": backend,
+        },
         peak_gflops=peaks,
     )
 

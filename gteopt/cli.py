@@ -415,6 +415,7 @@ def evaluate(
     ] = "float16",
     hub_dir: HubDir = None,
     device: Device = "auto",
+    backend: BackendOption = "torch",
     devices: Devices = None,
     ray: Ray = None,
     as_json: AsJson = False,
@@ -438,7 +439,14 @@ def evaluate(
     grid = parse_grid(dims, vectors) if dims or vectors else None
     options = EncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype)
     with _workers(devices, ray, device) as workers, _progress() as progress:
-        how = Setup(hub_dir=hub_dir, device=device, grid=grid, workers=workers, options=options)
+        how = Setup(
+            hub_dir=hub_dir,
+            device=device,
+            backend=backend,
+            grid=grid,
+            workers=workers,
+            options=options,
+        )
         if texts is not None:
             close = compare_texts(sources, texts, out, how=how, progress=progress)
         elif loaded is not None:

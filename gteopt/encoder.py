@@ -90,6 +90,7 @@ class Encoder:
         vectors: VectorTransform,
         device: torch.device,
         dtype: torch.dtype,
+        backend: Backend = "torch",
         graph: Graph | None = None,
         streams: bool = False,
     ) -> None:
@@ -106,7 +107,7 @@ class Encoder:
         self._dense = dense
         self._latent = latent
         self._graph = graph
-        self.backend: Backend = "torch" if graph is None else "openvino"
+        self.backend = backend
         # Latent pooling reads the vector of every token.
         packs = latent is None and graph is None
         self._packed = (
@@ -164,7 +165,7 @@ class Encoder:
     @property
     def arithmetic(self) -> str:
         """What decides the rounding of products besides weights and dtype."""
-        if self._graph is not None:
+        if self.backend == "openvino":
             return f"openvino {version('openvino')}, {arithmetic(self.device)}"
         return arithmetic(self.device)
 
@@ -474,6 +475,7 @@ def describe(
     *,
     device: str,
     dtype: str = "auto",
+    backend: Backend = "torch",
     hub_dir: Path | None = None,
     revision: str | None = None,
 ) -> Encoder:
@@ -485,6 +487,7 @@ def describe(
         source: see `load`, as for the others.
         device: kind of device that encodes for it, which this machine may lack.
         dtype: see `load`.
+        backend: see `load`.
         hub_dir: see `load`.
         revision: see `load`.
 
@@ -501,6 +504,7 @@ def describe(
         vectors=_load_vectors(checkpoint),
         device=torch.device(device),
         dtype=parse_dtype(_dtype_of(checkpoint, dtype)),
+        backend=backend,
     )
 
 
@@ -562,6 +566,7 @@ def load_checkpoint(
         vectors=_load_vectors(checkpoint),
         device=where,
         dtype=kind,
+        backend=backend,
         graph=graph,
         streams=frame is not None and later is not None,
     )

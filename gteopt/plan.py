@@ -25,7 +25,7 @@ from gteopt.bench import bench
 from gteopt.build import fit_transforms, quantize, restyle
 from gteopt.checkpoint import NANO, open_checkpoint
 from gteopt.choose import choose
-from gteopt.encoder import Encoder, describe, load
+from gteopt.encoder import Backend, Encoder, describe, load
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
 from gteopt.evaluation import (
     ENCODE_OPTIONS,
@@ -214,6 +214,7 @@ class Setup:
 
     Attributes:
         dtype: that models compute in, as `load` takes it.
+        backend: of the variants, as `load` takes it; the baseline is torch's.
         grid: lengths and codes, each judged by itself; None is the vectors that each variant makes.
         workers: who encodes, instead of this process on `device`. A grid still needs each variant
             here, which fits its ranges.
@@ -223,6 +224,7 @@ class Setup:
     hub_dir: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
+    backend: Backend = "torch"
     grid: Grid | None = None
     workers: Workers | None = None
     options: EncodeOptions = ENCODE_OPTIONS
@@ -248,7 +250,7 @@ def score(
     reports: dict[str, EvalReport] = {}
     baseline = None
     for name, source in sources.items():
-        opened = _open(name, source, how, progress)
+        opened = _open(name, source, how, progress, is_baseline=baseline is None)
         views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
         if baseline is None and own.sha256 not in {each.sha256 for each in views.values()}:
             views = {name: own, **views}
@@ -294,7 +296,7 @@ def compare_texts(
     reports: dict[str, FidelityReport] = {}
     baseline = None
     for name, source in sources.items():
-        opened = _open(name, source, how, progress)
+        opened = _open(name, source, how, progress, is_baseline=baseline is None)
         views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
         run = run_texts(
             opened.encoder, texts, store=_store(folder), options=opened.options, progress=progress
@@ -341,13 +343,18 @@ class _Opened:
     notes: list[str]
 
 
-def _open(name: str, source: str, how: Setup, progress: Progress) -> _Opened:
+def _open(name: str, source: str, how: Setup, progress: Progress, *, is_baseline: bool) -> _Opened:
     options, notes = how.options, list[str]()
-    if how.workers is None:
-        encoder = load(source, device=how.device, dtype=how.dtype, hub_dir=how.hub_dir)
-    else:
-        here = describe if how.grid is None else load
-        encoder = here(source, device=how.workers.device, dtype=how.dtype, hub_dir=how.hub_dir)
+    device = how.device if how.workers is None else how.workers.device
+    here = describe if how.workers is not None and how.grid is None else load
+    encoder = here(
+        source,
+        device=device,
+        dtype=how.dtype,
+        backend="torch" if is_baseline else how.backend,
+        hub_dir=how.hub_dir,
+    )
+    if how.workers is not None:
         encode = how.workers.encoding(
             encoder,
             source,

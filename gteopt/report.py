@@ -133,10 +133,15 @@ def bench_table(report: BenchReport) -> Table:
     table.caption = Text(
         f"{_machine(report.machine)}; {report.device}, {report.n_threads} threads; latency of "
         f"single queries of {report.spec.query_tokens} tokens; × is relative to "
-        f"{report.baseline}, measured in turns with it{_part_note(report)}",
+        f"{report.baseline}, measured in turns with it{_backend_note(report)}{_part_note(report)}",
         style="not italic",
     )
     return table
+
+
+def _backend_note(report: BenchReport) -> str:
+    backend = report.versions.get("backend", "torch")
+    return "" if backend == "torch" else f"; the variants run on {backend}, it on torch"
 
 
 def _part_note(report: BenchReport) -> str:

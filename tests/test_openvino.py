@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import gteopt.openvino
+from gteopt.bench import bench
+from gteopt.encoder import Backend
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.evaluation.cache import vector_identity
 from gteopt.layout import export_openvino
 from gteopt.openvino import Graph, Weights
+from gteopt.plan import Setup, compare_texts
 from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
-from gteopt.recipe import LayerScheme, load_recipe
+from gteopt.recipe import BenchSpec, LayerScheme, Workload, load_recipe, quiet
 
 SIZES = {
     "hidden_size": 128,
@@ -37,6 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bert": {**SIZES, "model_type": "bert", "hidden_act": "gelu"},
 }
 LENGTHS = (9, 1, 4)
+BACKENDS: tuple[Backend, ...] = ("torch", "openvino")
 SCHEMES = {
     "2 bits": LayerScheme(bits=2, group_size=32, symmetric=False),
     "3 bits": LayerScheme(bits=3, group_size=64, symmetric=True),
@@ -184,6 +188,38 @@ def test_cached_vectors_of_the_backends_are_kept_apart(artifact: Path) -> None:
     one, other = (gteopt.load(artifact, backend=each) for each in ("torch", "openvino"))
     assert vector_identity(one) != vector_identity(other)
     assert f"openvino {version('openvino')}" in vector_identity(other)["arithmetic"]
+
+
+def test_variants_are_judged_on_it_and_the_baseline_on_torch(
+    artifact: Path, tmp_path: Path
+) -> None:
+    lines = [f"Bridge {number} crosses the river at mile {number * 7}." for number in range(40)]
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(lines), encoding="utf-8")
+    sources = {"nano": "nano", "int8": str(artifact)}
+    close = {
+        each: compare_texts(sources, texts, None, how=Setup(backend=each), progress=quiet)
+        for each in BACKENDS
+    }
+    assert close["openvino"]["nano"].fidelity == close["torch"]["nano"].fidelity
+    found = {each: close[each]["int8"].fidelity.mean_cosine for each in BACKENDS}
+    assert found["openvino"] != found["torch"]  # another arithmetic, of the same weights:
+    assert 1 - found["openvino"] < 1.2 * (1 - found["torch"])
+
+
+def test_a_bench_says_what_ran_where(artifact: Path) -> None:
+    spec = BenchSpec(
+        query_tokens=8,
+        n_queries=10,
+        warmup=1,
+        repeats=1,
+        workloads=(Workload(batch_size=2, tokens=16),),
+    )
+    sources = {"nano": "nano", "int8": str(artifact)}
+    report = bench(sources, baseline="nano", spec=spec, backend="openvino")
+    assert report.variants["int8"].kernels == {"openvino.int8": 28}
+    assert not any("openvino" in each for each in report.variants["nano"].kernels)
+    assert report.versions["backend"] == "openvino"
 
 
 def test_the_exported_graph_runs_without_gteopt(artifact: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from gteopt.machine import machine, versions
 from gteopt.recipe import Progress
 
 if TYPE_CHECKING:
-    from gteopt.encoder import Encoder
+    from gteopt.encoder import Backend, Encoder
 
 Floats = npt.NDArray[np.float32]
 
@@ -61,6 +61,7 @@ class Job:
     hub_dir: str | None
     device: str
     dtype: str
+    backend: Backend
     batch_size: int
     sha256: str
     n_threads: int
@@ -177,6 +178,7 @@ class Workers:
             hub_dir=None if hub_dir is None else str(hub_dir.absolute()),
             device=self.device,
             dtype=str(encoder.dtype).removeprefix("torch."),
+            backend=encoder.backend,
             batch_size=batch_size,
             sha256=encoder.sha256,
             n_threads=torch.get_num_threads(),
@@ -515,7 +517,7 @@ def _load(job: Job, device: str) -> tuple[LocalEncoding, list[str]]:
         )
     torch.set_num_threads(job.n_threads)
     hub_dir = None if job.hub_dir is None else Path(job.hub_dir)
-    encoder = load(job.source, device=device, dtype=job.dtype, hub_dir=hub_dir)
+    encoder = load(job.source, device=device, dtype=job.dtype, backend=job.backend, hub_dir=hub_dir)
     if encoder.sha256 != job.sha256:
         raise IntegrityError(
             f"{job.source} holds other files on a worker's machine (SHA-256 {encoder.sha256[:16]} "
