@@ -317,6 +317,7 @@ def compare_texts(
                 bytes_per_vector=view.vectors.bytes_per_vector,
                 n_asked_texts=run.encodings.n_asked,
                 n_encoded_texts=0 if done else run.encodings.n_encoded,
+                n_cut_texts=run.encodings.n_cut,
                 notes=(*run.notes, *notes),
                 fidelity=fidelity(baseline[1], run.sample, view.vectors),
                 machine=run.machine,

@@ -596,6 +596,7 @@ class EvalReport(Frozen):
         dims, code, bytes_per_vector: of what was scored; None in reports of an older gteopt.
         n_asked_texts: texts whose vectors the tasks asked for, each in the run that scored it.
         n_encoded_texts: of these, encoded; the others came from the cache.
+        n_cut_texts: of these, longer than the model takes, and cut there.
         notes: anything out of the ordinary: a damaged cache, batches that did not fit the memory.
         published: of the baseline of a published model alone: the mean over the tasks that have a
             published score.
@@ -626,6 +627,7 @@ class EvalReport(Frozen):
     bytes_per_vector: int | None = None
     n_asked_texts: int = 0
     n_encoded_texts: int = 0
+    n_cut_texts: int = 0
     notes: tuple[str, ...] = ()
     published: BesidePublished | None = None
     published_average: ReferenceAverage | None = None
@@ -643,6 +645,7 @@ class FidelityReport(Frozen):
         n_asked_texts: texts whose vectors were needed.
         n_encoded_texts: of these, encoded in this run and for this row; the others came from the
             cache, where an earlier run or row of the same weights had put them.
+        n_cut_texts: see `EvalReport`.
         notes: see `EvalReport`.
     """
 
@@ -658,6 +661,7 @@ class FidelityReport(Frozen):
     bytes_per_vector: int
     n_asked_texts: int
     n_encoded_texts: int
+    n_cut_texts: int = 0
     notes: tuple[str, ...]
     fidelity: Fidelity
     machine: Machine

@@ -288,10 +288,16 @@ def _span(difference: Difference | None) -> str:
 
 
 def _encodings(reports: Sequence[EvalReport | FidelityReport]) -> str:
-    """How many texts were encoded, and how many encodings the cache saved."""
+    """How many texts were encoded, how many encodings the cache saved, and what was cut."""
     asked = sum(report.n_asked_texts for report in reports)
     encoded = sum(report.n_encoded_texts for report in reports)
-    return f"texts encoded: {encoded:,}; encodings saved: {asked - encoded:,}"
+    cut = {report.variant: report.n_cut_texts for report in reports if report.n_cut_texts}
+    said = f"texts encoded: {encoded:,}; encodings saved: {asked - encoded:,}"
+    if cut:
+        said += "; cut at the model's most tokens: " + ", ".join(
+            f"{n:,} of {name}" for name, n in cut.items()
+        )
+    return said
 
 
 def _published_text(found: BesidePublished | None) -> str:

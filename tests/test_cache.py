@@ -73,6 +73,20 @@ def test_a_cold_and_a_warm_cache_give_the_same_bits(nano: Encoder, tmp_path: Pat
     assert np.abs(other - first).max() > 0.01
 
 
+def test_texts_that_the_model_cuts_are_counted_also_where_nothing_is_encoded(
+    tmp_path: Path,
+) -> None:
+    encoder = gteopt.load("nano", dtype="float32")
+    texts = [*texts_of(10), "bridge " * 40, "river " * 50]
+    encoder.max_tokens = max(encoder.lengths(texts[:10]))
+    with pytest.warns(UserWarning, match="were cut there"):
+        VectorCache(encoder, tmp_path).embed(texts, "document", None)
+    warm = VectorCache(encoder, tmp_path)
+    for n in (1, 2):
+        warm.embed(texts, "document", None)
+        assert warm.counts == Encodings(12 * n, 0, 2 * n)
+
+
 def test_scores_are_the_same_bits_with_and_without_a_store(nano: Encoder, tmp_path: Path) -> None:
     suite = suite_of(*TASKS[:2])
     without = run_suite(nano, suite)

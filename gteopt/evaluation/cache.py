@@ -73,18 +73,26 @@ class Shard:
 
 @dataclass(frozen=True)
 class Encodings:
-    """Texts whose vectors were asked for, and how many of these were encoded; the others were
-    cached.
+    """Texts whose vectors were asked for.
+
+    Attributes:
+        n_encoded: of these, encoded; the others were cached.
+        n_cut: of these, longer than the model takes, cached or not.
     """
 
     n_asked: int = 0
     n_encoded: int = 0
+    n_cut: int = 0
 
     def __add__(self, other: Encodings) -> Encodings:
-        return Encodings(self.n_asked + other.n_asked, self.n_encoded + other.n_encoded)
+        return Encodings(
+            self.n_asked + other.n_asked,
+            self.n_encoded + other.n_encoded,
+            self.n_cut + other.n_cut,
+        )
 
     def __sub__(self, other: Encodings) -> Encodings:
-        return Encodings(self.n_asked - other.n_asked, self.n_encoded - other.n_encoded)
+        return self + Encodings(-other.n_asked, -other.n_encoded, -other.n_cut)
 
 
 class EncodeShards(Protocol):
@@ -224,6 +232,7 @@ class VectorCache:
         self._limit_bytes = limit_bytes
         self._dtype = np.dtype(dtype)
         self._say = say
+        self._is_cut: dict[bytes, bool] = {}
         self._seen: set[str] = set()
         self._where: dict[bytes, tuple[str, int]] = {}
         self._held: OrderedDict[str, Stored] = OrderedDict()
@@ -251,7 +260,7 @@ class VectorCache:
         self._look_for_new_shards()
         found = self._read(wanted)
         missing = [text for digest, text in wanted.items() if digest not in found]
-        self.counts += Encodings(len(wanted), len(missing))
+        self.counts += Encodings(len(wanted), len(missing), self._n_cut(wanted, role, instruction))
         n_known = len(texts) - len(missing)
 
         def count(what: str, done: int, total: int) -> None:
@@ -266,6 +275,14 @@ class VectorCache:
         if not texts:
             return np.empty((0, self.encoder.full_dims), np.float32)
         return np.stack([found[digest] for digest in digests]).astype(np.float32)
+
+    def _n_cut(self, wanted: Mapping[bytes, str], role: Role, instruction: str | None) -> int:
+        """How many of the texts the encoder cuts, whoever encodes them and whenever it was."""
+        new = {key: text for key, text in wanted.items() if key not in self._is_cut}
+        lengths = self.encoder.lengths(list(new.values()), role=role, instruction=instruction)
+        longest = self.encoder.max_tokens
+        self._is_cut |= {key: n > longest for key, n in zip(new, lengths, strict=True)}
+        return sum(self._is_cut[key] for key in wanted)
 
     def missing(
         self, texts: Sequence[str], role: Role, instruction: str | None

@@ -108,6 +108,7 @@ def compare(
         bytes_per_vector=variant.vectors.bytes_per_vector,
         n_asked_texts=variant.encodings.n_asked,
         n_encoded_texts=variant.encodings.n_encoded,
+        n_cut_texts=variant.encodings.n_cut,
         notes=variant.notes,
         fidelity=fidelity(baseline.sample, variant.sample, variant.vectors),
         machine=variant.machine,

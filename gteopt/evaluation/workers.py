@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -515,6 +516,8 @@ def _load(job: Job, device: str) -> tuple[LocalEncoding, list[str]]:
             f"a worker runs on {here.cpu}, this process on {job.cpu}: vectors may differ in their "
             f"last bits"
         )
+    # Whoever asked for the vectors counts what was cut, over all workers.
+    warnings.filterwarnings("ignore", message=".* and were cut there")
     torch.set_num_threads(job.n_threads)
     hub_dir = None if job.hub_dir is None else Path(job.hub_dir)
     encoder = load(job.source, device=device, dtype=job.dtype, backend=job.backend, hub_dir=hub_dir)
