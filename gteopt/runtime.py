@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gteopt.families import Pooling
-from gteopt.kernels.cpu import Int8LinearCpu, multiplies_bfloat16
+from gteopt.kernels.cpu import Int4LinearCpu, Int8LinearCpu, multiplies_bfloat16
+from gteopt.kernels.reference import DequantLinear
 
 PackedForward = Callable[[nn.Module, Sequence[Sequence[int]]], Tensor]
 
@@ -165,9 +166,15 @@ def _apply(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     return [each(x) for each in layers]
 
 
-def _by_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A function of tokens [T, D], on a CPU so many at a time that what is inside stays cached."""
-    if x.device.type != "cpu" or len(x) <= _TOKEN_BLOCK:
+def _by_blocks(
+    function: Callable[[Tensor], Tensor], x: Tensor, layers: Sequence[nn.Module]
+) -> Tensor:
+    """A function of tokens [T, D], on a CPU so many at a time that what is inside stays cached.
+
+    Not where one of its `layers` decodes its weight in each call: that takes longer than it saves.
+    """
+    decodes = any(isinstance(each, DequantLinear | Int4LinearCpu) for each in layers)
+    if x.device.type != "cpu" or len(x) <= _TOKEN_BLOCK or decodes:
         return function(x)
     return torch.cat([function(part) for part in x.split(_TOKEN_BLOCK)])  # type: ignore[no-untyped-call]
 
@@ -206,7 +213,7 @@ def _decoder(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _
             q = _rotate(q.view(len(q), -1, width), cos, sin)
         k, v = _rotate(k.view(len(k), -1, width), cos, sin), v.view(len(v), -1, width)
         x = x + attention.o_proj(_attend(q, k, v, layout, causal=causal, one=one))
-        x = _by_blocks(partial(_gated_mlp, block, act), x)
+        x = _by_blocks(partial(_gated_mlp, block, act), x, list(block.mlp.children()))
     x = _rms_norm(module.norm, x)
     if last is not None:
         return x
@@ -257,7 +264,8 @@ def _bert(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _Lay
         q, k, v = (each.view(len(each), -1, width) for each in (q, k, v))
         mixed = attention.output.dense(_attend(q, k, v, layout, causal=False, one=one))
         x = _layer_norm(attention.output.LayerNorm, mixed.add_(x))
-        x = _by_blocks(partial(_bert_mlp, block, act), x)
+        layers = (block.intermediate.dense, block.output.dense)
+        x = _by_blocks(partial(_bert_mlp, block, act), x, layers)
     return x if first is not None else layout.mean(x)
 
 

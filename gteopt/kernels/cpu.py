@@ -313,7 +313,10 @@ class Int4LinearCpu(nn.Module):
         n_groups, tile = len(self.grid), torch_tile()
         codes = _from_torch_layout(self.qweight, tile)  # [O/tile, I, tile]
         steps = codes.transpose(0, 1).reshape(n_groups, -1, self.out_features)  # [G, I/G, O]
-        scale, offset = self.grid.to(dtype).unsqueeze(1).unbind(-1)  # each [G, 1, O]
+        # Copied side by side: torch multiplies by every other element eight times as slowly.
+        scale, offset = (
+            each.contiguous() for each in self.grid.to(dtype).unsqueeze(1).unbind(-1)
+        )  # each [G, 1, O]
         values = steps.view(torch.int8).sub_(8).to(dtype).mul_(scale).add_(offset)
         return values.view(self.in_features, self.out_features)
 
