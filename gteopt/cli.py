@@ -431,6 +431,8 @@ def evaluate(
     sources = _named([baseline or base_of(artifacts), *artifacts])
     if texts is not None and (suite or data):
         raise InputError("--texts has no labels to score; give it without --suite and --data")
+    if instruction is not None and data is None:
+        raise InputError("--instruction goes with --data; a suite's file names those of its tasks")
     loaded = load_suite(suite) if suite else None
     if data is not None:
         loaded = with_data(loaded, data, instruction=instruction)

@@ -15,8 +15,9 @@ any step works.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -32,6 +33,7 @@ from gteopt.evaluation import (
     EncodeOptions,
     Suite,
     View,
+    begin_views,
     compare,
     fidelity,
     load_suite,
@@ -249,8 +251,18 @@ def score(
     """
     reports: dict[str, EvalReport] = {}
     baseline = None
-    for name, source in sources.items():
-        opened = _open(name, source, how, progress, is_baseline=baseline is None)
+    following: _Opened | None = None
+    for name, next_name in zip(sources, [*list(sources)[1:], None], strict=True):
+        opened = following or _open(
+            name, sources[name], how, progress, is_baseline=baseline is None
+        )
+        following = None
+        options = opened.options
+        # Only descriptions of models, which take no memory, can be opened ahead of their turn.
+        if how.workers is not None and how.grid is None and next_name is not None:
+            following = _open(next_name, sources[next_name], how, progress, is_baseline=False)
+            if not _same_weights(opened, following):  # whose vectors will be there
+                options = replace(options, afterwards=_beginning(following, suite, folder, how))
         views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
         if baseline is None and own.sha256 not in {each.sha256 for each in views.values()}:
             views = {name: own, **views}
@@ -260,7 +272,7 @@ def score(
             list(views.values()),
             hub_dir=how.hub_dir,
             store=_store(folder),
-            options=opened.options,
+            options=options,
             progress=progress,
         )
         del opened  # two models may not fit
@@ -297,7 +309,7 @@ def compare_texts(
     baseline = None
     for name, source in sources.items():
         opened = _open(name, source, how, progress, is_baseline=baseline is None)
-        views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
+        views, own, notes = opened.views, own_view(opened.encoder), opened.notes
         run = run_texts(
             opened.encoder, texts, store=_store(folder), options=opened.options, progress=progress
         )
@@ -368,6 +380,23 @@ def _open(name: str, source: str, how: Setup, progress: Progress, *, is_baseline
     if how.grid is not None:
         views = _grid_views(encoder, name, how.grid, hub_dir=how.hub_dir, progress=progress)
     return _Opened(encoder, options, views, notes)
+
+
+def _same_weights(one: _Opened, other: _Opened) -> bool:
+    return one.encoder.checkpoint.weights_sha256 == other.encoder.checkpoint.weights_sha256
+
+
+def _beginning(
+    opened: _Opened, suite: Suite, folder: Path | None, how: Setup
+) -> Callable[[], None]:
+    return partial(
+        begin_views,
+        opened.encoder,
+        suite,
+        hub_dir=how.hub_dir,
+        store=_store(folder),
+        options=opened.options,
+    )
 
 
 def _store(folder: Path | None) -> Path | None:

@@ -91,6 +91,7 @@ def test_recipes_and_suites_list_what_ships(call: Call) -> None:
         (["quantize", "nano", "--out", "x", "--devices", "cpu,cuda:0"], "name GPUs, each once"),
         (["evaluate", "nano", "--suite", "mini", "--devices", "cpu", "--ray", "auto"], "one of th"),
         (["evaluate", "nano", "--texts", "t", "--suite", "mini"], "without --suite and --data"),
+        (["evaluate", "nano", "--suite", "mini", "--instruction", "i"], "goes with --data"),
         (["run", "dmo"], "did you mean demo"),
         (["run", "no/such/plan.yaml"], "no/such/plan.yaml does not exist"),
         (["choose", ".", "--policy", "balanced"], "is not a results folder"),

@@ -18,8 +18,9 @@ from gteopt.encoder import Encoder, describe
 from gteopt.errors import InputError, IntegrityError, NumericsError, UnsupportedError
 from gteopt.evaluation import EncodeOptions, Suite, SuiteRun, cache, run_suite
 from gteopt.evaluation.cache import LocalEncoding, Shard
-from gteopt.evaluation.workers import Workers, local_workers, ray_workers
+from gteopt.evaluation.workers import Job, Workers, local_workers, ray_workers
 from gteopt.machine import parse_devices
+from gteopt.plan import Setup, score
 from gteopt.recipe import Progress, quiet
 
 SUITE = Suite.model_validate(
@@ -171,6 +172,9 @@ class Listening(LocalEncoding):
     def forget(self, shards: Sequence[Shard]) -> None:
         assert set(shards) <= set(self.asked)
 
+    def afterwards(self, begin: Callable[[], None]) -> None:
+        raise AssertionError("nothing comes after this run")
+
 
 def test_what_tasks_will_ask_for_is_known_before_and_leaves_their_scores_alone(
     nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,6 +199,38 @@ def test_what_tasks_will_ask_for_is_known_before_and_leaves_their_scores_alone(
     again = run_suite(nano, suite, store=tmp_path)
     assert again.encodings.n_encoded == 0
     assert again.scores == run.scores
+
+
+def test_the_next_variant_is_begun_before_the_last_one_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = {"base": "nano", "eight": str(tmp_path / "eight")}
+    gteopt.quantize("nano", "rtn-int8", sources["eight"], device="cpu")
+    begun: list[str] = []
+    at_comparison: list[int] = []
+    submit = Workers.submit
+
+    def noting(self: Workers, job: Job, shard: Shard) -> Any:
+        begun.append(job.source)
+        return submit(self, job, shard)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what.startswith("base: comparing"):
+            at_comparison.append(begun.count(sources["eight"]))
+
+    monkeypatch.setattr(Workers, "submit", noting)
+    with local_workers(["cpu"]) as workers:
+        how = Setup(device="cpu", workers=workers)
+        found = score(sources, SUITE, tmp_path / "there", how=how, progress=progress)
+    # Every shard once, the second model's behind the first one's, as many as are encoded ahead.
+    n_shards = begun.count("nano")
+    assert begun == ["nano"] * n_shards + [sources["eight"]] * n_shards
+    assert at_comparison == [4]
+    here = score(sources, SUITE, tmp_path / "here", how=Setup(device="cpu"), progress=quiet)
+    assert cached(tmp_path / "there" / "scores") == cached(tmp_path / "here" / "scores")
+    for name, report in here.items():
+        assert found[name].tasks == report.tasks
+        assert found[name].n_encoded_texts == report.n_encoded_texts > 0
 
 
 def test_what_a_worker_raises_is_raised_here_and_it_lives_on(nano: Encoder, tmp_path: Path) -> None:

@@ -119,6 +119,9 @@ class EncodeAhead(Protocol):
     def forget(self, shards: Sequence[Shard]) -> None:
         """Whichever of these was not asked for will not be."""
 
+    def afterwards(self, begin: Callable[[], None]) -> None:
+        """`begin` what comes next, once all that is expected is being encoded."""
+
 
 class LocalEncoding:
     """Encodes shards one after the other in this process.

@@ -77,6 +77,8 @@ class EncodeOptions:
         dtype: of the cached vectors.
         encode: encodes shards of texts; None does it here, one after the other.
         encoded_on: what reports call the place where that happens.
+        afterwards: begins what comes next on the same workers, so that none waits for the end of a
+            run; called once, when all that the last task asks for is being encoded.
     """
 
     batch_size: int = 32
@@ -84,6 +86,7 @@ class EncodeOptions:
     dtype: CacheDtype = "float16"
     encode: EncodeShards | None = None
     encoded_on: str = "this process"
+    afterwards: Callable[[], None] | None = None
 
 
 ENCODE_OPTIONS = EncodeOptions()
@@ -190,6 +193,33 @@ def run_views(
         return _run(encoder, suite, views, hub_dir, store, options, progress)
 
 
+def begin_views(
+    encoder: Encoder,
+    suite: Suite,
+    *,
+    hub_dir: Path | None,
+    store: Path | None,
+    options: EncodeOptions,
+) -> None:
+    """Let workers start on the first task that has no scores yet, before `run_views` is called with
+    the same arguments.
+    """
+    from gteopt.evaluation.isolation import isolated
+    from gteopt.evaluation.tasks import load_data, resolve
+
+    with ExitStack() as stack:
+        stack.enter_context(isolated(offline=hub_dir is not None))
+        if store is None:
+            store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gteopt-")))
+        for each in resolve(suite, hub_dir):
+            if Place.of(encoder, each, store, options.dtype).sample() is None:
+                load_data([each])
+                cache = _open_cache(encoder, store, options, lambda note: None)
+                _Ahead(options, cache, [each]).look(0)
+                each.task.unload_data()
+                return
+
+
 @dataclass(frozen=True)
 class TextsRun:
     """What one encoder made of a user's own texts.
@@ -268,7 +298,7 @@ def _run(
     cache = _open_cache(encoder, store, options, say)
     failed: dict[str, list[FailedTask]] = {view.sha256: [] for view in views}
     now: dict[tuple[str, str], Encodings] = {}
-    ahead = _Ahead(options.encode, cache, waiting)
+    ahead = _Ahead(options, cache, waiting)
     for position, each in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
         ahead.look(position - (len(tasks) - len(waiting) + 1))
         try:
@@ -354,9 +384,10 @@ class _Ahead:
     """Lets workers begin with the next task's texts while a task is scored; see `EncodeAhead`."""
 
     def __init__(
-        self, encode: EncodeShards | None, cache: VectorCache, tasks: Sequence[ResolvedTask]
+        self, options: EncodeOptions, cache: VectorCache, tasks: Sequence[ResolvedTask]
     ) -> None:
-        self._encode = encode if isinstance(encode, EncodeAhead) else None
+        self._encode = options.encode if isinstance(options.encode, EncodeAhead) else None
+        self._afterwards = options.afterwards
         self._cache = cache
         self._tasks = tasks
         self._planned: set[bytes] = set()  # by the last task that was looked at
@@ -385,6 +416,8 @@ class _Ahead:
             self._planned = planned - self._planned
             self._shards.append(shards)
             self._encode.expect(shards)
+        if position == len(self._tasks) - 1 and self._afterwards is not None:
+            self._encode.afterwards(self._afterwards)
 
 
 def _score(

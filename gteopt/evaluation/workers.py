@@ -285,6 +285,7 @@ class ShardsElsewhere:
         self._say = say
         self._expected: dict[Shard, None] = {}
         self._begun: dict[Shard, Future[Encoded]] = {}
+        self._afterwards: Callable[[], None] | None = None
 
     def __call__(
         self, shards: Sequence[Shard], progress: Progress
@@ -300,6 +301,7 @@ class ShardsElsewhere:
             if shard not in self._begun:
                 self._begin(shard)
         asked = {self._begun.pop(shard): shard for shard in shards}
+        self._begin_expected()
         for future in as_completed(asked):
             self._begin_expected()
             encoded, shard = future.result(), asked[future]
@@ -314,7 +316,7 @@ class ShardsElsewhere:
 
     def expect(self, shards: Sequence[Shard]) -> None:
         """These will be asked for, after those that are already expected."""
-        self._expected |= dict.fromkeys(shards)
+        self._expected |= dict.fromkeys(shard for shard in shards if shard not in self._begun)
         self._begin_expected()
 
     def forget(self, shards: Sequence[Shard]) -> None:
@@ -324,11 +326,21 @@ class ShardsElsewhere:
             if shard in self._begun:
                 self._begun.pop(shard).cancel()
 
+    def afterwards(self, begin: Callable[[], None]) -> None:
+        """See `EncodeAhead`. Workers take shards in the order in which they were begun, so that
+        what comes next, of another model, never goes before what is expected here.
+        """
+        self._afterwards = begin
+        self._begin_expected()
+
     def _begin_expected(self) -> None:
         while self._expected and len(self._begun) < _AHEAD_PER_WORKER * len(self._workers):
             shard = next(iter(self._expected))
             del self._expected[shard]
             self._begin(shard)
+        if not self._expected and self._afterwards is not None:
+            begin, self._afterwards = self._afterwards, None
+            begin()
 
     def _begin(self, shard: Shard) -> None:
         self._begun[shard] = self._workers.submit(self._job, shard)
