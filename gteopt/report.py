@@ -157,6 +157,9 @@ def _part_note(report: BenchReport) -> str:
     )
 
 
+_NOISE_ABOVE_PEAK = 1.1
+
+
 def limits_table(report: BenchReport) -> Table:
     """How near each variant comes to what the device can do, and what its tokens cost.
 
@@ -200,8 +203,15 @@ def limits_table(report: BenchReport) -> Table:
         if report.price_per_hour is None
         else f"at ${report.price_per_hour:g} an hour"
     )
+    shares = [each.peak_ratio or 0 for v in report.variants.values() for each in v.throughput]
+    busy = (
+        "; more than the peak: other work slowed the device while the peak was measured, so no "
+        "share here is to be trusted"
+        if max(shares, default=0) > _NOISE_ABOVE_PEAK
+        else ""
+    )
     table.caption = Text(
-        f"measured peaks in GFLOP/s: {peaks or 'none'}; {price_note}; hosted price: "
+        f"measured peaks in GFLOP/s: {peaks or 'none'}{busy}; {price_note}; hosted price: "
         f"${HOSTED_PRICE} per million tokens",
         style="not italic",
     )

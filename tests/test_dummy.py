@@ -16,7 +16,7 @@ from gteopt.checkpoint import open_checkpoint
 from gteopt.dummy import shapes, write_dummy
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.recipe import BenchSpec, Workload
-from gteopt.records import break_even_price_per_hour, cost_per_million_tokens
+from gteopt.records import BenchReport, break_even_price_per_hour, cost_per_million_tokens
 from gteopt.report import bench_table, limits_table
 
 SMALL = {
@@ -159,3 +159,20 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
     assert "2 of the 3 blocks" in str(bench_table(priced).caption)
     cells = [list(column.cells) for column in limits_table(priced).columns]
     assert set(cells[4]) == set(cells[5]) == {"–"}  # no price of a part of a model
+    assert "more than the peak" not in str(limits_table(with_share(priced, 1.05)).caption)
+    assert "more than the peak" in str(limits_table(with_share(priced, 1.9)).caption)
+
+
+def with_share(report: BenchReport, share: float) -> BenchReport:
+    """The report with this share of the peak in every row."""
+    variants = {
+        name: each.model_copy(
+            update={
+                "throughput": tuple(
+                    row.model_copy(update={"peak_ratio": share}) for row in each.throughput
+                )
+            }
+        )
+        for name, each in report.variants.items()
+    }
+    return report.model_copy(update={"variants": variants})
