@@ -226,11 +226,11 @@ class _Builder:
     def _decoded(self, name: str, packed: PackedWeight) -> Node:
         """(codes - zero) * scale as OpenVINO recognises it, so that codes stay packed."""
         scheme, n_groups = packed.scheme, packed.scale.shape[1]
-        if scheme.element != "int" or scheme.activation_outliers is not None:
+        if scheme.element == "e4m3" or scheme.activation_outliers is not None:
             what = "LLM.int8()" if scheme.activation_outliers else scheme.element
             raise UnsupportedError(
-                f"backend openvino takes weights of 2 to 8 bits in whole numbers, and {name} is "
-                f"{what}; use backend torch, or build from int8, gptq-int4 or mixed-4.25"
+                f"backend openvino takes weights in NF4 or in whole numbers of 2 to 8 bits, and "
+                f"{name} is {what}; use backend torch, or build from int8, gptq-int4 or gptq-nf4"
             )
         outputs, width = packed.out_features, packed.in_features // n_groups
         bits = 8 if scheme.bits == 8 else 4
@@ -239,7 +239,10 @@ class _Builder:
             codes = pack_codes(unpack_codes(codes, scheme.bits, packed.in_features), 4)
         scale = packed.scale.reshape(outputs, n_groups, 1)
         grouped = codes.reshape(outputs, n_groups, width * bits // 8)
-        if zeros is None and scheme.bits in (4, 8):
+        is_nf4 = scheme.element == "nf4"
+        if is_nf4:
+            values = self.wide(self.constant(grouped, "nf4"))
+        elif zeros is None and scheme.bits in (4, 8):
             # Flipping the top bit of a code subtracts the middle of its range.
             signed = grouped ^ (128 if bits == 8 else 0x88)
             values = self.wide(self.constant(signed, f"i{bits}"))
@@ -256,8 +259,8 @@ class _Builder:
                 self.wide(self.constant(grouped, f"u{bits}")), self.wide(zero.output(0))
             ).output(0)
         weight = self.op.multiply(values, self.wide(self.constant(scale))).output(0)
-        self.rounds |= scheme.activation_bits == 8 or scheme.bits < 8
-        self.kernels[f"openvino.int{scheme.bits}"] += 1
+        self.rounds |= scheme.activation_bits == 8 or (scheme.bits < 8 and not is_nf4)
+        self.kernels[f"openvino.{'nf' if is_nf4 else 'int'}{scheme.bits}"] += 1
         return self.op.reshape(weight, self.shape(outputs, packed.in_features), False).output(0)
 
     def heads(self, x: Node, n_heads: int, width: int) -> Node:

@@ -47,6 +47,7 @@ SCHEMES = {
     "4 bits": LayerScheme(bits=4, group_size=32, symmetric=True),
     "4 bits with zero points": LayerScheme(bits=4, group_size=128, symmetric=False),
     "4 bits, a scale a row": LayerScheme(bits=4, group_size="row", symmetric=True),
+    "NF4": LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4"),
     "8 bits": LayerScheme(bits=8, group_size="row", symmetric=True),
     "8 bits with zero points": LayerScheme(bits=8, group_size=64, symmetric=False),
 }
@@ -113,7 +114,8 @@ def test_packed_weights_stand_for_the_same_numbers(
     found = graph(*padded())
     for row, length, expected in zip(found, LENGTHS, alone(module), strict=True):
         assert (row[:length] - expected).norm() < 2e-5 * expected.norm()
-    assert graph.kernels == {f"openvino.int{SCHEMES[name].bits}": len(packed)}
+    kind = "nf" if SCHEMES[name].element == "nf4" else "int"
+    assert graph.kernels == {f"openvino.{kind}{SCHEMES[name].bits}": len(packed)}
 
 
 def test_codes_stay_packed() -> None:
@@ -249,9 +251,9 @@ def test_what_it_cannot_compute_is_refused(artifact: Path, tmp_path: Path) -> No
         gteopt.load(artifact, backend="openvin")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="runs on the CPU, not on cuda"):
         gteopt.load(artifact, backend="openvino", device="cuda")
-    gteopt.quantize("nano", "nf4", tmp_path / "nf4")
-    with pytest.raises(UnsupportedError, match=r"layers\.0\..* is nf4; use backend torch"):
-        gteopt.load(tmp_path / "nf4", backend="openvino")
+    gteopt.quantize("nano", "fp8", tmp_path / "fp8")
+    with pytest.raises(UnsupportedError, match=r"layers\.0\..* is e4m3; use backend torch"):
+        gteopt.load(tmp_path / "fp8", backend="openvino")
     with pytest.raises(UnsupportedError, match="and this is a qwen3 one"):
         Graph({"model_type": "qwen3"}, Weights({}), dtype=torch.float32)
     wide = {**CONFIGS["qwen2"], "rope_scaling": {"rope_type": "yarn"}}

@@ -13,6 +13,7 @@ from gteopt.quant.affine import (
     PackedWeight,
     dequantize,
     middle,
+    nf4_numbers,
     quantize_tokens,
     token_scale,
     unpack_codes,
@@ -49,6 +50,9 @@ class DequantLinear(nn.Module):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, I] in `dtype`."""
         bits = self.scheme.bits
+        if self.scheme.element == "nf4" and dtype != torch.float64:
+            numbers = nf4_numbers(self.qweight, dtype).view(*self.scale.shape, -1)
+            return numbers.mul_(self.scale[..., None].to(dtype)).flatten(1)
         codes = unpack_codes(self.qweight, bits, self.in_features)
         if self.qzero is None:
             zero = torch.full((1, 1), middle(self.scheme), dtype=torch.uint8, device=codes.device)

