@@ -192,7 +192,7 @@ def test_a_mixed_variant_is_closer_to_the_base_than_uniform_bits(
     lines = (shared / "hub/mteb/stsb_multi_mt/test.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["sentence1"] for line in lines[::12]]
     base = gteopt.load("nano", dtype="float32").encode(texts)
-    calibration = Calibration(n_texts=128, max_tokens=64)
+    calibration = Calibration(n_texts=64, max_tokens=48)
     int4 = load_recipe("gptq-int4")
     weights = int4.weights.model_copy(update={"compensate": 0.0})
     int4 = int4.model_copy(update={"calibration": calibration, "weights": weights})
