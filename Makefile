@@ -44,7 +44,7 @@ speed-peers:  ## make .venv-speed with other engines for benchmarks/peers_speed.
 	.venv-speed/bin/python -m pip install --quiet -c constraints-interop.txt -e '.[test]' $(SPEED_PEERS)
 
 test: $(INSTALLED)  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(INSTALLED)  ## format, lint, types and tests: what CI runs
 	$(BIN)/ruff format --check .
