@@ -393,6 +393,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     asked = parser.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
     if asked.what == "sweep":
         sweep(asked.device, asked.work)
         return

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gteopt.errors import UnsupportedError
+from gteopt.kernels.cpu import multiplies_bfloat16
 from gteopt.quant.affine import PackedWeight, middle, pack_codes, unpack_codes
 from gteopt.runtime import has_known_settings
 
@@ -66,13 +67,20 @@ class Graph:
         Args:
             config: the transformer's config.json.
             weights: of the whole transformer.
-            dtype: bfloat16 or float32, of what is computed outside quantized products.
+            dtype: bfloat16 or float32, of what is computed outside quantized products; float32 in
+                any case where the processor emulates bfloat16.
 
         Raises:
-            UnsupportedError: OpenVINO is not installed, or the architecture or a weight is none of
-                those that can be said in its operations.
+            UnsupportedError: OpenVINO is not installed, or the dtype, the architecture or a weight
+                is none of those that can be said in its operations.
         """
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise UnsupportedError(
+                f"backend openvino computes in bfloat16 or float32, not in {dtype}; use backend "
+                f"torch"
+            )
         model, builder = _model(config, weights)
+        in_short = dtype == torch.bfloat16 and multiplies_bfloat16()
         self.weight_bytes, self.table_bytes = builder.n_bytes, builder.table_bytes
         self.kernels = dict(sorted(builder.kernels.items()))
         self._compiled = _library().compile_model(
@@ -81,7 +89,7 @@ class Graph:
             {
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                 "NUM_STREAMS": 1,
-                "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+                "INFERENCE_PRECISION_HINT": "bf16" if in_short else "f32",
                 "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ACTIVATION_GROUP if builder.rounds else 0,
             },
         )

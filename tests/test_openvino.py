@@ -249,6 +249,8 @@ def test_the_exported_graph_runs_without_gteopt(artifact: Path, tmp_path: Path) 
 def test_what_it_cannot_compute_is_refused(artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean openvino"):
         gteopt.load(artifact, backend="openvin")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"not in torch\.float64"):
+        gteopt.load(artifact, backend="openvino", dtype="float64")
     with pytest.raises(UnsupportedError, match="runs on the CPU, not on cuda"):
         gteopt.load(artifact, backend="openvino", device="cuda")
     gteopt.quantize("nano", "fp8", tmp_path / "fp8")
