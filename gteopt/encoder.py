@@ -539,10 +539,11 @@ def load_checkpoint(
     """
     where = _openvino_device(device) if backend == "openvino" else _device(device)
     kind = parse_dtype(_dtype_of(checkpoint, dtype))
-    graph, frame = None, None
+    graph, streams = None, False
     if backend == "openvino":
-        graph = Graph(whole_config(checkpoint), openvino_weights(checkpoint, kind), dtype=kind)
         module = build_skeleton(checkpoint)
+        weights = openvino_weights(checkpoint, module, kind)
+        graph = Graph(whole_config(checkpoint), weights, dtype=kind)
     elif backend != "torch":
         raise InputError(
             f"unknown backend '{backend}': {suggest(str(backend), ['torch', 'openvino'])}"
@@ -550,9 +551,7 @@ def load_checkpoint(
     elif checkpoint.is_quantized:
         module = _load_packed(checkpoint, where, kind)
     else:
-        if later is not None or checkpoint.prefix:  # which from_pretrained does not know
-            frame = _load_frame(checkpoint, where, kind, later)
-        module = _load_plain(checkpoint, where, kind) if frame is None else frame
+        module, streams = _load_unquantized(checkpoint, where, kind, later)
     module.eval().requires_grad_(False)
     if graph is None:
         speed_up_linears_(module, where)
@@ -568,7 +567,7 @@ def load_checkpoint(
         dtype=kind,
         backend=backend,
         graph=graph,
-        streams=frame is not None and later is not None,
+        streams=streams,
     )
 
 
@@ -706,6 +705,17 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError(f"device {name} was asked for, but torch sees no GPU; use cpu")
     return device
+
+
+def _load_unquantized(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, later: str | None = None
+) -> tuple[nn.Module, bool]:
+    """The transformer, and whether the weights of `later` are still in their files."""
+    if later is not None or checkpoint.prefix:  # which from_pretrained does not know
+        frame = _load_frame(checkpoint, device, dtype, later)
+        if frame is not None:
+            return frame, later is not None
+    return _load_plain(checkpoint, device, dtype), False
 
 
 def _load_plain(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -869,12 +879,13 @@ def whole_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**checkpoint.config, **_hf_config(checkpoint).to_dict()}
 
 
-def openvino_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
-    """What OpenVINO's graph of a checkpoint is made of."""
+def openvino_weights(checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> Weights:
+    """What OpenVINO's graph of a checkpoint is made of; the skeleton is `build_skeleton`'s."""
     cpu = torch.device("cpu")
     if not checkpoint.is_quantized:
-        return Weights(_load_plain(checkpoint, cpu, dtype).state_dict())
-    stored = _read_packed(checkpoint, build_skeleton(checkpoint), cpu, dtype)
+        module, _ = _load_unquantized(checkpoint, cpu, dtype)
+        return Weights(module.state_dict())
+    stored = _read_packed(checkpoint, skeleton, cpu, dtype)
     biases = {f"{name}.bias": bias.to(dtype) for name, _, bias in stored.layers if bias is not None}
     return Weights(
         plain={**stored.plain, **biases},

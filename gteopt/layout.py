@@ -32,6 +32,7 @@ from gteopt.checkpoint import (
 )
 from gteopt.encoder import (
     Encoder,
+    build_skeleton,
     latent_tensors,
     load_tokenizer,
     openvino_weights,
@@ -149,8 +150,8 @@ def export_openvino(artifact: Path, out: Path) -> None:
         raise UnsupportedError("latent-attention pooling is not part of an OpenVINO graph")
     stage = out.with_name(f".{out.name}.part")
     shutil.rmtree(stage, ignore_errors=True)
-    weights = {path.name for path in checkpoint.weight_files}
-    not_taken = {*weights, MANIFEST, VECTORS_FILE, "README.md", "model.safetensors.index.json"}
+    not_taken = {path.name for path in checkpoint.weight_files}
+    not_taken |= {MANIFEST, VECTORS_FILE, "README.md", "model.safetensors.index.json"}
 
     def left_out(folder: str, names: list[str]) -> list[str]:
         inside = Path(folder) != artifact
@@ -161,7 +162,8 @@ def export_openvino(artifact: Path, out: Path) -> None:
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         _write_json(stage / "config.json", config)
         kind = parse_dtype(checkpoint.manifest.base.dtype if checkpoint.manifest else "bfloat16")
-        save(whole_config(checkpoint), openvino_weights(checkpoint, kind), stage)
+        weights = openvino_weights(checkpoint, build_skeleton(checkpoint), kind)
+        save(whole_config(checkpoint), weights, stage)
         stage.replace(out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)

@@ -261,7 +261,7 @@ def score(
         # Only descriptions of models, which take no memory, can be opened ahead of their turn.
         if how.workers is not None and how.grid is None and next_name is not None:
             following = _open(next_name, sources[next_name], how, progress, is_baseline=False)
-            if not _same_weights(opened, following):  # whose vectors will be there
+            if not _same_vectors(opened, following):  # whose vectors will be there
                 options = replace(options, afterwards=_beginning(following, suite, folder, how))
         views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
         if baseline is None and own.sha256 not in {each.sha256 for each in views.values()}:
@@ -382,8 +382,10 @@ def _open(name: str, source: str, how: Setup, progress: Progress, *, is_baseline
     return _Opened(encoder, options, views, notes)
 
 
-def _same_weights(one: _Opened, other: _Opened) -> bool:
-    return one.encoder.checkpoint.weights_sha256 == other.encoder.checkpoint.weights_sha256
+def _same_vectors(one: _Opened, other: _Opened) -> bool:
+    mine, theirs = one.encoder, other.encoder
+    same_files = mine.checkpoint.weights_sha256 == theirs.checkpoint.weights_sha256
+    return same_files and mine.arithmetic == theirs.arithmetic
 
 
 def _beginning(

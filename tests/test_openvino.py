@@ -10,8 +10,9 @@ import numpy as np
 import openvino
 import pytest
 import torch
+from random_models import random_module
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
 import gteopt.openvino
 from gteopt.bench import bench
@@ -51,16 +52,6 @@ SCHEMES = {
     "8 bits": LayerScheme(bits=8, group_size="row", symmetric=True),
     "8 bits with zero points": LayerScheme(bits=8, group_size=64, symmetric=False),
 }
-
-
-def random_module(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    fields = {key: value for key, value in config.items() if key != "model_type"}
-    module: nn.Module = AutoModel.from_config(AutoConfig.for_model(config["model_type"], **fields))
-    for name, parameter in module.named_parameters():  # norms and biases are 1 and 0 when new
-        scale = 0.5 if "norm" in name.lower() or parameter.dim() == 1 else 3.0
-        parameter.data.add_(torch.randn_like(parameter), alpha=scale * 0.05)
-    return module.to(dtype).eval().requires_grad_(False)
 
 
 def padded() -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import random_module
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
 
 from gteopt.families import Pooling
 from gteopt.kernels import make_linear, speed_up_linears_
@@ -33,18 +33,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 POOLINGS: tuple[Pooling, ...] = ("lasttoken", "mean", "cls")
 TOKENS = [[7, 3, 9, 1, 4], [5], [8, 8, 2, 6, 1], [11, 12], [1, 2, 3], [13, 14], [40] * 9]
-
-
-def random_module(config: dict[str, Any]) -> nn.Module:
-    torch.manual_seed(0)
-    fields = {key: value for key, value in config.items() if key != "model_type"}
-    module: nn.Module = AutoModel.from_config(
-        AutoConfig.for_model(config["model_type"], **fields), attn_implementation="sdpa"
-    )
-    for name, parameter in module.named_parameters():  # norms and biases are 1 and 0 when new
-        scale = 0.5 if "norm" in name.lower() or parameter.dim() == 1 else 3.0
-        parameter.data.add_(torch.randn_like(parameter), alpha=scale * 0.05)
-    return module.eval().requires_grad_(False)
 
 
 def own_forward(module: nn.Module, pooling: Pooling) -> Tensor:
