@@ -76,7 +76,10 @@ HubDir = Annotated[
 ]
 BackendOption = Annotated[
     Literal["torch", "openvino"],
-    typer.Option(help="what computes: openvino is the faster one on a CPU with VNNI or AMX"),
+    typer.Option(
+        help="what computes the variants (the baseline is torch's): openvino is the faster one on "
+        "a CPU with VNNI or AMX"
+    ),
 ]
 Devices = Annotated[
     str | None,

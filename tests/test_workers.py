@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -120,10 +121,12 @@ def test_two_processes_of_which_one_is_killed_give_the_bits_of_one(
         assert not process.is_alive()
 
 
-def test_a_ray_cluster_that_is_not_there_is_told_with_what_starts_one() -> None:
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:9"])
+def test_a_ray_cluster_that_is_not_there_is_told_with_what_starts_one(address: str) -> None:
     pytest.importorskip("ray", reason="comes with the ray extra")
-    with pytest.raises(InputError, match=r"--ray auto: no Ray cluster(.|\n)*ray start --head"):
-        ray_workers("auto", n_threads=1)
+    expected = rf"--ray {re.escape(address)}: no Ray cluster(.|\n)*ray start --head"
+    with pytest.raises(InputError, match=expected):
+        ray_workers(address, n_threads=1)
 
 
 def test_a_ray_cluster_of_which_one_node_is_killed_gives_the_bits_of_one_process(

@@ -11,12 +11,13 @@ loaded the very files (SHA-256). What cannot be made equal, another kind of proc
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -376,7 +377,8 @@ def ray_workers(address: str, *, device: str = "auto", n_threads: int) -> Worker
     is_ours = not ray.is_initialized()
     if is_ours:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            with _asking_once():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
             raise InputError(
                 f"--ray {address}: no Ray cluster answers there; start one with `ray start "
@@ -443,6 +445,22 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         connection.send(_encode(job, device, shard))
+
+
+@contextmanager
+def _asking_once() -> Iterator[None]:
+    """Ray asks 20 times, 40 s each, at an address where nothing listens: a mistyped one, or that of
+    a cluster that died, which `auto` finds in a file. Once is enough.
+    """
+    name = "RAY_gcs_server_port_wait_time_s"
+    if name in os.environ:  # the user's own patience
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]  # clusters that are started from here need longer
 
 
 class _Actor:
