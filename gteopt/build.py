@@ -7,6 +7,7 @@ Transformers layout of the result. Refuses to know: how codes are found (quant/)
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import math
 import shutil
@@ -50,6 +51,7 @@ from gteopt.calibration import (
     replay_dtype,
     stages,
     tokenize,
+    watch_inputs,
     with_sentences,
 )
 from gteopt.card import CARD, card
@@ -88,6 +90,7 @@ from gteopt.quant.affine import (
     snr_db,
 )
 from gteopt.quant.allocation import allocate
+from gteopt.quant.inputs import InputGrid, fit_inputs
 from gteopt.quant.smooth import Smoothing
 from gteopt.quant.vectors import VectorTransform, fit, identity
 from gteopt.recipe import (
@@ -984,11 +987,14 @@ def _quantize_block_(
         wanted = [name for name in within_model if name in linears]
         if not wanted:
             continue
-        statistics = None
+        statistics, seen, grid = None, None, None
         if isinstance(weights, GptqWeights):
             with _memory_errors(wanted[0]):
+                if weights.scheme.activation_static:
+                    seen = watch_inputs(block, wanted[0], inputs)
+                    grid = fit_inputs(seen, [linears[name].weight for name in wanted])
                 statistics = accumulate_hessian(
-                    block, wanted[0], inputs, compared, is_alone=len(wanted) == 1
+                    block, wanted[0], inputs, compared, is_alone=len(wanted) == 1, grid=grid
                 )
             give_back()  # what the block's run took, before the solve takes its own
         for name in wanted:
@@ -996,16 +1002,21 @@ def _quantize_block_(
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")
         here = [str(encoder.device)]
         for name, found, codes in _solve(
-            wanted, linears, plan, weights, statistics, devices or here
+            wanted, linears, plan, weights, statistics, grid, devices or here
         ):
             linear, records[name] = linears[name], found
             if name in chosen:
                 records[name] = _with_smoothing(records[name], chosen[name])
             each = pack(codes)
             packed[name] = each.to_tensors()
-            if linear.bias is not None:
-                packed[name]["bias"] = linear.bias
-            swap_linear_(encoder.module, name, each, linear.bias, encoder.device, dtype)
+            bias = linear.bias
+            if bias is not None:
+                if seen is not None and statistics is not None:
+                    # What rounding does to the mean output (Nagel et al. 2019, arXiv:1906.04721).
+                    meant = linear.weight.float() @ seen.mean
+                    bias = bias + (meant - codes.dequantize() @ statistics.mean).to(bias.dtype)
+                packed[name]["bias"] = bias
+            swap_linear_(encoder.module, name, each, bias, encoder.device, dtype)
             del linear, linears[name]  # frees the weight
     return tuple(records[name] for name in names), packed, original
 
@@ -1016,6 +1027,7 @@ def _solve(
     plan: LayerPlan,
     weights: RtnWeights | GptqWeights,
     statistics: gptq.HessianAccumulator | None,
+    grid: InputGrid | None,
     devices: Sequence[str],
 ) -> Iterator[tuple[str, LayerRecord, QuantizedWeight]]:
     """Layers that read the same inputs, in order, each as `_quantize_layer` has it.
@@ -1031,7 +1043,7 @@ def _solve(
         note = plan.notes.get(name)
         with _memory_errors(name):
             found, codes = _quantize_layer(
-                name, weight.to(device).float(), plan.schemes[name], weights, seen, note
+                name, weight.to(device).float(), plan.schemes[name], weights, seen, grid, note
             )
             return found, codes.to(weight.device)
 
@@ -1128,11 +1140,15 @@ def _quantize_layer(
     scheme: LayerScheme,
     weights: RtnWeights | GptqWeights,
     statistics: gptq.HessianAccumulator | None,
+    grid: InputGrid | None,
     note: str | None,
 ) -> tuple[LayerRecord, QuantizedWeight]:
     """Codes of one weight matrix [O, I] float32 and what the manifest says of them."""
     notes = [note] if note else []
     output_snr = None
+    if grid is not None:  # inputs come in units of its scales
+        grid = grid.to(weight.device)
+        weight = weight * grid.scale
     if isinstance(weights, RtnWeights):
         codes = quantize_rtn(weight, scheme, clip_search=weights.clip_search)
     else:
@@ -1150,7 +1166,8 @@ def _quantize_layer(
             )
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
-        codes = result.weight
+        # A copy: layers that read the same inputs are stored each for itself.
+        codes = replace(result.weight, inputs=copy.deepcopy(grid))
         output_snr = result.output_snr_db
         if result.damping > weights.damping:
             notes.append(f"damping raised to {result.damping:g} for the factorisation")

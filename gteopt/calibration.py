@@ -28,6 +28,7 @@ from gteopt.encoder import Encoder, Role, Tokens, fill_
 from gteopt.errors import InputError, NumericsError, UnsupportedError, join_problems
 from gteopt.kernels.cpu import multiplies_bfloat16
 from gteopt.quant.gptq import HessianAccumulator, is_finite
+from gteopt.quant.inputs import InputGrid, SeenInputs
 from gteopt.recipe import Calibration
 from gteopt.records import CalibrationRecord
 
@@ -539,6 +540,7 @@ def accumulate_hessian(
     original: Original | None = None,
     *,
     is_alone: bool = False,
+    grid: InputGrid | None = None,
 ) -> HessianAccumulator:
     """Statistics of what one linear layer reads, over all real tokens of all batches.
 
@@ -548,18 +550,18 @@ def accumulate_hessian(
         inputs: what the quantized model feeds the block.
         original: given, the accumulator also compares with what the original layer reads.
         is_alone: the statistics are for this layer only, not for others that read the same.
+        grid: given, the statistics are of the steps that it rounds the inputs to.
 
     Raises:
         NumericsError: the activations hold NaN or infinity.
     """
-    linear = block.module.get_submodule(layer.removeprefix(f"{block.name}."))
-    assert isinstance(linear, nn.Linear)
+    linear = _linear(block, layer)
     through = linear.weight if is_alone else None
     accumulator = HessianAccumulator(linear.in_features, linear.weight.device, through=through)
     for i, batch in enumerate(inputs):
         rows = _layer_inputs(block, layer, i, batch)
-        if not is_finite(rows):
-            raise NumericsError(f"the input of {layer} holds NaN or infinity during calibration")
+        if grid is not None:
+            rows = grid.steps(rows)
         exact = None
         if original is not None:
             exact = _layer_inputs(original.block, layer, i, original.inputs[i])
@@ -567,21 +569,45 @@ def accumulate_hessian(
     return accumulator
 
 
+def watch_inputs(block: Block, layer: str, inputs: Sequence[BlockInput]) -> SeenInputs:
+    """Ranges and moments of what one linear layer reads, over all real tokens of all batches.
+
+    Raises:
+        NumericsError: the activations hold NaN or infinity.
+    """
+    linear = _linear(block, layer)
+    seen = SeenInputs(linear.in_features, linear.weight.device)
+    for i, batch in enumerate(inputs):
+        seen.add(_layer_inputs(block, layer, i, batch))
+    return seen
+
+
+def _linear(block: Block, layer: str) -> nn.Linear:
+    linear = block.module.get_submodule(layer.removeprefix(f"{block.name}."))
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 def _layer_inputs(block: Block, layer: str, i: int, batch: BlockInput) -> Tensor:
-    """What a layer of the block reads of the real tokens of batch `i`: [n, I]."""
+    """What a layer of the block reads of the real tokens of batch `i`: [n, I].
+
+    Raises:
+        NumericsError: it holds NaN or infinity.
+    """
     found: list[Tensor] = []
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         found.append(args[0][batch.real])
         raise _Stop
 
-    linear = block.module.get_submodule(layer.removeprefix(f"{block.name}."))
-    handle = linear.register_forward_pre_hook(hook)
+    handle = _linear(block, layer).register_forward_pre_hook(hook)
     try:
         with suppress(_Stop):
             block.run(i, batch.hidden)
     finally:
         handle.remove()
+    if not is_finite(found[0]):
+        raise NumericsError(f"the input of {layer} holds NaN or infinity during calibration")
     return found[0]
 
 

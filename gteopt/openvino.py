@@ -6,6 +6,7 @@ Refuses to know: how weights are read, how texts become tokens and token vectors
 Weights of 2 to 8 bits stay packed in memory. On processors with VNNI or AMX the inputs of their
 products are rounded to 8 bits while running, each `_ACTIVATION_GROUP` of a token by the largest
 value among them, which is finer than a scale a token; elsewhere weights are decompressed first.
+Static activations are rounded by what made them, and bytes are all that a product reads.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gteopt.errors import UnsupportedError
-from gteopt.kernels.cpu import multiplies_bfloat16
+from gteopt.kernels.cpu import activation_bits, multiplies_bfloat16
 from gteopt.quant.affine import PackedWeight, middle, pack_codes, unpack_codes
+from gteopt.quant.inputs import InputGrid
 from gteopt.runtime import has_known_settings
 
 _ACTIVATION_GROUP = 128
@@ -154,6 +156,7 @@ class _Builder:
         self.n_bytes = self.table_bytes = 0
         self.kernels: Counter[str] = Counter()
         self.rounds = False
+        self._rounded: dict[tuple[int, int, bytes], Node] = {}
         self._weights = weights
 
     def constant(self, values: NDArray[Any] | Tensor, kind: str | None = None) -> Node:
@@ -219,6 +222,8 @@ class _Builder:
     def linear(self, name: str, x: Node) -> Node:
         """The product x W^T + bias of the linear layer `name`."""
         packed = self._weights.packed.get(name)
+        if packed is not None and packed.inputs is not None:
+            return self._static(name, x, packed, packed.inputs)
         if packed is None:
             weight = self.plain(f"{name}.weight")
             self.kernels["openvino.dense"] += 1
@@ -230,6 +235,27 @@ class _Builder:
         if f"{name}.bias" in self._weights.plain:
             y = self.op.add(y, self.plain(f"{name}.bias")).output(0)
         return y
+
+    def _static(self, name: str, x: Node, packed: PackedWeight, grid: InputGrid) -> Node:
+        """The product of inputs that a fixed grid rounds; plain bytes where that is fast."""
+        codes = (packed.qweight ^ 128).view(torch.int8)
+        scale = packed.scale[:, :1].float()
+        bias = self._weights.plain.get(f"{name}.bias")
+        offset = torch.zeros(packed.out_features) if bias is None else bias.float()
+        if rounds := activation_bits() == 8:
+            offset = offset - (codes.float() @ grid.zero) * scale[:, 0]
+        key = (id(x.get_node()), x.get_index(), grid.scale.numpy().tobytes())
+        if key not in self._rounded:  # once for all layers of these inputs
+            read = self.op.multiply(x, self.constant(1 / grid.scale))
+            if rounds:
+                ends = [self.number(0.0), self.number(255.0)] * 2
+                moved = self.op.add(read, self.constant(grid.zero))
+                read = self.op.fake_quantize(moved, *ends, 256)
+            self._rounded[key] = read.output(0)
+        weight = self.op.multiply(self.wide(self.constant(codes)), self.constant(scale))
+        y = self.op.matmul(self._rounded[key], weight, False, True)
+        self.kernels["openvino.int8 (static)"] += 1
+        return self.op.add(y, self.constant(offset)).output(0)
 
     def _decoded(self, name: str, packed: PackedWeight) -> Node:
         """(codes - zero) * scale as OpenVINO recognises it, so that codes stay packed."""

@@ -114,6 +114,8 @@ class LayerScheme(Frozen):
             each token's input to the weights' kind of number and multiplies those.
         activation_symmetric: false gives each token a zero point too, which inputs that lean to
             one side (those behind GELU above all) need.
+        activation_static: inputs are rounded by scales and zero points that calibration fixed for
+            each feature, instead of by each token's own range: faster, less close.
         activation_outliers: inputs of at least this size are multiplied in full precision, the rest
             in 8 bits (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339).
         element: what weight and activation codes are.
@@ -126,6 +128,7 @@ class LayerScheme(Frozen):
     symmetric: bool
     activation_bits: Literal[8, 16] = 16
     activation_symmetric: bool = True
+    activation_static: bool = False
     activation_outliers: Annotated[float, Field(gt=0)] | None = None
     element: Element = "int"
     nested_scales: bool = False
@@ -150,6 +153,8 @@ class LayerScheme(Frozen):
             raise ValueError("nested_scales: true needs element: nf4")
         if not self.activation_symmetric and (self.activation_bits, self.element) != (8, "int"):
             raise ValueError("activation_symmetric: false needs activation_bits: 8, element: int")
+        if self.activation_static and self.activation_symmetric:
+            raise ValueError("activation_static: true needs activation_symmetric: false")
         if self.activation_outliers is not None and (
             (self.activation_bits, self.element, self.activation_symmetric) != (8, "int", True)
         ):
@@ -174,6 +179,12 @@ class RtnWeights(Frozen):
     clip_search: bool = False
     fallback: Literal["error", "row", "skip"] = "error"
     skip: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _needs_no_calibration(self) -> Self:
+        if self.scheme.activation_static:
+            raise ValueError("activation_static: true needs calibration texts; use method: gptq")
+        return self
 
 
 class GptqWeights(Frozen):
@@ -228,8 +239,13 @@ class GptqWeights(Frozen):
             raise ValueError("a budget chooses among schemes with activation_bits: 16, not e4m3")
         if any(each.nested_scales for each in self._offered):
             raise ValueError("a budget chooses among schemes without nested_scales")
-        if self.smooth and self.scheme.activation_bits != 8:
-            raise ValueError("smooth: true is for activation_bits: 8")
+        if self.smooth and (self.scheme.activation_bits != 8 or self.scheme.activation_static):
+            raise ValueError(
+                "smooth: true is for activation_bits: 8 without activation_static, whose inputs "
+                "have a scale each already"
+            )
+        if self.scheme.activation_static and self.compensate:
+            raise ValueError("activation_static: true is built with compensate: 0")
         return self
 
     @property

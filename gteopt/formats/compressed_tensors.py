@@ -54,6 +54,8 @@ def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) ->
     found = []
     if any(scheme.element == "nf4" for scheme in schemes.values()):
         found.append("element nf4: the layout knows whole numbers and 8-bit floats only")
+    if any(scheme.activation_static for scheme in schemes.values()):
+        found.append("activation_static: the layout has no scales of single input features")
     if any(scheme.activation_outliers is not None for scheme in schemes.values()):
         found.append("activation_outliers: the layout quantizes all of a token")
     return found

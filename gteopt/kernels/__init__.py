@@ -15,6 +15,7 @@ from gteopt.kernels.cpu import (
     DenseLinearCpu,
     Int4LinearCpu,
     Int8LinearCpu,
+    StaticInt8LinearCpu,
     activation_bits,
     int4_runs_here,
     multiplies_bfloat16,
@@ -58,6 +59,8 @@ def make_linear(
         least = 1 if weight.scheme.activation_outliers is None else 8
         if kernel is Int8LinearCpu and activation_bits() < least:
             kernel = Int8Reference
+        if kernel is Int8LinearCpu and weight.scheme.activation_static:
+            kernel = StaticInt8LinearCpu
     elif device.type == "cpu" and dtype == torch.bfloat16 and int4_runs_here(weight.unpack()):
         kernel = Int4LinearCpu
     layer = kernel(weight, None if bias is None else bias.detach().to(dtype)).to(device)
@@ -92,7 +95,8 @@ def _cuda_kernel(weight: PackedWeight, device: torch.device, dtype: torch.dtype)
         fits = capability >= (8, 9) and dtype == torch.bfloat16 and cuda.fp8_fits(weight)
         return cuda.Fp8LinearCuda if fits else None
     if scheme.activation_bits == 8:
-        return cuda.Int8LinearCuda if scheme.activation_outliers is None else None
+        by_token = scheme.activation_outliers is None and not scheme.activation_static
+        return cuda.Int8LinearCuda if by_token else None
     return cuda.Int4LinearCuda if scheme.bits == 4 and cuda.int4_fits(weight) else None
 
 

@@ -209,16 +209,12 @@ class Int8LinearCpu(nn.Module):
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.symmetric = weight.scheme.activation_symmetric
         self.outliers = weight.scheme.activation_outliers
-        # Flipping the top bit of an unsigned code subtracts the zero point 128.
-        codes = (weight.qweight ^ 128).view(torch.int8).cpu().contiguous()
-        scale = weight.scale[:, 0].float().cpu()
+        codes, scale = _signed(weight)
         row = codes.sum(1, dtype=torch.int32).float() * scale
         self.bits = activation_bits()
         if self.bits < 8:
-            self.kernel = f"cpu.int8 (activations of {self.bits} bits: no VNNI)"
-        product = _product()
-        assert product is not None, "make_linear asks activation_bits first"
-        self._product: _Product = product(codes, scale)
+            self.kernel = f"{self.kernel} (activations of {self.bits} bits: no VNNI)"
+        self._product = _multiplier(codes, scale)
         self.packed_bytes = codes.numel()
         self.register_buffer("scale", scale)
         self.register_buffer("row", row[None])
@@ -266,6 +262,62 @@ class Int8LinearCpu(nn.Module):
             return x.new_empty(*x.shape[:-1], self.out_features)
         y = self.multiply(self.quantize(flat), x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+
+class StaticInt8LinearCpu(nn.Module):
+    """int8 weights times inputs rounded by a fixed grid (`InputGrid`), summed in int32.
+
+    Where this CPU multiplies but 7 bits of activations exactly, every second code is used. Scales
+    lie in the weight, and zero points in the bias: what is left to do beside the product is a
+    multiplication, an addition and a rounding an input.
+    Buffers: inverse, zero float32 [I], a code is round(x * inverse + zero); offset float32 [O], the
+    bias less what the zero points add.
+    """
+
+    kernel = "cpu.int8 (static)"
+    inverse: Tensor
+    zero: Tensor
+    offset: Tensor
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        assert weight.inputs is not None
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        codes, scale = _signed(weight)
+        bits = activation_bits()
+        if bits < 8:
+            self.kernel = f"{self.kernel[:-1]}, activations of {bits} bits: no VNNI)"
+        steps = 1 << (8 - bits)  # of the grid between two codes
+        self._product = _multiplier(codes, scale * steps)
+        self._most = (1 << bits) - 1
+        self.packed_bytes = codes.numel()
+        grid = weight.inputs.to("cpu")
+        offset = -(codes.float() @ grid.zero) * scale
+        self.register_buffer("inverse", 1 / (grid.scale * steps))
+        self.register_buffer("zero", grid.zero / steps)
+        self.register_buffer("offset", offset if bias is None else offset + bias.float().cpu())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O], in x's dtype."""
+        flat = x.reshape(-1, self.in_features).float()
+        if not len(flat):
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        codes = torch.addcmul(self.zero, flat, self.inverse).round_().clamp_(0, self._most)
+        y = self._product(codes, 0).add_(self.offset)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+def _signed(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    """int8 codes [O, I] around zero and their float32 scales [O] of a symmetric 8-bit weight."""
+    # Flipping the top bit of an unsigned code subtracts the zero point 128.
+    codes = (weight.qweight ^ 128).view(torch.int8).cpu().contiguous()
+    return codes, weight.scale[:, 0].float().cpu()
+
+
+def _multiplier(codes: Tensor, scale: Tensor) -> _Product:
+    product = _product()
+    assert product is not None, "make_linear asks activation_bits first"
+    return product(codes, scale)
 
 
 class Int4LinearCpu(nn.Module):

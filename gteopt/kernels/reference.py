@@ -18,6 +18,7 @@ from gteopt.quant.affine import (
     token_scale,
     unpack_codes,
 )
+from gteopt.quant.inputs import InputGrid
 
 
 class DequantLinear(nn.Module):
@@ -89,17 +90,31 @@ class PackedEmbedding(nn.Module):
 class Int8Reference(DequantLinear):
     """The arithmetic of an int8 product, carried out in float32. Any device.
 
-    Each token's input is rounded to int8 by its own range (`quantize_tokens`); products are summed
-    in float32 and rounded once to x's dtype. Inputs beyond the scheme's `activation_outliers` are
+    Each token's input is rounded to int8 by its own range (`quantize_tokens`), or where activations
+    are static by the weight's grid of inputs; products are summed in float32 and rounded once to
+    x's dtype. Inputs beyond the scheme's `activation_outliers` are
     multiplied as they are. `bits` of activations may be fewer than the scheme's 8, as on a CPU that
     multiplies no more.
     """
 
     kernel = "reference.int8"
     bits = 8
+    input_scale: Tensor
+    input_zero: Tensor
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        if weight.inputs is not None:
+            for name, tensor in weight.inputs.to_tensors().items():
+                self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
+        if self.scheme.activation_static:
+            grid = InputGrid(self.input_scale, self.input_zero)
+            bias = None if self.bias is None else self.bias.float()
+            weight = self.dequantized(torch.float32)
+            return nn.functional.linear(grid.steps(x), weight, bias).to(x.dtype)
         rest, outliers, columns = take_outliers(x, self.scheme.activation_outliers)
         symmetric = self.scheme.activation_symmetric
         codes, scale, zero = quantize_tokens(rest, symmetric=symmetric, bits=self.bits)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gteopt.errors import InputError, IntegrityError, NumericsError, join_problems
+from gteopt.quant.inputs import InputGrid
 from gteopt.quant.nested import BLOCK_SIZE, NestedScale, nest, nested_bytes
 from gteopt.recipe import Element, GroupSize, LayerScheme
 
@@ -33,7 +34,10 @@ _LARGEST: Mapping[Element, float] = {"e4m3": E4M3_MAX, "nf4": 1.0}
 _CHUNK_WEIGHTS = 1 << 21
 """Weights whose grids are searched at a time."""
 _SNR_ROWS = 1024
-PARTS = ("qweight", "scale", "scale_code", "scale_largest", "scale_offset", "qzero")
+PARTS = (
+    *("qweight", "scale", "scale_code", "scale_largest", "scale_offset", "qzero"),
+    *("input_scale", "input_zero"),
+)
 """What the tensors of a packed weight may be called."""
 SMALLEST_SCALE = 2.0**-24
 """The least positive float16: a group too small for it keeps a scale that is not zero."""
@@ -52,6 +56,8 @@ class QuantizedWeight:
         zero: uint8 [O, G]; 2^(bits-1) everywhere when the scheme is symmetric.
         scheme: bits and groups.
         nested: how `scale` is stored, where the scheme has nested scales.
+        inputs: how inputs are rounded, where activations are static; codes stand for weights times
+            the inputs' scales then.
     """
 
     codes: Tensor
@@ -59,6 +65,7 @@ class QuantizedWeight:
     zero: Tensor
     scheme: LayerScheme
     nested: NestedScale | None = None
+    inputs: InputGrid | None = None
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on another device."""
@@ -68,6 +75,7 @@ class QuantizedWeight:
             self.zero.to(device),
             self.scheme,
             None if self.nested is None else self.nested.to(device),
+            None if self.inputs is None else self.inputs.to(device),
         )
 
     def rows(self, start: int, end: int) -> QuantizedWeight:
@@ -93,6 +101,7 @@ class PackedWeight:
         scheme: bits and groups.
         in_features: I, which the packed width alone does not tell.
         nested: how `scale` is stored, where the scheme has nested scales.
+        inputs: as in `QuantizedWeight`.
     """
 
     qweight: Tensor
@@ -101,6 +110,7 @@ class PackedWeight:
     scheme: LayerScheme
     in_features: int
     nested: NestedScale | None = None
+    inputs: InputGrid | None = None
 
     @property
     def out_features(self) -> int:
@@ -125,17 +135,20 @@ class PackedWeight:
         else:
             zero = unpack_codes(self.qzero, self.scheme.bits, n_groups)
         codes = unpack_codes(self.qweight, self.scheme.bits, self.in_features)
-        return QuantizedWeight(codes, self.scale, zero, self.scheme, self.nested)
+        return QuantizedWeight(codes, self.scale, zero, self.scheme, self.nested, self.inputs)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The tensors by name: "qweight", "scale" and, when asymmetric, "qzero".
 
         Nested scales are there as they are stored: "scale_code", "scale_largest", "scale_offset".
+        Static activations have "input_scale" and "input_zero".
         """
         if self.nested is not None:
             return {"qweight": self.qweight, **self.nested.to_tensors()}
         tensors = {"qweight": self.qweight, "scale": self.scale}
-        return tensors if self.qzero is None else {**tensors, "qzero": self.qzero}
+        if self.qzero is not None:
+            tensors["qzero"] = self.qzero
+        return tensors if self.inputs is None else {**tensors, **self.inputs.to_tensors()}
 
     @staticmethod
     def from_tensors(
@@ -160,6 +173,8 @@ class PackedWeight:
             wanted["scale"] = (torch.float16, (rows, n_groups))
         if not scheme.symmetric:
             wanted["qzero"] = (torch.uint8, (rows, packed_width(n_groups, scheme.bits)))
+        if scheme.activation_static:
+            wanted |= dict.fromkeys(("input_scale", "input_zero"), (torch.float32, (in_features,)))
         problems = [f"'{name}' is missing" for name in wanted if name not in tensors]
         problems += [f"'{name}' does not belong here" for name in tensors if name not in wanted]
         for name, (dtype, shape) in wanted.items():
@@ -173,8 +188,9 @@ class PackedWeight:
             raise IntegrityError(join_problems(subject, problems))
         nested = NestedScale.from_tensors(tensors) if scheme.nested_scales else None
         scale = tensors["scale"] if nested is None else nested.scale()
+        inputs = InputGrid.from_tensors(tensors) if scheme.activation_static else None
         return PackedWeight(
-            tensors["qweight"], scale, tensors.get("qzero"), scheme, in_features, nested
+            tensors["qweight"], scale, tensors.get("qzero"), scheme, in_features, nested, inputs
         )
 
 
@@ -401,6 +417,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
         scheme=weight.scheme,
         in_features=weight.codes.shape[1],
         nested=weight.nested,
+        inputs=weight.inputs,
     )
 
 
@@ -475,7 +492,9 @@ def packed_bytes(out_features: int, in_features: int, scheme: LayerScheme) -> in
     if scheme.nested_scales:
         codes = out_features * packed_width(in_features, scheme.bits)
         return codes + nested_bytes(out_features * groups)
-    return out_features * (packed_width(in_features, scheme.bits) + 2 * groups + zero_bytes)
+    input_bytes = 8 * in_features if scheme.activation_static else 0
+    a_row = packed_width(in_features, scheme.bits) + 2 * groups + zero_bytes
+    return out_features * a_row + input_bytes
 
 
 def nf4_numbers(packed: Tensor, dtype: torch.dtype) -> Tensor:

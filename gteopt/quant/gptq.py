@@ -51,6 +51,7 @@ class HessianAccumulator:
 
     Attributes:
         n_rows: inputs seen so far.
+        mean: float32 [I], of the inputs seen so far.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class HessianAccumulator:
         through: Tensor | None = None,
     ) -> None:
         self._sum = torch.zeros(in_features, in_features, device=device)
+        self.mean = torch.zeros(in_features, device=device)
         self._is_mirrored = True
         is_narrow = through is not None and len(through) < in_features
         self._through = through if is_narrow else None
@@ -103,6 +105,7 @@ class HessianAccumulator:
             self._sum[start:, start:end].addmm_(
                 x[:, start:].T, x[:, start:end], beta=self.n_rows / total, alpha=1 / total
             )
+        self.mean.lerp_(x.mean(0), len(x) / total)
         self._is_mirrored = False
         if original is not None:
             left = original.to(x) - x
