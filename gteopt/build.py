@@ -992,7 +992,7 @@ def _quantize_block_(
             with _memory_errors(wanted[0]):
                 if weights.scheme.activation_static:
                     seen = watch_inputs(block, wanted[0], inputs)
-                    grid = fit_inputs(seen, [linears[name].weight for name in wanted])
+                    grid = fit_inputs(seen)
                 statistics = accumulate_hessian(
                     block, wanted[0], inputs, compared, is_alone=len(wanted) == 1, grid=grid
                 )
@@ -1009,7 +1009,7 @@ def _quantize_block_(
                 records[name] = _with_smoothing(records[name], chosen[name])
             each = pack(codes)
             packed[name] = each.to_tensors()
-            bias = linear.bias
+            bias: Tensor | None = linear.bias
             if bias is not None:
                 if seen is not None and statistics is not None:
                     # What rounding does to the mean output (Nagel et al. 2019, arXiv:1906.04721).
@@ -1043,7 +1043,7 @@ def _solve(
         note = plan.notes.get(name)
         with _memory_errors(name):
             found, codes = _quantize_layer(
-                name, weight.to(device).float(), plan.schemes[name], weights, seen, grid, note
+                name, weight.to(device).float(), plan.schemes[name], weights, seen, note, grid
             )
             return found, codes.to(weight.device)
 
@@ -1140,8 +1140,8 @@ def _quantize_layer(
     scheme: LayerScheme,
     weights: RtnWeights | GptqWeights,
     statistics: gptq.HessianAccumulator | None,
-    grid: InputGrid | None,
     note: str | None,
+    grid: InputGrid | None = None,
 ) -> tuple[LayerRecord, QuantizedWeight]:
     """Codes of one weight matrix [O, I] float32 and what the manifest says of them."""
     notes = [note] if note else []
