@@ -175,6 +175,8 @@ def _use(manifest: Manifest, checkpoint: Checkpoint) -> str:
 
 def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
     """One line an engine: what opens this folder and how, or why it must not be used."""
+    from gteopt.openvino import can_hold  # which imports torch
+
     layout, code, both_ways = manifest.layout, manifest.vectors.code, _runs_both_ways(checkpoint)
     model_type = str(checkpoint.config["model_type"])
     yield (
@@ -188,6 +190,12 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
             "Transformers, and other engines would pool in another way."
         )
         return
+    if can_hold(checkpoint.config, (each.scheme for each in manifest.layers)):
+        yield (
+            "**OpenVINO**, the fastest on CPUs: "
+            '`gteopt.load("FOLDER", backend="openvino")`, or `gteopt export FOLDER NEW`, then '
+            '`SentenceTransformer("NEW", backend="openvino")` without gteopt.'
+        )
     if layout == "gteopt":
         yield "Nothing else opens the layout `gteopt`; no `model.safetensors` is there to misread."
         return

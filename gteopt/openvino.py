@@ -12,7 +12,7 @@ Static activations are rounded by what made them, and bytes are all that a produ
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from gteopt.errors import UnsupportedError
 from gteopt.kernels.cpu import activation_bits, multiplies_bfloat16
 from gteopt.quant.affine import PackedWeight, middle, pack_codes, unpack_codes
 from gteopt.quant.inputs import InputGrid
+from gteopt.recipe import LayerScheme
 from gteopt.runtime import has_known_settings
 
 _ACTIVATION_GROUP = 128
@@ -81,7 +82,7 @@ class Graph:
                 f"backend openvino computes in bfloat16 or float32, not in {dtype}; use backend "
                 f"torch"
             )
-        model, builder = _model(config, weights)
+        model, builder = _model(config, weights, static=activation_bits() == 8)
         in_short = dtype == torch.bfloat16 and multiplies_bfloat16()
         self.weight_bytes, self.table_bytes = builder.n_bytes, builder.table_bytes
         self.kernels = dict(sorted(builder.kernels.items()))
@@ -106,26 +107,46 @@ def save(config: Mapping[str, Any], weights: Weights, folder: Path) -> None:
     """Write `openvino/openvino_model.xml` and `.bin` into a Sentence Transformers folder, which
     then opens with `backend="openvino"`.
 
+    Static activations are rounded wherever it runs: a processor without VNNI may saturate.
+
     Raises:
         UnsupportedError: see `Graph`.
     """
-    model, _ = _model(config, weights)
+    model, _ = _model(config, weights, static=True)
     target = folder / "openvino" / "openvino_model.xml"
     target.parent.mkdir(parents=True, exist_ok=True)
     _library().save_model(model, target, compress_to_fp16=False)
 
 
-def _model(config: Mapping[str, Any], weights: Weights) -> tuple[Any, _Builder]:
+def can_hold(config: Mapping[str, Any], schemes: Iterable[LayerScheme]) -> bool:
+    """Whether a transformer with this config.json and these layers can be said in operations."""
+    return _architecture_problem(config) is None and not any(map(_unknown_weights, schemes))
+
+
+def _architecture_problem(config: Mapping[str, Any]) -> str | None:
+    kind, known = str(config.get("model_type")), ", ".join(_ARCHITECTURES)
+    if kind not in _ARCHITECTURES:
+        return f"backend openvino knows {known} models, and this is a {kind} one"
+    if has_known_settings(config):
+        return None
+    return (
+        f"backend openvino knows {known} models with their usual settings, and this is a {kind} "
+        f"model with others"
+    )
+
+
+def _unknown_weights(scheme: LayerScheme) -> str | None:
+    """What weights are that no operation stands for."""
+    if scheme.activation_outliers is not None:
+        return "LLM.int8()"
+    return "e4m3" if scheme.element == "e4m3" else None
+
+
+def _model(config: Mapping[str, Any], weights: Weights, *, static: bool) -> tuple[Any, _Builder]:
     library, kind = _library(), str(config.get("model_type"))
-    if kind not in _ARCHITECTURES or not has_known_settings(config):
-        raise UnsupportedError(
-            f"backend openvino knows {', '.join(_ARCHITECTURES)} models with their usual settings, "
-            f"and this is a {kind} model with others; use backend torch"
-            if kind in _ARCHITECTURES
-            else f"backend openvino knows {', '.join(_ARCHITECTURES)} models, and this is a {kind} "
-            f"one; use backend torch"
-        )
-    builder = _Builder(weights)
+    if problem := _architecture_problem(config):
+        raise UnsupportedError(f"{problem}; use backend torch")
+    builder = _Builder(weights, static=static)
     names = ("input_ids", "attention_mask")
     inputs = [builder.op.parameter([-1, -1], np.int64, name) for name in names]
     for each, name in zip(inputs, names, strict=True):
@@ -147,15 +168,16 @@ def _library() -> Any:
 
 
 class _Builder:
-    """OpenVINO operations on named weights."""
+    """OpenVINO operations on named weights; inputs of static layers are rounded where `static`."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, *, static: bool) -> None:
         from openvino import opset15
 
         self.op: Any = opset15
         self.n_bytes = self.table_bytes = 0
         self.kernels: Counter[str] = Counter()
         self.rounds = False
+        self._static_inputs = static
         self._rounded: dict[tuple[int, int, bytes], Node] = {}
         self._weights = weights
 
@@ -242,12 +264,12 @@ class _Builder:
         scale = packed.scale[:, :1].float()
         bias = self._weights.plain.get(f"{name}.bias")
         offset = torch.zeros(packed.out_features) if bias is None else bias.float()
-        if rounds := activation_bits() == 8:
+        if self._static_inputs:
             offset = offset - (codes.float() @ grid.zero) * scale[:, 0]
         key = (id(x.get_node()), x.get_index(), grid.scale.numpy().tobytes())
         if key not in self._rounded:  # once for all layers of these inputs
             read = self.op.multiply(x, self.constant(1 / grid.scale))
-            if rounds:
+            if self._static_inputs:
                 ends = [self.number(0.0), self.number(255.0)] * 2
                 moved = self.op.add(read, self.constant(grid.zero))
                 read = self.op.fake_quantize(moved, *ends, 256)
@@ -260,8 +282,7 @@ class _Builder:
     def _decoded(self, name: str, packed: PackedWeight) -> Node:
         """(codes - zero) * scale as OpenVINO recognises it, so that codes stay packed."""
         scheme, n_groups = packed.scheme, packed.scale.shape[1]
-        if scheme.element == "e4m3" or scheme.activation_outliers is not None:
-            what = "LLM.int8()" if scheme.activation_outliers else scheme.element
+        if what := _unknown_weights(scheme):
             raise UnsupportedError(
                 f"backend openvino takes weights in NF4 or in whole numbers of 2 to 8 bits, and "
                 f"{name} is {what}; use backend torch, or build from int8, gptq-int4 or gptq-nf4"

@@ -23,7 +23,7 @@ from gteopt.layout import export_openvino
 from gteopt.openvino import Graph, Weights
 from gteopt.plan import Setup, compare_texts
 from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
-from gteopt.recipe import BenchSpec, LayerScheme, Workload, load_recipe, quiet
+from gteopt.recipe import BenchSpec, Calibration, LayerScheme, Workload, load_recipe, quiet
 
 SIZES = {
     "hidden_size": 128,
@@ -167,6 +167,38 @@ def test_an_artifact_has_the_same_vectors_on_both_backends(artifact: Path) -> No
     # Both round the inputs of products to 8 bits, this one the finer: as close to the base.
     assert (1 - (found * base).sum(1)).max() < 1.2 * (1 - (own * base).sum(1)).max()
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The nano with inputs rounded by scales of calibration."""
+    out = tmp_path_factory.mktemp("openvino") / "static"
+    calibration = {"calibration": Calibration(n_texts=96, max_tokens=64)}
+    gteopt.quantize("nano", load_recipe("int8-static").model_copy(update=calibration), out)
+    return out
+
+
+def test_static_activations_are_the_same_numbers_on_every_backend(static: Path) -> None:
+    texts = ["A bridge.", "Photosynthesis turns light into sugar, in every leaf of a plant.", "水"]
+    fast = gteopt.load(static, dtype="float32", backend="openvino")
+    assert fast.kernels == {"openvino.int8 (static)": 28}
+    found, own = fast.encode(texts), gteopt.load(static, dtype="float32").encode(texts)
+    base = gteopt.load("nano", dtype="float32").encode(texts)
+    # Sums run in another order, and a number next to a tie may get another code.
+    apart, error = (1 - (found * other).sum(1).min() for other in (own, base))
+    assert error < 0.005
+    assert apart < 0.05 * error
+
+
+def test_without_vnni_static_weights_multiply_inputs_as_they_are(
+    static: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["A bridge.", "Photosynthesis turns light into sugar, in every leaf of a plant."]
+    base = gteopt.load("nano", dtype="float32").encode(texts)
+    rounded = gteopt.load(static, dtype="float32", backend="openvino").encode(texts)
+    monkeypatch.setattr(gteopt.openvino, "activation_bits", lambda: 7)
+    exact = gteopt.load(static, dtype="float32", backend="openvino").encode(texts)
+    assert (1 - (exact * base).sum(1)).max() < 0.5 * (1 - (rounded * base).sum(1)).max()
 
 
 def test_batches_do_not_change_a_vector(artifact: Path) -> None:
