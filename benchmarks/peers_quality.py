@@ -177,6 +177,7 @@ def quantizers(hub_dir: Path) -> dict[str, Callable[[Path], Variant]]:
         "mixed-4.25",
         "mixed-3.5",
         "gptq-int3",
+        "int8-static",
         "int8-weight",
         "gptq-int8",
         "int8",

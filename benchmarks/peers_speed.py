@@ -273,8 +273,10 @@ def engines(model: str, *, learn: bool) -> dict[str, Callable[[Path], Engine]]:
     table["gteopt int8"] = partial(ours_quantized, recipe=int8, dtype="float32")
     table["gteopt 4-bit"] = partial(ours_quantized, recipe=int4, dtype="bfloat16")
     fast = partial(ours_quantized, dtype="bfloat16", backend="openvino")
+    table["gteopt fp32, OpenVINO"] = partial(ours, dtype="float32", backend="openvino")
     table["gteopt bf16, OpenVINO"] = partial(ours, dtype="bfloat16", backend="openvino")
     table["gteopt int8, OpenVINO"] = partial(fast, recipe=int8)
+    table["gteopt int8-static, OpenVINO"] = partial(fast, recipe="int8-static")
     table["gteopt 4-bit, OpenVINO"] = partial(fast, recipe=int4)
     return table
 

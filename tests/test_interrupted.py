@@ -111,7 +111,7 @@ def finished_blocks(out: Path) -> int:
     return len(list((out.parent / f".{out.name}.partial").rglob("block-*.json")))
 
 
-@pytest.mark.parametrize("recipe", ["gptq-int4", "int8"])
+@pytest.mark.parametrize("recipe", ["gptq-int4", "int8", "int8-static"])
 def test_killed_after_each_block_in_turn_it_ends_in_the_same_bytes(
     base: Path, tmp_path: Path, recipe: str
 ) -> None:
