@@ -14,7 +14,7 @@ RANKS = [
     {"records"},
     {"quant", "machine", "pooling"},
     {"kernels", "formats", "artifact", "hub"},
-    {"checkpoint", "runtime"},
+    {"checkpoint", "runtime", "graphs"},
     {"openvino"},
     {"encoder", "card"},
     {"calibration", "layout", "dummy"},

@@ -209,6 +209,7 @@ class Int8LinearCpu(nn.Module):
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.symmetric = weight.scheme.activation_symmetric
         self.outliers = weight.scheme.activation_outliers
+        self.rounding = ("int8", self.symmetric, self.outliers)
         # Flipping the top bit of an unsigned code subtracts the zero point 128.
         codes = (weight.qweight ^ 128).view(torch.int8).cpu().contiguous()
         scale = weight.scale[:, 0].float().cpu()
