@@ -60,6 +60,11 @@ class Graphs:
             work on the device at the time is in it.
     """
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Those that are recorded."""
+        return tuple(sorted(self._recordings))
+
     def __init__(self, forward: Forward, device: torch.device) -> None:
         """Record nothing yet.
 

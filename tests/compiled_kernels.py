@@ -28,6 +28,9 @@ SIGNATURES = {
         "x": "*bf16", "qweight": "*u8", "scale": "*fp16", "zero": "*u8", "levels": "*fp32",
         "parts": "*fp32",
     },
+    "_sum_kernel": {"parts": "*fp32", "y": "*bf16", "bias": "*bf16"},
+    "_gate_kernel": {"gate": "*bf16", "up": "*bf16"},
+    "_rotate_kernel": {"x": "*bf16", "cos": "*bf16", "sin": "*bf16"},
     "_decode_kernel": {
         "qweight": "*u8", "scale": "*fp16", "zero": "*u8", "levels": "*fp32", "out": "*bf16",
     },
@@ -51,6 +54,9 @@ def compiled(capability: int) -> Iterator[dict[str, Any]]:
             yield _compile("_int4_kernel", constants, 4, 4, capability)
         yield _compile("_decode_kernel", {**element, "BLOCK": 1024}, 4, 3, capability)
     yield _compile("_quantize_kernel", {"SYMMETRIC": False, "BLOCK": 4096}, 8, 3, capability)
+    yield _compile("_sum_kernel", {"HAS_BIAS": True, "BLOCK": 1024}, 4, 3, capability)
+    yield _compile("_gate_kernel", {"BLOCK": 1024}, 4, 3, capability)
+    yield _compile("_rotate_kernel", {"HALF": 64}, 1, 3, capability)
     if capability >= 89:
         yield _compile("_round_kernel", {"MOST": 448.0, "BLOCK": 4096}, 8, 3, capability)
 

@@ -12,7 +12,7 @@ RANKS = [
     {"errors"},
     {"recipe", "families", "licenses"},
     {"records"},
-    {"quant", "machine", "pooling"},
+    {"quant", "machine", "pooling", "energy"},
     {"kernels", "formats", "artifact", "hub"},
     {"checkpoint", "runtime", "graphs"},
     {"openvino"},
