@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import os
 import random
 import signal
@@ -409,7 +408,7 @@ def _latency(
         p95_ms=float(p95),
         p99_ms=float(p99),
         weight_gb_per_s=encoder.block_bytes / float(p50) / 1e6,
-        joules=_joules(turns[-1][1], float(p50) / 1e3, limits.meter),
+        joules=limits.meter.per_call(turns[-1][1], float(p50) / 1e3),
     )
 
 
@@ -432,7 +431,7 @@ def _throughput(
     lengths = text_lengths(workload)
     gflops = _operations(encoder, lengths) / once / 1e9
     peak = _peak(encoder, limits.peaks)
-    joules = _joules(turn[1], once, limits.meter)
+    joules = limits.meter.per_call(turn[1], once)
     return ThroughputRecord(
         batch_size=workload.batch_size,
         tokens=workload.tokens,
@@ -444,21 +443,6 @@ def _throughput(
         peak_ratio=None if peak is None else gflops / peak,
         joules_per_million_tokens=None if joules is None else joules / sum(lengths) * 1e6,
     )
-
-
-_COUNTED_S = 2.0
-"""NVML's counter moves every 20 to 100 ms: an error of a twentieth at most."""
-
-
-def _joules(call: Callable[[], object], seconds: float, counter: Meter) -> float | None:
-    """Energy of one call, which takes about so many seconds; None where nothing counts it."""
-    if counter.joules is None:
-        return None
-    n = math.ceil(_COUNTED_S / seconds)
-    before = counter.joules()
-    for _ in range(n):
-        call()  # each returns its vectors, which waits for the device
-    return (counter.joules() - before) / n
 
 
 def text_lengths(workload: Workload) -> list[int]:

@@ -194,7 +194,7 @@ def test_torch_compile_takes_a_layer_whole(cuda: ModuleType, scheme: LayerScheme
     else:
         make = cuda.Int8LinearCuda if scheme.bits == 8 else cuda.Int4LinearCuda
         layer = make(weight, seeded(64, seed=1))
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled: Any = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for n_tokens in (5, 33, 70):  # the last decodes 4-bit weights
         x = seeded(n_tokens, 256, seed=2).to(dtype)
         assert torch.equal(compiled(x), layer(x))
