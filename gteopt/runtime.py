@@ -241,13 +241,13 @@ class _Rounding(Protocol):
 
     rounding: Hashable
 
-    def quantize(self, x: Tensor) -> Any: ...
+    def quantize(self, x: Tensor, before: Any = None) -> Any: ...
 
     def multiply(self, x: Any, dtype: torch.dtype) -> Tensor: ...
 
 
-def _apply(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """Several linear layers of one input [T, I], which rounds it once where they round alike."""
+def _alike(layers: Sequence[nn.Module]) -> Sequence[_Rounding] | None:
+    """Layers of one input that round it alike, and that nobody looks into; None otherwise."""
     rounding = getattr(layers[0], "rounding", None)
     if rounding is not None and all(
         type(each) is type(layers[0])
@@ -256,10 +256,26 @@ def _apply(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         and not each._forward_hooks
         for each in layers
     ):
-        alike = cast("Sequence[_Rounding]", layers)
+        return cast("Sequence[_Rounding]", layers)
+    return None
+
+
+def _apply(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Several linear layers of one input [T, I], which rounds it once where they round alike."""
+    if (alike := _alike(layers)) is not None:
         codes = alike[0].quantize(x)
         return [each.multiply(codes, x.dtype) for each in alike]
     return [each(x) for each in layers]
+
+
+def _apply_normed(norm: Any, layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Several linear layers of RMSNorm(x), which a GPU rounds without writing it down."""
+    alike, on_gpu = _alike(layers), _on_gpu(x)
+    if alike is not None and on_gpu is not None:
+        before = on_gpu.Before(norm=norm.weight, epsilon=norm.variance_epsilon)
+        codes = alike[0].quantize(x, before)
+        return [each.multiply(codes, x.dtype) for each in alike]
+    return _apply(layers, _rms_norm(norm, x))
 
 
 def _by_blocks(
@@ -302,13 +318,14 @@ def _decoder(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _
         attention = block.self_attn
         width = attention.head_dim
         one = last is not None and i == len(module.layers) - 1
-        h = _rms_norm(block.input_layernorm, x)
+        norm, inputs = block.input_layernorm, [attention.k_proj, attention.v_proj]
         if one:
             assert last is not None
-            (q,), x = _apply([attention.q_proj], h[last]), x[last]
-            k, v = _apply([attention.k_proj, attention.v_proj], h)
+            k, v = _apply_normed(norm, inputs, x)
+            x = x[last]
+            (q,) = _apply_normed(norm, [attention.q_proj], x)
         else:
-            q, k, v = _apply([attention.q_proj, attention.k_proj, attention.v_proj], h)
+            q, k, v = _apply_normed(norm, [attention.q_proj, *inputs], x)
         q, k, v = (each.view(len(each), -1, width) for each in (q, k, v))
         if hasattr(attention, "q_norm"):
             q, k = _rms_norm(attention.q_norm, q), _rms_norm(attention.k_norm, k)
@@ -324,11 +341,16 @@ def _decoder(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _
 
 
 def _gated_mlp(block: Any, act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    h = _rms_norm(block.post_attention_layernorm, x)
-    gate, up = _apply([block.mlp.gate_proj, block.mlp.up_proj], h)
+    down = block.mlp.down_proj
+    halves = [block.mlp.gate_proj, block.mlp.up_proj]
+    gate, up = _apply_normed(block.post_attention_layernorm, halves, x)
     on_gpu = _on_gpu(gate) if act is F.silu else None
-    inside = on_gpu.gate_(gate, up) if on_gpu is not None else act(gate).mul_(up)
-    found: Tensor = x + block.mlp.down_proj(inside)
+    if on_gpu is None:
+        found: Tensor = x + down(act(gate).mul_(up))
+    elif _alike([down]) is not None:
+        found = x + down.multiply(down.quantize(gate, on_gpu.Before(up=up)), x.dtype)
+    else:
+        found = x + down(on_gpu.gate_(gate, up))
     return found
 
 

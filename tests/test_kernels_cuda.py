@@ -158,18 +158,49 @@ def test_gate_and_rotary_embedding_round_float64_once(cuda: ModuleType, dtype: t
         assert relative_error(cuda.rotate_(x, cos, sin), exact) <= bound
 
 
+@pytest.mark.parametrize("n_inputs", [37, 5000])
+def test_what_comes_before_a_rounding_is_computed_in_float32(
+    cuda: ModuleType, n_inputs: int
+) -> None:
+    x, up = (seeded(6, n_inputs, seed=i).mul(3).bfloat16() for i in (1, 2))
+    weight = seeded(n_inputs, seed=3).add(1).bfloat16()
+    wide = x.float()
+    mean = wide.pow(2).mean(1, keepdim=True)
+    for before, exact in (
+        (cuda.Before(up=up), torch.nn.functional.silu(wide) * up.float()),
+        (cuda.Before(norm=weight, epsilon=1e-3), wide * (mean + 1e-3).rsqrt() * weight.float()),
+    ):
+        for symmetric in (True, False):
+            codes, scale, zero = cuda.quantize_tokens(x, symmetric=symmetric, before=before)
+            steps = codes.float() if zero is None else codes.float() - zero[:, None]
+            # Half a step, and what float32 rounds: a code next to a tie may be either.
+            assert float(((steps * scale - exact).abs() / scale).max()) <= 0.501
+            assert (
+                float(
+                    (scale / affine.quantize_tokens(exact, symmetric=symmetric)[1] - 1).abs().max()
+                )
+                <= 1e-6
+            )
+        floats, scale = cuda.round_tokens(x, before=before)
+        assert torch.allclose(scale[:, 0], exact.abs().amax(1) / affine.E4M3_MAX, rtol=1e-6)
+        # Three bits of fraction: at most 1/16 of a value, twice that where the carry is dropped.
+        large = exact.abs() > scale
+        wrong = (floats.float() * scale - exact).abs() / exact.abs()
+        assert float(wrong[large].median()) <= 1 / 16
+
+
 def test_what_operators_say_of_their_results_is_what_they_return(cuda: ModuleType) -> None:
     """Schema, aliasing, and shapes without data, on odd numbers of tokens and features."""
     ops = torch.ops.gteopt
     x, bias = seeded(5, 256), seeded(70, seed=1)
     eight, four, nf4 = (packed(70, 256, each) for each in (TOKEN_ZEROS, INT4, NF4))
     layer = cuda.Int8LinearCuda(eight, bias)
-    codes, scale, zero = ops.quantize_tokens(x, False)
+    codes, scale, zero = ops.quantize_tokens(x, False, None, None, 0.0)
     int8 = (codes, scale, zero, layer.weight, layer.scale, layer.row_sum, layer.bias)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (ops.quantize_tokens, (x, True)),
-        (ops.quantize_tokens, (x, False)),
-        (ops.round_tokens, (x,)),
+        (ops.quantize_tokens, (x, True, None, None, 0.0)),
+        (ops.quantize_tokens, (x, False, x + 1, None, 0.0)),
+        (ops.round_tokens, (x, None, x[0] + 1, 1e-6)),
         (ops.int8_product, (*int8, torch.float32, [32, 64, 256, 4, 4])),
         (ops.gate_, (seeded(3, 50), seeded(3, 50, seed=1))),
         (ops.rotate_, (seeded(3, 2, 16), seeded(3, 1, 16), seeded(3, 1, 16))),

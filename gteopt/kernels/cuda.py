@@ -70,6 +70,24 @@ def _operator(schema: str, run: Callable[..., object], fake: Callable[..., objec
     torch.library.register_fake(f"gteopt::{name}", fake, lib=_LIBRARY)
 
 
+@dataclass(frozen=True)
+class Before:
+    """What is computed on the way into a rounding, in float32, so that it never lies in memory.
+
+    Attributes:
+        up: the other half of a gated MLP, contiguous [T, I]: silu(x) * up.
+        norm: weight [I] of an RMSNorm; one of the two is None.
+        epsilon: of the RMSNorm.
+    """
+
+    up: Tensor | None = None
+    norm: Tensor | None = None
+    epsilon: float = 0.0
+
+
+_NONE = Before()
+
+
 class Int8LinearCuda(nn.Module):
     """int8 weights times int8 activations on the tensor cores, summed in int32.
 
@@ -104,9 +122,11 @@ class Int8LinearCuda(nn.Module):
         y = self.multiply(self.quantize(x.reshape(-1, self.in_features)), x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[T, I] of any float dtype to what `multiply` takes."""
-        return quantize_tokens(x.contiguous(), symmetric=self.row_sum is None)
+    def quantize(
+        self, x: Tensor, before: Before | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[T, I] of any float dtype, and what is done to it before, to what `multiply` takes."""
+        return quantize_tokens(x.contiguous(), symmetric=self.row_sum is None, before=before)
 
     def multiply(self, x: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype) -> Tensor:
         """[T, O] of a dtype."""
@@ -140,9 +160,9 @@ class Fp8LinearCuda(nn.Module):
         y = self.multiply(self.quantize(x.reshape(-1, self.in_features)), x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """bfloat16 [T, I] to what `multiply` takes."""
-        return round_tokens(x.contiguous())
+    def quantize(self, x: Tensor, before: Before | None = None) -> tuple[Tensor, Tensor]:
+        """bfloat16 [T, I], and what is done to it before, to what `multiply` takes."""
+        return round_tokens(x.contiguous(), before=before)
 
     def multiply(self, x: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         """[T, O] of a dtype, bfloat16 to be exact."""
@@ -290,27 +310,36 @@ def fp8_fits(weight: PackedWeight) -> bool:
     return weight.in_features % 16 == 0 and weight.out_features % 16 == 0
 
 
-def quantize_tokens(x: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize_tokens(
+    x: Tensor, *, symmetric: bool, before: Before | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`quant.affine.quantize_tokens` of x [T, I] in one pass over memory; the same numbers.
 
     Returns:
         int8 [T, I], float32 scale [T, 1], int32 zero points [T] or None.
     """
-    codes, scale, zero = torch.ops.gteopt.quantize_tokens(x, symmetric)
+    b = before or _NONE
+    codes, scale, zero = torch.ops.gteopt.quantize_tokens(x, symmetric, b.up, b.norm, b.epsilon)
     return codes, scale, None if symmetric else zero
 
 
-def _quantize_tokens(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    codes, scale, zero = _token_codes(x, symmetric)
+def _quantize_tokens(
+    x: Tensor, symmetric: bool, up: Tensor | None, norm: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale, zero = _token_codes(x, symmetric, up, norm, epsilon)
     block = min(4096, triton.next_power_of_2(x.shape[1]))
     if len(x):
         _quantize_kernel[(len(x),)](
-            x, codes, scale, zero, x.shape[1], SYMMETRIC=symmetric, BLOCK=block, num_warps=8
-        )
+            x, up, norm, codes, scale, zero, x.shape[1], epsilon,
+            GATED=up is not None, NORMED=norm is not None,
+            SYMMETRIC=symmetric, BLOCK=block, num_warps=8,
+        )  # fmt: skip
     return codes, scale, zero
 
 
-def _token_codes(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _token_codes(
+    x: Tensor, symmetric: bool, up: Tensor | None, norm: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
     # An operator returns no None.
@@ -319,38 +348,50 @@ def _token_codes(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _operator(
-    "quantize_tokens(Tensor x, bool symmetric) -> (Tensor, Tensor, Tensor)",
+    "quantize_tokens(Tensor x, bool symmetric, Tensor? up, Tensor? norm, float epsilon) -> "
+    "(Tensor, Tensor, Tensor)",
     _quantize_tokens,
     _token_codes,
 )
 
 
-def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+def round_tokens(x: Tensor, *, before: Before | None = None) -> tuple[Tensor, Tensor]:
     """Round each token of x [T, I] to 8-bit floats by its own scale, max |x| / 448.
 
     Returns:
         e4m3 [T, I], float32 scale [T, 1].
     """
-    floats, scale = torch.ops.gteopt.round_tokens(x)
+    b = before or _NONE
+    floats, scale = torch.ops.gteopt.round_tokens(x, b.up, b.norm, b.epsilon)
     return floats, scale
 
 
-def _round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    floats, scale = _token_floats(x)
+def _round_tokens(
+    x: Tensor, up: Tensor | None, norm: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    floats, scale = _token_floats(x, up, norm, epsilon)
     block = min(4096, triton.next_power_of_2(x.shape[1]))
     if len(x):
         _round_kernel[(len(x),)](
-            x, floats, scale, x.shape[1], MOST=E4M3_MAX, BLOCK=block, num_warps=8
-        )
+            x, up, norm, floats, scale, x.shape[1], epsilon,
+            GATED=up is not None, NORMED=norm is not None,
+            MOST=E4M3_MAX, BLOCK=block, num_warps=8,
+        )  # fmt: skip
     return floats, scale
 
 
-def _token_floats(x: Tensor) -> tuple[Tensor, Tensor]:
+def _token_floats(
+    x: Tensor, up: Tensor | None, norm: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
     floats = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     return floats, torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
 
 
-_operator("round_tokens(Tensor x) -> (Tensor, Tensor)", _round_tokens, _token_floats)
+_operator(
+    "round_tokens(Tensor x, Tensor? up, Tensor? norm, float epsilon) -> (Tensor, Tensor)",
+    _round_tokens,
+    _token_floats,
+)
 
 
 def int8_product(
@@ -458,14 +499,45 @@ def _rounded(x):
 
 
 @triton.jit
-def _quantize_kernel(x, codes, scale, zero, n_inputs, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_factor(x, row, n_inputs, epsilon, NORMED: tl.constexpr, BLOCK: tl.constexpr):
+    """What a token is multiplied with by RMSNorm."""
+    factor = 1.0
+    if NORMED:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, n_inputs, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+            squares += values * values
+        factor = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / n_inputs + epsilon)
+    return factor
+
+
+@triton.jit
+def _prepared(x, up, norm, row, at, n_inputs, factor, GATED: tl.constexpr, NORMED: tl.constexpr):
+    """Numbers of a token, see `Before`."""
+    values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+    if GATED:
+        others = tl.load(up + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        values = values * tl.sigmoid(values) * others
+    if NORMED:
+        weights = tl.load(norm + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        values = values * factor * weights
+    return values
+
+
+@triton.jit
+def _quantize_kernel(
+    x, up, norm, codes, scale, zero, n_inputs, epsilon,
+    GATED: tl.constexpr, NORMED: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program a token: its range, then its codes (the second read comes from the cache)."""
     row = tl.program_id(0).to(tl.int64) * n_inputs
+    factor = _norm_factor(x, row, n_inputs, epsilon, NORMED, BLOCK)
     low = tl.zeros((BLOCK,), tl.float32)
     high = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        values = _prepared(x, up, norm, row, at, n_inputs, factor, GATED, NORMED)
         low = tl.minimum(low, values)
         high = tl.maximum(high, values)
     least = tl.min(low, axis=0)
@@ -483,27 +555,31 @@ def _quantize_kernel(x, codes, scale, zero, n_inputs, SYMMETRIC: tl.constexpr, B
         tl.store(zero + tl.program_id(0), shift.to(tl.int32))
     for start in range(0, n_inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        values = _prepared(x, up, norm, row, at, n_inputs, factor, GATED, NORMED)
         rounded = _rounded(tl.div_rn(values, tl.broadcast_to(step, (BLOCK,)))) + shift
         rounded = tl.minimum(tl.maximum(rounded, -128.0), 127.0)
         tl.store(codes + row + at, rounded.to(tl.int8), mask=at < n_inputs)
 
 
 @triton.jit
-def _round_kernel(x, floats, scale, n_inputs, MOST: tl.constexpr, BLOCK: tl.constexpr):
+def _round_kernel(
+    x, up, norm, floats, scale, n_inputs, epsilon,
+    GATED: tl.constexpr, NORMED: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program a token: its largest value, then its 8-bit floats."""
     row = tl.program_id(0).to(tl.int64) * n_inputs
+    factor = _norm_factor(x, row, n_inputs, epsilon, NORMED, BLOCK)
     high = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        values = _prepared(x, up, norm, row, at, n_inputs, factor, GATED, NORMED)
         high = tl.maximum(high, tl.abs(values))
     step = tl.div_rn(tl.max(high, axis=0), MOST)
     step = tl.where(step >= 1.1754943508222875e-38, step, 1.0)
     tl.store(scale + tl.program_id(0), step)
     for start in range(0, n_inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        values = _prepared(x, up, norm, row, at, n_inputs, factor, GATED, NORMED)
         shares = tl.div_rn(values, tl.broadcast_to(step, (BLOCK,)))
         shares = tl.minimum(tl.maximum(shares, -MOST), MOST)
         tl.store(floats + row + at, shares.to(tl.float8e4nv), mask=at < n_inputs)
