@@ -53,7 +53,7 @@ _ALONE_TOKENS = 2048
 """A batch with a text beyond this is taken text by text: neither padding nor activations of many
 long texts at once."""
 _WINDOW_BATCHES = 64
-"""Batches whose texts a GPU's host tokenizes at once, and sorts by length among themselves."""
+"""Where a GPU computes: enough for batches of nearly equal lengths."""
 _TRIM_BYTES = 64 << 20
 """Packed weights after which a load returns what making their layers took: several times their own
 size, which the allocator would keep (294 MB after three blocks of gte-Qwen2-1.5B in int8)."""
@@ -87,6 +87,8 @@ class Encoder:
         graphs: recordings of the forward pass of one short text; None where there is no GPU, where
             none were asked for, or for an architecture that is not laid out by `runtime`. Whoever
             changes `module` sets it to None.
+        window_batches: batches whose texts are tokenized at once, and sorted by length among
+            themselves, while those before them are computed; None is all of them, beforehand.
     """
 
     def __init__(
@@ -124,6 +126,8 @@ class Encoder:
             packed_forward(checkpoint.config, checkpoint.pooling, device) if packs else None
         )
         padded = padded_forward(checkpoint.config, checkpoint.pooling) if packs else None
+        # On a CPU the tokenizer would take from the threads that compute.
+        self.window_batches = _WINDOW_BATCHES if device.type == "cuda" else None
         self.graphs: Graphs | None = None
         if graphs and device.type == "cuda" and padded is not None:
             self.graphs = Graphs(
@@ -352,8 +356,8 @@ class Encoder:
 
         While a GPU computes one window of many texts, a thread of the host tokenizes the next.
         """
-        size = _WINDOW_BATCHES * batch_size
-        if self.device.type != "cuda" or len(texts) <= size:
+        size = (self.window_batches or 0) * batch_size
+        if not size or len(texts) <= size:
             tokens = self.tokenize(texts, role=role, instruction=instruction)
             yield from self.batches(tokens, batch_size)
             return
