@@ -182,7 +182,10 @@ def layers_of(
             "int8",
         )
     if cuda.fp8_fits(pack(quantize_rtn(dense, FP8))) and device.type == "cuda":
-        add("ours fp8", "fp8", FP8, cuda.Fp8LinearCuda)
+        eight = add("ours fp8", "fp8", FP8, cuda.Fp8LinearCuda)
+        fast = cuda.Fp8LinearCuda(eight, None).to(device)
+        fast.fast = True
+        found["ours fp8, fast accumulation"] = fast, eight.unpack().dequantize(), "fp8"
     four = add("ours int4", "int4", INT4, cuda.Int4LinearCuda)
     add("ours nf4", "int4", NF4, cuda.Int4LinearCuda)
     add("dequantize, portable", "int4", INT4, DequantLinear)

@@ -66,7 +66,7 @@ def compiled(capability: int) -> Iterator[dict[str, Any]]:
             yield _compile("_round_kernel", {"MOST": 448.0, **before}, 8, 3, capability)
     yield _compile("_sum_kernel", {"HAS_BIAS": True, "BLOCK": 1024}, 4, 3, capability)
     yield _compile("_gate_kernel", {"BLOCK": 1024}, 4, 3, capability)
-    yield _compile("_rotate_kernel", {"HALF": 64}, 1, 3, capability)
+    yield _compile("_rotate_kernel", {"HEADS": 32, "HALF": 64}, 4, 3, capability)
 
 
 def _compile(

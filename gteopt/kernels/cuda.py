@@ -137,13 +137,14 @@ class Fp8LinearCuda(nn.Module):
     """e4m3 weights times e4m3 activations through `torch._scaled_mm`; capability 8.9 and up.
 
     One scale an output feature and one a token; sums in float32. The fast accumulation of Hopper's
-    tensor cores (14 bits between promotions) stays off: over 18,944 inputs it costs digits that
-    the 8-bit operands still have. Layers of the same input may share its floats.
+    tensor cores (14 bits between promotions) is off unless `fast` is set: over 18,944 inputs it
+    costs digits that the 8-bit operands still have; `benchmarks/kernels.py` measures both. Layers of the same input may share its floats.
     Buffers: weight e4m3 [O, I], scale float32 [1, O], bias bfloat16 [O] or None.
     """
 
     kernel = "cuda.fp8"
     rounding = ("fp8",)
+    fast = False
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
@@ -174,7 +175,7 @@ class Fp8LinearCuda(nn.Module):
             scale_b=self.scale,
             bias=self.bias,
             out_dtype=torch.bfloat16,
-            use_fast_accum=False,
+            use_fast_accum=self.fast,
         )
         return product.to(dtype)
 
@@ -486,7 +487,8 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     n_tokens, n_heads, width = x.shape
     if n_tokens:
-        _rotate_kernel[n_tokens, n_heads](x, cos, sin, n_heads, HALF=width // 2, num_warps=1)
+        heads = triton.next_power_of_2(n_heads)
+        _rotate_kernel[(n_tokens,)](x, cos, sin, n_heads, HEADS=heads, HALF=width // 2)
 
 
 _operator("rotate_(Tensor(a!) x, Tensor cos, Tensor sin) -> ()", _rotate, lambda x, cos, sin: None)
@@ -695,18 +697,21 @@ def _gate_kernel(gate, up, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotate_kernel(x, cos, sin, n_heads, HALF: tl.constexpr):
-    """One program: one head of one token."""
+def _rotate_kernel(x, cos, sin, n_heads, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """One program: all heads of one token."""
     token = tl.program_id(0).to(tl.int64)
-    left = (token * n_heads + tl.program_id(1)) * 2 * HALF + tl.arange(0, HALF)
-    angle = token * 2 * HALF + tl.arange(0, HALF)
-    a = tl.load(x + left).to(tl.float32)
-    b = tl.load(x + left + HALF).to(tl.float32)
+    head = tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    left = x + (token * n_heads + head) * 2 * HALF + i
+    angle = token * 2 * HALF + i
+    inside = (head < n_heads) & (i < HALF)
+    a = tl.load(left, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(left + HALF, mask=inside, other=0.0).to(tl.float32)
     first = a * tl.load(cos + angle).to(tl.float32) - b * tl.load(sin + angle).to(tl.float32)
     angle += HALF
     second = b * tl.load(cos + angle).to(tl.float32) + a * tl.load(sin + angle).to(tl.float32)
-    tl.store(x + left, first.to(x.dtype.element_ty))
-    tl.store(x + left + HALF, second.to(x.dtype.element_ty))
+    tl.store(left, first.to(x.dtype.element_ty), mask=inside)
+    tl.store(left + HALF, second.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
