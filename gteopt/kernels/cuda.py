@@ -138,7 +138,8 @@ class Fp8LinearCuda(nn.Module):
 
     One scale an output feature and one a token; sums in float32. The fast accumulation of Hopper's
     tensor cores (14 bits between promotions) is off unless `fast` is set: over 18,944 inputs it
-    costs digits that the 8-bit operands still have; `benchmarks/kernels.py` measures both. Layers of the same input may share its floats.
+    costs digits that the 8-bit operands still have; `benchmarks/kernels.py` measures both. Layers
+    of the same input may share its floats.
     Buffers: weight e4m3 [O, I], scale float32 [1, O], bias bfloat16 [O] or None.
     """
 
