@@ -8,8 +8,11 @@ product). Calls are interleaved and the median of their times is kept; the weigh
 fit the cache of the round before. `share_of_peak` is of the largest square product in that type
 that this very run reached, `bytes_per_s` counts weights and activations once.
 
-Without a GPU, `TRITON_INTERPRET=1 ... --device cpu --shapes 96x256 --tokens 5` checks the numbers
-and times nothing.
+Ours run under `torch.compile` too, as one graph for every number of tokens, and must give the same
+numbers.
+
+Without a GPU, `TRITON_INTERPRET=1 ... --device cpu --shapes 96x256 --tokens 1 5 70` checks the
+numbers and times nothing.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ class Row:
     Attributes:
         error: relative Frobenius error to the float64 product of the weight that the layer holds
             and the unrounded input; bfloat16 alone is near 0.002.
+        compiled_error: the same under torch.compile; None for what is not ours.
         time_us: median; None where nothing was timed.
         share_of_peak: of the peak of the operands' type.
         bytes_per_s: least traffic over time.
@@ -67,6 +71,7 @@ class Row:
     inputs: int
     tokens: int
     error: float
+    compiled_error: float | None
     time_us: float | None
     share_of_peak: float | None
     bytes_per_s: float | None
@@ -89,6 +94,13 @@ def main() -> None:
     for shape in options.shapes:
         outputs, inputs = map(int, shape.split("x"))
         layers = layers_of(outputs, inputs, device, tiles=options.tiles)
+        # What Triton interprets cannot be compiled further.
+        backend = "inductor" if timed else "aot_eager"
+        compiled: dict[str, Product] = {
+            name: torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+            for name, (layer, _, _) in layers.items()
+            if isinstance(layer, nn.Module)
+        }
         for tokens in options.tokens:
             x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(tokens))
             # The interpreter multiplies bfloat16 operands as bit patterns.
@@ -98,14 +110,21 @@ def main() -> None:
                 took = times.get(name)
                 part = x[:_CHECKED_TOKENS]
                 exact = part.double() @ weight.double().T
-                wrong = (product(x)[:_CHECKED_TOKENS].double() - exact).norm() / exact.norm()
+
+                def wrong(found: Tensor, exact: Tensor = exact) -> float:
+                    rows = found[:_CHECKED_TOKENS].double()
+                    return float((rows - exact).norm() / exact.norm())
+
+                error = wrong(product(x))
+                again = wrong(compiled[name](x)) if name in compiled else None
                 n_bytes = 2 * tokens * (inputs + outputs) + outputs * inputs * _BYTES[kind]
                 row = Row(
                     layer=name,
                     outputs=outputs,
                     inputs=inputs,
                     tokens=tokens,
-                    error=float(wrong),
+                    error=error,
+                    compiled_error=again,
                     time_us=None if took is None else took * 1e6,
                     share_of_peak=None
                     if took is None
@@ -114,6 +133,8 @@ def main() -> None:
                 )
                 rows.append(row)
                 shown = "" if took is None else f"{took * 1e6:10.1f} us {row.share_of_peak:7.1%}"
+                if again is not None and again > 1.01 * error + 1e-6:
+                    shown += f"  WRONG under torch.compile: {again:.5f}"
                 print(f"{shape:12}{tokens:7} {name:42}{row.error:9.5f}{shown}", flush=True)
     if options.out is not None:
         record = {
@@ -161,7 +182,10 @@ def layers_of(
             "int8",
         )
     if cuda.fp8_fits(pack(quantize_rtn(dense, FP8))) and device.type == "cuda":
-        add("ours fp8", "fp8", FP8, cuda.Fp8LinearCuda)
+        eight = add("ours fp8", "fp8", FP8, cuda.Fp8LinearCuda)
+        fast = cuda.Fp8LinearCuda(eight, None).to(device)
+        fast.fast = True
+        found["ours fp8, fast accumulation"] = fast, eight.unpack().dequantize(), "fp8"
     four = add("ours int4", "int4", INT4, cuda.Int4LinearCuda)
     add("ours nf4", "int4", NF4, cuda.Int4LinearCuda)
     add("dequantize, portable", "int4", INT4, DequantLinear)

@@ -6,10 +6,14 @@ turn per workload; what is reported is the median over rounds of the ratio to th
 slows down hits all alike.
 
     python benchmarks/peers_speed.py --models minilm --out peers_speed_cpu_minilm.json
-    python benchmarks/peers_speed.py --device cuda --out peers_speed_cuda.json
+    python benchmarks/peers_speed.py --device cuda --scratch DIR --out peers_speed_cuda.json
 
-The second takes a gte-Qwen2-7B of random weights, texts of 512 tokens, 32 at a time; it has not
-been run yet, as no GPU was at hand.
+The second takes a gte-Qwen2-7B of random weights, texts of 512 tokens, 32 at a time, and single
+queries of 16; it has not been run yet, as no GPU was at hand. The reference stays in memory, the
+others join it one after the other, so that 78 GB suffice. DIR (45 GB) keeps the model and what is
+made of it; each row is in the JSON once it is measured, and a later run (`--only`) puts its rows
+into the same JSON. At the end it says which bars are met. `--where cpu` with a small shape
+(`--models FOLDER`, whose config.json says it) tries everything but the device.
 
 Peers whose libraries are missing, or that refuse a model, get their error in the table; an
 environment with them is made by `make speed-peers`. Models: all-MiniLM-L6-v2, and a bidirectional
@@ -27,6 +31,7 @@ matrices that torch offers in each number type.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shlex
@@ -34,8 +39,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -51,8 +56,10 @@ import gteopt
 from gteopt.bench import exact_texts, peak_gflops
 from gteopt.checkpoint import open_checkpoint
 from gteopt.dummy import write_dummy
-from gteopt.encoder import Backend
+from gteopt.encoder import Backend, describe
+from gteopt.energy import Meter, meter
 from gteopt.machine import machine, versions
+from gteopt.recipe import Recipe, load_recipe
 
 PEERS = (
     "sentence-transformers",
@@ -76,6 +83,7 @@ class Setting:
         workloads: name -> texts, tokens in each.
         models: measured when none is named.
         layers: blocks of random models when not said; None is all of them.
+        together: whether all engines are in memory at once, or the reference and one other.
     """
 
     device: str
@@ -83,6 +91,7 @@ class Setting:
     workloads: dict[str, tuple[int, int]]
     models: tuple[str, ...]
     layers: int | None
+    together: bool
 
 
 SETTINGS = {
@@ -92,6 +101,7 @@ SETTINGS = {
         {"bulk": (8, 128), "query": (1, 16)},
         ("minilm", "qwen2"),
         12,
+        together=True,
     ),
     "cuda": Setting(
         "cuda",
@@ -99,6 +109,7 @@ SETTINGS = {
         {"bulk": (32, 512), "query": (1, 16)},
         ("gte-Qwen2-7B-instruct",),
         None,
+        together=False,
     ),
 }
 
@@ -113,6 +124,9 @@ class Timing:
         tokens_per_s: real tokens.
         gflops: operations of the linear layers alone over `seconds`.
         n_rounds: turns taken.
+        median_s: median over the rounds; None in older files.
+        peak_ratio: on a GPU, `gflops` of the median / the measured peak of the number type.
+        joules_per_million_tokens: of the device, where it counts them.
     """
 
     seconds: float
@@ -120,11 +134,22 @@ class Timing:
     tokens_per_s: float
     gflops: float
     n_rounds: int
+    median_s: float | None = None
+    peak_ratio: float | None = None
+    joules_per_million_tokens: float | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One engine on one model; `error` in place of figures where it could not run."""
+    """One engine on one model; `error` in place of figures where it could not run.
+
+    Attributes:
+        weight_bytes: of gteopt's engines as they lie in memory; of others, on a GPU, what its
+            memory lost when they were made.
+        made_s: from the model's folder to the first vector, quantization included.
+        graph_bytes: device memory of recorded forward passes (CUDA graphs).
+        note: why there are none.
+    """
 
     model: str
     engine: str
@@ -132,6 +157,10 @@ class Row:
     timings: dict[str, Timing] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
     error: str | None = None
+    weight_bytes: int | None = None
+    made_s: float | None = None
+    graph_bytes: int | None = None
+    note: str | None = None
 
 
 def main() -> None:
@@ -146,89 +175,325 @@ def main() -> None:
         "--rounded", action="store_true", help="MiniLM by rtn recipes too: same kernels, no GPTQ"
     )
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--scratch", type=Path, help="keeps random models and what is made of them")
+    parser.add_argument("--where", help="device that --device's engines run on: cpu, cuda:1")
     options = parser.parse_args()
     setting = SETTINGS[options.device]
     layers = options.layers or setting.layers
-    if setting.device == "cpu":
+    where = torch.device(options.where or setting.device)
+    if where.type == "cpu":
         torch.set_num_threads(1)
-    rows: list[Row] = []
-    peaks = arithmetic_peaks() if setting.device == "cpu" else peak_gflops(torch.device("cuda"))
+    on_gpu = setting.device == "cuda"
+    peaks = peak_gflops(where) if on_gpu else arithmetic_peaks()
     print("peaks, GFLOP/s:", ", ".join(f"{name} {value:.0f}" for name, value in peaks.items()))
-    for model in options.models or setting.models:
-        real = model == "minilm" and not options.rounded
-        table = engines(model, learn=real) if setting.device == "cpu" else gpu_engines()
-        table = {
-            name: make
-            for name, make in table.items()
-            if not options.only or name in [*options.only, setting.reference]
-        }
-        rows += measure(setting, model, folder_of(model, layers), table, options.rounds)
-        if options.out:
-            write(options.out, setting, rows, peaks, layers)
+    with tempfile.TemporaryDirectory() as passing:
+        scratch = options.scratch or Path(passing)
+        run = Run(setting, where, options.rounds, peaks, meter(where), layers, options.out)
+        for model in options.models or setting.models:
+            real = model == "minilm" and not options.rounded
+            table = gpu_engines(where, scratch) if on_gpu else engines(model, learn=real)
+            table = {
+                name: make
+                for name, make in table.items()
+                if not options.only or name in [*options.only, setting.reference]
+            }
+            run.measure(model, folder_of(model, layers, scratch), table)
+        if on_gpu:
+            run.show_bars()
 
 
-def folder_of(model: str, n_layers: int | None) -> Path:
+def folder_of(model: str, n_layers: int | None, scratch: Path) -> Path:
     """The folder of a model, made where its weights are random."""
     if model == "minilm":
         return model_folder("all-MiniLM-L6-v2")
     if model == "qwen2":
         return random_qwen2(n_layers or 24)
-    folder = Path(tempfile.mkdtemp()) / "dummy"
-    write_dummy(model, folder, n_layers=n_layers)
+    folder = scratch / f"{Path(model).name}-{n_layers or 'all'}"
+    if not (folder / "model.safetensors.index.json").is_file():  # written last
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.mkdir(parents=True, exist_ok=True)
+        begin = time.perf_counter()
+        write_dummy(model, folder, n_layers=n_layers)
+        print(f"wrote {folder} in {time.perf_counter() - begin:.0f} s", flush=True)
     return folder
 
 
-def measure(
-    setting: Setting,
-    model: str,
-    folder: Path,
-    table: dict[str, Callable[[Path], Engine]],
-    n_rounds: int,
-) -> list[Row]:
-    """Make every engine, check it, let all take turns, print the table."""
-    made: dict[str, Engine] = {}
-    errors: dict[str, str] = {}
-    reference = setting.reference
-    for name, make in table.items():
+class Run:
+    """What is measured how, and the rows so far."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        where: torch.device,
+        n_rounds: int,
+        peaks: dict[str, float],
+        counter: Meter,
+        n_layers: int | None,
+        out: Path | None,
+    ) -> None:
+        self.setting, self.where, self.n_rounds = setting, where, n_rounds
+        self.peaks, self.counter, self.n_layers, self.out = peaks, counter, n_layers, out
+        self.rows: list[Row] = self._earlier_rows()
+
+    def _earlier_rows(self) -> list[Row]:
+        """Rows of an earlier run on the same GPU, which this one adds to."""
+        if self.setting.together or self.out is None or not self.out.is_file():
+            return []
+        record = json.loads(self.out.read_text())
+        same = record["machine"]["gpu"] == machine().gpu
+        return [_row_from(each) for each in record["rows"]] if same else []
+
+    def measure(
+        self, model: str, folder: Path, table: Mapping[str, Callable[[Path], Engine]]
+    ) -> None:
+        """Make every engine, check it, let all take turns, print the table."""
+        base = describe(folder, device="cpu", dtype="bfloat16")  # no weights
+        texts = {
+            name: exact_texts(base, n_texts, n_tokens, seed=0)
+            for name, (n_texts, n_tokens) in self.setting.workloads.items()
+        }
+        operations = linear_operations(base.module)
+        reference = self.setting.reference
+        made: dict[str, Engine] = {}
+        expected: Vectors | None = None
+        for group in self._groups(table):
+            rows: dict[str, Row] = {}
+            for name in [each for each in made if each not in group]:
+                del made[name]
+            for name in [each for each in group if each not in made]:
+                release(self.where)
+                rows[name] = self._make(model, name, table[name], folder, made)
+            if reference not in made:
+                raise SystemExit(f"the reference does not run: {rows[reference].error}")
+            if expected is None:
+                expected = made[reference](texts["bulk"])
+            new = [name for name in group if name in rows and name in made]
+            for name in list(new):
+                try:
+                    vectors = made[name](texts["bulk"])
+                    for _ in range(2):  # as many as a compiler wants to see of a length
+                        made[name](texts["query"])
+                except Exception as error:  # too much memory, say
+                    rows[name] = replace(rows[name], error=_first_line(error))
+                    made.pop(name)
+                    new.remove(name)
+                    continue
+                cosine = float((unit(vectors) * unit(expected)).sum(axis=1).mean())
+                rows[name] = replace(rows[name], cosine=cosine)
+            if new:
+                seconds = take_turns(self.setting, made, texts, self.n_rounds)
+                for name in new:
+                    rows[name] = self._timed(rows[name], made[name], seconds, texts, operations)
+            names = {(model, name) for name in rows}
+            kept = [each for each in self.rows if (each.model, each.engine) not in names]
+            self.rows = [*kept, *rows.values()]
+            if not self.setting.together:
+                show(model, list(rows.values()))
+            self._write()
+        if self.setting.together:
+            show(model, [each for each in self.rows if each.model == model])
+
+    def _groups(self, table: Mapping[str, object]) -> Iterator[list[str]]:
+        """Engines that are in memory at the same time."""
+        reference = self.setting.reference
+        if self.setting.together:
+            yield list(table)
+            return
+        yield [reference]
+        yield from ([reference, name] for name in table if name != reference)
+
+    def _make(
+        self,
+        model: str,
+        name: str,
+        make: Callable[[Path], Engine],
+        folder: Path,
+        made: dict[str, Engine],
+    ) -> Row:
+        before, begin = allocated(self.where), time.perf_counter()
         try:
-            made[name] = make(folder)
-            made[name](["one text before the clock starts"])
+            engine = make(folder)
+            engine(["one text before the clock starts"])
         except Exception as error:  # a peer may refuse in any way; that it does is the result
-            made.pop(name, None)
-            lines = str(error).strip().splitlines() or [""]
-            errors[name] = f"{type(error).__name__}: {lines[0]}"[:160]
-            print(f"{name}: {errors[name]}", flush=True)
-    base = gteopt.load(folder, dtype="bfloat16", device="cpu")
-    texts = {
-        name: exact_texts(base, n_texts, n_tokens, seed=0)
-        for name, (n_texts, n_tokens) in setting.workloads.items()
-    }
-    operations = linear_operations(base.module)
-    del base
-    expected = made[reference](texts["bulk"])
-    cosines = {
-        name: float((unit(engine(texts["bulk"])) * unit(expected)).sum(axis=1).mean())
-        for name, engine in made.items()
-    }
-    seconds = take_turns(setting, made, texts, n_rounds)
-    rows = [Row(model=model, engine=name, error=text) for name, text in errors.items()]
-    for name in made:
+            print(f"{name}: {_first_line(error)}", flush=True)
+            return Row(model, name, error=_first_line(error))
+        made[name] = engine
+        took, grown = time.perf_counter() - begin, allocated(self.where) - before
+        own = engine.encoder.weight_bytes if isinstance(engine, Ours) else grown or None
+        return Row(model, name, weight_bytes=own, made_s=took)
+
+    def _timed(
+        self,
+        row: Row,
+        engine: Engine,
+        seconds: Mapping[str, Mapping[str, list[float]]],
+        texts: Mapping[str, list[str]],
+        operations: int,
+    ) -> Row:
         timings = {}
-        for workload, (n_texts, n_tokens) in setting.workloads.items():
-            mine = seconds[name][workload]
-            theirs = seconds[reference][workload]
-            best, n = min(mine), n_texts * n_tokens
+        peak = self.peaks.get(number_type(row.engine))
+        for workload, (n_texts, n_tokens) in self.setting.workloads.items():
+            mine = seconds[row.engine][workload]
+            theirs = seconds[self.setting.reference][workload]
+            best, typical, n = min(mine), median(mine), n_texts * n_tokens
+            joules = self.counter.per_call(partial(engine, texts[workload]), typical)
             timings[workload] = Timing(
                 seconds=best,
                 ratio=median(a / b for a, b in zip(theirs, mine, strict=False)),
                 tokens_per_s=n / best,
                 gflops=operations * n / best / 1e9,
                 n_rounds=len(mine),
+                median_s=typical,
+                peak_ratio=None if peak is None else operations * n / typical / 1e9 / peak,
+                joules_per_million_tokens=None if joules is None else joules / n * 1e6,
             )
-        kernels = dict(getattr(made[name], "kernels", {}))
-        rows.append(Row(model, name, cosines[name], timings, kernels))
-    show(model, rows)
-    return rows
+        graphs = engine.encoder.graphs if isinstance(engine, Ours) else None
+        return replace(
+            row,
+            timings=timings,
+            kernels=engine.encoder.kernels if isinstance(engine, Ours) else {},
+            graph_bytes=None if graphs is None else graphs.n_bytes,
+            note=None if graphs is None else graphs.refused,
+        )
+
+    def show_bars(self) -> None:
+        """Print which bars are met, and by how much."""
+        print(f"\n{'bar':62}{'wanted':>12}{'found':>12}")
+        for bar in bars(self.rows, self.peaks):
+            found = "not measured" if bar.found is None else f"{bar.found:.4g}"
+            said = "" if bar.met is None else "met" if bar.met else f"MISSED by {bar.off_by:.1%}"
+            print(f"{bar.what:62}{bar.sign + f' {bar.wanted:g}':>12}{found:>12}  {said}")
+
+    def _write(self) -> None:
+        """Everything measured so far, and where."""
+        if self.out is None:
+            return
+        record = {
+            "schema": "gteopt.peers-speed/1",
+            "device": self.setting.device,
+            "ran_on": str(self.where),
+            "command": shlex.join(sys.argv[1:]),
+            "reference": self.setting.reference,
+            "workloads": self.setting.workloads,
+            "layers_of_random_models": self.n_layers,
+            "peaks_gflops": self.peaks,
+            "rows": [asdict(row) for row in self.rows],
+            "machine": machine().model_dump(),
+            "versions": {**versions(), **peer_versions(PEERS)},
+            "n_threads": torch.get_num_threads(),
+            "clock": "CPU time of the process" if self.setting.device == "cpu" else "wall",
+            "energy": self.counter.source,
+        }
+        if self.setting.device == "cuda":
+            record["bars"] = [
+                {**asdict(bar), "met": bar.met} for bar in bars(self.rows, self.peaks)
+            ]
+        self.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _row_from(fields: dict[str, Any]) -> Row:
+    timings = {name: Timing(**each) for name, each in fields.pop("timings").items()}
+    return Row(**fields, timings=timings)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes of a GPU's memory that tensors hold; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def release(device: torch.device) -> None:
+    """Let go of engines that are no longer wanted."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.compiler.reset()  # compiled engines stay in its caches
+        torch.cuda.empty_cache()
+
+
+def number_type(engine: str) -> str:
+    """What an engine's products are of, by its name: of weights of 4 bits, what they become."""
+    if "4-bit" in engine or "nf4" in engine:
+        return "bfloat16"
+    return next((kind for kind in ("int8", "fp8") if kind in engine), "bfloat16")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Something to reach on an H200 with the shape of gte-Qwen2-7B.
+
+    Attributes:
+        found: None where a row that it needs was not measured.
+    """
+
+    what: str
+    sign: str
+    wanted: float
+    found: float | None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether it is reached; None where that was not measured."""
+        if self.found is None:
+            return None
+        return self.found >= self.wanted if self.sign == ">=" else self.found < self.wanted
+
+    @property
+    def off_by(self) -> float:
+        """How far what was found is from what was wanted, as a share of the latter."""
+        return abs((self.found or 0) / self.wanted - 1)
+
+
+def bars(rows: Sequence[Row], peaks: Mapping[str, float]) -> list[Bar]:
+    """The bars of the GPU, whatever of them was measured; speeds are medians.
+
+    Ratios are those of the ratios to the reference, which each engine took turns with.
+    """
+    by_name = {row.engine: row for row in rows if row.timings}
+
+    def of(name: str, workload: str) -> Timing | None:
+        return by_name[name].timings[workload] if name in by_name else None
+
+    def faster(name: str, than: str, workload: str) -> float | None:
+        mine, theirs = of(name, workload), of(than, workload)
+        return mine.ratio / theirs.ratio if mine and theirs else None
+
+    def tokens_per_s(name: str) -> float | None:
+        mine = of(name, "bulk")
+        return mine.tokens_per_s * mine.seconds / mine.median_s if mine and mine.median_s else None
+
+    def query_ms(name: str) -> float | None:
+        mine = of(name, "query")
+        return mine.median_s * 1e3 if mine and mine.median_s else None
+
+    bf16, four, table = "gteopt bf16", "gteopt 4-bit", "gteopt 4-bit, table in int8"
+    bulk = of(bf16, "bulk")
+    share = bulk.peak_ratio if bulk else None
+    small = by_name[table].weight_bytes if table in by_name else None
+    found = [
+        Bar("bf16, bulk: share of the measured peak", ">=", 0.6, share),
+        Bar("fp8, bulk: times bf16", ">=", 1.6, faster("gteopt fp8", bf16, "bulk")),
+        Bar("fp8, bulk: tokens/s", ">=", 55_000, tokens_per_s("gteopt fp8")),
+        Bar("int8, bulk: times bf16", ">=", 1.4, faster("gteopt int8", bf16, "bulk")),
+        Bar("4-bit, bulk: times bf16", ">=", 0.95, faster(four, bf16, "bulk")),
+        Bar("4-bit, table in int8: GB of weights", "<", 4.2, small and small / 1e9),
+        Bar("bf16, query: ms, median", "<", 6, query_ms(bf16)),
+        Bar("4-bit, query: ms, median", "<", 3, query_ms(four)),
+        Bar("4-bit, query: times bf16", ">=", 1.8, faster(four, bf16, "query")),
+    ]
+    for mine, peer in (
+        ("gteopt int8", "torchao int8 dynamic, compiled"),
+        ("gteopt int8", "bitsandbytes int8"),
+        ("gteopt fp8", "torchao fp8 dynamic, compiled"),
+        (four, "bitsandbytes nf4"),
+    ):
+        for workload in ("bulk", "query"):
+            ahead = faster(mine, peer, workload)
+            found.append(Bar(f"{mine}, {workload}: times {peer}", ">=", 1, ahead))
+    return found
 
 
 def take_turns(
@@ -281,33 +546,49 @@ def engines(model: str, *, learn: bool) -> dict[str, Callable[[Path], Engine]]:
     return table
 
 
-def gpu_engines() -> dict[str, Callable[[Path], Engine]]:
+def gpu_engines(where: torch.device, scratch: Path) -> dict[str, Callable[[Path], Engine]]:
     """The same for one GPU and a model of billions of weights. Not run yet: no GPU was at hand."""
-    bf16 = torch.bfloat16
+    bf16, device = torch.bfloat16, str(where)
+    variant = partial(ours_quantized, dtype="bfloat16", device=device, scratch=scratch)
+    peer = partial(bitsandbytes, dtype=bf16, device=device)
+    compiled = partial(torchao_compiled, dtype=bf16, device=device)
     return {
-        "sentence-transformers bf16": partial(sentence_transformer, dtype=bf16, device="cuda"),
-        "torchao int8 dynamic, compiled": partial(torchao_compiled, dtype=bf16, device="cuda"),
-        "torchao fp8 dynamic, compiled": partial(
-            torchao_compiled, dtype=bf16, device="cuda", fp8=True
-        ),
-        "bitsandbytes int8": partial(bitsandbytes, kind="int8", dtype=bf16, device="cuda"),
-        "bitsandbytes nf4": partial(bitsandbytes, kind="nf4", dtype=bf16, device="cuda"),
-        "gteopt bf16": partial(ours, dtype="bfloat16", device="cuda"),
-        "gteopt int8": partial(ours_quantized, recipe="rtn-int8", dtype="bfloat16", device="cuda"),
-        "gteopt 4-bit": partial(ours_quantized, recipe="rtn-int4", dtype="bfloat16", device="cuda"),
+        "sentence-transformers bf16": partial(sentence_transformer, dtype=bf16, device=device),
+        "gteopt bf16": partial(ours, dtype="bfloat16", device=device),
+        "gteopt int8": partial(variant, recipe="rtn-int8"),
+        "gteopt fp8": partial(variant, recipe=rounded_fp8()),
+        "gteopt 4-bit": partial(variant, recipe="rtn-int4"),
+        "gteopt nf4": partial(variant, recipe="nf4"),
+        "gteopt 4-bit, table in int8": partial(variant, recipe=with_short_table("rtn-int4")),
+        "torchao int8 dynamic, compiled": compiled,
+        "torchao fp8 dynamic, compiled": partial(compiled, fp8=True),
+        "bitsandbytes int8": partial(peer, kind="int8"),
+        "bitsandbytes nf4": partial(peer, kind="nf4"),
     }
 
 
+def rounded_fp8() -> Recipe:
+    """`fp8` without calibration, which learns nothing from random weights; the same kernels."""
+    recipe = load_recipe("fp8")
+    weights = recipe.weights.model_copy(update={"method": "rtn"})
+    return recipe.model_copy(update={"name": "rtn-fp8", "weights": weights})
+
+
+def with_short_table(name: str) -> Recipe:
+    """A recipe with `--embed-int8`."""
+    recipe = load_recipe(name).with_int8_embedding()
+    return recipe.model_copy(update={"name": f"{name}-embed-int8"})
+
+
 class Ours:
-    """A gteopt encoder as an engine that says which kernels it runs."""
+    """A gteopt encoder as an engine."""
 
     def __init__(self, encoder: gteopt.Encoder) -> None:
-        self._encoder = encoder
-        self.kernels = encoder.kernels
+        self.encoder = encoder
 
     def __call__(self, texts: Sequence[str]) -> Vectors:
         """Unit vectors of texts."""
-        return self._encoder.encode(texts)
+        return self.encoder.encode(texts)
 
 
 def ours(folder: Path, dtype: str, device: str = "cpu", backend: Backend = "torch") -> Engine:
@@ -316,10 +597,24 @@ def ours(folder: Path, dtype: str, device: str = "cpu", backend: Backend = "torc
 
 
 def ours_quantized(
-    folder: Path, recipe: str, dtype: str, device: str = "cpu", backend: Backend = "torch"
+    folder: Path,
+    recipe: str | Recipe,
+    dtype: str,
+    device: str = "cpu",
+    backend: Backend = "torch",
+    scratch: Path | None = None,
 ) -> Engine:
-    """One of our recipes on its own calibration texts; dtype of what stays unquantized."""
-    out = built(folder, recipe, "bfloat16" if device == "cuda" else "float32", device)
+    """One of our recipes on its own calibration texts; dtype of what stays unquantized.
+
+    Where there is a scratch folder the artifact lies beside the model and is made there once.
+    """
+    if scratch is None:
+        assert isinstance(recipe, str)
+        out = built(folder, recipe, "float32", device)
+    else:
+        name = recipe if isinstance(recipe, str) else recipe.name
+        out = scratch / f"{folder.name}-{name}"
+        gteopt.quantize(folder, recipe, out, dtype="bfloat16", device=device)
     return Ours(gteopt.load(out, dtype=dtype, device=device, backend=backend))
 
 
@@ -614,27 +909,6 @@ def show(model: str, rows: list[Row]) -> None:
             f"{query.ratio:9.2f}{query.seconds * 1e3:10.2f}",
             flush=True,
         )
-
-
-def write(
-    path: Path, setting: Setting, rows: list[Row], peaks: dict[str, float], n_layers: int | None
-) -> None:
-    """Everything measured so far, and where."""
-    record = {
-        "schema": "gteopt.peers-speed/1",
-        "device": setting.device,
-        "command": shlex.join(sys.argv[1:]),
-        "reference": setting.reference,
-        "workloads": setting.workloads,
-        "layers_of_random_models": n_layers,
-        "peaks_gflops": peaks,
-        "rows": [asdict(row) for row in rows],
-        "machine": machine().model_dump(),
-        "versions": {**versions(), **peer_versions(PEERS)},
-        "n_threads": torch.get_num_threads(),
-        "clock": "CPU time of the process" if setting.device == "cpu" else "wall",
-    }
-    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,12 @@ The protocol:
   by query and round by round, with the first turn changing sides, so that a machine that slows down
   hits both. `baseline_ratio` is the median of the ratios within a round. The baseline's own row
   pairs it with itself: how far its ratio is from 1 is the noise of the measurement.
-- **Peaks**: products of 1024 x 1024 by 1024 x 4096 matrices in float32, bfloat16 and int8, the
-  fastest of five. A variant's share is of the number type that its quantized layers multiply in
-  (weights of fewer bits are multiplied as the baseline's number type).
+- **Peaks**: products of 1024 x 1024 by 1024 x 4096 matrices in float32, bfloat16 and int8 (on a
+  GPU 8192 x 8192 by 8192 x 8192, and 8-bit floats), the fastest of five. A variant's share is of
+  the number type that its quantized layers multiply in (weights of fewer bits are multiplied as the
+  baseline's number type).
+- **Energy**, where the device counts it: behind the timed turns a variant alone repeats queries,
+  and each workload, for two seconds or more (the counter moves some ten times a second).
 - **Clock**: the monotonic clock on a CPU, CUDA events on a GPU. Python's cyclic garbage collector
   is off while the clock runs.
 """
@@ -45,13 +48,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gteopt.build import quantize
 from gteopt.checkpoint import Checkpoint, open_checkpoint
@@ -64,6 +68,7 @@ from gteopt.encoder import (
     load_checkpoint,
     load_tokenizer,
 )
+from gteopt.energy import Meter, meter
 from gteopt.errors import GteoptError, InputError, UnsupportedError, join_problems, suggest
 from gteopt.kernels import make_linear
 from gteopt.kernels.cpu import Int8LinearCpu
@@ -114,16 +119,21 @@ def bench(
         footprints[name] = _ask_child(name, question)
         progress("measuring load time and memory", len(footprints), len(order))
 
-    reference = load_checkpoint(checkpoints[baseline], device=device)
-    peaks = peak_gflops(reference.device)
+    reference = load_checkpoint(checkpoints[baseline], device=device, graphs=True)
+    peaks, counter = peak_gflops(reference.device), meter(reference.device)
     variants: dict[str, VariantBench] = {}
     for name in order:
         encoder = (
             reference
             if name == baseline
-            else load_checkpoint(checkpoints[name], device=str(reference.device), backend=backend)
+            else load_checkpoint(
+                checkpoints[name], device=str(reference.device), backend=backend, graphs=True
+            )
         )
-        variants[name] = _measure(name, encoder, reference, footprints[name], spec, peaks, progress)
+        limits = _Limits(peaks, counter)
+        variants[name] = _measure(
+            name, encoder, reference, footprints[name], spec, limits, progress
+        )
         del encoder  # before the next one is loaded
         _release()
     return BenchReport(
@@ -139,6 +149,7 @@ def bench(
             "backend": backend,
         },
         peak_gflops=peaks,
+        energy=counter.source,
     )
 
 
@@ -193,16 +204,21 @@ def bench_dummy(
 def peak_gflops(device: torch.device) -> dict[str, float]:
     """10^9 operations a second of large products, by number type; see the module."""
     kinds: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    wide = 4 if device.type == "cpu" else 8  # a GPU needs more to be busy
-    m, k, n = 256 * wide, 256 * wide, 1024 * wide
-    peaks = {}
+    m, k, n = (1024, 1024, 4096) if device.type == "cpu" else (8192, 8192, 8192)
+    peaks: dict[str, float] = {}
+    if device.type == "cuda":
+        for name, product in _short_products(n, device).items():
+            _seconds(product, device)  # libraries choose and load
+            peaks[name] = 2 * n**3 / min(_seconds(product, device) for _ in range(5)) / 1e9
     for name, kind in kinds.items():
         x, w = (torch.randn(shape, device=device).to(kind) for shape in ((m, k), (n, k)))
         seconds = [_seconds(partial(nn.functional.linear, x, w), device) for _ in range(5)]
         peaks[name] = 2 * m * k * n / min(seconds) / 1e9
-    codes = quantize_rtn(torch.randn(n, k), _INT8)
-    layer = make_linear(pack(codes), None, device=device, dtype=torch.float32)
-    if isinstance(layer, Int8LinearCpu):
+    if device.type == "cpu":
+        codes = quantize_rtn(torch.randn(n, k), _INT8)
+        layer = make_linear(pack(codes), None, device=device, dtype=torch.float32)
+        if not isinstance(layer, Int8LinearCpu):  # a build of torch without such a product
+            return peaks
         tokens = layer.quantize(torch.randn(m, k))
         seconds = [
             _seconds(partial(layer.multiply, tokens, torch.float32), device) for _ in "12345"
@@ -212,6 +228,22 @@ def peak_gflops(device: torch.device) -> dict[str, float]:
 
 
 _INT8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+
+
+def _short_products(n: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+    """Products of n x n matrices of 8-bit numbers that torch has for a GPU of this capability."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    if torch.version.cuda is None:
+        return found
+    x = torch.randn(n, n, device=device)
+    codes = (x * 40).clamp_(-127, 127).to(torch.int8)
+    found["int8"] = lambda: torch._int_mm(codes, codes.t())
+    if torch.cuda.get_device_capability(device) >= (8, 9):
+        floats, ones = x.to(torch.float8_e4m3fn), torch.ones((n, 1), device=device)
+        found["fp8"] = lambda: torch._scaled_mm(
+            floats, floats.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16
+        )
+    return found
 
 
 def _operations(encoder: Encoder, lengths: Sequence[int]) -> float:
@@ -231,7 +263,9 @@ def _operations(encoder: Encoder, lengths: Sequence[int]) -> float:
 def _peak(encoder: Encoder, peaks: Mapping[str, float]) -> float | None:
     """Of the number type that most of this encoder's linear layers multiply in."""
     kernel = max(encoder.kernels.items(), key=lambda item: item[1])[0] if encoder.kernels else ""
-    kind = "int8" if ".int8" in kernel else str(encoder.dtype).removeprefix("torch.")
+    kind = str(encoder.dtype).removeprefix("torch.")
+    for short in ("int8", "fp8"):
+        kind = short if f"{encoder.device.type}.{short}" in kernel else kind
     if "fp32" in kernel:
         kind = "float32"
     return peaks.get(kind)
@@ -305,13 +339,21 @@ def _open_all(
     return checkpoints
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """What the device can do, by number type (10^9 operations a second), and what it consumes."""
+
+    peaks: Mapping[str, float]
+    meter: Meter
+
+
 def _measure(
     name: str,
     encoder: Encoder,
     reference: Encoder,
     footprint: _Footprint,
     spec: BenchSpec,
-    peaks: Mapping[str, float],
+    limits: _Limits,
     progress: Progress,
 ) -> VariantBench:
     n_steps = spec.warmup + spec.n_queries + (spec.warmup + spec.repeats) * len(spec.workloads)
@@ -320,9 +362,9 @@ def _measure(
     def step() -> None:
         progress(f"measuring speed of {name}", next(steps), n_steps)
 
-    latency = _latency(encoder, reference, spec, step)
+    latency = _latency(encoder, reference, spec, limits, step)
     throughput = tuple(
-        _throughput(encoder, reference, workload, spec, peaks, step) for workload in spec.workloads
+        _throughput(encoder, reference, workload, spec, limits, step) for workload in spec.workloads
     )
     bytes_per_vector = encoder.vectors.bytes_per_vector
     return VariantBench(
@@ -339,11 +381,16 @@ def _measure(
         code=encoder.vectors.code,
         bytes_per_vector=bytes_per_vector,
         index_bytes_per_million=bytes_per_vector * 1_000_000,
+        graph_bytes=encoder.graphs.n_bytes if encoder.graphs and encoder.graphs.lengths else None,
     )
 
 
 def _latency(
-    encoder: Encoder, reference: Encoder, spec: BenchSpec, step: Callable[[], None]
+    encoder: Encoder,
+    reference: Encoder,
+    spec: BenchSpec,
+    limits: _Limits,
+    step: Callable[[], None],
 ) -> LatencyRecord:
     n_texts = spec.warmup + spec.n_queries
     pairs = zip(
@@ -361,6 +408,7 @@ def _latency(
         p95_ms=float(p95),
         p99_ms=float(p99),
         weight_gb_per_s=encoder.block_bytes / float(p50) / 1e6,
+        joules=limits.meter.per_call(turns[-1][1], float(p50) / 1e3),
     )
 
 
@@ -373,7 +421,7 @@ def _throughput(
     reference: Encoder,
     workload: Workload,
     spec: BenchSpec,
-    peaks: Mapping[str, float],
+    limits: _Limits,
     step: Callable[[], None],
 ) -> ThroughputRecord:
     turn = (_batch(reference, workload), _batch(encoder, workload))
@@ -382,7 +430,8 @@ def _throughput(
     once = median(variant for _, variant in seconds)
     lengths = text_lengths(workload)
     gflops = _operations(encoder, lengths) / once / 1e9
-    peak = _peak(encoder, peaks)
+    peak = _peak(encoder, limits.peaks)
+    joules = limits.meter.per_call(turn[1], once)
     return ThroughputRecord(
         batch_size=workload.batch_size,
         tokens=workload.tokens,
@@ -392,6 +441,7 @@ def _throughput(
         baseline_ratio=median(baseline / variant for baseline, variant in seconds),
         gflops=gflops,
         peak_ratio=None if peak is None else gflops / peak,
+        joules_per_million_tokens=None if joules is None else joules / sum(lengths) * 1e6,
     )
 
 

@@ -11,10 +11,12 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from gteopt.checkpoint import (
 )
 from gteopt.errors import InputError, IntegrityError, NumericsError, UnsupportedError, suggest
 from gteopt.formats import ReadLayer, Shape, format_of
+from gteopt.graphs import Graphs
 from gteopt.kernels import arithmetic, make_linear, speed_up_linears_
 from gteopt.kernels.reference import PackedEmbedding
 from gteopt.machine import give_back
@@ -40,14 +43,17 @@ from gteopt.quant.affine import PackedWeight
 from gteopt.quant.vectors import VectorTransform, identity
 from gteopt.recipe import Progress, quiet
 from gteopt.records import Manifest
-from gteopt.runtime import packed_forward
+from gteopt.runtime import packed_forward, padded_forward, to_device
 
 Role = Literal["query", "document"]
 Backend = Literal["torch", "openvino"]
+Padding = Literal["left", "right"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _ALONE_TOKENS = 2048
 """A batch with a text beyond this is taken text by text: neither padding nor activations of many
 long texts at once."""
+_WINDOW_BATCHES = 64
+"""Where a GPU computes: enough for batches of nearly equal lengths."""
 _TRIM_BYTES = 64 << 20
 """Packed weights after which a load returns what making their layers took: several times their own
 size, which the allocator would keep (294 MB after three blocks of gte-Qwen2-1.5B in int8)."""
@@ -78,6 +84,11 @@ class Encoder:
         vectors: what happens to an embedding after the model.
         n_cut: texts so far that were cut, at `max_tokens` or where `tokenize` was told to.
         streams: whether some weights are in their files until `fill_` asks for them.
+        graphs: recordings of the forward pass of one short text; None where there is no GPU, where
+            none were asked for, or for an architecture that is not laid out by `runtime`. Whoever
+            changes `module` sets it to None.
+        window_batches: batches whose texts are tokenized at once, and sorted by length among
+            themselves, while those before them are computed; None is all of them, beforehand.
     """
 
     def __init__(
@@ -93,6 +104,7 @@ class Encoder:
         backend: Backend = "torch",
         graph: Graph | None = None,
         streams: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.module = module
@@ -113,6 +125,14 @@ class Encoder:
         self._packed = (
             packed_forward(checkpoint.config, checkpoint.pooling, device) if packs else None
         )
+        padded = padded_forward(checkpoint.config, checkpoint.pooling) if packs else None
+        # On a CPU the tokenizer would take from the threads that compute.
+        self.window_batches = _WINDOW_BATCHES if device.type == "cuda" else None
+        self.graphs: Graphs | None = None
+        if graphs and device.type == "cuda" and padded is not None:
+            self.graphs = Graphs(
+                lambda ids, n_tokens: self._finished(padded(self.module, ids, n_tokens)), device
+            )
         self._start_ids = _token_ids(tokenizer, checkpoint, checkpoint.start_token)
         self._end_ids = _token_ids(tokenizer, checkpoint, checkpoint.end_token)
         self.n_cut = 0
@@ -292,7 +312,7 @@ class Encoder:
             yield positions, [tokens[i] for i in positions]
 
     def pad(
-        self, tokens: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "right"
+        self, tokens: Sequence[Sequence[int]], *, side: Padding = "right"
     ) -> tuple[Tensor, Tensor]:
         """Token ids [N, T] int64 and attention mask [N, T] int64 of one padded batch."""
         longest = max(len(ids) for ids in tokens)
@@ -302,11 +322,12 @@ class Encoder:
             where = slice(0, len(each)) if side == "right" else slice(longest - len(each), longest)
             ids[row, where] = torch.tensor(each, dtype=torch.int64)
             mask[row, where] = 1
-        return ids.to(self.device), mask.to(self.device)
+        return to_device(ids, self.device), to_device(mask, self.device)
 
     def pool_mask(self, tokens: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
         """The mask [N, T] of what is pooled: `pad`'s without prompts that pooling leaves out."""
-        skip = torch.tensor([getattr(ids, "n_prompt", 0) for ids in tokens], device=mask.device)
+        prompts = torch.tensor([getattr(ids, "n_prompt", 0) for ids in tokens])
+        skip = to_device(prompts, mask.device)
         return mask.masked_fill(mask.cumsum(1) <= skip[:, None], 0)
 
     def pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -322,18 +343,46 @@ class Encoder:
         return self._finished(pool(hidden, mask, self.checkpoint.pooling))
 
     def _finished(self, vectors: Tensor) -> Tensor:
-        """Unit vectors [N, D] float32 of pooled ones."""
-        vectors = self._dense(vectors)
+        """Unit vectors [N, D] float32 of pooled ones of any float dtype."""
+        vectors = self._dense(vectors.to(torch.promote_types(vectors.dtype, torch.float32)))
         if self.checkpoint.normalise:
             vectors = nn.functional.normalize(vectors, dim=-1)
         return vectors
+
+    def _all_batches(
+        self, texts: Sequence[str], role: Role, instruction: str | None, batch_size: int
+    ) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
+        """Positions and token lists of each batch of texts.
+
+        While a GPU computes one window of many texts, a thread of the host tokenizes the next.
+        """
+        size = (self.window_batches or 0) * batch_size
+        if not size or len(texts) <= size:
+            tokens = self.tokenize(texts, role=role, instruction=instruction)
+            yield from self.batches(tokens, batch_size)
+            return
+        self._prompted(texts, role, instruction)  # what is wrong with any of them shows now
+        starts = range(0, len(texts), size)
+        with ThreadPoolExecutor(max_workers=1) as thread:
+
+            def tokens_from(start: int) -> Future[list[Tokens]]:
+                window = texts[start : start + size]
+                return thread.submit(self.tokenize, window, role=role, instruction=instruction)
+
+            coming = tokens_from(0)
+            for start in starts:
+                tokens = coming.result()
+                if start + size < len(texts):
+                    coming = tokens_from(start + size)
+                for positions, batch in self.batches(tokens, batch_size):
+                    yield [start + i for i in positions], batch
 
     @torch.inference_mode()
     def embed_tokens(
         self,
         tokens: Sequence[Sequence[int]],
         *,
-        padding: Literal["left", "right"] = "right",
+        padding: Padding = "right",
         packed: bool = True,
         texts: Sequence[str] = (),
     ) -> NDArray[np.float32]:
@@ -351,23 +400,53 @@ class Encoder:
         Raises:
             NumericsError: the model produced NaN or infinity.
         """
-        if len(tokens) > 1 and max(map(len, tokens)) > _ALONE_TOKENS:
-            alone = [
-                self.embed_tokens([each], padding=padding, packed=packed, texts=texts[i : i + 1])
-                for i, each in enumerate(tokens)
-            ]
-            return np.concatenate(alone)
+        return self._fetched(self._launched(tokens, padding, packed), tokens, texts)
+
+    @torch.inference_mode()
+    def _launched(
+        self, tokens: Sequence[Sequence[int]], padding: Padding, packed: bool
+    ) -> Tensor | NDArray[np.float32]:
+        """`embed_tokens` of one batch, which a GPU may still be computing."""
+        if self.graphs is not None and len(tokens) == 1 and packed and padding == "right":
+            replayed = self._replayed(self.graphs, tokens[0])
+            if replayed is not None:
+                return replayed
+        with _current(self.device):
+            if len(tokens) > 1 and max(map(len, tokens)) > _ALONE_TOKENS:
+                return torch.cat([self._computed([each], padding, packed) for each in tokens])
+            return self._computed(tokens, padding, packed)
+
+    def _computed(self, tokens: Sequence[Sequence[int]], padding: Padding, packed: bool) -> Tensor:
         if self._packed is not None and packed and padding == "right":
-            pooled = self._packed(self.module, tokens)
-            vectors = self._finished(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
+            return self._finished(self._packed(self.module, tokens))
+        ids, mask = self.pad(tokens, side=padding)
+        if self._graph is not None:
+            hidden = self._graph(ids, mask)
         else:
-            ids, mask = self.pad(tokens, side=padding)
-            if self._graph is not None:
-                hidden = self._graph(ids, mask)
-            else:
-                hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
-            vectors = self.pooled(hidden, self.pool_mask(tokens, mask))
-        bad = (~torch.isfinite(vectors).all(dim=1)).nonzero().flatten().tolist()
+            hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
+        return self.pooled(hidden, self.pool_mask(tokens, mask))
+
+    def _replayed(self, graphs: Graphs, ids: Sequence[int]) -> NDArray[np.float32] | None:
+        """The vector of a short text through its recording; says once why there is none."""
+        was_refused = graphs.refused
+        found = graphs(ids)
+        if graphs.refused != was_refused:
+            warnings.warn(
+                f"{self.name}: the forward pass of short texts could not be recorded "
+                f"({graphs.refused}); they run kernel by kernel, which is slower",
+                stacklevel=4,
+            )
+        return found
+
+    def _fetched(
+        self,
+        vectors: Tensor | NDArray[np.float32],
+        tokens: Sequence[Sequence[int]],
+        texts: Sequence[str],
+    ) -> NDArray[np.float32]:
+        """What `_launched` has computed, once it is there and is numbers."""
+        found = np.asarray(vectors.cpu().numpy() if isinstance(vectors, Tensor) else vectors)
+        bad = np.flatnonzero(~np.isfinite(found).all(axis=1)).tolist()
         if bad:
             text = f" (the first: {texts[bad[0]][:80]!r})" if texts else ""
             raise NumericsError(
@@ -376,7 +455,7 @@ class Encoder:
                 f"load it "
                 f"with dtype float32 to find out whether its weights are sound"
             )
-        return np.asarray(vectors.cpu().numpy())
+        return found
 
     def embed(
         self,
@@ -399,14 +478,15 @@ class Encoder:
                 in the order of Sentence Transformers' forward pass.
             progress: told after each batch.
         """
-        tokens = self.tokenize(texts, role=role, instruction=instruction)
-        out = np.empty((len(tokens), self.full_dims), dtype=np.float32)
+        out = np.empty((len(texts), self.full_dims), dtype=np.float32)
         done = 0
-        for positions, batch in self.batches(tokens, batch_size):
-            found = self.embed_tokens(batch, packed=packed, texts=[texts[i] for i in positions])
-            out[positions] = found
+        for positions, batch, launched in _behind(
+            (where, batch, self._launched(batch, "right", packed))
+            for where, batch in self._all_batches(texts, role, instruction, batch_size)
+        ):
+            out[positions] = self._fetched(launched, batch, [texts[i] for i in positions])
             done += len(batch)
-            progress(f"encoding with {self.name}", done, len(tokens))
+            progress(f"encoding with {self.name}", done, len(texts))
         return out
 
     def encode(
@@ -440,12 +520,31 @@ class Encoder:
         )
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, wherever its operands lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+_Item = TypeVar("_Item")
+
+
+def _behind(items: Iterable[_Item]) -> Iterator[_Item]:
+    """Each item when the one after it has been made: a GPU has work while the host awaits one."""
+    waiting: list[_Item] = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
 def load(
     source: str | Path,
     *,
     device: str = "auto",
     dtype: str = "auto",
     backend: Backend = "torch",
+    graphs: bool = True,
     hub_dir: Path | None = None,
     revision: str | None = None,
     family: str | None = None,
@@ -459,6 +558,9 @@ def load(
             also "bfloat16", "float32", "float64".
         backend: "torch", or "openvino", the faster one on a CPU for the architectures and layers
             that it knows; activations of quantized products are then rounded to 8 bits.
+        graphs: on a GPU, record the forward pass of single short texts and replay it, which takes
+            some memory and, for the first text of each of a few lengths, some time; see
+            `Encoder.graphs`.
         hub_dir: folder in the Hub's layout; given, the network is never touched.
         revision: commit, branch or tag on the Hub.
         family: see `open_checkpoint`.
@@ -467,7 +569,7 @@ def load(
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint` and `load_checkpoint`.
     """
     checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision, family=family)
-    return load_checkpoint(checkpoint, device=device, dtype=dtype, backend=backend)
+    return load_checkpoint(checkpoint, device=device, dtype=dtype, backend=backend, graphs=graphs)
 
 
 def describe(
@@ -521,6 +623,7 @@ def load_checkpoint(
     dtype: str = "auto",
     backend: Backend = "torch",
     later: str | None = None,
+    graphs: bool = False,
 ) -> Encoder:
     """Load what `open_checkpoint` has described.
 
@@ -532,6 +635,7 @@ def load_checkpoint(
         later: a submodule of a base (its list of blocks) whose weights stay in their files until
             `fill_` asks for them; where the files name weights in another way than the
             architecture does, everything is read at once all the same.
+        graphs: see `load`; not for who changes the module.
 
     Raises:
         InputError: an unknown backend.
@@ -568,6 +672,7 @@ def load_checkpoint(
         backend=backend,
         graph=graph,
         streams=streams,
+        graphs=graphs,
     )
 
 

@@ -304,6 +304,8 @@ class LatencyRecord(Frozen):
     Attributes:
         weight_gb_per_s: bytes of the blocks' weights, which a query reads once, over `p50_ms`; None
             in older reports.
+        joules: of the device a query, when they follow one another; None where nothing counts them,
+            see `BenchReport.energy`.
     """
 
     tokens: int
@@ -312,6 +314,7 @@ class LatencyRecord(Frozen):
     p95_ms: float
     p99_ms: float
     weight_gb_per_s: float | None = None
+    joules: float | None = None
 
 
 class ThroughputRecord(Frozen):
@@ -325,6 +328,7 @@ class ThroughputRecord(Frozen):
         gflops: 10^9 operations a second of the full forward pass: two a weight of a linear layer
             and token, and 4 T * d a block, head and token for attention. None in older reports.
         peak_ratio: `gflops` / the best product measured in the same run, `BenchReport.peak_gflops`.
+        joules_per_million_tokens: of the device, as in `LatencyRecord`.
     """
 
     batch_size: int
@@ -335,6 +339,7 @@ class ThroughputRecord(Frozen):
     baseline_ratio: float
     gflops: float | None = None
     peak_ratio: float | None = None
+    joules_per_million_tokens: float | None = None
 
 
 class VariantBench(Frozen):
@@ -352,6 +357,8 @@ class VariantBench(Frozen):
         code: how each of them is stored.
         bytes_per_vector: of one stored vector code.
         index_bytes_per_million: bytes of a million stored vectors, search structure not counted.
+        graph_bytes: device memory of the recorded forward passes of short texts (CUDA graphs); None
+            where queries ran kernel by kernel.
     """
 
     artifact_sha256: str
@@ -367,6 +374,7 @@ class VariantBench(Frozen):
     code: VectorCode
     bytes_per_vector: int
     index_bytes_per_million: int
+    graph_bytes: int | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -408,6 +416,7 @@ class BenchReport(Frozen):
             offers on this device; empty in older reports.
         dummy: None where the weights were real.
         price_per_hour: of the machine, in dollars, as the user said.
+        energy: what counted the joules, or why nothing did; None in older reports.
     """
 
     schema_: Literal["gteopt.bench/1"] = Field(default="gteopt.bench/1", alias="schema")
@@ -421,6 +430,7 @@ class BenchReport(Frozen):
     peak_gflops: dict[str, float] = Field(default_factory=dict)
     dummy: DummyRecord | None = None
     price_per_hour: float | None = None
+    energy: str | None = None
 
 
 HOSTED_PRICE = 0.008

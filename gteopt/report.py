@@ -164,15 +164,17 @@ def limits_table(report: BenchReport) -> Table:
     """How near each variant comes to what the device can do, and what its tokens cost.
 
     A row a variant and workload: 10^9 operations a second and their share of the measured peak;
-    dollars for a million tokens at the price of the machine, where it was said; the hourly price at
-    which they cost what the hosted model does; dollars of storage are left to the user, bytes of an
-    index of a million vectors are not.
+    joules of the device for a million tokens, where they were counted; dollars for a million tokens
+    at the price of the machine, where it was said; the hourly price at which they cost what the
+    hosted model does; dollars of storage are left to the user, bytes of an index of a million
+    vectors are not.
     """
     table = _table(list(report.variants))
     for heading in (
         "workload",
         "GFLOP/s",
         "of peak",
+        "J/M tokens",
         "$/M tokens",
         "$/h for hosted price",
         "index GB/M",
@@ -193,6 +195,9 @@ def limits_table(report: BenchReport) -> Table:
                 workload.name,
                 _MISSING if record.gflops is None else f"{record.gflops:,.0f}",
                 _MISSING if record.peak_ratio is None else f"{record.peak_ratio:.0%}",
+                _MISSING
+                if record.joules_per_million_tokens is None
+                else f"{record.joules_per_million_tokens:,.0f}",
                 cost,
                 even,
                 f"{variant.index_bytes_per_million / 1e9:.2f}",
@@ -212,7 +217,7 @@ def limits_table(report: BenchReport) -> Table:
     )
     table.caption = Text(
         f"measured peaks in GFLOP/s: {peaks or 'none'}{busy}; {price_note}; hosted price: "
-        f"${HOSTED_PRICE} per million tokens",
+        f"${HOSTED_PRICE} per million tokens; {report.energy or 'energy was not counted'}",
         style="not italic",
     )
     return table

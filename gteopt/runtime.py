@@ -3,7 +3,9 @@
 Texts are laid end to end, so that no linear layer computes padding; attention runs over texts of
 one length at a time, without a mask; where pooling reads one token a text, the last block computes
 its queries, output projection and MLP for that token alone. Layers that share an input share its
-rounding to int8. On a CPU without instructions for bfloat16 activations are float32.
+rounding to 8 bits. On a CPU without instructions for bfloat16 activations are float32.
+One text may also lie in more places than it has tokens (`padded_forward`), so that a GPU can replay
+the same computation for every shorter text; its own tokens see none of the padding.
 The layers are those of the module it is given, looked up in each call: what replaces one of them,
 or hooks it, takes part.
 Hides: the names of the parts of the architectures in `_FORWARDS`. Refuses to know: how a model is
@@ -12,21 +14,24 @@ loaded, tokenized or judged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from typing import Any, cast
+from itertools import chain, groupby
+from types import ModuleType
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gteopt.families import Pooling
-from gteopt.kernels.cpu import Int4LinearCpu, Int8LinearCpu, multiplies_bfloat16
+from gteopt.kernels import gpu_kernels
+from gteopt.kernels.cpu import Int4LinearCpu, multiplies_bfloat16
 from gteopt.kernels.reference import DequantLinear
 
 PackedForward = Callable[[nn.Module, Sequence[Sequence[int]]], Tensor]
+PaddedForward = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def packed_forward(
@@ -37,15 +42,44 @@ def packed_forward(
     None for an architecture, or a setting of one, that is not known here: the module's own forward
     pass is to be used.
     """
-    kind = str(config.get("model_type"))
-    if kind not in _FORWARDS or not has_known_settings(config):
+    forward = _forward_of(config)
+    if forward is None:
         return None
-    forward = _FORWARDS[kind]
 
     def run(module: nn.Module, tokens: Sequence[Sequence[int]]) -> Tensor:
-        return forward(cast("Any", module), config, pooling, _Layout.of(tokens, device))
+        return forward(cast("Any", module), config, pooling, _Layout.of(tokens, pooling, device))
 
     return run
+
+
+def padded_forward(config: Mapping[str, Any], pooling: Pooling) -> PaddedForward | None:
+    """(module, ids [T], n [1]) -> pooled vector [1, D] of one text, the first n of ids.
+
+    Ids and n are int64 and lie where the module does; ids behind the text are any tokens. The host
+    neither reads nor sends a number on the way, and no shape depends on one, so that the
+    computation can be recorded once and replayed. None as for `packed_forward`.
+    """
+    forward = _forward_of(config)
+    if forward is None:
+        return None
+
+    def run(module: nn.Module, ids: Tensor, n_tokens: Tensor) -> Tensor:
+        layout = _Layout.padded(ids, n_tokens, pooling)
+        return forward(cast("Any", module), config, pooling, layout)
+
+    return run
+
+
+def _forward_of(config: Mapping[str, Any]) -> _Forward | None:
+    kind = str(config.get("model_type"))
+    return _FORWARDS[kind] if kind in _FORWARDS and has_known_settings(config) else None
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on a device; a GPU fetches it from pinned memory without a wait."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def has_known_settings(config: Mapping[str, Any]) -> bool:
@@ -56,7 +90,8 @@ def has_known_settings(config: Mapping[str, Any]) -> bool:
         rope.get("rope_type", "default") == "default"
         and layers <= {"full_attention"}
         and not config.get("use_sliding_window")
-        and (config["model_type"] == "qwen2" or config.get("sliding_window") is None)
+        # Qwen's windows slide only where `use_sliding_window` says so.
+        and (config["model_type"] in ("qwen2", "qwen3") or config.get("sliding_window") is None)
         and config.get("position_embedding_type", "absolute") == "absolute"
         and config.get("hidden_act") in _ACTIVATIONS
         and not config.get("is_decoder")
@@ -68,37 +103,60 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu"
 
 @dataclass(frozen=True)
 class _Layout:
-    """Texts laid end to end.
+    """Texts laid end to end, or one text with padding behind it.
 
     Attributes:
         ids: int64 [T], all texts.
         positions: int64 [T], each token's place in its text.
-        lengths: of each text.
+        ends: int64 [N], where the token lies that first- or last-token pooling reads.
         runs: (number of texts, their length) of neighbours of equal length.
+        n_tokens: int64 [1], how many of `ids` are the text's; None where all are.
     """
 
     ids: Tensor
     positions: Tensor
-    lengths: tuple[int, ...]
+    ends: Tensor
     runs: tuple[tuple[int, int], ...]
+    n_tokens: Tensor | None = None
 
     @staticmethod
-    def of(tokens: Sequence[Sequence[int]], device: torch.device) -> _Layout:
-        lengths = tuple(len(ids) for ids in tokens)
-        flat = torch.tensor([each for ids in tokens for each in ids], dtype=torch.int64)
-        positions = torch.cat([torch.arange(length) for length in lengths])
+    def of(tokens: Sequence[Sequence[int]], pooling: Pooling, device: torch.device) -> _Layout:
+        lengths = [len(ids) for ids in tokens]
         runs = tuple((len(list(group)), length) for length, group in groupby(lengths))
-        return _Layout(flat.to(device), positions.to(device), lengths, runs)
+        behind = torch.tensor(lengths).cumsum(0)
+        ends = behind - 1 if pooling == "lasttoken" else behind - torch.tensor(lengths)
+        flat = torch.tensor(list(chain.from_iterable(tokens)), dtype=torch.int64)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        # One transfer for all three.
+        both = to_device(torch.cat([flat, positions, ends]), device)
+        ids, positions, ends = both.split([len(flat), len(flat), len(lengths)])  # type: ignore[no-untyped-call]
+        return _Layout(ids, positions, ends, runs)
 
-    def ends(self, pooling: Pooling) -> Tensor:
-        """int64 [N], where the token lies that first- or last-token pooling reads."""
-        ends = torch.tensor(self.lengths, device=self.ids.device).cumsum(0)
-        if pooling == "lasttoken":
-            return ends - 1
-        return torch.cat([ends.new_zeros(1), ends[:-1]])
+    @staticmethod
+    def padded(ids: Tensor, n_tokens: Tensor, pooling: Pooling) -> _Layout:
+        ends = n_tokens - 1 if pooling == "lasttoken" else torch.zeros_like(n_tokens)
+        positions = torch.arange(len(ids), device=ids.device)
+        return _Layout(ids, positions, ends, ((1, len(ids)),), n_tokens)
+
+    def bias(self, dtype: torch.dtype, *, causal: bool) -> Tensor | None:
+        """[T or 1, T], what is added to scores so that no query sees padding, nor one of a causal
+        model what follows it; None without padding. The last row is that of the pooled token.
+        """
+        if self.n_tokens is None:
+            return None
+        seen = (self.positions < self.n_tokens)[None]
+        if causal:
+            seen = seen & (self.positions <= self.positions[:, None])
+        bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return bias.masked_fill_(~seen, float("-inf"))
 
     def mean(self, hidden: Tensor) -> Tensor:
         """[N, D] means over each text's tokens of [T, D]."""
+        if self.n_tokens is not None:
+            padding = (self.positions >= self.n_tokens)[:, None]
+            kind = torch.promote_types(hidden.dtype, torch.float32)
+            total = hidden.masked_fill(padding, 0).sum(0, keepdim=True, dtype=kind)
+            return total / self.n_tokens
         parts = _split(hidden, [n * length for n, length in self.runs])
         means = [
             part.view(n, length, -1).mean(1)
@@ -118,7 +176,14 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, causal: bool, one: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: _Layout,
+    *,
+    causal: bool,
+    one: bool,
+    bias: Tensor | None,
 ) -> Tensor:
     """Attention within each text.
 
@@ -129,11 +194,20 @@ def _attend(
         layout: where the texts lie.
         causal: whether a token sees only those before it.
         one: see `query`.
+        bias: of the layout; no mask, which is faster, where it is None.
 
     Returns:
         [T or N, H * d].
     """
     n_heads, width = query.shape[1:]
+    if bias is not None:
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            _repeated(key, n_heads).transpose(0, 1)[None],
+            _repeated(value, n_heads).transpose(0, 1)[None],
+            attn_mask=(bias[-1:] if one else bias).expand(1, n_heads, len(query), -1),
+        )  # [1, H, T or 1, d]
+        return mixed[0].transpose(0, 1).reshape(-1, n_heads * width)
     out = []
     sizes = [n * length for n, length in layout.runs]
     queries = _split(query, [n for n, _ in layout.runs] if one else sizes)
@@ -150,20 +224,58 @@ def _attend(
     return _joined(out)
 
 
-def _apply(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """Several linear layers of one input [T, I], which rounds it once where they round alike."""
-    first = layers[0]
-    if isinstance(first, Int8LinearCpu) and all(
-        isinstance(each, Int8LinearCpu)
-        and each.symmetric == first.symmetric
-        and each.outliers == first.outliers
+def _repeated(x: Tensor, n_heads: int) -> Tensor:
+    """[T, H', d] to [T, H, d]: torch's fused attention with a mask wants as many as queries."""
+    n_tokens, n_own, width = x.shape
+    if n_own == n_heads:
+        return x
+    wide = x[:, :, None].expand(-1, -1, n_heads // n_own, -1)
+    return wide.reshape(n_tokens, n_heads, width)
+
+
+class _Rounding(Protocol):
+    """A layer that rounds its input and multiplies what comes out: `multiply(quantize(x))`.
+
+    Layers of the same kind round alike where `rounding` is equal.
+    """
+
+    rounding: Hashable
+
+    def quantize(self, x: Tensor, before: Any = None) -> Any: ...
+
+    def multiply(self, x: Any, dtype: torch.dtype) -> Tensor: ...
+
+
+def _alike(layers: Sequence[nn.Module]) -> Sequence[_Rounding] | None:
+    """Layers of one input that round it alike, and that nobody looks into; None otherwise."""
+    rounding = getattr(layers[0], "rounding", None)
+    if rounding is not None and all(
+        type(each) is type(layers[0])
+        and each.rounding == rounding
         and not each._forward_pre_hooks
         and not each._forward_hooks
         for each in layers
     ):
-        codes = first.quantize(x)
-        return [cast("Int8LinearCpu", each).multiply(codes, x.dtype) for each in layers]
+        return cast("Sequence[_Rounding]", layers)
+    return None
+
+
+def _apply(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Several linear layers of one input [T, I], which rounds it once where they round alike."""
+    if (alike := _alike(layers)) is not None:
+        codes = alike[0].quantize(x)
+        return [each.multiply(codes, x.dtype) for each in alike]
     return [each(x) for each in layers]
+
+
+def _apply_normed(norm: Any, layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Several linear layers of RMSNorm(x), which a GPU rounds without writing it down."""
+    alike, on_gpu = _alike(layers), _on_gpu(x)
+    if alike is not None and on_gpu is not None:
+        before = on_gpu.Before(norm=norm.weight, epsilon=norm.variance_epsilon)
+        codes = alike[0].quantize(x, before)
+        return [each.multiply(codes, x.dtype) for each in alike]
+    return _apply(layers, _rms_norm(norm, x))
 
 
 def _by_blocks(
@@ -190,45 +302,68 @@ def _start(embedding: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _decoder(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _Layout) -> Tensor:
-    """Qwen2 and what is built like it: RMSNorm, rotary embedding, grouped queries, gated MLP."""
+    """Qwen2 and what is built like it: RMSNorm, rotary embedding, grouped queries, gated MLP.
+
+    Qwen3 has an RMSNorm for each head of queries and keys as well.
+    """
     causal = config.get("is_causal") is not False
     act = _ACTIVATIONS[str(config["hidden_act"])]
     x = _start(module.embed_tokens, layout.ids)  # [T, D]
     cos, sin = module.rotary_emb(x, layout.positions[None])
     cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)  # [T, 1, d]
     # The one query of the last block sees its whole text, which a causal first token must not.
-    last = None if pooling == "mean" or (causal and pooling == "cls") else layout.ends(pooling)
+    last = None if pooling == "mean" or (causal and pooling == "cls") else layout.ends
+    bias = layout.bias(x.dtype, causal=causal)
     for i, block in enumerate(module.layers):
         attention = block.self_attn
         width = attention.head_dim
         one = last is not None and i == len(module.layers) - 1
-        h = _rms_norm(block.input_layernorm, x)
+        norm, inputs = block.input_layernorm, [attention.k_proj, attention.v_proj]
         if one:
             assert last is not None
-            (q,), x = _apply([attention.q_proj], h[last]), x[last]
-            k, v = _apply([attention.k_proj, attention.v_proj], h)
-            q = _rotate(q.view(len(q), -1, width), cos[last], sin[last])
+            k, v = _apply_normed(norm, inputs, x)
+            x = x[last]
+            (q,) = _apply_normed(norm, [attention.q_proj], x)
         else:
-            q, k, v = _apply([attention.q_proj, attention.k_proj, attention.v_proj], h)
-            q = _rotate(q.view(len(q), -1, width), cos, sin)
-        k, v = _rotate(k.view(len(k), -1, width), cos, sin), v.view(len(v), -1, width)
-        x = x + attention.o_proj(_attend(q, k, v, layout, causal=causal, one=one))
+            q, k, v = _apply_normed(norm, [attention.q_proj, *inputs], x)
+        q, k, v = (each.view(len(each), -1, width) for each in (q, k, v))
+        if hasattr(attention, "q_norm"):
+            q, k = _rms_norm(attention.q_norm, q), _rms_norm(attention.k_norm, k)
+        q = _rotate(q, cos[last], sin[last]) if one else _rotate(q, cos, sin)
+        k = _rotate(k, cos, sin)
+        mixed = _attend(q, k, v, layout, causal=causal, one=one, bias=bias)
+        x = x + attention.o_proj(mixed)
         x = _by_blocks(partial(_gated_mlp, block, act), x, list(block.mlp.children()))
     x = _rms_norm(module.norm, x)
     if last is not None:
         return x
-    return layout.mean(x) if pooling == "mean" else x[layout.ends(pooling)]
+    return layout.mean(x) if pooling == "mean" else x[layout.ends]
 
 
 def _gated_mlp(block: Any, act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    h = _rms_norm(block.post_attention_layernorm, x)
-    gate, up = _apply([block.mlp.gate_proj, block.mlp.up_proj], h)
-    found: Tensor = x + block.mlp.down_proj(act(gate).mul_(up))
+    down = block.mlp.down_proj
+    halves = [block.mlp.gate_proj, block.mlp.up_proj]
+    gate, up = _apply_normed(block.post_attention_layernorm, halves, x)
+    on_gpu = _on_gpu(gate) if act is F.silu else None
+    if on_gpu is None:
+        found: Tensor = x + down(act(gate).mul_(up))
+    elif _alike([down]) is not None:
+        found = x + down.multiply(down.quantize(gate, on_gpu.Before(up=up)), x.dtype)
+    else:
+        found = x + down(on_gpu.gate_(gate, up))
     return found
+
+
+def _on_gpu(x: Tensor) -> ModuleType | None:
+    """The GPU's kernels where they can take x: they compute in float32."""
+    return gpu_kernels(x.device) if x.dtype != torch.float64 else None
 
 
 def _rms_norm(norm: Any, x: Tensor) -> Tensor:
     """Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4; computed in float32."""
+    if x.is_cuda and norm.weight.dtype == x.dtype:
+        # One kernel where the module has eight; it rounds once, behind the weight.
+        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
     if x.dtype == torch.float32:
         return F.rms_norm(x, x.shape[-1:], norm.weight.float(), norm.variance_epsilon)
     found: Tensor = norm(x)
@@ -236,8 +371,14 @@ def _rms_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of heads [T, H, d] by angles [T, 1, d], halves paired (RoFormer, eq. 34)."""
+    """Rotary embedding of heads [T, H, d] by angles [T, 1, d], halves paired (RoFormer, eq. 34).
+
+    In place of x on a GPU.
+    """
     half = x.shape[-1] // 2
+    if not half & (half - 1) and (on_gpu := _on_gpu(x)) is not None:
+        found: Tensor = on_gpu.rotate_(x, cos, sin)
+        return found
     return (x * cos).add_(torch.cat([-x[..., half:], x[..., :half]], dim=-1).mul_(sin))
 
 
@@ -248,7 +389,8 @@ def _bert(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _Lay
     x = _start(embeddings.word_embeddings, layout.ids)  # [T, D]
     x = x + embeddings.position_embeddings.weight[layout.positions]
     x = _layer_norm(embeddings.LayerNorm, x + embeddings.token_type_embeddings.weight[0])
-    first = layout.ends(pooling) if pooling != "mean" else None
+    first = layout.ends if pooling != "mean" else None
+    bias = layout.bias(x.dtype, causal=False)
     blocks = module.encoder.layer
     for i, block in enumerate(blocks):
         attention, inner = block.attention, block.attention.self
@@ -262,8 +404,8 @@ def _bert(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _Lay
         else:
             q, k, v = _apply([inner.query, inner.key, inner.value], x)
         q, k, v = (each.view(len(each), -1, width) for each in (q, k, v))
-        mixed = attention.output.dense(_attend(q, k, v, layout, causal=False, one=one))
-        x = _layer_norm(attention.output.LayerNorm, mixed.add_(x))
+        mixed = _attend(q, k, v, layout, causal=False, one=one, bias=bias)
+        x = _layer_norm(attention.output.LayerNorm, attention.output.dense(mixed).add_(x))
         layers = (block.intermediate.dense, block.output.dense)
         x = _by_blocks(partial(_bert_mlp, block, act), x, layers)
     return x if first is not None else layout.mean(x)
@@ -280,4 +422,9 @@ def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 _Forward = Callable[[Any, Mapping[str, Any], Pooling, _Layout], Tensor]
-_FORWARDS: Mapping[str, _Forward] = {"qwen2": _decoder, "mistral": _decoder, "bert": _bert}
+_FORWARDS: Mapping[str, _Forward] = {
+    "qwen2": _decoder,
+    "qwen3": _decoder,
+    "mistral": _decoder,
+    "bert": _bert,
+}

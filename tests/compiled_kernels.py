@@ -18,8 +18,14 @@ from triton.compiler import ASTSource
 from gteopt.kernels import cuda
 
 SIGNATURES = {
-    "_quantize_kernel": {"x": "*bf16", "codes": "*i8", "scale": "*fp32", "zero": "*i32"},
-    "_round_kernel": {"x": "*bf16", "floats": "*fp8e4nv", "scale": "*fp32"},
+    "_quantize_kernel": {
+        "x": "*bf16", "up": "*bf16", "norm": "*bf16", "codes": "*i8", "scale": "*fp32",
+        "zero": "*i32", "epsilon": "fp32",
+    },
+    "_round_kernel": {
+        "x": "*bf16", "up": "*bf16", "norm": "*bf16", "floats": "*fp8e4nv", "scale": "*fp32",
+        "epsilon": "fp32",
+    },
     "_int8_kernel": {
         "codes": "*i8", "weight": "*i8", "y": "*bf16", "token_scale": "*fp32", "zero": "*i32",
         "scale": "*fp32", "row_sum": "*i32", "bias": "*fp32",
@@ -28,11 +34,14 @@ SIGNATURES = {
         "x": "*bf16", "qweight": "*u8", "scale": "*fp16", "zero": "*u8", "levels": "*fp32",
         "parts": "*fp32",
     },
+    "_sum_kernel": {"parts": "*fp32", "y": "*bf16", "bias": "*bf16"},
+    "_gate_kernel": {"gate": "*bf16", "up": "*bf16"},
+    "_rotate_kernel": {"x": "*bf16", "cos": "*bf16", "sin": "*bf16"},
     "_decode_kernel": {
         "qweight": "*u8", "scale": "*fp16", "zero": "*u8", "levels": "*fp32", "out": "*bf16",
     },
 }  # fmt: skip
-"""Pointers; every other argument that is not a constant is an int32."""
+"""Every other argument that is not a constant is an int32."""
 
 
 def compiled(capability: int) -> Iterator[dict[str, Any]]:
@@ -50,9 +59,14 @@ def compiled(capability: int) -> Iterator[dict[str, Any]]:
             constants = {**element, "TOKENS": tokens, "OUTPUTS": 32, "INPUTS": inputs}
             yield _compile("_int4_kernel", constants, 4, 4, capability)
         yield _compile("_decode_kernel", {**element, "BLOCK": 1024}, 4, 3, capability)
-    yield _compile("_quantize_kernel", {"SYMMETRIC": False, "BLOCK": 4096}, 8, 3, capability)
-    if capability >= 89:
-        yield _compile("_round_kernel", {"MOST": 448.0, "BLOCK": 4096}, 8, 3, capability)
+    for gated, normed in ((False, False), (True, False), (False, True)):
+        before = {"GATED": gated, "NORMED": normed, "BLOCK": 4096}
+        yield _compile("_quantize_kernel", {"SYMMETRIC": False, **before}, 8, 3, capability)
+        if capability >= 89:
+            yield _compile("_round_kernel", {"MOST": 448.0, **before}, 8, 3, capability)
+    yield _compile("_sum_kernel", {"HAS_BIAS": True, "BLOCK": 1024}, 4, 3, capability)
+    yield _compile("_gate_kernel", {"BLOCK": 1024}, 4, 3, capability)
+    yield _compile("_rotate_kernel", {"HEADS": 32, "HALF": 64}, 4, 3, capability)
 
 
 def _compile(
@@ -68,7 +82,7 @@ def _compile(
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, each in enumerate(kernel.arg_names)
-        if each in pointers or each in ("n_inputs", "n_outputs")
+        if pointers.get(each, "").startswith("*") or each in ("n_inputs", "n_outputs")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": n_warps, "num_stages": n_stages}

@@ -55,6 +55,16 @@ def test_every_variant_is_reported_with_the_baseline_first(report: BenchReport) 
     assert report.versions["baseline dtype"] == "bfloat16"
 
 
+def test_energy_that_nothing_counted_is_null_and_the_report_says_why(report: BenchReport) -> None:
+    assert report.energy is not None
+    assert "NVIDIA GPUs only" in report.energy
+    for variant in report.variants.values():
+        assert variant.latency.joules is None
+        assert variant.graph_bytes is None
+        for record in variant.throughput:
+            assert record.joules_per_million_tokens is None
+
+
 def test_percentiles_are_ordered_and_count_the_spec(report: BenchReport) -> None:
     for variant in report.variants.values():
         latency = variant.latency

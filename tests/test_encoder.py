@@ -98,6 +98,23 @@ def test_a_causal_pass_gives_clearly_other_vectors(nano: Encoder) -> None:
     assert cosines.max() < 0.95
 
 
+def test_texts_that_are_tokenized_ahead_have_the_same_vectors_in_the_same_places() -> None:
+    encoder = gteopt.load("nano", dtype="float32")
+    texts = [f"{text} {i}" for i in range(9) for text in TEXTS]
+    wanted = encoder.encode(texts, batch_size=4)
+    encoder.window_batches = 2  # as on a GPU: 8 of 45 texts at a time
+    seen: list[int] = []
+    found = encoder.encode(texts, batch_size=4, progress=lambda _, done, total: seen.append(done))
+    assert np.abs(found - wanted).max() <= 2e-6
+    assert np.abs(wanted[0] - wanted[1]).max() > 1e-2
+    assert seen == [*range(4, 41, 4), 44, 45]
+    seen.clear()
+    broken: list[str] = [*texts, 5]  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"texts\[45\] is int"):
+        encoder.encode(broken, batch_size=4, progress=lambda _, done, total: seen.append(done))
+    assert not seen
+
+
 def test_a_text_has_one_vector_alone_batched_and_under_either_padding(nano: Encoder) -> None:
     tokens = nano.tokenize(TEXTS)
     alone = np.concatenate([nano.embed_tokens([ids]) for ids in tokens])

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -139,6 +140,95 @@ def test_8_bit_float_products_err_no_more_than_their_rounding(cuda: ModuleType) 
     exact = x.double() @ weight.unpack().dequantize().double().T + bias.double()
     assert relative_error(reference(x), exact) <= 0.03
     assert relative_error(layer(x), exact) <= 0.08
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gate_and_rotary_embedding_round_float64_once(cuda: ModuleType, dtype: torch.dtype) -> None:
+    bound = 3e-7 if dtype == torch.float32 else 4e-3
+    for shape in ((7, 200), (1, 1024), (0, 64)):
+        gate, up = (seeded(*shape, seed=i).mul(3).to(dtype) for i in (1, 2))
+        exact = torch.nn.functional.silu(gate.double()) * up.double()
+        assert relative_error(cuda.gate_(gate, up), exact) <= bound
+    for n_tokens, n_heads, width in ((5, 3, 64), (1, 2, 128), (0, 2, 16)):
+        x = seeded(n_tokens, n_heads, width, seed=3).to(dtype)
+        angles = seeded(n_tokens, 1, width // 2, seed=4).repeat(1, 1, 2)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        a, b = x.double().chunk(2, dim=-1)
+        exact = x.double() * cos.double() + torch.cat([-b, a], -1) * sin.double()
+        assert relative_error(cuda.rotate_(x, cos, sin), exact) <= bound
+
+
+@pytest.mark.parametrize("n_inputs", [37, 5000])
+def test_what_comes_before_a_rounding_is_computed_in_float32(
+    cuda: ModuleType, n_inputs: int
+) -> None:
+    x, up = (seeded(6, n_inputs, seed=i).mul(3).bfloat16() for i in (1, 2))
+    weight = seeded(n_inputs, seed=3).add(1).bfloat16()
+    wide = x.float()
+    mean = wide.pow(2).mean(1, keepdim=True)
+    for before, exact in (
+        (cuda.Before(up=up), torch.nn.functional.silu(wide) * up.float()),
+        (cuda.Before(norm=weight, epsilon=1e-3), wide * (mean + 1e-3).rsqrt() * weight.float()),
+    ):
+        for symmetric in (True, False):
+            codes, scale, zero = cuda.quantize_tokens(x, symmetric=symmetric, before=before)
+            steps = codes.float() if zero is None else codes.float() - zero[:, None]
+            # Half a step, and what float32 rounds: a code next to a tie may be either.
+            assert float(((steps * scale - exact).abs() / scale).max()) <= 0.501
+            assert (
+                float(
+                    (scale / affine.quantize_tokens(exact, symmetric=symmetric)[1] - 1).abs().max()
+                )
+                <= 1e-6
+            )
+        floats, scale = cuda.round_tokens(x, before=before)
+        assert torch.allclose(scale[:, 0], exact.abs().amax(1) / affine.E4M3_MAX, rtol=1e-6)
+        # Three bits of fraction: at most 1/16 of a value, twice that where the carry is dropped.
+        large = exact.abs() > scale
+        wrong = (floats.float() * scale - exact).abs() / exact.abs()
+        assert float(wrong[large].median()) <= 1 / 16
+
+
+def test_what_operators_say_of_their_results_is_what_they_return(cuda: ModuleType) -> None:
+    """Schema, aliasing, and shapes without data, on odd numbers of tokens and features."""
+    ops = torch.ops.gteopt
+    x, bias = seeded(5, 256), seeded(70, seed=1)
+    eight, four, nf4 = (packed(70, 256, each) for each in (TOKEN_ZEROS, INT4, NF4))
+    layer = cuda.Int8LinearCuda(eight, bias)
+    codes, scale, zero = ops.quantize_tokens(x, False, None, None, 0.0)
+    int8 = (codes, scale, zero, layer.weight, layer.scale, layer.row_sum, layer.bias)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (ops.quantize_tokens, (x, True, None, None, 0.0)),
+        (ops.quantize_tokens, (x, False, x + 1, None, 0.0)),
+        (ops.round_tokens, (x, None, x[0] + 1, 1e-6)),
+        (ops.int8_product, (*int8, torch.float32, [32, 64, 256, 4, 4])),
+        (ops.gate_, (seeded(3, 50), seeded(3, 50, seed=1))),
+        (ops.rotate_, (seeded(3, 2, 16), seeded(3, 1, 16), seeded(3, 1, 16))),
+    ]
+    for weight in (four, nf4):
+        each = cuda.Int4LinearCuda(weight, bias)
+        own = (each.qweight, each.scale, each.zero, each.levels)
+        calls.append((ops.int4_product, (x, *own, bias, each.middle)))
+        calls.append((ops.decode_int4, (*own, each.middle, torch.float32)))
+    for operator, arguments in calls:
+        checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(operator.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    "scheme", [W8A8, TOKEN_ZEROS, INT4, NF4, FP8], ids=["int8", "zero points", "int4", "nf4", "fp8"]
+)
+def test_torch_compile_takes_a_layer_whole(cuda: ModuleType, scheme: LayerScheme) -> None:
+    weight, dtype = packed(64, 256, scheme), torch.float32
+    if scheme is FP8:
+        layer, dtype = cuda.Fp8LinearCuda(weight, seeded(64, seed=1)), torch.bfloat16
+    else:
+        make = cuda.Int8LinearCuda if scheme.bits == 8 else cuda.Int4LinearCuda
+        layer = make(weight, seeded(64, seed=1))
+    compiled: Any = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n_tokens in (5, 33, 70):  # the last decodes 4-bit weights
+        x = seeded(n_tokens, 256, seed=2).to(dtype)
+        assert torch.equal(compiled(x), layer(x))
 
 
 def test_kernels_compile_for_an_h100_to_tensor_core_products_that_fit_it(tmp_path: Path) -> None:

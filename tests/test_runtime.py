@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, cast
 
 import pytest
 import torch
 from random_models import random_module
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from gteopt import runtime
 from gteopt.families import Pooling
 from gteopt.kernels import make_linear, speed_up_linears_
+from gteopt.kernels.reference import DequantLinear, PackedEmbedding
 from gteopt.pooling import pool
 from gteopt.quant.affine import pack, quantize_rtn
 from gteopt.recipe import LayerScheme
-from gteopt.runtime import packed_forward
+from gteopt.runtime import packed_forward, padded_forward
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -28,6 +35,7 @@ DECODER = {**SIZES, "num_key_value_heads": 2, "hidden_act": "silu"}
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {**DECODER, "model_type": "qwen2", "is_causal": False},
     "qwen2 causal": {**DECODER, "model_type": "qwen2"},
+    "qwen3": {**DECODER, "model_type": "qwen3", "head_dim": 32},
     "mistral": {**DECODER, "model_type": "mistral", "sliding_window": None, "head_dim": 24},
     "bert": {**SIZES, "model_type": "bert", "hidden_act": "gelu"},
 }
@@ -105,3 +113,162 @@ def test_settings_that_are_not_known_leave_the_module_its_own_forward_pass() -> 
         {"sliding_window": 512, "model_type": "mistral"},
     ):
         assert packed_forward({**CONFIGS["qwen2"], **change}, "mean", CPU) is None
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_a_text_with_padding_behind_it_has_the_vector_of_the_text_alone(
+    name: str, pooling: Pooling
+) -> None:
+    module = random_module(CONFIGS[name])
+    forward = padded_forward(CONFIGS[name], pooling)
+    assert forward is not None
+    exact = own_forward(module.double(), pooling)
+    for places in (9, 16):  # the longest text has no padding in the former
+        found = padded(forward, module, places)
+        assert float((found - exact).norm() / exact.norm()) <= 1e-6  # angles stay float32
+
+
+def padded(forward: runtime.PaddedForward, module: nn.Module, places: int) -> Tensor:
+    """One text at a time, ids of other texts behind it."""
+    rows = [torch.tensor([*ids, *[3] * (places - len(ids))]) for ids in TOKENS]
+    return torch.cat(
+        [forward(module, row, torch.tensor([len(ids)])) for row, ids in zip(rows, TOKENS)]  # noqa: B905
+    )
+
+
+W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+GPU_SCHEMES = {
+    "bf16": None,
+    "int8": W8A8,
+    "int8, token zero points": W8A8.model_copy(update={"activation_symmetric": False}),
+    "fp8": W8A8.model_copy(update={"element": "e4m3"}),
+    "int4": LayerScheme(bits=4, group_size=64, symmetric=False),
+    "nf4": LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4"),
+    "int3, portable": LayerScheme(bits=3, group_size=64, symmetric=False),
+}
+"""All of them with the token table in 8 bits."""
+WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+
+
+def on_gpu_layers_(module: nn.Module, scheme: LayerScheme | None, cuda: ModuleType) -> None:
+    """The layers that a GPU would have, in Triton's interpreter where there is none."""
+    if scheme is None:
+        return
+    make: Callable[..., nn.Module] = DequantLinear
+    if scheme.activation_bits == 8:
+        make = cuda.Fp8LinearCuda if scheme.element == "e4m3" else cuda.Int8LinearCuda
+    elif scheme.bits == 4:
+        make = cuda.Int4LinearCuda
+    for name, linear in list(module.named_modules()):
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(linear, nn.Linear):
+            layer = make(pack(quantize_rtn(linear.weight.float(), scheme)), linear.bias)
+            setattr(module.get_submodule(parent), leaf, layer)
+        if leaf in ("embed_tokens", "word_embeddings"):
+            rows = LayerScheme(bits=8, group_size="row", symmetric=True)
+            table = PackedEmbedding(
+                pack(quantize_rtn(linear.weight.float(), rows)), linear.weight.dtype
+            )
+            setattr(module.get_submodule(parent), leaf, table)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The GPU's kernels, which the forward pass then takes on this device too."""
+    pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
+    kernels = importlib.import_module("gteopt.kernels.cuda")
+    monkeypatch.setattr(runtime, "gpu_kernels", lambda _: kernels)
+    return kernels
+
+
+class _NothingOfTheHost(TorchDispatchMode):
+    """Refuses what cannot be recorded in a CUDA graph: numbers that the host sends or reads."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        name = str(func)
+        if name.startswith(("aten.lift_fresh", "aten._local_scalar_dense", "aten.nonzero")):
+            raise AssertionError(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scheme", GPU_SCHEMES)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "bert"])
+@torch.inference_mode()
+def test_the_padded_pass_can_be_recorded_with_every_gpu_layer(
+    cuda: ModuleType, name: str, scheme: str
+) -> None:
+    """Tensors without data: whatever reads one raises, whatever sends one is refused."""
+    config = {**CONFIGS[name], **WIDE}
+    module = random_module(config).bfloat16()
+    on_gpu_layers_(module, GPU_SCHEMES[scheme], cuda)
+    mode = FakeTensorMode()
+    without_data_(module, mode)
+    for pooling in POOLINGS:
+        forward = padded_forward(config, pooling)
+        assert forward is not None
+        with mode:
+            ids, n_tokens = (torch.empty(n, dtype=torch.int64) for n in (16, 1))
+            with _NothingOfTheHost():
+                assert forward(module, ids, n_tokens).shape == (1, 128)
+
+
+def without_data_(module: nn.Module, mode: FakeTensorMode) -> None:
+    for part in module.modules():
+        for tensors in cast("list[dict[str, Any]]", [part._parameters, part._buffers]):
+            for name, tensor in list(tensors.items()):
+                if tensor is not None:
+                    tensors[name] = mode.from_tensor(tensor)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bound"),
+    [("bf16", 3e-6), ("int8", 5e-2), ("int8, token zero points", 5e-2), ("int4", 1e-5)],
+)
+@torch.inference_mode()
+def test_the_pass_with_gpu_kernels_computes_what_the_module_does(
+    cuda: ModuleType, scheme: str, bound: float
+) -> None:
+    """bf16 stands for float32 here, which the interpreter multiplies right."""
+    config = {**CONFIGS["qwen2"], **WIDE}
+    module, exact_module = random_module(config), random_module(config)
+    on_gpu_layers_(module, GPU_SCHEMES[scheme], cuda)
+    if (chosen := GPU_SCHEMES[scheme]) is not None:
+        for name, linear in exact_module.named_modules():
+            if isinstance(linear, nn.Linear):
+                linear.weight.data = quantize_rtn(linear.weight, chosen).dequantize()
+            if name == "embed_tokens":
+                linear.weight.data = module.embed_tokens(torch.arange(len(linear.weight)))
+    exact = own_forward(exact_module.double(), "lasttoken")
+    packed = packed_forward(config, "lasttoken", CPU)
+    forward = padded_forward(config, "lasttoken")
+    assert packed is not None
+    assert forward is not None
+    for found in (packed(module, TOKENS), padded(forward, module, 16)):
+        assert float((found - exact).norm() / exact.norm()) <= bound
+
+
+@torch.inference_mode()
+def test_what_cannot_be_recorded_is_noticed() -> None:
+    """The check above: the pass over texts of any length sends their tokens, LLM.int8() looks."""
+    config = CONFIGS["qwen2"]
+    outliers = W8A8.model_copy(update={"activation_outliers": 6.0})
+    packed = packed_forward(config, "lasttoken", CPU)
+    assert packed is not None
+    module, mode = random_module(config), FakeTensorMode()
+    without_data_(module, mode)
+    with mode, pytest.raises(AssertionError, match="lift_fresh"), _NothingOfTheHost():
+        packed(module, [[1, 2, 3]])
+    layer = make_linear(
+        pack(quantize_rtn(torch.randn(8, 64), outliers)), None, device=CPU, dtype=torch.float32
+    )
+    without_data_(layer, mode)
+    wanted = (DynamicOutputShapeException, AssertionError)
+    with mode, pytest.raises(wanted, match="nonzero"), _NothingOfTheHost():
+        layer(torch.empty(4, 64))

@@ -7,6 +7,10 @@ copy of its weight, and maps [..., I] to [..., O] in its input's dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -80,24 +84,35 @@ def arithmetic(device: torch.device) -> str:
     return f"int8 x {activation_bits()} bits, {'bf16' if multiplies_bfloat16() else 'fp32'}"
 
 
+@lru_cache
+def gpu_kernels(device: torch.device) -> ModuleType | None:
+    """`kernels.cuda` for a GPU that runs it; None elsewhere.
+
+    It wants tensor cores for short types, and Triton, which torch brings along on Linux only.
+    """
+    if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    return import_module("gteopt.kernels.cuda")
+
+
 def _cuda_kernel(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> _Kernel | None:
     """The GPU layer that holds this weight; None where the portable ones are all there is."""
-    scheme = weight.scheme
-    # Triton comes with torch where there is a GPU, and wants tensor cores for these types.
-    if device.type != "cuda" or torch.version.cuda is None:
+    scheme, cuda = weight.scheme, gpu_kernels(device)
+    if cuda is None:
         return None
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return None
-    from gteopt.kernels import cuda
-
+    kernel: _Kernel | None = None
     if scheme.element == "e4m3" and scheme.activation_bits == 8:
-        fits = capability >= (8, 9) and dtype == torch.bfloat16 and cuda.fp8_fits(weight)
-        return cuda.Fp8LinearCuda if fits else None
-    if scheme.activation_bits == 8:
-        by_token = scheme.activation_outliers is None and not scheme.activation_static
-        return cuda.Int8LinearCuda if by_token else None
-    return cuda.Int4LinearCuda if scheme.bits == 4 and cuda.int4_fits(weight) else None
+        if capability >= (8, 9) and dtype == torch.bfloat16 and cuda.fp8_fits(weight):
+            kernel = cuda.Fp8LinearCuda
+    elif scheme.activation_bits == 8:
+        if scheme.activation_outliers is None and not scheme.activation_static:
+            kernel = cuda.Int8LinearCuda
+    elif scheme.bits == 4 and cuda.int4_fits(weight):
+        kernel = cuda.Int4LinearCuda
+    return kernel
 
 
 def speed_up_linears_(module: nn.Module, device: torch.device) -> None:

@@ -209,6 +209,7 @@ class Int8LinearCpu(nn.Module):
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.symmetric = weight.scheme.activation_symmetric
         self.outliers = weight.scheme.activation_outliers
+        self.rounding = ("int8", self.symmetric, self.outliers)
         codes, scale = _signed(weight)
         row = codes.sum(1, dtype=torch.int32).float() * scale
         self.bits = activation_bits()

@@ -5,12 +5,17 @@ triton, which comes with torch where there is a GPU; `kernels/__init__.py` impor
 for layers that are to run on one. Under TRITON_INTERPRET=1 the same kernels run on the CPU, which
 is how they are tested without a GPU.
 
+Every launch is an operator of torch's (`torch.ops.gteopt`) that says what it returns, so that
+torch.compile takes the layers whole and a forward pass can be followed without data. None of them
+waits for the GPU or reads a number from it: all can be recorded in a CUDA graph.
+
 Shapes: T tokens, O output features, I input features, G groups, S parts that I is split into.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 
 import torch
 import triton
@@ -53,12 +58,43 @@ def int8_tile(n_tokens: int) -> Tile:
     return Tile(128, 256, 128, 8, 3)
 
 
+_LIBRARY = torch.library.Library("gteopt", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _operator(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
+    """Define an operator: what it launches, and the tensors that it returns without data."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    for device in ("CUDA", "CPU"):  # the latter in Triton's interpreter
+        _LIBRARY.impl(name, run, device)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"gteopt::{name}", fake, lib=_LIBRARY)
+
+
+@dataclass(frozen=True)
+class Before:
+    """What is computed on the way into a rounding, in float32, so that it never lies in memory.
+
+    Attributes:
+        up: the other half of a gated MLP, contiguous [T, I]: silu(x) * up.
+        norm: weight [I] of an RMSNorm; one of the two is None.
+        epsilon: of the RMSNorm.
+    """
+
+    up: Tensor | None = None
+    norm: Tensor | None = None
+    epsilon: float = 0.0
+
+
+_NONE = Before()
+
+
 class Int8LinearCuda(nn.Module):
     """int8 weights times int8 activations on the tensor cores, summed in int32.
 
     Arithmetic as in `Int8LinearCpu`: a token's zero point times the sum of the weight's row is
     subtracted in int32; token scale, weight scale and bias are applied in float32 before the sum
-    leaves the registers; rounded once to x's dtype. No int32 lies in memory.
+    leaves the registers; rounded once to x's dtype. No int32 lies in memory. Layers of the same
+    input may share its codes: `multiply(quantize(x))` is `forward(x)`.
     Buffers: weight int8 [O, I], row_sum int32 [O] or None, scale float32 [O], bias float32 [O] or
     None.
     """
@@ -73,6 +109,7 @@ class Int8LinearCuda(nn.Module):
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
         symmetric = weight.scheme.activation_symmetric
+        self.rounding = ("int8", symmetric)
         # Flipping the top bit of an unsigned code subtracts the zero point 128.
         self.register_buffer("weight", (weight.qweight ^ 128).view(torch.int8))
         row_sum = None if symmetric else self.weight.sum(1, dtype=torch.int32)
@@ -82,25 +119,33 @@ class Int8LinearCuda(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
-        flat = x.reshape(-1, self.in_features).contiguous()
-        codes, scale, zero = quantize_tokens(flat, symmetric=self.row_sum is None)
-        tile = int8_tile(len(flat))
-        y = int8_product(
-            codes, scale, zero, self.weight, self.scale, self.row_sum, self.bias, x.dtype, tile
-        )
+        y = self.multiply(self.quantize(x.reshape(-1, self.in_features)), x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def quantize(
+        self, x: Tensor, before: Before | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[T, I] of any float dtype, and what is done to it before, to what `multiply` takes."""
+        return quantize_tokens(x.contiguous(), symmetric=self.row_sum is None, before=before)
+
+    def multiply(self, x: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype) -> Tensor:
+        """[T, O] of a dtype."""
+        return int8_product(*x, self.weight, self.scale, self.row_sum, self.bias, dtype)
 
 
 class Fp8LinearCuda(nn.Module):
     """e4m3 weights times e4m3 activations through `torch._scaled_mm`; capability 8.9 and up.
 
     One scale an output feature and one a token; sums in float32. The fast accumulation of Hopper's
-    tensor cores (14 bits between promotions) stays off: over 18,944 inputs it costs digits that
-    the 8-bit operands still have.
+    tensor cores (14 bits between promotions) is off unless `fast` is set: over 18,944 inputs it
+    costs digits that the 8-bit operands still have; `benchmarks/kernels.py` measures both. Layers
+    of the same input may share its floats.
     Buffers: weight e4m3 [O, I], scale float32 [1, O], bias bfloat16 [O] or None.
     """
 
     kernel = "cuda.fp8"
+    rounding = ("fp8",)
+    fast = False
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
@@ -114,18 +159,26 @@ class Fp8LinearCuda(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """bfloat16 [..., I] to bfloat16 [..., O]."""
-        flat = x.reshape(-1, self.in_features).contiguous()
-        floats, scale = round_tokens(flat)
-        y = torch._scaled_mm(
+        y = self.multiply(self.quantize(x.reshape(-1, self.in_features)), x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def quantize(self, x: Tensor, before: Before | None = None) -> tuple[Tensor, Tensor]:
+        """bfloat16 [T, I], and what is done to it before, to what `multiply` takes."""
+        return round_tokens(x.contiguous(), before=before)
+
+    def multiply(self, x: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """[T, O] of a dtype, bfloat16 to be exact."""
+        floats, scale = x
+        product = torch._scaled_mm(
             floats,
             self.weight.t(),
             scale_a=scale,
             scale_b=self.scale,
             bias=self.bias,
             out_dtype=torch.bfloat16,
-            use_fast_accum=False,
+            use_fast_accum=self.fast,
         )
-        return y.view(*x.shape[:-1], self.out_features)
+        return product.to(dtype)
 
 
 class Int4LinearCuda(nn.Module):
@@ -164,46 +217,87 @@ class Int4LinearCuda(nn.Module):
         if len(flat) > _FEW_TOKENS:
             y = nn.functional.linear(flat, self.decoded(x.dtype), self.bias)
         else:
-            y = self._read_once(flat)
+            y = torch.ops.gteopt.int4_product(
+                flat, self.qweight, self.scale, self.zero, self.levels, self.bias, self.middle
+            )
         return y.view(*x.shape[:-1], self.out_features)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, I] in `dtype`, rounded once."""
-        out = torch.empty(
-            self.out_features, self.in_features, dtype=dtype, device=self.qweight.device
+        found: Tensor = torch.ops.gteopt.decode_int4(
+            self.qweight, self.scale, self.zero, self.levels, self.middle, dtype
         )
-        width = self.in_features // self.scale.shape[1]
-        block = min(1024, triton.next_power_of_2(self.in_features // 2))
-        grid = (self.out_features, triton.cdiv(self.in_features // 2, block))
-        _decode_kernel[grid](
-            self.qweight, self.scale, self.zero, self.levels, out,
-            self.in_features, width, self.scale.shape[1],
-            MIDDLE=self.middle, HAS_ZERO=self.zero is not None, NF4=self.nf4, BLOCK=block,
-        )  # fmt: skip
-        return out
+        return found
 
-    def _read_once(self, flat: Tensor) -> Tensor:
-        n_tokens, n_groups = len(flat), self.scale.shape[1]
-        inputs = min(128, self.in_features // n_groups)
-        tokens, outputs = (16 if n_tokens <= 16 else 64), 32
-        programs = triton.cdiv(self.out_features, outputs)
-        steps = self.in_features // inputs
-        # Sums of parts are kept apart and added in order: atomics would add them in any.
-        n_parts = max(1, min(steps, _PROGRAMS // programs))
-        parts = torch.empty(
-            n_parts, n_tokens, self.out_features, dtype=torch.float32, device=flat.device
-        )
-        grid = (programs, n_parts, triton.cdiv(n_tokens, tokens))
-        if n_tokens:
-            _int4_kernel[grid](
-                flat, self.qweight, self.scale, self.zero, self.levels, parts,
-                n_tokens, self.out_features, self.in_features, n_groups,
-                self.in_features // n_groups, triton.cdiv(steps, n_parts),
-                MIDDLE=self.middle, HAS_ZERO=self.zero is not None, NF4=self.nf4,
-                TOKENS=tokens, OUTPUTS=outputs, INPUTS=inputs, num_warps=4, num_stages=4,
-            )  # fmt: skip
-        y = parts.sum(0)
-        return (y if self.bias is None else y + self.bias.float()).to(flat.dtype)
+
+def _decode_int4(
+    qweight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    levels: Tensor | None,
+    middle: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    n_outputs, n_inputs = len(qweight), 2 * qweight.shape[1]
+    out = torch.empty(n_outputs, n_inputs, dtype=dtype, device=qweight.device)
+    block = min(1024, triton.next_power_of_2(n_inputs // 2))
+    grid = (n_outputs, triton.cdiv(n_inputs // 2, block))
+    _decode_kernel[grid](
+        qweight, scale, zero, levels, out,
+        n_inputs, n_inputs // scale.shape[1], scale.shape[1],
+        MIDDLE=middle, HAS_ZERO=zero is not None, NF4=levels is not None, BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+def _int4_product(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    levels: Tensor | None,
+    bias: Tensor | None,
+    middle: int,
+) -> Tensor:
+    (n_tokens, n_inputs), n_outputs, n_groups = x.shape, len(qweight), scale.shape[1]
+    y = torch.empty(n_tokens, n_outputs, dtype=x.dtype, device=x.device)
+    if not n_tokens:
+        return y
+    width = n_inputs // n_groups
+    inputs = min(128, width)
+    tokens, outputs = (16 if n_tokens <= 16 else 64), 32
+    programs = triton.cdiv(n_outputs, outputs)
+    steps = n_inputs // inputs
+    # Sums of parts are kept apart and added in order: atomics would add them in any.
+    n_parts = max(1, min(steps, _PROGRAMS // programs))
+    parts = torch.empty(n_parts, n_tokens, n_outputs, dtype=torch.float32, device=x.device)
+    _int4_kernel[programs, n_parts, triton.cdiv(n_tokens, tokens)](
+        x, qweight, scale, zero, levels, parts,
+        n_tokens, n_outputs, n_inputs, n_groups, width, triton.cdiv(steps, n_parts),
+        MIDDLE=middle, HAS_ZERO=zero is not None, NF4=levels is not None,
+        TOKENS=tokens, OUTPUTS=outputs, INPUTS=inputs, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    block = min(1024, triton.next_power_of_2(n_outputs))
+    _sum_kernel[n_tokens, triton.cdiv(n_outputs, block)](
+        parts, y, bias, n_tokens, n_outputs, n_parts, HAS_BIAS=bias is not None, BLOCK=block
+    )
+    return y
+
+
+_operator(
+    "decode_int4(Tensor qweight, Tensor scale, Tensor? zero, Tensor? levels, int middle, "
+    "ScalarType dtype) -> Tensor",
+    _decode_int4,
+    lambda qweight, scale, zero, levels, middle, dtype: qweight.new_empty(
+        len(qweight), 2 * qweight.shape[1], dtype=dtype
+    ),
+)
+_operator(
+    "int4_product(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, Tensor? levels, "
+    "Tensor? bias, int middle) -> Tensor",
+    _int4_product,
+    lambda x, qweight, scale, zero, levels, bias, middle: x.new_empty(len(x), len(qweight)),
+)
 
 
 def int4_fits(weight: PackedWeight) -> bool:
@@ -218,37 +312,88 @@ def fp8_fits(weight: PackedWeight) -> bool:
     return weight.in_features % 16 == 0 and weight.out_features % 16 == 0
 
 
-def quantize_tokens(x: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize_tokens(
+    x: Tensor, *, symmetric: bool, before: Before | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`quant.affine.quantize_tokens` of x [T, I] in one pass over memory; the same numbers.
 
     Returns:
         int8 [T, I], float32 scale [T, 1], int32 zero points [T] or None.
     """
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
-    zero = None if symmetric else torch.empty(len(x), dtype=torch.int32, device=x.device)
+    b = before or _NONE
+    codes, scale, zero = torch.ops.gteopt.quantize_tokens(x, symmetric, b.up, b.norm, b.epsilon)
+    return codes, scale, None if symmetric else zero
+
+
+def _quantize_tokens(
+    x: Tensor, symmetric: bool, up: Tensor | None, norm: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale, zero = _token_codes(x, symmetric, up, norm, epsilon)
     block = min(4096, triton.next_power_of_2(x.shape[1]))
     if len(x):
         _quantize_kernel[(len(x),)](
-            x, codes, scale, zero, x.shape[1], SYMMETRIC=symmetric, BLOCK=block, num_warps=8
-        )
+            x, up, norm, codes, scale, zero, x.shape[1], epsilon,
+            GATED=up is not None, NORMED=norm is not None,
+            SYMMETRIC=symmetric, BLOCK=block, num_warps=8,
+        )  # fmt: skip
     return codes, scale, zero
 
 
-def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+def _token_codes(
+    x: Tensor, symmetric: bool, up: Tensor | None, norm: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
+    # An operator returns no None.
+    zero = torch.empty(0 if symmetric else len(x), dtype=torch.int32, device=x.device)
+    return codes, scale, zero
+
+
+_operator(
+    "quantize_tokens(Tensor x, bool symmetric, Tensor? up, Tensor? norm, float epsilon) -> "
+    "(Tensor, Tensor, Tensor)",
+    _quantize_tokens,
+    _token_codes,
+)
+
+
+def round_tokens(x: Tensor, *, before: Before | None = None) -> tuple[Tensor, Tensor]:
     """Round each token of x [T, I] to 8-bit floats by its own scale, max |x| / 448.
 
     Returns:
         e4m3 [T, I], float32 scale [T, 1].
     """
-    floats = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
+    b = before or _NONE
+    floats, scale = torch.ops.gteopt.round_tokens(x, b.up, b.norm, b.epsilon)
+    return floats, scale
+
+
+def _round_tokens(
+    x: Tensor, up: Tensor | None, norm: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    floats, scale = _token_floats(x, up, norm, epsilon)
     block = min(4096, triton.next_power_of_2(x.shape[1]))
     if len(x):
         _round_kernel[(len(x),)](
-            x, floats, scale, x.shape[1], MOST=E4M3_MAX, BLOCK=block, num_warps=8
-        )
+            x, up, norm, floats, scale, x.shape[1], epsilon,
+            GATED=up is not None, NORMED=norm is not None,
+            MOST=E4M3_MAX, BLOCK=block, num_warps=8,
+        )  # fmt: skip
     return floats, scale
+
+
+def _token_floats(
+    x: Tensor, up: Tensor | None, norm: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    floats = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    return floats, torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
+
+
+_operator(
+    "round_tokens(Tensor x, Tensor? up, Tensor? norm, float epsilon) -> (Tensor, Tensor)",
+    _round_tokens,
+    _token_floats,
+)
 
 
 def int8_product(
@@ -260,22 +405,40 @@ def int8_product(
     row_sum: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
-    tile: Tile,
+    tile: Tile | None = None,
 ) -> Tensor:
-    """((codes - zero) W^T) * token_scale * scale + bias, summed in int32: [T, O] in `dtype`.
+    """(codes - zero) weight^T times both scales, plus bias: [T, O] in `dtype`.
 
     Args:
         codes: int8 [T, I].
         token_scale: float32 [T, 1].
-        zero: int32 [T], and `row_sum` int32 [O] with it; None when tokens are symmetric.
+        zero: int32 [T] or None.
         weight: int8 [O, I].
         scale: float32 [O].
-        row_sum: see `zero`.
+        row_sum: int32 [O], sums of the weight's rows; with `zero`.
         bias: float32 [O] or None.
         dtype: of the result.
-        tile: see `Tile`.
+        tile: see `Tile`; `int8_tile` chooses where it is None.
     """
-    (n_tokens, n_inputs), n_outputs = codes.shape, len(weight)
+    found: Tensor = torch.ops.gteopt.int8_product(
+        *(codes, token_scale, zero, weight, scale, row_sum, bias, dtype),
+        astuple(tile or int8_tile(len(codes))),
+    )
+    return found
+
+
+def _int8_product(
+    codes: Tensor,
+    token_scale: Tensor,
+    zero: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    row_sum: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    numbers: list[int],
+) -> Tensor:
+    (n_tokens, n_inputs), n_outputs, tile = codes.shape, len(weight), Tile(*numbers)
     y = torch.empty((n_tokens, n_outputs), dtype=dtype, device=codes.device)
     grid = (triton.cdiv(n_tokens, tile.tokens) * triton.cdiv(n_outputs, tile.outputs),)
     if n_tokens:
@@ -289,6 +452,49 @@ def int8_product(
     return y
 
 
+_operator(
+    "int8_product(Tensor codes, Tensor token_scale, Tensor? zero, Tensor weight, Tensor scale, "
+    "Tensor? row_sum, Tensor? bias, ScalarType dtype, int[] tile) -> Tensor",
+    _int8_product,
+    lambda codes, token_scale, zero, weight, scale, row_sum, bias, dtype, tile: codes.new_empty(
+        len(codes), len(weight), dtype=dtype
+    ),
+)
+
+
+def gate_(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both contiguous [T, I], in place of `gate`; rounded once."""
+    torch.ops.gteopt.gate_(gate, up)
+    return gate
+
+
+def _gate(gate: Tensor, up: Tensor) -> None:
+    if gate.numel():
+        _gate_kernel[(triton.cdiv(gate.numel(), 1024),)](gate, up, gate.numel(), BLOCK=1024)
+
+
+_operator("gate_(Tensor(a!) gate, Tensor up) -> ()", _gate, lambda gate, up: None)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`runtime`'s rotary embedding of heads [T, H, d] by angles [T, 1, d], in place.
+
+    All are contiguous, d a power of two; computed in float32, rounded once.
+    """
+    torch.ops.gteopt.rotate_(x, cos, sin)
+    return x
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    n_tokens, n_heads, width = x.shape
+    if n_tokens:
+        heads = triton.next_power_of_2(n_heads)
+        _rotate_kernel[(n_tokens,)](x, cos, sin, n_heads, HEADS=heads, HALF=width // 2)
+
+
+_operator("rotate_(Tensor(a!) x, Tensor cos, Tensor sin) -> ()", _rotate, lambda x, cos, sin: None)
+
+
 @triton.jit
 def _rounded(x):
     # Adding 1.5 * 2^23 leaves no fraction bits: rounds to even, like torch.round, up to 2^22.
@@ -296,14 +502,45 @@ def _rounded(x):
 
 
 @triton.jit
-def _quantize_kernel(x, codes, scale, zero, n_inputs, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_factor(x, row, n_inputs, epsilon, NORMED: tl.constexpr, BLOCK: tl.constexpr):
+    """What a token is multiplied with by RMSNorm."""
+    factor = 1.0
+    if NORMED:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, n_inputs, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+            squares += values * values
+        factor = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / n_inputs + epsilon)
+    return factor
+
+
+@triton.jit
+def _prepared(x, up, norm, row, at, n_inputs, factor, GATED: tl.constexpr, NORMED: tl.constexpr):
+    """Numbers of a token, see `Before`."""
+    values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+    if GATED:
+        others = tl.load(up + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        values = values * tl.sigmoid(values) * others
+    if NORMED:
+        weights = tl.load(norm + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        values = values * factor * weights
+    return values
+
+
+@triton.jit
+def _quantize_kernel(
+    x, up, norm, codes, scale, zero, n_inputs, epsilon,
+    GATED: tl.constexpr, NORMED: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program a token: its range, then its codes (the second read comes from the cache)."""
     row = tl.program_id(0).to(tl.int64) * n_inputs
+    factor = _norm_factor(x, row, n_inputs, epsilon, NORMED, BLOCK)
     low = tl.zeros((BLOCK,), tl.float32)
     high = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        values = _prepared(x, up, norm, row, at, n_inputs, factor, GATED, NORMED)
         low = tl.minimum(low, values)
         high = tl.maximum(high, values)
     least = tl.min(low, axis=0)
@@ -321,27 +558,31 @@ def _quantize_kernel(x, codes, scale, zero, n_inputs, SYMMETRIC: tl.constexpr, B
         tl.store(zero + tl.program_id(0), shift.to(tl.int32))
     for start in range(0, n_inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        values = _prepared(x, up, norm, row, at, n_inputs, factor, GATED, NORMED)
         rounded = _rounded(tl.div_rn(values, tl.broadcast_to(step, (BLOCK,)))) + shift
         rounded = tl.minimum(tl.maximum(rounded, -128.0), 127.0)
         tl.store(codes + row + at, rounded.to(tl.int8), mask=at < n_inputs)
 
 
 @triton.jit
-def _round_kernel(x, floats, scale, n_inputs, MOST: tl.constexpr, BLOCK: tl.constexpr):
+def _round_kernel(
+    x, up, norm, floats, scale, n_inputs, epsilon,
+    GATED: tl.constexpr, NORMED: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program a token: its largest value, then its 8-bit floats."""
     row = tl.program_id(0).to(tl.int64) * n_inputs
+    factor = _norm_factor(x, row, n_inputs, epsilon, NORMED, BLOCK)
     high = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        values = _prepared(x, up, norm, row, at, n_inputs, factor, GATED, NORMED)
         high = tl.maximum(high, tl.abs(values))
     step = tl.div_rn(tl.max(high, axis=0), MOST)
     step = tl.where(step >= 1.1754943508222875e-38, step, 1.0)
     tl.store(scale + tl.program_id(0), step)
     for start in range(0, n_inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
+        values = _prepared(x, up, norm, row, at, n_inputs, factor, GATED, NORMED)
         shares = tl.div_rn(values, tl.broadcast_to(step, (BLOCK,)))
         shares = tl.minimum(tl.maximum(shares, -MOST), MOST)
         tl.store(floats + row + at, shares.to(tl.float8e4nv), mask=at < n_inputs)
@@ -428,6 +669,50 @@ def _int4_kernel(
         sums += product * steps[None, :]
     where = (tl.program_id(1) * n_tokens + t).to(tl.int64)[:, None] * n_outputs + o[None, :]
     tl.store(parts + where, sums, mask=(t < n_tokens)[:, None] & (o < n_outputs)[None, :])
+
+
+@triton.jit
+def _sum_kernel(
+    parts, y, bias, n_tokens, n_outputs, n_parts, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program: BLOCK outputs of one token, their parts added in order."""
+    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for part in range(n_parts):
+        row = (part * n_tokens + tl.program_id(0)).to(tl.int64) * n_outputs
+        sums += tl.load(parts + row + o, mask=o < n_outputs, other=0.0)
+    if HAS_BIAS:
+        sums += tl.load(bias + o, mask=o < n_outputs, other=0.0).to(tl.float32)
+    where = y + tl.program_id(0).to(tl.int64) * n_outputs + o
+    tl.store(where, sums.to(y.dtype.element_ty), mask=o < n_outputs)
+
+
+@triton.jit
+def _gate_kernel(gate, up, n, BLOCK: tl.constexpr):
+    """One program: BLOCK numbers."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + at, mask=at < n, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=at < n, other=0.0).to(tl.float32)
+    out = g * tl.sigmoid(g) * u
+    tl.store(gate + at, out.to(gate.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def _rotate_kernel(x, cos, sin, n_heads, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """One program: all heads of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    left = x + (token * n_heads + head) * 2 * HALF + i
+    angle = token * 2 * HALF + i
+    inside = (head < n_heads) & (i < HALF)
+    a = tl.load(left, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(left + HALF, mask=inside, other=0.0).to(tl.float32)
+    first = a * tl.load(cos + angle).to(tl.float32) - b * tl.load(sin + angle).to(tl.float32)
+    angle += HALF
+    second = b * tl.load(cos + angle).to(tl.float32) + a * tl.load(sin + angle).to(tl.float32)
+    tl.store(left, first.to(x.dtype.element_ty), mask=inside)
+    tl.store(left + HALF, second.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
