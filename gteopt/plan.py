@@ -30,6 +30,7 @@ from gteopt.encoder import Backend, Encoder, describe, load
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
 from gteopt.evaluation import (
     ENCODE_OPTIONS,
+    Drawn,
     EncodeOptions,
     Suite,
     View,
@@ -251,6 +252,7 @@ def score(
     """
     reports: dict[str, EvalReport] = {}
     baseline = None
+    drawn: Drawn = {}
     following: _Opened | None = None
     for name, next_name in zip(sources, [*list(sources)[1:], None], strict=True):
         opened = following or _open(
@@ -281,7 +283,7 @@ def score(
         for done, (row, run) in enumerate(zip(views, runs, strict=True)):
             progress(f"{name}: comparing with {baseline.encoder}", done, len(runs))
             noted = replace(run, notes=(*run.notes, *notes))
-            reports[row] = compare(baseline, noted, variant_name=row, margin=margin)
+            reports[row] = compare(baseline, noted, variant_name=row, margin=margin, drawn=drawn)
     reports = settle(reports)
     if folder is not None:
         for name, report in reports.items():
