@@ -955,7 +955,7 @@ def _conditions(results: Results) -> str:
         f"{html}<h3>Quality</h3>{_description(quality)}"
         '<div class="scroll words" tabindex="0" role="region" aria-label="Data sets"><table><thead>'
         '<tr><th scope="col">Task</th><th scope="col">Type</th><th scope="col">Data set revision'
-        '</th><th scope="col">Instruction (queries only)</th></tr></thead>'
+        '</th><th scope="col">Instruction (a search: of its queries)</th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

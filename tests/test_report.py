@@ -180,7 +180,9 @@ def test_differences_are_shown_with_their_intervals_and_verdicts(demo: Results) 
     assert "-0.40" in text
     assert "[-0.70, -0.10]" in text
     assert text.count(f"{tasks[1].score * 100:.2f} -") == 1
-    assert f"no interval of {tasks[0].task}: only 4 queries" in text
+    assert f"no interval of {tasks[0].task} {tasks[0].subset}: only 4 queries" in " ".join(
+        text.split()
+    )
     page = html_page(demo.model_copy(update={"evals": evals}), title="demo")
     assert "-0.40 [-0.70, -0.10] · worse" in page
 

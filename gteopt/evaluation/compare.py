@@ -145,9 +145,9 @@ def _paired(
     if samples.n_units < MIN_UNITS:
         return f"{samples.n_units} of unit {samples.unit}; an interval needs {MIN_UNITS}"
     if key not in drawn_:
-        drawn_[key] = resample(others, task=ours.task)
+        drawn_[key] = resample(others)
     same = variant.encoder_sha256 == baseline.encoder_sha256
-    found = paired_draws(samples, drawn_[key], task=ours.task, same_model=same)
+    found = paired_draws(samples, drawn_[key], same_model=same)
     assert found is not None
     return found
 

@@ -7,7 +7,8 @@ scored.
     <task>-<key>/texts.safetensors                 a sample of the task's vectors, for fidelity
 
 `<key>` stands for everything that the task's scores depend on but the view: the weights, the
-instruction, the data, mteb and what it computes with. What a suite holds besides the task is no part of it.
+instruction, the data, mteb and what it computes with. What a suite holds besides the task is no
+part of it.
 """
 
 from __future__ import annotations

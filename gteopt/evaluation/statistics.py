@@ -4,13 +4,12 @@ Hides: resampling, and how the parts of a suite are put together. Refuses to kno
 mteb, files.
 
 Both models are scored on the same resample, so that what they share (hard queries, noisy labels)
-cancels. Tasks are independent of each other and are taken as given: an interval of a suite says how
+cancels. Tasks are taken as given: an interval of a suite says how
 the mean over *these* tasks would vary with other texts, not with other tasks.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,14 +78,11 @@ class Resampled:
     rng: np.random.Generator
 
 
-def resample(
-    samples: Samples, *, task: str, n_resamples: int = N_RESAMPLES, seed: int = _SEED
-) -> Resampled:
+def resample(samples: Samples, *, n_resamples: int = N_RESAMPLES, seed: int = _SEED) -> Resampled:
     """Score resamples of one model's units; see `paired_draws`."""
     blocks = _in_blocks(samples)
     n_units = blocks.n_units
-    digest = hashlib.sha256(f"{seed}\0{task}\0{n_units}".encode()).digest()
-    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    rng = np.random.default_rng((seed, n_units))
     draw = _resamples if blocks.statistic == "mean" else _half_samples
     drawn = [
         blocks.by_experiment(draw(rng, size, n_units))
@@ -100,7 +96,6 @@ def paired_draws(
     variant: Samples,
     baseline: Samples | Resampled,
     *,
-    task: str,
     same_model: bool = False,
     n_resamples: int = N_RESAMPLES,
     seed: int = _SEED,
@@ -121,14 +116,17 @@ def paired_draws(
     units, up to 3.7 may change (the rule of three, Hanley & Lippman-Hand 1983, at 2.5 % on each
     side), each to what another unit scores.
 
+    Units of one number are drawn alike, whatever the task: translations of one text, and tasks that
+    share their texts (MassiveIntent and MassiveScenario, STSBenchmark and its translations), are
+    not taken for independent. Others of the same number, n, come to depend on each other by chance,
+    with correlations around 0 of the order of 1 / sqrt(n).
+
     A clustering's score varies with the documents and with the runs of k-means. Both variances are
     added and what is in both is taken off (Cameron, Gelbach & Miller 2011, equation 2.9).
 
     Args:
         variant: its entries.
         baseline: entries of the same units, or what was drawn of them with the same arguments.
-        task: units of one number within one task are drawn alike, so that subsets that are
-            translations of each other are not taken for independent.
         same_model: both are of one model, which cannot differ on other texts either.
         n_resamples: R.
         seed: of the draws.
@@ -139,14 +137,14 @@ def paired_draws(
     if variant.n_units < MIN_UNITS:
         return None
     if isinstance(baseline, Samples):
-        baseline = resample(baseline, task=task, n_resamples=n_resamples, seed=seed)
+        baseline = resample(baseline, n_resamples=n_resamples, seed=seed)
     assert variant.pairs_with(baseline.samples)
-    ours = resample(variant, task=task, n_resamples=n_resamples, seed=seed)
+    ours = resample(variant, n_resamples=n_resamples, seed=seed)
     return _draws(ours, baseline, same_model=same_model)
 
 
 def own_draws(
-    samples: Samples, *, task: str, n_resamples: int = N_RESAMPLES, seed: int = _SEED
+    samples: Samples, *, n_resamples: int = N_RESAMPLES, seed: int = _SEED
 ) -> Floats | None:
     """Draws [R] of one model's own score, made as `paired_draws` makes those of a difference.
 
@@ -154,7 +152,7 @@ def own_draws(
     """
     if samples.n_units < MIN_UNITS:
         return None
-    ours = resample(samples, task=task, n_resamples=n_resamples, seed=seed)
+    ours = resample(samples, n_resamples=n_resamples, seed=seed)
     nothing = Resampled(  # as if a baseline scored 0 whatever the texts
         samples,
         np.zeros_like(ours.drawn),
@@ -354,7 +352,8 @@ def _without(n_units: int) -> Floats:
     """Weights [groups, U] of all units but one group's, of at most 200 groups."""
     n_groups = min(n_units, 200)
     group = np.random.default_rng(_SEED).permutation(n_units) % n_groups
-    return (group != np.arange(n_groups)[:, None]).astype(np.float64)
+    weights: Floats = (group != np.arange(n_groups)[:, None]).astype(np.float64)
+    return weights
 
 
 def _freedom(left: Floats) -> float:

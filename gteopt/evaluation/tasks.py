@@ -22,6 +22,8 @@ from mteb.abstasks import (
     AbsTaskBitextMining,
     AbsTaskClassification,
     AbsTaskClustering,
+    AbsTaskClusteringLegacy,
+    AbsTaskPairClassification,
     AbsTaskRetrieval,
     AbsTaskSTS,
 )
@@ -182,7 +184,14 @@ def task_instruction(task: AbsTask) -> str:
 def n_samples(task: Any, split: str, subset: str) -> int:
     """How many queries, pairs or texts the score of one split and subset is over."""
     data = task.dataset.get(subset, task.dataset)[split]
-    return len(data["queries"] if isinstance(task, AbsTaskRetrieval) else data)
+    if isinstance(task, AbsTaskRetrieval):
+        return len(data["queries"])
+    # Older layouts have all pairs in one row, or a set of texts to cluster in each.
+    if isinstance(task, AbsTaskPairClassification) and len(data) == 1:
+        return len(data[task.label_column_name][0])
+    if isinstance(task, AbsTaskClusteringLegacy):
+        return sum(map(len, data[task.label_column_name]))
+    return len(data)
 
 
 def mini_rows(name: str) -> list[dict[str, Any]]:
