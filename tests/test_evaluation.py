@@ -283,6 +283,23 @@ def test_instructions_reach_queries_only(nano: Encoder) -> None:
     assert set(counting.prompted) == queries | documents
 
 
+def test_labels_that_are_read_at_once_give_the_same_bits(nano: Encoder, tmp_path: Path) -> None:
+    from gteopt.evaluation.adapter import TaskModel
+    from gteopt.evaluation.cache import VectorCache
+    from gteopt.evaluation.tasks import MiniIntentClassification, read_labels_at_once_
+
+    model = TaskModel(VectorCache(nano, tmp_path), own_view(nano), None)
+    found = []
+    for at_once in (False, True):
+        task = MiniIntentClassification()
+        task.load_data()
+        if at_once:
+            read_labels_at_once_(task)
+            read_labels_at_once_(task)  # a task may be loaded twice
+        found.append(task.evaluate(model, "test", encode_kwargs={"batch_size": 32}))
+    assert found[0] == found[1]
+
+
 def test_an_instruction_that_a_model_cannot_take_is_said(minilm: Encoder) -> None:
     own = {"task": "MiniSTS", "subsets": ["en"], "instruction": "Compare."}
     assert any("MiniSTS" in note for note in run_suite(minilm, suite_of(own)).notes)
