@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -730,12 +730,15 @@ def _workers(devices: str | None, ray: str | None, device: str) -> Iterator[Work
     from gteopt.evaluation.workers import local_workers, ray_workers
     from gteopt.machine import parse_devices
 
-    if devices is not None:
-        opened = local_workers(parse_devices(devices))
-    else:
-        assert ray is not None
-        opened = ray_workers(ray, device=device, n_threads=torch.get_num_threads())
-    with opened as workers:
+    with ExitStack() as stack:
+        if devices is not None:
+            workers = stack.enter_context(local_workers(parse_devices(devices)))
+        else:
+            assert ray is not None
+            # Where --json writes, Ray tells which of a cluster's processes died.
+            stack.enter_context(redirect_stdout(sys.stderr))
+            opened = ray_workers(ray, device=device, n_threads=torch.get_num_threads())
+            workers = stack.enter_context(opened)
         yield workers
 
 

@@ -30,6 +30,7 @@ from gteopt.encoder import Backend, Encoder, describe, load
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
 from gteopt.evaluation import (
     ENCODE_OPTIONS,
+    Drawn,
     EncodeOptions,
     Suite,
     View,
@@ -251,16 +252,21 @@ def score(
     """
     reports: dict[str, EvalReport] = {}
     baseline = None
+    drawn: Drawn = {}
     following: _Opened | None = None
     for name, next_name in zip(sources, [*list(sources)[1:], None], strict=True):
-        opened = following or _open(
-            name, sources[name], how, progress, is_baseline=baseline is None
-        )
+        opened = following
+        if opened is None or how.grid is not None:  # which is fitted on a loaded model
+            is_baseline = baseline is None
+            opened = _open(
+                name, sources[name], how, progress, is_baseline=is_baseline, begun=following
+            )
         following = None
         options = opened.options
-        # Only descriptions of models, which take no memory, can be opened ahead of their turn.
-        if how.workers is not None and how.grid is None and next_name is not None:
-            following = _open(next_name, sources[next_name], how, progress, is_baseline=False)
+        if how.workers is not None and next_name is not None:
+            # Only descriptions of models, which take no memory, can be opened ahead of their turn.
+            alone = replace(how, grid=None)
+            following = _open(next_name, sources[next_name], alone, progress, is_baseline=False)
             if not _same_vectors(opened, following):  # whose vectors will be there
                 options = replace(options, afterwards=_beginning(following, suite, folder, how))
         views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
@@ -281,7 +287,7 @@ def score(
         for done, (row, run) in enumerate(zip(views, runs, strict=True)):
             progress(f"{name}: comparing with {baseline.encoder}", done, len(runs))
             noted = replace(run, notes=(*run.notes, *notes))
-            reports[row] = compare(baseline, noted, variant_name=row, margin=margin)
+            reports[row] = compare(baseline, noted, variant_name=row, margin=margin, drawn=drawn)
     reports = settle(reports)
     if folder is not None:
         for name, report in reports.items():
@@ -356,7 +362,16 @@ class _Opened:
     notes: list[str]
 
 
-def _open(name: str, source: str, how: Setup, progress: Progress, *, is_baseline: bool) -> _Opened:
+def _open(
+    name: str,
+    source: str,
+    how: Setup,
+    progress: Progress,
+    *,
+    is_baseline: bool,
+    begun: _Opened | None = None,
+) -> _Opened:
+    """Open a source; `begun` is the same one, described, on which workers have begun."""
     options, notes = how.options, list[str]()
     device = how.device if how.workers is None else how.workers.device
     here = describe if how.workers is not None and how.grid is None else load
@@ -367,7 +382,9 @@ def _open(name: str, source: str, how: Setup, progress: Progress, *, is_baseline
         backend="torch" if is_baseline else how.backend,
         hub_dir=how.hub_dir,
     )
-    if how.workers is not None:
+    if begun is not None:
+        options, notes = begun.options, begun.notes
+    elif how.workers is not None:
         encode = how.workers.encoding(
             encoder,
             source,

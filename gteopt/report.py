@@ -34,6 +34,7 @@ from gteopt.records import (
     Machine,
     Results,
     TaskScore,
+    Verdict,
     break_even_price_per_hour,
     cost_per_million_tokens,
     write_atomically,
@@ -242,16 +243,24 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
         if column.attribute in _IN_EVAL:
             cells = [*([""] if known else []), *(column.text(row) for row in lines)]
             table.add_row(Text(f"{column.title} {column.unit}"), *cells, style="bold")
+    if any(not _is_own_baseline(report) for report in evals):
+        empty = [""] if known else []
+        spans = [_suite_span(report).replace(" [", "\n[") for report in evals]
+        table.add_row("Difference", *empty, *spans, style="bold")
+        table.add_row("Verdict", *empty, *map(_suite_verdict, evals), style="bold")
     table.add_section()
-    scores = [{_task_key(task): task.score for task in report.tasks} for report in evals]
+    scores = [
+        {_task_key(task): f"{task.score * 100:.2f}{_mark(report, task)}" for task in report.tasks}
+        for report in evals
+    ]
     for key in dict.fromkeys(key for by_key in scores for key in by_key):
         task, split, subset = key
         heading = Text(f"{task} {subset} {split}".replace(" default ", " "))
         cells = [_published_text(known.get(key))] if known else []
-        cells += [f"{by_key[key] * 100:.2f}" if key in by_key else _MISSING for by_key in scores]
+        cells += [by_key.get(key, _MISSING) for by_key in scores]
         table.add_row(heading, *cells)
     suites = dict.fromkeys(f"suite {r.suite}, against {r.baseline}" for r in evals)
-    notes = [*suites, *(f"* {failure}" for failure in _failures(reports))]
+    notes = [*suites, *_about_verdicts(evals), *(f"* {each}" for each in _failures(reports))]
     notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
     notes += [sentence for report in evals for sentence in _beside_published(report)]
     table.caption = Text("\n".join(notes), style="not italic")
@@ -267,19 +276,18 @@ def grid_table(reports: Mapping[str, EvalReport]) -> Table:
     table.add_column("verdict", no_wrap=True)
     for name, report in reports.items():
         found = report.fidelity
-        is_baseline = report.artifact_sha256 == report.baseline_sha256
         table.add_row(
             Text(name),
             _MISSING if report.bytes_per_vector is None else f"{report.bytes_per_vector:,}",
             f"{report.score * 100:.2f}{'*' if report.partial else ''}",
-            _MISSING if is_baseline else _span(report.difference),
+            _suite_span(report),
             f"{found.neighbour_overlap * 100:.1f}",
             f"{found.spearman:.3f}",
-            "baseline" if is_baseline else report.difference.verdict if report.difference else "",
-            style="dim" if is_baseline else "",
+            _suite_verdict(report),
+            style="dim" if _is_own_baseline(report) else "",
         )
     first = evals[0]
-    n_rows = sum(report.artifact_sha256 != report.baseline_sha256 for report in evals)
+    n_rows = sum(not _is_own_baseline(report) for report in evals)
     notes = [
         f"suite {first.suite}, against {first.baseline}; differences in points with their 95 % "
         f"paired bootstrap interval",
@@ -290,6 +298,56 @@ def grid_table(reports: Mapping[str, EvalReport]) -> Table:
     notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
     table.caption = Text("\n".join(notes), style="not italic")
     return table
+
+
+_VERDICT_MARKS: dict[Verdict, str] = {
+    "equivalent": "=",
+    "better": "+",
+    "worse": "-",
+    "undecided": "?",
+}
+
+
+def _is_own_baseline(report: EvalReport) -> bool:
+    return report.artifact_sha256 == report.baseline_sha256
+
+
+def _suite_span(report: EvalReport) -> str:
+    return _MISSING if _is_own_baseline(report) else _span(report.difference)
+
+
+def _suite_verdict(report: EvalReport) -> str:
+    if _is_own_baseline(report):
+        return "baseline"
+    return report.difference.verdict if report.difference else _MISSING
+
+
+def _mark(report: EvalReport, task: TaskScore) -> str:
+    """What is claimed of a task, in a character, so that numbers stay below each other."""
+    if _is_own_baseline(report):
+        return ""
+    return f" {_VERDICT_MARKS[task.difference.verdict] if task.difference else ' '}"
+
+
+def _about_verdicts(reports: Sequence[EvalReport]) -> list[str]:
+    """How verdicts are to be read, and which tasks have none for what reason."""
+    judged = [report for report in reports if not _is_own_baseline(report)]
+    if not judged:
+        return []
+    marks = ", ".join(f"{mark} {verdict}" for verdict, mark in _VERDICT_MARKS.items())
+    notes = [
+        f"differences in points with their 95 % paired bootstrap interval; verdicts against a "
+        f"margin of {judged[0].margin * 100:g} points: {marks}; better and worse hold for all "
+        f"{judged[0].n_claims} tasks together, and for all {len(judged)} means (Holm)"
+    ]
+    without = dict.fromkeys(
+        f"no interval of {task.task}"
+        f"{'' if task.subset == 'default' else f' {task.subset}'}: {task.no_interval}"
+        for report in judged
+        for task in report.tasks
+        if task.no_interval is not None
+    )
+    return [*notes, *without]
 
 
 def _span(difference: Difference | None) -> str:
@@ -801,6 +859,18 @@ def _tasks_table(results: Results, lines: Sequence[Row]) -> str:
         tasks = {_task_key(task): task for task in own.tasks} | tasks
     known = {_task_key(task): task.published for task in own.tasks} if own else {}
     body = ""
+    if shown:
+        means = [results.evals[row.name] for row in shown]
+        cells = "".join(
+            f"<td>{each.score * 100:.2f}<small>{_suite_span(each)} · {_suite_verdict(each)}</small>"
+            f"</td>"
+            for each in means
+        )
+        body = (
+            '<tr><th scope="row">Mean<small>difference in points with its 95 % paired bootstrap '
+            f"interval; verdict against a margin of {means[0].margin * 100:g}</small></th>"
+            f"<td>{means[0].baseline_score * 100:.2f}</td>{cells}</tr>"
+        )
     for key, task in tasks.items():
         cells = "".join(_task_cell(scores[row.name].get(key)) for row in shown)
         body += (
@@ -834,9 +904,10 @@ def _task_cell(task: TaskScore | None) -> str:
     retention = task.score / task.baseline_score
     # Full tint at a loss of a quarter: beyond that a variant is of no use anyway.
     loss = min(1.0, max(0.0, (1 - retention) * 4))
+    verdict = f" · {task.difference.verdict}" if task.difference else ""
     return (
         f'<td style="--loss:{loss:.3f}">{task.score * 100:.2f}'
-        f"<small>{retention * 100:.1f} %</small></td>"
+        f"<small>{retention * 100:.1f} %{verdict}</small></td>"
     )
 
 
@@ -889,7 +960,7 @@ def _conditions(results: Results) -> str:
         f"{html}<h3>Quality</h3>{_description(quality)}"
         '<div class="scroll words" tabindex="0" role="region" aria-label="Data sets"><table><thead>'
         '<tr><th scope="col">Task</th><th scope="col">Type</th><th scope="col">Data set revision'
-        '</th><th scope="col">Instruction (queries only)</th></tr></thead>'
+        '</th><th scope="col">Instruction (a search: of its queries)</th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

@@ -218,6 +218,34 @@ def test_the_adapter_ranks_as_mteb_does_by_itself(nano: Encoder, code: str, tmp_
     assert np.mean(overlap) == (1 if code == "float32" else pytest.approx(1, abs=0.02))
 
 
+def test_metrics_in_mtebs_layout_are_those_of_a_search_without_a_limit(
+    nano: Encoder, tmp_path: Path
+) -> None:
+    """What lies deeper than the search went is not there, instead of being wrong."""
+    from gteopt.evaluation.adapter import TaskModel
+    from gteopt.evaluation.cache import VectorCache
+    from gteopt.evaluation.tasks import MiniRetrieval
+
+    run_suite(nano, suite_of("MiniRetrieval"), store=tmp_path)
+    (path,) = (tmp_path / "results").rglob("MiniRetrieval.json")
+    written = json.loads(path.read_text())["scores"]["test"][0]
+
+    class Deep(TaskModel):
+        def search(self, queries: Any, *, task_metadata: Any, **how: Any) -> Any:
+            all_of_them = task_metadata.model_copy(update={"main_score": "map"})
+            return super().search(queries, task_metadata=all_of_them, **how)
+
+    task = MiniRetrieval()
+    task.load_data()
+    deep = Deep(VectorCache(nano, tmp_path), own_view(nano), task.metadata.prompt)
+    found = task.evaluate(deep, "test", encode_kwargs={"batch_size": 32})["default"]
+    assert found["recall_at_100"] > found["recall_at_10"]
+    deeper = {name for name in found if re.search(r"^nauc_|_at_(20|100|1000)$", name)}
+    assert found.keys() - written.keys() == deeper
+    for name in found.keys() & written.keys():
+        assert written[name] == pytest.approx(found[name], abs=1e-6, nan_ok=True), name
+
+
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # mteb's own
 def test_plain_mteb_gives_the_same_scores() -> None:
     import mteb
@@ -253,6 +281,30 @@ def test_instructions_reach_queries_only(nano: Encoder) -> None:
     queries = {f"{prompt}{row['text']}{end}" for row in mini_rows("queries")}
     documents = {f"{row['text']}{end}" for row in mini_rows("corpus")}
     assert set(counting.prompted) == queries | documents
+
+
+def test_labels_that_are_read_at_once_give_the_same_bits(nano: Encoder, tmp_path: Path) -> None:
+    from gteopt.evaluation.adapter import TaskModel
+    from gteopt.evaluation.cache import VectorCache
+    from gteopt.evaluation.tasks import MiniIntentClassification, read_labels_at_once_
+
+    model = TaskModel(VectorCache(nano, tmp_path), own_view(nano), None)
+    found = []
+    for at_once in (False, True):
+        task = MiniIntentClassification()
+        task.load_data()
+        if at_once:
+            read_labels_at_once_(task)
+            read_labels_at_once_(task)  # a task may be loaded twice
+        found.append(task.evaluate(model, "test", encode_kwargs={"batch_size": 32}))
+    assert found[0] == found[1]
+
+
+def test_an_instruction_that_a_model_cannot_take_is_said(minilm: Encoder) -> None:
+    own = {"task": "MiniSTS", "subsets": ["en"], "instruction": "Compare."}
+    assert any("MiniSTS" in note for note in run_suite(minilm, suite_of(own)).notes)
+    del own["instruction"]
+    assert not run_suite(minilm, suite_of(own)).notes
 
 
 def test_symmetric_tasks_put_their_instruction_on_both_sides(nano: Encoder) -> None:

@@ -94,10 +94,12 @@ def test_every_fault_of_a_collection_is_named_with_its_line(tmp_path: Path) -> N
     (folder / "qrels" / "test.tsv").write_text(
         "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1 d1 1\nq1\td9\t1\nq9\td1\t1\nq1\td1\tyes\n"
     )
+    # No heading, though its third cell is no number: its first is a query.
+    (folder / "qrels" / "train.tsv").write_text("q1\td1\tone\nq1\td1\t1\nq1\td1\t2\n")
     with pytest.raises(InputError) as caught:
         read_own(folder)
     message = str(caught.value)
-    assert "has 8 problem(s)" in message
+    assert "has 10 problem(s)" in message
     for expected in (
         "corpus.jsonl:2: _id 'd1' is there twice",
         "corpus.jsonl:3: not JSON",
@@ -107,6 +109,8 @@ def test_every_fault_of_a_collection_is_named_with_its_line(tmp_path: Path) -> N
         "test.tsv:4: document 'd9' is not in corpus.jsonl",
         "test.tsv:5: query 'q9' is not in queries.jsonl",
         "test.tsv:6: must be query id",
+        "train.tsv:1: must be query id",
+        "train.tsv:3: document 'd1' has another grade for query 'q1' above",
     ):
         assert expected in message
 

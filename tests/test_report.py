@@ -30,6 +30,7 @@ from gteopt.records import (
     BrokenLimit,
     Candidate,
     Choice,
+    Difference,
     EvalReport,
     FailedTask,
     Fidelity,
@@ -166,6 +167,24 @@ def test_the_evaluation_table_shows_every_task_and_language(demo: Results) -> No
         )
         assert subset in line or subset == "default"
         assert f"{score * 0.9991 * 100:.2f}" in line
+
+
+def test_differences_are_shown_with_their_intervals_and_verdicts(demo: Results) -> None:
+    own = demo.evals["int8"]
+    found = Difference(value=-0.004, low=-0.007, high=-0.001, verdict="worse", p=0.004)
+    tasks = [each.model_copy(update={"difference": found}) for each in own.tasks]
+    tasks[0] = tasks[0].model_copy(update={"difference": None, "no_interval": "only 4 queries"})
+    judged = own.model_copy(update={"difference": found, "tasks": tuple(tasks)})
+    evals = {**demo.evals, "int8": judged}
+    text = printed(eval_table({"int8": judged}), 100)
+    assert "-0.40" in text
+    assert "[-0.70, -0.10]" in text
+    assert text.count(f"{tasks[1].score * 100:.2f} -") == 1
+    assert f"no interval of {tasks[0].task} {tasks[0].subset}: only 4 queries" in " ".join(
+        text.split()
+    )
+    page = html_page(demo.model_copy(update={"evals": evals}), title="demo")
+    assert "-0.40 [-0.70, -0.10] · worse" in page
 
 
 def test_a_partial_score_is_marked_in_the_table_and_on_the_page(demo: Results) -> None:

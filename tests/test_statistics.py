@@ -14,12 +14,14 @@ from sklearn.metrics import adjusted_mutual_info_score
 from gteopt.evaluation.samples import Samples
 from gteopt.evaluation.statistics import (
     Draws,
+    Resampled,
     holm,
     interval,
     mean_of,
     own_draws,
     p_value,
     paired_draws,
+    resample,
     verdict,
 )
 
@@ -34,8 +36,8 @@ def both(statistic: Any, unit: str, variant: dict[str, Any], baseline: dict[str,
     return Samples(statistic, unit, variant), Samples(statistic, unit, baseline)
 
 
-def draw(pair: Pair, task: str = "t", **how: Any) -> Draws:
-    found = paired_draws(*pair, task=task, **how)
+def draw(pair: tuple[Samples, Samples | Resampled], **how: Any) -> Draws:
+    found = paired_draws(*pair, **how)
     assert found is not None
     return found
 
@@ -149,11 +151,11 @@ def test_an_interval_covers_the_difference_at_its_rate(case: str) -> None:
     covered = own_covered = 0
     for number in range(n_repeats):
         variant, baseline = make(rng, n_units)
-        draws = draw((variant, baseline), task=str(number), n_resamples=N_RESAMPLES)
+        draws = draw((variant, baseline), seed=number, n_resamples=N_RESAMPLES)
         low, high = interval(draws.difference)
         covered += low <= truth <= high
         if number % 2 == 0:
-            own = own_draws(baseline, task=str(number), n_resamples=N_RESAMPLES)
+            own = own_draws(baseline, seed=number, n_resamples=N_RESAMPLES)
             assert own is not None
             low, high = interval(own)
             own_covered += low <= true_score <= high
@@ -178,7 +180,7 @@ def test_a_suite_interval_covers_the_mean_over_its_tasks_at_its_rate() -> None:
     for number in range(N_REPEATS):
         parts = []
         for make, n in makers:
-            draws = draw(make(rng, n), task=f"{make}{number}", n_resamples=N_RESAMPLES)
+            draws = draw(make(rng, n), seed=number, n_resamples=N_RESAMPLES)
             parts.append(draws)
         low, high = interval(mean_of(parts).difference)
         covered += low <= truth <= high
@@ -205,9 +207,69 @@ def test_a_large_sample_has_the_textbook_interval() -> None:
 def test_a_model_equals_itself_exactly() -> None:
     for make, n, _ in CASES.values():
         _, baseline = make(np.random.default_rng(0), n)
-        draws = draw((baseline, baseline), n_resamples=50)
+        draws = draw((baseline, baseline), n_resamples=50, same_model=True)
         assert interval(draws.difference) == (0.0, 0.0)
-        assert p_value(0.0, draws.difference) == 1.0
+        assert p_value(0.0, draws) == 1.0
+
+
+@pytest.mark.parametrize("rate", [0.005, 0.02, 0.05])
+def test_rare_changes_are_covered_even_where_none_was_seen(rate: float) -> None:
+    """Of 60 answers none may have changed; that is no proof that none ever does."""
+    rng = np.random.default_rng(5)
+    covered = 0
+    for number in range(N_REPEATS):
+        ours = (rng.random(60) < 0.6).astype(float)
+        theirs = np.where(rng.random(60) < rate, 0.0, ours)
+        pair = both("mean", "document", {"values": theirs}, {"values": ours})
+        low, high = interval(draw(pair, seed=number, n_resamples=100).difference)
+        covered += low <= -0.6 * rate <= high
+    assert covered >= stats.binom.ppf(0.0005, N_REPEATS, 0.95), f"{covered / N_REPEATS:.3f}"
+
+
+def test_a_handful_of_units_has_no_interval() -> None:
+    """Halves of four pairs rank the same way or do not: the width was 0, and the claim certain."""
+    gold = np.arange(4)
+    arrays = [
+        {"gold": gold, "similarities": np.array(each)} for each in ([1, 2, 3, 4], [2, 1, 4, 3])
+    ]
+    assert paired_draws(*both("spearman", "pair", *arrays)) is None
+    many = [{name: np.tile(each, 3) for name, each in own.items()} for own in arrays]
+    assert paired_draws(*both("spearman", "pair", *many)) is not None
+
+
+def test_p_values_of_few_units_are_as_rare_as_they_say() -> None:
+    """What Holm's correction for hundreds of claims reads are tails, and a t's are heavy."""
+    rng = np.random.default_rng(0)
+    n_repeats, small = 3000, 0.001
+    found = []
+    for number in range(n_repeats):
+        ours, theirs = rng.standard_normal((2, 10))
+        pair = both("mean", "query", {"values": theirs}, {"values": ours})
+        draws = draw(pair, seed=number, n_resamples=200)
+        found.append(p_value(pair[0].score() - pair[1].score(), draws))
+    assert sum(p < small for p in found) <= stats.binom.ppf(0.999, n_repeats, 2 * small)
+    least, most = stats.binom.ppf([0.0005, 0.9995], n_repeats, 0.05)
+    assert least <= sum(p < 0.05 for p in found) <= most
+
+
+def test_a_mean_of_parts_knows_its_error_as_well_as_they_do_together() -> None:
+    """Welch and Satterthwaite: equal independent parts add up, the same part again does not."""
+    variant, baseline = ndcg(np.random.default_rng(0), 30)
+    one = draw((variant, baseline))
+    assert one.freedom == draw((variant, baseline), seed=1).freedom
+    assert mean_of([one, one]).freedom == pytest.approx(one.freedom)
+    apart = [draw((variant, baseline), seed=number) for number in range(4)]
+    assert mean_of(apart).freedom == pytest.approx(4 * one.freedom, rel=0.1)
+
+
+def test_what_was_drawn_of_a_baseline_serves_every_comparison_with_it() -> None:
+    for make, n, _ in CASES.values():
+        variant, baseline = make(np.random.default_rng(0), n)
+        drawn = resample(baseline, n_resamples=50)
+        for each in (variant, baseline):
+            anew, kept = draw((each, baseline), n_resamples=50), draw((each, drawn), n_resamples=50)
+            np.testing.assert_array_equal(kept.difference, anew.difference)
+            np.testing.assert_array_equal(kept.baseline, anew.baseline)
 
 
 def test_the_same_seed_gives_the_same_interval_and_one_unit_gives_none() -> None:
@@ -216,17 +278,19 @@ def test_the_same_seed_gives_the_same_interval_and_one_unit_gives_none() -> None
     np.testing.assert_array_equal(first.difference, again.difference)
     assert (first.difference != other.difference).any()
     alone = Samples("mean", "query", {"values": np.array([0.5])})
-    assert paired_draws(alone, alone, task="t") is None
+    assert paired_draws(alone, alone) is None
 
 
 def test_translations_of_the_same_texts_are_not_taken_for_independent() -> None:
     variant, baseline = ndcg(np.random.default_rng(0), 100)
     one = draw((variant, baseline))
-    same, apart = (draw((variant, baseline), task=name) for name in ("t", "other"))
+    same = draw((variant, baseline))
+    apart = draw(ndcg(np.random.default_rng(1), 100))  # as many queries of another task
     width = np.ptp(interval(one.difference))
     assert np.ptp(interval(mean_of([one, same]).difference)) == pytest.approx(width)
+    both_widths = math.hypot(width, np.ptp(interval(apart.difference)))
     halved = np.ptp(interval(mean_of([one, apart]).difference))
-    assert halved == pytest.approx(width / math.sqrt(2), rel=0.15)
+    assert halved == pytest.approx(both_widths / 2, rel=0.15)
 
 
 def test_halves_leave_a_clustering_by_chance_at_zero_where_copies_do_not() -> None:
@@ -244,8 +308,9 @@ def test_halves_leave_a_clustering_by_chance_at_zero_where_copies_do_not() -> No
 
 def test_p_values_agree_with_the_interval_and_follow_the_normal_tail() -> None:
     scores = np.sqrt(2) * np.random.default_rng(0).standard_normal(100_000)
-    assert p_value(1.959964 * math.sqrt(2), scores) == pytest.approx(0.05, abs=0.002)
-    assert p_value(5 * math.sqrt(2), scores) == pytest.approx(2 * stats.norm.sf(5), rel=0.1)
+    draws = Draws(scores, np.zeros_like(scores))
+    assert p_value(1.959964 * math.sqrt(2), draws) == pytest.approx(0.05, abs=0.002)
+    assert p_value(5 * math.sqrt(2), draws) == pytest.approx(2 * stats.norm.sf(5), rel=0.1)
 
 
 def test_holm_corrects_as_in_the_textbook() -> None:

@@ -4,7 +4,7 @@ Hides: mteb, which only this package imports, and only once something is scored.
 how a variant was made, and whether the encoder that it is handed is one.
 """
 
-from gteopt.evaluation.compare import compare
+from gteopt.evaluation.compare import Drawn, compare
 from gteopt.evaluation.fidelity import fidelity
 from gteopt.evaluation.own import read_texts
 from gteopt.evaluation.runner import (
@@ -23,6 +23,7 @@ from gteopt.evaluation.views import View, own_view, view_of
 
 __all__ = [
     "ENCODE_OPTIONS",
+    "Drawn",
     "EncodeOptions",
     "Suite",
     "SuiteRun",

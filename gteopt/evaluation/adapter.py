@@ -117,9 +117,9 @@ class TaskModel:
         deep as the task's main score looks. With `top_ranked` (reranking tasks), only those
         documents of each query are searched.
         """
-        depth = _SCORE_DEPTH.search(task_metadata.main_score)
+        depth = search_depth(task_metadata)
         # One more, because some tasks strike out a document with the query's own id.
-        k = top_k if depth is None else min(top_k, int(depth[1]) + 1)
+        k = top_k if depth is None else min(top_k, depth + 1)
         texts = _texts(queries, task_metadata, PromptType.query)
         self._n_texts += len(texts)
         projected = self._project(texts, "query")
@@ -160,6 +160,12 @@ class TaskModel:
                 self.sampler.offer(side, chunk, f"{role}\0{instruction or ''}", vectors)
             parts.append(self._transform.project(vectors))
         return np.concatenate(parts)
+
+
+def search_depth(task_metadata: Any) -> int | None:
+    """How many results of a query the task's main score looks at; None where it does not say."""
+    depth = _SCORE_DEPTH.search(task_metadata.main_score)
+    return None if depth is None else int(depth[1])
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:

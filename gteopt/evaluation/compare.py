@@ -15,15 +15,21 @@ from gteopt.evaluation.reference import beside_published
 from gteopt.evaluation.runner import SampleKey, SuiteRun
 from gteopt.evaluation.samples import Samples
 from gteopt.evaluation.statistics import (
+    MIN_UNITS,
     Draws,
+    Resampled,
     difference_of,
     interval,
     mean_of,
     paired_draws,
+    resample,
     settle,
 )
 from gteopt.recipe import DEFAULT_MARGIN
 from gteopt.records import EvalReport, FailedTask, TaskScore, find_reference
+
+Drawn = dict[SampleKey, Resampled]
+"""What was drawn of a baseline, which every comparison with it needs."""
 
 
 def compare(
@@ -32,6 +38,7 @@ def compare(
     *,
     variant_name: str,
     margin: float = DEFAULT_MARGIN,
+    drawn: Drawn | None = None,
 ) -> EvalReport:
     """A variant's scores beside its baseline's, with intervals, verdicts and fidelity.
 
@@ -43,6 +50,7 @@ def compare(
         variant: the run that is judged.
         variant_name: what the report calls it.
         margin: a difference of scores (0 to 1) that does not matter.
+        drawn: what earlier comparisons with the same run drew of it; more is put in.
 
     Raises:
         InputError: runs of different suites, or too few texts in common.
@@ -55,16 +63,17 @@ def compare(
             f"{baseline.suite.name} with other tasks; score both on the same suite"
         )
     theirs = {(each.task, each.split, each.subset): each for each in baseline.scores}
+    drawn = {} if drawn is None else drawn
     draws: dict[SampleKey, Draws] = {}
     tasks = []
     for each in variant.scores:
         key = each.task, each.split, each.subset
         if key not in theirs:
             continue
-        drawn = _paired(baseline, variant, theirs[key], each)
-        if isinstance(drawn, Draws):
-            draws[key] = drawn
-        tasks.append(_task_score(each, theirs[key], drawn, variant.samples.get(key)))
+        paired = _paired(baseline, variant, theirs[key], each, drawn)
+        if isinstance(paired, Draws):
+            draws[key] = paired
+        tasks.append(_task_score(each, theirs[key], paired, variant.samples.get(key)))
     failed = variant.failed + tuple(
         FailedTask(task=each.task, reason=f"the baseline failed: {each.reason}")
         for each in baseline.failed
@@ -123,7 +132,7 @@ def compare(
 
 
 def _paired(
-    baseline: SuiteRun, variant: SuiteRun, theirs: SubsetScore, ours: SubsetScore
+    baseline: SuiteRun, variant: SuiteRun, theirs: SubsetScore, ours: SubsetScore, drawn_: Drawn
 ) -> Draws | str:
     """Draws of one task's scores, or why there are none."""
     for who, score in (("the baseline", theirs), ("the variant", ours)):
@@ -133,7 +142,14 @@ def _paired(
     samples, others = variant.samples[key], baseline.samples[key]
     if not samples.pairs_with(others):
         return f"the two models were scored on other {samples.unit} sets"
-    return paired_draws(samples, others, task=ours.task) or f"there is only one {samples.unit}"
+    if samples.n_units < MIN_UNITS:
+        return f"{samples.n_units} of unit {samples.unit}; an interval needs {MIN_UNITS}"
+    if key not in drawn_:
+        drawn_[key] = resample(others)
+    same = variant.encoder_sha256 == baseline.encoder_sha256
+    found = paired_draws(samples, drawn_[key], same_model=same)
+    assert found is not None
+    return found
 
 
 def _task_score(

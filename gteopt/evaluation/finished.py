@@ -7,7 +7,8 @@ scored.
     <task>-<key>/texts.safetensors                 a sample of the task's vectors, for fidelity
 
 `<key>` stands for everything that the task's scores depend on but the view: the weights, the
-instruction, the data, mteb. What a suite holds besides the task is no part of it.
+instruction, the data, mteb and what it computes with. What a suite holds besides the task is no
+part of it.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ class Place:
             "instruction": task.instruction if encoder.takes_instructions else None,
             "symmetric": str(carries_on_documents(encoder, task)),
             "revision": task.revision,
+            "aggregate": task.aggregate,  # its scores bear that name
             "mteb": version("mteb"),
+            "scikit-learn": version("scikit-learn"),  # k-means and logistic regression
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return Place(store / "tasks" / f"{task.name}-{digest[:16]}", task.name, key)

@@ -190,7 +190,7 @@ def _read_qrels(
     for line, content in _lines(path, problems):
         cells = content.split("\t")
         grade = _number(cells[2]) if len(cells) == 3 else None
-        if line == 1 and len(cells) == 3 and grade is None:
+        if line == 1 and len(cells) == 3 and grade is None and cells[0] not in queries:
             continue  # the heading
         if grade is None or grade != int(grade):
             problems.append(
@@ -204,8 +204,10 @@ def _read_qrels(
             problems.append(f"{path}:{line}: query '{query}' is not in queries.jsonl")
         elif corpus and document not in corpus:
             problems.append(f"{path}:{line}: document '{document}' is not in corpus.jsonl")
-        else:
-            found.setdefault(query, {})[document] = int(grade)
+        elif found.setdefault(query, {}).setdefault(document, int(grade)) != int(grade):
+            problems.append(
+                f"{path}:{line}: document '{document}' has another grade for query '{query}' above"
+            )
     if not any(grade > 0 for grades in found.values() for grade in grades.values()):
         problems.append(f"{path}: judges no document as relevant (a grade above 0)")
     return found

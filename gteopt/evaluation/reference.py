@@ -33,7 +33,6 @@ def beside_published(
     """The baseline's report with what was published for the same model.
 
     The means are over the same splits and subsets on both sides: those that have a published score.
-    Texts of different tasks are taken for independent.
 
     Args:
         report: of the baseline, judged against itself.
@@ -41,7 +40,7 @@ def beside_published(
         reference: what is published of the model.
     """
     published = {(each.task, each.split, each.subset): each for each in reference.scores}
-    draws = {key: own_draws(each, task=key[0]) for key, each in samples.items()}
+    draws = {key: own_draws(each) for key, each in samples.items()}
 
     def found(task: TaskScore) -> BesidePublished | None:
         # A part of an aggregate (CQADupstackAndroidRetrieval) is published as a task of its own.

@@ -1,6 +1,7 @@
 """Scores in mteb's own result layout, so that its tools and leaderboard read them.
 
-Hides: mteb's result classes. Refuses to know: encoders, intervals.
+Hides: mteb's result classes, and which metrics of a search are right. Refuses to know: encoders,
+intervals.
 
     STORE/results/<model>/<revision>/<task>.json, model_meta.json, run_settings.jsonl
 
@@ -9,18 +10,24 @@ Hides: mteb's result classes. Refuses to know: encoders, intervals.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mteb.abstasks import AbsTaskRetrieval
 from mteb.cache import ResultCache
 from mteb.results import TaskResult
+
+from gteopt.evaluation.adapter import search_depth
 
 if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
 
     from gteopt.evaluation.tasks import ResolvedTask
+
+_DEPTH = re.compile(r"_at_(\d+)$")
 
 
 def write_results(
@@ -30,7 +37,11 @@ def write_results(
     scores: Mapping[str, Mapping[str, Any]],
     seconds: float,
 ) -> None:
-    """Write every metric of one task; splits and subsets that lie there already are kept.
+    """Write the metrics of one task; splits and subsets that lie there already are kept.
+
+    A search is as deep as the task's main score (see `TaskModel.search`). Metrics of greater depth,
+    which mteb computes as if nothing were found below, are left out, and so are areas under
+    abstention curves ("nauc"), which look at the scores of everything that was found.
 
     Args:
         store: mteb's cache folder.
@@ -44,7 +55,12 @@ def write_results(
     # Local data have no commit; what was read is named by its hash.
     dataset = {**task.metadata.dataset, "revision": resolved.revision}
     task.metadata = task.metadata.model_copy(update={"dataset": dataset})
-    fresh = TaskResult.from_task_results(task, scores, seconds)
+    depth = search_depth(task.metadata) if isinstance(task, AbsTaskRetrieval) else None
+    right = {
+        split: {subset: _as_deep_as(depth, metrics) for subset, metrics in by_subset.items()}
+        for split, by_subset in scores.items()
+    }
+    fresh = TaskResult.from_task_results(task, right, seconds)
     try:
         old = cache.load_task_result(resolved.name, model)
     except ValueError:  # cut short when an earlier run was killed; mteb writes it in place
@@ -52,3 +68,12 @@ def write_results(
     if old is not None and fresh.is_mergeable(old):
         fresh = old.merge(fresh)
     cache.save_to_cache(fresh, model)
+
+
+def _as_deep_as(depth: int | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    if depth is None:
+        return dict(metrics)
+    at = {name: _DEPTH.search(name) for name in metrics if not name.startswith("nauc_")}
+    return {
+        name: metrics[name] for name, found in at.items() if not found or int(found[1]) <= depth
+    }

@@ -295,6 +295,9 @@ def _run(
     ]
     load_data(waiting)
 
+    ignored = [each.task for each in suite.tasks if each.instruction is not None]
+    if ignored and not encoder.takes_instructions:
+        say(f"{encoder.name} takes no instructions; that of {', '.join(ignored)} is left out")
     cache = _open_cache(encoder, store, options, say)
     failed: dict[str, list[FailedTask]] = {view.sha256: [] for view in views}
     now: dict[tuple[str, str], Encodings] = {}

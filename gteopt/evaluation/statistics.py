@@ -4,20 +4,21 @@ Hides: resampling, and how the parts of a suite are put together. Refuses to kno
 mteb, files.
 
 Both models are scored on the same resample, so that what they share (hard queries, noisy labels)
-cancels. Tasks are independent of each other and are taken as given: an interval of a suite says how
+cancels. Tasks are taken as given: an interval of a suite says how
 the mean over *these* tasks would vary with other texts, not with other tasks.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtr, stdtrit
 
 from gteopt.evaluation.samples import CLUSTERINGS, Array, Floats, Samples
 from gteopt.records import Difference, EvalReport, TaskScore, Verdict
@@ -25,8 +26,12 @@ from gteopt.records import Difference, EvalReport, TaskScore, Verdict
 N_RESAMPLES = 1000
 LEVEL = 0.95
 _SEED = 0
+MIN_UNITS = 10  # halves of fewer rank next to nothing, and no t makes up for it
+_RULE_OF_THREE = -math.log((1 - LEVEL) / 2)
 _BLOCKS = 5000  # units are drawn in blocks beyond this many; blocks this many lose no precision
 _NORMAL = NormalDist()
+_NORMAL_FROM = 1e6  # degrees of freedom beyond which t is normal
+_Z = _NORMAL.inv_cdf((1 + LEVEL) / 2)
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,14 @@ class Draws:
     """Scores of the variant and of its baseline, [R] each, as other texts would give them.
 
     Quantiles of whatever is computed from them are ends of its interval.
+
+    Attributes:
+        freedom: degrees of freedom of the difference's standard error.
     """
 
     variant: Floats
     baseline: Floats
+    freedom: float = math.inf
 
     @property
     def difference(self) -> Floats:
@@ -50,11 +59,44 @@ class Draws:
         return self.variant / self.baseline
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """One model's scores on resamples of its units: what a baseline brings to every comparison.
+
+    Attributes:
+        samples: its entries.
+        drawn: scores [R, E] of the resamples.
+        whole: scores [E] of all units.
+        without: scores [groups] of all units but one group's (see `_freedom`).
+        rng: as the drawing left it.
+    """
+
+    samples: Samples
+    drawn: Floats
+    whole: Floats
+    without: Floats
+    rng: np.random.Generator
+
+
+def resample(samples: Samples, *, n_resamples: int = N_RESAMPLES, seed: int = _SEED) -> Resampled:
+    """Score resamples of one model's units; see `paired_draws`."""
+    blocks = _in_blocks(samples)
+    n_units = blocks.n_units
+    rng = np.random.default_rng((seed, n_units))
+    draw = _resamples if blocks.statistic == "mean" else _half_samples
+    drawn = [
+        blocks.by_experiment(draw(rng, size, n_units))
+        for size in _chunk_sizes(n_resamples, n_units)
+    ]
+    whole = blocks.by_experiment(np.ones((1, n_units)))[0]
+    return Resampled(samples, np.concatenate(drawn), whole, blocks.scores(_without(n_units)), rng)
+
+
 def paired_draws(
     variant: Samples,
-    baseline: Samples,
+    baseline: Samples | Resampled,
     *,
-    task: str,
+    same_model: bool = False,
     n_resamples: int = N_RESAMPLES,
     seed: int = _SEED,
 ) -> Draws | None:
@@ -70,90 +112,107 @@ def paired_draws(
     difference (percentile, BCa, studentised, Hall's and this one) only this one covers at its rate
     when few units differ between the models, which is how variants of one model differ.
 
+    Where no unit differs, resampling finds nothing that could: the interval then says that, of n
+    units, up to 3.7 may change (the rule of three, Hanley & Lippman-Hand 1983, at 2.5 % on each
+    side), each to what another unit scores.
+
+    Units of one number are drawn alike, whatever the task: translations of one text, and tasks that
+    share their texts (MassiveIntent and MassiveScenario, STSBenchmark and its translations), are
+    not taken for independent. Others of the same number, n, come to depend on each other by chance,
+    with correlations around 0 of the order of 1 / sqrt(n).
+
     A clustering's score varies with the documents and with the runs of k-means. Both variances are
     added and what is in both is taken off (Cameron, Gelbach & Miller 2011, equation 2.9).
 
     Args:
         variant: its entries.
-        baseline: entries of the same units.
-        task: units of one number within one task are drawn alike, so that subsets that are
-            translations of each other are not taken for independent.
+        baseline: entries of the same units, or what was drawn of them with the same arguments.
+        same_model: both are of one model, which cannot differ on other texts either.
         n_resamples: R.
         seed: of the draws.
 
     Returns:
-        None when there are fewer than two units.
+        None when there are fewer than ten units.
     """
-    assert variant.pairs_with(baseline)
-    return _draws(variant, baseline, task, n_resamples, seed)
+    if variant.n_units < MIN_UNITS:
+        return None
+    if isinstance(baseline, Samples):
+        baseline = resample(baseline, n_resamples=n_resamples, seed=seed)
+    assert variant.pairs_with(baseline.samples)
+    ours = resample(variant, n_resamples=n_resamples, seed=seed)
+    return _draws(ours, baseline, same_model=same_model)
 
 
 def own_draws(
-    samples: Samples, *, task: str, n_resamples: int = N_RESAMPLES, seed: int = _SEED
+    samples: Samples, *, n_resamples: int = N_RESAMPLES, seed: int = _SEED
 ) -> Floats | None:
     """Draws [R] of one model's own score, made as `paired_draws` makes those of a difference.
 
-    None when there are fewer than two units.
+    None when there are fewer than ten units.
     """
-    found = _draws(samples, None, task, n_resamples, seed)
-    return None if found is None else found.variant
-
-
-def _draws(
-    variant: Samples, baseline: Samples | None, task: str, n_resamples: int, seed: int
-) -> Draws | None:
-    """Draws of both models; without a baseline, as if it scored 0 whatever the texts."""
-    if variant.n_units < 2:
+    if samples.n_units < MIN_UNITS:
         return None
-    variant = _in_blocks(variant)
-    baseline = None if baseline is None else _in_blocks(baseline)
-    n_units = variant.n_units
-    digest = hashlib.sha256(f"{seed}\0{task}\0{n_units}".encode()).digest()
-    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-    draw, wider = (
-        (_resamples, n_units / (n_units - 1))
-        if variant.statistic == "mean"
-        else (_half_samples, (n_units // 2) / (n_units - n_units // 2))
+    ours = resample(samples, n_resamples=n_resamples, seed=seed)
+    nothing = Resampled(  # as if a baseline scored 0 whatever the texts
+        samples,
+        np.zeros_like(ours.drawn),
+        np.zeros_like(ours.whole),
+        np.zeros_like(ours.without),
+        ours.rng,
     )
-    ours, theirs = [], []
-    for size in _chunk_sizes(n_resamples, n_units):
-        weights = draw(rng, size, n_units)
-        ours.append(variant.by_experiment(weights))
-        theirs.append(_by_experiment(baseline, weights, ours[-1]))
-    by_experiment = np.concatenate(ours) - np.concatenate(theirs)  # [R, E]
-    drawn, baseline_drawn = by_experiment.mean(axis=1), np.concatenate(theirs).mean(axis=1)
+    return _draws(ours, nothing, same_model=False).variant
 
-    all_units = np.ones((1, n_units))
-    of_variant = variant.by_experiment(all_units)
-    of_baseline = _by_experiment(baseline, all_units, of_variant)
-    found = (of_variant - of_baseline)[0]  # [E]
-    if variant.statistic in CLUSTERINGS:
+
+def _draws(variant: Resampled, baseline: Resampled, *, same_model: bool) -> Draws:
+    by_experiment = variant.drawn - baseline.drawn  # [R, E]
+    drawn, baseline_drawn = by_experiment.mean(axis=1), baseline.drawn.mean(axis=1)
+    found = variant.whole - baseline.whole  # [E]
+    samples = _in_blocks(variant.samples)
+    n_units = samples.n_units
+    is_mean = samples.statistic == "mean"
+    wider = n_units / (n_units - 1) if is_mean else (n_units // 2) / (n_units - n_units // 2)
+    spread = math.sqrt(wider) * (baseline_drawn - baseline_drawn.mean())
+    if samples.statistic in CLUSTERINGS:
         deviation, freedom = _crossed(
-            math.sqrt(wider) * by_experiment, found, variant.arrays["level"], n_units - 1
+            math.sqrt(wider) * by_experiment, found, samples.arrays["level"], n_units - 1
         )
     else:
         deviation = math.sqrt(wider) * float(drawn.std(ddof=1))
-        freedom = _freedom(variant, baseline)
+        freedom = _freedom(variant.without - baseline.without)
+    half_width = deviation * _t_quantile(freedom)
+    if deviation == 0 and not same_model:
+        n_units = variant.samples.n_units  # not of the blocks
+        # Of two units the variance is twice that of one; scores of one value may yet have another.
+        of_unit = max(n_units * float(spread.var()), 1 / (2 * n_units))
+        half_width = _RULE_OF_THREE / n_units * math.sqrt(2 * of_unit)
     normal = _normal_scores(len(drawn))
-    if np.ptp(drawn) == 0:  # only the runs of k-means differ; these go with nothing else
-        normal = rng.permutation(normal)
-    half_width = deviation * _t_quantile(freedom) / _NORMAL.inv_cdf((1 + LEVEL) / 2)
+    if np.ptp(drawn) == 0:  # only the runs of k-means differ, or nothing; it goes with nothing else
+        normal = variant.rng.permutation(normal)
     difference = np.empty_like(drawn)
-    difference[np.argsort(drawn, kind="stable")] = found.mean() + half_width * normal
-    spread = math.sqrt(wider) * (baseline_drawn - baseline_drawn.mean())
-    centred = float(of_baseline.mean()) + spread
-    return Draws(centred + difference, centred)
-
-
-def _by_experiment(baseline: Samples | None, weights: Floats, like: Floats) -> Floats:
-    return np.zeros_like(like) if baseline is None else baseline.by_experiment(weights)
+    difference[np.argsort(drawn, kind="stable")] = found.mean() + half_width / _Z * normal
+    centred = float(baseline.whole.mean()) + spread
+    return Draws(centred + difference, centred, freedom)
 
 
 def mean_of(draws: Sequence[Draws]) -> Draws:
-    """Draws of the mean over subsets of a task, or over tasks."""
+    """Draws of the mean over subsets of a task, or over tasks.
+
+    Degrees of freedom are those of independent parts (Welch 1947, Satterthwaite 1946), less in
+    proportion to how far the parts go together.
+    """
+    inflated = np.array([each.difference.std(ddof=1) for each in draws])
+    freedoms = np.array([each.freedom for each in draws])
+    squares = (inflated / _t_quantile(freedoms)) ** 2
+    quartic = float((squares**2 / freedoms).sum())
+    freedom = math.inf
+    if quartic > 0:
+        total = float(np.sum([each.difference for each in draws], axis=0).var(ddof=1))
+        apart = min(1.0, float((inflated**2).sum()) / total) if total > 0 else 1.0
+        freedom = max(float(freedoms.min()), apart * float(squares.sum()) ** 2 / quartic)
     return Draws(
         np.mean([each.variant for each in draws], axis=0),
         np.mean([each.baseline for each in draws], axis=0),
+        freedom,
     )
 
 
@@ -163,16 +222,18 @@ def interval(values: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def p_value(difference: float, draws: Floats) -> float:
-    """Two-sided, of a difference of zero, from the spread of the draws [R].
+def p_value(difference: float, draws: Draws) -> float:
+    """Two-sided, of a difference of zero, from the spread of the draws.
 
-    The normal tail goes on where counting draws cannot: correcting for many claims needs values
-    that are smaller than one draw in R.
+    Student's tail goes on where counting draws cannot: correcting for many claims needs values that
+    are smaller than one draw in R. Draws have the t's 95 % interval and a normal's shape; the tail
+    is read at as many standard errors as the interval was made of.
     """
-    spread = float(draws.std(ddof=1))
+    spread = float(draws.difference.std(ddof=1))
     if spread <= 1e-12:
         return 1.0 if abs(difference) <= 1e-12 else 0.0
-    return math.erfc(abs(difference) / spread / math.sqrt(2))
+    standard_errors = abs(difference) / spread * _t_quantile(draws.freedom) / _Z
+    return 2 * float(stdtr(min(draws.freedom, _NORMAL_FROM), -standard_errors))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -189,7 +250,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def difference_of(draws: Draws, value: float) -> Difference:
     """The record of one difference, found to be `value`; its verdict is `settle`'s to give."""
     low, high = interval(draws.difference)
-    p = p_value(value, draws.difference)
+    p = p_value(value, draws)
     return Difference(value=value, low=low, high=high, verdict="undecided", p=p)
 
 
@@ -287,19 +348,25 @@ def _crossed(
     return math.sqrt(total), (by_documents + by_experiments) ** 2 / parts
 
 
-def _freedom(variant: Samples, baseline: Samples | None) -> float:
+def _without(n_units: int) -> Floats:
+    """Weights [groups, U] of all units but one group's, of at most 200 groups."""
+    n_groups = min(n_units, 200)
+    group = np.random.default_rng(_SEED).permutation(n_units) % n_groups
+    weights: Floats = (group != np.arange(n_groups)[:, None]).astype(np.float64)
+    return weights
+
+
+def _freedom(left: Floats) -> float:
     """Degrees of freedom of the difference's standard error: 2n / (kurtosis - 1) for n units.
 
     A variance is known as well as the units that make it are many (Satterthwaite 1946): n - 1 of
     them for a normal influence, twice the number of changed answers where most stay as they were.
-    The influence of a unit is what the difference loses without it (the jackknife), of at most 200
-    groups of units.
+    The influence of a unit is what the difference loses without it (the jackknife).
+
+    Args:
+        left: differences [groups] without each group of units.
     """
-    n_units = variant.n_units
-    n_groups = min(n_units, 200)
-    group = np.random.default_rng(_SEED).permutation(n_units) % n_groups
-    without = (group != np.arange(n_groups)[:, None]).astype(np.float64)  # [groups, U]
-    left = variant.scores(without) - (0.0 if baseline is None else baseline.scores(without))
+    n_groups = len(left)
     squares = (left - left.mean()) ** 2
     if squares.sum() <= 1e-24:
         return n_groups - 1
@@ -341,13 +408,6 @@ def _half_samples(rng: np.random.Generator, n: int, n_units: int) -> npt.NDArray
     return rng.permuted(np.tile(half, (n, 1)), axis=1).astype(np.float64)
 
 
-def _t_quantile(freedom: float) -> float:
-    """Student's t at the upper end of the interval (Abramowitz & Stegun 26.7.5)."""
-    z = _NORMAL.inv_cdf((1 + LEVEL) / 2)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
+def _t_quantile(freedom: npt.ArrayLike) -> Any:
+    """Student's t at the upper end of the interval, of one or several degrees of freedom."""
+    return stdtrit(np.minimum(freedom, _NORMAL_FROM), (1 + LEVEL) / 2)

@@ -22,6 +22,8 @@ from mteb.abstasks import (
     AbsTaskBitextMining,
     AbsTaskClassification,
     AbsTaskClustering,
+    AbsTaskClusteringLegacy,
+    AbsTaskPairClassification,
     AbsTaskRetrieval,
     AbsTaskSTS,
 )
@@ -150,6 +152,7 @@ def load_data(tasks: Sequence[ResolvedTask]) -> None:
             each.task.load_data()
             if isinstance(each.task, AbsTaskRetrieval):
                 each.task.convert_v1_dataset_format_to_v2(num_proc=None)
+            read_labels_at_once_(each.task)
         except Exception as error:
             # datasets, huggingface_hub and the tasks' own loaders share no exception type.
             problems.append(_unreadable(each, error))
@@ -163,6 +166,47 @@ def load_data(tasks: Sequence[ResolvedTask]) -> None:
         ]
     if problems:
         raise InputError(join_problems("data of the suite cannot be read", problems))
+
+
+class _Labelled:
+    """A data set as drawing training texts sees it, its labels in a list."""
+
+    def __init__(self, dataset: Any, column: str) -> None:
+        self._dataset = dataset
+        self._labels = dataset[column][:]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, column: str) -> list[Any]:
+        return list(self._labels)
+
+    def select(self, rows: Sequence[int]) -> Any:
+        """Those rows of the data set."""
+        return self._dataset.select(rows)
+
+
+def read_labels_at_once_(task: Any) -> None:
+    """Make a classification read its labels column by column.
+
+    `datasets` looks up one cell at a time where mteb draws ten training sets and computes seven
+    metrics of each: several times what the regressions take. The scores are the same bits.
+    """
+    names = ("_undersample_data", "_calculate_scores")
+    plain = isinstance(task, AbsTaskClassification) and all(
+        getattr(type(task), name) is getattr(AbsTaskClassification, name) for name in names
+    )
+    if not plain:
+        return  # of several labels a text, say, which draws and scores otherwise
+    undersample, calculate = (getattr(task, name) for name in names)
+
+    def drawing(dataset: Any, number: int, rows: list[int] | None = None) -> Any:
+        return undersample(_Labelled(dataset, task.label_column_name), number, rows)
+
+    def scoring(gold: Any, predicted: Any) -> Any:
+        return calculate(gold[:], predicted)
+
+    task._undersample_data, task._calculate_scores = drawing, scoring
 
 
 def task_instruction(task: AbsTask) -> str:
@@ -182,7 +226,14 @@ def task_instruction(task: AbsTask) -> str:
 def n_samples(task: Any, split: str, subset: str) -> int:
     """How many queries, pairs or texts the score of one split and subset is over."""
     data = task.dataset.get(subset, task.dataset)[split]
-    return len(data["queries"] if isinstance(task, AbsTaskRetrieval) else data)
+    if isinstance(task, AbsTaskRetrieval):
+        return len(data["queries"])
+    # Older layouts have all pairs in one row, or a set of texts to cluster in each.
+    if isinstance(task, AbsTaskPairClassification) and len(data) == 1:
+        return len(data[task.label_column_name][0])
+    if isinstance(task, AbsTaskClusteringLegacy):
+        return sum(map(len, data[task.label_column_name]))
+    return len(data)
 
 
 def mini_rows(name: str) -> list[dict[str, Any]]:
