@@ -183,7 +183,8 @@ class VectorRecord(Frozen):
         dims: dimensions after projection.
         method: "full", "slice" or "pca".
         neighbours_kept: by method, the share of the 10 nearest neighbours in full dimension that
-            remain, measured on calibration texts held out from the fit; of dims.method auto only.
+            remain, measured by the stored codes on calibration texts held out from the fit; of
+            dims.method auto only.
         explained_variance_ratio: share of the calibration vectors' variance that is kept.
         bytes_per_vector: of one stored code.
     """
