@@ -5,7 +5,8 @@
 
 Models, calibration texts and test sentences are those of `peers_quality.py`; the error is
 1 - mean cosine to the float32 original. Rows that the file already holds stay until they are
-measured again (`--only`). Tuning takes most of the time; `--steps 0` leaves it out.
+measured again: `--only "GPTQ + both, rotated"` names some of them. Tuning takes most of the time;
+`--steps 0` leaves it out.
 
 Two things are measured here and are in no recipe, for they gain too little. Rotation (QuaRot) needs
 a product with the back rotation behind the pooling. Hessians weighted by how much a token moves the
@@ -95,9 +96,9 @@ GUIDED = {
 """Share of a token's weight that its gradient decides, and of what GPTAQ makes up for."""
 RECIPES = {"bits by layer (mixed-4.25)": "mixed-4.25", "both (mixed-nf4)": "mixed-nf4"}
 TUNED: dict[str, Callable[[int], Schedule]] = {
-    "gptq-int4, scales, norms, biases tuned": lambda n: Schedule(n_steps=n, codes_rate=0.0),
-    "gptq-int4, codes too": lambda n: Schedule(n_steps=n),
-    "gptq-int4, codes too, no drift term": lambda n: Schedule(n_steps=n, drift_weight=0.0),
+    "GPTQ + both, scales, norms, biases tuned": lambda n: Schedule(n_steps=n, codes_rate=0.0),
+    "GPTQ + both, codes too (gptq-int4-guided)": lambda n: Schedule(n_steps=n),
+    "GPTQ + both, codes too, no drift term": lambda n: Schedule(n_steps=n, drift_weight=0.0),
 }
 """By steps."""
 
@@ -111,6 +112,7 @@ class Row:
     bits_per_weight: float
     error: float
     build_s: float
+    tuning_steps: int = 0
 
 
 def main() -> None:
@@ -153,17 +155,17 @@ def main() -> None:
                 found = encoder.encode(texts)
             else:
                 schedule = TUNED[parts](options.steps)
-                encoder, bits = tuned(base, load_recipe("gptq-int4"), schedule, options.hub_dir)
+                encoder, bits = tuned(base, recipes["GPTQ + both"], schedule, options.hub_dir)
                 found = encoder.encode(texts)
             build_s = time.perf_counter() - started
             error = 1 - float((found * wanted).sum(axis=1).mean())
             rows = [each for each in rows if (each.model, each.parts) != (model, parts)]
-            rows.append(Row(model, parts, bits, error, build_s))
+            n_steps = options.steps if parts in TUNED else 0
+            rows.append(Row(model, parts, bits, error, build_s, n_steps))
             print(f"{model:18}{parts:42}{bits:6.2f}{error:10.5f}{build_s:8.0f} s", flush=True)
             record = {
-                "schema": "gteopt.ablation/1",
+                "schema": "gteopt.ablation/2",
                 "calibration": CALIBRATION.model_dump(),
-                "tuning_steps": options.steps,
                 "rows": [asdict(row) for row in rows],
                 "machine": machine().model_dump(),
                 "versions": versions(),

@@ -622,6 +622,7 @@ def describe_base(checkpoint: Checkpoint, encoder: Encoder) -> BaseRecord:
         dtype=str(encoder.dtype).removeprefix("torch."),
         weight_bytes=n_parameters * encoder.dtype.itemsize,
         license=checkpoint.license,
+        matryoshka_dims=checkpoint.matryoshka_dims,
     )
 
 
@@ -1243,7 +1244,7 @@ def _finish(
 ) -> Manifest:
     """Fit and write the vectors, then seal."""
     transform = _fit_vectors(encoder, recipe, texts, progress)
-    write_vectors(transform, stage)
+    write_vectors(transform, stage, encoder.checkpoint.matryoshka_dims)
     (stage / _STATE).unlink(missing_ok=True)
     (stage / _ALLOCATION).unlink(missing_ok=True)
     (stage / CARD).unlink(missing_ok=True)

@@ -114,8 +114,8 @@ def _facts(manifest: Manifest, checkpoint: Checkpoint) -> str:
         ("pooling", checkpoint.pooling + (", normalised" if checkpoint.normalise else "")),
         ("longest text", f"{checkpoint.max_tokens:,} tokens"),
     ]
-    if checkpoint.matryoshka_dims:
-        lengths = ", ".join(map(str, checkpoint.matryoshka_dims))
+    if trained := vectors.still_trained(checkpoint.matryoshka_dims):
+        lengths = ", ".join(map(str, trained))
         rows.append(("Matryoshka", f"trained to be cut to {lengths} (`matryoshka_dimensions`)"))
     if vectors.method != "full":
         rows.append(("shortened by", f"{vectors.method}, from {base.dims} dimensions"))

@@ -325,7 +325,7 @@ def open_checkpoint(
         prompts=prompts,
         lower_case=bool(bert_config.get("do_lower_case", False)),
         dims=dims,
-        matryoshka_dims=_matryoshka_dims(config, dims, known),
+        matryoshka_dims=_matryoshka_dims(config, dims, known, manifest),
         max_tokens=max_tokens,
         license=_license(folder) or (published.license if published else None),
         published=published,
@@ -388,9 +388,14 @@ def _unnest(
 
 
 def _matryoshka_dims(
-    config: Mapping[str, Any], dims: int, family: Family | None
+    config: Mapping[str, Any], dims: int, family: Family | None, manifest: Manifest | None
 ) -> tuple[int, ...]:
-    """The lengths that config.json states, or halves down to the family's least."""
+    """The lengths that config.json states, or halves down to the family's least.
+
+    An artifact's config.json states those that its own vectors still have; the manifest the base's.
+    """
+    if manifest is not None and manifest.base.matryoshka_dims:
+        return manifest.base.matryoshka_dims
     stated = {int(d) for d in config.get("matryoshka_dimensions", []) if d <= dims}
     if not stated and family is not None and family.least_dims is not None:
         while dims >= family.least_dims:

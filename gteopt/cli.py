@@ -174,7 +174,8 @@ def quantize(
         typer.Option(
             help="of GPTQ recipes: the solver alone, or its result tuned against the base's "
             "vectors for 400 or 1600 steps (beyond 2 billion weights scales, norms and biases of "
-            "each block against the base's, for 100 or 400); the recipe's own when left out"
+            "each block against the base's, for 100 or 400); mixed-nf4 of all-MiniLM-L6-v2 takes "
+            "4, 15 and 60 minutes of one core; the recipe's own when left out"
         ),
     ] = None,
     embed_int8: Annotated[

@@ -70,7 +70,7 @@ def inspect(
     )
     manifest = checkpoint.manifest
     is_here = manifest is not None or checkpoint.weight_files
-    template = checkpoint.query_template
+    template, lengths = checkpoint.query_template, checkpoint.matryoshka_dims
     recipes = [] if manifest else [load_recipe(name) for name in shipped_names("recipes")]
     return Inspection(
         schema="gteopt.inspection/1",
@@ -86,7 +86,7 @@ def inspect(
         query_prompt=template or checkpoint.prompts.get("query", ""),
         document_prompt="" if template else checkpoint.prompts.get("document", ""),
         dims=manifest.vectors.dims if manifest else checkpoint.dims,
-        matryoshka_dims=checkpoint.matryoshka_dims,
+        matryoshka_dims=manifest.vectors.still_trained(lengths) if manifest else lengths,
         max_tokens=checkpoint.max_tokens,
         license=checkpoint.license,
         n_parameters=manifest.base.n_parameters if manifest else _n_parameters(checkpoint),

@@ -298,8 +298,21 @@ def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
     )
 
 
-def write_vectors(transform: VectorTransform, stage: Path) -> None:
-    """vectors.safetensors, and the projection as modules that Sentence Transformers applies."""
+def write_vectors(transform: VectorTransform, stage: Path, trained: Sequence[int]) -> None:
+    """vectors.safetensors, and the projection as modules that Sentence Transformers applies.
+
+    config.json gets the lengths that engines may cut these vectors to.
+
+    Args:
+        transform: what happens to the model's vectors.
+        stage: the folder, with everything else in it.
+        trained: the base's Matryoshka lengths.
+    """
+    config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
+    config.pop("matryoshka_dimensions", None)
+    if lengths := transform.record().still_trained(trained):
+        config["matryoshka_dimensions"] = list(lengths)
+    _write_json(stage / "config.json", config)
     tensors = {name: torch.from_numpy(each) for name, each in transform.to_tensors().items()}
     if tensors:
         save_tensors(stage / VECTORS_FILE, tensors)

@@ -288,7 +288,8 @@ class Dims(Frozen):
     Attributes:
         n: how many are kept.
         method: the first ones ("slice"), the principal ones ("pca"), or whichever of the two keeps
-            more neighbours on calibration texts that it was not fitted on ("auto").
+            more neighbours, searched by their codes, on calibration texts that it was not fitted on
+            ("auto").
     """
 
     n: Annotated[int, Field(ge=1)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from statistics import geometric_mean
 from typing import Annotated, Any, Literal, TypeVar
@@ -55,6 +56,8 @@ class BaseRecord(Frozen):
         n_parameters: all parameters of the transformer.
         weight_bytes: of the transformer in `dtype`.
         license: as its model card states it.
+        matryoshka_dims: lengths that its vectors were trained to be cut to, longest first; empty
+            in older artifacts.
     """
 
     id: str
@@ -66,6 +69,7 @@ class BaseRecord(Frozen):
     dtype: str
     weight_bytes: int
     license: str | None
+    matryoshka_dims: tuple[int, ...] = ()
 
 
 class CalibrationRecord(Frozen):
@@ -179,7 +183,8 @@ class VectorRecord(Frozen):
         dims: dimensions after projection.
         method: "full", "slice" or "pca".
         neighbours_kept: by method, the share of the 10 nearest neighbours in full dimension that
-            remain, measured on calibration texts held out from the fit; of dims.method auto only.
+            remain, measured by the stored codes on calibration texts held out from the fit; of
+            dims.method auto only.
         explained_variance_ratio: share of the calibration vectors' variance that is kept.
         bytes_per_vector: of one stored code.
     """
@@ -191,6 +196,13 @@ class VectorRecord(Frozen):
     code: VectorCode = "float32"
     rescore: int = 1
     bytes_per_vector: int
+
+    def still_trained(self, lengths: Iterable[int]) -> tuple[int, ...]:
+        """Those of the base's Matryoshka lengths that these vectors can still be cut to.
+
+        A slice keeps the shorter ones; a PCA's dimensions are others than the trained ones.
+        """
+        return () if self.method == "pca" else tuple(n for n in lengths if n <= self.dims)
 
 
 def _inside(path: str) -> str:

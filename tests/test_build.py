@@ -23,6 +23,7 @@ from gteopt.build import plan_layers
 from gteopt.calibration import draw_texts
 from gteopt.checkpoint import open_checkpoint
 from gteopt.errors import InputError, NumericsError
+from gteopt.inspect import inspect
 from gteopt.recipe import Calibration, Dims, LayerScheme, Recipe, RtnWeights, Vectors, load_recipe
 from gteopt.records import Manifest
 
@@ -220,6 +221,29 @@ def test_truncating_replaces_the_vectors_and_keeps_the_weights(
     expected = full.encode(texts)[:, :128]
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(short.encode(texts), expected, atol=1e-6)
+
+
+def test_an_artifact_names_the_trained_lengths_that_its_own_vectors_still_have(
+    tmp_path: Path,
+) -> None:
+    """Engines cut vectors to what config.json allows, and a PCA's dimensions are not trained."""
+
+    def stated(name: str) -> object:
+        card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        config = json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        lengths = config.get("matryoshka_dimensions", [])
+        assert inspect(tmp_path / name).matryoshka_dims == tuple(lengths)
+        assert ("trained to be cut to" in card) == bool(lengths)
+        return lengths
+
+    gteopt.quantize("nano", "bf16", tmp_path / "full", dtype="float32")
+    assert stated("full") == [256, 128, 64, 32]
+    gteopt.truncate(tmp_path / "full", tmp_path / "pca", dims=64, method="pca")
+    assert stated("pca") == []
+    gteopt.truncate(tmp_path / "pca", tmp_path / "slice", dims=100)
+    assert stated("slice") == [64, 32]
+    gteopt.truncate(tmp_path / "slice", tmp_path / "again")
+    assert stated("again") == [256, 128, 64, 32]
 
 
 def test_more_dimensions_than_the_model_has_are_refused_before_any_work(tmp_path: Path) -> None:

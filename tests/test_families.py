@@ -441,6 +441,9 @@ def test_a_build_of_each_family_is_close_and_opens_again(
     )
     manifest = gteopt.quantize(folder, recipe, tmp_path / "out", dtype="float32")
     assert len(manifest.layers) == 21
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    trained = [64, 32] if model.name.startswith("Qwen3") else None  # published without a word of it
+    assert config.get("matryoshka_dimensions") == trained
     assert manifest.base.family == open_checkpoint(folder).family.name  # type: ignore[union-attr]
     base, variant = gteopt.load(folder, dtype="float32"), gteopt.load(tmp_path / "out")
     for role in ("document", "query"):

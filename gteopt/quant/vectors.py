@@ -337,6 +337,10 @@ def fit(x: npt.ArrayLike, dims: Dims | None, vectors: Vectors) -> VectorTransfor
         NumericsError: NaN or infinity in `x`.
     """
     rows = _rows(x, None, "calibration vectors")
+    if dims is not None and dims.method == "auto":
+        shares = _neighbours_kept(rows, dims.n, vectors)
+        best = dims.model_copy(update={"method": max(shares, key=lambda method: shares[method])})
+        return replace(fit(rows, best, vectors), neighbours_kept=shares)
     transform = identity(rows.shape[1]) if dims is None else _fit_projection(rows, dims)
     transform = replace(transform, code=vectors.code, rescore=vectors.rescore)
     if vectors.code != "int8":
@@ -357,10 +361,6 @@ def fit(x: npt.ArrayLike, dims: Dims | None, vectors: Vectors) -> VectorTransfor
 
 def _fit_projection(rows: Floats, dims: Dims) -> VectorTransform:
     """Slice, or PCA by a float64 singular value decomposition of `rows` [N, F]."""
-    if dims.method == "auto":
-        shares = _neighbours_kept(rows, dims.n)
-        best = dims.model_copy(update={"method": max(shares, key=lambda method: shares[method])})
-        return replace(_fit_projection(rows, best), neighbours_kept=shares)
     n, full_dims = rows.shape
     if dims.n > full_dims:
         raise InputError(f"dims.n is {dims.n}, but the model's vectors have {full_dims} dimensions")
@@ -388,11 +388,12 @@ def _fit_projection(rows: Floats, dims: Dims) -> VectorTransform:
     )
 
 
-def _neighbours_kept(rows: Floats, n_dims: int) -> dict[str, float]:
+def _neighbours_kept(rows: Floats, n_dims: int, vectors: Vectors) -> dict[str, float]:
     """Share of 10 nearest neighbours that slicing and PCA keep of vectors that neither has seen.
 
-    Every fourth vector is searched among those like it; PCA is fitted on the others. It is left out
-    where they are fewer than its dimensions.
+    Every fourth vector is searched among those like it; PCA and ranges are fitted on the others. A
+    PCA is left out where they are fewer than its dimensions. Both are searched by the codes that
+    will be stored, without rescoring, which among so few would hide what codes lose.
 
     Raises:
         InputError: too few vectors to hold any out.
@@ -404,19 +405,20 @@ def _neighbours_kept(rows: Floats, n_dims: int) -> dict[str, float]:
             f"found {len(rows)}; raise calibration.n_texts, or say slice or pca"
         )
     others = np.delete(rows, np.s_[::4], axis=0)
-    trials = {"slice": _fit_projection(others, Dims(n=n_dims))}
+    stored = vectors.model_copy(update={"rescore": 1})
+    trials = {"slice": fit(others, Dims(n=n_dims), stored)}
     if n_dims <= len(others):
-        trials["pca"] = _fit_projection(others, Dims(n=n_dims, method="pca"))
+        trials["pca"] = fit(others, Dims(n=n_dims, method="pca"), stored)
 
-    def nearest(x: Floats) -> npt.NDArray[np.intp]:
-        scores = _dot(x, x)
-        np.fill_diagonal(scores, -np.inf)
-        return _top(scores, 10)[0]
+    def nearest(transform: VectorTransform) -> list[npt.NDArray[np.intp]]:
+        z = transform.project(held_out)
+        found, _ = transform.search(z, transform.quantize(z), 11)
+        return [row[row != i][:10] for i, row in enumerate(found)]
 
-    wanted = nearest(held_out)
+    wanted = nearest(identity(rows.shape[1]))
     kept = {}
     for method, trial in trials.items():
-        pairs = zip(nearest(trial.project(held_out)), wanted, strict=True)
+        pairs = zip(nearest(trial), wanted, strict=True)
         kept[method] = float(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in pairs]))
     return kept
 
