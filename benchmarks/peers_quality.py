@@ -34,7 +34,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import nn
 
 import gteopt
@@ -426,6 +425,8 @@ def encode(encoder: Encoder, texts: Texts) -> Vectors:
 
 def stsb(vectors: Vectors, texts: Texts) -> float:
     """Spearman correlation of cosines with the gold scores."""
+    from scipy.stats import spearmanr
+
     place = {text: i for i, text in enumerate(dict.fromkeys(texts.first + texts.second))}
     a = vectors.sentences[[place[text] for text in texts.first]]
     b = vectors.sentences[[place[text] for text in texts.second]]

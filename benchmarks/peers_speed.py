@@ -256,6 +256,8 @@ class Run:
         reference = self.setting.reference
         made: dict[str, Engine] = {}
         expected: Vectors | None = None
+        columns = ("cosine", "bulk x", "GFLOP/s", "query x", "query ms", "weights GB")
+        print(f"\n{model:38}" + "".join(f"{each:>11}" for each in columns))
         for group in self._groups(table):
             rows: dict[str, Row] = {}
             for name in [each for each in made if each not in group]:
@@ -287,11 +289,8 @@ class Run:
             names = {(model, name) for name in rows}
             kept = [each for each in self.rows if (each.model, each.engine) not in names]
             self.rows = [*kept, *rows.values()]
-            if not self.setting.together:
-                show(model, list(rows.values()))
+            show(list(rows.values()))
             self._write()
-        if self.setting.together:
-            show(model, [each for each in self.rows if each.model == model])
 
     def _groups(self, table: Mapping[str, object]) -> Iterator[list[str]]:
         """Engines that are in memory at the same time."""
@@ -315,7 +314,6 @@ class Run:
             engine = make(folder)
             engine(["one text before the clock starts"])
         except Exception as error:  # a peer may refuse in any way; that it does is the result
-            print(f"{name}: {_first_line(error)}", flush=True)
             return Row(model, name, error=_first_line(error))
         made[name] = engine
         took, grown = time.perf_counter() - begin, allocated(self.where) - before
@@ -358,11 +356,14 @@ class Run:
 
     def show_bars(self) -> None:
         """Print which bars are met, and by how much."""
-        print(f"\n{'bar':62}{'wanted':>12}{'found':>12}")
+        print(
+            f"\nBars are for one H200 and all of gte-Qwen2-7B; this is {machine().gpu or 'a CPU'}."
+        )
+        print(f"{'bar':62}{'wanted':>10}{'found':>14}")
         for bar in bars(self.rows, self.peaks):
             found = "not measured" if bar.found is None else f"{bar.found:.4g}"
             said = "" if bar.met is None else "met" if bar.met else f"MISSED by {bar.off_by:.1%}"
-            print(f"{bar.what:62}{bar.sign + f' {bar.wanted:g}':>12}{found:>12}  {said}")
+            print(f"{bar.what:62}{bar.sign + f' {bar.wanted:g}':>10}{found:>14}  {said}")
 
     def _write(self) -> None:
         """Everything measured so far, and where."""
@@ -556,7 +557,7 @@ def gpu_engines(where: torch.device, scratch: Path) -> dict[str, Callable[[Path]
         "sentence-transformers bf16": partial(sentence_transformer, dtype=bf16, device=device),
         "gteopt bf16": partial(ours, dtype="bfloat16", device=device),
         "gteopt int8": partial(variant, recipe="rtn-int8"),
-        "gteopt fp8": partial(variant, recipe=rounded_fp8()),
+        "gteopt fp8": partial(variant, recipe="rtn-fp8"),
         "gteopt 4-bit": partial(variant, recipe="rtn-int4"),
         "gteopt nf4": partial(variant, recipe="nf4"),
         "gteopt 4-bit, table in int8": partial(variant, recipe=with_short_table("rtn-int4")),
@@ -565,13 +566,6 @@ def gpu_engines(where: torch.device, scratch: Path) -> dict[str, Callable[[Path]
         "bitsandbytes int8": partial(peer, kind="int8"),
         "bitsandbytes nf4": partial(peer, kind="nf4"),
     }
-
-
-def rounded_fp8() -> Recipe:
-    """`fp8` without calibration, which learns nothing from random weights; the same kernels."""
-    recipe = load_recipe("fp8")
-    weights = recipe.weights.model_copy(update={"method": "rtn"})
-    return recipe.model_copy(update={"name": "rtn-fp8", "weights": weights})
 
 
 def with_short_table(name: str) -> Recipe:
@@ -896,17 +890,17 @@ def unit(vectors: Vectors) -> Vectors:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
 
 
-def show(model: str, rows: list[Row]) -> None:
-    """The table of one model."""
-    print(f"\n{model:38}{'cosine':>8}{'bulk x':>9}{'GFLOP/s':>9}{'query x':>9}{'query ms':>10}")
+def show(rows: list[Row]) -> None:
+    """Lines of the table of one model."""
     for row in rows:
         if row.error is not None or row.cosine is None:
-            print(f"{row.engine:38}{row.error}")
+            print(f"{row.engine:38}   {row.error}", flush=True)
             continue
         bulk, query = row.timings["bulk"], row.timings["query"]
+        weights = "" if row.weight_bytes is None else f"{row.weight_bytes / 1e9:11.2f}"
         print(
-            f"{row.engine:38}{row.cosine:8.4f}{bulk.ratio:9.2f}{bulk.gflops:9.0f}"
-            f"{query.ratio:9.2f}{query.seconds * 1e3:10.2f}",
+            f"{row.engine:38}{row.cosine:11.4f}{bulk.ratio:11.2f}{bulk.gflops:11.0f}"
+            f"{query.ratio:11.2f}{query.seconds * 1e3:11.2f}{weights}",
             flush=True,
         )
 

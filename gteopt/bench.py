@@ -185,7 +185,7 @@ def bench_dummy(
         raise InputError(
             f"recipes that need calibration learn nothing from random weights "
             f"({', '.join(learned)}); take their rounded relatives, which run on the same kernels "
-            f"(rtn-int8, rtn-int4, nf4)"
+            f"(rtn-int8, rtn-fp8, rtn-int4, nf4)"
         )
     with tempfile.TemporaryDirectory(prefix="gteopt-") as scratch:
         folder = Path(scratch) / "bf16"

@@ -39,7 +39,7 @@ def test_texts_beyond_the_longest_recording_run_kernel_by_kernel() -> None:
 
 
 @GPU
-@pytest.mark.parametrize("recipe", [None, "rtn-int8", "rtn-int4", "nf4", "fp8"])
+@pytest.mark.parametrize("recipe", [None, "rtn-int8", "rtn-int4", "nf4", "rtn-fp8"])
 def test_replayed_vectors_are_those_of_the_ordinary_pass(
     recipe: str | None, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
