@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import yaml
 
 from gteopt.checkpoint import DECODERS, NANO, Checkpoint
 from gteopt.errors import InputError
 from gteopt.families import FAMILIES, PUBLISHED
-from gteopt.recipe import Effort, Layout, Recipe, load_recipe, shipped_names
+from gteopt.recipe import Effort, Layout, LayoutChoice, Recipe, load_recipe, shipped_names
 from gteopt.records import Manifest
 
 CARD = "README.md"
@@ -31,6 +32,8 @@ _LIBRARIES: dict[Layout, str] = {
 """What transformers needs to read a layout."""
 _TEI = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet"})
 """Architectures that Text Embeddings Inference runs in more than float16 on a GPU."""
+_MARLIN_BITS = (4, 8)
+"""What the kernels multiply that vLLM and SGLang have for packed weights."""
 _EFFORTS: tuple[Effort | None, ...] = (None, "fast", "standard", "best")
 
 
@@ -118,7 +121,8 @@ def _facts(manifest: Manifest, checkpoint: Checkpoint) -> str:
         lengths = ", ".join(map(str, trained))
         rows.append(("Matryoshka", f"trained to be cut to {lengths} (`matryoshka_dimensions`)"))
     if vectors.method != "full":
-        rows.append(("shortened by", f"{vectors.method}, from {base.dims} dimensions"))
+        how = f"{vectors.method}{', turned for its signs' if vectors.rotated else ''}"
+        rows.append(("shortened by", f"{how}, from {base.dims} dimensions"))
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in rows)
 
 
@@ -214,11 +218,15 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         + (" and apply `vectors_dense`" if manifest.vectors.method != "full" else "")
         + "."
     )
-    yield (
-        "**vLLM**: `vllm serve FOLDER --runner pooling`"
-        + (" (it reads `is_causal: false`)" if both_ways else "")
-        + _unproven(manifest)
-    )
+    refused = _refused_by_servers(manifest)
+    if refused is not None:
+        yield f"Not vLLM or SGLang: {refused}."
+    else:
+        yield (
+            "**vLLM**: `vllm serve FOLDER --runner pooling`"
+            + (" (it reads `is_causal: false`)" if both_ways else "")
+            + _unproven(manifest)
+        )
     if layout is not None:
         yield "Not Text Embeddings Inference: it reads no quantized weights."
     elif model_type in _TEI:
@@ -231,6 +239,8 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
             "Not Text Embeddings Inference without a trial: it runs decoders in float16, in which "
             "some of them overflow."
         )
+    if refused is not None:
+        return
     if both_ways:
         yield (
             "Not SGLang without a trial: the versions that we read attend causally whatever "
@@ -241,6 +251,30 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
             "**SGLang**: `python -m sglang.launch_server --model-path FOLDER --is-embedding`"
             + _unproven(manifest)
         )
+
+
+def _refused_by_servers(manifest: Manifest) -> str | None:
+    """Why vLLM and SGLang do not read these packed weights; None where they do.
+
+    Read in their sources (2026): `auto_gptq.py` and `compressed_tensors_wNa16.py` of vLLM, whose
+    pull request 38288 took other kernels than Marlin's out, and the files of SGLang made from them.
+    """
+    kinds = {layer.scheme for layer in manifest.layers}
+    if manifest.layout not in ("gptq", "compressed-tensors"):
+        return None
+    if len(kinds) > 1:
+        return "they make one layer of queries, keys and values, which may differ in bits here"
+    (scheme,) = kinds
+    if scheme.activation_bits == 8:
+        return None
+    if scheme.bits not in _MARLIN_BITS:
+        return f"they read 4 and 8 bits, not {scheme.bits}"
+    if manifest.layout == "gptq" and not scheme.symmetric:
+        return (
+            "of this layout they read symmetric weights only; built with "
+            "`--layout compressed-tensors` they read these too"
+        )
+    return None
 
 
 def _unproven(manifest: Manifest) -> str:
@@ -301,17 +335,21 @@ def _shipped(recipe: Recipe) -> list[str] | None:
     """Name and flags that give exactly this recipe; None where it is one of the user's own."""
     if recipe.name not in shipped_names("recipes"):
         return None
-    for effort in _EFFORTS:
-        for embedding in (False, True):
-            try:
-                found = load_recipe(recipe.name)
-                found = found if effort is None else found.with_effort(effort)
-                found = found.with_int8_embedding() if embedding else found
-            except InputError:
-                continue
-            if found.sha256() == recipe.sha256():
-                flags = [] if effort is None else ["--effort", effort]
-                return [recipe.name, *flags, *(["--embed-int8"] if embedding else [])]
+    for effort, embedding, layout in product(
+        _EFFORTS, (False, True), (None, *get_args(LayoutChoice))
+    ):
+        try:
+            found = load_recipe(recipe.name)
+            found = found if effort is None else found.with_effort(effort)
+            found = found.with_int8_embedding() if embedding else found
+            found = found if layout is None else found.with_layout(layout)
+        except InputError:
+            continue
+        if found.sha256() == recipe.sha256():
+            flags = [] if effort is None else ["--effort", effort]
+            flags += ["--embed-int8"] if embedding else []
+            flags += [] if layout is None else ["--layout", layout]
+            return [recipe.name, *flags]
     return None
 
 

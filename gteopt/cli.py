@@ -181,6 +181,13 @@ def quantize(
     embed_int8: Annotated[
         bool, typer.Option("--embed-int8", help="keep the token embedding table in int8 too")
     ] = False,
+    layout: Annotated[
+        Literal["auto", "gptq", "compressed-tensors", "bitsandbytes", "gteopt"] | None,
+        typer.Option(
+            help="how quantized weights lie on disk: whose checkpoint format, or gteopt's own; the "
+            "recipe's own when left out"
+        ),
+    ] = None,
     hub_dir: HubDir = None,
     revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
     family: Family = None,
@@ -217,6 +224,8 @@ def quantize(
         wanted = wanted.with_effort(effort)
     if embed_int8:
         wanted = wanted.with_int8_embedding()
+    if layout is not None:
+        wanted = wanted.with_layout(layout)
     with _progress() as progress:
         manifest = build(
             base,

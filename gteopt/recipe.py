@@ -289,7 +289,7 @@ class Dims(Frozen):
         n: how many are kept.
         method: the first ones ("slice"), the principal ones ("pca"), or whichever of the two keeps
             more neighbours, searched by their codes, on calibration texts that it was not fitted on
-            ("auto").
+            ("auto"). For binary codes principal dimensions are turned (ITQ) where that keeps more.
     """
 
     n: Annotated[int, Field(ge=1)]
@@ -347,11 +347,15 @@ class Recipe(Frozen):
         Raises:
             InputError: the recipe leaves weights as they are, or asks for another layout.
         """
-        try:
-            return Recipe.model_validate({**self.model_dump(by_alias=True), "embedding": "int8"})
-        except ValidationError as error:
-            reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-            raise InputError(f"recipe {self.name}: {reason}") from error
+        return self._with("embedding", "int8")
+
+    def with_layout(self, layout: LayoutChoice) -> Recipe:
+        """The same recipe with its quantized weights in another layout on disk.
+
+        Raises:
+            InputError: the recipe leaves weights as they are, or only gteopt's own can hold them.
+        """
+        return self._with("layout", layout)
 
     def with_effort(self, effort: Effort) -> Recipe:
         """The same recipe at another effort.
@@ -372,6 +376,13 @@ class Recipe(Frozen):
         return self.model_copy(
             update={"weights": self.weights.model_copy(update={"effort": effort})}
         )
+
+    def _with(self, field: str, value: str) -> Recipe:
+        try:
+            return Recipe.model_validate({**self.model_dump(by_alias=True), field: value})
+        except ValidationError as error:
+            reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+            raise InputError(f"recipe {self.name}: {reason}") from error
 
     def sha256(self) -> str:
         """Hash of everything that decides the artifact's tensors (name and summary do not)."""

@@ -182,9 +182,10 @@ class VectorRecord(Frozen):
     Attributes:
         dims: dimensions after projection.
         method: "full", "slice" or "pca".
-        neighbours_kept: by method, the share of the 10 nearest neighbours in full dimension that
-            remain, measured by the stored codes on calibration texts held out from the fit; of
-            dims.method auto only.
+        rotated: whether a PCA's dimensions were turned so that their signs keep more of them.
+        neighbours_kept: the share of the 10 nearest neighbours in full dimension that remain with
+            each of "slice", "pca" and "pca rotated" that was tried, measured by the stored codes on
+            calibration texts held out from the fit; None where nothing was chosen by it.
         explained_variance_ratio: share of the calibration vectors' variance that is kept.
         bytes_per_vector: of one stored code.
     """
@@ -192,6 +193,7 @@ class VectorRecord(Frozen):
     dims: int
     method: Literal["full", "slice", "pca"]
     explained_variance_ratio: float | None = None
+    rotated: bool = False
     neighbours_kept: dict[str, float] | None = None
     code: VectorCode = "float32"
     rescore: int = 1

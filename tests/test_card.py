@@ -16,7 +16,7 @@ from gteopt.artifact import artifact_sha256, read_manifest
 from gteopt.card import card
 from gteopt.checkpoint import open_checkpoint
 from gteopt.cli import app
-from gteopt.recipe import Layout, Recipe, load_recipe
+from gteopt.recipe import LayerScheme, Layout, Recipe, load_recipe
 
 OWN = Recipe.model_validate(
     {
@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for recipe in ("bf16", "rtn-int4", OWN):
         name = recipe if isinstance(recipe, str) else recipe.name
         gteopt.quantize("nano", recipe, out / name)
+    gteopt.quantize("nano", load_recipe("rtn-int4").with_layout("compressed-tensors"), out / "ct")
     return out
 
 
@@ -102,22 +103,59 @@ def test_a_recipe_of_ones_own_stands_in_the_card(folder: Path, tmp_path: Path) -
 
 def test_flags_that_change_a_shipped_recipe_stand_in_the_command(folder: Path) -> None:
     manifest = read_manifest(folder / "rtn-int4")
-    recipe = load_recipe("gptq-int4").with_effort("best").with_int8_embedding()
-    text = card(manifest.model_copy(update={"recipe": recipe}), open_checkpoint("nano"))
-    assert "--recipe gptq-int4 --effort best --embed-int8 --out FOLDER" in text
+    best = load_recipe("gptq-int4").with_effort("best")
+    for recipe, flags in (
+        (best.with_int8_embedding(), "--effort best --embed-int8"),
+        (best.with_layout("compressed-tensors"), "--effort best --layout compressed-tensors"),
+    ):
+        text = card(manifest.model_copy(update={"recipe": recipe}), open_checkpoint("nano"))
+        assert f"--recipe gptq-int4 {flags} --out FOLDER" in text
+
+
+def scheme(bits: int, *, symmetric: bool) -> LayerScheme:
+    return LayerScheme.model_validate({"bits": bits, "group_size": 64, "symmetric": symmetric})
+
+
+@pytest.mark.parametrize(
+    ("layout", "schemes", "served"),
+    [
+        ("gptq", [scheme(4, symmetric=True)], True),
+        ("gptq", [scheme(8, symmetric=True)], True),
+        ("gptq", [scheme(4, symmetric=False)], False),
+        ("gptq", [scheme(3, symmetric=True)], False),
+        ("compressed-tensors", [scheme(8, symmetric=False)], True),
+        ("compressed-tensors", [scheme(2, symmetric=False)], False),
+        ("compressed-tensors", [scheme(4, symmetric=True), scheme(8, symmetric=True)], False),
+    ],
+)
+def test_servers_are_named_for_what_their_kernels_read(
+    folder: Path, layout: Layout, schemes: list[LayerScheme], served: bool
+) -> None:
+    """As their sources say: 4 and 8 bits, one scheme, zero points in compressed-tensors alone."""
+    made = read_manifest(folder / "rtn-int4")
+    layers = tuple(
+        layer.model_copy(update={"scheme": schemes[i % len(schemes)]})
+        for i, layer in enumerate(made.layers)
+    )
+    manifest = made.model_copy(update={"layout": layout, "layers": layers})
+    text = card(manifest, open_checkpoint("nano"))
+    assert ("**vLLM**" in text) == served
+    assert ("Not vLLM or SGLang" in text) == (not served)
 
 
 @pytest.mark.parametrize(
     ("layout", "opens"),
     [
         (None, {"gteopt", "Sentence Transformers", "transformers", "vLLM"}),
-        ("gptq", {"gteopt", "Sentence Transformers", "transformers", "vLLM"}),
+        ("gptq", {"gteopt", "Sentence Transformers", "transformers"}),  # asymmetric
+        ("compressed-tensors", {"gteopt", "Sentence Transformers", "transformers", "vLLM"}),
         ("gteopt", {"gteopt"}),
     ],
 )
 def test_only_engines_that_open_the_layout_are_named(
     folder: Path, layout: Layout | None, opens: set[str]
 ) -> None:
-    name = {None: "bf16", "gptq": "rtn-int4", "gteopt": "mine"}[layout]
+    names = {None: "bf16", "gptq": "rtn-int4", "gteopt": "mine", "compressed-tensors": "ct"}
+    name = names[layout]
     assert read_manifest(folder / name).layout == layout
     assert set(re.findall(r"^- \*\*(.+?)\*\*:", text_of(folder / name), re.MULTILINE)) == opens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,13 @@ def test_pca_rows_are_orthonormal_and_span_scikit_learns_subspace() -> None:
     )
 
 
+def nearest_by_codes(transform: VectorTransform, x: Array) -> Array:
+    """Each row's ten nearest others by what the codes stand for, written out."""
+    z = transform.dequantize(transform.quantize(transform.project(x))).astype("f8")
+    scores = z @ z.T - 9 * np.eye(len(z))
+    return np.argsort(-scores.round(9), axis=1, kind="stable")[:, :10]
+
+
 @pytest.mark.parametrize("code", CODES)
 def test_auto_takes_what_keeps_more_neighbours_of_texts_it_was_not_fitted_on(
     code: VectorCode,
@@ -96,26 +104,69 @@ def test_auto_takes_what_keeps_more_neighbours_of_texts_it_was_not_fitted_on(
         assert kept is not None
         if dims == 12 and code == "float32":  # few directions, that lie anywhere
             assert kept["pca"] > 0.95 > kept["slice"]
-        assert transform.method == max(kept, key=lambda method: kept[method])
+        best = max(kept, key=lambda way: kept[way])
+        assert (transform.method, transform.rotated) == (best.split()[0], best == "pca rotated")
         held_out, others = x[::4], np.delete(x, np.s_[::4], axis=0)
+        wanted = nearest_by_codes(identity(64), held_out)
         for method in ("slice", "pca"):
-            trial = fit(others, Dims.model_validate({"n": dims, "method": method}), stored)
-            a, b = trial.dequantize(trial.quantize(trial.project(held_out))), held_out
-            scores = [v.astype("f8") @ v.T.astype("f8") - 9 * np.eye(len(v)) for v in (a, b)]
-            top = [np.argsort(-s.round(9), axis=1, kind="stable")[:, :10] for s in scores]
-            assert kept[method] == pytest.approx(recall(*top), abs=2e-3)
-        plain = fit(x, Dims.model_validate({"n": dims, "method": transform.method}), stored)
-        np.testing.assert_array_equal(plain.project(x), transform.project(x))
+            few = Dims.model_validate({"n": dims, "method": method})
+            plain = fit(others, few, Vectors() if code == "binary" else stored)  # never rotated
+            found = nearest_by_codes(replace(plain, code=code), held_out)
+            assert kept[method] == pytest.approx(recall(found, wanted), abs=2e-3)
         again = VectorTransform.from_tensors(transform.record(), x.shape[1], transform.to_tensors())
         assert again.record() == transform.record()
+
+
+def test_a_pca_for_bits_is_turned_where_that_keeps_more_and_only_there() -> None:
+    dims, stored = Dims(n=24, method="pca"), Vectors(code="binary")
+    x, fresh = clustered(8, 800), clustered(9, 400)
+    plain, turned = fit(x, dims, Vectors()), fit(x, dims, stored)
+    kept = turned.record().neighbours_kept
+    assert kept is not None
+    assert turned.rotated
+    assert kept["pca rotated"] > kept["pca"]
+    assert set(kept) == {"pca", "pca rotated"}
+    a, b = plain.project(fresh), turned.project(fresh)
+    np.testing.assert_allclose(b @ b.T, a @ a.T, atol=1e-5)  # floats have the same cosines
+    projection = turned.projection
+    assert projection is not None
+    np.testing.assert_allclose(projection @ projection.T, np.eye(24), atol=1e-5)
+    wanted = nearest_by_codes(identity(64), fresh)
+    without = recall(nearest_by_codes(replace(plain, code="binary"), fresh), wanted)
+    assert recall(nearest_by_codes(turned, fresh), wanted) > without + 0.02
+    few = fit(x[:196], dims, stored)  # 49 held out: too few to choose by
+    assert (few.rotated, few.neighbours_kept) == (False, None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_square_that_was_turned_is_turned_back_until_its_signs_say_all(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    corners = rng.choice([-1.0, 1.0], size=(400, 2)) / np.sqrt(2)
+    z = corners @ np.linalg.qr(rng.normal(size=(2, 2)))[0]
+    turned = z @ vectors_module._rotation(z.astype("f4"))
+    np.testing.assert_allclose(np.abs(turned), 1 / np.sqrt(2), atol=1e-6)
+
+
+def test_each_step_of_the_rotation_brings_vectors_closer_to_their_signs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    z = fit(clustered(12, 500), Dims(n=24, method="pca"), Vectors()).project(clustered(12, 500))
+    away = []
+    for steps in range(8):
+        monkeypatch.setattr(vectors_module, "_ROTATION_STEPS", steps)
+        turn = vectors_module._rotation(z)
+        np.testing.assert_allclose(turn @ turn.T, np.eye(24), atol=1e-9)
+        turned = z @ turn
+        away.append(float(np.square(np.where(turned > 0, 1, -1) - turned).sum()))
+    assert away == sorted(away, reverse=True)
+    assert away[-1] < away[0]
 
 
 def test_auto_needs_texts_to_choose_by_and_does_without_a_pca_that_they_cannot_give() -> None:
     with pytest.raises(InputError, match="at least 200 calibration texts to choose by, found 60"):
         fit(clustered(3, 60), Dims(n=8, method="auto"), Vectors())
     few = fit(clustered(3, 210, 192), Dims(n=180, method="auto"), Vectors())
-    assert few.record().neighbours_kept is not None
-    assert few.method == "slice"
+    assert (few.method, few.record().neighbours_kept) == ("slice", None)
 
 
 def test_full_pca_changes_no_cosine() -> None:

@@ -1,4 +1,6 @@
-"""The layout of `quant_method: gptq`, begun by AutoGPTQ; read by GPTQModel, optimum, vLLM, SGLang.
+"""The layout of `quant_method: gptq`, begun by AutoGPTQ; GPTQModel and optimum read it.
+
+vLLM and SGLang read what is symmetric in 4 or 8 bits.
 
 A layer NAME of O output and I input features in G groups has
 
