@@ -163,10 +163,12 @@ class Checkpoint:
             config = json.dumps(dict(self.config), sort_keys=True)
             family = self.family.name if self.family else ""
             return hashlib.sha256(f"{self.sha256}\n{config}\n{family}".encode()).hexdigest()
-        # The card, too, says how vectors are stored.
-        after = (VECTORS_FILE, VECTOR_MODULES, "modules.json", "README.md")
+        # The card, too, says how vectors are stored, and config.json what they may be cut to.
+        after = (VECTORS_FILE, VECTOR_MODULES, "modules.json", "README.md", "config.json")
+        kept = {k: v for k, v in self.config.items() if k != "matryoshka_dimensions"}
         base = self.manifest.base
-        digest = hashlib.sha256(f"{base.sha256}\n{base.family}\n".encode())
+        about = f"{base.sha256}\n{base.family}\n{json.dumps(kept, sort_keys=True)}\n"
+        digest = hashlib.sha256(about.encode())
         for file in self.manifest.files:
             if not file.path.startswith(after):
                 digest.update(f"{file.path}:{file.sha256}\n".encode())
