@@ -183,9 +183,10 @@ class VectorRecord(Frozen):
         dims: dimensions after projection.
         method: "full", "slice" or "pca".
         rotated: whether a PCA's dimensions were turned so that their signs keep more of them.
-        neighbours_kept: the share of the 10 nearest neighbours in full dimension that remain with
-            each of "slice", "pca" and "pca rotated" that was tried, measured by the stored codes on
-            calibration texts held out from the fit; None where nothing was chosen by it.
+        neighbours_kept: the share of the nearest neighbours in full dimension (one of a hundred
+            vectors) that remain with each of "slice", "pca" and "pca rotated" that was tried,
+            searched as stored and rescored, on calibration texts held out from the fit, a quarter
+            at a time; None where nothing was chosen by it.
         explained_variance_ratio: share of the calibration vectors' variance that is kept.
         bytes_per_vector: of one stored code.
     """

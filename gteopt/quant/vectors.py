@@ -29,7 +29,9 @@ Codes = npt.NDArray[Any]
 """float32 [N, D], int8 [N, D] or uint8 [N, ceil(D / 8)], as `VectorTransform.code` says."""
 
 _MIN_RANGE_VECTORS = 16
+_FOLDS = 4
 _MIN_HELD_OUT = 50
+_VECTORS_PER_NEIGHBOUR = 100
 _RANGE_STD = 5.0
 _ROTATION_STEPS = 50
 _BLOCK_SCORES = 1 << 22
@@ -378,11 +380,12 @@ def _ways(rows: Floats, dims: Dims, vectors: Vectors) -> tuple[_Way, ...]:
     n, full_dims = rows.shape
     if dims.n > full_dims:
         raise InputError(f"dims.n is {dims.n}, but the model's vectors have {full_dims} dimensions")
-    enough = len(rows[::4]) >= _MIN_HELD_OUT
+    n_held_out = len(rows[::_FOLDS])
+    enough = n_held_out >= _MIN_HELD_OUT
     if dims.method == "auto" and not enough:
         raise InputError(
-            f"dims.method auto needs at least {4 * _MIN_HELD_OUT} calibration texts to choose by, "
-            f"found {n}; raise calibration.n_texts, or say slice or pca"
+            f"dims.method auto needs at least {_FOLDS * _MIN_HELD_OUT} calibration texts to choose "
+            f"by, found {n}; raise calibration.n_texts, or say slice or pca"
         )
     if dims.method == "pca" and dims.n > n:
         raise InputError(
@@ -393,7 +396,7 @@ def _ways(rows: Floats, dims: Dims, vectors: Vectors) -> tuple[_Way, ...]:
     if vectors.code != "binary":
         ways = tuple(way for way in ways if way != "pca rotated")
     # What cannot be tried on vectors held out is not chosen.
-    return ways if enough and dims.n <= n - len(rows[::4]) else ways[:1]
+    return ways if enough and dims.n <= n - n_held_out else ways[:1]
 
 
 def _shortened(rows: Floats, n_dims: int, way: _Way, vectors: Vectors) -> VectorTransform:
@@ -471,27 +474,31 @@ def _rotation(z: Floats) -> npt.NDArray[np.float64]:
 def _neighbours_kept(
     rows: Floats, n_dims: int, ways: Sequence[_Way], vectors: Vectors
 ) -> dict[str, float]:
-    """Share of 10 nearest neighbours that each way keeps of vectors that it has not seen.
+    """Share of nearest neighbours that each way keeps of vectors that it has not seen.
 
-    Every fourth vector is searched among those like it; the others are what is fitted on. They are
-    searched by the codes that will be stored, without rescoring, which among so few would hide what
-    codes lose.
+    Each quarter of the vectors is searched among itself, as it will be stored and rescored, by what
+    was fitted on the others. One neighbour of a hundred vectors counts, as ten of a thousand do in
+    a search: how ten lie among a hundred is told by what is too coarse for that. (With ten, turning
+    a PCA to 32 dimensions seemed to keep 0.2 to 0.3 more of Banking77, where it keeps 0.03 less.)
     """
-    held_out = rows[::4]
-    others = np.delete(rows, np.s_[::4], axis=0)
-    stored = vectors.model_copy(update={"rescore": 1})
+    kept: dict[str, list[float]] = {way: [] for way in ways}
+    for start in range(_FOLDS):
+        held_out = rows[start::_FOLDS]
+        others = np.delete(rows, np.s_[start::_FOLDS], axis=0)
+        k = max(1, round(len(held_out) / _VECTORS_PER_NEIGHBOUR))
+        wanted = _nearest_others(identity(rows.shape[1]), held_out, k)
+        for way in ways:
+            found = _nearest_others(_shortened(others, n_dims, way, vectors), held_out, k)
+            pairs = zip(found, wanted, strict=True)
+            kept[way] += [len(np.intersect1d(a, b)) / k for a, b in pairs]
+    return {way: float(np.mean(shares)) for way, shares in kept.items()}
 
-    def nearest(transform: VectorTransform) -> list[npt.NDArray[np.intp]]:
-        z = transform.project(held_out)
-        found, _ = transform.search(z, transform.quantize(z), 11)
-        return [row[row != i][:10] for i, row in enumerate(found)]
 
-    wanted = nearest(identity(rows.shape[1]))
-    kept: dict[str, float] = {}
-    for way in ways:
-        pairs = zip(nearest(_shortened(others, n_dims, way, stored)), wanted, strict=True)
-        kept[way] = float(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in pairs]))
-    return kept
+def _nearest_others(transform: VectorTransform, rows: Floats, k: int) -> list[npt.NDArray[np.intp]]:
+    """The k nearest of each of `rows` [N, F] among the others, by what is stored of them."""
+    z = transform.project(rows)
+    found, _ = transform.search(z, transform.quantize(z), k + 1)
+    return [each[each != i][:k] for i, each in enumerate(found)]
 
 
 def _rows(x: npt.ArrayLike, width: int | None, what: str) -> Floats:
