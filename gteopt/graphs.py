@@ -93,7 +93,9 @@ class Graphs:
                 try:
                     self._recordings[length] = self._record(length)
                 except RuntimeError as error:  # of CUDA, of an operator, or for want of memory
-                    self.refused = str(error).strip().splitlines()[0]
+                    # The end of a recording that was broken off fails too, and says less.
+                    cause = error.__context__ or error
+                    self.refused = (str(cause).strip() or type(cause).__name__).splitlines()[0]
                     return None
             return self._replay(self._recordings[length], ids)
 
