@@ -117,7 +117,7 @@ from gteopt.records import (
     write_atomically,
     write_record,
 )
-from gteopt.sensitivity import measure
+from gteopt.sensitivity import DEEP_BLOCKS, estimate, measure
 from gteopt.smoothing import smooth_block_
 from gteopt.tuning import BLOCK_SCHEDULES, MOST_WEIGHTS, SCHEDULES, Tuned, tune, tune_block
 
@@ -729,15 +729,24 @@ def _allocate(
             f"recipe {recipe.name}: a budget of {recipe.weights.budget:g} bits a weight cannot be "
             f"kept: the smallest choices take {8 * least / sum(n_weights.values()):.3f}"
         )
+    assert plan.blocks is not None
+    is_deep = len(list(encoder.module.get_submodule(plan.blocks).children())) > DEEP_BLOCKS
     stored = stage / _ALLOCATION
     losses: dict[str, tuple[float, ...]] = {}
     if stored.is_file():
         losses = _LOSSES.validate_json(stored.read_bytes())
     if left := {name: each for name, each in plan.choices.items() if name not in losses}:
         few = tokens[:SENSITIVITY_TEXTS]
-        for found in measure(encoder, few, left, state_bytes=state_bytes, progress=progress):
+        if is_deep:
+            room = Room(state_bytes, stage / _ACTIVATIONS)
+            walks = estimate(encoder, few, left, room=room, progress=progress)
+        else:
+            walks = measure(encoder, few, left, state_bytes=state_bytes, progress=progress)
+        for found in walks:
             losses |= found
             write_atomically(stored, _LOSSES.dump_json(losses))
+        shutil.rmtree(stage / _ACTIVATIONS, ignore_errors=True)
+    losses = {name: losses[name] for name in plan.choices}
     picked = allocate([(*losses[n], 0.0) for n in losses], [n_bytes[n] for n in losses], budget)
     chosen = dict(zip(losses, picked, strict=True))
     schemes = {n: plan.choices[n][i] for n, i in chosen.items() if i < len(plan.choices[n])}
@@ -760,6 +769,7 @@ def _allocate(
             n: tuple(dict(zip(plan.choices[n], losses[n], strict=True)).get(s) for s in tried)
             for n in losses
         },
+        found_by="gradients" if is_deep else "runs",
     )
     schemes = {name: schemes[name] for name in plan.schemes if name in schemes}
     return replace(plan, schemes=schemes, unquantized=(*plan.unquantized, *whole)), record
