@@ -22,13 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import TypeAdapter
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gteopt.artifact import (
+    alone,
     check_free,
-    discard,
+    clear,
     file_records,
     is_artifact,
     read_manifest,
@@ -120,7 +121,7 @@ from gteopt.records import (
     write_atomically,
     write_record,
 )
-from gteopt.sensitivity import measure
+from gteopt.sensitivity import DEEP_BLOCKS, estimate, measure
 from gteopt.smoothing import smooth_block_
 from gteopt.tuning import BLOCK_SCHEDULES, MOST_WEIGHTS, SCHEDULES, Tuned, tune, tune_block
 
@@ -229,14 +230,36 @@ def quantize(
     finished = _finished(out, recipe, checkpoint.sha256, dtype)
     if finished is not None:
         return finished
+    with alone(stage_folder(out)):
+        return _quantize(
+            checkpoint, recipe, out, hub_dir, device, devices, dtype, activation_bytes, progress
+        )  # fmt: skip
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out: Path,
+    hub_dir: Path | None,
+    device: str,
+    devices: Sequence[str],
+    dtype: str,
+    activation_bytes: int,
+    progress: Progress,
+) -> Manifest:
+    """`quantize` of what was opened and checked, with the stage folder to itself."""
+    sealed = _sealed(out, recipe, checkpoint.sha256, dtype)
+    if sealed is not None:
+        return sealed
     plan = plan_layers(checkpoint, recipe)
     texts = draw_texts(recipe.calibration, hub_dir=hub_dir) if _needs_texts(recipe) else ()
     stage = _open_stage(out, recipe, checkpoint, dtype)
 
     progress(f"loading {checkpoint.id}", 0, 1)
-    encoder = load_checkpoint(
-        checkpoint, device=devices[0] if devices else device, dtype=dtype, later=plan.blocks
-    )
+    with _memory_errors("what is outside the blocks"):
+        encoder = load_checkpoint(
+            checkpoint, device=devices[0] if devices else device, dtype=dtype, later=plan.blocks
+        )
     base_record = describe_base(checkpoint, encoder)
     tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
     calibration = record(recipe.calibration, texts, tokens) if texts else None
@@ -245,30 +268,36 @@ def quantize(
     allocation: AllocationRecord | None = None
     tuning: TuningRecord | None = None
     if plan.choices:
-        plan, allocation = _allocate(
-            encoder, recipe, plan, tokens, stage, activation_bytes, progress
-        )
+        with _memory_errors("the measurement of sensitivities"):
+            plan, allocation = _allocate(
+                encoder, recipe, plan, tokens, stage, activation_bytes, progress
+            )
     if plan.blocks is not None:
-        modules = encoder.module.get_submodule(plan.blocks).children()
-        if isinstance(recipe.weights, GptqWeights):
+        tuned = plan.tune_by == "model"
+        shards = stage / (_SOLVED if tuned else WEIGHTS)
+        modules = list(encoder.module.get_submodule(plan.blocks).children())
+        blocks = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)]
+        inputs: list[BlockInput] = []
+        left = [i for i in range(len(blocks)) if not _notes(_shard(shards, i)).is_file()]
+        if left and isinstance(recipe.weights, GptqWeights):
             # What the original model feeds the blocks lies beside what the quantized one does.
             n_kinds = 2 if needs_original(recipe, plan) else 1
             room = Room(activation_bytes // n_kinds, stage / _ACTIVATIONS)
-            blocks, inputs = open_blocks(encoder, tokens, dtype=replay_dtype(encoder), room=room)
-        else:
-            blocks, inputs = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)], []
-        tuned = plan.tune_by == "model"
-        shards = stage / (_SOLVED if tuned else WEIGHTS)
+            with _memory_errors(blocks[0].name):
+                blocks, inputs = open_blocks(
+                    encoder, tokens, dtype=replay_dtype(encoder), room=room
+                )
         layers, tuning = _quantize_blocks(
             encoder, blocks, inputs, recipe, plan, shards, devices, progress
         )
         del inputs
         shutil.rmtree(stage / _ACTIVATIONS, ignore_errors=True)
         if tuned:
-            layers, tuning = _tune_blocks(encoder, blocks, layers, tokens, recipe, stage, progress)
+            with _memory_errors("the tuning of the whole model"):
+                layers, tuning = _tune_blocks(
+                    encoder, blocks, layers, tokens, recipe, stage, progress
+                )
     write_model(encoder, stage, blocks=plan.blocks, layers=layers, layout=plan.layout)
-    for notes in (stage / WEIGHTS).glob("*.json"):
-        notes.unlink()
     return _finish(
         encoder, recipe, stage, out, base_record, calibration, layers, embedding,
         allocation, tuning, plan.layout, plan.unquantized, texts, progress,
@@ -345,6 +374,21 @@ def restyle(
     checkpoint = open_checkpoint(artifact)
     _check_dims(recipe.dims, checkpoint)
     texts = draw_texts(recipe.calibration, hub_dir=hub_dir) if _needs_texts(recipe) else ()
+    with alone(stage_folder(out)):
+        return _restyle(artifact, checkpoint, old, recipe, out, texts, device, progress)
+
+
+def _restyle(
+    artifact: Path,
+    checkpoint: Checkpoint,
+    old: Manifest,
+    recipe: Recipe,
+    out: Path,
+    texts: Sequence[CalibrationText],
+    device: str,
+    progress: Progress,
+) -> Manifest:
+    """`restyle` of what was opened and checked, with the stage folder to itself."""
     stage = _open_stage(out, recipe, checkpoint, old.base.dtype)
     encoder = load_checkpoint(checkpoint, device=device)
     for file in old.files:
@@ -679,6 +723,21 @@ def _finished(out: Path, recipe: Recipe, base_sha256: str, dtype: str) -> Manife
     return None
 
 
+def _sealed(out: Path, recipe: Recipe, base_sha256: str, dtype: str) -> Manifest | None:
+    """The manifest of the wanted variant where a build of it was interrupted on its last steps,
+    which are taken now.
+    """
+    stage = stage_folder(out)
+    if not is_artifact(stage):
+        return None
+    manifest = read_manifest(stage)
+    found = (manifest.recipe_sha256, manifest.base.sha256, manifest.base.dtype, manifest.versions)
+    if found != (recipe.sha256(), base_sha256, dtype, versions()):
+        return None
+    seal(stage, out, manifest)
+    return manifest
+
+
 def _open_stage(out: Path, recipe: Recipe, checkpoint: Checkpoint, dtype: str) -> Path:
     """The stage folder, with the finished blocks of an earlier run of the same build, if any."""
     stage = stage_folder(out)
@@ -695,9 +754,7 @@ def _open_stage(out: Path, recipe: Recipe, checkpoint: Checkpoint, dtype: str) -
                 return stage
         except ValueError:
             pass  # unreadable state belongs to no build; start afresh
-    if stage.exists():
-        discard(stage)
-    stage.mkdir(parents=True)
+    clear(stage)
     write_record(state_path, state)
     return stage
 
@@ -733,15 +790,24 @@ def _allocate(
             f"recipe {recipe.name}: a budget of {recipe.weights.budget:g} bits a weight cannot be "
             f"kept: the smallest choices take {8 * least / sum(n_weights.values()):.3f}"
         )
+    assert plan.blocks is not None
+    is_deep = len(list(encoder.module.get_submodule(plan.blocks).children())) > DEEP_BLOCKS
     stored = stage / _ALLOCATION
     losses: dict[str, tuple[float, ...]] = {}
     if stored.is_file():
         losses = _LOSSES.validate_json(stored.read_bytes())
     if left := {name: each for name, each in plan.choices.items() if name not in losses}:
         few = tokens[:SENSITIVITY_TEXTS]
-        for found in measure(encoder, few, left, state_bytes=state_bytes, progress=progress):
+        if is_deep:
+            room = Room(state_bytes, stage / _ACTIVATIONS)
+            walks = estimate(encoder, few, left, room=room, progress=progress)
+        else:
+            walks = measure(encoder, few, left, state_bytes=state_bytes, progress=progress)
+        for found in walks:
             losses |= found
             write_atomically(stored, _LOSSES.dump_json(losses))
+        shutil.rmtree(stage / _ACTIVATIONS, ignore_errors=True)
+    losses = {name: losses[name] for name in plan.choices}
     picked = allocate([(*losses[n], 0.0) for n in losses], [n_bytes[n] for n in losses], budget)
     chosen = dict(zip(losses, picked, strict=True))
     schemes = {n: plan.choices[n][i] for n, i in chosen.items() if i < len(plan.choices[n])}
@@ -764,6 +830,7 @@ def _allocate(
             n: tuple(dict(zip(plan.choices[n], losses[n], strict=True)).get(s) for s in tried)
             for n in losses
         },
+        found_by="gradients" if is_deep else "runs",
     )
     schemes = {name: schemes[name] for name in plan.schemes if name in schemes}
     return replace(plan, schemes=schemes, unquantized=(*plan.unquantized, *whole)), record
@@ -793,33 +860,34 @@ def _quantize_blocks(
     tunings: list[TuningRecord] = []
     dtype = replay_dtype(encoder) if inputs else encoder.dtype
     # What the original model feeds each block, where something is to make up for the difference.
-    exact = [batch.copy() for batch in inputs] if needs_original(recipe, plan) else None
+    # Without inputs nothing is left to solve.
+    compares = bool(inputs) and needs_original(recipe, plan)
+    exact = [batch.copy() for batch in inputs] if compares else None
     schedule = BLOCK_SCHEDULES[_effort(recipe)] if plan.tune_by == "block" else None
     what = f"quantizing {encoder.checkpoint.id} with {recipe.name}"
     order: list[list[str]] = []
     for i, block in enumerate(blocks):
         progress(what, i, len(blocks))
         shard = _shard(shards, i)
-        notes = shard.with_suffix(".json")
+        notes = _notes(shard)
         is_last = i + 1 == len(blocks)
-        if notes.is_file():
-            done = _Done.model_validate_json(notes.read_bytes())
-            tensors = load_file(shard)
-            if exact is not None and not is_last:
-                fill_(encoder, block.name, dtype)
-                with _memory_errors(block.name):
+        with _memory_errors(block.name):
+            if notes.is_file():
+                done = _Done.model_validate_json(notes.read_bytes())
+                tensors = load_file(shard)
+                if exact is not None and not is_last:
+                    fill_(encoder, block.name, dtype)
+                    _smooth_(encoder, block, inputs, weights, plan)
                     advance_(block, exact)
-        else:
-            with _memory_errors(block.name):
+            else:
                 fill_(encoder, block.name, dtype)
-            order = _order(block, inputs, order)
-            records, packed, original = _quantize_block_(
-                encoder, block, inputs, exact, order, weights, plan, dtype, devices
-            )
-            done = _Done(layers=records)
-            tensors = _shard_tensors(block, packed, encoder.dtype)
-            if exact is not None and original is not None:
-                with _memory_errors(block.name):
+                order = _order(block, inputs, order)
+                records, packed, original = _quantize_block_(
+                    encoder, block, inputs, exact, order, weights, plan, dtype, devices
+                )
+                done = _Done(layers=records)
+                tensors = _shard_tensors(block, packed, encoder.dtype)
+                if exact is not None and original is not None:
                     advance_(original, exact)
                     if schedule is not None:
                         start = _codes(records, tensors, encoder.device)
@@ -827,18 +895,17 @@ def _quantize_blocks(
                         whole = {n: each.weight for n, each in original.linears().items()}
                         taken = _take_(tensors, records, whole, result)
                         done = _Done(layers=taken, tuning=result.record)
-            del original
-            save_tensors(shard, tensors)
-            write_atomically(notes, done.model_dump_json().encode())
-        if inputs and not is_last:
-            # What is stored is what later blocks see, whether it was made now or by an earlier run.
-            _reload_block_(encoder, block, tensors, done.layers, dtype)
-            with _memory_errors(block.name):
+                del original
+                save_tensors(shard, tensors)
+                write_atomically(notes, done.model_dump_json().encode())
+            if inputs and not is_last:
+                # What is stored is what later blocks see, whether made now or by an earlier run.
+                _reload_block_(encoder, block, tensors, done.layers, dtype)
                 advance_(block, inputs)
-        if shortens(recipe):
-            _reload_block_(encoder, block, tensors, done.layers, encoder.dtype)
-        else:
-            empty_(encoder, block.name)
+            if shortens(recipe):
+                _reload_block_(encoder, block, tensors, done.layers, encoder.dtype)
+            else:
+                empty_(encoder, block.name)
         del tensors
         give_back()
         layers += done.layers
@@ -927,9 +994,11 @@ def _memory_errors(name: str) -> Iterator[None]:
     """Memory that ran out, on the device or off it, as an error that names the layer."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
         is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not is_memory and "allocate memory" not in str(error):
+        # The allocator of the processor, mmap's, and those of CUDA's libraries.
+        said = str(error)
+        if not is_memory and not any(each in said for each in ("allocate memory", "ALLOC_FAILED")):
             raise
         raise GteoptError(
             f"memory ran out at {name}; finished blocks are kept, and the same command goes on "
@@ -972,10 +1041,7 @@ def _quantize_block_(
     names = list(linears)
     records: dict[str, LayerRecord] = {}
     packed: dict[str, dict[str, Tensor]] = {}
-    chosen: dict[str, Smoothing] = {}
-    if isinstance(weights, GptqWeights) and weights.smooth:
-        model_type = str(encoder.checkpoint.config["model_type"])
-        chosen = smooth_block_(block, inputs, plan.schemes, model_type)
+    chosen = _smooth_(encoder, block, inputs, weights, plan)
     # Smoothing has moved numbers between layers by now: both blocks read the same.
     original = copy_block(block) if exact is not None else None
     compared: Original | None = None
@@ -1022,6 +1088,20 @@ def _quantize_block_(
     return tuple(records[name] for name in names), packed, original
 
 
+def _smooth_(
+    encoder: Encoder,
+    block: Block,
+    inputs: Sequence[BlockInput],
+    weights: RtnWeights | GptqWeights,
+    plan: LayerPlan,
+) -> dict[str, Smoothing]:
+    """Smooth the block where the recipe says so; see `smooth_block_`."""
+    if not isinstance(weights, GptqWeights) or not weights.smooth:
+        return {}
+    model_type = str(encoder.checkpoint.config["model_type"])
+    return smooth_block_(block, inputs, plan.schemes, model_type)
+
+
 def _solve(
     wanted: Sequence[str],
     linears: Mapping[str, nn.Linear],
@@ -1054,6 +1134,10 @@ def _solve(
         return
     if statistics is not None:
         _ = statistics.hessian  # mirrored once, before threads share it
+    for device in devices:
+        # torch loads its GPU algebra at first use, and fails where two threads do so at once
+        # (https://github.com/pytorch/pytorch/issues/90613).
+        torch.linalg.cholesky_ex(torch.eye(1, device=device))
     with ExitStack() as stack:
         pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in devices]
         futures = [
@@ -1118,13 +1202,17 @@ def _tune_blocks(
             records = [each for each in found.layers if each.name.startswith(f"{block.name}.")]
             tensors = load_file(_shard(stage / WEIGHTS, i))
             _reload_block_(encoder, block, tensors, records, encoder.dtype)
-    shutil.rmtree(stage / _SOLVED)
     assert found.tuning is not None
     return found.layers, found.tuning
 
 
 def _shard(folder: Path, block: int) -> Path:
     return folder / f"block-{block:03}.safetensors"
+
+
+def _notes(shard: Path) -> Path:
+    """Where it says that a shard is whole and what is in it."""
+    return shard.with_suffix(".json")
 
 
 def _packed(record: LayerRecord, tensors: Mapping[str, Tensor]) -> PackedWeight:
@@ -1245,10 +1333,12 @@ def _finish(
     """Fit and write the vectors, then seal."""
     transform = _fit_vectors(encoder, recipe, texts, progress)
     write_vectors(transform, stage, encoder.checkpoint.matryoshka_dims)
-    (stage / _STATE).unlink(missing_ok=True)
-    (stage / _ALLOCATION).unlink(missing_ok=True)
-    (stage / CARD).unlink(missing_ok=True)
-    files = file_records(stage)
+    # What an interrupted build goes on from is there until the manifest is.
+    scraps = {stage / _STATE, stage / _ALLOCATION, stage / CARD}
+    scraps |= {*(stage / _SOLVED).glob("*"), *(stage / WEIGHTS).glob("*.json")}
+    if layout != "gteopt":
+        scraps |= {*(stage / WEIGHTS).glob("*")}
+    files = file_records(stage, scraps=scraps)
     weights = [
         f
         for f in files

@@ -14,7 +14,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -63,15 +63,17 @@ def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[Calib
 
 def tokenize(encoder: Encoder, texts: Sequence[CalibrationText], max_tokens: int) -> list[Tokens]:
     """Token ids as the encoder makes them; instructions only where the model takes them."""
-    return [
-        encoder.tokenize(
-            [each.text],
-            role=each.role,
-            instruction=each.instruction if encoder.takes_instructions else None,
-            max_tokens=max_tokens,
-        )[0]
-        for each in texts
-    ]
+    # All of a prompt at once, so that texts which are cut are told with their number.
+    prompts: dict[tuple[Role, str | None], list[int]] = {}
+    for i, each in enumerate(texts):
+        instruction = each.instruction if encoder.takes_instructions else None
+        prompts.setdefault((each.role, instruction), []).append(i)
+    found: dict[int, Tokens] = {}
+    for (role, instruction), places in prompts.items():
+        own = [texts[i].text for i in places]
+        ids = encoder.tokenize(own, role=role, instruction=instruction, max_tokens=max_tokens)
+        found |= zip(places, ids, strict=True)
+    return [found[i] for i in range(len(texts))]
 
 
 def record(
@@ -271,7 +273,9 @@ class Block:
     def run(self, batch: int, hidden: Tensor) -> Tensor:
         """The block's output [N, T, D] for one batch."""
         args, kwargs = self.calls[batch]
-        out = self.module(hidden, *args, **kwargs)
+        on_gpu = torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext()
+        with on_gpu:  # Triton launches on the current one
+            out = self.module(hidden, *args, **kwargs)
         return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
     def linears(self) -> dict[str, nn.Linear]:
@@ -429,6 +433,19 @@ def _cast(value: Any, old: torch.dtype, new: torch.dtype, done: dict[int, Tensor
     return value
 
 
+def learnable(value: Any, dtype: torch.dtype) -> Any:
+    """A block's arguments, or one of them, copied with float tensors in `dtype`: fit for gradients,
+    which tensors made in inference mode are not.
+    """
+    if isinstance(value, Tensor):
+        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
+    if isinstance(value, tuple | list):
+        return type(value)(learnable(each, dtype) for each in value)
+    if isinstance(value, dict):
+        return {key: learnable(each, dtype) for key, each in value.items()}
+    return value
+
+
 class _Given(nn.Module):
     """Stands in for every block: gives out hidden states that were computed elsewhere."""
 
@@ -442,14 +459,14 @@ class _Given(nn.Module):
         return (self.hidden,) if self.returns_tuple else self.hidden
 
 
-@torch.inference_mode()
 def behind_blocks(
     encoder: Encoder,
     blocks: Sequence[Block],
     hidden: Sequence[Tensor],
     inputs: Sequence[BlockInput],
 ) -> Tensor:
-    """Vectors float64 [n, D] of what the last block gave out, by the model's own forward.
+    """Vectors float64 [n, D] of what the last block gave out, by the model's own forward;
+    differentiable.
 
     Args:
         encoder: the model that `open_blocks` was given.

@@ -149,9 +149,9 @@ class Checkpoint:
         assert self.weight_files, "only headers were fetched"
         digest = hashlib.sha256()
         for path in sorted([*self.weight_files, *self.side_files]):
-            digest.update(
-                f"{path.relative_to(self.folder).as_posix()}:{hash_file(path)}\n".encode()
-            )
+            known = path.stat()
+            found = _hash_unchanged(path.resolve(), known.st_size, known.st_ctime_ns)
+            digest.update(f"{path.relative_to(self.folder).as_posix()}:{found}\n".encode())
         return digest.hexdigest()
 
     @cached_property
@@ -494,9 +494,9 @@ def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=256)
-def _hash_unchanged(path: Path, n_bytes: int, mtime_ns: int) -> str:
+def _hash_unchanged(path: Path, n_bytes: int, ctime_ns: int) -> str:
     """A base's file is hashed once a process: a plan opens a 28 GB checkpoint several times."""
-    del n_bytes, mtime_ns  # they make a changed file another key
+    del n_bytes, ctime_ns  # they make a changed file another key
     return hash_file(path)
 
 

@@ -651,7 +651,8 @@ def inspect(
         if (allocation := found.manifest.allocation) is not None:
             _out.print(
                 f"bits chosen by layer: {allocation.bits_per_weight:.3f} bits a weight of "
-                f"{allocation.budget:g}, predicted loss {allocation.predicted_loss:.2g}"
+                f"{allocation.budget:g}, predicted loss {allocation.predicted_loss:.2g} (each "
+                f"layer's found by {allocation.found_by})"
             )
         if (tuning := found.manifest.tuning) is not None:
             _out.print(

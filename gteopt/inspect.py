@@ -38,6 +38,7 @@ from gteopt.quant import gptq
 from gteopt.quant.affine import packed_bytes, search_bytes
 from gteopt.recipe import Calibration, GptqWeights, Recipe, load_recipe, shipped_names
 from gteopt.records import Inspection, RecipeEstimate
+from gteopt.sensitivity import DEEP_BLOCKS, N_PROBES
 
 # What a build holds beside tensors of the model, in bytes a weight: codes, their spread bytes and
 # the float32 weight that a portable kernel makes in each call.
@@ -237,7 +238,7 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
     peak = max(load, held + block, finish)
     if plan.choices:
         n_block = sum(p.numel() for p in blocks[largest].values())
-        measuring = _measuring_bytes(checkpoint, recipe, plan, linears, n_block, sizes)
+        measuring = _measuring_bytes(checkpoint, recipe, plan, linears, len(blocks), n_block, sizes)
         peak = max(peak, frame + measuring)
     peak += min(_KEPT_BYTES + int(_KEPT_SHARE * peak), _MOST_KEPT_BYTES)
     if plan.tune_by != "model":
@@ -258,10 +259,12 @@ def _measuring_bytes(
     recipe: Recipe,
     plan: LayerPlan,
     linears: Mapping[str, nn.Linear],
+    n_blocks: int,
     n_block: int,
     sizes: _Sizes,
 ) -> int:
-    """Most that measuring sensitivities takes: a block, and the hidden states of trials.
+    """Most that measuring sensitivities takes: a block, and the hidden states of trials; where they
+    are estimated, what is fed to each block, and gradients.
 
     Beside them a layer is being rounded (whole, as codes, and in place), or the block runs.
 
@@ -270,7 +273,8 @@ def _measuring_bytes(
         recipe: says how many texts there are.
         plan: says how many trials.
         linears: of the largest block.
-        n_block: its parameters.
+        n_blocks: how many there are.
+        n_block: parameters of the largest.
         sizes: of everything else.
     """
     hidden_size = int(checkpoint.config["hidden_size"])
@@ -285,6 +289,10 @@ def _measuring_bytes(
     running = min(n_tokens, BATCH_TOKENS) * (4 * widest + 4 * hidden_size) * item
     most = max(each.weight.numel() for each in linears.values())
     rounding = (4 + 1 + 4) * most + search_bytes(most)
+    if n_blocks > DEEP_BLOCKS:
+        trials = min(n_blocks * state, sizes.activation_bytes) + N_PROBES * state
+        own = 2 * state  # what the block gives out, as it is and with a layer rounded
+        running *= 2  # kept for the way back, and on it
     return n_block * item + trials + own + max(running + item * most, rounding)
 
 

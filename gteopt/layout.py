@@ -179,7 +179,10 @@ def _write_errors(path: Path) -> Iterator[None]:
 
 
 def _write_standard(stage: Path, layers: Sequence[LayerRecord], form: Format) -> None:
-    """Turn the staged shards into the files that other libraries read, and remove the shards."""
+    """Turn the staged shards into the files that other libraries read.
+
+    The shards stay: what comes next may be interrupted, and they are what a build has to show.
+    """
     shards = sorted((stage / WEIGHTS).glob("*.safetensors"))
     files: list[list[Path]] = []
     room = 0
@@ -208,7 +211,6 @@ def _write_standard(stage: Path, layers: Sequence[LayerRecord], form: Format) ->
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write_json(stage / "model.safetensors.index.json", index)
-    shutil.rmtree(stage / WEIGHTS)
 
 
 def _standard_tensors(

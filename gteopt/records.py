@@ -138,6 +138,7 @@ class AllocationRecord(Frozen):
         schemes: what was tried.
         losses: by layer, the mean cosine distance to the base's vectors with this layer alone
             rounded to each of `schemes`; None where a scheme does not fit the layer.
+        found_by: "runs" through all later blocks, or "gradients" of the vectors, to first order.
     """
 
     budget: float
@@ -145,6 +146,7 @@ class AllocationRecord(Frozen):
     predicted_loss: float
     schemes: tuple[LayerScheme, ...]
     losses: dict[str, tuple[float | None, ...]]
+    found_by: Literal["runs", "gradients"] = "runs"
 
 
 class TuningRecord(Frozen):

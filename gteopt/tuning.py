@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gteopt.calibration import BATCH_TOKENS, Block, BlockInput, find_blocks
+from gteopt.calibration import BATCH_TOKENS, Block, BlockInput, find_blocks, learnable
 from gteopt.encoder import Encoder
 from gteopt.errors import NumericsError
 from gteopt.quant.affine import QuantizedWeight
@@ -185,8 +185,8 @@ def tune_block(
     def error(i: int, is_out: bool) -> Tensor:
         """Mean drift over the tokens of one batch's texts that are kept out, or are not."""
         batch, (args, kwargs) = inputs[i], original.calls[i]
-        call = _learnable(args), _learnable(kwargs)
-        out = replace(block, calls=(call,)).run(0, _learnable(batch.hidden))
+        call = learnable(args, torch.float32), learnable(kwargs, torch.float32)
+        out = replace(block, calls=(call,)).run(0, learnable(batch.hidden, torch.float32))
         return _drift([out], [wanted[i].hidden.float()], batch.real & parts(i)[is_out])
 
     def parts(i: int) -> dict[bool, Tensor]:
@@ -331,20 +331,6 @@ class _Student:
                 codes_changed=n_changed / n_codes,
             ),
         )
-
-
-def _learnable(value: Any) -> Any:
-    """A block's arguments with float tensors in float32, and fit to be learned from.
-
-    Tensors made in inference mode are not.
-    """
-    if isinstance(value, Tensor):
-        return value.clone().float() if value.is_floating_point() else value.clone()
-    if isinstance(value, tuple | list):
-        return type(value)(_learnable(each) for each in value)
-    if isinstance(value, dict):
-        return {key: _learnable(each) for key, each in value.items()}
-    return value
 
 
 def _forward(

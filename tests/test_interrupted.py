@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from test_families import MODELS, publish
 
 import gteopt
-from gteopt.errors import NumericsError
-from gteopt.recipe import Calibration, GptqWeights, load_recipe
+from gteopt import artifact
+from gteopt.errors import InputError, NumericsError
+from gteopt.recipe import Calibration, Dims, GptqWeights, load_recipe
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,15 @@ class Ended:
 def in_process(
     report: Connection, base: Path, out: Path, recipe: str, failure: str, at: int, room: int
 ) -> None:
-    """Build, and let something run out where `at` blocks are done."""
-    wanted = load_recipe(recipe)
+    """Build, and let something run out where `at` blocks are done, or on the last steps."""
+    name, _, change = recipe.partition(" ")
+    wanted = load_recipe(name)
     weights = wanted.weights
     assert isinstance(weights, GptqWeights)
+    if change == "compensated":
+        weights = weights.model_copy(update={"compensate": 0.5})
+    if change == "shortened":
+        wanted = wanted.model_copy(update={"dims": Dims(n=16, method="pca")})
     if weights.scheme.group_size != "row":
         scheme = weights.scheme.model_copy(update={"group_size": 32})
         weights = weights.model_copy(update={"scheme": scheme})
@@ -48,6 +54,8 @@ def in_process(
     wanted = wanted.model_copy(update={"calibration": spec, "weights": weights})
 
     def progress(what: str, done: int, total: int) -> None:
+        if failure == "kill while fitting" and what.startswith("fitting"):
+            os.kill(os.getpid(), signal.SIGKILL)
         if not what.startswith("quantizing") or done != at:
             return
         if failure == "kill":
@@ -58,6 +66,8 @@ def in_process(
         if failure == "memory":  # no further page
             resource.setrlimit(resource.RLIMIT_AS, (1, resource.RLIM_INFINITY))
 
+    if failure == "kill before the name":
+        artifact.place = lambda stage, out: os.kill(os.getpid(), signal.SIGKILL)
     try:
         gteopt.quantize(base, wanted, out, activation_bytes=room, progress=progress)
     except Exception as error:
@@ -111,11 +121,12 @@ def finished_blocks(out: Path) -> int:
     return len(list((out.parent / f".{out.name}.partial").rglob("block-*.json")))
 
 
-@pytest.mark.parametrize("recipe", ["gptq-int4", "int8", "int8-static"])
+@pytest.mark.parametrize("recipe", ["gptq-int4", "int8", "int8 compensated", "int8-static"])
 def test_killed_after_each_block_in_turn_it_ends_in_the_same_bytes(
     base: Path, tmp_path: Path, recipe: str
 ) -> None:
-    """int8 smooths: what one block absorbs is rounded when it is stored, and later ones see that.
+    """int8 smooths: what one block absorbs is rounded when it is stored, and later ones see that;
+    compensated, the original is smoothed as well, also where a rerun only passes through it.
 
     The interrupted build keeps its hidden states on disk, the whole one in memory.
     """
@@ -127,6 +138,36 @@ def test_killed_after_each_block_in_turn_it_ends_in_the_same_bytes(
         assert finished_blocks(tmp_path / "out") == block
         assert not (tmp_path / "out").exists()
     assert build(base, tmp_path / "out", recipe) == Ended(0, "")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert len(modes) == 1  # weights are as readable as the rest
+
+
+@pytest.mark.parametrize("recipe", ["gptq-int4 shortened", "int8 shortened"])
+def test_killed_while_vectors_are_fitted_no_block_is_done_twice(
+    base: Path, tmp_path: Path, recipe: str
+) -> None:
+    assert build(base, tmp_path / "whole", recipe, activation_bytes=1 << 30) == Ended(0, "")
+    written = []
+    for _ in range(2):
+        killed = build(base, tmp_path / "out", recipe, "kill while fitting")
+        assert killed.code == -signal.SIGKILL
+        shards = sorted((tmp_path / ".out.partial").rglob("block-*.safetensors"))
+        written.append([(path.name, path.stat().st_mtime_ns) for path in shards])
+    assert len(written[0]) == MODELS[0].config["num_hidden_layers"]
+    assert written[1] == written[0]
+    assert build(base, tmp_path / "out", recipe) == Ended(0, "")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_killed_before_the_last_rename_the_next_run_renames(base: Path, tmp_path: Path) -> None:
+    assert build(base, tmp_path / "whole", "gptq-int4") == Ended(0, "")
+    killed = build(base, tmp_path / "out", "gptq-int4", "kill before the name")
+    assert killed.code == -signal.SIGKILL
+    stage = tmp_path / ".out.partial"
+    made = {path.relative_to(stage): path.stat().st_ino for path in stage.rglob("*.safetensors")}
+    assert build(base, tmp_path / "out", "gptq-int4") == Ended(0, "")
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in made} == made
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
@@ -146,6 +187,16 @@ def test_what_runs_out_is_named_and_the_next_run_goes_on(
     assert build(base, tmp_path / "whole", "gptq-int4") == Ended(0, "")
     assert build(base, tmp_path / "out", "gptq-int4") == Ended(0, "")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_two_builds_never_work_in_one_folder(base: Path, tmp_path: Path) -> None:
+    with (
+        artifact.alone(artifact.stage_folder(tmp_path / "out")),
+        pytest.raises(InputError, match="another process is making the same artifact"),
+    ):
+        gteopt.quantize(base, "rtn-int8", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    gteopt.quantize(base, "rtn-int8", tmp_path / "out")
 
 
 def changed(base: Path, target: Path, name: str, index: int, value: float) -> Path:

@@ -7,7 +7,11 @@ a loss is, where it was measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -44,18 +48,41 @@ def allocate(
     if not np.isfinite(loss).all():
         raise NumericsError("a layer's measured loss is NaN or infinite; bits cannot be chosen")
     # The solver's tolerances are absolute; losses of 1e-6 would drown in them.
-    found = milp(
-        loss / max(loss.max(), np.finfo(np.float64).tiny),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(size[None] / budget, -np.inf, 1),
-        ],
-        integrality=np.ones(len(loss)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-9},
-    )
+    with _prints_as_errors():
+        found = milp(
+            loss / max(loss.max(), np.finfo(np.float64).tiny),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(size[None] / budget, -np.inf, 1),
+            ],
+            integrality=np.ones(len(loss)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 1e-9},
+        )
     if found.x is None:
         raise NumericsError(f"no allocation of bits was found: {found.message}")
     picked = found.x > 0.5
     starts = np.searchsorted(layer, np.arange(len(losses)))
     return [int(i) for i in np.flatnonzero(picked) - starts]
+
+
+@contextmanager
+def _prints_as_errors() -> Iterator[None]:
+    """What a library prints goes where errors go: scipy's solver (HiGHS 1.8 and later) prints a
+    name of its own functions on some problems, and a caller's output may be JSON.
+    """
+    sys.stdout.flush()
+    try:
+        own = os.dup(1)
+    except OSError:  # closed: nothing can be printed
+        yield
+        return
+    try:
+        with suppress(OSError):
+            os.dup2(2, 1)
+        yield
+    finally:
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).fflush(None)  # while it still leads there
+        os.dup2(own, 1)
+        os.close(own)
