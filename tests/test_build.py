@@ -24,7 +24,16 @@ from gteopt.calibration import draw_texts
 from gteopt.checkpoint import open_checkpoint
 from gteopt.errors import InputError, NumericsError
 from gteopt.inspect import inspect
-from gteopt.recipe import Calibration, Dims, LayerScheme, Recipe, RtnWeights, Vectors, load_recipe
+from gteopt.recipe import (
+    Calibration,
+    Dims,
+    LayerScheme,
+    Recipe,
+    RtnWeights,
+    VectorCode,
+    Vectors,
+    load_recipe,
+)
 from gteopt.records import Manifest
 
 NANO = Path(gteopt.__file__).parent / "assets" / "nano"
@@ -185,14 +194,19 @@ def test_int8_runs_on_integers_and_stays_close(
     assert mean_cosine(gteopt.load("nano").encode(texts), encoder.encode(texts)) > least
 
 
-@pytest.mark.parametrize("method", ["slice", "pca"])
+@pytest.mark.parametrize(
+    ("method", "code"), [("slice", "float32"), ("pca", "float32"), ("pca", "binary")]
+)
 def test_sentence_transformers_opens_a_shortened_artifact_with_the_same_vectors(
-    tmp_path: Path, method: str
+    tmp_path: Path, method: str, code: VectorCode
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
     gteopt.quantize("nano", "bf16", tmp_path / "full", dtype="float32")
-    gteopt.truncate(tmp_path / "full", tmp_path / "short", dims=64, method=method)
+    made = gteopt.truncate(
+        tmp_path / "full", tmp_path / "short", dims=64, method=method, vectors=code
+    )
+    assert made.vectors.rotated == (code == "binary")  # the shipped texts say that it keeps more
     ours = gteopt.load(tmp_path / "short")
     theirs = SentenceTransformer(str(tmp_path / "short"))
     texts = ["A bridge.", "Ein Fluss fließt ins Meer.", "一座桥"]

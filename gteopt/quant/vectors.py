@@ -478,8 +478,10 @@ def _neighbours_kept(
 
     Each quarter of the vectors is searched among itself, as it will be stored and rescored, by what
     was fitted on the others. One neighbour of a hundred vectors counts, as ten of a thousand do in
-    a search: how ten lie among a hundred is told by what is too coarse for that. (With ten, turning
-    a PCA to 32 dimensions seemed to keep 0.2 to 0.3 more of Banking77, where it keeps 0.03 less.)
+    a search: how ten lie among a hundred is told by what is too coarse for that. With ten, turning
+    a PCA to 32 dimensions seemed to keep 0.2 to 0.3 more of Banking77, where it keeps 0.03 less;
+    with one the best way of the three was chosen in all of 16 trials, on texts of the same kind.
+    (1500 vectors of 3584 dimensions, binary to 256: 44 s on one core for all three ways.)
     """
     kept: dict[str, list[float]] = {way: [] for way in ways}
     for start in range(_FOLDS):
