@@ -58,7 +58,7 @@ def make_linear(
         least = 1 if weight.scheme.activation_outliers is None else 8
         if kernel is Int8LinearCpu and activation_bits() < least:
             kernel = Int8Reference
-    elif device.type == "cpu" and dtype == torch.bfloat16 and int4_runs_here(weight.unpack()):
+    elif device.type == "cpu" and dtype == torch.bfloat16 and int4_runs_here(weight):
         kernel = Int4LinearCpu
     layer = kernel(weight, None if bias is None else bias.detach().to(dtype)).to(device)
     if order is not None:
