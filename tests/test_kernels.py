@@ -278,7 +278,7 @@ def test_the_8_bit_float_product_is_its_definition_in_float64() -> None:
 
 def test_few_and_many_tokens_agree_in_4_bits() -> None:
     weight = packed(192, 256, INT4)
-    if not int4_runs_here(weight.unpack()):
+    if not int4_runs_here(weight):
         pytest.skip("torch's 4-bit layout on this CPU is neither that of AVX-512 nor of AVX2")
     layer = Int4LinearCpu(weight, seeded(192).bfloat16())
     for dtype in (torch.bfloat16, torch.float32):

@@ -146,12 +146,14 @@ def _read_int8(
     check_tensors(subject, tensors, wanted, frozenset({"weight_format"}))
     if int(tensors.get("weight_format", torch.tensor(0))) != 0:
         raise UnsupportedError(f"{subject}: 'weight_format' is not 0 (rows in their order)")
-    codes = (tensors["weight"].to(torch.int16) + 128).to(torch.uint8)
+    # Flipping the top bit of a signed code adds the zero point 128.
+    qweight = tensors["weight"].contiguous().view(torch.uint8) ^ 128
     scale = tensors["SCB"][:, None] / 127
     threshold = float(config.get("llm_int8_threshold", 6.0))
     return assemble(
         subject,
-        codes,
+        qweight,
+        shape.in_features,
         scale,
         torch.full_like(scale, 128, dtype=torch.uint8),
         8,
@@ -194,12 +196,13 @@ def _read_nf4(subject: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Pack
         sizes = tensors["weight.nested_absmax"].repeat_interleave(step)[:n_blocks]
         absmax = shares * sizes + float(state["nested_offset"])
     packed = tensors["weight"].reshape(shape.out_features, -1)
-    codes = torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1)
+    qweight = (packed >> 4).bitwise_or_(packed << 4)  # theirs has the first code in the high bits
     scale = absmax.view(shape.out_features, -1)
     zero = torch.full_like(scale, 8, dtype=torch.uint8)
     return assemble(
         subject,
-        codes,
+        qweight,
+        shape.in_features,
         scale,
         zero,
         4,

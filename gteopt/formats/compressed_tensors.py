@@ -42,6 +42,7 @@ from gteopt.formats.packed import (
     as_words,
     assemble,
     check_tensors,
+    cut,
     feature_order,
 )
 from gteopt.quant.affine import PackedWeight, pack_codes, packed_width, unpack_codes
@@ -172,14 +173,15 @@ def from_tensors(
         }
         optional = frozenset({"weight_shape", "weight_zero_point", "weight_g_idx"})
         check_tensors(subject, {**tensors, "weight_scale": scale}, wanted, optional)
-        codes = unpack_codes(as_bytes(tensors["weight_packed"]), bits, shape.in_features)
+        qweight = cut(as_bytes(tensors["weight_packed"]), bits, shape.in_features)
         groups = tensors.get("weight_g_idx")
         if groups is not None and not bool((groups == -1).all()):  # -1: never filled in
             order = feature_order(subject, groups, n_groups)
         if order is not None:
-            codes = codes[:, order]
+            codes = unpack_codes(qweight, bits, shape.in_features)
+            qweight = pack_codes(codes[:, order], bits)
         packed_zero = tensors.get("weight_zero_point")
-        zero = torch.full(grid, offset, dtype=torch.uint8, device=codes.device)
+        zero = torch.full(grid, offset, dtype=torch.uint8, device=qweight.device)
         if packed_zero is not None:
             zero = unpack_codes(as_bytes(packed_zero.t()), bits, shape.out_features).t()
     elif element == "e4m3":
@@ -188,8 +190,8 @@ def from_tensors(
             "weight_scale": (None, grid),
         }
         check_tensors(subject, {**tensors, "weight_scale": scale}, wanted)
-        codes = tensors["weight"].view(torch.uint8)
-        zero = torch.full(grid, offset, dtype=torch.uint8, device=codes.device)
+        qweight = tensors["weight"].contiguous().view(torch.uint8)
+        zero = torch.full(grid, offset, dtype=torch.uint8, device=qweight.device)
     else:
         wanted = {
             "weight": (torch.int8, (shape.out_features, shape.in_features)),
@@ -198,12 +200,14 @@ def from_tensors(
         }
         tensors = {**tensors, "weight_scale": scale}
         check_tensors(subject, tensors, wanted, frozenset({"weight_zero_point"}))
-        codes = (tensors["weight"].to(torch.int16) + offset).to(torch.uint8)
+        # Flipping the top bit of a signed code adds the zero point 128.
+        qweight = tensors["weight"].contiguous().view(torch.uint8) ^ offset
         stored = tensors.get("weight_zero_point", torch.zeros(grid, dtype=torch.int8))
-        zero = (stored.to(torch.int16) + offset).to(torch.uint8).to(codes.device)
+        zero = (stored.to(torch.int16) + offset).to(torch.uint8).to(qweight.device)
     weight = assemble(
         subject,
-        codes.contiguous(),
+        qweight,
+        shape.in_features,
         scale.contiguous(),
         zero.contiguous(),
         bits,

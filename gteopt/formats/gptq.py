@@ -33,6 +33,7 @@ from gteopt.formats.packed import (
     as_words,
     assemble,
     check_tensors,
+    cut,
     feature_order,
     zero_points,
 )
@@ -171,16 +172,16 @@ def from_tensors(
         "g_idx": (None, (n_in,)),
     }
     check_tensors(subject, tensors, wanted, optional=frozenset({"g_idx"}))
-    codes = unpack_codes(as_bytes(tensors["qweight"].t()), bits, n_in)  # [O, I]
+    qweight = cut(as_bytes(tensors["qweight"].t()), bits, n_in)
     order = None
     if "g_idx" in tensors:
         order = feature_order(subject, tensors["g_idx"], n_groups)
     if order is not None:
-        codes = codes[:, order]
+        qweight = pack_codes(unpack_codes(qweight, bits, n_in)[:, order], bits)
     zero = _zero_points(tensors["qzeros"], bits, n_out, _VERSIONS[label], config.get("sym", False))
     scale = tensors["scales"].t().contiguous()  # [O, G]
     weight = assemble(
-        subject, codes.contiguous(), scale, zero.t().contiguous(), bits, activation_bits=16
+        subject, qweight, n_in, scale, zero.t().contiguous(), bits, activation_bits=16
     )
     return ReadLayer(weight, order)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gteopt.errors import IntegrityError, UnsupportedError, join_problems
-from gteopt.quant.affine import PackedWeight, QuantizedWeight, middle, pack
+from gteopt.quant.affine import PackedWeight, middle, pack_codes, packed_width, unpack_codes
 from gteopt.recipe import Element, GroupSize, LayerScheme
 
 Config = Mapping[str, Any]
@@ -108,7 +108,8 @@ def feature_order(subject: str, groups: Tensor, n_groups: int) -> Tensor | None:
 
 def assemble(
     subject: str,
-    codes: Tensor,
+    qweight: Tensor,
+    in_features: int,
     scale: Tensor,
     zero: Tensor,
     bits: int,
@@ -119,7 +120,9 @@ def assemble(
     element: Element = "int",
     group_size: GroupSize | None = None,
 ) -> PackedWeight:
-    """A packed weight of codes uint8 [O, I], scale [O, G] and zero uint8 [O, G].
+    """A packed weight of codes as `pack_codes` packs them, scale [O, G] and zero uint8 [O, G].
+
+    Packed codes are taken as they lie: to unpack and pack them again would be most of a load.
 
     Scales in bfloat16 or float32 are rounded to float16: exact for bfloat16 from 2^-14 on. A
     weight whose zero points all lie in the middle becomes symmetric.
@@ -132,7 +135,7 @@ def assemble(
     rounded = scale.to(torch.float16)
     if not bool(torch.isfinite(rounded).all()):
         raise UnsupportedError(f"{subject}: a scale is not finite or exceeds float16's 65504")
-    group_size = group_size or group_size_of(subject, codes.shape[1], scale.shape[1])
+    group_size = group_size or group_size_of(subject, in_features, scale.shape[1])
     symmetric = bool((zero == 1 << (bits - 1)).all())
     if activation_bits == 8 and (bits, group_size, symmetric) != (8, "row", True):
         raise UnsupportedError(
@@ -152,7 +155,15 @@ def assemble(
             "element": element,
         }
     )
-    return pack(QuantizedWeight(codes, rounded, zero, scheme))
+    qzero = None if symmetric else pack_codes(zero, bits)
+    return PackedWeight(qweight, rounded, qzero, scheme, in_features)
+
+
+def cut(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Dense bytes [R, B] without those, and the bits, that are beyond `n` codes."""
+    if n * bits % 8:
+        return pack_codes(unpack_codes(packed, bits, n), bits)
+    return packed[:, : packed_width(n, bits)].contiguous()
 
 
 def zero_points(weight: PackedWeight) -> Tensor:

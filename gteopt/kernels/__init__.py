@@ -65,7 +65,7 @@ def make_linear(
             kernel = Int8Reference
         if kernel is Int8LinearCpu and weight.scheme.activation_static:
             kernel = StaticInt8LinearCpu
-    elif device.type == "cpu" and dtype == torch.bfloat16 and int4_runs_here(weight.unpack()):
+    elif device.type == "cpu" and dtype == torch.bfloat16 and int4_runs_here(weight):
         kernel = Int4LinearCpu
     layer = kernel(weight, None if bias is None else bias.detach().to(dtype)).to(device)
     if order is not None:
