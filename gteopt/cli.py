@@ -930,7 +930,9 @@ def _facts(found: Inspection) -> Table:
         "trained lengths": ", ".join(map(str, found.matryoshka_dims)) or "none stated",
         "longest input": f"{found.max_tokens:,} tokens",
         "pooling": f"{found.pooling}{', normalised' if found.normalised else ''}",
-        "end token": found.end_token or "as the tokenizer does",
+        "around a text": " ... ".join([found.start_token or "", found.end_token]).strip()
+        if found.end_token
+        else "as the tokenizer does",
         "query prompt": repr(found.query_prompt),
         "document prompt": repr(found.document_prompt),
         "license": found.license or "not stated",

@@ -83,6 +83,7 @@ def inspect(
         attention=checkpoint.attention,
         pooling=checkpoint.pooling,
         normalised=checkpoint.normalise,
+        start_token=checkpoint.start_token,
         end_token=checkpoint.end_token,
         query_prompt=template or checkpoint.prompts.get("query", ""),
         document_prompt="" if template else checkpoint.prompts.get("document", ""),

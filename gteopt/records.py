@@ -301,6 +301,7 @@ class Inspection(Frozen):
     attention: str
     pooling: str
     normalised: bool
+    start_token: str | None
     end_token: str | None
     query_prompt: str
     document_prompt: str

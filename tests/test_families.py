@@ -597,6 +597,8 @@ def test_inspect_tells_the_familys_facts(tmp_path: Path) -> None:
     assert facts["Qwen3-Embedding-0.6B"].matryoshka_dims == (64, 32)
     assert facts["NV-Embed-v1"].pooling == "latent"
     assert facts["NV-Embed-v1"].license == "cc-by-nc-4.0"
+    around = [(facts[name].start_token, facts[name].end_token) for name in IDS]
+    assert around == [(None, "<|endoftext|>")] * 3 + [("<s>", "</s>")] * 2
     assert all(each.published_scores for each in facts.values())
     assert any("gteopt takes the family's" in note for note in facts[IDS[0]].notes)
 
