@@ -73,9 +73,9 @@ class Counting(Encoder):
             progress=progress,
         )
 
-    def embed_tokens(self, tokens: Sequence[Sequence[int]], **kwargs: Any) -> Any:
+    def _launched(self, tokens: Sequence[Sequence[int]], *how: Any) -> Any:
         self.prompted += [self.tokenizer.decode(list(ids)) for ids in tokens]
-        return super().embed_tokens(tokens, **kwargs)
+        return super()._launched(tokens, *how)
 
 
 def random_weights(encoder: Encoder) -> None:
