@@ -751,6 +751,10 @@ def _open_stage(out: Path, recipe: Recipe, checkpoint: Checkpoint, dtype: str) -
     if state_path.is_file():
         try:
             if _BuildState.model_validate_json(state_path.read_bytes()) == state:
+                # What a killed process was writing: ours and safetensors' names before a rename.
+                for path in list(stage.rglob("*")):
+                    if path.is_file() and (path.name.startswith(".") or path.suffix == ".part"):
+                        path.unlink()
                 return stage
         except ValueError:
             pass  # unreadable state belongs to no build; start afresh

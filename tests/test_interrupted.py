@@ -137,6 +137,9 @@ def test_killed_after_each_block_in_turn_it_ends_in_the_same_bytes(
         assert killed.code == -signal.SIGKILL
         assert finished_blocks(tmp_path / "out") == block
         assert not (tmp_path / "out").exists()
+    # Killed in the middle of a file, it leaves that under a name of the writer's own.
+    for name in (".tmp1a2b3c", "weights/.block-002.json.x1y2", "weights/block-002.part"):
+        (tmp_path / ".out.partial" / name).write_bytes(b"half")
     assert build(base, tmp_path / "out", recipe) == Ended(0, "")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}
