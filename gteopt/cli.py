@@ -660,7 +660,7 @@ def inspect(
                 f"{tuning.error_before:.5f} -> {tuning.error_after:.5f}, "
                 f"{tuning.codes_changed:.1%} of the codes changed"
             )
-    else:
+    elif found.estimates:
         _out.print(_estimates(found))
 
 

@@ -59,7 +59,8 @@ def inspect(
     family: str | None = None,
     dtype: str = "bfloat16",
 ) -> Inspection:
-    """Describe a base (with an estimate for every shipped recipe) or an artifact.
+    """Describe a base (with an estimate for every shipped recipe), an artifact, or what another
+    library quantized.
 
     Of a model on the Hub whose weights are not here, only what describes them is downloaded.
 
@@ -72,7 +73,8 @@ def inspect(
     manifest = checkpoint.manifest
     is_here = manifest is not None or checkpoint.weight_files
     template, lengths = checkpoint.query_template, checkpoint.matryoshka_dims
-    recipes = [] if manifest else [load_recipe(name) for name in shipped_names("recipes")]
+    names = [] if checkpoint.is_quantized or manifest else shipped_names("recipes")
+    recipes = [load_recipe(name) for name in names]
     return Inspection(
         schema="gteopt.inspection/1",
         id=checkpoint.id,
@@ -180,6 +182,8 @@ def estimate(
 
 
 def _n_parameters(checkpoint: Checkpoint) -> int:
+    if checkpoint.quantization is not None:  # whose tensors hold several weights a number
+        return sum(each.numel() for each in build_skeleton(checkpoint).parameters())
     return sum(math.prod(shape) for shape in checkpoint.tensors.values())
 
 

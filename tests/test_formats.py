@@ -20,6 +20,7 @@ from gteopt.build import plan_layers
 from gteopt.checkpoint import open_checkpoint
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
 from gteopt.formats import FORMATS, Shape, choose_layout, format_of, gptq
+from gteopt.inspect import inspect
 from gteopt.kernels import make_linear
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, code_range, pack
 from gteopt.recipe import LayerScheme, Recipe, load_recipe
@@ -408,6 +409,8 @@ def test_a_checkpoint_of_another_maker_opens_without_a_manifest(
     encoder = gteopt.load(foreign)
     assert encoder.manifest is None
     np.testing.assert_array_equal(encoder.encode(TEXTS), gteopt.load(int4["gteopt"]).encode(TEXTS))
+    seen = inspect(foreign)
+    assert (seen.estimates, seen.n_parameters) == ((), inspect("nano").n_parameters)
     with pytest.raises(InputError, match="already quantized"):
         gteopt.quantize(foreign, "int8", tmp_path / "x")
     tensors.pop("model.norm.weight")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import gteopt
 from gteopt.checkpoint import open_checkpoint
-from gteopt.recipe import LayerScheme, Recipe
+from gteopt.recipe import Calibration, LayerScheme, Recipe, load_recipe
 
 pytest.importorskip("compressed_tensors", reason="needs the environment of `make interop`")
 pytest.importorskip("bitsandbytes", reason="needs the environment of `make interop`")
@@ -110,6 +110,18 @@ def test_sentence_transformers_gives_the_vectors_of_what_gteopt_wrote(
     theirs = their_vectors(tmp_path / "out")
     ours = gteopt.load(tmp_path / "out", dtype="float32").encode(TEXTS)
     assert least_cosine(ours, theirs) >= NOISE.get(name, 0.9999)
+
+
+@pytest.mark.parametrize("base", ["nano", "minilm"])
+def test_sentence_transformers_opens_layers_of_different_bits(base: str, tmp_path: Path) -> None:
+    """What `mixed-*` recipes write: layers of 2 to 16 bits in one checkpoint."""
+    few = Calibration(n_texts=8, max_tokens=32)
+    recipe = load_recipe("mixed-4.25").model_copy(update={"calibration": few})
+    made = gteopt.quantize(folder_of(base), recipe, tmp_path / "out", dtype="float32")
+    assert made.layout == "compressed-tensors"
+    assert len({layer.scheme.bits for layer in made.layers}) > 1
+    ours = gteopt.load(tmp_path / "out", dtype="float32").encode(TEXTS)
+    assert least_cosine(ours, their_vectors(tmp_path / "out")) >= 0.9999
 
 
 def with_transformers(folder: Path, **options: Any) -> None:
