@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from rich.console import Console, OverflowMethod
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -974,13 +974,16 @@ def _layers(manifest: Manifest) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("layer", "shape", "method", "bits", "weight SNR dB", "output SNR dB", "note"):
         right = name in ("shape", "bits", "weight SNR dB", "output SNR dB")
-        table.add_column(name, justify="right" if right else "left")
+        # Names differ at their ends, which must not be cut off.
+        overflow: OverflowMethod = "fold" if name == "layer" else "ellipsis"
+        table.add_column(name, justify="right" if right else "left", overflow=overflow)
     for layer in manifest.layers:
+        element = "" if layer.scheme.element == "int" else f" {layer.scheme.element}"
         table.add_row(
             layer.name,
             f"{layer.out_features} x {layer.in_features}",
             layer.method,
-            f"{layer.bits_per_weight:.2f}",
+            f"{layer.bits_per_weight:.2f}{element}",
             f"{layer.weight_snr_db:.1f}",
             "-" if layer.output_snr_db is None else f"{layer.output_snr_db:.1f}",
             layer.note or "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,10 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import gteopt
-from gteopt.cli import main
-from gteopt.recipe import Calibration, load_recipe
+from gteopt.artifact import read_manifest
+from gteopt.cli import _layers, main
+from gteopt.recipe import Calibration, LayerScheme, load_recipe
 
 COMMANDS = [
     "run", "quantize", "truncate", "bench", "evaluate", "choose", "report", "verify", "publish",
@@ -157,6 +160,22 @@ def test_inspect_shows_a_base_and_an_artifact_in_words(call: Call, artifact: Pat
     assert "gptq-int4-slice128-binary" in base.out
     assert "layers.0.self_attn.q_proj" in variant.out
     assert "lookup table" in variant.out
+
+
+def test_inspect_cuts_no_layers_name_and_says_which_numbers_it_has(artifact: Path) -> None:
+    """In 80 columns too: BERT's names differ at their ends only."""
+    manifest = read_manifest(artifact)
+    nf4 = LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4")
+    layers = tuple(
+        layer.model_copy(update={"name": f"encoder.layer.10.attention.part_{i}", "scheme": nf4})
+        for i, layer in enumerate(manifest.layers)
+    )
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(_layers(manifest.model_copy(update={"layers": layers})))
+    rows = [line.split("│") for line in console.export_text().splitlines() if line[:1] == "│"]
+    names = "".join(row[1].strip() for row in rows)
+    assert all(layer.name in names for layer in layers)
+    assert sum("nf4" in row[4] for row in rows) == len(layers)
 
 
 def test_truncate_then_verify_then_a_flipped_byte(
