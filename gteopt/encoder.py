@@ -49,6 +49,7 @@ Role = Literal["query", "document"]
 Backend = Literal["torch", "openvino"]
 Padding = Literal["left", "right"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+_Held = TypeVar("_Held")
 _ALONE_TOKENS = 2048
 """A batch with a text beyond this is taken text by text: neither padding nor activations of many
 long texts at once."""
@@ -285,7 +286,7 @@ class Encoder:
         """With start and end token, and room left for them, so that truncation can never cut off
         what pooling reads.
         """
-        room = limit - len(self._start_ids) - len(self._end_ids)
+        room = max(0, limit - len(self._start_ids) - len(self._end_ids))
         found = Tokens((*self._start_ids, *ids[:room], *self._end_ids))
         found.is_cut = len(ids) > room
         return found
@@ -648,6 +649,7 @@ def load_checkpoint(
         module = build_skeleton(checkpoint)
         weights = openvino_weights(checkpoint, module, kind)
         graph = Graph(whole_config(checkpoint), weights, dtype=kind)
+        give_back()
     elif backend != "torch":
         raise InputError(
             f"unknown backend '{backend}': {suggest(str(backend), ['torch', 'openvino'])}"
@@ -984,17 +986,30 @@ def whole_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**checkpoint.config, **_hf_config(checkpoint).to_dict()}
 
 
+class _Once(dict[str, _Held]):
+    """Gives each value away: whoever asks for it holds the only one."""
+
+    def __getitem__(self, name: str) -> _Held:
+        return self.pop(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.pop(name, default)
+
+
 def openvino_weights(checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> Weights:
-    """What OpenVINO's graph of a checkpoint is made of; the skeleton is `build_skeleton`'s."""
+    """What OpenVINO's graph of a checkpoint is made of; the skeleton is `build_skeleton`'s.
+
+    Each weight can be read once: the graph has a copy, and the original is freed when that is made.
+    """
     cpu = torch.device("cpu")
     if not checkpoint.is_quantized:
         module, _ = _load_unquantized(checkpoint, cpu, dtype)
-        return Weights(module.state_dict())
+        return Weights(_Once(module.state_dict()))
     stored = _read_packed(checkpoint, skeleton, cpu, dtype)
     biases = {f"{name}.bias": bias.to(dtype) for name, _, bias in stored.layers if bias is not None}
     return Weights(
-        plain={**stored.plain, **biases},
-        packed={name: layer.weight for name, layer, _ in stored.layers},
+        plain=_Once({**stored.plain, **biases}),
+        packed=_Once({name: layer.weight for name, layer, _ in stored.layers}),
         orders={n: layer.order for n, layer, _ in stored.layers if layer.order is not None},
         table=None if stored.table is None else stored.table[1],
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gteopt
-from gteopt.checkpoint import open_checkpoint
+from gteopt.checkpoint import _hash_unchanged, open_checkpoint
 from gteopt.encoder import Encoder, empty_, swap_linear_
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
 from gteopt.quant.affine import pack, quantize_rtn
@@ -131,6 +131,17 @@ def test_the_end_token_stands_exactly_once_at_the_end_also_after_truncation(nano
         assert ids.count(end) == 1
         assert len(ids) <= nano.max_tokens
     assert len(nano.tokenize(["word " * 5000])[0]) == nano.max_tokens
+    assert nano.tokenize(["word " * 9], max_tokens=1) == [[end]]
+
+
+def test_a_bases_files_are_hashed_once_a_process() -> None:
+    before = _hash_unchanged.cache_info()
+    wanted = open_checkpoint("nano").sha256
+    between = _hash_unchanged.cache_info()
+    assert open_checkpoint("nano").sha256 == wanted
+    after = _hash_unchanged.cache_info()
+    assert after.misses == between.misses
+    assert after.hits - between.hits == between.hits + between.misses - before.hits - before.misses
 
 
 def test_query_and_document_differ_only_by_the_prompt(nano: Encoder) -> None:

@@ -435,13 +435,12 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         uint8 [..., ceil(n * bits / 8)]; of 8 bits the codes themselves.
     """
     if bits == 8:
-        # Side by side, with strides that say so: a single column of a matrix is "flat" as it is.
-        return codes.flatten().contiguous().view(codes.shape)
+        return codes.contiguous().flatten().view(codes.shape)  # with strides that say so
     n_codes, n_bytes = _period(bits)
     n = codes.shape[-1]
     padded = torch.nn.functional.pad(codes, (0, -n % n_codes)) if n % n_codes else codes
     if bits == 4:
-        flat = padded.flatten().contiguous()
+        flat = padded.contiguous().flatten()
         if flat.storage_offset() % 2:  # a wider integer cannot begin there
             flat = flat.clone()
         wide = flat.view(torch.int16)  # little-endian: the first code of a pair is the lower byte
