@@ -178,7 +178,7 @@ class _Builder:
         self.kernels: Counter[str] = Counter()
         self.rounds = False
         self._static_inputs = static
-        self._rounded: dict[tuple[int, int, bytes], Node] = {}
+        self._rounded: dict[tuple[str, int, bytes], Node] = {}
         self._weights = weights
 
     def constant(self, values: NDArray[Any] | Tensor, kind: str | None = None) -> Node:
@@ -266,7 +266,8 @@ class _Builder:
         offset = torch.zeros(packed.out_features) if bias is None else bias.float()
         if self._static_inputs:
             offset = offset - (codes.float() @ grid.zero) * scale[:, 0]
-        key = (id(x.get_node()), x.get_index(), grid.scale.numpy().tobytes())
+        maker = x.get_node().get_friendly_name()  # unique in a graph, which an id is not
+        key = (maker, x.get_index(), grid.scale.numpy().tobytes())
         if key not in self._rounded:  # once for all layers of these inputs
             read = self.op.multiply(x, self.constant(1 / grid.scale))
             if self._static_inputs:
