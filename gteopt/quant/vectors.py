@@ -348,7 +348,11 @@ def fit(x: npt.ArrayLike, dims: Dims | None, vectors: Vectors) -> VectorTransfor
       in any by -0.031 to 0.031 where it is fitted on other texts (STS-B, the builtin ones).
     - a projection learned from the PCA's (Adam, 600 steps, squared error of cosines and the
       divergence of their softmax, 1332 texts) keeps 0.005 less to 0.006 more than the PCA on
-      Cranfield with all-MiniLM-L6-v2 in 192, 96 and 48 dimensions: no method of its own.
+      Cranfield with all-MiniLM-L6-v2 in 192, 96 and 48 dimensions: no method of its own. On every
+      second text of a collection, its queries searched among the others, the PCA keeps 0.936,
+      0.846, 0.744 of Cranfield (slice 0.766, 0.624, 0.442) and a projection learned there, from 700
+      texts, 0.936, 0.842, 0.751; of Banking77, from 2000 texts, 0.960, 0.888, 0.763 (slice 0.799,
+      0.685, 0.524) and 0.961, 0.905, 0.791. It begins to pay with some thousand texts.
 
     Args:
         x: [N, F] unit rows of the model, in full dimension.
