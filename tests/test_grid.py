@@ -18,7 +18,11 @@ from gteopt.recipe import Recipe, VectorCode, quiet
 from gteopt.records import EvalReport, read_record
 from gteopt.report import grid_table
 
-TOPICS = ("ships at sea", "trees in spring", "old coins", "fast trains", "sour bread", "night sky")
+TOPICS = (
+    *("ships at sea", "trees in spring", "old coins", "fast trains", "sour bread", "night sky"),
+    *("deep caves", "wool socks", "river ice", "brass bells"),
+)
+"""As many queries as an interval needs."""
 
 
 @pytest.fixture(scope="module")
