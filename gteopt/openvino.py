@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gteopt.errors import UnsupportedError
-from gteopt.kernels.cpu import activation_bits, multiplies_bfloat16
+from gteopt.kernels.cpu import activation_bits, multiplies_bfloat16, signed_codes
 from gteopt.quant.affine import PackedWeight, middle, pack_codes, unpack_codes
 from gteopt.quant.inputs import InputGrid
 from gteopt.recipe import LayerScheme
@@ -260,12 +260,11 @@ class _Builder:
 
     def _static(self, name: str, x: Node, packed: PackedWeight, grid: InputGrid) -> Node:
         """The product of inputs that a fixed grid rounds; plain bytes where that is fast."""
-        codes = (packed.qweight ^ 128).view(torch.int8)
-        scale = packed.scale[:, :1].float()
+        codes, scale = signed_codes(packed)
         bias = self._weights.plain.get(f"{name}.bias")
         offset = torch.zeros(packed.out_features) if bias is None else bias.float()
         if self._static_inputs:
-            offset = offset - (codes.float() @ grid.zero) * scale[:, 0]
+            offset = offset - (codes.float() @ grid.zero) * scale
         maker = x.get_node().get_friendly_name()  # unique in a graph, which an id is not
         key = (maker, x.get_index(), grid.scale.numpy().tobytes())
         if key not in self._rounded:  # once for all layers of these inputs
@@ -275,7 +274,7 @@ class _Builder:
                 moved = self.op.add(read, self.constant(grid.zero))
                 read = self.op.fake_quantize(moved, *ends, 256)
             self._rounded[key] = read.output(0)
-        weight = self.op.multiply(self.wide(self.constant(codes)), self.constant(scale))
+        weight = self.op.multiply(self.wide(self.constant(codes)), self.constant(scale[:, None]))
         y = self.op.matmul(self._rounded[key], weight, False, True)
         self.kernels["openvino.int8 (static)"] += 1
         return self.op.add(y, self.constant(offset)).output(0)

@@ -95,6 +95,13 @@ def test_every_shipped_recipe_is_named_in_the_readme() -> None:
     assert [name for name in shipped_names("recipes") if f"`{name}`" not in README] == []
 
 
+def test_every_shipped_recipe_that_changes_weights_names_a_paper() -> None:
+    texts = {name: (ROOT / "recipes" / f"{name}.yaml") for name in shipped_names("recipes")}
+    assert [n for n, path in texts.items() if "https://arxiv.org/abs/" not in path.read_text()] == [
+        "bf16"
+    ]
+
+
 def test_links_inside_the_repository_lead_somewhere() -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
     assert targets

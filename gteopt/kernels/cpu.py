@@ -213,7 +213,7 @@ class Int8LinearCpu(nn.Module):
         self.symmetric = weight.scheme.activation_symmetric
         self.outliers = weight.scheme.activation_outliers
         self.rounding = ("int8", self.symmetric, self.outliers)
-        codes, scale = _signed(weight)
+        codes, scale = signed_codes(weight)
         self.bits = activation_bits()
         if self.bits < 8:
             self.kernel = f"{self.kernel} (activations of {self.bits} bits: no VNNI)"
@@ -287,7 +287,7 @@ class StaticInt8LinearCpu(nn.Module):
         super().__init__()
         assert weight.inputs is not None
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        codes, scale = _signed(weight)
+        codes, scale = signed_codes(weight)
         bits = activation_bits()
         if bits < 8:
             self.kernel = f"{self.kernel[:-1]}, activations of {bits} bits: no VNNI)"
@@ -311,7 +311,7 @@ class StaticInt8LinearCpu(nn.Module):
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
-def _signed(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+def signed_codes(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     """int8 codes [O, I] around zero and their float32 scales [O] of a symmetric 8-bit weight."""
     # Flipping the top bit of an unsigned code subtracts the zero point 128.
     codes = (weight.qweight ^ 128).view(torch.int8).cpu().contiguous()
