@@ -324,7 +324,7 @@ def bench(
     from gteopt.bench import bench as measure
     from gteopt.bench import bench_dummy
     from gteopt.records import write_record
-    from gteopt.report import bench_table, limits_table
+    from gteopt.tables import bench_table, limits_table
 
     spec = _bench_spec(workload, query_tokens, queries, repeats)
     sources = _named([*([baseline] if baseline else []), *artifacts])
@@ -439,7 +439,7 @@ def evaluate(
     """
     from gteopt.evaluation import EncodeOptions, load_suite, with_data
     from gteopt.plan import Setup, base_of, compare_texts, parse_grid, score
-    from gteopt.report import eval_table, fidelity_table, grid_table
+    from gteopt.tables import eval_table, fidelity_table, grid_table
 
     sources = _named([baseline or base_of(artifacts), *artifacts])
     if texts is not None and (suite or data):
@@ -854,7 +854,7 @@ def _show_all(records: Sequence[Frozen], table: Table, *, as_json: bool) -> None
 
 
 def _show_results(results: Results, *, as_json: bool) -> None:
-    from gteopt.report import terminal_table
+    from gteopt.tables import terminal_table
 
     _show(results, terminal_table(results), as_json=as_json)
     if not as_json and results.choice is not None:

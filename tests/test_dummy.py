@@ -17,7 +17,7 @@ from gteopt.dummy import shapes, write_dummy
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.recipe import BenchSpec, Workload
 from gteopt.records import BenchReport, break_even_price_per_hour, cost_per_million_tokens
-from gteopt.report import bench_table, limits_table
+from gteopt.tables import bench_table, limits_table
 
 SMALL = {
     "model_type": "qwen2",

@@ -16,7 +16,7 @@ from gteopt.evaluation import Suite, load_suite, run_suite
 from gteopt.plan import Grid, Setup, parse_grid, score
 from gteopt.recipe import Recipe, VectorCode, quiet
 from gteopt.records import EvalReport, read_record
-from gteopt.report import grid_table
+from gteopt.tables import grid_table
 
 TOPICS = (
     *("ships at sea", "trees in spring", "old coins", "fast trains", "sour bread", "night sky"),

@@ -23,7 +23,7 @@ from gteopt.evaluation.tasks import mini_rows
 from gteopt.plan import Grid, Setup, compare_texts
 from gteopt.recipe import quiet
 from gteopt.records import FidelityReport, read_record
-from gteopt.report import fidelity_table
+from gteopt.tables import fidelity_table
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

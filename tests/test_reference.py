@@ -25,7 +25,7 @@ from gteopt.records import (
     find_reference,
     read_record,
 )
-from gteopt.report import eval_table
+from gteopt.tables import eval_table
 
 MODELS = (
     "Alibaba-NLP/gte-Qwen2-7B-instruct",

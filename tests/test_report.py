@@ -41,14 +41,8 @@ from gteopt.records import (
     ThroughputRecord,
     VariantBench,
 )
-from gteopt.report import (
-    bench_table,
-    eval_table,
-    html_page,
-    rows,
-    terminal_table,
-    write_report,
-)
+from gteopt.report import html_page, write_report
+from gteopt.tables import bench_table, eval_table, rows, terminal_table
 
 MACHINE = Machine(
     cpu="AMD EPYC 9B14 (avx512_bf16, avx512_vnni)",

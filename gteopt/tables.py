@@ -1,0 +1,642 @@
+"""What was measured, as tables for the terminal: one line a variant, one column a quantity.
+
+Hides: which columns there are, wording of limits and verdicts, rich. Refuses to know: torch, HTML,
+how a number was measured, and how the picked variant was chosen (rows repeat what `Choice` says).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from gteopt.recipe import METRIC_WORDS, metric_amount
+from gteopt.records import (
+    HOSTED_PRICE,
+    BenchReport,
+    BesidePublished,
+    BrokenLimit,
+    Difference,
+    EvalReport,
+    FidelityReport,
+    Machine,
+    Results,
+    TaskScore,
+    Verdict,
+    break_even_price_per_hour,
+    cost_per_million_tokens,
+)
+
+Status = Literal["picked", "front", "rejected", "other"]
+
+_MEGABYTE = 1e6
+MISSING = "–"
+_DIFFERS = "≠"
+MARKS: dict[Status, str] = {"picked": "✓", "front": "◦", "rejected": "✗", "other": ""}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant as the tables show it; None where it was not measured.
+
+    Attributes:
+        weight_ratio: its weight bytes / the baseline's.
+        vector_bytes: of one stored vector.
+        retention: its score / the baseline's.
+        tokens_per_s: geometric mean over the workloads, as is `speed_ratio`.
+        speed_ratio: its speed / the baseline's, interleaved with it.
+        status: what the policy made of it; "rejected" breaks a limit.
+        verdict: the same in words, with the limits that it breaks.
+        partial: some task failed; the score is the mean over the others.
+    """
+
+    name: str
+    is_baseline: bool
+    status: Status
+    verdict: str
+    partial: bool = False
+    weight_bytes: int | None = None
+    weight_ratio: float | None = None
+    dims: int | None = None
+    vector_bytes: int | None = None
+    score: float | None = None
+    retention: float | None = None
+    mean_cosine: float | None = None
+    p1_cosine: float | None = None
+    neighbour_overlap: float | None = None
+    spearman: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    tokens_per_s: float | None = None
+    speed_ratio: float | None = None
+    peak_memory_bytes: int | None = None
+    load_s: float | None = None
+
+
+def rows(results: Results) -> list[Row]:
+    """The baseline's row, then the variants' in the order they were measured."""
+    names = [results.bench.baseline, *results.bench.variants, *results.evals]
+    return [_row(name, results) for name in dict.fromkeys(names)]
+
+
+def terminal_table(results: Results) -> Table:
+    """The results as a table 100 columns wide (for names of up to 24 letters).
+
+    Below the table stand the limits that each rejected variant breaks and the tasks that failed.
+    """
+    lines = rows(results)
+    table = _table([row.name for row in lines], marked=True)
+    columns = [column for column in COLUMNS if column.attribute in _IN_TERMINAL]
+    for column in columns:
+        table.add_column(column.terminal, justify="right", no_wrap=True)
+    for row in lines:
+        style = "bold green" if row.status == "picked" else "dim" if row.is_baseline else ""
+        cells = [column.text(row) for column in columns]
+        table.add_row(MARKS[row.status], Text(row.name), *cells, style=style)
+    notes = ["✓ picked   ◦ on the Pareto front   ✗ breaks a limit   * partial: some task failed"]
+    notes += [f"✗ {row.name}: {row.verdict}" for row in lines if row.status == "rejected"]
+    notes += [f"* {failure}" for failure in failures(results.evals)]
+    table.caption = Text("\n".join(notes), style="not italic")
+    return table
+
+
+def bench_table(report: BenchReport) -> Table:
+    """Speed and memory of each variant, the throughput of each workload in tokens/s."""
+    lines = rows(Results(bench=report, evals={}, choice=None))
+    table = _table([row.name for row in lines])
+    columns = [column for column in COLUMNS if column.attribute in _IN_BENCH]
+    for column in columns:
+        table.add_column(column.terminal, justify="right", no_wrap=True)
+    for workload in report.spec.workloads:
+        about = "" if workload.lengths == "equal" else "~"
+        heading = f"{workload.batch_size}×{about}{workload.tokens}\ntok/s"
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in lines:
+        cells = [column.text(row) for column in columns]
+        cells += [f"{t.tokens_per_s:,.0f}" for t in report.variants[row.name].throughput]
+        table.add_row(Text(row.name), *cells, style="dim" if row.is_baseline else "")
+    table.caption = Text(
+        f"{machine_line(report.machine)}; {report.device}, {report.n_threads} threads; latency of "
+        f"single queries of {report.spec.query_tokens} tokens; × is relative to "
+        f"{report.baseline}, measured in turns with it{_backend_note(report)}{_part_note(report)}",
+        style="not italic",
+    )
+    return table
+
+
+def _backend_note(report: BenchReport) -> str:
+    backend = report.versions.get("backend", "torch")
+    return "" if backend == "torch" else f"; the variants run on {backend}, it on torch"
+
+
+def _part_note(report: BenchReport) -> str:
+    """What must be said of figures of random weights."""
+    dummy = report.dummy
+    if dummy is None:
+        return ""
+    if dummy.n_layers == dummy.of_layers:
+        return f"; random weights in the shape of {dummy.base}"
+    return (
+        f"; random weights, {dummy.n_layers} of the {dummy.of_layers} blocks of {dummy.base}: no "
+        f"figure here is that of the whole model"
+    )
+
+
+_NOISE_ABOVE_PEAK = 1.1
+
+
+def limits_table(report: BenchReport) -> Table:
+    """How near each variant comes to what the device can do, and what its tokens cost.
+
+    A row a variant and workload: 10^9 operations a second and their share of the measured peak;
+    joules of the device for a million tokens, where they were counted; dollars for a million tokens
+    at the price of the machine, where it was said; the hourly price at which they cost what the
+    hosted model does; dollars of storage are left to the user, bytes of an index of a million
+    vectors are not.
+    """
+    table = _table(list(report.variants))
+    for heading in (
+        "workload",
+        "GFLOP/s",
+        "of peak",
+        "J/M tokens",
+        "$/M tokens",
+        "$/h for hosted price",
+        "index GB/M",
+    ):
+        table.add_column(heading, justify="right")
+    whole = report.dummy is None or report.dummy.n_layers == report.dummy.of_layers
+    for name, variant in report.variants.items():
+        for record, workload in zip(variant.throughput, report.spec.workloads, strict=True):
+            price = report.price_per_hour
+            cost = (
+                f"{cost_per_million_tokens(price, record.tokens_per_s):.4f}"
+                if price is not None and whole
+                else MISSING
+            )
+            even = f"{break_even_price_per_hour(record.tokens_per_s):.3f}" if whole else MISSING
+            table.add_row(
+                Text(name),
+                workload.name,
+                MISSING if record.gflops is None else f"{record.gflops:,.0f}",
+                MISSING if record.peak_ratio is None else f"{record.peak_ratio:.0%}",
+                MISSING
+                if record.joules_per_million_tokens is None
+                else f"{record.joules_per_million_tokens:,.0f}",
+                cost,
+                even,
+                f"{variant.index_bytes_per_million / 1e9:.2f}",
+            )
+    peaks = ", ".join(f"{kind} {value:,.0f}" for kind, value in report.peak_gflops.items())
+    price_note = (
+        "no price said (--price-per-hour)"
+        if report.price_per_hour is None
+        else f"at ${report.price_per_hour:g} an hour"
+    )
+    shares = [each.peak_ratio or 0 for v in report.variants.values() for each in v.throughput]
+    busy = (
+        "; more than the peak: other work slowed the device while the peak was measured, so no "
+        "share here is to be trusted"
+        if max(shares, default=0) > _NOISE_ABOVE_PEAK
+        else ""
+    )
+    table.caption = Text(
+        f"measured peaks in GFLOP/s: {peaks or 'none'}{busy}; {price_note}; hosted price: "
+        f"${HOSTED_PRICE} per million tokens; {report.energy or 'energy was not counted'}",
+        style="not italic",
+    )
+    return table
+
+
+def eval_table(reports: Mapping[str, EvalReport]) -> Table:
+    """Score, fidelity and every task, one column a variant."""
+    evals = list(reports.values())
+    table = _table([task.task for report in evals for task in report.tasks], heading="")
+    known = {
+        task_key(task): task.published
+        for report in evals
+        for task in report.tasks
+        if task.published is not None
+    }
+    if known:
+        table.add_column("published", justify="right", no_wrap=True)
+    for name in reports:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    lines = [_with_scores(Row(name, False, "other", ""), reports[name]) for name in reports]
+    for column in COLUMNS:
+        if column.attribute in _IN_EVAL:
+            cells = [*([""] if known else []), *(column.text(row) for row in lines)]
+            table.add_row(Text(f"{column.title} {column.unit}"), *cells, style="bold")
+    if any(not _is_own_baseline(report) for report in evals):
+        empty = [""] if known else []
+        spans = [suite_span(report).replace(" [", "\n[") for report in evals]
+        table.add_row("Difference", *empty, *spans, style="bold")
+        table.add_row("Verdict", *empty, *map(suite_verdict, evals), style="bold")
+    table.add_section()
+    scores = [
+        {task_key(task): f"{task.score * 100:.2f}{_mark(report, task)}" for task in report.tasks}
+        for report in evals
+    ]
+    for key in dict.fromkeys(key for by_key in scores for key in by_key):
+        task, split, subset = key
+        heading = Text(f"{task} {subset} {split}".replace(" default ", " "))
+        cells = [published_text(known.get(key))] if known else []
+        cells += [by_key.get(key, MISSING) for by_key in scores]
+        table.add_row(heading, *cells)
+    suites = dict.fromkeys(f"suite {r.suite}, against {r.baseline}" for r in evals)
+    notes = [*suites, *_about_verdicts(evals), *(f"* {each}" for each in failures(reports))]
+    notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
+    notes += [sentence for report in evals for sentence in beside_published(report)]
+    table.caption = Text("\n".join(notes), style="not italic")
+    return table
+
+
+def grid_table(reports: Mapping[str, EvalReport]) -> Table:
+    """One line a variant, length and code: score, difference from the baseline, fidelity."""
+    evals = list(reports.values())
+    table = _table(list(reports))
+    for heading in ("vector\nbytes", "score\n%", "difference\n95 %", "nn@10\n%", "ρ"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for name, report in reports.items():
+        found = report.fidelity
+        table.add_row(
+            Text(name),
+            MISSING if report.bytes_per_vector is None else f"{report.bytes_per_vector:,}",
+            f"{report.score * 100:.2f}{'*' if report.partial else ''}",
+            suite_span(report),
+            f"{found.neighbour_overlap * 100:.1f}",
+            f"{found.spearman:.3f}",
+            suite_verdict(report),
+            style="dim" if _is_own_baseline(report) else "",
+        )
+    first = evals[0]
+    n_rows = sum(not _is_own_baseline(report) for report in evals)
+    notes = [
+        f"suite {first.suite}, against {first.baseline}; differences in points with their 95 % "
+        f"paired bootstrap interval",
+        f"verdicts against a margin of {first.margin * 100:g} points; worse and better hold for "
+        f"all {n_rows} lines together (Holm)",
+    ]
+    notes += [f"* {failure}" for failure in failures(reports)]
+    notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
+    table.caption = Text("\n".join(notes), style="not italic")
+    return table
+
+
+_VERDICT_MARKS: dict[Verdict, str] = {
+    "equivalent": "=",
+    "better": "+",
+    "worse": "-",
+    "undecided": "?",
+}
+
+
+def _is_own_baseline(report: EvalReport) -> bool:
+    return report.artifact_sha256 == report.baseline_sha256
+
+
+def suite_span(report: EvalReport) -> str:
+    return MISSING if _is_own_baseline(report) else _span(report.difference)
+
+
+def suite_verdict(report: EvalReport) -> str:
+    if _is_own_baseline(report):
+        return "baseline"
+    return report.difference.verdict if report.difference else MISSING
+
+
+def _mark(report: EvalReport, task: TaskScore) -> str:
+    """What is claimed of a task, in a character, so that numbers stay below each other."""
+    if _is_own_baseline(report):
+        return ""
+    return f" {_VERDICT_MARKS[task.difference.verdict] if task.difference else ' '}"
+
+
+def _about_verdicts(reports: Sequence[EvalReport]) -> list[str]:
+    """How verdicts are to be read, and which tasks have none for what reason."""
+    judged = [report for report in reports if not _is_own_baseline(report)]
+    if not judged:
+        return []
+    marks = ", ".join(f"{mark} {verdict}" for verdict, mark in _VERDICT_MARKS.items())
+    notes = [
+        f"differences in points with their 95 % paired bootstrap interval; verdicts against a "
+        f"margin of {judged[0].margin * 100:g} points: {marks}; better and worse hold for all "
+        f"{judged[0].n_claims} tasks together, and for all {len(judged)} means (Holm)"
+    ]
+    without = dict.fromkeys(
+        f"no interval of {task.task}"
+        f"{'' if task.subset == 'default' else f' {task.subset}'}: {task.no_interval}"
+        for report in judged
+        for task in report.tasks
+        if task.no_interval is not None
+    )
+    return [*notes, *without]
+
+
+def _span(difference: Difference | None) -> str:
+    """A difference of scores in points, with its interval."""
+    if difference is None:
+        return MISSING
+    value, low, high = (
+        f"{each * 100:+.2f}" for each in (difference.value, difference.low, difference.high)
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def _encodings(reports: Sequence[EvalReport | FidelityReport]) -> str:
+    """How many texts were encoded, how many encodings the cache saved, and what was cut."""
+    asked = sum(report.n_asked_texts for report in reports)
+    encoded = sum(report.n_encoded_texts for report in reports)
+    cut = {report.variant: report.n_cut_texts for report in reports if report.n_cut_texts}
+    said = f"texts encoded: {encoded:,}; encodings saved: {asked - encoded:,}"
+    if cut:
+        said += "; cut at the model's most tokens: " + ", ".join(
+            f"{n:,} of {name}" for name, n in cut.items()
+        )
+    return said
+
+
+def published_text(found: BesidePublished | None) -> str:
+    if found is None:
+        return MISSING
+    return f"{_DIFFERS if found.differs else ''}{found.score * 100:.2f}"
+
+
+def beside_published(report: EvalReport) -> list[str]:
+    """What the baseline's scores say beside those that are published for the same model."""
+    found, average = report.published, report.published_average
+    sentences = []
+    if found is not None:
+        sentence = (
+            f"published for {report.baseline}: {found.score * 100:.2f} over {found.n_tasks} of the "
+            f"tasks; here {found.baseline_score * 100:.2f}"
+        )
+        if found.low is None or found.high is None:
+            sentence += ", no interval"
+        else:
+            word = "outside" if found.differs else "within"
+            sentence += (
+                f", 95 % interval {found.low * 100:.2f} to {found.high * 100:.2f}: {word} of it"
+            )
+        sentences.append(f"{sentence} ({found.source})")
+    if average is not None:
+        sentences.append(
+            f"its card's average for {average.benchmark}: {average.score * 100:.2f} over "
+            f"{average.n_tasks} tasks, as they were then"
+        )
+    differing = [task for task in report.tasks if task.published and task.published.differs]
+    if differing:
+        named = ", ".join(dict.fromkeys(task.task for task in differing))
+        sentences.append(
+            f"{_DIFFERS} more than the baseline's 95 % interval away from the published score "
+            f"({named}): not the texts drawn; look at instruction, dtype, data and revision"
+        )
+    return sentences
+
+
+def fidelity_table(reports: Mapping[str, FidelityReport]) -> Table:
+    """Closeness to the baseline on a user's own texts, one line a variant."""
+    table = _table(list(reports))
+    for heading in (
+        "vector bytes",
+        "cosine",
+        "p1 cosine",
+        "neighbours kept",
+        "rank correlation",
+    ):
+        table.add_column(heading, justify="right")
+    for name, report in reports.items():
+        found = report.fidelity
+        cells = (found.mean_cosine, found.p1_cosine, found.neighbour_overlap, found.spearman)
+        table.add_row(
+            Text(name), f"{report.bytes_per_vector:,}", *(f"{cell:.4f}" for cell in cells)
+        )
+    rows = list(reports.values())
+    first = rows[0]
+    notes = [
+        f"{first.fidelity.n_texts} texts of {first.texts}, against {first.baseline}; neighbours "
+        f"and ranks on the vectors as stored",
+        *dict.fromkeys(note for row in rows for note in row.notes),
+        _encodings(rows),
+    ]
+    table.caption = Text("\n".join(notes), style="not italic")
+    return table
+
+
+def _table(names: Sequence[str], *, heading: str = "variant", marked: bool = False) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, caption_justify="left")
+    if marked:
+        table.add_column("")
+    # The one column that may wrap where room is short: rich drops whole columns otherwise.
+    longest = max(map(len, names), default=0)
+    table.add_column(heading, overflow="fold", min_width=min(16, longest))
+    return table
+
+
+def _row(name: str, results: Results) -> Row:
+    bench, evaluation = results.bench.variants.get(name), results.evals.get(name)
+    is_baseline = name == results.bench.baseline
+    status, verdict = _verdict(name, results)
+    row = Row(name, is_baseline, status, verdict)
+    if bench:
+        row = replace(
+            row,
+            weight_bytes=bench.weight_bytes,
+            weight_ratio=bench.weight_bytes
+            / results.bench.variants[results.bench.baseline].weight_bytes,
+            dims=bench.dims,
+            vector_bytes=bench.bytes_per_vector,
+            p50_ms=bench.latency.p50_ms,
+            p95_ms=bench.latency.p95_ms,
+            tokens_per_s=bench.tokens_per_s,
+            speed_ratio=bench.speed_ratio,
+            peak_memory_bytes=bench.peak_memory_bytes,
+            load_s=bench.load_s,
+        )
+    if evaluation:
+        row = _with_scores(row, evaluation)
+        if not bench:
+            row = replace(row, dims=evaluation.dims, vector_bytes=evaluation.bytes_per_vector)
+    elif is_baseline and results.evals:
+        # Every evaluation repeats the baseline's score over the tasks that it covers itself; one
+        # that is not partial covers them all.
+        fullest = min(results.evals.values(), key=lambda report: report.partial)
+        row = replace(row, score=fullest.baseline_score, retention=1.0)
+    return row
+
+
+def _with_scores(row: Row, evaluation: EvalReport) -> Row:
+    return replace(
+        row,
+        partial=evaluation.partial,
+        score=evaluation.score,
+        retention=evaluation.retention,
+        mean_cosine=evaluation.fidelity.mean_cosine,
+        p1_cosine=evaluation.fidelity.p1_cosine,
+        neighbour_overlap=evaluation.fidelity.neighbour_overlap,
+        spearman=evaluation.fidelity.spearman,
+    )
+
+
+def _verdict(name: str, results: Results) -> tuple[Status, str]:
+    choice = results.choice
+    if choice is None:
+        return "other", "no policy applied"
+    if choice.picked == name:
+        return "picked", "picked"
+    candidate = next((c for c in choice.candidates if c.name == name), None)
+    if candidate is None:
+        return "other", "baseline" if name == results.bench.baseline else "not judged"
+    if candidate.broken:
+        return "rejected", "; ".join(_in_words(limit) for limit in candidate.broken)
+    if candidate.on_pareto_front:
+        return "front", "on the Pareto front"
+    return "other", "keeps the limits, off the Pareto front"
+
+
+def _in_words(limit: BrokenLimit) -> str:
+    word, allowed = METRIC_WORDS[limit.metric], metric_amount(limit.metric, limit.limit)
+    if limit.found is None:
+        return f"{word} not measured, limit {allowed}"
+    sign = "<" if limit.bound == "min" else ">"
+    return f"{word} {metric_amount(limit.metric, limit.found)} {sign} {allowed}"
+
+
+def _fixed(digits: int, factor: float = 1) -> Callable[[float], str]:
+    return lambda value: f"{value * factor:,.{digits}f}"
+
+
+def megabytes(n_bytes: float) -> str:
+    value = n_bytes / _MEGABYTE
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def in_megabytes(n_bytes: int | None) -> float | None:
+    return None if n_bytes is None else n_bytes / _MEGABYTE
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A number of a variant; `terminal` is its heading on the terminal, where room is short."""
+
+    title: str
+    unit: str
+    terminal: str
+    attribute: str
+    show: Callable[[float], str]
+    meaning: str
+
+    def text(self, row: Row) -> str:
+        value = getattr(row, self.attribute)
+        text = MISSING if value is None else self.show(value)
+        return f"{text}*" if self.attribute == "score" and row.partial else text
+
+
+COLUMNS = (
+    _Column(
+        *("Weights", "MB", "weights\nMB", "weight_bytes", megabytes),
+        "Parameters and buffers of the transformer as they lie in memory (1 MB = 1,000,000 bytes).",
+    ),
+    _Column(
+        *("Size", "× baseline", "size\n×", "weight_ratio", _fixed(2)),
+        "Weight bytes divided by the baseline's; below 1 is smaller.",
+    ),
+    _Column(*("Dims", "", "dims", "dims", _fixed(0)), "Dimensions of a stored vector."),
+    _Column(
+        *("Vector", "bytes", "vector\nbytes", "vector_bytes", _fixed(0)),
+        "Bytes of one stored vector, which is also megabytes of a million of them; the search "
+        "structure is not counted.",
+    ),
+    _Column(
+        *("Score", "%", "score\n%", "score", _fixed(2, 100)),
+        "Mean main score over the suite's tasks; languages are averaged within a task first. "
+        "An asterisk marks a partial score: some task failed.",
+    ),
+    _Column(
+        *("Retention", "%", "kept\n%", "retention", _fixed(1, 100)),
+        "Score divided by the baseline's score on the same data in the same environment.",
+    ),
+    _Column(
+        *("Cosine", "mean", "mean\ncos", "mean_cosine", _fixed(3)),
+        "Mean cosine between a text's vector and the baseline's vector of it, before vectors are "
+        "shortened or coded.",
+    ),
+    _Column(
+        *("NN@10", "%", "nn@10\n%", "neighbour_overlap", _fixed(1, 100)),
+        "Share of the baseline's 10 nearest neighbours that are among the variant's 10, on the "
+        "vectors as stored.",
+    ),
+    _Column(
+        *("Spearman", "ρ", "ρ", "spearman", _fixed(3)),
+        "Rank correlation of the variant's similarities with the baseline's, on the vectors as "
+        "stored.",
+    ),
+    _Column(
+        *("p50", "ms", "p50\nms", "p50_ms", _fixed(2)),
+        "Median latency of a single query, from text to stored vector.",
+    ),
+    _Column(
+        *("p95", "ms", "p95\nms", "p95_ms", _fixed(2)),
+        "95th percentile of the latency of a single query, from text to stored vector.",
+    ),
+    _Column(
+        *("Tokens", "per s", "tokens\n/s", "tokens_per_s", _fixed(0)),
+        "Throughput from token ids to vectors: geometric mean over the workloads.",
+    ),
+    _Column(
+        *("Speed", "× baseline", "speed\n×", "speed_ratio", _fixed(2)),
+        "Throughput divided by the baseline's, measured in turns with it; above 1 is faster. In "
+        "the baseline's own row: two timings of the same model, which shows the noise.",
+    ),
+    _Column(
+        *("Peak", "MB", "peak\nMB", "peak_memory_bytes", megabytes),
+        "Memory. On a GPU: the peak of allocated device memory. On a CPU: the peak resident "
+        "memory of a fresh process, interpreter and libraries included.",
+    ),
+    _Column(
+        *("Load", "s", "load\ns", "load_s", _fixed(2)),
+        "From path to first vector in a fresh process, imports excluded, files in the page cache.",
+    ),
+)
+
+
+# Which of them each table on the terminal has room for.
+_IN_TERMINAL = (
+    *("weight_bytes", "weight_ratio", "dims", "vector_bytes", "score", "retention"),
+    *("mean_cosine", "neighbour_overlap", "p95_ms", "tokens_per_s", "speed_ratio"),
+    "peak_memory_bytes",
+)
+_IN_BENCH = (
+    *("weight_bytes", "vector_bytes", "p50_ms", "p95_ms", "speed_ratio", "peak_memory_bytes"),
+    "load_s",
+)
+_IN_EVAL = ("score", "retention", "mean_cosine", "neighbour_overlap", "spearman")
+
+
+def failures(evals: Mapping[str, EvalReport]) -> list[str]:
+    return [
+        f"{report.variant}: task {failed.task} failed: {failed.reason}"
+        for report in evals.values()
+        for failed in report.failed
+    ]
+
+
+def task_key(task: TaskScore) -> tuple[str, str, str]:
+    return task.task, task.split, task.subset
+
+
+def machine_line(machine: Machine) -> str:
+    parts = [
+        machine.cpu,
+        f"{machine.n_cores} cores",
+        f"{machine.memory_bytes / 1e9:.1f} GB memory",
+        machine.gpu or "no GPU",
+        machine.os,
+        f"Python {machine.python}",
+    ]
+    return ", ".join(parts)
