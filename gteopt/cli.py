@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console, OverflowMethod
+from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -35,7 +36,7 @@ from gteopt.errors import GteoptError, InputError
 if TYPE_CHECKING:
     from gteopt.evaluation.workers import Workers
     from gteopt.recipe import BenchSpec, Frozen
-    from gteopt.records import Inspection, Manifest, Publication, Results
+    from gteopt.records import Manifest, Publication, Results
 
 _GOES_ON = "what is finished is kept, and the same command goes on from there"
 
@@ -528,7 +529,7 @@ def export(
 
     export_openvino(artifact, out)
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    _out.print(f"{out}: {_size(n_bytes)}", soft_wrap=True)
+    _out.print(f"{out}: {decimal(n_bytes, precision=2)}", soft_wrap=True)
     _out.print(f'SentenceTransformer("{out}", backend="openvino")', markup=False, soft_wrap=True)
 
 
@@ -547,7 +548,9 @@ def verify(
         _print_json({"artifact": str(artifact), "files": len(manifest.files), "whole": True})
     else:
         n_bytes = sum(file.n_bytes for file in manifest.files)
-        _out.print(f"{artifact}: {len(manifest.files)} files, {_size(n_bytes)}, all as recorded")
+        _out.print(
+            f"{artifact}: {len(manifest.files)} files, {decimal(n_bytes, precision=2)}, all as recorded"
+        )
 
 
 @app.command()
@@ -640,14 +643,15 @@ def inspect(
     Example: `gteopt inspect nano`
     """
     from gteopt.inspect import inspect as look
+    from gteopt.tables import estimates_table, facts_table, layers_table
 
     found = look(source, hub_dir=hub_dir, revision=revision, family=family)
     if as_json:
         _print_json(json.loads(found.model_dump_json(by_alias=True)))
         return
-    _out.print(_facts(found))
+    _out.print(facts_table(found))
     if found.manifest is not None:
-        _out.print(_layers(found.manifest))
+        _out.print(layers_table(found.manifest))
         if (allocation := found.manifest.allocation) is not None:
             _out.print(
                 f"bits chosen by layer: {allocation.bits_per_weight:.3f} bits a weight of "
@@ -661,7 +665,7 @@ def inspect(
                 f"{tuning.codes_changed:.1%} of the codes changed"
             )
     elif found.estimates:
-        _out.print(_estimates(found))
+        _out.print(estimates_table(found))
 
 
 @app.command()
@@ -868,7 +872,7 @@ def _show_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
     ratio = manifest.weight_bytes / manifest.base.weight_bytes
     _out.print(
         f"{out}: {manifest.recipe.name} of {manifest.base.id}, weights "
-        f"{_size(manifest.weight_bytes)} ({ratio:.0%} of {manifest.base.dtype}), "
+        f"{decimal(manifest.weight_bytes, precision=2)} ({ratio:.0%} of {manifest.base.dtype}), "
         f"{manifest.vectors.dims} dimensions, {manifest.vectors.bytes_per_vector} bytes a vector",
         soft_wrap=True,
     )
@@ -895,13 +899,13 @@ def _show_publication(done: Publication, out: Path | None, *, as_json: bool) -> 
         table.add_row(path, "", "deleted, of an earlier version")
     _out.print(table)
     n_bytes = sum(each.n_bytes for each in done.files)
-    whole = f"{len(done.files)} files, {_size(n_bytes)}"
+    whole = f"{len(done.files)} files, {decimal(n_bytes, precision=2)}"
     if done.commit is None:
         _out.print(f"Not sent: {whole} for {done.repo}, written to {out}", soft_wrap=True)
         return
     sent = sum(each.n_bytes for each in done.files if each.sent)
     _out.print(
-        f"{done.url} holds {whole}, {_size(sent)} of it sent now, commit {done.commit[:12]}",
+        f"{done.url} holds {whole}, {decimal(sent, precision=2)} of it sent now, commit {done.commit[:12]}",
         soft_wrap=True,
     )
 
@@ -916,90 +920,6 @@ def _show_list(title: str, rows: list[dict[str, str]], *, as_json: bool) -> None
     for row in rows:
         table.add_row(*row.values())
     _out.print(table)
-
-
-def _facts(found: Inspection) -> Table:
-    table = Table(title=found.id, title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    facts = {
-        "family": found.family or "Sentence Transformers encoder",
-        "architecture": f"{found.architecture}, {found.attention} attention",
-        "parameters": f"{found.n_parameters:,}",
-        "dimensions": str(found.dims),
-        "trained lengths": ", ".join(map(str, found.matryoshka_dims)) or "none stated",
-        "longest input": f"{found.max_tokens:,} tokens",
-        "pooling": f"{found.pooling}{', normalised' if found.normalised else ''}",
-        "around a text": " ... ".join([found.start_token or "", found.end_token]).strip()
-        if found.end_token
-        else "as the tokenizer does",
-        "query prompt": repr(found.query_prompt),
-        "document prompt": repr(found.document_prompt),
-        "license": found.license or "not stated",
-        "published": ", ".join(f"{k} {v}" for k, v in found.published_scores.items()) or "-",
-        "revision": found.revision or "-",
-        "sha256": found.sha256 or "known once the weights are here",
-    }
-    for name, value in facts.items():
-        table.add_row(name, value)
-    for note in found.notes:
-        table.add_row("note", note)
-    return table
-
-
-def _estimates(found: Inspection) -> Table:
-    table = Table(title="what each recipe would make of it", title_justify="left")
-    for name in ("recipe", "weights", "bytes a vector", "build memory, at most", ""):
-        table.add_column(name, justify="left" if name in ("recipe", "") else "right")
-    for each in found.estimates:
-        if each.weight_bytes is None or each.build_bytes is None:
-            table.add_row(each.recipe, "-", "-", "-", f"cannot be built: {each.problem}")
-        else:
-            table.add_row(
-                each.recipe,
-                _size(each.weight_bytes),
-                str(each.bytes_per_vector),
-                _size(each.build_bytes),
-                each.summary,
-            )
-    return table
-
-
-def _layers(manifest: Manifest) -> Table:
-    recipe = manifest.recipe
-    title = (
-        f"{recipe.name} of {manifest.base.id}: weights {_size(manifest.weight_bytes)}, vectors "
-        f"{manifest.vectors.dims} x {manifest.vectors.code}"
-    )
-    table = Table(title=title, title_justify="left")
-    for name in ("layer", "shape", "method", "bits", "weight SNR dB", "output SNR dB", "note"):
-        right = name in ("shape", "bits", "weight SNR dB", "output SNR dB")
-        # Names differ at their ends, which must not be cut off.
-        overflow: OverflowMethod = "fold" if name == "layer" else "ellipsis"
-        table.add_column(name, justify="right" if right else "left", overflow=overflow)
-    for layer in manifest.layers:
-        element = "" if layer.scheme.element == "int" else f" {layer.scheme.element}"
-        table.add_row(
-            layer.name,
-            f"{layer.out_features} x {layer.in_features}",
-            layer.method,
-            f"{layer.bits_per_weight:.2f}{element}",
-            f"{layer.weight_snr_db:.1f}",
-            "-" if layer.output_snr_db is None else f"{layer.output_snr_db:.1f}",
-            layer.note or "",
-        )
-    if (embedding := manifest.embedding) is not None:
-        shape = f"{embedding.out_features} x {embedding.in_features}"
-        bits, snr = f"{embedding.bits_per_weight:.2f}", f"{embedding.weight_snr_db:.1f}"
-        table.add_row(embedding.name, shape, embedding.method, bits, snr, "-", "token embeddings")
-    for left in manifest.unquantized:
-        table.add_row(left.name, f"{left.n_parameters:,}", "-", "", "", "", left.reason)
-    return table
-
-
-def _size(n_bytes: int) -> str:
-    """Decimal megabytes or gigabytes."""
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.2f} MB"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rich import box
+from rich.console import OverflowMethod
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -23,7 +25,9 @@ from gteopt.records import (
     Difference,
     EvalReport,
     FidelityReport,
+    Inspection,
     Machine,
+    Manifest,
     Results,
     TaskScore,
     Verdict,
@@ -425,6 +429,88 @@ def fidelity_table(reports: Mapping[str, FidelityReport]) -> Table:
         _encodings(rows),
     ]
     table.caption = Text("\n".join(notes), style="not italic")
+    return table
+
+
+def facts_table(found: Inspection) -> Table:
+    """What a base is."""
+    table = Table(title=found.id, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    facts = {
+        "family": found.family or "Sentence Transformers encoder",
+        "architecture": f"{found.architecture}, {found.attention} attention",
+        "parameters": f"{found.n_parameters:,}",
+        "dimensions": str(found.dims),
+        "trained lengths": ", ".join(map(str, found.matryoshka_dims)) or "none stated",
+        "longest input": f"{found.max_tokens:,} tokens",
+        "pooling": f"{found.pooling}{', normalised' if found.normalised else ''}",
+        "around a text": " ... ".join([found.start_token or "", found.end_token]).strip()
+        if found.end_token
+        else "as the tokenizer does",
+        "query prompt": repr(found.query_prompt),
+        "document prompt": repr(found.document_prompt),
+        "license": found.license or "not stated",
+        "published": ", ".join(f"{k} {v}" for k, v in found.published_scores.items()) or "-",
+        "revision": found.revision or "-",
+        "sha256": found.sha256 or "known once the weights are here",
+    }
+    for name, value in facts.items():
+        table.add_row(name, value)
+    for note in found.notes:
+        table.add_row("note", note)
+    return table
+
+
+def estimates_table(found: Inspection) -> Table:
+    """What each recipe would make of a base."""
+    table = Table(title="what each recipe would make of it", title_justify="left")
+    for name in ("recipe", "weights", "bytes a vector", "build memory, at most", ""):
+        table.add_column(name, justify="left" if name in ("recipe", "") else "right")
+    for each in found.estimates:
+        if each.weight_bytes is None or each.build_bytes is None:
+            table.add_row(each.recipe, "-", "-", "-", f"cannot be built: {each.problem}")
+        else:
+            table.add_row(
+                each.recipe,
+                decimal(each.weight_bytes, precision=2),
+                str(each.bytes_per_vector),
+                decimal(each.build_bytes, precision=2),
+                each.summary,
+            )
+    return table
+
+
+def layers_table(manifest: Manifest) -> Table:
+    """What an artifact holds, a line a layer."""
+    recipe = manifest.recipe
+    title = (
+        f"{recipe.name} of {manifest.base.id}: weights {decimal(manifest.weight_bytes, precision=2)}, vectors "
+        f"{manifest.vectors.dims} x {manifest.vectors.code}"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("layer", "shape", "method", "bits", "weight SNR dB", "output SNR dB", "note"):
+        right = name in ("shape", "bits", "weight SNR dB", "output SNR dB")
+        # Names differ at their ends, which must not be cut off.
+        overflow: OverflowMethod = "fold" if name == "layer" else "ellipsis"
+        table.add_column(name, justify="right" if right else "left", overflow=overflow)
+    for layer in manifest.layers:
+        element = "" if layer.scheme.element == "int" else f" {layer.scheme.element}"
+        table.add_row(
+            layer.name,
+            f"{layer.out_features} x {layer.in_features}",
+            layer.method,
+            f"{layer.bits_per_weight:.2f}{element}",
+            f"{layer.weight_snr_db:.1f}",
+            "-" if layer.output_snr_db is None else f"{layer.output_snr_db:.1f}",
+            layer.note or "",
+        )
+    if (embedding := manifest.embedding) is not None:
+        shape = f"{embedding.out_features} x {embedding.in_features}"
+        bits, snr = f"{embedding.bits_per_weight:.2f}", f"{embedding.weight_snr_db:.1f}"
+        table.add_row(embedding.name, shape, embedding.method, bits, snr, "-", "token embeddings")
+    for left in manifest.unquantized:
+        table.add_row(left.name, f"{left.n_parameters:,}", "-", "", "", "", left.reason)
     return table
 
 
