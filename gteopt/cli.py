@@ -549,7 +549,8 @@ def verify(
     else:
         n_bytes = sum(file.n_bytes for file in manifest.files)
         _out.print(
-            f"{artifact}: {len(manifest.files)} files, {decimal(n_bytes, precision=2)}, all as recorded"
+            f"{artifact}: {len(manifest.files)} files, {decimal(n_bytes, precision=2)}, "
+            "all as recorded"
         )
 
 
@@ -905,7 +906,8 @@ def _show_publication(done: Publication, out: Path | None, *, as_json: bool) -> 
         return
     sent = sum(each.n_bytes for each in done.files if each.sent)
     _out.print(
-        f"{done.url} holds {whole}, {decimal(sent, precision=2)} of it sent now, commit {done.commit[:12]}",
+        f"{done.url} holds {whole}, {decimal(sent, precision=2)} of it sent now, "
+        f"commit {done.commit[:12]}",
         soft_wrap=True,
     )
 

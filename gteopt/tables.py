@@ -485,7 +485,8 @@ def layers_table(manifest: Manifest) -> Table:
     """What an artifact holds, a line a layer."""
     recipe = manifest.recipe
     title = (
-        f"{recipe.name} of {manifest.base.id}: weights {decimal(manifest.weight_bytes, precision=2)}, vectors "
+        f"{recipe.name} of {manifest.base.id}: weights "
+        f"{decimal(manifest.weight_bytes, precision=2)}, vectors "
         f"{manifest.vectors.dims} x {manifest.vectors.code}"
     )
     table = Table(title=title, title_justify="left")

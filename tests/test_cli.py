@@ -19,8 +19,9 @@ from rich.console import Console
 
 import gteopt
 from gteopt.artifact import read_manifest
-from gteopt.cli import _layers, main
+from gteopt.cli import main
 from gteopt.recipe import Calibration, LayerScheme, load_recipe
+from gteopt.tables import layers_table
 
 COMMANDS = [
     "run", "quantize", "truncate", "bench", "evaluate", "choose", "report", "verify", "publish",
@@ -171,7 +172,7 @@ def test_inspect_cuts_no_layers_name_and_says_which_numbers_it_has(artifact: Pat
         for i, layer in enumerate(manifest.layers)
     )
     console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(_layers(manifest.model_copy(update={"layers": layers})))
+    console.print(layers_table(manifest.model_copy(update={"layers": layers})))
     rows = [line.split("│") for line in console.export_text().splitlines() if line[:1] == "│"]
     names = "".join(row[1].strip() for row in rows)
     assert all(layer.name in names for layer in layers)
