@@ -246,20 +246,6 @@ def _short_products(n: int, device: torch.device) -> dict[str, Callable[[], Tens
     return found
 
 
-def _operations(encoder: Encoder, lengths: Sequence[int]) -> float:
-    """Of the full forward pass over texts of these lengths; see `ThroughputRecord.gflops`."""
-    linear = sum(
-        int(each.in_features) * int(each.out_features)
-        for name, each in encoder.module.named_modules()
-        if hasattr(each, "in_features") and not name.startswith("pooler")
-    )
-    config = encoder.checkpoint.config
-    heads = int(config.get("num_attention_heads", 0))
-    width = int(config.get("head_dim") or int(config["hidden_size"]) // max(heads, 1))
-    attention = 4 * int(config.get("num_hidden_layers", 0)) * heads * width
-    return float(sum(2 * linear * length + attention * length**2 for length in lengths))
-
-
 def _peak(encoder: Encoder, peaks: Mapping[str, float]) -> float | None:
     """Of the number type that most of this encoder's linear layers multiply in."""
     kernel = max(encoder.kernels.items(), key=lambda item: item[1])[0] if encoder.kernels else ""
@@ -429,7 +415,7 @@ def _throughput(
     seconds = list(_take_turns(turns, spec.warmup, encoder.device, step))
     once = median(variant for _, variant in seconds)
     lengths = text_lengths(workload)
-    gflops = _operations(encoder, lengths) / once / 1e9
+    gflops = encoder.operations(lengths) / once / 1e9
     peak = _peak(encoder, limits.peaks)
     joules = limits.meter.per_call(turn[1], once)
     return ThroughputRecord(

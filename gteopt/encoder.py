@@ -43,7 +43,13 @@ from gteopt.quant.affine import PackedWeight
 from gteopt.quant.vectors import VectorTransform, identity
 from gteopt.recipe import Progress, quiet
 from gteopt.records import Manifest
-from gteopt.runtime import packed_forward, padded_forward, to_device
+from gteopt.runtime import (
+    operations,
+    packed_forward,
+    padded_forward,
+    reads_one_token,
+    to_device,
+)
 
 Role = Literal["query", "document"]
 Backend = Literal["torch", "openvino"]
@@ -182,6 +188,15 @@ class Encoder:
         table: nn.Module = self.module.get_input_embeddings()  # type: ignore[operator]
         parts = (*table.parameters(), *table.buffers())
         return self.weight_bytes - sum(each.numel() * each.element_size() for each in parts)
+
+    def operations(self, lengths: Sequence[int]) -> float:
+        """Floating-point operations that it does for texts of these lengths, padding left out; see
+        `gteopt.runtime.operations`.
+        """
+        config, graph = self.checkpoint.config, self._graph
+        alone = self._packed is not None and reads_one_token(config, self.checkpoint.pooling)
+        one_token = alone if graph is None else graph.pools
+        return operations(self.module, config, lengths, one_token=one_token)
 
     @property
     def arithmetic(self) -> str:
@@ -423,6 +438,8 @@ class Encoder:
         ids, mask = self.pad(tokens, side=padding)
         if self._graph is not None:
             hidden = self._graph(ids, mask)
+            if self._graph.pools:
+                return self._finished(hidden[:, 0])
         else:
             hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
         return self.pooled(hidden, self.pool_mask(tokens, mask))
@@ -648,7 +665,8 @@ def load_checkpoint(
     if backend == "openvino":
         module = build_skeleton(checkpoint)
         weights = openvino_weights(checkpoint, module, kind)
-        graph = Graph(whole_config(checkpoint), weights, dtype=kind)
+        config = whole_config(checkpoint)
+        graph = Graph(config, weights, dtype=kind, reads=checkpoint.pooling)
         give_back()
     elif backend != "torch":
         raise InputError(

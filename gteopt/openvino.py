@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gteopt.errors import UnsupportedError
+from gteopt.families import Pooling
 from gteopt.kernels.cpu import activation_bits, multiplies_bfloat16, signed_codes
 from gteopt.quant.affine import PackedWeight, middle, pack_codes, unpack_codes
 from gteopt.quant.inputs import InputGrid
 from gteopt.recipe import LayerScheme
-from gteopt.runtime import has_known_settings
+from gteopt.runtime import has_known_settings, reads_one_token
 
 _ACTIVATION_GROUP = 128
 """Of 64, 128 and 384 the one that is both fast and closer than a scale a token (MiniLM, 8 x 128
@@ -62,9 +63,17 @@ class Graph:
         weight_bytes: of all weights as they are stored.
         table_bytes: those of the token embeddings among them.
         kernels: number of linear layers by what runs them.
+        pools: token vectors given out are of the one token a text that pooling reads.
     """
 
-    def __init__(self, config: Mapping[str, Any], weights: Weights, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Weights,
+        *,
+        dtype: torch.dtype,
+        reads: Pooling = "mean",
+    ) -> None:
         """Build and compile it, which takes seconds, for as many threads as torch has.
 
         Args:
@@ -72,6 +81,8 @@ class Graph:
             weights: of the whole transformer.
             dtype: bfloat16 or float32, of what is computed outside quantized products; float32 in
                 any case where the processor emulates bfloat16.
+            reads: the pooling that follows. Where it reads one token a text, no other is given
+                out, and the last block computes its query, output projection and MLP alone.
 
         Raises:
             UnsupportedError: OpenVINO is not installed, or the dtype, the architecture or a weight
@@ -82,10 +93,11 @@ class Graph:
                 f"backend openvino computes in bfloat16 or float32, not in {dtype}; use backend "
                 f"torch"
             )
-        model, builder = _model(config, weights, static=activation_bits() == 8)
+        model, builder = _model(config, weights, static=activation_bits() == 8, reads=reads)
         in_short = dtype == torch.bfloat16 and multiplies_bfloat16()
         self.weight_bytes, self.table_bytes = builder.n_bytes, builder.table_bytes
         self.kernels = dict(sorted(builder.kernels.items()))
+        self.pools = builder.pools
         self._compiled = _library().compile_model(
             model,
             "CPU",
@@ -98,7 +110,9 @@ class Graph:
         )
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token vectors float32 [N, T, D] of ids and mask int64 [N, T], padded on the right."""
+        """Token vectors float32 of ids and mask int64 [N, T], padded on the right: [N, T, D], or
+        [N, 1, D] where it `pools`.
+        """
         found = self._compiled({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
         return torch.from_numpy(np.array(found, dtype=np.float32))
 
@@ -142,7 +156,9 @@ def _unknown_weights(scheme: LayerScheme) -> str | None:
     return "e4m3" if scheme.element == "e4m3" else None
 
 
-def _model(config: Mapping[str, Any], weights: Weights, *, static: bool) -> tuple[Any, _Builder]:
+def _model(
+    config: Mapping[str, Any], weights: Weights, *, static: bool, reads: Pooling = "mean"
+) -> tuple[Any, _Builder]:
     library, kind = _library(), str(config.get("model_type"))
     if problem := _architecture_problem(config):
         raise UnsupportedError(f"{problem}; use backend torch")
@@ -151,7 +167,7 @@ def _model(config: Mapping[str, Any], weights: Weights, *, static: bool) -> tupl
     inputs = [builder.op.parameter([-1, -1], np.int64, name) for name in names]
     for each, name in zip(inputs, names, strict=True):
         each.output(0).set_names({name})
-    hidden = _ARCHITECTURES[kind](builder, config, *(each.output(0) for each in inputs))
+    hidden = _ARCHITECTURES[kind](builder, config, reads, *(each.output(0) for each in inputs))
     hidden.set_names({"last_hidden_state"})
     return library.Model([builder.op.result(hidden)], inputs, "gteopt"), builder
 
@@ -176,7 +192,7 @@ class _Builder:
         self.op: Any = opset15
         self.n_bytes = self.table_bytes = 0
         self.kernels: Counter[str] = Counter()
-        self.rounds = False
+        self.rounds = self.pools = False
         self._static_inputs = static
         self._rounded: dict[tuple[str, int, bytes], Node] = {}
         self._weights = weights
@@ -329,6 +345,19 @@ class _Builder:
         together = self.op.transpose(mixed, self.shape(0, 2, 1, 3))
         return self.op.reshape(together, self.shape(0, 0, n_heads * width), True).output(0)
 
+    def place_read(self, mask: Node, config: Mapping[str, Any], reads: Pooling) -> Node | None:
+        """int64 [N, 1], of the token that pooling reads; None where all are to be computed."""
+        if not reads_one_token(config, reads):
+            return None
+        self.pools = True
+        n_tokens = self.op.reduce_sum(mask, self.shape(1), True)
+        last = self.op.subtract(n_tokens, self.shape(1))
+        return self.op.multiply(last, self.shape(int(reads == "lasttoken"))).output(0)
+
+    def at(self, x: Node, place: Node) -> Node:
+        """Rows [N, 1, D] of x [N, T, D] at place [N, 1]."""
+        return self.op.gather(x, place, self.shape(1), 1).output(0)
+
     def scores_mask(self, mask: Node, *, causal: bool) -> Node:
         """What is added to the scores: float32 [N, 1, 1, T], or [N, 1, T, T] where causal."""
         op = self.op
@@ -352,7 +381,7 @@ class _Builder:
         return op.range(zero, length, one, "i64").output(0)
 
 
-def _bert(b: _Builder, config: Mapping[str, Any], ids: Node, mask: Node) -> Node:
+def _bert(b: _Builder, config: Mapping[str, Any], reads: Pooling, ids: Node, mask: Node) -> Node:
     op, n_heads = b.op, int(config["num_attention_heads"])
     width, eps = int(config["hidden_size"]) // n_heads, float(config["layer_norm_eps"])
 
@@ -368,12 +397,15 @@ def _bert(b: _Builder, config: Mapping[str, Any], ids: Node, mask: Node) -> Node
         b.embed("embeddings.word_embeddings", ids), op.gather(places, b.positions(ids), b.shape(0))
     )
     x = norm("embeddings.LayerNorm", op.add(x, op.gather(kinds, b.shape(0), b.shape(0))))
-    for i in range(int(config["num_hidden_layers"])):
+    place = b.place_read(mask, config, reads)
+    n_blocks = int(config["num_hidden_layers"])
+    for i in range(n_blocks):
+        at = f"encoder.layer.{i}.attention.self"
+        k, v = (b.heads(b.linear(f"{at}.{each}", x), n_heads, width) for each in ("key", "value"))
+        if place is not None and i == n_blocks - 1:
+            x = b.at(x, place)
+        q = b.heads(b.linear(f"{at}.query", x), n_heads, width)
         at = f"encoder.layer.{i}"
-        q, k, v = (
-            b.heads(b.linear(f"{at}.attention.self.{each}", x), n_heads, width)
-            for each in ("query", "key", "value")
-        )
         mixed = b.linear(f"{at}.attention.output.dense", b.attend(q, k, v, added, n_heads, width))
         x = norm(f"{at}.attention.output.LayerNorm", op.add(mixed, x))
         inside = op.gelu(b.linear(f"{at}.intermediate.dense", x), "erf").output(0)
@@ -381,7 +413,7 @@ def _bert(b: _Builder, config: Mapping[str, Any], ids: Node, mask: Node) -> Node
     return x
 
 
-def _decoder(b: _Builder, config: Mapping[str, Any], ids: Node, mask: Node) -> Node:
+def _decoder(b: _Builder, config: Mapping[str, Any], reads: Pooling, ids: Node, mask: Node) -> Node:
     op, n_heads = b.op, int(config["num_attention_heads"])
     n_shared = int(config.get("num_key_value_heads") or n_heads)
     width = int(config.get("head_dim") or int(config["hidden_size"]) // n_heads)
@@ -399,10 +431,11 @@ def _decoder(b: _Builder, config: Mapping[str, Any], ids: Node, mask: Node) -> N
         op.unsqueeze(b.wide(b.positions(ids)), b.shape(1)),
         b.constant(1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32)[None] / width)),
     )
-    both = op.unsqueeze(op.concat([angles, angles], -1), b.shape(0, 1))  # [1, 1, T, d]
-    cos, sin = op.cos(both), op.sin(both)
+    both = op.concat([angles, angles], -1)  # [T, d]
 
-    def rotated(x: Node) -> Node:
+    def rotated(x: Node, angles: Node) -> Node:
+        """X [N, H, T, d] by angles [1 or N, 1, T, d]."""
+        cos, sin = op.cos(angles), op.sin(angles)
         first, second = op.split(x, op.constant(np.int64(3)), 2).outputs()
         turned = op.concat([op.multiply(second, b.number(-1.0)), first], -1)
         return op.add(op.multiply(x, cos), op.multiply(turned, sin)).output(0)
@@ -418,14 +451,22 @@ def _decoder(b: _Builder, config: Mapping[str, Any], ids: Node, mask: Node) -> N
         )
         return op.transpose(merged, b.shape(0, 2, 1, 3)).output(0)
 
-    added = b.scores_mask(mask, causal=config.get("is_causal") is not False)
+    causal = config.get("is_causal") is not False
+    added = b.scores_mask(mask, causal=causal)
+    turns = op.unsqueeze(both, b.shape(0, 1)).output(0)  # [1, 1, T, d]
+    place = b.place_read(mask, config, reads)
     x = b.embed("embed_tokens", ids)
-    for i in range(int(config["num_hidden_layers"])):
+    n_blocks = int(config["num_hidden_layers"])
+    for i in range(n_blocks):
         at = f"layers.{i}"
         h = norm(f"{at}.input_layernorm", x)
-        q = rotated(b.heads(b.linear(f"{at}.self_attn.q_proj", h), n_heads, width))
-        k = rotated(b.heads(b.linear(f"{at}.self_attn.k_proj", h), n_shared, width))
+        k = rotated(b.heads(b.linear(f"{at}.self_attn.k_proj", h), n_shared, width), turns)
         v = b.heads(b.linear(f"{at}.self_attn.v_proj", h), n_shared, width)
+        if place is not None and i == n_blocks - 1:
+            x, h = b.at(x, place), b.at(h, place)
+            added = b.scores_mask(mask, causal=False)
+            turns = op.unsqueeze(op.gather(both, place, b.shape(0)), b.shape(1)).output(0)
+        q = rotated(b.heads(b.linear(f"{at}.self_attn.q_proj", h), n_heads, width), turns)
         mixed = b.attend(q, repeated(k), repeated(v), added, n_heads, width)
         x = op.add(x, b.linear(f"{at}.self_attn.o_proj", mixed)).output(0)
         h = norm(f"{at}.post_attention_layernorm", x)
@@ -435,7 +476,7 @@ def _decoder(b: _Builder, config: Mapping[str, Any], ids: Node, mask: Node) -> N
     return norm("norm", x)
 
 
-_Architecture = Callable[[_Builder, Mapping[str, Any], Node, Node], Node]
+_Architecture = Callable[[_Builder, Mapping[str, Any], Pooling, Node, Node], Node]
 _ARCHITECTURES: Mapping[str, _Architecture] = {
     "qwen2": _decoder,
     "mistral": _decoder,

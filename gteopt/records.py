@@ -343,8 +343,9 @@ class ThroughputRecord(Frozen):
         lengths: as in `Workload`.
         tokens_per_s: real tokens, no padding counted.
         baseline_ratio: median over repeats of variant speed / baseline speed in the same round.
-        gflops: 10^9 operations a second of the full forward pass: two a weight of a linear layer
-            and token, and 4 T * d a block, head and token for attention. None in older reports.
+        gflops: 10^9 operations a second that were done: two a weight of a linear layer and token,
+            and 4 T * d a block, head and query for attention; what the last block leaves out where
+            one token a text is pooled is not counted. None in older reports.
         peak_ratio: `gflops` / the best product measured in the same run, `BenchReport.peak_gflops`.
         joules_per_million_tokens: of the device, as in `LatencyRecord`.
     """

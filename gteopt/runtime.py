@@ -14,6 +14,7 @@ loaded, tokenized or judged.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +81,49 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def reads_one_token(config: Mapping[str, Any], pooling: Pooling) -> bool:
+    """Whether all that the last block needs to compute behind keys and values is one token a text.
+
+    Its one query sees the whole text, which a first token does not where attention is causal.
+    """
+    causal = config["model_type"] != "bert" and config.get("is_causal") is not False
+    return pooling == "lasttoken" or (pooling == "cls" and not causal)
+
+
+def operations(
+    module: nn.Module, config: Mapping[str, Any], lengths: Sequence[int], *, one_token: bool
+) -> float:
+    """Floating-point operations of the blocks for texts of these lengths: two a weight of a linear
+    layer and token, 4 T q d a block and head for attention of q queries to T tokens.
+
+    Args:
+        module: with linear layers of any kind that have `in_features` and `out_features`.
+        config: its config.json.
+        lengths: tokens of each text.
+        one_token: the last block computes keys and values alone for more than one token a text.
+    """
+    heads, blocks = (
+        int(config.get(f"num_{each}", 0)) for each in ("attention_heads", "hidden_layers")
+    )
+    width = int(config.get("head_dim") or int(config["hidden_size"]) // max(heads, 1))
+    in_last = re.compile(rf"(layers|encoder\.layer)\.{blocks - 1}\.")
+    every, once = 0, 0  # weights that a token meets, a text
+    for name, each in module.named_modules():
+        if not hasattr(each, "in_features") or name.startswith("pooler"):
+            continue
+        n_weights = int(each.in_features) * int(each.out_features)
+        wide = name.endswith(("k_proj", "v_proj", ".key", ".value"))
+        if one_token and in_last.match(name) and not wide:
+            once += n_weights
+        else:
+            every += n_weights
+    found = 0.0
+    for length in lengths:
+        queries = (blocks - one_token) * length + one_token
+        found += 2 * (every * length + once) + 4 * heads * width * length * queries
+    return found
 
 
 def has_known_settings(config: Mapping[str, Any]) -> bool:
@@ -308,11 +352,10 @@ def _decoder(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _
     """
     causal = config.get("is_causal") is not False
     act = _ACTIVATIONS[str(config["hidden_act"])]
+    last = layout.ends if reads_one_token(config, pooling) else None
     x = _start(module.embed_tokens, layout.ids)  # [T, D]
     cos, sin = module.rotary_emb(x, layout.positions[None])
     cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)  # [T, 1, d]
-    # The one query of the last block sees its whole text, which a causal first token must not.
-    last = None if pooling == "mean" or (causal and pooling == "cls") else layout.ends
     bias = layout.bias(x.dtype, causal=causal)
     for i, block in enumerate(module.layers):
         attention = block.self_attn
@@ -389,7 +432,7 @@ def _bert(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _Lay
     x = _start(embeddings.word_embeddings, layout.ids)  # [T, D]
     x = x + embeddings.position_embeddings.weight[layout.positions]
     x = _layer_norm(embeddings.LayerNorm, x + embeddings.token_type_embeddings.weight[0])
-    first = layout.ends if pooling != "mean" else None
+    first = layout.ends if reads_one_token(config, pooling) else None
     bias = layout.bias(x.dtype, causal=False)
     blocks = module.encoder.layer
     for i, block in enumerate(blocks):

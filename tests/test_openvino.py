@@ -19,6 +19,7 @@ from gteopt.bench import bench
 from gteopt.encoder import Backend
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.evaluation.cache import vector_identity
+from gteopt.families import Pooling
 from gteopt.layout import export_openvino
 from gteopt.openvino import Graph, Weights
 from gteopt.plan import Setup, compare_texts
@@ -91,6 +92,23 @@ def test_the_graph_computes_what_the_module_does(name: str) -> None:
     found = graph(*padded())
     for row, length, expected in zip(found, LENGTHS, alone(module), strict=True):
         assert (row[:length] - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("pooling", ["lasttoken", "cls"])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_last_block_computes_one_token_where_pooling_reads_one(
+    name: str, pooling: Pooling
+) -> None:
+    module = random_module(CONFIGS[name])
+    config = {**CONFIGS[name], **module.config.to_dict()}
+    weights = Weights(module.state_dict())
+    graph = Graph(config, weights, dtype=torch.float32, reads=pooling)
+    found, at = graph(*padded()), -1 if pooling == "lasttoken" else 0
+    sees_itself_alone = pooling == "cls" and name in ("qwen2 causal", "mistral")
+    assert graph.pools is not sees_itself_alone
+    assert found.shape[1] == (1 if graph.pools else max(LENGTHS))
+    for row, expected in zip(found, alone(module), strict=True):
+        assert (row[0] - expected[at]).abs().max() < 2e-5 * expected[at].abs().max()
 
 
 @pytest.mark.parametrize("name", list(SCHEMES))

@@ -12,7 +12,9 @@ import torch
 from random_models import random_module
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from gteopt import runtime
 from gteopt.families import Pooling
@@ -21,7 +23,7 @@ from gteopt.kernels.reference import DequantLinear, PackedEmbedding
 from gteopt.pooling import pool
 from gteopt.quant.affine import pack, quantize_rtn
 from gteopt.recipe import LayerScheme
-from gteopt.runtime import packed_forward, padded_forward
+from gteopt.runtime import operations, packed_forward, padded_forward, reads_one_token
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -51,6 +53,21 @@ def own_forward(module: nn.Module, pooling: Pooling) -> Tensor:
         hidden = module(input_ids=row, attention_mask=mask).last_hidden_state
         vectors.append(pool(hidden, mask, pooling))
     return torch.cat(vectors)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_operations_are_those_that_torch_counts(name: str, pooling: Pooling) -> None:
+    module = random_module(CONFIGS[name])
+    config = {**module.config.to_dict(), **CONFIGS[name]}
+    forward = packed_forward(config, pooling, CPU)
+    assert forward is not None
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        forward(module, TOKENS)
+    lengths = [len(each) for each in TOKENS]
+    alone = reads_one_token(config, pooling)
+    assert counter.get_total_flops() == operations(module, config, lengths, one_token=alone)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
