@@ -74,7 +74,7 @@ from gteopt.encoder import (
     swap_embedding_,
     swap_linear_,
 )
-from gteopt.errors import GteoptError, InputError, NumericsError, join_problems
+from gteopt.errors import GteoptError, InputError, NumericsError, is_out_of_memory, join_problems
 from gteopt.formats import Shape, choose_layout
 from gteopt.layout import WEIGHTS, save_tensors, write_model, write_vectors
 from gteopt.machine import give_back, machine, versions
@@ -999,10 +999,7 @@ def _memory_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
-        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        # The allocator of the processor, mmap's, and those of CUDA's libraries.
-        said = str(error)
-        if not is_memory and not any(each in said for each in ("allocate memory", "ALLOC_FAILED")):
+        if not is_out_of_memory(error):
             raise
         raise GteoptError(
             f"memory ran out at {name}; finished blocks are kept, and the same command goes on "

@@ -23,8 +23,31 @@ from test_families import MODELS, publish
 
 import gteopt
 from gteopt import artifact
+from gteopt.calibration import Block
 from gteopt.errors import InputError, NumericsError
+from gteopt.quant import gptq
 from gteopt.recipe import Calibration, Dims, GptqWeights, load_recipe
+
+
+NO_DEVICE_MEMORY: dict[str, tuple[str, Exception]] = {
+    "torch": (
+        "solve",
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 514.00 MiB. GPU 0 has a total capacity of 23.64 "
+            "GiB of which 101.44 MiB is free."
+        ),
+    ),
+    "torch in a thread": ("solve", torch.OutOfMemoryError("CUDA out of memory.")),
+    "the driver": (
+        "run",
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported"),
+    ),
+    "a library": (
+        "run",
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ),
+}
+"""Who says so, where it is raised in place of a GPU, and in which words."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +89,29 @@ def in_process(
         if failure == "memory":  # no further page
             resource.setrlimit(resource.RLIMIT_AS, (1, resource.RLIM_INFINITY))
 
+    if failure in NO_DEVICE_MEMORY:
+        where, error = NO_DEVICE_MEMORY[failure]
+        module, name = (gptq, "solve") if where == "solve" else (Block, "run")
+        real = getattr(module, name)
+
+        def runs_out(first: object, *args: object, **more: object) -> object:
+            is_here = getattr(first, "name", "layers.1") == "layers.1"
+            if finished_blocks(out) == at and is_here:
+                raise error
+            return real(first, *args, **more)
+
+        setattr(module, name, runs_out)
     if failure == "kill before the name":
         artifact.place = lambda stage, out: os.kill(os.getpid(), signal.SIGKILL)
     try:
-        gteopt.quantize(base, wanted, out, activation_bytes=room, progress=progress)
+        gteopt.quantize(
+            base,
+            wanted,
+            out,
+            devices=["cpu", "cpu"] if failure.endswith("in a thread") else [],
+            activation_bytes=room,
+            progress=progress,
+        )
     except Exception as error:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         report.send(f"{type(error).__name__}: {error}")
@@ -186,6 +228,27 @@ def test_what_runs_out_is_named_and_the_next_run_goes_on(
 ) -> None:
     stopped = build(base, tmp_path / "out", "gptq-int4", what, 1, activation_bytes=1 << 30)
     assert re.search(message, stopped.error), stopped
+    assert finished_blocks(tmp_path / "out") == 1
+    assert build(base, tmp_path / "whole", "gptq-int4") == Ended(0, "")
+    assert build(base, tmp_path / "out", "gptq-int4") == Ended(0, "")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("who", "layer"),
+    [
+        ("torch", r"layers\.1\.self_attn\.q_proj"),
+        ("torch in a thread", r"layers\.1\.self_attn\.q_proj"),
+        ("the driver", r"layers\.1"),
+        ("a library", r"layers\.1"),
+    ],
+)
+def test_a_device_without_memory_is_named_with_the_layer_and_the_next_run_goes_on(
+    base: Path, tmp_path: Path, who: str, layer: str
+) -> None:
+    stopped = build(base, tmp_path / "out", "gptq-int4", who, 1, activation_bytes=1 << 30)
+    said = rf"^GteoptError: memory ran out at {layer}; finished blocks are kept"
+    assert re.search(said, stopped.error), stopped
     assert finished_blocks(tmp_path / "out") == 1
     assert build(base, tmp_path / "whole", "gptq-int4") == Ended(0, "")
     assert build(base, tmp_path / "out", "gptq-int4") == Ended(0, "")
