@@ -951,11 +951,9 @@ def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
     if stored.table is not None:
         swap_embedding_(module, *stored.table, device, dtype)
     since = 0
-    stored.layers.reverse()
-    while stored.layers:  # each is freed once its layer is made
-        name, layer, bias = stored.layers.pop()
-        swap_linear_(module, name, layer.weight, bias, device, dtype, order=layer.order)
-        since += layer.weight.n_bytes
+    for name, layer, n_bytes in _made(stored.layers, device, dtype):
+        _put_(module, name, layer)
+        since += n_bytes
         if since > _TRIM_BYTES:
             give_back()
             since = 0
@@ -973,6 +971,32 @@ def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
             f"{', '.join(left[:5]) or 'none'}; unexpected: {', '.join(unexpected[:5]) or 'none'})"
         )
     return module.to(device)
+
+
+def _made(
+    stored: list[tuple[str, ReadLayer, Tensor | None]], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, nn.Module, int]]:
+    """Each layer by its name as it runs, and its packed bytes on disk; `stored` is emptied.
+
+    A processor's libraries put weights into an order of their own, which takes longer than a disk
+    and works on one core: a thread a core makes a layer each. What one was made of is freed then.
+    """
+    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+    stored.reverse()
+    coming: list[tuple[str, Future[nn.Module], int]] = []
+    with ThreadPoolExecutor(n_threads) as pool:
+        while stored or coming:
+            while stored and len(coming) < n_threads:
+                name, read, bias = stored.pop()
+                made = pool.submit(
+                    make_linear, read.weight, bias, device=device, dtype=dtype, order=read.order
+                )
+                coming.append((name, made, read.weight.n_bytes))
+                del read, bias
+            name, made, n_bytes = coming.pop(0)
+            layer = made.result()
+            del made
+            yield name, layer, n_bytes
 
 
 def _openvino_device(name: str) -> torch.device:
@@ -1061,8 +1085,7 @@ def swap_embedding_(
     module: nn.Module, name: str, table: PackedWeight, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Replace the embedding `name` inside `module` by its packed form."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, PackedEmbedding(table, dtype).to(device))
+    _put_(module, name, PackedEmbedding(table, dtype).to(device))
 
 
 def swap_linear_(
@@ -1072,13 +1095,14 @@ def swap_linear_(
     bias: Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
-    *,
-    order: Tensor | None = None,
 ) -> None:
     """Replace the linear layer `name` inside `module` by its packed form; see `make_linear`."""
-    parent_name, _, leaf = name.rpartition(".")
-    parent = module.get_submodule(parent_name)
-    setattr(parent, leaf, make_linear(packed, bias, device=device, dtype=dtype, order=order))
+    _put_(module, name, make_linear(packed, bias, device=device, dtype=dtype))
+
+
+def _put_(module: nn.Module, name: str, part: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, part)
 
 
 def _load_dense(folder: Path) -> nn.Module:
