@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from test_build import deeper_nano, peak_bytes
 
 import gteopt
-from gteopt.build import plan_layers
 from gteopt.calibration import Room, draw_texts, tokenize
 from gteopt.checkpoint import open_checkpoint
 from gteopt.encoder import Encoder, load_checkpoint
 from gteopt.errors import InputError, NumericsError
+from gteopt.layer_plan import plan_layers
 from gteopt.quant.affine import pack, packed_bytes, quantize_rtn
 from gteopt.quant.allocation import allocate
 from gteopt.recipe import Calibration, LayerScheme, Recipe, load_recipe
@@ -204,7 +204,7 @@ def test_a_deep_model_is_estimated_and_the_manifest_says_so(
     """The nano counts as deep here; the estimate goes on behind the blocks that it has."""
     recipe = mixed(4.25, calibration=Calibration(n_texts=12, max_tokens=24))
     assert gteopt.quantize("nano", recipe, tmp_path / "shallow").allocation.found_by == "runs"  # type: ignore[union-attr]
-    monkeypatch.setattr("gteopt.build.DEEP_BLOCKS", 3)
+    monkeypatch.setattr("gteopt.layer_plan.DEEP_BLOCKS", 3)
     whole = gteopt.quantize("nano", recipe, tmp_path / "whole")
     assert whole.allocation is not None
     assert whole.allocation.found_by == "gradients"

@@ -19,6 +19,8 @@ RANKS = [
     {"encoder", "card"},
     {"calibration", "layout", "dummy"},
     {"tuning", "smoothing", "sensitivity"},
+    {"layer_plan"},
+    {"blocks"},
     {"build"},
     {"bench", "evaluation", "choose", "report", "inspect", "publish"},
     {"plan"},

@@ -28,7 +28,6 @@ from gteopt.errors import InputError, NumericsError
 from gteopt.quant import gptq
 from gteopt.recipe import Calibration, Dims, GptqWeights, load_recipe
 
-
 NO_DEVICE_MEMORY: dict[str, tuple[str, Exception]] = {
     "torch": (
         "solve",
@@ -309,7 +308,7 @@ def test_a_dead_input_feature_is_recorded_and_costs_nothing(base: Path, tmp_path
 
 def test_a_hessian_that_no_damping_mends_names_the_layer() -> None:
     """The real solver on a real matrix with negative curvature, through the build's own door."""
-    from gteopt.build import _quantize_layer
+    from gteopt.blocks import quantize_layer
     from gteopt.quant.gptq import HessianAccumulator
 
     weights = load_recipe("gptq-int4").weights
@@ -318,6 +317,6 @@ def test_a_hessian_that_no_damping_mends_names_the_layer() -> None:
     statistics.add(torch.randn(200, 128))
     statistics.hessian[3, 3] = -1e6
     with pytest.raises(NumericsError, match=r"layers\.7\.mlp\.down_proj: the Hessian.*damping"):
-        _quantize_layer(
+        quantize_layer(
             "layers.7.mlp.down_proj", torch.randn(8, 128), weights.scheme, weights, statistics, None
         )
