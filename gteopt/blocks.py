@@ -30,16 +30,11 @@ from gteopt.calibration import (
     stages,
     watch_inputs,
 )
-from gteopt.encoder import (
-    Encoder,
-    empty_,
-    fill_,
-    load_checkpoint,
-    swap_linear_,
-)
+from gteopt.encoder import Encoder
 from gteopt.errors import GteoptError, NumericsError, is_out_of_memory
 from gteopt.layer_plan import LayerPlan, effort, needs_original, shortens
 from gteopt.layout import WEIGHTS, save_tensors
+from gteopt.loading import empty_, fill_, load_checkpoint, swap_linear_
 from gteopt.machine import give_back
 from gteopt.quant import gptq
 from gteopt.quant.affine import (

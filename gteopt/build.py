@@ -54,12 +54,7 @@ from gteopt.checkpoint import (
     Checkpoint,
     open_checkpoint,
 )
-from gteopt.encoder import (
-    Encoder,
-    load_checkpoint,
-    parse_dtype,
-    swap_embedding_,
-)
+from gteopt.encoder import Encoder
 from gteopt.errors import InputError
 from gteopt.layer_plan import (
     ACTIVATIONS,
@@ -72,6 +67,7 @@ from gteopt.layer_plan import (
     shortens,
 )
 from gteopt.layout import WEIGHTS, write_model, write_vectors
+from gteopt.loading import load_checkpoint, parse_dtype, swap_embedding_
 from gteopt.machine import machine, versions
 from gteopt.quant.affine import (
     QuantizedWeight,

@@ -24,7 +24,6 @@ from gteopt.calibration import (
     tokenize,
 )
 from gteopt.checkpoint import Checkpoint, open_checkpoint
-from gteopt.encoder import build_skeleton, parse_dtype, tokenizing
 from gteopt.errors import GteoptError
 from gteopt.layer_plan import (
     SENSITIVITY_TEXTS,
@@ -34,6 +33,7 @@ from gteopt.layer_plan import (
     plan_layers,
     shortens,
 )
+from gteopt.loading import build_skeleton, parse_dtype, tokenizing
 from gteopt.quant import gptq
 from gteopt.quant.affine import packed_bytes, search_bytes
 from gteopt.recipe import Calibration, GptqWeights, Recipe, load_recipe, shipped_names

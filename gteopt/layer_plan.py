@@ -27,12 +27,10 @@ from gteopt.checkpoint import (
     LATENT_PREFIX,
     Checkpoint,
 )
-from gteopt.encoder import (
-    Encoder,
-    build_skeleton,
-)
+from gteopt.encoder import Encoder
 from gteopt.errors import InputError, join_problems
 from gteopt.formats import Shape, choose_layout
+from gteopt.loading import build_skeleton
 from gteopt.quant.affine import (
     group_size_problems,
     packed_bytes,

@@ -18,9 +18,10 @@ from test_build import deeper_nano, peak_bytes
 import gteopt
 from gteopt.calibration import Room, draw_texts, tokenize
 from gteopt.checkpoint import open_checkpoint
-from gteopt.encoder import Encoder, load_checkpoint
+from gteopt.encoder import Encoder
 from gteopt.errors import InputError, NumericsError
 from gteopt.layer_plan import plan_layers
+from gteopt.loading import load_checkpoint
 from gteopt.quant.affine import pack, packed_bytes, quantize_rtn
 from gteopt.quant.allocation import allocate
 from gteopt.recipe import Calibration, LayerScheme, Recipe, load_recipe
@@ -248,7 +249,7 @@ def test_a_number_that_is_none_is_never_taken_for_no_loss(
 def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None:
     """Of 6 further blocks, 75 MB of weights, one is in memory at a time."""
     script = (
-        "from gteopt.encoder import load_checkpoint\n"
+        "from gteopt.loading import load_checkpoint\n"
         "from gteopt.recipe import LayerScheme\n"
         "from gteopt.sensitivity import measure\n"
         "checkpoint = gteopt.checkpoint.open_checkpoint(sys.argv[1])\n"

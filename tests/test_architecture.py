@@ -17,6 +17,7 @@ RANKS = [
     {"checkpoint", "runtime", "graphs"},
     {"openvino"},
     {"encoder", "card"},
+    {"loading"},
     {"calibration", "layout", "dummy"},
     {"tuning", "smoothing", "sensitivity"},
     {"layer_plan"},
