@@ -429,12 +429,13 @@ def torch_tile() -> int:
 def _to_torch_layout(qweight: Tensor, tile: int) -> Tensor:
     """Packed codes uint8 [O, I / 2] to torch's packed uint8 [O, I / 2].
 
-    As `_convert_weight_to_int4pack_for_cpu` does, which takes codes of four bytes and eight times
+    As `_convert_weight_to_int4pack_for_cpu` does, which takes codes of four bytes and five times
     as long. For each tile of output features and each input feature lie tile / 2 bytes; byte i
     holds output feature i in its low half and tile / 2 + i in its high half.
     """
     packed = torch.empty_like(qweight)
-    for rows, out in zip(qweight.split(_LAYOUT_ROWS), packed.split(_LAYOUT_ROWS), strict=True):
+    parts = (torch.split(each, _LAYOUT_ROWS) for each in (qweight, packed))
+    for rows, out in zip(*parts, strict=True):
         halves = rows.view(len(rows) // tile, 2, tile // 2, -1)
         low, high = halves.unbind(1)  # [O/tile, tile/2, I/2], two input features a byte
         pairs = out.view(len(low), -1, 2, tile // 2)  # [O/tile, I/2, 2, tile/2]
