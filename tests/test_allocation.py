@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import math
+import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from gteopt.errors import InputError, NumericsError
 from gteopt.layer_plan import plan_layers
 from gteopt.loading import load_checkpoint
 from gteopt.quant.affine import pack, packed_bytes, quantize_rtn
-from gteopt.quant.allocation import allocate
+from gteopt.quant.allocation import _prints_as_errors, allocate
 from gteopt.recipe import Calibration, LayerScheme, Recipe, load_recipe
 from gteopt.sensitivity import estimate, measure
 
@@ -390,3 +393,19 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_the_least_one(tmp_path: Pa
 def test_a_loss_that_is_not_a_number_stops_the_choice() -> None:
     with pytest.raises(NumericsError, match="NaN"):
         allocate([[float("nan"), 0.0]], [[1, 2]], 2)
+
+
+def test_what_a_solver_prints_is_no_part_of_a_callers_output(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """HiGHS prints from C, past Python's own streams, and what it prints may wait in C's buffer."""
+    libc = ctypes.CDLL(None)
+    with _prints_as_errors():
+        os.write(1, b"at once\n")
+        libc.printf(b"buffered\n")
+    sys.stdout.write('{"json": true}\n')
+    sys.stdout.flush()
+    libc.fflush(None)
+    out, err = capfd.readouterr()
+    assert out == '{"json": true}\n'
+    assert sorted(err.splitlines()) == ["at once", "buffered"]
