@@ -39,6 +39,8 @@ from gteopt.quant.vectors import VectorTransform, identity
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _Held = TypeVar("_Held")
+_MOST_MAKERS = 8
+"""Layers of an artifact that are made at a time: each takes some three times its packed weight."""
 _TRIM_BYTES = 64 << 20
 """Packed weights after which a load returns what making their layers took: several times their own
 size, which the allocator would keep (294 MB after three blocks of gte-Qwen2-1.5B in int8)."""
@@ -486,7 +488,7 @@ def _made(
     A processor's libraries put weights into an order of their own, which takes longer than a disk
     and works on one core: a thread a core makes a layer each. What one was made of is freed then.
     """
-    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+    n_threads = min(torch.get_num_threads(), _MOST_MAKERS) if device.type == "cpu" else 1
     stored.reverse()
     coming: list[tuple[str, Future[nn.Module], int]] = []
     with ThreadPoolExecutor(n_threads) as pool:
