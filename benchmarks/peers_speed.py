@@ -56,8 +56,9 @@ import gteopt
 from gteopt.bench import exact_texts, peak_gflops
 from gteopt.checkpoint import open_checkpoint
 from gteopt.dummy import write_dummy
-from gteopt.encoder import Backend, describe
+from gteopt.encoder import Backend
 from gteopt.energy import Meter, meter
+from gteopt.loading import describe
 from gteopt.machine import machine, versions
 from gteopt.recipe import Recipe, load_recipe
 

@@ -157,9 +157,9 @@ from gteopt.recipe import Recipe
 
 base, out, recipe, device = sys.argv[1:]
 wanted = Recipe.model_validate_json(recipe)
-from gteopt.build import plan_layers
+from gteopt.layer_plan import plan_layers
 from gteopt.checkpoint import open_checkpoint
-from gteopt.encoder import build_skeleton
+from gteopt.loading import build_skeleton
 build_skeleton(open_checkpoint("nano"))  # the imports
 
 def resident(field):

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gteopt.build import quantize, truncate
-    from gteopt.encoder import Encoder, load
+    from gteopt.encoder import Encoder
+    from gteopt.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["Encoder", "load", "quantize", "truncate"]
 
 _HOME = {
-    "load": "gteopt.encoder",
+    "load": "gteopt.loading",
     "Encoder": "gteopt.encoder",
     "quantize": "gteopt.build",
     "truncate": "gteopt.build",

@@ -60,18 +60,12 @@ from torch import Tensor, nn
 from gteopt.build import quantize
 from gteopt.checkpoint import Checkpoint, open_checkpoint
 from gteopt.dummy import write_dummy
-from gteopt.encoder import (
-    Backend,
-    Encoder,
-    build_skeleton,
-    load,
-    load_checkpoint,
-    load_tokenizer,
-)
+from gteopt.encoder import Backend, Encoder
 from gteopt.energy import Meter, meter
 from gteopt.errors import GteoptError, InputError, UnsupportedError, join_problems, suggest
 from gteopt.kernels import make_linear
 from gteopt.kernels.cpu import Int8LinearCpu
+from gteopt.loading import build_skeleton, load, load_checkpoint, load_tokenizer
 from gteopt.machine import machine, versions
 from gteopt.quant.affine import pack, quantize_rtn
 from gteopt.recipe import BenchSpec, Frozen, LayerScheme, Progress, Workload, load_recipe, quiet

@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gteopt.encoder import Encoder, Role, Tokens, fill_
+from gteopt.encoder import Encoder, Role, Tokens
 from gteopt.errors import InputError, NumericsError, UnsupportedError, join_problems
 from gteopt.kernels.cpu import multiplies_bfloat16
+from gteopt.loading import fill_
 from gteopt.quant.gptq import HessianAccumulator, is_finite
 from gteopt.quant.inputs import InputGrid, SeenInputs
 from gteopt.recipe import Calibration

@@ -31,7 +31,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from gteopt.errors import GteoptError, InputError
+from gteopt.errors import GteoptError, InputError, is_out_of_memory
 
 if TYPE_CHECKING:
     from gteopt.evaluation.workers import Workers
@@ -721,6 +721,11 @@ def main() -> None:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}; {_GOES_ON}")
+    except (RuntimeError, MemoryError) as error:
+        if "--debug" in sys.argv or not is_out_of_memory(error):
+            raise
+        said = str(error).partition("\n")[0]
+        _fail(f"memory ran out ({said}); ask for less at once, or for another --device; {_GOES_ON}")
 
 
 def _show_warning(message: Warning | str, *_where: object, **_more: object) -> None:

@@ -1,4 +1,4 @@
-"""The errors that a user may see, and the two helpers that word them.
+"""The errors that a user may see, the helpers that word them, and which of others' are for memory.
 
 Every message says which thing, what was found, what was allowed and what to do. `cli.py` turns a
 `GteoptError` into that message and exit code 1; anything else is a bug and keeps its traceback.
@@ -28,6 +28,18 @@ class IntegrityError(GteoptError):
 
 class NumericsError(GteoptError):
     """A computation left the numbers it can work with (NaN, a factorisation that fails)."""
+
+
+_NO_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "not enough memory")
+"""Of GPUs and their drivers; of torch on a CPU, and of mmap; of CUDA's libraries; on Windows."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the system had no memory left; most of those who say so have no type for
+    it.
+    """
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(each in said for each in _NO_MEMORY)
 
 
 def join_problems(subject: str, problems: Iterable[str]) -> str:

@@ -15,15 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from gteopt import tuning
-from gteopt.build import (
-    ACTIVATION_BYTES,
-    SENSITIVITY_TEXTS,
-    LayerPlan,
-    n_latent_parameters,
-    needs_original,
-    plan_layers,
-    shortens,
-)
+from gteopt.build import ACTIVATION_BYTES
 from gteopt.calibration import (
     BATCH_TOKENS,
     draw_texts,
@@ -32,8 +24,16 @@ from gteopt.calibration import (
     tokenize,
 )
 from gteopt.checkpoint import Checkpoint, open_checkpoint
-from gteopt.encoder import build_skeleton, parse_dtype, tokenizing
 from gteopt.errors import GteoptError
+from gteopt.layer_plan import (
+    SENSITIVITY_TEXTS,
+    LayerPlan,
+    n_latent_parameters,
+    needs_original,
+    plan_layers,
+    shortens,
+)
+from gteopt.loading import build_skeleton, parse_dtype, tokenizing
 from gteopt.quant import gptq
 from gteopt.quant.affine import packed_bytes, search_bytes
 from gteopt.recipe import Calibration, GptqWeights, Recipe, load_recipe, shipped_names

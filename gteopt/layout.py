@@ -30,8 +30,10 @@ from gteopt.checkpoint import (
     Checkpoint,
     open_checkpoint,
 )
-from gteopt.encoder import (
-    Encoder,
+from gteopt.encoder import Encoder
+from gteopt.errors import InputError, UnsupportedError
+from gteopt.formats import FORMATS, Format
+from gteopt.loading import (
     build_skeleton,
     latent_tensors,
     load_tokenizer,
@@ -39,8 +41,6 @@ from gteopt.encoder import (
     parse_dtype,
     whole_config,
 )
-from gteopt.errors import InputError, UnsupportedError
-from gteopt.formats import FORMATS, Format
 from gteopt.openvino import save
 from gteopt.quant.affine import PARTS, PackedWeight
 from gteopt.quant.vectors import VectorTransform

@@ -26,7 +26,7 @@ from gteopt.bench import bench
 from gteopt.build import fit_transforms, quantize, restyle
 from gteopt.checkpoint import NANO, open_checkpoint
 from gteopt.choose import choose
-from gteopt.encoder import Backend, Encoder, describe, load
+from gteopt.encoder import Backend, Encoder
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
 from gteopt.evaluation import (
     ENCODE_OPTIONS,
@@ -46,6 +46,7 @@ from gteopt.evaluation import (
     view_of,
 )
 from gteopt.evaluation.workers import Workers
+from gteopt.loading import describe, load
 from gteopt.machine import machine, versions
 from gteopt.recipe import (
     DEFAULT_MARGIN,

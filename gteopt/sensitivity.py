@@ -27,8 +27,9 @@ from gteopt.calibration import (
     open_blocks,
     replay_dtype,
 )
-from gteopt.encoder import Encoder, empty_, fill_
+from gteopt.encoder import Encoder
 from gteopt.errors import NumericsError
+from gteopt.loading import empty_, fill_
 from gteopt.quant.affine import quantize_rtn
 from gteopt.quant.gptq import is_finite
 from gteopt.recipe import LayerScheme, Progress, quiet

@@ -13,6 +13,7 @@ from gteopt.quant.affine import (
     NF4_LEVELS,
     PackedWeight,
     code_range,
+    encode,
     fit_grid,
     group_size_problems,
     pack,
@@ -183,6 +184,19 @@ def test_nf4_takes_the_nearest_of_its_16_numbers(group_size: GroupSize) -> None:
     assert torch.equal(pack(quantized).unpack().codes, quantized.codes)
     searched = quantize_rtn(weight, scheme, clip_search=True).dequantize()
     assert (searched - weight).square().sum() < (quantized.dequantize() - weight).square().sum()
+
+
+def test_nf4_codes_are_those_of_a_search_among_the_boundaries_to_the_last_bit() -> None:
+    """At every boundary and cell edge, just beside them, and at what no scaled weight should be."""
+    scheme = LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4")
+    levels = torch.tensor(NF4_LEVELS)
+    boundaries = (levels[1:] + levels[:-1]) / 2
+    points = torch.cat([boundaries, torch.arange(-33, 34) / 32, seeded(8, 512).flatten()])
+    up, down = (points.nextafter(torch.tensor(end)) for end in (torch.inf, -torch.inf))
+    extremes = torch.tensor([torch.inf, -torch.inf, 3e38, -3e38, 1e-45, -1e-45])
+    shares = torch.cat([points, up, down, extremes])
+    found = encode(shares, torch.tensor(1.0), torch.tensor(0.0), scheme)
+    assert torch.equal(found.long(), torch.bucketize(shares, boundaries))
 
 
 @pytest.mark.parametrize("scheme", all_schemes(), ids=str)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import math
+import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from test_build import deeper_nano, peak_bytes
 
 import gteopt
-from gteopt.build import plan_layers
 from gteopt.calibration import Room, draw_texts, tokenize
 from gteopt.checkpoint import open_checkpoint
-from gteopt.encoder import Encoder, load_checkpoint
+from gteopt.encoder import Encoder
 from gteopt.errors import InputError, NumericsError
+from gteopt.layer_plan import plan_layers
+from gteopt.loading import load_checkpoint
 from gteopt.quant.affine import pack, packed_bytes, quantize_rtn
-from gteopt.quant.allocation import allocate
+from gteopt.quant.allocation import _prints_as_errors, allocate
 from gteopt.recipe import Calibration, LayerScheme, Recipe, load_recipe
 from gteopt.sensitivity import estimate, measure
 
@@ -204,7 +208,7 @@ def test_a_deep_model_is_estimated_and_the_manifest_says_so(
     """The nano counts as deep here; the estimate goes on behind the blocks that it has."""
     recipe = mixed(4.25, calibration=Calibration(n_texts=12, max_tokens=24))
     assert gteopt.quantize("nano", recipe, tmp_path / "shallow").allocation.found_by == "runs"  # type: ignore[union-attr]
-    monkeypatch.setattr("gteopt.build.DEEP_BLOCKS", 3)
+    monkeypatch.setattr("gteopt.layer_plan.DEEP_BLOCKS", 3)
     whole = gteopt.quantize("nano", recipe, tmp_path / "whole")
     assert whole.allocation is not None
     assert whole.allocation.found_by == "gradients"
@@ -248,7 +252,7 @@ def test_a_number_that_is_none_is_never_taken_for_no_loss(
 def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None:
     """Of 6 further blocks, 75 MB of weights, one is in memory at a time."""
     script = (
-        "from gteopt.encoder import load_checkpoint\n"
+        "from gteopt.loading import load_checkpoint\n"
         "from gteopt.recipe import LayerScheme\n"
         "from gteopt.sensitivity import measure\n"
         "checkpoint = gteopt.checkpoint.open_checkpoint(sys.argv[1])\n"
@@ -389,3 +393,19 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_the_least_one(tmp_path: Pa
 def test_a_loss_that_is_not_a_number_stops_the_choice() -> None:
     with pytest.raises(NumericsError, match="NaN"):
         allocate([[float("nan"), 0.0]], [[1, 2]], 2)
+
+
+def test_what_a_solver_prints_is_no_part_of_a_callers_output(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """HiGHS prints from C, past Python's own streams, and what it prints may wait in C's buffer."""
+    libc = ctypes.CDLL(None)
+    with _prints_as_errors():
+        os.write(1, b"at once\n")
+        libc.printf(b"buffered\n")
+    sys.stdout.write('{"json": true}\n')
+    sys.stdout.flush()
+    libc.fflush(None)
+    out, err = capfd.readouterr()
+    assert out == '{"json": true}\n'
+    assert sorted(err.splitlines()) == ["at once", "buffered"]

@@ -11,8 +11,9 @@ from transformers import AutoModel
 
 import gteopt
 from gteopt.bench import _ask_child, _Question, bench, exact_texts
-from gteopt.encoder import Encoder, load
+from gteopt.encoder import Encoder
 from gteopt.errors import GteoptError, InputError
+from gteopt.loading import load
 from gteopt.machine import machine, versions
 from gteopt.recipe import BenchSpec, Workload
 from gteopt.records import BenchReport

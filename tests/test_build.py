@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import gteopt
-from gteopt.build import plan_layers
 from gteopt.calibration import draw_texts
 from gteopt.checkpoint import open_checkpoint
 from gteopt.errors import InputError, NumericsError
 from gteopt.inspect import inspect
+from gteopt.layer_plan import plan_layers
 from gteopt.recipe import (
     Calibration,
     Dims,

@@ -15,11 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import gteopt
 from gteopt.artifact import read_manifest
 from gteopt.cli import main
+from gteopt.encoder import Encoder
 from gteopt.recipe import Calibration, LayerScheme, load_recipe
 from gteopt.tables import layers_table
 
@@ -177,6 +179,32 @@ def test_inspect_cuts_no_layers_name_and_says_which_numbers_it_has(artifact: Pat
     names = "".join(row[1].strip() for row in rows)
     assert all(layer.name in names for layer in layers)
     assert sum("nf4" in row[4] for row in rows) == len(layers)
+
+
+def test_memory_that_runs_out_is_one_line_and_other_errors_keep_their_traceback(
+    call: Call, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["truncate", artifact, "--dims", 32, "--method", "pca", "--out", tmp_path / "out"]
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee elsewhere")
+
+    def fails(error: Exception) -> Callable[..., object]:
+        def embed_tokens(*_: object, **_more: object) -> object:
+            raise error
+
+        return embed_tokens
+
+    monkeypatch.setattr(Encoder, "embed_tokens", fails(full))
+    ran = call(*command)
+    assert ran.code == 1
+    assert ran.err.splitlines() == [
+        "gteopt: memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB.); ask for less at "
+        "once, or for another --device; what is finished is kept, and the same command goes on "
+        "from there"
+    ]
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Encoder, "embed_tokens", fails(RuntimeError("a bug of ours")))
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        call(*command)
 
 
 def test_truncate_then_verify_then_a_flipped_byte(

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import gteopt
-from gteopt.build import plan_layers
 from gteopt.checkpoint import open_checkpoint
 from gteopt.errors import InputError
 from gteopt.inspect import estimate
 from gteopt.kernels.reference import PackedEmbedding
+from gteopt.layer_plan import plan_layers
 from gteopt.quant.affine import pack, quantize_rtn
 from gteopt.recipe import LayerScheme, Recipe, load_recipe
 from gteopt.records import Manifest

@@ -17,8 +17,9 @@ from torch import Tensor
 
 import gteopt
 from gteopt.checkpoint import _hash_unchanged, open_checkpoint
-from gteopt.encoder import Encoder, empty_, swap_linear_
+from gteopt.encoder import Encoder
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
+from gteopt.loading import empty_, swap_linear_
 from gteopt.quant.affine import pack, quantize_rtn
 from gteopt.recipe import LayerScheme
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gteopt
-from gteopt.build import plan_layers
 from gteopt.checkpoint import open_checkpoint
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
 from gteopt.formats import FORMATS, Shape, choose_layout, format_of, gptq
 from gteopt.inspect import inspect
 from gteopt.kernels import make_linear
+from gteopt.layer_plan import plan_layers
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, code_range, pack
 from gteopt.recipe import LayerScheme, Recipe, load_recipe
 

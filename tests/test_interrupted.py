@@ -23,8 +23,30 @@ from test_families import MODELS, publish
 
 import gteopt
 from gteopt import artifact
+from gteopt.calibration import Block
 from gteopt.errors import InputError, NumericsError
+from gteopt.quant import gptq
 from gteopt.recipe import Calibration, Dims, GptqWeights, load_recipe
+
+NO_DEVICE_MEMORY: dict[str, tuple[str, Exception]] = {
+    "torch": (
+        "solve",
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 514.00 MiB. GPU 0 has a total capacity of 23.64 "
+            "GiB of which 101.44 MiB is free."
+        ),
+    ),
+    "torch in a thread": ("solve", torch.OutOfMemoryError("CUDA out of memory.")),
+    "the driver": (
+        "run",
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported"),
+    ),
+    "a library": (
+        "run",
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ),
+}
+"""Who says so, where it is raised in place of a GPU, and in which words."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +88,29 @@ def in_process(
         if failure == "memory":  # no further page
             resource.setrlimit(resource.RLIMIT_AS, (1, resource.RLIM_INFINITY))
 
+    if failure in NO_DEVICE_MEMORY:
+        where, error = NO_DEVICE_MEMORY[failure]
+        module, name = (gptq, "solve") if where == "solve" else (Block, "run")
+        real = getattr(module, name)
+
+        def runs_out(first: object, *args: object, **more: object) -> object:
+            is_here = not isinstance(first, Block) or first.name == "layers.1"
+            if finished_blocks(out) == at and is_here:
+                raise error
+            return real(first, *args, **more)
+
+        setattr(module, name, runs_out)
     if failure == "kill before the name":
         artifact.place = lambda stage, out: os.kill(os.getpid(), signal.SIGKILL)
     try:
-        gteopt.quantize(base, wanted, out, activation_bytes=room, progress=progress)
+        gteopt.quantize(
+            base,
+            wanted,
+            out,
+            devices=["cpu", "cpu"] if failure.endswith("in a thread") else [],
+            activation_bytes=room,
+            progress=progress,
+        )
     except Exception as error:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         report.send(f"{type(error).__name__}: {error}")
@@ -192,6 +233,19 @@ def test_what_runs_out_is_named_and_the_next_run_goes_on(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("who", NO_DEVICE_MEMORY)
+def test_a_device_without_memory_is_named_with_the_layer_and_the_next_run_goes_on(
+    base: Path, tmp_path: Path, who: str
+) -> None:
+    stopped = build(base, tmp_path / "out", "gptq-int4", who, 1, activation_bytes=1 << 30)
+    said = r"^GteoptError: memory ran out at layers\.1\.self_attn\.q_proj; finished blocks are kept"
+    assert re.search(said, stopped.error), stopped
+    assert finished_blocks(tmp_path / "out") == 1
+    assert build(base, tmp_path / "whole", "gptq-int4") == Ended(0, "")
+    assert build(base, tmp_path / "out", "gptq-int4") == Ended(0, "")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_two_builds_never_work_in_one_folder(base: Path, tmp_path: Path) -> None:
     with (
         artifact.alone(artifact.stage_folder(tmp_path / "out")),
@@ -246,7 +300,7 @@ def test_a_dead_input_feature_is_recorded_and_costs_nothing(base: Path, tmp_path
 
 def test_a_hessian_that_no_damping_mends_names_the_layer() -> None:
     """The real solver on a real matrix with negative curvature, through the build's own door."""
-    from gteopt.build import _quantize_layer
+    from gteopt.blocks import quantize_layer
     from gteopt.quant.gptq import HessianAccumulator
 
     weights = load_recipe("gptq-int4").weights
@@ -255,6 +309,6 @@ def test_a_hessian_that_no_damping_mends_names_the_layer() -> None:
     statistics.add(torch.randn(200, 128))
     statistics.hessian[3, 3] = -1e6
     with pytest.raises(NumericsError, match=r"layers\.7\.mlp\.down_proj: the Hessian.*damping"):
-        _quantize_layer(
+        quantize_layer(
             "layers.7.mlp.down_proj", torch.randn(8, 128), weights.scheme, weights, statistics, None
         )

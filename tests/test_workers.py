@@ -15,11 +15,12 @@ import torch
 from safetensors.numpy import load_file
 
 import gteopt
-from gteopt.encoder import Encoder, describe
+from gteopt.encoder import Encoder
 from gteopt.errors import InputError, IntegrityError, NumericsError, UnsupportedError
 from gteopt.evaluation import EncodeOptions, Suite, SuiteRun, cache, run_suite
 from gteopt.evaluation.cache import LocalEncoding, Shard
 from gteopt.evaluation.workers import Job, Workers, local_workers, ray_workers
+from gteopt.loading import describe
 from gteopt.machine import parse_devices
 from gteopt.plan import Grid, Setup, parse_grid, score
 from gteopt.recipe import Progress, quiet

@@ -43,7 +43,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
-from gteopt.errors import UnsupportedError
+from gteopt.errors import UnsupportedError, is_out_of_memory
 from gteopt.recipe import Progress, quiet
 from gteopt.records import write_atomically
 
@@ -59,7 +59,6 @@ DEFAULT_BYTES = 20_000_000_000
 SHARD_TEXTS = 256
 _HELD_BYTES = 1 << 30  # of shards that stay in memory after they were read
 _STALE_S = 86_400  # a half-written file of this age belongs to a process that was killed
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -188,15 +187,6 @@ class LocalEncoding:
             # Outside of the handler, whose traceback would keep the failed batch alive.
             self._batch_size //= 2
             _free_device_memory()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch (on a GPU or a CPU) or Python could not get memory."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error).lower() for words in _NO_MEMORY
-    )
 
 
 class VectorCache:

@@ -531,7 +531,7 @@ def _encode(job: Job, device: str, shard: Shard) -> Encoded:
 def _load(job: Job, device: str) -> tuple[LocalEncoding, list[str]]:
     import torch
 
-    from gteopt.encoder import load
+    from gteopt.loading import load
 
     notes: list[str] = []
     here = machine()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gteopt.kernels.reference import take_outliers
-from gteopt.quant.affine import PackedWeight
+from gteopt.quant.affine import PackedWeight, pack_codes
 
 _FEW_TOKENS = 96
 """Up to here torch's 4-bit product is faster than dequantizing and multiplying densely (384 to 2048
@@ -21,8 +23,8 @@ _TINY = torch.finfo(torch.float32).tiny
 _TILES = (64, 32)
 """Output features that torch's 4-bit layout interleaves: on AVX-512, on AVX2."""
 _LAYOUT_ROWS = 512
-"""Rows that are widened at once on their way into torch's 4-bit layout: its tiles stay whole, and
-the wide codes in the cache."""
+"""Rows at once on their way into torch's 4-bit layout: its tiles stay whole, and they in the
+cache."""
 _WEIGHT_ROWS = 256
 """Rows of a 16-bit weight that are widened at once for few tokens, so that they stay in the cache
 (1.3 to 4.5 times as fast as widening the whole weight, 16 tokens, one core of a Zen 3 server)."""
@@ -97,6 +99,38 @@ class _Product(Protocol):
     def __call__(self, codes: Tensor, zero: int) -> Tensor: ...
 
 
+class _FbgemmPacking:
+    """While FBGEMM packs: the process-wide setting that it reads then, and no word of torch's that
+    tensors which carry their scales will go (`_OneDnn` is for then). Several threads may pack; the
+    first sets both, the last sets them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._n_inside = 0
+        self._outside = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._n_inside += 1
+            if self._n_inside > 1:
+                return
+            self._outside.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", UserWarning)
+            engines = torch.backends.quantized
+            self._outside.callback(setattr, engines, "engine", engines.engine)
+            engines.engine = "fbgemm"
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if not self._n_inside:
+                self._outside.close()
+
+
+_FBGEMM_PACKING = _FbgemmPacking()
+
+
 class _Fbgemm:
     """FBGEMM's product, which converts and scales on the way.
 
@@ -106,16 +140,9 @@ class _Fbgemm:
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
         zeros = torch.zeros(len(scale), dtype=torch.int64)
-        with warnings.catch_warnings():
-            # torch says that tensors which carry their scales will go; `_OneDnn` is for then.
-            warnings.simplefilter("ignore", UserWarning)
+        with _FBGEMM_PACKING:
             quantized = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
-        engine = torch.backends.quantized.engine
-        torch.backends.quantized.engine = "fbgemm"  # read while packing only
-        try:
             self._packed = torch.ops.quantized.linear_prepack(quantized, None)
-        finally:
-            torch.backends.quantized.engine = engine
 
     def __call__(self, codes: Tensor, zero: int) -> Tensor:
         product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
@@ -341,11 +368,10 @@ class Int4LinearCpu(nn.Module):
     def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        unpacked = weight.unpack()
-        scale = unpacked.scale.float()
-        offset = (8 - unpacked.zero.float()) * scale
+        scale = weight.scale.float()
+        offset = (8 - weight.zero.float()) * scale
         grid = torch.stack([scale, offset], dim=-1).transpose(0, 1).contiguous()
-        self.register_buffer("qweight", _to_torch_layout(unpacked.codes))
+        self.register_buffer("qweight", _to_torch_layout(weight.qweight.cpu(), torch_tile()))
         self.register_buffer("grid", grid.bfloat16())
         self.register_buffer("bias", None if bias is None else bias.bfloat16())
 
@@ -390,30 +416,35 @@ def int4_runs_here(weight: PackedWeight) -> bool:
 def torch_tile() -> int:
     """Output features interleaved in torch's 4-bit layout here, 0 where it is not known how.
 
-    The layout depends on the machine's vector width; which it is, is found out by reading back.
+    The layout depends on the machine's vector width; which it is, is found out by torch's own.
     """
     codes = torch.arange(64 * 64).mul(7).remainder(16).to(torch.uint8).view(64, 64)
+    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     for tile in _TILES:
-        tiles = _from_torch_layout(_to_torch_layout(codes), tile)
-        if torch.equal(tiles.transpose(1, 2).reshape(64, 64), codes):
+        if torch.equal(_to_torch_layout(pack_codes(codes, 4), tile), theirs):
             return tile
     return 0
 
 
-def _to_torch_layout(codes: Tensor) -> Tensor:
-    """uint8 codes [O, I] to torch's packed uint8 [O, I / 2]."""
-    parts = [
-        torch.ops.aten._convert_weight_to_int4pack_for_cpu(rows.int(), 1)
-        for rows in torch.split(codes, _LAYOUT_ROWS)
-    ]
-    return torch.cat(parts)
+def _to_torch_layout(qweight: Tensor, tile: int) -> Tensor:
+    """Packed codes uint8 [O, I / 2] to torch's packed uint8 [O, I / 2].
+
+    As `_convert_weight_to_int4pack_for_cpu` does, which takes codes of four bytes and five times
+    as long. For each tile of output features and each input feature lie tile / 2 bytes; byte i
+    holds output feature i in its low half and tile / 2 + i in its high half.
+    """
+    packed = torch.empty_like(qweight)
+    parts = (torch.split(each, _LAYOUT_ROWS) for each in (qweight, packed))
+    for rows, out in zip(*parts, strict=True):
+        halves = rows.view(len(rows) // tile, 2, tile // 2, -1)
+        low, high = halves.unbind(1)  # [O/tile, tile/2, I/2], two input features a byte
+        pairs = out.view(len(low), -1, 2, tile // 2)  # [O/tile, I/2, 2, tile/2]
+        pairs[:, :, 0] = (low & 15 | high << 4).transpose(1, 2)
+        pairs[:, :, 1] = (low >> 4 | high & 240).transpose(1, 2)
+    return packed
 
 
 def _from_torch_layout(packed: Tensor, tile: int) -> Tensor:
-    """Torch's packed uint8 [O, I / 2] to uint8 codes [O/tile, I, tile].
-
-    For each tile of output features and each input feature lie tile / 2 bytes; byte i holds output
-    feature i in its low half and tile / 2 + i in its high half.
-    """
+    """Torch's packed uint8 [O, I / 2] to uint8 codes [O/tile, I, tile]."""
     tiles = packed.view(len(packed) // tile, -1, tile // 2)
     return torch.cat([tiles & 15, tiles >> 4], dim=-1)

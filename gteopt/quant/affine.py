@@ -30,9 +30,12 @@ NF4_LEVELS = (
     0.7229568362236023, 1.0,
 )  # fmt: skip
 """QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), appendix E."""
+_NF4_CELLS = 16
+"""Cells of equal width that the numbers from 0 to 1 are cut into, on the way to NF4's nearest."""
 _LARGEST: Mapping[Element, float] = {"e4m3": E4M3_MAX, "nf4": 1.0}
-_CHUNK_WEIGHTS = 1 << 21
-"""Weights whose grids are searched at a time."""
+_CHUNK_WEIGHTS, _CHUNK_WEIGHTS_CPU = 1 << 21, 1 << 19
+"""Weights whose grids are searched at a time: few enough for a CPU's cache (NF4 in half the time),
+many enough for a GPU to be busy with."""
 _SNR_ROWS = 1024
 PARTS = (
     *("qweight", "scale", "scale_code", "scale_largest", "scale_offset", "qzero"),
@@ -127,15 +130,17 @@ class PackedWeight:
         """Bits a weight, scales and zero points included."""
         return 8 * self.n_bytes / (self.out_features * self.in_features)
 
+    @property
+    def zero(self) -> Tensor:
+        """Zero points uint8 [O, G]."""
+        if self.qzero is None:
+            return torch.full_like(self.scale, middle(self.scheme), dtype=torch.uint8)
+        return unpack_codes(self.qzero, self.scheme.bits, self.scale.shape[1])
+
     def unpack(self) -> QuantizedWeight:
         """The codes again, exactly those that were packed."""
-        n_groups = self.scale.shape[1]
-        if self.qzero is None:
-            zero = torch.full_like(self.scale, middle(self.scheme), dtype=torch.uint8)
-        else:
-            zero = unpack_codes(self.qzero, self.scheme.bits, n_groups)
         codes = unpack_codes(self.qweight, self.scheme.bits, self.in_features)
-        return QuantizedWeight(codes, self.scale, zero, self.scheme, self.nested, self.inputs)
+        return QuantizedWeight(codes, self.scale, self.zero, self.scheme, self.nested, self.inputs)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The tensors by name: "qweight", "scale" and, when asymmetric, "qzero".
@@ -266,7 +271,8 @@ def search_bytes(n_weights: int) -> int:
 
 def _row_chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows of a weight in float32, a few million values at a time: rows do not know each other."""
-    n_rows = max(1, _CHUNK_WEIGHTS // max(1, weight.shape[1]))
+    most = _CHUNK_WEIGHTS_CPU if weight.device.type == "cpu" else _CHUNK_WEIGHTS
+    n_rows = max(1, most // max(1, weight.shape[1]))
     for start in range(0, len(weight), n_rows):
         at = slice(start, start + n_rows)
         yield at, weight[at].detach().float()
@@ -321,8 +327,7 @@ def encode(values: Tensor, scale: Tensor, zero: Tensor, scheme: LayerScheme) -> 
         # What is too large would become NaN.
         return shares.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).float()
     if scheme.element == "nf4":
-        levels = torch.tensor(NF4_LEVELS, device=shares.device)
-        return torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2).float()
+        return _nearest_nf4(shares)
     return shares.round_().add_(zero).clamp_(*code_range(scheme))
 
 
@@ -331,8 +336,27 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor, scheme: LayerScheme) -> T
     if scheme.element == "e4m3":
         return codes.to(torch.uint8).view(torch.float8_e4m3fn).float().mul_(scale)
     if scheme.element == "nf4":
-        return torch.tensor(NF4_LEVELS, device=codes.device)[codes.int()].mul_(scale)
+        levels = torch.tensor(NF4_LEVELS, device=codes.device)
+        return levels.index_select(0, codes.flatten().int()).view(codes.shape).mul_(scale)
     return (codes - zero).mul_(scale)
+
+
+def _nearest_nf4(shares: Tensor) -> Tensor:
+    """Places among NF4's numbers, float32, of the nearest to each value; of two, the lower.
+
+    A value's cell of width 1/16 holds one of the 15 boundaries at most, so that two look-ups and a
+    comparison find what a binary search would, in a fifth of its time (a processor guesses half of
+    a search's branches wrong: 21 ns a value, one core of a Zen 5 server).
+    """
+    levels = torch.tensor(NF4_LEVELS, device=shares.device)
+    boundaries = (levels[1:] + levels[:-1]) / 2
+    edges = torch.arange(-_NF4_CELLS, _NF4_CELLS + 2, device=shares.device) / _NF4_CELLS
+    below = torch.bucketize(edges, boundaries)  # boundaries below each cell's lower edge
+    within = torch.where(below[1:] > below[:-1], boundaries[below[:-1].clamp_max(14)], torch.inf)
+    # A value that rounding lifts into the next cell has no boundary between itself and there.
+    cells = shares.clamp(-1, 1).nan_to_num_().mul_(_NF4_CELLS).add_(_NF4_CELLS).int().flatten()
+    beyond = shares > within.index_select(0, cells).view(shares.shape)
+    return below.float().index_select(0, cells).view(shares.shape).add_(beyond)
 
 
 def dequantize(
