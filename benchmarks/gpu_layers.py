@@ -1,6 +1,6 @@
 """The GPU layers on the shapes of gte-Qwen2-7B: right against float64, and how fast.
 
-    .venv/bin/python benchmarks/kernels.py --out benchmarks/results/kernels.json
+    .venv/bin/python benchmarks/gpu_layers.py --out benchmarks/results/gpu_layers.json
 
 Each shape and number of tokens has a row a layer: ours, and what torch offers for the same weights
 (bfloat16 through cuBLAS; `torch._int_mm` with the scales applied by torch.compile; tinygemm's 4-bit
