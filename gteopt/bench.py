@@ -189,7 +189,10 @@ def bench_dummy(
         )
     with tempfile.TemporaryDirectory(prefix="gteopt-") as scratch:
         folder = Path(scratch) / "bf16"
-        n, whole = write_dummy(base, folder, n_layers=n_layers, progress=progress)
+        on_gpu = device != "cpu" and torch.cuda.is_available()
+        n, whole = write_dummy(
+            base, folder, n_layers=n_layers, device="cuda" if on_gpu else "cpu", progress=progress
+        )
         sources = {"bf16": str(folder)}
         for name, recipe in wanted.items():
             sources[name] = str(Path(scratch) / f"variant-{len(sources)}")

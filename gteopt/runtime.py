@@ -2,8 +2,9 @@
 
 Texts are laid end to end, so that no linear layer computes padding; attention runs over texts of
 one length at a time, without a mask, or on a GPU over all of them at once; where pooling reads one
-token a text, the last block computes its queries, output projection and MLP for that token alone. Layers that share an input share its
-rounding to 8 bits. On a CPU without instructions for bfloat16 activations are float32.
+token a text, the last block computes its queries, output projection and MLP for that token alone.
+Layers that share an input share its rounding to 8 bits. On a CPU without instructions for bfloat16
+activations are float32.
 One text may also lie in more places than it has tokens (`padded_forward`), so that a GPU can replay
 the same computation for every shorter text; its own tokens see none of the padding.
 The layers are those of the module it is given, looked up in each call: what replaces one of them,

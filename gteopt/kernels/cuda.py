@@ -15,9 +15,9 @@ Shapes: T tokens, O output features, I input features, G groups, S parts that I 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,8 +42,7 @@ three steps of 2 KB of weights under way, 24 KB together, which is about what 4.
 0.7 us of latency (25 KB); by this calculation, not yet by measurement."""
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """What one program computes at once: tokens x outputs, so many inputs a step."""
 
     tokens: int
@@ -239,7 +238,7 @@ class Int4LinearCuda(nn.Module):
     def multiply(self, x: Tensor, tile: Tile = INT4_TILE) -> Tensor:
         """Contiguous [T, I] to [T, O] for few tokens, from the codes."""
         own = (self.qweight, self.scale, self.zero, self.levels, self.bias, self.middle)
-        found: Tensor = torch.ops.gteopt.int4_product(x, *own, astuple(tile))
+        found: Tensor = torch.ops.gteopt.int4_product(x, *own, tile)
         return found
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
@@ -454,7 +453,7 @@ def int8_product(
     """
     found: Tensor = torch.ops.gteopt.int8_product(
         *(codes, token_scale, zero, weight, scale, row_sum, bias, dtype),
-        () if tile is None else astuple(tile),
+        () if tile is None else tile,
     )
     return found
 
