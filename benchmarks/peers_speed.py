@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -188,6 +189,7 @@ def main() -> None:
     )
     parser.add_argument("--where", help="device that --device's engines run on: cpu, cuda:1")
     options = parser.parse_args()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line a layer
     setting = SETTINGS[options.device]
     layers = options.layers or setting.layers
     where = torch.device(options.where or setting.device)
@@ -679,6 +681,8 @@ def on_source(source: Source, module: nn.Module | None) -> Theirs:
     # The embedded model has the tokenizer and the pooling of random ones.
     model = _sentence_transformer(open_checkpoint("nano").folder, str(source.device))
     _set_transformer(model, source.module if module is None else module)
+    # `encode` moves it to where it is, which torchao's tensors refuse under inference_mode.
+    model.to = lambda *_: model
     return Theirs(model, source.n_bytes if module is None else source.table_bytes)
 
 
