@@ -89,8 +89,10 @@ class Source:
                 codes = quantize_rtn(linear.weight, scheme, clip_search=recipe.weights.clip_search)
                 swap_linear_(module, name, pack(codes), linear.bias, self.device, torch.bfloat16)
             if recipe.embedding == "int8":
-                table = quantize_rtn(module.get_submodule("embed_tokens").weight, _TABLE)
-                swap_embedding_(module, "embed_tokens", pack(table), self.device, torch.bfloat16)
+                table = module.get_submodule("embed_tokens")
+                assert isinstance(table, nn.Embedding)
+                rows = pack(quantize_rtn(table.weight, _TABLE))
+                swap_embedding_(module, "embed_tokens", rows, self.device, torch.bfloat16)
         speed_up_linears_(module, self.device)
         return Encoder(
             checkpoint=self.checkpoint,

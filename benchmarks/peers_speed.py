@@ -602,7 +602,7 @@ def take_turns(
     for workload, batch in texts.items():
         repeats = 1 if workload == "bulk" else 5
         for turn in range(n_rounds * repeats):
-            order = list(made) if turn % 2 == 0 else list(reversed(made))
+            order = list(made) if turn % 2 == 0 else list(reversed(list(made)))
             for name in order:
                 if (name, workload) in unable:
                     continue
@@ -672,7 +672,7 @@ def ours_on(source: Source, recipe: str | Recipe | None = None, *, fast: bool = 
     found = source.encoder(load_recipe(recipe) if isinstance(recipe, str) else recipe)
     for each in found.module.modules():
         if hasattr(each, "fast"):
-            each.fast = fast
+            setattr(each, "fast", fast)  # noqa: B010 - modules declare no such attribute
     return Ours(found)
 
 

@@ -244,7 +244,11 @@ def _short_products(n: int, device: torch.device) -> dict[str, Callable[[], Tens
     if torch.cuda.get_device_capability(device) >= (8, 9):
         floats, ones = x.to(torch.float8_e4m3fn), torch.ones((n, 1), device=device)
         found["fp8"] = lambda: torch._scaled_mm(
-            floats, floats.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16
+            *(floats, floats.t()),
+            scale_a=ones,
+            scale_b=ones.t(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
         )
     return found
 

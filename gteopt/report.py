@@ -15,9 +15,6 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-import plotly.graph_objects as go
-import plotly.io
-from plotly.offline import get_plotlyjs
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -457,6 +454,8 @@ def html_page(results: Results, *, title: str) -> str:
         results: at least the baseline; a variant without an evaluation is shown without scores.
         title: heading of the page, as plain text.
     """
+    from plotly.offline import get_plotlyjs  # plotly is for the page alone; tables do without
+
     lines = rows(results)
     return _PAGE.format(
         title=escape(title),
@@ -739,6 +738,8 @@ def _scatter(
 
     The labels are placed by report.js once the browser has laid the points out.
     """
+    import plotly.graph_objects as go
+
     # (x, retention in %, number in the table, row)
     points = [
         (x, row.retention * 100, number, row)
@@ -784,6 +785,8 @@ def _scatter(
 
 
 def _bars(lines: Sequence[Row], attribute: str) -> str:
+    import plotly.graph_objects as go
+
     title, factor, digits = _FIDELITY_BARS[attribute]
     shown = [row for row in lines if getattr(row, attribute) is not None and not row.is_baseline]
     values = [getattr(row, attribute) * factor for row in shown]
@@ -836,7 +839,9 @@ def _axis(values: Iterable[float]) -> dict[str, Any]:
 
 
 def _html(figure: Any, key: str) -> str:
-    html: str = plotly.io.to_html(
+    from plotly.io import to_html
+
+    html: str = to_html(
         figure,
         full_html=False,
         include_plotlyjs=False,

@@ -495,6 +495,11 @@ def _int8_product(
 _FASTEST: dict[tuple[int, ...], Tile] = {}
 
 
+def fastest_tiles() -> dict[tuple[int, ...], Tile]:
+    """What was chosen so far: (GPU, bits of the number of tokens, outputs, inputs) -> tile."""
+    return dict(_FASTEST)
+
+
 def _fastest(size: tuple[int, ...], launch: Callable[[Tile], None]) -> Tile:
     """The fastest of `LARGE_TILES` for products of a size, measured when it is first met."""
     if size in _FASTEST or torch.cuda.is_current_stream_capturing():  # where nothing can be timed
