@@ -245,6 +245,7 @@ def layers_of(
     for tile in (*cuda.LARGE_TILES, *(cuda.int8_tile(n) for n in (16, 128))) if tiles else ():
         layer = cuda.Int8LinearCuda(symmetric, None).to(device)
         what = f"ours int8, {tile.tokens}x{tile.outputs}x{tile.inputs} {tile.n_warps} warps"
+        what += f" {tile.n_stages} stages" + (", copies" if tile.copies else "")
         found[what] = _tiled(layer, tile), symmetric.unpack().dequantize(), "int8"
     if device.type == "cuda":
         found["torch._int_mm, compiled"] = (

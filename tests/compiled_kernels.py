@@ -46,13 +46,15 @@ SIGNATURES = {
 
 def compiled(capability: int) -> Iterator[dict[str, Any]]:
     """Every kernel as the layers of a 7B model launch it."""
-    for n_tokens in (1, 128, 4096):
-        t = cuda.int8_tile(n_tokens)
+    for t in (cuda.int8_tile(1), cuda.int8_tile(128), *cuda.LARGE_TILES):
+        if t.copies and capability < 90:
+            continue
         constants = {
             "HAS_ZERO": True, "HAS_BIAS": True, "TOGETHER": 8,
             "TOKENS": t.tokens, "OUTPUTS": t.outputs, "INPUTS": t.inputs,
         }  # fmt: skip
-        yield _compile("_int8_kernel", constants, t.n_warps, t.n_stages, capability)
+        name = "_int8_copy_kernel" if t.copies else "_int8_kernel"
+        yield _compile(name, constants, t.n_warps, t.n_stages, capability)
     for nf4, inputs in ((False, 128), (True, 64)):
         element = {"MIDDLE": 8, "HAS_ZERO": not nf4, "NF4": nf4}
         for tokens in (16, 64):
@@ -76,7 +78,12 @@ def _compile(
     name: str, constants: Mapping[str, Any], n_warps: int, n_stages: int, capability: int
 ) -> dict[str, Any]:
     kernel = getattr(cuda, name)
-    pointers = SIGNATURES[name]
+    pointers = SIGNATURES["_int8_kernel" if name == "_int8_copy_kernel" else name]
+    if name == "_int8_copy_kernel":
+        sizes = {"codes": constants["TOKENS"], "weight": constants["OUTPUTS"]}
+        pointers = pointers | {
+            each: f"tensordesc<i8[{n}, {constants['INPUTS']}]>" for each, n in sizes.items()
+        }
     signature = {
         each: "constexpr" if each in constants else pointers.get(each, "i32")
         for each in kernel.arg_names
@@ -95,6 +102,7 @@ def _compile(
         "kernel": name,
         "shared_bytes": found.metadata.shared,
         "tensor_core_products": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
+        "copies": ptx.count("cp.async.bulk.tensor"),
         "int8_products": ptx.count(".s32.s8.s8"),
         "spills": ptx.count("st.local"),
     }

@@ -94,6 +94,20 @@ def test_the_int8_product_equals_the_float_reference(
             assert relative_error(y, reference(x)) <= bound
 
 
+def test_every_tile_of_the_int8_product_gives_the_same_bits(cuda: ModuleType) -> None:
+    capability = torch.cuda.get_device_capability() if DEVICE == "cuda" else (9, 0)
+    for scheme in (W8A8, TOKEN_ZEROS):
+        weight = packed(70, 272, scheme)
+        layer = cuda.Int8LinearCuda(weight, seeded(70, seed=1))
+        for n_tokens in (3, 150):
+            codes = layer.quantize(seeded(n_tokens, 272, seed=2) + 1)
+            own = (layer.weight, layer.scale, layer.row_sum, layer.bias, torch.float32)
+            first = cuda.int8_product(*codes, *own, cuda.int8_tile(n_tokens))
+            for tile in cuda.LARGE_TILES:
+                if not tile.copies or capability >= (9, 0):
+                    assert torch.equal(cuda.int8_product(*codes, *own, tile), first)
+
+
 @pytest.mark.parametrize("n_tokens", [0, 1, 20, 100])
 @pytest.mark.parametrize("scheme", [INT4, SYMMETRIC, ROW, NF4], ids=["g64", "g128", "row", "nf4"])
 def test_4_bit_weights_multiply_as_float64_does(
@@ -250,7 +264,8 @@ def test_kernels_compile_for_an_h100_to_tensor_core_products_that_fit_it(tmp_pat
     for each in json.loads(done.stdout):
         assert each["shared_bytes"] <= 227 << 10, each
         assert each["spills"] == 0, each
-        if each["kernel"] in ("_int8_kernel", "_int4_kernel"):
+        if each["kernel"] in ("_int8_kernel", "_int8_copy_kernel", "_int4_kernel"):
             assert each["tensor_core_products"] > 0, each
-        if each["kernel"] == "_int8_kernel":
+        if each["kernel"] in ("_int8_kernel", "_int8_copy_kernel"):
             assert each["int8_products"] > 0, each
+        assert (each["copies"] > 0) == (each["kernel"] == "_int8_copy_kernel"), each

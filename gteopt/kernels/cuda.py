@@ -14,7 +14,7 @@ Shapes: T tokens, O output features, I input features, G groups, S parts that I 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gteopt.quant.affine import (
     E4M3_MAX,
@@ -43,13 +44,20 @@ three steps of 2 KB of weights under way, 24 KB together, which is about what 4.
 
 
 class Tile(NamedTuple):
-    """What one program computes at once: tokens x outputs, so many inputs a step."""
+    """What one program computes at once: tokens x outputs, so many inputs a step.
+
+    Attributes:
+        n_stages: steps of inputs that are on their way at once.
+        copies: whether Hopper's copy engine fetches them, 0 or 1; inputs of the int8 product whose
+            number is a multiple of 16.
+    """
 
     tokens: int
     outputs: int
     inputs: int
     n_warps: int
     n_stages: int
+    copies: int = 0
 
 
 def int8_tile(n_tokens: int) -> Tile:
@@ -63,12 +71,17 @@ def int8_tile(n_tokens: int) -> Tile:
 
 LARGE_TILES = (
     Tile(128, 256, 128, 8, 3),
-    Tile(256, 128, 128, 8, 3),
-    Tile(128, 256, 64, 8, 4),
-    Tile(128, 128, 128, 8, 4),
+    Tile(128, 256, 128, 8, 4, copies=1),
+    Tile(256, 128, 128, 8, 3, copies=1),
+    Tile(128, 128, 128, 8, 3, copies=1),
+    Tile(128, 128, 128, 4, 3, copies=1),
+    Tile(64, 256, 128, 4, 2, copies=1),
+    Tile(128, 128, 128, 4, 3),
 )
 """Of int8 products of many tokens: a GPU takes the one that it is fastest with, found out in the
-first product of a size. Sums of whole numbers are the same in any tile."""
+first product of a size. Sums of whole numbers are the same in any tile. Triton (3.6, 3.9) waits for
+each step's product of whole numbers before the next; of the smaller tiles two programs share a
+multiprocessor, and one multiplies while the other waits."""
 INT4_TILE = Tile(16, 32, 128, 4, 4)
 """Of the product of 4-bit weights with up to 16 tokens; of more it has 64 tokens."""
 
@@ -474,8 +487,13 @@ def _int8_product(
 
     def launch(tile: Tile) -> None:
         grid = (triton.cdiv(n_tokens, tile.tokens) * triton.cdiv(n_outputs, tile.outputs),)
-        _int8_kernel[grid](
-            codes, weight, y, token_scale, zero, scale, row_sum, bias,
+        kernel, left, right = _int8_kernel, codes, weight
+        if tile.copies:
+            kernel = _int8_copy_kernel
+            left = TensorDescriptor.from_tensor(codes, [tile.tokens, tile.inputs])
+            right = TensorDescriptor.from_tensor(weight, [tile.outputs, tile.inputs])
+        kernel[grid](
+            left, right, y, token_scale, zero, scale, row_sum, bias,
             n_tokens, n_outputs, n_inputs,
             HAS_ZERO=zero is not None, HAS_BIAS=bias is not None,
             TOKENS=tile.tokens, OUTPUTS=tile.outputs, INPUTS=tile.inputs, TOGETHER=8,
@@ -487,7 +505,7 @@ def _int8_product(
         if not numbers and tile is LARGE_TILES[0] and codes.is_cuda:
             # Beyond 8192 tokens there are programs enough for any tile.
             size = (codes.device.index, min(n_tokens, 8192).bit_length(), n_outputs, n_inputs)
-            tile = _fastest(size, launch)
+            tile = _fastest(size, [each for each in LARGE_TILES if _fits(each, codes)], launch)
         launch(tile)
     return y
 
@@ -500,12 +518,19 @@ def fastest_tiles() -> dict[tuple[int, ...], Tile]:
     return dict(_FASTEST)
 
 
-def _fastest(size: tuple[int, ...], launch: Callable[[Tile], None]) -> Tile:
-    """The fastest of `LARGE_TILES` for products of a size, measured when it is first met."""
+def _fits(tile: Tile, codes: Tensor) -> bool:
+    """Whether a GPU, and codes [T, I] by their width, are ones for this tile."""
+    if not tile.copies:
+        return True
+    return codes.shape[1] % 16 == 0 and torch.cuda.get_device_capability(codes.device) >= (9, 0)
+
+
+def _fastest(size: tuple[int, ...], tiles: Sequence[Tile], launch: Callable[[Tile], None]) -> Tile:
+    """The fastest of some tiles for products of a size, measured when it is first met."""
     if size in _FASTEST or torch.cuda.is_current_stream_capturing():  # where nothing can be timed
-        return _FASTEST.get(size, LARGE_TILES[0])
-    best, least = LARGE_TILES[0], float("inf")
-    for tile in LARGE_TILES:
+        return _FASTEST.get(size, tiles[0])
+    best, least = tiles[0], float("inf")
+    for tile in tiles:
         try:
             launch(tile)  # compiles
         except triton.runtime.errors.OutOfResources:  # less shared memory than on an H100
@@ -662,13 +687,9 @@ def _round_kernel(
         tl.store(floats + row + at, shares.to(tl.float8e4nv), mask=at < n_inputs)
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
-def _int8_kernel(
-    codes, weight, y, token_scale, zero, scale, row_sum, bias,
-    n_tokens, n_outputs, n_inputs,
-    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
-    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def _int8_place(n_tokens, n_outputs, TOKENS, OUTPUTS, TOGETHER: tl.constexpr):
+    """First token and output of this program's tile."""
     # Programs that run together share rows of weight: TOGETHER tiles of tokens, then the next.
     n_down = tl.cdiv(n_tokens, TOKENS)
     n_across = tl.cdiv(n_outputs, OUTPUTS)
@@ -676,19 +697,15 @@ def _int8_kernel(
     band = program // (TOGETHER * n_across)
     height = tl.minimum(n_down - band * TOGETHER, TOGETHER)
     within = program % (TOGETHER * n_across)
-    t = (band * TOGETHER + within % height) * TOKENS + tl.arange(0, TOKENS)
-    o = (within // height) * OUTPUTS + tl.arange(0, OUTPUTS)
-    i = tl.arange(0, INPUTS)
-    left = codes + t.to(tl.int64)[:, None] * n_inputs + i[None, :]
-    right = weight + o.to(tl.int64)[None, :] * n_inputs + i[:, None]
-    sums = tl.zeros((TOKENS, OUTPUTS), tl.int32)
-    for start in range(0, n_inputs, INPUTS):
-        real = i < n_inputs - start
-        a = tl.load(left, mask=(t < n_tokens)[:, None] & real[None, :], other=0)
-        b = tl.load(right, mask=(o < n_outputs)[None, :] & real[:, None], other=0)
-        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
-        left += INPUTS
-        right += INPUTS
+    return (band * TOGETHER + within % height) * TOKENS, (within // height) * OUTPUTS
+
+
+@triton.jit
+def _int8_finish(
+    sums, t, o, y, token_scale, zero, scale, row_sum, bias, n_tokens, n_outputs,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Scales, zero points and bias on the sums of a tile, and the tile to memory."""
     if HAS_ZERO:
         zeros = tl.load(zero + t, mask=t < n_tokens, other=0)
         row_sums = tl.load(row_sum + o, mask=o < n_outputs, other=0)
@@ -700,6 +717,54 @@ def _int8_kernel(
     where = y + t.to(tl.int64)[:, None] * n_outputs + o[None, :]
     inside = (t < n_tokens)[:, None] & (o < n_outputs)[None, :]
     tl.store(where, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _int8_kernel(
+    codes, weight, y, token_scale, zero, scale, row_sum, bias,
+    n_tokens, n_outputs, n_inputs,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """One tile of the product."""
+    first_t, first_o = _int8_place(n_tokens, n_outputs, TOKENS, OUTPUTS, TOGETHER)
+    t = first_t + tl.arange(0, TOKENS)
+    o = first_o + tl.arange(0, OUTPUTS)
+    i = tl.arange(0, INPUTS)
+    left = codes + t.to(tl.int64)[:, None] * n_inputs + i[None, :]
+    right = weight + o.to(tl.int64)[None, :] * n_inputs + i[:, None]
+    sums = tl.zeros((TOKENS, OUTPUTS), tl.int32)
+    for start in range(0, n_inputs, INPUTS):
+        real = i < n_inputs - start
+        a = tl.load(left, mask=(t < n_tokens)[:, None] & real[None, :], other=0)
+        b = tl.load(right, mask=(o < n_outputs)[None, :] & real[:, None], other=0)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+        left += INPUTS
+        right += INPUTS
+    _int8_finish(
+        sums, t, o, y, token_scale, zero, scale, row_sum, bias, n_tokens, n_outputs,
+        HAS_ZERO, HAS_BIAS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _int8_copy_kernel(
+    codes, weight, y, token_scale, zero, scale, row_sum, bias,
+    n_tokens, n_outputs, n_inputs,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """The same with both operands fetched by Hopper's copy engine, which gives zeros outside."""
+    first_t, first_o = _int8_place(n_tokens, n_outputs, TOKENS, OUTPUTS, TOGETHER)
+    sums = tl.zeros((TOKENS, OUTPUTS), tl.int32)
+    for start in range(0, n_inputs, INPUTS):
+        a = codes.load([first_t, start])
+        b = weight.load([first_o, start])
+        sums = tl.dot(a, b.T, sums, out_dtype=tl.int32)
+    _int8_finish(
+        sums, first_t + tl.arange(0, TOKENS), first_o + tl.arange(0, OUTPUTS),
+        y, token_scale, zero, scale, row_sum, bias, n_tokens, n_outputs, HAS_ZERO, HAS_BIAS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
