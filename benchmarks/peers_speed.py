@@ -133,7 +133,7 @@ class Timing:
         n_rounds: turns taken.
         median_s: median over the rounds; None in older files.
         peak_ratio: on a GPU, `gflops` of the median / the measured peak of the number type.
-        joules_per_million_tokens: of the device, where it counts them.
+        joules_per_million_tokens: of the device, where it counts them; in bulk.
     """
 
     seconds: float
@@ -424,7 +424,9 @@ class Run:
                 continue
             theirs = seconds[self.setting.reference][workload]
             best, typical, n = min(mine), median(mine), n_texts * n_tokens
-            joules = self.counter.per_call(partial(engine, texts[workload]), typical)
+            joules = None
+            if workload == "bulk":  # seconds a row, and few of them are to be had on a GPU
+                joules = self.counter.per_call(partial(engine, texts[workload]), typical)
             timings[workload] = Timing(
                 seconds=best,
                 ratio=median(a / b for a, b in zip(theirs, mine, strict=False)),

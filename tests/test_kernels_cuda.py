@@ -142,7 +142,22 @@ def test_weights_that_a_step_would_cross_groups_of_are_left_to_the_portable_laye
     assert cuda.fp8_fits(packed(48, 128, FP8))
 
 
+def skip_without_row_scales() -> None:
+    """Torch 2.11 has such a product on GPUs only."""
+    ones = torch.ones(16, 16).to(DEVICE, torch.float8_e4m3fn)
+    scale = torch.ones(16, 1, device=DEVICE)
+    try:
+        torch._scaled_mm(
+            *(ones, ones.t()), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16
+        )
+    except RuntimeError:
+        if DEVICE == "cuda":
+            raise
+        pytest.skip("this build of torch scales 8-bit floats on a CPU by one number only")
+
+
 def test_8_bit_float_products_err_no_more_than_their_rounding(cuda: ModuleType) -> None:
+    skip_without_row_scales()
     weight = packed(64, 256, FP8)
     bias = seeded(64, seed=1).bfloat16()
     x = seeded(33, 256, seed=2).bfloat16()
@@ -237,6 +252,7 @@ def test_what_operators_say_of_their_results_is_what_they_return(cuda: ModuleTyp
 def test_torch_compile_takes_a_layer_whole(cuda: ModuleType, scheme: LayerScheme) -> None:
     weight, dtype = packed(64, 256, scheme), torch.float32
     if scheme is FP8:
+        skip_without_row_scales()
         layer, dtype = cuda.Fp8LinearCuda(weight, seeded(64, seed=1)), torch.bfloat16
     else:
         make = cuda.Int8LinearCuda if scheme.bits == 8 else cuda.Int4LinearCuda

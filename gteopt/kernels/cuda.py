@@ -306,14 +306,15 @@ def _int4_product(
     programs = triton.cdiv(n_outputs, outputs)
     steps = n_inputs // inputs
     # Sums of parts are kept apart and added in order: atomics would add them in any.
-    n_parts = max(1, min(steps, _PROGRAMS // programs))
+    n_steps = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // programs)))
+    n_parts = triton.cdiv(steps, n_steps)
     whole = n_parts == 1
     parts = y
     if not whole:
         parts = torch.empty(n_parts, n_tokens, n_outputs, dtype=torch.float32, device=x.device)
     _int4_kernel[programs, n_parts, triton.cdiv(n_tokens, tokens)](
         x, qweight, scale, zero, levels, bias, parts,
-        n_tokens, n_outputs, n_inputs, n_groups, width, triton.cdiv(steps, n_parts),
+        n_tokens, n_outputs, n_inputs, n_groups, width, n_steps,
         MIDDLE=middle, HAS_ZERO=zero is not None, NF4=levels is not None,
         HAS_BIAS=whole and bias is not None,
         TOKENS=tokens, OUTPUTS=outputs, INPUTS=inputs,
