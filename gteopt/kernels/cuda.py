@@ -77,6 +77,7 @@ LARGE_TILES = (
     Tile(128, 128, 128, 4, 3, copies=1),
     Tile(64, 256, 128, 4, 2, copies=1),
     Tile(128, 128, 128, 4, 3),
+    Tile(128, 256, 256, 8, 2),
 )
 """Of int8 products of many tokens: a GPU takes the one that it is fastest with, found out in the
 first product of a size. Sums of whole numbers are the same in any tile. Triton (3.6, 3.9) waits for
