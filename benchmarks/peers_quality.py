@@ -351,8 +351,9 @@ def bitsandbytes_linear(
         new = bnb.nn.Linear8bitLt(
             linear.in_features, linear.out_features, bias, has_fp16_weights=False, threshold=6.0
         )
+        # Quantized on its way from the CPU; a weight that is on a GPU already would stay as it is.
         new.weight = bnb.nn.Int8Params(
-            linear.weight.data, requires_grad=False, has_fp16_weights=False
+            linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False
         )
     if bias:
         new.bias = linear.bias

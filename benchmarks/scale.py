@@ -7,12 +7,14 @@ none is reported here.
 
     python benchmarks/scale.py build --shape gte-Qwen2-1.5B                      # on the CPU
     python benchmarks/scale.py build --shape gte-Qwen2-7B --device cuda --texts 128 --tokens 512
+    python benchmarks/scale.py build --shape gte-Qwen2-7B --device cuda --layers 4   # in a minute
     python benchmarks/scale.py sweep    # cost over layers, hidden size and calibration tokens
     python benchmarks/scale.py plot     # the sweep as benchmarks/results/scale.svg
     python benchmarks/scale.py long     # memory of one text of up to 32,000 tokens
 
 Each run is a process of its own, whose peak resident set is read from the operating system; it is
-written to benchmarks/results/scale.json, beside what `inspect` predicts.
+written to benchmarks/results/scale.json (or --out), beside what `inspect` predicts. `--minutes`
+ends a build early; the row then says which blocks were done when.
 """
 
 from __future__ import annotations
@@ -100,8 +102,11 @@ def write_configs(folder: Path, shape: Shape) -> None:
         shutil.copyfile(nano / name, folder / name)
 
 
-def make_checkpoint(folder: Path, shape: Shape) -> Path:
-    """Write a random checkpoint of this shape; one shard is in memory at a time."""
+def make_checkpoint(folder: Path, shape: Shape, device: str = "cpu") -> Path:
+    """Write a random checkpoint of this shape; one shard is in memory at a time.
+
+    Weights are drawn on the device: a GPU takes seconds for 7 billion, a processor minutes.
+    """
     folder.mkdir(parents=True)
     sizes = sizes_of(shape)
     shards: list[list[str]] = [[]]
@@ -113,7 +118,7 @@ def make_checkpoint(folder: Path, shape: Shape) -> Path:
             room = SHARD_BYTES
         shards[-1].append(name)
         room -= n_bytes
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     where: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -130,8 +135,8 @@ def make_checkpoint(folder: Path, shape: Shape) -> Path:
 def _random(name: str, size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if "layernorm" in name or name == "norm.weight":
         return torch.ones(size, dtype=torch.bfloat16)
-    tensor = torch.empty(size, dtype=torch.bfloat16)
-    return tensor.normal_(0, size[-1] ** -0.5, generator=generator)
+    tensor = torch.empty(size, dtype=torch.bfloat16, device=generator.device)
+    return tensor.normal_(0, size[-1] ** -0.5, generator=generator).cpu()
 
 
 def write_texts(path: Path, n_texts: int, n_tokens: int) -> None:
@@ -178,19 +183,26 @@ def progress(what, done, total):
     if what.startswith("quantizing"):
         blocks.append(round(time.perf_counter() - started, 2))
         print(what, done, total, blocks[-1], file=sys.stderr, flush=True)
+        print(json.dumps(seen()), flush=True)  # all there is, if it ends here
+def seen():
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time(), 1),
+        "seconds_at_block": blocks,
+        "imports_bytes": before,
+        "peak_bytes": resident("VmHWM"),
+        "measuring_peak_bytes": measured_bytes,  # of sensitivities, where the recipe asks for them
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
+        "weight_bytes": None,
+        "n_tokens": 0,
+        "n_threads": torch.get_num_threads(),
+    }
+
 manifest = gteopt.quantize(base, wanted, out, device=device, progress=progress)
-seconds = time.perf_counter() - started
 print(json.dumps({
-    "seconds": round(seconds, 1),
-    "cpu_seconds": round(time.process_time(), 1),
-    "seconds_at_block": blocks,
-    "imports_bytes": before,
-    "peak_bytes": resident("VmHWM"),
-    "measuring_peak_bytes": measured_bytes,  # of sensitivities, where the recipe asks for them
-    "peak_device_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
+    **seen(),
     "weight_bytes": manifest.weight_bytes,
     "n_tokens": manifest.calibration.n_tokens if manifest.calibration else 0,
-    "n_threads": torch.get_num_threads(),
 }))
 """
 
@@ -202,6 +214,7 @@ def measure(
     recipe: Recipe,
     device: str,
     work: Path,
+    minutes: float | None = None,
 ) -> dict[str, object]:
     """Build once in a process of its own; what `inspect` predicts, and what was seen."""
     from gteopt.checkpoint import open_checkpoint
@@ -210,7 +223,7 @@ def measure(
 
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         started = time.perf_counter()
-        base = make_checkpoint(Path(temporary) / "base", shape)
+        base = make_checkpoint(Path(temporary) / "base", shape, device)
         made_s = time.perf_counter() - started
         texts = Path(temporary) / "texts.txt"
         write_texts(texts, n_texts, n_tokens)
@@ -220,8 +233,17 @@ def measure(
         out = Path(temporary) / "out"
         command = [sys.executable, "-c", _CHILD, str(base), str(out)]
         command += [wanted.model_dump_json(by_alias=True), device]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        seen = json.loads(done.stdout.splitlines()[-1])
+        ended_early = False
+        try:
+            limit = None if minutes is None else 60 * minutes
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=limit)
+            printed = done.stdout
+        except subprocess.TimeoutExpired as late:
+            ended_early, printed = True, late.stdout or b""
+        lines = printed.decode().splitlines()
+        if not lines:
+            raise SystemExit("not one block was done in the minutes that were given")
+        seen = json.loads(lines[-1])
     return {
         "shape": asdict(shape),
         "n_texts": n_texts,
@@ -232,23 +254,30 @@ def measure(
         "predicted_bytes": predicted.build_bytes,
         "checkpoint_s": round(made_s, 1),
         **seen,
+        **({"ended_early": True} if ended_early else {}),
         "machine": machine().model_dump(),
         "versions": versions(),
     }
 
 
-def keep(kind: str, row: dict[str, object]) -> None:
+def keep(kind: str, row: dict[str, object], out: Path = RESULTS) -> None:
     """Put one result into the file, in place of an earlier one of the same workload."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results = json.loads(out.read_text()) if out.is_file() else {}
     what = ("shape", "n_texts", "max_tokens", "recipe", "compensate", "device")
     rows = [r for r in results.get(kind, []) if any(r[key] != row[key] for key in what)]
     results[kind] = [*rows, row]
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    out.write_text(json.dumps(results, indent=1) + "\n")
     beyond = int(str(row["peak_bytes"])) - int(str(row["imports_bytes"]))
     print(
         f"{kind} {row['shape']} {row['n_tokens']} tokens: {row['seconds']} s "
         f"({row['cpu_seconds']} s of CPU), {beyond / 1e9:.2f} GB beyond the imports, "
-        f"predicted {int(str(row['predicted_bytes'])) / 1e9:.2f} GB",
+        f"predicted {int(str(row['predicted_bytes'])) / 1e9:.2f} GB"
+        + (f"; blocks at {row['seconds_at_block']} s" if row["device"] != "cpu" else "")
+        + (
+            f"; {int(str(peak)) / 1e9:.2f} GB of the GPU"
+            if (peak := row["peak_device_bytes"])
+            else ""
+        ),
         flush=True,
     )
 
@@ -391,6 +420,8 @@ def main() -> None:
     parser.add_argument("--recipe", default="gptq-int4")
     parser.add_argument("--compensate", type=float, help="in place of the recipe's own")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--minutes", type=float, help="end the build after so many")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
@@ -410,8 +441,8 @@ def main() -> None:
     if asked.compensate is not None:
         weights = recipe.weights.model_copy(update={"compensate": asked.compensate})
         recipe = recipe.model_copy(update={"weights": weights})
-    row = measure(shape, asked.texts, asked.tokens, recipe, asked.device, asked.work)
-    keep("builds", row)
+    row = measure(shape, asked.texts, asked.tokens, recipe, asked.device, asked.work, asked.minutes)
+    keep("builds", row, asked.out)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,10 @@ def bench_dummy(
         )
     with tempfile.TemporaryDirectory(prefix="gteopt-") as scratch:
         folder = Path(scratch) / "bf16"
-        n, whole = write_dummy(base, folder, n_layers=n_layers, progress=progress)
+        on_gpu = device != "cpu" and torch.cuda.is_available()
+        n, whole = write_dummy(
+            base, folder, n_layers=n_layers, device="cuda" if on_gpu else "cpu", progress=progress
+        )
         sources = {"bf16": str(folder)}
         for name, recipe in wanted.items():
             sources[name] = str(Path(scratch) / f"variant-{len(sources)}")
@@ -235,7 +238,11 @@ def _short_products(n: int, device: torch.device) -> dict[str, Callable[[], Tens
     if torch.cuda.get_device_capability(device) >= (8, 9):
         floats, ones = x.to(torch.float8_e4m3fn), torch.ones((n, 1), device=device)
         found["fp8"] = lambda: torch._scaled_mm(
-            floats, floats.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16
+            *(floats, floats.t()),
+            scale_a=ones,
+            scale_b=ones.t(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
         )
     return found
 

@@ -43,6 +43,7 @@ def write_dummy(
     *,
     n_layers: int | None = None,
     seed: int = 0,
+    device: str | torch.device = "cpu",
     progress: Progress = quiet,
 ) -> tuple[int, int]:
     """Write a model folder with random bfloat16 weights, one file a block.
@@ -57,6 +58,8 @@ def write_dummy(
         folder: where to write; must not exist.
         n_layers: blocks to keep, counted from the first; all when None.
         seed: of the weights.
+        device: where they are drawn, a block at a time: a GPU does in a second what a processor
+            does in a minute, and draws others.
         progress: told after each block.
 
     Returns:
@@ -66,6 +69,30 @@ def write_dummy(
         InputError: unknown name, more blocks than the model has, or more than memory holds.
         UnsupportedError: an architecture other than Qwen2's, Qwen3's and Mistral's.
     """
+    config, whole = shape_of(base, n_layers)
+    n = int(config["num_hidden_layers"])
+    _check_room(base, config, n, whole, folder.parent)
+    write_frame(config, folder)
+    generator = torch.Generator(device).manual_seed(seed)
+    where: dict[str, str] = {}
+    n_bytes = 0
+    for part in range(n + 1):
+        file = f"model-{part + 1:05d}-of-{n + 1:05d}.safetensors"
+        tensors = {name: each.cpu() for name, each in random_part(config, part, generator)}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(tensors, file))
+        n_bytes += sum(each.numel() * each.element_size() for each in tensors.values())
+        progress(f"writing random weights of {base}", part + 1, n + 1)
+    index = {"metadata": {"total_size": n_bytes}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return n, whole
+
+
+def shape_of(base: str, n_layers: int | None = None) -> tuple[dict[str, Any], int]:
+    """`config.json` of a shape, with as many blocks as are wanted, and the blocks of the model.
+
+    Args and errors as of `write_dummy`.
+    """
     config = _config(base)
     whole = int(config["num_hidden_layers"])
     n = whole if n_layers is None else n_layers
@@ -73,7 +100,11 @@ def write_dummy(
         raise InputError(f"--layers {n}: {base} has {whole} blocks; give 1 to {whole}")
     config["num_hidden_layers"] = config["max_window_layers"] = n
     config.pop("layer_types", None)
-    _check_room(base, config, n, whole, folder.parent)
+    return config, whole
+
+
+def write_frame(config: Mapping[str, Any], folder: Path) -> None:
+    """Write a model folder of a shape without its weights; `folder` must not exist."""
     nano = open_checkpoint("nano")
     shutil.copytree(nano.folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "LICENSE"))
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
@@ -82,21 +113,17 @@ def write_dummy(
     sizes = ("word_embedding_dimension", "embedding_dimension")
     said.update({key: config["hidden_size"] for key in sizes if key in said})
     pooling.write_text(json.dumps(said))
-    generator = torch.Generator().manual_seed(seed)
-    where: dict[str, str] = {}
-    n_bytes = 0
-    for part in range(n + 1):
-        file = f"model-{part + 1:05d}-of-{n + 1:05d}.safetensors"
-        tensors = {
-            name: _random(name, shape, n, generator) for name, shape in _parts(config, part, n)
-        }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        where.update(dict.fromkeys(tensors, file))
-        n_bytes += sum(each.numel() * each.element_size() for each in tensors.values())
-        progress(f"writing random weights of {base}", part + 1, n + 1)
-    index = {"metadata": {"total_size": n_bytes}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return n, whole
+
+
+def random_part(
+    config: Mapping[str, Any], part: int, generator: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and bfloat16 weights of block `part`, or of what is outside the blocks behind the last;
+    drawn where the generator lies, as `write_dummy` says.
+    """
+    n = int(config["num_hidden_layers"])
+    for name, shape in _parts(config, part, n):
+        yield name, _random(name, shape, n, generator)
 
 
 def _config(base: str) -> dict[str, Any]:
@@ -170,10 +197,11 @@ def _parts(
 
 
 def _random(name: str, shape: tuple[int, ...], n_layers: int, generator: torch.Generator) -> Tensor:
+    kind: Any = {"dtype": torch.bfloat16, "device": generator.device}
     if name.endswith("norm.weight"):
-        return torch.ones(shape, dtype=torch.bfloat16)
+        return torch.ones(shape, **kind)
     if name.endswith("bias"):
-        return torch.zeros(shape, dtype=torch.bfloat16)
+        return torch.zeros(shape, **kind)
     writes = name.endswith(("o_proj.weight", "down_proj.weight"))
     deviation = _DEVIATION / ((2 * n_layers) ** 0.5 if writes else 1)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, deviation, generator=generator)
+    return torch.empty(shape, **kind).normal_(0, deviation, generator=generator)

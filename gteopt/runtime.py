@@ -1,9 +1,10 @@
 """The forward pass of an encoder without what an embedding does not need.
 
 Texts are laid end to end, so that no linear layer computes padding; attention runs over texts of
-one length at a time, without a mask; where pooling reads one token a text, the last block computes
-its queries, output projection and MLP for that token alone. Layers that share an input share its
-rounding to 8 bits. On a CPU without instructions for bfloat16 activations are float32.
+one length at a time, without a mask, or on a GPU over all of them at once; where pooling reads one
+token a text, the last block computes its queries, output projection and MLP for that token alone.
+Layers that share an input share its rounding to 8 bits. On a CPU without instructions for bfloat16
+activations are float32.
 One text may also lie in more places than it has tokens (`padded_forward`), so that a GPU can replay
 the same computation for every shorter text; its own tokens see none of the padding.
 The layers are those of the module it is given, looked up in each call: what replaces one of them,
@@ -153,6 +154,7 @@ class _Layout:
         ids: int64 [T], all texts.
         positions: int64 [T], each token's place in its text.
         ends: int64 [N], where the token lies that first- or last-token pooling reads.
+        bounds: int32 [N + 1], where each text begins, and behind them where the last one ends.
         runs: (number of texts, their length) of neighbours of equal length.
         n_tokens: int64 [1], how many of `ids` are the text's; None where all are.
     """
@@ -160,6 +162,7 @@ class _Layout:
     ids: Tensor
     positions: Tensor
     ends: Tensor
+    bounds: Tensor
     runs: tuple[tuple[int, int], ...]
     n_tokens: Tensor | None = None
 
@@ -171,16 +174,18 @@ class _Layout:
         ends = behind - 1 if pooling == "lasttoken" else behind - torch.tensor(lengths)
         flat = torch.tensor(list(chain.from_iterable(tokens)), dtype=torch.int64)
         positions = torch.cat([torch.arange(length) for length in lengths])
-        # One transfer for all three.
-        both = to_device(torch.cat([flat, positions, ends]), device)
-        ids, positions, ends = both.split([len(flat), len(flat), len(lengths)])  # type: ignore[no-untyped-call]
-        return _Layout(ids, positions, ends, runs)
+        # One transfer for all four.
+        both = to_device(torch.cat([flat, positions, ends, behind]), device)
+        sizes = [len(flat), len(flat), len(lengths), len(lengths)]
+        ids, positions, ends, behind = both.split(sizes)  # type: ignore[no-untyped-call]
+        return _Layout(ids, positions, ends, F.pad(behind, (1, 0)).int(), runs)
 
     @staticmethod
     def padded(ids: Tensor, n_tokens: Tensor, pooling: Pooling) -> _Layout:
         ends = n_tokens - 1 if pooling == "lasttoken" else torch.zeros_like(n_tokens)
         positions = torch.arange(len(ids), device=ids.device)
-        return _Layout(ids, positions, ends, ((1, len(ids)),), n_tokens)
+        bounds = F.pad(n_tokens, (1, 0)).int()
+        return _Layout(ids, positions, ends, bounds, ((1, len(ids)),), n_tokens)
 
     def bias(self, dtype: torch.dtype, *, causal: bool) -> Tensor | None:
         """[T or 1, T], what is added to scores so that no query sees padding, nor one of a causal
@@ -244,6 +249,15 @@ def _attend(
         [T or N, H * d].
     """
     n_heads, width = query.shape[1:]
+    if (layout.n_tokens is not None or len(layout.runs) > 1) and _has_varlen(query):
+        own = layout.bounds
+        if one:
+            own = torch.arange(len(own), dtype=torch.int32, device=own.device)
+        longest = max(length for _, length in layout.runs)
+        return _varlen(
+            *(query, key, value, own, layout.bounds, 1 if one else longest, longest),
+            causal=causal and not one,
+        ).reshape(-1, n_heads * width)
     if bias is not None:
         mixed = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
@@ -266,6 +280,40 @@ def _attend(
         )  # [n, H, length or 1, d]
         out.append(mixed.transpose(1, 2).reshape(-1, n_heads * width))
     return _joined(out)
+
+
+def _has_varlen(query: Tensor) -> bool:
+    """Whether `_varlen` takes heads of this type, width and device."""
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and gpu_kernels(query.device) is not None
+    )
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: Tensor,
+    bounds: Tensor,
+    longest_query: int,
+    longest: int,
+    *,
+    causal: bool,
+) -> Tensor:
+    """Attention within each of several texts, or one with padding behind it, in one launch.
+
+    FlashAttention-2 (Dao 2023, arXiv:2307.08691) as torch has it inside
+    `torch.nn.attention.varlen`, whose own function launches a kernel more. Grouped heads need no
+    copies. What it gives for rows behind the last bound is undefined.
+    """
+    found: Tensor = torch.ops.aten._flash_attention_forward(
+        *(query, key, value, query_bounds, bounds, longest_query, longest),
+        *(0.0, causal, False),  # dropout, causal, debugging
+    )[0]
+    return found
 
 
 def _repeated(x: Tensor, n_heads: int) -> Tensor:

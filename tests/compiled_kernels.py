@@ -32,7 +32,7 @@ SIGNATURES = {
     },
     "_int4_kernel": {
         "x": "*bf16", "qweight": "*u8", "scale": "*fp16", "zero": "*u8", "levels": "*fp32",
-        "parts": "*fp32",
+        "bias": "*bf16", "parts": "*fp32",
     },
     "_sum_kernel": {"parts": "*fp32", "y": "*bf16", "bias": "*bf16"},
     "_gate_kernel": {"gate": "*bf16", "up": "*bf16"},
@@ -46,19 +46,24 @@ SIGNATURES = {
 
 def compiled(capability: int) -> Iterator[dict[str, Any]]:
     """Every kernel as the layers of a 7B model launch it."""
-    for n_tokens in (1, 128, 4096):
-        t = cuda.int8_tile(n_tokens)
+    for t in (cuda.int8_tile(1), cuda.int8_tile(128), *cuda.LARGE_TILES):
+        if t.copies and capability < 90:
+            continue
         constants = {
             "HAS_ZERO": True, "HAS_BIAS": True, "TOGETHER": 8,
             "TOKENS": t.tokens, "OUTPUTS": t.outputs, "INPUTS": t.inputs,
         }  # fmt: skip
-        yield _compile("_int8_kernel", constants, t.n_warps, t.n_stages, capability)
+        name = "_int8_copy_kernel" if t.copies else "_int8_kernel"
+        yield _compile(name, constants, t.n_warps, t.n_stages, capability)
     for nf4, inputs in ((False, 128), (True, 64)):
         element = {"MIDDLE": 8, "HAS_ZERO": not nf4, "NF4": nf4}
         for tokens in (16, 64):
-            constants = {**element, "TOKENS": tokens, "OUTPUTS": 32, "INPUTS": inputs}
+            constants = {
+                **element, "HAS_BIAS": False, "TOKENS": tokens, "OUTPUTS": 32, "INPUTS": inputs
+            }  # fmt: skip
             yield _compile("_int4_kernel", constants, 4, 4, capability)
-        yield _compile("_decode_kernel", {**element, "BLOCK": 1024}, 4, 3, capability)
+        decoded = {**element, "STEPS": 2048 // inputs, "INPUTS": inputs}
+        yield _compile("_decode_kernel", decoded, 4, 3, capability)
     for gated, normed in ((False, False), (True, False), (False, True)):
         before = {"GATED": gated, "NORMED": normed, "BLOCK": 4096}
         yield _compile("_quantize_kernel", {"SYMMETRIC": False, **before}, 8, 3, capability)
@@ -73,7 +78,12 @@ def _compile(
     name: str, constants: Mapping[str, Any], n_warps: int, n_stages: int, capability: int
 ) -> dict[str, Any]:
     kernel = getattr(cuda, name)
-    pointers = SIGNATURES[name]
+    pointers = SIGNATURES["_int8_kernel" if name == "_int8_copy_kernel" else name]
+    if name == "_int8_copy_kernel":
+        sizes = {"codes": constants["TOKENS"], "weight": constants["OUTPUTS"]}
+        pointers = pointers | {
+            each: f"tensordesc<i8[{n}, {constants['INPUTS']}]>" for each, n in sizes.items()
+        }
     signature = {
         each: "constexpr" if each in constants else pointers.get(each, "i32")
         for each in kernel.arg_names
@@ -92,6 +102,7 @@ def _compile(
         "kernel": name,
         "shared_bytes": found.metadata.shared,
         "tensor_core_products": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
+        "copies": ptx.count("cp.async.bulk.tensor"),
         "int8_products": ptx.count(".s32.s8.s8"),
         "spills": ptx.count("st.local"),
     }

@@ -2,8 +2,8 @@
 
 What the interpreter cannot do is not claimed here: it multiplies bfloat16 operands as bit patterns,
 so products of decoded 4-bit weights are checked in float32, and its conversions to short floats
-truncate or drop carries, so those are compared by their error. `benchmarks/kernels.py` checks both
-on a GPU.
+truncate or drop carries, so those are compared by their error. `benchmarks/gpu_layers.py` checks
+both on a GPU.
 """
 
 from __future__ import annotations
@@ -94,6 +94,20 @@ def test_the_int8_product_equals_the_float_reference(
             assert relative_error(y, reference(x)) <= bound
 
 
+def test_every_tile_of_the_int8_product_gives_the_same_bits(cuda: ModuleType) -> None:
+    capability = torch.cuda.get_device_capability() if DEVICE == "cuda" else (9, 0)
+    for scheme in (W8A8, TOKEN_ZEROS):
+        weight = packed(70, 272, scheme)
+        layer = cuda.Int8LinearCuda(weight, seeded(70, seed=1))
+        for n_tokens in (3, 150):
+            codes = layer.quantize(seeded(n_tokens, 272, seed=2) + 1)
+            own = (layer.weight, layer.scale, layer.row_sum, layer.bias, torch.float32)
+            first = cuda.int8_product(*codes, *own, cuda.int8_tile(n_tokens))
+            for tile in cuda.LARGE_TILES:
+                if not tile.copies or capability >= (9, 0):
+                    assert torch.equal(cuda.int8_product(*codes, *own, tile), first)
+
+
 @pytest.mark.parametrize("n_tokens", [0, 1, 20, 100])
 @pytest.mark.parametrize("scheme", [INT4, SYMMETRIC, ROW, NF4], ids=["g64", "g128", "row", "nf4"])
 def test_4_bit_weights_multiply_as_float64_does(
@@ -128,12 +142,28 @@ def test_weights_that_a_step_would_cross_groups_of_are_left_to_the_portable_laye
     assert cuda.fp8_fits(packed(48, 128, FP8))
 
 
+def skip_without_row_scales() -> None:
+    """Torch 2.11 has such a product on GPUs only."""
+    ones = torch.ones(16, 16).to(DEVICE, torch.float8_e4m3fn)
+    scale = torch.ones(16, 1, device=DEVICE)
+    try:
+        torch._scaled_mm(
+            *(ones, ones.t()), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16
+        )
+    except RuntimeError:
+        if DEVICE == "cuda":
+            raise
+        pytest.skip("this build of torch scales 8-bit floats on a CPU by one number only")
+
+
 def test_8_bit_float_products_err_no_more_than_their_rounding(cuda: ModuleType) -> None:
+    skip_without_row_scales()
     weight = packed(64, 256, FP8)
     bias = seeded(64, seed=1).bfloat16()
     x = seeded(33, 256, seed=2).bfloat16()
     floats, scale = cuda.round_tokens(x)
-    assert torch.equal(scale, x.float().abs().amax(1, keepdim=True) / affine.E4M3_MAX)
+    most = torch.full_like(scale, affine.E4M3_MAX)  # a GPU multiplies by a number's reciprocal
+    assert torch.equal(scale, x.float().abs().amax(1, keepdim=True) / most)
     # Three bits of fraction: at most 1/16 of a value, twice that where the carry is dropped.
     assert float(((floats.float() * scale - x.float()).abs() / x.float().abs()).median()) <= 1 / 16
     layer, reference = cuda.Fp8LinearCuda(weight, bias), Fp8Reference(weight, bias)
@@ -144,7 +174,7 @@ def test_8_bit_float_products_err_no_more_than_their_rounding(cuda: ModuleType) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gate_and_rotary_embedding_round_float64_once(cuda: ModuleType, dtype: torch.dtype) -> None:
-    bound = 3e-7 if dtype == torch.float32 else 4e-3
+    bound = 6e-7 if dtype == torch.float32 else 4e-3
     for shape in ((7, 200), (1, 1024), (0, 64)):
         gate, up = (seeded(*shape, seed=i).mul(3).to(dtype) for i in (1, 2))
         exact = torch.nn.functional.silu(gate.double()) * up.double()
@@ -174,15 +204,15 @@ def test_what_comes_before_a_rounding_is_computed_in_float32(
             codes, scale, zero = cuda.quantize_tokens(x, symmetric=symmetric, before=before)
             steps = codes.float() if zero is None else codes.float() - zero[:, None]
             # Half a step, and what float32 rounds: a code next to a tie may be either.
-            assert float(((steps * scale - exact).abs() / scale).max()) <= 0.501
+            assert float(((steps * scale - exact).abs() / scale).max()) <= 0.502
             assert (
                 float(
                     (scale / affine.quantize_tokens(exact, symmetric=symmetric)[1] - 1).abs().max()
                 )
-                <= 1e-6
+                <= 2e-6
             )
         floats, scale = cuda.round_tokens(x, before=before)
-        assert torch.allclose(scale[:, 0], exact.abs().amax(1) / affine.E4M3_MAX, rtol=1e-6)
+        assert torch.allclose(scale[:, 0], exact.abs().amax(1) / affine.E4M3_MAX, rtol=2e-6)
         # Three bits of fraction: at most 1/16 of a value, twice that where the carry is dropped.
         large = exact.abs() > scale
         wrong = (floats.float() * scale - exact).abs() / exact.abs()
@@ -202,13 +232,14 @@ def test_what_operators_say_of_their_results_is_what_they_return(cuda: ModuleTyp
         (ops.quantize_tokens, (x, False, x + 1, None, 0.0)),
         (ops.round_tokens, (x, None, x[0] + 1, 1e-6)),
         (ops.int8_product, (*int8, torch.float32, [32, 64, 256, 4, 4])),
+        (ops.int8_product, (*int8, torch.float32, [])),
         (ops.gate_, (seeded(3, 50), seeded(3, 50, seed=1))),
         (ops.rotate_, (seeded(3, 2, 16), seeded(3, 1, 16), seeded(3, 1, 16))),
     ]
     for weight in (four, nf4):
         each = cuda.Int4LinearCuda(weight, bias)
         own = (each.qweight, each.scale, each.zero, each.levels)
-        calls.append((ops.int4_product, (x, *own, bias, each.middle)))
+        calls.append((ops.int4_product, (x, *own, bias, each.middle, [16, 32, 128, 4, 4])))
         calls.append((ops.decode_int4, (*own, each.middle, torch.float32)))
     for operator, arguments in calls:
         checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -221,6 +252,7 @@ def test_what_operators_say_of_their_results_is_what_they_return(cuda: ModuleTyp
 def test_torch_compile_takes_a_layer_whole(cuda: ModuleType, scheme: LayerScheme) -> None:
     weight, dtype = packed(64, 256, scheme), torch.float32
     if scheme is FP8:
+        skip_without_row_scales()
         layer, dtype = cuda.Fp8LinearCuda(weight, seeded(64, seed=1)), torch.bfloat16
     else:
         make = cuda.Int8LinearCuda if scheme.bits == 8 else cuda.Int4LinearCuda
@@ -248,7 +280,8 @@ def test_kernels_compile_for_an_h100_to_tensor_core_products_that_fit_it(tmp_pat
     for each in json.loads(done.stdout):
         assert each["shared_bytes"] <= 227 << 10, each
         assert each["spills"] == 0, each
-        if each["kernel"] in ("_int8_kernel", "_int4_kernel"):
+        if each["kernel"] in ("_int8_kernel", "_int8_copy_kernel", "_int4_kernel"):
             assert each["tensor_core_products"] > 0, each
-        if each["kernel"] == "_int8_kernel":
+        if each["kernel"] in ("_int8_kernel", "_int8_copy_kernel"):
             assert each["int8_products"] > 0, each
+        assert (each["copies"] > 0) == (each["kernel"] == "_int8_copy_kernel"), each

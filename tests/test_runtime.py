@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, cast
 
@@ -153,6 +154,52 @@ def padded(forward: runtime.PaddedForward, module: nn.Module, places: int) -> Te
     return torch.cat(
         [forward(module, row, torch.tensor([len(ids)])) for row, ids in zip(rows, TOKENS)]  # noqa: B905
     )
+
+
+def varlen_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: Tensor,
+    bounds: Tensor,
+    longest_query: int,
+    longest: int,
+    *,
+    causal: bool,
+) -> Tensor:
+    """What FlashAttention promises of texts between bounds; nothing of the rows behind them."""
+    out = torch.full_like(query, float("nan"))
+    for limits, longest_one in ((query_bounds, longest_query), (bounds, longest)):
+        assert limits.dtype == torch.int32
+        assert int(limits.diff().max()) <= longest_one
+    spans = zip(pairwise(query_bounds.tolist()), pairwise(bounds.tolist()), strict=True)
+    for (q_begin, q_end), (begin, end) in spans:
+        parts = (query[q_begin:q_end], key[begin:end], value[begin:end])
+        q, k, v = (each.transpose(0, 1)[None] for each in parts)
+        mixed = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, enable_gqa=True
+        )
+        out[q_begin:q_end] = mixed[0].transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_attention_over_all_texts_at_once_is_that_of_each_alone(
+    name: str, pooling: Pooling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU computes it, with a reference in the place of the launch."""
+    monkeypatch.setattr(runtime, "_has_varlen", lambda _: True)
+    monkeypatch.setattr(runtime, "_varlen", varlen_reference)
+    module = random_module(CONFIGS[name]).double()
+    exact = own_forward(module, pooling)
+    packed = packed_forward(CONFIGS[name], pooling, CPU)
+    forward = padded_forward(CONFIGS[name], pooling)
+    assert packed is not None
+    assert forward is not None
+    for found in (packed(module, TOKENS), padded(forward, module, 16)):
+        assert float((found - exact).norm() / exact.norm()) <= 1e-6
 
 
 W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)

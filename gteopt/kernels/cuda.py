@@ -14,13 +14,17 @@ Shapes: T tokens, O output features, I input features, G groups, S parts that I 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from triton.errors import TritonError
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gteopt.quant.affine import (
     E4M3_MAX,
@@ -40,15 +44,21 @@ three steps of 2 KB of weights under way, 24 KB together, which is about what 4.
 0.7 us of latency (25 KB); by this calculation, not yet by measurement."""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes at once: tokens x outputs, so many inputs a step."""
+class Tile(NamedTuple):
+    """What one program computes at once: tokens x outputs, so many inputs a step.
+
+    Attributes:
+        n_stages: steps of inputs that are on their way at once.
+        copies: whether Hopper's copy engine fetches them, 0 or 1; inputs of the int8 product whose
+            number is a multiple of 16.
+    """
 
     tokens: int
     outputs: int
     inputs: int
     n_warps: int
     n_stages: int
+    copies: int = 0
 
 
 def int8_tile(n_tokens: int) -> Tile:
@@ -57,7 +67,25 @@ def int8_tile(n_tokens: int) -> Tile:
         return Tile(32, 64, 256, 4, 4)
     if n_tokens <= 256:
         return Tile(64, 128, 128, 4, 4)
-    return Tile(128, 256, 128, 8, 3)
+    return LARGE_TILES[0]
+
+
+LARGE_TILES = (
+    Tile(128, 256, 128, 8, 3),
+    Tile(128, 256, 128, 8, 4, copies=1),
+    Tile(256, 128, 128, 8, 3, copies=1),
+    Tile(128, 128, 128, 8, 3, copies=1),
+    Tile(128, 128, 128, 4, 3, copies=1),
+    Tile(64, 256, 128, 4, 2, copies=1),
+    Tile(128, 128, 128, 4, 3),
+    Tile(128, 256, 256, 8, 2),
+)
+"""Of int8 products of many tokens: a GPU takes the one that it is fastest with, found out in the
+first product of a size. Sums of whole numbers are the same in any tile. Triton (3.6, 3.9) waits for
+each step's product of whole numbers before the next; of the smaller tiles two programs share a
+multiprocessor, and one multiplies while the other waits."""
+INT4_TILE = Tile(16, 32, 128, 4, 4)
+"""Of the product of 4-bit weights with up to 16 tokens; of more it has 64 tokens."""
 
 
 _LIBRARY = torch.library.Library("gteopt", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -140,8 +168,8 @@ class Fp8LinearCuda(nn.Module):
 
     One scale an output feature and one a token; sums in float32. The fast accumulation of Hopper's
     tensor cores (14 bits between promotions) is off unless `fast` is set: over 18,944 inputs it
-    costs digits that the 8-bit operands still have; `benchmarks/kernels.py` measures both. Layers
-    of the same input may share its floats.
+    costs digits that the 8-bit operands still have; `benchmarks/gpu_layers.py` measures both.
+    Layers of the same input may share its floats.
     Buffers: weight e4m3 [O, I], scale float32 [1, O], bias bfloat16 [O] or None.
     """
 
@@ -206,7 +234,7 @@ class Int4LinearCuda(nn.Module):
         zero = None
         if weight.qzero is not None:
             zero = unpack_codes(weight.qzero, 4, weight.scale.shape[1]).contiguous()
-        levels = torch.tensor(NF4_LEVELS) if self.nf4 else None
+        levels = torch.tensor(NF4_LEVELS, device=weight.qweight.device) if self.nf4 else None
         self.register_buffer("qweight", weight.qweight)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero", zero)
@@ -219,10 +247,14 @@ class Int4LinearCuda(nn.Module):
         if len(flat) > _FEW_TOKENS:
             y = nn.functional.linear(flat, self.decoded(x.dtype), self.bias)
         else:
-            y = torch.ops.gteopt.int4_product(
-                flat, self.qweight, self.scale, self.zero, self.levels, self.bias, self.middle
-            )
+            y = self.multiply(flat)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def multiply(self, x: Tensor, tile: Tile = INT4_TILE) -> Tensor:
+        """Contiguous [T, I] to [T, O] for few tokens, from the codes."""
+        own = (self.qweight, self.scale, self.zero, self.levels, self.bias, self.middle)
+        found: Tensor = torch.ops.gteopt.int4_product(x, *own, tile)
+        return found
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, I] in `dtype`, rounded once."""
@@ -242,12 +274,15 @@ def _decode_int4(
 ) -> Tensor:
     n_outputs, n_inputs = len(qweight), 2 * qweight.shape[1]
     out = torch.empty(n_outputs, n_inputs, dtype=dtype, device=qweight.device)
-    block = min(1024, triton.next_power_of_2(n_inputs // 2))
-    grid = (n_outputs, triton.cdiv(n_inputs // 2, block))
+    width = n_inputs // scale.shape[1]
+    inputs = min(128, width)
+    steps = max(1, min(2048 // inputs, triton.next_power_of_2(n_inputs // inputs)))
+    grid = (n_outputs, triton.cdiv(n_inputs, steps * inputs))
     _decode_kernel[grid](
         qweight, scale, zero, levels, out,
-        n_inputs, n_inputs // scale.shape[1], scale.shape[1],
-        MIDDLE=middle, HAS_ZERO=zero is not None, NF4=levels is not None, BLOCK=block,
+        n_inputs, width, scale.shape[1],
+        MIDDLE=middle, HAS_ZERO=zero is not None, NF4=levels is not None,
+        STEPS=steps, INPUTS=inputs,
     )  # fmt: skip
     return out
 
@@ -260,25 +295,35 @@ def _int4_product(
     levels: Tensor | None,
     bias: Tensor | None,
     middle: int,
+    numbers: list[int],
 ) -> Tensor:
     (n_tokens, n_inputs), n_outputs, n_groups = x.shape, len(qweight), scale.shape[1]
     y = torch.empty(n_tokens, n_outputs, dtype=x.dtype, device=x.device)
     if not n_tokens:
         return y
     width = n_inputs // n_groups
-    inputs = min(128, width)
-    tokens, outputs = (16 if n_tokens <= 16 else 64), 32
+    tile = Tile(*numbers)
+    inputs, outputs = min(tile.inputs, width), tile.outputs
+    tokens = tile.tokens if n_tokens <= tile.tokens else 64
     programs = triton.cdiv(n_outputs, outputs)
     steps = n_inputs // inputs
     # Sums of parts are kept apart and added in order: atomics would add them in any.
-    n_parts = max(1, min(steps, _PROGRAMS // programs))
-    parts = torch.empty(n_parts, n_tokens, n_outputs, dtype=torch.float32, device=x.device)
+    n_steps = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // programs)))
+    n_parts = triton.cdiv(steps, n_steps)
+    whole = n_parts == 1
+    parts = y
+    if not whole:
+        parts = torch.empty(n_parts, n_tokens, n_outputs, dtype=torch.float32, device=x.device)
     _int4_kernel[programs, n_parts, triton.cdiv(n_tokens, tokens)](
-        x, qweight, scale, zero, levels, parts,
-        n_tokens, n_outputs, n_inputs, n_groups, width, triton.cdiv(steps, n_parts),
+        x, qweight, scale, zero, levels, bias, parts,
+        n_tokens, n_outputs, n_inputs, n_groups, width, n_steps,
         MIDDLE=middle, HAS_ZERO=zero is not None, NF4=levels is not None,
-        TOKENS=tokens, OUTPUTS=outputs, INPUTS=inputs, num_warps=4, num_stages=4,
+        HAS_BIAS=whole and bias is not None,
+        TOKENS=tokens, OUTPUTS=outputs, INPUTS=inputs,
+        num_warps=tile.n_warps, num_stages=tile.n_stages,
     )  # fmt: skip
+    if whole:
+        return y
     block = min(1024, triton.next_power_of_2(n_outputs))
     _sum_kernel[n_tokens, triton.cdiv(n_outputs, block)](
         parts, y, bias, n_tokens, n_outputs, n_parts, HAS_BIAS=bias is not None, BLOCK=block
@@ -296,9 +341,9 @@ _operator(
 )
 _operator(
     "int4_product(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, Tensor? levels, "
-    "Tensor? bias, int middle) -> Tensor",
+    "Tensor? bias, int middle, int[] tile) -> Tensor",
     _int4_product,
-    lambda x, qweight, scale, zero, levels, bias, middle: x.new_empty(len(x), len(qweight)),
+    lambda x, qweight, scale, zero, levels, bias, middle, tile: x.new_empty(len(x), len(qweight)),
 )
 
 
@@ -420,11 +465,11 @@ def int8_product(
         row_sum: int32 [O], sums of the weight's rows; with `zero`.
         bias: float32 [O] or None.
         dtype: of the result.
-        tile: see `Tile`; `int8_tile` chooses where it is None.
+        tile: see `Tile`; None is the fastest.
     """
     found: Tensor = torch.ops.gteopt.int8_product(
         *(codes, token_scale, zero, weight, scale, row_sum, bias, dtype),
-        astuple(tile or int8_tile(len(codes))),
+        () if tile is None else tile,
     )
     return found
 
@@ -440,18 +485,73 @@ def _int8_product(
     dtype: torch.dtype,
     numbers: list[int],
 ) -> Tensor:
-    (n_tokens, n_inputs), n_outputs, tile = codes.shape, len(weight), Tile(*numbers)
+    (n_tokens, n_inputs), n_outputs = codes.shape, len(weight)
     y = torch.empty((n_tokens, n_outputs), dtype=dtype, device=codes.device)
-    grid = (triton.cdiv(n_tokens, tile.tokens) * triton.cdiv(n_outputs, tile.outputs),)
-    if n_tokens:
-        _int8_kernel[grid](
-            codes, weight, y, token_scale, zero, scale, row_sum, bias,
+
+    def launch(tile: Tile) -> None:
+        grid = (triton.cdiv(n_tokens, tile.tokens) * triton.cdiv(n_outputs, tile.outputs),)
+        kernel, left, right = _int8_kernel, codes, weight
+        if tile.copies:
+            kernel = _int8_copy_kernel
+            left = TensorDescriptor.from_tensor(codes, [tile.tokens, tile.inputs])
+            right = TensorDescriptor.from_tensor(weight, [tile.outputs, tile.inputs])
+        kernel[grid](
+            left, right, y, token_scale, zero, scale, row_sum, bias,
             n_tokens, n_outputs, n_inputs,
             HAS_ZERO=zero is not None, HAS_BIAS=bias is not None,
             TOKENS=tile.tokens, OUTPUTS=tile.outputs, INPUTS=tile.inputs, TOGETHER=8,
             num_warps=tile.n_warps, num_stages=tile.n_stages,
         )  # fmt: skip
+
+    if n_tokens:
+        tile = Tile(*numbers) if numbers else int8_tile(n_tokens)
+        if not numbers and tile is LARGE_TILES[0] and codes.is_cuda:
+            # Beyond 8192 tokens there are programs enough for any tile.
+            size = (codes.device.index, min(n_tokens, 8192).bit_length(), n_outputs, n_inputs)
+            tile = _fastest(size, [each for each in LARGE_TILES if _fits(each, codes)], launch)
+        launch(tile)
     return y
+
+
+_FASTEST: dict[tuple[int, ...], Tile] = {}
+
+
+def fastest_tiles() -> dict[tuple[int, ...], Tile]:
+    """What was chosen so far: (GPU, bits of the number of tokens, outputs, inputs) -> tile."""
+    return dict(_FASTEST)
+
+
+def _fits(tile: Tile, codes: Tensor) -> bool:
+    """Whether a GPU, and codes [T, I] by their width, are ones for this tile."""
+    if not tile.copies:
+        return True
+    return codes.shape[1] % 16 == 0 and torch.cuda.get_device_capability(codes.device) >= (9, 0)
+
+
+def _fastest(size: tuple[int, ...], tiles: Sequence[Tile], launch: Callable[[Tile], None]) -> Tile:
+    """The fastest of some tiles for products of a size, measured when it is first met."""
+    if size in _FASTEST or torch.cuda.is_current_stream_capturing():  # where nothing can be timed
+        return _FASTEST.get(size, tiles[0])
+    best, least = tiles[0], float("inf")
+    for tile in tiles:
+        try:
+            launch(tile)  # compiles
+        except (TritonError, RuntimeError):  # less shared memory than on an H100, say
+            continue
+        marks: list[Any] = [
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(4)
+        ]
+        for mark in marks[:-1]:
+            mark.record()
+            launch(tile)
+        marks[-1].record()
+        marks[-1].synchronize()
+        took = min(a.elapsed_time(b) for a, b in pairwise(marks))
+        if took < least:
+            best, least = tile, took
+    _FASTEST[size] = best
+    return best
 
 
 _operator(
@@ -591,12 +691,8 @@ def _round_kernel(
 
 
 @triton.jit
-def _int8_kernel(
-    codes, weight, y, token_scale, zero, scale, row_sum, bias,
-    n_tokens, n_outputs, n_inputs,
-    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
-    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
+def _int8_place(n_tokens, n_outputs, TOKENS, OUTPUTS, TOGETHER: tl.constexpr):
+    """First token and output of this program's tile."""
     # Programs that run together share rows of weight: TOGETHER tiles of tokens, then the next.
     n_down = tl.cdiv(n_tokens, TOKENS)
     n_across = tl.cdiv(n_outputs, OUTPUTS)
@@ -604,19 +700,15 @@ def _int8_kernel(
     band = program // (TOGETHER * n_across)
     height = tl.minimum(n_down - band * TOGETHER, TOGETHER)
     within = program % (TOGETHER * n_across)
-    t = (band * TOGETHER + within % height) * TOKENS + tl.arange(0, TOKENS)
-    o = (within // height) * OUTPUTS + tl.arange(0, OUTPUTS)
-    i = tl.arange(0, INPUTS)
-    left = codes + t.to(tl.int64)[:, None] * n_inputs + i[None, :]
-    right = weight + o.to(tl.int64)[None, :] * n_inputs + i[:, None]
-    sums = tl.zeros((TOKENS, OUTPUTS), tl.int32)
-    for start in range(0, n_inputs, INPUTS):
-        real = i < n_inputs - start
-        a = tl.load(left, mask=(t < n_tokens)[:, None] & real[None, :], other=0)
-        b = tl.load(right, mask=(o < n_outputs)[None, :] & real[:, None], other=0)
-        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
-        left += INPUTS
-        right += INPUTS
+    return (band * TOGETHER + within % height) * TOKENS, (within // height) * OUTPUTS
+
+
+@triton.jit
+def _int8_finish(
+    sums, t, o, y, token_scale, zero, scale, row_sum, bias, n_tokens, n_outputs,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Scales, zero points and bias on the sums of a tile, and the tile to memory."""
     if HAS_ZERO:
         zeros = tl.load(zero + t, mask=t < n_tokens, other=0)
         row_sums = tl.load(row_sum + o, mask=o < n_outputs, other=0)
@@ -630,14 +722,62 @@ def _int8_kernel(
     tl.store(where, out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
+def _int8_kernel(
+    codes, weight, y, token_scale, zero, scale, row_sum, bias,
+    n_tokens, n_outputs, n_inputs,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """One tile of the product."""
+    first_t, first_o = _int8_place(n_tokens, n_outputs, TOKENS, OUTPUTS, TOGETHER)
+    t = first_t + tl.arange(0, TOKENS)
+    o = first_o + tl.arange(0, OUTPUTS)
+    i = tl.arange(0, INPUTS)
+    left = codes + t.to(tl.int64)[:, None] * n_inputs + i[None, :]
+    right = weight + o.to(tl.int64)[None, :] * n_inputs + i[:, None]
+    sums = tl.zeros((TOKENS, OUTPUTS), tl.int32)
+    for start in range(0, n_inputs, INPUTS):
+        real = i < n_inputs - start
+        a = tl.load(left, mask=(t < n_tokens)[:, None] & real[None, :], other=0)
+        b = tl.load(right, mask=(o < n_outputs)[None, :] & real[:, None], other=0)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+        left += INPUTS
+        right += INPUTS
+    _int8_finish(
+        sums, t, o, y, token_scale, zero, scale, row_sum, bias, n_tokens, n_outputs,
+        HAS_ZERO, HAS_BIAS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _int8_copy_kernel(
+    codes, weight, y, token_scale, zero, scale, row_sum, bias,
+    n_tokens, n_outputs, n_inputs,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """The same with both operands fetched by Hopper's copy engine, which gives zeros outside."""
+    first_t, first_o = _int8_place(n_tokens, n_outputs, TOKENS, OUTPUTS, TOGETHER)
+    sums = tl.zeros((TOKENS, OUTPUTS), tl.int32)
+    for start in range(0, n_inputs, INPUTS):
+        a = codes.load([first_t, start])
+        b = weight.load([first_o, start])
+        sums = tl.dot(a, b.T, sums, out_dtype=tl.int32)
+    _int8_finish(
+        sums, first_t + tl.arange(0, TOKENS), first_o + tl.arange(0, OUTPUTS),
+        y, token_scale, zero, scale, row_sum, bias, n_tokens, n_outputs, HAS_ZERO, HAS_BIAS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
 def _int4_kernel(
-    x, qweight, scale, zero, levels, parts,
+    x, qweight, scale, zero, levels, bias, parts,
     n_tokens, n_outputs, n_inputs, n_groups, width, n_steps,
-    MIDDLE: tl.constexpr, HAS_ZERO: tl.constexpr, NF4: tl.constexpr,
+    MIDDLE: tl.constexpr, HAS_ZERO: tl.constexpr, NF4: tl.constexpr, HAS_BIAS: tl.constexpr,
     TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of one part of the inputs for a tile of tokens and outputs."""
+    """Sums of one part of the inputs for a tile of tokens and outputs, plus bias if it is told."""
     o = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     first = tl.program_id(1) * n_steps * INPUTS
@@ -669,11 +809,17 @@ def _int4_kernel(
         )
         product = tl.dot(a, tl.trans(numbers), out_dtype=tl.float32, input_precision="ieee")
         sums += product * steps[None, :]
+    if HAS_BIAS:
+        sums += tl.load(bias + o, mask=o < n_outputs, other=0.0).to(tl.float32)[None, :]
     where = (tl.program_id(1) * n_tokens + t).to(tl.int64)[:, None] * n_outputs + o[None, :]
-    tl.store(parts + where, sums, mask=(t < n_tokens)[:, None] & (o < n_outputs)[None, :])
+    tl.store(
+        parts + where,
+        sums.to(parts.dtype.element_ty),
+        mask=(t < n_tokens)[:, None] & (o < n_outputs)[None, :],
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _sum_kernel(
     parts, y, bias, n_tokens, n_outputs, n_parts, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -720,23 +866,31 @@ def _rotate_kernel(x, cos, sin, n_heads, HEADS: tl.constexpr, HALF: tl.constexpr
 @triton.jit
 def _decode_kernel(
     qweight, scale, zero, levels, out, n_inputs, width, n_groups,
-    MIDDLE: tl.constexpr, HAS_ZERO: tl.constexpr, NF4: tl.constexpr, BLOCK: tl.constexpr,
+    MIDDLE: tl.constexpr, HAS_ZERO: tl.constexpr, NF4: tl.constexpr,
+    STEPS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK bytes of one row."""
+    """One program: STEPS times INPUTS weights of one row; a step never crosses groups."""
     row = tl.program_id(0).to(tl.int64)
-    byte = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    packed = tl.load(qweight + row * (n_inputs // 2) + byte, mask=byte < n_inputs // 2, other=0)
-    i = tl.program_id(1) * BLOCK * 2 + tl.arange(0, 2 * BLOCK)
-    code = tl.interleave(packed & 15, packed >> 4).to(tl.int32)
-    group = row * n_groups + i // width
-    steps = tl.load(scale + group, mask=i < n_inputs, other=0.0).to(tl.float32)
+    start = (tl.program_id(1) * STEPS + tl.arange(0, STEPS)) * INPUTS
+    inside = start < n_inputs
+    byte = tl.arange(0, INPUTS // 2)
+    packed = tl.load(
+        qweight + row * (n_inputs // 2) + start[:, None] // 2 + byte[None, :],
+        mask=inside[:, None],
+        other=0,
+    )
+    code = tl.interleave(packed & 15, packed >> 4).to(tl.int32)  # [STEPS, INPUTS]
+    group = row * n_groups + start // width
+    steps = tl.load(scale + group, mask=inside, other=0.0).to(tl.float32)
     if NF4:
         numbers = tl.load(levels + code)
     else:
         if HAS_ZERO:
-            middle = tl.load(zero + group, mask=i < n_inputs, other=0).to(tl.int32)
-            numbers = (code - middle).to(tl.float32)
+            middle = tl.load(zero + group, mask=inside, other=0).to(tl.int32)
+            numbers = (code - middle[:, None]).to(tl.float32)
         else:
             numbers = (code - MIDDLE).to(tl.float32)
-    values = (numbers * steps).to(out.dtype.element_ty)
-    tl.store(out + row * n_inputs + i, values, mask=i < n_inputs)
+    values = (numbers * steps[:, None]).to(out.dtype.element_ty)
+    i = tl.arange(0, INPUTS)
+    where = out + row * n_inputs + start[:, None] + i[None, :]
+    tl.store(where, values, mask=inside[:, None])

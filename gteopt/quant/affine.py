@@ -406,11 +406,13 @@ def quantize_tokens(
     least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     high = x.amax(-1, keepdim=True).clamp_min_(0)
     low = x.amin(-1, keepdim=True).clamp_max_(0)
+    # A GPU divides by a tensor as a processor does; by a number it multiplies with its reciprocal.
+    span = torch.full((), float(most if symmetric else most - least), device=x.device)
     if symmetric:
-        scale = token_scale(torch.maximum(high, -low).div_(most))
+        scale = token_scale(torch.maximum(high, -low).div_(span))
         # No clamp: |x| / scale exceeds its bound by a rounding error at most.
         return (x / scale).round_().to(torch.int8), scale, None
-    scale = token_scale((high - low).div_(most - least))
+    scale = token_scale((high - low).div_(span))
     zero = (least - low / scale).round_().clamp_(least, most)
     codes = (x / scale).round_().add_(zero).clamp_(least, most)
     return codes.to(torch.int8), scale, zero

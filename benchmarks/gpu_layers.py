@@ -1,6 +1,6 @@
 """The GPU layers on the shapes of gte-Qwen2-7B: right against float64, and how fast.
 
-    .venv/bin/python benchmarks/kernels.py --out benchmarks/results/kernels.json
+    .venv/bin/python benchmarks/gpu_layers.py --out benchmarks/results/gpu_layers.json
 
 Each shape and number of tokens has a row a layer: ours, and what torch offers for the same weights
 (bfloat16 through cuBLAS; `torch._int_mm` with the scales applied by torch.compile; tinygemm's 4-bit
@@ -8,8 +8,10 @@ product). Calls are interleaved and the median of their times is kept; the weigh
 fit the cache of the round before. `share_of_peak` is of the largest square product in that type
 that this very run reached, `bytes_per_s` counts weights and activations once.
 
-On the first shape ours run under `torch.compile` too, without a graph break, and must give the same
-numbers.
+At the end ours run under `torch.compile` too, on the first shape, without a graph break, and must
+give the same numbers. What fails has its error in the JSON, which is written shape by shape;
+`--minutes` ends the run early and says so there. `--tiles` measures every tile of the int8 product,
+and others of the product of 4-bit weights with few tokens.
 
 Without a GPU, `TRITON_INTERPRET=1 ... --device cpu --shapes 96x256 --tokens 1 5 70` checks the
 numbers and times nothing.
@@ -20,8 +22,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,18 +37,18 @@ from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
 from gteopt.recipe import LayerScheme
 from gteopt.records import write_atomically
 
-SHAPES = ("3584x3584", "512x3584", "18944x3584", "3584x18944")
-"""Outputs x inputs: query and output, key and value, gate and up, down."""
-TOKENS = (1, 16, 128, 2048, 16384)
+SHAPES = ("18944x3584", "3584x18944", "3584x3584", "512x3584")
+"""Outputs x inputs: gate and up, down, query and output, key and value."""
+TOKENS = (16384, 16, 1, 128, 2048)
 W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
 TOKEN_ZEROS = W8A8.model_copy(update={"activation_symmetric": False})
 FP8 = W8A8.model_copy(update={"element": "e4m3"})
 INT4 = LayerScheme(bits=4, group_size=128, symmetric=False)
 NF4 = LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4")
-TILES = (
-    cuda.Tile(16, 64, 256, 4, 4), cuda.Tile(32, 64, 256, 4, 4), cuda.Tile(64, 128, 128, 4, 4),
-    cuda.Tile(128, 128, 128, 4, 4), cuda.Tile(128, 128, 128, 8, 3), cuda.Tile(128, 256, 128, 8, 3),
-    cuda.Tile(128, 256, 64, 8, 4), cuda.Tile(256, 128, 128, 8, 3),
+INT4_TILES = (
+    cuda.Tile(16, 16, 128, 2, 4), cuda.Tile(16, 16, 128, 4, 4), cuda.Tile(16, 32, 128, 4, 3),
+    cuda.Tile(16, 32, 128, 4, 6), cuda.Tile(16, 32, 64, 4, 6), cuda.Tile(16, 64, 128, 4, 4),
+    cuda.Tile(16, 64, 128, 8, 4),
 )  # fmt: skip
 _CHECKED_TOKENS = 64
 """Rows that are compared with float64."""
@@ -60,21 +63,23 @@ class Row:
     Attributes:
         error: relative Frobenius error to the float64 product of the weight that the layer holds
             and the unrounded input; bfloat16 alone is near 0.002.
-        compiled_error: the same under torch.compile; None for what is not ours.
+        compiled_error: the same under torch.compile; None where that was not tried.
         time_us: median; None where nothing was timed.
         share_of_peak: of the peak of the operands' type.
         bytes_per_s: least traffic over time.
+        failure: in place of figures.
     """
 
     layer: str
     outputs: int
     inputs: int
     tokens: int
-    error: float
-    compiled_error: float | None
-    time_us: float | None
-    share_of_peak: float | None
-    bytes_per_s: float | None
+    error: float | None = None
+    compiled_error: float | None = None
+    time_us: float | None = None
+    share_of_peak: float | None = None
+    bytes_per_s: float | None = None
+    failure: str | None = None
 
 
 def main() -> None:
@@ -84,69 +89,134 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="outputs x inputs")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--tiles", action="store_true", help="every tile of the int8 product too")
+    parser.add_argument("--tiles", action="store_true", help="other tiles of our products too")
+    parser.add_argument("--minutes", type=float, help="measure nothing more after so many")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     timed = device.type == "cuda"
     peaks = {kind: peak(kind, device) for kind in ("bf16", "int8", "fp8")} if timed else {}
-    # What Triton interprets cannot be compiled further.
-    backend = "inductor" if timed else "aot_eager"
-    torch._dynamo.config.recompile_limit = 64  # layers share their code
+    print({kind: f"{each / 1e12:.0f} TFLOP/s" for kind, each in peaks.items()}, flush=True)
     rows: list[Row] = []
-    for shape in options.shapes:
-        outputs, inputs = map(int, shape.split("x"))
-        layers = layers_of(outputs, inputs, device, tiles=options.tiles)
-        compiled: dict[str, Product] = {
-            name: torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
-            for name, (layer, _, _) in layers.items()
-            if isinstance(layer, nn.Module) and shape == options.shapes[0]
-        }
-        for tokens in options.tokens:
-            x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(tokens))
-            # The interpreter multiplies bfloat16 operands as bit patterns.
-            x = x.to(device, torch.bfloat16 if timed else torch.float32)
-            times = interleaved(layers, x, options.rounds) if timed else {}
-            for name, (product, weight, kind) in layers.items():
-                took = times.get(name)
-                part = x[:_CHECKED_TOKENS]
-                exact = part.double() @ weight.double().T
+    late = False
 
-                def wrong(found: Tensor, exact: Tensor = exact) -> float:
-                    rows = found[:_CHECKED_TOKENS].double()
-                    return float((rows - exact).norm() / exact.norm())
-
-                error = wrong(product(x))
-                again = wrong(compiled[name](x)) if name in compiled else None
-                n_bytes = 2 * tokens * (inputs + outputs) + outputs * inputs * _BYTES[kind]
-                row = Row(
-                    layer=name,
-                    outputs=outputs,
-                    inputs=inputs,
-                    tokens=tokens,
-                    error=error,
-                    compiled_error=again,
-                    time_us=None if took is None else took * 1e6,
-                    share_of_peak=None
-                    if took is None
-                    else 2 * tokens * inputs * outputs / took / peaks[_TYPE[kind]],
-                    bytes_per_s=None if took is None else n_bytes / took,
-                )
-                rows.append(row)
-                shown = "" if took is None else f"{took * 1e6:10.1f} us {row.share_of_peak:7.1%}"
-                if again is not None and again > 1.01 * error + 1e-6:
-                    shown += f"  WRONG under torch.compile: {again:.5f}"
-                print(f"{shape:12}{tokens:7} {name:42}{row.error:9.5f}{shown}", flush=True)
-    if options.out is not None:
+    def write() -> None:
+        if options.out is None:
+            return
         record = {
             "schema": "gteopt.kernels/1",
             "peak_flop_per_s": peaks,
             "rounds": options.rounds,
+            "ended_early": late,
+            "int8_tiles": {str(k): list(v) for k, v in cuda.fastest_tiles().items()},
             "rows": [asdict(row) for row in rows],
             "machine": machine().model_dump(),
             "versions": versions(),
         }
         write_atomically(options.out, (json.dumps(record, indent=2) + "\n").encode())
+
+    for shape in options.shapes:
+        outputs, inputs = map(int, shape.split("x"))
+        layers = layers_of(outputs, inputs, device, tiles=options.tiles)
+        for tokens in options.tokens:
+            late = late or (deadline is not None and time.monotonic() > deadline)
+            if late:
+                break
+            x = inputs_of(tokens, inputs, device)
+            for row in measured(layers, x, options.rounds, peaks, outputs):
+                rows.append(row)
+                show(shape, row)
+        write()
+    shape = options.shapes[0]
+    outputs, inputs = map(int, shape.split("x"))
+    layers = {} if late else layers_of(outputs, inputs, device, tiles=False)
+    for i, row in compiled(layers, rows, shape, options.tokens, device):
+        rows[i] = row
+        if (row.compiled_error or 0) > 1.01 * (row.error or 0) + 1e-6 or row.failure:
+            print(f"{row.layer}: WRONG under torch.compile: {row.compiled_error} {row.failure}")
+    write()
+
+
+def inputs_of(tokens: int, inputs: int, device: torch.device) -> Tensor:
+    """Seeded [T, I]; float32 without a GPU, where bfloat16 operands are taken as bit patterns."""
+    source = torch.Generator(device).manual_seed(tokens)
+    x = torch.randn(tokens, inputs, generator=source, device=device)
+    return x.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def measured(
+    layers: dict[str, tuple[Product, Tensor, str]],
+    x: Tensor,
+    rounds: int,
+    peaks: dict[str, float],
+    outputs: int,
+) -> Iterator[Row]:
+    """A row a layer."""
+    tokens, inputs = x.shape
+    able: dict[str, tuple[Product, Tensor, str]] = {}
+    rows = {name: Row(name, outputs, inputs, tokens) for name in layers}
+    for name, (product, weight, kind) in layers.items():
+        try:
+            rows[name] = replace(rows[name], error=wrong(product(x), x, weight))
+            able[name] = product, weight, kind
+        except _TooManyTokens:
+            del rows[name]
+        except Exception as error:  # of a peer's operator, or of a tile that does not fit
+            first = (str(error).strip().splitlines() or [""])[0]
+            rows[name] = replace(rows[name], failure=f"{type(error).__name__}: {first}"[:160])
+    for name, took in (interleaved(able, x, rounds) if peaks else {}).items():
+        kind = layers[name][2]
+        n_bytes = 2 * tokens * (inputs + outputs) + outputs * inputs * _BYTES[kind]
+        rows[name] = replace(
+            rows[name],
+            time_us=took * 1e6,
+            share_of_peak=2 * tokens * inputs * outputs / took / peaks[_TYPE[kind]],
+            bytes_per_s=n_bytes / took,
+        )
+    yield from rows.values()
+
+
+def wrong(found: Tensor, x: Tensor, weight: Tensor) -> float:
+    """Relative error of the first tokens to float64."""
+    exact = x[:_CHECKED_TOKENS].double() @ weight.double().T
+    return float((found[:_CHECKED_TOKENS].double() - exact).norm() / exact.norm())
+
+
+def compiled(
+    layers: dict[str, tuple[Product, Tensor, str]],
+    rows: list[Row],
+    shape: str,
+    tokens: Sequence[int],
+    device: torch.device,
+) -> Iterator[tuple[int, Row]]:
+    """Places of rows of our layers, and the rows with what torch.compile makes of them."""
+    # What Triton interprets cannot be compiled further.
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    torch._dynamo.config.recompile_limit = 64  # layers share their code
+    for name, (layer, weight, _) in layers.items():
+        if not isinstance(layer, nn.Module):
+            continue
+        product: Product = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+        for n in tokens:
+            x = inputs_of(n, weight.shape[1], device)
+            key = (name, *map(int, shape.split("x")), n)
+            for i, row in enumerate(rows):
+                if (row.layer, row.outputs, row.inputs, row.tokens) == key and not row.failure:
+                    try:
+                        yield i, replace(row, compiled_error=wrong(product(x), x, weight))
+                    except Exception as error:
+                        first = str(error).strip().splitlines()[0]
+                        yield i, replace(row, failure=f"under torch.compile: {first}"[:160])
+
+
+def show(shape: str, row: Row) -> None:
+    """A line of the table."""
+    found = f"{row.error:9.5f}" if row.error is not None else f"  {row.failure}"
+    if row.time_us is not None:
+        found += f"{row.time_us:10.1f} us {row.share_of_peak:7.1%}"
+        found += f"{(row.bytes_per_s or 0) / 1e12:7.2f} TB/s"
+    print(f"{shape:12}{row.tokens:7} {row.layer:42}{found}", flush=True)
 
 
 _BYTES = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
@@ -158,8 +228,8 @@ def layers_of(
     outputs: int, inputs: int, device: torch.device, *, tiles: bool
 ) -> dict[str, tuple[Product, Tensor, str]]:
     """Each layer with the weight [O, I] that it stands for and the kind of its weights."""
-    dense = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)) / inputs**0.5
-    dense = dense.to(device)
+    source = torch.Generator(device).manual_seed(0)
+    dense = torch.randn(outputs, inputs, generator=source, device=device) / inputs**0.5
     whole = dense.bfloat16() if device.type == "cuda" else dense
     found: dict[str, tuple[Product, Tensor, str]] = {
         "torch bf16": (lambda x: nn.functional.linear(x, whole), whole, "bf16")
@@ -172,9 +242,10 @@ def layers_of(
 
     symmetric = add("ours int8", "int8", W8A8, cuda.Int8LinearCuda)
     add("ours int8, token zero points", "int8", TOKEN_ZEROS, cuda.Int8LinearCuda)
-    for tile in TILES if tiles else ():
+    for tile in (*cuda.LARGE_TILES, *(cuda.int8_tile(n) for n in (16, 128))) if tiles else ():
         layer = cuda.Int8LinearCuda(symmetric, None).to(device)
         what = f"ours int8, {tile.tokens}x{tile.outputs}x{tile.inputs} {tile.n_warps} warps"
+        what += f" {tile.n_stages} stages" + (", copies" if tile.copies else "")
         found[what] = _tiled(layer, tile), symmetric.unpack().dequantize(), "int8"
     if device.type == "cuda":
         found["torch._int_mm, compiled"] = (
@@ -188,6 +259,11 @@ def layers_of(
         fast.fast = True
         found["ours fp8, fast accumulation"] = fast, eight.unpack().dequantize(), "fp8"
     four = add("ours int4", "int4", INT4, cuda.Int4LinearCuda)
+    few = cuda.Int4LinearCuda(four, None).to(device)
+    for tile in INT4_TILES if tiles else ():
+        what = f"ours int4, {tile.tokens}x{tile.outputs}x{tile.inputs}"
+        what += f" {tile.n_warps} warps {tile.n_stages} stages"
+        found[what] = _few_tokens(few, tile), four.unpack().dequantize(), "int4"
     add("ours nf4", "int4", NF4, cuda.Int4LinearCuda)
     add("dequantize, portable", "int4", INT4, DequantLinear)
     if device.type == "cuda":
@@ -205,23 +281,37 @@ def _tiled(layer: cuda.Int8LinearCuda, tile: cuda.Tile) -> Product:
     return product
 
 
+class _TooManyTokens(Exception):
+    """A tile that is for fewer."""
+
+
+def _few_tokens(layer: cuda.Int4LinearCuda, tile: cuda.Tile) -> Product:
+    def product(x: Tensor) -> Tensor:
+        if len(x) > tile.tokens:
+            raise _TooManyTokens
+        return layer.multiply(x, tile)
+
+    return product
+
+
+@torch.compile(dynamic=True)
+def _scaled_int_mm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    token_scale = x.abs().amax(-1, keepdim=True).float() / 127
+    codes = (x / token_scale).round().to(torch.int8)
+    sums = torch._int_mm(codes, weight)
+    return (sums * token_scale).bfloat16() * scale
+
+
 def _compiled_int_mm(packed: PackedWeight) -> Product:
     """What torchao's dynamic int8 comes down to."""
     weight = (packed.qweight ^ 128).view(torch.int8).t()
     scale = packed.scale[:, 0].bfloat16()
 
-    @torch.compile
-    def product(x: Tensor) -> Tensor:
-        token_scale = x.abs().amax(-1, keepdim=True).float() / 127
-        codes = (x / token_scale).round().to(torch.int8)
-        sums = torch._int_mm(codes, weight)
-        return (sums * token_scale).bfloat16() * scale
-
     def padded(x: Tensor) -> Tensor:
         # torch._int_mm takes more than 16 rows on a GPU.
         rows = max(32, len(x))
         wide = nn.functional.pad(x, (0, 0, 0, rows - len(x))) if rows > len(x) else x
-        found: Tensor = product(wide)
+        found: Tensor = _scaled_int_mm(wide, weight, scale)
         return found[: len(x)]
 
     return padded
@@ -279,7 +369,13 @@ def peak(kind: str, device: torch.device) -> float:
 
 def _fp8_square(x: Tensor) -> Tensor:
     ones = torch.ones((len(x), 1), device=x.device)
-    return torch._scaled_mm(x, x.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16)
+    return torch._scaled_mm(
+        *(x, x.t()),
+        scale_a=ones,
+        scale_b=ones.t(),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
 
 
 _SQUARES: dict[str, Product] = {

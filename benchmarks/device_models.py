@@ -1,0 +1,120 @@
+"""A model of a published shape with random weights, in the memory of a device from the start.
+
+Every engine that is compared is made of the same weights, drawn with one seed where they are used;
+none is written to a disk or read from one, which for 15 GB takes longer than all measurements.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gteopt.checkpoint import Checkpoint, open_checkpoint
+from gteopt.dummy import random_part, shape_of, write_frame
+from gteopt.encoder import Encoder
+from gteopt.kernels import speed_up_linears_
+from gteopt.layer_plan import plan_layers
+from gteopt.loading import build_skeleton, load_tokenizer, swap_embedding_, swap_linear_
+from gteopt.quant.affine import pack, quantize_rtn
+from gteopt.quant.vectors import identity
+from gteopt.recipe import LayerScheme, Recipe, RtnWeights
+
+_TABLE = LayerScheme(bits=8, group_size="row", symmetric=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights that engines are made of.
+
+    Attributes:
+        module: bfloat16 on `device`; nobody changes it.
+        n_layers: its blocks.
+        of_layers: blocks of the published model.
+    """
+
+    checkpoint: Checkpoint
+    module: nn.Module
+    device: torch.device
+    n_layers: int
+    of_layers: int
+
+    @staticmethod
+    def draw(base: str, n_layers: int | None, device: torch.device) -> Source:
+        """Random weights of a shape that `gteopt.dummy.write_dummy` knows, with seed 0."""
+        config, whole = shape_of(base, n_layers)
+        n = int(config["num_hidden_layers"])
+        folder = Path(tempfile.mkdtemp()) / Path(base).name
+        write_frame(config, folder)
+        save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
+        checkpoint = open_checkpoint(folder)
+        generator = torch.Generator(device).manual_seed(0)
+        weights = (each for part in range(n + 1) for each in random_part(config, part, generator))
+        module = _placed(checkpoint, dict(weights), device)
+        return Source(checkpoint, module, device, n, whole)
+
+    def copy(self) -> nn.Module:
+        """A module of its own whose weights are the same memory."""
+        return _placed(self.checkpoint, self.module.state_dict(), self.device)
+
+    @property
+    def table_bytes(self) -> int:
+        """Of the weights that are no linear layer's inside the blocks."""
+        inside = {id(linear.weight) for _, linear in block_linears(self.module)}
+        return sum(p.nbytes for p in self.module.parameters() if id(p) not in inside)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all weights."""
+        return sum(p.nbytes for p in self.module.parameters())
+
+    def encoder(self, recipe: Recipe | None = None) -> Encoder:
+        """An encoder of these weights, quantized by a recipe that learns nothing from texts."""
+        module = self.copy()
+        if recipe is not None:
+            assert isinstance(recipe.weights, RtnWeights)
+            for name, scheme in plan_layers(self.checkpoint, recipe, module).schemes.items():
+                linear = module.get_submodule(name)
+                assert isinstance(linear, nn.Linear)
+                codes = quantize_rtn(linear.weight, scheme, clip_search=recipe.weights.clip_search)
+                swap_linear_(module, name, pack(codes), linear.bias, self.device, torch.bfloat16)
+            if recipe.embedding == "int8":
+                table = module.get_submodule("embed_tokens")
+                assert isinstance(table, nn.Embedding)
+                rows = pack(quantize_rtn(table.weight, _TABLE))
+                swap_embedding_(module, "embed_tokens", rows, self.device, torch.bfloat16)
+        speed_up_linears_(module, self.device)
+        return Encoder(
+            checkpoint=self.checkpoint,
+            module=module,
+            tokenizer=load_tokenizer(self.checkpoint),
+            dense=nn.Sequential(),
+            latent=None,
+            vectors=identity(self.checkpoint.dims),
+            device=self.device,
+            dtype=torch.bfloat16,
+            graphs=True,
+        )
+
+
+def block_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Linear layers inside the blocks, by name."""
+    for name, each in module.named_modules():
+        if isinstance(each, nn.Linear) and name.startswith("layers."):
+            yield name, each
+
+
+def _placed(
+    checkpoint: Checkpoint, weights: dict[str, torch.Tensor], device: torch.device
+) -> nn.Module:
+    module = build_skeleton(checkpoint)
+    module.load_state_dict(weights, assign=True)
+    for name, buffer in list(module.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, buffer.to(device))
+    return module.eval().requires_grad_(False)
