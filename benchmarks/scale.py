@@ -178,7 +178,7 @@ measured_bytes = None
 started = time.perf_counter()
 def progress(what, done, total):
     global measured_bytes
-    if what.startswith("measuring"):
+    if what.startswith(("measuring", "estimating")):
         measured_bytes = resident("VmHWM")
     if what.startswith("quantizing"):
         blocks.append(round(time.perf_counter() - started, 2))
