@@ -51,7 +51,7 @@ INT4_TILES = (
     cuda.Tile(16, 64, 128, 8, 4),
 )  # fmt: skip
 _CHECKED_TOKENS = 64
-"""Rows that are compared with float64."""
+"""Rows at either end that are compared with float64."""
 
 Product = Callable[[Tensor], Tensor]
 
@@ -178,9 +178,10 @@ def measured(
 
 
 def wrong(found: Tensor, x: Tensor, weight: Tensor) -> float:
-    """Relative error of the first tokens to float64."""
-    exact = x[:_CHECKED_TOKENS].double() @ weight.double().T
-    return float((found[:_CHECKED_TOKENS].double() - exact).norm() / exact.norm())
+    """Relative error of the first and last tokens to float64."""
+    x, found = (torch.cat([t[:_CHECKED_TOKENS], t[-_CHECKED_TOKENS:]]) for t in (x, found))
+    exact = x.double() @ weight.double().T
+    return float((found.double() - exact).norm() / exact.norm())
 
 
 def compiled(
