@@ -93,6 +93,7 @@ def test_recipes_and_suites_list_what_ships(call: Call) -> None:
         (["evaluate", "nano", "--suite", "mini", "--devices", "cpu,gpu"], "name GPUs, each once"),
         (["quantize", "nano", "--out", "x", "--devices", "cpu,cuda:0"], "name GPUs, each once"),
         (["evaluate", "nano", "--suite", "mini", "--devices", "cpu", "--ray", "auto"], "one of th"),
+        (["evaluate", "nano", "--suite", "mini", "--dtype", "float23"], "did you mean float32"),
         (["evaluate", "nano", "--texts", "t", "--suite", "mini"], "without --suite and --data"),
         (["evaluate", "nano", "--suite", "mini", "--instruction", "i"], "goes with --data"),
         (["run", "dmo"], "did you mean demo"),
