@@ -94,6 +94,8 @@ def test_recipes_and_suites_list_what_ships(call: Call) -> None:
         (["quantize", "nano", "--out", "x", "--devices", "cpu,cuda:0"], "name GPUs, each once"),
         (["evaluate", "nano", "--suite", "mini", "--devices", "cpu", "--ray", "auto"], "one of th"),
         (["evaluate", "nano", "--suite", "mini", "--dtype", "float23"], "did you mean float32"),
+        (["evaluate", "nano", "--suite", "mini", "--out", __file__], "is a file; results need"),
+        (["evaluate", "nano", "--texts", "t", "--out", __file__], "is a file; results need"),
         (["evaluate", "nano", "--texts", "t", "--suite", "mini"], "without --suite and --data"),
         (["evaluate", "nano", "--suite", "mini", "--instruction", "i"], "goes with --data"),
         (["run", "dmo"], "did you mean demo"),

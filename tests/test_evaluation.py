@@ -498,6 +498,14 @@ def test_data_without_the_wanted_subset_are_named(nano: Encoder, tmp_path: Path)
         run_suite(nano, suite_of(wanted), hub_dir=tmp_path)
 
 
+def test_data_that_do_not_load_say_why(nano: Encoder, tmp_path: Path) -> None:
+    folder = tmp_path / "mteb" / "stsbenchmark-sts"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text("sentence1,sentence2\n")
+    with pytest.raises(InputError, match=r"STSBenchmark: .* does not load \(JSON parse error"):
+        run_suite(nano, suite_of("STSBenchmark"), hub_dir=tmp_path)
+
+
 def test_every_wrong_name_of_a_suite_is_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(
