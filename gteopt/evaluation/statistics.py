@@ -136,7 +136,8 @@ def paired_draws(
     what is in both is taken off (Cameron, Gelbach & Miller 2011, equation 2.9).
 
     Pairs that share a text depend on each other; the deviation is as much greater than that of
-    independent pairs as their influences say (see `_dyadic`).
+    independent pairs as their influences say (see `_dyadic`). A query or document that is listed
+    twice still counts as two.
 
     Args:
         variant: its entries.
