@@ -420,6 +420,13 @@ def evaluate(
         str | None, typer.Option(help="codes to score each length in: float32,int8,binary")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="results folder; makes runs resumable")] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="that models compute in: bfloat16 or float32; auto is bfloat16 for a base, for an "
+            "artifact what it was built in"
+        ),
+    ] = "auto",
     cache_gb: Annotated[
         float, typer.Option(min=0, help="most that cached vectors take; the oldest make room")
     ] = 20,
@@ -458,6 +465,7 @@ def evaluate(
         how = Setup(
             hub_dir=hub_dir,
             device=device,
+            dtype=dtype,
             backend=backend,
             grid=grid,
             workers=workers,

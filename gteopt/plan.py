@@ -250,7 +250,11 @@ def score(
     then the first source's own vectors.
 
     With a results folder, finished tasks are stored in it and not done twice.
+
+    Raises:
+        InputError: the results folder is a file; and see `run_views`.
     """
+    _check_folder(folder)
     reports: dict[str, EvalReport] = {}
     baseline = None
     drawn: Drawn = {}
@@ -309,7 +313,11 @@ def compare_texts(
     Texts are encoded as documents, without an instruction, and into the same cache as a suite's;
     with a grid, there is a report for each variant, length and code, against the first source's
     vectors at full dimension, as always.
+
+    Raises:
+        InputError: the results folder is a file; and see `read_texts`.
     """
+    _check_folder(folder)
     texts = read_texts(file)
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     reports: dict[str, FidelityReport] = {}
@@ -417,6 +425,11 @@ def _beginning(
         store=_store(folder),
         options=opened.options,
     )
+
+
+def _check_folder(folder: Path | None) -> None:
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; results need a folder")
 
 
 def _store(folder: Path | None) -> Path | None:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,13 @@ from gteopt.cli import main
 from gteopt.encoder import Encoder
 from gteopt.errors import UnsupportedError
 from gteopt.evaluation import EncodeOptions, Suite, run_suite
-from gteopt.evaluation.cache import SHARD_TEXTS, Encodings, LocalEncoding, VectorCache
+from gteopt.evaluation.cache import (
+    SHARD_TEXTS,
+    Encodings,
+    LocalEncoding,
+    VectorCache,
+    vector_identity,
+)
 from gteopt.evaluation.fidelity import read_sample, write_sample
 
 TASKS: tuple[dict[str, Any], ...] = (
@@ -30,6 +38,8 @@ TASKS: tuple[dict[str, Any], ...] = (
     {"task": "MiniBitextMining", "subsets": ["en-fr"]},
     {"task": "MiniBitextMining", "subsets": ["en-pl"], "instruction": "Translate."},
 )
+
+VERSION_IN_KEYS = "gteopt.evaluation.finished.version"
 
 
 def suite_of(*tasks: dict[str, Any]) -> Suite:
@@ -321,6 +331,86 @@ def test_a_change_invalidates_exactly_what_it_touches(
     assert run.encodings_now.n_encoded == run.encodings_now.n_asked > 0
     # And the first state is still there.
     assert asked_again(nano, tmp_path, sts, bitext) == (0, 0)
+
+
+def test_every_field_of_a_finished_task_s_key_is_of_its_place(
+    nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each alone gives another place, and only what it says of the task does."""
+    from gteopt.evaluation import finished
+    from gteopt.evaluation.tasks import resolve
+
+    (task,) = resolve(suite_of(TASKS[0]), None)
+
+    def place(changed: Any = task, *, dtype: Any = "float16") -> Path:
+        return finished.Place.of(nano, changed, tmp_path, dtype).folder
+
+    own = place()
+    assert place(replace(task, folder=tmp_path)) == own  # where the same data lie is no matter
+    changed = {
+        "splits": replace(task, splits=("validation",)),
+        "subsets": replace(task, subsets=("fr",)),
+        "instruction": replace(task, instruction="Compare."),
+        "symmetric": replace(task, symmetric=True),
+        "revision": replace(task, revision="sha256:0"),
+        "aggregate": replace(task, aggregate="MiniAll"),
+    }
+    others = {name: place(each) for name, each in changed.items()}
+    others["stored"] = place(dtype="float32")
+    for library in ("mteb", "scikit-learn"):
+        with monkeypatch.context() as other:
+            other.setattr(
+                VERSION_IN_KEYS, lambda name, at=library: version(name) + at * (name == at)
+            )
+            others[library] = place()
+    assert len({own, *others.values()}) == 1 + len(others)
+    fields = set(finished.Place.of(nano, task, tmp_path, "float16").key)
+    encodings = set(vector_identity(nano))
+    assert fields - encodings == (set(others) - encodings) | {"task"}
+
+
+def test_another_scikit_learn_scores_again_and_encodes_nothing(
+    nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sts = TASKS[0]
+    asked, _ = asked_again(nano, tmp_path, sts)
+    with monkeypatch.context() as other:
+        other.setattr(VERSION_IN_KEYS, lambda name: version(name) + "+" * (name == "scikit-learn"))
+        assert asked_again(nano, tmp_path, sts) == (asked, 0)
+        assert asked_again(nano, tmp_path, sts) == (0, 0)
+    assert asked_again(nano, tmp_path, sts) == (0, 0)
+
+
+def test_a_part_of_an_aggregate_is_scored_apart_from_the_task_by_itself(
+    nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their scores bear other names; their vectors are the same."""
+    from gteopt.evaluation import tasks
+
+    resolve = tasks.resolve
+    sts = TASKS[0]
+    asked, _ = asked_again(nano, tmp_path, sts)
+    with monkeypatch.context() as other:
+
+        def as_part(*arguments: Any) -> list[Any]:
+            return [replace(each, aggregate="MiniAll") for each in resolve(*arguments)]
+
+        other.setattr(tasks, "resolve", as_part)
+        run = run_suite(nano, suite_of(sts), store=tmp_path)
+        assert (run.encodings_now.n_asked, run.encodings_now.n_encoded) == (asked, 0)
+        assert {(each.task, each.subset) for each in run.scores} == {("MiniAll", "MiniSTS")}
+        assert asked_again(nano, tmp_path, sts) == (0, 0)
+    assert asked_again(nano, tmp_path, sts) == (0, 0)
+
+
+def test_entries_of_an_older_format_are_scored_again(nano: Encoder, tmp_path: Path) -> None:
+    """Pairs without their texts would pass for independent ones."""
+    sts = TASKS[0]
+    asked, _ = asked_again(nano, tmp_path, sts)
+    (record,) = (tmp_path / "tasks").glob("*/*.json")
+    record.write_text(record.read_text().replace("gteopt.task/5", "gteopt.task/4"))
+    assert asked_again(nano, tmp_path, sts) == (asked, 0)
+    assert asked_again(nano, tmp_path, sts) == (0, 0)
 
 
 def test_other_data_are_scored_again_but_known_texts_are_not_encoded_again(

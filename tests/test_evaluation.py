@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import gteopt
+from gteopt.cli import main
 from gteopt.encoder import Encoder, Role
 from gteopt.errors import InputError, NumericsError
 from gteopt.evaluation import (
@@ -32,6 +33,7 @@ from gteopt.evaluation import (
 from gteopt.quant.affine import quantize_rtn
 from gteopt.quant.vectors import VectorTransform, fit
 from gteopt.recipe import Dims, LayerScheme, Progress, Vectors, quiet, shipped_dir
+from gteopt.records import EvalReport
 
 QUICK = ("MiniSTS", "MiniBitextMining")
 
@@ -135,6 +137,60 @@ def test_minilm_scores_as_published(
     assert {each.instruction for each in run.scores} == {None}
     assert {each.n_samples for each in run.scores} == {1379}
     assert all(each.dataset_revision.startswith("sha256:") for each in run.scores)
+
+
+def evaluate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> EvalReport:
+    """What the command says of the last model that it is given."""
+    command = ["gteopt", "evaluate", *map(str, arguments), "--device", "cpu", "--json"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    return EvalReport.model_validate(json.loads(capsys.readouterr().out)[-1])
+
+
+def test_the_command_line_reproduces_a_published_figure(
+    minilm: Encoder,
+    shared: Path,
+    minilm_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "scores").symlink_to(minilm_store)
+    suite = tmp_path / "own.yaml"
+    suite.write_text("schema: gteopt.suite/1\nname: own\ntasks:\n  - task: STSBenchmark\n")
+    where = "--suite", suite, "--hub-dir", shared / "hub", "--out", tmp_path
+    exactly = "--dtype", "float32", "--cache-dtype", "float32"
+    report = evaluate(monkeypatch, capsys, minilm.checkpoint.folder, *where, *exactly)
+    assert report.score == pytest.approx(0.820325, abs=1e-6)
+    assert report.versions["dtype"] == "float32"
+
+
+def test_runs_of_another_dtype_are_kept_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = tmp_path / "own.yaml"
+    suite.write_text("schema: gteopt.suite/1\nname: own\ntasks:\n  - task: MiniSTS\n")
+    found: dict[str, float] = {}
+    for dtype in ("float32", "bfloat16", "float32", "auto"):
+        how = "nano", "--suite", suite, "--out", tmp_path, "--dtype", dtype
+        report = evaluate(monkeypatch, capsys, *how)
+        assert report.versions["dtype"] == dtype.replace("auto", "bfloat16")
+        again = found.setdefault(report.versions["dtype"], report.score)
+        assert report.score == again
+    assert found["float32"] != found["bfloat16"]
+    assert len(list((tmp_path / "scores" / "tasks").iterdir())) == 2
+    kept = {
+        path.parent.name.rpartition("-")[2]: json.loads(path.read_text())["scores"]["test"]
+        for path in (tmp_path / "scores" / "results").rglob("MiniSTS.json")
+    }
+    by_dtype = {
+        dtype: np.mean([each["main_score"] for each in subsets]) for dtype, subsets in kept.items()
+    }
+    assert by_dtype == pytest.approx(found, abs=1e-6)
 
 
 def test_the_mini_suite_separates_good_from_bad(mini_run: SuiteRun) -> None:
@@ -440,6 +496,14 @@ def test_data_without_the_wanted_subset_are_named(nano: Encoder, tmp_path: Path)
     wanted = {"task": "STSBenchmarkMultilingualSTS", "subsets": ["fr"], "splits": ["test"]}
     with pytest.raises(InputError, match=r"has no split 'test' of subset 'fr'"):
         run_suite(nano, suite_of(wanted), hub_dir=tmp_path)
+
+
+def test_data_that_do_not_load_say_why(nano: Encoder, tmp_path: Path) -> None:
+    folder = tmp_path / "mteb" / "stsbenchmark-sts"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text("sentence1,sentence2\n")
+    with pytest.raises(InputError, match=r"STSBenchmark: .* does not load \(JSON parse error"):
+        run_suite(nano, suite_of("STSBenchmark"), hub_dir=tmp_path)
 
 
 def test_every_wrong_name_of_a_suite_is_reported_at_once(tmp_path: Path) -> None:

@@ -115,6 +115,19 @@ def test_every_fault_of_a_collection_is_named_with_its_line(tmp_path: Path) -> N
         assert expected in message
 
 
+def test_one_fault_of_a_file_is_told_once(tmp_path: Path) -> None:
+    """What cannot be read judges nothing as relevant, which is no second fault."""
+    write_lines(tmp_path / "corpus.jsonl", [{"_id": "d1", "text": "one"}])
+    write_lines(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "?"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_bytes(b"q1\td1\t1\n\xff\n")
+    with pytest.raises(InputError, match=r"1 problem\(s\)(.|\n)*is not UTF-8 text"):
+        read_own(tmp_path)
+    (tmp_path / "qrels" / "test.tsv").write_text("q1\td1\t0\n")
+    with pytest.raises(InputError, match=r"1 problem\(s\)(.|\n)*judges no document as relevant"):
+        read_own(tmp_path)
+
+
 def test_missing_files_of_a_collection_are_named_together(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_own(tmp_path)

@@ -217,7 +217,7 @@ def entries(mean: float) -> Samples:
     """400 scores around a mean, standard deviation 0.2: standard error 0.01."""
     values = np.random.default_rng(0).standard_normal(400)
     values = (values - values.mean()) / values.std()
-    return Samples("mean", "query", {"values": mean + 0.2 * values})
+    return Samples("mean", "query", {"values": mean + 0.2 * values[None]})
 
 
 def test_a_score_further_away_than_its_interval_is_told_and_one_within_it_is_not() -> None:

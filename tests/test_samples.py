@@ -63,7 +63,7 @@ def clusterings(statistic: Any) -> Samples:
 
 
 SAMPLES = {
-    "mean": Samples("mean", "query", {"values": RNG.random(N)}),
+    "mean": Samples("mean", "query", {"values": RNG.random((3, N))}),
     "spearman": Samples(
         "spearman",
         "pair",
@@ -91,7 +91,7 @@ def oracle(samples: Samples, drawn: npt.NDArray[np.int64]) -> float:
     """The score of the units `drawn`, copied out one by one, by scipy or scikit-learn."""
     own = samples.arrays
     if samples.statistic == "mean":
-        return float(own["values"][drawn].mean())
+        return float(own["values"][:, drawn].mean())
     if samples.statistic == "spearman":
         return float(spearmanr(own["similarities"][drawn], own["gold"][drawn])[0])
     if samples.statistic.startswith("f1"):
@@ -124,6 +124,20 @@ def test_the_best_accuracy_is_found_by_trying_every_threshold() -> None:
         for threshold in np.unique(row)[1:]
     ]
     assert samples.score() == pytest.approx(max(tried), abs=1e-12)
+
+
+@pytest.mark.parametrize("statistic", ["spearman", "max_ap", "max_accuracy"])
+def test_influences_are_the_derivatives_of_the_score(statistic: Any) -> None:
+    rng = np.random.default_rng(3)
+    n = 61
+    gold = rng.integers(0, 4 if statistic == "spearman" else 2, n)
+    good, bad = gold + rng.standard_normal(n), gold + 4 * rng.standard_normal(n)
+    similarities = good.round(1) if statistic == "spearman" else np.stack([bad, good.round(1)])
+    samples = Samples(statistic, "pair", {"similarities": similarities, "gold": gold})
+    step = 1e-5 * np.eye(n)
+    expected = (samples.scores(1 + step) - samples.scores(1 - step)) / 2e-5
+    np.testing.assert_allclose(samples.influences(), expected, atol=1e-9)
+    assert samples.influences().std() > 1e-3
 
 
 def test_written_entries_come_back_and_damage_is_refused(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def ndcg(rng: np.random.Generator, n: int) -> Pair:
     ours = rng.beta(0.6, 0.6, n)
     moved = np.clip(ours + rng.normal(-0.1, 0.3, n), 0, 1)
     theirs = np.where(rng.random(n) < 0.3, moved, ours)
-    return both("mean", "query", {"values": theirs}, {"values": ours})
+    return both("mean", "query", {"values": theirs[None]}, {"values": ours[None]})
 
 
 def accuracy(rng: np.random.Generator, n: int) -> Pair:
@@ -55,7 +55,7 @@ def accuracy(rng: np.random.Generator, n: int) -> Pair:
     ours = rng.random(n) < 0.8
     flipped = rng.random(n) < np.where(ours, 0.06, 0.1)
     values = (np.where(flipped, ~ours, ours).astype(float), ours.astype(float))
-    return both("mean", "document", {"values": values[0]}, {"values": values[1]})
+    return both("mean", "document", {"values": values[0][None]}, {"values": values[1][None]})
 
 
 def similarity(rng: np.random.Generator, n: int) -> Pair:
@@ -82,6 +82,46 @@ def classes(rng: np.random.Generator, n: int) -> Pair:
     found = [np.where(hard < right, gold, other) for right in (0.6, 0.7)]
     arrays = [{"gold": gold, "predictions": each} for each in found]
     return both("f1_macro", "document", *arrays)
+
+
+def lucky(statistic: str) -> Maker:
+    """Texts that are hard after every training, and training sets that are lucky for one model."""
+    n_sets = 10
+
+    def make(rng: np.random.Generator, n: int) -> Pair:
+        gold, hard = rng.integers(0, 4, n), rng.random(n)
+        luck = rng.normal(0, 0.04, (n_sets, 1))
+        found = []
+        for right in (0.6, 0.65):
+            effort = 0.8 * hard + 0.2 * rng.random((n_sets, n))
+            solved = effort < right + luck + rng.normal(0, 0.08, (n_sets, 1))
+            found.append(np.where(solved, gold, (gold + 1 + rng.integers(0, 3, (n_sets, n))) % 4))
+        if statistic == "mean":
+            return both("mean", "document", *({"values": each == gold} for each in found))
+        return both(statistic, "document", *({"gold": gold, "predictions": e} for e in found))
+
+    return make
+
+
+def sharing(statistic: str) -> Maker:
+    """Pairs among 100 texts, some of which a model misreads in every pair that they are in."""
+    n_texts = 100
+
+    def make(rng: np.random.Generator, n: int) -> Pair:
+        texts = np.stack([rng.choice(n_texts, 2, replace=False) for _ in range(n)], axis=1)
+        meaning, misread, damaged = rng.standard_normal((3, n_texts))[:, texts].sum(axis=1)
+        latent = meaning + 0.8 * rng.standard_normal(n)
+        ours = latent + 0.3 * misread + 0.3 * rng.standard_normal(n)
+        theirs = ours + damaged + 0.1 * rng.standard_normal(n)
+        arrays: list[dict[str, Any]]
+        if statistic == "spearman":
+            arrays = [{"gold": latent, "similarities": each} for each in (theirs, ours)]
+        else:
+            gold = (latent > 0.5).astype(int)
+            arrays = [{"gold": gold, "similarities": each[None]} for each in (theirs, ours)]
+        return both(statistic, "pair", *({**each, "texts": texts} for each in arrays))
+
+    return make
 
 
 def duplicates(statistic: str) -> Maker:
@@ -125,6 +165,8 @@ CASES: dict[str, tuple[Maker, int, float | None]] = {
     "retrieval and reranking (mean over queries)": (ndcg, 60, None),
     "classification (accuracy)": (accuracy, 120, 0.2 * 0.1 - 0.8 * 0.06),
     "classification (macro F1)": (classes, 120, None),
+    "classification (accuracy, training sets drawn)": (lucky("mean"), 120, None),
+    "classification (macro F1, training sets drawn)": (lucky("f1_macro"), 120, None),
     "similarity (Spearman)": (
         similarity,
         150,
@@ -133,6 +175,9 @@ CASES: dict[str, tuple[Maker, int, float | None]] = {
     "bitext (weighted F1)": (translations, 120, None),
     "pairs (average precision)": (duplicates("max_ap"), 150, None),
     "pairs (best accuracy)": (duplicates("max_accuracy"), 150, None),
+    "similarity (texts shared)": (sharing("spearman"), 400, None),
+    "pairs (average precision, texts shared)": (sharing("max_ap"), 400, None),
+    "pairs (best accuracy, texts shared)": (sharing("max_accuracy"), 400, None),
     "clustering (V-measure)": (clusterings("v_measure"), 100, None),
     "clustering (AMI)": (clusterings("ami"), 40, None),
 }
@@ -165,6 +210,78 @@ def test_an_interval_covers_the_difference_at_its_rate(case: str) -> None:
         assert least <= found <= most, f"{found / n:.3f}"
 
 
+def as_if(kept: str, samples: Samples) -> Samples:
+    """The same without what makes units depend on each other."""
+    arrays = dict(samples.arrays)
+    if kept == "pairs apart":
+        del arrays["texts"]
+    else:
+        arrays["values"] = arrays["values"].mean(axis=0, keepdims=True)
+    return Samples(samples.statistic, samples.unit, arrays)
+
+
+@pytest.mark.parametrize(
+    ("case", "ignoring"),
+    [
+        ("similarity (texts shared)", "pairs apart"),
+        ("pairs (average precision, texts shared)", "pairs apart"),
+        ("pairs (best accuracy, texts shared)", "pairs apart"),
+        ("classification (accuracy, training sets drawn)", "training sets given"),
+    ],
+)
+def test_an_interval_that_ignores_what_units_share_covers_too_seldom(
+    case: str, ignoring: str
+) -> None:
+    """On what the test above covers at its rate."""
+    make, n_units, _ = CASES[case]
+    rng = np.random.default_rng(7)
+    pairs = [make(rng, n_units) for _ in range(800)]
+    differences = [theirs.score() - ours.score() for theirs, ours in pairs]
+    truth = float(np.mean(differences))
+    covered = 0
+    for number, (theirs, ours) in enumerate(pairs[:150]):
+        bare = as_if(ignoring, theirs), as_if(ignoring, ours)
+        low, high = interval(draw(bare, seed=number, n_resamples=100).difference)
+        covered += low <= truth <= high
+    assert covered < stats.binom.ppf(0.0005, 150, 0.95), f"{covered / 150:.3f}"
+
+
+def test_pairs_of_their_own_texts_have_the_interval_of_independent_ones() -> None:
+    for statistic in ("spearman", "max_ap", "max_accuracy"):
+        maker = similarity if statistic == "spearman" else duplicates(statistic)
+        pair = maker(np.random.default_rng(0), 150)
+        texts = np.arange(300).reshape(2, 150)
+        own = [Samples(e.statistic, e.unit, {**e.arrays, "texts": texts}) for e in pair]
+        alike = draw((own[0], own[1]))
+        np.testing.assert_array_equal(alike.difference, draw(pair).difference)
+        assert alike.freedom == draw(pair).freedom
+
+
+def test_pairs_that_are_listed_twice_say_no_more_than_once() -> None:
+    """Also where they stand the other way round, and where both texts are one."""
+    variant, baseline = similarity(np.random.default_rng(0), 400)
+    texts = np.stack([np.arange(400), np.r_[np.arange(200), np.arange(400, 600)]])
+    once, twice = [], []
+    for each in (variant, baseline):
+        once.append(Samples("spearman", "pair", {**each.arrays, "texts": texts}))
+        doubled = {name: np.tile(array, 2) for name, array in each.arrays.items()}
+        again = np.concatenate([texts, texts[::-1]], axis=1)
+        twice.append(Samples("spearman", "pair", {**doubled, "texts": again}))
+    expected = np.ptp(interval(draw((once[0], once[1])).difference))
+    found = np.ptp(interval(draw((twice[0], twice[1])).difference))
+    assert found == pytest.approx(expected, rel=0.08)  # two bootstraps of a thousand draws
+
+
+def test_pairs_of_one_text_that_did_not_change_are_no_proof_for_many() -> None:
+    """The rule of three counts what could have changed by itself."""
+    gold = np.arange(40.0)
+    widths = []
+    for texts in (np.arange(80).reshape(2, 40), np.stack([np.arange(40) // 4, np.arange(40) + 10])):
+        own = Samples("spearman", "pair", {"gold": gold, "similarities": gold, "texts": texts})
+        widths.append(np.ptp(interval(draw((own, own)).difference)))
+    assert widths[1] > 1.2 * widths[0]
+
+
 def test_a_suite_interval_covers_the_mean_over_its_tasks_at_its_rate() -> None:
     makers = ((ndcg, 60), (accuracy, 120), (similarity, 80))
     rng = np.random.default_rng(3)
@@ -191,15 +308,15 @@ def test_a_suite_interval_covers_the_mean_over_its_tasks_at_its_rate() -> None:
 def test_pairing_makes_the_interval_of_a_small_change_short() -> None:
     variant, baseline = ndcg(np.random.default_rng(0), 400)
     paired = draw((variant, baseline))
-    shuffled = np.random.default_rng(1).permutation(variant.arrays["values"])
-    unpaired = draw((Samples("mean", "query", {"values": shuffled}), baseline))
+    shuffled = np.random.default_rng(1).permutation(variant.arrays["values"][0])
+    unpaired = draw((Samples("mean", "query", {"values": shuffled[None]}), baseline))
     assert np.ptp(interval(paired.difference)) < 0.5 * np.ptp(interval(unpaired.difference))
 
 
 def test_a_large_sample_has_the_textbook_interval() -> None:
     variant, baseline = ndcg(np.random.default_rng(0), 20_000)
     draws = draw((variant, baseline))
-    each = variant.arrays["values"] - baseline.arrays["values"]
+    each = (variant.arrays["values"] - baseline.arrays["values"])[0]
     expected = stats.t.interval(0.95, len(each) - 1, each.mean(), stats.sem(each))
     assert interval(draws.difference) == pytest.approx(expected, rel=0.1)
 
@@ -220,7 +337,7 @@ def test_rare_changes_are_covered_even_where_none_was_seen(rate: float) -> None:
     for number in range(N_REPEATS):
         ours = (rng.random(60) < 0.6).astype(float)
         theirs = np.where(rng.random(60) < rate, 0.0, ours)
-        pair = both("mean", "document", {"values": theirs}, {"values": ours})
+        pair = both("mean", "document", {"values": theirs[None]}, {"values": ours[None]})
         low, high = interval(draw(pair, seed=number, n_resamples=100).difference)
         covered += low <= -0.6 * rate <= high
     assert covered >= stats.binom.ppf(0.0005, N_REPEATS, 0.95), f"{covered / N_REPEATS:.3f}"
@@ -244,7 +361,7 @@ def test_p_values_of_few_units_are_as_rare_as_they_say() -> None:
     found = []
     for number in range(n_repeats):
         ours, theirs = rng.standard_normal((2, 10))
-        pair = both("mean", "query", {"values": theirs}, {"values": ours})
+        pair = both("mean", "query", {"values": theirs[None]}, {"values": ours[None]})
         draws = draw(pair, seed=number, n_resamples=200)
         found.append(p_value(pair[0].score() - pair[1].score(), draws))
     assert sum(p < small for p in found) <= stats.binom.ppf(0.999, n_repeats, 2 * small)
@@ -277,7 +394,7 @@ def test_the_same_seed_gives_the_same_interval_and_one_unit_gives_none() -> None
     first, again, other = (draw((variant, baseline), seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.difference, again.difference)
     assert (first.difference != other.difference).any()
-    alone = Samples("mean", "query", {"values": np.array([0.5])})
+    alone = Samples("mean", "query", {"values": np.array([[0.5]])})
     assert paired_draws(alone, alone) is None
 
 
@@ -350,7 +467,7 @@ def test_retention_is_drawn_from_both_scores_together() -> None:
     low, high = interval(draws.retention)
     assert low < variant.score() / baseline.score() < high
     # Fieller's interval of a ratio of means, to first order.
-    ours, theirs = variant.arrays["values"], baseline.arrays["values"]
+    ours, theirs = variant.arrays["values"][0], baseline.arrays["values"][0]
     ratio = ours.mean() / theirs.mean()
     error = 1.96 * stats.sem(ours - ratio * theirs) / theirs.mean()
     assert high - low == pytest.approx(2 * error, rel=0.2)

@@ -71,8 +71,9 @@ class TaskModel:
         self._n_texts = self._n_done = 0
         self._document_ids: list[str] = []
         self._codes: npt.NDArray[Any] = np.empty((0, 0))
+        dtype = str(cache.encoder.dtype).removeprefix("torch.")
         self.mteb_model_meta = ModelMeta.create_empty(
-            {"name": f"gteopt/{view.name}", "revision": view.sha256}
+            {"name": f"gteopt/{view.name}", "revision": f"{view.sha256}-{dtype}"}
         )
 
     def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> Floats:

@@ -65,7 +65,7 @@ class StoredTask(Frozen):
     What the scores are made of lies beside it, in a safetensors file of the same name.
     """
 
-    schema_: Literal["gteopt.task/4"] = Field(alias="schema")
+    schema_: Literal["gteopt.task/5"] = Field(alias="schema")
     key: dict[str, str | None]
     scores: tuple[SubsetScore, ...]
     encodings: Encodings
@@ -136,7 +136,7 @@ class Place:
         """Keep scores; the record comes last, so that what it stands for is there."""
         write_samples(self._file(view, "safetensors"), finished.samples)
         record = StoredTask(
-            schema="gteopt.task/4",
+            schema="gteopt.task/5",
             key=self._key(view),
             scores=finished.scores,
             encodings=finished.encodings,

@@ -187,6 +187,7 @@ def _read_qrels(
     path: Path, queries: Mapping[str, Any], corpus: Mapping[str, Any], problems: list[str]
 ) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
+    n_before = len(problems)
     for line, content in _lines(path, problems):
         cells = content.split("\t")
         grade = _number(cells[2]) if len(cells) == 3 else None
@@ -208,7 +209,8 @@ def _read_qrels(
             problems.append(
                 f"{path}:{line}: document '{document}' has another grade for query '{query}' above"
             )
-    if not any(grade > 0 for grades in found.values() for grade in grades.values()):
+    relevant = any(grade > 0 for grades in found.values() for grade in grades.values())
+    if not relevant and len(problems) == n_before:
         problems.append(f"{path}: judges no document as relevant (a grade above 0)")
     return found
 

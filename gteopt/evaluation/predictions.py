@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ def _samples(
         arrays = {
             "similarities": np.array(own["cosine_scores"]),
             "gold": np.array(data["score"], np.float64),
+            "texts": _texts(*(data[name] for name in task.column_names)),
         }
         return Samples("spearman", "pair", arrays)
     if isinstance(task, AbsTaskBitextMining) and metric in ("f1", "accuracy"):
@@ -161,7 +162,7 @@ def _retrieval(task: Any, data: Any, results: Any, metric: str) -> Samples:
         scored = calculate_retrieval_scores(results, qrels, [1, depth], skip_first).all_scores
         by_query = {query: found[f"{_TREC[name]}_{depth}"] for query, found in scored.items()}
     values = np.array([by_query[query] for query in sorted(by_query)])
-    return Samples("mean", "query", {"values": values}, None if name == "mrr" else _DIGITS)
+    return Samples("mean", "query", {"values": values[None]}, None if name == "mrr" else _DIGITS)
 
 
 def _merged(results: Any, qrels: Any) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
@@ -180,7 +181,7 @@ def _merged(results: Any, qrels: Any) -> tuple[dict[str, dict[str, float]], dict
 def _classification(task: Any, data: Any, own: Any, metric: str) -> Samples:
     gold, predictions = np.array(data[task.label_column_name]), np.array(own)  # [U], [E, U]
     if metric == "accuracy":
-        return Samples("mean", "document", {"values": (predictions == gold).mean(axis=0)})
+        return Samples("mean", "document", {"values": (predictions == gold).astype(np.uint8)})
     _, codes = np.unique(np.r_[gold, predictions.ravel()], return_inverse=True)
     arrays = {
         "gold": codes[: len(gold)].astype(np.int32),
@@ -254,15 +255,17 @@ def _bitext(task: Any, data: Any, subset: str, own: Any, metric: str) -> Samples
     if "gold" in data:
         gold = np.array([right for _, right in data["gold"]])
     if metric == "accuracy":
-        values = (predicted == gold).astype(np.float64)
-        return Samples("mean", "sentence", {"values": values})
+        values = (predicted == gold).astype(np.uint8)
+        return Samples("mean", "sentence", {"values": values[None]})
     arrays = {"gold": gold.astype(np.int32), "predictions": predicted[None].astype(np.int32)}
     return Samples("f1_weighted", "sentence", arrays)
 
 
 def _pairs(task: Any, data: Any, own: Any, metric: str) -> Samples:
-    labels = data[task.label_column_name]
-    gold = np.array(labels[0] if len(data) == 1 else labels)
+    columns = (task.label_column_name, task.input1_column_name, task.input2_column_name)
+    # Older layouts have all pairs in one row.
+    labels, *sides = (data[name][0] if len(data) == 1 else data[name] for name in columns)
+    gold = np.array(labels)
     similarities = {
         "similarity": np.array(own["similarity_scores"]),
         "cosine": np.array(own["cosine_scores"]),
@@ -272,8 +275,20 @@ def _pairs(task: Any, data: Any, own: Any, metric: str) -> Samples:
     }
     of, _, kind = metric.partition("_")
     used = list(similarities.values()) if of == "max" else [similarities[of]]
-    arrays = {"similarities": np.stack(used), "gold": gold.astype(np.int8)}
+    arrays = {
+        "similarities": np.stack(used),
+        "gold": gold.astype(np.int8),
+        "texts": _texts(*sides),
+    }
     return Samples("max_ap" if kind == "ap" else "max_accuracy", "pair", arrays)
+
+
+def _texts(*sides: Iterable[str]) -> Array:
+    """Numbers [2, U] of the texts of pairs: the same text has the same, on either side."""
+    numbers: dict[str, int] = {}
+    return np.array(
+        [[numbers.setdefault(text, len(numbers)) for text in side] for side in sides], np.int32
+    )
 
 
 def _summaries(own: Any) -> Samples:
@@ -283,4 +298,4 @@ def _summaries(own: Any) -> Samples:
         ).score()
         for found, human in zip(own["cosine_scores"], own["human_scores"], strict=True)
     ]
-    return Samples("mean", "text", {"values": np.array(values)})
+    return Samples("mean", "text", {"values": np.array(values)[None]})

@@ -45,7 +45,7 @@ def write_results(
 
     Args:
         store: mteb's cache folder.
-        model: names the folder, with the encoder's hash as its revision.
+        model: names the folder, with the encoder's hash and dtype as its revision.
         resolved: the task, and the revision of the data that was read.
         scores: by split and subset, as the task returned them.
         seconds: what scoring took.

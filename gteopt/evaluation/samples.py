@@ -5,11 +5,13 @@ entries are stored. Refuses to know: models, tasks, mteb, intervals.
 
 A resample is a row of weights over units: how often each unit is drawn. The unit is what would be
 drawn anew if the data were collected again: a query, a pair, a test document (with what became of
-it in every experiment). Legend: U units, R resamples, E experiments, S similarities, M rows.
+it in every experiment). What a query is searched in, documents or sentences, is taken as given.
+Legend: U units, R resamples, E experiments, S similarities, M rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +41,7 @@ class Samples:
 
     Attributes:
         statistic: how they make the score, and so which arrays there are:
-            "mean": `values` [U].
+            "mean": `values` [E, U].
             "spearman": `similarities` [U] and `gold` [U].
             "f1_macro", "f1_weighted": `predictions` [E, U] and `gold` [U], classes from 0; the
                 mean over experiments.
@@ -48,6 +50,8 @@ class Samples:
             "v_measure", "ami": a row for each document of each clustering, `document` [M],
                 `experiment` [M], `gold` [M], `cluster` [M], and `level` [E] of each clustering;
                 the mean over clusterings.
+            Pairs ("spearman", "max_ap", "max_accuracy") may have `texts` [2, U], too: which texts
+            each is made of, numbered from 0.
         unit: what is drawn anew ("query", "pair", "document", "sentence", "text").
         digits: decimals that mteb rounds the score to; None where it does not.
     """
@@ -86,6 +90,14 @@ class Samples:
         ]
         return np.concatenate(parts)
 
+    def influences(self) -> Floats:
+        """How fast the score of pairs changes [U] with the weight of each.
+
+        The derivative at weights of one; they sum to 0. A best threshold or similarity function
+        stays what it is: there, the score does not change with it to first order.
+        """
+        return _INFLUENCES[self.statistic](self)
+
     def pairs_with(self, other: Samples) -> bool:
         """Whether both are of the same units, so that their difference can be resampled."""
         same = (self.statistic, self.unit, self.n_units) == (
@@ -93,7 +105,7 @@ class Samples:
             other.unit,
             other.n_units,
         )
-        fixed = ("gold", "document", "experiment", "level")
+        fixed = ("gold", "texts", "document", "experiment", "level")
         return same and all(
             np.array_equal(self.arrays[name], other.arrays[name])
             for name in fixed
@@ -152,8 +164,9 @@ def read_samples(path: Path) -> dict[tuple[str, str], Samples]:
 
 
 def _mean(samples: Samples, weights: Floats) -> Floats:
-    means: Floats = (weights @ samples.arrays["values"]) / weights.sum(axis=1)
-    return means[:, None]
+    values = samples.arrays["values"].astype(np.float64)
+    means: Floats = (weights @ values.T) / weights.sum(axis=1, keepdims=True)
+    return means
 
 
 def _spearman(samples: Samples, weights: Floats) -> Floats:
@@ -168,6 +181,32 @@ def _spearman(samples: Samples, weights: Floats) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         # A resample of one value only has no correlation; it tells nothing of the model.
         return np.where(spread > 0, covariance / spread, 0.0)[:, None]
+
+
+def _spearman_influences(samples: Samples) -> Floats:
+    """Of a correlation of ranks F and G as shares of the sample: C = E[FG] - 1/4, A = E[FF] - 1/4.
+
+    A unit counts by itself, and by moving all that are ranked above it.
+    """
+    x, y = samples.arrays["similarities"], samples.arrays["gold"]
+    n = len(x)
+    ones = np.ones((1, n))
+    f, g = _midranks(x, ones)[0] / n, _midranks(y, ones)[0] / n
+
+    def above(values: Array, ranks: Floats) -> Floats:
+        """Mean [U] over all units of their rank where it is above, half of it where it ties."""
+        found: Floats = _midranks(-values, ranks[None])[0] / n
+        return found
+
+    covariance, of_x, of_y = ((a * b).mean() - 1 / 4 for a, b in ((f, g), (f, f), (g, g)))
+    if of_x <= 0 or of_y <= 0:
+        return np.zeros(n)
+    by_unit = f * g + above(x, g) + above(y, f) - 3 * (covariance + 1 / 4)
+    of_x_by_unit = f * f + 2 * above(x, f) - 3 * (of_x + 1 / 4)
+    of_y_by_unit = g * g + 2 * above(y, g) - 3 * (of_y + 1 / 4)
+    relative = of_x_by_unit / of_x + of_y_by_unit / of_y
+    found: Floats = (by_unit - covariance * relative / 2) / math.sqrt(of_x * of_y) / n
+    return found
 
 
 def _midranks(values: Array, weights: Floats) -> Floats:
@@ -233,6 +272,35 @@ def _pairs(samples: Samples, weights: Floats) -> Floats:
             found = right[:, :-1].max(axis=1, initial=0) / seen[:, -1]
         best = np.maximum(best, found)
     return best[:, None]
+
+
+def _pairs_influences(samples: Samples) -> Floats:
+    """At the order, similarity function and threshold that give the score."""
+    gold = samples.arrays["gold"].astype(np.float64)
+    n, positives = len(gold), max(gold.sum(), 1)
+    best, found = -np.inf, np.zeros(n)
+    for similarities in samples.arrays["similarities"]:
+        order, starts = _sorted_groups(-similarities)
+        new = np.add.reduceat(gold[order], starts)
+        hits, seen = np.cumsum(new), np.r_[starts[1:], n].astype(np.float64)
+        rank = np.empty(n, np.int64)  # of each unit's group of equal similarity
+        rank[order] = np.repeat(np.arange(len(starts)), np.diff(starts, append=n))
+        if samples.statistic == "max_ap":
+            precision = hits / seen
+            score = float((precision * new).sum() / positives)
+            # One more hit, or one more unit, at or before each group.
+            by_hit = np.cumsum((new / seen)[::-1])[::-1]
+            by_unit = np.cumsum((new * hits / seen**2)[::-1])[::-1]
+            own = gold * (by_hit[rank] + precision[rank] - score) - by_unit[rank]
+            own /= positives
+        else:
+            right = hits + (n - positives) - (seen - hits)
+            threshold = int(right[:-1].argmax()) if len(right) > 1 else -1
+            score = float(right[threshold]) / n if threshold >= 0 else 0.0
+            own = ((rank <= threshold) == (gold == 1)) / n - score / n
+        if score > best:
+            best, found = score, own
+    return found
 
 
 def _clusterings(samples: Samples, weights: Floats) -> Floats:
@@ -328,4 +396,10 @@ _SCORERS = {
     "max_accuracy": _pairs,
     "v_measure": _clusterings,
     "ami": _clusterings,
+}
+
+_INFLUENCES = {
+    "spearman": _spearman_influences,
+    "max_ap": _pairs_influences,
+    "max_accuracy": _pairs_influences,
 }

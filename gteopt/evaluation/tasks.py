@@ -636,7 +636,10 @@ def _suggest_task(name: str, known: Iterable[str]) -> str:
 
 
 def _unreadable(each: ResolvedTask, error: Exception) -> str:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # "an error occurred" is what `datasets` makes of it
+        cause = cause.__cause__
+    first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     if each.folder is not None:
         return f"{each.name}: {each.folder} does not load ({first_line})"
     dataset = each.task.metadata.dataset
