@@ -17,6 +17,7 @@ from gteopt.recipe import (
     Metric,
     Policy,
     metric_amount,
+    points,
 )
 from gteopt.records import BrokenLimit, Candidate, Choice, EvalReport, Results, VariantBench
 
@@ -251,7 +252,7 @@ def _sure(metric: Metric, report: EvalReport | None) -> str:
     assert report.retention_high is not None
     return (
         f" (95 % interval {100 * report.retention_low:.1f} to {100 * report.retention_high:.1f} %, "
-        f"score {report.difference.verdict} by a margin of {100 * report.margin:g} points)"
+        f"score {report.difference.verdict} against a margin of {points(report.margin)})"
     )
 
 

@@ -105,6 +105,11 @@ def metric_amount(metric: Metric, value: float) -> str:
     return f"{value:.4g}"
 
 
+def points(share: float) -> str:
+    """A difference of scores (0 to 1) as it is spoken of."""
+    return f"{100 * share:g} point{'' if share == 0.01 else 's'}"
+
+
 class Progress(Protocol):
     """Told how far a long step is; the command line draws a bar from it."""
 

@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
+from gteopt.recipe import points
 from gteopt.records import (
     BenchReport,
     BesidePublished,
@@ -145,7 +146,7 @@ def _headline(results: Results, lines: Sequence[Row]) -> str:
     tiles: list[tuple[str, str]] = []
     if row.weight_ratio is not None:
         tiles.append((f"{1 / row.weight_ratio:.1f}×", "smaller weights"))
-    if row.vector_bytes is not None and baseline.vector_bytes is not None:
+    if row.vector_bytes and baseline.vector_bytes and row.vector_bytes != baseline.vector_bytes:
         tiles.append((f"{baseline.vector_bytes / row.vector_bytes:.1f}×", "smaller vectors"))
     if row.speed_ratio is not None:
         tiles.append((f"{row.speed_ratio:.2f}×", "the baseline’s throughput"))
@@ -172,7 +173,7 @@ def _alert(results: Results) -> str:
 def _interval(row: Row) -> str:
     assert row.retention_low is not None
     assert row.retention_high is not None
-    return f"{row.retention_low * 100:.1f} to {row.retention_high * 100:.1f}"
+    return f"{row.retention_low * 100:.1f}–{row.retention_high * 100:.1f}"
 
 
 def _variants_table(lines: Sequence[Row]) -> str:
@@ -220,7 +221,7 @@ def _scatter(
     floor = _floor([y for _, y, *_ in points])
     spans = [_span(row) for *_, row in points]
     near = [(y, *span) for (_, y, *_), span in zip(points, spans, strict=True) if y >= floor]
-    y_axis = _axis(value for each in near for value in each if value >= floor)
+    y_axis = _axis(value for each in near for value in each)
     edge = y_axis["range"][0] + 0.03 * (y_axis["range"][1] - y_axis["range"][0])
     # Where each point is drawn, with the ends of its interval and its label.
     drawn = [y if y >= floor else edge for _, y, *_ in points]
@@ -337,8 +338,13 @@ def _dots(lines: Sequence[Row], attribute: str) -> tuple[str, str]:
         exponents = [math.log10(each) for each in found] or [_LEAST]
         low, high = math.floor(min(exponents)), math.ceil(max(exponents))
         room = max(1, high - low)  # on the right it is for text
-        span = [low - 0.05 * room, low + 1.25 * room]
-        figure.update_xaxes(type="log", range=span, dtick=1, exponentformat="power")
+        figure.update_xaxes(
+            type="log",
+            range=[low - 0.05 * room, low + 1.25 * room],
+            tickvals=[10.0**exponent for exponent in range(low, high + 1)],
+            ticktext=[f"10{_raised(exponent)}" for exponent in range(low, high + 1)],
+            tickangle=0,
+        )
     else:
         # A bar's length is its value, so the axis starts at zero.
         figure.update_xaxes(range=[0, 116], tickvals=[0, 50, 100])
@@ -346,6 +352,10 @@ def _dots(lines: Sequence[Row], attribute: str) -> tuple[str, str]:
         autorange="reversed", automargin=True, ticks="", showgrid=is_distance, type="category"
     )
     return escape(title), _html(figure, attribute)
+
+
+def _raised(exponent: int) -> str:
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _colour(row: Row) -> str:
@@ -436,7 +446,7 @@ def _mean_cell(report: EvalReport) -> str:
 def _about_means(report: EvalReport) -> str:
     return (
         f"Of the means: difference from the baseline in points, its 95 % paired bootstrap interval "
-        f"and the verdict against a margin of {report.margin * 100:g} points."
+        f"and the verdict against a margin of {points(report.margin)}."
     )
 
 

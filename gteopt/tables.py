@@ -19,7 +19,7 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
-from gteopt.recipe import METRIC_SOURCES, METRIC_WORDS, metric_amount
+from gteopt.recipe import METRIC_SOURCES, METRIC_WORDS, metric_amount, points
 from gteopt.records import (
     HOSTED_PRICE,
     BenchReport,
@@ -347,7 +347,7 @@ def grid_table(reports: Mapping[str, EvalReport]) -> Table:
     notes = [
         f"suite {first.suite}, against {first.baseline}; differences in points with their 95 % "
         f"paired bootstrap interval",
-        f"verdicts against a margin of {first.margin * 100:g} points; worse and better hold for "
+        f"verdicts against a margin of {points(first.margin)}; worse and better hold for "
         f"all {n_rows} lines together (Holm)",
     ]
     notes += [f"* {failure}" for failure in failures(reports)]
@@ -393,7 +393,7 @@ def _about_verdicts(reports: Sequence[EvalReport]) -> list[str]:
     marks = ", ".join(f"{mark} {verdict}" for verdict, mark in _VERDICT_MARKS.items())
     notes = [
         f"differences in points with their 95 % paired bootstrap interval; verdicts against a "
-        f"margin of {judged[0].margin * 100:g} points: {marks}; better and worse hold for all "
+        f"margin of {points(judged[0].margin)}: {marks}; better and worse hold for all "
         f"{judged[0].n_claims} tasks together, and for all {len(judged)} means (Holm)"
     ]
     without = dict.fromkeys(

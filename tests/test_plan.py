@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from gteopt.artifact import artifact_sha256
 from gteopt.errors import InputError
 from gteopt.plan import base_of, judge, measure, run
-from gteopt.recipe import Limit, Objective, Plan, PlanBench, Policy, Workload
+from gteopt.recipe import BenchSpec, Limit, Objective, Plan, PlanBench, Policy, Workload
 from gteopt.records import BenchReport, EvalReport, Results, read_record, read_results, write_record
 
 SUITE = """
@@ -140,27 +141,49 @@ def test_evaluations_that_no_run_wrote_are_left_and_said(
 
 
 @pytest.mark.parametrize(
-    "update", [{"n_threads": 77}, {"device": "cuda:0"}, {"versions": {"backend": "openvino"}}]
+    ("field", "value", "differs"),
+    [
+        ("n_threads", 77, "threads: 77 there"),
+        ("device", "cuda:0", "device: cuda:0 there, cpu now"),
+        ("versions", {"backend": "openvino"}, "backend: openvino there, torch now"),
+        ("baseline", "bf16", "baseline: bf16 there, nano now"),
+        ("spec", BenchSpec(), "what is measured: 32x32, 32x128, 8x512; 50 queries"),
+    ],
 )
-def test_a_benchmark_under_other_conditions_is_not_taken_for_this_one(
-    folder: Path, first: tuple[Results, list[str]], update: dict[str, object]
+def test_variants_are_not_added_to_a_benchmark_under_other_conditions(
+    folder: Path,
+    first: tuple[Results, list[str]],
+    tmp_path: Path,
+    field: str,
+    value: object,
+    differs: str,
+) -> None:
+    del first
+    own = read_record(folder / "out" / "bench.json", BenchReport)
+    if isinstance(value, dict):
+        value = {**own.versions, **value}
+    named = {"nano": own.variants["bf16"], "bf16": own.variants["bf16"]}
+    old = own.model_copy(update={"baseline": "nano", "variants": named, field: value})
+    write_record(tmp_path / "bench.json", old)
+    with pytest.raises(InputError, match="under other conditions") as caught:
+        bench_into(tmp_path, "nano")
+    assert differs in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2  # and nothing else does
+    assert read_record(tmp_path / "bench.json", BenchReport) == old
+
+
+def test_a_run_measures_again_what_was_measured_with_other_threads(
+    folder: Path, first: tuple[Results, list[str]]
 ) -> None:
     del first
     path = folder / "out" / "bench.json"
     old = read_record(path, BenchReport)
-    if "versions" in update:
-        update = {"versions": {**old.versions, "backend": "openvino"}}
-    write_record(path, old.model_copy(update=update))
-    (name,) = update
-    with pytest.raises(InputError, match="under other conditions") as caught:
-        bench_into(folder / "out", "nano")
-    differs = {"n_threads": "threads: 77 there", "device": "device: cuda:0 there, cpu now"}
-    assert differs.get(name, "backend: openvino there, torch now") in str(caught.value)
+    write_record(path, old.model_copy(update={"n_threads": 77}))
     steps = Steps()
     again = run(plan(folder, "rtn-int8"), beside=folder, progress=steps)
-    assert any(step == "measuring speed of rtn-int8" for step in steps.seen)
+    assert "measuring speed of rtn-int8" in steps.seen
     assert again.bench is not None
-    assert (again.bench.device, again.bench.versions["backend"]) == ("cpu", "torch")
+    assert again.bench.n_threads == torch.get_num_threads()
 
 
 def bench_into(
@@ -226,7 +249,7 @@ def test_a_policys_margin_settles_the_verdicts_again_and_the_page_follows(
         assert read_results(out) == results
         assert results.choice is not None
         assert results.choice.reason in (out / "report.html").read_text().replace("&#x27;", "'")
-        report = results.evals["short"]
+        report = results.evals["rtn-int8"]
         assert report.margin == margin
         assert report.difference is not None
         assert (report.difference.verdict == "equivalent") == (verdict == "equivalent")

@@ -250,9 +250,9 @@ def judged(demo: Results) -> Results:
 
 def test_a_retention_never_stands_on_the_page_without_its_interval(demo: Results) -> None:
     page = html_page(judged(demo), title="demo")
-    headline = "<b>98.4 %</b> of the baseline’s score (97.1 to 99.7: undecided)"
+    headline = "<b>98.4 %</b> of the baseline’s score (97.1–99.7: undecided)"
     assert headline in page
-    assert "<td>98.4<small>97.1 to 99.7</small></td>" in page
+    assert "<td>98.4<small>97.1–99.7</small></td>" in page
     assert page.count('"error_y":') == 2
 
 
