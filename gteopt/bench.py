@@ -80,6 +80,7 @@ def bench(
     device: str = "auto",
     backend: Backend = "torch",
     hub_dir: Path | None = None,
+    keep: Callable[[BenchReport], object] = lambda report: None,
     progress: Progress = quiet,
 ) -> BenchReport:
     """Measure every variant side by side with the baseline; see the module for the protocol.
@@ -91,6 +92,7 @@ def bench(
         device: as for `load`.
         backend: of the variants, as for `load`; the baseline runs on torch.
         hub_dir: as for `load`.
+        keep: told after each variant what has been measured so far.
         progress: told after each child process and after each query or round.
 
     Raises:
@@ -116,6 +118,24 @@ def bench(
     reference = load_checkpoint(checkpoints[baseline], device=device, graphs=True)
     peaks, counter = peak_gflops(reference.device), meter(reference.device)
     variants: dict[str, VariantBench] = {}
+
+    def so_far() -> BenchReport:
+        return BenchReport(
+            spec=spec,
+            baseline=baseline,
+            variants=dict(variants),
+            device=str(reference.device),
+            n_threads=torch.get_num_threads(),
+            machine=machine(),
+            versions={
+                **versions(),
+                "baseline dtype": str(reference.dtype).removeprefix("torch."),
+                "backend": backend,
+            },
+            peak_gflops=peaks,
+            energy=counter.source,
+        )
+
     for name in order:
         encoder = (
             reference
@@ -130,21 +150,8 @@ def bench(
         )
         del encoder  # before the next one is loaded
         _release()
-    return BenchReport(
-        spec=spec,
-        baseline=baseline,
-        variants=variants,
-        device=str(reference.device),
-        n_threads=torch.get_num_threads(),
-        machine=machine(),
-        versions={
-            **versions(),
-            "baseline dtype": str(reference.dtype).removeprefix("torch."),
-            "backend": backend,
-        },
-        peak_gflops=peaks,
-        energy=counter.source,
-    )
+        keep(so_far())
+    return so_far()
 
 
 def bench_dummy(

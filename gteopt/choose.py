@@ -10,7 +10,15 @@ import math
 from collections.abc import Callable, Sequence
 
 from gteopt.errors import InputError, join_problems
-from gteopt.recipe import HIGHER_IS_BETTER, METRIC_WORDS, Metric, Policy, metric_amount
+from gteopt.recipe import (
+    HIGHER_IS_BETTER,
+    METRIC_SOURCES,
+    METRIC_WORDS,
+    Metric,
+    Policy,
+    metric_amount,
+    points,
+)
 from gteopt.records import BrokenLimit, Candidate, Choice, EvalReport, Results, VariantBench
 
 _COSTS: tuple[Metric, ...] = ("weight_bytes", "index_bytes", "tokens_per_s")
@@ -36,9 +44,14 @@ def choose(policy: Policy, results: Results) -> Choice:
     """Pick the variant that is best in the policy's objective among those that keep its limits.
 
     Every measured variant is a candidate, the baseline too; compared with itself it has retention,
-    cosine, overlap and correlation 1. A metric that was not measured breaks each limit on it, and a
-    candidate without the objective's metric is not picked. Ties go to the higher retention, then
-    to the first name.
+    its interval's end, cosine, overlap and correlation 1. A metric that was not measured breaks
+    each limit on it (`retention_low` where some task has no interval, for one), and a candidate
+    without the objective's metric is not picked.
+
+    Candidates tie where the objective is the same, or where it is a speed (or its cost) and differs
+    by no more than the baseline's from itself. A tie goes to the candidate that keeps more
+    neighbours, as retentions of close variants differ by noise: one only loses by its retention
+    where its interval lies below another's. Then count retention, the objective and the name.
 
     A candidate is on the Pareto front where no other is at least as good in all of quality, weight
     bytes, index bytes, tokens a second and the policy's objective, and better in one. Quality is
@@ -50,7 +63,7 @@ def choose(policy: Policy, results: Results) -> Choice:
             same variant, another suite, another baseline).
     """
     _check_belong_together(results)
-    names = sorted(results.bench.variants.keys() | results.evals.keys())
+    names = sorted(results.benched.keys() | results.evals.keys())
     metrics = {name: _metrics(name, results) for name in names}
     partial = any(report.partial for report in results.evals.values())
     quality: Metric = "neighbour_overlap" if partial else "retention"
@@ -64,19 +77,47 @@ def choose(policy: Policy, results: Results) -> Choice:
         )
         for name in names
     )
-    objective = policy.objective.metric
-    admissible = [c for c in candidates if not c.broken and objective in c.metrics]
+    admissible = [c for c in candidates if not c.broken and policy.objective.metric in c.metrics]
     if not admissible:
         return Choice(
             policy=policy, picked=None, reason=_why_none(policy, candidates), candidates=candidates
         )
-    sign = -1 if policy.objective.maximise is not None else 1
-    best = min(
-        admissible,
-        key=lambda c: (sign * c.metrics[objective], -c.metrics.get("retention", 0.0), c.name),
-    )
-    reason = _why(policy, best, len(admissible), len(candidates), results.evals.get(best.name))
+    best, *tied = _best_first(policy, admissible, results)
+    reason = _why(policy, best, tied, len(admissible), len(candidates), results)
     return Choice(policy=policy, picked=best.name, reason=reason, candidates=candidates)
+
+
+def _best_first(
+    policy: Policy, admissible: Sequence[Candidate], results: Results
+) -> list[Candidate]:
+    """The candidates that tie for the best, the one to pick first; see `choose`."""
+    metric = policy.objective.metric
+    sign = -1 if policy.objective.maximise is not None else 1
+    best = min(sign * c.metrics[metric] for c in admissible)
+    within = abs(best) * _noise(metric, results)
+    tied = [c for c in admissible if sign * c.metrics[metric] <= best + within]
+    least = max(c.metrics.get("retention_low", 0.0) for c in tied)
+
+    def order(candidate: Candidate) -> tuple[bool, float, float, float, str]:
+        report = results.evals.get(candidate.name)
+        high = report.retention_high if report is not None else None
+        found = candidate.metrics
+        return (
+            high is not None and high < least,
+            -found.get("neighbour_overlap", 0.0),
+            -found.get("retention", 0.0),
+            sign * found[metric],
+            candidate.name,
+        )
+
+    return sorted(tied, key=order)
+
+
+def _noise(metric: Metric, results: Results) -> float:
+    """How much of a metric is noise of the measurement, as a share."""
+    if results.bench is None or metric not in ("tokens_per_s", "cost_per_million_tokens"):
+        return 0.0
+    return results.bench.noise
 
 
 def pareto_front(metrics: dict[str, dict[Metric, float]], axes: set[Metric]) -> set[str]:
@@ -98,7 +139,7 @@ def pareto_front(metrics: dict[str, dict[Metric, float]], axes: set[Metric]) -> 
 
 
 def _check_belong_together(results: Results) -> None:
-    bench, evals = results.bench.variants, results.evals
+    bench, evals = results.benched, results.evals
     if not bench and not evals:
         raise InputError("the results hold no variant; run `gteopt bench` and `gteopt evaluate`")
     problems = [
@@ -129,11 +170,16 @@ def _metrics(name: str, results: Results) -> dict[Metric, float]:
     report = results.evals.get(name)
     if report is not None:
         found |= {metric: float(read(report)) for metric, read in _FROM_EVAL.items()}
-    elif name == results.bench.baseline:
+        if report.artifact_sha256 == report.baseline_sha256:
+            found["retention_low"] = 1.0  # needs no resampling
+        if report.bytes_per_vector is not None:
+            found["index_bytes"] = report.bytes_per_vector * 1e6
+    elif name == results.baseline:
         found |= dict.fromkeys(_FROM_EVAL, 1.0)
-    variant = results.bench.variants.get(name)
-    if variant is not None:
+    if results.bench is not None and (variant := results.bench.variants.get(name)) is not None:
         found |= {metric: float(read(variant)) for metric, read in _FROM_BENCH.items()}
+        cost = results.bench.cost_per_million_tokens(name)
+        found |= {} if cost is None else {"cost_per_million_tokens": cost}
     return {metric: value for metric, value in found.items() if math.isfinite(value)}
 
 
@@ -150,28 +196,64 @@ def _broken_limits(policy: Policy, metrics: dict[Metric, float]) -> tuple[Broken
 
 
 def _why(
-    policy: Policy, best: Candidate, n_admissible: int, n_all: int, report: EvalReport | None
+    policy: Policy,
+    best: Candidate,
+    tied: Sequence[Candidate],
+    n_admissible: int,
+    n_all: int,
+    results: Results,
 ) -> str:
     metric = policy.objective.metric
     word = "lowest" if policy.objective.minimise is not None else "highest"
+    report = results.evals.get(best.name)
     quality = [
-        f"{METRIC_WORDS[m]} {metric_amount(m, best.metrics[m])}"
-        for m in ("retention", "neighbour_overlap")
+        f"{METRIC_WORDS[m]} {metric_amount(m, best.metrics[m])}{_sure(m, report)}"
+        for m in _SHOWN_QUALITY
         if m in best.metrics and m != metric
     ]
+    noise = _noise(metric, results)
     best_amount = metric_amount(metric, best.metrics[metric])
     reason = (
-        f"{best.name} has the {word} {METRIC_WORDS[metric]} ({best_amount}) of the {n_admissible} "
-        f"of {n_all} variants that keep every limit of policy '{policy.name}'"
+        f"{best.name} has the {word} {METRIC_WORDS[metric]} ({best_amount}"
+        f"{f', within the noise of {noise:.1%}' if tied and noise else ''}) of the "
+        f"{n_admissible} of {n_all} variants that keep every limit of policy '{policy.name}'"
     )
     if quality:
         reason += f", with {' and '.join(quality)}"
+    if tied:
+        others = ", ".join(
+            f"{c.name} ({_overlap(c)})" if "neighbour_overlap" in c.metrics else c.name
+            for c in tied
+        )
+        reason += f"; tied with {others}"
     if report is not None and report.partial:
         failed = ", ".join(task.task for task in report.failed) or "unnamed tasks"
         reason += f"; its evaluation is PARTIAL, without {failed}"
     elif "retention" not in best.metrics:
         reason += "; its quality was NOT evaluated"
     return reason + "."
+
+
+_SHOWN_QUALITY: tuple[Metric, ...] = ("retention", "neighbour_overlap")
+
+
+def _overlap(candidate: Candidate) -> str:
+    overlap = metric_amount("neighbour_overlap", candidate.metrics["neighbour_overlap"])
+    return f"{METRIC_WORDS['neighbour_overlap']} {overlap}"
+
+
+def _sure(metric: Metric, report: EvalReport | None) -> str:
+    """How sure a retention is, in brackets."""
+    if metric != "retention" or report is None or report.difference is None:
+        return ""
+    if report.artifact_sha256 == report.baseline_sha256:
+        return ""
+    assert report.retention_low is not None
+    assert report.retention_high is not None
+    return (
+        f" (95 % interval {100 * report.retention_low:.1f} to {100 * report.retention_high:.1f} %, "
+        f"score {report.difference.verdict} against a margin of {points(report.margin)})"
+    )
 
 
 def _why_none(policy: Policy, candidates: Sequence[Candidate]) -> str:
@@ -181,14 +263,16 @@ def _why_none(policy: Policy, candidates: Sequence[Candidate]) -> str:
         return (
             f"No variant can be picked: those that keep every limit of policy '{policy.name}' "
             f"({', '.join(c.name for c in candidates if not c.broken)}) have no "
-            f"{METRIC_WORDS[policy.objective.metric]} measured."
+            f"{METRIC_WORDS[policy.objective.metric]} measured "
+            f"({METRIC_SOURCES[policy.objective.metric]})."
         )
     misses = []
     for miss in nearest.broken:
         side = "at least" if miss.bound == "min" else "at most"
         bound = f"{side} {metric_amount(miss.metric, miss.limit)}"
         if miss.found is None:
-            misses.append(f"{METRIC_WORDS[miss.metric]} was not measured and must be {bound}")
+            why = f"was not measured ({METRIC_SOURCES[miss.metric]})"
+            misses.append(f"{METRIC_WORDS[miss.metric]} {why} and must be {bound}")
         else:
             short = metric_amount(miss.metric, abs(miss.found - miss.limit))
             misses.append(

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from gteopt.recipe import BenchSpec, Frozen
     from gteopt.records import Manifest, Publication, Results
 
-_GOES_ON = "what is finished is kept, and the same command goes on from there"
+
+class _Interrupted(GteoptError):
+    """Ctrl-C."""
 
 
 class _Group(TyperGroup):
@@ -49,7 +51,23 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            raise GteoptError(f"interrupted; {_GOES_ON}") from interrupt
+            raise _Interrupted(f"interrupted{_left_behind(ctx.invoked_subcommand)}") from interrupt
+
+
+def _left_behind(command: str | None) -> str:
+    """What a command that was stopped in the middle has kept, as the end of a sentence."""
+    goes_on = "; what is finished is kept, and the same command goes on from there"
+    if command in ("run", "quantize", "pull", "publish"):
+        return goes_on
+    if command in ("bench", "evaluate"):
+        if not any(each.split("=")[0] == "--out" for each in sys.argv):
+            return "; nothing is kept, as no --out was given"
+        if command == "evaluate":
+            return goes_on
+        if "--dummy-weights" in sys.argv:
+            return "; nothing is kept"
+        return "; variants that were measured are kept: name the others to add them"
+    return ""
 
 
 app = typer.Typer(
@@ -132,6 +150,10 @@ def _options(
 def run(
     plan: Annotated[str, typer.Argument(help="a plan's YAML file, or the name of a shipped plan")],
     out: Annotated[Path | None, typer.Option(help="results folder instead of the plan's")] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0, help="of this machine in dollars, instead of the plan's"),
+    ] = None,
     hub_dir: HubDir = None,
     device: Device = "auto",
     devices: Devices = None,
@@ -148,6 +170,9 @@ def run(
     document = load_plan(plan)
     if out is not None:
         document = document.model_copy(update={"out": out})
+    if price_per_hour is not None:
+        priced = document.bench.model_copy(update={"price_per_hour": price_per_hour})
+        document = document.model_copy(update={"bench": priced})
     beside = find_yaml("recipes/plans", plan).parent
     with _workers(devices, ray, device) as workers, _progress() as progress:
         results = run_plan(
@@ -310,7 +335,7 @@ def bench(
     queries: Annotated[int, typer.Option(help="single queries that are timed")] = 50,
     repeats: Annotated[int, typer.Option(help="counted runs of each workload")] = 5,
     price_per_hour: Annotated[
-        float | None, typer.Option(help="of this machine in dollars: gives cost per tokens")
+        float | None, typer.Option(min=0, help="of this machine in dollars: gives cost per tokens")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="results folder for bench.json")] = None,
     hub_dir: HubDir = None,
@@ -322,9 +347,7 @@ def bench(
 
     Example: `gteopt bench artifacts/nano-int4 --baseline nano --out artifacts/results`
     """
-    from gteopt.bench import bench as measure
-    from gteopt.bench import bench_dummy
-    from gteopt.records import write_record
+    from gteopt.plan import measure, measure_dummy
     from gteopt.tables import bench_table, limits_table
 
     spec = _bench_spec(workload, query_tokens, queries, repeats)
@@ -335,28 +358,29 @@ def bench(
         raise InputError("--dummy-weights takes one model and no --baseline")
     with _progress() as progress:
         if dummy_weights:
-            report = bench_dummy(
+            report = measure_dummy(
                 artifacts[0],
                 recipe or ["rtn-int8", "rtn-int4", "nf4"],
-                spec=spec,
+                spec,
+                out,
                 n_layers=layers,
                 device=device,
                 backend=backend,
+                price_per_hour=price_per_hour,
                 progress=progress,
             )
         else:
             report = measure(
                 sources,
+                spec,
+                out,
                 baseline=next(iter(sources)),
-                spec=spec,
+                hub_dir=hub_dir,
                 device=device,
                 backend=backend,
-                hub_dir=hub_dir,
+                price_per_hour=price_per_hour,
                 progress=progress,
             )
-    report = report.model_copy(update={"price_per_hour": price_per_hour})
-    if out is not None:
-        write_record(out / "bench.json", report)
     _show(report, bench_table(report), as_json=as_json)
     if not as_json:
         _out.print(limits_table(report))
@@ -419,6 +443,10 @@ def evaluate(
     vectors: Annotated[
         str | None, typer.Option(help="codes to score each length in: float32,int8,binary")
     ] = None,
+    margin: Annotated[
+        float,
+        typer.Option(help="a difference of scores, 0 to 1, that does not matter; see policies"),
+    ] = 0.01,
     out: Annotated[Path | None, typer.Option(help="results folder; makes runs resumable")] = None,
     dtype: Annotated[
         str,
@@ -459,6 +487,8 @@ def evaluate(
         loaded = with_data(loaded, data, instruction=instruction)
     if loaded is None and texts is None:
         raise InputError("nothing to evaluate on; give --suite, --data or --texts")
+    if not 0 < margin < 1:
+        raise InputError(f"--margin {margin:g}: give a share of a score, between 0 and 1")
     grid = parse_grid(dims, vectors) if dims or vectors else None
     options = EncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype)
     with _workers(devices, ray, device) as workers, _progress() as progress:
@@ -474,7 +504,7 @@ def evaluate(
         if texts is not None:
             close = compare_texts(sources, texts, out, how=how, progress=progress)
         elif loaded is not None:
-            reports = score(sources, loaded, out, how=how, progress=progress)
+            reports = score(sources, loaded, out, how=how, margin=margin, progress=progress)
     if texts is not None:
         _show_all(list(close.values()), fidelity_table(close), as_json=as_json)
         return
@@ -488,21 +518,21 @@ def choose(
     policy: Annotated[str, typer.Option(help="a shipped policy, or a file")],
     as_json: AsJson = False,
 ) -> None:
-    """Pick the variant that a policy asks for.
+    """Pick the variant that a policy asks for, by its limits and its margin.
+
+    Verdicts in eval/ are settled against that margin, and report.html is written anew.
 
     Example: `gteopt choose artifacts/demo --policy smallest-index`
     """
-    from gteopt.choose import choose as pick
+    from gteopt.plan import judge
     from gteopt.recipe import load_policy
-    from gteopt.records import read_results, write_record
 
-    results = read_results(results_dir)
-    choice = pick(load_policy(policy), results)
-    write_record(results_dir / "choice.json", choice)
+    results = judge(results_dir, load_policy(policy))
     if as_json:
-        _print_json(json.loads(choice.model_dump_json(by_alias=True)))
+        assert results.choice is not None
+        _print_json(json.loads(results.choice.model_dump_json(by_alias=True)))
     else:
-        _show_results(results.model_copy(update={"choice": choice}), as_json=False)
+        _show_results(results, as_json=False)
 
 
 @app.command()
@@ -514,11 +544,12 @@ def report(
 
     Example: `gteopt report artifacts/demo`
     """
+    from gteopt.plan import title_of
     from gteopt.records import read_results
     from gteopt.report import write_report
 
     results = read_results(results_dir)
-    path = write_report(results_dir, results, title=f"gteopt: {results_dir.resolve().name}")
+    path = write_report(results_dir, results, title=title_of(results_dir))
     _show_results(results, as_json=as_json)
     if not as_json:
         _out.print(f"Report: {path}", soft_wrap=True)
@@ -713,7 +744,10 @@ def suites(as_json: AsJson = False) -> None:
 
 
 def main() -> None:
-    """The console script: one line and exit code 1 for what the user can mend, 2 for usage."""
+    """The console script: one line and exit code 1 for what the user can mend, 2 for usage.
+
+    130 after Ctrl-C, as shells have it.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
     warnings.filterwarnings("ignore", module=r"(?!gteopt)")
@@ -723,17 +757,21 @@ def main() -> None:
     except GteoptError as error:
         if "--debug" in sys.argv:
             raise
-        _fail(str(error))
+        _fail(str(error), 130 if isinstance(error, _Interrupted) else 1)
     except OSError as error:
         if "--debug" in sys.argv:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}; {_GOES_ON}")
+        _fail(f"{error.strerror or error}{where}{_left_behind(_command())}")
     except (RuntimeError, MemoryError) as error:
         if "--debug" in sys.argv or not is_out_of_memory(error):
             raise
-        said = str(error).partition("\n")[0]
-        _fail(f"memory ran out ({said}); ask for less at once, or for another --device; {_GOES_ON}")
+        said, kept = str(error).partition("\n")[0], _left_behind(_command())
+        _fail(f"memory ran out ({said}); ask for less at once, or for another --device{kept}")
+
+
+def _command() -> str | None:
+    return next((each for each in sys.argv[1:] if not each.startswith("-")), None)
 
 
 def _show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
@@ -741,9 +779,9 @@ def _show_warning(message: Warning | str, *_where: object, **_more: object) -> N
     _err.print(f"gteopt: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 1) -> None:
     _err.print(f"gteopt: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(1)
+    sys.exit(code)
 
 
 @contextmanager

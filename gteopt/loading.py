@@ -149,7 +149,7 @@ def load_checkpoint(
         InputError: an unknown backend.
         UnsupportedError: a backend that cannot compute this model, or not on this device.
     """
-    where = _openvino_device(device) if backend == "openvino" else _device(device)
+    where = _openvino_device(device) if backend == "openvino" else pick_device(device)
     kind = parse_dtype(_dtype_of(checkpoint, dtype))
     graph, streams = None, False
     if backend == "openvino":
@@ -310,7 +310,13 @@ def _hf_config(checkpoint: Checkpoint) -> Any:
         ) from error
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" means here.
+
+    Raises:
+        InputError: no such name.
+        UnsupportedError: a GPU, where torch sees none.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -9,20 +9,25 @@ any step works.
     OUT/fidelity/<variant>.json  fidelity alone, on a user's own texts
     OUT/scores/                  encoded texts and finished tasks: an evaluation goes on from there
     OUT/choice.json              the answer to the policy
+    OUT/run.json                 what of this the plan wrote
     OUT/report.html
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
+import torch
+
 from gteopt.artifact import artifact_sha256, discard, is_artifact, read_manifest
-from gteopt.bench import bench
+from gteopt.bench import bench, bench_dummy
 from gteopt.build import fit_transforms, quantize, restyle
 from gteopt.checkpoint import NANO, open_checkpoint
 from gteopt.choose import choose
@@ -46,7 +51,7 @@ from gteopt.evaluation import (
     view_of,
 )
 from gteopt.evaluation.workers import Workers
-from gteopt.loading import describe, load
+from gteopt.loading import describe, load, pick_device
 from gteopt.machine import machine, versions
 from gteopt.recipe import (
     DEFAULT_MARGIN,
@@ -65,10 +70,13 @@ from gteopt.records import (
     EvalReport,
     FidelityReport,
     Results,
+    RunRecord,
     read_record,
+    read_results,
     write_record,
 )
 from gteopt.report import write_report
+from gteopt.tables import machine_line
 
 BASELINE = "bf16"
 
@@ -101,17 +109,92 @@ def run(
         plan.base, recipes, folder / "variants", hub_dir=hub_dir, device=device, progress=progress
     )
     sources = {BASELINE: plan.base, **{name: str(path) for name, path in artifacts.items()}}
-    report = measure(sources, plan.bench, folder, hub_dir=hub_dir, device=device, progress=progress)
+    _forget_former(folder, sources)
+    ran = RunRecord(plan=plan.name, base=plan.base, variants=tuple(sources))
+    write_record(folder / "run.json", ran)
+    report = measure(
+        sources,
+        plan.bench.spec,
+        folder,
+        baseline=BASELINE,
+        hub_dir=hub_dir,
+        device=device,
+        price_per_hour=plan.bench.price_per_hour,
+        skip_measured=True,
+        progress=progress,
+    )
     how = Setup(hub_dir=hub_dir, device=device, workers=workers)
     evals = score(sources, suite, folder, how=how, margin=policy.margin, progress=progress)
-    for path in (folder / "eval").glob("*.json"):
-        if path.stem not in evals:
-            path.unlink()  # of a recipe that the plan no longer names
-    choice = choose(policy, Results(bench=report, evals=evals, choice=None))
+    own = {name: each for name, each in report.variants.items() if name in sources}
+    results = Results(bench=report.model_copy(update={"variants": own}), evals=evals, choice=None)
+    choice = choose(policy, results)
     write_record(folder / "choice.json", choice)
-    results = Results(bench=report, evals=evals, choice=choice)
-    write_report(folder, results, title=f"gteopt: {plan.name} ({plan.base})")
+    results = results.model_copy(update={"choice": choice})
+    write_report(folder, results, title=title_of(folder))
     return results
+
+
+def judge(folder: Path, policy: Policy) -> Results:
+    """Judge what a results folder holds by a policy; nothing is measured anew.
+
+    Verdicts are settled again, against the policy's margin and over all that the folder holds. The
+    evaluations are written with them, then the choice, and the page where there is one.
+
+    Raises:
+        InputError, IntegrityError: see `read_results` and `choose`.
+    """
+    found = read_results(folder)
+    evals = settle(
+        {
+            name: report.model_copy(update={"margin": policy.margin})
+            for name, report in found.evals.items()
+        }
+    )
+    results = found.model_copy(update={"evals": evals, "choice": None})
+    results = results.model_copy(update={"choice": choose(policy, results)})
+    for path in (folder / "eval").glob("*.json"):
+        report = evals[read_record(path, EvalReport).variant]
+        if report.variant in found.evals and report != found.evals[report.variant]:
+            write_record(path, report)
+    assert results.choice is not None
+    write_record(folder / "choice.json", results.choice)
+    if (folder / "report.html").is_file():
+        write_report(folder, results, title=title_of(folder))
+    return results
+
+
+def title_of(folder: Path) -> str:
+    """What the page of a results folder is called: after the plan that filled it."""
+    if (folder / "run.json").is_file():
+        ran = read_record(folder / "run.json", RunRecord)
+        return f"gteopt: {ran.plan} ({ran.base})"
+    return f"gteopt: {folder.resolve().name}"
+
+
+def _forget_former(folder: Path, sources: Iterable[str]) -> None:
+    """Remove what an earlier run of the plan wrote of variants that it no longer names.
+
+    Everything else in the folder is the user's, and is said to be left.
+    """
+    path, written = folder / "run.json", set[str]()
+    with suppress(IntegrityError):  # missing, or of another version: nothing is known to be ours
+        written = set(read_record(path, RunRecord).variants)
+    former = written - set(sources)
+    for name in former:
+        (folder / "eval" / f"{name}.json").unlink(missing_ok=True)
+    bench_path = folder / "bench.json"
+    if former and bench_path.is_file():
+        with suppress(IntegrityError):
+            old = read_record(bench_path, BenchReport)
+            kept = {name: each for name, each in old.variants.items() if name not in former}
+            write_record(bench_path, old.model_copy(update={"variants": kept}))
+    left = {each.stem for each in (folder / "eval").glob("*.json")} - set(sources)
+    if left:
+        warnings.warn(
+            f"{folder / 'eval'} also holds {', '.join(sorted(left))}, which no run of this plan "
+            f"wrote: left there and out of this plan's choice",
+            stacklevel=2,
+        )
 
 
 def build_variants(
@@ -144,26 +227,200 @@ def build_variants(
 def measure(
     sources: Mapping[str, str],
     spec: BenchSpec,
-    folder: Path,
+    folder: Path | None,
     *,
+    baseline: str,
     hub_dir: Path | None,
     device: str,
+    backend: Backend = "torch",
+    price_per_hour: float | None = None,
+    skip_measured: bool = False,
     progress: Progress,
 ) -> BenchReport:
-    """The bench report of these variants, measured unless the folder already holds it."""
+    """Measure variants beside the baseline and add them to what the folder's bench.json holds.
+
+    The file is written after each variant, so that what was measured before an interruption stays.
+    Variants of several calls lie in one report only where all that a speed depends on is the same:
+    spec, machine, versions, device, threads, backend and the baseline's files.
+
+    Args:
+        sources: see `bench`.
+        spec: see `bench`.
+        folder: of the results; nothing is read and written where it is None.
+        baseline: see `bench`.
+        hub_dir: see `bench`.
+        device: see `bench`.
+        backend: see `bench`.
+        price_per_hour: of the machine; None keeps what the report says.
+        skip_measured: take variants from a report that still holds, and measure all of them where
+            none does, in place of refusing.
+        progress: see `bench`.
+
+    Raises:
+        InputError: the folder's report was measured under other conditions, and which; before
+            anything is measured.
+    """
+    if folder is None:
+        report = bench(
+            sources,
+            baseline=baseline,
+            spec=spec,
+            device=device,
+            backend=backend,
+            hub_dir=hub_dir,
+            progress=progress,
+        )
+        return report.model_copy(update={"price_per_hour": price_per_hour})
     path = folder / "bench.json"
+    old: BenchReport | None = None
     if path.is_file():
         try:
             old = read_record(path, BenchReport)
         except IntegrityError:
-            old = None  # of another version, or damaged: measured again
-        if old is not None and _still_holds(old, sources, spec, hub_dir):
-            return old
-    report = bench(
-        sources, baseline=BASELINE, spec=spec, device=device, hub_dir=hub_dir, progress=progress
+            if not skip_measured:
+                raise
+    hashes = {name: _sha256_of(source, hub_dir) for name, source in sources.items()}
+    now = _Conditions(spec, str(pick_device(device)), backend, baseline, hashes[baseline])
+    if old is not None and (problems := now.differences(old)):
+        if not skip_measured:
+            raise InputError(
+                join_problems(
+                    f"{path} was measured under other conditions, so that variants cannot be added "
+                    f"to it; give another --out, or move it away and measure all of them again",
+                    problems,
+                )
+            )
+        if others := old.variants.keys() - sources.keys():
+            warnings.warn(
+                f"{path} was measured under other conditions ({'; '.join(problems)}) and is "
+                f"replaced, without {', '.join(sorted(others))}",
+                stacklevel=2,
+            )
+        old = None
+    wanted = dict(sources)
+    if old is not None and skip_measured:
+        known = {name: each.artifact_sha256 for name, each in old.variants.items()}
+        wanted = {name: each for name, each in sources.items() if known.get(name) != hashes[name]}
+        if wanted:
+            wanted = {baseline: sources[baseline], **wanted}
+
+    def keep(new: BenchReport) -> BenchReport:
+        merged = {**(old.variants if old is not None else {}), **new.variants}
+        price = price_per_hour
+        if price is None and old is not None:
+            price = old.price_per_hour
+        # In the order of the call, then whatever else was there.
+        ordered = {name: merged[name] for name in [*sources, *merged] if name in merged}
+        report = new.model_copy(update={"variants": ordered, "price_per_hour": price})
+        write_record(path, report)
+        return report
+
+    if not wanted:
+        assert old is not None
+        return keep(old)
+    return keep(
+        bench(
+            wanted,
+            baseline=baseline,
+            spec=spec,
+            device=device,
+            backend=backend,
+            hub_dir=hub_dir,
+            keep=keep,
+            progress=progress,
+        )
     )
-    write_record(path, report)
+
+
+def measure_dummy(
+    base: str,
+    recipes: Sequence[str],
+    spec: BenchSpec,
+    folder: Path | None,
+    *,
+    n_layers: int | None,
+    device: str,
+    backend: Backend,
+    price_per_hour: float | None,
+    progress: Progress,
+) -> BenchReport:
+    """`bench_dummy`, into a folder whose bench.json it replaces.
+
+    Raises:
+        InputError: that file holds what this call would lose.
+    """
+    path = folder / "bench.json" if folder is not None else None
+    if path is not None and path.is_file():
+        old = read_record(path, BenchReport)
+        theirs = old.dummy.base if old.dummy else "real weights"
+        if old.dummy is None or theirs != base or old.variants.keys() - {BASELINE, *recipes}:
+            raise InputError(
+                f"{path} holds {', '.join(old.variants)} of {theirs}, which this would replace; "
+                f"give another --out, or move it away"
+            )
+    report = bench_dummy(
+        base,
+        recipes,
+        spec=spec,
+        n_layers=n_layers,
+        device=device,
+        backend=backend,
+        progress=progress,
+    ).model_copy(update={"price_per_hour": price_per_hour})
+    if path is not None:
+        write_record(path, report)
     return report
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """What a speed depends on besides the variant."""
+
+    spec: BenchSpec
+    device: str
+    backend: Backend
+    baseline: str
+    baseline_sha256: str
+
+    def differences(self, old: BenchReport) -> list[str]:
+        """What was otherwise when `old` was measured, one a line; empty where nothing was."""
+        own = old.variants.get(old.baseline)
+        then_now: dict[str, tuple[object, object]] = {
+            "what is measured": (_in_short(old.spec), _in_short(self.spec)),
+            "machine": (machine_line(old.machine), machine_line(machine())),
+            "device": (old.device, self.device),
+            "threads": (old.n_threads, torch.get_num_threads()),
+            "backend": (old.versions.get("backend", "torch"), self.backend),
+            "baseline": (old.baseline, self.baseline),
+            "the baseline's files": (
+                own.artifact_sha256[:12] if own else "none",
+                self.baseline_sha256[:12],
+            ),
+            "weights": ("random" if old.dummy else "real", "real"),
+        }
+        # The report also notes the baseline's number type and the backend.
+        then_now |= {
+            name: (old.versions.get(name, "none"), version) for name, version in versions().items()
+        }
+        return [
+            f"{name}: {then} there, {now} now"
+            for name, (then, now) in then_now.items()
+            if then != now
+        ]
+
+
+def _in_short(spec: BenchSpec) -> str:
+    workloads = ", ".join(workload.name for workload in spec.workloads)
+    return (
+        f"{workloads}; {spec.n_queries} queries of {spec.query_tokens} tokens; {spec.repeats} "
+        f"repeats after {spec.warmup}"
+    )
+
+
+def _sha256_of(source: str, hub_dir: Path | None) -> str:
+    if is_artifact(Path(source)):
+        return artifact_sha256(Path(source))
+    return open_checkpoint(source, hub_dir=hub_dir).sha256
 
 
 @dataclass(frozen=True)
@@ -501,19 +758,3 @@ def _is_current(out: Path, recipe: Recipe, base_sha256: str) -> bool:
     except IntegrityError:
         return False
     return (manifest.recipe_sha256, manifest.base.sha256) == (recipe.sha256(), base_sha256)
-
-
-def _still_holds(
-    old: BenchReport, sources: Mapping[str, str], spec: BenchSpec, hub_dir: Path | None
-) -> bool:
-    """Whether an earlier report speaks of these artifacts, on this machine, with these versions."""
-    same_versions = versions().items() <= old.versions.items()  # the report also notes the dtype
-    if not same_versions or (old.spec, old.machine) != (spec, machine()):
-        return False
-    hashes = {
-        name: artifact_sha256(Path(source))
-        if is_artifact(Path(source))
-        else open_checkpoint(source, hub_dir=hub_dir).sha256
-        for name, source in sources.items()
-    }
-    return hashes == {name: each.artifact_sha256 for name, each in old.variants.items()}

@@ -380,7 +380,7 @@ def _speed_section(bench: BenchReport | None, name: str, manifest: Manifest) -> 
     mine, base = bench.variants[name], bench.variants[bench.baseline]
     rows = [
         (
-            f"{each.batch_size} x {each.tokens} tokens",
+            f"{each.workload.name} tokens",
             f"{each.tokens_per_s:,.0f} tokens/s",
             f"{whole.tokens_per_s:,.0f} tokens/s",
             f"{each.baseline_ratio:.2f} x",

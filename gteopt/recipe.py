@@ -51,6 +51,7 @@ Metric = Literal[
     "p95_ms",
     "tokens_per_s",
     "index_bytes",
+    "cost_per_million_tokens",
 ]
 HIGHER_IS_BETTER: frozenset[str] = frozenset(
     {"retention", "retention_low", "mean_cosine", "neighbour_overlap", "spearman", "tokens_per_s"}
@@ -67,6 +68,22 @@ METRIC_WORDS: dict[Metric, str] = {
     "p95_ms": "p95 latency",
     "tokens_per_s": "throughput",
     "index_bytes": "index size per million vectors",
+    "cost_per_million_tokens": "cost per million tokens",
+}
+
+_EVALUATE, _BENCH = "`gteopt evaluate --out` does", "`gteopt bench --out` does"
+METRIC_SOURCES: dict[Metric, str] = {
+    "retention": _EVALUATE,
+    "retention_low": f"{_EVALUATE} where every task has an interval",
+    "mean_cosine": _EVALUATE,
+    "neighbour_overlap": _EVALUATE,
+    "spearman": _EVALUATE,
+    "weight_bytes": _BENCH,
+    "peak_memory_bytes": _BENCH,
+    "p95_ms": _BENCH,
+    "tokens_per_s": _BENCH,
+    "index_bytes": _BENCH,
+    "cost_per_million_tokens": "`gteopt bench --price-per-hour --out` does",
 }
 
 
@@ -81,9 +98,16 @@ def metric_amount(metric: Metric, value: float) -> str:
         return f"{value:.4g} ms"
     if metric == "tokens_per_s":
         return f"{value:,.0f} tokens/s"
+    if metric == "cost_per_million_tokens":
+        return f"${value:.4g}"
     if metric in ("retention", "retention_low", "neighbour_overlap"):
         return f"{100 * value:.4g} %"
     return f"{value:.4g}"
+
+
+def points(share: float) -> str:
+    """A difference of scores (0 to 1) as it is spoken of."""
+    return f"{100 * share:g} point{'' if share == 0.01 else 's'}"
 
 
 class Progress(Protocol):
@@ -441,6 +465,21 @@ class BenchSpec(Frozen):
     repeats: Annotated[int, Field(ge=1)] = 5
 
 
+class PlanBench(BenchSpec):
+    """What a plan measures, and what its machine costs.
+
+    Attributes:
+        price_per_hour: of the machine, in dollars: gives costs, and changes no measurement.
+    """
+
+    price_per_hour: Annotated[FiniteFloat, Field(ge=0)] | None = None
+
+    @property
+    def spec(self) -> BenchSpec:
+        """What is measured."""
+        return BenchSpec.model_validate(self.model_dump(exclude={"price_per_hour"}))
+
+
 class Limit(Frozen):
     """A bound on one metric; at least one side is given."""
 
@@ -504,7 +543,7 @@ class Plan(Frozen):
     base: str
     recipes: Annotated[tuple[str, ...], Field(min_length=1)]
     suite: str = "mini"
-    bench: BenchSpec = BenchSpec()
+    bench: PlanBench = PlanBench()
     policy: str = "balanced"
     out: Path
 

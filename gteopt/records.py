@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from gteopt.errors import InputError, IntegrityError, join_problems
+from gteopt.errors import InputError, IntegrityError
 from gteopt.recipe import (
     DEFAULT_MARGIN,
     BenchSpec,
@@ -26,6 +26,7 @@ from gteopt.recipe import (
     Policy,
     Recipe,
     VectorCode,
+    Workload,
     shipped_dir,
 )
 
@@ -360,6 +361,11 @@ class ThroughputRecord(Frozen):
     peak_ratio: float | None = None
     joules_per_million_tokens: float | None = None
 
+    @property
+    def workload(self) -> Workload:
+        """What was measured."""
+        return Workload(batch_size=self.batch_size, tokens=self.tokens, lengths=self.lengths)
+
 
 class VariantBench(Frozen):
     """Speed and memory of one variant.
@@ -448,8 +454,27 @@ class BenchReport(Frozen):
     versions: Conditions
     peak_gflops: dict[str, float] = Field(default_factory=dict)
     dummy: DummyRecord | None = None
-    price_per_hour: float | None = None
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
     energy: str | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether figures are those of a whole model, not of some of its blocks."""
+        return self.dummy is None or self.dummy.n_layers == self.dummy.of_layers
+
+    @property
+    def noise(self) -> float:
+        """How far the baseline's speed seems to be from itself; 0 where it was not measured."""
+        own = self.variants.get(self.baseline)
+        return (
+            max((abs(each.baseline_ratio - 1) for each in own.throughput), default=0) if own else 0
+        )
+
+    def cost_per_million_tokens(self, name: str) -> float | None:
+        """Dollars, over the workloads; None without a price, or where no model is whole."""
+        if self.price_per_hour is None or not self.is_whole:
+            return None
+        return cost_per_million_tokens(self.price_per_hour, self.variants[name].tokens_per_s)
 
 
 HOSTED_PRICE = 0.008
@@ -760,15 +785,50 @@ class Choice(Frozen):
     candidates: tuple[Candidate, ...]
 
 
-class Results(Frozen):
-    """Everything measured for one plan, as it lies in a results folder.
+class RunRecord(Frozen):
+    """What `run` last made of a results folder: the rest in it is someone else's.
 
-    `bench.json` and `eval/<variant>.json` are needed; `choice.json` comes later.
+    Attributes:
+        variants: names that it wrote, the baseline's among them.
     """
 
-    bench: BenchReport
+    schema_: Literal["gteopt.run/1"] = Field(default="gteopt.run/1", alias="schema")
+    plan: str
+    base: str
+    variants: tuple[str, ...]
+
+
+class Results(Frozen):
+    """Everything measured, as it lies in a results folder; any part may be missing.
+
+    Attributes:
+        bench: speed and memory; None before `gteopt bench --out`.
+        evals: scores and fidelity on a suite, by variant.
+        fidelity: closeness on a user's own texts, by variant.
+        choice: None before `gteopt choose`.
+    """
+
+    bench: BenchReport | None
     evals: dict[str, EvalReport]
+    fidelity: dict[str, FidelityReport] = Field(default_factory=dict)
     choice: Choice | None
+
+    @property
+    def baseline(self) -> str:
+        """Name of the variant that the others are compared with."""
+        if self.bench is not None:
+            return self.bench.baseline
+        reports: list[EvalReport | FidelityReport] = [
+            *self.evals.values(),
+            *self.fidelity.values(),
+        ]
+        own = (each.variant for each in reports if each.artifact_sha256 == each.baseline_sha256)
+        return next(own, reports[0].baseline if reports else "")
+
+    @property
+    def benched(self) -> dict[str, VariantBench]:
+        """What `bench` measured, by variant; empty without it."""
+        return {} if self.bench is None else self.bench.variants
 
 
 Record = TypeVar("Record", bound=Frozen)
@@ -838,21 +898,23 @@ def read_results(folder: Path) -> Results:
     """Read a results folder.
 
     Raises:
-        InputError: the folder is not one that `run`, `bench` and `evaluate` have filled.
+        InputError: neither `run` nor `bench` nor `evaluate` has filled it.
         IntegrityError: one of its files is damaged.
     """
-    bench, evals = read_measurements(folder)
-    missing = [] if bench else ["bench.json (made by `gteopt bench --out`)"]
-    if not evals:
-        missing.append("eval/<variant>.json (made by `gteopt evaluate --out`)")
-    if bench is None or missing:
-        raise InputError(join_problems(f"{folder} is not a results folder; it lacks", missing))
+    paths = sorted((folder / "fidelity").glob("*.json"))
+    fidelity = {path.stem: read_record(path, FidelityReport) for path in paths}
+    bench, evals = (None, {}) if fidelity and _only_texts(folder) else read_measurements(folder)
     choice_path = folder / "choice.json"
     return Results(
         bench=bench,
         evals=evals,
+        fidelity=fidelity,
         choice=read_record(choice_path, Choice) if choice_path.is_file() else None,
     )
+
+
+def _only_texts(folder: Path) -> bool:
+    return not (folder / "bench.json").is_file() and not any((folder / "eval").glob("*.json"))
 
 
 def read_measurements(folder: Path) -> tuple[BenchReport | None, dict[str, EvalReport]]:

@@ -9,7 +9,8 @@ its content security policy, so that it opens the same from a disk, an attachmen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,30 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
+from gteopt.recipe import points
 from gteopt.records import (
+    BenchReport,
     BesidePublished,
+    EvalReport,
+    FidelityReport,
     Results,
     TaskScore,
     write_atomically,
 )
 from gteopt.tables import (
     COLUMNS,
+    FIDELITY,
+    LIMITS,
     MARKS,
     MISSING,
     Row,
     beside_published,
     failures,
+    fidelity_cells,
+    fidelity_notes,
     in_megabytes,
+    limits,
+    limits_note,
     machine_line,
     megabytes,
     published_text,
@@ -61,17 +72,56 @@ def html_page(results: Results, *, title: str) -> str:
         plotly=get_plotlyjs(),
         headline=_headline(results, lines),
         alert=_alert(results),
-        table=_variants_table(lines),
-        glossary="".join(
-            f"<dt>{escape(column.title)}</dt><dd>{escape(column.meaning)}</dd>"
-            for column in COLUMNS
-        ),
-        size=_scatter(lines, "size", "Weights, MB", lambda row: in_megabytes(row.weight_bytes)),
-        speed=_scatter(lines, "speed", "Throughput, tokens/s", lambda row: row.tokens_per_s),
-        fidelity="".join(_bars(lines, attribute) for attribute in _FIDELITY_BARS),
-        tasks=_tasks_table(results, lines),
-        conditions=_conditions(results),
+        sections="".join(_sections(results, lines)),
     )
+
+
+def _sections(results: Results, lines: Sequence[Row]) -> Iterator[str]:
+    """Those that there is something to show in."""
+    if results.benched or results.evals:
+        yield _section("variants", "Variants", "", _variants_table(lines) + _glossary())
+    if results.benched and results.evals:
+        size = _scatter(lines, "size", "Weights, MB", lambda row: in_megabytes(row.weight_bytes))
+        speed = _scatter(lines, "speed", "Throughput, tokens/s", lambda row: row.tokens_per_s)
+        charts = _charts(
+            ("Quality against size (up and left is better)", size),
+            ("Quality against speed (up and right is better)", speed),
+        )
+        yield _section("trade", "Quality against size and speed", _TRADE, charts)
+    if results.bench is not None:
+        yield _section("cost", "Speed and cost", _COST, _cost_table(results.bench))
+    if results.evals:
+        fidelity = _charts(*(_dots(lines, attribute) for attribute in _FIDELITY_CHARTS))
+        yield _section("fidelity", "Fidelity to the baseline", _FIDELITY, fidelity)
+    if results.fidelity:
+        table = _fidelity_table(results.fidelity)
+        yield _section("texts", "Fidelity on your own texts", "", table)
+    if results.evals:
+        yield _section("tasks", "Scores by task", _TASKS, _tasks_table(results, lines))
+    yield _section("conditions", "Conditions of measurement", "", _conditions(results))
+
+
+def _section(key: str, title: str, lead: str, body: str) -> str:
+    lead = f'<p class="muted">{lead}</p>' if lead else ""
+    return f'<section aria-labelledby="{key}"><h2 id="{key}">{title}</h2>{lead}{body}</section>'
+
+
+def _scrolled(label: str, table: str, kind: str = "") -> str:
+    return (
+        f'<div class="scroll {kind}" tabindex="0" role="region" aria-label="{label}">{table}</div>'
+    )
+
+
+def _charts(*charts: tuple[str, str]) -> str:
+    figures = "".join(
+        f"<figure><figcaption>{caption}</figcaption>{chart}</figure>" for caption, chart in charts
+    )
+    return f'<div class="charts">{figures}</div>'
+
+
+def _glossary() -> str:
+    terms = _description({column.title: column.meaning for column in COLUMNS})
+    return f"<details><summary>What the columns mean</summary>{terms}</details>"
 
 
 def write_report(folder: Path, results: Results, title: str) -> Path:
@@ -96,12 +146,13 @@ def _headline(results: Results, lines: Sequence[Row]) -> str:
     tiles: list[tuple[str, str]] = []
     if row.weight_ratio is not None:
         tiles.append((f"{1 / row.weight_ratio:.1f}×", "smaller weights"))
-    if row.vector_bytes is not None and baseline.vector_bytes is not None:
+    if row.vector_bytes and baseline.vector_bytes and row.vector_bytes != baseline.vector_bytes:
         tiles.append((f"{baseline.vector_bytes / row.vector_bytes:.1f}×", "smaller vectors"))
     if row.speed_ratio is not None:
         tiles.append((f"{row.speed_ratio:.2f}×", "the baseline’s throughput"))
     if row.retention is not None:
-        tiles.append((f"{row.retention * 100:.1f} %", "of the baseline’s score"))
+        sure = f" ({_interval(row)}: {row.score_verdict})" if row.retention_low is not None else ""
+        tiles.append((f"{row.retention * 100:.1f} %", f"of the baseline’s score{sure}"))
     if row.neighbour_overlap is not None:
         tiles.append((f"{row.neighbour_overlap * 100:.0f} %", "nearest neighbours kept"))
     items = "".join(f"<li><b>{value}</b> {words}</li>" for value, words in tiles)
@@ -119,24 +170,36 @@ def _alert(results: Results) -> str:
     )
 
 
+def _interval(row: Row) -> str:
+    assert row.retention_low is not None
+    assert row.retention_high is not None
+    return f"{row.retention_low * 100:.1f}–{row.retention_high * 100:.1f}"
+
+
 def _variants_table(lines: Sequence[Row]) -> str:
+    columns = [column for column in COLUMNS if column.attribute != "retention_low"]
     head = "".join(
         f'<th scope="col" title="{escape(column.meaning)}">{escape(column.title)}'
         f"<small>{escape(column.unit) or '&nbsp;'}</small></th>"
-        for column in COLUMNS
+        for column in columns
     )
     body = ""
     for number, row in enumerate(lines):
         kind = f"{row.status} baseline" if row.is_baseline else row.status
-        cells = "".join(f"<td>{escape(column.text(row))}</td>" for column in COLUMNS)
+        cells = ""
+        for column in columns:
+            sure = column.attribute == "retention" and row.retention_low is not None
+            below = f"<small>{_interval(row)}</small>" if sure else ""
+            cells += f"<td>{escape(column.text(row))}{below}</td>"
         verdict = f"{MARKS[row.status]} {escape(row.verdict)}"
         body += (
             f'<tr class="{kind}"><th scope="row"><i>{number}</i><div>{escape(row.name)}'
             f"<small>{verdict}</small></div></th>{cells}</tr>"
         )
-    return (
+    return _scrolled(
+        "Table of variants",
         f'<table class="variants"><thead><tr><th scope="col">Variant</th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table>"
+        f"<tbody>{body}</tbody></table>",
     )
 
 
@@ -145,7 +208,9 @@ def _scatter(
 ) -> str:
     """Retention against size or speed, with the Pareto front of these two numbers as a step line.
 
-    The labels are placed by report.js once the browser has laid the points out.
+    A variant so far below the others that they would lie on each other is an arrow at the lower
+    edge, with its retention beside its name. The labels are placed by report.js once the browser
+    has laid the points out.
     """
     # (x, retention in %, number in the table, row)
     points = [
@@ -153,17 +218,26 @@ def _scatter(
         for number, row in enumerate(lines)
         if (x := x_of(row)) is not None and row.retention is not None
     ]
+    floor = _floor([y for _, y, *_ in points])
+    spans = [_span(row) for *_, row in points]
+    near = [(y, *span) for (_, y, *_), span in zip(points, spans, strict=True) if y >= floor]
+    y_axis = _axis(value for each in near for value in each)
+    edge = y_axis["range"][0] + 0.03 * (y_axis["range"][1] - y_axis["range"][0])
+    # Where each point is drawn, with the ends of its interval and its label.
+    drawn = [y if y >= floor else edge for _, y, *_ in points]
+    labels = [row.name if y >= floor else f"{row.name} ({y:.1f} %)" for _, y, _, row in points]
+    starts = [(y, low if y >= floor else y) for y, (low, _) in zip(drawn, spans, strict=True)]
+    ends = [(y, high if y >= floor else y) for y, (_, high) in zip(drawn, spans, strict=True)]
     smaller_is_better = key == "size"
     front: list[tuple[float, float]] = []
     for x, y, _, _ in sorted(points, key=lambda p: (p[0] if smaller_is_better else -p[0], -p[1])):
         if not front or y > front[-1][1]:
             front.append((x, y))
-    names = [escape(row.name) for *_, row in points]
     figure = go.Figure(
         [
             go.Scatter(
                 x=[x for x, _ in front],
-                y=[y for _, y in front],
+                y=[max(y, edge) for _, y in front],
                 mode="lines",
                 # Between two points of the front the one that costs less is the best to be had.
                 line={"color": _COLOUR["baseline"], "width": 1.5, "dash": "dot", "shape": "hv"},
@@ -171,48 +245,117 @@ def _scatter(
             ),
             go.Scatter(
                 x=[x for x, *_ in points],
-                y=[y for _, y, *_ in points],
-                customdata=[[row.name, number] for *_, number, row in points],
-                text=names,
-                hovertemplate="<b>%{text}</b><br>%{x:,.4~r}<br>retention %{y:.2f} %<extra></extra>",
+                y=drawn,
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [high - y for y, high in ends],
+                    "arrayminus": [y - low for y, low in starts],
+                    "thickness": 1.2,
+                    "width": 4,
+                    "color": _COLOUR["baseline"],
+                },
+                customdata=[
+                    [label, number] for label, (*_, number, _) in zip(labels, points, strict=True)
+                ],
+                text=[
+                    f"<b>{escape(row.name)}</b><br>{x:,.4g}<br>retention {_retention(row)}"
+                    for x, *_, row in points
+                ],
+                hovertemplate="%{text}<extra></extra>",
                 mode="markers",
                 marker={
                     "size": [13 if row.status == "picked" else 10 for *_, row in points],
                     "color": [_colour(row) for *_, row in points],
                     "opacity": 1,
-                    "symbol": ["diamond" if row.is_baseline else "circle" for *_, row in points],
+                    "symbol": [
+                        "triangle-down" if y < floor else "diamond" if row.is_baseline else "circle"
+                        for _, y, _, row in points
+                    ],
                 },
             ),
         ]
     )
     figure.update_layout(**_layout(height=420 + 10 * max(0, len(points) - 8)))
     figure.update_xaxes(title=x_title, **_axis(x for x, *_ in points))
-    figure.update_yaxes(title="Retention, %", **_axis(y for _, y, *_ in points))
+    figure.update_yaxes(title="Retention, %", **y_axis)
     return f'<div class="labelled">{_html(figure, key)}<div class="labels"></div></div>'
 
 
-def _bars(lines: Sequence[Row], attribute: str) -> str:
-    title, factor, digits = _FIDELITY_BARS[attribute]
+def _span(row: Row) -> tuple[float, float]:
+    """Ends of the interval of retention in %; the retention itself where there is none."""
+    assert row.retention is not None
+    if row.retention_low is None or row.retention_high is None:
+        return 100 * row.retention, 100 * row.retention
+    return 100 * row.retention_low, 100 * row.retention_high
+
+
+def _retention(row: Row) -> str:
+    assert row.retention is not None
+    sure = f", {_interval(row)}" if row.retention_low is not None else ""
+    return f"{row.retention * 100:.2f} %{sure}"
+
+
+def _floor(values: Sequence[float]) -> float:
+    """The least retention (in %) that an axis has to reach.
+
+    It leaves out what loses over five points, and over three times as much as the median variant
+    that loses anything: among variants at 97 to 100 % one at 65 % would make all others one point.
+    """
+    losses = sorted(100 - value for value in values if value < 100)
+    typical = losses[len(losses) // 2] if losses else 0.0
+    return 100 - max(5.0, 3 * typical)
+
+
+def _dots(lines: Sequence[Row], attribute: str) -> tuple[str, str]:
+    """A caption and a chart of one measure of fidelity, a line a variant."""
+    title, is_distance = _FIDELITY_CHARTS[attribute]
     shown = [row for row in lines if getattr(row, attribute) is not None and not row.is_baseline]
-    values = [getattr(row, attribute) * factor for row in shown]
-    figure = go.Figure(
-        go.Bar(
-            x=values,
-            y=[escape(row.name) for row in shown],
-            orientation="h",
-            marker={"color": [_colour(row) for row in shown]},
-            text=[f"{value:.{digits}f}" for value in values],
-            textposition="outside",
-            cliponaxis=False,
-            hoverinfo="skip",
+    values = [getattr(row, attribute) for row in shown]
+    # Distances of two variants differ by a factor, which only a logarithmic axis shows; its least
+    # value stands for all that float32 cannot tell from zero.
+    found = [max(1 - value, _LEAST) if is_distance else 100 * value for value in values]
+    text = [
+        (f"{each:.2g}" if each > _LEAST else f"below {_LEAST:g}") if is_distance else f"{each:.1f}"
+        for each in found
+    ]
+    names = [escape(row.name) for row in shown]
+    colours = [_colour(row) for row in shown]
+    about = {"y": names, "text": text, "textposition": "outside", "cliponaxis": False}
+    trace: Any
+    if is_distance:
+        about["textposition"] = "middle right"
+        about["text"] = [f"  {each}" for each in text]
+        marker = {"color": colours, "size": 9}
+        trace = go.Scatter(x=found, mode="markers+text", marker=marker, hoverinfo="skip", **about)
+    else:
+        trace = go.Bar(
+            x=found, orientation="h", marker={"color": colours}, hoverinfo="skip", **about
         )
-    )
+    figure = go.Figure(trace)
     figure.update_layout(**_layout(height=70 + 26 * max(1, len(shown))), bargap=0.35)
-    # A bar's length is its value, so the axis starts at zero; the space on the right is for text.
-    figure.update_xaxes(range=[0, 1.16 * factor], tickvals=[0, 0.5 * factor, factor])
-    figure.update_yaxes(autorange="reversed", automargin=True, ticks="", showgrid=False)
-    chart = _html(figure, attribute)
-    return f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>"
+    if is_distance:
+        exponents = [math.log10(each) for each in found] or [_LEAST]
+        low, high = math.floor(min(exponents)), math.ceil(max(exponents))
+        room = max(1, high - low)  # on the right it is for text
+        figure.update_xaxes(
+            type="log",
+            range=[low - 0.05 * room, low + 1.25 * room],
+            tickvals=[10.0**exponent for exponent in range(low, high + 1)],
+            ticktext=[f"10{_raised(exponent)}" for exponent in range(low, high + 1)],
+            tickangle=0,
+        )
+    else:
+        # A bar's length is its value, so the axis starts at zero.
+        figure.update_xaxes(range=[0, 116], tickvals=[0, 50, 100])
+    figure.update_yaxes(
+        autorange="reversed", automargin=True, ticks="", showgrid=is_distance, type="category"
+    )
+    return escape(title), _html(figure, attribute)
+
+
+def _raised(exponent: int) -> str:
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _colour(row: Row) -> str:
@@ -262,21 +405,16 @@ def _tasks_table(results: Results, lines: Sequence[Row]) -> str:
         row.name: {task_key(task): task for task in results.evals[row.name].tasks} for row in shown
     }
     tasks = {key: task for by_key in scores.values() for key, task in by_key.items()}
-    own = results.evals.get(results.bench.baseline)
+    own = results.evals.get(results.baseline)
     if own is not None:
         tasks = {task_key(task): task for task in own.tasks} | tasks
     known = {task_key(task): task.published for task in own.tasks} if own else {}
     body = ""
     if shown:
         means = [results.evals[row.name] for row in shown]
-        cells = "".join(
-            f"<td>{each.score * 100:.2f}<small>{suite_span(each)} · {suite_verdict(each)}</small>"
-            f"</td>"
-            for each in means
-        )
+        cells = "".join(_mean_cell(each) for each in means)
         body = (
-            '<tr><th scope="row">Mean<small>difference in points with its 95 % paired bootstrap '
-            f"interval; verdict against a margin of {means[0].margin * 100:g}</small></th>"
+            f'<tr><th scope="row">Mean<small>difference, 95 % interval, verdict</small></th>'
             f"<td>{means[0].baseline_score * 100:.2f}</td>{cells}</tr>"
         )
     for key, task in tasks.items():
@@ -288,12 +426,67 @@ def _tasks_table(results: Results, lines: Sequence[Row]) -> str:
             f"{cells}</tr>"
         )
     head = "".join(f'<th scope="col">{escape(row.name)}</th>' for row in shown)
-    notes = "".join(f"<p>{escape(each)}</p>" for each in beside_published(own)) if own else ""
-    return (
+    notes = beside_published(own) if own else []
+    if shown:
+        notes.insert(0, _about_means(results.evals[shown[0].name]))
+    table = (
         f'<table><thead><tr><th scope="col">Task</th><th scope="col">'
-        f"{escape(results.bench.baseline)}</th>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f"{notes}"
+        f"{escape(results.baseline)}</th>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
+    below = "".join(f"<p>{escape(each)}</p>" for each in notes)
+    return _scrolled("Table of task scores", table, "tasks") + below
+
+
+def _mean_cell(report: EvalReport) -> str:
+    value, _, span = suite_span(report).partition(" ")
+    spans = "".join(f"<small>{each}</small>" for each in (value, span, suite_verdict(report)))
+    return f"<td>{report.score * 100:.2f}{spans}</td>"
+
+
+def _about_means(report: EvalReport) -> str:
+    return (
+        f"Of the means: difference from the baseline in points, its 95 % paired bootstrap interval "
+        f"and the verdict against a margin of {points(report.margin)}."
+    )
+
+
+def _cost_table(bench: BenchReport) -> str:
+    """A line a variant and workload; what does not depend on the workload below the name."""
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in LIMITS)
+    body, former = "", ""
+    for line in limits(bench):
+        variant = bench.variants[line.name]
+        read = variant.latency.weight_gb_per_s
+        query = f"one query reads {read:.1f} GB/s, " if read is not None else ""
+        about = (
+            f"<small>{query}{variant.index_bytes_per_million / 1e9:.2f} GB a million documents"
+            f"</small>"
+        )
+        n_lines = len(variant.throughput)
+        name = f'<th scope="rowgroup" rowspan="{n_lines}">{escape(line.name)}{about}</th>'
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in line.cells())
+        body += f"<tr>{name if line.name != former else ''}{cells}</tr>"
+        former = line.name
+    table = (
+        f'<table class="cost"><thead><tr><th scope="col">Variant</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table>"
+    )
+    note = limits_note(bench)
+    return f"{_scrolled('Speed and cost', table)}<p>{escape(note[0].upper() + note[1:])}.</p>"
+
+
+def _fidelity_table(reports: Mapping[str, FidelityReport]) -> str:
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in FIDELITY)
+    body = ""
+    for name, report in reports.items():
+        cells = "".join(f"<td>{cell}</td>" for cell in fidelity_cells(report))
+        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+    notes = "".join(f"<p>{escape(each)}</p>" for each in fidelity_notes(reports))
+    table = (
+        f'<table><thead><tr><th scope="col">Variant</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table>"
+    )
+    return _scrolled("Fidelity on your own texts", table) + notes
 
 
 def _published_cell(found: BesidePublished | None) -> str:
@@ -316,7 +509,14 @@ def _task_cell(task: TaskScore | None) -> str:
 
 
 def _conditions(results: Results) -> str:
-    bench, evals = results.bench, list(results.evals.values())
+    return (
+        _speed_conditions(results.bench)
+        if results.bench is not None
+        else "<h3>Speed and memory</h3><p>Not measured (<code>gteopt bench --out</code>).</p>"
+    ) + _quality_conditions([*results.evals.values()], [*results.fidelity.values()])
+
+
+def _speed_conditions(bench: BenchReport) -> str:
     spec = bench.spec
     imports = [variant.imports_process_bytes for variant in bench.variants.values()]
     speed = {
@@ -328,7 +528,7 @@ def _conditions(results: Results) -> str:
             f"{spec.n_queries} single queries of {spec.query_tokens} tokens, in turns with the "
             f"baseline, after {spec.warmup} uncounted ones"
         ),
-        "Throughput": "; ".join(f"{w.batch_size} × {w.tokens} tokens" for w in spec.workloads)
+        "Throughput": "; ".join(f"{w.name} tokens" for w in spec.workloads)
         + f"; {spec.repeats} rounds each, in turns with the baseline, after {spec.warmup} "
         "uncounted ones; medians",
         "Peak memory": (
@@ -340,7 +540,20 @@ def _conditions(results: Results) -> str:
             for name, variant in bench.variants.items()
         ),
     }
-    html = f"<h3>Speed and memory</h3>{_description(speed)}"
+    return f"<h3>Speed and memory</h3>{_description(speed)}"
+
+
+def _quality_conditions(evals: Sequence[EvalReport], texts: Sequence[FidelityReport]) -> str:
+    html = ""
+    if texts:
+        own = {
+            "Texts": "; ".join(
+                dict.fromkeys(f"{e.texts} (sha256 {e.texts_sha256})" for e in texts)
+            ),
+            "Machine": "; ".join(dict.fromkeys(machine_line(each.machine) for each in texts)),
+            "Versions": "; ".join(dict.fromkeys(_pairs(each.versions) for each in texts)),
+        }
+        html = f"<h3>Own texts</h3>{_description(own)}"
     if not evals:
         return f"{html}<h3>Quality</h3><p>No variant was evaluated.</p>"
     suites = dict.fromkeys(f"{report.suite} (sha256 {report.suite_sha256})" for report in evals)
@@ -378,12 +591,24 @@ def _pairs(pairs: dict[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in pairs.items())
 
 
-_FIDELITY_BARS = {  # attribute of Row -> title, factor, digits
-    "mean_cosine": ("Mean cosine to the baseline", 1, 3),
-    "p1_cosine": ("1st-percentile cosine", 1, 3),
-    "neighbour_overlap": ("Overlap of the 10 nearest neighbours, %", 100, 1),
-    "spearman": ("Spearman correlation of similarities", 1, 3),
+_LEAST = 1e-6
+_FIDELITY_CHARTS = {  # attribute of Row -> title, whether its distance from 1 is drawn
+    "mean_cosine": ("1 − mean cosine to the baseline (left is closer)", True),
+    "p1_cosine": ("1 − 1st-percentile cosine (left is closer)", True),
+    "neighbour_overlap": ("Overlap of the 10 nearest neighbours, %", False),
+    "spearman": ("1 − Spearman correlation of similarities (left is closer)", True),
 }
+
+_TRADE = """Retention is the share of the baseline’s score (diamond) that a variant keeps, with its
+95 % interval; what lies far below the others is an arrow at the edge. On the dotted line lie the
+variants that no other beats on both axes. A label that finds no room is the variant’s number in the
+table."""
+_COST = """Throughput of real tokens, from token ids to vectors; the share of the best product that
+this device was measured to do; what a million tokens cost on it; and the hourly price at which they
+would cost what the hosted model does."""
+_FIDELITY = """How close a variant’s vectors and rankings stay to the baseline’s, without labels.
+Task scores move late; these move first."""
+_TASKS = "Main score, %; below it the share of the baseline’s score that is kept."
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -406,36 +631,7 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
 {headline}
 {alert}
 </header>
-<section aria-labelledby="variants">
-<h2 id="variants">Variants</h2>
-<div class="scroll" tabindex="0" role="region" aria-label="Table of variants">{table}</div>
-<details><summary>What the columns mean</summary><dl>{glossary}</dl></details>
-</section>
-<section aria-labelledby="trade">
-<h2 id="trade">Quality against size and speed</h2>
-<p class="muted">Retention is the share of the baseline’s score (diamond) that a variant keeps. On
-the dotted line lie the variants that no other beats on both axes. A label that finds no room is the
-variant’s number in the table.</p>
-<div class="charts">
-<figure><figcaption>Quality against size (up and left is better)</figcaption>{size}</figure>
-<figure><figcaption>Quality against speed (up and right is better)</figcaption>{speed}</figure>
-</div>
-</section>
-<section aria-labelledby="fidelity">
-<h2 id="fidelity">Fidelity to the baseline</h2>
-<p class="muted">How close a variant’s vectors and rankings stay to the baseline’s, without labels.
-Task scores move late; these move first.</p>
-<div class="charts">{fidelity}</div>
-</section>
-<section aria-labelledby="tasks">
-<h2 id="tasks">Scores by task</h2>
-<p class="muted">Main score, %; below it the share of the baseline’s score that is kept.</p>
-<div class="scroll" tabindex="0" role="region" aria-label="Table of task scores">{tasks}</div>
-</section>
-<section aria-labelledby="conditions">
-<h2 id="conditions">Conditions of measurement</h2>
-{conditions}
-</section>
+{sections}
 </main>
 <script>{js}</script>
 </body>

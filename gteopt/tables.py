@@ -7,16 +7,19 @@ how a number was measured, and how the picked variant was chosen (rows repeat wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from rich import box
-from rich.console import OverflowMethod
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, OverflowMethod, RenderResult
 from rich.filesize import decimal
-from rich.table import Table
+from rich.measure import Measurement
+from rich.table import Column, Table
 from rich.text import Text
 
-from gteopt.recipe import METRIC_WORDS, metric_amount
+from gteopt.recipe import METRIC_SOURCES, METRIC_WORDS, metric_amount, points
 from gteopt.records import (
     HOSTED_PRICE,
     BenchReport,
@@ -51,6 +54,8 @@ class Row:
         weight_ratio: its weight bytes / the baseline's.
         vector_bytes: of one stored vector.
         retention: its score / the baseline's.
+        retention_low, retention_high: ends of its 95 % interval; None of the baseline itself.
+        score_verdict: what may be said of the score's difference from the baseline's.
         tokens_per_s: geometric mean over the workloads, as is `speed_ratio`.
         speed_ratio: its speed / the baseline's, interleaved with it.
         status: what the policy made of it; "rejected" breaks a limit.
@@ -69,6 +74,9 @@ class Row:
     vector_bytes: int | None = None
     score: float | None = None
     retention: float | None = None
+    retention_low: float | None = None
+    retention_high: float | None = None
+    score_verdict: Verdict | None = None
     mean_cosine: float | None = None
     p1_cosine: float | None = None
     neighbour_overlap: float | None = None
@@ -83,20 +91,21 @@ class Row:
 
 def rows(results: Results) -> list[Row]:
     """The baseline's row, then the variants' in the order they were measured."""
-    names = [results.bench.baseline, *results.bench.variants, *results.evals]
+    names = [results.baseline, *results.benched, *results.evals]
     return [_row(name, results) for name in dict.fromkeys(names)]
 
 
 def terminal_table(results: Results) -> Table:
-    """The results as a table 100 columns wide (for names of up to 24 letters).
+    """The results as a table 105 columns wide (for names of up to 24 letters), or less.
 
     Below the table stand the limits that each rejected variant breaks and the tasks that failed.
     """
     lines = rows(results)
-    table = _table([row.name for row in lines], marked=True)
+    table = _FittedTable([row.name for row in lines], marked=True)
     columns = [column for column in COLUMNS if column.attribute in _IN_TERMINAL]
     for column in columns:
-        table.add_column(column.terminal, justify="right", no_wrap=True)
+        importance = _IN_TERMINAL.index(column.attribute)
+        table.add_figures(column.terminal, column.title, importance=importance)
     for row in lines:
         style = "bold green" if row.status == "picked" else "dim" if row.is_baseline else ""
         cells = [column.text(row) for column in columns]
@@ -111,14 +120,14 @@ def terminal_table(results: Results) -> Table:
 def bench_table(report: BenchReport) -> Table:
     """Speed and memory of each variant, the throughput of each workload in tokens/s."""
     lines = rows(Results(bench=report, evals={}, choice=None))
-    table = _table([row.name for row in lines])
+    table = _FittedTable([row.name for row in lines])
     columns = [column for column in COLUMNS if column.attribute in _IN_BENCH]
     for column in columns:
-        table.add_column(column.terminal, justify="right", no_wrap=True)
+        importance = _IN_BENCH.index(column.attribute)
+        table.add_figures(column.terminal, column.title, importance=importance)
     for workload in report.spec.workloads:
-        about = "" if workload.lengths == "equal" else "~"
-        heading = f"{workload.batch_size}×{about}{workload.tokens}\ntok/s"
-        table.add_column(heading, justify="right", no_wrap=True)
+        name = workload.name.replace("x", "×")
+        table.add_figures(f"{name}\ntok/s", f"{name} tok/s", importance=2)
     for row in lines:
         cells = [column.text(row) for column in columns]
         cells += [f"{t.tokens_per_s:,.0f}" for t in report.variants[row.name].throughput]
@@ -153,48 +162,103 @@ def _part_note(report: BenchReport) -> str:
 _NOISE_ABOVE_PEAK = 1.1
 
 
-def limits_table(report: BenchReport) -> Table:
-    """How near each variant comes to what the device can do, and what its tokens cost.
+@dataclass(frozen=True)
+class Limits:
+    """How near a variant comes to what the device can do on one workload, and what that costs.
 
-    A row a variant and workload: 10^9 operations a second and their share of the measured peak;
-    joules of the device for a million tokens, where they were counted; dollars for a million tokens
-    at the price of the machine, where it was said; the hourly price at which they cost what the
-    hosted model does; dollars of storage are left to the user, bytes of an index of a million
-    vectors are not.
+    Attributes:
+        gflops, peak_ratio, joules: see `ThroughputRecord`.
+        dollars: for a million tokens at the price of the machine; None where it was not said.
+        even: dollars an hour at which a million tokens cost what the hosted model's do.
     """
-    table = _table(list(report.variants))
-    for heading in (
-        "workload",
-        "GFLOP/s",
-        "of peak",
-        "J/M tokens",
-        "$/M tokens",
-        "$/h for hosted price",
-        "index GB/M",
-    ):
-        table.add_column(heading, justify="right")
-    whole = report.dummy is None or report.dummy.n_layers == report.dummy.of_layers
-    for name, variant in report.variants.items():
-        for record, workload in zip(variant.throughput, report.spec.workloads, strict=True):
-            price = report.price_per_hour
-            cost = (
-                f"{cost_per_million_tokens(price, record.tokens_per_s):.4f}"
-                if price is not None and whole
-                else MISSING
-            )
-            even = f"{break_even_price_per_hour(record.tokens_per_s):.3f}" if whole else MISSING
-            table.add_row(
-                Text(name),
-                workload.name,
-                MISSING if record.gflops is None else f"{record.gflops:,.0f}",
-                MISSING if record.peak_ratio is None else f"{record.peak_ratio:.0%}",
-                MISSING
-                if record.joules_per_million_tokens is None
-                else f"{record.joules_per_million_tokens:,.0f}",
-                cost,
-                even,
-                f"{variant.index_bytes_per_million / 1e9:.2f}",
-            )
+
+    name: str
+    workload: str
+    tokens_per_s: float
+    speed_ratio: float
+    gflops: float | None
+    peak_ratio: float | None
+    joules: float | None
+    dollars: float | None
+    even: float | None
+
+    def cells(self) -> tuple[str, ...]:
+        """As `LIMITS` heads them."""
+        return (
+            self.workload,
+            f"{self.tokens_per_s:,.0f}",
+            f"{self.speed_ratio:.2f}",
+            MISSING if self.gflops is None else f"{self.gflops:,.0f}",
+            MISSING if self.peak_ratio is None else f"{self.peak_ratio:.0%}",
+            MISSING if self.joules is None else f"{self.joules:,.0f}",
+            MISSING if self.dollars is None else f"{self.dollars:.4f}",
+            MISSING if self.even is None else f"{self.even:.3f}",
+        )
+
+
+LIMITS = (
+    *("workload", "tokens/s", "× baseline", "GFLOP/s", "of peak", "J/M tokens", "$/M tokens"),
+    "$/h for hosted price",
+)
+"""Headings of `Limits.cells`."""
+
+
+def limits(report: BenchReport) -> list[Limits]:
+    """A line a variant and workload."""
+    price = report.price_per_hour
+    return [
+        Limits(
+            name=name,
+            workload=record.workload.name,
+            tokens_per_s=record.tokens_per_s,
+            speed_ratio=record.baseline_ratio,
+            gflops=record.gflops,
+            peak_ratio=record.peak_ratio,
+            joules=record.joules_per_million_tokens,
+            dollars=cost_per_million_tokens(price, record.tokens_per_s)
+            if price is not None and report.is_whole
+            else None,
+            even=break_even_price_per_hour(record.tokens_per_s) if report.is_whole else None,
+        )
+        for name, variant in report.variants.items()
+        for record in variant.throughput
+    ]
+
+
+def limits_table(report: BenchReport) -> Table:
+    """`limits`, and what a query reads and an index takes, which are the same on all workloads.
+
+    Dollars of storage are left to the user, bytes of an index of a million vectors are not.
+    """
+    table = _FittedTable(list(report.variants))
+    importance = {"workload": 0, "$/M tokens": 1, LIMITS[-1]: 2, "of peak": 3, "GFLOP/s": 4}
+    for heading in LIMITS:
+        if heading not in _IN_BENCH_ANYWAY:
+            first, _, rest = heading.partition(" ")
+            lines = f"{first}\n{rest}".strip()
+            table.add_figures(lines, heading, importance=importance.get(heading, 9))
+    table.add_figures("query\nGB/s", "GB/s that a query reads", importance=8)
+    table.add_figures("index\nGB/M", "GB of a million vectors", importance=7)
+    for line in limits(report):
+        variant = report.variants[line.name]
+        read = variant.latency.weight_gb_per_s
+        cells = [
+            cell
+            for heading, cell in zip(LIMITS, line.cells(), strict=True)
+            if heading not in _IN_BENCH_ANYWAY
+        ]
+        cells.append(MISSING if read is None else f"{read:.1f}")
+        cells.append(f"{variant.index_bytes_per_million / 1e9:.2f}")
+        table.add_row(Text(line.name), *cells)
+    table.caption = Text(limits_note(report), style="not italic")
+    return table
+
+
+_IN_BENCH_ANYWAY = ("tokens/s", "× baseline")  # the table above has them
+
+
+def limits_note(report: BenchReport) -> str:
+    """What shares, prices and joules are of."""
     peaks = ", ".join(f"{kind} {value:,.0f}" for kind, value in report.peak_gflops.items())
     price_note = (
         "no price said (--price-per-hour)"
@@ -208,18 +272,17 @@ def limits_table(report: BenchReport) -> Table:
         if max(shares, default=0) > _NOISE_ABOVE_PEAK
         else ""
     )
-    table.caption = Text(
+    return (
         f"measured peaks in GFLOP/s: {peaks or 'none'}{busy}; {price_note}; hosted price: "
-        f"${HOSTED_PRICE} per million tokens; {report.energy or 'energy was not counted'}",
-        style="not italic",
+        f"${HOSTED_PRICE} per million tokens; {report.energy or 'energy was not counted'}"
     )
-    return table
 
 
 def eval_table(reports: Mapping[str, EvalReport]) -> Table:
     """Score, fidelity and every task, one column a variant."""
     evals = list(reports.values())
-    table = _table([task.task for report in evals for task in report.tasks], heading="")
+    names = [task.task for report in evals for task in report.tasks]
+    table = _FittedTable(names, heading="", stacked=True)
     known = {
         task_key(task): task.published
         for report in evals
@@ -227,9 +290,9 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
         if task.published is not None
     }
     if known:
-        table.add_column("published", justify="right", no_wrap=True)
+        table.add_figures("published", "published")
     for name in reports:
-        table.add_column(Text(name), justify="right", overflow="fold")
+        table.add_figures(Text(name), name)
     lines = [_with_scores(Row(name, False, "other", ""), reports[name]) for name in reports]
     for column in COLUMNS:
         if column.attribute in _IN_EVAL:
@@ -262,10 +325,11 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
 def grid_table(reports: Mapping[str, EvalReport]) -> Table:
     """One line a variant, length and code: score, difference from the baseline, fidelity."""
     evals = list(reports.values())
-    table = _table(list(reports))
-    for heading in ("vector\nbytes", "score\n%", "difference\n95 %", "nn@10\n%", "ρ"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    table = _FittedTable(list(reports))
+    headings = ("vector\nbytes", "score\n%", "difference\n95 %", "nn@10\n%", "ρ")
+    for heading, importance in zip(headings, (3, 0, 4, 1, 5), strict=True):
+        table.add_figures(heading, heading.replace("\n", " "), importance=importance)
+    table.add_figures("verdict", "verdict", importance=2, left=True)
     for name, report in reports.items():
         found = report.fidelity
         table.add_row(
@@ -283,7 +347,7 @@ def grid_table(reports: Mapping[str, EvalReport]) -> Table:
     notes = [
         f"suite {first.suite}, against {first.baseline}; differences in points with their 95 % "
         f"paired bootstrap interval",
-        f"verdicts against a margin of {first.margin * 100:g} points; worse and better hold for "
+        f"verdicts against a margin of {points(first.margin)}; worse and better hold for "
         f"all {n_rows} lines together (Holm)",
     ]
     notes += [f"* {failure}" for failure in failures(reports)]
@@ -329,7 +393,7 @@ def _about_verdicts(reports: Sequence[EvalReport]) -> list[str]:
     marks = ", ".join(f"{mark} {verdict}" for verdict, mark in _VERDICT_MARKS.items())
     notes = [
         f"differences in points with their 95 % paired bootstrap interval; verdicts against a "
-        f"margin of {judged[0].margin * 100:g} points: {marks}; better and worse hold for all "
+        f"margin of {points(judged[0].margin)}: {marks}; better and worse hold for all "
         f"{judged[0].n_claims} tasks together, and for all {len(judged)} means (Holm)"
     ]
     without = dict.fromkeys(
@@ -405,31 +469,34 @@ def beside_published(report: EvalReport) -> list[str]:
 
 def fidelity_table(reports: Mapping[str, FidelityReport]) -> Table:
     """Closeness to the baseline on a user's own texts, one line a variant."""
-    table = _table(list(reports))
-    for heading in (
-        "vector bytes",
-        "cosine",
-        "p1 cosine",
-        "neighbours kept",
-        "rank correlation",
-    ):
-        table.add_column(heading, justify="right")
+    table = _FittedTable(list(reports))
+    for heading, importance in zip(FIDELITY, (2, 1, 4, 0, 3), strict=True):
+        table.add_figures(heading.replace(" ", "\n"), heading, importance=importance)
     for name, report in reports.items():
-        found = report.fidelity
-        cells = (found.mean_cosine, found.p1_cosine, found.neighbour_overlap, found.spearman)
-        table.add_row(
-            Text(name), f"{report.bytes_per_vector:,}", *(f"{cell:.4f}" for cell in cells)
-        )
-    rows = list(reports.values())
-    first = rows[0]
-    notes = [
-        f"{first.fidelity.n_texts} texts of {first.texts}, against {first.baseline}; neighbours "
-        f"and ranks on the vectors as stored",
-        *dict.fromkeys(note for row in rows for note in row.notes),
-        _encodings(rows),
-    ]
-    table.caption = Text("\n".join(notes), style="not italic")
+        table.add_row(Text(name), *fidelity_cells(report))
+    table.caption = Text("\n".join(fidelity_notes(reports)), style="not italic")
     return table
+
+
+FIDELITY = ("vector bytes", "cosine", "p1 cosine", "neighbours kept", "rank correlation")
+"""Headings of `fidelity_cells`."""
+
+
+def fidelity_cells(report: FidelityReport) -> list[str]:
+    found = report.fidelity
+    figures = (found.mean_cosine, found.p1_cosine, found.neighbour_overlap, found.spearman)
+    return [f"{report.bytes_per_vector:,}", *(f"{figure:.4f}" for figure in figures)]
+
+
+def fidelity_notes(reports: Mapping[str, FidelityReport]) -> list[str]:
+    """Which texts these are, and what happened to them."""
+    rows = list(reports.values())
+    texts = dict.fromkeys(
+        f"{row.fidelity.n_texts:,} texts of {row.texts}, against {row.baseline}; neighbours and "
+        f"ranks on the vectors as stored"
+        for row in rows
+    )
+    return [*texts, *dict.fromkeys(note for row in rows for note in row.notes), _encodings(rows)]
 
 
 def facts_table(found: Inspection) -> Table:
@@ -515,27 +582,99 @@ def layers_table(manifest: Manifest) -> Table:
     return table
 
 
-def _table(names: Sequence[str], *, heading: str = "variant", marked: bool = False) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, caption_justify="left")
-    if marked:
-        table.add_column("")
-    # The one column that may wrap where room is short: rich drops whole columns otherwise.
-    longest = max(map(len, names), default=0)
-    table.add_column(heading, overflow="fold", min_width=min(16, longest))
-    return table
+class _FittedTable(Table):
+    """A table that leaves out whole columns where room is short, and cuts no figure or name.
+
+    What it leaves out is said below it. Its caption is as wide as the terminal, not as the table.
+
+    Args:
+        names: first cells of the rows.
+        heading: of them.
+        marked: whether a column of marks comes first.
+        stacked: whether columns that find no room stand in a further table below.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        heading: str = "variant",
+        marked: bool = False,
+        stacked: bool = False,
+    ) -> None:
+        super().__init__(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, caption_justify="left")
+        if marked:
+            self.add_column("")
+        # The one column that may wrap where room is short.
+        longest = max(map(len, names), default=0)
+        self.add_column(heading, overflow="fold", min_width=min(16, longest))
+        self._n_fixed = len(self.columns)
+        self._stacked = stacked
+        self._figures: list[tuple[int, str]] = []
+
+    def add_figures(
+        self, heading: str | Text, title: str, *, importance: int = 0, left: bool = False
+    ) -> None:
+        """Add a column; those of the highest `importance` leave first, later ones before others."""
+        self.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        self._figures.append((importance, title))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The columns that there is room for, then the caption."""
+        figures = range(self._n_fixed, len(self.columns))
+        hidden: list[int] = []
+        if self._stacked:
+            block: list[int] = []
+            for column in figures:
+                if block and not self._fits([*block, column], console, options):
+                    yield self._part(block)
+                    block = []
+                block.append(column)
+            yield self._part(block)
+        else:
+            leaving = sorted(figures, key=lambda i: (self._figures[i - self._n_fixed][0], i))
+            shown = list(figures)
+            while len(shown) > 1 and not self._fits(shown, console, options):
+                hidden.append(leaving.pop())
+                shown.remove(hidden[-1])
+            yield self._part(shown)
+        if hidden:
+            titles = ", ".join(self._figures[i - self._n_fixed][1] for i in sorted(hidden))
+            yield Text(f"no room for: {titles} (a wider terminal or --json shows them)")
+        if self.caption:
+            yield self.caption
+
+    def _fits(self, figures: Sequence[int], console: Console, options: ConsoleOptions) -> bool:
+        part = self._part(figures)
+        return Measurement.get(console, options.update(width=10_000), part).minimum <= (
+            options.max_width
+        )
+
+    def _part(self, figures: Sequence[int]) -> Table:
+        part = Table(box=self.box, pad_edge=False, padding=0)
+        part.columns = [*self.columns[: self._n_fixed], *(_whole(self.columns[i]) for i in figures)]
+        part.rows = self.rows
+        return part
+
+
+def _whole(column: Column) -> Column:
+    """The same column, measured as wide as its widest line."""
+    whole = copy(column)
+    lines = [line for cell in [column.header, *column.cells] for line in str(cell).split("\n")]
+    whole.min_width = max(map(cell_len, lines), default=0)
+    return whole
 
 
 def _row(name: str, results: Results) -> Row:
-    bench, evaluation = results.bench.variants.get(name), results.evals.get(name)
-    is_baseline = name == results.bench.baseline
+    bench, evaluation = results.benched.get(name), results.evals.get(name)
+    is_baseline = name == results.baseline
     status, verdict = _verdict(name, results)
     row = Row(name, is_baseline, status, verdict)
     if bench:
         row = replace(
             row,
             weight_bytes=bench.weight_bytes,
-            weight_ratio=bench.weight_bytes
-            / results.bench.variants[results.bench.baseline].weight_bytes,
+            weight_ratio=bench.weight_bytes / results.benched[results.baseline].weight_bytes,
             dims=bench.dims,
             vector_bytes=bench.bytes_per_vector,
             p50_ms=bench.latency.p50_ms,
@@ -558,11 +697,15 @@ def _row(name: str, results: Results) -> Row:
 
 
 def _with_scores(row: Row, evaluation: EvalReport) -> Row:
+    own = _is_own_baseline(evaluation)
     return replace(
         row,
         partial=evaluation.partial,
         score=evaluation.score,
         retention=evaluation.retention,
+        retention_low=None if own else evaluation.retention_low,
+        retention_high=None if own else evaluation.retention_high,
+        score_verdict=evaluation.difference.verdict if evaluation.difference and not own else None,
         mean_cosine=evaluation.fidelity.mean_cosine,
         p1_cosine=evaluation.fidelity.p1_cosine,
         neighbour_overlap=evaluation.fidelity.neighbour_overlap,
@@ -578,7 +721,7 @@ def _verdict(name: str, results: Results) -> tuple[Status, str]:
         return "picked", "picked"
     candidate = next((c for c in choice.candidates if c.name == name), None)
     if candidate is None:
-        return "other", "baseline" if name == results.bench.baseline else "not judged"
+        return "other", "baseline" if name == results.baseline else "not judged"
     if candidate.broken:
         return "rejected", "; ".join(_in_words(limit) for limit in candidate.broken)
     if candidate.on_pareto_front:
@@ -589,7 +732,7 @@ def _verdict(name: str, results: Results) -> tuple[Status, str]:
 def _in_words(limit: BrokenLimit) -> str:
     word, allowed = METRIC_WORDS[limit.metric], metric_amount(limit.metric, limit.limit)
     if limit.found is None:
-        return f"{word} not measured, limit {allowed}"
+        return f"{word} not measured ({METRIC_SOURCES[limit.metric]}), limit {allowed}"
     sign = "<" if limit.bound == "min" else ">"
     return f"{word} {metric_amount(limit.metric, limit.found)} {sign} {allowed}"
 
@@ -646,7 +789,12 @@ COLUMNS = (
     ),
     _Column(
         *("Retention", "%", "kept\n%", "retention", _fixed(1, 100)),
-        "Score divided by the baseline's score on the same data in the same environment.",
+        "Score divided by the baseline's score on the same data in the same environment; below it "
+        "the 95 % interval.",
+    ),
+    _Column(
+        *("At least", "%", "at least\n%", "retention_low", _fixed(1, 100)),
+        "Lower end of retention's 95 % paired bootstrap interval, which policies limit.",
     ),
     _Column(
         *("Cosine", "mean", "mean\ncos", "mean_cosine", _fixed(3)),
@@ -692,14 +840,14 @@ COLUMNS = (
 )
 
 
-# Which of them each table on the terminal has room for.
+# Which of them the tables on the terminal show, those that find room longest first.
 _IN_TERMINAL = (
-    *("weight_bytes", "weight_ratio", "dims", "vector_bytes", "score", "retention"),
-    *("mean_cosine", "neighbour_overlap", "p95_ms", "tokens_per_s", "speed_ratio"),
-    "peak_memory_bytes",
+    *("weight_bytes", "retention", "neighbour_overlap", "speed_ratio", "retention_low"),
+    *("vector_bytes", "p95_ms", "dims", "score", "peak_memory_bytes", "weight_ratio"),
+    *("mean_cosine", "tokens_per_s"),
 )
 _IN_BENCH = (
-    *("weight_bytes", "vector_bytes", "p50_ms", "p95_ms", "speed_ratio", "peak_memory_bytes"),
+    *("weight_bytes", "speed_ratio", "p50_ms", "p95_ms", "peak_memory_bytes", "vector_bytes"),
     "load_s",
 )
 _IN_EVAL = ("score", "retention", "mean_cosine", "neighbour_overlap", "spearman")

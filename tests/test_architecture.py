@@ -12,7 +12,7 @@ RANKS = [
     {"errors"},
     {"recipe", "families", "licenses"},
     {"records"},
-    {"quant", "machine", "pooling", "energy"},
+    {"quant", "machine", "pooling", "energy", "tables"},
     {"kernels", "formats", "artifact", "hub"},
     {"checkpoint", "runtime", "graphs"},
     {"openvino"},

@@ -20,6 +20,7 @@ from gteopt.recipe import (
 )
 from gteopt.records import (
     BenchReport,
+    Difference,
     EvalReport,
     FailedTask,
     Fidelity,
@@ -48,9 +49,10 @@ def bench(
     tokens_per_s: float = 1000.0,
     index_bytes: int = 1000 * MB,
     device_bytes: int | None = None,
+    ratio: float = 1,
 ) -> VariantBench:
     speed = ThroughputRecord(
-        batch_size=8, tokens=64, texts_per_s=1, tokens_per_s=tokens_per_s, baseline_ratio=1
+        batch_size=8, tokens=64, texts_per_s=1, tokens_per_s=tokens_per_s, baseline_ratio=ratio
     )
     return VariantBench(
         artifact_sha256="a",
@@ -79,7 +81,14 @@ def evaluation(
     failed: tuple[FailedTask, ...] = (),
     artifact: str = "a",
     suite: str = "s",
+    within: tuple[float, float] | None = None,
 ) -> EvalReport:
+    """A report; `within` are the ends of the retention's interval."""
+    difference = None
+    if within is not None:
+        low, high = (end / 2 - 0.5 for end in within)
+        value = retention / 2 - 0.5
+        difference = Difference(value=value, low=low, high=high, verdict="undecided", p=0.5)
     return EvalReport(
         variant=name,
         artifact_sha256=artifact,
@@ -93,6 +102,9 @@ def evaluation(
         score=retention / 2,
         baseline_score=0.5,
         retention=retention,
+        difference=difference,
+        retention_low=within[0] if within else None,
+        retention_high=within[1] if within else None,
         fidelity=Fidelity(
             n_texts=9,
             mean_cosine=cosine,
@@ -106,7 +118,10 @@ def evaluation(
 
 
 def results(
-    variants: dict[str, VariantBench], evals: list[EvalReport], baseline: str = "base"
+    variants: dict[str, VariantBench],
+    evals: list[EvalReport],
+    baseline: str = "base",
+    price: float | None = None,
 ) -> Results:
     report = BenchReport(
         spec=BenchSpec(),
@@ -116,6 +131,7 @@ def results(
         n_threads=2,
         machine=MACHINE,
         versions={},
+        price_per_hour=price,
     )
     return Results(bench=report, evals={e.variant: e for e in evals}, choice=None)
 
@@ -191,7 +207,10 @@ def test_an_unmeasured_metric_breaks_its_limit_with_nothing_found() -> None:
     assert choice.picked is None
     broken = {c.name: [(b.metric, b.found) for b in c.broken] for c in choice.candidates}
     assert broken == {"a": [("spearman", None)], "b": [("p95_ms", None)]}
-    assert "Spearman correlation was not measured and must be at least 0.1" in choice.reason
+    assert (
+        "Spearman correlation was not measured (`gteopt evaluate --out` does) and must be at least "
+        "0.1"
+    ) in choice.reason
 
 
 def test_a_nan_counts_as_unmeasured() -> None:
@@ -221,10 +240,76 @@ def test_the_baseline_equals_itself_without_an_evaluation() -> None:
     assert choice.picked == "base"
 
 
-def test_ties_go_to_the_higher_retention_then_the_first_name() -> None:
+def test_a_tie_is_not_broken_by_a_retention_within_the_intervals() -> None:
+    # The demo's own figures: 0.19 points of retention are noise, 11.5 of the neighbours are not.
+    whole = evaluation("int4", retention=0.9937, overlap=0.911, within=(0.987, 1.000))
+    short = evaluation("int4-pca", retention=0.9956, overlap=0.796, within=(0.986, 1.005))
+    found = results({"int4": bench(), "int4-pca": bench()}, [whole, short])
+    choice = choose(policy(SMALLEST, retention_low=Limit(min=0.97)), found)
+    assert choice.picked == "int4"
+    assert "retention 99.37 % (95 % interval 98.7 to 100.0 %, score undecided" in choice.reason
+    assert "tied with int4-pca (neighbour overlap 79.6 %)" in choice.reason
+
+
+def test_a_tie_is_broken_by_a_retention_whose_interval_lies_below_anothers() -> None:
+    good = evaluation("good", retention=0.99, overlap=0.80, within=(0.98, 1.0))
+    bad = evaluation("bad", retention=0.90, overlap=0.81, within=(0.89, 0.91))
+    choice = choose(policy(SMALLEST), results({n: bench() for n in ("good", "bad")}, [good, bad]))
+    assert choice.picked == "good"
+
+
+def test_further_ties_go_to_the_higher_retention_then_the_first_name() -> None:
     variants = {name: bench() for name in "cab"}
     evals = [evaluation("a", retention=0.9), evaluation("b"), evaluation("c")]
     assert choose(policy(SMALLEST), results(variants, evals)).picked == "b"
+
+
+@pytest.mark.parametrize(("noise", "picked"), [(0.02, "base"), (0.005, "int4")])
+def test_a_speed_ties_with_what_it_beats_by_less_than_the_measurements_noise(
+    noise: float, picked: str
+) -> None:
+    variants = {
+        "base": bench(tokens_per_s=1000, ratio=1 - noise),
+        "int4": bench(tokens_per_s=1010),
+    }
+    fastest = policy(Objective(maximise="tokens_per_s"))
+    choice = choose(fastest, results(variants, [evaluation("int4", overlap=0.9)]))
+    assert choice.picked == picked
+    assert ("within the noise of 2.0%" in choice.reason) == (picked == "base")
+
+
+def test_a_retention_without_interval_keeps_no_limit_on_its_lower_end() -> None:
+    limits = {"retention_low": Limit(min=0.9)}
+    found = results({"a": bench()}, [evaluation("a", retention=0.99)])
+    choice = choose(policy(SMALLEST, **limits), found)
+    assert choice.picked is None
+    assert "`gteopt evaluate --out` does where every task has an interval" in choice.reason
+    own = evaluation("base", retention=1.0).model_copy(update={"artifact_sha256": "b"})
+    variants = {"base": bench().model_copy(update={"artifact_sha256": "b"})}
+    assert choose(policy(SMALLEST, **limits), results(variants, [own])).picked == "base"
+
+
+def test_without_a_bench_the_index_is_known_and_the_rest_says_what_measures_it() -> None:
+    report = evaluation("a").model_copy(update={"bytes_per_vector": 64})
+    found = Results(bench=None, evals={"a": report}, choice=None)
+    choice = choose(policy(Objective(minimise="index_bytes")), found)
+    assert choice.picked == "a"
+    assert choice.candidates[0].metrics["index_bytes"] == 64e6
+    weights = choose(policy(SMALLEST), found)
+    assert weights.picked is None
+    assert "weight size measured (`gteopt bench --out` does)" in weights.reason
+
+
+def test_a_price_gives_the_cost_of_tokens_and_without_one_there_is_none() -> None:
+    cheap = policy(Objective(minimise="cost_per_million_tokens"))
+    variants = {"slow": bench(tokens_per_s=1000), "fast": bench(tokens_per_s=4000)}
+    choice = choose(cheap, results(variants, [], price=3.6))
+    assert choice.picked == "fast"
+    # 3.6 dollars an hour are 0.001 a second, in which it does 4000 tokens.
+    assert choice.candidates[0].metrics["cost_per_million_tokens"] == pytest.approx(0.25)
+    without = choose(cheap, results(variants, []))
+    assert without.picked is None
+    assert "--price-per-hour" in without.reason
 
 
 def test_when_none_fits_the_reason_names_the_nearest_and_its_misses() -> None:
@@ -345,3 +430,16 @@ def test_every_shipped_policy_can_be_kept_by_the_baseline(name: str) -> None:
     assert shipped.name == name
     assert shipped.summary
     assert f"policy '{name}'" in choice.reason
+
+
+@pytest.mark.parametrize("name", shipped_names("recipes/policies"))
+def test_every_shipped_policy_names_its_limits_and_judges_by_the_intervals_end(name: str) -> None:
+    shipped = load_policy(name)
+    assert "retention" not in shipped.limits
+    assert "retention_low" in shipped.limits
+    for metric, limit in shipped.limits.items():
+        assert limit.min is not None
+        percent = metric in ("retention_low", "neighbour_overlap")
+        assert (f"{limit.min:.0%}".replace("%", " %") if percent else str(limit.min)) in (
+            shipped.summary
+        )

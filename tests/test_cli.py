@@ -244,11 +244,48 @@ def test_ctrl_c_leaves_one_line_and_nothing_taken_for_whole(tmp_path: Path) -> N
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGINT)
     _, err = child.communicate(timeout=60)
-    assert child.returncode == 1
+    assert child.returncode == 130
     assert "interrupted; what is finished is kept" in err
     assert "Traceback" not in err
     assert not out.exists()
     assert first_block.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (("bench", "x", "--out", "o"), "variants that were measured are kept"),
+        (("bench", "x"), "nothing is kept, as no --out was given"),
+        (("bench", "x", "--dummy-weights", "--out=o"), "nothing is kept"),
+        (("evaluate", "x", "--suite", "mini"), "nothing is kept, as no --out was given"),
+        (("evaluate", "x", "--suite", "mini", "--out=o"), "the same command goes on"),
+        (("run", "demo"), "the same command goes on"),
+        (("verify", "x"), "gteopt: interrupted\n"),
+    ],
+)
+def test_ctrl_c_promises_what_the_command_keeps(
+    call: Call, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], kept: str
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("measure", "measure_dummy", "base_of", "run"):
+        monkeypatch.setattr(f"gteopt.plan.{name}", stop)
+    monkeypatch.setattr("gteopt.artifact.verify", stop)
+    ran = call(*arguments)
+    assert ran.code == 130
+    assert kept in ran.err
+
+
+def test_prices_and_margins_that_cannot_be_are_refused(call: Call) -> None:
+    for command in (("bench", "nano"), ("run", "demo")):
+        ran = call(*command, "--price-per-hour", "-1")
+        assert ran.code == 2
+        assert "--price-per-hour" in ran.err
+    for margin in ("0", "1", "-0.1"):
+        ran = call("evaluate", "nano", "--suite", "mini", "--margin", margin)
+        assert ran.code == 1
+        assert "between 0 and 1" in ran.err
 
 
 def test_a_disk_that_is_full_is_named_and_nothing_is_taken_for_whole(tmp_path: Path) -> None:

@@ -160,7 +160,8 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
     priced = report.model_copy(update={"price_per_hour": 2.0})
     assert "2 of the 3 blocks" in str(bench_table(priced).caption)
     cells = [list(column.cells) for column in limits_table(priced).columns]
-    assert set(cells[4]) == set(cells[5]) == {"–"}  # no price of a part of a model
+    assert [cell for cell in cells[1] if "~" in str(cell)] == ["5x~32"] * 2
+    assert set(cells[5]) == set(cells[6]) == {"–"}  # no price of a part of a model
     assert "more than the peak" not in str(limits_table(with_share(priced, 1.05)).caption)
     assert "more than the peak" in str(limits_table(with_share(priced, 1.9)).caption)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from gteopt.artifact import artifact_sha256
 from gteopt.errors import InputError
-from gteopt.plan import base_of, run
-from gteopt.recipe import BenchSpec, Plan, Workload
-from gteopt.records import Results, read_results
+from gteopt.plan import base_of, judge, measure, run
+from gteopt.recipe import BenchSpec, Limit, Objective, Plan, PlanBench, Policy, Workload
+from gteopt.records import BenchReport, EvalReport, Results, read_record, read_results, write_record
 
 SUITE = """
 schema: gteopt.suite/1
@@ -30,7 +31,7 @@ vectors: {code: int8}
 calibration: {n_texts: 24, max_tokens: 16}
 """
 """The weights of rtn-int8."""
-SPEC = BenchSpec(
+SPEC = PlanBench(
     query_tokens=8,
     n_queries=10,
     workloads=(Workload(batch_size=2, tokens=16),),
@@ -82,7 +83,7 @@ def test_a_plan_builds_measures_scores_chooses_and_reports(
 ) -> None:
     results, steps = first
     names = {"bf16", "rtn-int4", "rtn-int8"}
-    assert set(results.bench.variants) == set(results.evals) == names
+    assert set(results.benched) == set(results.evals) == names
     assert results.choice is not None
     assert {each.name for each in results.choice.candidates} == names
     assert results.evals["bf16"].retention == 1.0
@@ -119,7 +120,139 @@ def test_only_what_a_changed_plan_touches_is_done_again(
     assert not any(step.startswith("rtn-int8: MiniSTS") for step in steps.seen)
     assert any(step.startswith("short: MiniSTS") for step in steps.seen)
     assert results.evals["short"].n_encoded_texts == 0  # nor is any text encoded again
+    assert not any(step == "measuring speed of rtn-int8" for step in steps.seen)
+    assert any(step == "measuring speed of short" for step in steps.seen)
     assert not (folder / "out" / "eval" / "rtn-int4.json").exists()
+    assert read_results(folder / "out") == results  # of rtn-int4 nothing is left
+
+
+def test_evaluations_that_no_run_wrote_are_left_and_said(
+    folder: Path, first: tuple[Results, list[str]]
+) -> None:
+    del first
+    out = folder / "out" / "eval"
+    own = read_record(out / "rtn-int8.json", EvalReport).model_copy(update={"variant": "mine"})
+    write_record(out / "mine.json", own)
+    with pytest.warns(UserWarning, match="also holds mine, which no run of this plan wrote"):
+        results = run(plan(folder, "rtn-int8"), beside=folder)
+    assert read_record(out / "mine.json", EvalReport) == own
+    assert set(results.evals) == {"bf16", "rtn-int8"}
+    (out / "mine.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "differs"),
+    [
+        ("n_threads", 77, "threads: 77 there"),
+        ("device", "cuda:0", "device: cuda:0 there, cpu now"),
+        ("versions", {"backend": "openvino"}, "backend: openvino there, torch now"),
+        ("baseline", "bf16", "baseline: bf16 there, nano now"),
+        ("spec", BenchSpec(), "what is measured: 32x32, 32x128, 8x512; 50 queries"),
+    ],
+)
+def test_variants_are_not_added_to_a_benchmark_under_other_conditions(
+    folder: Path,
+    first: tuple[Results, list[str]],
+    tmp_path: Path,
+    field: str,
+    value: object,
+    differs: str,
+) -> None:
+    del first
+    own = read_record(folder / "out" / "bench.json", BenchReport)
+    if isinstance(value, dict):
+        value = {**own.versions, **value}
+    named = {"nano": own.variants["bf16"], "bf16": own.variants["bf16"]}
+    old = own.model_copy(update={"baseline": "nano", "variants": named, field: value})
+    write_record(tmp_path / "bench.json", old)
+    with pytest.raises(InputError, match="under other conditions") as caught:
+        bench_into(tmp_path, "nano")
+    assert differs in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2  # and nothing else does
+    assert read_record(tmp_path / "bench.json", BenchReport) == old
+
+
+def test_a_run_measures_again_what_was_measured_with_other_threads(
+    folder: Path, first: tuple[Results, list[str]]
+) -> None:
+    del first
+    path = folder / "out" / "bench.json"
+    old = read_record(path, BenchReport)
+    write_record(path, old.model_copy(update={"n_threads": 77}))
+    steps = Steps()
+    again = run(plan(folder, "rtn-int8"), beside=folder, progress=steps)
+    assert "measuring speed of rtn-int8" in steps.seen
+    assert again.bench is not None
+    assert again.bench.n_threads == torch.get_num_threads()
+
+
+def bench_into(
+    folder: Path, *sources: str, progress: Steps | None = None, price: float | None = None
+) -> BenchReport:
+    named = {Path(each).name: each for each in sources}
+    return measure(
+        named,
+        SPEC.spec,
+        folder,
+        baseline=next(iter(named)),
+        hub_dir=None,
+        device="cpu",
+        price_per_hour=price,
+        progress=progress or Steps(),
+    )
+
+
+class Stops(Steps):
+    """Ctrl-C in the middle of one step."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self.step = step
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what == self.step:
+            raise KeyboardInterrupt
+
+
+def test_variants_benched_later_lie_beside_the_earlier_and_survive_an_interruption(
+    folder: Path, first: tuple[Results, list[str]], tmp_path: Path
+) -> None:
+    del first
+    one, two = (str(folder / "out" / "variants" / name) for name in ("rtn-int8", "short"))
+    with pytest.raises(KeyboardInterrupt):
+        bench_into(tmp_path, "nano", one, progress=Stops("measuring speed of rtn-int8"))
+    assert set(read_record(tmp_path / "bench.json", BenchReport).variants) == {"nano"}
+    before = bench_into(tmp_path, "nano", one, price=2.0)
+    after = bench_into(tmp_path, "nano", two)
+    assert list(after.variants) == ["nano", "short", "rtn-int8"]
+    assert after.variants["rtn-int8"] == before.variants["rtn-int8"]
+    assert after.price_per_hour == 2.0
+    assert read_record(tmp_path / "bench.json", BenchReport) == after
+    with pytest.raises(InputError, match="baseline: nano there, short now"):
+        bench_into(tmp_path, two)
+
+
+def test_a_policys_margin_settles_the_verdicts_again_and_the_page_follows(
+    folder: Path, first: tuple[Results, list[str]]
+) -> None:
+    del first
+    out = folder / "out"
+    for margin, verdict in ((0.9, "equivalent"), (1e-9, None)):
+        policy = Policy(
+            schema="gteopt.policy/1",
+            name=f"within {margin:g}",
+            limits={"weight_bytes": Limit(min=0)},
+            objective=Objective(minimise="weight_bytes"),
+            margin=margin,
+        )
+        results = judge(out, policy)
+        assert read_results(out) == results
+        assert results.choice is not None
+        assert results.choice.reason in (out / "report.html").read_text().replace("&#x27;", "'")
+        report = results.evals["rtn-int8"]
+        assert report.margin == margin
+        assert report.difference is not None
+        assert (report.difference.verdict == "equivalent") == (verdict == "equivalent")
 
 
 def test_every_problem_of_a_plan_is_told_before_anything_is_built(tmp_path: Path) -> None:

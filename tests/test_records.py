@@ -19,6 +19,7 @@ from gteopt.records import (
     EvalReport,
     FailedTask,
     Fidelity,
+    FidelityReport,
     LatencyRecord,
     LayerRecord,
     Machine,
@@ -217,6 +218,31 @@ def test_a_folder_without_results_is_refused_with_what_it_lacks(tmp_path: Path) 
         read_results(tmp_path)
     for part in ("not a results folder", "bench.json", "gteopt bench", "eval/<variant>.json"):
         assert part in str(caught.value)
+
+
+def test_an_evaluation_or_own_texts_alone_are_results(tmp_path: Path) -> None:
+    own = evaluation("small").model_copy(update={"artifact_sha256": "x", "baseline_sha256": "x"})
+    write_record(tmp_path / "eval" / "small.json", own)
+    results = read_results(tmp_path)
+    assert (results.bench, results.benched, results.baseline) == (None, {}, "small")
+    common = own.model_dump(include={"fidelity", "machine", "versions", "artifact_sha256"})
+    texts = FidelityReport(
+        variant="int8",
+        baseline="nano",
+        baseline_sha256="y",
+        texts="mine.txt",
+        texts_sha256="z",
+        dims=64,
+        code="int8",
+        bytes_per_vector=64,
+        n_asked_texts=9,
+        n_encoded_texts=9,
+        notes=(),
+        **common,
+    )
+    write_record(tmp_path / "texts" / "fidelity" / "int8.json", texts)
+    alone = read_results(tmp_path / "texts")
+    assert (alone.fidelity, alone.evals, alone.baseline) == ({"int8": texts}, {}, "nano")
 
 
 def test_two_evaluations_of_one_variant_are_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from gteopt.recipe import (
     Objective,
     Policy,
     VectorCode,
+    Workload,
     metric_amount,
 )
 from gteopt.records import (
@@ -34,6 +35,7 @@ from gteopt.records import (
     EvalReport,
     FailedTask,
     Fidelity,
+    FidelityReport,
     LatencyRecord,
     Machine,
     Results,
@@ -41,8 +43,15 @@ from gteopt.records import (
     ThroughputRecord,
     VariantBench,
 )
-from gteopt.report import html_page, write_report
-from gteopt.tables import bench_table, eval_table, rows, terminal_table
+from gteopt.report import _floor, html_page, write_report
+from gteopt.tables import (
+    _IN_TERMINAL,
+    COLUMNS,
+    bench_table,
+    eval_table,
+    rows,
+    terminal_table,
+)
 
 MACHINE = Machine(
     cpu="AMD EPYC 9B14 (avx512_bf16, avx512_vnni)",
@@ -105,7 +114,8 @@ def test_the_verdict_names_each_broken_limit_in_numbers(demo: Results) -> None:
     assert verdicts["int8"] == "on the Pareto front"
     assert verdicts["int8-slice64-int8"] == "retention 96.12 % < 97 %"
     assert verdicts["gptq-int4-slice128-binary"] == (
-        "retention 94.23 % < 97 %; neighbour overlap not measured, limit 80 %"
+        "retention 94.23 % < 97 %; neighbour overlap not measured (`gteopt evaluate --out` "
+        "does), limit 80 %"
     )
 
 
@@ -141,7 +151,33 @@ def test_the_terminal_table_fits_with_every_name_on_one_line(demo: Results, widt
     assert "✗ int8-slice64-int8: retention 96.12 % < 97 %" in text
 
 
+@pytest.mark.parametrize("width", [200, 80, 60, 40, 32])
+def test_a_narrow_terminal_loses_whole_columns_which_are_named_and_no_digit(
+    demo: Results, width: int
+) -> None:
+    text = rendered(demo, width)
+    assert max(map(len, text.splitlines())) <= width
+    note = " ".join(text.split()).partition("no room for: ")[2].partition(" (a wider")[0]
+    missing = set(note.split(", ")) - {""}
+    assert bool(missing) == (width < 200)
+    shown = [c for c in COLUMNS if c.attribute in _IN_TERMINAL and c.title not in missing]
+    assert shown
+    by_name = {row.name: row for row in rows(demo)}
+    for name in ("none", "int8", "gptq-int4"):
+        line = next(line for line in text.splitlines() if f" {name} " in line)
+        assert line.split()[-len(shown) :] == [column.text(by_name[name]) for column in shown]
+
+
+def test_variants_that_find_no_room_side_by_side_stand_below(demo: Results) -> None:
+    text = printed(eval_table(demo.evals), 60)
+    assert max(map(len, text.splitlines())) <= 60
+    for given in DEMO:
+        assert given.name in text
+        assert f"{TASKS[0][-1] * given.retention * 100:.2f}" in text
+
+
 def test_the_bench_table_shows_every_workload_of_every_variant(demo: Results) -> None:
+    assert demo.bench is not None
     text = printed(bench_table(demo.bench), 100)
     assert max(map(len, text.splitlines())) <= 100
     for workload in demo.bench.spec.workloads:
@@ -178,7 +214,8 @@ def test_differences_are_shown_with_their_intervals_and_verdicts(demo: Results) 
         text.split()
     )
     page = html_page(demo.model_copy(update={"evals": evals}), title="demo")
-    assert "-0.40 [-0.70, -0.10] · worse" in page
+    for part in ("-0.40", "[-0.70, -0.10]", "worse"):
+        assert f"<small>{part}</small>" in page
 
 
 def test_a_partial_score_is_marked_in_the_table_and_on_the_page(demo: Results) -> None:
@@ -193,8 +230,109 @@ def test_a_partial_score_is_marked_in_the_table_and_on_the_page(demo: Results) -
     assert "Partial evaluation" in page
 
 
+def judged(demo: Results) -> Results:
+    """The demo with an interval of two points around each retention."""
+    evals = {}
+    for name, report in demo.evals.items():
+        value = report.score - report.baseline_score
+        around = Difference(
+            value=value, low=value - 0.01, high=value + 0.01, verdict="undecided", p=0.3
+        )
+        evals[name] = report.model_copy(
+            update={
+                "difference": around,
+                "retention_low": report.retention - 0.013,
+                "retention_high": report.retention + 0.013,
+            }
+        )
+    return demo.model_copy(update={"evals": evals})
+
+
+def test_a_retention_never_stands_on_the_page_without_its_interval(demo: Results) -> None:
+    page = html_page(judged(demo), title="demo")
+    headline = "<b>98.4 %</b> of the baseline’s score (97.1–99.7: undecided)"
+    assert headline in page
+    assert "<td>98.4<small>97.1–99.7</small></td>" in page
+    assert page.count('"error_y":') == 2
+
+
+def test_a_variant_far_below_the_others_is_an_arrow_with_its_figure(demo: Results) -> None:
+    assert _floor([100, 99.9, 99.4, 99.6, 99.8, 65.1]) == 95
+    assert _floor([100, 96, 95, 92, 90]) < 90
+    far = demo.evals["int8"].model_copy(update={"retention": 0.651})
+    page = html_page(demo.model_copy(update={"evals": {**demo.evals, "int8": far}}), title="demo")
+    assert without_plotly(page).count("triangle-down") == 2
+    assert without_plotly(page).count("int8 (65.1 %)") == 2
+
+
+def test_what_tokens_cost_is_on_the_page(demo: Results) -> None:
+    assert demo.bench is not None
+    workload = Workload(batch_size=64, tokens=128, lengths="lognormal")
+    priced = demo.bench.model_copy(
+        update={
+            "price_per_hour": 2.0,
+            "peak_gflops": {"float32": 420.0},
+            "spec": BenchSpec(workloads=(workload,)),
+            "variants": {
+                name: each.model_copy(
+                    update={
+                        "throughput": tuple(
+                            record.model_copy(
+                                update={
+                                    **workload.model_dump(),
+                                    "peak_ratio": 0.62,
+                                    "gflops": 260.0,
+                                }
+                            )
+                            for record in each.throughput[:1]
+                        )
+                    }
+                )
+                for name, each in demo.bench.variants.items()
+            },
+        }
+    )
+    page = html_page(demo.model_copy(update={"bench": priced}), title="demo")
+    # int8: 31,000 * 1.42 tokens/s at 2 dollars an hour; 0.008 dollars a million tokens.
+    cells = ("64x~128", "44,020", "1.42", "260", "62%", "–", "0.0126", "1.268")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+    assert "float32 420; at $2 an hour; hosted price: $0.008 per million tokens" in page
+    assert "64x~128 tokens; 5 rounds" in page
+    assert "64 × 128" not in page
+
+
+def test_a_page_is_made_of_an_evaluation_or_of_own_texts_alone(demo: Results) -> None:
+    page = html_page(demo.model_copy(update={"bench": None}), title="quality only")
+    assert "Scores by task" in page
+    assert "Speed and cost" not in page
+    assert "Not measured (<code>gteopt bench --out</code>)" in page
+    own = demo.evals["int8"]
+    texts = FidelityReport(
+        variant="int8",
+        baseline="none",
+        texts="mine.txt",
+        texts_sha256="7" * 64,
+        dims=64,
+        code="int8",
+        bytes_per_vector=64,
+        n_asked_texts=9,
+        n_encoded_texts=9,
+        notes=("a note of its own",),
+        **own.model_dump(
+            include={"artifact_sha256", "baseline_sha256", "fidelity", "machine", "versions"}
+        ),
+    )
+    alone = Results(bench=None, evals={}, fidelity={"int8": texts}, choice=None)
+    page = html_page(alone, title="own texts")
+    assert f"<td>{own.fidelity.neighbour_overlap:.4f}</td>" in page
+    assert "1,024 texts of mine.txt, against none" in page
+    assert "a note of its own" in page
+    assert "Scores by task" not in page
+
+
 def test_names_and_reasons_are_escaped_everywhere(demo: Results) -> None:
     evil = "</script><img src=x onerror=alert(1)>"
+    assert demo.bench is not None
     bench = demo.bench.variants["int8"]
     results = demo.model_copy(
         update={
