@@ -7,7 +7,7 @@ ordered. Refuses to know: torch, files, how anything was measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from gteopt.errors import InputError, join_problems
 from gteopt.recipe import (
@@ -48,8 +48,10 @@ def choose(policy: Policy, results: Results) -> Choice:
     each limit on it (`retention_low` where some task has no interval, for one), and a candidate
     without the objective's metric is not picked.
 
-    Candidates tie where the objective is the same, or where it is a speed (or its cost) and differs
-    by no more than the baseline's from itself. A tie goes to the candidate that keeps more
+    Speeds (and costs) are compared by their ratio to the baseline's, which took turns with them:
+    tokens a second of two moments differ by whatever else the machine did. Candidates tie where the
+    objective is the same, or where it is a speed and differs by no more than the baseline's from
+    itself. A tie goes to the candidate that keeps more
     neighbours, as retentions of close variants differ by noise: one only loses by its retention
     where its interval lies below another's. Then count retention, the objective and the name.
 
@@ -67,7 +69,8 @@ def choose(policy: Policy, results: Results) -> Choice:
     metrics = {name: _metrics(name, results) for name in names}
     partial = any(report.partial for report in results.evals.values())
     quality: Metric = "neighbour_overlap" if partial else "retention"
-    front = pareto_front(metrics, {quality, policy.objective.metric, *_COSTS})
+    fair = {name: found | _in_turns(name, found, results) for name, found in metrics.items()}
+    front = pareto_front(fair, {quality, policy.objective.metric, *_COSTS})
     candidates = tuple(
         Candidate(
             name=name,
@@ -82,20 +85,26 @@ def choose(policy: Policy, results: Results) -> Choice:
         return Choice(
             policy=policy, picked=None, reason=_why_none(policy, candidates), candidates=candidates
         )
-    best, *tied = _best_first(policy, admissible, results)
+    best, *tied = _best_first(policy, admissible, fair, results)
     reason = _why(policy, best, tied, len(admissible), len(candidates), results)
     return Choice(policy=policy, picked=best.name, reason=reason, candidates=candidates)
 
 
 def _best_first(
-    policy: Policy, admissible: Sequence[Candidate], results: Results
+    policy: Policy,
+    admissible: Sequence[Candidate],
+    fair: Mapping[str, Mapping[Metric, float]],
+    results: Results,
 ) -> list[Candidate]:
-    """The candidates that tie for the best, the one to pick first; see `choose`."""
+    """The candidates that tie for the best, the one to pick first; see `choose`.
+
+    `fair` are their metrics with speeds as `_in_turns` has them.
+    """
     metric = policy.objective.metric
     sign = -1 if policy.objective.maximise is not None else 1
-    best = min(sign * c.metrics[metric] for c in admissible)
+    best = min(sign * fair[c.name][metric] for c in admissible)
     within = abs(best) * _noise(metric, results)
-    tied = [c for c in admissible if sign * c.metrics[metric] <= best + within]
+    tied = [c for c in admissible if sign * fair[c.name][metric] <= best + within]
     least = max(c.metrics.get("retention_low", 0.0) for c in tied)
 
     def order(candidate: Candidate) -> tuple[bool, float, float, float, str]:
@@ -106,11 +115,20 @@ def _best_first(
             high is not None and high < least,
             -found.get("neighbour_overlap", 0.0),
             -found.get("retention", 0.0),
-            sign * found[metric],
+            sign * fair[candidate.name][metric],
             candidate.name,
         )
 
     return sorted(tied, key=order)
+
+
+def _in_turns(name: str, found: Mapping[Metric, float], results: Results) -> dict[Metric, float]:
+    """Speed and cost of a variant as shares of the baseline's, where they were measured."""
+    if results.bench is None or name not in results.bench.variants:
+        return {}
+    ratio = 1.0 if name == results.bench.baseline else results.bench.variants[name].speed_ratio
+    shares: dict[Metric, float] = {"tokens_per_s": ratio, "cost_per_million_tokens": 1 / ratio}
+    return {metric: share for metric, share in shares.items() if metric in found}
 
 
 def _noise(metric: Metric, results: Results) -> float:
@@ -213,6 +231,8 @@ def _why(
     ]
     noise = _noise(metric, results)
     best_amount = metric_amount(metric, best.metrics[metric])
+    if share := _in_turns(best.name, best.metrics, results).get(metric):
+        best_amount += f", {share:.2f} times the baseline's in turns with it"
     reason = (
         f"{best.name} has the {word} {METRIC_WORDS[metric]} ({best_amount}"
         f"{f', within the noise of {noise:.1%}' if tied and noise else ''}) of the "

@@ -337,7 +337,7 @@ def bench(
     price_per_hour: Annotated[
         float | None, typer.Option(min=0, help="of this machine in dollars: gives cost per tokens")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="results folder for bench.json")] = None,
+    out: Annotated[Path | None, typer.Option(help="results folder: adds to its bench.json")] = None,
     hub_dir: HubDir = None,
     device: Device = "auto",
     backend: BackendOption = "torch",
@@ -514,7 +514,7 @@ def evaluate(
 
 @app.command()
 def choose(
-    results_dir: Annotated[Path, typer.Argument(help="folder with bench.json and eval/")],
+    results_dir: Annotated[Path, typer.Argument(help="folder with bench.json, eval/ or fidelity/")],
     policy: Annotated[str, typer.Option(help="a shipped policy, or a file")],
     as_json: AsJson = False,
 ) -> None:
@@ -537,7 +537,7 @@ def choose(
 
 @app.command()
 def report(
-    results_dir: Annotated[Path, typer.Argument(help="folder with bench.json and eval/")],
+    results_dir: Annotated[Path, typer.Argument(help="folder with bench.json, eval/ or fidelity/")],
     as_json: AsJson = False,
 ) -> None:
     """Write report.html from what a results folder holds, and print its table.
@@ -910,10 +910,16 @@ def _show_all(records: Sequence[Frozen], table: Table, *, as_json: bool) -> None
 
 
 def _show_results(results: Results, *, as_json: bool) -> None:
-    from gteopt.tables import terminal_table
+    from gteopt.tables import fidelity_table, terminal_table
 
-    _show(results, terminal_table(results), as_json=as_json)
-    if not as_json and results.choice is not None:
+    if as_json:
+        _print_json(json.loads(results.model_dump_json(by_alias=True)))
+        return
+    if results.benched or results.evals:
+        _out.print(terminal_table(results))
+    if results.fidelity:
+        _out.print(fidelity_table(results.fidelity))
+    if results.choice is not None:
         _out.print(results.choice.reason, soft_wrap=True)
 
 

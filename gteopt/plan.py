@@ -241,7 +241,8 @@ def measure(
 
     The file is written after each variant, so that what was measured before an interruption stays.
     Variants of several calls lie in one report only where all that a speed depends on is the same:
-    spec, machine, versions, device, threads, backend and the baseline's files.
+    spec, machine, versions, device, threads, backend and the baseline's files, which keep the name
+    that they have in the report.
 
     Args:
         sources: see `bench`.
@@ -280,6 +281,13 @@ def measure(
             if not skip_measured:
                 raise
     hashes = {name: _sha256_of(source, hub_dir) for name, source in sources.items()}
+    known = old.baseline if old is not None else baseline
+    own = old.variants.get(known) if old is not None else None
+    if own is not None and own.artifact_sha256 == hashes[baseline] and known not in sources:
+        # A plan calls its baseline otherwise than a command does.
+        sources = {known: sources[baseline], **_without(sources, baseline)}
+        hashes = {known: hashes[baseline], **_without(hashes, baseline)}
+        baseline = known
     now = _Conditions(spec, str(pick_device(device)), backend, baseline, hashes[baseline])
     if old is not None and (problems := now.differences(old)):
         if not skip_measured:
@@ -299,8 +307,8 @@ def measure(
         old = None
     wanted = dict(sources)
     if old is not None and skip_measured:
-        known = {name: each.artifact_sha256 for name, each in old.variants.items()}
-        wanted = {name: each for name, each in sources.items() if known.get(name) != hashes[name]}
+        there = {name: each.artifact_sha256 for name, each in old.variants.items()}
+        wanted = {name: each for name, each in sources.items() if there.get(name) != hashes[name]}
         if wanted:
             wanted = {baseline: sources[baseline], **wanted}
 
@@ -330,6 +338,10 @@ def measure(
             progress=progress,
         )
     )
+
+
+def _without(named: Mapping[str, str], name: str) -> dict[str, str]:
+    return {each: value for each, value in named.items() if each != name}
 
 
 def measure_dummy(

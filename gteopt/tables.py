@@ -110,7 +110,9 @@ def terminal_table(results: Results) -> Table:
         style = "bold green" if row.status == "picked" else "dim" if row.is_baseline else ""
         cells = [column.text(row) for column in columns]
         table.add_row(MARKS[row.status], Text(row.name), *cells, style=style)
-    notes = ["✓ picked   ◦ on the Pareto front   ✗ breaks a limit   * partial: some task failed"]
+    notes = []
+    if results.choice is not None:
+        notes.append("✓ picked   ◦ on the Pareto front   ✗ breaks a limit")
     notes += [f"✗ {row.name}: {row.verdict}" for row in lines if row.status == "rejected"]
     notes += [f"* {failure}" for failure in failures(results.evals)]
     table.caption = Text("\n".join(notes), style="not italic")

@@ -49,10 +49,14 @@ def bench(
     tokens_per_s: float = 1000.0,
     index_bytes: int = 1000 * MB,
     device_bytes: int | None = None,
-    ratio: float = 1,
+    ratio: float | None = None,
 ) -> VariantBench:
     speed = ThroughputRecord(
-        batch_size=8, tokens=64, texts_per_s=1, tokens_per_s=tokens_per_s, baseline_ratio=ratio
+        batch_size=8,
+        tokens=64,
+        texts_per_s=1,
+        tokens_per_s=tokens_per_s,
+        baseline_ratio=tokens_per_s / 1000 if ratio is None else ratio,
     )
     return VariantBench(
         artifact_sha256="a",
@@ -276,6 +280,21 @@ def test_a_speed_ties_with_what_it_beats_by_less_than_the_measurements_noise(
     choice = choose(fastest, results(variants, [evaluation("int4", overlap=0.9)]))
     assert choice.picked == picked
     assert ("within the noise of 2.0%" in choice.reason) == (picked == "base")
+
+
+def test_a_speed_counts_beside_the_baselines_and_not_by_the_clock_of_another_hour() -> None:
+    # The machine was busy while int8 was measured, and its baseline with it.
+    variants = {
+        "base": bench(tokens_per_s=1000),
+        "int8": bench(tokens_per_s=700, ratio=1.4),
+        "int4": bench(tokens_per_s=1100, ratio=1.1),
+    }
+    evals = [evaluation("int8"), evaluation("int4")]
+    choice = choose(policy(Objective(maximise="tokens_per_s")), results(variants, evals))
+    assert choice.picked == "int8"
+    assert "(700 tokens/s, 1.40 times the baseline's in turns with it)" in choice.reason
+    cheap = policy(Objective(minimise="cost_per_million_tokens"))
+    assert choose(cheap, results(variants, evals, price=3.0)).picked == "int8"
 
 
 def test_a_retention_without_interval_keeps_no_limit_on_its_lower_end() -> None:

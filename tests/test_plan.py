@@ -107,6 +107,22 @@ def test_a_second_run_does_nothing_again_and_says_the_same(
     assert steps.seen == [f"{name}: comparing with nano" for name in again.evals]
 
 
+def test_a_price_gives_costs_and_is_no_reason_to_measure_again(
+    folder: Path, first: tuple[Results, list[str]]
+) -> None:
+    del first
+    steps = Steps()
+    priced = SPEC.model_copy(update={"price_per_hour": 2.0})
+    again = run(
+        plan(folder, "rtn-int4", "rtn-int8").model_copy(update={"bench": priced}), progress=steps
+    )
+    assert not any(step.startswith("measuring") for step in steps.seen)
+    assert again.bench is not None
+    assert again.bench.price_per_hour == 2.0
+    assert again.choice is not None
+    assert all("cost_per_million_tokens" in each.metrics for each in again.choice.candidates)
+
+
 def test_only_what_a_changed_plan_touches_is_done_again(
     folder: Path, first: tuple[Results, list[str]]
 ) -> None:
@@ -146,7 +162,6 @@ def test_evaluations_that_no_run_wrote_are_left_and_said(
         ("n_threads", 77, "threads: 77 there"),
         ("device", "cuda:0", "device: cuda:0 there, cpu now"),
         ("versions", {"backend": "openvino"}, "backend: openvino there, torch now"),
-        ("baseline", "bf16", "baseline: bf16 there, nano now"),
         ("spec", BenchSpec(), "what is measured: 32x32, 32x128, 8x512; 50 queries"),
     ],
 )
@@ -162,7 +177,7 @@ def test_variants_are_not_added_to_a_benchmark_under_other_conditions(
     own = read_record(folder / "out" / "bench.json", BenchReport)
     if isinstance(value, dict):
         value = {**own.versions, **value}
-    named = {"nano": own.variants["bf16"], "bf16": own.variants["bf16"]}
+    named = {"nano": own.variants["bf16"]}
     old = own.model_copy(update={"baseline": "nano", "variants": named, field: value})
     write_record(tmp_path / "bench.json", old)
     with pytest.raises(InputError, match="under other conditions") as caught:
@@ -223,7 +238,15 @@ def test_variants_benched_later_lie_beside_the_earlier_and_survive_an_interrupti
         bench_into(tmp_path, "nano", one, progress=Stops("measuring speed of rtn-int8"))
     assert set(read_record(tmp_path / "bench.json", BenchReport).variants) == {"nano"}
     before = bench_into(tmp_path, "nano", one, price=2.0)
-    after = bench_into(tmp_path, "nano", two)
+    after = measure(
+        {"mine": "nano", "short": two},
+        SPEC.spec,
+        tmp_path,
+        baseline="mine",
+        hub_dir=None,
+        device="cpu",
+        progress=Steps(),
+    )
     assert list(after.variants) == ["nano", "short", "rtn-int8"]
     assert after.variants["rtn-int8"] == before.variants["rtn-int8"]
     assert after.price_per_hour == 2.0
