@@ -36,7 +36,7 @@ from gteopt.formats import ReadLayer, Shape, format_of
 from gteopt.graphs import Graphs
 from gteopt.kernels import arithmetic, make_linear, speed_up_linears_
 from gteopt.kernels.reference import PackedEmbedding
-from gteopt.machine import give_back
+from gteopt.machine import give_back, gpu_name
 from gteopt.openvino import Graph, Weights
 from gteopt.pooling import LatentAttention, pool
 from gteopt.quant.affine import PackedWeight
@@ -189,6 +189,11 @@ class Encoder:
         if self.backend == "openvino":
             return f"openvino {version('openvino')}, {arithmetic(self.device)}"
         return arithmetic(self.device)
+
+    @property
+    def gpu(self) -> str | None:
+        """Name of the GPU that it computes on; None on a CPU, or where this machine has none."""
+        return gpu_name(str(self.device))
 
     @property
     def kernels(self) -> dict[str, int]:
