@@ -423,7 +423,10 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="results folder; makes runs resumable")] = None,
     cache_gb: Annotated[
-        float, typer.Option(min=0, help="most that cached vectors take; those of earlier tasks make room first")
+        float,
+        typer.Option(
+            min=0, help="most that cached vectors take; those of earlier tasks make room first"
+        ),
     ] = 20,
     cache_dtype: Annotated[
         Literal["float16", "float32"],

@@ -149,7 +149,7 @@ def test_faulty_own_data_stop_a_run_beside_other_missing_data(
     path.write_text("sentence1,sentence2,score\na,b,1\n")
     with pytest.raises(InputError) as caught:
         run_suite(nano, with_data(load_suite("stsb"), path), hub_dir=tmp_path)
-    own, lacking = str(caught.value).split("suite stsb", 1)
+    own, lacking = str(caught.value).split("suite stsb-own", 1)
     assert "1 pairs" in own
     assert lacking.startswith(" lacks data")
     assert "mteb/banking77" in lacking

@@ -61,6 +61,7 @@ prompts, pooling, kernels), so that no vector of before is scored as one of afte
 DEFAULT_BYTES = 20_000_000_000
 SHARD_TEXTS = 256
 _HELD_BYTES = 1 << 30  # of shards that stay in memory after they were read
+_WRITES_PER_LOOK = 64  # other processes write, too: 117 MB each at 3584 dimensions
 _STALE_S = 86_400  # a half-written file of this age belongs to a process that was killed
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -243,6 +244,8 @@ class VectorCache:
         self._where: dict[bytes, tuple[str, int]] = {}
         self._gone: set[str] = set()
         self._of_task: dict[str, None] = {}
+        self._n_unseen_writes = 0  # since all shards were looked at
+        self._n_bytes = 0  # that they took then, and were written since
         self._held: OrderedDict[str, Stored] = OrderedDict()
 
     def begin_task(self) -> None:
@@ -425,10 +428,16 @@ class VectorCache:
         self._of_task.setdefault(name)
         self._hold(name, vectors)
         self._index(name, keys)
-        self._make_room(name)
+        self._n_bytes += len(content)
+        # A corpus has tens of thousands of shards, all of which are looked at to make room.
+        if self._n_unseen_writes % _WRITES_PER_LOOK == 0 or self._n_bytes > self._limit_bytes:
+            self._n_bytes, self._n_unseen_writes = self._make_room(name), 0
+        self._n_unseen_writes += 1
 
-    def _make_room(self, newest: str) -> None:
-        """Remove shards of all encoders down to the limit: see `begin_task` for the order."""
+    def _make_room(self, newest: str) -> int:
+        """Remove shards of all encoders down to the limit: see `begin_task` for the order. Returns
+        the bytes that are left.
+        """
         files: list[tuple[float, int, Path]] = []
         for path in self.folder.parent.glob("*/*"):
             try:
@@ -442,7 +451,7 @@ class VectorCache:
         total = sum(size for _, size, _ in files)
         limit = self._room_bytes(total)
         if total <= limit:
-            return
+            return total
         places = {name: place for place, name in enumerate(self._of_task)}
 
         def first_to_go(file: tuple[float, int, Path]) -> tuple[bool, float]:
@@ -456,6 +465,7 @@ class VectorCache:
             if path.name != newest:
                 path.unlink(missing_ok=True)
                 total -= size
+        return total
 
 
 def cut(texts: Iterable[str], role: Role, instruction: str | None) -> list[Shard]:
