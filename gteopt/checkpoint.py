@@ -450,8 +450,9 @@ def _resolve(
         return _download(source, revision, headers_only)
     except InputError as error:
         raise InputError(
-            f"model {source} could not be fetched: {error}. Or download it elsewhere and give "
-            f"--hub-dir. {suggest(source, [NANO, *PUBLISHED])}"
+            f"there is no folder {source}, and no model of that name could be fetched from the "
+            f"hub: {error}. Or download it elsewhere and give --hub-dir. "
+            f"{suggest(source, [NANO, *PUBLISHED])}"
         ) from error
 
 

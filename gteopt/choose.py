@@ -23,7 +23,7 @@ from gteopt.records import BrokenLimit, Candidate, Choice, EvalReport, Results, 
 
 _COSTS: tuple[Metric, ...] = ("weight_bytes", "index_bytes", "tokens_per_s")
 _FROM_EVAL: dict[Metric, Callable[[EvalReport], float]] = {
-    "retention": lambda report: report.retention,
+    "retention": lambda report: math.nan if report.retention is None else report.retention,
     "retention_low": lambda report: (
         math.nan if report.retention_low is None else report.retention_low
     ),
@@ -57,8 +57,9 @@ def choose(policy: Policy, results: Results) -> Choice:
 
     A candidate is on the Pareto front where no other is at least as good in all of quality, weight
     bytes, index bytes, tokens a second and the policy's objective, and better in one. Quality is
-    retention; where an evaluation is partial, retentions are means over different tasks, and
-    quality is neighbour overlap. A candidate that lacks one of these is not on the front.
+    retention; where an evaluation is partial, retentions are means over different tasks, and where
+    the baseline's score is not above 0 there are none: quality is then neighbour overlap. A
+    candidate that lacks one of these is not on the front.
 
     Raises:
         InputError: nothing was measured, or the reports do not belong together (other bytes of the
@@ -68,7 +69,8 @@ def choose(policy: Policy, results: Results) -> Choice:
     names = sorted(results.benched.keys() | results.evals.keys())
     metrics = {name: _metrics(name, results) for name in names}
     partial = any(report.partial for report in results.evals.values())
-    quality: Metric = "neighbour_overlap" if partial else "retention"
+    without = any(report.retention is None for report in results.evals.values())
+    quality: Metric = "neighbour_overlap" if partial or without else "retention"
     fair = {name: found | _in_turns(name, found, results) for name, found in metrics.items()}
     front = pareto_front(fair, {quality, policy.objective.metric, *_COSTS})
     candidates = tuple(
@@ -249,6 +251,8 @@ def _why(
     if report is not None and report.partial:
         failed = ", ".join(task.task for task in report.failed) or "unnamed tasks"
         reason += f"; its evaluation is PARTIAL, without {failed}"
+    elif report is not None and report.no_retention is not None:
+        reason += f"; NO retention: {report.no_retention}"
     elif "retention" not in best.metrics:
         reason += "; its quality was NOT evaluated"
     return reason + "."

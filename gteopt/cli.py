@@ -8,8 +8,9 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from gteopt.evaluation.workers import Workers
     from gteopt.recipe import BenchSpec, Frozen
     from gteopt.records import Manifest, Publication, Results
+
+_LINE_EVERY_S = 60.0
 
 
 class _Interrupted(GteoptError):
@@ -456,7 +459,10 @@ def evaluate(
         ),
     ] = "auto",
     cache_gb: Annotated[
-        float, typer.Option(min=0, help="most that cached vectors take; the oldest make room")
+        float,
+        typer.Option(
+            min=0, help="most that cached vectors take; those of earlier tasks make room first"
+        ),
     ] = 20,
     cache_dtype: Annotated[
         Literal["float16", "float32"],
@@ -838,10 +844,15 @@ class _Rate(ProgressColumn):
 
 
 class _Steps:
-    """A bar for the step at hand; a finished step leaves one line with its units and its time."""
+    """A bar for the step at hand; a finished step leaves one line with its units and its time.
 
-    def __init__(self, bars: Progress) -> None:
+    Where no terminal shows a bar (a batch job, nohup, CI), there is a line a minute instead.
+    """
+
+    def __init__(self, bars: Progress, clock: Callable[[], float] = time.monotonic) -> None:
         self._bars = bars
+        self._clock = clock
+        self._said = 0.0
         self._what: str | None = None
         self._task: TaskID | None = None
         self._since = 0.0
@@ -851,22 +862,32 @@ class _Steps:
         """`done` of `total` units of the step `what` are finished."""
         if what != self._what:
             self.close()
-            self._bars.start()  # only now: an error before the first step leaves no empty bar
-            self._what, self._since = what, time.monotonic()
+            if self._bars.console.is_terminal:
+                self._bars.start()  # only now: an error before the first step leaves no empty bar
+            self._what, self._since = what, self._clock()
+            self._said = self._since
             self._task = self._bars.add_task(what, total=total)
         assert self._task is not None
         self._total = total
         self._bars.update(self._task, completed=done, total=total)
+        now = self._clock()
+        if not self._bars.console.is_terminal and now - self._said >= _LINE_EVERY_S:
+            self._said = now
+            rate = done / (now - self._since)
+            left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 else ""
+            self._line(f"{what}  {done:,}/{total:,} at {_rate(rate)}/s{left}")
 
     def close(self) -> None:
         """The step at hand is over."""
         if self._task is not None:
             self._bars.remove_task(self._task)
-            took = time.monotonic() - self._since
+            took = self._clock() - self._since
             rate = f"{self._total:,} at {_rate(self._total / took)}/s, " if self._total > 1 else ""
-            line = f"{self._what}  {rate}{took:.1f} s"
-            _err.print(line, style="dim", markup=False, highlight=False)
+            self._line(f"{self._what}  {rate}{took:.1f} s")
             self._what = self._task = None
+
+    def _line(self, text: str) -> None:
+        self._bars.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Take the bar off the screen, also when the step at hand failed."""

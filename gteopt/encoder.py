@@ -24,6 +24,7 @@ from gteopt.checkpoint import Checkpoint
 from gteopt.errors import InputError, NumericsError, suggest
 from gteopt.graphs import Graphs
 from gteopt.kernels import arithmetic
+from gteopt.machine import gpu_name
 from gteopt.openvino import Graph
 from gteopt.pooling import LatentAttention, pool
 from gteopt.quant.vectors import VectorTransform
@@ -185,6 +186,11 @@ class Encoder:
         if self.backend == "openvino":
             return f"openvino {version('openvino')}, {arithmetic(self.device)}"
         return arithmetic(self.device)
+
+    @property
+    def gpu(self) -> str | None:
+        """Name of the GPU that it computes on; None on a CPU, or where this machine has none."""
+        return gpu_name(str(self.device))
 
     @property
     def kernels(self) -> dict[str, int]:

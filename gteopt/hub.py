@@ -37,6 +37,7 @@ _STEP_BYTES = 8 << 20
 """After how many bytes what was sent is settled, so that it never travels again. A Xet upload that
 is interrupted before it is settled is lost; each settling takes a few requests."""
 _AGAIN = "run the same command again: what has arrived is not sent twice"
+_READ_AGAIN = "run the same command again: what has arrived is not fetched twice"
 
 
 @dataclass(frozen=True)
@@ -327,6 +328,7 @@ def _plainly(repo: str, verb: str = "read") -> Iterator[None]:
 def _explanation(repo: str, verb: str, error: Exception) -> str | None:
     """What happened and what to do; None where the hub has no part in it."""
     chain = list(_causes(error))
+    again = _READ_AGAIN if verb == "read" else _AGAIN
     for each in chain:
         if isinstance(each, HfHubHTTPError):
             return _of_status(repo, verb, each)
@@ -336,10 +338,10 @@ def _explanation(repo: str, verb: str, error: Exception) -> str | None:
         if type(each).__module__.partition(".")[0] in ("httpx", "httpx2"):
             host = HfApi().endpoint
             return (
-                f"{host} cannot be reached ({_first_line(each)}); check the network, then {_AGAIN}"
+                f"{host} cannot be reached ({_first_line(each)}); check the network, then {again}"
             )
     if isinstance(error, RuntimeError | ValueError | OSError):
-        return f"{repo}: {_first_line(chain[-1])}; {_AGAIN}"
+        return f"{repo}: {_first_line(chain[-1])}; {again}"
     return None
 
 
@@ -372,7 +374,7 @@ def _of_status(repo: str, verb: str, error: HfHubHTTPError) -> str:
         return f"the access token may not {verb} {repo}{reason}; use one that may"
     if status in (409, 412):
         return f"somebody else changed {repo} just now{reason}; look at it, then {_AGAIN}"
-    return f"the hub answered {status}{reason}; {_AGAIN}"
+    return f"the hub answered {status}{reason}; {_READ_AGAIN if verb == 'read' else _AGAIN}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

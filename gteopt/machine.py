@@ -135,6 +135,15 @@ def _gpu() -> str | None:
     return names[0] if len(names) == 1 else f"{len(names)} x {names[0]}"
 
 
+def gpu_name(device: str) -> str | None:
+    """Name of a device of torch's ("cuda", "cuda:1"); None where this machine lacks it."""
+    import torch
+
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(device)
+
+
 def give_back() -> None:
     """Return memory that was freed to the system; only glibc is known to need being told.
 

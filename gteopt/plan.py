@@ -16,6 +16,7 @@ any step works.
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -521,9 +522,11 @@ def score(
     With a results folder, finished tasks are stored in it and not done twice.
 
     Raises:
-        InputError: the results folder is a file; and see `run_views`.
+        InputError: the results folder is a file; lists every source that cannot be opened, before
+            anything is encoded.
     """
     _check_folder(folder)
+    _check_all(sources, folder, how)
     reports: dict[str, EvalReport] = {}
     baseline = None
     drawn: Drawn = {}
@@ -584,16 +587,17 @@ def compare_texts(
     vectors at full dimension, as always.
 
     Raises:
-        InputError: the results folder is a file; and see `read_texts`.
+        InputError: see `score`.
     """
     _check_folder(folder)
+    _check_all(sources, None, how)
     texts = read_texts(file)
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     reports: dict[str, FidelityReport] = {}
     baseline = None
     for name, source in sources.items():
         opened = _open(name, source, how, progress, is_baseline=baseline is None)
-        views, own, notes = opened.views, own_view(opened.encoder), opened.notes
+        views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
         run = run_texts(
             opened.encoder, texts, store=_store(folder), options=opened.options, progress=progress
         )
@@ -623,6 +627,40 @@ def compare_texts(
         for name, report in reports.items():
             write_record(folder / "fidelity" / f"{name}.json", report)
     return reports
+
+
+def _check_all(sources: Mapping[str, str], folder: Path | None, how: Setup) -> None:
+    """Open every source: what is damaged or misspelt must not be found after days of encoding.
+
+    Raises:
+        InputError: lists all of them; and reports of another backend that would be overwritten.
+    """
+    problems: list[str] = []
+    dims: dict[str, int] = {}
+    for name, source in sources.items():
+        try:
+            dims[name] = open_checkpoint(source, hub_dir=how.hub_dir).dims
+        except GteoptError as error:
+            problems.append(f"{name} ({source}): {error}")
+    baseline = next(iter(sources))
+    problems += [
+        f"{name}: has {n} dimensions, the baseline {baseline} {dims[baseline]}; a variant is "
+        f"judged against its own base"
+        for name, n in dims.items()
+        if baseline in dims and n != dims[baseline]
+    ]
+    for path in sorted((folder / "eval").glob("*.json")) if folder else ():
+        with suppress(IntegrityError):  # of an older gteopt, or damaged: written anew
+            old = read_record(path, EvalReport)
+            found = old.versions.get("backend", how.backend)
+            row = re.sub(r"-\d+-(float32|int8|binary)$", "", old.variant)
+            if {row, old.variant} & set(list(sources)[1:]) and found != how.backend:
+                problems.append(
+                    f"{path} holds scores of {old.variant} with backend {found}; remove it, or "
+                    f"give another --out for backend {how.backend}"
+                )
+    if problems:
+        raise InputError(join_problems("the evaluation cannot start", problems))
 
 
 @dataclass(frozen=True)
@@ -671,7 +709,8 @@ def _open(
             say=notes.append,
         )
         options = replace(options, encode=encode, encoded_on=str(how.workers))
-    views = {name: own_view(encoder)}
+    encoder.name = name  # one name for one thing, in every line of progress and every note
+    views = {name: own_view(encoder, name)}
     if how.grid is not None:
         views = _grid_views(encoder, name, how.grid, hub_dir=how.hub_dir, progress=progress)
     return _Opened(encoder, options, views, notes)

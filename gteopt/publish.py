@@ -303,7 +303,9 @@ def _license_section(manifest: Manifest, terms: Terms) -> str:
 def _quality_sections(report: EvalReport | None, repo: str, manifest: Manifest) -> Iterator[str]:
     if report is None:
         return
-    kept = f"{report.retention:.1%}"
+    kept = report.no_retention or ""
+    if report.retention is not None:
+        kept = f"{report.retention:.1%}"
     if report.retention_low is not None and report.retention_high is not None:
         kept += f" ({report.retention_low:.1%} to {report.retention_high:.1%})"
     close = report.fidelity
@@ -322,8 +324,8 @@ def _quality_sections(report: EvalReport | None, repo: str, manifest: Manifest) 
         f"## Quality\n\nSuite `{report.suite}` (SHA-256 `{report.suite_sha256[:16]}`), beside "
         f"{_baseline(report.baseline, report.baseline_sha256, manifest)}, with the same data on "
         f"the same machine ({_versions(report.versions)}). Neighbours and cosines are of "
-        f"{close.n_texts:,} texts of the suite; cosines are before vectors are shortened or "
-        f"coded.\n\n| | |\n|---|---|\n{facts}"
+        f"{close.n_texts:,} texts of the suite, neighbours {close.among}; cosines are before "
+        f"vectors are shortened or coded.\n\n| | |\n|---|---|\n{facts}"
     )
     lines = "\n".join(_task_row(each) for each in report.tasks)
     text = (

@@ -580,6 +580,10 @@ class Fidelity(Frozen):
         p1_cosine: its 1st percentile.
         neighbour_overlap: mean share of the baseline's 10 nearest neighbours that are among the
             variant's 10, on the vectors as stored (truncated, coded, rescored).
+        n_queries: whose neighbours were looked for; None in older reports.
+        n_documents: among which.
+        n_all_documents: different documents of all tasks; where only a sample of them is looked at,
+            estimated from it, to 2 %.
         spearman: Spearman correlation of the variant's similarities with the baseline's, over
             pairs of texts, on the vectors as stored.
     """
@@ -589,6 +593,20 @@ class Fidelity(Frozen):
     p1_cosine: float
     neighbour_overlap: float
     spearman: float
+    n_queries: int | None = None
+    n_documents: int | None = None
+    n_all_documents: int | None = None
+
+    @property
+    def among(self) -> str:
+        """In words, which neighbours were looked for."""
+        if self.n_queries is None or self.n_documents is None or self.n_all_documents is None:
+            return "of a sample of the suite's texts"
+        whole = f"{self.n_documents:,}"
+        if self.n_all_documents > self.n_documents:
+            digits = len(str(self.n_all_documents)) - 2  # as many as the estimate is good for
+            whole += f" of about {round(self.n_all_documents, -digits):,}"
+        return f"of {self.n_queries:,} queries among {whole} documents, tasks pooled"
 
 
 class ReferenceAverage(Frozen):
@@ -640,7 +658,7 @@ class EvalReport(Frozen):
 
     Attributes:
         score, baseline_score: mean over tasks (subsets averaged within a task first).
-        retention: score / baseline_score.
+        retention: score / baseline_score; None where `no_retention` says why.
         partial: some task failed; the mean is over the others and comparable only with itself.
         difference: of the scores, tasks resampled independently and themselves taken as given;
             None where some task has no interval.
@@ -670,7 +688,8 @@ class EvalReport(Frozen):
     partial: bool
     score: float
     baseline_score: float
-    retention: float
+    retention: float | None
+    no_retention: str | None = None
     difference: Difference | None = None
     retention_low: float | None = None
     retention_high: float | None = None

@@ -317,6 +317,8 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
         cells += [by_key.get(key, MISSING) for by_key in scores]
         table.add_row(heading, *cells)
     suites = dict.fromkeys(f"suite {r.suite}, against {r.baseline}" for r in evals)
+    suites |= dict.fromkeys(f"no retention: {r.no_retention}" for r in evals if r.no_retention)
+    suites |= dict.fromkeys(f"neighbours: {r.fidelity.among}" for r in evals)
     notes = [*suites, *_about_verdicts(evals), *(f"* {each}" for each in failures(reports))]
     notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
     notes += [sentence for report in evals for sentence in beside_published(report)]
@@ -694,7 +696,9 @@ def _row(name: str, results: Results) -> Row:
         # Every evaluation repeats the baseline's score over the tasks that it covers itself; one
         # that is not partial covers them all.
         fullest = min(results.evals.values(), key=lambda report: report.partial)
-        row = replace(row, score=fullest.baseline_score, retention=1.0)
+        row = replace(
+            row, score=fullest.baseline_score, retention=None if fullest.retention is None else 1.0
+        )
     return row
 
 

@@ -23,7 +23,7 @@ import gteopt
 from gteopt.cli import main
 from gteopt.encoder import Encoder
 from gteopt.errors import UnsupportedError
-from gteopt.evaluation import EncodeOptions, Suite, run_suite
+from gteopt.evaluation import EncodeOptions, Suite, run_suite, run_views, view_of
 from gteopt.evaluation.cache import (
     SHARD_TEXTS,
     Encodings,
@@ -32,6 +32,8 @@ from gteopt.evaluation.cache import (
     vector_identity,
 )
 from gteopt.evaluation.fidelity import read_sample, write_sample
+from gteopt.quant.vectors import fit
+from gteopt.recipe import Dims, VectorCode, Vectors
 
 TASKS: tuple[dict[str, Any], ...] = (
     {"task": "MiniSTS", "subsets": ["en"]},
@@ -40,6 +42,7 @@ TASKS: tuple[dict[str, Any], ...] = (
 )
 
 VERSION_IN_KEYS = "gteopt.evaluation.finished.version"
+CODES: tuple[VectorCode, ...] = ("float32", "int8", "binary")
 
 
 def suite_of(*tasks: dict[str, Any]) -> Suite:
@@ -205,6 +208,71 @@ def test_the_oldest_shards_make_room_and_what_is_returned_stays_right(
         cache.embed(texts_of(12, "a"), "document", None), nano.embed(texts_of(12, "a")), atol=2**-11
     )
     assert cache.counts.n_encoded == 12
+
+
+def test_a_corpus_beyond_the_cache_is_kept_from_its_beginning(
+    nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read least lately would be just what a second reading comes to next."""
+    monkeypatch.setattr("gteopt.evaluation.cache.SHARD_TEXTS", 8)
+    monkeypatch.setattr("gteopt.evaluation.cache._HELD_BYTES", 0)
+    corpus = [[f"{part} text {i}" for i in range(8)] for part in range(10)]
+    VectorCache(nano, tmp_path).embed(texts_of(8), "document", None)  # of an earlier task
+    (other,) = shards(tmp_path)
+    room = 6 * other.stat().st_size + 100
+
+    def read() -> int:
+        cache = VectorCache(nano, tmp_path, limit_bytes=room)
+        for texts in corpus:
+            cache.embed(texts, "document", None)
+        assert sum(path.stat().st_size for path in shards(tmp_path)) <= room
+        return cache.counts.n_encoded
+
+    assert read() == 80
+    assert other not in shards(tmp_path)
+    # Six shards fit, one of which is always the newest.
+    assert [read(), read()] == [80 - 5 * 8] * 2
+    # Another task's texts are not worth less than a finished one's.
+    cache = VectorCache(nano, tmp_path, limit_bytes=room)
+    cache.embed(corpus[0], "document", None)
+    cache.begin_task()
+    for _ in range(2):
+        for salt in "abcd":
+            cache.embed(texts_of(8, salt), "document", None)
+    assert cache.counts == Encodings(9 * 8, 4 * 8)
+
+
+def test_a_search_beyond_the_cache_encodes_its_corpus_once_for_all_views(
+    nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gteopt.evaluation.cache.SHARD_TEXTS", 16)
+    monkeypatch.setattr("gteopt.evaluation.cache._HELD_BYTES", 0)
+    monkeypatch.setattr("gteopt.evaluation.adapter._CHUNK_TEXTS", 40)
+    fitted = nano.embed(texts_of(64))
+    views = [
+        view_of(nano, fit(fitted, Dims(n=dims), Vectors(code=code)), f"{dims}-{code}")
+        for dims in (256, 32)
+        for code in CODES
+    ]
+    suite = suite_of({"task": "MiniRetrieval"})
+    narrow, ample = (
+        run_views(nano, suite, views, options=EncodeOptions(cache_bytes=n_bytes))
+        for n_bytes in (1, 10**9)
+    )
+    n_texts = ample[0].encodings.n_asked
+    assert n_texts > 200
+    for run, expected in zip(narrow, ample, strict=True):
+        assert run.scores == expected.scores
+        assert run.encodings.n_asked == n_texts
+        (note,) = run.notes
+        assert "MiniRetrieval" in note
+        assert "--cache-gb" in note
+        assert expected.notes == ()
+    assert [run.encodings.n_encoded for run in narrow] == [n_texts] + [0] * 5
+    # Each view alone, as its artifact would be scored.
+    for view, run in zip(views, narrow, strict=True):
+        (alone,) = run_views(nano, suite, [view])
+        assert alone.scores == run.scores
 
 
 def test_shards_are_cut_alike_whatever_was_encoded_before_a_stop(
@@ -411,6 +479,43 @@ def test_entries_of_an_older_format_are_scored_again(nano: Encoder, tmp_path: Pa
     record.write_text(record.read_text().replace("gteopt.task/5", "gteopt.task/4"))
     assert asked_again(nano, tmp_path, sts) == (asked, 0)
     assert asked_again(nano, tmp_path, sts) == (0, 0)
+
+
+def test_what_is_read_from_a_moved_store_is_said_to_be_from_where_it_was_made(
+    nano: Encoder, tmp_path: Path
+) -> None:
+    suite = suite_of(*TASKS[:2])
+    here = run_suite(nano, suite, store=tmp_path)
+    records = sorted(tmp_path.glob("tasks/*/*.json"))
+    assert len(records) == 2
+
+    def move(path: Path) -> None:
+        content = json.loads(path.read_text())
+        content["machine"]["gpu"] = "NVIDIA H100 80GB HBM3"
+        content["versions"]["numpy"] = "1.9"
+        path.write_text(json.dumps(content))
+
+    move(records[0])  # of MiniBitextMining
+    mixed = run_suite(nano, suite, store=tmp_path)
+    assert (mixed.machine, mixed.versions) == (here.machine, here.versions)
+    (note,) = mixed.notes
+    assert note.startswith("MiniBitextMining: scored in an earlier run, with gpu NVIDIA H100")
+    assert note.endswith("numpy 1.9")
+    move(records[1])
+    moved = run_suite(nano, suite, store=tmp_path)
+    assert moved.machine.gpu == "NVIDIA H100 80GB HBM3"
+    assert moved.versions["numpy"] == "1.9"
+    assert moved.notes == ()
+
+
+def test_vectors_of_another_forward_pass_are_encoded_again(
+    nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    VectorCache(nano, tmp_path).embed(texts_of(9), "document", None)
+    monkeypatch.setattr("gteopt.evaluation.cache.FORWARD_SCHEMA", "2")
+    mended = VectorCache(nano, tmp_path)
+    mended.embed(texts_of(9), "document", None)
+    assert mended.counts.n_encoded == 9
 
 
 def test_other_data_are_scored_again_but_known_texts_are_not_encoded_again(

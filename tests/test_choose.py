@@ -354,6 +354,22 @@ def test_a_partial_evaluation_is_never_picked_silently() -> None:
     assert "its evaluation is PARTIAL, without Banking77" in choice.reason
 
 
+def test_without_any_retention_variants_are_chosen_by_neighbours_and_that_is_said() -> None:
+    why = "the baseline base scores -0.6300, of which nothing is a share"
+    none = {"retention": None, "no_retention": why, "baseline_score": -0.63}
+    evals = [
+        evaluation(name, overlap=overlap).model_copy(update=none)
+        for name, overlap in (("close", 0.9), ("far", 0.4))
+    ]
+    measured = results({"close": bench(), "far": bench(weight_bytes=5 * MB)}, evals)
+    choice = choose(policy(SMALLEST, neighbour_overlap=Limit(min=0.8)), measured)
+    assert choice.picked == "close"
+    assert f"NO retention: {why}" in choice.reason
+    assert all(each.on_pareto_front for each in choice.candidates)
+    none_fits = choose(policy(SMALLEST, retention=Limit(min=0.9)), measured)
+    assert none_fits.picked is None
+
+
 def test_a_variant_without_evaluation_is_never_picked_silently() -> None:
     choice = choose(policy(SMALLEST), results({"a": bench()}, []))
     assert choice.picked == "a"
@@ -427,7 +443,7 @@ def test_no_admissible_candidate_beats_the_picked_one_in_the_objective(seed: int
     )
     objective = rng.choice([SMALLEST, Objective(maximise="tokens_per_s")])
     choice = choose(policy(objective, retention=Limit(min=0.7)), measured)
-    admissible = {n for n in names if measured.evals[n].retention >= 0.7}
+    admissible = {n for n in names if (measured.evals[n].retention or 0) >= 0.7}
     if not admissible:
         assert choice.picked is None
         return

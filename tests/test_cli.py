@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from rich.progress import Progress
 
 import gteopt
 from gteopt.artifact import read_manifest
-from gteopt.cli import main
+from gteopt.cli import _Steps, main
 from gteopt.encoder import Encoder
 from gteopt.recipe import Calibration, LayerScheme, load_recipe
 from gteopt.tables import layers_table
@@ -121,6 +122,32 @@ def test_a_wrong_name_gives_one_message_and_exit_code_1(
     assert ran.err.startswith("gteopt: ")
     assert "Traceback" not in ran.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistyped_folder_is_called_one_before_the_hub_is_blamed(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    ran = call("evaluate", "v/int8", "--baseline", "nano", "--suite", "mini")
+    assert ran.code == 1
+    assert "there is no folder v/int8" in ran.err
+    assert "sent twice" not in ran.err
+
+
+def test_without_a_terminal_there_is_a_line_a_minute_and_one_at_the_end() -> None:
+    times = iter([0.0, 20.0, 61.0, 100.0, 122.0, 150.0, 160.0])
+    written = io.StringIO()
+    console = Console(file=written, width=40)
+    steps = _Steps(Progress(console=console), clock=lambda: next(times))
+    for done in (0, 300, 400, 610, 800):  # of which the first asks for the time twice
+        steps("variant: task (1 of 2)", done, 1000)
+    steps.close()
+    assert written.getvalue().splitlines() == [
+        "variant: task (1 of 2)  300/1,000 at 4.9/s, 0:02:22 left",
+        "variant: task (1 of 2)  610/1,000 at 5.0/s, 0:01:18 left",
+        "variant: task (1 of 2)  1,000 at 6.2/s, 160.0 s",
+    ]
 
 
 @pytest.mark.parametrize(

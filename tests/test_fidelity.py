@@ -195,6 +195,25 @@ def test_the_sample_depends_on_the_texts_alone() -> None:
     assert merged.sample()["text"].digests == first["text"].digests
 
 
+def test_the_record_says_among_how_many_texts_neighbours_were_looked_for() -> None:
+    small, n_all = 30, 40_000
+    sampler = Sampler()
+    sampler.offer("query", [f"query {i}" for i in range(small)], "", texts(11, small))
+    each = texts(12, 1)
+    documents = np.broadcast_to(each, (n_all, DIMS))
+    sampler.offer("document", [f"document {i}" for i in range(n_all)], "", documents)
+    sampler.offer("document", [f"document {i}" for i in range(n_all)], "", documents)  # again
+    found = fidelity(sampler.sample(), sampler.sample(), identity(DIMS))
+    assert (found.n_queries, found.n_documents) == (small, 2000)
+    # Four standard errors of the estimate from 2000 digests.
+    assert found.n_all_documents == pytest.approx(n_all, rel=4 / np.sqrt(1998))
+    assert found.among.startswith("of 30 queries among 2,000 of about 4")
+    alone = Sampler()
+    alone.offer("text", [f"text {i}" for i in range(small)], "", texts(13, small))
+    whole = fidelity(alone.sample(), alone.sample(), identity(DIMS))
+    assert whole.among == "of 30 queries among 30 documents, tasks pooled"
+
+
 def test_a_sample_survives_the_disk_bit_for_bit(
     tmp_path: Path, search: dict[Side, SideVectors]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,19 @@ import pytest
 import gteopt
 from gteopt.cli import main
 from gteopt.errors import InputError
-from gteopt.evaluation import Suite, load_suite, run_suite
+from gteopt.evaluation import Suite, load_suite, run_suite, with_data
 from gteopt.plan import Grid, Setup, parse_grid, score
 from gteopt.recipe import Recipe, VectorCode, quiet
 from gteopt.records import EvalReport, read_record
-from gteopt.tables import grid_table
+from gteopt.tables import eval_table, grid_table
 
+SUITE_OF_PAIRS = Suite.model_validate(
+    {
+        "schema": "gteopt.suite/1",
+        "name": "pairs",
+        "tasks": [{"task": "MiniSTS", "subsets": ["en"]}],
+    }
+)
 TOPICS = (
     *("ships at sea", "trees in spring", "old coins", "fast trains", "sour bread", "night sky"),
     *("deep caves", "wool socks", "river ice", "brass bells"),
@@ -157,6 +165,64 @@ def test_the_command_scores_a_grid_and_goes_on_where_it_was(
     n_texts, _ = took["pca-16-binary"]
     new = {f"{name}-{dims}-int8": (n_texts, 0) for name in artifacts for dims in (256, 16)}
     assert {e.variant: (e.n_asked_texts, e.n_encoded_texts) for e in second} == took | new
+
+
+def test_what_cannot_be_scored_is_told_whole_before_anything_is_encoded(
+    artifacts: dict[str, Path], suite: Suite, tmp_path: Path
+) -> None:
+    flipped = tmp_path / "flipped"
+    shutil.copytree(artifacts["pca"], flipped)
+    weights = flipped / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    sources = {"base": "nano", "flipped": str(flipped), "lost": "./nowhere"}
+
+    def refused(sources: dict[str, str], **how: Any) -> str:
+        with pytest.raises(InputError, match="cannot start") as caught:
+            score(
+                sources,
+                suite,
+                tmp_path,
+                how=Setup(device="cpu", **how),
+                progress=lambda what, *_: pytest.fail(what),
+            )
+        return str(caught.value)
+
+    message = refused(sources)
+    assert "flipped" in message
+    assert "model.safetensors" in message
+    assert "lost (./nowhere)" in message
+    # Scores of one backend are not written over those of another.
+    sources = {"base": "nano", "pca": str(artifacts["pca"])}
+    few = SUITE_OF_PAIRS
+    found = score(sources, few, tmp_path, how=Setup(device="cpu"), progress=quiet)
+    assert {report.versions["backend"] for report in found.values()} == {"torch"}
+    assert "pca.json holds scores of pca with backend torch" in refused(sources, backend="openvino")
+
+
+def test_a_baseline_below_zero_leaves_differences_and_fidelity(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    """Grades that run against any sense: the more alike, the lower."""
+    rows = [("a cat", "a cat", 0), ("a cat", "the cats", 1), ("a cat", "a dog", 2)]
+    rows += [("a cat", "tax law", 3), ("rain", "quantum field theory", 4)]
+    path = tmp_path / "pairs.jsonl"
+    lines = ({"sentence1": a, "sentence2": b, "score": grade} for a, b, grade in rows)
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    sources = {"base": "nano", "pca": str(artifacts["pca"])}
+    out = tmp_path / "out"
+    found = score(sources, with_data(None, path), out, how=Setup(device="cpu"), progress=quiet)
+    report = read_record(out / "eval" / "pca.json", EvalReport)
+    assert report == found["pca"]
+    assert report.baseline_score < 0
+    assert report.retention is None
+    assert report.retention_low is None
+    assert report.fidelity.mean_cosine > 0.9
+    assert report.no_retention is not None
+    assert "the baseline base scores -" in report.no_retention
+    assert report.no_retention in str(eval_table(found).caption)
+    assert grid_table(found).row_count == 2
 
 
 def test_wrong_grids_are_told_before_anything_is_encoded(artifacts: dict[str, Path]) -> None:

@@ -162,8 +162,25 @@ def test_faulty_own_data_stop_a_run_beside_other_missing_data(
     path.write_text("sentence1,sentence2,score\na,b,1\n")
     with pytest.raises(InputError) as caught:
         run_suite(nano, with_data(load_suite("stsb"), path), hub_dir=tmp_path)
-    assert "1 pairs" in str(caught.value)
-    assert "mteb/banking77" in str(caught.value)
+    own, lacking = str(caught.value).split("suite stsb-own", 1)
+    assert "1 pairs" in own
+    assert lacking.startswith(" lacks data")
+    assert "mteb/banking77" in lacking
+    with pytest.raises(InputError) as caught:
+        run_suite(nano, with_data(None, path))
+    assert str(caught.value).startswith(f"{path} has 1 problem(s)")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_pairs_are_read_whatever_separates_their_columns(tmp_path: Path, separator: str) -> None:
+    rows = [("sentence1", "sentence2", "score"), *(("a, b; c", f"d {i}", f"{i}") for i in range(3))]
+    path = tmp_path / "pairs.csv"
+    with path.open("w", newline="") as handle:
+        csv.writer(handle, delimiter=separator).writerows(rows)
+    found = read_own(path)
+    assert isinstance(found, Pairs)
+    assert found.first == ("a, b; c",) * 3
+    assert (found.second, found.scores) == (("d 0", "d 1", "d 2"), (0.0, 1.0, 2.0))
 
 
 def test_own_data_may_not_take_the_name_of_a_task(nano: Encoder, tmp_path: Path) -> None:

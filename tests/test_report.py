@@ -235,6 +235,7 @@ def judged(demo: Results) -> Results:
     evals = {}
     for name, report in demo.evals.items():
         value = report.score - report.baseline_score
+        assert report.retention is not None
         around = Difference(
             value=value, low=value - 0.01, high=value + 0.01, verdict="undecided", p=0.3
         )

@@ -127,6 +127,7 @@ def test_wrong_pins_of_a_suite_are_named_at_once(tmp_path: Path) -> None:
     path.write_text(
         "schema: gteopt.suite/1\nname: own\ntasks:\n"
         f"  - {{task: CQADupstackRetrieval, revision: {'a' * 40}}}\n"
+        "  - {task: CQADupstackAndroidRetrieval}\n"
         f"  - {{task: MiniSTS, revision: {'a' * 40}}}\n"
         f"  - {{task: STSBenchmark, parts: {{STSBenchmark: {'a' * 40}}}}}\n"
     )
@@ -134,6 +135,7 @@ def test_wrong_pins_of_a_suite_are_named_at_once(tmp_path: Path) -> None:
         load_suite(str(path))
     message = str(caught.value)
     assert "pin their revisions in 'parts', not 'revision'" in message
+    assert "'CQADupstackAndroidRetrieval' is a part of 'CQADupstackRetrieval'" in message
     assert "'MiniSTS' ships with gteopt; remove 'revision'" in message
     assert "'STSBenchmark' is not made of others" in message
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from sklearn.decomposition import TruncatedSVD
 
 from gteopt.errors import GteoptError, InputError, IntegrityError, NumericsError
 from gteopt.quant import vectors as vectors_module
-from gteopt.quant.vectors import VectorTransform, fit, identity
+from gteopt.quant.vectors import Search, VectorTransform, fit, identity
 from gteopt.recipe import Dims, VectorCode, Vectors
 
 Array = npt.NDArray[Any]
@@ -370,6 +371,67 @@ def test_blocks_do_not_change_the_answer(
     blocked = transform.search(queries, stored, 12)
     np.testing.assert_array_equal(whole[0], blocked[0])
     np.testing.assert_array_equal(whole[1], blocked[1])
+
+
+def in_two_stages(transform: VectorTransform, query: Array, codes: Array, k: int) -> Array:
+    """`search` of one query without blocks: the best by codes, these by the float query."""
+    stored = transform.dequantize(codes).astype(np.float64)
+    coded = transform.dequantize(transform.quantize(query[None]))[0].astype(np.float64)
+    by_code = (stored @ coded).astype(np.float32)
+    candidates = np.sort(np.argsort(-by_code, kind="stable")[: k * transform.rescore])
+    scores = (stored[candidates] @ query.astype(np.float64)).astype(np.float32)
+    found: Array = candidates[np.argsort(-scores, kind="stable")[:k]]
+    return found
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("cuts", [[0, 300, 301, 350], [1, 1, 200], list(range(0, 400, 9))])
+def test_a_corpus_that_comes_in_pieces_is_searched_as_one(
+    code: VectorCode, cuts: list[int]
+) -> None:
+    """With every document twice, so that ties lie in different pieces."""
+    # 48: 2 / 48 is no float32, so that scores which are not rounded alike would break ties.
+    documents, queries = np.tile(clustered(45, 200, 48), (2, 1)), clustered(46, 9, 48)
+    transform = fit(documents, None, Vectors(code=code, rescore=4))
+    stored = transform.quantize(documents)
+    search = Search(transform, queries, 12)
+    for piece in np.split(stored, cuts):
+        search.add(piece)
+    whole, found = transform.search(queries, stored, 12), search.found()
+    np.testing.assert_array_equal(found[0], whole[0])
+    np.testing.assert_array_equal(found[1], whole[1])
+    if code != "float32":
+        oracle = [in_two_stages(transform, query, stored, 12) for query in queries]
+        np.testing.assert_array_equal(found[0], oracle)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_candidates_scored_pair_by_pair_rank_as_a_search_among_them(code: VectorCode) -> None:
+    documents, queries = clustered(47, 120), clustered(48, 6)
+    transform = fit(documents, None, Vectors(code=code, rescore=3))
+    stored = transform.quantize(documents)
+    for query, own in zip(queries, np.split(np.repeat(stored, 2, axis=0), 6), strict=True):
+        by_code, rescored = transform.score_pairs(np.tile(query, (len(own), 1)), own)
+        best = transform.best_of(by_code, rescored, 10)
+        found, scores = transform.search(query[None], own, 10)
+        np.testing.assert_array_equal(best, found[0])
+        np.testing.assert_array_equal(rescored[best], scores[0])
+
+
+def test_the_memory_of_a_search_does_not_grow_with_the_corpus() -> None:
+    block, queries = clustered(49, 4096), clustered(50, 8)
+
+    def peak(n_blocks: int) -> int:
+        search = Search(identity(64), queries, 10)
+        search.add(block)
+        tracemalloc.start()
+        for _ in range(n_blocks):
+            search.add(block)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(64) < 1.1 * peak(1) < 16 * block.nbytes
 
 
 @pytest.mark.parametrize("code", CODES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,11 @@ def test_what_a_worker_raises_is_raised_here_and_it_lives_on(nano: Encoder, tmp_
         elsewhere = workers.encoding(encoder, "nano", hub_dir=None)
         with pytest.raises(IntegrityError, match="holds other files"):
             list(elsewhere([shard], quiet))
+        # What no code of ours foresees: torch refuses to compute without a thread.
+        unforeseen = workers.encoding(nano, "nano", hub_dir=None)
+        unforeseen._job = replace(unforeseen._job, n_threads=0)
+        with pytest.raises(UnsupportedError, match=r"RuntimeError: set_num_threads expects"):
+            list(unforeseen([shard], quiet))
         ((_, vectors),) = workers.encoding(nano, "nano", hub_dir=None)([shard], quiet)
         assert workers.n_lost == 0
     np.testing.assert_array_equal(vectors, nano.embed(["a text"]))

@@ -5,8 +5,10 @@ Hides: mteb's protocols, and which text is a query. Refuses to know: suites, fil
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 from mteb.types import PromptType
 
 from gteopt.evaluation.fidelity import Sampler, Side
+from gteopt.evaluation.searches import Answers, Ranking, Searches, search_all
 from gteopt.evaluation.views import View
 from gteopt.recipe import Progress, quiet
 
@@ -50,6 +53,7 @@ class TaskModel:
         progress: Progress = quiet,
         *,
         on_documents: bool = False,
+        searches: Searches | None = None,
     ) -> None:
         """A model of one task.
 
@@ -61,16 +65,19 @@ class TaskModel:
             progress: told how many of the texts that the task has asked for are encoded; the
                 number of all grows as mteb asks for more.
             on_documents: the documents of a search carry the instruction, too.
+            searches: of all views that the task is scored with; None is this one alone.
         """
         self.instruction = instruction
         self.sampler = sampler
         self._cache = cache
+        self._view = view
         self._transform = view.vectors
         self._progress = progress
         self._on_documents = on_documents and instruction is not None
         self._n_texts = self._n_done = 0
-        self._document_ids: list[str] = []
-        self._codes: npt.NDArray[Any] = np.empty((0, 0))
+        self._corpus: Any = ()
+        self._searches = searches or Searches([view])
+        self._n_searches = 0
         dtype = str(cache.encoder.dtype).removeprefix("torch.")
         self.mteb_model_meta = ModelMeta.create_empty(
             {"name": f"gteopt/{view.name}", "revision": f"{view.sha256}-{dtype}"}
@@ -81,7 +88,9 @@ class TaskModel:
         texts = [text for batch in inputs for text in batch["text"]]
         self._n_texts += len(texts)
         side: Side = "text" if prompt_type is None else prompt_type.value
-        codes = self._transform.quantize(self._project(texts, side))
+        codes = self._transform.quantize(
+            self._project(texts, side, [self._view])[self._view.sha256]
+        )
         return self._transform.dequantize(codes)
 
     def similarity(self, a: Any, b: Any) -> Any:
@@ -92,15 +101,9 @@ class TaskModel:
         """Cosines [N] of corresponding rows."""
         return pairwise_cos_sim(a, b)
 
-    def index(self, corpus: Any, *, task_metadata: Any, **_: Any) -> None:
-        """Code the documents, once."""
-        texts = _texts(corpus, task_metadata, PromptType.document)
-        self._n_texts += len(texts)
-        self._document_ids = list(corpus["id"])
-        parts = [
-            self._transform.quantize(self._project(chunk, "document")) for chunk in _chunks(texts)
-        ]
-        self._codes = np.concatenate(parts)
+    def index(self, corpus: Any, **_: Any) -> None:
+        """Note the documents, which are read while queries are searched."""
+        self._corpus = corpus
 
     def search(
         self,
@@ -117,39 +120,80 @@ class TaskModel:
         candidates, not `rescore * 1000`, and what the codes alone lose must show: the search is as
         deep as the task's main score looks. With `top_ranked` (reranking tasks), only those
         documents of each query are searched.
+
+        The corpus is read once for all views: see `searches`.
         """
         depth = search_depth(task_metadata)
         # One more, because some tasks strike out a document with the query's own id.
         k = top_k if depth is None else min(top_k, depth + 1)
-        texts = _texts(queries, task_metadata, PromptType.query)
-        self._n_texts += len(texts)
-        projected = self._project(texts, "query")
         ids = list(queries["id"])
-        if top_ranked is None:
-            found, scores = self._transform.search(projected, self._codes, k)
-            return {
-                query: {self._document_ids[d]: float(s) for d, s in zip(row, values, strict=True)}
-                for query, row, values in zip(ids, found, scores, strict=True)
-            }
-        rows = {document: row for row, document in enumerate(self._document_ids)}
-        results: dict[str, dict[str, float]] = {}
-        for query, vector in zip(ids, projected, strict=True):
-            candidates = list(top_ranked.get(query, ()))
-            results[query] = {}
-            if candidates:
-                codes = self._codes[[rows[document] for document in candidates]]
-                best, values = self._transform.search(vector[None], codes, k)
-                results[query] = {
-                    candidates[d]: float(s) for d, s in zip(best[0], values[0], strict=True)
-                }
-        return results
+        texts = list(_texts(queries, task_metadata, PromptType.query))
+        # Every view's run asks for the same searches in the same order.
+        self._n_searches += 1
+        about = [str(self._n_searches), str(k), str(len(self._corpus)), *ids, *texts]
+        key = hashlib.sha256("\0".join(about).encode()).digest()
 
-    def _project(self, texts: Sequence[str], side: Side) -> Floats:
-        """Projected vectors [N, dims] of texts, encoded and sampled in chunks."""
+        def search(views: Sequence[View]) -> Answers:
+            before = self._cache.counts
+            self._n_texts += len(texts) + len(self._corpus)
+            projected = self._project(texts, "query", views)
+            candidates = None if top_ranked is None else self._candidates(ids, top_ranked)
+            documents = _texts(self._corpus, task_metadata, PromptType.document)
+            blocks = self._encoded(documents, "document")
+            found = self._search(views, projected, blocks, k, candidates)
+            return Answers(found, self._cache.counts - before)
+
+        rankings, cached = self._searches.answers(key, self._view, search)
+        self._cache.count_cached(cached)
+        return self._named(ids, rankings)
+
+    def _search(
+        self,
+        views: Sequence[View],
+        queries: dict[str, Floats],
+        blocks: Iterable[Floats],
+        k: int,
+        candidates: Sequence[npt.NDArray[np.intp]] | None,
+    ) -> dict[str, list[Ranking]]:
+        return search_all(views, queries, blocks, k, candidates)
+
+    def _candidates(self, ids: Sequence[str], top_ranked: Any) -> list[npt.NDArray[np.intp]]:
+        """Rows of each query's candidates, in the order in which the task names them."""
+        rows = {document: row for row, document in enumerate(self._corpus["id"])}
+        return [
+            np.array([rows[document] for document in top_ranked.get(query, ())], np.intp)
+            for query in ids
+        ]
+
+    def _named(
+        self, ids: Sequence[str], rankings: Sequence[Ranking]
+    ) -> dict[str, dict[str, float]]:
+        """Results by the documents' names, of which only those that were found are read."""
+        rows = np.unique(np.concatenate([np.empty(0, np.intp), *(rows for rows, _ in rankings)]))
+        names = dict(zip(rows.tolist(), self._corpus.select(rows)["id"], strict=True))
+        return {
+            query: {
+                names[row]: score
+                for row, score in zip(found.tolist(), scores.tolist(), strict=True)
+            }
+            for query, (found, scores) in zip(ids, rankings, strict=True)
+        }
+
+    def _project(
+        self, texts: Sequence[str], side: Side, views: Sequence[View]
+    ) -> dict[str, Floats]:
+        """Projected vectors [N, dims] of texts, by the view's SHA-256."""
+        parts: dict[str, list[Floats]] = {view.sha256: [] for view in views}
+        for vectors in self._encoded(texts, side):
+            for view in views:
+                parts[view.sha256].append(view.vectors.project(vectors))
+        return {sha256: np.concatenate(each) for sha256, each in parts.items()}
+
+    def _encoded(self, texts: Iterable[str], side: Side) -> Iterator[Floats]:
+        """Vectors [N, full_dims] of texts, encoded and sampled in chunks; at least one chunk."""
         bare = side == "document" and not self._on_documents
         role: Role = "document" if bare else "query"
         instruction = None if bare else self.instruction
-        parts = []
 
         def count(what: str, done: int, total: int) -> None:
             self._progress(what, self._n_done + done, self._n_texts)
@@ -159,8 +203,7 @@ class TaskModel:
             self._n_done += len(chunk)
             if self.sampler is not None:
                 self.sampler.offer(side, chunk, f"{role}\0{instruction or ''}", vectors)
-            parts.append(self._transform.project(vectors))
-        return np.concatenate(parts)
+            yield vectors
 
 
 def search_depth(task_metadata: Any) -> int | None:
@@ -169,14 +212,17 @@ def search_depth(task_metadata: Any) -> int | None:
     return None if depth is None else int(depth[1])
 
 
-def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, max(1, len(texts)), _CHUNK_TEXTS):
-        yield texts[start : start + _CHUNK_TEXTS]
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    rest = iter(texts)
+    yield list(islice(rest, _CHUNK_TEXTS))
+    while chunk := list(islice(rest, _CHUNK_TEXTS)):
+        yield chunk
 
 
-def _texts(rows: Any, task_metadata: Any, prompt_type: Any) -> list[str]:
+def _texts(rows: Any, task_metadata: Any, prompt_type: Any) -> Iterator[str]:
     """Texts of a corpus or of queries as every mteb model reads them (title before the text, an
-    instruction column behind the query), by mteb's own function, which it does not export.
+    instruction column behind the query), by mteb's own function, which it does not export. They are
+    read as they are needed.
     """
     loader = create_dataloader(rows, task_metadata=task_metadata, prompt_type=prompt_type)
-    return [text for batch in loader for text in batch["text"]]
+    return chain.from_iterable(batch["text"] for batch in loader)

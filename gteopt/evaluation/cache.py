@@ -6,9 +6,9 @@ full. Refuses to know: mteb, tasks, how vectors are shortened and coded.
     FOLDER/<weights>/<sha256 of the file>.safetensors    keys [N, 32], vectors [N, full_dims]
 
 `<weights>` stands for everything that a vector depends on besides its text: the files that are
-loaded (not what an artifact does to vectors after the model), dtype, kind of device and how it
-rounds, versions of torch and transformers. Artifacts that differ only in dimensions and
-codes share it. A key is the SHA-256 of prompt and text.
+loaded (not what an artifact does to vectors after the model), dtype, kind of device, which GPU, how
+it rounds, versions of torch, of transformers and of gteopt's own forward pass. Artifacts that
+differ only in dimensions and codes share it. A key is the SHA-256 of prompt and text.
 
 A shard is written beside and renamed, and is named by its content: a killed process leaves whole
 shards, two processes never overwrite each other's, and every read is checked against the name.
@@ -55,9 +55,13 @@ Stored = npt.NDArray[Any]
 """float16 or float32 [N, full_dims], as `CacheDtype` says."""
 CacheDtype = Literal["float16", "float32"]
 
+FORWARD_SCHEMA = "1"
+"""Of the vectors that gteopt makes of a text: raised by whoever changes the forward pass (masks,
+prompts, pooling, kernels), so that no vector of before is scored as one of after."""
 DEFAULT_BYTES = 20_000_000_000
 SHARD_TEXTS = 256
 _HELD_BYTES = 1 << 30  # of shards that stay in memory after they were read
+_WRITES_PER_LOOK = 64  # other processes write, too: 117 MB each at 3584 dimensions
 _STALE_S = 86_400  # a half-written file of this age belongs to a process that was killed
 
 
@@ -213,7 +217,7 @@ class VectorCache:
             folder: of the caches of all encoders; made when the first shard is written.
             encode: how missing texts are encoded; None is here, in batches of 32.
             limit_bytes: of all shards in `folder`; half of the disk's free space, where that is
-                less. The shards that were not read for longest make room.
+                less. Which shards make room: see `begin_task`.
             dtype: how vectors are stored.
             say: told of damaged shards.
         """
@@ -228,7 +232,34 @@ class VectorCache:
         self._is_cut: dict[bytes, bool] = {}
         self._seen: set[str] = set()
         self._where: dict[bytes, tuple[str, int]] = {}
+        self._gone: set[str] = set()
+        self._of_task: dict[str, None] = {}
+        self._n_unseen_writes = 0  # since all shards were looked at
+        self._n_bytes = 0  # that they took then, and were written since
         self._held: OrderedDict[str, Stored] = OrderedDict()
+
+    def begin_task(self) -> None:
+        """What is asked for from now on belongs to another task.
+
+        A task's own shards are the last to make room, and of them the latest first: whoever reads a
+        corpus again, after a stop or for another artifact of the same weights, reads it from its
+        beginning, where the least lately read of an overfull cache is just what comes next. Of all
+        else, the shards that were not read for longest go first.
+        """
+        self._of_task = {}
+
+    def n_bytes(self, n_texts: int) -> int:
+        """What the vectors of so many texts take."""
+        return n_texts * self.encoder.full_dims * self._dtype.itemsize
+
+    def room_bytes(self) -> int:
+        """Most that the shards of all encoders may take."""
+        held = sum(path.stat().st_size for path in self.folder.parent.glob("*/*.safetensors"))
+        return self._room_bytes(held)
+
+    def _room_bytes(self, held: int) -> int:
+        there = next(each for each in (self.folder, *self.folder.parents) if each.is_dir())
+        return min(self._limit_bytes, held + shutil.disk_usage(there).free // 2)
 
     def embed(
         self,
@@ -269,6 +300,10 @@ class VectorCache:
             return np.empty((0, self.encoder.full_dims), np.float32)
         return np.stack([found[digest] for digest in digests]).astype(np.float32)
 
+    def count_cached(self, asked: Encodings) -> None:
+        """Count texts that were asked for and not read again, as what they gave is known."""
+        self.counts += Encodings(asked.n_asked, 0, asked.n_cut)
+
     def _n_cut(self, wanted: Mapping[bytes, str], role: Role, instruction: str | None) -> int:
         """How many of the texts the encoder cuts, whoever encodes them and whenever it was."""
         new = {key: text for key, text in wanted.items() if key not in self._is_cut}
@@ -284,7 +319,7 @@ class VectorCache:
         prompt = self.encoder.prompt(role, instruction)
         self._look_for_new_shards()
         wanted = {_digest(prompt, text): text for text in texts}
-        return {key: text for key, text in wanted.items() if key not in self._where}
+        return {key: text for key, text in wanted.items() if not self._is_there(key)}
 
     def _rounded(self, vectors: Floats) -> Stored:
         """Unit rows in the stored dtype. Only directions are ever scored, and unit rows are where
@@ -301,21 +336,27 @@ class VectorCache:
             self._seen.add(path.name)
 
     def _index(self, name: str, keys: Iterable[bytes]) -> None:
+        self._gone.discard(name)
         for row, key in enumerate(keys):
-            self._where.setdefault(key, (name, row))
+            if not self._is_there(key):
+                self._where[key] = name, row
+
+    def _is_there(self, key: bytes) -> bool:
+        return key in self._where and self._where[key][0] not in self._gone
 
     def _read(self, wanted: Mapping[bytes, str]) -> dict[bytes, Stored]:
         """Stored rows by key, of those that are there and undamaged."""
         by_shard: dict[str, list[tuple[bytes, int]]] = {}
         for key in wanted:
-            if key in self._where:
+            if self._is_there(key):
                 name, row = self._where[key]
                 by_shard.setdefault(name, []).append((key, row))
         found: dict[bytes, Stored] = {}
         for name, places in by_shard.items():
             vectors = self._vectors(name)
             if vectors is None:
-                self._where = {k: v for k, v in self._where.items() if v[0] != name}
+                # Their keys stay: a corpus has millions, and thousands of its shards may go.
+                self._gone.add(name)
                 self._seen.discard(name)
                 continue
             for key, row in places:
@@ -335,6 +376,7 @@ class VectorCache:
 
     def _vectors(self, name: str) -> Stored | None:
         """Vectors of a shard; None where another process made room, or it is damaged."""
+        self._of_task.setdefault(name)
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
@@ -373,12 +415,19 @@ class VectorCache:
         name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
         write_atomically(self.folder / name, content)
         self._seen.add(name)
+        self._of_task.setdefault(name)
         self._hold(name, vectors)
         self._index(name, keys)
-        self._make_room(name)
+        self._n_bytes += len(content)
+        # A corpus has tens of thousands of shards, all of which are looked at to make room.
+        if self._n_unseen_writes % _WRITES_PER_LOOK == 0 or self._n_bytes > self._limit_bytes:
+            self._n_bytes, self._n_unseen_writes = self._make_room(name), 0
+        self._n_unseen_writes += 1
 
-    def _make_room(self, newest: str) -> None:
-        """Remove the shards that were not read for longest, of all encoders, down to the limit."""
+    def _make_room(self, newest: str) -> int:
+        """Remove shards of all encoders down to the limit: see `begin_task` for the order. Returns
+        the bytes that are left.
+        """
         files: list[tuple[float, int, Path]] = []
         for path in self.folder.parent.glob("*/*"):
             try:
@@ -390,13 +439,23 @@ class VectorCache:
             elif time.time() - stat.st_mtime > _STALE_S:
                 path.unlink(missing_ok=True)
         total = sum(size for _, size, _ in files)
-        limit = min(self._limit_bytes, total + shutil.disk_usage(self.folder).free // 2)
-        for _, size, path in sorted(files):
+        limit = self._room_bytes(total)
+        if total <= limit:
+            return total
+        places = {name: place for place, name in enumerate(self._of_task)}
+
+        def first_to_go(file: tuple[float, int, Path]) -> tuple[bool, float]:
+            mtime, _, path = file
+            of_task = path.parent == self.folder and path.name in places
+            return of_task, -places[path.name] if of_task else mtime
+
+        for _, size, path in sorted(files, key=first_to_go):
             if total <= limit:
                 break
             if path.name != newest:
                 path.unlink(missing_ok=True)
                 total -= size
+        return total
 
 
 def cut(texts: Iterable[str], role: Role, instruction: str | None) -> list[Shard]:
@@ -417,6 +476,8 @@ def vector_identity(encoder: Encoder, dtype: CacheDtype = "float16") -> dict[str
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "device": encoder.device.type,
         "arithmetic": encoder.arithmetic,
+        "gpu": encoder.gpu or "",
+        "forward": FORWARD_SCHEMA,
         "padded": str(_sums_as_published(encoder)),
         "stored": dtype,
         "torch": version("torch"),

@@ -54,8 +54,7 @@ def compare(
 
     Raises:
         InputError: runs of different suites, or too few texts in common.
-        NumericsError: no task that both finished, or a baseline score that nothing can be a share
-            of.
+        NumericsError: no task that both finished.
     """
     if baseline.suite.sha256() != variant.suite.sha256():
         raise InputError(
@@ -84,16 +83,13 @@ def compare(
         raise NumericsError(join_problems(f"{variant_name} has no score", reasons))
     score = mean_over_tasks((each.task, each.score) for each in tasks)
     baseline_score = mean_over_tasks((each.task, each.baseline_score) for each in tasks)
-    if baseline_score <= 0:
-        raise NumericsError(
-            f"the baseline {baseline.encoder} scores {baseline_score:.4f} on suite "
-            f"{baseline.suite.name}, so that no retention can be given; is it loaded rightly?"
-        )
+    has_retention = baseline_score > 0
     difference, retention_low, retention_high = None, None, None
     if len(draws) == len(tasks):
         overall = mean_of([mean_of(own) for own in _by_task(draws.items()).values()])
         difference = difference_of(overall, score - baseline_score)
-        retention_low, retention_high = interval(overall.retention)
+        if has_retention:
+            retention_low, retention_high = interval(overall.retention)
     report = EvalReport(
         schema="gteopt.eval/1",
         variant=variant_name,
@@ -107,7 +103,11 @@ def compare(
         partial=bool(failed),
         score=score,
         baseline_score=baseline_score,
-        retention=score / baseline_score,
+        retention=score / baseline_score if has_retention else None,
+        no_retention=None
+        if has_retention
+        else f"the baseline {baseline.encoder} scores {baseline_score:.4f}, of which nothing is a "
+        f"share; is it loaded rightly, and is the suite made for it?",
         difference=difference,
         retention_low=retention_low,
         retention_high=retention_high,

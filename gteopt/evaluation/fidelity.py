@@ -181,10 +181,25 @@ def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> F
         mean_cosine=float(cosine.mean()),
         p1_cosine=float(np.percentile(cosine, 1)),
         neighbour_overlap=overlap,
+        n_queries=len(base_q),
+        n_documents=len(base_d),
+        n_all_documents=max(len(base_d), _n_offered(documents, baseline[documents])),
         spearman=_spearman(
             _cosines(base_q, left, base_d, right), _cosines(stored_q, left, stored_d, right)
         ),
     )
+
+
+def _n_offered(side: Side, sample: SideVectors) -> int:
+    """Different texts that a sample was drawn from; where it is full, the estimate (k - 1) / u of
+    Bar-Yossef et al. 2002, u the k-th least digest as a share of the largest: its standard error is
+    1 / sqrt(k - 2), 2 % of 2000.
+    """
+    k = len(sample.digests)
+    if k != _LIMITS[side]:
+        return k
+    largest: float = int(max(sample.digests), 16) / 2.0 ** (4 * len(sample.digests[0]))
+    return round((k - 1) / largest)
 
 
 def _aligned(baseline: SideVectors, variant: SideVectors) -> tuple[Floats, Floats]:

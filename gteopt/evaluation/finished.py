@@ -31,7 +31,7 @@ from gteopt.evaluation.instructions import on_documents
 from gteopt.evaluation.samples import Samples, read_samples, write_samples
 from gteopt.evaluation.views import View
 from gteopt.recipe import Frozen
-from gteopt.records import read_record, write_record
+from gteopt.records import Conditions, Machine, read_record, write_record
 
 if TYPE_CHECKING:
     from gteopt.encoder import Encoder
@@ -63,21 +63,29 @@ class StoredTask(Frozen):
     """A finished task on disk; `key` is everything that its scores depend on.
 
     What the scores are made of lies beside it, in a safetensors file of the same name.
+
+    Attributes:
+        machine, versions: what the task was scored on, which is no part of the key: the store may
+            have been moved since.
     """
 
     schema_: Literal["gteopt.task/5"] = Field(alias="schema")
     key: dict[str, str | None]
     scores: tuple[SubsetScore, ...]
     encodings: Encodings
+    machine: Machine
+    versions: Conditions
 
 
 @dataclass(frozen=True)
 class FinishedTask:
-    """One task's scores, what they are made of by (split, subset), and what they took."""
+    """One task's scores, what they are made of by (split, subset), what they took and where."""
 
     scores: tuple[SubsetScore, ...]
     samples: Mapping[tuple[str, str], Samples]
     encodings: Encodings
+    machine: Machine
+    versions: Conditions
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,9 @@ class Place:
             return None  # of an older gteopt, or damaged: scored again
         if record.key != self._key(view):
             return None
-        return FinishedTask(record.scores, samples, record.encodings)
+        return FinishedTask(
+            record.scores, samples, record.encodings, record.machine, record.versions
+        )
 
     def write_sample(self, sample: Sample) -> None:
         """Keep the sample of vectors."""
@@ -140,6 +150,8 @@ class Place:
             key=self._key(view),
             scores=finished.scores,
             encodings=finished.encodings,
+            machine=finished.machine,
+            versions=finished.versions,
         )
         write_record(self._file(view, "json"), record)
 

@@ -9,7 +9,7 @@ Refuses to know: who encodes, scores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gteopt.evaluation.adapter import TaskModel
-from gteopt.evaluation.cache import Shard, VectorCache, cut
+from gteopt.evaluation.cache import Encodings, Floats, Shard, VectorCache, cut
 from gteopt.evaluation.isolation import isolated
+from gteopt.evaluation.searches import Ranking
 from gteopt.evaluation.views import View
 from gteopt.quant.vectors import identity
 from gteopt.recipe import Progress
@@ -37,9 +38,13 @@ class _Recorder:
     def __init__(self, cache: VectorCache, planned: set[bytes]) -> None:
         self.encoder = cache.encoder
         self.shards: list[Shard] = []
+        self.counts = Encodings()
         self._cache = cache
         self._planned = planned
         self._rng = np.random.default_rng(0)
+
+    def count_cached(self, asked: Encodings) -> None:
+        """Nothing is counted."""
 
     def embed(
         self, texts: Sequence[str], role: Role, instruction: str | None, progress: Progress
@@ -58,15 +63,20 @@ class _Recorder:
 
 
 class _NoSearch(TaskModel):
-    """Encodes what a search needs, and finds the first documents."""
+    """Encodes what a search needs, and finds the first document for every query."""
 
-    def search(
-        self, queries: Any, *, task_metadata: Any, top_k: int, top_ranked: Any = None, **_: Any
-    ) -> dict[str, dict[str, float]]:
-        """One document a query."""
-        self._codes = self._codes[:1]
-        found = super().search(queries, task_metadata=task_metadata, top_k=1, top_ranked=None)
-        return dict(found)
+    def _search(
+        self,
+        views: Sequence[View],
+        queries: dict[str, Floats],
+        blocks: Iterable[Floats],
+        k: int,
+        candidates: Sequence[npt.NDArray[np.intp]] | None,
+    ) -> dict[str, list[Ranking]]:
+        for _ in blocks:
+            pass
+        first = np.zeros(1, np.intp), np.zeros(1, np.float32)
+        return {sha256: [first] * len(each) for sha256, each in queries.items()}
 
 
 def upcoming_shards(

@@ -100,6 +100,8 @@ def read_collection(folder: Path) -> Collection:
 def read_pairs(path: Path) -> Pairs:
     """Read labelled pairs: columns (or JSON fields) sentence1, sentence2 and score.
 
+    Columns of a .csv are separated by commas, semicolons or tabs.
+
     Raises:
         InputError: lists every broken line, or says why no correlation can be measured.
     """
@@ -231,7 +233,8 @@ def _rows(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]
     if path.suffix == ".csv":
         try:
             with path.open(encoding="utf-8-sig", newline="") as handle:
-                reader = csv.DictReader(handle)
+                reader = csv.DictReader(handle, delimiter=_separator(handle.readline()))
+                handle.seek(0)
                 for fields in reader:
                     yield reader.line_num, {k: v for k, v in fields.items() if k is not None}
         except (UnicodeDecodeError, csv.Error) as error:
@@ -250,6 +253,15 @@ def _rows(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]
             yield number, row
         else:
             problems.append(f"{path}:{number}: must be a JSON object, found {type(row).__name__}")
+
+
+def _separator(heading: str) -> str:
+    """What separates the columns of a CSV file: commas, or what makes its heading one of pairs."""
+    for each in ",;\t":
+        cells = next(csv.reader([heading], delimiter=each), [])
+        if all(set(cells) & set(names) for names in (_FIRST, _SECOND, _LABEL)):
+            return each
+    return ","
 
 
 def _field(row: Mapping[str, Any], names: Iterable[str]) -> Any:

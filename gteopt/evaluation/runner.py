@@ -49,6 +49,7 @@ from gteopt.evaluation.finished import (
     mean_over_tasks,
 )
 from gteopt.evaluation.samples import Samples
+from gteopt.evaluation.searches import Searches
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.views import View, own_view
 from gteopt.machine import machine, versions
@@ -272,7 +273,7 @@ def _run(
     options: EncodeOptions,
     progress: Progress,
 ) -> list[SuiteRun]:
-    from gteopt.evaluation.tasks import load_data, resolve
+    from gteopt.evaluation.tasks import load_data, n_texts, resolve
 
     notes: list[str] = []
 
@@ -299,15 +300,19 @@ def _run(
     if ignored and not encoder.takes_instructions:
         say(f"{encoder.name} takes no instructions; that of {', '.join(ignored)} is left out")
     cache = _open_cache(encoder, store, options, say)
+    _say_what_does_not_fit({each.name: n_texts(each) for each in waiting}, cache, say)
     failed: dict[str, list[FailedTask]] = {view.sha256: [] for view in views}
     now: dict[tuple[str, str], Encodings] = {}
     ahead = _Ahead(options, cache, waiting)
+    here, conditions = machine(), _conditions(encoder, options)
     for position, each in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
         ahead.look(position - (len(tasks) - len(waiting) + 1))
         try:
             # A task draws from generators that it owns; every view has to see the same draws.
             generators = deepcopy((each.task.rng_state, each.task.np_rng))
             task_sampler: Sampler | None = Sampler()
+            cache.begin_task()
+            searches = Searches([view for view in views if (view.sha256, each.name) not in done])
             for view in views:
                 key = view.sha256, each.name
                 if key in done:
@@ -317,7 +322,7 @@ def _run(
                 what = f"{view.name}: {each.name} ({position} of {len(tasks)})"
                 try:
                     scores, samples = _score(
-                        cache, view, each, task_sampler, store, _renamed(progress, what)
+                        cache, view, each, searches, task_sampler, store, _renamed(progress, what)
                     )
                 except GteoptError as error:
                     failed[view.sha256].append(FailedTask(task=each.name, reason=str(error)))
@@ -329,7 +334,7 @@ def _run(
                     continue
                 finally:
                     now[key] = cache.counts - before
-                done[key] = FinishedTask(scores, samples, now[key])
+                done[key] = FinishedTask(scores, samples, now[key], here, conditions)
                 if task_sampler is not None:
                     # Vectors first: a task whose scores are on disk has its vectors there, too.
                     places[each.name].write_sample(task_sampler.sample())
@@ -339,11 +344,11 @@ def _run(
         finally:
             each.task.unload_data()
     sample = sampler.sample()
-    conditions = _conditions(encoder, options)
     runs = []
     for view in views:
         own = {name: done[view.sha256, name] for name in places if (view.sha256, name) in done}
         own_now = {name: taken for (sha256, name), taken in now.items() if sha256 == view.sha256}
+        where, when, earlier = _measured_on(own, here, conditions)
         took = own_now | {name: each.encodings for name, each in own.items()}
         runs.append(
             SuiteRun(
@@ -359,15 +364,43 @@ def _run(
                 failed=tuple(failed[view.sha256]),
                 sample=sample,
                 vectors=view.vectors,
-                machine=machine(),
-                versions=conditions,
+                machine=where,
+                versions=when,
                 encodings=sum(took.values(), Encodings()),
                 encodings_now=sum(own_now.values(), Encodings()),
-                notes=tuple(notes),
+                notes=(*notes, *earlier),
                 hub_id=encoder.checkpoint.hub_id,
             )
         )
     return runs
+
+
+def _measured_on(
+    tasks: Mapping[str, FinishedTask], here: Machine, conditions: Conditions
+) -> tuple[Machine, Conditions, list[str]]:
+    """Where a run's scores are from, and a sentence for each other place that some are from.
+
+    It is here where any task was scored like that, else where the first one was.
+    """
+    by_place: dict[str, tuple[Machine, Conditions, list[str]]] = {}
+    for name, each in tasks.items():
+        place = f"{each.machine!r} {sorted(each.versions.items())}"
+        by_place.setdefault(place, (each.machine, each.versions, []))[2].append(name)
+    found = list(by_place.values())
+    where, when = here, conditions
+    if found and (here, conditions) not in [(m, v) for m, v, _ in found]:
+        where, when, _ = found[0]
+    notes = []
+    for other, versions_, names in found:
+        if (other, versions_) == (where, when):
+            continue
+        facts = {**dict(other), **versions_}
+        mine = {**dict(where), **when}
+        differing = [f"{key} {value}" for key, value in facts.items() if mine.get(key) != value]
+        notes.append(
+            f"{', '.join(names)}: scored in an earlier run, with {', '.join(differing) or 'less'}"
+        )
+    return where, when, notes
 
 
 def _open_cache(
@@ -381,6 +414,25 @@ def _open_cache(
         dtype=options.dtype,
         say=say,
     )
+
+
+def _say_what_does_not_fit(
+    n_texts: Mapping[str, int], cache: VectorCache, say: Callable[[str], None]
+) -> None:
+    """Before the first text: which tasks are larger than the cache, and what it would have to be.
+
+    A search is read once for all views, so that this costs nothing until it is read again.
+    """
+    room = cache.room_bytes()
+    tight = {name: n for name, n in n_texts.items() if cache.n_bytes(n) > room}
+    if tight:
+        tasks = ", ".join(f"{n:,} of {name}" for name, n in tight.items())
+        largest = cache.n_bytes(max(tight.values())) / 1e9
+        say(
+            f"{cache.encoder.name}: the vectors of {tasks} take up to {largest:,.1f} GB, the cache "
+            f"has room for {room / 1e9:,.1f} GB (--cache-gb, or half of the free disk): a stop, or "
+            f"another artifact of the same weights, encodes again what does not fit"
+        )
 
 
 class _Ahead:
@@ -427,6 +479,7 @@ def _score(
     cache: VectorCache,
     view: View,
     resolved: ResolvedTask,
+    searches: Searches,
     sampler: Sampler | None,
     store: Path,
     progress: Progress,
@@ -449,6 +502,7 @@ def _score(
         sampler,
         progress,
         on_documents=carries_on_documents(cache.encoder, resolved),
+        searches=searches,
     )
     metadata = resolved.task.metadata
     scores = []
@@ -522,6 +576,8 @@ def _conditions(encoder: Encoder, options: EncodeOptions) -> Conditions:
         **{name: version(name) for name in _LIBRARIES},
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "device": str(encoder.device),
+        "backend": encoder.backend,
+        "arithmetic": encoder.arithmetic,
         "cached_vectors": options.dtype,
         "torch_threads": str(torch.get_num_threads()),
         "encoded_on": options.encoded_on,

@@ -76,10 +76,16 @@ def suite_problems(suite: Suite) -> list[str]:
     problems = []
     classes = _CLASSES | MINI_TASKS
     seen: set[str] = set()
+    parts = _parts_by_aggregate(suite)
     for entry in suite.tasks:
         if entry.task in seen:
             problems.append(f"task '{entry.task}' is listed twice")
         seen.add(entry.task)
+        problems += [
+            f"task '{entry.task}' is a part of '{aggregate}', which is listed, too; remove one"
+            for aggregate, names in parts.items()
+            if entry.task in names
+        ]
         if entry.data is not None:
             problems += _own_problems(entry, classes)
             continue
@@ -120,14 +126,18 @@ def resolve(suite: Suite, hub_dir: Path | None) -> list[ResolvedTask]:
     if problems:
         raise InputError(join_problems(f"suite {suite.name} is not valid", problems))
     resolved = []
+    own_problems: list[str] = []
     for entry in suite.tasks:
         for part, aggregate in _parts(entry):
             try:
                 resolved.append(_resolve(part, aggregate, hub_dir))
             except InputError as error:
-                problems.append(str(error))
+                # Own data say of which file they speak, and are there, only wrong.
+                (problems if entry.data is None else own_problems).append(str(error))
     if problems:
-        raise InputError(join_problems(f"suite {suite.name} lacks data", problems))
+        problems = [join_problems(f"suite {suite.name} lacks data", problems)]
+    if problems or own_problems:
+        raise InputError("\n".join([*own_problems, *problems]))
     return resolved
 
 
@@ -234,6 +244,17 @@ def n_samples(task: Any, split: str, subset: str) -> int:
     if isinstance(task, AbsTaskClusteringLegacy):
         return sum(map(len, data[task.label_column_name]))
     return len(data)
+
+
+def n_texts(each: ResolvedTask) -> int:
+    """About how many texts a task asks for: documents and queries of a search, else its rows."""
+    found = 0
+    for split in each.splits:
+        for subset in each.subsets:
+            if isinstance(each.task, AbsTaskRetrieval):
+                found += len(each.task.dataset[subset][split]["corpus"])
+            found += n_samples(each.task, split, subset)
+    return found
 
 
 def mini_rows(name: str) -> list[dict[str, Any]]:
@@ -479,6 +500,18 @@ def _parts(entry: SuiteTask) -> list[tuple[SuiteTask, str | None]]:
     own = entry.model_dump(exclude={"task", "parts", "revision", "files_sha256"})
     pins = entry.parts or {}
     return [(SuiteTask(task=name, revision=pins.get(name), **own), entry.task) for name in names]
+
+
+def _parts_by_aggregate(suite: Suite) -> dict[str, list[str]]:
+    """Names of the tasks that each aggregate of a suite is made of."""
+    metadata = {
+        each.task: _CLASSES[each.task].metadata for each in suite.tasks if each.task in _CLASSES
+    }
+    return {
+        name: [part.metadata.name for part in each.tasks]
+        for name, each in metadata.items()
+        if hasattr(each, "tasks")
+    }
 
 
 def _aggregate_problems(entry: SuiteTask, names: Sequence[str]) -> list[str]:

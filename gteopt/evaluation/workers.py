@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -32,7 +33,7 @@ import numpy.typing as npt
 
 from gteopt.errors import GteoptError, InputError, IntegrityError, UnsupportedError
 from gteopt.evaluation.cache import LocalEncoding, Shard
-from gteopt.machine import machine, versions
+from gteopt.machine import gpu_name, machine, versions
 from gteopt.recipe import Progress
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Job:
         n_threads: of torch, on a CPU.
         versions: of the libraries that decide results.
         cpu: this machine's processor.
+        gpu: the GPU that vectors are stored as those of; None where this machine has none.
     """
 
     source: str
@@ -69,6 +71,7 @@ class Job:
     n_threads: int
     versions: tuple[tuple[str, str], ...]
     cpu: str
+    gpu: str | None
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,7 @@ class Workers:
             n_threads=torch.get_num_threads(),
             versions=tuple(versions().items()),
             cpu=machine().cpu,
+            gpu=encoder.gpu,
         )
         return ShardsElsewhere(self, job, say)
 
@@ -526,6 +530,15 @@ def _encode(job: Job, device: str, shard: Shard) -> Encoded:
         return Encoded(vectors=vectors, notes=told)
     except GteoptError as error:
         return Encoded(error=error)
+    except Exception as error:
+        # It would end the process, and a worker that vanishes is taken for one without memory.
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return Encoded(
+            error=UnsupportedError(
+                f"a worker on {device} failed over {job.source}: {type(error).__name__}: {error} "
+                f"({Path(where.filename).name}:{where.lineno})"
+            )
+        )
 
 
 def _load(job: Job, device: str) -> tuple[LocalEncoding, list[str]]:
@@ -544,6 +557,11 @@ def _load(job: Job, device: str) -> tuple[LocalEncoding, list[str]]:
     if device == "cpu" and here.cpu != job.cpu:
         notes.append(
             f"a worker runs on {here.cpu}, this process on {job.cpu}: vectors may differ in their "
+            f"last bits"
+        )
+    if device != "cpu" and job.gpu is not None and (gpu := gpu_name(device)) != job.gpu:
+        notes.append(
+            f"a worker runs on {gpu}, this process has {job.gpu}: vectors may differ in their "
             f"last bits"
         )
     # Whoever asked for the vectors counts what was cut, over all workers.

@@ -36,6 +36,7 @@ _RANGE_STD = 5.0
 _ROTATION_STEPS = 50
 _BLOCK_SCORES = 1 << 22
 _BLOCK_VECTORS = 1 << 14
+_BLOCK_PAIRS = 1 << 10
 
 _Way = Literal["slice", "pca", "pca rotated"]
 """How vectors are shortened; the last one for binary codes only."""
@@ -166,27 +167,50 @@ class VectorTransform:
             InputError: wrong shapes, or k below 1.
             NumericsError: NaN or infinity in `queries` or float32 codes.
         """
-        rows = _rows(queries, self.dims, "queries")
+        search = Search(self, queries, k)
+        search.add(codes)
+        return search.found()
+
+    def score_pairs(self, queries: Floats, codes: Codes) -> tuple[Floats, Floats]:
+        """Scores of corresponding rows: by codes alone, and as rescored; see `search`.
+
+        Args:
+            queries: [P, D] projected, float.
+            codes: [P, D] or packed.
+
+        Returns:
+            Both [P]; the same twice where nothing is rescored.
+        """
         self._check_codes(codes)
-        if k < 1:
-            raise InputError(f"k is {k}; a search returns at least 1 neighbour")
-        n_kept = min(k, len(codes))
-        rescores = self.rescore > 1 and self.code != "float32"
-        n_candidates = min(k * self.rescore, len(codes)) if rescores else n_kept
-        indices = np.empty((len(rows), n_kept), dtype=np.intp)
-        scores = np.empty((len(rows), n_kept), dtype=np.float32)
-        block = max(1, _BLOCK_SCORES // max(1, min(len(codes), _BLOCK_VECTORS)))
-        for start in range(0, len(rows), block):
-            part = slice(start, start + block)
-            found, values = self._candidates(rows[part], codes, n_candidates)
-            if rescores:
-                found.sort(axis=1)
-                for i, candidates in enumerate(found):
-                    values[i] = _dot(rows[start + i][None], self.dequantize(codes[candidates]))
-                best, values = _top(values, n_kept)
-                found = np.take_along_axis(found, best, axis=1)
-            indices[part], scores[part] = found, values
-        return indices, scores
+        if self.code == "binary":
+            differing = np.bitwise_count(self.quantize(queries) ^ codes).sum(axis=1, dtype=np.int32)
+            by_code = self._of_hamming(differing)
+        else:
+            coded = queries if self.code == "float32" else self.dequantize(self.quantize(queries))
+            by_code = _paired_dot(coded, self.dequantize(codes))
+        rescored = _paired_dot(queries, self.dequantize(codes)) if self._rescores else by_code
+        return by_code, rescored
+
+    def best_of(self, by_code: Floats, rescored: Floats, k: int) -> npt.NDArray[np.intp]:
+        """The k best of candidates that `score_pairs` scored, [min(k, N)], as `search` has them."""
+        candidates = np.argsort(-by_code, kind="stable")[: self.n_candidates(k)]
+        candidates.sort()
+        order = np.argsort(-rescored[candidates], kind="stable")
+        best: npt.NDArray[np.intp] = candidates[order[:k]]
+        return best
+
+    def n_candidates(self, k: int) -> int:
+        """How many stored vectors a search for k looks at again after the codes."""
+        return k * self.rescore if self._rescores else k
+
+    def _of_hamming(self, distances: npt.NDArray[np.int32]) -> Floats:
+        """1 - 2 H / D."""
+        # Rounded at once: what is compared later with scores of another block has been, too.
+        return (1 - distances * np.float32(2 / self.dims)).astype(np.float32)
+
+    @property
+    def _rescores(self) -> bool:
+        return self.rescore > 1 and self.code != "float32"
 
     def record(self) -> VectorRecord:
         """What the manifest says of this transform."""
@@ -285,27 +309,114 @@ class VectorTransform:
         if self.code == "float32":
             _rows(codes, width, "stored vectors")
 
-    def _candidates(
-        self, queries: Floats, codes: Codes, n: int
-    ) -> tuple[npt.NDArray[np.intp], Floats]:
-        """The n best by codes alone: indices and scores [Q, n], merged over blocks of vectors."""
-        coded = self.quantize(queries)
-        if self.code == "binary":
-            distances, indices = _nearest_by_hamming(coded, codes, n)
-            return indices, 1 - distances * np.float32(2 / self.dims)
-        query_vectors = queries if self.code == "float32" else self.dequantize(coded)
-        indices = np.empty((len(queries), 0), dtype=np.intp)
-        scores: Floats = np.empty((len(queries), 0), dtype=np.float32)
+
+class Search:
+    """`VectorTransform.search` over stored vectors that come block by block.
+
+    What is kept between blocks are the candidates of each query so far, so that a corpus never has
+    to be in memory. How it is cut changes no result.
+    """
+
+    def __init__(self, transform: VectorTransform, queries: npt.ArrayLike, k: int) -> None:
+        """Search for the k best of each query [Q, D], projected.
+
+        Raises:
+            InputError: wrong shape, or k below 1.
+            NumericsError: NaN or infinity.
+        """
+        self._queries = _rows(queries, transform.dims, "queries")
+        if k < 1:
+            raise InputError(f"k is {k}; a search returns at least 1 neighbour")
+        self._transform = transform
+        self._k, self._n = k, transform.n_candidates(k)
+        self._n_seen = 0
+        # [Q, <= n], best first by codes, ties in order of their index.
+        self._indices = np.empty((len(self._queries), 0), np.intp)
+        self._scores: Floats = np.empty((len(self._queries), 0), np.float32)
+        # What they are ordered by in the end.
+        self._rescored: Floats = self._scores.copy()
+
+    def add(self, codes: Codes) -> None:
+        """The next stored vectors, [N, D] or packed.
+
+        Raises:
+            InputError: codes of another shape or dtype than `quantize` makes.
+            NumericsError: NaN or infinity in float32 codes.
+        """
+        self._transform._check_codes(codes)
         for start in range(0, len(codes), _BLOCK_VECTORS):
-            part = codes[start : start + _BLOCK_VECTORS]
-            fresh = _dot(query_vectors, self.dequantize(part))
-            best, values = _top(fresh, min(n, len(part)))
-            # Earlier blocks come first, so a stable order keeps ties in order of their index.
-            indices = np.concatenate([indices, best + start], axis=1)
-            scores = np.concatenate([scores, values], axis=1)
-            best, scores = _top(scores, min(n, scores.shape[1]))
+            self._add_block(codes[start : start + _BLOCK_VECTORS])
+
+    def found(self) -> tuple[npt.NDArray[np.intp], Floats]:
+        """Indices and scores, both [Q, min(k, N)], as `VectorTransform.search` returns them."""
+        indices, scores = self._indices, self._scores
+        if self._transform._rescores:
+            order = np.argsort(indices, axis=1)
+            indices = np.take_along_axis(indices, order, axis=1)
+            scores = np.take_along_axis(self._rescored, order, axis=1)
+            best, scores = _top(scores, min(self._k, scores.shape[1]))
             indices = np.take_along_axis(indices, best, axis=1)
         return indices, scores
+
+    def _add_block(self, codes: Codes) -> None:
+        transform = self._transform
+        more = min(self._n, self._n_seen + len(codes)) - self._scores.shape[1]
+        self._indices = np.pad(self._indices, ((0, 0), (0, more)))
+        self._scores = np.pad(self._scores, ((0, 0), (0, more)), constant_values=-np.inf)
+        self._rescored = np.pad(self._rescored, ((0, 0), (0, more)))
+        # Once for all queries: it takes as long as a few hundred of them.
+        stored = None if transform.code == "binary" else _as_columns(transform.dequantize(codes))
+        block = max(1, _BLOCK_SCORES // len(codes))
+        for start in range(0, len(self._queries), block):
+            coded = transform.quantize(self._queries[start : start + block])
+            if stored is None:
+                distances, found = _nearest_by_hamming(coded, codes, min(self._n, len(codes)))
+                values = transform._of_hamming(distances)
+            else:
+                # Summed in float64 and rounded: equal vectors then score equally wherever they lie
+                # in a block (BLAS orders a float32 sum by position), which keeps ties in order.
+                exact = transform.dequantize(coded).astype(np.float64) @ stored
+                found, values = None, exact.astype(np.float32)
+            better = np.flatnonzero(values.max(axis=1) > self._scores[start : start + block, -1])
+            if found is None:
+                found, best = _top(values[better], min(self._n, len(codes)))
+            else:
+                found, best = found[better], values[better]
+            self._merge(start + better, found, best, codes)
+        self._n_seen += len(codes)
+
+    def _merge(
+        self,
+        queries: npt.NDArray[np.intp],
+        found: npt.NDArray[np.intp],
+        values: Floats,
+        codes: Codes,
+    ) -> None:
+        """Put the best of a block of codes, `found` in it by each of these queries, in place."""
+        n_kept = self._scores.shape[1]
+        # Earlier blocks come first, so a stable order keeps ties in order of their index.
+        both = np.concatenate([self._scores[queries], values], axis=1)
+        best, self._scores[queries] = _top(both, n_kept)
+        indices = np.concatenate([self._indices[queries], found + self._n_seen], axis=1)
+        self._indices[queries] = np.take_along_axis(indices, best, axis=1)
+        if self._transform._rescores:
+            rescored = np.concatenate([self._rescored[queries], np.zeros_like(values)], axis=1)
+            rows, columns = np.nonzero(best >= n_kept)
+            places = best[rows, columns]
+            of = found[rows, places - n_kept]
+            rescored[rows, places] = self._rescore(queries[rows], codes, of)
+            self._rescored[queries] = np.take_along_axis(rescored, best, axis=1)
+
+    def _rescore(
+        self, queries: npt.NDArray[np.intp], codes: Codes, of: npt.NDArray[np.intp]
+    ) -> Floats:
+        """Scores [P] of float queries with what codes stand for, of corresponding indices."""
+        scores = np.empty(len(queries), np.float32)
+        for start in range(0, len(queries), _BLOCK_PAIRS):
+            part = slice(start, start + _BLOCK_PAIRS)
+            stored = self._transform.dequantize(codes[of[part]])
+            scores[part] = _paired_dot(self._queries[queries[part]], stored)
+        return scores
 
 
 def identity(full_dims: int) -> VectorTransform:
@@ -520,13 +631,15 @@ def _rows(x: npt.ArrayLike, width: int | None, what: str) -> Floats:
     return rows
 
 
-def _dot(a: Floats, b: Floats) -> Floats:
-    """Dot products [Q, N] of a [Q, D] and b [N, D].
+def _as_columns(rows: Floats) -> npt.NDArray[np.float64]:
+    """[N, D] as float64 [D, N]."""
+    return rows.astype(np.float64).T
 
-    Summed in float64 and rounded: equal vectors then score equally wherever they lie in a block
-    (BLAS orders a float32 sum by position), which keeps ties in order of their index.
-    """
-    return (a.astype(np.float64) @ b.astype(np.float64).T).astype(np.float32)
+
+def _paired_dot(a: Floats, b: Floats) -> Floats:
+    """Dot products [P] of corresponding rows of a and b [P, D], summed in float64 and rounded."""
+    dots: Floats = np.einsum("pd,pd->p", a, b, dtype=np.float64).astype(np.float32)
+    return dots
 
 
 def _nearest_by_hamming(
