@@ -103,7 +103,7 @@ def test_a_second_run_does_nothing_again_and_says_the_same(
     again = run(plan(folder, "rtn-int4", "rtn-int8"), progress=steps)
     assert again == first[0]
     assert sum(each.n_encoded_texts for each in again.evals.values()) > 0  # by the first run
-    assert steps.seen == [f"{name}: comparing with nano" for name in again.evals]
+    assert steps.seen == [f"{name}: comparing with bf16" for name in again.evals]
 
 
 def test_only_what_a_changed_plan_touches_is_done_again(
