@@ -559,7 +559,10 @@ def _quality_conditions(evals: Sequence[EvalReport], texts: Sequence[FidelityRep
     suites = dict.fromkeys(f"{report.suite} (sha256 {report.suite_sha256})" for report in evals)
     machines = dict.fromkeys(machine_line(report.machine) for report in evals)
     versions = dict.fromkeys(_pairs(report.versions) for report in evals)
-    fidelity_texts = dict.fromkeys(f"{report.fidelity.n_texts:,} texts" for report in evals)
+    fidelity_texts = dict.fromkeys(
+        f"{report.fidelity.n_texts:,} texts (neighbours {report.fidelity.among})"
+        for report in evals
+    )
     quality = {
         "Suite": "; ".join(suites),
         "Machine": "; ".join(machines),

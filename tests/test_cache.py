@@ -23,7 +23,7 @@ import gteopt
 from gteopt.cli import main
 from gteopt.encoder import Encoder
 from gteopt.errors import UnsupportedError
-from gteopt.evaluation import EncodeOptions, Suite, run_suite, run_views, view_of
+from gteopt.evaluation import EncodeOptions, Suite, compare, run_suite, run_views, view_of
 from gteopt.evaluation.cache import (
     SHARD_TEXTS,
     Encodings,
@@ -506,6 +506,10 @@ def test_what_is_read_from_a_moved_store_is_said_to_be_from_where_it_was_made(
     assert moved.machine.gpu == "NVIDIA H100 80GB HBM3"
     assert moved.versions["numpy"] == "1.9"
     assert moved.notes == ()
+    # A baseline from elsewhere is said in the variant's report.
+    (note,) = compare(moved, here, variant_name="here").notes
+    assert note.startswith("the baseline was scored with gpu NVIDIA H100")
+    assert compare(here, here, variant_name="here").notes == ()
 
 
 def test_vectors_of_another_forward_pass_are_encoded_again(

@@ -210,11 +210,20 @@ def test_a_baseline_below_zero_leaves_differences_and_fidelity(
     path = tmp_path / "pairs.jsonl"
     lines = ({"sentence1": a, "sentence2": b, "score": grade} for a, b, grade in rows)
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    sources = {"base": "nano", "pca": str(artifacts["pca"])}
-    out = tmp_path / "out"
-    found = score(sources, with_data(None, path), out, how=Setup(device="cpu"), progress=quiet)
-    report = read_record(out / "eval" / "pca.json", EvalReport)
-    assert report == found["pca"]
+    sources = {"base": "nano", "mine": str(artifacts["pca"])}
+    out, steps = tmp_path / "out", set[str]()
+    found = score(
+        sources,
+        with_data(None, path),
+        out,
+        how=Setup(device="cpu"),
+        progress=lambda what, *_: steps.add(what),
+    )
+    # Rows have one name everywhere, not also that of the recipe or of the base.
+    assert {step.partition(":")[0] for step in steps} == {"base", "mine"}
+    report = read_record(out / "eval" / "mine.json", EvalReport)
+    assert report == found["mine"]
+    assert report.baseline == "base"
     assert report.baseline_score < 0
     assert report.retention is None
     assert report.retention_low is None

@@ -104,7 +104,7 @@ def test_a_second_run_does_nothing_again_and_says_the_same(
     again = run(plan(folder, "rtn-int4", "rtn-int8"), progress=steps)
     assert again == first[0]
     assert sum(each.n_encoded_texts for each in again.evals.values()) > 0  # by the first run
-    assert steps.seen == [f"{name}: comparing with nano" for name in again.evals]
+    assert steps.seen == [f"{name}: comparing with bf16" for name in again.evals]
 
 
 def test_a_price_gives_costs_and_is_no_reason_to_measure_again(

@@ -12,7 +12,7 @@ from gteopt.errors import InputError, NumericsError, join_problems
 from gteopt.evaluation.fidelity import fidelity
 from gteopt.evaluation.finished import SubsetScore, mean_over_tasks
 from gteopt.evaluation.reference import beside_published
-from gteopt.evaluation.runner import SampleKey, SuiteRun
+from gteopt.evaluation.runner import SampleKey, SuiteRun, differing_conditions
 from gteopt.evaluation.samples import Samples
 from gteopt.evaluation.statistics import (
     MIN_UNITS,
@@ -118,7 +118,7 @@ def compare(
         n_asked_texts=variant.encodings.n_asked,
         n_encoded_texts=variant.encodings.n_encoded,
         n_cut_texts=variant.encodings.n_cut,
-        notes=variant.notes,
+        notes=(*variant.notes, *_elsewhere(baseline, variant)),
         fidelity=fidelity(baseline.sample, variant.sample, variant.vectors),
         machine=variant.machine,
         versions=variant.versions,
@@ -129,6 +129,17 @@ def compare(
         if reference is not None:
             report = beside_published(report, variant.samples, reference)
     return settle({variant_name: report})[variant_name]
+
+
+def _elsewhere(baseline: SuiteRun, variant: SuiteRun) -> list[str]:
+    """A sentence where the two were not scored in the same environment."""
+    own = {"backend", "arithmetic", "dtype"}  # of a model, not of where it ran
+    places = [
+        (run.machine, {name: each for name, each in run.versions.items() if name not in own})
+        for run in (baseline, variant)
+    ]
+    differing = differing_conditions(places[0], places[1])
+    return [f"the baseline was scored with {differing}"] if differing else []
 
 
 def _paired(

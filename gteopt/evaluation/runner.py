@@ -394,13 +394,15 @@ def _measured_on(
     for other, versions_, names in found:
         if (other, versions_) == (where, when):
             continue
-        facts = {**dict(other), **versions_}
-        mine = {**dict(where), **when}
-        differing = [f"{key} {value}" for key, value in facts.items() if mine.get(key) != value]
-        notes.append(
-            f"{', '.join(names)}: scored in an earlier run, with {', '.join(differing) or 'less'}"
-        )
+        differing = differing_conditions((other, versions_), (where, when))
+        notes.append(f"{', '.join(names)}: scored in an earlier run, with {differing}")
     return where, when, notes
+
+
+def differing_conditions(one: tuple[Machine, Conditions], other: tuple[Machine, Conditions]) -> str:
+    """What of one place is otherwise at the other, in words; "" where nothing is."""
+    facts, others = ({**dict(machine), **versions} for machine, versions in (one, other))
+    return ", ".join(f"{key} {value}" for key, value in facts.items() if others.get(key) != value)
 
 
 def _open_cache(
