@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import get_args
 
 from gteopt.artifact import artifact_sha256, discard, is_artifact, read_manifest
-from gteopt.bench import bench
+from gteopt.bench import bench, default_workloads, fitting
 from gteopt.build import fit_transforms, quantize, restyle
 from gteopt.checkpoint import NANO, open_checkpoint
 from gteopt.choose import choose
@@ -49,6 +49,7 @@ from gteopt.evaluation.workers import Workers
 from gteopt.machine import machine, versions
 from gteopt.recipe import (
     DEFAULT_MARGIN,
+    WORKLOADS,
     BenchSpec,
     Plan,
     Policy,
@@ -100,8 +101,13 @@ def run(
         plan.base, recipes, folder / "variants", hub_dir=hub_dir, device=device, progress=progress
     )
     sources = {BASELINE: plan.base, **{name: str(path) for name, path in artifacts.items()}}
-    report = measure(sources, plan.bench, folder, hub_dir=hub_dir, device=device, progress=progress)
-    how = Setup(hub_dir=hub_dir, device=device, workers=workers)
+    spec = plan.bench
+    if "workloads" not in spec.model_fields_set:
+        usual = spec.model_copy(update={"workloads": WORKLOADS[default_workloads(device)]})
+        spec = fitting(usual, open_checkpoint(plan.base, hub_dir=hub_dir).max_tokens)
+    report = measure(sources, spec, folder, hub_dir=hub_dir, device=device, progress=progress)
+    asked = ("--suite", Path(plan.suite).name)
+    how = Setup(hub_dir=hub_dir, device=device, workers=workers, asked=asked)
     evals = score(sources, suite, folder, how=how, margin=policy.margin, progress=progress)
     for path in (folder / "eval").glob("*.json"):
         if path.stem not in evals:
@@ -222,6 +228,7 @@ class Setup:
         workers: who encodes, instead of this process on `device`. A grid still needs each variant
             here, which fits its ranges.
         options: of the vectors' cache.
+        asked: see `EvalReport`.
     """
 
     hub_dir: Path | None = None
@@ -231,6 +238,7 @@ class Setup:
     grid: Grid | None = None
     workers: Workers | None = None
     options: EncodeOptions = ENCODE_OPTIONS
+    asked: tuple[str, ...] = ()
 
 
 def score(
@@ -287,7 +295,8 @@ def score(
         for done, (row, run) in enumerate(zip(views, runs, strict=True)):
             progress(f"{name}: comparing with {baseline.encoder}", done, len(runs))
             noted = replace(run, notes=(*run.notes, *notes))
-            reports[row] = compare(baseline, noted, variant_name=row, margin=margin, drawn=drawn)
+            found = compare(baseline, noted, variant_name=row, margin=margin, drawn=drawn)
+            reports[row] = found.model_copy(update={"asked": how.asked})
     reports = settle(reports)
     if folder is not None:
         for name, report in reports.items():
