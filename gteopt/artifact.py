@@ -14,7 +14,7 @@ import stat
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from gteopt.errors import InputError, IntegrityError, join_problems
 from gteopt.records import FileRecord, Manifest, read_record, write_record
@@ -22,6 +22,11 @@ from gteopt.records import FileRecord, Manifest, read_record, write_record
 MANIFEST = "gteopt.json"
 _HUB_FILE, _HUB_FOLDER = ".gitattributes", (".cache", "huggingface")
 """What the model hub and its client leave in a folder that they make; no part of the artifact."""
+_UNREAD = frozenset(
+    {".md", ".rst", ".pdf", ".ipynb", ".csv", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"}
+)
+_UNREAD_NAMES = frozenset({".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt"})
+"""What the owner of a repository may put beside an artifact: no loader looks at it."""
 _CHUNK_BYTES = 1 << 22
 _HASH_THREADS = 4
 """A disk reads faster than a core hashes (1.7 GB/s with SHA instructions)."""
@@ -194,6 +199,8 @@ def read_manifest(folder: Path) -> Manifest:
 def verify(folder: Path) -> Manifest:
     """Compare every file with the manifest's size and hash.
 
+    Licenses, notes and pictures beside them are nobody's input, and passed over.
+
     Raises:
         InputError: not an artifact.
         IntegrityError: lists each changed, missing or extra file.
@@ -218,11 +225,22 @@ def verify(folder: Path) -> Manifest:
     ]
     known = {record.path for record in manifest.files} | {MANIFEST}
     present = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
-    names = {each.as_posix() for each in present if each.parts[:2] != _HUB_FOLDER} - {_HUB_FILE}
+    names = {
+        each.as_posix()
+        for each in present
+        if each.parts[:2] != _HUB_FOLDER and each.as_posix() != _HUB_FILE and is_read(each)
+    }
     problems += [f"{path} is not in the manifest" for path in sorted(names - known)]
     if problems:
         raise IntegrityError(join_problems(f"{folder} is damaged; do not use it", problems))
     return manifest
+
+
+def is_read(path: PurePath) -> bool:
+    """Whether some loader might look at a file of this name; one that the manifest does not list is
+    then refused.
+    """
+    return path.suffix.lower() not in _UNREAD and path.name not in _UNREAD_NAMES
 
 
 def _sync_all(folder: Path) -> None:

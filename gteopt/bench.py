@@ -68,7 +68,16 @@ from gteopt.kernels.cpu import Int8LinearCpu
 from gteopt.loading import build_skeleton, load, load_checkpoint, load_tokenizer
 from gteopt.machine import machine, versions
 from gteopt.quant.affine import pack, quantize_rtn
-from gteopt.recipe import BenchSpec, Frozen, LayerScheme, Progress, Workload, load_recipe, quiet
+from gteopt.recipe import (
+    BenchSpec,
+    Frozen,
+    LayerScheme,
+    Progress,
+    Workload,
+    WorkloadSet,
+    load_recipe,
+    quiet,
+)
 from gteopt.records import BenchReport, DummyRecord, LatencyRecord, ThroughputRecord, VariantBench
 
 
@@ -77,6 +86,7 @@ def bench(
     *,
     baseline: str,
     spec: BenchSpec,
+    skip_too_long: bool = False,
     device: str = "auto",
     backend: Backend = "torch",
     hub_dir: Path | None = None,
@@ -89,6 +99,8 @@ def bench(
         sources: variant name -> base, folder or artifact, the baseline's among them.
         baseline: name of the variant that the others are compared with.
         spec: what is measured, how often.
+        skip_too_long: leave out workloads beyond a model's limit, rather than refuse them; the
+            report's `spec` is then without them.
         device: as for `load`.
         backend: of the variants, as for `load`; the baseline runs on torch.
         hub_dir: as for `load`.
@@ -100,7 +112,7 @@ def bench(
             model's limit; all of them at once, before anything is measured.
         GteoptError: the child process of a variant died; carries its last line.
     """
-    checkpoints = _open_all(sources, baseline, spec, hub_dir)
+    checkpoints, spec = _open_all(sources, baseline, spec, hub_dir, skip_too_long)
     order = [baseline, *(name for name in sources if name != baseline)]
     largest = max(spec.workloads, key=lambda workload: workload.batch_size * workload.tokens)
     footprints: dict[str, _Footprint] = {}
@@ -159,6 +171,7 @@ def bench_dummy(
     recipes: Sequence[str],
     *,
     spec: BenchSpec,
+    skip_too_long: bool = False,
     n_layers: int | None = None,
     device: str = "auto",
     backend: Backend = "torch",
@@ -173,6 +186,7 @@ def bench_dummy(
         base: see `write_dummy`.
         recipes: names of recipes that need no calibration, in the order of the report.
         spec: what is measured, how often.
+        skip_too_long: see `bench`.
         n_layers: blocks to build; all when None.
         device: as for `load`.
         backend: see `bench`.
@@ -199,10 +213,28 @@ def bench_dummy(
             sources[name] = str(Path(scratch) / f"variant-{len(sources)}")
             quantize(folder, recipe, sources[name], device=device, progress=progress)
         report = bench(
-            sources, baseline="bf16", spec=spec, device=device, backend=backend, progress=progress
+            sources,
+            baseline="bf16",
+            spec=spec,
+            skip_too_long=skip_too_long,
+            device=device,
+            backend=backend,
+            progress=progress,
         )
     dummy = DummyRecord(base=base, n_layers=n, of_layers=whole)
     return report.model_copy(update={"dummy": dummy})
+
+
+def default_workloads(device: str) -> WorkloadSet:
+    """The set that is measured on a device where nobody says: "long" on a GPU."""
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return "long" if on_gpu else "short"
+
+
+def fitting(spec: BenchSpec, max_tokens: int) -> BenchSpec:
+    """The spec without the workloads that have texts of more tokens than this."""
+    fits = tuple(each for each in spec.workloads if each.longest <= max_tokens)
+    return spec.model_copy(update={"workloads": fits})
 
 
 def peak_gflops(device: torch.device) -> dict[str, float]:
@@ -305,8 +337,13 @@ def _exact_text(encoder: Encoder, n_tokens: int, source: random.Random) -> str:
 
 
 def _open_all(
-    sources: Mapping[str, str], baseline: str, spec: BenchSpec, hub_dir: Path | None
-) -> dict[str, Checkpoint]:
+    sources: Mapping[str, str],
+    baseline: str,
+    spec: BenchSpec,
+    hub_dir: Path | None,
+    skip_too_long: bool,
+) -> tuple[dict[str, Checkpoint], BenchSpec]:
+    """The models, and what of the spec they can all be measured on."""
     if baseline not in sources:
         raise InputError(f"the baseline '{baseline}' is not measured: {suggest(baseline, sources)}")
     checkpoints: dict[str, Checkpoint] = {}
@@ -326,11 +363,15 @@ def _open_all(
             f"workload batch_size: {workload.batch_size}, tokens: {workload.tokens} is beyond "
             f"{name}'s limit of {limit} tokens"
             for workload in spec.workloads
-            if workload.longest > limit
+            if workload.longest > limit and not skip_too_long
         ]
+    shortest = min((each.max_tokens for each in checkpoints.values()), default=0)
+    fits = fitting(spec, shortest)
+    if skip_too_long and checkpoints and not fits.workloads:
+        problems.append(f"every workload is beyond the models' limit of {shortest} tokens")
     if problems:
         raise InputError(join_problems("the bench cannot start", problems))
-    return checkpoints
+    return checkpoints, fits
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from gteopt.artifact import (
@@ -85,6 +86,7 @@ from gteopt.recipe import (
     Progress,
     Recipe,
     VectorCode,
+    invalid,
     load_recipe,
     quiet,
 )
@@ -274,20 +276,24 @@ def truncate(
         progress: told how far the step is.
 
     Raises:
-        InputError: not an artifact, more dimensions than the model has, or `out` is in use.
+        InputError: not an artifact, vectors that cannot be, more dimensions than the model has, or
+            `out` is in use.
     """
     source = Path(artifact)
     old = read_manifest(source)
-    parts = [old.recipe.name, *([f"{method}{dims}"] if dims else []), vectors]
-    recipe = Recipe.model_validate(
-        {
-            **old.recipe.model_dump(by_alias=True),
-            "name": "-".join(parts),
-            "summary": f"{old.recipe.name} with other vectors",
-            "dims": {"n": dims, "method": method} if dims else None,
-            "vectors": {"code": vectors, "rescore": rescore},
-        }
-    )
+    shortened = dims is not None
+    parts = [old.recipe.name, *([f"{method}{dims}"] if shortened else []), vectors]
+    content = {
+        **old.recipe.model_dump(by_alias=True),
+        "name": "-".join(parts),
+        "summary": f"{old.recipe.name} with other vectors",
+        "dims": {"n": dims, "method": method} if shortened else None,
+        "vectors": {"code": vectors, "rescore": rescore},
+    }
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise invalid(f"what to make of {source}", error) from error
     return restyle(source, recipe, out, hub_dir=hub_dir, device=device, progress=progress)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import re
 import sys
@@ -36,7 +38,7 @@ from gteopt.errors import GteoptError, InputError, is_out_of_memory
 
 if TYPE_CHECKING:
     from gteopt.evaluation.workers import Workers
-    from gteopt.recipe import BenchSpec, Frozen
+    from gteopt.recipe import BenchSpec, Effort, Frozen, LayoutChoice, Recipe
     from gteopt.records import Manifest, Publication, Results
 
 _LINE_EVERY_S = 60.0
@@ -44,6 +46,9 @@ _LINE_EVERY_S = 60.0
 
 class _Interrupted(GteoptError):
     """Ctrl-C."""
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Group(TyperGroup):
@@ -122,6 +127,43 @@ Family = Annotated[
         "qwen3-embedding, e5-mistral, nv-embed"
     ),
 ]
+EffortOption = Annotated[
+    Literal["fast", "standard", "best"] | None,
+    typer.Option(
+        help="of GPTQ recipes: the solver alone, or its result tuned against the base's "
+        "vectors for 400 or 1600 steps (beyond 2 billion weights scales, norms and biases of "
+        "each block against the base's, for 100 or 400); mixed-nf4 of all-MiniLM-L6-v2 takes "
+        "4, 15 and 60 minutes of one core; the recipe's own when left out"
+    ),
+]
+EmbedInt8 = Annotated[
+    bool, typer.Option("--embed-int8", help="keep the token embedding table in int8 too")
+]
+LayoutOption = Annotated[
+    Literal["auto", "gptq", "compressed-tensors", "bitsandbytes", "gteopt"] | None,
+    typer.Option(
+        help="how quantized weights lie on disk: whose checkpoint format, or gteopt's own; the "
+        "recipe's own when left out"
+    ),
+]
+KeptDtype = Annotated[str, typer.Option(help="of what stays unquantized")]
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number that can be counted with")
+    return value
+
+
+ActivationGb = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        callback=_finite,
+        help="memory for the calibration texts' hidden states; the others lie on disk beside "
+        "the artifact while it is built",
+    ),
+]
 Out = Annotated[Path, typer.Option(help="folder of the new artifact; must not exist yet")]
 Base = Annotated[str, typer.Argument(help="'nano', a folder, or ORG/NAME")]
 Repo = Annotated[str, typer.Option(help="ORG/NAME on the model hub", metavar="ORG/NAME")]
@@ -198,37 +240,14 @@ def quantize(
     recipe: Annotated[
         str, typer.Option(help="a shipped recipe (`gteopt recipes`), or a file")
     ] = "mixed-nf4",
-    effort: Annotated[
-        Literal["fast", "standard", "best"] | None,
-        typer.Option(
-            help="of GPTQ recipes: the solver alone, or its result tuned against the base's "
-            "vectors for 400 or 1600 steps (beyond 2 billion weights scales, norms and biases of "
-            "each block against the base's, for 100 or 400); mixed-nf4 of all-MiniLM-L6-v2 takes "
-            "4, 15 and 60 minutes of one core; the recipe's own when left out"
-        ),
-    ] = None,
-    embed_int8: Annotated[
-        bool, typer.Option("--embed-int8", help="keep the token embedding table in int8 too")
-    ] = False,
-    layout: Annotated[
-        Literal["auto", "gptq", "compressed-tensors", "bitsandbytes", "gteopt"] | None,
-        typer.Option(
-            help="how quantized weights lie on disk: whose checkpoint format, or gteopt's own; the "
-            "recipe's own when left out"
-        ),
-    ] = None,
+    effort: EffortOption = None,
+    embed_int8: EmbedInt8 = False,
+    layout: LayoutOption = None,
     hub_dir: HubDir = None,
     revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
     family: Family = None,
-    dtype: Annotated[str, typer.Option(help="of what stays unquantized")] = "bfloat16",
-    activation_gb: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            help="memory for the calibration texts' hidden states; the others lie on disk beside "
-            "the artifact while it is built",
-        ),
-    ] = 4,
+    dtype: KeptDtype = "bfloat16",
+    activation_gb: ActivationGb = 4,
     device: Device = "auto",
     devices: Annotated[
         str | None,
@@ -246,15 +265,8 @@ def quantize(
     """
     from gteopt.build import quantize as build
     from gteopt.machine import parse_devices
-    from gteopt.recipe import load_recipe
 
-    wanted = load_recipe(recipe)
-    if effort is not None:
-        wanted = wanted.with_effort(effort)
-    if embed_int8:
-        wanted = wanted.with_int8_embedding()
-    if layout is not None:
-        wanted = wanted.with_layout(layout)
+    wanted = _wanted(recipe, effort, embed_int8=embed_int8, layout=layout)
     with _progress() as progress:
         manifest = build(
             base,
@@ -272,11 +284,27 @@ def quantize(
     _show_manifest(manifest, out, as_json=as_json)
 
 
+def _wanted(
+    recipe: str, effort: Effort | None, *, embed_int8: bool, layout: LayoutChoice | None
+) -> Recipe:
+    """The recipe with what other options change in it."""
+    from gteopt.recipe import load_recipe
+
+    wanted = load_recipe(recipe)
+    if effort is not None:
+        wanted = wanted.with_effort(effort)
+    if embed_int8:
+        wanted = wanted.with_int8_embedding()
+    return wanted if layout is None else wanted.with_layout(layout)
+
+
 @app.command()
 def truncate(
     artifact: Annotated[Path, typer.Argument(help="artifact folder")],
     out: Out,
-    dims: Annotated[int | None, typer.Option(help="dimensions to keep; all when left out")] = None,
+    dims: Annotated[
+        int | None, typer.Option(min=1, help="dimensions to keep; all when left out")
+    ] = None,
     method: Annotated[
         Literal["slice", "pca", "auto"], typer.Option(help="first, principal, or what keeps more")
     ] = "slice",
@@ -328,17 +356,25 @@ def bench(
         typer.Option(help="with --dummy-weights: rtn-int8, rtn-int4 and nf4 when left out"),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(help="with --dummy-weights: build only so many blocks")
+        int | None, typer.Option(min=1, help="with --dummy-weights: build only so many blocks")
     ] = None,
     workload: Annotated[
         list[str] | None,
-        typer.Option(help="TEXTSxTOKENS, or TEXTSx~TOKENS for log-normal lengths of that median"),
+        typer.Option(
+            help="TEXTSxTOKENS, or TEXTSx~TOKENS for log-normal lengths of that median; or a set, "
+            "without the lengths that the model does not take: short (32x32, 32x128, 8x512; the "
+            "default on a CPU), long (128x128, 32x512, 8x2048, 2x8192, 1x32768, 128x~128; the "
+            "default on a GPU)"
+        ),
     ] = None,
-    query_tokens: Annotated[int, typer.Option(help="of the single query")] = 16,
-    queries: Annotated[int, typer.Option(help="single queries that are timed")] = 50,
-    repeats: Annotated[int, typer.Option(help="counted runs of each workload")] = 5,
+    query_tokens: Annotated[int, typer.Option(min=1, help="of the single query")] = 16,
+    queries: Annotated[int, typer.Option(min=10, help="single queries that are timed")] = 50,
+    repeats: Annotated[int, typer.Option(min=1, help="counted runs of each workload")] = 5,
     price_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="of this machine in dollars: gives cost per tokens")
+        float | None,
+        typer.Option(
+            min=0, callback=_finite, help="of this machine in dollars: gives cost per tokens"
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="results folder: adds to its bench.json")] = None,
     hub_dir: HubDir = None,
@@ -350,15 +386,21 @@ def bench(
 
     Example: `gteopt bench artifacts/nano-int4 --baseline nano --out artifacts/results`
     """
+    from gteopt.bench import default_workloads
     from gteopt.plan import measure, measure_dummy
+    from gteopt.recipe import WORKLOADS
     from gteopt.tables import bench_table, limits_table
 
-    spec = _bench_spec(workload, query_tokens, queries, repeats)
+    names = workload or [default_workloads(device)]
+    spec = _bench_spec(names, query_tokens, queries, repeats)
     sources = _named([*([baseline] if baseline else []), *artifacts])
     if not dummy_weights and (recipe or layers is not None):
         raise InputError("--recipe and --layers belong to --dummy-weights")
+    if out is not None and out.is_file():
+        raise InputError(f"--out {out} is a file; results need a folder")
     if dummy_weights and len(sources) != 1:
         raise InputError("--dummy-weights takes one model and no --baseline")
+    skip = any(name in WORKLOADS for name in names)
     with _progress() as progress:
         if dummy_weights:
             report = measure_dummy(
@@ -366,6 +408,7 @@ def bench(
                 recipe or ["rtn-int8", "rtn-int4", "nf4"],
                 spec,
                 out,
+                skip_too_long=skip,
                 n_layers=layers,
                 device=device,
                 backend=backend,
@@ -379,6 +422,7 @@ def bench(
                 out,
                 baseline=next(iter(sources)),
                 hub_dir=hub_dir,
+                skip_too_long=skip,
                 device=device,
                 backend=backend,
                 price_per_hour=price_per_hour,
@@ -389,36 +433,55 @@ def bench(
         _out.print(limits_table(report))
 
 
-def _bench_spec(
-    workloads: list[str] | None, query_tokens: int, n_queries: int, repeats: int
-) -> BenchSpec:
-    from gteopt.recipe import BenchSpec, Workload
+_WHERE = frozenset({"hub_dir", "device", "devices", "ray", "out", "cache_gb", "as_json"})
+"""Options that decide where an evaluation runs and what it keeps, not what it finds."""
 
-    found: dict[str, Any] = {}
-    if workloads:
-        matches = {each: re.fullmatch(r"(\d+)x(~?)(\d+)", each) for each in workloads}
-        if wrong := [each for each, match in matches.items() if match is None]:
-            raise InputError(
-                f"--workload {', '.join(wrong)}: write TEXTSxTOKENS (8x128), or TEXTSx~TOKENS for "
-                f"lengths around a median (64x~128)"
-            )
-        found["workloads"] = tuple(
-            Workload(
-                batch_size=int(match[1]),
-                tokens=int(match[3]),
-                lengths="lognormal" if match[2] else "equal",
-            )
-            for match in matches.values()
-            if match is not None
+
+def _asked(context: typer.Context) -> tuple[str, ...]:
+    """The options that were typed and decide what is found, as `EvalReport.asked` has them."""
+    words: list[str] = []
+    for option in context.command.params:
+        name, value = str(option.name), context.params.get(str(option.name))
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or name in {"artifacts", *_WHERE}:
+            continue
+        # Where a file lies is nobody else's business; what it is called is.
+        if isinstance(value, Path) or (name in ("suite", "baseline") and Path(str(value)).exists()):
+            value = Path(str(value)).resolve().name
+        words += [option.opts[0], str(value)]
+    return tuple(words)
+
+
+def _bench_spec(names: Sequence[str], query_tokens: int, n_queries: int, repeats: int) -> BenchSpec:
+    from gteopt.recipe import WORKLOADS, BenchSpec, Workload
+
+    found: list[Workload] = []
+    wrong = []
+    for name in names:
+        match = re.fullmatch(r"([1-9]\d*)x(~?)([1-9]\d*)", name, re.ASCII)
+        if name in WORKLOADS:
+            found += WORKLOADS[name]
+        elif match is None:
+            wrong.append(name)
+        else:
+            lengths: Literal["equal", "lognormal"] = "lognormal" if match[2] else "equal"
+            found.append(Workload(batch_size=int(match[1]), tokens=int(match[3]), lengths=lengths))
+    if wrong:
+        raise InputError(
+            f"--workload {', '.join(wrong)}: write TEXTSxTOKENS (8x128), TEXTSx~TOKENS for lengths "
+            f"around a median (64x~128), or a set: {', '.join(WORKLOADS)}"
         )
-    try:
-        return BenchSpec(query_tokens=query_tokens, n_queries=n_queries, repeats=repeats, **found)
-    except ValueError as error:
-        raise InputError(f"what to measure cannot be: {error}") from error
+    return BenchSpec(
+        query_tokens=query_tokens,
+        n_queries=n_queries,
+        repeats=repeats,
+        workloads=tuple(dict.fromkeys(found)),
+    )
 
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     artifacts: Artifacts,
     suite: Annotated[
         str | None, typer.Option(help="a shipped suite (`gteopt suites`), or a file")
@@ -461,7 +524,9 @@ def evaluate(
     cache_gb: Annotated[
         float,
         typer.Option(
-            min=0, help="most that cached vectors take; those of earlier tasks make room first"
+            min=0,
+            callback=_finite,
+            help="most that cached vectors take; those of earlier tasks make room first",
         ),
     ] = 20,
     cache_dtype: Annotated[
@@ -506,6 +571,7 @@ def evaluate(
             grid=grid,
             workers=workers,
             options=options,
+            asked=_asked(context),
         )
         if texts is not None:
             close = compare_texts(sources, texts, out, how=how, progress=progress)
@@ -563,8 +629,10 @@ def report(
 
 @app.command()
 def export(
-    artifact: Annotated[Path, typer.Argument(help="artifact folder")],
+    artifact: Annotated[str, typer.Argument(help="artifact folder, or ORG/NAME")],
     out: Annotated[Path, typer.Argument(help="folder to make")],
+    hub_dir: HubDir = None,
+    revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
 ) -> None:
     """Write an artifact as a folder that Sentence Transformers opens with backend="openvino".
 
@@ -572,7 +640,7 @@ def export(
     """
     from gteopt.layout import export_openvino
 
-    export_openvino(artifact, out)
+    export_openvino(artifact, out, hub_dir=hub_dir, revision=revision)
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     _out.print(f"{out}: {decimal(n_bytes, precision=2)}", soft_wrap=True)
     _out.print(f'SentenceTransformer("{out}", backend="openvino")', markup=False, soft_wrap=True)
@@ -677,21 +745,48 @@ def pull(
 @app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="a base or an artifact")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="a shipped recipe, or a file; every shipped one when left out"),
+    ] = None,
+    effort: EffortOption = None,
+    embed_int8: EmbedInt8 = False,
+    layout: LayoutOption = None,
     hub_dir: HubDir = None,
     revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
     family: Family = None,
+    dtype: KeptDtype = "bfloat16",
+    activation_gb: ActivationGb = 4,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N; this machine need not have it")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Show what a model is and what every recipe would make of it, before anything is built.
 
-    Of a model on the Hub only what describes it is downloaded, not its weights.
+    Of a model on the Hub only what describes it is downloaded, not its weights. Given the options
+    of a `gteopt quantize`, it predicts the size and the memory of that build.
 
-    Example: `gteopt inspect nano`
+    Example: `gteopt inspect nano --recipe gptq-int4 --effort best`
     """
     from gteopt.inspect import inspect as look
     from gteopt.tables import estimates_table, facts_table, layers_table
 
-    found = look(source, hub_dir=hub_dir, revision=revision, family=family)
+    if recipe is None and (effort or embed_int8 or layout):
+        raise InputError("--effort, --embed-int8 and --layout change a recipe; give --recipe")
+    wanted = None
+    if recipe is not None:
+        wanted = _wanted(recipe, effort, embed_int8=embed_int8, layout=layout)
+    found = look(
+        source,
+        hub_dir=hub_dir,
+        revision=revision,
+        family=family,
+        recipe=wanted,
+        dtype=dtype,
+        device=device,
+        activation_bytes=int(activation_gb * 2**30),
+    )
     if as_json:
         _print_json(json.loads(found.model_dump_json(by_alias=True)))
         return
@@ -764,11 +859,22 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         _fail(str(error), 130 if isinstance(error, _Interrupted) else 1)
+    except ValueError as error:
+        from pydantic import ValidationError
+
+        if "--debug" in sys.argv or not isinstance(error, ValidationError):
+            raise
+        from gteopt.recipe import invalid
+
+        _fail(str(invalid(f"what was asked for ({error.title})", error)))
     except OSError as error:
         if "--debug" in sys.argv:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}{_left_behind(_command())}")
+        full = error.errno in _NO_ROOM or error.errno is None  # safetensors' have no number
+        kept = _left_behind(_command())
+        advice = kept if full else "; give a place that exists and may be written to"
+        _fail(f"{error.strerror or error}{where}{advice}")
     except (RuntimeError, MemoryError) as error:
         if "--debug" in sys.argv or not is_out_of_memory(error):
             raise
@@ -967,6 +1073,8 @@ def _show_publication(done: Publication, out: Path | None, *, as_json: bool) -> 
     if as_json:
         _print_json(json.loads(done.model_dump_json(by_alias=True)))
         return
+    from gteopt.artifact import is_read
+
     table = Table(title=f"{out or done.url}", title_justify="left", box=None, pad_edge=False)
     table.add_column("file", overflow="fold")
     table.add_column("size", justify="right")
@@ -976,11 +1084,17 @@ def _show_publication(done: Publication, out: Path | None, *, as_json: bool) -> 
         table.add_row(each.path, f"{each.n_bytes:,} bytes", state)
     for path in done.deleted:
         table.add_row(path, "", "deleted, of an earlier version")
+    for path in done.kept:
+        table.add_row(path, "", "kept, not of the artifact")
     _out.print(table)
     n_bytes = sum(each.n_bytes for each in done.files)
     whole = f"{len(done.files)} files, {decimal(n_bytes, precision=2)}"
     if done.commit is None:
-        _out.print(f"Not sent: {whole} for {done.repo}, written to {out}", soft_wrap=True)
+        _out.print(
+            f"Not sent: {whole} for {done.repo}, written to {out}. The hub was not asked what is "
+            f"there: files that only an earlier version had will be deleted, others kept.",
+            soft_wrap=True,
+        )
         return
     sent = sum(each.n_bytes for each in done.files if each.sent)
     _out.print(
@@ -988,6 +1102,14 @@ def _show_publication(done: Publication, out: Path | None, *, as_json: bool) -> 
         f"commit {done.commit[:12]}",
         soft_wrap=True,
     )
+    if unknown := [path for path in done.kept if is_read(Path(path))]:
+        _err.print(
+            f"gteopt.load refuses {done.repo} while it holds {', '.join(unknown)}, which some "
+            f"loader might read and no hash covers; `gteopt pull` passes it over",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _show_list(title: str, rows: list[dict[str, str]], *, as_json: bool) -> None:

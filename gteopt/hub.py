@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +90,17 @@ class Repository:
 
 @dataclass(frozen=True)
 class Sent:
-    """What an upload did; paths in the repository."""
+    """What an upload did; paths in the repository.
+
+    Attributes:
+        kept: what people had put there that the upload has nothing to do with.
+    """
 
     url: str
     commit: str
     sent: tuple[str, ...]
     deleted: tuple[str, ...]
+    kept: tuple[str, ...]
 
 
 def check_repo_name(repo: str) -> None:
@@ -168,8 +173,14 @@ def create(repo: str, *, private: bool) -> Repository:
     return found
 
 
-def send(repository: Repository, files: Mapping[str, Content], *, message: str) -> Sent:
-    """Make a repository hold exactly these files, in one commit on `main`.
+def send(
+    repository: Repository,
+    files: Mapping[str, Content],
+    *,
+    stale: Collection[str] = (),
+    message: str,
+) -> Sent:
+    """Make a repository hold these files, in one commit on `main`; others stay but for `stale`.
 
     What is there with the same bytes does not travel, nor what has arrived before an upload was
     interrupted. Nobody sees any of it before the commit, which is refused where the repository has
@@ -179,10 +190,11 @@ def send(repository: Repository, files: Mapping[str, Content], *, message: str) 
         InputError: no permission, no network, or somebody else's commit came between.
     """
     new = sorted(path for path in files if not _is_there(repository, path, files[path]))
-    stale = sorted(set(repository.content) - set(files))
+    others = set(repository.content) - set(files)
+    gone = sorted(others & set(stale))
     commit = repository.commit
-    if new or stale:
-        deletions = [CommitOperationDelete(path_in_repo=path) for path in stale]
+    if new or gone:
+        deletions = [CommitOperationDelete(path_in_repo=path) for path in gone]
         additions = []
         with _plainly(repository.id, "write to"):
             for paths in _steps(new, files):
@@ -204,7 +216,8 @@ def send(repository: Repository, files: Mapping[str, Content], *, message: str) 
         url=f"{HfApi().endpoint}/{repository.id}",
         commit=commit,
         sent=tuple(new),
-        deleted=tuple(stale),
+        deleted=tuple(gone),
+        kept=tuple(sorted(others - set(gone))),
     )
 
 

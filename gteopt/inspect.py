@@ -7,11 +7,13 @@ and of a model on the Hub nothing else is fetched.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from gteopt import tuning
@@ -24,7 +26,7 @@ from gteopt.calibration import (
     tokenize,
 )
 from gteopt.checkpoint import Checkpoint, open_checkpoint
-from gteopt.errors import GteoptError
+from gteopt.errors import GteoptError, InputError
 from gteopt.layer_plan import (
     SENSITIVITY_TEXTS,
     LayerPlan,
@@ -37,7 +39,7 @@ from gteopt.loading import build_skeleton, parse_dtype, tokenizing
 from gteopt.quant import gptq
 from gteopt.quant.affine import packed_bytes, search_bytes
 from gteopt.recipe import Calibration, GptqWeights, Recipe, load_recipe, shipped_names
-from gteopt.records import Inspection, RecipeEstimate
+from gteopt.records import EstimateConditions, Inspection, RecipeEstimate
 from gteopt.sensitivity import DEEP_BLOCKS, N_PROBES
 
 # What a build holds beside tensors of the model, in bytes a weight: codes, their spread bytes and
@@ -57,24 +59,51 @@ def inspect(
     hub_dir: Path | None = None,
     revision: str | None = None,
     family: str | None = None,
+    recipe: Recipe | None = None,
     dtype: str = "bfloat16",
+    device: str = "auto",
+    activation_bytes: int = ACTIVATION_BYTES,
 ) -> Inspection:
     """Describe a base (with an estimate for every shipped recipe), an artifact, or what another
     library quantized.
 
     Of a model on the Hub whose weights are not here, only what describes them is downloaded.
 
+    Args:
+        source: see `open_checkpoint`.
+        hub_dir: see `open_checkpoint`.
+        revision: see `open_checkpoint`.
+        family: see `open_checkpoint`.
+        recipe: the one to estimate; None is every shipped one.
+        dtype: see `quantize`.
+        device: see `quantize`; it need not be here.
+        activation_bytes: see `quantize`.
+
     Raises:
-        InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
+        InputError: no base to apply the recipe to, or an unknown device; and see `open_checkpoint`.
+        IntegrityError, UnsupportedError: see `open_checkpoint`.
     """
+    kind = _kind_of(device)
     checkpoint = open_checkpoint(
         source, hub_dir=hub_dir, revision=revision, family=family, headers_only=True
     )
     manifest = checkpoint.manifest
     is_here = manifest is not None or checkpoint.weight_files
     template, lengths = checkpoint.query_template, checkpoint.matryoshka_dims
-    names = [] if checkpoint.is_quantized or manifest else shipped_names("recipes")
-    recipes = [load_recipe(name) for name in names]
+    is_base = manifest is None and not checkpoint.is_quantized
+    if recipe is not None and not is_base:
+        raise InputError(
+            f"{source} is quantized or an artifact; recipe {recipe.name} is applied to a base"
+        )
+    recipes = [recipe] if recipe else [load_recipe(name) for name in shipped_names("recipes")]
+    estimates = estimate(
+        checkpoint,
+        recipes if is_base else (),
+        dtype=dtype,
+        device=kind,
+        activation_bytes=activation_bytes,
+        hub_dir=hub_dir,
+    )
     return Inspection(
         schema="gteopt.inspection/1",
         id=checkpoint.id,
@@ -96,9 +125,23 @@ def inspect(
         n_parameters=manifest.base.n_parameters if manifest else _n_parameters(checkpoint),
         published_scores=dict(checkpoint.published.scores) if checkpoint.published else {},
         notes=checkpoint.notes,
-        estimates=tuple(estimate(checkpoint, recipes, dtype=dtype, hub_dir=hub_dir)),
+        estimates=tuple(estimates),
+        estimated_for=EstimateConditions(
+            dtype=dtype, device=kind, activation_bytes=activation_bytes
+        )
+        if is_base
+        else None,
         manifest=manifest,
     )
+
+
+def _kind_of(device: str) -> str:
+    """What kind of device ("cpu", "cuda") this is; the machine need not have it."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        raise InputError(f"unknown device '{device}': use auto, cpu, cuda or cuda:N")
+    return device.partition(":")[0]
 
 
 def estimate(
@@ -110,7 +153,7 @@ def estimate(
     activation_bytes: int = ACTIVATION_BYTES,
     hub_dir: Path | None = None,
 ) -> Iterable[RecipeEstimate]:
-    """Size and build memory of each recipe applied to this base.
+    """Size, build memory and disk of each recipe applied to this base.
 
     Args:
         checkpoint: the base.
@@ -142,6 +185,7 @@ def estimate(
                 summary=recipe.summary,
                 weight_bytes=None,
                 build_bytes=None,
+                disk_bytes=None,
                 bytes_per_vector=None,
                 problem=str(error),
             )
@@ -157,25 +201,22 @@ def estimate(
         if recipe.embedding == "int8":
             table = skeleton.get_input_embeddings().weight  # type: ignore[operator]
             saved += table.numel() * (item_bytes - 1) - 2 * len(table)
+        sizes = _Sizes(
+            skeleton=skeleton,
+            full_bytes=full_bytes,
+            saved_bytes=saved,
+            packed_bytes=packed,
+            item_bytes=item_bytes,
+            replay_bytes=4 if item_bytes == 2 and emulates_bfloat16(device) else item_bytes,
+            activation_bytes=activation_bytes,
+            n_tokens=padded[recipe.calibration],
+        )
         yield RecipeEstimate(
             recipe=recipe.name,
             summary=recipe.summary,
             weight_bytes=full_bytes - saved + buffer_bytes,
-            build_bytes=buffer_bytes
-            + _build_bytes(
-                checkpoint,
-                recipe,
-                plan,
-                _Sizes(
-                    skeleton=skeleton,
-                    full_bytes=full_bytes,
-                    packed_bytes=packed,
-                    item_bytes=item_bytes,
-                    replay_bytes=4 if item_bytes == 2 and emulates_bfloat16(device) else item_bytes,
-                    activation_bytes=activation_bytes,
-                    n_tokens=padded[recipe.calibration],
-                ),
-            ),
+            build_bytes=buffer_bytes + _build_bytes(checkpoint, recipe, plan, sizes),
+            disk_bytes=_disk_bytes(checkpoint, recipe, plan, sizes),
             bytes_per_vector=_vector_bytes(checkpoint, recipe),
             problem=None,
         )
@@ -189,10 +230,11 @@ def _n_parameters(checkpoint: Checkpoint) -> int:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the memory of a build follows from, besides recipe and plan."""
+    """What memory and disk of a build follow from, besides recipe and plan."""
 
     skeleton: nn.Module
     full_bytes: int
+    saved_bytes: int
     packed_bytes: int
     item_bytes: int
     replay_bytes: int
@@ -257,6 +299,39 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
     n_layers = int(checkpoint.config["num_hidden_layers"])
     hidden_size = int(checkpoint.config["hidden_size"])
     return max(peak, frame + tuning.work_bytes(n_weights, n_other, n_layers, hidden_size))
+
+
+def _disk_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes: _Sizes) -> int:
+    """Most that a build has on disk: at its end, or while hidden states lie there.
+
+    Finished blocks stay until the artifact is whole, beside the files that another library's layout
+    makes of them, and beside the solver's where the model was tuned.
+    """
+    side = sum(path.stat().st_size for path in checkpoint.side_files)
+    weights = sizes.full_bytes - sizes.saved_bytes
+    if plan.blocks is None:
+        return side + weights
+    module = sizes.skeleton.get_submodule(plan.blocks)
+    in_blocks = sum(p.numel() for p in module.parameters())
+    planned = sum(
+        each.weight.numel()
+        for name, each in sizes.skeleton.named_modules()
+        if isinstance(each, nn.Linear) and name in plan.schemes
+    )
+    blocks = sizes.packed_bytes + (in_blocks - planned) * sizes.item_bytes
+    at_the_end = weights + side
+    if plan.layout != "gteopt":
+        at_the_end += blocks
+        if weights - blocks <= _WRITE_BYTES // 2:
+            at_the_end += weights - blocks  # may be put together with blocks, not just renamed
+    if plan.tune_by == "model":
+        at_the_end += blocks
+    if not isinstance(recipe.weights, GptqWeights):
+        return at_the_end
+    n_kinds = 2 if needs_original(recipe, plan) else 1
+    hidden_size = int(checkpoint.config["hidden_size"])
+    hidden = n_kinds * sizes.n_tokens * hidden_size * sizes.replay_bytes
+    return max(at_the_end, blocks + max(0, hidden - sizes.activation_bytes))
 
 
 def _measuring_bytes(

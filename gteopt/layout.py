@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gteopt import __version__
-from gteopt.artifact import MANIFEST, is_artifact
+from gteopt.artifact import MANIFEST
 from gteopt.checkpoint import (
     LATENT_FILE,
     LATENT_PREFIX,
@@ -126,26 +126,35 @@ def write_model(
     _write_modules(checkpoint, stage)
 
 
-def export_openvino(artifact: Path, out: Path) -> None:
+def export_openvino(
+    artifact: str | Path, out: Path, *, hub_dir: Path | None = None, revision: str | None = None
+) -> None:
     """Write a folder that Sentence Transformers opens with `backend="openvino"`, without gteopt.
 
     It has the artifact's tokenizer, pooling and prompts, and its packed weights as they are inside
     an OpenVINO graph.
 
     Args:
-        artifact: folder of an artifact whose vectors are not shortened by a code of gteopt's own.
+        artifact: its folder, or `<org>/<name>`; its vectors are not shortened by a code of gteopt's
+            own.
         out: folder to make.
+        hub_dir: as for `load`.
+        revision: as for `load`.
 
     Raises:
         InputError: no artifact, or `out` exists.
         IntegrityError: see `open_checkpoint`.
         UnsupportedError: OpenVINO is missing or cannot say this model; see `gteopt.openvino.Graph`.
     """
-    if not is_artifact(artifact):
-        raise InputError(f"{artifact} is not an artifact; build one, `--recipe bf16` for a base")
     if out.exists():
         raise InputError(f"{out} exists; name a new folder, or remove it")
-    checkpoint = open_checkpoint(artifact)
+    # A base on the Hub is refused before its weights are fetched.
+    checkpoint = open_checkpoint(artifact, hub_dir=hub_dir, revision=revision, headers_only=True)
+    manifest = checkpoint.manifest
+    if manifest is None:
+        raise InputError(f"{artifact} is not an artifact; build one, `--recipe bf16` for a base")
+    if not checkpoint.weight_files:
+        checkpoint = open_checkpoint(artifact, hub_dir=hub_dir, revision=revision)
     if checkpoint.latent is not None:
         raise UnsupportedError("latent-attention pooling is not part of an OpenVINO graph")
     stage = out.with_name(f".{out.name}.part")
@@ -154,14 +163,14 @@ def export_openvino(artifact: Path, out: Path) -> None:
     not_taken |= {MANIFEST, VECTORS_FILE, "README.md", "model.safetensors.index.json"}
 
     def left_out(folder: str, names: list[str]) -> list[str]:
-        inside = Path(folder) != artifact
+        inside = Path(folder) != checkpoint.folder
         return [] if inside else [name for name in names if name in not_taken or name == WEIGHTS]
 
     try:
-        shutil.copytree(artifact, stage, ignore=left_out)
+        shutil.copytree(checkpoint.folder, stage, ignore=left_out)
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         _write_json(stage / "config.json", config)
-        kind = parse_dtype(checkpoint.manifest.base.dtype if checkpoint.manifest else "bfloat16")
+        kind = parse_dtype(manifest.base.dtype)
         weights = openvino_weights(checkpoint, build_skeleton(checkpoint), kind)
         save(whole_config(checkpoint), weights, stage)
         stage.replace(out)

@@ -28,7 +28,7 @@ from typing import get_args
 import torch
 
 from gteopt.artifact import artifact_sha256, discard, is_artifact, read_manifest
-from gteopt.bench import bench, bench_dummy
+from gteopt.bench import bench, bench_dummy, default_workloads, fitting
 from gteopt.build import fit_transforms, quantize, restyle
 from gteopt.checkpoint import NANO, open_checkpoint
 from gteopt.choose import choose
@@ -56,6 +56,7 @@ from gteopt.loading import describe, load, pick_device
 from gteopt.machine import machine, versions
 from gteopt.recipe import (
     DEFAULT_MARGIN,
+    WORKLOADS,
     BenchSpec,
     Plan,
     Policy,
@@ -110,12 +111,16 @@ def run(
         plan.base, recipes, folder / "variants", hub_dir=hub_dir, device=device, progress=progress
     )
     sources = {BASELINE: plan.base, **{name: str(path) for name, path in artifacts.items()}}
+    spec = plan.bench.spec
+    if "workloads" not in plan.bench.model_fields_set:
+        usual = spec.model_copy(update={"workloads": WORKLOADS[default_workloads(device)]})
+        spec = fitting(usual, open_checkpoint(plan.base, hub_dir=hub_dir).max_tokens)
     _forget_former(folder, sources)
     ran = RunRecord(plan=plan.name, base=plan.base, variants=tuple(sources))
     write_record(folder / "run.json", ran)
     report = measure(
         sources,
-        plan.bench.spec,
+        spec,
         folder,
         baseline=BASELINE,
         hub_dir=hub_dir,
@@ -124,7 +129,8 @@ def run(
         skip_measured=True,
         progress=progress,
     )
-    how = Setup(hub_dir=hub_dir, device=device, workers=workers)
+    asked = ("--suite", Path(plan.suite).name)
+    how = Setup(hub_dir=hub_dir, device=device, workers=workers, asked=asked)
     evals = score(sources, suite, folder, how=how, margin=policy.margin, progress=progress)
     own = {name: each for name, each in report.variants.items() if name in sources}
     results = Results(bench=report.model_copy(update={"variants": own}), evals=evals, choice=None)
@@ -236,6 +242,7 @@ def measure(
     backend: Backend = "torch",
     price_per_hour: float | None = None,
     skip_measured: bool = False,
+    skip_too_long: bool = False,
     progress: Progress,
 ) -> BenchReport:
     """Measure variants beside the baseline and add them to what the folder's bench.json holds.
@@ -256,6 +263,7 @@ def measure(
         price_per_hour: of the machine; None keeps what the report says.
         skip_measured: take variants from a report that still holds, and measure all of them where
             none does, in place of refusing.
+        skip_too_long: see `bench`.
         progress: see `bench`.
 
     Raises:
@@ -267,12 +275,16 @@ def measure(
             sources,
             baseline=baseline,
             spec=spec,
+            skip_too_long=skip_too_long,
             device=device,
             backend=backend,
             hub_dir=hub_dir,
             progress=progress,
         )
         return report.model_copy(update={"price_per_hour": price_per_hour})
+    if skip_too_long:
+        opened = [open_checkpoint(each, hub_dir=hub_dir) for each in sources.values()]
+        spec = fitting(spec, min(each.max_tokens for each in opened))
     path = folder / "bench.json"
     old: BenchReport | None = None
     if path.is_file():
@@ -351,6 +363,7 @@ def measure_dummy(
     spec: BenchSpec,
     folder: Path | None,
     *,
+    skip_too_long: bool = False,
     n_layers: int | None,
     device: str,
     backend: Backend,
@@ -375,6 +388,7 @@ def measure_dummy(
         base,
         recipes,
         spec=spec,
+        skip_too_long=skip_too_long,
         n_layers=n_layers,
         device=device,
         backend=backend,
@@ -493,6 +507,7 @@ class Setup:
         workers: who encodes, instead of this process on `device`. A grid still needs each variant
             here, which fits its ranges.
         options: of the vectors' cache.
+        asked: see `EvalReport`.
     """
 
     hub_dir: Path | None = None
@@ -502,6 +517,7 @@ class Setup:
     grid: Grid | None = None
     workers: Workers | None = None
     options: EncodeOptions = ENCODE_OPTIONS
+    asked: tuple[str, ...] = ()
 
 
 def score(
@@ -564,7 +580,8 @@ def score(
         for done, (row, run) in enumerate(zip(views, runs, strict=True)):
             progress(f"{name}: comparing with {baseline.encoder}", done, len(runs))
             noted = replace(run, notes=(*run.notes, *notes))
-            reports[row] = compare(baseline, noted, variant_name=row, margin=margin, drawn=drawn)
+            found = compare(baseline, noted, variant_name=row, margin=margin, drawn=drawn)
+            reports[row] = found.model_copy(update={"asked": how.asked})
     reports = settle(reports)
     if folder is not None:
         for name, report in reports.items():

@@ -13,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,9 +38,10 @@ from gteopt.artifact import (
     verify,
 )
 from gteopt.card import CARD, card
-from gteopt.checkpoint import Checkpoint, open_checkpoint
+from gteopt.checkpoint import NANO, Checkpoint, open_checkpoint
 from gteopt.errors import InputError, IntegrityError, join_problems
 from gteopt.licenses import Terms, read_terms
+from gteopt.recipe import Workload
 from gteopt.records import (
     BenchReport,
     EvalReport,
@@ -47,6 +50,7 @@ from gteopt.records import (
     Publication,
     PublishedFile,
     TaskScore,
+    ThroughputRecord,
     read_measurements,
     to_json,
 )
@@ -155,6 +159,9 @@ def write_folder(folder: Folder, out: Path) -> Publication:
 def publish(folder: Folder, *, private: bool = False) -> Publication:
     """Send it: create the repository where there is none, then one commit of what is not there.
 
+    Files that an earlier version of the artifact had and this one has not are deleted; whatever
+    else the owner put beside them stays.
+
     Raises:
         InputError: no token, no permission, no network; or the repository holds something else
             than an earlier version of this artifact.
@@ -166,9 +173,11 @@ def publish(folder: Folder, *, private: bool = False) -> Publication:
             f"{folder.repo} exists and is public; make it private on its page, or leave --private "
             f"out"
         )
-    _check_earlier_version(repository, folder)
+    earlier = _earlier_version(repository, folder)
+    stale = {each.path for each in earlier.files} if earlier is not None else set()
     recipe, base = folder.manifest.recipe.name, folder.manifest.base.id
-    return _publication(folder, hub.send(repository, folder.files, message=f"{recipe} of {base}"))
+    sent = hub.send(repository, folder.files, stale=stale, message=f"{recipe} of {base}")
+    return _publication(folder, sent)
 
 
 def pull(repo: str, out: Path, *, revision: str | None = None) -> Manifest:
@@ -338,10 +347,34 @@ def _quality_sections(report: EvalReport | None, repo: str, manifest: Manifest) 
         failed = "\n".join(f"- {each.task}: {each.reason}" for each in report.failed)
         text += f"\n\n**Partial**: means are without what could not be scored.\n\n{failed}"
     yield text
-    yield (
+    yield _measured_again(report, repo, manifest.base.id)
+
+
+def _measured_again(report: EvalReport, repo: str, base: str) -> str:
+    """The commands that were given, and what they need that is not in the repository."""
+    if not report.asked:
+        return f"It was measured from Python, on the suite called `{report.suite}`."
+    asked, needs = list(report.asked), []
+    given = dict(zip(asked[::2], asked[1::2], strict=True))
+    if "/" not in base and base != NANO and "--baseline" not in given:
+        given["--baseline"] = base
+        asked += ["--baseline", base]
+    if (baseline := given.get("--baseline")) and "/" not in baseline and baseline != NANO:
+        needs.append(f"`{baseline}` is a folder, with the files of `{report.baseline_sha256[:16]}`")
+    if (suite := given.get("--suite", "")).endswith((".yaml", ".yml")):
+        needs.append(f"`{suite}` is a file, of the suite named above")
+    if data := given.get("--data"):
+        own = (each for each in report.tasks if each.task in (data, Path(data).stem))
+        digests = sorted({each.dataset_revision.removeprefix("sha256:") for each in own})
+        hashes = ", ".join(f"SHA-256 `{each[:16]}`" for each in digests)
+        needs.append(f"`{data}` is the publisher's own data ({hashes or 'not scored'})")
+    text = (
         f"To measure it again:\n\n```sh\ngteopt pull {repo} --out FOLDER\n"
-        f"gteopt evaluate FOLDER --suite {report.suite}\n```"
+        f"gteopt evaluate FOLDER {shlex.join(asked)}\n```"
     )
+    if needs:
+        text += f"\n\nNot in this repository, and needed: {'; '.join(needs)}."
+    return text
 
 
 def _task_row(task: TaskScore) -> str:
@@ -357,23 +390,51 @@ def _task_row(task: TaskScore) -> str:
 
 
 def _model_index(report: EvalReport, datasets: Mapping[str, str]) -> Iterator[EvalResult]:
-    """The hub's form of scores, as MTEB's own cards have them: times 100, aggregates by part."""
+    """The hub's form of scores, as MTEB's own cards have them: times 100, aggregates by part.
+
+    Beside a task's score stand the baseline's and the difference, as metrics with types of their
+    own: what looks for `cosine_spearman` finds one. The interval is in the difference's `args`.
+    """
     for task in report.tasks:
         name, subset = task.task, task.subset
         if name not in datasets and subset in datasets:
             name, subset = subset, "default"
         if name in datasets:
             commit = _COMMIT.fullmatch(task.dataset_revision)
-            yield EvalResult(
+            entry = partial(
+                EvalResult,
                 task_type=task.task_type,
                 dataset_type=datasets[name],
                 dataset_name=f"MTEB {name}" + ("" if subset == "default" else f" ({subset})"),
                 dataset_config=subset,
                 dataset_split=task.split,
                 dataset_revision=task.dataset_revision if commit else None,
-                metric_type=task.metric,
-                metric_value=round(100 * task.score, 4),
             )
+            yield entry(metric_type=task.metric, metric_value=_points(task.score))
+            yield entry(
+                metric_type=f"{task.metric}_baseline",
+                metric_name=f"{task.metric} of the baseline {report.baseline}",
+                metric_value=_points(task.baseline_score),
+            )
+            if (found := task.difference) is not None:
+                low, high = _points(found.low), _points(found.high)
+                yield entry(
+                    metric_type=f"{task.metric}_difference",
+                    metric_name=f"difference from the baseline, 95 % interval {low:+.2f} to "
+                    f"{high:+.2f}, {found.verdict}",
+                    metric_value=_points(found.value),
+                    metric_args={
+                        "confidence": 0.95,
+                        "low": low,
+                        "high": high,
+                        "margin": _points(report.margin),
+                        "verdict": found.verdict,
+                    },
+                )
+
+
+def _points(score: float) -> float:
+    return round(100 * score, 4)
 
 
 def _speed_section(bench: BenchReport | None, name: str, manifest: Manifest) -> Iterator[str]:
@@ -401,15 +462,25 @@ def _speed_section(bench: BenchReport | None, name: str, manifest: Manifest) -> 
         cells = (f"{ours / 1e6:,.1f} MB", f"{theirs / 1e6:,.1f} MB", f"{ours / theirs:.2f}")
         rows.append((what, *cells))
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    legend = "TEXTSxTOKENS in one batch. "
+    if any(each.lengths == "lognormal" for each in mine.throughput):
+        legend = (
+            "TEXTSxTOKENS in one batch; TEXTSx~TOKENS are texts of log-normal lengths of that "
+            "median. "
+        )
     where = bench.machine.gpu if bench.device != "cpu" else bench.machine.cpu
     kernels = ", ".join(f"{count} x {kernel}" for kernel, count in sorted(mine.kernels.items()))
     yield (
-        f"## Speed\n\n| | this | baseline | ratio |\n|---|---|---|---|\n{lines}\n\n"
+        f"## Speed\n\n| | this | baseline | ratio |\n|---|---|---|---|\n{lines}\n\n{legend}"
         f"Measured in turns with {_baseline(bench.baseline, base.artifact_sha256, manifest)}, on "
         f"{where or bench.device}, {bench.n_threads} threads, "
         f"{bench.machine.memory_bytes / 1e9:.0f} GB, in gteopt (kernels: {kernels or 'none'}; "
         f"{_versions(bench.versions)})."
     )
+
+
+def _workload(each: ThroughputRecord) -> str:
+    return Workload(batch_size=each.batch_size, tokens=each.tokens, lengths=each.lengths).name
 
 
 def _baseline(name: str, sha256: str, manifest: Manifest) -> str:
@@ -444,14 +515,15 @@ def _limits(manifest: Manifest, terms: Terms, measured: Measured) -> Iterator[st
         yield "Engines that leave activations in full precision give slightly other vectors."
 
 
-def _check_earlier_version(repository: hub.Repository, folder: Folder) -> None:
-    """Refuse to replace what is not an earlier version: the same recipe's name and base.
+def _earlier_version(repository: hub.Repository, folder: Folder) -> Manifest | None:
+    """What the repository holds of this artifact: the same recipe's name and base; None where it is
+    empty.
 
     Raises:
         InputError: the repository holds something else.
     """
     if not repository.content:
-        return
+        return None
     advice = "give another --repo, or delete that one first"
     if MANIFEST not in repository.files:
         shown = ", ".join(repository.content[:3]) + (", ..." if len(repository.content) > 3 else "")
@@ -464,6 +536,7 @@ def _check_earlier_version(repository: hub.Repository, folder: Folder) -> None:
             f"{repository.id} holds another artifact, {theirs.recipe.name} of {theirs.base.id}; "
             f"this is {ours.recipe.name} of {ours.base.id}; {advice}"
         )
+    return theirs
 
 
 def _remote_manifest(repository: hub.Repository, scratch: Path) -> Manifest:
@@ -521,4 +594,5 @@ def _publication(folder: Folder, sent: hub.Sent | None) -> Publication:
             for path, each in folder.files.items()
         ),
         deleted=sent.deleted if sent else (),
+        kept=sent.kept if sent else (),
     )

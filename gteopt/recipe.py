@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     FiniteFloat,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -443,26 +444,48 @@ class Workload(Frozen):
         return f"{self.batch_size}x{'' if self.lengths == 'equal' else '~'}{self.tokens}"
 
 
+WorkloadSet = Literal["short", "long"]
+WORKLOADS: dict[WorkloadSet, tuple[Workload, ...]] = {
+    "short": (
+        Workload(batch_size=32, tokens=32),
+        Workload(batch_size=32, tokens=128),
+        Workload(batch_size=8, tokens=512),
+    ),
+    "long": (
+        *(Workload(batch_size=16_384 // n, tokens=n) for n in (128, 512, 2048, 8192)),
+        Workload(batch_size=1, tokens=32_768),
+        Workload(batch_size=128, tokens=128, lengths="lognormal"),
+    ),
+}
+"""What to measure where nobody says: "short" on a CPU; "long", 16,384 tokens a batch (one text of
+32,768), and texts of mixed lengths, on a GPU."""
+
+
 class BenchSpec(Frozen):
     """What `bench` measures.
 
     Attributes:
         query_tokens: length of the single query whose latency is measured.
         n_queries: single queries timed per variant.
-        workloads: the throughput grid.
+        workloads: the throughput grid; a plan may name a set of `WORKLOADS`, "short" or "long".
         warmup: uncounted runs before each measurement.
         repeats: counted runs of each workload, interleaved over the variants.
     """
 
     query_tokens: Annotated[int, Field(ge=1)] = 16
     n_queries: Annotated[int, Field(ge=10)] = 50
-    workloads: Annotated[tuple[Workload, ...], Field(min_length=1)] = (
-        Workload(batch_size=32, tokens=32),
-        Workload(batch_size=32, tokens=128),
-        Workload(batch_size=8, tokens=512),
-    )
+    workloads: Annotated[tuple[Workload, ...], Field(min_length=1)] = WORKLOADS["short"]
     warmup: Annotated[int, Field(ge=0)] = 2
     repeats: Annotated[int, Field(ge=1)] = 5
+
+    @field_validator("workloads", mode="before")
+    @classmethod
+    def _of_a_set(cls, found: object) -> object:
+        if not isinstance(found, str):
+            return found
+        if found not in WORKLOADS:
+            raise ValueError(f"no set of workloads has this name; {suggest(found, WORKLOADS)}")
+        return WORKLOADS[found]
 
 
 class PlanBench(BenchSpec):
@@ -702,11 +725,29 @@ def _problem(
         return f"{path}:{line}: unknown field '{field}': {hint}"
     if kind in ("missing", "union_tag_not_found"):
         return f"{path}:{line}: field '{'.'.join([*keys, location[-1]])}' is missing"
-    shown = "" if isinstance(found, dict) else f" (found {found!r})"
+    return f"{path}:{line}: {field}: {_said(message, found, options)}"
+
+
+def _said(message: str, found: object, options: str) -> str:
+    """What is wrong, with what was found and the name that was probably meant."""
+    shown = "" if isinstance(found, dict | BaseModel) else f" (found {found!r})"
     if isinstance(found, str) and options:
         hint = suggest(found, re.findall("'([^']+)'", options))
         shown += f"; {hint}" if hint.startswith("did you mean") else ""
-    return f"{path}:{line}: {field}: {message}{shown}"
+    return f"{message}{shown}"
+
+
+def invalid(subject: str, error: ValidationError) -> InputError:
+    """What a validation found, worded as `read_yaml` does where there is no file."""
+    problems = []
+    for found in error.errors():
+        each: dict[str, Any] = dict(found)
+        if not _is_consequence(each):
+            message = str(each["msg"]).removeprefix("Value error, ")
+            said = _said(message, each["input"], str(each.get("ctx", {}).get("expected", "")))
+            where = ".".join(str(part) for part in each["loc"])
+            problems.append(f"{where}: {said}" if where else said)
+    return InputError(join_problems(f"{subject} has {len(problems)} problem(s)", problems))
 
 
 def _locate(node: yaml.Node | None, location: list[str]) -> tuple[int, list[str]]:

@@ -269,6 +269,7 @@ class RecipeEstimate(Frozen):
     Attributes:
         weight_bytes: of the variant's transformer, on disk and in memory.
         build_bytes: memory that the build needs at most beyond the Python process itself.
+        disk_bytes: that it takes at most, the artifact included.
         bytes_per_vector: of one stored vector.
         problem: why this recipe cannot be built from this base; None when it can.
     """
@@ -277,8 +278,17 @@ class RecipeEstimate(Frozen):
     summary: str
     weight_bytes: int | None
     build_bytes: int | None
+    disk_bytes: int | None
     bytes_per_vector: int | None
     problem: str | None
+
+
+class EstimateConditions(Frozen):
+    """What estimates hold for: the options of `quantize` of the same names."""
+
+    dtype: str
+    device: str
+    activation_bytes: int
 
 
 class Inspection(Frozen):
@@ -290,6 +300,7 @@ class Inspection(Frozen):
         query_prompt, document_prompt: what is put before a text of each role.
         notes: anything out of the ordinary, remote code that is ignored for one.
         estimates: one a recipe, for a base; empty for an artifact.
+        estimated_for: None for an artifact.
         manifest: of an artifact.
     """
 
@@ -314,6 +325,7 @@ class Inspection(Frozen):
     published_scores: dict[str, float]
     notes: tuple[str, ...]
     estimates: tuple[RecipeEstimate, ...]
+    estimated_for: EstimateConditions | None
     manifest: Manifest | None
 
 
@@ -674,6 +686,8 @@ class EvalReport(Frozen):
             published score.
         published_average: the average on the model's card that the suite goes by, whatever tasks
             it is over; None where there is none.
+        asked: options of `gteopt evaluate` that ask for this, files by their names without their
+            folders; empty where it was not the command line that asked.
     """
 
     schema_: Literal["gteopt.eval/1"] = Field(default="gteopt.eval/1", alias="schema")
@@ -704,6 +718,7 @@ class EvalReport(Frozen):
     notes: tuple[str, ...] = ()
     published: BesidePublished | None = None
     published_average: ReferenceAverage | None = None
+    asked: tuple[str, ...] = ()
     fidelity: Fidelity
     machine: Machine
     versions: Conditions
@@ -757,6 +772,7 @@ class Publication(Frozen):
         published_from: of the artifact's own.
         binds: what the license asks of whoever takes it; None where little.
         deleted: paths of an earlier version that are gone.
+        kept: paths that are in the repository beside the artifact, and stay.
     """
 
     schema_: Literal["gteopt.publication/1"] = Field("gteopt.publication/1", alias="schema")
@@ -769,6 +785,7 @@ class Publication(Frozen):
     binds: str | None
     files: tuple[PublishedFile, ...]
     deleted: tuple[str, ...]
+    kept: tuple[str, ...] = ()
 
 
 class BrokenLimit(Frozen):

@@ -534,19 +534,24 @@ def facts_table(found: Inspection) -> Table:
 
 
 def estimates_table(found: Inspection) -> Table:
-    """What each recipe would make of a base."""
-    table = Table(title="what each recipe would make of it", title_justify="left")
-    for name in ("recipe", "weights", "bytes a vector", "build memory, at most", ""):
+    """What recipes would make of a base, and what that takes."""
+    title = "what each recipe would make of it"
+    if (how := found.estimated_for) is not None:
+        room = decimal(how.activation_bytes, precision=1)
+        title += f", on {how.device} in {how.dtype}, at most {room} of hidden states in memory"
+    table = Table(title=title, title_justify="left")
+    for name in ("recipe", "weights", "bytes a vector", "build memory", "build disk", ""):
         table.add_column(name, justify="left" if name in ("recipe", "") else "right")
     for each in found.estimates:
-        if each.weight_bytes is None or each.build_bytes is None:
-            table.add_row(each.recipe, "-", "-", "-", f"cannot be built: {each.problem}")
+        if each.weight_bytes is None or each.build_bytes is None or each.disk_bytes is None:
+            table.add_row(each.recipe, "-", "-", "-", "-", f"cannot be built: {each.problem}")
         else:
             table.add_row(
                 each.recipe,
                 decimal(each.weight_bytes, precision=2),
                 str(each.bytes_per_vector),
                 decimal(each.build_bytes, precision=2),
+                decimal(each.disk_bytes, precision=2),
                 each.summary,
             )
     return table

@@ -7,10 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModel
 
 import gteopt
-from gteopt.bench import _ask_child, _Question, bench, exact_texts
+from gteopt.bench import (
+    _ask_child,
+    _Question,
+    bench,
+    default_workloads,
+    exact_texts,
+    fitting,
+)
+from gteopt.checkpoint import open_checkpoint
 from gteopt.encoder import Encoder
 from gteopt.errors import GteoptError, InputError
 from gteopt.loading import load
@@ -162,6 +171,37 @@ def test_all_that_is_wrong_is_said_at_once_before_anything_is_measured() -> None
     assert "query_tokens: 9000 is beyond none's limit of" in message
     assert "workload batch_size: 3, tokens: 8192 is beyond none's limit of" in message
     assert steps == []
+
+
+def test_a_set_of_workloads_is_measured_as_far_as_the_model_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The long one is a batch of 16,384 tokens at each length, and a corpus of mixed lengths."""
+    long = BenchSpec.model_validate({"workloads": "long"})
+    assert [each.name for each in long.workloads] == [
+        "128x128", "32x512", "8x2048", "2x8192", "1x32768", "128x~128",
+    ]  # fmt: skip
+    assert {each.batch_size * each.tokens for each in long.workloads[:4]} == {16_384}
+    limit = open_checkpoint("nano").max_tokens
+    assert [each.longest for each in fitting(long, limit).workloads] == [128, 512, 2048, 512]
+    assert default_workloads("cuda:1") == "long"
+    assert default_workloads("cpu") == "short"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert default_workloads("auto") == "long"
+    with pytest.raises(ValidationError, match="did you mean long"):
+        BenchSpec.model_validate({"workloads": "lon"})
+
+
+def test_what_a_set_has_beyond_the_model_is_left_out_and_the_report_says_so() -> None:
+    spec = SPEC.model_copy(
+        update={"workloads": (*SPEC.workloads, Workload(batch_size=1, tokens=32_768))}
+    )
+    report = bench({"none": "nano"}, baseline="none", spec=spec, skip_too_long=True)
+    assert report.spec == SPEC
+    assert len(report.variants["none"].throughput) == len(SPEC.workloads)
+    far = spec.model_copy(update={"workloads": spec.workloads[-1:]})
+    with pytest.raises(InputError, match="every workload is beyond the models' limit"):
+        bench({"none": "nano"}, baseline="none", spec=far, skip_too_long=True)
 
 
 def test_a_baseline_that_is_not_among_the_sources_gets_a_suggestion() -> None:

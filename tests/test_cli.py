@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import gteopt
 from gteopt.artifact import read_manifest
 from gteopt.cli import _Steps, main
 from gteopt.encoder import Encoder
+from gteopt.errors import InputError
 from gteopt.recipe import Calibration, LayerScheme, load_recipe
 from gteopt.tables import layers_table
 
@@ -104,6 +106,11 @@ def test_recipes_and_suites_list_what_ships(call: Call) -> None:
         (["evaluate", "nano", "--suite", "mini", "--instruction", "i"], "goes with --data"),
         (["run", "dmo"], "did you mean demo"),
         (["run", "no/such/plan.yaml"], "no/such/plan.yaml does not exist"),
+        (["bench", "nano", "--workload", "0x8"], "--workload 0x8: write TEXTSxTOKENS"),
+        (["bench", "nano", "--workload", "lng"], "or a set: short, long"),
+        (["bench", "nano", "--recipe", "nf4"], "belong to --dummy-weights"),
+        (["publish", "x", "--repo", "a/b", "--out", "y"], "--out is where --dry-run writes"),
+        (["export", "nano", "x"], "nano is not an artifact"),
         (["choose", ".", "--policy", "balanced"], "is not a results folder"),
         (["verify", "."], "is not an artifact"),
         (["inspect", "nano", "--hub-dir", "/nonexistent"], ""),
@@ -150,9 +157,58 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_one_at_the_end() -> Non
     ]
 
 
+def test_what_a_library_refuses_is_worded_as_a_files_problems_are(
+    artifact: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as caught:
+        gteopt.truncate(artifact, tmp_path / "x", dims=0, method="svd", vectors="int9")  # type: ignore[arg-type]
+    assert str(caught.value).splitlines()[1:] == [
+        "  - dims.n: Input should be greater than or equal to 1 (found 0)",
+        "  - dims.method: Input should be 'slice', 'pca' or 'auto' (found 'svd')",
+        "  - vectors.code: Input should be 'float32', 'int8' or 'binary' (found 'int9'); did you "
+        "mean int8?",
+    ]
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_folder_that_may_not_be_written_to_is_named(tmp_path: Path, begun: bool) -> None:
+    """Nothing was begun there, so nothing is said of going on."""
+    as_nobody = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    if as_nobody and shutil.which("setpriv") is None:
+        pytest.skip("root may write everywhere; needs setpriv to give that up")
+    place = tmp_path / "closed"
+    (place / ".out.partial" if begun else place).mkdir(parents=True)
+    closed = place / ".out.partial" if begun else place
+    closed.chmod(0o555)
+    command = [*as_nobody, sys.executable, "-m", "gteopt.cli", "quantize", "nano"]
+    command += ["--recipe", "rtn-int4", "--out", str(place / "out")]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if closed.exists():
+        closed.chmod(0o755)
+    assert child.returncode == 1
+    line = child.stderr.splitlines()[-1]
+    assert line.startswith("gteopt: Permission denied")
+    assert str(place) in line
+    assert "goes on" not in child.stderr
+    assert "Traceback" not in child.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["truncate", "x", "--dims", "0", "--out", "y"],
+        ["truncate", "x", "--dims", "-5", "--out", "y"],
+        ["truncate", "x", "--rescore", "0", "--out", "y"],
+        ["bench", "nano", "--queries", "3"],
+        ["bench", "nano", "--repeats", "0"],
+        ["bench", "nano", "--query-tokens", "0"],
+        ["bench", "nano", "--price-per-hour", "-3"],
+        ["bench", "nano", "--price-per-hour", "inf"],
+        ["bench", "nano", "--layers", "0"],
+        ["quantize", "nano", "--activation-gb", "inf", "--out", "y"],
+        ["inspect", "nano", "--activation-gb", "-1"],
+        ["evaluate", "nano", "--suite", "mini", "--cache-gb", "inf"],
         ["quantize", "nano"],
         ["frobnicate"],
         ["truncate", "x", "--dims", "many", "--out", "y"],

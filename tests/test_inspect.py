@@ -15,7 +15,9 @@ from test_publish import TOKEN, User, contents
 
 import gteopt
 from gteopt.artifact import artifact_sha256, read_manifest
+from gteopt.errors import InputError
 from gteopt.inspect import inspect
+from gteopt.recipe import load_recipe
 from gteopt.records import Inspection
 
 REPO = "Alibaba-NLP/gte-Qwen2-7B-instruct"
@@ -91,6 +93,9 @@ def test_an_artifact_is_described_by_its_manifest_alone(user: User, tmp_path: Pa
     assert found["manifest"] == as_json(inspect(out))["manifest"]
     assert found["sha256"] == artifact_sha256(out)
     assert "not checked against their hashes" in found["notes"][-1]
+    assert (found["estimates"], found["estimated_for"]) == ([], None)
+    with pytest.raises(InputError, match="recipe int8 is applied to a base"):
+        inspect(out, recipe=load_recipe("int8"))
     n_files = sum(path.endswith(".safetensors") for path in contents(out))
     assert weight_bytes(user.hub.served) <= n_files * 100_001
 
@@ -114,3 +119,53 @@ def test_what_cannot_be_described_is_named(user: User, tmp_path: Path) -> None:
         assert ran.returncode == 1
         assert [each for each in messages if each not in ran.stderr] == []
         assert "Traceback" not in ran.stderr
+
+
+def test_the_build_that_was_asked_for_is_predicted_before_it_starts(
+    user: User, tmp_path: Path
+) -> None:
+    """A recipe of one's own with every option of `quantize` that changes a size."""
+    own = tmp_path / "mine.yaml"
+    own.write_text(
+        "schema: gteopt.recipe/1\nname: mine\n"
+        "weights: {method: gptq, scheme: {bits: 3, group_size: 64, symmetric: false}}\n"
+        "calibration: {n_texts: 48, max_tokens: 64}\nlayout: gteopt\n"
+    )
+    options = ["--recipe", own, "--embed-int8", "--effort", "fast", "--dtype", "float32"]
+    options += ["--activation-gb", "0", "--device", "cpu"]
+    out = tmp_path / "out"
+    found = inspected(user, "nano", *options)
+    (predicted,) = found["estimates"]
+    assert predicted["recipe"] == "mine"
+    assert found["estimated_for"] == {"dtype": "float32", "device": "cpu", "activation_bytes": 0}
+    ran = user.run("quantize", "nano", *options, "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    assert predicted["weight_bytes"] == pytest.approx(read_manifest(out).weight_bytes, rel=0.01)
+    on_disk = sum(len(data) for data in contents(out).values())
+    assert on_disk == pytest.approx(predicted["disk_bytes"], rel=0.02)
+    # Each option is heard: what the plain call predicts is another build.
+    (plain,) = inspected(user, "nano", "--recipe", own)["estimates"]
+    (wide,) = inspected(user, "nano", "--recipe", own, "--dtype", "float32")["estimates"]
+    assert wide["weight_bytes"] > plain["weight_bytes"] > predicted["weight_bytes"]
+    in_memory = inspected(user, "nano", *options[:-4], "--device", "cuda:3")
+    assert in_memory["estimated_for"]["device"] == "cuda"  # which this machine need not have
+    assert in_memory["estimates"][0]["build_bytes"] > predicted["build_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nano", "--recipe", "gptq-int5"], "did you mean gptq-int"),
+        (["nano", "--embed-int8"], "change a recipe; give --recipe"),
+        (["nano", "--recipe", "rtn-int4", "--effort", "best"], "rtn-int4"),
+        (["nano", "--device", "gpu"], "unknown device 'gpu'"),
+        (["nano", "--dtype", "float16"], "dtype float16 is refused"),
+    ],
+)
+def test_what_cannot_be_predicted_is_one_sentence(
+    user: User, arguments: list[str], message: str
+) -> None:
+    ran = user.run("inspect", *arguments)
+    assert (ran.returncode, ran.stderr.count("gteopt: ")) == (1, 1)
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr

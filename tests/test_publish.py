@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -14,12 +16,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+import yaml
 from hub_server import Hub, running
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import (
+    eval_results_to_model_index,
+    model_index_to_eval_results,
+)
 
 import gteopt
 from gteopt.artifact import artifact_sha256, read_manifest, verify
@@ -27,7 +34,7 @@ from gteopt.checkpoint import open_checkpoint
 from gteopt.errors import GteoptError, InputError, UnsupportedError
 from gteopt.licenses import read_terms
 from gteopt.publish import prepare
-from gteopt.recipe import BenchSpec, load_recipe
+from gteopt.recipe import DEFAULT_MARGIN, BenchSpec, load_recipe
 from gteopt.records import (
     BenchReport,
     Difference,
@@ -39,6 +46,7 @@ from gteopt.records import (
     TaskScore,
     ThroughputRecord,
     VariantBench,
+    read_record,
     write_record,
 )
 
@@ -70,7 +78,11 @@ class User:
     xet: bool = False
 
     def start(
-        self, *arguments: object, token: str | None = TOKEN, endpoint: str | None = None
+        self,
+        *arguments: object,
+        token: str | None = TOKEN,
+        endpoint: str | None = None,
+        cwd: Path | None = None,
     ) -> subprocess.Popen[str]:
         hidden = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE")
         env = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -84,12 +96,10 @@ class User:
             env["HF_TOKEN"] = token
         command = [sys.executable, "-m", "gteopt.cli", *map(str, arguments)]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=env, text=True, stdout=pipe, stderr=pipe)
+        return subprocess.Popen(command, env=env, text=True, stdout=pipe, stderr=pipe, cwd=cwd)
 
-    def run(
-        self, *arguments: object, token: str | None = TOKEN, endpoint: str | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        child = self.start(*arguments, token=token, endpoint=endpoint)
+    def run(self, *arguments: object, **how: Any) -> subprocess.CompletedProcess[str]:
+        child = self.start(*arguments, **how)
         out, err = child.communicate(timeout=300)
         assert TOKEN not in out + err
         return subprocess.CompletedProcess(child.args, child.returncode, out, err)
@@ -335,6 +345,40 @@ def test_a_dry_run_writes_what_is_then_sent_and_needs_no_network(
     assert contents(out) == on_hub(user.hub)
 
 
+def test_what_the_owner_put_beside_an_artifact_stays_and_does_not_spoil_it(
+    user: User, artifact: Path, tmp_path: Path
+) -> None:
+    """A new version replaces what the old one listed, in another layout all of its weights."""
+    user.publish(artifact)
+    own = {"LICENSE": b"mine", "img/curve.png": b"\x89PNG", "try it.ipynb": b"{}"}
+    user.hub.repos[REPO].files.update(own)
+    newer = tmp_path / "newer"
+    gteopt.quantize("nano", "rtn-int4", newer)
+    ran = user.run("publish", newer, "--repo", REPO)
+    assert ran.returncode == 0, ran.stderr
+    for path in own:
+        assert re.search(rf"^{path} +kept, not of the artifact *$", ran.stdout, re.MULTILINE)
+    assert on_hub(user.hub) == own | {
+        path: data for path, data in on_hub(user.hub).items() if path in contents(newer)
+    }
+    assert set(on_hub(user.hub)) == {*own, *contents(newer)}
+    assert "weights/rest.safetensors" in contents(artifact)
+    again = user.publish(newer)
+    assert (again["deleted"], again["kept"]) == ([], sorted(own))
+    # As Sentence Transformers brings it: every file, into the folder that gteopt opens, too.
+    folder = tmp_path / "all"
+    for path, data in on_hub(user.hub).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    np.testing.assert_array_equal(
+        gteopt.load(folder).encode(TEXTS), gteopt.load(newer).encode(TEXTS)
+    )
+    user.hub.repos[REPO].files["requirements.txt"] = b"x"
+    ran = user.run("publish", newer, "--repo", REPO)
+    assert f"gteopt.load refuses {REPO} while it holds requirements.txt" in ran.stderr
+    assert user.run("pull", REPO, "--out", tmp_path / "back").returncode == 0
+
+
 WRONG = TOKEN.replace("0001", "0002")
 
 
@@ -398,7 +442,12 @@ def test_a_bad_name_and_a_dead_network_are_named(
 # The card ---------------------------------------------------------------------------------------
 
 
-def write_results(folder: Path, sha256: str, baseline: str = "b" * 64) -> None:
+def write_results(
+    folder: Path,
+    sha256: str,
+    baseline: str = "b" * 64,
+    lengths: Literal["equal", "lognormal"] = "equal",
+) -> None:
     """Records as `bench` and `evaluate` write them, of an artifact and a baseline by hash."""
     shared: Any = {"task_type": "STS", "split": "test", "metric": "cosine_spearman", "n_samples": 9}
     tasks = (
@@ -443,6 +492,7 @@ def write_results(folder: Path, sha256: str, baseline: str = "b" * 64) -> None:
         fidelity=Fidelity(
             n_texts=100, mean_cosine=0.98991, p1_cosine=0.97, neighbour_overlap=0.82, spearman=0.99
         ),
+        asked=("--suite", "stsb"),
         machine=MACHINE,
         versions={"mteb": "2.26.24"},
     )
@@ -461,6 +511,7 @@ def write_results(folder: Path, sha256: str, baseline: str = "b" * 64) -> None:
                 ThroughputRecord(
                     batch_size=8,
                     tokens=64,
+                    lengths=lengths,
                     texts_per_s=10,
                     tokens_per_s=8000 * ratio,
                     baseline_ratio=ratio,
@@ -501,7 +552,7 @@ def test_results_are_in_the_cards_tables_and_in_the_hubs_metadata(
         "| own | test | default | `cosine_spearman` | 50.00 | 50.00 | "
         "+0.00, no interval: too few |",
         "| score kept | 99.9% (99.5% to 100.1%) |",
-        "| 8 x 64 tokens | 6,000 tokens/s | 8,000 tokens/s | 0.75 x |",
+        "| 8x64 tokens | 6,000 tokens/s | 8,000 tokens/s | 0.75 x |",
         "| one query of 16 tokens, p95 | 5.33 ms | 4.00 ms | 0.75 x |",
         "- Other: no data",
     ):
@@ -510,7 +561,7 @@ def test_results_are_in_the_cards_tables_and_in_the_hubs_metadata(
     write_results(tmp_path, artifact_sha256(artifact), read_manifest(artifact).base.sha256)
     assert readme(artifact, results=tmp_path).count("the original, unquantized") == 2
     data: Any = ModelCard(text).data
-    (entry,) = data.eval_results
+    entry, base, difference = data.eval_results
     assert data.model_name == "nano-small"
     assert (entry.dataset_type, entry.dataset_name) == (
         "mteb/stsbenchmark-sts",
@@ -519,6 +570,106 @@ def test_results_are_in_the_cards_tables_and_in_the_hubs_metadata(
     assert (entry.metric_type, entry.metric_value) == ("cosine_spearman", 66.12)
     assert entry.dataset_revision == "b0fddb56ed78048fa8b90373c8a3cfc37b684831"
     assert data.license == "cc-by-nc-sa-4.0"
+    for each in (base, difference):
+        assert each.unique_identifier == entry.unique_identifier
+    assert (base.metric_type, base.metric_value) == ("cosine_spearman_baseline", 66.29)
+    assert base.metric_name == "cosine_spearman of the baseline nano"
+    assert (difference.metric_type, difference.metric_value) == (
+        "cosine_spearman_difference",
+        -0.17,
+    )
+    assert difference.metric_args == {
+        "confidence": 0.95,
+        "low": -0.41,
+        "high": 0.08,
+        "margin": 100 * DEFAULT_MARGIN,
+        "verdict": "equivalent",
+    }
+
+
+def test_the_model_index_has_the_hubs_form_and_comes_back_as_it_went(
+    artifact: Path, tmp_path: Path
+) -> None:
+    """Its fields are those of the specification, github.com/huggingface/hub-docs modelcard.md."""
+    write_results(tmp_path, artifact_sha256(artifact))
+    datasets = {"STSBenchmark": "mteb/stsbenchmark-sts"}
+    text = readme(artifact, results=tmp_path, datasets=datasets)
+    written = yaml.safe_load(text.split("---")[1])["model-index"]
+    name, results = model_index_to_eval_results(written)
+    assert eval_results_to_model_index(name, results) == written
+    (model,) = written
+    (result,) = model["results"]
+    assert (set(model), set(result)) == ({"name", "results"}, {"task", "dataset", "metrics"})
+    assert set(result["dataset"]) <= {"type", "name", "config", "split", "revision", "args"}
+    for metric in result["metrics"]:
+        assert {"type", "value"} <= set(metric) <= {"type", "value", "name", "config", "args"}
+    # Leaderboards look a score up by its type, which must be there once.
+    types = [each["type"] for each in result["metrics"]]
+    assert types.count("cosine_spearman") == 1
+    assert len(set(types)) == len(types) == 3
+
+
+def test_lengths_that_differ_are_published_as_such(artifact: Path, tmp_path: Path) -> None:
+    write_results(tmp_path, artifact_sha256(artifact), lengths="lognormal")
+    text = readme(artifact, results=tmp_path)
+    assert "| 8x~64 tokens | 6,000 tokens/s |" in text
+    assert "texts of log-normal lengths of that median" in text
+
+
+def commands_of(card: str) -> list[list[str]]:
+    """Every command line of ours, in blocks and in sentences."""
+    blocks = re.findall(r"```sh\n(.*?)```", card, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"`(gteopt [^`]+)`", card)
+    return [shlex.split(line) for line in lines if line.startswith("gteopt ")]
+
+
+@pytest.mark.parametrize("asked", ["data", "suite"])
+def test_every_command_of_a_published_card_runs_as_it_stands(
+    user: User, artifact: Path, tmp_path: Path, asked: str
+) -> None:
+    pytest.importorskip("openvino")
+    there = tmp_path / "a private folder"
+    there.mkdir()
+    rows = [f"A bridge of {n} arches.,{n} arches carry it.,{n % 5}" for n in range(12)]
+    (there / "pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *rows]))
+    (there / "mine.yaml").write_text(
+        "schema: gteopt.suite/1\nname: mine\ntasks:\n- task: MiniSTS\n"
+    )
+    wanted = {
+        "data": ["--data", there / "pairs.csv", "--instruction", "Find what it's like."],
+        "suite": ["--suite", there / "mine.yaml", "--baseline", "nano"],
+    }[asked]
+    results = there / "results"
+    ran = user.run("evaluate", artifact, *wanted, "--device", "cpu", "--out", results)
+    assert ran.returncode == 0, ran.stderr
+    user.publish(artifact, "--results", results)
+    card = on_hub(user.hub)["README.md"].decode()
+    assert "private folder" not in card
+    if asked == "data":
+        (digest,) = {each.dataset_revision for each in read_eval(results / "eval").tasks}
+        assert f"`pairs.csv` is the publisher's own data (SHA-256 `{digest[7:23]}`)" in card
+    else:
+        assert "`mine.yaml` is a file, of the suite named above" in card
+    commands = commands_of(card)
+    assert [each[1] for each in commands] == ["pull", "evaluate", "quantize", "export"]
+    for words in commands if asked == "data" else commands[:2]:
+        if words[1] == "quantize":  # which makes what was pulled, under the same name
+            words[-1] = "MADE"
+        if words[1] == "evaluate":
+            words += ["--out", "again"]
+        ran = user.run(*words[1:], cwd=there)
+        assert ran.returncode == 0, ran.stderr
+    if asked == "data":
+        assert (there / "NEW" / "openvino" / "openvino_model.xml").is_file()
+        assert artifact_sha256(there / "MADE") == artifact_sha256(artifact)
+    again, first = read_eval(there / "again" / "eval"), read_eval(results / "eval")
+    assert (again.score, again.asked) == (first.score, first.asked)
+
+
+def read_eval(folder: Path) -> EvalReport:
+    (path,) = (each for each in folder.glob("*.json") if each.stem != "nano")
+    return read_record(path, EvalReport)
 
 
 def test_a_card_without_results_says_that_nothing_was_measured(artifact: Path) -> None:
