@@ -12,7 +12,7 @@ RANKS = [
     {"errors"},
     {"recipe", "families", "licenses"},
     {"records"},
-    {"quant", "machine", "pooling", "energy", "tables"},
+    {"quant", "machine", "pooling", "energy", "tables", "progress"},
     {"kernels", "formats", "artifact", "hub"},
     {"checkpoint", "runtime", "graphs"},
     {"openvino"},

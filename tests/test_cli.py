@@ -22,9 +22,10 @@ from rich.progress import Progress
 
 import gteopt
 from gteopt.artifact import read_manifest
-from gteopt.cli import _Steps, main
+from gteopt.cli import main
 from gteopt.encoder import Encoder
 from gteopt.errors import InputError
+from gteopt.progress import Steps
 from gteopt.recipe import Calibration, LayerScheme, load_recipe
 from gteopt.tables import layers_table
 
@@ -146,7 +147,7 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_one_at_the_end() -> Non
     times = iter([0.0, 20.0, 61.0, 100.0, 122.0, 150.0, 160.0])
     written = io.StringIO()
     console = Console(file=written, width=40)
-    steps = _Steps(Progress(console=console), clock=lambda: next(times))
+    steps = Steps(Progress(console=console), clock=lambda: next(times))
     for done in (0, 300, 400, 610, 800):  # of which the first asks for the time twice
         steps("variant: task (1 of 2)", done, 1000)
     steps.close()
