@@ -112,7 +112,7 @@ def bench(
             model's limit; all of them at once, before anything is measured.
         GteoptError: the child process of a variant died; carries its last line.
     """
-    checkpoints, spec = _open_all(sources, baseline, spec, hub_dir, skip_too_long)
+    checkpoints, spec = open_all(sources, baseline, spec, hub_dir, skip_too_long)
     order = [baseline, *(name for name in sources if name != baseline)]
     largest = max(spec.workloads, key=lambda workload: workload.batch_size * workload.tokens)
     footprints: dict[str, _Footprint] = {}
@@ -336,14 +336,18 @@ def _exact_text(encoder: Encoder, n_tokens: int, source: random.Random) -> str:
     return " ".join(words)
 
 
-def _open_all(
+def open_all(
     sources: Mapping[str, str],
     baseline: str,
     spec: BenchSpec,
     hub_dir: Path | None,
     skip_too_long: bool,
 ) -> tuple[dict[str, Checkpoint], BenchSpec]:
-    """The models, and what of the spec they can all be measured on."""
+    """The models, and what of the spec they can all be measured on; arguments as for `bench`.
+
+    Raises:
+        InputError: see `bench`.
+    """
     if baseline not in sources:
         raise InputError(f"the baseline '{baseline}' is not measured: {suggest(baseline, sources)}")
     checkpoints: dict[str, Checkpoint] = {}

@@ -27,8 +27,8 @@ from typing import get_args
 
 import torch
 
-from gteopt.artifact import artifact_sha256, discard, is_artifact, read_manifest
-from gteopt.bench import bench, bench_dummy, default_workloads, fitting
+from gteopt.artifact import discard, is_artifact, read_manifest
+from gteopt.bench import bench, bench_dummy, default_workloads, open_all
 from gteopt.build import fit_transforms, quantize, restyle
 from gteopt.checkpoint import NANO, open_checkpoint
 from gteopt.choose import choose
@@ -112,9 +112,9 @@ def run(
     )
     sources = {BASELINE: plan.base, **{name: str(path) for name, path in artifacts.items()}}
     spec = plan.bench.spec
-    if "workloads" not in plan.bench.model_fields_set:
-        usual = spec.model_copy(update={"workloads": WORKLOADS[default_workloads(device)]})
-        spec = fitting(usual, open_checkpoint(plan.base, hub_dir=hub_dir).max_tokens)
+    says_nothing = "workloads" not in plan.bench.model_fields_set
+    if says_nothing:
+        spec = spec.model_copy(update={"workloads": WORKLOADS[default_workloads(device)]})
     _forget_former(folder, sources)
     ran = RunRecord(plan=plan.name, base=plan.base, variants=tuple(sources))
     write_record(folder / "run.json", ran)
@@ -127,6 +127,7 @@ def run(
         device=device,
         price_per_hour=plan.bench.price_per_hour,
         skip_measured=True,
+        skip_too_long=says_nothing,
         progress=progress,
     )
     asked = ("--suite", Path(plan.suite).name)
@@ -267,8 +268,8 @@ def measure(
         progress: see `bench`.
 
     Raises:
-        InputError: the folder's report was measured under other conditions, and which; before
-            anything is measured.
+        InputError: see `bench`; or the folder's report was measured under other conditions, and
+            which; before anything is measured.
     """
     if folder is None:
         report = bench(
@@ -282,9 +283,7 @@ def measure(
             progress=progress,
         )
         return report.model_copy(update={"price_per_hour": price_per_hour})
-    if skip_too_long:
-        opened = [open_checkpoint(each, hub_dir=hub_dir) for each in sources.values()]
-        spec = fitting(spec, min(each.max_tokens for each in opened))
+    checkpoints, spec = open_all(sources, baseline, spec, hub_dir, skip_too_long)
     path = folder / "bench.json"
     old: BenchReport | None = None
     if path.is_file():
@@ -293,7 +292,7 @@ def measure(
         except IntegrityError:
             if not skip_measured:
                 raise
-    hashes = {name: _sha256_of(source, hub_dir) for name, source in sources.items()}
+    hashes = {name: each.sha256 for name, each in checkpoints.items()}
     known = old.baseline if old is not None else baseline
     own = old.variants.get(known) if old is not None else None
     if own is not None and own.artifact_sha256 == hashes[baseline] and known not in sources:
@@ -442,12 +441,6 @@ def _in_short(spec: BenchSpec) -> str:
         f"{workloads}; {spec.n_queries} queries of {spec.query_tokens} tokens; {spec.repeats} "
         f"repeats after {spec.warmup}"
     )
-
-
-def _sha256_of(source: str, hub_dir: Path | None) -> str:
-    if is_artifact(Path(source)):
-        return artifact_sha256(Path(source))
-    return open_checkpoint(source, hub_dir=hub_dir).sha256
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,16 @@ import torch
 from gteopt.artifact import artifact_sha256
 from gteopt.errors import InputError
 from gteopt.plan import base_of, judge, measure, run
-from gteopt.recipe import BenchSpec, Limit, Objective, Plan, PlanBench, Policy, Workload
+from gteopt.recipe import (
+    BenchSpec,
+    Limit,
+    Objective,
+    Plan,
+    PlanBench,
+    Policy,
+    Workload,
+    quiet,
+)
 from gteopt.records import BenchReport, EvalReport, Results, read_record, read_results, write_record
 
 SUITE = """
@@ -154,6 +163,29 @@ def test_evaluations_that_no_run_wrote_are_left_and_said(
     assert read_record(out / "mine.json", EvalReport) == own
     assert set(results.evals) == {"bf16", "rtn-int8"}
     (out / "mine.json").unlink()
+
+
+def test_all_that_cannot_be_measured_is_told_before_a_folder_is_looked_at(tmp_path: Path) -> None:
+    sources = {"nano": "nano", "one": "nope/one", "two": "nope/two"}
+    long = BenchSpec(query_tokens=8, workloads=(Workload(batch_size=1, tokens=9000),))
+    with pytest.raises(InputError) as caught:
+        measure(
+            sources,
+            long,
+            tmp_path / "out",
+            baseline="nano",
+            hub_dir=tmp_path,
+            device="cpu",
+            skip_too_long=True,
+            progress=quiet,
+        )
+    problems = str(caught.value).splitlines()[1:]
+    assert [line.partition(":")[0].strip(" -") for line in problems] == [
+        "one (nope/one)",
+        "two (nope/two)",
+        "every workload is beyond the models' limit of 2048 tokens",
+    ]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def nano() -> Encoder:
     return gteopt.load("nano", device="cpu")
 
 
-def reproduces(run: SuiteRun) -> None:
+def assert_reproduces(run: SuiteRun) -> None:
     assert not run.failed
     for each in run.scores:
         assert each.no_samples is None
@@ -159,7 +159,7 @@ def test_written_entries_come_back_and_damage_is_refused(tmp_path: Path) -> None
 
 def test_entries_reproduce_every_score_of_the_mini_suite(nano: Encoder) -> None:
     run = run_suite(nano, load_suite("mini"))
-    reproduces(run)
+    assert_reproduces(run)
     statistics = {samples.statistic for samples in run.samples.values()}
     assert statistics == {"mean", "spearman", "ami", "f1_weighted"}
 
@@ -170,7 +170,9 @@ def test_entries_reproduce_scores_on_published_data(nano: Encoder, shared: Path)
         "subsets": ["fr"],
         "splits": ["test"],
     }
-    reproduces(run_suite(nano, suite_of("STSBenchmark", multilingual), hub_dir=shared / "hub"))
+    assert_reproduces(
+        run_suite(nano, suite_of("STSBenchmark", multilingual), hub_dir=shared / "hub")
+    )
 
 
 MOCKS = (
