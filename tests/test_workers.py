@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -149,6 +150,11 @@ def test_a_ray_cluster_of_which_one_node_is_killed_gives_the_bits_of_one_process
                 # Not the node through which this process talks to the cluster.
                 own = ray.get_runtime_context().get_node_id()
                 other = next(node for node in nodes if node.node_id != own)
+                (raylet,) = other.all_processes["raylet"]
+                # With all that runs there, as when its power goes: an actor outlives its raylet by
+                # up to a second, in which it may finish all that is left.
+                for process in psutil.Process(raylet.process.pid).children(recursive=True):
+                    process.kill()
                 cluster.remove_node(other, allow_graceful=False)
 
             run, notes = run_killing(workers, tmp_path, kill)
