@@ -490,11 +490,12 @@ class _Actor:
     def _get(self, reference: Any) -> Any:
         try:
             return self._ray.get(reference)
-        except self._ray.exceptions.RayError as error:
-            # `RayEncoder` returns what gteopt raises; what is left is the cluster's doing.
+        except (self._ray.exceptions.RayError, SystemExit) as error:
+            # `RayEncoder` returns what gteopt raises; what is left is the cluster's doing. With
+            # SystemExit Ray ends the wait of a thread once this process has left the cluster.
             with suppress(self._ray.exceptions.RayError):
                 self.close()
-            raise WorkerLost(str(error).strip().splitlines()[0]) from error
+            raise WorkerLost(str(error).strip().split("\n", 1)[0]) from error
 
     def close(self) -> None:
         # Once the cluster is left, every call to Ray would quietly join it again.
