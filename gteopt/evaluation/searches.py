@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from gteopt.evaluation.cache import Encodings
 from gteopt.evaluation.views import View
-from gteopt.quant.vectors import Search, VectorTransform
+from gteopt.quant.vectors import Products, Search, VectorTransform, on_cpu
+
+if TYPE_CHECKING:
+    import torch
 
 Floats = npt.NDArray[np.float32]
 Ranking = tuple[npt.NDArray[np.intp], Floats]
@@ -85,6 +88,7 @@ def search_all(
     blocks: Iterable[Floats],
     k: int,
     candidates: Sequence[npt.NDArray[np.intp]] | None = None,
+    products: Products = on_cpu,
 ) -> dict[str, list[Ranking]]:
     """The k best documents of each query under each view; by the view's SHA-256.
 
@@ -94,12 +98,13 @@ def search_all(
         blocks: vectors [N, F] of the documents at full dimension, read once.
         k: how many.
         candidates: of each query, the only documents that are searched; ties then keep their order.
+        products: where whole corpora are multiplied with queries; results do not depend on it.
     """
     searches: dict[str, _Searching] = {}
     for view in views:
         own = queries[view.sha256]
         searches[view.sha256] = (
-            _Whole(view.vectors, own, k)
+            _Whole(view.vectors, own, k, products)
             if candidates is None
             else _AmongCandidates(view.vectors, own, candidates, k)
         )
@@ -110,11 +115,42 @@ def search_all(
     return {sha256: search.rankings() for sha256, search in searches.items()}
 
 
+def products_on(device: torch.device) -> Products:
+    """The fastest products there: by torch on a CUDA device, by numpy where this process has none
+    (workers elsewhere may encode on it) and on others.
+    """
+    import torch
+
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return _by_torch(device) if there else on_cpu
+
+
+def _by_torch(device: torch.device) -> Products:
+    import torch
+
+    def of(stored: Floats) -> Callable[[Floats], Floats]:
+        # What counts on sums in float32 must not get them in TF32, which a program may allow.
+        exact = torch.get_float32_matmul_precision() == "highest"
+        dtype = torch.float32 if exact else torch.float64
+        columns = torch.from_numpy(stored).to(device, dtype).T
+
+        def product(queries: Floats) -> Floats:
+            found = torch.from_numpy(queries).to(device, dtype) @ columns
+            products: Floats = found.to("cpu", torch.float32).numpy()
+            return products
+
+        return product
+
+    return of
+
+
 class _Whole:
     """Every document is searched."""
 
-    def __init__(self, transform: VectorTransform, queries: Floats, k: int) -> None:
-        self._search = Search(transform, queries, k)
+    def __init__(
+        self, transform: VectorTransform, queries: Floats, k: int, products: Products
+    ) -> None:
+        self._search = Search(transform, queries, k, products)
 
     def add(self, codes: npt.NDArray[np.generic]) -> None:
         self._search.add(codes)
