@@ -180,14 +180,14 @@ def _check_belong_together(results: Results) -> None:
         for name in sorted(bench.keys() & evals.keys())
         if bench[name].artifact_sha256 != evals[name].artifact_sha256
     ]
+    # A grid calls its baseline otherwise than an artifact's evaluation does: the content decides.
     for what, found in (
-        ("suites", {f"{r.suite} {r.suite_sha256[:12]}" for r in evals.values()}),
-        ("baselines", {f"{r.baseline} {r.baseline_sha256[:12]}" for r in evals.values()}),
+        ("suites", {r.suite_sha256: r.suite for r in evals.values()}),
+        ("baselines", {r.baseline_sha256: r.baseline for r in evals.values()}),
     ):
         if len(found) > 1:
-            problems.append(
-                f"the evaluations are of {len(found)} {what}: {', '.join(sorted(found))}"
-            )
+            each = sorted(f"{name} {sha256[:12]}" for sha256, name in found.items())
+            problems.append(f"the evaluations are of {len(found)} {what}: {', '.join(each)}")
     if problems:
         raise InputError(
             join_problems(

@@ -386,6 +386,17 @@ def test_reports_that_do_not_belong_together_are_refused_all_at_once() -> None:
     assert "of 2 suites: mini other, mini s" in str(e.value)
 
 
+def test_one_baseline_under_two_names_is_one() -> None:
+    evals = [
+        evaluation("a"),
+        evaluation("b").model_copy(update={"baseline": "base-256-float32", "suite": "mini-own"}),
+    ]
+    assert choose(policy(SMALLEST), results({"a": bench(), "b": bench()}, evals)).picked == "a"
+    evals[1] = evals[1].model_copy(update={"baseline_sha256": "other"})
+    with pytest.raises(InputError, match="of 2 baselines: base b, base-256-float32 other"):
+        choose(policy(SMALLEST), results({"a": bench(), "b": bench()}, evals))
+
+
 def test_results_without_variants_are_refused() -> None:
     with pytest.raises(InputError, match="hold no variant"):
         choose(policy(SMALLEST), results({}, []))
