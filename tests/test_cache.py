@@ -543,7 +543,7 @@ directions."""
 
 @pytest.mark.parametrize("model", ["nano", "rtn-int4"])
 def test_whoever_changes_the_forward_pass_raises_its_schema(model: str, tmp_path: Path) -> None:
-    """Sums in another order differ by less than 0.0001 here, another pooling or mask by 0.01."""
+    """Sums in another order differ by less than 0.0001 here, mean pooling by 0.6 and more."""
     texts = ["A short one.", "Zażółć gęślą jaźń", "今天的天气很好，我们去公园散步吧。 " * 30]
     texts.insert(1, "Photosynthesis turns light into chemical energy that a plant stores as sugar.")
     if model != "nano":
