@@ -337,6 +337,19 @@ def test_a_search_ranks_as_float64_does_to_the_last_tie(
         np.testing.assert_array_equal(found, np.take_along_axis(scores, expected, axis=1))
 
 
+def test_products_that_find_no_room_on_a_device_are_those_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    documents, queries = clustered(57, 900), clustered(58, 7)
+    product = _by_torch(torch.device("cpu"))(documents)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "from_numpy", full)
+    np.testing.assert_array_equal(product(queries), on_cpu(documents)(queries))
+
+
 def test_no_float32_product_within_the_bound_can_hide_a_best_one() -> None:
     """The worst that rounding may do: the whole bound, down for the best and up for all others."""
     documents, queries = near_ties(3000, 64), clustered(56, 12)

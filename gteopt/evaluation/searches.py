@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gteopt.errors import is_out_of_memory
 from gteopt.evaluation.cache import Encodings
 from gteopt.evaluation.views import View
 from gteopt.quant.vectors import Products, Search, VectorTransform, on_cpu
@@ -128,16 +129,25 @@ def products_on(device: torch.device) -> Products:
 def _by_torch(device: torch.device) -> Products:
     import torch
 
+    # What counts on sums in float32 must not get them in TF32, which a program may allow.
+    exact = torch.get_float32_matmul_precision() == "highest"
+    dtype = torch.float32 if exact else torch.float64
+
     def of(stored: Floats) -> Callable[[Floats], Floats]:
-        # What counts on sums in float32 must not get them in TF32, which a program may allow.
-        exact = torch.get_float32_matmul_precision() == "highest"
-        dtype = torch.float32 if exact else torch.float64
-        columns = torch.from_numpy(stored).to(device, dtype).T
+        columns: list[torch.Tensor] = []
 
         def product(queries: Floats) -> Floats:
-            found = torch.from_numpy(queries).to(device, dtype) @ columns
-            products: Floats = found.to("cpu", torch.float32).numpy()
-            return products
+            try:
+                if not columns:
+                    columns.append(torch.from_numpy(stored).to(device, dtype).T)
+                there = torch.from_numpy(queries).to(device, dtype) @ columns[0]
+                found: Floats = there.to("cpu", torch.float32).numpy()
+            except RuntimeError as error:
+                # The model and its batches may have left no room: slower, and just as right.
+                if not is_out_of_memory(error):
+                    raise
+                return on_cpu(stored)(queries)
+            return found
 
         return product
 
