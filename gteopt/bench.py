@@ -65,7 +65,7 @@ from gteopt.energy import Meter, meter
 from gteopt.errors import GteoptError, InputError, UnsupportedError, join_problems, suggest
 from gteopt.kernels import make_linear
 from gteopt.kernels.cpu import Int8LinearCpu
-from gteopt.loading import build_skeleton, load, load_checkpoint, load_tokenizer
+from gteopt.loading import build_skeleton, load, load_checkpoint, load_tokenizer, pick_device
 from gteopt.machine import machine, versions
 from gteopt.quant.affine import pack, quantize_rtn
 from gteopt.recipe import (
@@ -108,10 +108,11 @@ def bench(
         progress: told after each child process and after each query or round.
 
     Raises:
-        InputError: an unknown baseline, a source that cannot be opened, or a length beyond a
-            model's limit; all of them at once, before anything is measured.
+        InputError: an unknown device; or an unknown baseline, a source that cannot be opened, or a
+            length beyond a model's limit; all of them at once, before anything is measured.
         GteoptError: the child process of a variant died; carries its last line.
     """
+    pick_device(device)
     checkpoints, spec = open_all(sources, baseline, spec, hub_dir, skip_too_long)
     order = [baseline, *(name for name in sources if name != baseline)]
     largest = max(spec.workloads, key=lambda workload: workload.batch_size * workload.tokens)
@@ -195,6 +196,7 @@ def bench_dummy(
     Raises:
         InputError: see `write_dummy` and `bench`; a recipe that needs calibration.
     """
+    pick_device(device)
     wanted = {name: load_recipe(name) for name in recipes}
     if learned := [name for name, each in wanted.items() if each.weights.method == "gptq"]:
         raise InputError(

@@ -55,11 +55,14 @@ def choose(policy: Policy, results: Results) -> Choice:
     neighbours, as retentions of close variants differ by noise: one only loses by its retention
     where its interval lies below another's. Then count retention, the objective and the name.
 
-    A candidate is on the Pareto front where no other is at least as good in all of quality, weight
-    bytes, index bytes, tokens a second and the policy's objective, and better in one. Quality is
-    retention; where an evaluation is partial, retentions are means over different tasks, and where
-    the baseline's score is not above 0 there are none: quality is then neighbour overlap. A
-    candidate that lacks one of these is not on the front.
+    The Pareto front is that of the candidates that keep every limit, on what the policy judges: one
+    is on it where no other is at least as good in score, neighbours kept, weight bytes, index
+    bytes, tokens a second and the policy's objective, and better in one. The score is the lower end
+    of the retention's interval where the policy limits that, the retention otherwise. It does not
+    count where an evaluation is partial, as retentions are then means over different tasks, nor
+    where the baseline's score is not above 0; nor does what nobody was measured in. A candidate
+    that alone lacks one of these is not on the front. Of a tie only those on the front are picked,
+    unless none is.
 
     Raises:
         InputError: nothing was measured, or the reports do not belong together (other bytes of the
@@ -68,16 +71,14 @@ def choose(policy: Policy, results: Results) -> Choice:
     _check_belong_together(results)
     names = sorted(results.benched.keys() | results.evals.keys())
     metrics = {name: _metrics(name, results) for name in names}
-    partial = any(report.partial for report in results.evals.values())
-    without = any(report.retention is None for report in results.evals.values())
-    quality: Metric = "neighbour_overlap" if partial or without else "retention"
     fair = {name: found | _in_turns(name, found, results) for name, found in metrics.items()}
-    front = pareto_front(fair, {quality, policy.objective.metric, *_COSTS})
+    broken = {name: _broken_limits(policy, metrics[name]) for name in names}
+    front = _front(policy, {name: fair[name] for name in names if not broken[name]}, results)
     candidates = tuple(
         Candidate(
             name=name,
             metrics=metrics[name],
-            broken=_broken_limits(policy, metrics[name]),
+            broken=broken[name],
             on_pareto_front=name in front,
         )
         for name in names
@@ -90,6 +91,16 @@ def choose(policy: Policy, results: Results) -> Choice:
     best, *tied = _best_first(policy, admissible, fair, results)
     reason = _why(policy, best, tied, len(admissible), len(candidates), results)
     return Choice(policy=policy, picked=best.name, reason=reason, candidates=candidates)
+
+
+def _front(policy: Policy, judged: dict[str, dict[Metric, float]], results: Results) -> set[str]:
+    """Names on the Pareto front of those that keep every limit; see `choose`."""
+    axes: set[Metric] = {"neighbour_overlap", policy.objective.metric, *_COSTS}
+    evals = results.evals.values()
+    if not any(report.partial or report.retention is None for report in evals):
+        axes.add("retention_low" if "retention_low" in policy.limits else "retention")
+    measured = {metric for found in judged.values() for metric in found}
+    return pareto_front(judged, axes & measured)
 
 
 def _best_first(
@@ -109,11 +120,12 @@ def _best_first(
     tied = [c for c in admissible if sign * fair[c.name][metric] <= best + within]
     least = max(c.metrics.get("retention_low", 0.0) for c in tied)
 
-    def order(candidate: Candidate) -> tuple[bool, float, float, float, str]:
+    def order(candidate: Candidate) -> tuple[bool, bool, float, float, float, str]:
         report = results.evals.get(candidate.name)
         high = report.retention_high if report is not None else None
         found = candidate.metrics
         return (
+            not candidate.on_pareto_front,
             high is not None and high < least,
             -found.get("neighbour_overlap", 0.0),
             -found.get("retention", 0.0),
@@ -168,14 +180,14 @@ def _check_belong_together(results: Results) -> None:
         for name in sorted(bench.keys() & evals.keys())
         if bench[name].artifact_sha256 != evals[name].artifact_sha256
     ]
+    # A grid calls its baseline otherwise than an artifact's evaluation does: the content decides.
     for what, found in (
-        ("suites", {f"{r.suite} {r.suite_sha256[:12]}" for r in evals.values()}),
-        ("baselines", {f"{r.baseline} {r.baseline_sha256[:12]}" for r in evals.values()}),
+        ("suites", {r.suite_sha256: r.suite for r in evals.values()}),
+        ("baselines", {r.baseline_sha256: r.baseline for r in evals.values()}),
     ):
         if len(found) > 1:
-            problems.append(
-                f"the evaluations are of {len(found)} {what}: {', '.join(sorted(found))}"
-            )
+            each = sorted(f"{name} {sha256[:12]}" for sha256, name in found.items())
+            problems.append(f"the evaluations are of {len(found)} {what}: {', '.join(each)}")
     if problems:
         raise InputError(
             join_problems(

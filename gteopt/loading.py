@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -315,17 +316,19 @@ def pick_device(name: str) -> torch.device:
 
     Raises:
         InputError: no such name.
-        UnsupportedError: a GPU, where torch sees none.
+        UnsupportedError: a GPU that torch does not see.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with suppress(RuntimeError):  # a name that torch does not know either
         device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(f"device {name} was asked for, but torch sees no GPU; use cpu")
-    return device
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UnsupportedError(f"device {name} was asked for, but torch sees no GPU; use cpu")
+        if device.type == "cuda" and (device.index or 0) >= (n := torch.cuda.device_count()):
+            raise UnsupportedError(f"device {name} was asked for, but torch sees {n} GPU(s)")
+        if device.type in ("cpu", "cuda"):
+            return device
+    raise InputError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N")
 
 
 def _load_unquantized(

@@ -103,9 +103,10 @@ def run(
         progress: told how far each step is.
 
     Raises:
-        InputError: lists every problem of the plan before anything slow starts.
+        InputError: lists every problem of the plan before anything slow starts; an unknown device.
     """
     recipes, suite, policy = _resolve(plan, beside)
+    pick_device(device)
     folder = plan.out
     artifacts = build_variants(
         plan.base, recipes, folder / "variants", hub_dir=hub_dir, device=device, progress=progress

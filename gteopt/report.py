@@ -206,7 +206,8 @@ def _variants_table(lines: Sequence[Row]) -> str:
 def _scatter(
     lines: Sequence[Row], key: str, x_title: str, x_of: Callable[[Row], float | None]
 ) -> str:
-    """Retention against size or speed, with the Pareto front of these two numbers as a step line.
+    """Retention against size or speed, with what of it is sure as a step line: the Pareto front of
+    the intervals' lower ends, which policies limit.
 
     A variant so far below the others that they would lie on each other is an arrow at the lower
     edge, with its retention beside its name. The labels are placed by report.js once the browser
@@ -229,8 +230,9 @@ def _scatter(
     starts = [(y, low if y >= floor else y) for y, (low, _) in zip(drawn, spans, strict=True)]
     ends = [(y, high if y >= floor else y) for y, (_, high) in zip(drawn, spans, strict=True)]
     smaller_is_better = key == "size"
+    sure = [(x, low) for (x, *_), (low, _) in zip(points, spans, strict=True)]
     front: list[tuple[float, float]] = []
-    for x, y, _, _ in sorted(points, key=lambda p: (p[0] if smaller_is_better else -p[0], -p[1])):
+    for x, y in sorted(sure, key=lambda p: (p[0] if smaller_is_better else -p[0], -p[1])):
         if not front or y > front[-1][1]:
             front.append((x, y))
     figure = go.Figure(
@@ -603,8 +605,10 @@ _FIDELITY_CHARTS = {  # attribute of Row -> title, whether its distance from 1 i
 }
 
 _TRADE = """Retention is the share of the baseline’s score (diamond) that a variant keeps, with its
-95 % interval; what lies far below the others is an arrow at the edge. On the dotted line lie the
-variants that no other beats on both axes. A label that finds no room is the variant’s number in the
+95 % interval; what lies far below the others is an arrow at the edge. On the dotted line lie
+the lower ends of intervals that no other variant beats on both axes. What the table calls on the
+Pareto front is beaten by no other that keeps the limits in score, neighbours, weights, index and
+speed together. A label that finds no room is the variant’s number in the
 table."""
 _COST = """Throughput of real tokens, from token ids to vectors; the share of the best product that
 this device was measured to do; what a million tokens cost on it; and the hourly price at which they

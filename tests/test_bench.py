@@ -209,6 +209,12 @@ def test_a_baseline_that_is_not_among_the_sources_gets_a_suggestion() -> None:
         bench({"none": "nano"}, baseline="nome", spec=SPEC)
 
 
+@pytest.mark.parametrize("device", ["gpu", "meta"])
+def test_an_unknown_device_is_refused_before_any_model_is_opened(device: str) -> None:
+    with pytest.raises(InputError, match=rf"^unknown device '{device}': use auto, cpu, cuda"):
+        bench({"none": "no/such-folder"}, baseline="none", spec=SPEC, device=device)
+
+
 def test_a_child_that_dies_is_reported_with_its_last_line() -> None:
     question = _Question(
         source="no/such-folder", device="cpu", hub_dir=NANO, workload=SPEC.workloads[0]

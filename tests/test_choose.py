@@ -365,7 +365,7 @@ def test_without_any_retention_variants_are_chosen_by_neighbours_and_that_is_sai
     choice = choose(policy(SMALLEST, neighbour_overlap=Limit(min=0.8)), measured)
     assert choice.picked == "close"
     assert f"NO retention: {why}" in choice.reason
-    assert all(each.on_pareto_front for each in choice.candidates)
+    assert [each.name for each in choice.candidates if each.on_pareto_front] == ["close"]
     none_fits = choose(policy(SMALLEST, retention=Limit(min=0.9)), measured)
     assert none_fits.picked is None
 
@@ -386,21 +386,94 @@ def test_reports_that_do_not_belong_together_are_refused_all_at_once() -> None:
     assert "of 2 suites: mini other, mini s" in str(e.value)
 
 
+def test_one_baseline_under_two_names_is_one() -> None:
+    evals = [
+        evaluation("a"),
+        evaluation("b").model_copy(update={"baseline": "base-256-float32", "suite": "mini-own"}),
+    ]
+    assert choose(policy(SMALLEST), results({"a": bench(), "b": bench()}, evals)).picked == "a"
+    evals[1] = evals[1].model_copy(update={"baseline_sha256": "other"})
+    with pytest.raises(InputError, match="of 2 baselines: base b, base-256-float32 other"):
+        choose(policy(SMALLEST), results({"a": bench(), "b": bench()}, evals))
+
+
 def test_results_without_variants_are_refused() -> None:
     with pytest.raises(InputError, match="hold no variant"):
         choose(policy(SMALLEST), results({}, []))
 
 
-def test_the_front_uses_neighbour_overlap_where_an_evaluation_is_partial() -> None:
+def test_the_front_leaves_the_score_out_where_an_evaluation_is_partial() -> None:
     variants = {"a": bench(), "b": bench()}
-    good, bad = evaluation("a", overlap=0.9, retention=0.8), evaluation("b", overlap=0.8)
+    near, good = evaluation("a", overlap=0.9, retention=0.8), evaluation("b", overlap=0.8)
     failed = (FailedTask(task="t", reason="r"),)
     for last, front in (
-        (bad, {"b"}),
+        (good, {"a", "b"}),
         (evaluation("b", overlap=0.8, failed=failed), {"a"}),
     ):
-        choice = choose(policy(SMALLEST), results(variants, [good, last]))
+        choice = choose(policy(SMALLEST), results(variants, [near, last]))
         assert {c.name for c in choice.candidates if c.on_pareto_front} == front
+
+
+def test_the_front_is_drawn_on_the_end_of_the_interval_that_the_policy_limits() -> None:
+    # b's score may be better, a's surely is not worse.
+    variants = {name: bench() for name in "ab"}
+    evals = [
+        evaluation("a", retention=0.98, within=(0.97, 0.99)),
+        evaluation("b", retention=0.99, within=(0.95, 1.03)),
+    ]
+    for limit, front in (("retention_low", {"a"}), ("retention", {"b"})):
+        choice = choose(policy(SMALLEST, **{limit: Limit(min=0.9)}), results(variants, evals))
+        assert {c.name for c in choice.candidates if c.on_pareto_front} == front
+        assert choice.picked in front
+
+
+def test_what_breaks_a_limit_pushes_nothing_off_the_front() -> None:
+    variants = {"slow": bench(p95_ms=90), "quick": bench(p95_ms=5)}
+    evals = [evaluation("slow", retention=1.0), evaluation("quick", retention=0.9)]
+    choice = choose(policy(SMALLEST, p95_ms=Limit(max=10)), results(variants, evals))
+    assert {c.name for c in choice.candidates if c.on_pareto_front} == {"quick"}
+
+
+def test_of_a_tie_only_those_on_the_front_are_picked() -> None:
+    # The same vectors in half the bytes: the name alone would pick `a`.
+    variants = {"a": bench(index_bytes=1000), "b": bench(index_bytes=500)}
+    assert choose(policy(SMALLEST), results(variants, [evaluation(n) for n in "ab"])).picked == "b"
+
+
+@pytest.mark.parametrize("name", shipped_names("recipes/policies"))
+def test_the_pick_of_every_shipped_policy_is_on_the_front(name: str) -> None:
+    shipped = load_policy(name)
+    n_picked = 0
+    for seed in range(100):
+        rng = random.Random(seed)
+        names = [f"v{i}" for i in range(rng.randint(1, 9))]
+        # Few distinct values, so that there are ties; ends of intervals in any order.
+        variants = {
+            n: bench(
+                weight_bytes=rng.randint(1, 3),
+                index_bytes=rng.randint(1, 3),
+                ratio=rng.choice([0.9, 1.0, 1.01, 1.5]),
+            )
+            for n in names
+        }
+        evals = []
+        for n in names:
+            low, middle, high = sorted(rng.choice([0.9, 0.96, 0.98, 1.0]) for _ in range(3))
+            overlap = rng.choice([0.6, 0.85, 0.95, 0.96])
+            report = evaluation(
+                n,
+                retention=middle,
+                overlap=overlap,
+                cosine=0.999,
+                spearman=0.995,
+                within=(low, high),
+            )
+            evals.append(report)
+        variants["base"] = bench(weight_bytes=3, index_bytes=3, ratio=rng.choice([0.98, 1.0]))
+        choice = choose(shipped, results(variants, evals))
+        assert choice.picked in {c.name for c in choice.candidates if c.on_pareto_front}
+        n_picked += choice.picked != "base"
+    assert n_picked > 10
 
 
 METRICS: list[Metric] = ["retention", "p95_ms", "weight_bytes", "tokens_per_s"]

@@ -15,7 +15,7 @@ import gteopt
 from gteopt.build import fit_transforms
 from gteopt.encoder import Encoder
 from gteopt.errors import InputError
-from gteopt.evaluation import fidelity, load_suite, read_texts, run_suite, with_data
+from gteopt.evaluation import compare, fidelity, load_suite, read_texts, run_suite, with_data
 from gteopt.evaluation.fidelity import sample_of
 from gteopt.evaluation.own import Collection, Pairs, read_own
 from gteopt.evaluation.suites import Suite
@@ -67,6 +67,23 @@ def test_own_data_score_as_the_same_data_do_as_a_task(nano: Encoder, tmp_path: P
     of_task = {each.task: each for each in run.scores}
     assert of_task["library"].n_samples == len(mini_rows("queries"))
     assert of_task["library"].dataset_revision.startswith("sha256:")
+
+
+def test_a_suite_with_own_data_is_known_by_what_they_hold_wherever_they_lie(
+    nano: Encoder, tmp_path: Path
+) -> None:
+    rows = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "score": i} for i in range(12)]
+    write_lines(tmp_path / "pairs.jsonl", rows)
+    write_lines(tmp_path / "moved" / "pairs.jsonl", rows)
+    write_lines(tmp_path / "longer" / "pairs.jsonl", [*rows, rows[0] | {"score": 9}])
+    here, moved, longer = (
+        run_suite(nano, with_data(None, tmp_path / name), store=tmp_path / "store")
+        for name in ("pairs.jsonl", "moved/pairs.jsonl", "longer/pairs.jsonl")
+    )
+    assert here.suite_sha256 == moved.suite_sha256 != longer.suite_sha256
+    assert compare(here, moved, variant_name="moved").suite_sha256 == here.suite_sha256
+    with pytest.raises(InputError, match="with other tasks or data"):
+        compare(here, longer, variant_name="longer")
 
 
 def test_own_queries_carry_the_users_instruction(nano: Encoder, tmp_path: Path) -> None:

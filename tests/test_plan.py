@@ -310,6 +310,12 @@ def test_a_policys_margin_settles_the_verdicts_again_and_the_page_follows(
         assert (report.difference.verdict == "equivalent") == (verdict == "equivalent")
 
 
+def test_an_unknown_device_is_told_before_anything_is_built(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        run(plan(tmp_path, "rtn-int8"), device="gpu")
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_problem_of_a_plan_is_told_before_anything_is_built(tmp_path: Path) -> None:
     broken = plan(tmp_path, "int9", "gptq-int4", "gptq-int4", policy="balancd")
     with pytest.raises(InputError) as caught:

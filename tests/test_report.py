@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -43,12 +44,14 @@ from gteopt.records import (
     ThroughputRecord,
     VariantBench,
 )
-from gteopt.report import _floor, html_page, write_report
+from gteopt.report import _floor, _scatter, html_page, write_report
 from gteopt.tables import (
     _IN_TERMINAL,
     COLUMNS,
+    Row,
     bench_table,
     eval_table,
+    in_megabytes,
     rows,
     terminal_table,
 )
@@ -96,6 +99,32 @@ TASKS = (
     ("MiniIntent", "Classification", "pl", "accuracy", 0.8894),
     ("MiniBitext", "BitextMining", "en-fr", "f1", 0.6502),
 )
+
+
+def test_the_dotted_line_joins_what_is_sure_and_not_what_was_measured() -> None:
+    def row(name: str, n_bytes: int, retention: float, low: float, high: float) -> Row:
+        return Row(
+            name,
+            is_baseline=False,
+            status="other",
+            verdict="",
+            weight_bytes=n_bytes,
+            retention=retention,
+            retention_low=low,
+            retention_high=high,
+            score_verdict="undecided",
+        )
+
+    # `lucky` was measured better, and surely keeps less than `sure`, of the same size.
+    lines = [
+        row("sure", 10_000_000, 0.98, 0.97, 0.99),
+        row("lucky", 10_000_000, 0.99, 0.95, 1.03),
+        row("large", 20_000_000, 0.995, 0.98, 1.01),
+    ]
+    chart = _scatter(lines, "size", "MB", lambda row: in_megabytes(row.weight_bytes))
+    line = json.loads(re.search(r"\[(\{.*?\}),\{", chart)[1])  # type: ignore[index]
+    assert line["mode"] == "lines"
+    assert (line["x"], line["y"]) == ([10, 20], [97, 98])
 
 
 def test_rows_give_the_baseline_first_and_every_ratio_against_it(demo: Results) -> None:

@@ -160,6 +160,18 @@ def clusterings(statistic: str) -> Maker:
     return make
 
 
+def summaries(rng: np.random.Generator, n: int) -> Pair:
+    """Each text's correlation of what people and what a model think of its 16 summaries."""
+    human = rng.standard_normal((n, 16))
+    ours = 0.4 * human + rng.standard_normal((n, 16))
+    theirs = ours + 0.5 * rng.standard_normal((n, 16))
+    found = []
+    for each in (theirs, ours):
+        ranks = [stats.rankdata(values, axis=1) - 8.5 for values in (each, human)]
+        found.append((ranks[0] * ranks[1]).mean(axis=1) / (ranks[0] ** 2).mean(axis=1))
+    return both("mean", "text", *({"values": values[None]} for values in found))
+
+
 # What is drawn, units, and the difference of the two models where it is known in closed form.
 CASES: dict[str, tuple[Maker, int, float | None]] = {
     "retrieval and reranking (mean over queries)": (ndcg, 60, None),
@@ -172,6 +184,7 @@ CASES: dict[str, tuple[Maker, int, float | None]] = {
         150,
         6 / math.pi * (math.asin(1 / math.sqrt(1.8) / 2) - math.asin(1 / math.sqrt(1.64) / 2)),
     ),
+    "summarization (mean of correlations)": (summaries, 100, None),
     "bitext (weighted F1)": (translations, 120, None),
     "pairs (average precision)": (duplicates("max_ap"), 150, None),
     "pairs (best accuracy)": (duplicates("max_accuracy"), 150, None),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from sklearn.decomposition import TruncatedSVD
 
 from gteopt.errors import GteoptError, InputError, IntegrityError, NumericsError
+from gteopt.evaluation.searches import _by_torch
 from gteopt.quant import vectors as vectors_module
-from gteopt.quant.vectors import Search, VectorTransform, fit, identity
+from gteopt.quant.vectors import Products, Search, VectorTransform, fit, identity, on_cpu
 from gteopt.recipe import Dims, VectorCode, Vectors
 
 Array = npt.NDArray[Any]
@@ -297,6 +300,75 @@ def test_float_search_equals_a_full_sort() -> None:
     exact = queries.astype(np.float64) @ documents.astype(np.float64).T
     np.testing.assert_array_equal(indices, np.argsort(-exact, axis=1, kind="stable")[:, :10])
     np.testing.assert_allclose(scores, np.take_along_axis(exact, indices, axis=1), atol=1e-6)
+
+
+def near_ties(n: int, dims: int) -> Array:
+    """Vectors that float32 cannot order: some copied, the others apart by one or two units in the
+    last place of some dimensions."""
+    rng = np.random.default_rng(51)
+    rows = np.repeat(clustered(52, n // 20, dims), 20, axis=0)
+    steps = rng.integers(-2, 3, rows.shape) * (rng.random(rows.shape) < 0.1)
+    steps[::5] = 0
+    apart: Array = rows + (steps * np.spacing(rows)).astype(np.float32)
+    return apart[rng.permutation(len(rows))]
+
+
+@pytest.mark.parametrize("code", ["float32", "int8"])
+@pytest.mark.parametrize("dims", [48, 1024])
+@pytest.mark.parametrize("products", [on_cpu, _by_torch(torch.device("cpu"))])
+def test_a_search_ranks_as_float64_does_to_the_last_tie(
+    code: VectorCode, dims: int, products: Products
+) -> None:
+    ties = near_ties(2000, dims)
+    # Among others, so that few are summed in float64, and alone, so that nearly all are.
+    for documents in (np.concatenate([clustered(53, 4000, dims), ties]), ties):
+        queries = np.concatenate([clustered(54, 20, dims), documents[::100]])
+        transform = fit(documents[::7], None, Vectors(code=code, rescore=1))
+        stored = transform.quantize(documents)
+        search = Search(transform, queries, 10, products)
+        for piece in np.split(stored, [1000, 1500]):
+            search.add(piece)
+        coded = transform.dequantize(transform.quantize(queries)).astype(np.float64)
+        decoded = transform.dequantize(stored).astype(np.float64)
+        scores = (coded @ decoded.T).astype(np.float32)
+        expected = np.argsort(-scores, axis=1, kind="stable")[:, :10]
+        indices, found = search.found()
+        np.testing.assert_array_equal(indices, expected)
+        np.testing.assert_array_equal(found, np.take_along_axis(scores, expected, axis=1))
+
+
+def test_products_that_find_no_room_on_a_device_are_those_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    documents, queries = clustered(57, 900), clustered(58, 7)
+    product = _by_torch(torch.device("cpu"))(documents)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "from_numpy", full)
+    np.testing.assert_array_equal(product(queries), on_cpu(documents)(queries))
+
+
+def test_no_float32_product_within_the_bound_can_hide_a_best_one() -> None:
+    """The worst that rounding may do: the whole bound, down for the best and up for all others."""
+    documents, queries = near_ties(3000, 64), clustered(56, 12)
+    gamma = 64 * 2.0**-24 / (1 - 64 * 2.0**-24)
+
+    def worst(stored: Array) -> Callable[[Array], Array]:
+        def product(asked: Array) -> Array:
+            true = asked.astype(np.float64) @ stored.astype(np.float64).T
+            best = true >= np.sort(true, axis=1)[:, -5:-4]
+            return (true + 0.999 * np.where(best, -gamma, gamma)).astype(np.float32)
+
+        return product
+
+    search = Search(identity(64), queries, 5, worst)
+    for piece in np.split(documents, [1400]):
+        search.add(piece)
+    indices, _ = search.found()
+    scores = (queries.astype(np.float64) @ documents.astype(np.float64).T).astype(np.float32)
+    np.testing.assert_array_equal(indices, np.argsort(-scores, axis=1, kind="stable")[:, :5])
 
 
 def test_int8_search_loses_no_more_than_its_coding_error() -> None:

@@ -19,7 +19,7 @@ from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 from mteb.types import PromptType
 
 from gteopt.evaluation.fidelity import Sampler, Side
-from gteopt.evaluation.searches import Answers, Ranking, Searches, search_all
+from gteopt.evaluation.searches import Answers, Ranking, Searches, products_on, search_all
 from gteopt.evaluation.views import View
 from gteopt.recipe import Progress, quiet
 
@@ -155,7 +155,8 @@ class TaskModel:
         k: int,
         candidates: Sequence[npt.NDArray[np.intp]] | None,
     ) -> dict[str, list[Ranking]]:
-        return search_all(views, queries, blocks, k, candidates)
+        products = products_on(self._cache.encoder.device)
+        return search_all(views, queries, blocks, k, candidates, products)
 
     def _candidates(self, ids: Sequence[str], top_ranked: Any) -> list[npt.NDArray[np.intp]]:
         """Rows of each query's candidates, in the order in which the task names them."""

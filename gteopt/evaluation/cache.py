@@ -57,7 +57,8 @@ CacheDtype = Literal["float16", "float32"]
 
 FORWARD_SCHEMA = "1"
 """Of the vectors that gteopt makes of a text: raised by whoever changes the forward pass (masks,
-prompts, pooling, kernels), so that no vector of before is scored as one of after."""
+prompts, pooling, kernels), so that no vector of before is scored as one of after. A test compares
+vectors with pinned ones, so that it is not forgotten."""
 DEFAULT_BYTES = 20_000_000_000
 SHARD_TEXTS = 256
 _HELD_BYTES = 1 << 30  # of shards that stay in memory after they were read

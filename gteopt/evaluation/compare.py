@@ -56,10 +56,10 @@ def compare(
         InputError: runs of different suites, or too few texts in common.
         NumericsError: no task that both finished.
     """
-    if baseline.suite.sha256() != variant.suite.sha256():
+    if baseline.suite_sha256 != variant.suite_sha256:
         raise InputError(
             f"{variant_name} was scored on suite {variant.suite.name}, its baseline on "
-            f"{baseline.suite.name} with other tasks; score both on the same suite"
+            f"{baseline.suite.name} with other tasks or data; score both on the same suite"
         )
     theirs = {(each.task, each.split, each.subset): each for each in baseline.scores}
     drawn = {} if drawn is None else drawn
@@ -97,7 +97,7 @@ def compare(
         baseline=baseline.encoder,
         baseline_sha256=baseline.encoder_sha256,
         suite=variant.suite.name,
-        suite_sha256=variant.suite.sha256(),
+        suite_sha256=variant.suite_sha256,
         tasks=tuple(tasks),
         failed=failed,
         partial=bool(failed),

@@ -101,6 +101,7 @@ class SuiteRun:
     """What one encoder did on a suite.
 
     Attributes:
+        suite_sha256: see `Suite.sha256`, of the own data that were read.
         samples: what each score is made of: one entry a query, pair or document.
         failed: tasks that have no score, and why.
         sample: full-dimension vectors of the suite's texts, for fidelity.
@@ -115,6 +116,7 @@ class SuiteRun:
     encoder: str
     encoder_sha256: str
     suite: Suite
+    suite_sha256: str
     scores: tuple[SubsetScore, ...]
     samples: Mapping[SampleKey, Samples]
     failed: tuple[FailedTask, ...]
@@ -344,6 +346,7 @@ def _run(
         finally:
             each.task.unload_data()
     sample = sampler.sample()
+    suite_sha256 = suite.sha256({each.name: each.revision for each in tasks})
     runs = []
     for view in views:
         own = {name: done[view.sha256, name] for name in places if (view.sha256, name) in done}
@@ -355,6 +358,7 @@ def _run(
                 encoder=view.name,
                 encoder_sha256=view.sha256,
                 suite=suite,
+                suite_sha256=suite_sha256,
                 scores=tuple(score for each in own.values() for score in each.scores),
                 samples={
                     (name, split, subset): samples

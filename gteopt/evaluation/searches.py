@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from gteopt.errors import is_out_of_memory
 from gteopt.evaluation.cache import Encodings
 from gteopt.evaluation.views import View
-from gteopt.quant.vectors import Search, VectorTransform
+from gteopt.quant.vectors import Products, Search, VectorTransform, on_cpu
+
+if TYPE_CHECKING:
+    import torch
 
 Floats = npt.NDArray[np.float32]
 Ranking = tuple[npt.NDArray[np.intp], Floats]
@@ -85,6 +89,7 @@ def search_all(
     blocks: Iterable[Floats],
     k: int,
     candidates: Sequence[npt.NDArray[np.intp]] | None = None,
+    products: Products = on_cpu,
 ) -> dict[str, list[Ranking]]:
     """The k best documents of each query under each view; by the view's SHA-256.
 
@@ -94,12 +99,13 @@ def search_all(
         blocks: vectors [N, F] of the documents at full dimension, read once.
         k: how many.
         candidates: of each query, the only documents that are searched; ties then keep their order.
+        products: where whole corpora are multiplied with queries; results do not depend on it.
     """
     searches: dict[str, _Searching] = {}
     for view in views:
         own = queries[view.sha256]
         searches[view.sha256] = (
-            _Whole(view.vectors, own, k)
+            _Whole(view.vectors, own, k, products)
             if candidates is None
             else _AmongCandidates(view.vectors, own, candidates, k)
         )
@@ -110,11 +116,51 @@ def search_all(
     return {sha256: search.rankings() for sha256, search in searches.items()}
 
 
+def products_on(device: torch.device) -> Products:
+    """The fastest products there: by torch on a CUDA device, by numpy where this process has none
+    (workers elsewhere may encode on it) and on others.
+    """
+    import torch
+
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return _by_torch(device) if there else on_cpu
+
+
+def _by_torch(device: torch.device) -> Products:
+    import torch
+
+    # What counts on sums in float32 must not get them in TF32, which a program may allow.
+    exact = torch.get_float32_matmul_precision() == "highest"
+    dtype = torch.float32 if exact else torch.float64
+
+    def of(stored: Floats) -> Callable[[Floats], Floats]:
+        columns: list[torch.Tensor] = []
+
+        def product(queries: Floats) -> Floats:
+            try:
+                if not columns:
+                    columns.append(torch.from_numpy(stored).to(device, dtype).T)
+                there = torch.from_numpy(queries).to(device, dtype) @ columns[0]
+                found: Floats = there.to("cpu", torch.float32).numpy()
+            except RuntimeError as error:
+                # The model and its batches may have left no room: slower, and just as right.
+                if not is_out_of_memory(error):
+                    raise
+                return on_cpu(stored)(queries)
+            return found
+
+        return product
+
+    return of
+
+
 class _Whole:
     """Every document is searched."""
 
-    def __init__(self, transform: VectorTransform, queries: Floats, k: int) -> None:
-        self._search = Search(transform, queries, k)
+    def __init__(
+        self, transform: VectorTransform, queries: Floats, k: int, products: Products
+    ) -> None:
+        self._search = Search(transform, queries, k, products)
 
     def add(self, codes: npt.NDArray[np.generic]) -> None:
         self._search.add(codes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -75,9 +76,17 @@ class Suite(Frozen):
     published: PublishedAverage | None = None
     tasks: Annotated[tuple[SuiteTask, ...], Field(min_length=1)]
 
-    def sha256(self) -> str:
-        """Hash of everything that decides scores (name, summary and estimates do not)."""
+    def sha256(self, contents: Mapping[str, str]) -> str:
+        """Hash of everything that decides scores (name, summary and estimates do not).
+
+        Args:
+            contents: by task of own data, what stands for what was read: where they lie says
+                nothing about scores.
+        """
         tasks = self.model_dump(mode="json", include={"tasks"})
+        for task in tasks["tasks"]:
+            if task["data"] is not None:
+                task["data"] = contents[task["task"]]
         return hashlib.sha256(json.dumps(tasks, sort_keys=True).encode()).hexdigest()
 
 
