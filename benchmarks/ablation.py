@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ from gteopt.machine import machine, versions
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, pack
 from gteopt.quant.gptq import HessianAccumulator, solve
 from gteopt.recipe import LayerScheme, Recipe, load_recipe
+from gteopt.sensitivity import DEEP_BLOCKS
 from gteopt.tuning import Schedule, tune
 
 INT4 = {"bits": 4, "group_size": 128, "symmetric": False}
@@ -94,7 +96,12 @@ GUIDED = {
     for share, half in ((1.0, ""), (0.5, " by half"))
 }
 """Share of a token's weight that its gradient decides, and of what GPTAQ makes up for."""
-RECIPES = {"bits by layer (mixed-4.25)": "mixed-4.25", "both (mixed-nf4)": "mixed-nf4"}
+BY_GRADIENTS = "both, bits chosen by gradients as in deep models"
+RECIPES = {
+    "bits by layer (mixed-4.25)": "mixed-4.25",
+    "both (mixed-nf4)": "mixed-nf4",
+    BY_GRADIENTS: "mixed-nf4",
+}
 TUNED: dict[str, Callable[[int], Schedule]] = {
     "GPTQ + both, scales, norms, biases tuned": lambda n: Schedule(n_steps=n, codes_rate=0.0),
     "GPTQ + both, codes too (gptq-int4-guided)": lambda n: Schedule(n_steps=n),
@@ -144,7 +151,10 @@ def main() -> None:
                 continue
             started = time.perf_counter()
             if parts in recipes:
-                encoder, bits = solved(source, recipes[parts], options.hub_dir)
+                # Beyond so many blocks sensitivities are estimated.
+                most = 0 if parts == BY_GRADIENTS else DEEP_BLOCKS
+                with patch("gteopt.layer_plan.DEEP_BLOCKS", most):
+                    encoder, bits = solved(source, recipes[parts], options.hub_dir)
                 found = encoder.encode(texts)
             elif parts in turned:
                 folder, back = rotated(source)

@@ -11,6 +11,7 @@ none is reported here.
     python benchmarks/scale.py sweep    # cost over layers, hidden size and calibration tokens
     python benchmarks/scale.py plot     # the sweep as benchmarks/results/scale.svg
     python benchmarks/scale.py long     # memory of one text of up to 32,000 tokens
+    python benchmarks/scale.py load --layers 8    # artifacts: time beside the disk's own, memory
 
 Each run is a process of its own, whose peak resident set is read from the operating system; it is
 written to benchmarks/results/scale.json (or --out), beside what `inspect` predicts. `--minutes`
@@ -28,6 +29,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -338,6 +340,97 @@ def long_text(work: Path) -> None:
     print(rows)
 
 
+_LOAD_CHILD = """
+import json, os, sys, time
+from pathlib import Path
+import gteopt
+
+folder, backend, state = Path(sys.argv[1]), *sys.argv[2:]
+gteopt.load("nano", backend=backend).encode(["a text"])  # imports, and what libraries take at first
+files = [path for path in folder.rglob("*") if path.is_file()]
+
+def resident(field):
+    line = next(line for line in open("/proc/self/status") if field in line)
+    return 1024 * int(line.split()[1])
+
+def prepare():
+    if state == "cold":  # not in the page cache
+        for path in files:
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+prepare()
+started = time.perf_counter()
+buffer = bytearray(8 << 20)
+for path in files:
+    with open(path, "rb", buffering=0) as handle:
+        while handle.readinto(buffer):
+            pass
+read_s = time.perf_counter() - started
+prepare()
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = resident("VmRSS")
+started, cpu = time.perf_counter(), time.process_time()
+encoder = gteopt.load(folder, backend=backend)
+load_s = time.perf_counter() - started
+encoder.encode(["a text"])  # OpenVINO puts weights into their order at first use
+print(json.dumps({
+    "load_s": load_s,
+    "first_vector_s": time.perf_counter() - started,
+    "cpu_s": time.process_time() - cpu,
+    "read_s": read_s,
+    "peak_bytes": resident("VmHWM") - before,
+    "held_bytes": resident("VmRSS") - before,
+    "file_bytes": sum(path.stat().st_size for path in files),
+}))
+"""
+_LOAD_RUNS = 5
+
+
+def loads(shape: Shape, work: Path, out: Path) -> None:
+    """Time and memory of loading artifacts, beside a plain read of the same files.
+
+    Each load is a process of its own; medians of `_LOAD_RUNS`.
+    """
+    from gteopt.machine import machine, versions
+
+    rows = []
+    with tempfile.TemporaryDirectory(dir=work) as temporary:
+        base = make_checkpoint(Path(temporary) / "base", shape)
+        for recipe in ("rtn-int8", "rtn-int4", "nf4"):
+            folder = Path(temporary) / recipe
+            manifest = gteopt.quantize(base, recipe, folder)
+            for backend in ("torch", "openvino"):
+                for state in ("cold", "warm"):
+                    command = [sys.executable, "-c", _LOAD_CHILD, str(folder), backend, state]
+                    seen = [json.loads(subprocess.check_output(command)) for _ in range(_LOAD_RUNS)]
+                    middle = {key: median(each[key] for each in seen) for key in seen[0]}
+                    row = {"recipe": recipe, "layout": manifest.layout, "backend": backend}
+                    rows.append({**row, "cache": state, **middle})
+                    n_bytes = middle["file_bytes"]
+                    print(
+                        f"{recipe} ({manifest.layout}) {backend} {state}: {n_bytes / 1e9:.2f} GB, "
+                        f"read in {middle['read_s']:.2f} s, loaded in {middle['load_s']:.2f}, a "
+                        f"vector in {middle['first_vector_s']:.2f} ({middle['cpu_s']:.2f} of CPU); "
+                        f"peak {middle['peak_bytes'] / n_bytes:.2f}, held "
+                        f"{middle['held_bytes'] / n_bytes:.2f} times the files",
+                        flush=True,
+                    )
+            shutil.rmtree(folder)
+    results = json.loads(out.read_text()) if out.is_file() else {}
+    results["load"] = {
+        "shape": asdict(shape),
+        "n_runs": _LOAD_RUNS,
+        "n_threads": torch.get_num_threads(),
+        "rows": rows,
+        "machine": machine().model_dump(),
+        "versions": versions(),
+    }
+    out.write_text(json.dumps(results, indent=1) + "\n")
+
+
 _PANEL = (230, 130)
 """Width and height of a panel's axes, in pixels."""
 
@@ -412,7 +505,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["build", "sweep", "long", "plot"])
+    parser.add_argument("what", choices=["build", "sweep", "long", "load", "plot"])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="gte-Qwen2-1.5B")
     parser.add_argument("--layers", type=int, help="fewer than published, to try it out")
     parser.add_argument("--texts", type=int, default=64)
@@ -437,6 +530,9 @@ def main() -> None:
     shape = SHAPES[asked.shape]
     if asked.layers is not None:
         shape = replace(shape, layers=asked.layers)
+    if asked.what == "load":
+        loads(shape, asked.work, asked.out)
+        return
     recipe = load_recipe(asked.recipe)
     if asked.compensate is not None:
         weights = recipe.weights.model_copy(update={"compensate": asked.compensate})

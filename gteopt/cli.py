@@ -750,7 +750,7 @@ def inspect(
     """Show what a model is and what every recipe would make of it, before anything is built.
 
     Of a model on the Hub only what describes it is downloaded, not its weights. Given the options
-    of a `gteopt quantize`, it predicts the size and the memory of that build.
+    of a `gteopt quantize`, it predicts the size, the memory and the disk space of that build.
 
     Example: `gteopt inspect nano --recipe gptq-int4 --effort best`
     """

@@ -331,7 +331,21 @@ def _disk_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes: 
     n_kinds = 2 if needs_original(recipe, plan) else 1
     hidden_size = int(checkpoint.config["hidden_size"])
     hidden = n_kinds * sizes.n_tokens * hidden_size * sizes.replay_bytes
-    return max(at_the_end, blocks + max(0, hidden - sizes.activation_bytes))
+    fed = 0
+    n_blocks = len(list(module.children()))
+    if plan.choices and n_blocks > DEEP_BLOCKS:  # all that blocks are fed, before one is finished
+        fed = n_blocks * _state_bytes(checkpoint, recipe, sizes) - sizes.activation_bytes
+    return max(at_the_end, blocks + max(0, hidden - sizes.activation_bytes), fed)
+
+
+def _state_bytes(checkpoint: Checkpoint, recipe: Recipe, sizes: _Sizes) -> int:
+    """Hidden states between two blocks of the texts that sensitivities are found on."""
+    hidden_size = int(checkpoint.config["hidden_size"])
+    return _sensitivity_tokens(recipe, sizes) * hidden_size * sizes.replay_bytes
+
+
+def _sensitivity_tokens(recipe: Recipe, sizes: _Sizes) -> int:
+    return int(sizes.n_tokens * min(1.0, SENSITIVITY_TEXTS / recipe.calibration.n_texts))
 
 
 def _measuring_bytes(
@@ -359,8 +373,10 @@ def _measuring_bytes(
     """
     hidden_size = int(checkpoint.config["hidden_size"])
     item = sizes.replay_bytes
-    n_tokens = int(sizes.n_tokens * min(1.0, SENSITIVITY_TEXTS / recipe.calibration.n_texts))
-    state = n_tokens * hidden_size * item
+    n_tokens, state = (
+        _sensitivity_tokens(recipe, sizes),
+        _state_bytes(checkpoint, recipe, sizes),
+    )
     counts = [len(each) for each in plan.choices.values()]
     trials = max(min(sum(counts) * state, sizes.activation_bytes), max(counts) * state)
     # The base's: at the first block, where this walk began, where it is, and moving on.

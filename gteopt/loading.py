@@ -8,10 +8,11 @@ was made, measured or judged.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -426,12 +427,14 @@ class _Stored:
     """The weights of a quantized checkpoint as they lie in its files, by the module's names.
 
     Attributes:
-        layers: name, weight and bias of each quantized linear layer.
+        layers: quantized linear layers, each read anew whenever it is asked for.
+        biases: of those that have one.
         table: the token embeddings with their name; None where they are not quantized.
         plain: everything else in the model's dtype.
     """
 
-    layers: list[tuple[str, ReadLayer, Tensor | None]]
+    layers: Mapping[str, ReadLayer]
+    biases: dict[str, Tensor]
     table: tuple[str, PackedWeight] | None
     plain: dict[str, Tensor]
 
@@ -439,26 +442,105 @@ class _Stored:
 def _read_packed(
     checkpoint: Checkpoint, module: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> _Stored:
-    """No full-precision copy of a quantized weight ever exists."""
-    tensors: dict[str, Tensor] = {}
+    """No full-precision copy of a quantized weight ever exists, and no second one of those that
+    are packed: a file is mapped for one layer at a time.
+    """
+    files: dict[str, tuple[Path, str]] = {}
     for path in checkpoint.weight_files:
-        with safe_open(path, framework="pt", device=str(device)) as handle:
-            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-                tensors[name] = handle.get_tensor(name)
-    tensors = _bare_names(tensors, module)
+        with safe_open(path, framework="pt") as handle:
+            files |= {name: (path, name) for name in handle.keys()}  # noqa: SIM118 - no mapping
+    files = _bare_names(files, module)
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        inside: dict[Path, list[str]] = {}
+        for name in names:
+            inside.setdefault(files[name][0], []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for path, own in inside.items():
+            with safe_open(path, framework="pt", device=str(device)) as handle:
+                tensors |= {name: handle.get_tensor(files[name][1]) for name in own}
+        return tensors
+
+    layers = _Layers(checkpoint, module, files, read)
     embedding = checkpoint.manifest.embedding if checkpoint.manifest is not None else None
-    table = None
+    table, own = None, set(layers.tensors)
     if embedding is not None:
-        own = {n: tensors.pop(n) for n in list(tensors) if n.startswith(f"{embedding.name}.")}
-        parts = {n.removeprefix(f"{embedding.name}."): tensor for n, tensor in own.items()}
+        names = [name for name in files if name.startswith(f"{embedding.name}.")]
+        parts = {n.removeprefix(f"{embedding.name}."): each for n, each in read(names).items()}
         packed = PackedWeight.from_tensors(embedding.scheme, embedding.in_features, parts)
-        table = (embedding.name, packed)
-    layers = list(_take_layers(checkpoint, module, tensors))
-    plain = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-    }
-    return _Stored(layers, table, plain)
+        table, own = (embedding.name, packed), own | set(names)
+    plain = read(name for name in files if name not in own)
+    biases = {name: plain.pop(f"{name}.bias") for name in layers if f"{name}.bias" in plain}
+    plain = {n: each.to(dtype) if each.is_floating_point() else each for n, each in plain.items()}
+    return _Stored(layers, biases, table, plain)
+
+
+class _Layers(Mapping[str, ReadLayer]):
+    """Quantized linear layers by name, each read when it is asked for.
+
+    Attributes:
+        tensors: names of all their tensors, biases left out.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        module: nn.Module,
+        names: Iterable[str],
+        read: Callable[[Iterable[str]], dict[str, Tensor]],
+    ) -> None:
+        """Find out which they are.
+
+        Args:
+            checkpoint: says how they were quantized.
+            module: the architecture.
+            names: of all tensors, as in the bare transformer.
+            read: those of some names.
+
+        Raises:
+            IntegrityError: one is no linear layer of the architecture.
+        """
+        self._read, self._config = read, checkpoint.quantization
+        manifest = checkpoint.manifest
+        self._records = {each.name: each for each in manifest.layers} if manifest else {}
+        modules = dict(module.named_modules())
+        found = list(self._records)
+        if self._config is not None:
+            found = format_of(self._config).layers_in(names)
+        self._own: dict[str, list[str]] = {name: [] for name in found}
+        self._shapes: dict[str, Shape] = {}
+        for name in found:
+            linear = modules.get(name)
+            if not isinstance(linear, nn.Linear):
+                raise IntegrityError(
+                    f"{checkpoint.folder}: the quantized layer {name} is no linear layer of the "
+                    f"architecture; config.json belongs to another model"
+                )
+            self._shapes[name] = Shape(linear.out_features, linear.in_features)
+        for name in names:
+            parts = name.split(".")  # a tensor of a layer may have a dot in its own name
+            for n in range(1, len(parts)):
+                if (layer := ".".join(parts[:n])) in self._own and parts[n:] != ["bias"]:
+                    self._own[layer].append(name)
+
+    @property
+    def tensors(self) -> list[str]:
+        return [name for own in self._own.values() for name in own]
+
+    def __getitem__(self, name: str) -> ReadLayer:
+        own = self._read(self._own[name])
+        parts = {each.removeprefix(f"{name}."): tensor for each, tensor in own.items()}
+        if self._config is None:
+            record = self._records[name]
+            return ReadLayer(PackedWeight.from_tensors(record.scheme, record.in_features, parts))
+        form = format_of(self._config)
+        return form.from_tensors(self._config, name, self._shapes[name], parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
 
 
 def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -468,7 +550,7 @@ def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
     if stored.table is not None:
         swap_embedding_(module, *stored.table, device, dtype)
     since = 0
-    for name, layer, n_bytes in _made(stored.layers, device, dtype):
+    for name, layer, n_bytes in _made(stored, device, dtype):
         _put_(module, name, layer)
         since += n_bytes
         if since > _TRIM_BYTES:
@@ -491,29 +573,26 @@ def _load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
 
 
 def _made(
-    stored: list[tuple[str, ReadLayer, Tensor | None]], device: torch.device, dtype: torch.dtype
+    stored: _Stored, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, nn.Module, int]]:
-    """Each layer by its name as it runs, and its packed bytes on disk; `stored` is emptied.
+    """Each layer by its name as it runs, and its packed bytes on disk.
 
     A processor's libraries put weights into an order of their own, which takes longer than a disk
-    and works on one core: a thread a core makes a layer each. What one was made of is freed then.
+    and works on one core: a thread a core reads and makes a layer each.
     """
+
+    def make(name: str) -> tuple[str, nn.Module, int]:
+        read, bias = stored.layers[name], stored.biases.get(name)
+        layer = make_linear(read.weight, bias, device=device, dtype=dtype, order=read.order)
+        return name, layer, read.weight.n_bytes
+
     n_threads = min(torch.get_num_threads(), _MOST_MAKERS) if device.type == "cpu" else 1
-    stored.reverse()
-    coming: list[tuple[str, Future[nn.Module], int]] = []
+    left = iter(stored.layers)
     with ThreadPoolExecutor(n_threads) as pool:
-        while stored or coming:
-            while stored and len(coming) < n_threads:
-                name, read, bias = stored.pop()
-                made = pool.submit(
-                    make_linear, read.weight, bias, device=device, dtype=dtype, order=read.order
-                )
-                coming.append((name, made, read.weight.n_bytes))
-                del read, bias
-            name, made, n_bytes = coming.pop(0)
-            layer = made.result()
-            del made
-            yield name, layer, n_bytes
+        coming = [pool.submit(make, name) for name in islice(left, n_threads)]
+        while coming:
+            yield coming.pop(0).result()
+            coming += [pool.submit(make, name) for name in islice(left, 1)]
 
 
 def _openvino_device(name: str) -> torch.device:
@@ -540,18 +619,18 @@ class _Once(dict[str, _Held]):
 def openvino_weights(checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> Weights:
     """What OpenVINO's graph of a checkpoint is made of; the skeleton is `build_skeleton`'s.
 
-    Each weight can be read once: the graph has a copy, and the original is freed when that is made.
+    A weight is freed when the graph has its copy: packed layers are read one by one, and of the
+    others each can be read once.
     """
     cpu = torch.device("cpu")
     if not checkpoint.is_quantized:
         module, _ = _load_unquantized(checkpoint, cpu, dtype)
         return Weights(_Once(module.state_dict()))
     stored = _read_packed(checkpoint, skeleton, cpu, dtype)
-    biases = {f"{name}.bias": bias.to(dtype) for name, _, bias in stored.layers if bias is not None}
+    biases = {f"{name}.bias": bias.to(dtype) for name, bias in stored.biases.items()}
     return Weights(
         plain=_Once({**stored.plain, **biases}),
-        packed=_Once({name: layer.weight for name, layer, _ in stored.layers}),
-        orders={n: layer.order for n, layer, _ in stored.layers if layer.order is not None},
+        packed=stored.layers,
         table=None if stored.table is None else stored.table[1],
     )
 
@@ -564,38 +643,14 @@ def _drop_pooler_(module: nn.Module, lacking: Sequence[str]) -> bool:
     return True
 
 
-def _bare_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Tensors named as in the bare transformer, where a checkpoint has it inside a model with a
-    head (`model.layers.0...` beside `lm_head`); the head is no part of the embedding.
+def _bare_names(files: dict[str, _Held], module: nn.Module) -> dict[str, _Held]:
+    """What belongs to tensors, by names as in the bare transformer, where a checkpoint has it
+    inside a model with a head (`model.layers.0...` beside `lm_head`); the head is no part of the
+    embedding.
     """
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    return inside or tensors
-
-
-def _take_layers(
-    checkpoint: Checkpoint, module: nn.Module, tensors: dict[str, Tensor]
-) -> Iterator[tuple[str, ReadLayer, Tensor | None]]:
-    """Each quantized layer with its bias, its tensors taken out of `tensors`."""
-    config, manifest = checkpoint.quantization, checkpoint.manifest
-    records = {each.name: each for each in manifest.layers} if manifest is not None else {}
-    for name in list(records) if config is None else format_of(config).layers_in(tensors):
-        prefix = f"{name}."
-        own = {each: tensors.pop(each) for each in list(tensors) if each.startswith(prefix)}
-        parts = {each.removeprefix(prefix): tensor for each, tensor in own.items()}
-        bias = parts.pop("bias", None)
-        if config is None:
-            scheme, in_features = records[name].scheme, records[name].in_features
-            yield name, ReadLayer(PackedWeight.from_tensors(scheme, in_features, parts)), bias
-            continue
-        linear = dict(module.named_modules()).get(name)
-        if not isinstance(linear, nn.Linear):
-            raise IntegrityError(
-                f"{checkpoint.folder}: the quantized layer {name} is no linear layer of the "
-                f"architecture; config.json belongs to another model"
-            )
-        shape = Shape(linear.out_features, linear.in_features)
-        yield name, format_of(config).from_tensors(config, name, shape, parts), bias
+    inside = {n.removeprefix(prefix): t for n, t in files.items() if n.startswith(prefix)}
+    return inside or files
 
 
 def swap_embedding_(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gteopt.errors import UnsupportedError
 from gteopt.families import Pooling
+from gteopt.formats import ReadLayer
 from gteopt.kernels.cpu import activation_bits, multiplies_bfloat16, signed_codes
 from gteopt.quant.affine import PackedWeight, middle, pack_codes, unpack_codes
 from gteopt.quant.inputs import InputGrid
@@ -46,13 +47,11 @@ class Weights:
     Attributes:
         plain: tensors that are not quantized, biases of quantized layers included.
         packed: quantized linear layers by module name ("layers.0.mlp.up_proj").
-        orders: of layers with act-order: the input feature that each column multiplies.
         table: the token embeddings in int8; None where they are in `plain`.
     """
 
     plain: Mapping[str, Tensor]
-    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
-    orders: Mapping[str, Tensor] = field(default_factory=dict)
+    packed: Mapping[str, ReadLayer] = field(default_factory=dict)
     table: PackedWeight | None = None
 
 
@@ -98,6 +97,7 @@ class Graph:
         self.weight_bytes, self.table_bytes = builder.n_bytes, builder.table_bytes
         self.kernels = dict(sorted(builder.kernels.items()))
         self.pools = builder.pools
+        self._lent = builder.lent  # the compiled model reads them where they lie
         self._compiled = _library().compile_model(
             model,
             "CPU",
@@ -126,10 +126,11 @@ def save(config: Mapping[str, Any], weights: Weights, folder: Path) -> None:
     Raises:
         UnsupportedError: see `Graph`.
     """
-    model, _ = _model(config, weights, static=True)
+    model, builder = _model(config, weights, static=True)
     target = folder / "openvino" / "openvino_model.xml"
     target.parent.mkdir(parents=True, exist_ok=True)
     _library().save_model(model, target, compress_to_fp16=False)
+    del builder  # what it has lent to the model is read until here
 
 
 def can_hold(config: Mapping[str, Any], schemes: Iterable[LayerScheme]) -> bool:
@@ -193,13 +194,16 @@ class _Builder:
         self.n_bytes = self.table_bytes = 0
         self.kernels: Counter[str] = Counter()
         self.rounds = self.pools = False
+        self.lent: list[NDArray[Any]] = []
         self._static_inputs = static
         self._rounded: dict[tuple[str, int, bytes], Node] = {}
         self._weights = weights
 
-    def constant(self, values: NDArray[Any] | Tensor, kind: str | None = None) -> Node:
+    def constant(
+        self, values: NDArray[Any] | Tensor, kind: str | None = None, flip: int = 0
+    ) -> Node:
         """A constant of an array, or of the bytes of one seen as `kind` with its last axis in
-        elements.
+        elements, the bits `flip` of each byte turned over.
         """
         import openvino
 
@@ -211,8 +215,24 @@ class _Builder:
         shape = [*array.shape[:-1], array.shape[-1] * array.itemsize * 8 // element.bitwidth]
         # A tensor over an array does not keep the array alive; one with memory of its own is safe.
         own = openvino.Tensor(element, openvino.Shape(shape))
-        openvino.Tensor(array, openvino.Shape(shape), element).copy_to(own)
-        return self.op.constant(own).output(0)
+        if flip:  # on the way, without another copy
+            target = own.data.reshape(-1).view(np.uint8)
+            np.bitwise_xor(array.reshape(-1).view(np.uint8), np.uint8(flip), out=target)
+        else:
+            openvino.Tensor(array, openvino.Shape(shape), element).copy_to(own)
+        return self.op.constant(own, shared_memory=True).output(0)
+
+    def borrowed(self, tensor: Tensor, kind: str) -> Node:
+        """A constant in a contiguous tensor's own memory, which `lent` keeps: no copy of a table
+        that is only looked up, and that lies in a mapped file.
+        """
+        import openvino
+
+        array = tensor.numpy()
+        self.n_bytes += array.nbytes
+        self.lent.append(array)
+        seen = openvino.Tensor(array, openvino.Shape(array.shape), getattr(openvino.Type, kind))
+        return self.op.constant(seen, shared_memory=True).output(0)
 
     def number(self, value: float) -> Node:
         """A scalar."""
@@ -241,14 +261,14 @@ class _Builder:
         axis, before = self.shape(0), self.n_bytes
         table = self._weights.table
         if table is None:
-            plain = self._weights.plain[f"{name}.weight"]
-            is_short = plain.dtype == torch.bfloat16
-            stored = (
-                self.constant(plain.view(torch.int16), "bf16") if is_short else self.floats(plain)
-            )
+            plain = self._weights.plain[f"{name}.weight"].contiguous()
+            if plain.dtype == torch.bfloat16:
+                stored = self.borrowed(plain.view(torch.int16), "bf16")
+            else:
+                stored = self.borrowed(plain.float(), "f32")
             rows = self.wide(self.op.gather(stored, ids, axis).output(0))
         else:
-            codes = self.constant((table.qweight ^ 128).view(torch.int8))
+            codes = self.constant(table.qweight, "i8", 0x80)
             scale = self.constant(table.scale)
             rows = self.op.multiply(
                 self.wide(self.op.gather(codes, ids, axis).output(0)),
@@ -259,16 +279,16 @@ class _Builder:
 
     def linear(self, name: str, x: Node) -> Node:
         """The product x W^T + bias of the linear layer `name`."""
-        packed = self._weights.packed.get(name)
-        if packed is not None and packed.inputs is not None:
-            return self._static(name, x, packed, packed.inputs)
-        if packed is None:
+        read = self._weights.packed.get(name)
+        if read is not None and read.weight.inputs is not None:
+            return self._static(name, x, read.weight, read.weight.inputs)
+        if read is None:
             weight = self.plain(f"{name}.weight")
             self.kernels["openvino.dense"] += 1
         else:
-            weight = self._decoded(name, packed)
-            if (order := self._weights.orders.get(name)) is not None:
-                x = self.op.gather(x, self.constant(order), self.shape(-1)).output(0)
+            weight = self._decoded(name, read.weight)
+            if read.order is not None:
+                x = self.op.gather(x, self.constant(read.order), self.shape(-1)).output(0)
         y = self.op.matmul(x, weight, False, True).output(0)
         if f"{name}.bias" in self._weights.plain:
             y = self.op.add(y, self.plain(f"{name}.bias")).output(0)
@@ -315,8 +335,8 @@ class _Builder:
             values = self.wide(self.constant(grouped, "nf4"))
         elif zeros is None and scheme.bits in (4, 8):
             # Flipping the top bit of a code subtracts the middle of its range.
-            signed = grouped ^ (128 if bits == 8 else 0x88)
-            values = self.wide(self.constant(signed, f"i{bits}"))
+            flip = 0x80 if bits == 8 else 0x88
+            values = self.wide(self.constant(grouped, f"i{bits}", flip))
         else:
             if zeros is None:
                 zeros = torch.full((outputs, n_groups), middle(scheme), dtype=torch.uint8)

@@ -195,6 +195,8 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> Manifest:
         IntegrityError: what the hub holds is not what its manifest says.
     """
     hub.check_repo_name(repo)
+    if not is_artifact(out):
+        check_free(out)  # before anything is asked of the network
     repository = hub.find(repo, revision)
     if repository is None:
         raise InputError(hub.nothing_there(repo))

@@ -16,19 +16,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_build import deeper_nano, peak_bytes
+from test_build import NANO, deeper_nano, peak_bytes
 
 import gteopt
 from gteopt.calibration import Room, draw_texts, tokenize
 from gteopt.checkpoint import open_checkpoint
 from gteopt.encoder import Encoder
 from gteopt.errors import InputError, NumericsError
+from gteopt.inspect import estimate as predict
 from gteopt.layer_plan import plan_layers
 from gteopt.loading import load_checkpoint
 from gteopt.quant.affine import pack, packed_bytes, quantize_rtn
 from gteopt.quant.allocation import _prints_as_errors, allocate
 from gteopt.recipe import Calibration, LayerScheme, Recipe, load_recipe
-from gteopt.sensitivity import estimate, measure
+from gteopt.sensitivity import DEEP_BLOCKS, estimate, measure
 
 FEW = Calibration(n_texts=24, max_tokens=48)
 INT2 = LayerScheme(bits=2, group_size=32, symmetric=False)
@@ -409,3 +410,43 @@ def test_what_a_solver_prints_is_no_part_of_a_callers_output(
     out, err = capfd.readouterr()
     assert out == '{"json": true}\n'
     assert sorted(err.splitlines()) == ["at once", "buffered"]
+
+
+def test_inspect_counts_what_blocks_are_fed_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where sensitivities are estimated and no hidden state may stay in memory."""
+    base = tmp_path / "base"
+    shutil.copytree(NANO, base)
+    whole = load_file(base / "model.safetensors")
+    frame = {name: each for name, each in whole.items() if not name.startswith("layers.")}
+    block = {n.removeprefix("layers.0."): t for n, t in whole.items() if n.startswith("layers.0.")}
+    n_blocks = DEEP_BLOCKS + 1
+    frame |= {f"layers.{i}.{n}": t.clone() for i in range(n_blocks) for n, t in block.items()}
+    save_file(frame, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config |= {"num_hidden_layers": n_blocks, "layer_types": ["full_attention"] * n_blocks}
+    (base / "config.json").write_text(json.dumps(config))
+    recipe = load_recipe("mixed-nf4")
+    texts = Calibration(n_texts=64, max_tokens=128)
+    recipe = recipe.model_copy(update={"calibration": texts})
+    checkpoint = open_checkpoint(base)
+    (predicted,) = predict(checkpoint, [recipe], activation_bytes=0)
+
+    room = Room(0, tmp_path / "activations")
+    spilled = 0
+
+    def look(what: str, done: int, total: int) -> None:
+        nonlocal spilled
+        del what, done, total
+        lying = sum(path.stat().st_size for path in room.folder.glob("*"))
+        spilled = max(spilled, lying)
+
+    monkeypatch.setattr("gteopt.sensitivity.N_PROBES", 1)
+    encoder = load_checkpoint(checkpoint, later="layers")
+    tokens = tokenize(encoder, draw_texts(texts), texts.max_tokens)
+    list(estimate(encoder, tokens, {}, room=room, progress=look))
+    assert predicted.disk_bytes == pytest.approx(spilled, rel=0.02)
+    (in_memory,) = predict(checkpoint, [recipe])
+    assert in_memory.disk_bytes is not None
+    assert in_memory.disk_bytes < spilled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from gteopt.encoder import Backend
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.evaluation.cache import vector_identity
 from gteopt.families import Pooling
+from gteopt.formats import ReadLayer
 from gteopt.layout import export_openvino
 from gteopt.openvino import Graph, Weights
 from gteopt.plan import Setup, compare_texts
-from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
+from gteopt.quant.affine import pack, quantize_rtn
 from gteopt.recipe import BenchSpec, Calibration, LayerScheme, Workload, load_recipe, quiet
 
 SIZES = {
@@ -73,14 +75,14 @@ def alone(module: Any) -> list[Tensor]:
     return found
 
 
-def quantized(module: Any, scheme: LayerScheme) -> dict[str, PackedWeight]:
+def quantized(module: Any, scheme: LayerScheme) -> dict[str, ReadLayer]:
     """Every linear layer of the blocks, rounded; the module gets the values of the codes."""
     packed = {}
     for name, linear in module.named_modules():
         if isinstance(linear, nn.Linear) and "layer" in name:
             rounded = quantize_rtn(linear.weight.float(), scheme)
             linear.weight.data = rounded.dequantize().to(linear.weight.dtype)
-            packed[name] = pack(rounded)
+            packed[name] = ReadLayer(pack(rounded))
     return packed
 
 
@@ -138,24 +140,23 @@ def test_codes_stay_packed() -> None:
     own = {f"{name}.weight" for name in packed}
     rest = sum(t.nbytes for name, t in module.state_dict().items() if name not in own)
     # The angles of the rotary embedding are a constant too: half a head of float32.
-    assert graph.weight_bytes == sum(p.n_bytes for p in packed.values()) + rest + 4 * 16
+    assert graph.weight_bytes == sum(p.weight.n_bytes for p in packed.values()) + rest + 4 * 16
 
 
 def test_act_order_reaches_the_right_columns() -> None:
     module = random_module(CONFIGS["bert"])
     packed = quantized(module, SCHEMES["8 bits with zero points"])
-    orders = {}
-    for seed, name in enumerate(packed):
+    for seed, (name, read) in enumerate(packed.items()):
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(linear.in_features, generator=generator)
         # Column c multiplies input order[c]: in order, the same layer has its columns put back.
         linear.weight.data = linear.weight[:, order.argsort()]
-        orders[name] = order
+        packed[name] = replace(read, order=order)
     graph = Graph(
         {**CONFIGS["bert"], **module.config.to_dict()},
-        Weights(module.state_dict(), packed, orders),
+        Weights(module.state_dict(), packed),
         dtype=torch.float32,
     )
     found = graph(*padded())

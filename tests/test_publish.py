@@ -440,6 +440,11 @@ def test_a_bad_name_and_a_dead_network_are_named(
     user.publish(artifact)
     ran = user.run("pull", REPO, "--revision", "v2", "--out", out)
     assert f"{REPO} has no such revision" in ran.stderr
+    user.hub.forget_traffic()
+    out.write_text("mine")  # which no network could make a place for an artifact
+    ran = user.run("pull", REPO, "--out", out)
+    assert (ran.returncode, user.hub.requests) == (1, [])
+    assert f"--out {out} is a file; give a folder that does not exist yet" in ran.stderr
     for name in ("nano", "me/nano/4", "me/na no", "me/nano--4"):
         with pytest.raises(InputError, match=r"ORG/NAME|cannot be a repository's name"):
             prepare(artifact, name)
