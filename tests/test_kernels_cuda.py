@@ -115,7 +115,7 @@ def test_4_bit_weights_multiply_as_float64_does(
 ) -> None:
     for out_features, in_features in ((70, 256), (8, 1024)):
         weight = packed(out_features, in_features, scheme)
-        assert cuda.int4_fits(weight)
+        assert cuda.Int4LinearCuda.fits(weight, torch.float32)
         bias = seeded(out_features, seed=1)
         x = seeded(n_tokens, in_features, seed=2)
         exact = x.double() @ weight.unpack().dequantize().double().T + bias.double()
@@ -136,10 +136,12 @@ def test_a_decoded_layer_is_exactly_the_dequantized_one(
 def test_weights_that_a_step_would_cross_groups_of_are_left_to_the_portable_layer(
     cuda: ModuleType,
 ) -> None:
-    assert not cuda.int4_fits(packed(8, 96, ROW))  # a row of 96: no power of two divides it
-    assert not cuda.int4_fits(packed(8, 128, W8A8))
-    assert not cuda.fp8_fits(packed(8, 128, FP8))
-    assert cuda.fp8_fits(packed(48, 128, FP8))
+    kind, four, eight = torch.bfloat16, cuda.Int4LinearCuda, cuda.Fp8LinearCuda
+    assert not four.fits(packed(8, 96, ROW), kind)  # a row of 96: no power of two divides it
+    assert not four.fits(packed(8, 128, W8A8), kind)
+    assert not eight.fits(packed(8, 128, FP8), kind)
+    assert eight.fits(packed(48, 128, FP8), kind)
+    assert not eight.fits(packed(48, 128, FP8), torch.float32)
 
 
 def skip_without_row_scales() -> None:
