@@ -16,7 +16,12 @@ from gteopt.checkpoint import open_checkpoint
 from gteopt.dummy import shapes, write_dummy
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.recipe import BenchSpec, Workload
-from gteopt.records import BenchReport, break_even_price_per_hour, cost_per_million_tokens
+from gteopt.records import (
+    BenchReport,
+    break_even_price_per_hour,
+    cost_per_million_tokens,
+    index_cost_per_month,
+)
 from gteopt.tables import bench_table, limits_table
 
 SMALL = {
@@ -159,7 +164,15 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
         assert variant.latency.weight_gb_per_s > 0
     priced = report.model_copy(update={"price_per_hour": 2.0})
     assert "2 of the 3 blocks" in str(bench_table(priced).caption)
+    caption = str(bench_table(priced).caption)
+    assert "rtn-int8: 14 cpu.int8" in caption
+    assert "the deviation of their logarithm is 0.8" in caption
+    memory = report.machine.memory_bytes
+    share = report.variants["bf16"].index_bytes_per_million / memory
+    assert index_cost_per_month(2.0, int(share * memory), memory) == pytest.approx(1460 * share)
     cells = [list(column.cells) for column in limits_table(priced).columns]
+    assert set(cells[-1]) == {f"{1460 * share:.2f}"}
+    assert set(limits_table(report).columns[-1].cells) == {"–"}
     assert [cell for cell in cells[1] if "~" in str(cell)] == ["5x~32"] * 2
     assert set(cells[5]) == set(cells[6]) == {"–"}  # no price of a part of a model
     assert "more than the peak" not in str(limits_table(with_share(priced, 1.05)).caption)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,27 @@ def test_the_int8_product_equals_the_float_reference(
             assert y.shape == (*shape, out_features)
             bound = 2e-6 if dtype == torch.float32 else 6e-3
             assert relative_error(y, reference(x)) <= bound
+
+
+@pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS, INT4, NF4], ids=str)
+def test_random_shapes_multiply_as_float64_does(cuda: ModuleType, scheme: LayerScheme) -> None:
+    source = random.Random(0)
+    width = scheme.group_size if isinstance(scheme.group_size, int) else 1
+    make = cuda.Int8LinearCuda if scheme.bits == 8 else cuda.Int4LinearCuda
+    for _ in range(4):
+        out_features = source.randint(1, 200)
+        in_features = width * source.randint(1, 1 + 300 // width)
+        weight = packed(out_features, in_features, scheme)
+        bias = source.choice([None, seeded(out_features, seed=1)])
+        x = seeded(source.randint(1, 80), in_features, seed=2) * 3 + 1
+        rounded = x.double()
+        if scheme.activation_bits == 8:
+            symmetric = scheme.activation_symmetric
+            codes, scale, zero = affine.quantize_tokens(x, symmetric=symmetric)
+            rounded = (codes.double() - (0 if zero is None else zero.double())) * scale.double()
+        exact = rounded @ weight.unpack().dequantize().double().T
+        exact = exact if bias is None else exact + bias.double()
+        assert relative_error(make(weight, bias)(x), exact) <= 2e-6
 
 
 def test_every_tile_of_the_int8_product_gives_the_same_bits(cuda: ModuleType) -> None:

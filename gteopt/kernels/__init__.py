@@ -26,7 +26,7 @@ from gteopt.kernels.cpu import (
     multiplies_bfloat16,
 )
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
-from gteopt.quant.affine import PackedWeight
+from gteopt.quant.affine import PackedWeight, group_width
 from gteopt.recipe import LayerScheme
 
 Product = Literal["int8", "int8 static", "int8 outliers", "fp8", "4-bit", "weights"]
@@ -96,6 +96,30 @@ def choose(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> _K
         if kernel is not None and kernel.fits(weight, dtype):
             return cast("_Kernel", kernel)
     return cast("_Kernel", KERNELS[product, "any"])
+
+
+def kernel_name(
+    scheme: LayerScheme,
+    out_features: int,
+    in_features: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str:
+    """`kernel` of the layer that a weight will have, and what decides between its ways."""
+    shape = (out_features, -(-in_features * scheme.bits // 8))
+    n_groups = in_features // group_width(in_features, scheme.group_size)
+    without_data = PackedWeight(
+        qweight=torch.empty(shape, dtype=torch.uint8, device="meta"),
+        scale=torch.empty(out_features, n_groups, dtype=torch.float16, device="meta"),
+        qzero=None,
+        scheme=scheme,
+        in_features=in_features,
+    )
+    kernel: Any = choose(without_data, device, dtype)
+    name = str(kernel.name_here() if hasattr(kernel, "name_here") else kernel.kernel)
+    few = getattr(kernel, "few_tokens", None)
+    return name if few is None else f"{name} (to {few} tokens from the codes, decoded beyond)"
 
 
 def product_of(scheme: LayerScheme) -> Product:

@@ -242,8 +242,7 @@ class Int8LinearCpu(nn.Module):
         self.rounding = ("int8", self.symmetric, self.outliers)
         codes, scale = signed_codes(weight)
         self.bits = activation_bits()
-        if self.bits < 8:
-            self.kernel = f"{self.kernel} (activations of {self.bits} bits: no VNNI)"
+        self.kernel = self.name_here()
         self._product = _multiplier(codes, scale)
         self.packed_bytes = codes.numel()
         self.register_buffer("scale", scale)
@@ -252,6 +251,12 @@ class Int8LinearCpu(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.float().cpu())
         self.register_buffer("weight", None if self.outliers is None else codes)
         self._middle = 1 << (self.bits - 1) if self.symmetric else 0
+
+    @classmethod
+    def name_here(cls) -> str:
+        """`kernel` of a layer on this machine."""
+        bits = activation_bits()
+        return cls.kernel if bits == 8 else f"{cls.kernel} (activations of {bits} bits: no VNNI)"
 
     @staticmethod
     def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
@@ -323,8 +328,7 @@ class StaticInt8LinearCpu(nn.Module):
         self.in_features, self.out_features = weight.in_features, weight.out_features
         codes, scale = signed_codes(weight)
         bits = activation_bits()
-        if bits < 8:
-            self.kernel = f"{self.kernel[:-1]}, activations of {bits} bits: no VNNI)"
+        self.kernel = self.name_here()
         steps = 1 << (8 - bits)  # of the grid between two codes
         self._product = _multiplier(codes, scale * steps)
         self._most = (1 << bits) - 1
@@ -334,6 +338,14 @@ class StaticInt8LinearCpu(nn.Module):
         self.register_buffer("inverse", 1 / (grid.scale * steps))
         self.register_buffer("zero", grid.zero / steps)
         self.register_buffer("offset", offset if bias is None else offset + bias.float().cpu())
+
+    @classmethod
+    def name_here(cls) -> str:
+        """`kernel` of a layer on this machine."""
+        bits = activation_bits()
+        return (
+            cls.kernel if bits == 8 else f"cpu.int8 (static, activations of {bits} bits: no VNNI)"
+        )
 
     @staticmethod
     def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
