@@ -287,6 +287,32 @@ def test_torch_compile_takes_a_layer_whole(cuda: ModuleType, scheme: LayerScheme
         assert torch.equal(compiled(x), layer(x))
 
 
+def test_the_benchmark_of_layers_runs_to_its_end_and_writes_what_it_found(tmp_path: Path) -> None:
+    """All but the device: Triton interprets, nothing is timed."""
+    pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
+    root, out = Path(__file__).resolve().parent.parent, tmp_path / "layers.json"
+    script = str(root / "benchmarks" / "gpu_layers.py")
+    what = ["--device", "cpu", "--shapes", "80x256", "--tokens", "1", "70", "--tiles"]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, script, *what, "--out", str(out)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert not record["ended_early"]
+    assert {row["tokens"] for row in record["rows"]} == {1, 70}
+    for row in record["rows"]:
+        assert row["failure"] is None, row
+        # Rounded activations of 8 bits; otherwise float32.
+        assert row["error"] <= (0.02 if "int8" in row["layer"] else 2e-6), row
+    compiled = {row["layer"] for row in record["rows"] if row["compiled_error"] == row["error"]}
+    assert compiled >= {"ours int8", "ours int8, token zero points", "ours int4", "ours nf4"}
+
+
 def test_kernels_compile_for_an_h100_to_tensor_core_products_that_fit_it(tmp_path: Path) -> None:
     """227 KiB: CUDA C++ Programming Guide, technical specifications of capability 9.0."""
     pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
