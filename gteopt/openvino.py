@@ -137,12 +137,27 @@ def can_hold(config: Mapping[str, Any], schemes: Iterable[LayerScheme]) -> bool:
     return _architecture_problem(config) is None and not any(map(_unknown_weights, schemes))
 
 
+def refuse_unknown(config: Mapping[str, Any]) -> None:
+    """Refuse an architecture by its config.json alone, before anything is built or loaded.
+
+    Raises:
+        UnsupportedError: one that `Graph` does not know.
+    """
+    if (problem := _unknown_architecture(config)) is not None:
+        raise UnsupportedError(f"{problem}; use backend torch")
+
+
+def _unknown_architecture(config: Mapping[str, Any]) -> str | None:
+    kind, known = str(config.get("model_type")), ", ".join(_ARCHITECTURES)
+    if kind in _ARCHITECTURES:
+        return None
+    return f"backend openvino knows {known} models, and this is a {kind} one"
+
+
 def _architecture_problem(config: Mapping[str, Any]) -> str | None:
     kind, known = str(config.get("model_type")), ", ".join(_ARCHITECTURES)
-    if kind not in _ARCHITECTURES:
-        return f"backend openvino knows {known} models, and this is a {kind} one"
-    if has_known_settings(config):
-        return None
+    if (problem := _unknown_architecture(config)) is not None or has_known_settings(config):
+        return problem
     return (
         f"backend openvino knows {known} models with their usual settings, and this is a {kind} "
         f"model with others"

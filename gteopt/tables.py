@@ -140,7 +140,8 @@ def bench_table(report: BenchReport) -> Table:
     table.caption = Text(
         f"{machine_line(report.machine)}; {report.device}, {report.n_threads} threads; latency of "
         f"single queries of {report.spec.query_tokens} tokens; × is relative to "
-        f"{report.baseline}, measured in turns with it{lengths_note(report)}{_backend_note(report)}"
+        f"{report.baseline}, measured in turns with it, and {report.baseline} against itself "
+        f"differs by up to {report.noise:.0%}{lengths_note(report)}{_backend_note(report)}"
         f"{_part_note(report)}; linear layers by kernel: {kernels_note(report)}",
         style="not italic",
     )

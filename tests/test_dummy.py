@@ -135,6 +135,20 @@ def test_prices_are_machine_hours_over_tokens() -> None:
     assert cost_per_million_tokens(even, 36_000) == pytest.approx(0.008)
 
 
+def test_a_backend_that_does_not_know_the_architecture_refuses_before_anything_is_built() -> None:
+    told: list[str] = []
+    with pytest.raises(UnsupportedError, match="this is a qwen3 one; use backend torch"):
+        bench_dummy(
+            "Qwen3-Embedding-0.6B",
+            ["rtn-int8"],
+            spec=BenchSpec(),
+            n_layers=1,
+            backend="openvino",
+            progress=lambda what, done, total: told.append(what),
+        )
+    assert not told
+
+
 def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
     spec = BenchSpec(
         query_tokens=8,
@@ -166,6 +180,7 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
     assert "2 of the 3 blocks" in str(bench_table(priced).caption)
     caption = str(bench_table(priced).caption)
     assert "rtn-int8: 14 cpu.int8" in caption
+    assert f"bf16 against itself differs by up to {report.noise:.0%}" in caption
     assert "the deviation of their logarithm is 0.8" in caption
     memory = report.machine.memory_bytes
     share = report.variants["bf16"].index_bytes_per_million / memory
