@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 import gteopt
-from gteopt.bench import bench_dummy, text_lengths
+from gteopt.bench import bench, bench_dummy, text_lengths
 from gteopt.checkpoint import open_checkpoint
 from gteopt.dummy import shapes, write_dummy
 from gteopt.errors import InputError, UnsupportedError
@@ -147,6 +147,22 @@ def test_a_backend_that_does_not_know_the_architecture_refuses_before_anything_i
             progress=lambda what, done, total: told.append(what),
         )
     assert not told
+
+
+def test_such_a_model_is_refused_with_the_other_problems_of_a_bench(tmp_path: Path) -> None:
+    config = {**SMALL, "model_type": "qwen3"}
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    (shape / "config.json").write_text(json.dumps(config))
+    write_dummy(str(shape), tmp_path / "qwen3")
+    with pytest.raises(InputError, match="this is a qwen3 one") as refused:
+        bench(
+            {"nano": "nano", "qwen3": str(tmp_path / "qwen3"), "gone": str(tmp_path / "gone")},
+            baseline="nano",
+            spec=BenchSpec(),
+            backend="openvino",
+        )
+    assert "gone" in str(refused.value)
 
 
 def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
