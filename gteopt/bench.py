@@ -292,17 +292,6 @@ def _short_products(n: int, device: torch.device) -> dict[str, Callable[[], Tens
     return found
 
 
-def _peak(encoder: Encoder, peaks: Mapping[str, float]) -> float | None:
-    """Of the number type that most of this encoder's linear layers multiply in."""
-    kernel = max(encoder.kernels.items(), key=lambda item: item[1])[0] if encoder.kernels else ""
-    kind = str(encoder.dtype).removeprefix("torch.")
-    for short in ("int8", "fp8"):
-        kind = short if f"{encoder.device.type}.{short}" in kernel else kind
-    if "fp32" in kernel:
-        kind = "float32"
-    return peaks.get(kind)
-
-
 def exact_texts(encoder: Encoder, n_texts: int, n_tokens: int, seed: int) -> list[str]:
     """Seeded texts of English words that this encoder's tokenizer makes exactly `n_tokens` of.
 
@@ -481,7 +470,7 @@ def _throughput(
     once = median(variant for _, variant in seconds)
     lengths = text_lengths(workload)
     gflops = encoder.operations(lengths) / once / 1e9
-    peak = _peak(encoder, limits.peaks)
+    peak = limits.peaks.get(encoder.number_type)
     joules = limits.meter.per_call(turn[1], once)
     return ThroughputRecord(
         batch_size=workload.batch_size,

@@ -63,6 +63,8 @@ class Graph:
         weight_bytes: of all weights as they are stored.
         table_bytes: those of the token embeddings among them.
         kernels: number of linear layers by what runs them.
+        number_type: "int8", "bfloat16" or "float32", what most linear layers multiply. Where any
+            layer's inputs are rounded by token, so are those of all whole-number weights.
         pools: token vectors given out are of the one token a text that pooling reads.
     """
 
@@ -98,6 +100,9 @@ class Graph:
         self.weight_bytes, self.table_bytes = builder.n_bytes, builder.table_bytes
         self.kernels = dict(sorted(builder.kernels.items()))
         self.pools = builder.pools
+        most = builder.kernels.most_common(1)[0][0] if builder.kernels else ""
+        rounded = "static" in most or (builder.rounds and "openvino.int" in most)
+        self.number_type = "int8" if rounded else "bfloat16" if in_short else "float32"
         self._compiled = _library().compile_model(
             model,
             "CPU",
@@ -307,7 +312,8 @@ class _Builder:
             self._rounded[key] = read.output(0)
         weight = self.op.multiply(self.wide(self.constant(codes)), self.constant(scale[:, None]))
         y = self.op.matmul(self._rounded[key], weight, False, True)
-        self.kernels["openvino.int8 (static)"] += 1
+        how = "static" if self._static_inputs else "inputs as they are: no VNNI"
+        self.kernels[f"openvino.int8 ({how})"] += 1
         return self.op.add(y, self.constant(offset)).output(0)
 
     def _decoded(self, name: str, packed: PackedWeight) -> Node:

@@ -192,6 +192,9 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
         assert mixed.tokens_per_s == pytest.approx(n_tokens * mixed.texts_per_s / 5)
         assert variant.latency.weight_gb_per_s is not None
         assert variant.latency.weight_gb_per_s > 0
+    int8 = report.variants["rtn-int8"].throughput[0]
+    assert int8.gflops is not None
+    assert int8.peak_ratio == pytest.approx(int8.gflops / report.peak_gflops["int8"])
     priced = report.model_copy(update={"price_per_hour": 2.0})
     assert "2 of the 3 blocks" in str(bench_table(priced).caption)
     caption = str(bench_table(priced).caption)
