@@ -452,6 +452,16 @@ def test_each_layer_names_its_kernel_and_its_size() -> None:
     assert [layer.out_features for layer in layers] == [64] * 3
 
 
+@pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS, OUTLIERS, FP8, NF4, INT4, INT3], ids=str)
+def test_a_kernel_is_named_before_there_is_a_layer(scheme: LayerScheme) -> None:
+    for dtype, shape in itertools.product((torch.float32, torch.bfloat16), ((64, 256), (33, 128))):
+        named = gteopt.kernels.kernel_name(scheme, *shape, device=CPU, dtype=dtype)
+        layer = make_linear(packed(*shape, scheme), None, device=CPU, dtype=dtype)
+        few = getattr(layer, "few_tokens", None)
+        more = "" if few is None else f" (to {few} tokens from the codes, decoded beyond)"
+        assert named == f"{layer.kernel}{more}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS, FP8, NF4, INT4], ids=str)
 def test_memory_is_packed(scheme: LayerScheme, dtype: torch.dtype) -> None:
