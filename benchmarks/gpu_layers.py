@@ -254,7 +254,10 @@ def layers_of(
             symmetric.unpack().dequantize(),
             "int8",
         )
-    if cuda.fp8_fits(pack(quantize_rtn(dense, FP8))) and device.type == "cuda":
+    if (
+        cuda.Fp8LinearCuda.fits(pack(quantize_rtn(dense, FP8)), torch.bfloat16)
+        and device.type == "cuda"
+    ):
         eight = add("ours fp8", "fp8", FP8, cuda.Fp8LinearCuda)
         fast = cuda.Fp8LinearCuda(eight, None).to(device)
         fast.fast = True

@@ -40,7 +40,7 @@ import gteopt
 from gteopt.calibration import draw_texts
 from gteopt.checkpoint import open_checkpoint
 from gteopt.encoder import Encoder
-from gteopt.kernels import INT8_ACTIVATIONS
+from gteopt.kernels import KERNELS
 from gteopt.machine import machine, versions
 from gteopt.recipe import Calibration, Effort, load_recipe
 
@@ -95,7 +95,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="peers to run instead of all")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    INT8_ACTIVATIONS.clear()
+    for key in [each for each in KERNELS if each[0].startswith("int8") and each[1] == "cpu"]:
+        del KERNELS[key]
     texts = read_texts(options.hub_dir, options.beir)
     rows: list[Row] = []
     if options.out and options.out.is_file():

@@ -59,7 +59,7 @@ from torch import Tensor, nn
 
 from gteopt.build import quantize
 from gteopt.checkpoint import Checkpoint, open_checkpoint
-from gteopt.dummy import write_dummy
+from gteopt.dummy import shape_of, write_dummy
 from gteopt.encoder import Backend, Encoder
 from gteopt.energy import Meter, meter
 from gteopt.errors import GteoptError, InputError, UnsupportedError, join_problems, suggest
@@ -67,6 +67,7 @@ from gteopt.kernels import make_linear
 from gteopt.kernels.cpu import Int8LinearCpu
 from gteopt.loading import build_skeleton, load, load_checkpoint, load_tokenizer, pick_device
 from gteopt.machine import machine, versions
+from gteopt.openvino import refuse_unknown
 from gteopt.quant.affine import pack, quantize_rtn
 from gteopt.recipe import (
     BenchSpec,
@@ -113,7 +114,7 @@ def bench(
         GteoptError: the child process of a variant died; carries its last line.
     """
     pick_device(device)
-    checkpoints, spec = open_all(sources, baseline, spec, hub_dir, skip_too_long)
+    checkpoints, spec = open_all(sources, baseline, spec, hub_dir, skip_too_long, backend)
     order = [baseline, *(name for name in sources if name != baseline)]
     largest = max(spec.workloads, key=lambda workload: workload.batch_size * workload.tokens)
     footprints: dict[str, _Footprint] = {}
@@ -195,6 +196,7 @@ def bench_dummy(
 
     Raises:
         InputError: see `write_dummy` and `bench`; a recipe that needs calibration.
+        UnsupportedError: a backend that does not know this architecture.
     """
     pick_device(device)
     wanted = {name: load_recipe(name) for name in recipes}
@@ -204,6 +206,8 @@ def bench_dummy(
             f"({', '.join(learned)}); take their rounded relatives, which run on the same kernels "
             f"(rtn-int8, rtn-fp8, rtn-int4, nf4)"
         )
+    if backend == "openvino":
+        refuse_unknown(shape_of(base, n_layers)[0])
     with tempfile.TemporaryDirectory(prefix="gteopt-") as scratch:
         folder = Path(scratch) / "bf16"
         on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -288,17 +292,6 @@ def _short_products(n: int, device: torch.device) -> dict[str, Callable[[], Tens
     return found
 
 
-def _peak(encoder: Encoder, peaks: Mapping[str, float]) -> float | None:
-    """Of the number type that most of this encoder's linear layers multiply in."""
-    kernel = max(encoder.kernels.items(), key=lambda item: item[1])[0] if encoder.kernels else ""
-    kind = str(encoder.dtype).removeprefix("torch.")
-    for short in ("int8", "fp8"):
-        kind = short if f"{encoder.device.type}.{short}" in kernel else kind
-    if "fp32" in kernel:
-        kind = "float32"
-    return peaks.get(kind)
-
-
 def exact_texts(encoder: Encoder, n_texts: int, n_tokens: int, seed: int) -> list[str]:
     """Seeded texts of English words that this encoder's tokenizer makes exactly `n_tokens` of.
 
@@ -344,6 +337,7 @@ def open_all(
     spec: BenchSpec,
     hub_dir: Path | None,
     skip_too_long: bool,
+    backend: Backend = "torch",
 ) -> tuple[dict[str, Checkpoint], BenchSpec]:
     """The models, and what of the spec they can all be measured on; arguments as for `bench`.
 
@@ -360,6 +354,11 @@ def open_all(
         except GteoptError as error:
             problems.append(f"{name} ({source}): {error}")
             continue
+        if backend == "openvino" and name != baseline:
+            try:
+                refuse_unknown(checkpoints[name].config)
+            except UnsupportedError as error:
+                problems.append(f"{name} ({source}): {error}")
         limit = checkpoints[name].max_tokens
         if spec.query_tokens > limit:
             problems.append(
@@ -471,7 +470,7 @@ def _throughput(
     once = median(variant for _, variant in seconds)
     lengths = text_lengths(workload)
     gflops = encoder.operations(lengths) / once / 1e9
-    peak = _peak(encoder, limits.peaks)
+    peak = limits.peaks.get(encoder.number_type)
     joules = limits.meter.per_call(turn[1], once)
     return ThroughputRecord(
         batch_size=workload.batch_size,

@@ -204,6 +204,18 @@ class Encoder:
         )
         return dict(sorted(counts.items()))
 
+    @property
+    def number_type(self) -> str:
+        """What most of its linear layers multiply: "int8", "fp8", or a dtype's name."""
+        if self._graph is not None:
+            return self._graph.number_type
+        counts = self.kernels
+        most = max(counts, key=counts.__getitem__) if counts else ""
+        for short in ("int8", "fp8"):
+            if most.startswith(f"{self.device.type}.{short}"):
+                return short
+        return "float32" if "fp32" in most else str(self.dtype).removeprefix("torch.")
+
     def prompt(self, role: Role, instruction: str | None = None) -> str:
         """What is put before a text of this role.
 

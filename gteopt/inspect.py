@@ -27,6 +27,7 @@ from gteopt.calibration import (
 )
 from gteopt.checkpoint import Checkpoint, open_checkpoint
 from gteopt.errors import GteoptError, InputError
+from gteopt.kernels import kernel_name, speed_up_linears_
 from gteopt.layer_plan import (
     SENSITIVITY_TEXTS,
     LayerPlan,
@@ -35,7 +36,7 @@ from gteopt.layer_plan import (
     plan_layers,
     shortens,
 )
-from gteopt.loading import build_skeleton, parse_dtype, tokenizing
+from gteopt.loading import build_skeleton, dtype_of, parse_dtype, pick_device, tokenizing
 from gteopt.quant import gptq
 from gteopt.quant.affine import packed_bytes, search_bytes
 from gteopt.recipe import Calibration, GptqWeights, Recipe, load_recipe, shipped_names
@@ -132,7 +133,28 @@ def inspect(
         if is_base
         else None,
         manifest=manifest,
+        kernels=_kernels(checkpoint, device),
     )
+
+
+def _kernels(checkpoint: Checkpoint, device: str) -> dict[str, int] | None:
+    """See `Inspection`."""
+    manifest = checkpoint.manifest
+    foreign = manifest is None and checkpoint.is_quantized
+    if foreign or (_kind_of(device) == "cuda" and not torch.cuda.is_available()):
+        return None
+    where, kind = pick_device(device), parse_dtype(dtype_of(checkpoint, "auto"))
+    module = build_skeleton(checkpoint).to(kind)
+    speed_up_linears_(module, where)
+    names = {
+        name: str(getattr(each, "kernel", "torch.linear"))
+        for name, each in module.named_modules()
+        if isinstance(each, nn.Linear)
+    }
+    for layer in manifest.layers if manifest else ():
+        shape = layer.out_features, layer.in_features
+        names[layer.name] = kernel_name(layer.scheme, *shape, device=where, dtype=kind)
+    return dict(sorted(Counter(names.values()).items()))
 
 
 def _kind_of(device: str) -> str:

@@ -115,12 +115,13 @@ def describe(
         latent=None,
         vectors=_load_vectors(checkpoint),
         device=torch.device(device),
-        dtype=parse_dtype(_dtype_of(checkpoint, dtype)),
+        dtype=parse_dtype(dtype_of(checkpoint, dtype)),
         backend=backend,
     )
 
 
-def _dtype_of(checkpoint: Checkpoint, dtype: str) -> str:
+def dtype_of(checkpoint: Checkpoint, dtype: str) -> str:
+    """The dtype that a name means for a model: "auto" is what an artifact was built from."""
     if dtype != "auto":
         return dtype
     return checkpoint.manifest.base.dtype if checkpoint.manifest else "bfloat16"
@@ -152,7 +153,7 @@ def load_checkpoint(
         UnsupportedError: a backend that cannot compute this model, or not on this device.
     """
     where = _openvino_device(device) if backend == "openvino" else pick_device(device)
-    kind = parse_dtype(_dtype_of(checkpoint, dtype))
+    kind = parse_dtype(dtype_of(checkpoint, dtype))
     graph, streams = None, False
     if backend == "openvino":
         module = build_skeleton(checkpoint)

@@ -62,6 +62,8 @@ class Graph:
         weight_bytes: of all weights as they are stored.
         table_bytes: those of the token embeddings among them.
         kernels: number of linear layers by what runs them.
+        number_type: "int8", "bfloat16" or "float32", what most linear layers multiply. Where any
+            layer's inputs are rounded by token, so are those of all whole-number weights.
         pools: token vectors given out are of the one token a text that pooling reads.
     """
 
@@ -98,6 +100,9 @@ class Graph:
         self.kernels = dict(sorted(builder.kernels.items()))
         self.pools = builder.pools
         self._lent = builder.lent  # the compiled model reads them where they lie
+        most = builder.kernels.most_common(1)[0][0] if builder.kernels else ""
+        rounded = "static" in most or (builder.rounds and "openvino.int" in most)
+        self.number_type = "int8" if rounded else "bfloat16" if in_short else "float32"
         self._compiled = _library().compile_model(
             model,
             "CPU",
@@ -138,12 +143,27 @@ def can_hold(config: Mapping[str, Any], schemes: Iterable[LayerScheme]) -> bool:
     return _architecture_problem(config) is None and not any(map(_unknown_weights, schemes))
 
 
+def refuse_unknown(config: Mapping[str, Any]) -> None:
+    """Refuse an architecture by its config.json alone, before anything is built or loaded.
+
+    Raises:
+        UnsupportedError: one that `Graph` does not know.
+    """
+    if (problem := _unknown_architecture(config)) is not None:
+        raise UnsupportedError(f"{problem}; use backend torch")
+
+
+def _unknown_architecture(config: Mapping[str, Any]) -> str | None:
+    kind, known = str(config.get("model_type")), ", ".join(_ARCHITECTURES)
+    if kind in _ARCHITECTURES:
+        return None
+    return f"backend openvino knows {known} models, and this is a {kind} one"
+
+
 def _architecture_problem(config: Mapping[str, Any]) -> str | None:
     kind, known = str(config.get("model_type")), ", ".join(_ARCHITECTURES)
-    if kind not in _ARCHITECTURES:
-        return f"backend openvino knows {known} models, and this is a {kind} one"
-    if has_known_settings(config):
-        return None
+    if (problem := _unknown_architecture(config)) is not None or has_known_settings(config):
+        return problem
     return (
         f"backend openvino knows {known} models with their usual settings, and this is a {kind} "
         f"model with others"
@@ -312,7 +332,8 @@ class _Builder:
             self._rounded[key] = read.output(0)
         weight = self.op.multiply(self.wide(self.constant(codes)), self.constant(scale[:, None]))
         y = self.op.matmul(self._rounded[key], weight, False, True)
-        self.kernels["openvino.int8 (static)"] += 1
+        how = "static" if self._static_inputs else "inputs as they are: no VNNI"
+        self.kernels[f"openvino.int8 ({how})"] += 1
         return self.op.add(y, self.constant(offset)).output(0)
 
     def _decoded(self, name: str, packed: PackedWeight) -> Node:

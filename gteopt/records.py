@@ -302,6 +302,8 @@ class Inspection(Frozen):
         estimates: one a recipe, for a base; empty for an artifact.
         estimated_for: None for an artifact.
         manifest: of an artifact.
+        kernels: how many linear layers run on which kernel of the torch backend, on the device
+            that was asked for; None where this machine has none, and of other libraries' files.
     """
 
     schema_: Literal["gteopt.inspection/1"] = Field("gteopt.inspection/1", alias="schema")
@@ -327,6 +329,7 @@ class Inspection(Frozen):
     estimates: tuple[RecipeEstimate, ...]
     estimated_for: EstimateConditions | None
     manifest: Manifest | None
+    kernels: dict[str, int] | None = None
 
 
 class LatencyRecord(Frozen):
@@ -501,6 +504,14 @@ def cost_per_million_tokens(price_per_hour: float, tokens_per_s: float) -> float
 def break_even_price_per_hour(tokens_per_s: float, price: float = HOSTED_PRICE) -> float:
     """Hourly price of a machine at which a million tokens cost `price` dollars."""
     return price * tokens_per_s * 3600 / 1e6
+
+
+HOURS_A_MONTH = 730
+
+
+def index_cost_per_month(price_per_hour: float, index_bytes: int, memory_bytes: int) -> float:
+    """Dollars for the share of a machine's memory that an index takes, all the month."""
+    return price_per_hour * HOURS_A_MONTH * index_bytes / memory_bytes
 
 
 Verdict = Literal["equivalent", "better", "worse", "undecided"]

@@ -41,6 +41,8 @@ from gteopt.tables import (
     fidelity_cells,
     fidelity_notes,
     in_megabytes,
+    index_rent,
+    lengths_note,
     limits,
     limits_note,
     machine_line,
@@ -460,9 +462,11 @@ def _cost_table(bench: BenchReport) -> str:
         variant = bench.variants[line.name]
         read = variant.latency.weight_gb_per_s
         query = f"one query reads {read:.1f} GB/s, " if read is not None else ""
+        rent = index_rent(bench, line.name)
+        monthly = "" if rent is None else f", ${rent:.2f} a month in memory"
         about = (
             f"<small>{query}{variant.index_bytes_per_million / 1e9:.2f} GB a million documents"
-            f"</small>"
+            f"{monthly}</small>"
         )
         n_lines = len(variant.throughput)
         name = f'<th scope="rowgroup" rowspan="{n_lines}">{escape(line.name)}{about}</th>'
@@ -532,7 +536,7 @@ def _speed_conditions(bench: BenchReport) -> str:
         ),
         "Throughput": "; ".join(f"{w.name} tokens" for w in spec.workloads)
         + f"; {spec.repeats} rounds each, in turns with the baseline, after {spec.warmup} "
-        "uncounted ones; medians",
+        f"uncounted ones; medians{lengths_note(bench)}",
         "Peak memory": (
             f"process peaks include {megabytes(min(imports))} to {megabytes(max(imports))} MB of "
             "interpreter and libraries"

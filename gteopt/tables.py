@@ -22,6 +22,7 @@ from rich.text import Text
 from gteopt.recipe import METRIC_SOURCES, METRIC_WORDS, metric_amount, points
 from gteopt.records import (
     HOSTED_PRICE,
+    HOURS_A_MONTH,
     BenchReport,
     BesidePublished,
     BrokenLimit,
@@ -36,6 +37,7 @@ from gteopt.records import (
     Verdict,
     break_even_price_per_hour,
     cost_per_million_tokens,
+    index_cost_per_month,
 )
 
 Status = Literal["picked", "front", "rejected", "other"]
@@ -83,6 +85,7 @@ class Row:
     spearman: float | None = None
     p50_ms: float | None = None
     p95_ms: float | None = None
+    p99_ms: float | None = None
     tokens_per_s: float | None = None
     speed_ratio: float | None = None
     peak_memory_bytes: int | None = None
@@ -137,7 +140,9 @@ def bench_table(report: BenchReport) -> Table:
     table.caption = Text(
         f"{machine_line(report.machine)}; {report.device}, {report.n_threads} threads; latency of "
         f"single queries of {report.spec.query_tokens} tokens; × is relative to "
-        f"{report.baseline}, measured in turns with it{_backend_note(report)}{_part_note(report)}",
+        f"{report.baseline}, measured in turns with it, and {report.baseline} against itself "
+        f"differs by up to {report.noise:.0%}{lengths_note(report)}{_backend_note(report)}"
+        f"{_part_note(report)}; linear layers by kernel: {kernels_note(report)}",
         style="not italic",
     )
     return table
@@ -146,6 +151,24 @@ def bench_table(report: BenchReport) -> Table:
 def _backend_note(report: BenchReport) -> str:
     backend = report.versions.get("backend", "torch")
     return "" if backend == "torch" else f"; the variants run on {backend}, it on torch"
+
+
+def kernels_note(report: BenchReport) -> str:
+    """Which kernels every variant ran on."""
+    return "; ".join(
+        f"{name}: " + ", ".join(f"{n} {kernel}" for kernel, n in variant.kernels.items())
+        for name, variant in report.variants.items()
+    )
+
+
+def lengths_note(report: BenchReport) -> str:
+    """How lengths of mixed workloads are drawn; empty where there is none."""
+    if all(each.lengths == "equal" for each in report.spec.workloads):
+        return ""
+    return (
+        "; ~: log-normal lengths around that median (the deviation of their logarithm is 0.8), "
+        "from an eighth of it to four times"
+    )
 
 
 def _part_note(report: BenchReport) -> str:
@@ -230,7 +253,7 @@ def limits(report: BenchReport) -> list[Limits]:
 def limits_table(report: BenchReport) -> Table:
     """`limits`, and what a query reads and an index takes, which are the same on all workloads.
 
-    Dollars of storage are left to the user, bytes of an index of a million vectors are not.
+    An index costs its share of the memory of this machine, where a price was said.
     """
     table = _FittedTable(list(report.variants))
     importance = {"workload": 0, "$/M tokens": 1, LIMITS[-1]: 2, "of peak": 3, "GFLOP/s": 4}
@@ -241,6 +264,7 @@ def limits_table(report: BenchReport) -> Table:
             table.add_figures(lines, heading, importance=importance.get(heading, 9))
     table.add_figures("query\nGB/s", "GB/s that a query reads", importance=8)
     table.add_figures("index\nGB/M", "GB of a million vectors", importance=7)
+    table.add_figures("index\n$/month", "$ a month of a million vectors in memory", importance=5)
     for line in limits(report):
         variant = report.variants[line.name]
         read = variant.latency.weight_gb_per_s
@@ -251,6 +275,7 @@ def limits_table(report: BenchReport) -> Table:
         ]
         cells.append(MISSING if read is None else f"{read:.1f}")
         cells.append(f"{variant.index_bytes_per_million / 1e9:.2f}")
+        cells.append(MISSING if (rent := index_rent(report, line.name)) is None else f"{rent:.2f}")
         table.add_row(Text(line.name), *cells)
     table.caption = Text(limits_note(report), style="not italic")
     return table
@@ -259,13 +284,23 @@ def limits_table(report: BenchReport) -> Table:
 _IN_BENCH_ANYWAY = ("tokens/s", "× baseline")  # the table above has them
 
 
+def index_rent(report: BenchReport, name: str) -> float | None:
+    """Dollars a month for a million vectors of a variant; None where no price was said."""
+    if report.price_per_hour is None:
+        return None
+    n_bytes = report.variants[name].index_bytes_per_million
+    return index_cost_per_month(report.price_per_hour, n_bytes, report.machine.memory_bytes)
+
+
 def limits_note(report: BenchReport) -> str:
     """What shares, prices and joules are of."""
     peaks = ", ".join(f"{kind} {value:,.0f}" for kind, value in report.peak_gflops.items())
     price_note = (
         "no price said (--price-per-hour)"
         if report.price_per_hour is None
-        else f"at ${report.price_per_hour:g} an hour"
+        else f"at ${report.price_per_hour:g} an hour, of which an index of a million vectors in "
+        f"memory takes its share of {decimal(report.machine.memory_bytes, precision=1)}, "
+        f"{HOURS_A_MONTH} hours a month"
     )
     shares = [each.peak_ratio or 0 for v in report.variants.values() for each in v.throughput]
     busy = (
@@ -526,6 +561,8 @@ def facts_table(found: Inspection) -> Table:
         "revision": found.revision or "-",
         "sha256": found.sha256 or "known once the weights are here",
     }
+    if found.kernels is not None:
+        facts["linear layers"] = ", ".join(f"{n} {name}" for name, n in found.kernels.items())
     for name, value in facts.items():
         table.add_row(name, value)
     for note in found.notes:
@@ -688,6 +725,7 @@ def _row(name: str, results: Results) -> Row:
             vector_bytes=bench.bytes_per_vector,
             p50_ms=bench.latency.p50_ms,
             p95_ms=bench.latency.p95_ms,
+            p99_ms=bench.latency.p99_ms,
             tokens_per_s=bench.tokens_per_s,
             speed_ratio=bench.speed_ratio,
             peak_memory_bytes=bench.peak_memory_bytes,
@@ -831,6 +869,10 @@ COLUMNS = (
         "95th percentile of the latency of a single query, from text to stored vector.",
     ),
     _Column(
+        *("p99", "ms", "p99\nms", "p99_ms", _fixed(2)),
+        "99th percentile of the latency of a single query, from text to stored vector.",
+    ),
+    _Column(
         *("Tokens", "per s", "tokens\n/s", "tokens_per_s", _fixed(0)),
         "Throughput from token ids to vectors: geometric mean over the workloads.",
     ),
@@ -859,7 +901,7 @@ _IN_TERMINAL = (
 )
 _IN_BENCH = (
     *("weight_bytes", "speed_ratio", "p50_ms", "p95_ms", "peak_memory_bytes", "vector_bytes"),
-    "load_s",
+    *("load_s", "p99_ms"),
 )
 _IN_EVAL = ("score", "retention", "mean_cosine", "neighbour_overlap", "spearman")
 

@@ -250,6 +250,10 @@ def test_inspect_shows_a_base_and_an_artifact_in_words(call: Call, artifact: Pat
     assert "gptq-int4-slice128-binary" in base.out
     assert "layers.0.self_attn.q_proj" in variant.out
     assert "lookup table" in variant.out
+    assert "28 torch.linear" in base.out
+    found = json.loads(call("inspect", artifact, "--json").out)
+    assert found["kernels"] == gteopt.load(artifact).kernels
+    assert "28 cpu.int8" in " ".join(variant.out.split())
 
 
 def test_inspect_cuts_no_layers_name_and_says_which_numbers_it_has(artifact: Path) -> None:

@@ -11,12 +11,17 @@ import psutil
 import pytest
 
 import gteopt
-from gteopt.bench import bench_dummy, text_lengths
+from gteopt.bench import bench, bench_dummy, text_lengths
 from gteopt.checkpoint import open_checkpoint
 from gteopt.dummy import shapes, write_dummy
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.recipe import BenchSpec, Workload
-from gteopt.records import BenchReport, break_even_price_per_hour, cost_per_million_tokens
+from gteopt.records import (
+    BenchReport,
+    break_even_price_per_hour,
+    cost_per_million_tokens,
+    index_cost_per_month,
+)
 from gteopt.tables import bench_table, limits_table
 
 SMALL = {
@@ -130,6 +135,36 @@ def test_prices_are_machine_hours_over_tokens() -> None:
     assert cost_per_million_tokens(even, 36_000) == pytest.approx(0.008)
 
 
+def test_a_backend_that_does_not_know_the_architecture_refuses_before_anything_is_built() -> None:
+    told: list[str] = []
+    with pytest.raises(UnsupportedError, match="this is a qwen3 one; use backend torch"):
+        bench_dummy(
+            "Qwen3-Embedding-0.6B",
+            ["rtn-int8"],
+            spec=BenchSpec(),
+            n_layers=1,
+            backend="openvino",
+            progress=lambda what, done, total: told.append(what),
+        )
+    assert not told
+
+
+def test_such_a_model_is_refused_with_the_other_problems_of_a_bench(tmp_path: Path) -> None:
+    config = {**SMALL, "model_type": "qwen3"}
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    (shape / "config.json").write_text(json.dumps(config))
+    write_dummy(str(shape), tmp_path / "qwen3")
+    with pytest.raises(InputError, match="this is a qwen3 one") as refused:
+        bench(
+            {"nano": "nano", "qwen3": str(tmp_path / "qwen3"), "gone": str(tmp_path / "gone")},
+            baseline="nano",
+            spec=BenchSpec(),
+            backend="openvino",
+        )
+    assert "gone" in str(refused.value)
+
+
 def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
     spec = BenchSpec(
         query_tokens=8,
@@ -157,9 +192,21 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
         assert mixed.tokens_per_s == pytest.approx(n_tokens * mixed.texts_per_s / 5)
         assert variant.latency.weight_gb_per_s is not None
         assert variant.latency.weight_gb_per_s > 0
+    int8 = report.variants["rtn-int8"].throughput[0]
+    assert int8.gflops is not None
+    assert int8.peak_ratio == pytest.approx(int8.gflops / report.peak_gflops["int8"])
     priced = report.model_copy(update={"price_per_hour": 2.0})
     assert "2 of the 3 blocks" in str(bench_table(priced).caption)
+    caption = str(bench_table(priced).caption)
+    assert "rtn-int8: 14 cpu.int8" in caption
+    assert f"bf16 against itself differs by up to {report.noise:.0%}" in caption
+    assert "the deviation of their logarithm is 0.8" in caption
+    memory = report.machine.memory_bytes
+    share = report.variants["bf16"].index_bytes_per_million / memory
+    assert index_cost_per_month(2.0, int(share * memory), memory) == pytest.approx(1460 * share)
     cells = [list(column.cells) for column in limits_table(priced).columns]
+    assert set(cells[-1]) == {f"{1460 * share:.2f}"}
+    assert set(limits_table(report).columns[-1].cells) == {"–"}
     assert [cell for cell in cells[1] if "~" in str(cell)] == ["5x~32"] * 2
     assert set(cells[5]) == set(cells[6]) == {"–"}  # no price of a part of a model
     assert "more than the peak" not in str(limits_table(with_share(priced, 1.05)).caption)

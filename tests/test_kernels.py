@@ -1,15 +1,22 @@
-"""Every runtime layer against the product of the dequantized weight in float64."""
+"""Every runtime layer against a product in float64: of the dequantized weight and, where a scheme
+rounds activations, of those that it rounds them to.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import itertools
 import math
+import random
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from gteopt.kernels import make_linear
+import gteopt.kernels
+from gteopt.kernels import KERNELS, choose, make_linear
 from gteopt.kernels.cpu import (
     DenseLinearCpu,
     Int4LinearCpu,
@@ -17,8 +24,23 @@ from gteopt.kernels.cpu import (
     activation_bits,
     int4_runs_here,
 )
-from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
-from gteopt.quant.affine import NF4_LEVELS, PackedWeight, pack, quantize_rtn, quantize_tokens
+from gteopt.kernels.reference import (
+    DequantLinear,
+    Fp8Reference,
+    Int8Reference,
+    PackedEmbedding,
+    take_outliers,
+)
+from gteopt.quant.affine import (
+    E4M3_MAX,
+    NF4_LEVELS,
+    PackedWeight,
+    pack,
+    quantize_rtn,
+    quantize_tokens,
+    token_scale,
+)
+from gteopt.quant.inputs import InputGrid
 from gteopt.recipe import Bits, GroupSize, LayerScheme
 
 CPU = torch.device("cpu")
@@ -28,6 +50,8 @@ FP8 = W8A8.model_copy(update={"element": "e4m3"})
 OUTLIERS = W8A8.model_copy(update={"activation_outliers": 6.0})
 NF4 = LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4")
 INT4 = LayerScheme(bits=4, group_size=128, symmetric=False)
+INT3 = LayerScheme(bits=3, group_size=64, symmetric=False)
+STATIC = TOKEN_ZEROS.model_copy(update={"activation_static": True})
 TOKENS: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (2, 3), (130,), (259,), (0,), (0, 5))
 # Relative Frobenius error; bfloat16 keeps 8 bits, and its scales and offsets are rounded too.
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -49,6 +73,29 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 def exact_product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     product = x.double() @ weight.unpack().dequantize().double().T
     return product if bias is None else product + bias.double()
+
+
+def rounded_product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> Any:
+    """The product in float64 of the activations that a scheme rounds x to on this machine."""
+    scheme, flat = weight.scheme, x.reshape(-1, weight.in_features)
+    if scheme.activation_static:
+        assert weight.inputs is not None
+        rounded = weight.inputs.steps(flat).double()
+    elif scheme.element == "e4m3" and scheme.activation_bits == 8:
+        scale = token_scale(flat.float().abs().amax(-1, keepdim=True) / E4M3_MAX)
+        short = (flat.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        rounded = short.double() * scale.double()
+    elif scheme.activation_bits == 8:
+        rest, outliers, columns = take_outliers(flat, scheme.activation_outliers)
+        codes, scale, zero = quantize_tokens(
+            rest, symmetric=scheme.activation_symmetric, bits=activation_bits()
+        )
+        steps = codes.double() if zero is None else codes.double() - zero.double()
+        rounded = steps * scale.double()
+        rounded[:, columns] += outliers.double()
+    else:
+        rounded = flat.double()
+    return exact_product(rounded, weight, bias).view(*x.shape[:-1], weight.out_features)
 
 
 def as_here(reference: Int8Reference) -> Int8Reference:
@@ -117,6 +164,103 @@ def test_the_integer_product_equals_its_float_reference(
             # Sums are exact in int32; what differs is the order of float32 roundings.
             bound = 2e-6 if dtype == torch.float32 else 4e-3
             assert relative_error(y, reference(x).double()) <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [W8A8, TOKEN_ZEROS, OUTLIERS, STATIC, FP8, NF4, INT4, INT3], ids=str
+)
+def test_every_scheme_multiplies_as_float64_does_on_random_shapes(
+    scheme: LayerScheme, dtype: torch.dtype
+) -> None:
+    """What is chosen for it, and what computes it where nothing faster can."""
+    source = random.Random(0)
+    width = scheme.group_size if isinstance(scheme.group_size, int) else 1
+    for _ in range(6):
+        out_features = source.choice([source.randint(1, 200), 64 * source.randint(1, 3)])
+        in_features = width * source.randint(1, 1 + 300 // width)
+        weight = packed(out_features, in_features, scheme)
+        if scheme.activation_static:
+            scale = seeded(in_features, seed=5).abs() / 8 + 0.02
+            zero = seeded(in_features, seed=6).mul(9).add(128).round().clamp(0, 255)
+            weight = dataclasses.replace(weight, inputs=InputGrid(scale, zero))
+        bias = source.choice([None, seeded(out_features, seed=1).to(dtype)])
+        x = (seeded(source.randint(1, 140), in_features, seed=2) * 3 + 1).to(dtype)
+        exact = rounded_product(x, weight, bias)
+        layers = [make_linear(weight, bias, device=CPU, dtype=dtype)]
+        if isinstance(portable := KERNELS[gteopt.kernels.product_of(scheme), "any"], type):
+            layers.append(portable(weight, bias))
+        for layer in layers:
+            if isinstance(layer, Int8Reference):
+                as_here(layer)
+            if scheme.activation_static and activation_bits() < 8:
+                continue  # see test_inputs.py: it takes every second code there
+            assert relative_error(layer(x), exact) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS, OUTLIERS, STATIC, FP8, NF4, INT4], ids=str)
+def test_torch_compile_changes_no_bit(scheme: LayerScheme) -> None:
+    """Whole where nothing is held in an order of a library's own, which it cannot look into."""
+    weight = packed(64, 256, scheme)
+    if scheme.activation_static:
+        grid = InputGrid(torch.full((256,), 0.05), torch.full((256,), 128.0))
+        weight = dataclasses.replace(weight, inputs=grid)
+    layer = make_linear(weight, seeded(64, seed=1), device=CPU, dtype=torch.bfloat16)
+    whole = not hasattr(layer, "packed_bytes")
+    torch.compiler.reset()
+    compiled: Any = torch.compile(layer, fullgraph=whole, dynamic=True, backend="aot_eager")
+    with torch.inference_mode():
+        for n_tokens in (5, 33, 130):  # the last decodes 4-bit weights
+            x = seeded(n_tokens, 256, seed=2).bfloat16()
+            assert torch.equal(compiled(x), layer(x))
+
+
+def test_torch_compile_takes_dense_layers_and_packed_tables_whole() -> None:
+    torch.compiler.reset()
+    for dtype in (torch.float32, torch.bfloat16):
+        table = PackedEmbedding(packed(50, 256, W8A8), dtype)
+        dense = DenseLinearCpu(nn.Linear(256, 64).to(dtype))
+        for layer, x in ((table, torch.tensor([3, 49, 3])), (dense, seeded(7, 256).to(dtype))):
+            compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+            with torch.inference_mode():
+                assert torch.equal(compiled(x), layer(x))
+
+
+def test_a_table_in_8_bits_looks_up_what_float64_does() -> None:
+    weight = packed(50, 33, W8A8)
+    ids = torch.tensor([[3, 49], [0, 3]])
+    exact = weight.unpack().dequantize().double()[ids]
+    for dtype in (torch.float32, torch.bfloat16):
+        found = PackedEmbedding(weight, dtype)(ids)
+        assert found.dtype == dtype
+        assert relative_error(found, exact) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)], ids=str)
+def test_a_gpu_gets_what_its_capability_multiplies(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the table alone: no GPU is there, only what it would say of itself."""
+    pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
+    cuda = importlib.import_module("gteopt.kernels.cuda")
+    has_cores = capability >= (8, 0)
+    monkeypatch.setattr(gteopt.kernels, "gpu_kernels", lambda device: cuda if has_cores else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device, kind = torch.device("cuda"), torch.bfloat16
+    wanted = {
+        W8A8: cuda.Int8LinearCuda if has_cores else Int8Reference,
+        TOKEN_ZEROS: cuda.Int8LinearCuda if has_cores else Int8Reference,
+        OUTLIERS: Int8Reference,
+        STATIC: Int8Reference,
+        FP8: cuda.Fp8LinearCuda if capability >= (8, 9) else Fp8Reference,
+        NF4: cuda.Int4LinearCuda if has_cores else DequantLinear,
+        INT4: cuda.Int4LinearCuda if has_cores else DequantLinear,
+        INT3: DequantLinear,
+    }
+    for scheme, kernel in wanted.items():
+        assert choose(packed(64, 256, scheme), device, kind) is kernel
+    assert choose(packed(64, 256, FP8), device, torch.float32) is Fp8Reference
+    assert choose(packed(20, 256, FP8), device, kind) is Fp8Reference  # 20 is no multiple of 16
 
 
 def test_the_integer_product_is_close_to_the_unquantized_one() -> None:
@@ -306,6 +450,16 @@ def test_each_layer_names_its_kernel_and_its_size() -> None:
     assert kernels == ["cpu.int8", "reference.dequant", "reference.int8"]
     assert [layer.in_features for layer in layers] == [128] * 3
     assert [layer.out_features for layer in layers] == [64] * 3
+
+
+@pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS, OUTLIERS, FP8, NF4, INT4, INT3], ids=str)
+def test_a_kernel_is_named_before_there_is_a_layer(scheme: LayerScheme) -> None:
+    for dtype, shape in itertools.product((torch.float32, torch.bfloat16), ((64, 256), (33, 128))):
+        named = gteopt.kernels.kernel_name(scheme, *shape, device=CPU, dtype=dtype)
+        layer = make_linear(packed(*shape, scheme), None, device=CPU, dtype=dtype)
+        few = getattr(layer, "few_tokens", None)
+        more = "" if few is None else f" (to {few} tokens from the codes, decoded beyond)"
+        assert named == f"{layer.kernel}{more}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,27 @@ def test_the_int8_product_equals_the_float_reference(
             assert relative_error(y, reference(x)) <= bound
 
 
+@pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS, INT4, NF4], ids=str)
+def test_random_shapes_multiply_as_float64_does(cuda: ModuleType, scheme: LayerScheme) -> None:
+    source = random.Random(0)
+    width = scheme.group_size if isinstance(scheme.group_size, int) else 1
+    make = cuda.Int8LinearCuda if scheme.bits == 8 else cuda.Int4LinearCuda
+    for _ in range(4):
+        out_features = source.randint(1, 200)
+        in_features = width * source.randint(1, 1 + 300 // width)
+        weight = packed(out_features, in_features, scheme)
+        bias = source.choice([None, seeded(out_features, seed=1)])
+        x = seeded(source.randint(1, 80), in_features, seed=2) * 3 + 1
+        rounded = x.double()
+        if scheme.activation_bits == 8:
+            symmetric = scheme.activation_symmetric
+            codes, scale, zero = affine.quantize_tokens(x, symmetric=symmetric)
+            rounded = (codes.double() - (0 if zero is None else zero.double())) * scale.double()
+        exact = rounded @ weight.unpack().dequantize().double().T
+        exact = exact if bias is None else exact + bias.double()
+        assert relative_error(make(weight, bias)(x), exact) <= 2e-6
+
+
 def test_every_tile_of_the_int8_product_gives_the_same_bits(cuda: ModuleType) -> None:
     capability = torch.cuda.get_device_capability() if DEVICE == "cuda" else (9, 0)
     for scheme in (W8A8, TOKEN_ZEROS):
@@ -115,7 +137,7 @@ def test_4_bit_weights_multiply_as_float64_does(
 ) -> None:
     for out_features, in_features in ((70, 256), (8, 1024)):
         weight = packed(out_features, in_features, scheme)
-        assert cuda.int4_fits(weight)
+        assert cuda.Int4LinearCuda.fits(weight, torch.float32)
         bias = seeded(out_features, seed=1)
         x = seeded(n_tokens, in_features, seed=2)
         exact = x.double() @ weight.unpack().dequantize().double().T + bias.double()
@@ -136,10 +158,12 @@ def test_a_decoded_layer_is_exactly_the_dequantized_one(
 def test_weights_that_a_step_would_cross_groups_of_are_left_to_the_portable_layer(
     cuda: ModuleType,
 ) -> None:
-    assert not cuda.int4_fits(packed(8, 96, ROW))  # a row of 96: no power of two divides it
-    assert not cuda.int4_fits(packed(8, 128, W8A8))
-    assert not cuda.fp8_fits(packed(8, 128, FP8))
-    assert cuda.fp8_fits(packed(48, 128, FP8))
+    kind, four, eight = torch.bfloat16, cuda.Int4LinearCuda, cuda.Fp8LinearCuda
+    assert not four.fits(packed(8, 96, ROW), kind)  # a row of 96: no power of two divides it
+    assert not four.fits(packed(8, 128, W8A8), kind)
+    assert not eight.fits(packed(8, 128, FP8), kind)
+    assert eight.fits(packed(48, 128, FP8), kind)
+    assert not eight.fits(packed(48, 128, FP8), torch.float32)
 
 
 def skip_without_row_scales() -> None:
@@ -261,6 +285,32 @@ def test_torch_compile_takes_a_layer_whole(cuda: ModuleType, scheme: LayerScheme
     for n_tokens in (5, 33, 70):  # the last decodes 4-bit weights
         x = seeded(n_tokens, 256, seed=2).to(dtype)
         assert torch.equal(compiled(x), layer(x))
+
+
+def test_the_benchmark_of_layers_runs_to_its_end_and_writes_what_it_found(tmp_path: Path) -> None:
+    """All but the device: Triton interprets, nothing is timed."""
+    pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
+    root, out = Path(__file__).resolve().parent.parent, tmp_path / "layers.json"
+    script = str(root / "benchmarks" / "gpu_layers.py")
+    what = ["--device", "cpu", "--shapes", "80x256", "--tokens", "1", "70", "--tiles"]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, script, *what, "--out", str(out)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert not record["ended_early"]
+    assert {row["tokens"] for row in record["rows"]} == {1, 70}
+    for row in record["rows"]:
+        assert row["failure"] is None, row
+        # Rounded activations of 8 bits; otherwise float32.
+        assert row["error"] <= (0.02 if "int8" in row["layer"] else 2e-6), row
+    compiled = {row["layer"] for row in record["rows"] if row["compiled_error"] == row["error"]}
+    assert compiled >= {"ours int8", "ours int8, token zero points", "ours int4", "ours nf4"}
 
 
 def test_kernels_compile_for_an_h100_to_tensor_core_products_that_fit_it(tmp_path: Path) -> None:

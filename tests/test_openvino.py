@@ -180,6 +180,7 @@ def test_an_artifact_has_the_same_vectors_on_both_backends(artifact: Path) -> No
     fast = gteopt.load(artifact, dtype="float32", backend="openvino")
     assert fast.backend == "openvino"
     assert fast.kernels == {"openvino.int8": 28}
+    assert fast.number_type == torch_own.number_type == "int8"
     assert abs(fast.weight_bytes / torch_own.weight_bytes - 1) < 0.01
     base = gteopt.load("nano", dtype="float32").encode(texts)
     own, found = torch_own.encode(texts), fast.encode(texts)
@@ -201,6 +202,8 @@ def test_static_activations_are_the_same_numbers_on_every_backend(static: Path) 
     texts = ["A bridge.", "Photosynthesis turns light into sugar, in every leaf of a plant.", "水"]
     fast = gteopt.load(static, dtype="float32", backend="openvino")
     assert fast.kernels == {"openvino.int8 (static)": 28}
+    assert fast.number_type == "int8"
+    assert gteopt.load("nano", dtype="float32", backend="openvino").number_type == "float32"
     found, own = fast.encode(texts), gteopt.load(static, dtype="float32").encode(texts)
     base = gteopt.load("nano", dtype="float32").encode(texts)
     # Sums run in another order, and a number next to a tie may get another code.
@@ -216,7 +219,10 @@ def test_without_vnni_static_weights_multiply_inputs_as_they_are(
     base = gteopt.load("nano", dtype="float32").encode(texts)
     rounded = gteopt.load(static, dtype="float32", backend="openvino").encode(texts)
     monkeypatch.setattr(gteopt.openvino, "activation_bits", lambda: 7)
-    exact = gteopt.load(static, dtype="float32", backend="openvino").encode(texts)
+    encoder = gteopt.load(static, dtype="float32", backend="openvino")
+    assert encoder.kernels == {"openvino.int8 (inputs as they are: no VNNI)": 28}
+    assert encoder.number_type == "float32"
+    exact = encoder.encode(texts)
     assert (1 - (exact * base).sum(1)).max() < 0.5 * (1 - (rounded * base).sum(1)).max()
 
 

@@ -52,6 +52,7 @@ from gteopt.tables import (
     bench_table,
     eval_table,
     in_megabytes,
+    index_rent,
     rows,
     terminal_table,
 )
@@ -326,7 +327,12 @@ def test_what_tokens_cost_is_on_the_page(demo: Results) -> None:
     # int8: 31,000 * 1.42 tokens/s at 2 dollars an hour; 0.008 dollars a million tokens.
     cells = ("64x~128", "44,020", "1.42", "260", "62%", "–", "0.0126", "1.268")
     assert "".join(f"<td>{cell}</td>" for cell in cells) in page
-    assert "float32 420; at $2 an hour; hosted price: $0.008 per million tokens" in page
+    assert "float32 420; at $2 an hour, of which an index" in page
+    assert "hosted price: $0.008 per million tokens" in page
+    rent = index_rent(priced, priced.baseline)
+    assert rent is not None
+    assert f"{rent:.2f} a month in memory" in page
+    assert "the deviation of their logarithm is 0.8" in page
     assert "64x~128 tokens; 5 rounds" in page
     assert "64 × 128" not in page
 

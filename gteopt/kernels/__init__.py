@@ -1,5 +1,6 @@
 """Runtime linear layers for packed weights, and the choice between them.
 
+The choice is `KERNELS`, by what is multiplied and where.
 Every layer has a `kernel` name, `in_features`, `out_features`, holds packed buffers and no float
 copy of its weight, and maps [..., I] to [..., O] in its input's dtype.
 """
@@ -11,6 +12,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +23,38 @@ from gteopt.kernels.cpu import (
     Int8LinearCpu,
     StaticInt8LinearCpu,
     activation_bits,
-    int4_runs_here,
     multiplies_bfloat16,
 )
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
-from gteopt.quant.affine import PackedWeight
+from gteopt.quant.affine import PackedWeight, group_width
+from gteopt.recipe import LayerScheme
 
+Product = Literal["int8", "int8 static", "int8 outliers", "fp8", "4-bit", "weights"]
+"""What a scheme multiplies: numbers of 8 bits on both sides, 4-bit weights, or any other weights
+with activations of 16 bits and more."""
+Place = Literal["cuda 8.9", "cuda 8.0", "cpu", "any"]
+"""Where: a GPU of at least that compute capability, a CPU, or anything that torch runs on."""
 _Kernel = Callable[[PackedWeight, Tensor | None], nn.Module]
-INT8_ACTIVATIONS: dict[str, _Kernel] = {"cpu": Int8LinearCpu}
-"""By device type; elsewhere `Int8Reference` computes the same numbers in float32. A comparison of
-recipes empties it: whether a processor rounds to 7 bits is not the recipe's doing."""
+KERNELS: dict[tuple[Product, Place], _Kernel | str] = {
+    ("int8", "cuda 8.0"): "Int8LinearCuda",
+    ("int8", "cpu"): Int8LinearCpu,
+    ("int8", "any"): Int8Reference,
+    ("int8 static", "cpu"): StaticInt8LinearCpu,
+    ("int8 static", "any"): Int8Reference,
+    ("int8 outliers", "cpu"): Int8LinearCpu,
+    ("int8 outliers", "any"): Int8Reference,
+    ("fp8", "cuda 8.9"): "Fp8LinearCuda",
+    ("fp8", "any"): Fp8Reference,
+    ("4-bit", "cuda 8.0"): "Int4LinearCuda",
+    ("4-bit", "cpu"): Int4LinearCpu,
+    ("4-bit", "any"): DequantLinear,
+    ("weights", "any"): DequantLinear,
+}
+"""The layers, those of `kernels.cuda` by name. Which of its ways one takes is a question of the
+number of tokens in each call: `few_tokens` of a layer is the most that it multiplies from the
+codes, beyond which it decodes them first; `int8_tile` has the tiles of a GPU's int8 product.
+A comparison of recipes takes the CPU's int8 out: whether a processor rounds to 7 bits is not the
+recipe's doing."""
 
 
 def make_linear(
@@ -51,27 +75,62 @@ def make_linear(
         order: int64 [I], the input feature that each column of the weight multiplies; None when
             they are in order.
     """
-    kernel: _Kernel = DequantLinear
-    if (on_gpu := _cuda_kernel(weight, device, dtype)) is not None:
-        kernel = on_gpu
-    elif weight.scheme.element == "e4m3":
-        kernel = Fp8Reference if weight.scheme.activation_bits == 8 else DequantLinear
-    elif weight.scheme.activation_bits == 8:
-        kernel = INT8_ACTIVATIONS.get(device.type, Int8Reference)
-        # 0 bits: a build of torch without an int8 product. LLM.int8() is there to be compared with
-        # bitsandbytes, whose activations have 8.
-        least = 1 if weight.scheme.activation_outliers is None else 8
-        if kernel is Int8LinearCpu and activation_bits() < least:
-            kernel = Int8Reference
-        if kernel is Int8LinearCpu and weight.scheme.activation_static:
-            kernel = StaticInt8LinearCpu
-    elif device.type == "cpu" and dtype == torch.bfloat16 and int4_runs_here(weight):
-        kernel = Int4LinearCpu
+    kernel = choose(weight, device, dtype)
     layer = kernel(weight, None if bias is None else bias.detach().to(dtype)).to(device)
     if order is not None:
         layer.register_buffer("order", order.to(device))
         layer.register_forward_pre_hook(_reorder)
     return layer
+
+
+def choose(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> _Kernel:
+    """The first of `KERNELS` for a device that can hold this weight, which may be without data."""
+    product, cuda = product_of(weight.scheme), gpu_kernels(device)
+    places: list[Place] = ["cpu"] if device.type == "cpu" else []
+    if cuda is not None:
+        newer = torch.cuda.get_device_capability(device) >= (8, 9)
+        places = ["cuda 8.9", "cuda 8.0"] if newer else ["cuda 8.0"]
+    for place in places:
+        found = KERNELS.get((product, place))
+        kernel: Any = getattr(cuda, found) if isinstance(found, str) else found
+        if kernel is not None and kernel.fits(weight, dtype):
+            return cast("_Kernel", kernel)
+    return cast("_Kernel", KERNELS[product, "any"])
+
+
+def kernel_name(
+    scheme: LayerScheme,
+    out_features: int,
+    in_features: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str:
+    """`kernel` of the layer that a weight will have, and what decides between its ways."""
+    shape = (out_features, -(-in_features * scheme.bits // 8))
+    n_groups = in_features // group_width(in_features, scheme.group_size)
+    without_data = PackedWeight(
+        qweight=torch.empty(shape, dtype=torch.uint8, device="meta"),
+        scale=torch.empty(out_features, n_groups, dtype=torch.float16, device="meta"),
+        qzero=None,
+        scheme=scheme,
+        in_features=in_features,
+    )
+    kernel: Any = choose(without_data, device, dtype)
+    name = str(kernel.name_here() if hasattr(kernel, "name_here") else kernel.kernel)
+    few = getattr(kernel, "few_tokens", None)
+    return name if few is None else f"{name} (to {few} tokens from the codes, decoded beyond)"
+
+
+def product_of(scheme: LayerScheme) -> Product:
+    """What a layer of this scheme multiplies."""
+    if scheme.element == "e4m3":
+        return "fp8" if scheme.activation_bits == 8 else "weights"
+    if scheme.activation_bits == 8:
+        if scheme.activation_static:
+            return "int8 static"
+        return "int8" if scheme.activation_outliers is None else "int8 outliers"
+    return "4-bit" if scheme.bits == 4 else "weights"
 
 
 def arithmetic(device: torch.device) -> str:
@@ -95,24 +154,6 @@ def gpu_kernels(device: torch.device) -> ModuleType | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
     return import_module("gteopt.kernels.cuda")
-
-
-def _cuda_kernel(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> _Kernel | None:
-    """The GPU layer that holds this weight; None where the portable ones are all there is."""
-    scheme, cuda = weight.scheme, gpu_kernels(device)
-    if cuda is None:
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    kernel: _Kernel | None = None
-    if scheme.element == "e4m3" and scheme.activation_bits == 8:
-        if capability >= (8, 9) and dtype == torch.bfloat16 and cuda.fp8_fits(weight):
-            kernel = cuda.Fp8LinearCuda
-    elif scheme.activation_bits == 8:
-        if scheme.activation_outliers is None and not scheme.activation_static:
-            kernel = cuda.Int8LinearCuda
-    elif scheme.bits == 4 and cuda.int4_fits(weight):
-        kernel = cuda.Int4LinearCuda
-    return kernel
 
 
 def speed_up_linears_(module: nn.Module, device: torch.device) -> None:

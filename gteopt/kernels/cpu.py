@@ -242,8 +242,7 @@ class Int8LinearCpu(nn.Module):
         self.rounding = ("int8", self.symmetric, self.outliers)
         codes, scale = signed_codes(weight)
         self.bits = activation_bits()
-        if self.bits < 8:
-            self.kernel = f"{self.kernel} (activations of {self.bits} bits: no VNNI)"
+        self.kernel = self.name_here()
         self._product = _multiplier(codes, scale)
         self.packed_bytes = codes.numel()
         self.register_buffer("scale", scale)
@@ -252,6 +251,19 @@ class Int8LinearCpu(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.float().cpu())
         self.register_buffer("weight", None if self.outliers is None else codes)
         self._middle = 1 << (self.bits - 1) if self.symmetric else 0
+
+    @classmethod
+    def name_here(cls) -> str:
+        """`kernel` of a layer on this machine."""
+        bits = activation_bits()
+        return cls.kernel if bits == 8 else f"{cls.kernel} (activations of {bits} bits: no VNNI)"
+
+    @staticmethod
+    def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
+        """Whether torch has an int8 product here; with outliers, one of all 8 bits: LLM.int8() is
+        there to be compared with bitsandbytes, whose activations have them.
+        """
+        return activation_bits() >= (1 if weight.scheme.activation_outliers is None else 8)
 
     def quantize(self, x: Tensor) -> TokenCodes:
         """[tokens, I] of any float dtype to what `multiply` takes."""
@@ -316,8 +328,7 @@ class StaticInt8LinearCpu(nn.Module):
         self.in_features, self.out_features = weight.in_features, weight.out_features
         codes, scale = signed_codes(weight)
         bits = activation_bits()
-        if bits < 8:
-            self.kernel = f"{self.kernel[:-1]}, activations of {bits} bits: no VNNI)"
+        self.kernel = self.name_here()
         steps = 1 << (8 - bits)  # of the grid between two codes
         self._product = _multiplier(codes, scale * steps)
         self._most = (1 << bits) - 1
@@ -327,6 +338,19 @@ class StaticInt8LinearCpu(nn.Module):
         self.register_buffer("inverse", 1 / (grid.scale * steps))
         self.register_buffer("zero", grid.zero / steps)
         self.register_buffer("offset", offset if bias is None else offset + bias.float().cpu())
+
+    @classmethod
+    def name_here(cls) -> str:
+        """`kernel` of a layer on this machine."""
+        bits = activation_bits()
+        return (
+            cls.kernel if bits == 8 else f"cpu.int8 (static, activations of {bits} bits: no VNNI)"
+        )
+
+    @staticmethod
+    def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
+        """Whether torch has an int8 product here."""
+        return activation_bits() > 0
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
@@ -347,7 +371,7 @@ def signed_codes(weight: PackedWeight) -> tuple[Tensor, Tensor]:
 
 def _multiplier(codes: Tensor, scale: Tensor) -> _Product:
     product = _product()
-    assert product is not None, "make_linear asks activation_bits first"
+    assert product is not None, "`fits` asks activation_bits first"
     return product(codes, scale)
 
 
@@ -361,6 +385,7 @@ class Int4LinearCpu(nn.Module):
     """
 
     kernel = "cpu.int4"
+    few_tokens = _FEW_TOKENS
     qweight: Tensor
     grid: Tensor
     bias: Tensor | None
@@ -368,12 +393,20 @@ class Int4LinearCpu(nn.Module):
     def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
+        # Here, as torch.compile does not look into either.
+        self._tile = torch_tile()
+        self._kind = torch.bfloat16 if multiplies_bfloat16() else torch.float32
         scale = weight.scale.float()
         offset = (8 - weight.zero.float()) * scale
         grid = torch.stack([scale, offset], dim=-1).transpose(0, 1).contiguous()
-        self.register_buffer("qweight", _to_torch_layout(weight.qweight.cpu(), torch_tile()))
+        self.register_buffer("qweight", _to_torch_layout(weight.qweight.cpu(), self._tile))
         self.register_buffer("grid", grid.bfloat16())
         self.register_buffer("bias", None if bias is None else bias.bfloat16())
+
+    @staticmethod
+    def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
+        """Whether torch's 4-bit product takes this weight and a model of this dtype."""
+        return dtype == torch.bfloat16 and int4_runs_here(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
@@ -384,16 +417,15 @@ class Int4LinearCpu(nn.Module):
                 flat.bfloat16().contiguous(), self.qweight, width, self.grid
             ).to(x.dtype)
         else:
-            kind = torch.bfloat16 if multiplies_bfloat16() else torch.float32
-            product = torch.mm(flat.to(kind), self._dequantized(kind)).to(x.dtype)
+            product = torch.mm(flat.to(self._kind), self._dequantized(self._kind)).to(x.dtype)
         if self.bias is not None:
             product = product + self.bias
         return product.view(*x.shape[:-1], self.out_features)
 
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
         """The transposed weight [I, O] in `dtype`."""
-        n_groups, tile = len(self.grid), torch_tile()
-        codes = _from_torch_layout(self.qweight, tile)  # [O/tile, I, tile]
+        n_groups = len(self.grid)
+        codes = _from_torch_layout(self.qweight, self._tile)  # [O/tile, I, tile]
         steps = codes.transpose(0, 1).reshape(n_groups, -1, self.out_features)  # [G, I/G, O]
         # Copied side by side: torch multiplies by every other element eight times as slowly.
         scale, offset = (

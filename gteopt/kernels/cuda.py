@@ -147,6 +147,11 @@ class Int8LinearCuda(nn.Module):
         self.register_buffer("scale", weight.scale[:, 0].float())
         self.register_buffer("bias", None if bias is None else bias.float())
 
+    @staticmethod
+    def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
+        """Any that `KERNELS` sends here."""
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
         y = self.multiply(self.quantize(x.reshape(-1, self.in_features)), x.dtype)
@@ -187,6 +192,12 @@ class Fp8LinearCuda(nn.Module):
         self.register_buffer("scale", weight.scale[:, 0].float()[None])
         self.register_buffer("bias", None if bias is None else bias.bfloat16())
 
+    @staticmethod
+    def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
+        """Whether `torch._scaled_mm` takes this weight: bfloat16, both sides multiples of 16."""
+        whole = weight.in_features % 16 == 0 and weight.out_features % 16 == 0
+        return dtype == torch.bfloat16 and whole
+
     def forward(self, x: Tensor) -> Tensor:
         """bfloat16 [..., I] to bfloat16 [..., O]."""
         y = self.multiply(self.quantize(x.reshape(-1, self.in_features)), x.dtype)
@@ -221,6 +232,7 @@ class Int4LinearCuda(nn.Module):
     """
 
     kernel = "cuda.int4"
+    few_tokens = _FEW_TOKENS
     qweight: Tensor
     scale: Tensor
     zero: Tensor | None
@@ -240,6 +252,13 @@ class Int4LinearCuda(nn.Module):
         self.register_buffer("zero", zero)
         self.register_buffer("levels", levels)
         self.register_buffer("bias", bias)
+
+    @staticmethod
+    def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
+        """Whether groups are whole steps of a tensor core."""
+        width = group_width(weight.in_features, weight.scheme.group_size)
+        step = min(128, width)
+        return weight.scheme.bits == 4 and step >= 16 and not step & (step - 1) and not width % step
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
@@ -345,18 +364,6 @@ _operator(
     _int4_product,
     lambda x, qweight, scale, zero, levels, bias, middle, tile: x.new_empty(len(x), len(qweight)),
 )
-
-
-def int4_fits(weight: PackedWeight) -> bool:
-    """Whether `Int4LinearCuda` can hold this weight: groups of whole steps of a tensor core."""
-    width = group_width(weight.in_features, weight.scheme.group_size)
-    step = min(128, width)
-    return weight.scheme.bits == 4 and step >= 16 and not step & (step - 1) and not width % step
-
-
-def fp8_fits(weight: PackedWeight) -> bool:
-    """Whether `torch._scaled_mm` takes this weight: both sides multiples of 16."""
-    return weight.in_features % 16 == 0 and weight.out_features % 16 == 0
 
 
 def quantize_tokens(
