@@ -12,6 +12,7 @@ none is reported here.
     python benchmarks/scale.py plot     # the sweep as benchmarks/results/scale.svg
     python benchmarks/scale.py long     # memory of one text of up to 32,000 tokens
     python benchmarks/scale.py load --layers 8    # artifacts: time beside the disk's own, memory
+    python benchmarks/scale.py load --layers 8 --disk 0.25 0.5 1    # on slower disks too, as root
 
 Each run is a process of its own, whose peak resident set is read from the operating system; it is
 written to benchmarks/results/scale.json (or --out), beside what `inspect` predicts. `--minutes`
@@ -22,12 +23,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +41,7 @@ import torch
 from safetensors.torch import save_file
 
 import gteopt
+from gteopt.errors import InputError
 from gteopt.recipe import Calibration, Recipe, load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
@@ -387,38 +393,78 @@ print(json.dumps({
 }))
 """
 _LOAD_RUNS = 5
+_BLKIO = Path("/sys/fs/cgroup/blkio")
+"""Where Linux slows a disk down for some processes (version 1 of its control groups)."""
 
 
-def loads(shape: Shape, work: Path, out: Path) -> None:
+@contextmanager
+def _disk(folder: Path, gb_s: float | None) -> Iterator[list[str]]:
+    """What to put before a command so that the disk of `folder` gives it no more; None for all.
+
+    Raises:
+        InputError: this system has no such control, or not for this user.
+    """
+    if gb_s is None:
+        yield []
+        return
+    group = _BLKIO / f"scale-{os.getpid()}"
+    device = os.stat(folder).st_dev
+    try:
+        group.mkdir()
+        limit = f"{os.major(device)}:{os.minor(device)} {gb_s * 1e9:.0f}"
+        (group / "blkio.throttle.read_bps_device").write_text(limit)
+    except OSError as error:
+        raise InputError(
+            f"--disk needs root, {_BLKIO} (control groups, version 1) and a disk of its own under "
+            f"{folder}: {error}"
+        ) from error
+    try:
+        yield ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs")]
+    finally:
+        group.rmdir()
+
+
+def _load(folder: Path, backend: str, state: str, gb_s: float | None) -> dict[str, float]:
+    """Medians of `_LOAD_RUNS` loads, each in a process of its own."""
+    command = [sys.executable, "-c", _LOAD_CHILD, str(folder), backend, state]
+    with _disk(folder, gb_s) as slowly:
+        outputs = [subprocess.check_output([*slowly, *command]) for _ in range(_LOAD_RUNS)]
+    seen = [json.loads(output) for output in outputs]
+    return {key: median(each[key] for each in seen) for key in seen[0]}
+
+
+def loads(shape: Shape, work: Path, out: Path, disks: Sequence[float]) -> None:
     """Time and memory of loading artifacts, beside a plain read of the same files.
 
-    Each load is a process of its own; medians of `_LOAD_RUNS`.
+    Args:
+        shape: of the base that the artifacts are of.
+        work: where they lie meanwhile, on the disk that is measured.
+        out: the results' file.
+        disks: speeds in GB/s that the disk is slowed down to, beside its own and the page cache's.
     """
     from gteopt.machine import machine, versions
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    states = [*(("cold", gb_s) for gb_s in (*disks, None)), ("warm", None)]
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         base = make_checkpoint(Path(temporary) / "base", shape)
-        for recipe in ("rtn-int8", "rtn-int4", "nf4"):
+        for recipe, backend in product(("rtn-int8", "rtn-int4", "nf4"), ("torch", "openvino")):
             folder = Path(temporary) / recipe
             manifest = gteopt.quantize(base, recipe, folder)
-            for backend in ("torch", "openvino"):
-                for state in ("cold", "warm"):
-                    command = [sys.executable, "-c", _LOAD_CHILD, str(folder), backend, state]
-                    seen = [json.loads(subprocess.check_output(command)) for _ in range(_LOAD_RUNS)]
-                    middle = {key: median(each[key] for each in seen) for key in seen[0]}
-                    row = {"recipe": recipe, "layout": manifest.layout, "backend": backend}
-                    rows.append({**row, "cache": state, **middle})
-                    n_bytes = middle["file_bytes"]
-                    print(
-                        f"{recipe} ({manifest.layout}) {backend} {state}: {n_bytes / 1e9:.2f} GB, "
-                        f"read in {middle['read_s']:.2f} s, loaded in {middle['load_s']:.2f}, a "
-                        f"vector in {middle['first_vector_s']:.2f} ({middle['cpu_s']:.2f} of CPU); "
-                        f"peak {middle['peak_bytes'] / n_bytes:.2f}, held "
-                        f"{middle['held_bytes'] / n_bytes:.2f} times the files",
-                        flush=True,
-                    )
-            shutil.rmtree(folder)
+            for state, gb_s in states:
+                seen = _load(folder, backend, state, gb_s)
+                row = {"recipe": recipe, "layout": manifest.layout, "backend": backend}
+                rows.append({**row, "cache": state, "disk_gb_s": gb_s, **seen})
+                n_bytes = seen["file_bytes"]
+                where = state if gb_s is None else f"{gb_s:g} GB/s"
+                print(
+                    f"{recipe} ({manifest.layout}) {backend} {where}: {n_bytes / 1e9:.2f} GB, "
+                    f"read in {seen['read_s']:.2f} s, loaded in {seen['load_s']:.2f}, a vector in "
+                    f"{seen['first_vector_s']:.2f} ({seen['cpu_s']:.2f} of CPU); peak "
+                    f"{seen['peak_bytes'] / n_bytes:.2f}, held {seen['held_bytes'] / n_bytes:.2f} "
+                    f"times the files",
+                    flush=True,
+                )
     results = json.loads(out.read_text()) if out.is_file() else {}
     results["load"] = {
         "shape": asdict(shape),
@@ -514,6 +560,7 @@ def main() -> None:
     parser.add_argument("--compensate", type=float, help="in place of the recipe's own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, help="end the build after so many")
+    parser.add_argument("--disk", type=float, nargs="*", default=[], help="GB/s to slow it down to")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     asked = parser.parse_args()
@@ -531,7 +578,7 @@ def main() -> None:
     if asked.layers is not None:
         shape = replace(shape, layers=asked.layers)
     if asked.what == "load":
-        loads(shape, asked.work, asked.out)
+        loads(shape, asked.work, asked.out, asked.disk)
         return
     recipe = load_recipe(asked.recipe)
     if asked.compensate is not None:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
@@ -205,6 +205,21 @@ def verify(folder: Path) -> Manifest:
         InputError: not an artifact.
         IntegrityError: lists each changed, missing or extra file.
     """
+    with verifying(folder) as manifest:
+        return manifest
+
+
+@contextmanager
+def verifying(folder: Path) -> Iterator[Manifest]:
+    """`verify` beside the block, for who reads the weights at once: they leave the disk once.
+
+    Names, sizes and all that is not weights are checked before the block, the weights' hashes while
+    it runs. It ends when they are known; damage is raised then, also in place of whatever error it
+    led to inside. Nothing that was made of the weights may leave the block before.
+
+    Raises:
+        InputError, IntegrityError: see `verify`.
+    """
     manifest = read_manifest(folder)
     problems, whole = [], []
     for record in manifest.files:
@@ -217,12 +232,6 @@ def verify(folder: Path) -> Manifest:
             )
         else:
             whole.append(record)
-    found = hash_files(folder / record.path for record in whole)
-    problems += [
-        f"{record.path} has changed (its SHA-256 differs from the manifest's)"
-        for record, sha256 in zip(whole, found, strict=True)
-        if sha256 != record.sha256
-    ]
     known = {record.path for record in manifest.files} | {MANIFEST}
     present = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     names = {
@@ -231,9 +240,33 @@ def verify(folder: Path) -> Manifest:
         if each.parts[:2] != _HUB_FOLDER and each.as_posix() != _HUB_FILE and is_read(each)
     }
     problems += [f"{path} is not in the manifest" for path in sorted(names - known)]
-    if problems:
-        raise IntegrityError(join_problems(f"{folder} is damaged; do not use it", problems))
-    return manifest
+    large = [record for record in whole if record.path.endswith(".safetensors")]
+    small = [record for record in whole if record not in large]
+    problems += _changed(small, (hash_file(folder / record.path) for record in small))
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        hashes = pool.map(hash_file, [folder / record.path for record in large])
+
+        def check() -> None:
+            found = problems + _changed(large, hashes)
+            if found:
+                raise IntegrityError(join_problems(f"{folder} is damaged; do not use it", found))
+
+        if problems:
+            check()
+        try:
+            yield manifest
+        except Exception:
+            check()
+            raise
+        check()
+
+
+def _changed(records: Sequence[FileRecord], hashes: Iterable[str]) -> list[str]:
+    return [
+        f"{record.path} has changed (its SHA-256 differs from the manifest's)"
+        for record, sha256 in zip(records, hashes, strict=True)
+        if sha256 != record.sha256
+    ]
 
 
 def is_read(path: PurePath) -> bool:

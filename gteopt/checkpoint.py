@@ -11,7 +11,8 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from gteopt.artifact import (
     is_artifact,
     read_manifest,
     verify,
+    verifying,
 )
 from gteopt.errors import (
     InputError,
@@ -253,10 +255,41 @@ def open_checkpoint(
         UnsupportedError: it needs remote code, pickled weights or modules that gteopt lacks.
     """
     found = _resolve(str(source), hub_dir, revision, headers_only)
-    folder, identifier = found.folder, found.id
     manifest = None
-    if is_artifact(folder):
-        manifest = verify(folder) if found.remote is None else read_manifest(folder)
+    if is_artifact(found.folder):
+        manifest = verify(found.folder) if found.remote is None else read_manifest(found.folder)
+    return _describe(found, manifest, family)
+
+
+@contextmanager
+def opening(
+    source: str | Path,
+    *,
+    hub_dir: Path | None = None,
+    revision: str | None = None,
+    family: str | None = None,
+) -> Iterator[Checkpoint]:
+    """`open_checkpoint` for a block that reads the weights; see `artifact.verifying`.
+
+    Args:
+        source: see `open_checkpoint`, as for the others.
+        hub_dir: see `open_checkpoint`.
+        revision: see `open_checkpoint`.
+        family: see `open_checkpoint`.
+
+    Raises:
+        InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
+    """
+    found = _resolve(str(source), hub_dir, revision, headers_only=False)
+    with ExitStack() as stack:
+        manifest = None
+        if is_artifact(found.folder):
+            manifest = stack.enter_context(verifying(found.folder))
+        yield _describe(found, manifest, family)
+
+
+def _describe(found: _Source, manifest: Manifest | None, family: str | None) -> Checkpoint:
+    folder, identifier = found.folder, found.id
     config = _read_json(folder / "config.json")
     st_config = _read_json(folder / "config_sentence_transformers.json", optional=True)
     prompts = {k: v for k, v in st_config.get("prompts", {}).items() if isinstance(v, str)}

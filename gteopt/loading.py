@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from gteopt.checkpoint import (
     VECTORS_FILE,
     Checkpoint,
     open_checkpoint,
+    opening,
 )
 from gteopt.encoder import Backend, Encoder
 from gteopt.errors import InputError, IntegrityError, UnsupportedError, suggest
@@ -78,8 +78,10 @@ def load(
     Raises:
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint` and `load_checkpoint`.
     """
-    checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision, family=family)
-    return load_checkpoint(checkpoint, device=device, dtype=dtype, backend=backend, graphs=graphs)
+    with opening(source, hub_dir=hub_dir, revision=revision, family=family) as checkpoint:
+        return load_checkpoint(
+            checkpoint, device=device, dtype=dtype, backend=backend, graphs=graphs
+        )
 
 
 def describe(
@@ -588,12 +590,8 @@ def _made(
         return name, layer, read.weight.n_bytes
 
     n_threads = min(torch.get_num_threads(), _MOST_MAKERS) if device.type == "cpu" else 1
-    left = iter(stored.layers)
     with ThreadPoolExecutor(n_threads) as pool:
-        coming = [pool.submit(make, name) for name in islice(left, n_threads)]
-        while coming:
-            yield coming.pop(0).result()
-            coming += [pool.submit(make, name) for name in islice(left, 1)]
+        yield from pool.map(make, stored.layers)
 
 
 def _openvino_device(name: str) -> torch.device:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 
 import gteopt
-from gteopt.artifact import artifact_sha256, verify
+from gteopt.artifact import artifact_sha256, hash_file, read_manifest, verify, verifying
 from gteopt.errors import InputError, IntegrityError
 
 TEXTS = ["Bridges carry loads to the ground.", "一座桥", "Pont"]
@@ -43,6 +44,27 @@ def test_one_flipped_bit_in_any_weight_file_is_found(artifact: Path, position: i
     path.write_bytes(content)
     with pytest.raises(IntegrityError, match=r"model\.safetensors has changed"):
         gteopt.load(artifact)
+
+
+def test_weights_are_hashed_beside_what_reads_them(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a load takes as long as its slowest part, not as all of them one after the other."""
+    reading = Event()
+
+    def hash_after_that(path: Path) -> str:
+        assert path.suffix != ".safetensors" or reading.wait(30)
+        return hash_file(path)
+
+    monkeypatch.setattr("gteopt.artifact.hash_file", hash_after_that)
+    with verifying(artifact) as manifest:
+        reading.set()
+    assert manifest == read_manifest(artifact)
+
+
+def test_an_error_of_whoever_reads_a_whole_artifact_stays_that_error(artifact: Path) -> None:
+    with pytest.raises(KeyError, match="own"), verifying(artifact):
+        raise KeyError("own")
 
 
 def test_missing_extra_and_shortened_files_are_all_named_at_once(artifact: Path) -> None:
