@@ -393,6 +393,8 @@ print(json.dumps({
 }))
 """
 _LOAD_RUNS = 5
+_State = tuple[str, float | None]
+"""Cold or warm, and the disk's speed in GB/s where it is slowed down."""
 _BLKIO = Path("/sys/fs/cgroup/blkio")
 """Where Linux slows a disk down for some processes (version 1 of its control groups)."""
 
@@ -424,13 +426,20 @@ def _disk(folder: Path, gb_s: float | None) -> Iterator[list[str]]:
         group.rmdir()
 
 
-def _load(folder: Path, backend: str, state: str, gb_s: float | None) -> dict[str, float]:
-    """Medians of `_LOAD_RUNS` loads, each in a process of its own."""
-    command = [sys.executable, "-c", _LOAD_CHILD, str(folder), backend, state]
-    with _disk(folder, gb_s) as slowly:
-        outputs = [subprocess.check_output([*slowly, *command]) for _ in range(_LOAD_RUNS)]
-    seen = [json.loads(output) for output in outputs]
-    return {key: median(each[key] for each in seen) for key in seen[0]}
+def _load(folder: Path, backend: str, states: Sequence[_State]) -> dict[_State, dict[str, float]]:
+    """Medians of `_LOAD_RUNS` loads, each in a process of its own.
+
+    By turns: a disk is slower for a minute after much was written, and that is everybody's.
+    """
+    seen: dict[_State, list[dict[str, float]]] = {state: [] for state in states}
+    for (cache, gb_s), runs in _LOAD_RUNS * list(seen.items()):
+        command = [sys.executable, "-c", _LOAD_CHILD, str(folder), backend, cache]
+        with _disk(folder, gb_s) as slowly:
+            runs.append(json.loads(subprocess.check_output([*slowly, *command])))
+    return {
+        state: {key: median(run[key] for run in runs) for key in runs[0]}
+        for state, runs in seen.items()
+    }
 
 
 def loads(shape: Shape, work: Path, out: Path, disks: Sequence[float]) -> None:
@@ -445,18 +454,18 @@ def loads(shape: Shape, work: Path, out: Path, disks: Sequence[float]) -> None:
     from gteopt.machine import machine, versions
 
     rows: list[dict[str, Any]] = []
-    states = [*(("cold", gb_s) for gb_s in (*disks, None)), ("warm", None)]
+    states: list[_State] = [*(("cold", gb_s) for gb_s in (*disks, None)), ("warm", None)]
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         base = make_checkpoint(Path(temporary) / "base", shape)
         for recipe, backend in product(("rtn-int8", "rtn-int4", "nf4"), ("torch", "openvino")):
             folder = Path(temporary) / recipe
             manifest = gteopt.quantize(base, recipe, folder)
-            for state, gb_s in states:
-                seen = _load(folder, backend, state, gb_s)
+            os.sync()  # what was written does not go to the disk beside what is read from it
+            for (cache, gb_s), seen in _load(folder, backend, states).items():
                 row = {"recipe": recipe, "layout": manifest.layout, "backend": backend}
-                rows.append({**row, "cache": state, "disk_gb_s": gb_s, **seen})
+                rows.append({**row, "cache": cache, "disk_gb_s": gb_s, **seen})
                 n_bytes = seen["file_bytes"]
-                where = state if gb_s is None else f"{gb_s:g} GB/s"
+                where = cache if gb_s is None else f"{gb_s:g} GB/s"
                 print(
                     f"{recipe} ({manifest.layout}) {backend} {where}: {n_bytes / 1e9:.2f} GB, "
                     f"read in {seen['read_s']:.2f} s, loaded in {seen['load_s']:.2f}, a vector in "
