@@ -346,18 +346,12 @@ def long_text(work: Path) -> None:
     print(rows)
 
 
-_LOAD_CHILD = """
+_LOAD_HEAD = """
 import json, os, sys, time
 from pathlib import Path
-import gteopt
 
 folder, backend, state = Path(sys.argv[1]), *sys.argv[2:]
-gteopt.load("nano", backend=backend).encode(["a text"])  # imports, and what libraries take at first
 files = [path for path in folder.rglob("*") if path.is_file()]
-
-def resident(field):
-    line = next(line for line in open("/proc/self/status") if field in line)
-    return 1024 * int(line.split()[1])
 
 def prepare():
     if state == "cold":  # not in the page cache
@@ -366,7 +360,8 @@ def prepare():
             os.fsync(file)
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(file)
-
+"""
+_READ_CHILD = """
 prepare()
 started = time.perf_counter()
 buffer = bytearray(8 << 20)
@@ -375,6 +370,19 @@ for path in files:
         while handle.readinto(buffer):
             pass
 read_s = time.perf_counter() - started
+print(json.dumps({
+    "read_s": read_s,
+    "file_bytes": sum(path.stat().st_size for path in files),
+}))
+"""
+_LOAD_CHILD = """
+import gteopt
+
+def resident(field):
+    line = next(line for line in open("/proc/self/status") if field in line)
+    return 1024 * int(line.split()[1])
+
+gteopt.load("nano", backend=backend).encode(["a text"])  # imports, and what libraries take at first
 prepare()
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 before = resident("VmRSS")
@@ -386,10 +394,8 @@ print(json.dumps({
     "load_s": load_s,
     "first_vector_s": time.perf_counter() - started,
     "cpu_s": time.process_time() - cpu,
-    "read_s": read_s,
     "peak_bytes": resident("VmHWM") - before,
     "held_bytes": resident("VmRSS") - before,
-    "file_bytes": sum(path.stat().st_size for path in files),
 }))
 """
 _LOAD_RUNS = 5
@@ -427,15 +433,18 @@ def _disk(folder: Path, gb_s: float | None) -> Iterator[list[str]]:
 
 
 def _load(folder: Path, backend: str, states: Sequence[_State]) -> dict[_State, dict[str, float]]:
-    """Medians of `_LOAD_RUNS` loads, each in a process of its own.
+    """Medians of `_LOAD_RUNS` loads and plain reads, each in a process of its own.
 
     By turns: a disk is slower for a minute after much was written, and that is everybody's.
     """
     seen: dict[_State, list[dict[str, float]]] = {state: [] for state in states}
     for (cache, gb_s), runs in _LOAD_RUNS * list(seen.items()):
-        command = [sys.executable, "-c", _LOAD_CHILD, str(folder), backend, cache]
-        with _disk(folder, gb_s) as slowly:
-            runs.append(json.loads(subprocess.check_output([*slowly, *command])))
+        run: dict[str, float] = {}
+        for child in (_READ_CHILD, _LOAD_CHILD):
+            command = [sys.executable, "-c", _LOAD_HEAD + child, str(folder), backend, cache]
+            with _disk(folder, gb_s) as slowly:
+                run |= json.loads(subprocess.check_output([*slowly, *command]))
+        runs.append(run)
     return {
         state: {key: median(run[key] for run in runs) for key in runs[0]}
         for state, runs in seen.items()

@@ -258,6 +258,9 @@ def verifying(folder: Path) -> Iterator[Manifest]:
         except Exception:
             check()
             raise
+        except BaseException:  # an interruption does not wait for files that are not begun
+            pool.shutdown(cancel_futures=True)
+            raise
         check()
 
 
