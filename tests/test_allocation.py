@@ -428,7 +428,7 @@ def test_inspect_counts_what_blocks_are_fed_on_disk(
     config |= {"num_hidden_layers": n_blocks, "layer_types": ["full_attention"] * n_blocks}
     (base / "config.json").write_text(json.dumps(config))
     recipe = load_recipe("mixed-nf4")
-    texts = Calibration(n_texts=16, max_tokens=128)
+    texts = Calibration(n_texts=64, max_tokens=128)
     recipe = recipe.model_copy(update={"calibration": texts})
     checkpoint = open_checkpoint(base)
     (predicted,) = predict(checkpoint, [recipe], activation_bytes=0)
