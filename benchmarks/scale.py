@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -422,6 +422,8 @@ def _disk(folder: Path, gb_s: float | None) -> Iterator[list[str]]:
         limit = f"{os.major(device)}:{os.minor(device)} {gb_s * 1e9:.0f}"
         (group / "blkio.throttle.read_bps_device").write_text(limit)
     except OSError as error:
+        with suppress(OSError):
+            group.rmdir()
         raise InputError(
             f"--disk needs root, {_BLKIO} (control groups, version 1) and a disk of its own under "
             f"{folder}: {error}"

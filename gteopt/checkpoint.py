@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -28,7 +28,6 @@ from gteopt.artifact import (
     hash_file,
     is_artifact,
     read_manifest,
-    verify,
     verifying,
 )
 from gteopt.errors import (
@@ -255,10 +254,8 @@ def open_checkpoint(
         UnsupportedError: it needs remote code, pickled weights or modules that gteopt lacks.
     """
     found = _resolve(str(source), hub_dir, revision, headers_only)
-    manifest = None
-    if is_artifact(found.folder):
-        manifest = verify(found.folder) if found.remote is None else read_manifest(found.folder)
-    return _describe(found, manifest, family)
+    with _checked(found) as manifest:
+        return _describe(found, manifest, family)
 
 
 @contextmanager
@@ -281,11 +278,17 @@ def opening(
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
     """
     found = _resolve(str(source), hub_dir, revision, headers_only=False)
-    with ExitStack() as stack:
-        manifest = None
-        if is_artifact(found.folder):
-            manifest = stack.enter_context(verifying(found.folder))
+    with _checked(found) as manifest:
         yield _describe(found, manifest, family)
+
+
+def _checked(found: _Source) -> AbstractContextManager[Manifest | None]:
+    """An artifact's manifest; its files, where they are here, are whole when the block ends."""
+    if not is_artifact(found.folder):
+        return nullcontext()
+    if found.remote is not None:
+        return nullcontext(read_manifest(found.folder))
+    return verifying(found.folder)
 
 
 def _describe(found: _Source, manifest: Manifest | None, family: str | None) -> Checkpoint:
