@@ -57,7 +57,7 @@ format: $(INSTALLED)  ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 docs: $(INSTALLED)  ## write the command-line reference from the program
-	$(BIN)/python -m typer gteopt.cli utils docs --name gteopt > docs/cli.md
+	$(BIN)/python -m typer gteopt.cli.app utils docs --name gteopt > docs/cli.md
 
 clean:  ## remove the environment and everything built
 	rm -rf .venv dist build artifacts/*/ artifacts/.[a-z]*

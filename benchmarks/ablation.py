@@ -36,25 +36,24 @@ from scipy.linalg import hadamard
 from torch import Tensor, nn
 
 import gteopt
-from gteopt.calibration import (
+from gteopt.build.calibration_texts import draw_texts, tokenize
+from gteopt.build.replay import (
     Block,
     BlockInput,
     advance_,
     copy_block,
-    draw_texts,
     find_blocks,
     open_blocks,
     stages,
     token_batches,
-    tokenize,
 )
-from gteopt.encoder import Encoder
+from gteopt.build.sensitivity import DEEP_BLOCKS
+from gteopt.build.tuning import Schedule, tune
+from gteopt.config.recipe import LayerScheme, Recipe, load_recipe
+from gteopt.encoder.encoder import Encoder
 from gteopt.machine import machine, versions
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, pack
 from gteopt.quant.gptq import HessianAccumulator, solve
-from gteopt.recipe import LayerScheme, Recipe, load_recipe
-from gteopt.sensitivity import DEEP_BLOCKS
-from gteopt.tuning import Schedule, tune
 
 INT4 = {"bits": 4, "group_size": 128, "symmetric": False}
 NF4 = {"bits": 4, "group_size": 64, "symmetric": True, "element": "nf4"}
@@ -153,7 +152,7 @@ def main() -> None:
             if parts in recipes:
                 # Beyond so many blocks sensitivities are estimated.
                 most = 0 if parts == BY_GRADIENTS else DEEP_BLOCKS
-                with patch("gteopt.layer_plan.DEEP_BLOCKS", most):
+                with patch("gteopt.build.layer_plan.DEEP_BLOCKS", most):
                     encoder, bits = solved(source, recipes[parts], options.hub_dir)
                 found = encoder.encode(texts)
             elif parts in turned:

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gteopt.checkpoint import Checkpoint, open_checkpoint
-from gteopt.dummy import random_part, shape_of, write_frame
-from gteopt.encoder import Encoder
+from gteopt.build.layer_plan import plan_layers
+from gteopt.config.recipe import LayerScheme, Recipe, RtnWeights
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.loading import build_skeleton, load_tokenizer, swap_embedding_, swap_linear_
 from gteopt.kernels import speed_up_linears_
-from gteopt.layer_plan import plan_layers
-from gteopt.loading import build_skeleton, load_tokenizer, swap_embedding_, swap_linear_
+from gteopt.model.checkpoint import Checkpoint, open_checkpoint
 from gteopt.quant.affine import pack, quantize_rtn
-from gteopt.quant.vectors import identity
-from gteopt.recipe import LayerScheme, Recipe, RtnWeights
+from gteopt.speed.random_model import random_part, shape_of, write_frame
+from gteopt.vectors.transform import identity
 
 _TABLE = LayerScheme(bits=8, group_size="row", symmetric=True)
 

@@ -30,12 +30,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gteopt.config.recipe import LayerScheme
 from gteopt.kernels import cuda
 from gteopt.kernels.reference import DequantLinear
 from gteopt.machine import machine, versions
 from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
-from gteopt.recipe import LayerScheme
-from gteopt.records import write_atomically
+from gteopt.records.files import write_atomically
 
 SHAPES = ("18944x3584", "3584x18944", "3584x3584", "512x3584")
 """Outputs x inputs: gate and up, down, query and output, key and value."""

@@ -32,18 +32,23 @@ from pydantic import Field
 from reproduce import plain_scores
 
 import gteopt
-from gteopt.build import fit_transforms
-from gteopt.calibration import emulates_bfloat16
-from gteopt.encoder import Encoder
-from gteopt.evaluation import EncodeOptions, Suite, load_suite
-from gteopt.evaluation.cache import LocalEncoding, Shard
-from gteopt.evaluation.isolation import isolated
-from gteopt.evaluation.tasks import resolve
+from gteopt.build.fit_vectors import fit_transforms
+from gteopt.build.replay import emulates_bfloat16
+from gteopt.commands.evaluate import Grid, Setup, score
+from gteopt.config.recipe import VectorCode
+from gteopt.corpus.shards import LocalEncoding, Shard
+from gteopt.encoder.encoder import Encoder
+from gteopt.evaluation.mteb_isolation import isolated
+from gteopt.evaluation.runner import EncodeOptions
+from gteopt.evaluation.suites import Suite
+from gteopt.evaluation.tasks import load_suite, resolve
+from gteopt.frozen import Frozen
 from gteopt.machine import machine, versions
-from gteopt.plan import Grid, Setup, score
-from gteopt.quant.vectors import VectorTransform
-from gteopt.recipe import Frozen, VectorCode, quiet
-from gteopt.records import Conditions, EvalReport, Machine, write_record
+from gteopt.progress import quiet
+from gteopt.records.environment import Conditions, Machine
+from gteopt.records.evaluation import EvalReport
+from gteopt.records.files import write_record
+from gteopt.vectors.transform import VectorTransform
 
 RESULTS = Path(__file__).parent / "results" / "grid.json"
 RECIPES = ("int8", "gptq-int4")

@@ -37,12 +37,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 import gteopt
-from gteopt.calibration import draw_texts
-from gteopt.checkpoint import open_checkpoint
-from gteopt.encoder import Encoder
+from gteopt.build.calibration_texts import draw_texts
+from gteopt.config.recipe import Calibration, Effort, load_recipe
+from gteopt.encoder.encoder import Encoder
 from gteopt.kernels import KERNELS
 from gteopt.machine import machine, versions
-from gteopt.recipe import Calibration, Effort, load_recipe
+from gteopt.model.checkpoint import open_checkpoint
 
 CALIBRATION = Calibration(texts="mteb/stsbenchmark-sts", column="sentence1", n_texts=256)
 PEERS = ("llmcompressor", "gptqmodel", "optimum", "torchao", "bitsandbytes", "hqq")

@@ -61,14 +61,15 @@ from peers_quality import bitsandbytes_linear, block_linears, model_folder, peer
 from torch import Tensor, nn
 
 import gteopt
-from gteopt.bench import exact_texts, peak_gflops
-from gteopt.checkpoint import open_checkpoint
-from gteopt.encoder import Backend, Encoder
-from gteopt.energy import Meter, meter
-from gteopt.loading import describe
+from gteopt.config.recipe import Recipe, load_recipe
+from gteopt.encoder.encoder import Backend, Encoder
+from gteopt.encoder.forward import operations
+from gteopt.encoder.loading import describe
 from gteopt.machine import machine, versions
-from gteopt.recipe import Recipe, load_recipe
-from gteopt.runtime import operations
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.speed.energy import Meter, meter
+from gteopt.speed.peaks import peak_gflops
+from gteopt.speed.texts import exact_texts
 
 PEERS = (
     "sentence-transformers",

@@ -24,12 +24,14 @@ from pydantic import Field
 from sentence_transformers import SentenceTransformer
 
 import gteopt
-from gteopt.evaluation import EncodeOptions, load_suite, run_suite
-from gteopt.evaluation.isolation import isolated
-from gteopt.evaluation.tasks import ResolvedTask, resolve
+from gteopt.evaluation.mteb_isolation import isolated
+from gteopt.evaluation.reference import find_reference
+from gteopt.evaluation.runner import EncodeOptions, run_suite
+from gteopt.evaluation.tasks import ResolvedTask, load_suite, resolve
+from gteopt.frozen import Frozen
 from gteopt.machine import machine, versions
-from gteopt.recipe import Frozen
-from gteopt.records import Conditions, Machine, find_reference, read_record, write_record
+from gteopt.records.environment import Conditions, Machine
+from gteopt.records.files import read_record, write_record
 
 RESULTS = Path(__file__).parent / "results" / "reproduce.json"
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"

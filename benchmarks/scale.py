@@ -41,8 +41,8 @@ import torch
 from safetensors.torch import save_file
 
 import gteopt
+from gteopt.config.recipe import Calibration, Recipe, load_recipe
 from gteopt.errors import InputError
-from gteopt.recipe import Calibration, Recipe, load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 ASSETS = Path(gteopt.__file__).parent / "assets"
@@ -225,9 +225,9 @@ def measure(
     minutes: float | None = None,
 ) -> dict[str, object]:
     """Build once in a process of its own; what `inspect` predicts, and what was seen."""
-    from gteopt.checkpoint import open_checkpoint
-    from gteopt.inspect import estimate
+    from gteopt.build.estimate import estimate
     from gteopt.machine import machine, versions
+    from gteopt.model.checkpoint import open_checkpoint
 
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         started = time.perf_counter()

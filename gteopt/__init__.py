@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from gteopt.build import quantize, truncate
-    from gteopt.encoder import Encoder
-    from gteopt.loading import load
+from gteopt.version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["Encoder", "load", "quantize", "truncate"]
+if TYPE_CHECKING:
+    from gteopt.build.quantize import quantize
+    from gteopt.build.truncate import truncate
+    from gteopt.encoder.encoder import Encoder
+    from gteopt.encoder.loading import load
+
+__all__ = ["Encoder", "__version__", "load", "quantize", "truncate"]
 
 _HOME = {
-    "load": "gteopt.loading",
-    "Encoder": "gteopt.encoder",
-    "quantize": "gteopt.build",
-    "truncate": "gteopt.build",
+    "load": "gteopt.encoder.loading",
+    "Encoder": "gteopt.encoder.encoder",
+    "quantize": "gteopt.build.quantize",
+    "truncate": "gteopt.build.truncate",
 }
 
 
@@ -29,3 +31,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'gteopt' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from gteopt.errors import InputError, UnsupportedError
-from gteopt.records import Conditions, Machine
+from gteopt.records.environment import Conditions, Machine
 
 _LIBRARIES = (
     "gteopt",

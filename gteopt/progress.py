@@ -1,111 +1,19 @@
-"""How far a long step is, on a screen or in a log.
+"""How long steps report how far they are.
 
-Hides: rich's bars. Refuses to know: what a step is.
+A step calls `progress(what, done, total)`; `quiet` drops the call. Bars are in `cli.progress_bars`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
-_LINE_EVERY_S = 60.0
+from typing import Protocol
 
 
-@contextmanager
-def shown(console: Console) -> Iterator[Steps]:
-    """Steps whose progress a console shows; see `Steps`."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    steps = Steps(Progress(*columns, console=console, transient=True))
-    try:
-        yield steps
-        steps.close()
-    finally:
-        steps.stop()
-
-
-class _Rate(ProgressColumn):
-    """Units of the step (texts, blocks) in a second."""
-
-    def render(self, task: Task) -> Text:
-        """The speed of the last half minute."""
-        return Text("" if task.speed is None else f"{_rate(task.speed)}/s")
-
-
-class Steps:
-    """A bar for the step at hand; a finished step leaves one line with its units and its time.
-
-    Where no terminal shows a bar (a batch job, nohup, CI), there is a line a minute instead.
-    """
-
-    def __init__(self, bars: Progress, clock: Callable[[], float] = time.monotonic) -> None:
-        self._bars = bars
-        self._clock = clock
-        self._said = 0.0
-        self._what: str | None = None
-        self._task: TaskID | None = None
-        self._since = 0.0
-        self._total = 0
+class Progress(Protocol):
+    """Told how far a long step is; the command line draws a bar from it."""
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """`done` of `total` units of the step `what` are finished."""
-        if what != self._what:
-            self.close()
-            if self._bars.console.is_terminal:
-                self._bars.start()  # only now: an error before the first step leaves no empty bar
-            self._what, self._since = what, self._clock()
-            self._said = self._since
-            self._task = self._bars.add_task(what, total=total)
-        assert self._task is not None
-        self._total = total
-        self._bars.update(self._task, completed=done, total=total)
-        now = self._clock()
-        if not self._bars.console.is_terminal and now - self._said >= _LINE_EVERY_S:
-            self._said = now
-            rate = done / (now - self._since)
-            left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 else ""
-            self._line(f"{what}  {done:,}/{total:,} at {_rate(rate)}/s{left}")
-
-    def close(self) -> None:
-        """The step at hand is over."""
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-            took = self._clock() - self._since
-            rate = f"{self._total:,} at {_rate(self._total / took)}/s, " if self._total > 1 else ""
-            self._line(f"{self._what}  {rate}{took:.1f} s")
-            self._what = self._task = None
-
-    def _line(self, text: str) -> None:
-        self._bars.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
-
-    def stop(self) -> None:
-        """Take the bar off the screen, also when the step at hand failed."""
-        if self._bars.live.is_started:
-            self._bars.stop()
 
 
-def _rate(per_second: float) -> str:
-    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
+def quiet(what: str, done: int, total: int) -> None:
+    """The progress receiver that shows nothing (the default from Python)."""

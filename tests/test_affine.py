@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from gteopt.config.recipe import Bits, GroupSize, LayerScheme
 from gteopt.errors import InputError, IntegrityError, NumericsError
 from gteopt.quant.affine import (
     NF4_LEVELS,
@@ -23,7 +24,6 @@ from gteopt.quant.affine import (
     snr_db,
     unpack_codes,
 )
-from gteopt.recipe import Bits, GroupSize, LayerScheme
 
 ALL_BITS: tuple[Bits, ...] = (2, 3, 4, 8)
 GROUP_SIZES: tuple[GroupSize, ...] = (32, 64, 128, "row")

@@ -19,17 +19,18 @@ from safetensors.torch import load_file, save_file
 from test_build import NANO, deeper_nano, peak_bytes
 
 import gteopt
-from gteopt.calibration import Room, draw_texts, tokenize
-from gteopt.checkpoint import open_checkpoint
-from gteopt.encoder import Encoder
+from gteopt.build.calibration_texts import draw_texts, tokenize
+from gteopt.build.estimate import estimate as predict
+from gteopt.build.layer_plan import plan_layers
+from gteopt.build.replay import Room
+from gteopt.build.sensitivity import DEEP_BLOCKS, estimate, measure
+from gteopt.config.recipe import Calibration, LayerScheme, Recipe, load_recipe
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.loading import load_checkpoint
 from gteopt.errors import InputError, NumericsError
-from gteopt.inspect import estimate as predict
-from gteopt.layer_plan import plan_layers
-from gteopt.loading import load_checkpoint
+from gteopt.model.checkpoint import open_checkpoint
 from gteopt.quant.affine import pack, packed_bytes, quantize_rtn
-from gteopt.quant.allocation import _prints_as_errors, allocate
-from gteopt.recipe import Calibration, LayerScheme, Recipe, load_recipe
-from gteopt.sensitivity import DEEP_BLOCKS, estimate, measure
+from gteopt.quant.bit_allocation import _prints_as_errors, allocate
 
 FEW = Calibration(n_texts=24, max_tokens=48)
 INT2 = LayerScheme(bits=2, group_size=32, symmetric=False)
@@ -209,7 +210,7 @@ def test_a_deep_model_is_estimated_and_the_manifest_says_so(
     """The nano counts as deep here; the estimate goes on behind the blocks that it has."""
     recipe = mixed(4.25, calibration=Calibration(n_texts=12, max_tokens=24))
     assert gteopt.quantize("nano", recipe, tmp_path / "shallow").allocation.found_by == "runs"  # type: ignore[union-attr]
-    monkeypatch.setattr("gteopt.layer_plan.DEEP_BLOCKS", 3)
+    monkeypatch.setattr("gteopt.build.layer_plan.DEEP_BLOCKS", 3)
     whole = gteopt.quantize("nano", recipe, tmp_path / "whole")
     assert whole.allocation is not None
     assert whole.allocation.found_by == "gradients"
@@ -255,8 +256,8 @@ def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None
     script = (
         "from gteopt.loading import load_checkpoint\n"
         "from gteopt.recipe import LayerScheme\n"
-        "from gteopt.sensitivity import measure\n"
-        "checkpoint = gteopt.checkpoint.open_checkpoint(sys.argv[1])\n"
+        "from gteopt.build.sensitivity import measure\n"
+        "checkpoint = gteopt.model.checkpoint.open_checkpoint(sys.argv[1])\n"
         "encoder = load_checkpoint(checkpoint, later='layers')\n"
         "tokens = encoder.tokenize(['bridge ' * 20] * 4)\n"
         "scheme = LayerScheme(bits=4, group_size=128, symmetric=False)\n"
@@ -442,7 +443,7 @@ def test_inspect_counts_what_blocks_are_fed_on_disk(
         lying = sum(path.stat().st_size for path in room.folder.glob("*"))
         spilled = max(spilled, lying)
 
-    monkeypatch.setattr("gteopt.sensitivity.N_PROBES", 1)
+    monkeypatch.setattr("gteopt.build.sensitivity.N_PROBES", 1)
     encoder = load_checkpoint(checkpoint, later="layers")
     tokens = tokenize(encoder, draw_texts(texts), texts.max_tokens)
     list(estimate(encoder, tokens, {}, room=room, progress=look))

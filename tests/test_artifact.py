@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import gteopt
-from gteopt.artifact import artifact_sha256, hash_file, read_manifest, verify, verifying
 from gteopt.errors import InputError, IntegrityError
+from gteopt.model.artifact import artifact_sha256, hash_file, read_manifest, verify, verifying
 
 TEXTS = ["Bridges carry loads to the ground.", "一座桥", "Pont"]
 
@@ -56,7 +56,7 @@ def test_weights_are_hashed_beside_what_reads_them(
         assert path.suffix != ".safetensors" or reading.wait(30)
         return hash_file(path)
 
-    monkeypatch.setattr("gteopt.artifact.hash_file", hash_after_that)
+    monkeypatch.setattr("gteopt.model.artifact.hash_file", hash_after_that)
     with verifying(artifact) as manifest:
         reading.set()
     assert manifest == read_manifest(artifact)

@@ -11,21 +11,16 @@ from pydantic import ValidationError
 from transformers import AutoModel
 
 import gteopt
-from gteopt.bench import (
-    _ask_child,
-    _Question,
-    bench,
-    default_workloads,
-    exact_texts,
-    fitting,
-)
-from gteopt.checkpoint import open_checkpoint
-from gteopt.encoder import Encoder
+from gteopt.config.plan import BenchSpec, Workload
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.loading import load
 from gteopt.errors import GteoptError, InputError
-from gteopt.loading import load
 from gteopt.machine import machine, versions
-from gteopt.recipe import BenchSpec, Workload
-from gteopt.records import BenchReport
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.records.bench import BenchReport
+from gteopt.speed.child_process import _ask_child, _Question
+from gteopt.speed.protocol import bench, default_workloads, fitting
+from gteopt.speed.texts import exact_texts
 
 NANO = Path(gteopt.__file__).parent / "assets" / "nano"
 SPEC = BenchSpec(

@@ -19,13 +19,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import gteopt
-from gteopt.artifact import read_manifest
-from gteopt.calibration import draw_texts
-from gteopt.checkpoint import open_checkpoint
-from gteopt.errors import InputError, NumericsError
-from gteopt.inspect import inspect
-from gteopt.layer_plan import plan_layers
-from gteopt.recipe import (
+from gteopt.build.calibration_texts import draw_texts
+from gteopt.build.layer_plan import plan_layers
+from gteopt.commands.inspect import inspect
+from gteopt.config.recipe import (
     Calibration,
     Dims,
     LayerScheme,
@@ -35,7 +32,10 @@ from gteopt.recipe import (
     Vectors,
     load_recipe,
 )
-from gteopt.records import Manifest
+from gteopt.errors import InputError, NumericsError
+from gteopt.model.artifact import read_manifest
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.records.manifest import Manifest
 
 NANO = Path(gteopt.__file__).parent / "assets" / "nano"
 
@@ -483,7 +483,7 @@ def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoints are files of the right size with nothing in them: only headers are read."""
-    from gteopt import inspect
+    from gteopt.build import estimate
 
     root = Path(__file__).resolve().parent.parent / "benchmarks"
     spec = importlib.util.spec_from_file_location("scale", root / "scale.py")
@@ -519,8 +519,8 @@ def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
         weights = recipe.weights.model_copy(update={"compensate": row["compensate"]})
         recipe = recipe.model_copy(update={"calibration": calibration, "weights": weights})
         emulated = "bf16" not in row["machine"]["cpu"]
-        monkeypatch.setattr(inspect, "emulates_bfloat16", lambda device, found=emulated: found)
-        (predicted,) = inspect.estimate(open_checkpoint(folder), [recipe])
+        monkeypatch.setattr(estimate, "emulates_bfloat16", lambda device, found=emulated: found)
+        (predicted,) = estimate.estimate(open_checkpoint(folder), [recipe])
         assert predicted.build_bytes == pytest.approx(row["predicted_bytes"], rel=1e-3)
         seen = row["peak_bytes"] - row["imports_bytes"]
         assert predicted.build_bytes == pytest.approx(seen, rel=0.15)

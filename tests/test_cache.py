@@ -20,21 +20,18 @@ import torch
 from safetensors.numpy import load_file
 
 import gteopt
-from gteopt.cli import main
-from gteopt.encoder import Encoder
+from gteopt.cli.app import main
+from gteopt.config.recipe import Dims, VectorCode, Vectors
+from gteopt.corpus.shards import SHARD_TEXTS, Encodings, LocalEncoding
+from gteopt.corpus.vector_cache import FORWARD_SCHEMA, VectorCache, vector_identity
+from gteopt.encoder.encoder import Encoder
 from gteopt.errors import UnsupportedError
-from gteopt.evaluation import EncodeOptions, Suite, compare, run_suite, run_views, view_of
-from gteopt.evaluation.cache import (
-    FORWARD_SCHEMA,
-    SHARD_TEXTS,
-    Encodings,
-    LocalEncoding,
-    VectorCache,
-    vector_identity,
-)
+from gteopt.evaluation.compare import compare
 from gteopt.evaluation.fidelity import read_sample, write_sample
-from gteopt.quant.vectors import fit
-from gteopt.recipe import Dims, VectorCode, Vectors
+from gteopt.evaluation.runner import EncodeOptions, run_suite, run_views
+from gteopt.evaluation.suites import Suite
+from gteopt.evaluation.views import view_of
+from gteopt.vectors.fit import fit
 
 TASKS: tuple[dict[str, Any], ...] = (
     {"task": "MiniSTS", "subsets": ["en"]},
@@ -42,7 +39,7 @@ TASKS: tuple[dict[str, Any], ...] = (
     {"task": "MiniBitextMining", "subsets": ["en-pl"], "instruction": "Translate."},
 )
 
-VERSION_IN_KEYS = "gteopt.evaluation.finished.version"
+VERSION_IN_KEYS = "gteopt.evaluation.task_store.version"
 CODES: tuple[VectorCode, ...] = ("float32", "int8", "binary")
 
 
@@ -215,8 +212,8 @@ def test_a_corpus_beyond_the_cache_is_kept_from_its_beginning(
     nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was read least lately would be just what a second reading comes to next."""
-    monkeypatch.setattr("gteopt.evaluation.cache.SHARD_TEXTS", 8)
-    monkeypatch.setattr("gteopt.evaluation.cache._HELD_BYTES", 0)
+    monkeypatch.setattr("gteopt.corpus.shards.SHARD_TEXTS", 8)
+    monkeypatch.setattr("gteopt.corpus.vector_cache._HELD_BYTES", 0)
     corpus = [[f"{part} text {i}" for i in range(8)] for part in range(10)]
     VectorCache(nano, tmp_path).embed(texts_of(8), "document", None)  # of an earlier task
     (other,) = shards(tmp_path)
@@ -246,9 +243,9 @@ def test_a_corpus_beyond_the_cache_is_kept_from_its_beginning(
 def test_a_search_beyond_the_cache_encodes_its_corpus_once_for_all_views(
     nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gteopt.evaluation.cache.SHARD_TEXTS", 16)
-    monkeypatch.setattr("gteopt.evaluation.cache._HELD_BYTES", 0)
-    monkeypatch.setattr("gteopt.evaluation.adapter._CHUNK_TEXTS", 40)
+    monkeypatch.setattr("gteopt.corpus.shards.SHARD_TEXTS", 16)
+    monkeypatch.setattr("gteopt.corpus.vector_cache._HELD_BYTES", 0)
+    monkeypatch.setattr("gteopt.evaluation.mteb_model._CHUNK_TEXTS", 40)
     fitted = nano.embed(texts_of(64))
     views = [
         view_of(nano, fit(fitted, Dims(n=dims), Vectors(code=code)), f"{dims}-{code}")
@@ -279,7 +276,7 @@ def test_a_search_beyond_the_cache_encodes_its_corpus_once_for_all_views(
 def test_shards_are_cut_alike_whatever_was_encoded_before_a_stop(
     nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gteopt.evaluation.cache.SHARD_TEXTS", 16)
+    monkeypatch.setattr("gteopt.corpus.shards.SHARD_TEXTS", 16)
     texts = texts_of(40)
 
     class Stop(Exception):
@@ -305,7 +302,7 @@ def test_two_processes_fill_one_cache_at_once(nano: Encoder, tmp_path: Path) -> 
     code = (
         "import sys, gteopt\n"
         "from pathlib import Path\n"
-        "from gteopt.evaluation.cache import VectorCache\n"
+        "from gteopt.corpus.vector_cache import VectorCache\n"
         "cache = VectorCache(gteopt.load('nano', device='cpu'), Path(sys.argv[1]))\n"
         "print('ready', flush=True)\n"
         "for part in range(12):\n"
@@ -406,7 +403,7 @@ def test_every_field_of_a_finished_task_s_key_is_of_its_place(
     nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each alone gives another place, and only what it says of the task does."""
-    from gteopt.evaluation import finished
+    from gteopt.evaluation import task_store as finished
     from gteopt.evaluation.tasks import resolve
 
     (task,) = resolve(suite_of(TASKS[0]), None)
@@ -517,7 +514,7 @@ def test_vectors_of_another_forward_pass_are_encoded_again(
     nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     VectorCache(nano, tmp_path).embed(texts_of(9), "document", None)
-    monkeypatch.setattr("gteopt.evaluation.cache.FORWARD_SCHEMA", "2")
+    monkeypatch.setattr("gteopt.corpus.vector_cache.FORWARD_SCHEMA", "2")
     mended = VectorCache(nano, tmp_path)
     mended.embed(texts_of(9), "document", None)
     assert mended.counts.n_encoded == 9
@@ -593,7 +590,7 @@ def test_a_killed_run_goes_on_at_the_last_shard(
     command = ["evaluate", "nano", "--data", str(pairs)]
     command += ["--out", str(out), "--device", "cpu", "--json"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "gteopt.cli", *command],
+        [sys.executable, "-m", "gteopt", *command],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

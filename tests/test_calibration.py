@@ -10,20 +10,17 @@ import torch
 from torch import nn
 
 import gteopt
-from gteopt.calibration import (
+from gteopt.build.calibration_texts import (
     CalibrationText,
-    accumulate_hessian,
-    advance_,
     draw_texts,
-    open_blocks,
     record,
-    stages,
     tokenize,
     with_sentences,
 )
-from gteopt.encoder import Encoder
+from gteopt.build.replay import accumulate_hessian, advance_, open_blocks, stages
+from gteopt.config.recipe import Calibration
+from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
-from gteopt.recipe import Calibration
 
 
 @pytest.fixture(scope="module")

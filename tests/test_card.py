@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 import gteopt
-from gteopt.artifact import artifact_sha256, read_manifest
-from gteopt.card import card
-from gteopt.checkpoint import open_checkpoint
-from gteopt.cli import app
-from gteopt.recipe import LayerScheme, Layout, Recipe, load_recipe
+from gteopt.build.card import card
+from gteopt.cli.app import app
+from gteopt.config.recipe import LayerScheme, Layout, Recipe, load_recipe
+from gteopt.model.artifact import artifact_sha256, read_manifest
+from gteopt.model.checkpoint import open_checkpoint
 
 OWN = Recipe.model_validate(
     {

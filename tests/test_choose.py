@@ -6,30 +6,15 @@ import random
 
 import pytest
 
-from gteopt.choose import choose, pareto_front
+from gteopt.config.plan import BenchSpec
+from gteopt.config.policy import HIGHER_IS_BETTER, Limit, Metric, Objective, Policy, load_policy
+from gteopt.config.yaml_files import shipped_names
 from gteopt.errors import InputError
-from gteopt.recipe import (
-    HIGHER_IS_BETTER,
-    BenchSpec,
-    Limit,
-    Metric,
-    Objective,
-    Policy,
-    load_policy,
-    shipped_names,
-)
-from gteopt.records import (
-    BenchReport,
-    Difference,
-    EvalReport,
-    FailedTask,
-    Fidelity,
-    LatencyRecord,
-    Machine,
-    Results,
-    ThroughputRecord,
-    VariantBench,
-)
+from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
+from gteopt.records.environment import Machine
+from gteopt.records.evaluation import Difference, EvalReport, FailedTask, Fidelity
+from gteopt.records.results_folder import Results
+from gteopt.report.choose import choose, pareto_front
 
 MACHINE = Machine(cpu="c", n_cores=2, memory_bytes=1, gpu=None, os="o", python="3")
 MB = 1_000_000

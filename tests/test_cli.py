@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 import gteopt
-from gteopt.artifact import read_manifest
-from gteopt.cli import main
-from gteopt.encoder import Encoder
+from gteopt.cli.app import main
+from gteopt.cli.progress_bars import Steps
+from gteopt.config.recipe import Calibration, LayerScheme, load_recipe
+from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
-from gteopt.progress import Steps
-from gteopt.recipe import Calibration, LayerScheme, load_recipe
-from gteopt.tables import layers_table
+from gteopt.model.artifact import read_manifest
+from gteopt.report.terminal import layers_table
 
 COMMANDS = [
     "run", "quantize", "truncate", "bench", "evaluate", "choose", "report", "verify", "publish",
@@ -182,7 +182,7 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path: Path, begun: boo
     (place / ".out.partial" if begun else place).mkdir(parents=True)
     closed = place / ".out.partial" if begun else place
     closed.chmod(0o555)
-    command = [*as_nobody, sys.executable, "-m", "gteopt.cli", "quantize", "nano"]
+    command = [*as_nobody, sys.executable, "-m", "gteopt", "quantize", "nano"]
     command += ["--recipe", "rtn-int4", "--out", str(place / "out")]
     child = subprocess.run(command, capture_output=True, text=True)
     if closed.exists():
@@ -314,7 +314,7 @@ def test_truncate_then_verify_then_a_flipped_byte(
 def quantize_in_child(
     out: Path, preexec_fn: Callable[[], None] | None = None
 ) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "gteopt.cli", "quantize", "nano", "--recipe", "gptq-int4"]
+    command = [sys.executable, "-m", "gteopt", "quantize", "nano", "--recipe", "gptq-int4"]
     return subprocess.Popen(
         [*command, "--out", str(out)], stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn
     )
@@ -356,9 +356,12 @@ def test_ctrl_c_promises_what_the_command_keeps(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("measure", "measure_dummy", "base_of", "run"):
-        monkeypatch.setattr(f"gteopt.plan.{name}", stop)
-    monkeypatch.setattr("gteopt.artifact.verify", stop)
+    for name in (
+        *("bench.measure", "bench.measure_dummy"),
+        *("evaluate.base_of", "run.run"),
+    ):
+        monkeypatch.setattr(f"gteopt.commands.{name}", stop)
+    monkeypatch.setattr("gteopt.model.artifact.verify", stop)
     ran = call(*arguments)
     assert ran.code == 130
     assert kept in ran.err

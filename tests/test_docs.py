@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from gteopt.cli import app
-from gteopt.families import FAMILIES, PUBLISHED
-from gteopt.recipe import load_plan, shipped_names
+from gteopt.cli.app import app
+from gteopt.config.plan import load_plan
+from gteopt.config.yaml_files import shipped_names
+from gteopt.model.families import FAMILIES, PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +24,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 
 def generated_reference() -> str:
     ran = subprocess.run(
-        [sys.executable, "-m", "typer", "gteopt.cli", "utils", "docs", "--name", "gteopt"],
+        [sys.executable, "-m", "typer", "gteopt.cli.app", "utils", "docs", "--name", "gteopt"],
         capture_output=True,
         text=True,
         check=True,

@@ -11,18 +11,20 @@ import psutil
 import pytest
 
 import gteopt
-from gteopt.bench import bench, bench_dummy, text_lengths
-from gteopt.checkpoint import open_checkpoint
-from gteopt.dummy import shapes, write_dummy
+from gteopt.commands.bench import bench_dummy
+from gteopt.config.plan import BenchSpec, Workload
 from gteopt.errors import InputError, UnsupportedError
-from gteopt.recipe import BenchSpec, Workload
-from gteopt.records import (
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.records.bench import (
     BenchReport,
     break_even_price_per_hour,
     cost_per_million_tokens,
     index_cost_per_month,
 )
-from gteopt.tables import bench_table, limits_table
+from gteopt.report.terminal import bench_table, limits_table
+from gteopt.speed.protocol import bench
+from gteopt.speed.random_model import shapes, write_dummy
+from gteopt.speed.texts import text_lengths
 
 SMALL = {
     "model_type": "qwen2",

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 import gteopt
-from gteopt.checkpoint import open_checkpoint
+from gteopt.build.estimate import estimate
+from gteopt.build.layer_plan import plan_layers
+from gteopt.config.recipe import LayerScheme, Recipe, load_recipe
 from gteopt.errors import InputError
-from gteopt.inspect import estimate
 from gteopt.kernels.reference import PackedEmbedding
-from gteopt.layer_plan import plan_layers
+from gteopt.model.checkpoint import open_checkpoint
 from gteopt.quant.affine import pack, quantize_rtn
-from gteopt.recipe import LayerScheme, Recipe, load_recipe
-from gteopt.records import Manifest
+from gteopt.records.manifest import Manifest
 
 ROWS = LayerScheme(bits=8, group_size="row", symmetric=True)
 TEXTS = ["A bridge.", "Ein Fluss fließt ins Meer.", "一座桥", "word " * 60]

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gteopt
-from gteopt.checkpoint import _hash_unchanged, open_checkpoint
-from gteopt.encoder import Encoder
+from gteopt.config.recipe import LayerScheme
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.loading import empty_, swap_linear_
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
-from gteopt.loading import empty_, swap_linear_
+from gteopt.model.checkpoint import _hash_unchanged, open_checkpoint
 from gteopt.quant.affine import pack, quantize_rtn
-from gteopt.recipe import LayerScheme
 
 NANO = Path(gteopt.__file__).parent / "assets" / "nano"
 TEXTS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gteopt.energy import Meter, meter
+from gteopt.speed.energy import Meter, meter
 
 
 def test_a_processor_has_no_counter_and_says_so() -> None:

@@ -18,22 +18,21 @@ import pytest
 import torch
 
 import gteopt
-from gteopt.cli import main
-from gteopt.encoder import Encoder, Role
+from gteopt.cli.app import main
+from gteopt.config.recipe import Dims, LayerScheme, Vectors
+from gteopt.encoder.encoder import Encoder, Role
 from gteopt.errors import InputError, NumericsError
-from gteopt.evaluation import (
-    EncodeOptions,
-    Suite,
-    SuiteRun,
-    compare,
-    load_suite,
-    own_view,
-    run_suite,
-)
+from gteopt.evaluation.compare import compare
+from gteopt.evaluation.runner import EncodeOptions, SuiteRun, run_suite
+from gteopt.evaluation.suites import Suite
+from gteopt.evaluation.tasks import load_suite
+from gteopt.evaluation.views import own_view
+from gteopt.paths import shipped_dir
+from gteopt.progress import Progress, quiet
 from gteopt.quant.affine import quantize_rtn
-from gteopt.quant.vectors import VectorTransform, fit
-from gteopt.recipe import Dims, LayerScheme, Progress, Vectors, quiet, shipped_dir
-from gteopt.records import EvalReport
+from gteopt.records.evaluation import EvalReport
+from gteopt.vectors.fit import fit
+from gteopt.vectors.transform import VectorTransform
 
 QUICK = ("MiniSTS", "MiniBitextMining")
 
@@ -234,9 +233,9 @@ def test_the_adapter_ranks_as_mteb_does_by_itself(nano: Encoder, code: str, tmp_
     from mteb.models.search_wrappers import SearchEncoderWrapper
     from mteb.types import PromptType
 
-    from gteopt.evaluation.adapter import TaskModel
-    from gteopt.evaluation.cache import VectorCache
-    from gteopt.evaluation.tasks import MiniRetrieval
+    from gteopt.corpus.vector_cache import VectorCache
+    from gteopt.evaluation.mini_tasks import MiniRetrieval
+    from gteopt.evaluation.mteb_model import TaskModel
 
     task = MiniRetrieval()
     task.load_data()
@@ -278,9 +277,9 @@ def test_metrics_in_mtebs_layout_are_those_of_a_search_without_a_limit(
     nano: Encoder, tmp_path: Path
 ) -> None:
     """What lies deeper than the search went is not there, instead of being wrong."""
-    from gteopt.evaluation.adapter import TaskModel
-    from gteopt.evaluation.cache import VectorCache
-    from gteopt.evaluation.tasks import MiniRetrieval
+    from gteopt.corpus.vector_cache import VectorCache
+    from gteopt.evaluation.mini_tasks import MiniRetrieval
+    from gteopt.evaluation.mteb_model import TaskModel
 
     run_suite(nano, suite_of("MiniRetrieval"), store=tmp_path)
     (path,) = (tmp_path / "results").rglob("MiniRetrieval.json")
@@ -308,7 +307,8 @@ def test_plain_mteb_gives_the_same_scores() -> None:
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta
 
-    from gteopt.evaluation.tasks import MINI_TASKS, task_instruction
+    from gteopt.evaluation.mini_tasks import MINI_TASKS
+    from gteopt.evaluation.tasks import task_instruction
 
     encoder = gteopt.load("nano", device="cpu", dtype="float32")
     run = run_suite(encoder, suite_of(*QUICK))
@@ -329,7 +329,7 @@ def test_plain_mteb_gives_the_same_scores() -> None:
 
 
 def test_instructions_reach_queries_only(nano: Encoder) -> None:
-    from gteopt.evaluation.tasks import mini_rows
+    from gteopt.evaluation.mini_tasks import mini_rows
 
     counting = Counting(nano)
     run_suite(counting, suite_of({"task": "MiniRetrieval", "instruction": "Find the passage."}))
@@ -340,9 +340,10 @@ def test_instructions_reach_queries_only(nano: Encoder) -> None:
 
 
 def test_labels_that_are_read_at_once_give_the_same_bits(nano: Encoder, tmp_path: Path) -> None:
-    from gteopt.evaluation.adapter import TaskModel
-    from gteopt.evaluation.cache import VectorCache
-    from gteopt.evaluation.tasks import MiniIntentClassification, read_labels_at_once_
+    from gteopt.corpus.vector_cache import VectorCache
+    from gteopt.evaluation.mini_tasks import MiniIntentClassification
+    from gteopt.evaluation.mteb_model import TaskModel
+    from gteopt.evaluation.tasks import read_labels_at_once_
 
     model = TaskModel(VectorCache(nano, tmp_path), own_view(nano), None)
     found = []
@@ -388,8 +389,8 @@ def test_a_text_is_encoded_once_in_a_run(nano: Encoder) -> None:
 
 
 def test_what_is_scored_are_codes_with_stored_ranges(nano: Encoder, tmp_path: Path) -> None:
-    from gteopt.evaluation.adapter import TaskModel
-    from gteopt.evaluation.cache import VectorCache
+    from gteopt.corpus.vector_cache import VectorCache
+    from gteopt.evaluation.mteb_model import TaskModel
 
     encoder = Counting(nano)
     texts = [f"Text number {i} is about {i * i} things." for i in range(40)]
@@ -445,7 +446,7 @@ def test_a_stored_score_of_another_encoder_or_instruction_is_not_taken(
 
 
 def test_nan_vectors_fail_their_task_and_leave_the_report_partial(nano: Encoder) -> None:
-    from gteopt.evaluation.tasks import mini_rows
+    from gteopt.evaluation.mini_tasks import mini_rows
 
     def tokens(texts: Sequence[str]) -> set[int]:
         return {token for ids in nano.tokenize(texts) for token in ids}

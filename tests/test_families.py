@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import gteopt
-from gteopt.artifact import read_manifest
-from gteopt.checkpoint import open_checkpoint
-from gteopt.encoder import Encoder
+from gteopt.commands.inspect import inspect
+from gteopt.config.recipe import Calibration, LayerScheme, load_recipe
+from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError, IntegrityError
-from gteopt.families import PUBLISHED
-from gteopt.inspect import inspect
-from gteopt.recipe import Calibration, LayerScheme, load_recipe
+from gteopt.model.artifact import read_manifest
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.model.families import PUBLISHED
 
 TEXTS = ["A bridge.", "Photosynthesis turns light into sugar, in every leaf of a plant.", "水", ""]
 INSTRUCTION = "Find the answer"
@@ -605,7 +605,7 @@ def test_inspect_tells_the_familys_facts(tmp_path: Path) -> None:
 
 def test_replayed_blocks_give_the_models_own_output_however_often(published: Published3) -> None:
     """Published configs say `use_cache: true`: keys of an earlier run must not be seen."""
-    from gteopt.calibration import advance_, behind_blocks, open_blocks, stages
+    from gteopt.build.replay import advance_, behind_blocks, open_blocks, stages
 
     _, folder, _ = published
     assert "use_cache" not in json.loads((folder / "config.json").read_text())  # so it is true

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import rankdata
 
+from gteopt.config.recipe import Dims, Vectors
 from gteopt.errors import InputError, IntegrityError
 from gteopt.evaluation.fidelity import (
     Sampler,
@@ -18,8 +19,8 @@ from gteopt.evaluation.fidelity import (
     read_sample,
     write_sample,
 )
-from gteopt.quant.vectors import fit, identity
-from gteopt.recipe import Dims, Vectors
+from gteopt.vectors.fit import fit
+from gteopt.vectors.transform import identity
 
 DIMS = 32
 

@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gteopt
-from gteopt.checkpoint import open_checkpoint
+from gteopt.build.layer_plan import plan_layers
+from gteopt.commands.inspect import inspect
+from gteopt.config.recipe import LayerScheme, Recipe, load_recipe
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
-from gteopt.formats import FORMATS, Shape, choose_layout, format_of, gptq
-from gteopt.inspect import inspect
+from gteopt.formats import FORMATS, choose_layout, format_of, gptq
+from gteopt.formats.packed import Shape
 from gteopt.kernels import make_linear
-from gteopt.layer_plan import plan_layers
+from gteopt.model.checkpoint import open_checkpoint
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, code_range, pack
-from gteopt.recipe import LayerScheme, Recipe, load_recipe
 
 SHAPE = Shape(64, 128)
 SCHEMES = [
@@ -379,7 +380,7 @@ def test_every_layout_gives_the_same_vectors(int4: dict[str, Path]) -> None:
 def test_weights_beyond_one_file_are_written_as_shards_with_an_index(
     int4: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gteopt.layout._FILE_BYTES", 1 << 18)
+    monkeypatch.setattr("gteopt.build.st_folder._FILE_BYTES", 1 << 18)
     scheme = LayerScheme(bits=4, group_size=64, symmetric=False)
     gteopt.quantize("nano", recipe(scheme), tmp_path / "shards")
     index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())

@@ -8,16 +8,10 @@ import math
 import pytest
 import torch
 
+from gteopt.config.recipe import Bits, GroupSize, LayerScheme
 from gteopt.errors import NumericsError
 from gteopt.quant.affine import QuantizedWeight, encode, quantize_rtn
-from gteopt.quant.gptq import (
-    HessianAccumulator,
-    _inverse_factor,
-    is_finite,
-    output_snr_db,
-    solve,
-)
-from gteopt.recipe import Bits, GroupSize, LayerScheme
+from gteopt.quant.gptq import HessianAccumulator, _inverse_factor, is_finite, output_snr_db, solve
 
 ALL_BITS: tuple[Bits, ...] = (2, 3, 4, 8)
 GROUP_SIZES: tuple[GroupSize, ...] = (32, 64, 128, "row")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import gteopt
-from gteopt.bench import exact_texts
-from gteopt.graphs import LENGTHS, Graphs
+from gteopt.encoder.cuda_graphs import LENGTHS, Graphs
+from gteopt.speed.texts import exact_texts
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU only")
 

@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 
 import gteopt
-from gteopt.cli import main
+from gteopt.cli.app import main
+from gteopt.commands.evaluate import Grid, Setup, parse_grid, score
+from gteopt.config.recipe import Recipe, VectorCode
 from gteopt.errors import InputError
-from gteopt.evaluation import Suite, load_suite, run_suite, with_data
-from gteopt.plan import Grid, Setup, parse_grid, score
-from gteopt.recipe import Recipe, VectorCode, quiet
-from gteopt.records import EvalReport, read_record
-from gteopt.tables import eval_table, grid_table
+from gteopt.evaluation.runner import run_suite
+from gteopt.evaluation.suites import Suite, with_data
+from gteopt.evaluation.tasks import load_suite
+from gteopt.progress import quiet
+from gteopt.records.evaluation import EvalReport
+from gteopt.records.files import read_record
+from gteopt.report.terminal import eval_table, grid_table
 
 SUITE_OF_PAIRS = Suite.model_validate(
     {

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 import gteopt.kernels.cpu
+from gteopt.config.recipe import GptqWeights, LayerScheme, RtnWeights
 from gteopt.errors import IntegrityError
 from gteopt.kernels import make_linear
 from gteopt.kernels.cpu import StaticInt8LinearCpu
 from gteopt.kernels.reference import Int8Reference
 from gteopt.quant.affine import PackedWeight, pack, packed_bytes, quantize_rtn
-from gteopt.quant.inputs import InputGrid, SeenInputs, fit_inputs
-from gteopt.recipe import GptqWeights, LayerScheme, RtnWeights
+from gteopt.quant.static_activations import InputGrid, SeenInputs, fit_inputs
 
 CPU = torch.device("cpu")
 STATIC = LayerScheme(

@@ -14,11 +14,11 @@ from test_families import MODELS, publish
 from test_publish import TOKEN, User, contents
 
 import gteopt
-from gteopt.artifact import artifact_sha256, read_manifest
+from gteopt.commands.inspect import inspect
+from gteopt.config.recipe import load_recipe
 from gteopt.errors import InputError
-from gteopt.inspect import inspect
-from gteopt.recipe import load_recipe
-from gteopt.records import Inspection
+from gteopt.model.artifact import artifact_sha256, read_manifest
+from gteopt.records.inspection import Inspection
 
 REPO = "Alibaba-NLP/gte-Qwen2-7B-instruct"
 COMMIT = "c0ffee" + 34 * "0"

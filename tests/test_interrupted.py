@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from test_families import MODELS, publish
 
 import gteopt
-from gteopt import artifact
-from gteopt.calibration import Block
+from gteopt.build.replay import Block
+from gteopt.config.recipe import Calibration, Dims, GptqWeights, load_recipe
 from gteopt.errors import InputError, NumericsError
+from gteopt.model import artifact
 from gteopt.quant import gptq
-from gteopt.recipe import Calibration, Dims, GptqWeights, load_recipe
 
 NO_DEVICE_MEMORY: dict[str, tuple[str, Exception]] = {
     "torch": (
@@ -121,7 +121,11 @@ def processes() -> Iterator[ForkServerContext]:
     """Each process starts from one that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["gteopt.build", "transformers.models.qwen2.modeling_qwen2", "sentence_transformers"]
+        [
+            "gteopt.build.quantize",
+            "transformers.models.qwen2.modeling_qwen2",
+            "sentence_transformers",
+        ]
     )
     with pytest.MonkeyPatch.context() as patch:
         # Otherwise memory that was freed is used again, and no further page is needed.
@@ -285,7 +289,7 @@ def test_nan_names_the_layer_and_keeps_the_blocks_before_it(
 
 
 def test_a_dead_input_feature_is_recorded_and_costs_nothing(base: Path, tmp_path: Path) -> None:
-    from gteopt.artifact import read_manifest
+    from gteopt.model.artifact import read_manifest
 
     name = "layers.0.input_layernorm.weight"
     dead = changed(base, tmp_path / MODELS[0].name, name, 5, 0.0)
@@ -300,7 +304,7 @@ def test_a_dead_input_feature_is_recorded_and_costs_nothing(base: Path, tmp_path
 
 def test_a_hessian_that_no_damping_mends_names_the_layer() -> None:
     """The real solver on a real matrix with negative curvature, through the build's own door."""
-    from gteopt.blocks import quantize_layer
+    from gteopt.build.blocks import quantize_layer
     from gteopt.quant.gptq import HessianAccumulator
 
     weights = load_recipe("gptq-int4").weights

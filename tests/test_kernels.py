@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import gteopt.kernels
+from gteopt.config.recipe import Bits, GroupSize, LayerScheme
 from gteopt.kernels import KERNELS, choose, make_linear
 from gteopt.kernels.cpu import (
     DenseLinearCpu,
@@ -40,8 +41,7 @@ from gteopt.quant.affine import (
     quantize_tokens,
     token_scale,
 )
-from gteopt.quant.inputs import InputGrid
-from gteopt.recipe import Bits, GroupSize, LayerScheme
+from gteopt.quant.static_activations import InputGrid
 
 CPU = torch.device("cpu")
 W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)

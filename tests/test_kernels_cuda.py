@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 import torch
 
+from gteopt.config.recipe import LayerScheme
 from gteopt.kernels.reference import Fp8Reference, Int8Reference
 from gteopt.quant import affine
 from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
-from gteopt.recipe import LayerScheme
 
 W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
 TOKEN_ZEROS = W8A8.model_copy(update={"activation_symmetric": False})

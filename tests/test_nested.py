@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import gteopt
+from gteopt.config.recipe import LayerScheme, load_recipe
 from gteopt.errors import IntegrityError
-from gteopt.formats import FORMATS, Shape
+from gteopt.formats import FORMATS
+from gteopt.formats.packed import Shape
 from gteopt.quant import gptq
 from gteopt.quant.affine import PackedWeight, pack, packed_bytes, quantize_rtn, round_to_grid
-from gteopt.quant.nested import dynamic_map, nest
-from gteopt.recipe import LayerScheme, load_recipe
+from gteopt.quant.double_quantization import dynamic_map, nest
 
 SCHEME = LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4", nested_scales=True)
 

@@ -15,18 +15,20 @@ from random_models import random_module
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-import gteopt.openvino
-from gteopt.bench import bench
-from gteopt.encoder import Backend
+import gteopt.encoder.openvino
+from gteopt.commands.evaluate import Setup, compare_texts
+from gteopt.commands.export import export_openvino
+from gteopt.config.plan import BenchSpec, Workload
+from gteopt.config.recipe import Calibration, LayerScheme, load_recipe
+from gteopt.corpus.vector_cache import vector_identity
+from gteopt.encoder.encoder import Backend
+from gteopt.encoder.openvino import Graph, Weights
 from gteopt.errors import InputError, UnsupportedError
-from gteopt.evaluation.cache import vector_identity
-from gteopt.families import Pooling
-from gteopt.formats import ReadLayer
-from gteopt.layout import export_openvino
-from gteopt.openvino import Graph, Weights
-from gteopt.plan import Setup, compare_texts
+from gteopt.formats.packed import ReadLayer
+from gteopt.model.families import Pooling
+from gteopt.progress import quiet
 from gteopt.quant.affine import pack, quantize_rtn
-from gteopt.recipe import BenchSpec, Calibration, LayerScheme, Workload, load_recipe, quiet
+from gteopt.speed.protocol import bench
 
 SIZES = {
     "hidden_size": 128,

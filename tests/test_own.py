@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 
 import gteopt
-from gteopt.build import fit_transforms
-from gteopt.encoder import Encoder
+from gteopt.build.fit_vectors import fit_transforms
+from gteopt.commands.evaluate import Grid, Setup, compare_texts
+from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
-from gteopt.evaluation import compare, fidelity, load_suite, read_texts, run_suite, with_data
-from gteopt.evaluation.fidelity import sample_of
-from gteopt.evaluation.own import Collection, Pairs, read_own
-from gteopt.evaluation.suites import Suite
-from gteopt.evaluation.tasks import mini_rows
-from gteopt.plan import Grid, Setup, compare_texts
-from gteopt.recipe import quiet
-from gteopt.records import FidelityReport, read_record
-from gteopt.tables import fidelity_table
+from gteopt.evaluation.compare import compare
+from gteopt.evaluation.fidelity import fidelity, sample_of
+from gteopt.evaluation.mini_tasks import mini_rows
+from gteopt.evaluation.runner import run_suite
+from gteopt.evaluation.suites import Suite, with_data
+from gteopt.evaluation.tasks import load_suite
+from gteopt.evaluation.user_data import Collection, Pairs, read_own, read_texts
+from gteopt.progress import quiet
+from gteopt.records.evaluation import FidelityReport
+from gteopt.records.files import read_record
+from gteopt.report.terminal import fidelity_table
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

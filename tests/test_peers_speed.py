@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gteopt.checkpoint import open_checkpoint
-from gteopt.dummy import shapes
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.speed.random_model import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {

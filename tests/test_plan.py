@@ -8,20 +8,19 @@ import pytest
 import torch
 
 import gteopt
-from gteopt.artifact import artifact_sha256
+from gteopt.commands.bench import measure
+from gteopt.commands.choose import judge
+from gteopt.commands.evaluate import base_of
+from gteopt.commands.run import run
+from gteopt.config.plan import BenchSpec, Plan, PlanBench, Workload
+from gteopt.config.policy import Limit, Objective, Policy
 from gteopt.errors import InputError
-from gteopt.plan import base_of, judge, measure, run
-from gteopt.recipe import (
-    BenchSpec,
-    Limit,
-    Objective,
-    Plan,
-    PlanBench,
-    Policy,
-    Workload,
-    quiet,
-)
-from gteopt.records import BenchReport, EvalReport, Results, read_record, read_results, write_record
+from gteopt.model.artifact import artifact_sha256
+from gteopt.progress import quiet
+from gteopt.records.bench import BenchReport
+from gteopt.records.evaluation import EvalReport
+from gteopt.records.files import read_record, write_record
+from gteopt.records.results_folder import Results, read_results
 
 SUITE = """
 schema: gteopt.suite/1

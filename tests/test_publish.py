@@ -29,26 +29,18 @@ from huggingface_hub.repocard_data import (
 )
 
 import gteopt
-from gteopt.artifact import artifact_sha256, read_manifest, verify
-from gteopt.checkpoint import open_checkpoint
+from gteopt.config.plan import BenchSpec
+from gteopt.config.policy import DEFAULT_MARGIN
+from gteopt.config.recipe import load_recipe
 from gteopt.errors import GteoptError, InputError, UnsupportedError
-from gteopt.licenses import read_terms
-from gteopt.publish import prepare
-from gteopt.recipe import DEFAULT_MARGIN, BenchSpec, load_recipe
-from gteopt.records import (
-    BenchReport,
-    Difference,
-    EvalReport,
-    FailedTask,
-    Fidelity,
-    LatencyRecord,
-    Machine,
-    TaskScore,
-    ThroughputRecord,
-    VariantBench,
-    read_record,
-    write_record,
-)
+from gteopt.model.artifact import artifact_sha256, read_manifest, verify
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.publishing.licenses import read_terms
+from gteopt.publishing.publish import prepare
+from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
+from gteopt.records.environment import Machine
+from gteopt.records.evaluation import Difference, EvalReport, FailedTask, Fidelity, TaskScore
+from gteopt.records.files import read_record, write_record
 
 TOKEN = "hf_secretSECRETsecretSECRETsecret0001"
 TEXTS = ["Bridges carry loads to the ground.", "一座桥", "Pont"]
@@ -94,7 +86,7 @@ class User:
         }
         if token is not None:
             env["HF_TOKEN"] = token
-        command = [sys.executable, "-m", "gteopt.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "gteopt", *map(str, arguments)]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=env, text=True, stdout=pipe, stderr=pipe, cwd=cwd)
 

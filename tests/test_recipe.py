@@ -9,21 +9,12 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from gteopt.config.plan import Plan, load_plan
+from gteopt.config.policy import Policy, load_policy
+from gteopt.config.recipe import LayerScheme, Recipe, load_recipe
+from gteopt.config.yaml_files import ShippedKind, find_yaml, read_yaml, shipped_names
 from gteopt.errors import InputError
-from gteopt.recipe import (
-    LayerScheme,
-    Plan,
-    Policy,
-    Recipe,
-    ShippedKind,
-    find_yaml,
-    load_plan,
-    load_policy,
-    load_recipe,
-    read_yaml,
-    shipped_dir,
-    shipped_names,
-)
+from gteopt.paths import shipped_dir
 
 RECIPE: dict[str, Any] = {
     "schema": "gteopt.recipe/1",

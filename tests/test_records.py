@@ -10,28 +10,17 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from gteopt.config.plan import BenchSpec
+from gteopt.config.policy import Objective, Policy
+from gteopt.config.recipe import LayerScheme
 from gteopt.errors import InputError, IntegrityError
-from gteopt.recipe import BenchSpec, LayerScheme, Objective, Policy
-from gteopt.records import (
-    BenchReport,
-    Candidate,
-    Choice,
-    EvalReport,
-    FailedTask,
-    Fidelity,
-    FidelityReport,
-    LatencyRecord,
-    LayerRecord,
-    Machine,
-    TaskScore,
-    ThroughputRecord,
-    VariantBench,
-    read_record,
-    read_results,
-    to_json,
-    write_atomically,
-    write_record,
-)
+from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
+from gteopt.records.choice import Candidate, Choice
+from gteopt.records.environment import Machine
+from gteopt.records.evaluation import EvalReport, FailedTask, Fidelity, FidelityReport, TaskScore
+from gteopt.records.files import read_record, to_json, write_atomically, write_record
+from gteopt.records.manifest import LayerRecord
+from gteopt.records.results_folder import read_results
 
 MACHINE = Machine(cpu="c", n_cores=2, memory_bytes=3, gpu=None, os="o", python="3")
 SPEEDS = (

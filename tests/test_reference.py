@@ -8,24 +8,26 @@ import numpy as np
 import pytest
 
 import gteopt
-from gteopt.checkpoint import open_checkpoint
-from gteopt.evaluation import EncodeOptions, Suite, compare, load_suite, run_suite
-from gteopt.evaluation.reference import beside_published
-from gteopt.evaluation.samples import Samples
-from gteopt.families import PUBLISHED
-from gteopt.recipe import shipped_dir
-from gteopt.records import (
+from gteopt.evaluation.compare import compare
+from gteopt.evaluation.per_item_scores import Samples
+from gteopt.evaluation.reference import beside_published, find_reference
+from gteopt.evaluation.runner import EncodeOptions, run_suite
+from gteopt.evaluation.suites import Suite
+from gteopt.evaluation.tasks import load_suite
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.model.families import PUBLISHED
+from gteopt.paths import shipped_dir
+from gteopt.records.environment import Machine
+from gteopt.records.evaluation import (
     EvalReport,
     Fidelity,
-    Machine,
     Reference,
     ReferenceAverage,
     ReferenceScore,
     TaskScore,
-    find_reference,
-    read_record,
 )
-from gteopt.tables import eval_table
+from gteopt.records.files import read_record
+from gteopt.report.terminal import eval_table
 
 MODELS = (
     "Alibaba-NLP/gte-Qwen2-7B-instruct",

@@ -16,46 +16,25 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from gteopt.recipe import (
-    METRIC_WORDS,
-    BenchSpec,
-    Limit,
-    Metric,
-    Objective,
-    Policy,
-    VectorCode,
-    Workload,
-    metric_amount,
-)
-from gteopt.records import (
-    BenchReport,
-    BrokenLimit,
-    Candidate,
-    Choice,
+from gteopt.config.plan import BenchSpec, Workload
+from gteopt.config.policy import Limit, Metric, Objective, Policy
+from gteopt.config.recipe import VectorCode
+from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
+from gteopt.records.choice import BrokenLimit, Candidate, Choice
+from gteopt.records.environment import Machine
+from gteopt.records.evaluation import (
     Difference,
     EvalReport,
     FailedTask,
     Fidelity,
     FidelityReport,
-    LatencyRecord,
-    Machine,
-    Results,
     TaskScore,
-    ThroughputRecord,
-    VariantBench,
 )
-from gteopt.report import _floor, _scatter, html_page, write_report
-from gteopt.tables import (
-    _IN_TERMINAL,
-    COLUMNS,
-    Row,
-    bench_table,
-    eval_table,
-    in_megabytes,
-    index_rent,
-    rows,
-    terminal_table,
-)
+from gteopt.records.results_folder import Results
+from gteopt.report.html import _floor, _scatter, html_page, write_report
+from gteopt.report.rows import COLUMNS, Row, in_megabytes, index_rent, rows
+from gteopt.report.terminal import _IN_TERMINAL, bench_table, eval_table, terminal_table
+from gteopt.report.wording import METRIC_WORDS, metric_amount
 
 MACHINE = Machine(
     cpu="AMD EPYC 9B14 (avx512_bf16, avx512_vnni)",

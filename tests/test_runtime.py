@@ -17,14 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gteopt import runtime
-from gteopt.families import Pooling
+from gteopt.config.recipe import LayerScheme
+from gteopt.encoder import forward as runtime
+from gteopt.encoder.forward import operations, packed_forward, padded_forward, reads_one_token
+from gteopt.encoder.pooling import pool
 from gteopt.kernels import make_linear, speed_up_linears_
 from gteopt.kernels.reference import DequantLinear, PackedEmbedding
-from gteopt.pooling import pool
+from gteopt.model.families import Pooling
 from gteopt.quant.affine import pack, quantize_rtn
-from gteopt.recipe import LayerScheme
-from gteopt.runtime import operations, packed_forward, padded_forward, reads_one_token
 
 CPU = torch.device("cpu")
 SIZES = {

@@ -19,10 +19,13 @@ from sklearn.metrics import (
 )
 
 import gteopt
-from gteopt.encoder import Encoder
+from gteopt.encoder.encoder import Encoder
 from gteopt.errors import IntegrityError, UnsupportedError
-from gteopt.evaluation import Suite, SuiteRun, load_suite, own_view, run_suite
-from gteopt.evaluation.samples import Samples, read_samples, write_samples
+from gteopt.evaluation.per_item_scores import Samples, read_samples, write_samples
+from gteopt.evaluation.runner import SuiteRun, run_suite
+from gteopt.evaluation.suites import Suite
+from gteopt.evaluation.tasks import load_suite
+from gteopt.evaluation.views import own_view
 
 RNG = np.random.default_rng(0)
 N = 40
@@ -203,9 +206,9 @@ def test_entries_reproduce_scores_of_every_task_class_of_mteb(
     from mteb.mocks import mock_tasks
     from mteb.mocks.mock_tasks.clustering import MockClusteringTask
 
-    from gteopt.evaluation.adapter import TaskModel
-    from gteopt.evaluation.cache import VectorCache
-    from gteopt.evaluation.isolation import isolated
+    from gteopt.corpus.vector_cache import VectorCache
+    from gteopt.evaluation.mteb_isolation import isolated
+    from gteopt.evaluation.mteb_model import TaskModel
     from gteopt.evaluation.predictions import collect, read_predictions, record_draws_
     from gteopt.evaluation.tasks import n_samples
 

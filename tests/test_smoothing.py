@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 import gteopt
-from gteopt.calibration import Block, BlockInput, CalibrationText, open_blocks, tokenize
-from gteopt.encoder import Encoder
+from gteopt.build.calibration_texts import CalibrationText, tokenize
+from gteopt.build.replay import Block, BlockInput, open_blocks
+from gteopt.build.smoothing import smooth_block_
+from gteopt.config.recipe import Calibration, LayerScheme, load_recipe
+from gteopt.encoder.encoder import Encoder
 from gteopt.quant.affine import quantize_rtn, quantize_tokens
-from gteopt.quant.smooth import choose_smoothing
-from gteopt.recipe import Calibration, LayerScheme, load_recipe
-from gteopt.smoothing import smooth_block_
+from gteopt.quant.smoothquant import choose_smoothing
 
 SCHEME = LayerScheme(
     bits=8, group_size="row", symmetric=True, activation_bits=8, activation_symmetric=False

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import adjusted_mutual_info_score
 
-from gteopt.evaluation.samples import Samples
+from gteopt.evaluation.per_item_scores import Samples
 from gteopt.evaluation.statistics import (
     Draws,
     Resampled,

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from gteopt.config.yaml_files import shipped_names
 from gteopt.errors import InputError
-from gteopt.evaluation import Suite, load_suite
-from gteopt.recipe import shipped_names
+from gteopt.evaluation.suites import Suite
+from gteopt.evaluation.tasks import load_suite
 
 BENCHMARKS = {
     "mteb-en": ("MTEB(eng, v1)", 56),
@@ -67,7 +68,7 @@ def test_a_lite_suite_covers_every_task_type_with_tasks_of_the_whole(name: str) 
 
 
 def test_every_shipped_suite_loads_and_pins_what_it_downloads() -> None:
-    from gteopt.evaluation.tasks import MINI_TASKS
+    from gteopt.evaluation.mini_tasks import MINI_TASKS
 
     for name in shipped_names("eval/suites"):
         for each in load_suite(name).tasks:

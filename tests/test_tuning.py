@@ -13,16 +13,17 @@ import torch
 from torch import nn
 
 import gteopt
-from gteopt import tuning
-from gteopt.calibration import advance_, copy_block, draw_texts, open_blocks, tokenize
-from gteopt.checkpoint import open_checkpoint
-from gteopt.encoder import Encoder, Tokens
+from gteopt.build import tuning
+from gteopt.build.calibration_texts import draw_texts, tokenize
+from gteopt.build.layer_plan import plan_layers
+from gteopt.build.replay import advance_, copy_block, open_blocks
+from gteopt.build.tuning import Schedule, tune, tune_block
+from gteopt.config.recipe import Calibration, LayerScheme, Recipe, load_recipe
+from gteopt.encoder.encoder import Encoder, Tokens
 from gteopt.errors import InputError
-from gteopt.layer_plan import plan_layers
+from gteopt.model.checkpoint import open_checkpoint
 from gteopt.quant.affine import NF4_LEVELS, QuantizedWeight, code_range, quantize_rtn
-from gteopt.quant.rounding import TunableLinear
-from gteopt.recipe import Calibration, LayerScheme, Recipe, load_recipe
-from gteopt.tuning import Schedule, tune, tune_block
+from gteopt.quant.learned_rounding import TunableLinear
 
 FEW = Calibration(n_texts=64, max_tokens=64)
 SCHEMES = [
@@ -219,7 +220,7 @@ def test_effort_is_for_gptq_recipes_only() -> None:
 def test_a_model_too_large_to_tune_at_once_is_refused_only_where_that_was_asked_for(
     guided: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gteopt.layer_plan.MOST_WEIGHTS", 1_000_000)
+    monkeypatch.setattr("gteopt.build.layer_plan.MOST_WEIGHTS", 1_000_000)
     weights = guided.weights.model_copy(update={"tune_by": "model"})
     whole = guided.model_copy(update={"weights": weights})
     with pytest.raises(InputError, match=r"takes up to 0\.001 billion.*say auto or block"):
@@ -264,7 +265,7 @@ def test_scales_norms_and_biases_of_a_block_bring_its_output_closer_on_other_tex
 @pytest.fixture
 def large(guided: Recipe, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """As if the nano were too large to be tuned at once, which its recipe leaves open."""
-    monkeypatch.setattr("gteopt.layer_plan.MOST_WEIGHTS", 1_000_000)
+    monkeypatch.setattr("gteopt.build.layer_plan.MOST_WEIGHTS", 1_000_000)
     few = replace(tuning.BLOCK_SCHEDULES["standard"] or Schedule(0), n_steps=6)
     monkeypatch.setitem(tuning.BLOCK_SCHEDULES, "standard", few)
     return guided

@@ -13,11 +13,15 @@ import pytest
 import torch
 from sklearn.decomposition import TruncatedSVD
 
+from gteopt.config.recipe import Dims, VectorCode, Vectors
 from gteopt.errors import GteoptError, InputError, IntegrityError, NumericsError
-from gteopt.evaluation.searches import _by_torch
-from gteopt.quant import vectors as vectors_module
-from gteopt.quant.vectors import Products, Search, VectorTransform, fit, identity, on_cpu
-from gteopt.recipe import Dims, VectorCode, Vectors
+from gteopt.evaluation.corpus_search import _by_torch
+from gteopt.vectors import fit as fit_module
+from gteopt.vectors import search as search_module
+from gteopt.vectors.fit import fit
+from gteopt.vectors.search import Products, Search, on_cpu
+from gteopt.vectors.search import search as nearest
+from gteopt.vectors.transform import VectorTransform, identity
 
 Array = npt.NDArray[Any]
 CODES: list[VectorCode] = ["float32", "int8", "binary"]
@@ -150,7 +154,7 @@ def test_a_square_that_was_turned_is_turned_back_until_its_signs_say_all(seed: i
     rng = np.random.default_rng(seed)
     corners = rng.choice([-1.0, 1.0], size=(400, 2)) / np.sqrt(2)
     z = corners @ np.linalg.qr(rng.normal(size=(2, 2)))[0]
-    turned = z @ vectors_module._rotation(z.astype("f4"))
+    turned = z @ fit_module._rotation(z.astype("f4"))
     np.testing.assert_allclose(np.abs(turned), 1 / np.sqrt(2), atol=1e-6)
 
 
@@ -160,8 +164,8 @@ def test_each_step_of_the_rotation_brings_vectors_closer_to_their_signs(
     z = fit(clustered(12, 500), Dims(n=24, method="pca"), Vectors()).project(clustered(12, 500))
     away = []
     for steps in range(8):
-        monkeypatch.setattr(vectors_module, "_ROTATION_STEPS", steps)
-        turn = vectors_module._rotation(z)
+        monkeypatch.setattr(fit_module, "_ROTATION_STEPS", steps)
+        turn = fit_module._rotation(z)
         np.testing.assert_allclose(turn @ turn.T, np.eye(24), atol=1e-9)
         turned = z @ turn
         away.append(float(np.square(np.where(turned > 0, 1, -1) - turned).sum()))
@@ -217,7 +221,7 @@ def test_nan_and_infinity_are_refused_everywhere(code: VectorCode, bad: float) -
         lambda: fit(broken, None, Vectors(code=code)),
         lambda: transform.project(broken),
         lambda: transform.quantize(broken),
-        lambda: transform.search(broken, stored, 3),
+        lambda: nearest(transform, broken, stored, 3),
     ):
         with pytest.raises(NumericsError, match=r"1 of 50 .* hold NaN or infinity"):
             act()
@@ -287,7 +291,7 @@ def test_binary_packs_signs_first_dimension_highest() -> None:
 def test_binary_scores_equal_a_count_of_differing_bits(dims: int) -> None:
     x, queries = clustered(17, 60, dims), clustered(18, 5, dims)
     transform = fit(x, None, Vectors(code="binary", rescore=1))
-    indices, scores = transform.search(queries, transform.quantize(x), 60)
+    indices, scores = nearest(transform, queries, transform.quantize(x), 60)
     for query, found, values in zip(queries, indices, scores, strict=True):
         for document, value in zip(found, values, strict=True):
             differing = sum((a > 0) != (b > 0) for a, b in zip(query, x[document], strict=True))
@@ -296,7 +300,7 @@ def test_binary_scores_equal_a_count_of_differing_bits(dims: int) -> None:
 
 def test_float_search_equals_a_full_sort() -> None:
     documents, queries = clustered(19, 700), clustered(20, 30)
-    indices, scores = identity(64).search(queries, documents, 10)
+    indices, scores = nearest(identity(64), queries, documents, 10)
     exact = queries.astype(np.float64) @ documents.astype(np.float64).T
     np.testing.assert_array_equal(indices, np.argsort(-exact, axis=1, kind="stable")[:, :10])
     np.testing.assert_allclose(scores, np.take_along_axis(exact, indices, axis=1), atol=1e-6)
@@ -375,7 +379,7 @@ def test_int8_search_loses_no_more_than_its_coding_error() -> None:
     documents, queries = clustered(21, 2000), clustered(22, 50)
     transform = fit(clustered(23, 300), None, Vectors(code="int8"))
     stored = transform.quantize(documents)
-    found, _ = transform.search(queries, stored, 10)
+    found, _ = nearest(transform, queries, stored, 10)
     truth = true_top(queries, documents, 10)
     # |q.d' - q.d| <= |d' - d| for unit q, once for the document found and once for the one lost.
     error = np.linalg.norm(transform.dequantize(stored) - documents, axis=1).max()
@@ -397,7 +401,7 @@ def test_rescoring_does_not_lower_recall_at_10(code: VectorCode, least_gain: flo
         documents, queries = clustered(seed, 2000), clustered(seed + 50, 50)
         truth = true_top(queries, documents, 10)
         plain, rescored = (
-            recall(t.search(queries, t.quantize(documents), 10)[0], truth) for t in transforms
+            recall(nearest(t, queries, t.quantize(documents), 10)[0], truth) for t in transforms
         )
         gains.append(rescored - plain)
     assert np.mean(gains) >= least_gain
@@ -407,7 +411,7 @@ def test_rescored_scores_are_float_query_times_decoded_document() -> None:
     documents, queries = clustered(27, 300), clustered(28, 8)
     transform = fit(documents, None, Vectors(code="binary", rescore=4))
     stored = transform.quantize(documents)
-    indices, scores = transform.search(queries, stored, 10)
+    indices, scores = nearest(transform, queries, stored, 10)
     decoded = transform.dequantize(stored)
     for query, found, values in zip(queries, indices, scores, strict=True):
         np.testing.assert_allclose(values, decoded[found] @ query, atol=1e-6)
@@ -419,10 +423,10 @@ def test_rescored_scores_are_float_query_times_decoded_document() -> None:
 def test_equal_documents_come_in_order_of_their_index(
     code: VectorCode, rescore: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vectors_module, "_BLOCK_VECTORS", 7)
+    monkeypatch.setattr(search_module, "_BLOCK_VECTORS", 7)
     documents = np.repeat(clustered(29, 4), 25, axis=0)
     transform = fit(clustered(30, 50), None, Vectors(code=code, rescore=rescore))
-    indices, scores = transform.search(clustered(31, 6), transform.quantize(documents), 60)
+    indices, scores = nearest(transform, clustered(31, 6), transform.quantize(documents), 60)
     for found, values in zip(indices, scores, strict=True):
         tied = np.diff(values) == 0
         assert tied.sum() >= 50
@@ -437,10 +441,10 @@ def test_blocks_do_not_change_the_answer(
     documents, queries = clustered(32, 500), clustered(33, 23)
     transform = fit(documents, None, Vectors(code=code, rescore=rescore))
     stored = transform.quantize(documents)
-    whole = transform.search(queries, stored, 12)
-    monkeypatch.setattr(vectors_module, "_BLOCK_VECTORS", 37)
-    monkeypatch.setattr(vectors_module, "_BLOCK_SCORES", 37 * 5)
-    blocked = transform.search(queries, stored, 12)
+    whole = nearest(transform, queries, stored, 12)
+    monkeypatch.setattr(search_module, "_BLOCK_VECTORS", 37)
+    monkeypatch.setattr(search_module, "_BLOCK_SCORES", 37 * 5)
+    blocked = nearest(transform, queries, stored, 12)
     np.testing.assert_array_equal(whole[0], blocked[0])
     np.testing.assert_array_equal(whole[1], blocked[1])
 
@@ -469,7 +473,7 @@ def test_a_corpus_that_comes_in_pieces_is_searched_as_one(
     search = Search(transform, queries, 12)
     for piece in np.split(stored, cuts):
         search.add(piece)
-    whole, found = transform.search(queries, stored, 12), search.found()
+    whole, found = nearest(transform, queries, stored, 12), search.found()
     np.testing.assert_array_equal(found[0], whole[0])
     np.testing.assert_array_equal(found[1], whole[1])
     if code != "float32":
@@ -485,7 +489,7 @@ def test_candidates_scored_pair_by_pair_rank_as_a_search_among_them(code: Vector
     for query, own in zip(queries, np.split(np.repeat(stored, 2, axis=0), 6), strict=True):
         by_code, rescored = transform.score_pairs(np.tile(query, (len(own), 1)), own)
         best = transform.best_of(by_code, rescored, 10)
-        found, scores = transform.search(query[None], own, 10)
+        found, scores = nearest(transform, query[None], own, 10)
         np.testing.assert_array_equal(best, found[0])
         np.testing.assert_array_equal(rescored[best], scores[0])
 
@@ -511,14 +515,14 @@ def test_the_memory_of_a_search_does_not_grow_with_the_corpus() -> None:
 def test_k_beyond_the_corpus_returns_all_of_it(code: VectorCode, n_documents: int) -> None:
     transform = fit(clustered(34, 50), None, Vectors(code=code))
     stored = transform.quantize(clustered(35, n_documents))
-    indices, scores = transform.search(clustered(36, 3), stored, 10)
+    indices, scores = nearest(transform, clustered(36, 3), stored, 10)
     assert indices.shape == scores.shape == (3, n_documents)
     assert (np.sort(indices, axis=1) == np.arange(n_documents)).all()
 
 
 def test_search_without_queries_returns_nothing() -> None:
     documents = clustered(37, 20)
-    assert identity(64).search(documents[:0], documents, 5)[0].shape == (0, 5)
+    assert nearest(identity(64), documents[:0], documents, 5)[0].shape == (0, 5)
 
 
 @pytest.mark.parametrize("dims", [Dims(n=20), Dims(n=20, method="pca"), None])
@@ -571,7 +575,7 @@ def test_stored_float_vectors_with_nan_are_refused() -> None:
     documents = clustered(43, 20)
     documents[4, 4] = np.nan
     with pytest.raises(NumericsError, match="1 of 20 stored vectors hold NaN"):
-        identity(64).search(clustered(44, 2), documents, 3)
+        nearest(identity(64), clustered(44, 2), documents, 3)
 
 
 def test_a_record_at_odds_with_itself_is_refused() -> None:
@@ -590,7 +594,7 @@ def test_wrong_shapes_are_refused_with_both_shapes() -> None:
         (InputError, r"\[50, 20\], must be \[N, 64\]", lambda: transform.project(z)),
         (InputError, r"\[64\], must be \[N, 20\]", lambda: transform.quantize(np.zeros(64))),
         (InputError, r"float32 \[50, 20\]; int8 vectors", lambda: transform.dequantize(z)),
-        (InputError, "k is 0", lambda: transform.search(z, stored, 0)),
+        (InputError, "k is 0", lambda: nearest(transform, z, stored, 0)),
     ]
     for kind, expected, act in cases:
         with pytest.raises(kind, match=expected):
@@ -604,7 +608,7 @@ def test_the_search_of_bits_is_the_stable_order_of_hamming_distances() -> None:
     transform = fit(vectors, None, Vectors(code="binary", rescore=1))
     codes = transform.quantize(vectors)
     queries = vectors[::100]
-    found, scores = transform.search(queries, codes, 50)
+    found, scores = nearest(transform, queries, codes, 50)
     for row, values, query in zip(found, scores, transform.quantize(queries), strict=True):
         distances = np.unpackbits(query ^ codes, axis=1).sum(axis=1)
         expected = np.argsort(distances, kind="stable")[:50]

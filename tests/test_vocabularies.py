@@ -19,7 +19,7 @@ from test_families import MODELS, Model, forward_float64, publish
 from torch import Tensor
 
 import gteopt
-from gteopt.encoder import Encoder
+from gteopt.encoder.encoder import Encoder
 
 TEXTS = [
     "How tall is the Eiffel Tower, in metres? It's 330.",

@@ -17,15 +17,18 @@ import torch
 from safetensors.numpy import load_file
 
 import gteopt
-from gteopt.encoder import Encoder
+from gteopt.commands.evaluate import Grid, Setup, parse_grid, score
+from gteopt.corpus import shards
+from gteopt.corpus.ray_actors import ray_workers
+from gteopt.corpus.shards import LocalEncoding, Shard
+from gteopt.corpus.workers import Job, Workers, local_workers
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.loading import describe
 from gteopt.errors import InputError, IntegrityError, NumericsError, UnsupportedError
-from gteopt.evaluation import EncodeOptions, Suite, SuiteRun, cache, run_suite
-from gteopt.evaluation.cache import LocalEncoding, Shard
-from gteopt.evaluation.workers import Job, Workers, local_workers, ray_workers
-from gteopt.loading import describe
+from gteopt.evaluation.runner import EncodeOptions, SuiteRun, run_suite
+from gteopt.evaluation.suites import Suite
 from gteopt.machine import parse_devices
-from gteopt.plan import Grid, Setup, parse_grid, score
-from gteopt.recipe import Progress, quiet
+from gteopt.progress import Progress, quiet
 
 SUITE = Suite.model_validate(
     {
@@ -40,7 +43,7 @@ SUITE = Suite.model_validate(
 def small_shards() -> Iterator[None]:
     """Several shards a request, and one thread, which every worker then has as well."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "SHARD_TEXTS", 6)
+        patch.setattr(shards, "SHARD_TEXTS", 6)
         n_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         yield
@@ -191,7 +194,7 @@ def test_what_tasks_will_ask_for_is_known_before_and_leaves_their_scores_alone(
     nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a task of every type; some of their texts are those of an earlier one."""
-    monkeypatch.setattr(cache, "SHARD_TEXTS", 24)
+    monkeypatch.setattr(shards, "SHARD_TEXTS", 24)
     tasks: list[dict[str, Any]] = [
         {"task": "MiniRetrieval"},
         {"task": "MiniTopicClustering", "subsets": ["en"]},

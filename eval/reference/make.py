@@ -18,9 +18,10 @@ import re
 import sys
 from pathlib import Path
 
-from gteopt.evaluation import load_suite
 from gteopt.families import PUBLISHED
 from gteopt.recipe import shipped_names
+
+from gteopt.evaluation import load_suite
 from gteopt.records import Reference, ReferenceAverage, ReferenceScore, write_atomically
 
 FOLDER = Path(__file__).parent

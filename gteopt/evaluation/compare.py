@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
+from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.errors import InputError, NumericsError, join_problems
 from gteopt.evaluation.fidelity import fidelity
-from gteopt.evaluation.finished import SubsetScore, mean_over_tasks
-from gteopt.evaluation.reference import beside_published
+from gteopt.evaluation.per_item_scores import Samples
+from gteopt.evaluation.reference import beside_published, find_reference
 from gteopt.evaluation.runner import SampleKey, SuiteRun, differing_conditions
-from gteopt.evaluation.samples import Samples
 from gteopt.evaluation.statistics import (
     MIN_UNITS,
     Draws,
@@ -25,8 +25,8 @@ from gteopt.evaluation.statistics import (
     resample,
     settle,
 )
-from gteopt.recipe import DEFAULT_MARGIN
-from gteopt.records import EvalReport, FailedTask, TaskScore, find_reference
+from gteopt.evaluation.task_store import SubsetScore, mean_over_tasks
+from gteopt.records.evaluation import EvalReport, FailedTask, TaskScore
 
 Drawn = dict[SampleKey, Resampled]
 """What was drawn of a baseline, which every comparison with it needs."""

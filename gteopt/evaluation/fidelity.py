@@ -18,8 +18,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from gteopt.errors import InputError, IntegrityError
-from gteopt.quant.vectors import VectorTransform, identity
-from gteopt.records import Fidelity, write_atomically
+from gteopt.records.evaluation import Fidelity
+from gteopt.records.files import write_atomically
+from gteopt.vectors.search import search
+from gteopt.vectors.transform import VectorTransform, identity
 
 Side = Literal["query", "document", "text"]
 """What a text is in its task: searched with, searched among, or compared with its like."""
@@ -242,7 +244,7 @@ def _neighbours(
 ) -> npt.NDArray[np.intp]:
     """Indices of the nearest stored vectors of each query: [Q, k]."""
     k = min(N_NEIGHBOURS, len(codes) - excluding_self)
-    found, _ = transform.search(queries, codes, k + excluding_self)
+    found, _ = search(transform, queries, codes, k + excluding_self)
     if not excluding_self:
         return found
     is_self = found == np.arange(len(found))[:, None]

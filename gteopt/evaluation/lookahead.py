@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gteopt.evaluation.adapter import TaskModel
-from gteopt.evaluation.cache import Encodings, Floats, Shard, VectorCache, cut
-from gteopt.evaluation.isolation import isolated
-from gteopt.evaluation.searches import Ranking
+from gteopt.corpus.shards import Encodings, Floats, Shard, cut
+from gteopt.corpus.vector_cache import VectorCache
+from gteopt.evaluation.corpus_search import Ranking
+from gteopt.evaluation.mteb_isolation import isolated
+from gteopt.evaluation.mteb_model import TaskModel
 from gteopt.evaluation.views import View
-from gteopt.quant.vectors import identity
-from gteopt.recipe import Progress
+from gteopt.progress import Progress
+from gteopt.vectors.transform import identity
 
 if TYPE_CHECKING:
-    from gteopt.encoder import Role
+    from gteopt.encoder.encoder import Role
     from gteopt.evaluation.tasks import ResolvedTask
+
 
 _DIMS = 8
 

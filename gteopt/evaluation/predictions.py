@@ -27,7 +27,7 @@ from mteb.abstasks import (
 )
 
 from gteopt.errors import UnsupportedError
-from gteopt.evaluation.samples import Array, Samples
+from gteopt.evaluation.per_item_scores import Array, Samples
 
 TOLERANCE = 1e-6
 _AT = re.compile(r"^(max_over_subqueries_)?(ndcg|map|recall|precision|hit_rate|mrr)_at_(\d+)$")

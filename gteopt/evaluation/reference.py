@@ -11,9 +11,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gteopt.evaluation.samples import Floats, Samples
+from gteopt.evaluation.per_item_scores import Floats, Samples
 from gteopt.evaluation.statistics import interval, own_draws
-from gteopt.records import BesidePublished, EvalReport, Reference, TaskScore
+from gteopt.paths import shipped_dir
+from gteopt.records.evaluation import BesidePublished, EvalReport, Reference, TaskScore
+from gteopt.records.files import read_record
+
+
+def find_reference(model: str) -> Reference | None:
+    """What is published of a model on the Hub; None where nothing ships.
+
+    Raises:
+        IntegrityError: the installation is damaged.
+    """
+    path = shipped_dir("eval/reference") / f"{model.partition('/')[2]}.json"
+    if not path.is_file():
+        return None
+    found = read_record(path, Reference)
+    return found if found.model == model else None
+
 
 Key = tuple[str, str, str]
 

@@ -21,49 +21,31 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from gteopt.errors import (
-    GteoptError,
-    NumericsError,
-    UnsupportedError,
-)
-from gteopt.evaluation.cache import (
-    DEFAULT_BYTES,
-    CacheDtype,
-    EncodeAhead,
-    EncodeShards,
-    Encodings,
-    LocalEncoding,
-    Shard,
-    VectorCache,
-)
-from gteopt.evaluation.fidelity import (
-    Sample,
-    Sampler,
-    sample_of,
-)
-from gteopt.evaluation.finished import (
+from gteopt.corpus.shards import EncodeAhead, EncodeShards, Encodings, LocalEncoding, Shard
+from gteopt.corpus.vector_cache import DEFAULT_BYTES, CacheDtype, VectorCache
+from gteopt.errors import GteoptError, NumericsError, UnsupportedError
+from gteopt.evaluation.corpus_search import Searches
+from gteopt.evaluation.fidelity import Sample, Sampler, sample_of
+from gteopt.evaluation.per_item_scores import Samples
+from gteopt.evaluation.suites import Suite
+from gteopt.evaluation.task_store import (
     FinishedTask,
     Place,
     SubsetScore,
     carries_on_documents,
     mean_over_tasks,
 )
-from gteopt.evaluation.samples import Samples
-from gteopt.evaluation.searches import Searches
-from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.views import View, own_view
 from gteopt.machine import machine, versions
-from gteopt.quant.vectors import VectorTransform
-from gteopt.recipe import Progress, quiet
-from gteopt.records import (
-    Conditions,
-    FailedTask,
-    Machine,
-)
+from gteopt.progress import Progress, quiet
+from gteopt.records.environment import Conditions, Machine
+from gteopt.records.evaluation import FailedTask
+from gteopt.vectors.transform import VectorTransform
 
 if TYPE_CHECKING:
-    from gteopt.encoder import Encoder
+    from gteopt.encoder.encoder import Encoder
     from gteopt.evaluation.tasks import ResolvedTask
+
 
 _LIBRARIES = ("mteb", "datasets", "scikit-learn", "scipy")
 
@@ -187,7 +169,7 @@ def run_views(
     Raises:
         InputError: data that cannot be found or read, all of it, before anything is encoded.
     """
-    from gteopt.evaluation.isolation import isolated
+    from gteopt.evaluation.mteb_isolation import isolated
 
     with ExitStack() as stack:
         stack.enter_context(isolated(offline=hub_dir is not None))
@@ -207,7 +189,7 @@ def begin_views(
     """Let workers start on the first task that has no scores yet, before `run_views` is called with
     the same arguments.
     """
-    from gteopt.evaluation.isolation import isolated
+    from gteopt.evaluation.mteb_isolation import isolated
     from gteopt.evaluation.tasks import load_data, resolve
 
     with ExitStack() as stack:
@@ -495,9 +477,9 @@ def _score(
     Raises:
         NumericsError: vectors or a score that is not a number.
     """
-    from gteopt.evaluation.adapter import TaskModel
+    from gteopt.evaluation.mteb_model import TaskModel
+    from gteopt.evaluation.mteb_results import write_results
     from gteopt.evaluation.predictions import collect, read_predictions, record_draws_
-    from gteopt.evaluation.results import write_results
     from gteopt.evaluation.tasks import n_samples
 
     instruction = resolved.instruction if cache.encoder.takes_instructions else None

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtr, stdtrit
 
-from gteopt.evaluation.samples import CLUSTERINGS, Array, Floats, Samples
-from gteopt.records import Difference, EvalReport, TaskScore, Verdict
+from gteopt.evaluation.per_item_scores import CLUSTERINGS, Array, Floats, Samples
+from gteopt.records.evaluation import Difference, EvalReport, TaskScore, Verdict
 
 N_RESAMPLES = 1000
 LEVEL = 0.95

@@ -14,8 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gteopt.errors import InputError, join_problems
-from gteopt.recipe import Frozen, find_yaml, read_yaml
+from gteopt.frozen import Frozen
 
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -102,22 +101,3 @@ def with_data(suite: Suite | None, path: Path, *, instruction: str | None = None
     return suite.model_copy(
         update={"name": f"{suite.name}-own", "tasks": (*suite.tasks, task), "published": None}
     )
-
-
-def load_suite(name_or_file: str) -> Suite:
-    """A shipped suite by name, or one from a YAML file. Imports mteb (seconds), needs no network.
-
-    Raises:
-        InputError: no such suite; or not valid, listing every unknown task, subset and split.
-    """
-    from gteopt.evaluation.isolation import isolated
-
-    path = find_yaml("eval/suites", name_or_file)
-    suite = read_yaml(path, Suite)
-    with isolated(offline=True):
-        from gteopt.evaluation.tasks import suite_problems
-
-        problems = suite_problems(suite)
-    if problems:
-        raise InputError(join_problems(f"{path} has {len(problems)} problem(s)", problems))
-    return suite

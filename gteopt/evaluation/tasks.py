@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,7 @@ from datasets import Dataset, DatasetDict
 from mteb import TaskMetadata, get_task
 from mteb.abstasks import (
     AbsTask,
-    AbsTaskBitextMining,
     AbsTaskClassification,
-    AbsTaskClustering,
     AbsTaskClusteringLegacy,
     AbsTaskPairClassification,
     AbsTaskRetrieval,
@@ -29,15 +25,30 @@ from mteb.abstasks import (
 )
 from mteb.get_tasks import TASK_LIST
 
+from gteopt.config.yaml_files import find_yaml, read_yaml
 from gteopt.errors import InputError, join_problems, suggest
 from gteopt.evaluation.instructions import INSTRUCTIONS
-from gteopt.evaluation.own import Collection, Pairs, read_own
+from gteopt.evaluation.mini_tasks import _MINI_DIR, _MINI_PATH, MINI_TASKS, _dataset
 from gteopt.evaluation.suites import Suite, SuiteTask
-from gteopt.recipe import shipped_dir
+from gteopt.evaluation.user_data import Collection, Pairs, read_own
+from gteopt.paths import shipped_dir
 
-_LANGUAGES = {"en": "eng-Latn", "fr": "fra-Latn", "pl": "pol-Latn", "zh": "cmn-Hans"}
-_MINI_PATH = "gteopt/mini"
-_MINI_DIR = "eval/mini"
+
+def load_suite(name_or_file: str) -> Suite:
+    """A shipped suite by name, or one from a YAML file. Imports mteb (seconds), needs no network.
+
+    Raises:
+        InputError: no such suite; or not valid, listing every unknown task, subset and split.
+    """
+    from gteopt.evaluation.mteb_isolation import isolated
+
+    path = find_yaml("eval/suites", name_or_file)
+    suite = read_yaml(path, Suite)
+    with isolated(offline=True):
+        problems = suite_problems(suite)
+    if problems:
+        raise InputError(join_problems(f"{path} has {len(problems)} problem(s)", problems))
+    return suite
 
 
 _CLASSES: dict[str, Any] = {each.metadata.name: each for each in TASK_LIST}
@@ -257,169 +268,6 @@ def n_texts(each: ResolvedTask) -> int:
     return found
 
 
-def mini_rows(name: str) -> list[dict[str, Any]]:
-    """Rows of one file of the mini set."""
-    path = shipped_dir(_MINI_DIR) / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
-def _mini(name: str, kind: str, main_score: str, languages: Any, **more: Any) -> Any:
-    return TaskMetadata(
-        name=name,
-        type=kind,
-        main_score=main_score,
-        eval_langs=languages,
-        # Where the data are is known only at run time: the package may be a wheel or a checkout.
-        dataset={"path": _MINI_PATH, "revision": "shipped"},
-        license="cc0-1.0",
-        sample_creation="created",
-        **more,
-    )
-
-
-class MiniRetrieval(AbsTaskRetrieval):  # type: ignore[misc]
-    """Short queries over one pool of documents in four languages; many cross a language."""
-
-    metadata = _mini(
-        "MiniRetrieval",
-        "Retrieval",
-        "ndcg_at_10",
-        list(_LANGUAGES.values()),
-        description="Queries and documents on 16 everyday topics, in one multilingual pool.",
-        prompt="Given a web search query, retrieve relevant passages that answer the query",
-    )
-
-    def load_data(self, *args: Any, **kwargs: Any) -> None:
-        """Read the mini set."""
-        relevant: dict[str, dict[str, int]] = {}
-        for row in mini_rows("qrels"):
-            relevant.setdefault(row["query_id"], {})[row["corpus_id"]] = row["score"]
-        columns = ("id", "text")
-        data = {
-            "corpus": _dataset(mini_rows("corpus"), columns),
-            "queries": _dataset(mini_rows("queries"), columns),
-            "relevant_docs": relevant,
-            "top_ranked": None,
-        }
-        self.dataset = {"default": {"test": data}}
-        self.data_loaded = True
-
-
-class MiniSTS(AbsTaskSTS):  # type: ignore[misc]
-    """Graded similarity of sentence pairs within each language."""
-
-    metadata = _mini(
-        "MiniSTS",
-        "STS",
-        "cosine_spearman",
-        {language: [code] for language, code in _LANGUAGES.items()},
-        description="Sentence pairs with similarity from 0 to 5, many with one telling difference.",
-    )
-
-    def load_data(self, *args: Any, **kwargs: Any) -> None:
-        """Read the mini set."""
-        columns = ("sentence1", "sentence2", "score")
-        rows = mini_rows("sts")
-        self.dataset = {
-            language: DatasetDict({"test": _dataset(_of(rows, "language", language), columns)})
-            for language in self.hf_subsets
-        }
-        self.data_loaded = True
-
-
-class MiniIntentClassification(AbsTaskClassification):  # type: ignore[misc]
-    """Intents of messages to a library; all languages together, so that they must share a space."""
-
-    metadata = _mini(
-        "MiniIntentClassification",
-        "Classification",
-        "accuracy",
-        list(_LANGUAGES.values()),
-        description="Messages to a public library, by what the writer wants.",
-        prompt="Given a message to a public library, find the corresponding intent",
-    )
-
-    def load_data(self, *args: Any, **kwargs: Any) -> None:
-        """Read the mini set."""
-        rows = mini_rows("intents")
-        self.dataset = DatasetDict(
-            {
-                split: _dataset(_of(rows, "split", split), ("text", "label"))
-                for split in ("train", "test")
-            }
-        )
-        self.data_loaded = True
-
-
-class _WithoutReplacement(random.Random):
-    """A generator whose `choices` never returns an item twice."""
-
-    def choices(self, population: Any, *args: Any, k: int = 1, **kwargs: Any) -> list[Any]:
-        return self.sample(population, k=min(k, len(population)))
-
-
-class MiniTopicClustering(AbsTaskClustering):  # type: ignore[misc]
-    """Topics of the retrieval task's documents, within each language.
-
-    Ten k-means runs over all documents of a language, in ten orders. Two of mteb's habits are for
-    large data and hide differences on 48 texts: it draws texts with replacement, and two copies of
-    a text share a cluster whatever the model (random weights then reach an AMI of 0.45 instead of
-    0.03); and V-measure, which is not corrected for chance, starts at 0.56 here.
-    """
-
-    metadata = _mini(
-        "MiniTopicClustering",
-        "Clustering",
-        "ami",
-        {language: [code] for language, code in _LANGUAGES.items()},
-        description="Passages to be grouped by topic.",
-        prompt="Identify the topic of the given passages",
-    )
-    max_fraction_of_documents_to_embed = None
-
-    def __init__(self, seed: int = 42, **kwargs: Any) -> None:
-        super().__init__(seed, **kwargs)
-        self.rng_state = _WithoutReplacement(seed)
-
-    def load_data(self, *args: Any, **kwargs: Any) -> None:
-        """Read the mini set."""
-        rows = mini_rows("corpus")
-        self.dataset = {}
-        for language in self.hf_subsets:
-            own = _of(rows, "language", language)
-            columns = {
-                "sentences": [row["text"] for row in own],
-                "labels": [row["topic"] for row in own],
-            }
-            self.dataset[language] = DatasetDict({"test": Dataset.from_dict(columns)})
-        self.data_loaded = True
-
-
-class MiniBitextMining(AbsTaskBitextMining):  # type: ignore[misc]
-    """Find each English sentence's translation among near misses."""
-
-    metadata = _mini(
-        "MiniBitextMining",
-        "BitextMining",
-        "f1",
-        {f"en-{other}": ["eng-Latn", _LANGUAGES[other]] for other in ("fr", "pl", "zh")},
-        description="Sentences with their translations; neighbours differ in one detail.",
-    )
-
-    def load_data(self, *args: Any, **kwargs: Any) -> None:
-        """Read the mini set."""
-        rows = mini_rows("bitext")
-        self.dataset = {}
-        for pair in self.hf_subsets:
-            first, second = pair.split("-")
-            columns = {
-                "sentence1": [row[first] for row in rows],
-                "sentence2": [row[second] for row in rows],
-            }
-            self.dataset[pair] = DatasetDict({"test": Dataset.from_dict(columns)})
-        self.data_loaded = True
-
-
 class OwnRetrieval(AbsTaskRetrieval):  # type: ignore[misc]
     """A user's own collection; `_own_task` gives it its metadata."""
 
@@ -476,18 +324,6 @@ def _own_task(name: str, own: Collection | Pairs) -> Any:
     )
     task_class: Any = OwnRetrieval if is_search else OwnSTS
     return type(task_class.__name__, (task_class,), {"metadata": metadata})(own)
-
-
-MINI_TASKS: dict[str, type[AbsTask]] = {
-    each.metadata.name: each
-    for each in (
-        MiniRetrieval,
-        MiniSTS,
-        MiniIntentClassification,
-        MiniTopicClustering,
-        MiniBitextMining,
-    )
-}
 
 
 def _parts(entry: SuiteTask) -> list[tuple[SuiteTask, str | None]]:
@@ -649,14 +485,6 @@ def _make_task(entry: SuiteTask) -> Any:
         task = MINI_TASKS[entry.task]().filter_languages(None, hf_subsets=entry.subsets)
         return task.filter_eval_splits(entry.splits)
     return get_task(entry.task, hf_subsets=entry.subsets, eval_splits=entry.splits)
-
-
-def _dataset(rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> Dataset:
-    return Dataset.from_list([{column: row[column] for column in columns} for row in rows])
-
-
-def _of(rows: Sequence[dict[str, Any]], field: str, value: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row[field] == value]
 
 
 def _suggest_task(name: str, known: Iterable[str]) -> str:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gteopt.encoder import Encoder
-    from gteopt.quant.vectors import VectorTransform
+    from gteopt.encoder.encoder import Encoder
+    from gteopt.vectors.transform import VectorTransform
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from gteopt.config.recipe import LayerScheme, Layout, LayoutChoice
 from gteopt.errors import InputError, UnsupportedError, join_problems, suggest
 from gteopt.formats import bitsandbytes, compressed_tensors, gptq
 from gteopt.formats.packed import Config, ReadLayer, Shape
 from gteopt.quant.affine import PackedWeight
-from gteopt.recipe import LayerScheme, Layout, LayoutChoice
 
 __all__ = ["FORMATS", "Config", "Format", "ReadLayer", "Shape", "choose_layout", "format_of"]
 

@@ -29,11 +29,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gteopt.config.recipe import GroupSize, LayerScheme
 from gteopt.errors import IntegrityError, UnsupportedError
 from gteopt.formats.packed import Config, ReadLayer, Shape, assemble, check_tensors
 from gteopt.quant.affine import NF4_LEVELS, PackedWeight
-from gteopt.quant.nested import BLOCK_SIZE, dynamic_map
-from gteopt.recipe import GroupSize, LayerScheme
+from gteopt.quant.double_quantization import BLOCK_SIZE, dynamic_map
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _BLOCK_SIZES = (64, 128)

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gteopt.config.recipe import Element, LayerScheme
 from gteopt.errors import UnsupportedError
 from gteopt.formats.packed import (
     Config,
@@ -46,7 +47,6 @@ from gteopt.formats.packed import (
     feature_order,
 )
 from gteopt.quant.affine import PackedWeight, pack_codes, packed_width, unpack_codes
-from gteopt.recipe import Element, LayerScheme
 
 
 def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gteopt.config.recipe import LayerScheme
 from gteopt.errors import UnsupportedError
 from gteopt.formats.packed import (
     Config,
@@ -38,7 +39,6 @@ from gteopt.formats.packed import (
     zero_points,
 )
 from gteopt.quant.affine import PackedWeight, group_width, pack_codes, unpack_codes
-from gteopt.recipe import LayerScheme
 
 Version = Literal[1, 2]
 _VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}

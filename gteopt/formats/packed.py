@@ -9,9 +9,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from gteopt.config.recipe import Element, GroupSize, LayerScheme
 from gteopt.errors import IntegrityError, UnsupportedError, join_problems
 from gteopt.quant.affine import PackedWeight, middle, pack_codes, packed_width, unpack_codes
-from gteopt.recipe import Element, GroupSize, LayerScheme
 
 Config = Mapping[str, Any]
 """`quantization_config` of a config.json, as it was parsed."""

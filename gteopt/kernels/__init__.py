@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from gteopt.config.recipe import LayerScheme
 from gteopt.kernels.cpu import (
     DenseLinearCpu,
     Int4LinearCpu,
@@ -27,7 +28,6 @@ from gteopt.kernels.cpu import (
 )
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
 from gteopt.quant.affine import PackedWeight, group_width
-from gteopt.recipe import LayerScheme
 
 Product = Literal["int8", "int8 static", "int8 outliers", "fp8", "4-bit", "weights"]
 """What a scheme multiplies: numbers of 8 bits on both sides, 4-bit weights, or any other weights

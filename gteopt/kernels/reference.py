@@ -18,7 +18,7 @@ from gteopt.quant.affine import (
     token_scale,
     unpack_codes,
 )
-from gteopt.quant.inputs import InputGrid
+from gteopt.quant.static_activations import InputGrid
 
 
 class DequantLinear(nn.Module):

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gteopt.config.recipe import Element, GroupSize, LayerScheme
 from gteopt.errors import InputError, IntegrityError, NumericsError, join_problems
-from gteopt.quant.inputs import InputGrid
-from gteopt.quant.nested import BLOCK_SIZE, NestedScale, nest, nested_bytes
-from gteopt.recipe import Element, GroupSize, LayerScheme
+from gteopt.quant.double_quantization import BLOCK_SIZE, NestedScale, nest, nested_bytes
+from gteopt.quant.static_activations import InputGrid
 
 E4M3_MAX = 448.0
 """The largest finite 8-bit float of the kind e4m3fn."""

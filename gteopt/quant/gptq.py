@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gteopt.config.recipe import LayerScheme
 from gteopt.errors import NumericsError
 from gteopt.quant.affine import (
     QuantizedWeight,
@@ -26,8 +27,7 @@ from gteopt.quant.affine import (
     round_to_grid,
     search_bytes,
 )
-from gteopt.quant.nested import nest
-from gteopt.recipe import LayerScheme
+from gteopt.quant.double_quantization import nest
 
 _MOST_DAMPING = 1.0
 """Past the mean of its own diagonal, what is factorised is no longer the Hessian."""

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 import gteopt
-from gteopt.checkpoint import open_checkpoint
-from gteopt.recipe import Calibration, LayerScheme, Recipe, load_recipe
+from gteopt.config.recipe import Calibration, LayerScheme, Recipe, load_recipe
+from gteopt.model.checkpoint import open_checkpoint
 
 pytest.importorskip("compressed_tensors", reason="needs the environment of `make interop`")
 pytest.importorskip("bitsandbytes", reason="needs the environment of `make interop`")
@@ -231,7 +231,7 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_same_weight(block_size: int) -> N
 def test_nested_scales_are_what_bitsandbytes_makes_of_the_same_scales() -> None:
     from bitsandbytes.functional import create_dynamic_map, quantize_4bit, quantize_blockwise
 
-    from gteopt.quant.nested import BLOCK_SIZE, dynamic_map, nest
+    from gteopt.quant.double_quantization import BLOCK_SIZE, dynamic_map, nest
 
     torch.testing.assert_close(dynamic_map(), create_dynamic_map(), rtol=1e-6, atol=0)
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))

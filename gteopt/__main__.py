@@ -1,0 +1,5 @@
+"""`python -m gteopt`: the command line."""
+
+from gteopt.cli.app import main
+
+main()

@@ -1,0 +1,1 @@
+"""A recipe and a base model to an artifact, block by block."""

@@ -1,0 +1,193 @@
+"""Calibration texts: where they come from, which are drawn, and their tokens.
+
+Hides: file forms and the seeded draw. Refuses to know: what is done with the texts.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from gteopt.config.recipe import Calibration
+from gteopt.encoder.encoder import Encoder, Role, Tokens
+from gteopt.errors import InputError, join_problems
+from gteopt.paths import ASSETS
+from gteopt.records.manifest import CalibrationRecord
+
+BUILTIN = "builtin"
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """One text with the role that it plays."""
+
+    text: str
+    role: Role = "document"
+    instruction: str | None = None
+
+
+def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[CalibrationText, ...]:
+    """The recipe's texts: read, deduplicated, drawn with its seed, in a fixed order.
+
+    Raises:
+        InputError: the source is missing, malformed, or has no usable text.
+    """
+    texts = list(dict.fromkeys(_read_texts(spec, hub_dir)))
+    if not texts:
+        raise InputError(f"calibration texts '{spec.texts}' hold no text")
+    random.Random(spec.seed).shuffle(texts)
+    return tuple(texts[: spec.n_texts])
+
+
+def tokenize(encoder: Encoder, texts: Sequence[CalibrationText], max_tokens: int) -> list[Tokens]:
+    """Token ids as the encoder makes them; instructions only where the model takes them."""
+    # All of a prompt at once, so that texts which are cut are told with their number.
+    prompts: dict[tuple[Role, str | None], list[int]] = {}
+    for i, each in enumerate(texts):
+        instruction = each.instruction if encoder.takes_instructions else None
+        prompts.setdefault((each.role, instruction), []).append(i)
+    found: dict[int, Tokens] = {}
+    for (role, instruction), places in prompts.items():
+        own = [texts[i].text for i in places]
+        ids = encoder.tokenize(own, role=role, instruction=instruction, max_tokens=max_tokens)
+        found |= zip(places, ids, strict=True)
+    return [found[i] for i in range(len(texts))]
+
+
+def record(
+    spec: Calibration, texts: Sequence[CalibrationText], tokens: Sequence[Tokens]
+) -> CalibrationRecord:
+    """What the manifest says of the texts."""
+    rows = [[each.role, each.instruction, each.text] for each in texts]
+    content = json.dumps(rows, ensure_ascii=False).encode()
+    name = spec.texts if spec.texts == BUILTIN else Path(spec.texts).name
+    return CalibrationRecord(
+        source=name,
+        n_texts=len(texts),
+        n_tokens=sum(len(ids) for ids in tokens),
+        max_tokens=spec.max_tokens,
+        n_cut=sum(ids.is_cut for ids in tokens),
+        seed=spec.seed,
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def with_sentences(texts: Sequence[CalibrationText]) -> list[CalibrationText]:
+    """The texts and, of each document of several sentences, its sentences.
+
+    Fitting a projection needs several times more vectors than dimensions; sentences of a passage
+    are free further samples of what the model encodes.
+    """
+    out = list(texts)
+    for each in texts:
+        if each.role == "document":
+            parts = [part.strip() for part in _SENTENCE_END.split(each.text) if part.strip()]
+            if len(parts) > 1:
+                out += [CalibrationText(part) for part in parts]
+    return list(dict.fromkeys(out))
+
+
+def _read_texts(spec: Calibration, hub_dir: Path | None) -> Iterator[CalibrationText]:
+    if spec.texts == BUILTIN:
+        path = ASSETS / "calibration.jsonl"
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            yield CalibrationText(row["text"], row["role"], row["instruction"])
+        return
+    path = Path(spec.texts)
+    if path.suffix in (".jsonl", ".csv", ".txt"):
+        if not path.is_file():
+            raise InputError(f"calibration file {path} does not exist")
+        yield from _READERS[path.suffix](path, spec.column)
+        return
+    yield from _read_dataset(spec, hub_dir)
+
+
+def _read_txt(path: Path, column: str) -> Iterator[CalibrationText]:
+    del column  # one text a line
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            yield CalibrationText(line.strip())
+
+
+def _read_csv(path: Path, column: str) -> Iterator[CalibrationText]:
+    with path.open(encoding="utf-8", newline="") as handle:
+        reader = csv.DictReader(handle)
+        if column not in (reader.fieldnames or []):
+            raise InputError(
+                f"{path} has no column '{column}' (columns: {', '.join(reader.fieldnames or [])}); "
+                f"set calibration.column"
+            )
+        for row in reader:
+            if row[column]:
+                yield CalibrationText(row[column])
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[CalibrationText]:
+    """Objects with `column`, and optionally `role` and `instruction`; all bad lines at once."""
+    problems, texts = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, role = row[column], row.get("role", "document")
+            if not isinstance(text, str) or role not in ("query", "document"):
+                raise TypeError(f"'{column}' must be a string and role query or document")
+            texts.append(CalibrationText(text, cast(Role, role), row.get("instruction")))
+        except KeyError:
+            problems.append(f"line {number}: no field '{column}' (set calibration.column)")
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise InputError(join_problems(f"{path} has {len(problems)} bad line(s)", shown))
+    yield from texts
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[CalibrationText]]] = {
+    ".txt": _read_txt,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+}
+
+
+def _read_dataset(spec: Calibration, hub_dir: Path | None) -> Iterator[CalibrationText]:
+    source = spec.texts
+    if hub_dir is not None:
+        if not (hub_dir / source).is_dir():
+            raise InputError(
+                f"calibration texts '{source}': {hub_dir / source} does not exist; to add it: "
+                f"hf download --repo-type dataset {source} --local-dir {hub_dir / source}"
+            )
+        source = str(hub_dir / source)
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(
+            f"calibration texts '{source}' are neither '{BUILTIN}', nor a .jsonl, .csv or .txt "
+            f"file, nor a data set <org>/<name>"
+        )
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(source, split=spec.split)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"calibration data set {spec.texts} (split {spec.split}) cannot be read: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if spec.column not in rows.column_names:
+        raise InputError(
+            f"calibration data set {spec.texts} has no column '{spec.column}' "
+            f"(columns: {', '.join(rows.column_names)}); set calibration.column"
+        )
+    for text in rows[spec.column]:
+        if isinstance(text, str) and text.strip():
+            yield CalibrationText(text)

@@ -1,0 +1,358 @@
+"""The card of an artifact: the README.md that says what it is and how each engine opens it.
+
+Hides: the model hub's metadata, and which engine reads which layout. Refuses to know: torch, files,
+how anything was measured. It says nothing that the manifest and the folder's configs do not: the
+same artifact always has the same card.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any, get_args
+
+import yaml
+
+from gteopt.config.recipe import Effort, Layout, LayoutChoice, Recipe, load_recipe
+from gteopt.config.yaml_files import shipped_names
+from gteopt.errors import InputError
+from gteopt.model.checkpoint import DECODERS, NANO, Checkpoint
+from gteopt.model.families import FAMILIES, PUBLISHED
+from gteopt.records.manifest import Manifest
+
+CARD = "README.md"
+_PLACE = "FOLDER"
+"""What commands call the artifact where it has no place yet."""
+
+_LIBRARIES: dict[Layout, str] = {
+    "gptq": "gptqmodel optimum",
+    "compressed-tensors": "compressed-tensors",
+    "bitsandbytes": "bitsandbytes",
+}
+"""What transformers needs to read a layout."""
+_TEI = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet"})
+"""Architectures that Text Embeddings Inference runs in more than float16 on a GPU."""
+_MARLIN_BITS = (4, 8)
+"""What the kernels multiply that vLLM and SGLang have for packed weights."""
+_EFFORTS: tuple[Effort | None, ...] = (None, "fast", "standard", "best")
+
+
+def card(
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    *,
+    place: str = _PLACE,
+    metadata: Mapping[str, Any] | None = None,
+    findings: Sequence[str] = (),
+) -> str:
+    """The text of README.md: hub metadata, facts, engines with their commands, how it was made.
+
+    Args:
+        manifest: the artifact's; `files` is not looked at, for the card is one of them.
+        checkpoint: the base, or the artifact itself: both know attention, pooling and prompts.
+        place: what its commands call the model, its name on the hub for one.
+        metadata: more of the hub's metadata, or other values of it.
+        findings: more sections, before how it was made.
+    """
+    sections = [
+        _front_matter(manifest, metadata or {}),
+        f"# {manifest.base.id.rpartition('/')[2]}, {manifest.recipe.name}",
+        _summary(manifest),
+        _facts(manifest, checkpoint),
+        "## Use",
+        _use(manifest, checkpoint).replace(_PLACE, place),
+        "## Engines",
+        "\n".join(f"- {line}" for line in _engines(manifest, checkpoint)).replace(_PLACE, place),
+        *findings,
+        "## How it was made",
+        _made(manifest),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(manifest: Manifest, more: Mapping[str, Any]) -> str:
+    """Model card metadata; `base_model` only where it names a model of the Hub."""
+    content: dict[str, Any] = {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+    }
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", manifest.base.id):
+        content["base_model"] = manifest.base.id
+        if manifest.layers:
+            content["base_model_relation"] = "quantized"
+    if manifest.base.license is not None:
+        content["license"] = manifest.base.license
+    content["tags"] = ["sentence-transformers", "feature-extraction", "gteopt"]
+    if manifest.layout not in (None, "gteopt"):
+        content["tags"].append(manifest.layout)
+    if bits := sorted({layer.scheme.bits for layer in manifest.layers}):
+        content["tags"] += [f"{each}-bit" for each in bits]
+    content |= more
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---"
+
+
+def _summary(manifest: Manifest) -> str:
+    base = manifest.base
+    name = f"[{base.id}](https://huggingface.co/{base.id})" if "/" in base.id else f"`{base.id}`"
+    made = manifest.recipe.summary.strip().rstrip(".")
+    return (
+        f"A variant of {name}, made by gteopt with recipe `{manifest.recipe.name}`"
+        + (f": {made}." if made else ".")
+        + f" Its weights take {_megabytes(manifest.weight_bytes)}, "
+        f"{manifest.weight_bytes / base.weight_bytes:.2f} of the original's "
+        f"{_megabytes(base.weight_bytes)} in {base.dtype}."
+    )
+
+
+def _facts(manifest: Manifest, checkpoint: Checkpoint) -> str:
+    base, vectors = manifest.base, manifest.vectors
+    revision = f", revision `{base.revision}`" if base.revision else ""
+    rows = [
+        ("base", f"`{base.id}`{revision}, SHA-256 `{base.sha256[:16]}`"),
+        ("parameters", f"{base.n_parameters:,}"),
+        ("quantized", _quantized(manifest)),
+        ("layout", f"`{manifest.layout}`" if manifest.layout else f"unquantized, {base.dtype}"),
+        ("vector", f"{vectors.dims} dimensions, {vectors.code}, {vectors.bytes_per_vector} bytes"),
+        ("attention", checkpoint.attention + _causal_note(checkpoint)),
+        ("pooling", checkpoint.pooling + (", normalised" if checkpoint.normalise else "")),
+        ("longest text", f"{checkpoint.max_tokens:,} tokens"),
+    ]
+    if trained := vectors.still_trained(checkpoint.matryoshka_dims):
+        lengths = ", ".join(map(str, trained))
+        rows.append(("Matryoshka", f"trained to be cut to {lengths} (`matryoshka_dimensions`)"))
+    if vectors.method != "full":
+        how = f"{vectors.method}{', turned for its signs' if vectors.rotated else ''}"
+        rows.append(("shortened by", f"{how}, from {base.dims} dimensions"))
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in rows)
+
+
+def _quantized(manifest: Manifest) -> str:
+    if not manifest.layers:
+        return "nothing"
+    sizes = [each.out_features * each.in_features for each in manifest.layers]
+    bits = [each.bits_per_weight for each in manifest.layers]
+    mean = sum(s * b for s, b in zip(sizes, bits, strict=True)) / sum(sizes)
+    text = f"{len(sizes)} linear layers, {mean:.2f} bits a weight with scales"
+    if any(each.scheme.activation_bits == 8 for each in manifest.layers):
+        text += ", 8-bit activations"
+    if manifest.embedding is not None:
+        text += f"; the token table, {manifest.embedding.bits_per_weight:.2f} bits a weight"
+    return text
+
+
+def _causal_note(checkpoint: Checkpoint) -> str:
+    """Said of decoders that attend both ways: engines that miss it give other vectors."""
+    if _runs_both_ways(checkpoint):
+        return " (`is_causal: false` in config.json)"
+    return ""
+
+
+def _runs_both_ways(checkpoint: Checkpoint) -> bool:
+    decoder = checkpoint.config["model_type"] in DECODERS
+    return decoder and checkpoint.attention == "bidirectional"
+
+
+def _use(manifest: Manifest, checkpoint: Checkpoint) -> str:
+    prompted = checkpoint.query_template is not None or "query" in checkpoint.prompts
+    if manifest.layout == "gteopt" or checkpoint.latent is not None:
+        role = ', role="query"' if prompted else ""
+        code = (
+            'import gteopt\n\nencoder = gteopt.load("FOLDER")\n'
+            f'queries = encoder.encode(["how do plants make energy"]{role})\n'
+            'documents = encoder.encode(["Photosynthesis turns light into chemical energy."])\n'
+            "print(queries @ documents.T)"
+        )
+        return f"```python\n{code}\n```"
+    install = ["pip", "install", "sentence-transformers"]
+    if manifest.layout is not None:
+        install.append(_LIBRARIES[manifest.layout])
+    prompt = ', prompt_name="query"' if prompted else ""
+    code = (
+        "from sentence_transformers import SentenceTransformer\n\n"
+        'model = SentenceTransformer("FOLDER")\n'
+        f'queries = model.encode(["how do plants make energy"]{prompt})\n'
+        'documents = model.encode(["Photosynthesis turns light into chemical energy."])\n'
+        "print(model.similarity(queries, documents))"
+    )
+    return f"```sh\n{' '.join(install)}\n```\n\n```python\n{code}\n```"
+
+
+def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
+    """One line an engine: what opens this folder and how, or why it must not be used."""
+    from gteopt.encoder.openvino import can_hold  # which imports torch
+
+    layout, code, both_ways = manifest.layout, manifest.vectors.code, _runs_both_ways(checkpoint)
+    model_type = str(checkpoint.config["model_type"])
+    yield (
+        '**gteopt**: `gteopt.load("FOLDER")`'
+        + (f"; it makes the {code} codes too" if code != "float32" else "")
+        + ". Every file is checked against its hash."
+    )
+    if checkpoint.latent is not None:
+        yield (
+            "Nothing else opens this folder: its latent-attention pooling is no module of Sentence "
+            "Transformers, and other engines would pool in another way."
+        )
+        return
+    if can_hold(checkpoint.config, (each.scheme for each in manifest.layers)):
+        yield (
+            "**OpenVINO**, the fastest on CPUs: "
+            '`gteopt.load("FOLDER", backend="openvino")`, or `gteopt export FOLDER NEW`, then '
+            '`SentenceTransformer("NEW", backend="openvino")` without gteopt.'
+        )
+    if layout == "gteopt":
+        yield "Nothing else opens the layout `gteopt`; no `model.safetensors` is there to misread."
+        return
+    library = ""
+    if layout is not None:
+        library = "".join(f" and `{each}`" for each in _LIBRARIES[layout].split())
+    five = "`transformers` 5 or later (4.57 ignores `is_causal: false`)"
+    needs = five if both_ways else "`transformers`"
+    yield (
+        f'**Sentence Transformers**: `SentenceTransformer("FOLDER")`, with {needs}{library}. '
+        f"gteopt's tests compare its vectors with gteopt's."
+    )
+    yield (
+        f'**transformers**: `AutoModel.from_pretrained("FOLDER")`, likewise; then '
+        f"{_pooling_words(checkpoint)}"
+        + (" and apply `vectors_dense`" if manifest.vectors.method != "full" else "")
+        + "."
+    )
+    refused = _refused_by_servers(manifest)
+    if refused is not None:
+        yield f"Not vLLM or SGLang: {refused}."
+    else:
+        yield (
+            "**vLLM**: `vllm serve FOLDER --runner pooling`"
+            + (" (it reads `is_causal: false`)" if both_ways else "")
+            + _unproven(manifest)
+        )
+    if layout is not None:
+        yield "Not Text Embeddings Inference: it reads no quantized weights."
+    elif model_type in _TEI:
+        yield (
+            "**Text Embeddings Inference**: `text-embeddings-router --model-id FOLDER`"
+            + _unproven(manifest)
+        )
+    elif model_type in DECODERS:
+        yield (
+            "Not Text Embeddings Inference without a trial: it runs decoders in float16, in which "
+            "some of them overflow."
+        )
+    if refused is not None:
+        return
+    if both_ways:
+        yield (
+            "Not SGLang without a trial: the versions that we read attend causally whatever "
+            "config.json says, which gives other vectors."
+        )
+    elif model_type in DECODERS and layout in (None, "gptq", "compressed-tensors"):
+        yield (
+            "**SGLang**: `python -m sglang.launch_server --model-path FOLDER --is-embedding`"
+            + _unproven(manifest)
+        )
+
+
+def _refused_by_servers(manifest: Manifest) -> str | None:
+    """Why vLLM and SGLang do not read these packed weights; None where they do.
+
+    Read in their sources (2026): `auto_gptq.py` and `compressed_tensors_wNa16.py` of vLLM, whose
+    pull request 38288 took other kernels than Marlin's out, and the files of SGLang made from them.
+    """
+    kinds = {layer.scheme for layer in manifest.layers}
+    if manifest.layout not in ("gptq", "compressed-tensors"):
+        return None
+    if len(kinds) > 1:
+        return "they make one layer of queries, keys and values, which may differ in bits here"
+    (scheme,) = kinds
+    if scheme.activation_bits == 8:
+        return None
+    if scheme.bits not in _MARLIN_BITS:
+        return f"they read 4 and 8 bits, not {scheme.bits}"
+    if manifest.layout == "gptq" and not scheme.symmetric:
+        return (
+            "of this layout they read symmetric weights only; built with "
+            "`--layout compressed-tensors` they read these too"
+        )
+    return None
+
+
+def _unproven(manifest: Manifest) -> str:
+    note = "; by its documentation, gteopt's tests do not run it"
+    if manifest.vectors.method != "full":
+        note += ": see that it applies `vectors_dense`, or cut and normalise its vectors"
+    return f"{note}."
+
+
+def _pooling_words(checkpoint: Checkpoint) -> str:
+    words = {
+        "lasttoken": "take the last token's state",
+        "mean": "average the tokens' states",
+        "cls": "take the first token's state",
+    }
+    return words[checkpoint.pooling] + (", normalise" if checkpoint.normalise else "")
+
+
+def _made(manifest: Manifest) -> str:
+    """The command that makes it again, with the recipe where it is not one that ships."""
+    recipe, base = manifest.recipe, manifest.base
+    flags = _shipped(recipe)
+    command = ["gteopt", "quantize", base.id, "--recipe"]
+    command += flags if flags is not None else ["recipe.yaml"]
+    if base.revision is not None:
+        command += ["--revision", base.revision]
+    if base.family in FAMILIES and base.id != NANO and base.id not in PUBLISHED:
+        command += ["--family", base.family]  # a user may have had to name it
+    if base.dtype != "bfloat16":
+        command += ["--dtype", base.dtype]
+    command += ["--out", "FOLDER"]
+    text = f"```sh\n{' '.join(command)}\n```"
+    if flags is None:
+        content = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        content = {"schema": recipe.schema_, **content}
+        if manifest.calibration is not None and "texts" in content.get("calibration", {}):
+            content["calibration"]["texts"] = manifest.calibration.source
+        dumped = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        text += f"\n\nwith recipe.yaml\n\n```yaml\n{dumped}```"
+    if base.id != NANO and "/" not in base.id:
+        text += f"\n\n`{base.id}` was a folder."
+    if manifest.calibration is not None:
+        seen = manifest.calibration
+        text += (
+            f"\n\nCalibration: {seen.n_texts} texts of `{seen.source}`, {seen.n_tokens:,} tokens"
+            + (f" ({seen.n_cut} were cut at {seen.max_tokens})" if seen.n_cut else "")
+            + f", SHA-256 `{seen.sha256[:16]}`; no labels."
+        )
+    used = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
+    text += (
+        f"\n\n`gteopt.json` holds the rest: every layer with its scheme and error, everything left "
+        f"as it was, the hash of every file. Versions: {used}."
+    )
+    return text + (f" The base's license, {base.license}, holds." if base.license else "")
+
+
+def _shipped(recipe: Recipe) -> list[str] | None:
+    """Name and flags that give exactly this recipe; None where it is one of the user's own."""
+    if recipe.name not in shipped_names("recipes"):
+        return None
+    for effort, embedding, layout in product(
+        _EFFORTS, (False, True), (None, *get_args(LayoutChoice))
+    ):
+        try:
+            found = load_recipe(recipe.name)
+            found = found if effort is None else found.with_effort(effort)
+            found = found.with_int8_embedding() if embedding else found
+            found = found if layout is None else found.with_layout(layout)
+        except InputError:
+            continue
+        if found.sha256() == recipe.sha256():
+            flags = [] if effort is None else ["--effort", effort]
+            flags += ["--embed-int8"] if embedding else []
+            flags += [] if layout is None else ["--layout", layout]
+            return [recipe.name, *flags]
+    return None
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

@@ -1,0 +1,109 @@
+"""Fit projections and code ranges of a variant on vectors of its calibration texts.
+
+Hides: which vectors a fit needs. Refuses to know: weights, how a fit works (`vectors.fit` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from gteopt.build.calibration_texts import CalibrationText, draw_texts, tokenize, with_sentences
+from gteopt.build.layer_plan import shortens
+from gteopt.config.recipe import Dims, Recipe, VectorCode
+from gteopt.encoder.encoder import Encoder
+from gteopt.errors import InputError
+from gteopt.model.checkpoint import Checkpoint
+from gteopt.progress import Progress, quiet
+from gteopt.vectors.fit import fit
+from gteopt.vectors.transform import VectorTransform, identity
+
+
+def fit_transforms(
+    encoder: Encoder,
+    dims: Sequence[int],
+    codes: Sequence[VectorCode],
+    *,
+    hub_dir: Path | None = None,
+    progress: Progress = quiet,
+) -> list[VectorTransform]:
+    """What `truncate` would make of the encoder's vectors, of every length in every code.
+
+    An artifact's own way to shorten (slice, PCA, whichever keeps more) and its own calibration
+    texts are used; a base is sliced. The texts are encoded once.
+
+    Args:
+        encoder: a base or an artifact.
+        dims: lengths; none is the model's full one alone.
+        codes: how a vector is stored.
+        hub_dir: where calibration data sets lie.
+        progress: told how many calibration texts are encoded.
+
+    Returns:
+        One transform for each length and code, codes innermost.
+
+    Raises:
+        InputError: more dimensions than the model has, or too few calibration texts.
+    """
+    manifest = encoder.manifest
+    own = manifest.recipe if manifest else Recipe(schema="gteopt.recipe/1", name="base")
+    method = own.dims.method if own.dims else "slice"
+    recipes = []
+    for n in dims or [encoder.full_dims]:
+        shorter = Dims(n=n, method=method)
+        _check_dims(shorter, encoder.checkpoint)
+        for code in codes:
+            vectors = own.vectors.model_copy(update={"code": code})
+            wanted = shorter if n < encoder.full_dims else None
+            recipes.append(own.model_copy(update={"dims": wanted, "vectors": vectors}))
+    fitted = [
+        recipe.vectors.code == "int8" or (recipe.dims is not None and method != "slice")
+        for recipe in recipes
+    ]
+    # Nothing is fitted on these rows where nothing is to be; `fit` reads their width.
+    texts = np.zeros((0, encoder.full_dims), np.float32)
+    if any(fitted):
+        drawn = draw_texts(own.calibration, hub_dir=hub_dir)
+        texts = _calibration_vectors(encoder, own, drawn, progress)
+    return [fit(texts, recipe.dims, recipe.vectors) for recipe in recipes]
+
+
+def _needs_texts(recipe: Recipe) -> bool:
+    fitted = recipe.dims is not None and recipe.dims.method != "slice"
+    return recipe.weights.method == "gptq" or fitted or recipe.vectors.code == "int8"
+
+
+def _check_dims(dims: Dims | None, checkpoint: Checkpoint) -> None:
+    if dims is not None and dims.n > checkpoint.dims:
+        trained = ", ".join(map(str, checkpoint.matryoshka_dims)) or "none stated"
+        raise InputError(
+            f"dims {dims.n} is more than the {checkpoint.dims} that {checkpoint.id} has (lengths "
+            f"it was trained for: {trained})"
+        )
+
+
+def _fit_vectors(
+    encoder: Encoder, recipe: Recipe, texts: Sequence[CalibrationText], progress: Progress
+) -> VectorTransform:
+    """The recipe's vector transform, fitted on the variant's own vectors of the texts."""
+    if not shortens(recipe):
+        return identity(encoder.full_dims)
+    vectors = _calibration_vectors(encoder, recipe, texts, progress)
+    return fit(vectors, recipe.dims, recipe.vectors)
+
+
+def _calibration_vectors(
+    encoder: Encoder, recipe: Recipe, texts: Sequence[CalibrationText], progress: Progress
+) -> npt.NDArray[np.float32]:
+    """Vectors [N, full_dims] of the calibration texts and their sentences."""
+    tokens = tokenize(encoder, with_sentences(texts), recipe.calibration.max_tokens)
+    vectors = np.empty((len(tokens), encoder.full_dims), np.float32)
+    done = 0
+    for positions, batch in encoder.batches(tokens, 32):
+        vectors[positions] = encoder.embed_tokens(batch)
+        done += len(batch)
+        progress(f"fitting vectors of {recipe.name}", done, len(tokens))
+    return vectors

@@ -1,0 +1,369 @@
+"""The build: recipe + base -> artifact, block by block, resumable.
+
+Hides: the order of work (plan, calibrate, solve, pack, shorten vectors, seal), what is written when
+(each finished block at once, so that an interrupted build goes on behind it) and the Sentence
+Transformers layout of the result. Refuses to know: how codes are found (quant/), how layers run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gteopt.build.blocks import (
+    SOLVED,
+    memory_errors,
+    notes_path,
+    quantize_blocks,
+    shard_path,
+    tune_blocks,
+)
+from gteopt.build.calibration_texts import CalibrationText, draw_texts, record, tokenize
+from gteopt.build.card import CARD, card
+from gteopt.build.fit_vectors import _check_dims, _fit_vectors, _needs_texts
+from gteopt.build.layer_plan import (
+    ACTIVATIONS,
+    ALLOCATION,
+    allocate_schemes,
+    embedding_name,
+    n_latent_parameters,
+    needs_original,
+    plan_layers,
+)
+from gteopt.build.replay import Block, BlockInput, Room, open_blocks, replay_dtype
+from gteopt.build.st_folder import WEIGHTS, write_model, write_vectors
+from gteopt.config.recipe import GptqWeights, LayerScheme, Layout, Recipe, load_recipe
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.loading import load_checkpoint, parse_dtype, swap_embedding_
+from gteopt.errors import InputError
+from gteopt.frozen import Frozen
+from gteopt.machine import machine, versions
+from gteopt.model.artifact import (
+    alone,
+    check_free,
+    clear,
+    file_records,
+    is_artifact,
+    read_manifest,
+    seal,
+    stage_folder,
+)
+from gteopt.model.checkpoint import LATENT_FILE, Checkpoint, open_checkpoint
+from gteopt.progress import Progress, quiet
+from gteopt.quant.affine import QuantizedWeight, pack, quantize_rtn, ratio_db
+from gteopt.records.files import write_record
+from gteopt.records.manifest import (
+    AllocationRecord,
+    BaseRecord,
+    CalibrationRecord,
+    LayerRecord,
+    Manifest,
+    TuningRecord,
+    UnquantizedRecord,
+)
+
+ACTIVATION_BYTES = 4 << 30
+"""Hidden states of the calibration texts that are kept in memory unless more or less is said."""
+_STATE = "build-state.json"
+_EMBEDDING_ROWS = 8192
+
+
+class _BuildState(Frozen):
+    """What a half-finished stage folder belongs to; anything else there is thrown away."""
+
+    recipe_sha256: str
+    base_sha256: str
+    dtype: str
+    versions: dict[str, str]
+
+
+def quantize(
+    base: str | Path,
+    recipe: Recipe | str,
+    out: str | Path,
+    *,
+    hub_dir: Path | None = None,
+    revision: str | None = None,
+    family: str | None = None,
+    device: str = "auto",
+    devices: Sequence[str] = (),
+    dtype: str = "bfloat16",
+    activation_bytes: int = ACTIVATION_BYTES,
+    progress: Progress = quiet,
+) -> Manifest:
+    """Make the variant that `recipe` describes and put it at `out`.
+
+    Finished blocks lie in a hidden folder beside `out`; the same call after an interruption goes
+    on behind them. An `out` that already is this variant is left alone.
+
+    Args:
+        base: "nano", a model folder, or `<org>/<name>`.
+        recipe: a recipe, a shipped name, or a YAML file.
+        out: folder of the artifact; must not exist, or be empty.
+        hub_dir: models and data sets are read from here and the network is never touched.
+        revision: of a base on the Hub.
+        family: see `open_checkpoint`; the artifact remembers it.
+        device: where calibration runs.
+        devices: where layers that read the same inputs are solved side by side (queries, keys and
+            values; an MLP's gate and the other half), as `parse_devices` has them; given, the first
+            one is where calibration runs. Changes no result among devices of a kind. Each holds
+            the Hessian and what its solve takes.
+        dtype: of everything that is not quantized, and of the computation (which is in float32
+            where a processor only emulates bfloat16).
+        activation_bytes: most memory for the hidden states of the calibration texts; what is more
+            lies in files beside `out` during the build. Changes no result.
+        progress: told after each block.
+
+    Raises:
+        InputError: base, recipe, calibration texts or `out` cannot be used; before any work.
+        IntegrityError: the base's files are damaged.
+        NumericsError: weights or activations hold NaN, or a factorisation failed.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+    out = Path(out)
+    checkpoint = open_checkpoint(base, hub_dir=hub_dir, revision=revision, family=family)
+    if checkpoint.manifest is not None:
+        raise InputError(
+            f"{base} is already an artifact ({checkpoint.manifest.recipe.name} of "
+            f"{checkpoint.manifest.base.id}); quantize its base, or use truncate to shorten it"
+        )
+    if checkpoint.quantization is not None:
+        raise InputError(
+            f"{base} is already quantized (by {checkpoint.quantization.get('quant_method')}); "
+            f"quantize the model that it was made from"
+        )
+    _check_dims(recipe.dims, checkpoint)
+    parse_dtype(dtype)
+    finished = _finished(out, recipe, checkpoint.sha256, dtype)
+    if finished is not None:
+        return finished
+    with alone(stage_folder(out)):
+        return _quantize(
+            checkpoint, recipe, out, hub_dir, device, devices, dtype, activation_bytes, progress
+        )  # fmt: skip
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out: Path,
+    hub_dir: Path | None,
+    device: str,
+    devices: Sequence[str],
+    dtype: str,
+    activation_bytes: int,
+    progress: Progress,
+) -> Manifest:
+    """`quantize` of what was opened and checked, with the stage folder to itself."""
+    sealed = _sealed(out, recipe, checkpoint.sha256, dtype)
+    if sealed is not None:
+        return sealed
+    plan = plan_layers(checkpoint, recipe)
+    texts = draw_texts(recipe.calibration, hub_dir=hub_dir) if _needs_texts(recipe) else ()
+    stage = _open_stage(out, recipe, checkpoint, dtype)
+
+    progress(f"loading {checkpoint.id}", 0, 1)
+    with memory_errors("what is outside the blocks"):
+        encoder = load_checkpoint(
+            checkpoint, device=devices[0] if devices else device, dtype=dtype, later=plan.blocks
+        )
+    base_record = describe_base(checkpoint, encoder)
+    tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
+    calibration = record(recipe.calibration, texts, tokens) if texts else None
+    layers: tuple[LayerRecord, ...] = ()
+    embedding = _pack_embedding_(encoder) if recipe.embedding == "int8" else None
+    allocation: AllocationRecord | None = None
+    tuning: TuningRecord | None = None
+    if plan.choices:
+        with memory_errors("the measurement of sensitivities"):
+            plan, allocation = allocate_schemes(
+                encoder, recipe, plan, tokens, stage, activation_bytes, progress
+            )
+    if plan.blocks is not None:
+        tuned = plan.tune_by == "model"
+        shards = stage / (SOLVED if tuned else WEIGHTS)
+        modules = list(encoder.module.get_submodule(plan.blocks).children())
+        blocks = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)]
+        inputs: list[BlockInput] = []
+        left = [i for i in range(len(blocks)) if not notes_path(shard_path(shards, i)).is_file()]
+        if left and isinstance(recipe.weights, GptqWeights):
+            # What the original model feeds the blocks lies beside what the quantized one does.
+            n_kinds = 2 if needs_original(recipe, plan) else 1
+            room = Room(activation_bytes // n_kinds, stage / ACTIVATIONS)
+            with memory_errors(blocks[0].name):
+                blocks, inputs = open_blocks(
+                    encoder, tokens, dtype=replay_dtype(encoder), room=room
+                )
+        layers, tuning = quantize_blocks(
+            encoder, blocks, inputs, recipe, plan, shards, devices, progress
+        )
+        del inputs
+        shutil.rmtree(stage / ACTIVATIONS, ignore_errors=True)
+        if tuned:
+            with memory_errors("the tuning of the whole model"):
+                layers, tuning = tune_blocks(
+                    encoder, blocks, layers, tokens, recipe, stage, progress
+                )
+    write_model(encoder, stage, blocks=plan.blocks, layers=layers, layout=plan.layout)
+    return _finish(
+        encoder, recipe, stage, out, base_record, calibration, layers, embedding,
+        allocation, tuning, plan.layout, plan.unquantized, texts, progress,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def _pack_embedding_(encoder: Encoder) -> LayerRecord:
+    """Replace the token embedding table by int8 rows, a few thousand at a time."""
+    name = embedding_name(encoder.module)
+    table = encoder.module.get_submodule(name)
+    assert isinstance(table, nn.Embedding)
+    scheme = LayerScheme(bits=8, group_size="row", symmetric=True)
+    chunks: list[QuantizedWeight] = []
+    signal = noise = 0.0
+    for rows in torch.split(table.weight, _EMBEDDING_ROWS):
+        chunks.append(quantize_rtn(rows, scheme))
+        signal += rows.double().square().sum().item()
+        noise += (rows.double() - chunks[-1].dequantize()).square().sum().item()
+    codes, scale, zero = (
+        torch.cat([getattr(each, part) for each in chunks]) for part in ("codes", "scale", "zero")
+    )
+    packed = pack(QuantizedWeight(codes, scale, zero, scheme))
+    swap_embedding_(encoder.module, name, packed, encoder.device, encoder.dtype)
+    return LayerRecord(
+        name=name,
+        out_features=table.num_embeddings,
+        in_features=table.embedding_dim,
+        method="rtn",
+        scheme=scheme,
+        bits_per_weight=packed.bits_per_weight,
+        weight_snr_db=ratio_db(signal, noise),
+    )
+
+
+def describe_base(checkpoint: Checkpoint, encoder: Encoder) -> BaseRecord:
+    """What the manifest says of the source model."""
+    n_parameters = sum(p.numel() for p in encoder.module.parameters())
+    n_parameters += n_latent_parameters(checkpoint)
+    return BaseRecord(
+        id=checkpoint.id,
+        family=checkpoint.family.name if checkpoint.family else "sentence-transformers",
+        revision=checkpoint.revision,
+        sha256=checkpoint.sha256,
+        dims=checkpoint.dims,
+        n_parameters=n_parameters,
+        dtype=str(encoder.dtype).removeprefix("torch."),
+        weight_bytes=n_parameters * encoder.dtype.itemsize,
+        license=checkpoint.license,
+        matryoshka_dims=checkpoint.matryoshka_dims,
+    )
+
+
+def _finished(out: Path, recipe: Recipe, base_sha256: str, dtype: str) -> Manifest | None:
+    """The manifest of `out` where it already is the wanted variant; refuses anything else there."""
+    if is_artifact(out):
+        manifest = read_manifest(out)
+        found = (manifest.recipe_sha256, manifest.base.sha256, manifest.base.dtype)
+        if found == (recipe.sha256(), base_sha256, dtype):
+            return manifest
+    check_free(out)
+    return None
+
+
+def _sealed(out: Path, recipe: Recipe, base_sha256: str, dtype: str) -> Manifest | None:
+    """The manifest of the wanted variant where a build of it was interrupted on its last steps,
+    which are taken now.
+    """
+    stage = stage_folder(out)
+    if not is_artifact(stage):
+        return None
+    manifest = read_manifest(stage)
+    found = (manifest.recipe_sha256, manifest.base.sha256, manifest.base.dtype, manifest.versions)
+    if found != (recipe.sha256(), base_sha256, dtype, versions()):
+        return None
+    seal(stage, out, manifest)
+    return manifest
+
+
+def _open_stage(out: Path, recipe: Recipe, checkpoint: Checkpoint, dtype: str) -> Path:
+    """The stage folder, with the finished blocks of an earlier run of the same build, if any."""
+    stage = stage_folder(out)
+    state = _BuildState(
+        recipe_sha256=recipe.sha256(),
+        base_sha256=checkpoint.sha256,
+        dtype=dtype,
+        versions=versions(),
+    )
+    state_path = stage / _STATE
+    if state_path.is_file():
+        try:
+            if _BuildState.model_validate_json(state_path.read_bytes()) == state:
+                # What a killed process was writing: ours and safetensors' names before a rename.
+                for path in list(stage.rglob("*")):
+                    if path.is_file() and (path.name.startswith(".") or path.suffix == ".part"):
+                        path.unlink()
+                return stage
+        except ValueError:
+            pass  # unreadable state belongs to no build; start afresh
+    clear(stage)
+    write_record(state_path, state)
+    return stage
+
+
+def _finish(
+    encoder: Encoder,
+    recipe: Recipe,
+    stage: Path,
+    out: Path,
+    base: BaseRecord,
+    calibration: CalibrationRecord | None,
+    layers: tuple[LayerRecord, ...],
+    embedding: LayerRecord | None,
+    allocation: AllocationRecord | None,
+    tuning: TuningRecord | None,
+    layout: Layout | None,
+    unquantized: tuple[UnquantizedRecord, ...],
+    texts: Sequence[CalibrationText],
+    progress: Progress,
+) -> Manifest:
+    """Fit and write the vectors, then seal."""
+    transform = _fit_vectors(encoder, recipe, texts, progress)
+    write_vectors(transform, stage, encoder.checkpoint.matryoshka_dims)
+    # What an interrupted build goes on from is there until the manifest is.
+    scraps = {stage / _STATE, stage / ALLOCATION, stage / CARD}
+    scraps |= {*(stage / SOLVED).glob("*"), *(stage / WEIGHTS).glob("*.json")}
+    if layout != "gteopt":
+        scraps |= {*(stage / WEIGHTS).glob("*")}
+    files = file_records(stage, scraps=scraps)
+    weights = [
+        f
+        for f in files
+        if f.path.startswith((f"{WEIGHTS}/", "model", LATENT_FILE))
+        and f.path.endswith(".safetensors")
+    ]
+    manifest = Manifest(
+        schema="gteopt.artifact/1",
+        recipe=recipe,
+        recipe_sha256=recipe.sha256(),
+        base=base,
+        calibration=calibration,
+        layers=layers,
+        embedding=embedding,
+        allocation=allocation,
+        tuning=tuning,
+        layout=layout,
+        unquantized=unquantized,
+        vectors=transform.record(),
+        weight_bytes=sum(f.n_bytes for f in weights),
+        files=files,
+        versions=versions(),
+        machine=machine(),
+    )
+    (stage / CARD).write_text(card(manifest, encoder.checkpoint), encoding="utf-8")
+    files = tuple(sorted((*files, *file_records(stage, only=CARD)), key=lambda each: each.path))
+    manifest = manifest.model_copy(update={"files": files})
+    seal(stage, out, manifest)
+    return manifest

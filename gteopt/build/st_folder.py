@@ -1,0 +1,280 @@
+"""The Sentence Transformers folder that an artifact is.
+
+Hides: which files other libraries expect (module list, pooling, prompts, a tokenizer that appends
+the end token by itself, a projection as a Dense module) and where packed weights lie among them.
+Refuses to know: how weights or projections were found. Specified in artifacts/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gteopt.build.tensor_files import _write_errors, save_tensors
+from gteopt.config.recipe import Layout
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.loading import latent_tensors, load_tokenizer
+from gteopt.formats import FORMATS, Format
+from gteopt.model.checkpoint import (
+    LATENT_FILE,
+    LATENT_PREFIX,
+    VECTOR_MODULES,
+    VECTORS_FILE,
+    Checkpoint,
+)
+from gteopt.quant.affine import PARTS, PackedWeight
+from gteopt.records.manifest import LayerRecord
+from gteopt.vectors.transform import VectorTransform
+from gteopt.version import __version__
+
+WEIGHTS = "weights"
+_REST = "rest"
+_FILE_BYTES = 256 << 20
+"""Most that blocks put together in one file of standard weights take: it is what is in memory while
+they are converted. A block larger than this has a file of its own."""
+
+
+def write_model(
+    encoder: Encoder,
+    stage: Path,
+    *,
+    blocks: str | None,
+    layers: Sequence[LayerRecord],
+    layout: Layout | None,
+) -> None:
+    """Config, weights, tokenizer and the Sentence Transformers module files.
+
+    Args:
+        encoder: the loaded model, quantized or not.
+        stage: the folder to write into.
+        blocks: name of the list of transformer blocks whose shards `stage` already holds; None
+            writes all weights as transformers does.
+        layers: the quantized layers in those shards.
+        layout: what the shards become; "gteopt" leaves them as they are.
+    """
+    checkpoint = encoder.checkpoint
+    config = {
+        **checkpoint.artifact_config,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "architectures": [type(encoder.module).__name__],
+    }
+    config.pop("torch_dtype", None)
+    if checkpoint.latent is not None:
+        config["architectures"] = ["NVEmbedModel"]
+        kept = latent_tensors(checkpoint, encoder.dtype)
+        save_tensors(stage / LATENT_FILE, {f"{LATENT_PREFIX}{n}": t for n, t in kept.items()})
+    _write_json(stage / "config.json", config)
+    if blocks is not None:
+        rest = {
+            name: tensor.contiguous().cpu()
+            for name, tensor in encoder.module.state_dict().items()
+            if not name.startswith(f"{blocks}.")
+        }
+        save_tensors(stage / WEIGHTS / f"{_REST}.safetensors", rest)
+        form = FORMATS.get(layout) if layout is not None else None
+        if form is not None:
+            schemes = {each.name: each.scheme for each in layers}
+            linears = [n for n, m in encoder.module.named_modules() if isinstance(m, nn.Linear)]
+            config["quantization_config"] = form.quantization_config(
+                schemes,
+                # A build that was resumed need not have put its packed layers into the model.
+                [name for name in linears if name not in schemes],
+                blocks,
+                f"gteopt:{__version__}",
+            )
+            _write_json(stage / "config.json", config)
+            _write_standard(stage, layers, form)
+    else:
+        # safetensors stores each tensor once; tied names are restored by the architecture
+        with _write_errors(stage / "model.safetensors"):
+            encoder.module.save_pretrained(stage)  # type: ignore[operator]
+        _write_json(stage / "config.json", config)
+    _write_tokenizer(checkpoint, stage)
+    _write_modules(checkpoint, stage)
+
+
+def _write_standard(stage: Path, layers: Sequence[LayerRecord], form: Format) -> None:
+    """Turn the staged shards into the files that other libraries read.
+
+    The shards stay: what comes next may be interrupted, and they are what a build has to show.
+    """
+    shards = sorted((stage / WEIGHTS).glob("*.safetensors"))
+    files: list[list[Path]] = []
+    room = 0
+    for path in shards:
+        n_bytes = path.stat().st_size
+        if not files or n_bytes > room:
+            files.append([])
+            room = _FILE_BYTES
+        files[-1].append(path)
+        room -= n_bytes
+    where: dict[str, str] = {}
+    total = 0
+    for i, parts in enumerate(files, start=1):
+        tensors: dict[str, Tensor] = {}
+        for path in parts:
+            tensors |= _standard_tensors(load_file(path), layers, form)
+        name = f"model-{i:05}-of-{len(files):05}.safetensors"
+        if len(files) == 1:
+            name = "model.safetensors"
+        if [path.stem for path in parts] == [_REST]:  # nothing in it changes
+            parts[0].replace(stage / name)
+        else:
+            save_tensors(stage / name, tensors)
+        where |= dict.fromkeys(tensors, name)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        _write_json(stage / "model.safetensors.index.json", index)
+
+
+def _standard_tensors(
+    tensors: dict[str, Tensor], layers: Sequence[LayerRecord], form: Format
+) -> dict[str, Tensor]:
+    """One shard with its packed layers in another layout; biases and the rest stay."""
+    for each in layers:
+        names = {part: f"{each.name}.{part}" for part in PARTS}
+        if names["qweight"] not in tensors:
+            continue
+        parts = {part: tensors.pop(name) for part, name in names.items() if name in tensors}
+        packed = PackedWeight.from_tensors(each.scheme, each.in_features, parts)
+        tensors |= {f"{each.name}.{n}": t for n, t in form.to_tensors(packed).items()}
+    return tensors
+
+
+def _write_tokenizer(checkpoint: Checkpoint, stage: Path) -> None:
+    """The tokenizer, made to append the end token by itself: other libraries rely on that."""
+    tokenizer = load_tokenizer(checkpoint)
+    if checkpoint.end_token is not None:
+        start, end = checkpoint.start_token, checkpoint.end_token
+        ids = tokenizer("a")["input_ids"]
+        lacking = [
+            token
+            for token, found in ((start, ids[:1]), (end, ids[-1:]))
+            if token is not None and found != [tokenizer.convert_tokens_to_ids(token)]
+        ]
+        if lacking:
+            from tokenizers.processors import Sequence as Processors
+            from tokenizers.processors import TemplateProcessing
+
+            parts = [start if start in lacking else None, "$A", end if end in lacking else None]
+            template = TemplateProcessing(
+                single=" ".join(part for part in parts if part is not None),
+                special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in lacking],
+            )
+            backend = tokenizer.backend_tokenizer
+            before = backend.post_processor
+            backend.post_processor = Processors([before, template]) if before else template
+    tokenizer.model_max_length = checkpoint.max_tokens
+    tokenizer.save_pretrained(stage)
+
+
+def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
+    """modules.json and what it names, in the form that all Sentence Transformers releases read.
+
+    Sentence Transformers has no module for latent attention; without a list of modules it refuses
+    the folder, where one with another pooling would give wrong vectors.
+    """
+    if checkpoint.latent is not None:
+        return
+    kinds = ["Transformer", "Pooling", *["Dense"] * len(checkpoint.dense)]
+    if checkpoint.normalise:
+        kinds.append("Normalize")
+    modules = []
+    for i, kind in enumerate(kinds):
+        path = "" if i == 0 else f"{i}_{kind}"
+        modules.append(
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        )
+    _write_json(stage / "modules.json", modules)
+    pooling = {
+        "word_embedding_dimension": checkpoint.config.get("hidden_size", checkpoint.dims),
+        **{
+            f"pooling_mode_{name}": checkpoint.pooling == short
+            for name, short in (("cls_token", "cls"), ("mean_tokens", "mean"))
+        },
+        "pooling_mode_lasttoken": checkpoint.pooling == "lasttoken",
+        "include_prompt": True,
+    }
+    _write_json(stage / "1_Pooling" / "config.json", pooling)
+    for i, source in enumerate(checkpoint.dense, start=2):
+        (stage / f"{i}_Dense").mkdir(exist_ok=True)
+        for file in sorted(source.iterdir()):
+            shutil.copyfile(file, stage / f"{i}_Dense" / file.name)
+    prompts = dict(checkpoint.prompts)
+    if checkpoint.query_template is not None:
+        query = checkpoint.query_template.format(instruction=checkpoint.default_instruction)
+        prompts = {"query": query, "document": ""}
+    _write_json(
+        stage / "config_sentence_transformers.json",
+        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+    _write_json(
+        stage / "sentence_bert_config.json",
+        {"max_seq_length": checkpoint.max_tokens, "do_lower_case": checkpoint.lower_case},
+    )
+
+
+def write_vectors(transform: VectorTransform, stage: Path, trained: Sequence[int]) -> None:
+    """vectors.safetensors, and the projection as modules that Sentence Transformers applies.
+
+    config.json gets the lengths that engines may cut these vectors to.
+
+    Args:
+        transform: what happens to the model's vectors.
+        stage: the folder, with everything else in it.
+        trained: the base's Matryoshka lengths.
+    """
+    config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
+    config.pop("matryoshka_dimensions", None)
+    if lengths := transform.record().still_trained(trained):
+        config["matryoshka_dimensions"] = list(lengths)
+    _write_json(stage / "config.json", config)
+    tensors = {name: torch.from_numpy(each) for name, each in transform.to_tensors().items()}
+    if tensors:
+        save_tensors(stage / VECTORS_FILE, tensors)
+    if transform.method == "full" or not (stage / "modules.json").is_file():
+        return
+    weight = transform.projection
+    if weight is None:
+        weight = np.eye(transform.dims, transform.full_dims, dtype=np.float32)
+    dense = stage / f"{VECTOR_MODULES}dense"
+    _write_json(
+        dense / "config.json",
+        {
+            "in_features": transform.full_dims,
+            "out_features": transform.dims,
+            "bias": False,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        },
+    )
+    save_tensors(
+        dense / "model.safetensors",
+        {"linear.weight": torch.from_numpy(weight)},
+    )
+    modules = json.loads((stage / "modules.json").read_text(encoding="utf-8"))
+    modules = [m for m in modules if not m["path"].startswith(VECTOR_MODULES)]
+    for kind in ("dense", "normalize"):
+        i = len(modules)
+        modules.append(
+            {
+                "idx": i,
+                "name": str(i),
+                "path": f"{VECTOR_MODULES}{kind}",
+                "type": f"sentence_transformers.models.{kind.capitalize()}",
+            }
+        )
+    _write_json(stage / "modules.json", modules)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,36 @@
+"""Tensors to safetensors files, in shards, with an error that a user can act on.
+
+Hides: file sizes and disk errors. Refuses to know: what the tensors are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write safetensors so that a half-written file never carries the final name.
+
+    Raises:
+        OSError: the file cannot be written (a full disk).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with _write_errors(path):
+        save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(path)
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """A full disk, which safetensors reports in a type of its own, as the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error

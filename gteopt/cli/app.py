@@ -1,0 +1,142 @@
+"""The command line: parse, call, print. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from gteopt.cli import build, measure, share
+from gteopt.cli.errors import (
+    _NO_ROOM,
+    _command,
+    _fail,
+    _Group,
+    _Interrupted,
+    _left_behind,
+    _show_warning,
+)
+from gteopt.cli.options import AsJson
+from gteopt.cli.output import _show_list
+from gteopt.errors import GteoptError, is_out_of_memory
+
+app = typer.Typer(
+    name="gteopt",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Turn a text-embedding model into the cheapest variant that still ranks like it.\n\n"
+    "Start with `gteopt run recipes/plans/demo.yaml`, or `gteopt inspect nano`.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from gteopt.version import __version__
+
+        typer.echo(f"gteopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="show the traceback of an error")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="show the version and stop", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    del debug, version  # main looks for --debug itself, as it must know before anything is parsed
+
+
+for _command_function in (
+    *(measure.run, build.quantize, build.truncate, measure.bench, measure.evaluate),
+    *(measure.choose, measure.report, build.export, build.verify),
+    *(share.publish, share.pull, build.inspect),
+):
+    app.command()(_command_function)
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes that ship with gteopt.
+
+    Example: `gteopt recipes`
+    """
+    from gteopt.config.recipe import load_recipe
+    from gteopt.config.yaml_files import shipped_names
+
+    found = [load_recipe(name) for name in shipped_names("recipes")]
+    rows = [{"name": each.name, "summary": each.summary} for each in found]
+    _show_list("recipes", rows, as_json=as_json)
+
+
+@app.command()
+def suites(as_json: AsJson = False) -> None:
+    """List the evaluation suites that ship with gteopt.
+
+    Example: `gteopt suites`
+    """
+    from gteopt.config.yaml_files import find_yaml, read_yaml, shipped_names
+    from gteopt.evaluation.suites import Suite
+
+    found = [read_yaml(find_yaml("eval/suites", n), Suite) for n in shipped_names("eval/suites")]
+    rows = [
+        {
+            "name": each.name,
+            "summary": each.summary,
+            "tasks": str(len(each.tasks)),
+            "minutes (7B, H200)": f"{each.minutes:g}" if each.minutes else "",
+        }
+        for each in found
+    ]
+    _show_list("suites", rows, as_json=as_json)
+
+
+def main() -> None:
+    """The console script: one line and exit code 1 for what the user can mend, 2 for usage.
+
+    130 after Ctrl-C, as shells have it.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
+    warnings.filterwarnings("ignore", module=r"(?!gteopt)")
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except GteoptError as error:
+        if "--debug" in sys.argv:
+            raise
+        _fail(str(error), 130 if isinstance(error, _Interrupted) else 1)
+    except ValueError as error:
+        from pydantic import ValidationError
+
+        if "--debug" in sys.argv or not isinstance(error, ValidationError):
+            raise
+        from gteopt.config.yaml_files import invalid
+
+        _fail(str(invalid(f"what was asked for ({error.title})", error)))
+    except OSError as error:
+        if "--debug" in sys.argv:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        full = error.errno in _NO_ROOM or error.errno is None  # safetensors' have no number
+        kept = _left_behind(_command())
+        advice = kept if full else "; give a place that exists and may be written to"
+        _fail(f"{error.strerror or error}{where}{advice}")
+    except (RuntimeError, MemoryError) as error:
+        if "--debug" in sys.argv or not is_out_of_memory(error):
+            raise
+        said, kept = str(error).partition("\n")[0], _left_behind(_command())
+        _fail(f"memory ran out ({said}); ask for less at once, or for another --device{kept}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Commands that make and check artifacts: quantize, truncate, export, verify, inspect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.filesize import decimal
+
+from gteopt.cli.options import (
+    ActivationGb,
+    AsJson,
+    Base,
+    Device,
+    EffortOption,
+    EmbedInt8,
+    Family,
+    HubDir,
+    KeptDtype,
+    LayoutOption,
+    Out,
+)
+from gteopt.cli.output import _out, _print_json, _progress, _show_manifest
+from gteopt.errors import InputError
+
+if TYPE_CHECKING:
+    from gteopt.config.recipe import Effort, LayoutChoice, Recipe
+
+
+def quantize(
+    base: Base,
+    out: Out,
+    recipe: Annotated[
+        str, typer.Option(help="a shipped recipe (`gteopt recipes`), or a file")
+    ] = "mixed-nf4",
+    effort: EffortOption = None,
+    embed_int8: EmbedInt8 = False,
+    layout: LayoutOption = None,
+    hub_dir: HubDir = None,
+    revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
+    family: Family = None,
+    dtype: KeptDtype = "bfloat16",
+    activation_gb: ActivationGb = 4,
+    device: Device = "auto",
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="solve layers that read the same inputs side by side on these: cuda:0,cuda:1, or "
+            "cpu,cpu; the first one calibrates",
+            metavar="LIST",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make one variant of a base.
+
+    Example: `gteopt quantize nano --recipe gptq-int4 --out artifacts/nano-int4`
+    """
+    from gteopt.build.quantize import quantize as build
+    from gteopt.machine import parse_devices
+
+    wanted = _wanted(recipe, effort, embed_int8=embed_int8, layout=layout)
+    with _progress() as progress:
+        manifest = build(
+            base,
+            wanted,
+            out,
+            hub_dir=hub_dir,
+            revision=revision,
+            family=family,
+            dtype=dtype,
+            activation_bytes=int(activation_gb * 2**30),
+            device=device,
+            devices=parse_devices(devices) if devices is not None else (),
+            progress=progress,
+        )
+    _show_manifest(manifest, out, as_json=as_json)
+
+
+def _wanted(
+    recipe: str, effort: Effort | None, *, embed_int8: bool, layout: LayoutChoice | None
+) -> Recipe:
+    """The recipe with what other options change in it."""
+    from gteopt.config.recipe import load_recipe
+
+    wanted = load_recipe(recipe)
+    if effort is not None:
+        wanted = wanted.with_effort(effort)
+    if embed_int8:
+        wanted = wanted.with_int8_embedding()
+    return wanted if layout is None else wanted.with_layout(layout)
+
+
+def truncate(
+    artifact: Annotated[Path, typer.Argument(help="artifact folder")],
+    out: Out,
+    dims: Annotated[
+        int | None, typer.Option(min=1, help="dimensions to keep; all when left out")
+    ] = None,
+    method: Annotated[
+        Literal["slice", "pca", "auto"], typer.Option(help="first, principal, or what keeps more")
+    ] = "slice",
+    vectors: Annotated[
+        Literal["float32", "int8", "binary"], typer.Option(help="how a vector is stored")
+    ] = "float32",
+    rescore: Annotated[int, typer.Option(min=1, help="candidates per result on codes")] = 4,
+    hub_dir: HubDir = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Make an artifact with the same weights and shorter or smaller vectors.
+
+    Example: `gteopt truncate artifacts/nano-int4 --dims 64 --vectors int8 --out artifacts/nano-64`
+    """
+    from gteopt.build.truncate import truncate as shorten
+
+    with _progress() as progress:
+        manifest = shorten(
+            artifact,
+            out,
+            dims=dims,
+            method=method,
+            vectors=vectors,
+            rescore=rescore,
+            hub_dir=hub_dir,
+            device=device,
+            progress=progress,
+        )
+    _show_manifest(manifest, out, as_json=as_json)
+
+
+def export(
+    artifact: Annotated[str, typer.Argument(help="artifact folder, or ORG/NAME")],
+    out: Annotated[Path, typer.Argument(help="folder to make")],
+    hub_dir: HubDir = None,
+    revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
+) -> None:
+    """Write an artifact as a folder that Sentence Transformers opens with backend="openvino".
+
+    Example: `gteopt export artifacts/nano-int8 nano-int8-openvino`
+    """
+    from gteopt.commands.export import export_openvino
+
+    export_openvino(artifact, out, hub_dir=hub_dir, revision=revision)
+    n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    _out.print(f"{out}: {decimal(n_bytes, precision=2)}", soft_wrap=True)
+    _out.print(f'SentenceTransformer("{out}", backend="openvino")', markup=False, soft_wrap=True)
+
+
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="artifact folder")], as_json: AsJson = False
+) -> None:
+    """Check every file of an artifact against its manifest.
+
+    Example: `gteopt verify artifacts/nano-int4`
+    """
+    from gteopt.model.artifact import verify as check
+
+    manifest = check(artifact)
+    if as_json:
+        _print_json({"artifact": str(artifact), "files": len(manifest.files), "whole": True})
+    else:
+        n_bytes = sum(file.n_bytes for file in manifest.files)
+        _out.print(
+            f"{artifact}: {len(manifest.files)} files, {decimal(n_bytes, precision=2)}, "
+            "all as recorded"
+        )
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(help="a base or an artifact")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="a shipped recipe, or a file; every shipped one when left out"),
+    ] = None,
+    effort: EffortOption = None,
+    embed_int8: EmbedInt8 = False,
+    layout: LayoutOption = None,
+    hub_dir: HubDir = None,
+    revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
+    family: Family = None,
+    dtype: KeptDtype = "bfloat16",
+    activation_gb: ActivationGb = 4,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N; this machine need not have it")
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model is and what every recipe would make of it, before anything is built.
+
+    Of a model on the Hub only what describes it is downloaded, not its weights. Given the options
+    of a `gteopt quantize`, it predicts the size, the memory and the disk space of that build.
+
+    Example: `gteopt inspect nano --recipe gptq-int4 --effort best`
+    """
+    from gteopt.commands.inspect import inspect as look
+    from gteopt.report.terminal import estimates_table, facts_table, layers_table
+
+    if recipe is None and (effort or embed_int8 or layout):
+        raise InputError("--effort, --embed-int8 and --layout change a recipe; give --recipe")
+    wanted = None
+    if recipe is not None:
+        wanted = _wanted(recipe, effort, embed_int8=embed_int8, layout=layout)
+    found = look(
+        source,
+        hub_dir=hub_dir,
+        revision=revision,
+        family=family,
+        recipe=wanted,
+        dtype=dtype,
+        device=device,
+        activation_bytes=int(activation_gb * 2**30),
+    )
+    if as_json:
+        _print_json(json.loads(found.model_dump_json(by_alias=True)))
+        return
+    _out.print(facts_table(found))
+    if found.manifest is not None:
+        _out.print(layers_table(found.manifest))
+        if (allocation := found.manifest.allocation) is not None:
+            _out.print(
+                f"bits chosen by layer: {allocation.bits_per_weight:.3f} bits a weight of "
+                f"{allocation.budget:g}, predicted loss {allocation.predicted_loss:.2g} (each "
+                f"layer's found by {allocation.found_by})"
+            )
+        if (tuning := found.manifest.tuning) is not None:
+            _out.print(
+                f"tuned by {tuning.by} for {tuning.n_steps} steps: error on the calibration texts "
+                f"{tuning.error_before:.5f} -> {tuning.error_after:.5f}, "
+                f"{tuning.codes_changed:.1%} of the codes changed"
+            )
+    elif found.estimates:
+        _out.print(estimates_table(found))

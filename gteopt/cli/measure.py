@@ -1,0 +1,399 @@
+"""Commands that measure and decide: run, bench, evaluate, choose, report."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from gteopt.cli.options import (
+    Artifacts,
+    AsJson,
+    BackendOption,
+    Device,
+    Devices,
+    HubDir,
+    Ray,
+    _finite,
+)
+from gteopt.cli.output import _out, _print_json, _progress, _show, _show_all, _show_results
+from gteopt.errors import InputError
+
+if TYPE_CHECKING:
+    from gteopt.config.plan import BenchSpec
+    from gteopt.corpus.workers import Workers
+
+
+def run(
+    plan: Annotated[str, typer.Argument(help="a plan's YAML file, or the name of a shipped plan")],
+    out: Annotated[Path | None, typer.Option(help="results folder instead of the plan's")] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0, help="of this machine in dollars, instead of the plan's"),
+    ] = None,
+    hub_dir: HubDir = None,
+    device: Device = "auto",
+    devices: Devices = None,
+    ray: Ray = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build, measure, score and choose: a whole plan, or what is left of it.
+
+    Example: `gteopt run recipes/plans/demo.yaml`
+    """
+    from gteopt.commands.run import run as run_plan
+    from gteopt.config.plan import load_plan
+    from gteopt.config.yaml_files import find_yaml
+
+    document = load_plan(plan)
+    if out is not None:
+        document = document.model_copy(update={"out": out})
+    if price_per_hour is not None:
+        priced = document.bench.model_copy(update={"price_per_hour": price_per_hour})
+        document = document.model_copy(update={"bench": priced})
+    beside = find_yaml("recipes/plans", plan).parent
+    with _workers(devices, ray, device) as workers, _progress() as progress:
+        results = run_plan(
+            document,
+            beside=beside,
+            hub_dir=hub_dir,
+            device=device,
+            workers=workers,
+            progress=progress,
+        )
+    _show_results(results, as_json=as_json)
+    if not as_json:
+        _out.print(f"Report: {document.out / 'report.html'}", soft_wrap=True)
+
+
+def bench(
+    artifacts: Artifacts,
+    baseline: Annotated[
+        str | None, typer.Option(help="what ratios refer to; the first artifact when left out")
+    ] = None,
+    dummy_weights: Annotated[
+        bool,
+        typer.Option(
+            "--dummy-weights",
+            help="build the one model named, of a published shape, with random weights, and the "
+            "recipes of it",
+        ),
+    ] = False,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="with --dummy-weights: rtn-int8, rtn-int4 and nf4 when left out"),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="with --dummy-weights: build only so many blocks")
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="TEXTSxTOKENS, or TEXTSx~TOKENS for log-normal lengths of that median; or a set, "
+            "without the lengths that the model does not take: short (32x32, 32x128, 8x512; the "
+            "default on a CPU), long (128x128, 32x512, 8x2048, 2x8192, 1x32768, 128x~128; the "
+            "default on a GPU)"
+        ),
+    ] = None,
+    query_tokens: Annotated[int, typer.Option(min=1, help="of the single query")] = 16,
+    queries: Annotated[int, typer.Option(min=10, help="single queries that are timed")] = 50,
+    repeats: Annotated[int, typer.Option(min=1, help="counted runs of each workload")] = 5,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            min=0, callback=_finite, help="of this machine in dollars: gives cost per tokens"
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="results folder: adds to its bench.json")] = None,
+    hub_dir: HubDir = None,
+    device: Device = "auto",
+    backend: BackendOption = "torch",
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed and memory, each artifact interleaved with the baseline.
+
+    Example: `gteopt bench artifacts/nano-int4 --baseline nano --out artifacts/results`
+    """
+    from gteopt.commands.bench import measure, measure_dummy
+    from gteopt.config.plan import WORKLOADS
+    from gteopt.report.terminal import bench_table, limits_table
+    from gteopt.speed.protocol import default_workloads
+
+    names = workload or [default_workloads(device)]
+    spec = _bench_spec(names, query_tokens, queries, repeats)
+    sources = _named([*([baseline] if baseline else []), *artifacts])
+    if not dummy_weights and (recipe or layers is not None):
+        raise InputError("--recipe and --layers belong to --dummy-weights")
+    if out is not None and out.is_file():
+        raise InputError(f"--out {out} is a file; results need a folder")
+    if dummy_weights and len(sources) != 1:
+        raise InputError("--dummy-weights takes one model and no --baseline")
+    skip = any(name in WORKLOADS for name in names)
+    with _progress() as progress:
+        if dummy_weights:
+            report = measure_dummy(
+                artifacts[0],
+                recipe or ["rtn-int8", "rtn-int4", "nf4"],
+                spec,
+                out,
+                skip_too_long=skip,
+                n_layers=layers,
+                device=device,
+                backend=backend,
+                price_per_hour=price_per_hour,
+                progress=progress,
+            )
+        else:
+            report = measure(
+                sources,
+                spec,
+                out,
+                baseline=next(iter(sources)),
+                hub_dir=hub_dir,
+                skip_too_long=skip,
+                device=device,
+                backend=backend,
+                price_per_hour=price_per_hour,
+                progress=progress,
+            )
+    _show(report, bench_table(report), as_json=as_json)
+    if not as_json:
+        _out.print(limits_table(report))
+
+
+_WHERE = frozenset({"hub_dir", "device", "devices", "ray", "out", "cache_gb", "as_json"})
+"""Options that decide where an evaluation runs and what it keeps, not what it finds."""
+
+
+def _asked(context: typer.Context) -> tuple[str, ...]:
+    """The options that were typed and decide what is found, as `EvalReport.asked` has them."""
+    words: list[str] = []
+    for option in context.command.params:
+        name, value = str(option.name), context.params.get(str(option.name))
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or name in {"artifacts", *_WHERE}:
+            continue
+        # Where a file lies is nobody else's business; what it is called is.
+        if isinstance(value, Path) or (name in ("suite", "baseline") and Path(str(value)).exists()):
+            value = Path(str(value)).resolve().name
+        words += [option.opts[0], str(value)]
+    return tuple(words)
+
+
+def _bench_spec(names: Sequence[str], query_tokens: int, n_queries: int, repeats: int) -> BenchSpec:
+    from gteopt.config.plan import WORKLOADS, BenchSpec, Workload
+
+    found: list[Workload] = []
+    wrong = []
+    for name in names:
+        match = re.fullmatch(r"([1-9]\d*)x(~?)([1-9]\d*)", name, re.ASCII)
+        if name in WORKLOADS:
+            found += WORKLOADS[name]
+        elif match is None:
+            wrong.append(name)
+        else:
+            lengths: Literal["equal", "lognormal"] = "lognormal" if match[2] else "equal"
+            found.append(Workload(batch_size=int(match[1]), tokens=int(match[3]), lengths=lengths))
+    if wrong:
+        raise InputError(
+            f"--workload {', '.join(wrong)}: write TEXTSxTOKENS (8x128), TEXTSx~TOKENS for lengths "
+            f"around a median (64x~128), or a set: {', '.join(WORKLOADS)}"
+        )
+    return BenchSpec(
+        query_tokens=query_tokens,
+        n_queries=n_queries,
+        repeats=repeats,
+        workloads=tuple(dict.fromkeys(found)),
+    )
+
+
+def evaluate(
+    context: typer.Context,
+    artifacts: Artifacts,
+    suite: Annotated[
+        str | None, typer.Option(help="a shipped suite (`gteopt suites`), or a file")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="own data as one more task: a BEIR folder, or a .csv or .jsonl of labelled pairs"
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="own texts without labels, one a line: fidelity alone")
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="what the queries of --data are for")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="the base to judge against; the artifacts' own when left out"),
+    ] = None,
+    dims: Annotated[
+        str | None,
+        typer.Option(help="lengths to score each in, from the same encodings: 256,128,64"),
+    ] = None,
+    vectors: Annotated[
+        str | None, typer.Option(help="codes to score each length in: float32,int8,binary")
+    ] = None,
+    margin: Annotated[
+        float,
+        typer.Option(help="a difference of scores, 0 to 1, that does not matter; see policies"),
+    ] = 0.01,
+    out: Annotated[Path | None, typer.Option(help="results folder; makes runs resumable")] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="that models compute in: bfloat16 or float32; auto is bfloat16 for a base, for an "
+            "artifact what it was built in"
+        ),
+    ] = "auto",
+    cache_gb: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            callback=_finite,
+            help="most that cached vectors take; those of earlier tasks make room first",
+        ),
+    ] = 20,
+    cache_dtype: Annotated[
+        Literal["float16", "float32"],
+        typer.Option(help="of cached vectors; float32 for scores to the sixth digit"),
+    ] = "float16",
+    hub_dir: HubDir = None,
+    device: Device = "auto",
+    backend: BackendOption = "torch",
+    devices: Devices = None,
+    ray: Ray = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score artifacts on a suite and measure their fidelity to the baseline.
+
+    Example: `gteopt evaluate artifacts/nano-int4 --suite mini --out artifacts/results`
+    """
+    from gteopt.commands.evaluate import Setup, base_of, compare_texts, parse_grid, score
+    from gteopt.evaluation.runner import EncodeOptions
+    from gteopt.evaluation.suites import with_data
+    from gteopt.evaluation.tasks import load_suite
+    from gteopt.report.terminal import eval_table, fidelity_table, grid_table
+
+    sources = _named([baseline or base_of(artifacts), *artifacts])
+    if texts is not None and (suite or data):
+        raise InputError("--texts has no labels to score; give it without --suite and --data")
+    if instruction is not None and data is None:
+        raise InputError("--instruction goes with --data; a suite's file names those of its tasks")
+    loaded = load_suite(suite) if suite else None
+    if data is not None:
+        loaded = with_data(loaded, data, instruction=instruction)
+    if loaded is None and texts is None:
+        raise InputError("nothing to evaluate on; give --suite, --data or --texts")
+    if not 0 < margin < 1:
+        raise InputError(f"--margin {margin:g}: give a share of a score, between 0 and 1")
+    grid = parse_grid(dims, vectors) if dims or vectors else None
+    options = EncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype)
+    with _workers(devices, ray, device) as workers, _progress() as progress:
+        how = Setup(
+            hub_dir=hub_dir,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            grid=grid,
+            workers=workers,
+            options=options,
+            asked=_asked(context),
+        )
+        if texts is not None:
+            close = compare_texts(sources, texts, out, how=how, progress=progress)
+        elif loaded is not None:
+            reports = score(sources, loaded, out, how=how, margin=margin, progress=progress)
+    if texts is not None:
+        _show_all(list(close.values()), fidelity_table(close), as_json=as_json)
+        return
+    table = eval_table(reports) if grid is None else grid_table(reports)
+    _show_all(list(reports.values()), table, as_json=as_json)
+
+
+def choose(
+    results_dir: Annotated[Path, typer.Argument(help="folder with bench.json, eval/ or fidelity/")],
+    policy: Annotated[str, typer.Option(help="a shipped policy, or a file")],
+    as_json: AsJson = False,
+) -> None:
+    """Pick the variant that a policy asks for, by its limits and its margin.
+
+    Verdicts in eval/ are settled against that margin, and report.html is written anew.
+
+    Example: `gteopt choose artifacts/demo --policy smallest-index`
+    """
+    from gteopt.commands.choose import judge
+    from gteopt.config.policy import load_policy
+
+    results = judge(results_dir, load_policy(policy))
+    if as_json:
+        assert results.choice is not None
+        _print_json(json.loads(results.choice.model_dump_json(by_alias=True)))
+    else:
+        _show_results(results, as_json=False)
+
+
+def report(
+    results_dir: Annotated[Path, typer.Argument(help="folder with bench.json, eval/ or fidelity/")],
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html from what a results folder holds, and print its table.
+
+    Example: `gteopt report artifacts/demo`
+    """
+    from gteopt.commands.choose import title_of
+    from gteopt.records.results_folder import read_results
+    from gteopt.report.html import write_report
+
+    results = read_results(results_dir)
+    path = write_report(results_dir, results, title=title_of(results_dir))
+    _show_results(results, as_json=as_json)
+    if not as_json:
+        _out.print(f"Report: {path}", soft_wrap=True)
+
+
+@contextmanager
+def _workers(devices: str | None, ray: str | None, device: str) -> Iterator[Workers | None]:
+    """Who encodes texts; None is this process."""
+    if devices is None and ray is None:
+        yield None
+        return
+    if devices is not None and ray is not None:
+        raise InputError("--devices is for this machine, --ray for a cluster; give one of them")
+    import torch
+
+    from gteopt.corpus.ray_actors import ray_workers
+    from gteopt.corpus.workers import local_workers
+    from gteopt.machine import parse_devices
+
+    with ExitStack() as stack:
+        if devices is not None:
+            workers = stack.enter_context(local_workers(parse_devices(devices)))
+        else:
+            assert ray is not None
+            # Where --json writes, Ray tells which of a cluster's processes died.
+            stack.enter_context(redirect_stdout(sys.stderr))
+            opened = ray_workers(ray, device=device, n_threads=torch.get_num_threads())
+            workers = stack.enter_context(opened)
+        yield workers
+
+
+def _named(sources: list[str]) -> dict[str, str]:
+    """Short names for sources: the folder's last part, where that tells them apart."""
+    named: dict[str, str] = {}
+    for source in sources:
+        name = Path(source).name or source
+        if name in named and named[name] != source:
+            raise InputError(
+                f"two artifacts are called {name} ({named[name]}, {source}); rename one folder"
+            )
+        named[name] = source
+    return named

@@ -1,0 +1,50 @@
+"""What `gteopt choose` does: read a results folder, apply a policy, write the choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gteopt.config.policy import Policy
+from gteopt.evaluation.statistics import settle
+from gteopt.records.evaluation import EvalReport
+from gteopt.records.files import read_record, write_record
+from gteopt.records.results_folder import Results, RunRecord, read_results
+from gteopt.report.choose import choose
+from gteopt.report.html import write_report
+
+
+def judge(folder: Path, policy: Policy) -> Results:
+    """Judge what a results folder holds by a policy; nothing is measured anew.
+
+    Verdicts are settled again, against the policy's margin and over all that the folder holds. The
+    evaluations are written with them, then the choice, and the page where there is one.
+
+    Raises:
+        InputError, IntegrityError: see `read_results` and `choose`.
+    """
+    found = read_results(folder)
+    evals = settle(
+        {
+            name: report.model_copy(update={"margin": policy.margin})
+            for name, report in found.evals.items()
+        }
+    )
+    results = found.model_copy(update={"evals": evals, "choice": None})
+    results = results.model_copy(update={"choice": choose(policy, results)})
+    for path in (folder / "eval").glob("*.json"):
+        report = evals[read_record(path, EvalReport).variant]
+        if report.variant in found.evals and report != found.evals[report.variant]:
+            write_record(path, report)
+    assert results.choice is not None
+    write_record(folder / "choice.json", results.choice)
+    if (folder / "report.html").is_file():
+        write_report(folder, results, title=title_of(folder))
+    return results
+
+
+def title_of(folder: Path) -> str:
+    """What the page of a results folder is called: after the plan that filled it."""
+    if (folder / "run.json").is_file():
+        ran = read_record(folder / "run.json", RunRecord)
+        return f"gteopt: {ran.plan} ({ran.base})"
+    return f"gteopt: {folder.resolve().name}"

@@ -1,0 +1,382 @@
+"""What `gteopt evaluate` does: check every source, score each on a suite or on texts, compare.
+
+Hides: what a store folder holds and which sources give the same vectors. Refuses to know: mteb,
+printing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+from gteopt.build.fit_vectors import fit_transforms
+from gteopt.config.policy import DEFAULT_MARGIN
+from gteopt.config.recipe import VectorCode
+from gteopt.corpus.workers import Workers
+from gteopt.encoder.encoder import Backend, Encoder
+from gteopt.encoder.loading import describe, load
+from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
+from gteopt.evaluation.compare import Drawn, compare
+from gteopt.evaluation.fidelity import fidelity
+from gteopt.evaluation.runner import (
+    ENCODE_OPTIONS,
+    EncodeOptions,
+    begin_views,
+    run_texts,
+    run_views,
+)
+from gteopt.evaluation.statistics import settle
+from gteopt.evaluation.suites import Suite
+from gteopt.evaluation.user_data import read_texts
+from gteopt.evaluation.views import View, own_view, view_of
+from gteopt.model.artifact import is_artifact, read_manifest
+from gteopt.model.checkpoint import NANO, open_checkpoint
+from gteopt.progress import Progress
+from gteopt.records.evaluation import EvalReport, FidelityReport
+from gteopt.records.files import read_record, write_record
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Lengths and codes that every variant is scored in, each from the same encodings.
+
+    Attributes:
+        dims: none is the model's full length alone.
+        codes: how a vector is stored.
+    """
+
+    dims: tuple[int, ...] = ()
+    codes: tuple[VectorCode, ...] = ("float32",)
+
+
+def parse_grid(dims: str | None, codes: str | None) -> Grid:
+    """A grid from lists separated by commas; what is left out stays full, or float32.
+
+    Raises:
+        InputError: a length that is no positive whole number, or an unknown code.
+    """
+    problems = []
+    lengths = _listed(dims)
+    problems += [
+        f"--dims: '{each}' is no number of dimensions; write 256,128,64"
+        for each in lengths
+        if not each.isdecimal() or int(each) == 0
+    ]
+    known = get_args(VectorCode)
+    wanted = _listed(codes) or ["float32"]
+    problems += [
+        f"--vectors: unknown code '{each}': {suggest(each, known)}"
+        for each in wanted
+        if each not in known
+    ]
+    if problems:
+        raise InputError(join_problems("the grid cannot be scored", problems))
+    return Grid(
+        dims=tuple(int(each) for each in lengths),
+        codes=tuple(code for code in known if code in wanted),
+    )
+
+
+def _listed(names: str | None) -> list[str]:
+    parts = [each.strip() for each in (names or "").split(",")]
+    return list(dict.fromkeys(each for each in parts if each))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how variants are encoded, and what of their vectors is judged.
+
+    Attributes:
+        dtype: that models compute in, as `load` takes it.
+        backend: of the variants, as `load` takes it; the baseline is torch's.
+        grid: lengths and codes, each judged by itself; None is the vectors that each variant makes.
+        workers: who encodes, instead of this process on `device`. A grid still needs each variant
+            here, which fits its ranges.
+        options: of the vectors' cache.
+        asked: see `EvalReport`.
+    """
+
+    hub_dir: Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: Backend = "torch"
+    grid: Grid | None = None
+    workers: Workers | None = None
+    options: EncodeOptions = ENCODE_OPTIONS
+    asked: tuple[str, ...] = ()
+
+
+def score(
+    sources: Mapping[str, str],
+    suite: Suite,
+    folder: Path | None,
+    *,
+    how: Setup,
+    margin: float = DEFAULT_MARGIN,
+    progress: Progress,
+) -> dict[str, EvalReport]:
+    """Scores of every variant beside the first's, which is the baseline.
+
+    Verdicts are against `margin` and corrected for all tasks of all variants together. With a
+    grid, there is a report for each variant, length and code, named by the three; the baseline is
+    then the first source's own vectors.
+
+    With a results folder, finished tasks are stored in it and not done twice.
+
+    Raises:
+        InputError: the results folder is a file; lists every source that cannot be opened, before
+            anything is encoded.
+    """
+    _check_folder(folder)
+    _check_all(sources, folder, how)
+    reports: dict[str, EvalReport] = {}
+    baseline = None
+    drawn: Drawn = {}
+    following: _Opened | None = None
+    for name, next_name in zip(sources, [*list(sources)[1:], None], strict=True):
+        opened = following
+        if opened is None or how.grid is not None:  # which is fitted on a loaded model
+            is_baseline = baseline is None
+            opened = _open(
+                name, sources[name], how, progress, is_baseline=is_baseline, begun=following
+            )
+        following = None
+        options = opened.options
+        if how.workers is not None and next_name is not None:
+            # Only descriptions of models, which take no memory, can be opened ahead of their turn.
+            alone = replace(how, grid=None)
+            following = _open(next_name, sources[next_name], alone, progress, is_baseline=False)
+            if not _same_vectors(opened, following):  # whose vectors will be there
+                options = replace(options, afterwards=_beginning(following, suite, folder, how))
+        views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
+        if baseline is None and own.sha256 not in {each.sha256 for each in views.values()}:
+            views = {name: own, **views}
+        runs = run_views(
+            opened.encoder,
+            suite,
+            list(views.values()),
+            hub_dir=how.hub_dir,
+            store=_store(folder),
+            options=options,
+            progress=progress,
+        )
+        del opened  # two models may not fit
+        if baseline is None:
+            baseline = next(run for run in runs if run.encoder_sha256 == own.sha256)
+        for done, (row, run) in enumerate(zip(views, runs, strict=True)):
+            progress(f"{name}: comparing with {baseline.encoder}", done, len(runs))
+            noted = replace(run, notes=(*run.notes, *notes))
+            found = compare(baseline, noted, variant_name=row, margin=margin, drawn=drawn)
+            reports[row] = found.model_copy(update={"asked": how.asked})
+    reports = settle(reports)
+    if folder is not None:
+        for name, report in reports.items():
+            write_record(folder / "eval" / f"{name}.json", report)
+    return reports
+
+
+def compare_texts(
+    sources: Mapping[str, str],
+    file: Path,
+    folder: Path | None,
+    *,
+    how: Setup,
+    progress: Progress,
+) -> dict[str, FidelityReport]:
+    """Fidelity of every variant to the first, which is the baseline, on a user's own texts.
+
+    Texts are encoded as documents, without an instruction, and into the same cache as a suite's;
+    with a grid, there is a report for each variant, length and code, against the first source's
+    vectors at full dimension, as always.
+
+    Raises:
+        InputError: see `score`.
+    """
+    _check_folder(folder)
+    _check_all(sources, None, how)
+    texts = read_texts(file)
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    reports: dict[str, FidelityReport] = {}
+    baseline = None
+    for name, source in sources.items():
+        opened = _open(name, source, how, progress, is_baseline=baseline is None)
+        views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
+        run = run_texts(
+            opened.encoder, texts, store=_store(folder), options=opened.options, progress=progress
+        )
+        del opened  # two models may not fit
+        baseline = baseline or (own, run.sample)
+        for done, (row, view) in enumerate(views.items()):
+            progress(f"{name}: comparing with {baseline[0].name}", done, len(views))
+            reports[row] = FidelityReport(
+                variant=row,
+                artifact_sha256=view.sha256,
+                baseline=baseline[0].name,
+                baseline_sha256=baseline[0].sha256,
+                texts=file.name,
+                texts_sha256=digest,
+                dims=view.vectors.dims,
+                code=view.vectors.code,
+                bytes_per_vector=view.vectors.bytes_per_vector,
+                n_asked_texts=run.encodings.n_asked,
+                n_encoded_texts=0 if done else run.encodings.n_encoded,
+                n_cut_texts=run.encodings.n_cut,
+                notes=(*run.notes, *notes),
+                fidelity=fidelity(baseline[1], run.sample, view.vectors),
+                machine=run.machine,
+                versions=run.versions,
+            )
+    if folder is not None:
+        for name, report in reports.items():
+            write_record(folder / "fidelity" / f"{name}.json", report)
+    return reports
+
+
+def _check_all(sources: Mapping[str, str], folder: Path | None, how: Setup) -> None:
+    """Open every source: what is damaged or misspelt must not be found after days of encoding.
+
+    Raises:
+        InputError: lists all of them; and reports of another backend that would be overwritten.
+    """
+    problems: list[str] = []
+    dims: dict[str, int] = {}
+    for name, source in sources.items():
+        try:
+            dims[name] = open_checkpoint(source, hub_dir=how.hub_dir).dims
+        except GteoptError as error:
+            problems.append(f"{name} ({source}): {error}")
+    baseline = next(iter(sources))
+    problems += [
+        f"{name}: has {n} dimensions, the baseline {baseline} {dims[baseline]}; a variant is "
+        f"judged against its own base"
+        for name, n in dims.items()
+        if baseline in dims and n != dims[baseline]
+    ]
+    for path in sorted((folder / "eval").glob("*.json")) if folder else ():
+        with suppress(IntegrityError):  # of an older gteopt, or damaged: written anew
+            old = read_record(path, EvalReport)
+            found = old.versions.get("backend", how.backend)
+            row = re.sub(r"-\d+-(float32|int8|binary)$", "", old.variant)
+            if {row, old.variant} & set(list(sources)[1:]) and found != how.backend:
+                problems.append(
+                    f"{path} holds scores of {old.variant} with backend {found}; remove it, or "
+                    f"give another --out for backend {how.backend}"
+                )
+    if problems:
+        raise InputError(join_problems("the evaluation cannot start", problems))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """One source, ready to be judged.
+
+    Attributes:
+        views: what of its vectors is judged, by row of the result.
+        notes: what its workers have had to say so far.
+    """
+
+    encoder: Encoder
+    options: EncodeOptions
+    views: dict[str, View]
+    notes: list[str]
+
+
+def _open(
+    name: str,
+    source: str,
+    how: Setup,
+    progress: Progress,
+    *,
+    is_baseline: bool,
+    begun: _Opened | None = None,
+) -> _Opened:
+    """Open a source; `begun` is the same one, described, on which workers have begun."""
+    options, notes = how.options, list[str]()
+    device = how.device if how.workers is None else how.workers.device
+    here = describe if how.workers is not None and how.grid is None else load
+    encoder = here(
+        source,
+        device=device,
+        dtype=how.dtype,
+        backend="torch" if is_baseline else how.backend,
+        hub_dir=how.hub_dir,
+    )
+    if begun is not None:
+        options, notes = begun.options, begun.notes
+    elif how.workers is not None:
+        encode = how.workers.encoding(
+            encoder,
+            source,
+            hub_dir=how.hub_dir,
+            batch_size=options.batch_size,
+            say=notes.append,
+        )
+        options = replace(options, encode=encode, encoded_on=str(how.workers))
+    encoder.name = name  # one name for one thing, in every line of progress and every note
+    views = {name: own_view(encoder, name)}
+    if how.grid is not None:
+        views = _grid_views(encoder, name, how.grid, hub_dir=how.hub_dir, progress=progress)
+    return _Opened(encoder, options, views, notes)
+
+
+def _same_vectors(one: _Opened, other: _Opened) -> bool:
+    mine, theirs = one.encoder, other.encoder
+    same_files = mine.checkpoint.weights_sha256 == theirs.checkpoint.weights_sha256
+    return same_files and mine.arithmetic == theirs.arithmetic
+
+
+def _beginning(
+    opened: _Opened, suite: Suite, folder: Path | None, how: Setup
+) -> Callable[[], None]:
+    return partial(
+        begin_views,
+        opened.encoder,
+        suite,
+        hub_dir=how.hub_dir,
+        store=_store(folder),
+        options=opened.options,
+    )
+
+
+def _check_folder(folder: Path | None) -> None:
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; results need a folder")
+
+
+def _store(folder: Path | None) -> Path | None:
+    return folder / "scores" if folder else None
+
+
+def _grid_views(
+    encoder: Encoder, name: str, grid: Grid, *, hub_dir: Path | None, progress: Progress
+) -> dict[str, View]:
+    transforms = fit_transforms(encoder, grid.dims, grid.codes, hub_dir=hub_dir, progress=progress)
+    named = {f"{name}-{each.dims}-{each.code}": each for each in transforms}
+    return {row: view_of(encoder, each, row) for row, each in named.items()}
+
+
+def base_of(sources: Sequence[str]) -> str:
+    """The one base that artifacts were made from, as something that `load` takes.
+
+    Raises:
+        InputError: they have several bases, or one that only its owner can name (a folder).
+    """
+    bases = set()
+    for source in sources:
+        folder = Path(source)
+        bases.add(read_manifest(folder).base.id if is_artifact(folder) else source)
+    if len(bases) > 1:
+        raise InputError(
+            f"the artifacts have different bases ({', '.join(sorted(bases))}); evaluate them "
+            f"apart, or give --baseline"
+        )
+    base = bases.pop()
+    if base != NANO and "/" not in base and not Path(base).is_dir():
+        raise InputError(f"the base was a folder called {base}; say where it is with --baseline")
+    return base

@@ -1,0 +1,136 @@
+"""What a base or an artifact is, and what every recipe would make of it, before anything is built.
+
+Hides: how sizes follow from shapes. Refuses to know: weights; only headers and configs are read,
+and of a model on the Hub nothing else is fetched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gteopt.build.estimate import _n_parameters, estimate
+from gteopt.build.quantize import ACTIVATION_BYTES
+from gteopt.config.recipe import Recipe, load_recipe
+from gteopt.config.yaml_files import shipped_names
+from gteopt.encoder.loading import build_skeleton, dtype_of, parse_dtype, pick_device
+from gteopt.errors import InputError
+from gteopt.kernels import kernel_name, speed_up_linears_
+from gteopt.model.checkpoint import Checkpoint, open_checkpoint
+from gteopt.records.inspection import EstimateConditions, Inspection
+
+
+def inspect(
+    source: str | Path,
+    *,
+    hub_dir: Path | None = None,
+    revision: str | None = None,
+    family: str | None = None,
+    recipe: Recipe | None = None,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    activation_bytes: int = ACTIVATION_BYTES,
+) -> Inspection:
+    """Describe a base (with an estimate for every shipped recipe), an artifact, or what another
+    library quantized.
+
+    Of a model on the Hub whose weights are not here, only what describes them is downloaded.
+
+    Args:
+        source: see `open_checkpoint`.
+        hub_dir: see `open_checkpoint`.
+        revision: see `open_checkpoint`.
+        family: see `open_checkpoint`.
+        recipe: the one to estimate; None is every shipped one.
+        dtype: see `quantize`.
+        device: see `quantize`; it need not be here.
+        activation_bytes: see `quantize`.
+
+    Raises:
+        InputError: no base to apply the recipe to, or an unknown device; and see `open_checkpoint`.
+        IntegrityError, UnsupportedError: see `open_checkpoint`.
+    """
+    kind = _kind_of(device)
+    checkpoint = open_checkpoint(
+        source, hub_dir=hub_dir, revision=revision, family=family, headers_only=True
+    )
+    manifest = checkpoint.manifest
+    is_here = manifest is not None or checkpoint.weight_files
+    template, lengths = checkpoint.query_template, checkpoint.matryoshka_dims
+    is_base = manifest is None and not checkpoint.is_quantized
+    if recipe is not None and not is_base:
+        raise InputError(
+            f"{source} is quantized or an artifact; recipe {recipe.name} is applied to a base"
+        )
+    recipes = [recipe] if recipe else [load_recipe(name) for name in shipped_names("recipes")]
+    estimates = estimate(
+        checkpoint,
+        recipes if is_base else (),
+        dtype=dtype,
+        device=kind,
+        activation_bytes=activation_bytes,
+        hub_dir=hub_dir,
+    )
+    return Inspection(
+        schema="gteopt.inspection/1",
+        id=checkpoint.id,
+        revision=checkpoint.revision,
+        sha256=checkpoint.sha256 if is_here else None,
+        architecture=str(checkpoint.config["model_type"]),
+        family=checkpoint.family.name if checkpoint.family else None,
+        attention=checkpoint.attention,
+        pooling=checkpoint.pooling,
+        normalised=checkpoint.normalise,
+        start_token=checkpoint.start_token,
+        end_token=checkpoint.end_token,
+        query_prompt=template or checkpoint.prompts.get("query", ""),
+        document_prompt="" if template else checkpoint.prompts.get("document", ""),
+        dims=manifest.vectors.dims if manifest else checkpoint.dims,
+        matryoshka_dims=manifest.vectors.still_trained(lengths) if manifest else lengths,
+        max_tokens=checkpoint.max_tokens,
+        license=checkpoint.license,
+        n_parameters=manifest.base.n_parameters if manifest else _n_parameters(checkpoint),
+        published_scores=dict(checkpoint.published.scores) if checkpoint.published else {},
+        notes=checkpoint.notes,
+        estimates=tuple(estimates),
+        estimated_for=EstimateConditions(
+            dtype=dtype, device=kind, activation_bytes=activation_bytes
+        )
+        if is_base
+        else None,
+        manifest=manifest,
+        kernels=_kernels(checkpoint, device),
+    )
+
+
+def _kernels(checkpoint: Checkpoint, device: str) -> dict[str, int] | None:
+    """See `Inspection`."""
+    manifest = checkpoint.manifest
+    foreign = manifest is None and checkpoint.is_quantized
+    if foreign or (_kind_of(device) == "cuda" and not torch.cuda.is_available()):
+        return None
+    where, kind = pick_device(device), parse_dtype(dtype_of(checkpoint, "auto"))
+    module = build_skeleton(checkpoint).to(kind)
+    speed_up_linears_(module, where)
+    names = {
+        name: str(getattr(each, "kernel", "torch.linear"))
+        for name, each in module.named_modules()
+        if isinstance(each, nn.Linear)
+    }
+    for layer in manifest.layers if manifest else ():
+        shape = layer.out_features, layer.in_features
+        names[layer.name] = kernel_name(layer.scheme, *shape, device=where, dtype=kind)
+    return dict(sorted(Counter(names.values()).items()))
+
+
+def _kind_of(device: str) -> str:
+    """What kind of device ("cpu", "cuda") this is; the machine need not have it."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        raise InputError(f"unknown device '{device}': use auto, cpu, cuda or cuda:N")
+    return device.partition(":")[0]

@@ -1,0 +1,1 @@
+"""What a user writes: recipes, plans and policies, and the YAML files that hold them."""

@@ -1,0 +1,116 @@
+"""Plans: one base, several recipes, a suite, bench workloads and a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, FiniteFloat, field_validator
+
+from gteopt.config.yaml_files import find_yaml, read_yaml
+from gteopt.errors import suggest
+from gteopt.frozen import Frozen
+
+
+class Workload(Frozen):
+    """One throughput measurement: `batch_size` texts of exactly `tokens` tokens.
+
+    Attributes:
+        lengths: "equal", or "lognormal": seeded lengths of median `tokens`, the deviation of their
+            logarithm 0.8, from an eighth to four times the median; in batches of at most 32.
+    """
+
+    batch_size: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1)]
+    lengths: Literal["equal", "lognormal"] = "equal"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that it may have."""
+        return self.tokens if self.lengths == "equal" else 4 * self.tokens
+
+    @property
+    def name(self) -> str:
+        """As the command line takes it: "8x128", or "64x~128" for lengths around a median."""
+        return f"{self.batch_size}x{'' if self.lengths == 'equal' else '~'}{self.tokens}"
+
+
+WorkloadSet = Literal["short", "long"]
+WORKLOADS: dict[WorkloadSet, tuple[Workload, ...]] = {
+    "short": (
+        Workload(batch_size=32, tokens=32),
+        Workload(batch_size=32, tokens=128),
+        Workload(batch_size=8, tokens=512),
+    ),
+    "long": (
+        *(Workload(batch_size=16_384 // n, tokens=n) for n in (128, 512, 2048, 8192)),
+        Workload(batch_size=1, tokens=32_768),
+        Workload(batch_size=128, tokens=128, lengths="lognormal"),
+    ),
+}
+"""What to measure where nobody says: "short" on a CPU; "long", 16,384 tokens a batch (one text of
+32,768), and texts of mixed lengths, on a GPU."""
+
+
+class BenchSpec(Frozen):
+    """What `bench` measures.
+
+    Attributes:
+        query_tokens: length of the single query whose latency is measured.
+        n_queries: single queries timed per variant.
+        workloads: the throughput grid; a plan may name a set of `WORKLOADS`, "short" or "long".
+        warmup: uncounted runs before each measurement.
+        repeats: counted runs of each workload, interleaved over the variants.
+    """
+
+    query_tokens: Annotated[int, Field(ge=1)] = 16
+    n_queries: Annotated[int, Field(ge=10)] = 50
+    workloads: Annotated[tuple[Workload, ...], Field(min_length=1)] = WORKLOADS["short"]
+    warmup: Annotated[int, Field(ge=0)] = 2
+    repeats: Annotated[int, Field(ge=1)] = 5
+
+    @field_validator("workloads", mode="before")
+    @classmethod
+    def _of_a_set(cls, found: object) -> object:
+        if not isinstance(found, str):
+            return found
+        if found not in WORKLOADS:
+            raise ValueError(f"no set of workloads has this name; {suggest(found, WORKLOADS)}")
+        return WORKLOADS[found]
+
+
+class PlanBench(BenchSpec):
+    """What a plan measures, and what its machine costs.
+
+    Attributes:
+        price_per_hour: of the machine, in dollars: gives costs, and changes no measurement.
+    """
+
+    price_per_hour: Annotated[FiniteFloat, Field(ge=0)] | None = None
+
+    @property
+    def spec(self) -> BenchSpec:
+        """What is measured."""
+        return BenchSpec.model_validate(self.model_dump(exclude={"price_per_hour"}))
+
+
+class Plan(Frozen):
+    """One base, several recipes, a suite, bench workloads, a policy: the main job.
+
+    `recipes` and `policy` are shipped names or files (relative to the plan's folder).
+    """
+
+    schema_: Literal["gteopt.plan/1"] = Field(alias="schema")
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    summary: str = ""
+    base: str
+    recipes: Annotated[tuple[str, ...], Field(min_length=1)]
+    suite: str = "mini"
+    bench: PlanBench = PlanBench()
+    policy: str = "balanced"
+    out: Path
+
+
+def load_plan(name_or_file: str) -> Plan:
+    """A shipped plan by name, or one from a YAML file."""
+    return read_yaml(find_yaml("recipes/plans", name_or_file), Plan)

@@ -1,0 +1,1 @@
+"""Many texts to vectors: shards, the cache, and workers that encode."""

@@ -1,0 +1,132 @@
+"""Encode shards on actors of a Ray cluster.
+
+Hides: Ray, its nodes and their resources. Refuses to know: tasks, caches, scores.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from gteopt.corpus.shards import Shard
+from gteopt.corpus.workers import Encoded, Job, WorkerLost, Workers, _encode
+from gteopt.errors import InputError, UnsupportedError
+
+
+def ray_workers(address: str, *, device: str = "auto", n_threads: int) -> Workers:
+    """One actor a GPU of a running Ray cluster, or one for every `n_threads` cores of a node.
+
+    Args:
+        address: "auto" for the cluster that this machine belongs to, or HOST:PORT.
+        device: "cuda", "cpu", or "auto": GPUs where the cluster has any.
+        n_threads: that each actor claims without a GPU.
+
+    Raises:
+        UnsupportedError: Ray is not installed, or the cluster has nothing to encode on.
+        InputError: there is no such cluster.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UnsupportedError('--ray needs Ray: pip install "gteopt[ray]"') from error
+
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        try:
+            with _asking_once():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError) as error:
+            raise InputError(
+                f"--ray {address}: no Ray cluster answers there; start one with `ray start "
+                f"--head`, and `ray start --address=HOST:6379` on every other machine"
+            ) from error
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    n_gpus = sum(int(each.get("GPU", 0)) for each in resources)
+    kind = device.partition(":")[0]
+    if kind == "auto":
+        kind = "cuda" if n_gpus else "cpu"
+    n_workers = (
+        n_gpus
+        if kind == "cuda"
+        else sum(int(each.get("CPU", 0)) // n_threads for each in resources)
+    )
+    if n_workers == 0:
+        if is_ours:
+            ray.shutdown()
+        wanted = "a GPU" if kind == "cuda" else f"{n_threads} free cores (OMP_NUM_THREADS)"
+        raise UnsupportedError(f"--ray {address}: no node of the cluster has {wanted}")
+    claim = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": n_threads}
+    openers = [lambda number=number: _Actor(str(number), claim) for number in range(n_workers)]
+    return Workers(
+        openers,
+        device=kind,
+        where=f"{n_workers} Ray actors ({kind})",
+        leave=ray.shutdown if is_ours else lambda: None,
+    )
+
+
+@contextmanager
+def _asking_once() -> Iterator[None]:
+    """Ray asks 20 times, 40 s each, at an address where nothing listens: a mistyped one, or that of
+    a cluster that died, which `auto` finds in a file. Once is enough.
+    """
+    name = "RAY_gcs_server_port_wait_time_s"
+    if name in os.environ:  # the user's own patience
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]  # clusters that are started from here need longer
+
+
+class _Actor:
+    """An actor of a Ray cluster, which may run on any node that has what it claims."""
+
+    def __init__(self, name: str, claim: dict[str, int]) -> None:
+        import ray
+
+        self.name = name
+        self._ray = ray
+        kind: Any = ray.remote(RayEncoder)
+        # Restarted and retried by `Workers`, which knows who else is free; Ray would wait for room
+        # on the nodes that are left.
+        self._actor = kind.options(
+            **claim, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
+        ).remote()
+        self._get(self._actor.ready.remote())  # once it has a place
+
+    def encode(self, job: Job, shard: Shard) -> Encoded:
+        encoded: Encoded = self._get(self._actor.encode.remote(job, shard))
+        return encoded
+
+    def _get(self, reference: Any) -> Any:
+        try:
+            return self._ray.get(reference)
+        except (self._ray.exceptions.RayError, SystemExit) as error:
+            # `RayEncoder` returns what gteopt raises; what is left is the cluster's doing. With
+            # SystemExit Ray ends the wait of a thread once this process has left the cluster.
+            with suppress(self._ray.exceptions.RayError):
+                self.close()
+            raise WorkerLost(str(error).strip().split("\n", 1)[0]) from error
+
+    def close(self) -> None:
+        # Once the cluster is left, every call to Ray would quietly join it again.
+        if self._ray.is_initialized():
+            self._ray.kill(self._actor)
+
+
+class RayEncoder:
+    """What runs inside an actor. Ray shows it only the GPU that it claimed."""
+
+    def encode(self, job: Job, shard: Shard) -> Encoded:
+        """One shard."""
+        return _encode(job, job.device, shard)
+
+    def ready(self) -> bool:
+        """Answered once a node has made room."""
+        return True

@@ -1,0 +1,461 @@
+"""Encode shards of texts in other processes: one a device, or actors of a Ray cluster.
+
+Hides: processes, Ray, which worker is free, and what is done again when one is lost. Refuses to
+know: tasks, caches, scores.
+
+Who encodes a shard changes no bit of it: its batches are cut from its own texts, every worker
+computes with as many threads as this process, has the same versions of the libraries, and has
+loaded the very files (SHA-256). What cannot be made equal, another kind of processor, is told.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from gteopt.corpus.shards import LocalEncoding, Shard
+from gteopt.errors import GteoptError, IntegrityError, UnsupportedError
+from gteopt.machine import gpu_name, machine, versions
+from gteopt.progress import Progress
+
+if TYPE_CHECKING:
+    from gteopt.encoder.encoder import Backend, Encoder
+
+
+Floats = npt.NDArray[np.float32]
+
+_AHEAD_PER_WORKER = 4  # shards encoded before they are asked for: 15 MB at 3584 dimensions
+_TRIES = 3  # workers that one shard may cost
+_LOSSES_PER_WORKER = 3
+_PATIENCE_S = 600.0  # without any worker, for a lost one to come back
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker has to load, and what must hold for its vectors to be ours, bit for bit.
+
+    Attributes:
+        source: a base or an artifact, as `gteopt.load` takes it; on a cluster, readable by every
+            node under the same name.
+        sha256: of the files that it must turn out to be.
+        n_threads: of torch, on a CPU.
+        versions: of the libraries that decide results.
+        cpu: this machine's processor.
+        gpu: the GPU that vectors are stored as those of; None where this machine has none.
+    """
+
+    source: str
+    hub_dir: str | None
+    device: str
+    dtype: str
+    backend: Backend
+    batch_size: int
+    sha256: str
+    n_threads: int
+    versions: tuple[tuple[str, str], ...]
+    cpu: str
+    gpu: str | None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What came of a shard; exactly one of `vectors` and `error` is there."""
+
+    vectors: Floats | None = None
+    error: GteoptError | None = None
+    notes: tuple[str, ...] = ()
+
+
+class WorkerLost(Exception):
+    """A worker died, or can no longer be reached; what it was doing has to be done again."""
+
+
+class Worker(Protocol):
+    """A process with a device that encodes one shard at a time."""
+
+    name: str
+
+    def encode(self, job: Job, shard: Shard) -> Encoded:
+        """Encode, or raise `WorkerLost`."""
+
+    def close(self) -> None:
+        """Kill it, whatever it is doing."""
+
+
+class Workers:
+    """Workers that share shards; a context manager, which ends them.
+
+    A lost worker is opened again, and the shard that it had goes to whichever is free.
+
+    Attributes:
+        device: kind of device that all of them encode on, "cpu" or "cuda".
+        n_lost: how many died.
+    """
+
+    def __init__(
+        self,
+        openers: Sequence[Callable[[], Worker]],
+        *,
+        device: str,
+        where: str,
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Open every worker, all at once.
+
+        Args:
+            openers: one a worker; called again when the worker is lost.
+            device: kind of device.
+            where: what reports call them.
+            leave: called after all workers are ended.
+        """
+        self._leave = leave
+        self.device = device
+        self.n_lost = 0
+        self._where = where
+        self._openers = openers
+        self._idle: SimpleQueue[tuple[int, Worker]] = SimpleQueue()
+        self._open: dict[int, Worker] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._pool = ThreadPoolExecutor(max_workers=max(1, len(openers)))
+        for number in range(len(openers)):
+            self._reopen(number)
+
+    def __len__(self) -> int:
+        return len(self._openers)
+
+    def __str__(self) -> str:
+        return self._where
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._closed = True
+            for worker in self._open.values():
+                worker.close()
+        # Not waited for: after Ctrl-C, a shard of a large model takes minutes.
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._leave()
+
+    def opened(self) -> list[Worker]:
+        """Those that are open now."""
+        with self._lock:
+            return list(self._open.values())
+
+    def encoding(
+        self,
+        encoder: Encoder,
+        source: str,
+        *,
+        hub_dir: Path | None,
+        batch_size: int = 32,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> ShardsElsewhere:
+        """Encodes shards for `encoder`, which was loaded or described from `source`."""
+        import torch
+
+        job = Job(
+            source=source,
+            hub_dir=None if hub_dir is None else str(hub_dir.absolute()),
+            device=self.device,
+            dtype=str(encoder.dtype).removeprefix("torch."),
+            backend=encoder.backend,
+            batch_size=batch_size,
+            sha256=encoder.sha256,
+            n_threads=torch.get_num_threads(),
+            versions=tuple(versions().items()),
+            cpu=machine().cpu,
+            gpu=encoder.gpu,
+        )
+        return ShardsElsewhere(self, job, say)
+
+    def submit(self, job: Job, shard: Shard) -> Future[Encoded]:
+        """`encode`, begun as soon as a worker is free; shards begin in the order of submission."""
+        return self._pool.submit(self.encode, job, shard)
+
+    def encode(self, job: Job, shard: Shard) -> Encoded:
+        """Encode one shard on the next free worker, or the one after that if it is lost.
+
+        Raises:
+            UnsupportedError: workers are lost again and again, or none comes back.
+        """
+        notes: list[str] = []
+        for _ in range(_TRIES):
+            number, worker = self._next()
+            try:
+                encoded = worker.encode(job, shard)
+            except WorkerLost as lost:
+                notes.append(
+                    f"worker {worker.name} was lost ({lost}); its texts were encoded again"
+                )
+                self._reopen_after(lost, number)
+                continue
+            self._idle.put((number, worker))
+            return replace(encoded, notes=(*notes, *encoded.notes))
+        raise UnsupportedError(
+            f"{_TRIES} workers in a row were lost over the same {len(shard.texts)} texts "
+            f"({self._where}); they may need more memory than there is"
+        )
+
+    def _next(self) -> tuple[int, Worker]:
+        deadline = monotonic() + _PATIENCE_S
+        while monotonic() < deadline:
+            self._check_open()
+            try:
+                return self._idle.get(timeout=1)
+            except Empty:
+                continue
+        raise UnsupportedError(
+            f"no worker was left to encode with for {_PATIENCE_S / 60:.0f} minutes "
+            f"({self._where}, {self.n_lost} lost); what is encoded is kept, and the same command "
+            f"goes on from there"
+        )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise WorkerLost("the workers were ended")
+
+    def _reopen_after(self, lost: WorkerLost, number: int) -> None:
+        self._check_open()
+        with self._lock:
+            self.n_lost += 1
+        if self.n_lost > _LOSSES_PER_WORKER * len(self._openers):
+            raise UnsupportedError(
+                f"{self.n_lost} workers were lost, the last one with: {lost}; look at their memory"
+            )
+        self._reopen(number)
+
+    def _reopen(self, number: int) -> None:
+        """Open a worker in the background: on a cluster it may wait for a node to come back."""
+
+        def open_() -> None:
+            try:
+                worker = self._openers[number]()
+            except WorkerLost as lost:
+                # Without the exceptions: whoever waits for a worker says that none has come.
+                with suppress(UnsupportedError, WorkerLost):
+                    self._reopen_after(lost, number)
+                return
+            with self._lock:
+                if self._closed:
+                    worker.close()
+                    return
+                self._open[number] = worker
+            self._idle.put((number, worker))
+
+        threading.Thread(target=open_, daemon=True).start()
+
+
+class ShardsElsewhere:
+    """Encodes shards on workers, as many at once as there are; see `EncodeShards`.
+
+    Shards that are expected are encoded ahead of being asked for, a few for each worker, so that no
+    worker waits for the end of a request, of a task, or of its scoring.
+    """
+
+    def __init__(self, workers: Workers, job: Job, say: Callable[[str], None]) -> None:
+        """Nothing is encoded yet.
+
+        Args:
+            workers: who encodes.
+            job: what they load.
+            say: told of lost workers and of whatever a worker has to say.
+        """
+        self._workers = workers
+        self._job = job
+        self._say = say
+        self._expected: dict[Shard, None] = {}
+        self._begun: dict[Shard, Future[Encoded]] = {}
+        self._afterwards: Callable[[], None] | None = None
+
+    def __call__(
+        self, shards: Sequence[Shard], progress: Progress
+    ) -> Iterator[tuple[Shard, Floats]]:
+        """Each shard with its vectors [N, full_dims], in the order in which they are ready.
+
+        Raises:
+            GteoptError: what a worker raised, or `Workers.encode`.
+        """
+        n_texts, n_done = sum(len(shard.texts) for shard in shards), 0
+        for shard in shards:
+            self._expected.pop(shard, None)
+            if shard not in self._begun:
+                self._begin(shard)
+        asked = {self._begun.pop(shard): shard for shard in shards}
+        self._begin_expected()
+        for future in as_completed(asked):
+            self._begin_expected()
+            encoded, shard = future.result(), asked[future]
+            for note in encoded.notes:
+                self._say(note)
+            if encoded.error is not None:
+                raise encoded.error
+            assert encoded.vectors is not None
+            yield shard, encoded.vectors
+            n_done += len(shard.texts)
+            progress(f"encoding on {self._workers}", n_done, n_texts)
+
+    def expect(self, shards: Sequence[Shard]) -> None:
+        """These will be asked for, after those that are already expected."""
+        self._expected |= dict.fromkeys(shard for shard in shards if shard not in self._begun)
+        self._begin_expected()
+
+    def forget(self, shards: Sequence[Shard]) -> None:
+        """Those of them that were not asked for are not wanted any more."""
+        for shard in shards:
+            self._expected.pop(shard, None)
+            if shard in self._begun:
+                self._begun.pop(shard).cancel()
+
+    def afterwards(self, begin: Callable[[], None]) -> None:
+        """See `EncodeAhead`. Workers take shards in the order in which they were begun, so that
+        what comes next, of another model, never goes before what is expected here.
+        """
+        self._afterwards = begin
+        self._begin_expected()
+
+    def _begin_expected(self) -> None:
+        while self._expected and len(self._begun) < _AHEAD_PER_WORKER * len(self._workers):
+            shard = next(iter(self._expected))
+            del self._expected[shard]
+            self._begin(shard)
+        if not self._expected and self._afterwards is not None:
+            begin, self._afterwards = self._afterwards, None
+            begin()
+
+    def _begin(self, shard: Shard) -> None:
+        self._begun[shard] = self._workers.submit(self._job, shard)
+
+
+def local_workers(devices: Sequence[str]) -> Workers:
+    """One process a device of this machine, as `parse_devices` has them."""
+    openers = [
+        lambda name=name, number=number: _Process(f"{number} on {name}", name)
+        for number, name in enumerate(devices)
+    ]
+    kind = devices[0].partition(":")[0]
+    return Workers(openers, device=kind, where=f"{len(devices)} processes ({','.join(devices)})")
+
+
+class _Process:
+    """A process of this machine."""
+
+    def __init__(self, name: str, device: str) -> None:
+        self.name = name
+        self._device = device
+        # Spawned, not forked: threads and CUDA do not survive a fork.
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def encode(self, job: Job, shard: Shard) -> Encoded:
+        try:
+            self._connection.send((job, self._device, shard))
+            encoded: Encoded = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self.process.join(10)
+            code = self.process.exitcode
+            raise WorkerLost(f"its process ended with exit code {code}") from error
+        return encoded
+
+    def close(self) -> None:
+        self.process.kill()
+
+
+def _serve(connection: Connection) -> None:
+    """A worker process's life: it ends with the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    while True:
+        try:
+            job, device, shard = connection.recv()
+        except EOFError:
+            return
+        connection.send(_encode(job, device, shard))
+
+
+_HELD: dict[tuple[Job, str], tuple[LocalEncoding, list[str]]] = {}
+"""The one model that a worker process has loaded; empty in every other process."""
+
+
+def _encode(job: Job, device: str, shard: Shard) -> Encoded:
+    try:
+        if (job, device) not in _HELD:
+            _HELD.clear()  # first: two models may not fit
+            _HELD[job, device] = _load(job, device)
+        encode, notes = _HELD[job, device]
+        ((_, vectors),) = encode([shard], lambda what, done, total: None)
+        told = tuple(notes)
+        notes.clear()
+        return Encoded(vectors=vectors, notes=told)
+    except GteoptError as error:
+        return Encoded(error=error)
+    except Exception as error:
+        # It would end the process, and a worker that vanishes is taken for one without memory.
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return Encoded(
+            error=UnsupportedError(
+                f"a worker on {device} failed over {job.source}: {type(error).__name__}: {error} "
+                f"({Path(where.filename).name}:{where.lineno})"
+            )
+        )
+
+
+def _load(job: Job, device: str) -> tuple[LocalEncoding, list[str]]:
+    import torch
+
+    from gteopt.encoder.loading import load
+
+    notes: list[str] = []
+    here = machine()
+    if tuple(versions().items()) != job.versions:
+        found = [f"{k} {v}" for k, v in versions().items() if (k, v) not in job.versions]
+        raise UnsupportedError(
+            f"a worker has other versions of the libraries than this process ({', '.join(found)}), "
+            f"so that its vectors would differ; install the same on every machine"
+        )
+    if device == "cpu" and here.cpu != job.cpu:
+        notes.append(
+            f"a worker runs on {here.cpu}, this process on {job.cpu}: vectors may differ in their "
+            f"last bits"
+        )
+    if device != "cpu" and job.gpu is not None and (gpu := gpu_name(device)) != job.gpu:
+        notes.append(
+            f"a worker runs on {gpu}, this process has {job.gpu}: vectors may differ in their "
+            f"last bits"
+        )
+    # Whoever asked for the vectors counts what was cut, over all workers.
+    warnings.filterwarnings("ignore", message=".* and were cut there")
+    torch.set_num_threads(job.n_threads)
+    hub_dir = None if job.hub_dir is None else Path(job.hub_dir)
+    encoder = load(job.source, device=device, dtype=job.dtype, backend=job.backend, hub_dir=hub_dir)
+    if encoder.sha256 != job.sha256:
+        raise IntegrityError(
+            f"{job.source} holds other files on a worker's machine (SHA-256 {encoder.sha256[:16]} "
+            f"instead of {job.sha256[:16]}); copy the same there, or share the folder"
+        )
+    return LocalEncoding(encoder, job.batch_size, notes.append), notes

@@ -1,0 +1,181 @@
+"""Finished tasks on disk, and where they lie.
+
+Hides: which files a task's results are, and when they still hold. Refuses to know: how a task is
+scored.
+
+    <task>-<key>/<view>.json, <view>.safetensors   scores, and the entries that they are made of
+    <task>-<key>/texts.safetensors                 a sample of the task's vectors, for fidelity
+
+`<key>` stands for everything that the task's scores depend on but the view: the weights, the
+instruction, the data, mteb and what it computes with. What a suite holds besides the task is no
+part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from gteopt.corpus.shards import Encodings
+from gteopt.corpus.vector_cache import CacheDtype, vector_identity
+from gteopt.errors import IntegrityError
+from gteopt.evaluation.fidelity import Sample, read_sample, write_sample
+from gteopt.evaluation.instructions import on_documents
+from gteopt.evaluation.per_item_scores import Samples, read_samples, write_samples
+from gteopt.evaluation.views import View
+from gteopt.frozen import Frozen
+from gteopt.records.environment import Conditions, Machine
+from gteopt.records.files import read_record, write_record
+
+if TYPE_CHECKING:
+    from gteopt.encoder.encoder import Encoder
+    from gteopt.evaluation.tasks import ResolvedTask
+
+
+_SAMPLE_FILE = "texts.safetensors"
+
+
+class SubsetScore(Frozen):
+    """One encoder's main score on one split and subset of one task; fields as in `TaskScore`.
+
+    Attributes:
+        no_samples: why the entries that the score is made of are not kept; None where they are.
+    """
+
+    task: str
+    task_type: str
+    split: str
+    subset: str
+    metric: str
+    score: float
+    instruction: str | None
+    dataset_revision: str
+    n_samples: int
+    no_samples: str | None = None
+
+
+class StoredTask(Frozen):
+    """A finished task on disk; `key` is everything that its scores depend on.
+
+    What the scores are made of lies beside it, in a safetensors file of the same name.
+
+    Attributes:
+        machine, versions: what the task was scored on, which is no part of the key: the store may
+            have been moved since.
+    """
+
+    schema_: Literal["gteopt.task/5"] = Field(alias="schema")
+    key: dict[str, str | None]
+    scores: tuple[SubsetScore, ...]
+    encodings: Encodings
+    machine: Machine
+    versions: Conditions
+
+
+@dataclass(frozen=True)
+class FinishedTask:
+    """One task's scores, what they are made of by (split, subset), what they took and where."""
+
+    scores: tuple[SubsetScore, ...]
+    samples: Mapping[tuple[str, str], Samples]
+    encodings: Encodings
+    machine: Machine
+    versions: Conditions
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one task's results under one weight variant lie."""
+
+    folder: Path
+    name: str
+    key: dict[str, str | None]
+
+    @staticmethod
+    def of(encoder: Encoder, task: ResolvedTask, store: Path, dtype: CacheDtype) -> Place:
+        """The folder is named by everything that scores depend on but the view, so none mix."""
+        key = {
+            **vector_identity(encoder, dtype),
+            "task": task.name,
+            "splits": " ".join(task.splits),
+            "subsets": " ".join(task.subsets),
+            "instruction": task.instruction if encoder.takes_instructions else None,
+            "symmetric": str(carries_on_documents(encoder, task)),
+            "revision": task.revision,
+            "aggregate": task.aggregate,  # its scores bear that name
+            "mteb": version("mteb"),
+            "scikit-learn": version("scikit-learn"),  # k-means and logistic regression
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return Place(store / "tasks" / f"{task.name}-{digest[:16]}", task.name, key)
+
+    def sample(self) -> Sample | None:
+        """The sample of vectors; None where there is none, or it is damaged."""
+        path = self.folder / _SAMPLE_FILE
+        try:
+            return read_sample(path) if path.is_file() else None
+        except IntegrityError:
+            return None
+
+    def finished(self, view: View) -> FinishedTask | None:
+        """The task's scores; None where there are none, or of something else, or damaged."""
+        path = self._file(view, "json")
+        if not path.is_file():
+            return None
+        try:
+            record = read_record(path, StoredTask)
+            samples = read_samples(self._file(view, "safetensors"))
+        except IntegrityError:
+            return None  # of an older gteopt, or damaged: scored again
+        if record.key != self._key(view):
+            return None
+        return FinishedTask(
+            record.scores, samples, record.encodings, record.machine, record.versions
+        )
+
+    def write_sample(self, sample: Sample) -> None:
+        """Keep the sample of vectors."""
+        write_sample(self.folder / _SAMPLE_FILE, sample)
+
+    def write(self, view: View, finished: FinishedTask) -> None:
+        """Keep scores; the record comes last, so that what it stands for is there."""
+        write_samples(self._file(view, "safetensors"), finished.samples)
+        record = StoredTask(
+            schema="gteopt.task/5",
+            key=self._key(view),
+            scores=finished.scores,
+            encodings=finished.encodings,
+            machine=finished.machine,
+            versions=finished.versions,
+        )
+        write_record(self._file(view, "json"), record)
+
+    def _key(self, view: View) -> dict[str, str | None]:
+        return {**self.key, "view": view.vectors.sha256()}
+
+    def _file(self, view: View, kind: str) -> Path:
+        return self.folder / f"{view.vectors.sha256()[:16]}.{kind}"
+
+
+def carries_on_documents(encoder: Encoder, task: ResolvedTask) -> bool:
+    """Whether the documents of a search carry the instruction, too."""
+    family = encoder.checkpoint.family
+    known = on_documents(family.name if family else None, task.name)
+    return encoder.takes_instructions and (known if task.symmetric is None else task.symmetric)
+
+
+def mean_over_tasks(scores: Iterable[tuple[str, float]]) -> float:
+    by_task: dict[str, list[float]] = {}
+    for task, score in scores:
+        by_task.setdefault(task, []).append(score)
+    if not by_task:
+        return math.nan
+    return sum(sum(each) / len(each) for each in by_task.values()) / len(by_task)

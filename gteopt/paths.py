@@ -1,0 +1,18 @@
+"""Where the files that ship with gteopt lie, in a checkout and in a wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+ASSETS = _PACKAGE / "assets"
+"""Data files of the package: the embedded model, published configs, texts, the report's style."""
+
+
+def shipped_dir(kind: str) -> Path:
+    """Folder of shipped YAML and data: `recipes`, `eval/suites` and the like.
+
+    A wheel holds them inside the package; a checkout has them beside it.
+    """
+    inside_wheel = _PACKAGE / "shipped" / kind
+    return inside_wheel if inside_wheel.is_dir() else _PACKAGE.parent / kind

@@ -1,0 +1,1 @@
+"""Artifacts to and from the model hub."""

@@ -1,0 +1,1 @@
+"""What gteopt writes: every JSON as a frozen type with a versioned schema."""

@@ -1,0 +1,195 @@
+"""Records of speed and memory, and the prices that follow from them."""
+
+from __future__ import annotations
+
+from statistics import geometric_mean
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gteopt.config.plan import BenchSpec, Workload
+from gteopt.config.recipe import VectorCode
+from gteopt.frozen import Frozen
+from gteopt.records.environment import Conditions, Machine
+
+
+class LatencyRecord(Frozen):
+    """Percentiles of one query's end-to-end time, in milliseconds (texts in, vector out).
+
+    Attributes:
+        weight_gb_per_s: bytes of the blocks' weights, which a query reads once, over `p50_ms`; None
+            in older reports.
+        joules: of the device a query, when they follow one another; None where nothing counts them,
+            see `BenchReport.energy`.
+    """
+
+    tokens: int
+    n_queries: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    weight_gb_per_s: float | None = None
+    joules: float | None = None
+
+
+class ThroughputRecord(Frozen):
+    """One workload of one variant: medians over the interleaved repeats.
+
+    Attributes:
+        tokens: of each text, or their median where lengths differ.
+        lengths: as in `Workload`.
+        tokens_per_s: real tokens, no padding counted.
+        baseline_ratio: median over repeats of variant speed / baseline speed in the same round.
+        gflops: 10^9 operations a second that were done: two a weight of a linear layer and token,
+            and 4 T * d a block, head and query for attention; what the last block leaves out where
+            one token a text is pooled is not counted. None in older reports.
+        peak_ratio: `gflops` / the best product measured in the same run, `BenchReport.peak_gflops`.
+        joules_per_million_tokens: of the device, as in `LatencyRecord`.
+    """
+
+    batch_size: int
+    tokens: int
+    lengths: Literal["equal", "lognormal"] = "equal"
+    texts_per_s: float
+    tokens_per_s: float
+    baseline_ratio: float
+    gflops: float | None = None
+    peak_ratio: float | None = None
+    joules_per_million_tokens: float | None = None
+
+    @property
+    def workload(self) -> Workload:
+        """What was measured."""
+        return Workload(batch_size=self.batch_size, tokens=self.tokens, lengths=self.lengths)
+
+
+class VariantBench(Frozen):
+    """Speed and memory of one variant.
+
+    Attributes:
+        weight_bytes: parameters and buffers as they lie in memory at run time.
+        load_s: from path to first vector ready, in a fresh process, with its imports done and the
+            files in the page cache.
+        imports_process_bytes: its resident set after the imports, before the load.
+        peak_process_bytes: its peak resident set over load and one batch, imports included.
+        peak_device_bytes: peak allocated device memory of it; None on CPU.
+        kernels: how many linear layers run on which kernel.
+        dims: dimensions of a stored vector.
+        code: how each of them is stored.
+        bytes_per_vector: of one stored vector code.
+        index_bytes_per_million: bytes of a million stored vectors, search structure not counted.
+        graph_bytes: device memory of the recorded forward passes of short texts (CUDA graphs); None
+            where queries ran kernel by kernel.
+    """
+
+    artifact_sha256: str
+    weight_bytes: int
+    load_s: float
+    imports_process_bytes: int
+    peak_process_bytes: int
+    peak_device_bytes: int | None
+    latency: LatencyRecord
+    throughput: tuple[ThroughputRecord, ...]
+    kernels: dict[str, int]
+    dims: int
+    code: VectorCode
+    bytes_per_vector: int
+    index_bytes_per_million: int
+    graph_bytes: int | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Geometric mean over the workloads, so that none of them outweighs the others."""
+        return geometric_mean(record.tokens_per_s for record in self.throughput)
+
+    @property
+    def speed_ratio(self) -> float:
+        """Geometric mean of the workloads' `baseline_ratio`."""
+        return geometric_mean(record.baseline_ratio for record in self.throughput)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The peak where the weights lie: on the device where there is one, else the process."""
+        if self.peak_device_bytes is not None:
+            return self.peak_device_bytes
+        return self.peak_process_bytes
+
+
+class DummyRecord(Frozen):
+    """The weights were random: what of the model there was.
+
+    Attributes:
+        base: the published model whose shape it has.
+        n_layers: blocks that were built and measured.
+        of_layers: blocks that the model has; where they are more, no figure is the whole model's.
+    """
+
+    base: str
+    n_layers: int
+    of_layers: int
+
+
+class BenchReport(Frozen):
+    """Result of `bench`: every variant measured side by side with the baseline in one run.
+
+    Attributes:
+        peak_gflops: by number type, 10^9 operations a second of the best large product that torch
+            offers on this device; empty in older reports.
+        dummy: None where the weights were real.
+        price_per_hour: of the machine, in dollars, as the user said.
+        energy: what counted the joules, or why nothing did; None in older reports.
+    """
+
+    schema_: Literal["gteopt.bench/1"] = Field(default="gteopt.bench/1", alias="schema")
+    spec: BenchSpec
+    baseline: str
+    variants: dict[str, VariantBench]
+    device: str
+    n_threads: int
+    machine: Machine
+    versions: Conditions
+    peak_gflops: dict[str, float] = Field(default_factory=dict)
+    dummy: DummyRecord | None = None
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    energy: str | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether figures are those of a whole model, not of some of its blocks."""
+        return self.dummy is None or self.dummy.n_layers == self.dummy.of_layers
+
+    @property
+    def noise(self) -> float:
+        """How far the baseline's speed seems to be from itself; 0 where it was not measured."""
+        own = self.variants.get(self.baseline)
+        return (
+            max((abs(each.baseline_ratio - 1) for each in own.throughput), default=0) if own else 0
+        )
+
+    def cost_per_million_tokens(self, name: str) -> float | None:
+        """Dollars, over the workloads; None without a price, or where no model is whole."""
+        if self.price_per_hour is None or not self.is_whole:
+            return None
+        return cost_per_million_tokens(self.price_per_hour, self.variants[name].tokens_per_s)
+
+
+HOSTED_PRICE = 0.008
+"""Dollars for a million tokens at which gte-Qwen2-7B-instruct has been listed as a hosted model."""
+
+
+def cost_per_million_tokens(price_per_hour: float, tokens_per_s: float) -> float:
+    """Dollars, of a machine that does nothing else all the time."""
+    return price_per_hour / 3600 / tokens_per_s * 1e6
+
+
+def break_even_price_per_hour(tokens_per_s: float, price: float = HOSTED_PRICE) -> float:
+    """Hourly price of a machine at which a million tokens cost `price` dollars."""
+    return price * tokens_per_s * 3600 / 1e6
+
+
+HOURS_A_MONTH = 730
+
+
+def index_cost_per_month(price_per_hour: float, index_bytes: int, memory_bytes: int) -> float:
+    """Dollars for the share of a machine's memory that an index takes, all the month."""
+    return price_per_hour * HOURS_A_MONTH * index_bytes / memory_bytes

@@ -1,0 +1,264 @@
+"""Records of scores, of differences with their intervals, and of published scores."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from gteopt.config.policy import DEFAULT_MARGIN
+from gteopt.config.recipe import VectorCode
+from gteopt.frozen import Frozen
+from gteopt.records.environment import Conditions, Machine
+
+Verdict = Literal["equivalent", "better", "worse", "undecided"]
+"""What may be said of a difference, given its interval and a margin that does not matter."""
+
+
+class Difference(Frozen):
+    """Variant - baseline, on the 0 to 1 scale of scores, with a 95 % paired bootstrap interval.
+
+    Attributes:
+        low, high: ends of the interval.
+        verdict: "equivalent" where the interval lies within the margin; "worse" or "better" where
+            it leaves out zero and the claim survives the correction for all claims made together.
+        p: two-sided p-value of a difference of zero, not corrected.
+    """
+
+    value: float
+    low: float
+    high: float
+    verdict: Verdict
+    p: float
+
+
+class BesidePublished(Frozen):
+    """The baseline's own score beside a published one of the same model.
+
+    Attributes:
+        score: published, 0 to 1.
+        baseline_score: ours, over the same data.
+        low, high: 95 % bootstrap interval of `baseline_score`; None where its entries are not kept.
+        differs: whether the published score lies outside of it; None without one.
+        n_tasks: that both are means over.
+        source: the revision that was run, or "external": what the model's card claims; of a suite,
+            where the scores come from.
+    """
+
+    score: float
+    baseline_score: float
+    low: float | None
+    high: float | None
+    differs: bool | None
+    n_tasks: int = 1
+    source: str
+
+
+class TaskScore(Frozen):
+    """One task, split and subset (language).
+
+    Attributes:
+        score: the task's main score, 0 to 1 as mteb gives it.
+        baseline_score: the baseline's on the same data in the same environment.
+        instruction: what queries were prefixed with; None where the model takes none.
+        difference: from the baseline, with its interval; None where `no_interval` says why.
+        unit: what the interval resamples ("query", "pair", "document").
+        n_units: how many of them there are.
+        published: of the baseline of a published model alone, what was published for it.
+    """
+
+    task: str
+    task_type: str
+    split: str
+    subset: str
+    metric: str
+    score: float
+    baseline_score: float
+    instruction: str | None
+    dataset_revision: str
+    n_samples: int
+    difference: Difference | None = None
+    unit: str | None = None
+    n_units: int | None = None
+    no_interval: str | None = None
+    published: BesidePublished | None = None
+
+
+class FailedTask(Frozen):
+    """A task that could not be scored, and why; a report that has one is partial."""
+
+    task: str
+    reason: str
+
+
+class Fidelity(Frozen):
+    """Closeness to the baseline on the suite's own texts; no labels.
+
+    Attributes:
+        mean_cosine: mean cosine to the baseline's vector of the same text, before truncation and
+            vector codes (vectors of different dimension have no cosine).
+        p1_cosine: its 1st percentile.
+        neighbour_overlap: mean share of the baseline's 10 nearest neighbours that are among the
+            variant's 10, on the vectors as stored (truncated, coded, rescored).
+        n_queries: whose neighbours were looked for; None in older reports.
+        n_documents: among which.
+        n_all_documents: different documents of all tasks; where only a sample of them is looked at,
+            estimated from it, to 2 %.
+        spearman: Spearman correlation of the variant's similarities with the baseline's, over
+            pairs of texts, on the vectors as stored.
+    """
+
+    n_texts: int
+    mean_cosine: float
+    p1_cosine: float
+    neighbour_overlap: float
+    spearman: float
+    n_queries: int | None = None
+    n_documents: int | None = None
+    n_all_documents: int | None = None
+
+    @property
+    def among(self) -> str:
+        """In words, which neighbours were looked for."""
+        if self.n_queries is None or self.n_documents is None or self.n_all_documents is None:
+            return "of a sample of the suite's texts"
+        whole = f"{self.n_documents:,}"
+        if self.n_all_documents > self.n_documents:
+            digits = len(str(self.n_all_documents)) - 2  # as many as the estimate is good for
+            whole += f" of about {round(self.n_all_documents, -digits):,}"
+        return f"of {self.n_queries:,} queries among {whole} documents, tasks pooled"
+
+
+class ReferenceAverage(Frozen):
+    """An average on a model's card.
+
+    Attributes:
+        benchmark: what the card calls it.
+        suite: shipped suite of the same benchmark, whose tasks may have moved since.
+        n_tasks: that it is over.
+        score: 0 to 1.
+    """
+
+    benchmark: str
+    suite: str
+    n_tasks: int
+    score: float
+
+
+class ReferenceScore(Frozen):
+    """A published main score, 0 to 1; `revision` is the model's, or "external" for its card's."""
+
+    task: str
+    split: str
+    subset: str
+    score: float
+    revision: str
+    dataset_revision: str | None
+
+
+class Reference(Frozen):
+    """`eval/reference/<model>.json`: what is published of one model.
+
+    Attributes:
+        model: id on the Hub.
+        source: where `scores` come from, with its state.
+        averages_source: where `averages` come from.
+    """
+
+    schema_: Literal["gteopt.reference/1"] = Field(default="gteopt.reference/1", alias="schema")
+    model: str
+    source: str
+    averages_source: str | None
+    averages: tuple[ReferenceAverage, ...]
+    scores: tuple[ReferenceScore, ...]
+
+
+class EvalReport(Frozen):
+    """Result of `evaluate` for one variant on one suite.
+
+    Attributes:
+        score, baseline_score: mean over tasks (subsets averaged within a task first).
+        retention: score / baseline_score; None where `no_retention` says why.
+        partial: some task failed; the mean is over the others and comparable only with itself.
+        difference: of the scores, tasks resampled independently and themselves taken as given;
+            None where some task has no interval.
+        retention_low, retention_high: 95 % interval of retention, from the same resamples.
+        margin: differences up to this are of no matter; what verdicts are against.
+        n_claims: how many differences were tested together (tasks x variants, Holm).
+        dims, code, bytes_per_vector: of what was scored; None in reports of an older gteopt.
+        n_asked_texts: texts whose vectors the tasks asked for, each in the run that scored it.
+        n_encoded_texts: of these, encoded; the others came from the cache.
+        n_cut_texts: of these, longer than the model takes, and cut there.
+        notes: anything out of the ordinary: a damaged cache, batches that did not fit the memory.
+        published: of the baseline of a published model alone: the mean over the tasks that have a
+            published score.
+        published_average: the average on the model's card that the suite goes by, whatever tasks
+            it is over; None where there is none.
+        asked: options of `gteopt evaluate` that ask for this, files by their names without their
+            folders; empty where it was not the command line that asked.
+    """
+
+    schema_: Literal["gteopt.eval/1"] = Field(default="gteopt.eval/1", alias="schema")
+    variant: str
+    artifact_sha256: str
+    baseline: str
+    baseline_sha256: str
+    suite: str
+    suite_sha256: str
+    tasks: tuple[TaskScore, ...]
+    failed: tuple[FailedTask, ...]
+    partial: bool
+    score: float
+    baseline_score: float
+    retention: float | None
+    no_retention: str | None = None
+    difference: Difference | None = None
+    retention_low: float | None = None
+    retention_high: float | None = None
+    margin: float = DEFAULT_MARGIN
+    n_claims: int = 0
+    dims: int | None = None
+    code: VectorCode | None = None
+    bytes_per_vector: int | None = None
+    n_asked_texts: int = 0
+    n_encoded_texts: int = 0
+    n_cut_texts: int = 0
+    notes: tuple[str, ...] = ()
+    published: BesidePublished | None = None
+    published_average: ReferenceAverage | None = None
+    asked: tuple[str, ...] = ()
+    fidelity: Fidelity
+    machine: Machine
+    versions: Conditions
+
+
+class FidelityReport(Frozen):
+    """Result of `evaluate --texts` for one variant: a user's own texts, without labels.
+
+    Attributes:
+        texts: name of the file; `texts_sha256` covers the texts and their order.
+        dims, code, bytes_per_vector: of what was compared.
+        n_asked_texts: texts whose vectors were needed.
+        n_encoded_texts: of these, encoded in this run and for this row; the others came from the
+            cache, where an earlier run or row of the same weights had put them.
+        n_cut_texts: see `EvalReport`.
+        notes: see `EvalReport`.
+    """
+
+    schema_: Literal["gteopt.fidelity/1"] = Field(default="gteopt.fidelity/1", alias="schema")
+    variant: str
+    artifact_sha256: str
+    baseline: str
+    baseline_sha256: str
+    texts: str
+    texts_sha256: str
+    dims: int
+    code: VectorCode
+    bytes_per_vector: int
+    n_asked_texts: int
+    n_encoded_texts: int
+    n_cut_texts: int = 0
+    notes: tuple[str, ...]
+    fidelity: Fidelity
+    machine: Machine
+    versions: Conditions

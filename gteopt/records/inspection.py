@@ -1,0 +1,79 @@
+"""The record of what `gteopt inspect` finds and predicts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from gteopt.frozen import Frozen
+from gteopt.records.manifest import Manifest
+
+
+class RecipeEstimate(Frozen):
+    """What a recipe would make of a base, worked out from shapes alone.
+
+    Attributes:
+        weight_bytes: of the variant's transformer, on disk and in memory.
+        build_bytes: memory that the build needs at most beyond the Python process itself.
+        disk_bytes: that it takes at most, the artifact included.
+        bytes_per_vector: of one stored vector.
+        problem: why this recipe cannot be built from this base; None when it can.
+    """
+
+    recipe: str
+    summary: str
+    weight_bytes: int | None
+    build_bytes: int | None
+    disk_bytes: int | None
+    bytes_per_vector: int | None
+    problem: str | None
+
+
+class EstimateConditions(Frozen):
+    """What estimates hold for: the options of `quantize` of the same names."""
+
+    dtype: str
+    device: str
+    activation_bytes: int
+
+
+class Inspection(Frozen):
+    """What `inspect` says of a base or an artifact.
+
+    Attributes:
+        revision: commit of a model on the Hub.
+        sha256: of a base, over weights that are here; None where only their headers were fetched.
+        query_prompt, document_prompt: what is put before a text of each role.
+        notes: anything out of the ordinary, remote code that is ignored for one.
+        estimates: one a recipe, for a base; empty for an artifact.
+        estimated_for: None for an artifact.
+        manifest: of an artifact.
+        kernels: how many linear layers run on which kernel of the torch backend, on the device
+            that was asked for; None where this machine has none, and of other libraries' files.
+    """
+
+    schema_: Literal["gteopt.inspection/1"] = Field("gteopt.inspection/1", alias="schema")
+    id: str
+    revision: str | None = None
+    sha256: str | None
+    architecture: str
+    family: str | None
+    attention: str
+    pooling: str
+    normalised: bool
+    start_token: str | None
+    end_token: str | None
+    query_prompt: str
+    document_prompt: str
+    dims: int
+    matryoshka_dims: tuple[int, ...]
+    max_tokens: int
+    license: str | None
+    n_parameters: int
+    published_scores: dict[str, float]
+    notes: tuple[str, ...]
+    estimates: tuple[RecipeEstimate, ...]
+    estimated_for: EstimateConditions | None
+    manifest: Manifest | None
+    kernels: dict[str, int] | None = None

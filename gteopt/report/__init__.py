@@ -1,0 +1,1 @@
+"""Numbers to a decision: rows, tables, the choice and a page."""

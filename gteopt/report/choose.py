@@ -1,0 +1,328 @@
+"""Which variant to deploy: a policy and what was measured in, a choice and its reason out.
+
+Hides: where each metric lies in the reports, what a broken limit is, how admissible variants are
+ordered. Refuses to know: torch, files, how anything was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from gteopt.config.policy import HIGHER_IS_BETTER, Metric, Policy
+from gteopt.errors import InputError, join_problems
+from gteopt.records.bench import VariantBench
+from gteopt.records.choice import BrokenLimit, Candidate, Choice
+from gteopt.records.evaluation import EvalReport
+from gteopt.records.results_folder import Results
+from gteopt.report.wording import METRIC_SOURCES, METRIC_WORDS, metric_amount, points
+
+_COSTS: tuple[Metric, ...] = ("weight_bytes", "index_bytes", "tokens_per_s")
+_FROM_EVAL: dict[Metric, Callable[[EvalReport], float]] = {
+    "retention": lambda report: math.nan if report.retention is None else report.retention,
+    "retention_low": lambda report: (
+        math.nan if report.retention_low is None else report.retention_low
+    ),
+    "mean_cosine": lambda report: report.fidelity.mean_cosine,
+    "neighbour_overlap": lambda report: report.fidelity.neighbour_overlap,
+    "spearman": lambda report: report.fidelity.spearman,
+}
+_FROM_BENCH: dict[Metric, Callable[[VariantBench], float]] = {
+    "weight_bytes": lambda variant: variant.weight_bytes,
+    "peak_memory_bytes": lambda variant: variant.peak_memory_bytes,
+    "p95_ms": lambda variant: variant.latency.p95_ms,
+    "tokens_per_s": lambda variant: variant.tokens_per_s,
+    "index_bytes": lambda variant: variant.index_bytes_per_million,
+}
+
+
+def choose(policy: Policy, results: Results) -> Choice:
+    """Pick the variant that is best in the policy's objective among those that keep its limits.
+
+    Every measured variant is a candidate, the baseline too; compared with itself it has retention,
+    its interval's end, cosine, overlap and correlation 1. A metric that was not measured breaks
+    each limit on it (`retention_low` where some task has no interval, for one), and a candidate
+    without the objective's metric is not picked.
+
+    Speeds (and costs) are compared by their ratio to the baseline's, which took turns with them:
+    tokens a second of two moments differ by whatever else the machine did. Candidates tie where the
+    objective is the same, or where it is a speed and differs by no more than the baseline's from
+    itself. A tie goes to the candidate that keeps more
+    neighbours, as retentions of close variants differ by noise: one only loses by its retention
+    where its interval lies below another's. Then count retention, the objective and the name.
+
+    The Pareto front is that of the candidates that keep every limit, on what the policy judges: one
+    is on it where no other is at least as good in score, neighbours kept, weight bytes, index
+    bytes, tokens a second and the policy's objective, and better in one. The score is the lower end
+    of the retention's interval where the policy limits that, the retention otherwise. It does not
+    count where an evaluation is partial, as retentions are then means over different tasks, nor
+    where the baseline's score is not above 0; nor does what nobody was measured in. A candidate
+    that alone lacks one of these is not on the front. Of a tie only those on the front are picked,
+    unless none is.
+
+    Raises:
+        InputError: nothing was measured, or the reports do not belong together (other bytes of the
+            same variant, another suite, another baseline).
+    """
+    _check_belong_together(results)
+    names = sorted(results.benched.keys() | results.evals.keys())
+    metrics = {name: _metrics(name, results) for name in names}
+    fair = {name: found | _in_turns(name, found, results) for name, found in metrics.items()}
+    broken = {name: _broken_limits(policy, metrics[name]) for name in names}
+    front = _front(policy, {name: fair[name] for name in names if not broken[name]}, results)
+    candidates = tuple(
+        Candidate(
+            name=name,
+            metrics=metrics[name],
+            broken=broken[name],
+            on_pareto_front=name in front,
+        )
+        for name in names
+    )
+    admissible = [c for c in candidates if not c.broken and policy.objective.metric in c.metrics]
+    if not admissible:
+        return Choice(
+            policy=policy, picked=None, reason=_why_none(policy, candidates), candidates=candidates
+        )
+    best, *tied = _best_first(policy, admissible, fair, results)
+    reason = _why(policy, best, tied, len(admissible), len(candidates), results)
+    return Choice(policy=policy, picked=best.name, reason=reason, candidates=candidates)
+
+
+def _front(policy: Policy, judged: dict[str, dict[Metric, float]], results: Results) -> set[str]:
+    """Names on the Pareto front of those that keep every limit; see `choose`."""
+    axes: set[Metric] = {"neighbour_overlap", policy.objective.metric, *_COSTS}
+    evals = results.evals.values()
+    if not any(report.partial or report.retention is None for report in evals):
+        axes.add("retention_low" if "retention_low" in policy.limits else "retention")
+    measured = {metric for found in judged.values() for metric in found}
+    return pareto_front(judged, axes & measured)
+
+
+def _best_first(
+    policy: Policy,
+    admissible: Sequence[Candidate],
+    fair: Mapping[str, Mapping[Metric, float]],
+    results: Results,
+) -> list[Candidate]:
+    """The candidates that tie for the best, the one to pick first; see `choose`.
+
+    `fair` are their metrics with speeds as `_in_turns` has them.
+    """
+    metric = policy.objective.metric
+    sign = -1 if policy.objective.maximise is not None else 1
+    best = min(sign * fair[c.name][metric] for c in admissible)
+    within = abs(best) * _noise(metric, results)
+    tied = [c for c in admissible if sign * fair[c.name][metric] <= best + within]
+    least = max(c.metrics.get("retention_low", 0.0) for c in tied)
+
+    def order(candidate: Candidate) -> tuple[bool, bool, float, float, float, str]:
+        report = results.evals.get(candidate.name)
+        high = report.retention_high if report is not None else None
+        found = candidate.metrics
+        return (
+            not candidate.on_pareto_front,
+            high is not None and high < least,
+            -found.get("neighbour_overlap", 0.0),
+            -found.get("retention", 0.0),
+            sign * fair[candidate.name][metric],
+            candidate.name,
+        )
+
+    return sorted(tied, key=order)
+
+
+def _in_turns(name: str, found: Mapping[Metric, float], results: Results) -> dict[Metric, float]:
+    """Speed and cost of a variant as shares of the baseline's, where they were measured."""
+    if results.bench is None or name not in results.bench.variants:
+        return {}
+    ratio = 1.0 if name == results.bench.baseline else results.bench.variants[name].speed_ratio
+    shares: dict[Metric, float] = {"tokens_per_s": ratio, "cost_per_million_tokens": 1 / ratio}
+    return {metric: share for metric, share in shares.items() if metric in found}
+
+
+def _noise(metric: Metric, results: Results) -> float:
+    """How much of a metric is noise of the measurement, as a share."""
+    if results.bench is None or metric not in ("tokens_per_s", "cost_per_million_tokens"):
+        return 0.0
+    return results.bench.noise
+
+
+def pareto_front(metrics: dict[str, dict[Metric, float]], axes: set[Metric]) -> set[str]:
+    """Names that no other dominates on `axes`; a name that lacks an axis neither is nor counts."""
+    points = {
+        name: [found[a] if a in HIGHER_IS_BETTER else -found[a] for a in sorted(axes)]
+        for name, found in metrics.items()
+        if axes <= found.keys()
+    }
+    return {
+        name
+        for name, point in points.items()
+        if not any(
+            other != point
+            and all(theirs >= ours for theirs, ours in zip(other, point, strict=True))
+            for other in points.values()
+        )
+    }
+
+
+def _check_belong_together(results: Results) -> None:
+    bench, evals = results.benched, results.evals
+    if not bench and not evals:
+        raise InputError("the results hold no variant; run `gteopt bench` and `gteopt evaluate`")
+    problems = [
+        f"'{name}': bench measured {bench[name].artifact_sha256[:12]}, the evaluation scored "
+        f"{evals[name].artifact_sha256[:12]}"
+        for name in sorted(bench.keys() & evals.keys())
+        if bench[name].artifact_sha256 != evals[name].artifact_sha256
+    ]
+    # A grid calls its baseline otherwise than an artifact's evaluation does: the content decides.
+    for what, found in (
+        ("suites", {r.suite_sha256: r.suite for r in evals.values()}),
+        ("baselines", {r.baseline_sha256: r.baseline for r in evals.values()}),
+    ):
+        if len(found) > 1:
+            each = sorted(f"{name} {sha256[:12]}" for sha256, name in found.items())
+            problems.append(f"the evaluations are of {len(found)} {what}: {', '.join(each)}")
+    if problems:
+        raise InputError(
+            join_problems(
+                "the results do not belong together; measure again what is out of date", problems
+            )
+        )
+
+
+def _metrics(name: str, results: Results) -> dict[Metric, float]:
+    """Every metric that was measured for one variant, finite."""
+    found: dict[Metric, float] = {}
+    report = results.evals.get(name)
+    if report is not None:
+        found |= {metric: float(read(report)) for metric, read in _FROM_EVAL.items()}
+        if report.artifact_sha256 == report.baseline_sha256:
+            found["retention_low"] = 1.0  # needs no resampling
+        if report.bytes_per_vector is not None:
+            found["index_bytes"] = report.bytes_per_vector * 1e6
+    elif name == results.baseline:
+        found |= dict.fromkeys(_FROM_EVAL, 1.0)
+    if results.bench is not None and (variant := results.bench.variants.get(name)) is not None:
+        found |= {metric: float(read(variant)) for metric, read in _FROM_BENCH.items()}
+        cost = results.bench.cost_per_million_tokens(name)
+        found |= {} if cost is None else {"cost_per_million_tokens": cost}
+    return {metric: value for metric, value in found.items() if math.isfinite(value)}
+
+
+def _broken_limits(policy: Policy, metrics: dict[Metric, float]) -> tuple[BrokenLimit, ...]:
+    """The limits that are not kept; a value exactly at its limit keeps it."""
+    broken = []
+    for metric, limit in policy.limits.items():
+        found = metrics.get(metric)
+        if limit.min is not None and (found is None or found < limit.min):
+            broken.append(BrokenLimit(metric=metric, bound="min", limit=limit.min, found=found))
+        if limit.max is not None and (found is None or found > limit.max):
+            broken.append(BrokenLimit(metric=metric, bound="max", limit=limit.max, found=found))
+    return tuple(broken)
+
+
+def _why(
+    policy: Policy,
+    best: Candidate,
+    tied: Sequence[Candidate],
+    n_admissible: int,
+    n_all: int,
+    results: Results,
+) -> str:
+    metric = policy.objective.metric
+    word = "lowest" if policy.objective.minimise is not None else "highest"
+    report = results.evals.get(best.name)
+    quality = [
+        f"{METRIC_WORDS[m]} {metric_amount(m, best.metrics[m])}{_sure(m, report)}"
+        for m in _SHOWN_QUALITY
+        if m in best.metrics and m != metric
+    ]
+    noise = _noise(metric, results)
+    best_amount = metric_amount(metric, best.metrics[metric])
+    if share := _in_turns(best.name, best.metrics, results).get(metric):
+        best_amount += f", {share:.2f} times the baseline's in turns with it"
+    reason = (
+        f"{best.name} has the {word} {METRIC_WORDS[metric]} ({best_amount}"
+        f"{f', within the noise of {noise:.1%}' if tied and noise else ''}) of the "
+        f"{n_admissible} of {n_all} variants that keep every limit of policy '{policy.name}'"
+    )
+    if quality:
+        reason += f", with {' and '.join(quality)}"
+    if tied:
+        others = ", ".join(
+            f"{c.name} ({_overlap(c)})" if "neighbour_overlap" in c.metrics else c.name
+            for c in tied
+        )
+        reason += f"; tied with {others}"
+    if report is not None and report.partial:
+        failed = ", ".join(task.task for task in report.failed) or "unnamed tasks"
+        reason += f"; its evaluation is PARTIAL, without {failed}"
+    elif report is not None and report.no_retention is not None:
+        reason += f"; NO retention: {report.no_retention}"
+    elif "retention" not in best.metrics:
+        reason += "; its quality was NOT evaluated"
+    return reason + "."
+
+
+_SHOWN_QUALITY: tuple[Metric, ...] = ("retention", "neighbour_overlap")
+
+
+def _overlap(candidate: Candidate) -> str:
+    overlap = metric_amount("neighbour_overlap", candidate.metrics["neighbour_overlap"])
+    return f"{METRIC_WORDS['neighbour_overlap']} {overlap}"
+
+
+def _sure(metric: Metric, report: EvalReport | None) -> str:
+    """How sure a retention is, in brackets."""
+    if metric != "retention" or report is None or report.difference is None:
+        return ""
+    if report.artifact_sha256 == report.baseline_sha256:
+        return ""
+    assert report.retention_low is not None
+    assert report.retention_high is not None
+    return (
+        f" (95 % interval {100 * report.retention_low:.1f} to {100 * report.retention_high:.1f} %, "
+        f"score {report.difference.verdict} against a margin of {points(report.margin)})"
+    )
+
+
+def _why_none(policy: Policy, candidates: Sequence[Candidate]) -> str:
+    """Name the candidate that misses least, as shares of the limits, and what it misses."""
+    nearest = min(candidates, key=lambda c: (*_distance(c), c.name))
+    if not nearest.broken:
+        return (
+            f"No variant can be picked: those that keep every limit of policy '{policy.name}' "
+            f"({', '.join(c.name for c in candidates if not c.broken)}) have no "
+            f"{METRIC_WORDS[policy.objective.metric]} measured "
+            f"({METRIC_SOURCES[policy.objective.metric]})."
+        )
+    misses = []
+    for miss in nearest.broken:
+        side = "at least" if miss.bound == "min" else "at most"
+        bound = f"{side} {metric_amount(miss.metric, miss.limit)}"
+        if miss.found is None:
+            why = f"was not measured ({METRIC_SOURCES[miss.metric]})"
+            misses.append(f"{METRIC_WORDS[miss.metric]} {why} and must be {bound}")
+        else:
+            short = metric_amount(miss.metric, abs(miss.found - miss.limit))
+            misses.append(
+                f"{METRIC_WORDS[miss.metric]} is {metric_amount(miss.metric, miss.found)} and must "
+                f"be {bound} ({short} off)"
+            )
+    return (
+        f"None of the {len(candidates)} variants keeps every limit of policy '{policy.name}'; "
+        f"nearest is {nearest.name}, whose {', whose '.join(misses)}."
+    )
+
+
+def _distance(candidate: Candidate) -> tuple[int, float]:
+    """How many limits cannot be judged, and the sum of the others' misses relative to the limit."""
+    unknown = sum(miss.found is None for miss in candidate.broken)
+    relative = sum(
+        abs(miss.found - miss.limit) / (abs(miss.limit) or 1.0)
+        for miss in candidate.broken
+        if miss.found is not None
+    )
+    return unknown, relative

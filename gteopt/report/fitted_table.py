@@ -1,0 +1,96 @@
+"""A table that drops its least important columns until it fits the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Column, Table
+from rich.text import Text
+
+
+class _FittedTable(Table):
+    """A table that leaves out whole columns where room is short, and cuts no figure or name.
+
+    What it leaves out is said below it. Its caption is as wide as the terminal, not as the table.
+
+    Args:
+        names: first cells of the rows.
+        heading: of them.
+        marked: whether a column of marks comes first.
+        stacked: whether columns that find no room stand in a further table below.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        heading: str = "variant",
+        marked: bool = False,
+        stacked: bool = False,
+    ) -> None:
+        super().__init__(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, caption_justify="left")
+        if marked:
+            self.add_column("")
+        # The one column that may wrap where room is short.
+        longest = max(map(len, names), default=0)
+        self.add_column(heading, overflow="fold", min_width=min(16, longest))
+        self._n_fixed = len(self.columns)
+        self._stacked = stacked
+        self._figures: list[tuple[int, str]] = []
+
+    def add_figures(
+        self, heading: str | Text, title: str, *, importance: int = 0, left: bool = False
+    ) -> None:
+        """Add a column; those of the highest `importance` leave first, later ones before others."""
+        self.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        self._figures.append((importance, title))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The columns that there is room for, then the caption."""
+        figures = range(self._n_fixed, len(self.columns))
+        hidden: list[int] = []
+        if self._stacked:
+            block: list[int] = []
+            for column in figures:
+                if block and not self._fits([*block, column], console, options):
+                    yield self._part(block)
+                    block = []
+                block.append(column)
+            yield self._part(block)
+        else:
+            leaving = sorted(figures, key=lambda i: (self._figures[i - self._n_fixed][0], i))
+            shown = list(figures)
+            while len(shown) > 1 and not self._fits(shown, console, options):
+                hidden.append(leaving.pop())
+                shown.remove(hidden[-1])
+            yield self._part(shown)
+        if hidden:
+            titles = ", ".join(self._figures[i - self._n_fixed][1] for i in sorted(hidden))
+            yield Text(f"no room for: {titles} (a wider terminal or --json shows them)")
+        if self.caption:
+            yield self.caption
+
+    def _fits(self, figures: Sequence[int], console: Console, options: ConsoleOptions) -> bool:
+        part = self._part(figures)
+        return Measurement.get(console, options.update(width=10_000), part).minimum <= (
+            options.max_width
+        )
+
+    def _part(self, figures: Sequence[int]) -> Table:
+        part = Table(box=self.box, pad_edge=False, padding=0)
+        part.columns = [*self.columns[: self._n_fixed], *(_whole(self.columns[i]) for i in figures)]
+        part.rows = self.rows
+        return part
+
+
+def _whole(column: Column) -> Column:
+    """The same column, measured as wide as its widest line."""
+    whole = copy(column)
+    lines = [line for cell in [column.header, *column.cells] for line in str(cell).split("\n")]
+    whole.min_width = max(map(cell_len, lines), default=0)
+    return whole

@@ -1,0 +1,379 @@
+"""Tables for the terminal.
+
+Hides: which columns fit, rich. Refuses to know: how a number was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import OverflowMethod
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from gteopt.records.bench import BenchReport
+from gteopt.records.evaluation import EvalReport, FidelityReport, TaskScore, Verdict
+from gteopt.records.inspection import Inspection
+from gteopt.records.manifest import Manifest
+from gteopt.records.results_folder import Results
+from gteopt.report.fitted_table import _FittedTable
+from gteopt.report.rows import (
+    COLUMNS,
+    FIDELITY,
+    LIMITS,
+    MARKS,
+    MISSING,
+    Row,
+    _encodings,
+    _is_own_baseline,
+    _with_scores,
+    beside_published,
+    failures,
+    fidelity_cells,
+    fidelity_notes,
+    index_rent,
+    kernels_note,
+    lengths_note,
+    limits,
+    limits_note,
+    machine_line,
+    published_text,
+    rows,
+    suite_span,
+    suite_verdict,
+    task_key,
+)
+from gteopt.report.wording import points
+
+
+def terminal_table(results: Results) -> Table:
+    """The results as a table 105 columns wide (for names of up to 24 letters), or less.
+
+    Below the table stand the limits that each rejected variant breaks and the tasks that failed.
+    """
+    lines = rows(results)
+    table = _FittedTable([row.name for row in lines], marked=True)
+    columns = [column for column in COLUMNS if column.attribute in _IN_TERMINAL]
+    for column in columns:
+        importance = _IN_TERMINAL.index(column.attribute)
+        table.add_figures(column.terminal, column.title, importance=importance)
+    for row in lines:
+        style = "bold green" if row.status == "picked" else "dim" if row.is_baseline else ""
+        cells = [column.text(row) for column in columns]
+        table.add_row(MARKS[row.status], Text(row.name), *cells, style=style)
+    notes = []
+    if results.choice is not None:
+        notes.append("✓ picked   ◦ on the Pareto front   ✗ breaks a limit")
+    notes += [f"✗ {row.name}: {row.verdict}" for row in lines if row.status == "rejected"]
+    notes += [f"* {failure}" for failure in failures(results.evals)]
+    table.caption = Text("\n".join(notes), style="not italic")
+    return table
+
+
+def bench_table(report: BenchReport) -> Table:
+    """Speed and memory of each variant, the throughput of each workload in tokens/s."""
+    lines = rows(Results(bench=report, evals={}, choice=None))
+    table = _FittedTable([row.name for row in lines])
+    columns = [column for column in COLUMNS if column.attribute in _IN_BENCH]
+    for column in columns:
+        importance = _IN_BENCH.index(column.attribute)
+        table.add_figures(column.terminal, column.title, importance=importance)
+    for workload in report.spec.workloads:
+        name = workload.name.replace("x", "×")
+        table.add_figures(f"{name}\ntok/s", f"{name} tok/s", importance=2)
+    for row in lines:
+        cells = [column.text(row) for column in columns]
+        cells += [f"{t.tokens_per_s:,.0f}" for t in report.variants[row.name].throughput]
+        table.add_row(Text(row.name), *cells, style="dim" if row.is_baseline else "")
+    table.caption = Text(
+        f"{machine_line(report.machine)}; {report.device}, {report.n_threads} threads; latency of "
+        f"single queries of {report.spec.query_tokens} tokens; × is relative to "
+        f"{report.baseline}, measured in turns with it, and {report.baseline} against itself "
+        f"differs by up to {report.noise:.0%}{lengths_note(report)}{_backend_note(report)}"
+        f"{_part_note(report)}; linear layers by kernel: {kernels_note(report)}",
+        style="not italic",
+    )
+    return table
+
+
+def _backend_note(report: BenchReport) -> str:
+    backend = report.versions.get("backend", "torch")
+    return "" if backend == "torch" else f"; the variants run on {backend}, it on torch"
+
+
+def _part_note(report: BenchReport) -> str:
+    """What must be said of figures of random weights."""
+    dummy = report.dummy
+    if dummy is None:
+        return ""
+    if dummy.n_layers == dummy.of_layers:
+        return f"; random weights in the shape of {dummy.base}"
+    return (
+        f"; random weights, {dummy.n_layers} of the {dummy.of_layers} blocks of {dummy.base}: no "
+        f"figure here is that of the whole model"
+    )
+
+
+def limits_table(report: BenchReport) -> Table:
+    """`limits`, and what a query reads and an index takes, which are the same on all workloads.
+
+    An index costs its share of the memory of this machine, where a price was said.
+    """
+    table = _FittedTable(list(report.variants))
+    importance = {"workload": 0, "$/M tokens": 1, LIMITS[-1]: 2, "of peak": 3, "GFLOP/s": 4}
+    for heading in LIMITS:
+        if heading not in _IN_BENCH_ANYWAY:
+            first, _, rest = heading.partition(" ")
+            lines = f"{first}\n{rest}".strip()
+            table.add_figures(lines, heading, importance=importance.get(heading, 9))
+    table.add_figures("query\nGB/s", "GB/s that a query reads", importance=8)
+    table.add_figures("index\nGB/M", "GB of a million vectors", importance=7)
+    table.add_figures("index\n$/month", "$ a month of a million vectors in memory", importance=5)
+    for line in limits(report):
+        variant = report.variants[line.name]
+        read = variant.latency.weight_gb_per_s
+        cells = [
+            cell
+            for heading, cell in zip(LIMITS, line.cells(), strict=True)
+            if heading not in _IN_BENCH_ANYWAY
+        ]
+        cells.append(MISSING if read is None else f"{read:.1f}")
+        cells.append(f"{variant.index_bytes_per_million / 1e9:.2f}")
+        cells.append(MISSING if (rent := index_rent(report, line.name)) is None else f"{rent:.2f}")
+        table.add_row(Text(line.name), *cells)
+    table.caption = Text(limits_note(report), style="not italic")
+    return table
+
+
+_IN_BENCH_ANYWAY = ("tokens/s", "× baseline")  # the table above has them
+
+
+def eval_table(reports: Mapping[str, EvalReport]) -> Table:
+    """Score, fidelity and every task, one column a variant."""
+    evals = list(reports.values())
+    names = [task.task for report in evals for task in report.tasks]
+    table = _FittedTable(names, heading="", stacked=True)
+    known = {
+        task_key(task): task.published
+        for report in evals
+        for task in report.tasks
+        if task.published is not None
+    }
+    if known:
+        table.add_figures("published", "published")
+    for name in reports:
+        table.add_figures(Text(name), name)
+    lines = [_with_scores(Row(name, False, "other", ""), reports[name]) for name in reports]
+    for column in COLUMNS:
+        if column.attribute in _IN_EVAL:
+            cells = [*([""] if known else []), *(column.text(row) for row in lines)]
+            table.add_row(Text(f"{column.title} {column.unit}"), *cells, style="bold")
+    if any(not _is_own_baseline(report) for report in evals):
+        empty = [""] if known else []
+        spans = [suite_span(report).replace(" [", "\n[") for report in evals]
+        table.add_row("Difference", *empty, *spans, style="bold")
+        table.add_row("Verdict", *empty, *map(suite_verdict, evals), style="bold")
+    table.add_section()
+    scores = [
+        {task_key(task): f"{task.score * 100:.2f}{_mark(report, task)}" for task in report.tasks}
+        for report in evals
+    ]
+    for key in dict.fromkeys(key for by_key in scores for key in by_key):
+        task, split, subset = key
+        heading = Text(f"{task} {subset} {split}".replace(" default ", " "))
+        cells = [published_text(known.get(key))] if known else []
+        cells += [by_key.get(key, MISSING) for by_key in scores]
+        table.add_row(heading, *cells)
+    suites = dict.fromkeys(f"suite {r.suite}, against {r.baseline}" for r in evals)
+    suites |= dict.fromkeys(f"no retention: {r.no_retention}" for r in evals if r.no_retention)
+    suites |= dict.fromkeys(f"neighbours: {r.fidelity.among}" for r in evals)
+    notes = [*suites, *_about_verdicts(evals), *(f"* {each}" for each in failures(reports))]
+    notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
+    notes += [sentence for report in evals for sentence in beside_published(report)]
+    table.caption = Text("\n".join(notes), style="not italic")
+    return table
+
+
+def grid_table(reports: Mapping[str, EvalReport]) -> Table:
+    """One line a variant, length and code: score, difference from the baseline, fidelity."""
+    evals = list(reports.values())
+    table = _FittedTable(list(reports))
+    headings = ("vector\nbytes", "score\n%", "difference\n95 %", "nn@10\n%", "ρ")
+    for heading, importance in zip(headings, (3, 0, 4, 1, 5), strict=True):
+        table.add_figures(heading, heading.replace("\n", " "), importance=importance)
+    table.add_figures("verdict", "verdict", importance=2, left=True)
+    for name, report in reports.items():
+        found = report.fidelity
+        table.add_row(
+            Text(name),
+            MISSING if report.bytes_per_vector is None else f"{report.bytes_per_vector:,}",
+            f"{report.score * 100:.2f}{'*' if report.partial else ''}",
+            suite_span(report),
+            f"{found.neighbour_overlap * 100:.1f}",
+            f"{found.spearman:.3f}",
+            suite_verdict(report),
+            style="dim" if _is_own_baseline(report) else "",
+        )
+    first = evals[0]
+    n_rows = sum(not _is_own_baseline(report) for report in evals)
+    notes = [
+        f"suite {first.suite}, against {first.baseline}; differences in points with their 95 % "
+        f"paired bootstrap interval",
+        f"verdicts against a margin of {points(first.margin)}; worse and better hold for "
+        f"all {n_rows} lines together (Holm)",
+    ]
+    notes += [f"* {failure}" for failure in failures(reports)]
+    notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
+    table.caption = Text("\n".join(notes), style="not italic")
+    return table
+
+
+_VERDICT_MARKS: dict[Verdict, str] = {
+    "equivalent": "=",
+    "better": "+",
+    "worse": "-",
+    "undecided": "?",
+}
+
+
+def _mark(report: EvalReport, task: TaskScore) -> str:
+    """What is claimed of a task, in a character, so that numbers stay below each other."""
+    if _is_own_baseline(report):
+        return ""
+    return f" {_VERDICT_MARKS[task.difference.verdict] if task.difference else ' '}"
+
+
+def _about_verdicts(reports: Sequence[EvalReport]) -> list[str]:
+    """How verdicts are to be read, and which tasks have none for what reason."""
+    judged = [report for report in reports if not _is_own_baseline(report)]
+    if not judged:
+        return []
+    marks = ", ".join(f"{mark} {verdict}" for verdict, mark in _VERDICT_MARKS.items())
+    notes = [
+        f"differences in points with their 95 % paired bootstrap interval; verdicts against a "
+        f"margin of {points(judged[0].margin)}: {marks}; better and worse hold for all "
+        f"{judged[0].n_claims} tasks together, and for all {len(judged)} means (Holm)"
+    ]
+    without = dict.fromkeys(
+        f"no interval of {task.task}"
+        f"{'' if task.subset == 'default' else f' {task.subset}'}: {task.no_interval}"
+        for report in judged
+        for task in report.tasks
+        if task.no_interval is not None
+    )
+    return [*notes, *without]
+
+
+def fidelity_table(reports: Mapping[str, FidelityReport]) -> Table:
+    """Closeness to the baseline on a user's own texts, one line a variant."""
+    table = _FittedTable(list(reports))
+    for heading, importance in zip(FIDELITY, (2, 1, 4, 0, 3), strict=True):
+        table.add_figures(heading.replace(" ", "\n"), heading, importance=importance)
+    for name, report in reports.items():
+        table.add_row(Text(name), *fidelity_cells(report))
+    table.caption = Text("\n".join(fidelity_notes(reports)), style="not italic")
+    return table
+
+
+def facts_table(found: Inspection) -> Table:
+    """What a base is."""
+    table = Table(title=found.id, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    facts = {
+        "family": found.family or "Sentence Transformers encoder",
+        "architecture": f"{found.architecture}, {found.attention} attention",
+        "parameters": f"{found.n_parameters:,}",
+        "dimensions": str(found.dims),
+        "trained lengths": ", ".join(map(str, found.matryoshka_dims)) or "none stated",
+        "longest input": f"{found.max_tokens:,} tokens",
+        "pooling": f"{found.pooling}{', normalised' if found.normalised else ''}",
+        "around a text": " ... ".join([found.start_token or "", found.end_token]).strip()
+        if found.end_token
+        else "as the tokenizer does",
+        "query prompt": repr(found.query_prompt),
+        "document prompt": repr(found.document_prompt),
+        "license": found.license or "not stated",
+        "published": ", ".join(f"{k} {v}" for k, v in found.published_scores.items()) or "-",
+        "revision": found.revision or "-",
+        "sha256": found.sha256 or "known once the weights are here",
+    }
+    if found.kernels is not None:
+        facts["linear layers"] = ", ".join(f"{n} {name}" for name, n in found.kernels.items())
+    for name, value in facts.items():
+        table.add_row(name, value)
+    for note in found.notes:
+        table.add_row("note", note)
+    return table
+
+
+def estimates_table(found: Inspection) -> Table:
+    """What recipes would make of a base, and what that takes."""
+    title = "what each recipe would make of it"
+    if (how := found.estimated_for) is not None:
+        room = decimal(how.activation_bytes, precision=1)
+        title += f", on {how.device} in {how.dtype}, at most {room} of hidden states in memory"
+    table = Table(title=title, title_justify="left")
+    for name in ("recipe", "weights", "bytes a vector", "build memory", "build disk", ""):
+        table.add_column(name, justify="left" if name in ("recipe", "") else "right")
+    for each in found.estimates:
+        if each.weight_bytes is None or each.build_bytes is None or each.disk_bytes is None:
+            table.add_row(each.recipe, "-", "-", "-", "-", f"cannot be built: {each.problem}")
+        else:
+            table.add_row(
+                each.recipe,
+                decimal(each.weight_bytes, precision=2),
+                str(each.bytes_per_vector),
+                decimal(each.build_bytes, precision=2),
+                decimal(each.disk_bytes, precision=2),
+                each.summary,
+            )
+    return table
+
+
+def layers_table(manifest: Manifest) -> Table:
+    """What an artifact holds, a line a layer."""
+    recipe = manifest.recipe
+    title = (
+        f"{recipe.name} of {manifest.base.id}: weights "
+        f"{decimal(manifest.weight_bytes, precision=2)}, vectors "
+        f"{manifest.vectors.dims} x {manifest.vectors.code}"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("layer", "shape", "method", "bits", "weight SNR dB", "output SNR dB", "note"):
+        right = name in ("shape", "bits", "weight SNR dB", "output SNR dB")
+        # Names differ at their ends, which must not be cut off.
+        overflow: OverflowMethod = "fold" if name == "layer" else "ellipsis"
+        table.add_column(name, justify="right" if right else "left", overflow=overflow)
+    for layer in manifest.layers:
+        element = "" if layer.scheme.element == "int" else f" {layer.scheme.element}"
+        table.add_row(
+            layer.name,
+            f"{layer.out_features} x {layer.in_features}",
+            layer.method,
+            f"{layer.bits_per_weight:.2f}{element}",
+            f"{layer.weight_snr_db:.1f}",
+            "-" if layer.output_snr_db is None else f"{layer.output_snr_db:.1f}",
+            layer.note or "",
+        )
+    if (embedding := manifest.embedding) is not None:
+        shape = f"{embedding.out_features} x {embedding.in_features}"
+        bits, snr = f"{embedding.bits_per_weight:.2f}", f"{embedding.weight_snr_db:.1f}"
+        table.add_row(embedding.name, shape, embedding.method, bits, snr, "-", "token embeddings")
+    for left in manifest.unquantized:
+        table.add_row(left.name, f"{left.n_parameters:,}", "-", "", "", "", left.reason)
+    return table
+
+
+# Which of them the tables on the terminal show, those that find room longest first.
+_IN_TERMINAL = (
+    *("weight_bytes", "retention", "neighbour_overlap", "speed_ratio", "retention_low"),
+    *("vector_bytes", "p95_ms", "dims", "score", "peak_memory_bytes", "weight_ratio"),
+    *("mean_cosine", "tokens_per_s"),
+)
+_IN_BENCH = (
+    *("weight_bytes", "speed_ratio", "p50_ms", "p95_ms", "peak_memory_bytes", "vector_bytes"),
+    *("load_s", "p99_ms"),
+)
+_IN_EVAL = ("score", "retention", "mean_cosine", "neighbour_overlap", "spearman")

@@ -1,0 +1,314 @@
+"""Speed and memory of variants, each measured side by side with the baseline.
+
+Hides: child processes, clocks, texts of an exact length, interleaving. Refuses to know: whether an
+encoder is quantized, and what a number is good enough for.
+
+The protocol:
+
+- **Before anything is measured**, every source is opened and checked, and every length in the spec
+  is compared with every model's limit.
+- **Load time and peak memory**: one fresh child process a variant, before this process holds any
+  weights. The child first imports everything that the load will need (it builds the model without
+  weights), notes its resident set, then times the way from path to the first vector and runs one
+  batch of the largest workload. Imports are therefore not in `load_s`, and the files come from the
+  page cache; the verification of an artifact's hashes is in it. The peak of the process contains
+  interpreter and libraries, which `imports_process_bytes` states, and weight files that are mapped
+  rather than read. It is VmHWM on Linux: `ru_maxrss` survives `exec` there, so a child would report
+  its parent's peak. The device's peak is `torch.cuda.max_memory_allocated`.
+- **Latency**: single texts of exactly `query_tokens` tokens (end token included, no instruction:
+  its tokens would only lengthen the text), each another, end to end: tokenize, encode, shorten,
+  code. Percentiles interpolate linearly between order statistics.
+- **Throughput**: batches of texts of exactly `tokens` tokens, or of seeded log-normal lengths of
+  that median, from token ids to vectors at the model's full dimension in this process's memory.
+  Only real tokens count. Tokenization is left out, as it is the same for
+  all variants of a base and can be overlapped.
+- **Side by side**: the baseline and one variant are in memory at a time, and they take turns, query
+  by query and round by round, with the first turn changing sides, so that a machine that slows down
+  hits both. `baseline_ratio` is the median of the ratios within a round. The baseline's own row
+  pairs it with itself: how far its ratio is from 1 is the noise of the measurement.
+- **Peaks**: products of 1024 x 1024 by 1024 x 4096 matrices in float32, bfloat16 and int8 (on a
+  GPU 8192 x 8192 by 8192 x 8192, and 8-bit floats), the fastest of five. A variant's share is of
+  the number type that its quantized layers multiply in (weights of fewer bits are multiplied as the
+  baseline's number type).
+- **Energy**, where the device counts it: behind the timed turns a variant alone repeats queries,
+  and each workload, for two seconds or more (the counter moves some ten times a second).
+- **Clock**: the monotonic clock on a CPU, CUDA events on a GPU. Python's cyclic garbage collector
+  is off while the clock runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from gteopt.config.plan import BenchSpec, Workload, WorkloadSet
+from gteopt.encoder.encoder import Backend, Encoder
+from gteopt.encoder.loading import load_checkpoint, pick_device
+from gteopt.encoder.openvino import refuse_unknown
+from gteopt.errors import GteoptError, InputError, UnsupportedError, join_problems, suggest
+from gteopt.machine import machine, versions
+from gteopt.model.checkpoint import Checkpoint, open_checkpoint
+from gteopt.progress import Progress, quiet
+from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
+from gteopt.speed.child_process import _ask_child, _Footprint, _Question
+from gteopt.speed.clock import _release, _take_turns
+from gteopt.speed.energy import Meter, meter
+from gteopt.speed.peaks import peak_gflops
+from gteopt.speed.texts import _batch, exact_texts, text_lengths
+
+
+def bench(
+    sources: Mapping[str, str],
+    *,
+    baseline: str,
+    spec: BenchSpec,
+    skip_too_long: bool = False,
+    device: str = "auto",
+    backend: Backend = "torch",
+    hub_dir: Path | None = None,
+    keep: Callable[[BenchReport], object] = lambda report: None,
+    progress: Progress = quiet,
+) -> BenchReport:
+    """Measure every variant side by side with the baseline; see the module for the protocol.
+
+    Args:
+        sources: variant name -> base, folder or artifact, the baseline's among them.
+        baseline: name of the variant that the others are compared with.
+        spec: what is measured, how often.
+        skip_too_long: leave out workloads beyond a model's limit, rather than refuse them; the
+            report's `spec` is then without them.
+        device: as for `load`.
+        backend: of the variants, as for `load`; the baseline runs on torch.
+        hub_dir: as for `load`.
+        keep: told after each variant what has been measured so far.
+        progress: told after each child process and after each query or round.
+
+    Raises:
+        InputError: an unknown device; or an unknown baseline, a source that cannot be opened, or a
+            length beyond a model's limit; all of them at once, before anything is measured.
+        GteoptError: the child process of a variant died; carries its last line.
+    """
+    pick_device(device)
+    checkpoints, spec = open_all(sources, baseline, spec, hub_dir, skip_too_long, backend)
+    order = [baseline, *(name for name in sources if name != baseline)]
+    largest = max(spec.workloads, key=lambda workload: workload.batch_size * workload.tokens)
+    footprints: dict[str, _Footprint] = {}
+    for name in order:
+        question = _Question(
+            source=sources[name],
+            device=device,
+            backend="torch" if name == baseline else backend,
+            hub_dir=hub_dir,
+            workload=largest,
+        )
+        footprints[name] = _ask_child(name, question)
+        progress("measuring load time and memory", len(footprints), len(order))
+
+    reference = load_checkpoint(checkpoints[baseline], device=device, graphs=True)
+    peaks, counter = peak_gflops(reference.device), meter(reference.device)
+    variants: dict[str, VariantBench] = {}
+
+    def so_far() -> BenchReport:
+        return BenchReport(
+            spec=spec,
+            baseline=baseline,
+            variants=dict(variants),
+            device=str(reference.device),
+            n_threads=torch.get_num_threads(),
+            machine=machine(),
+            versions={
+                **versions(),
+                "baseline dtype": str(reference.dtype).removeprefix("torch."),
+                "backend": backend,
+            },
+            peak_gflops=peaks,
+            energy=counter.source,
+        )
+
+    for name in order:
+        encoder = (
+            reference
+            if name == baseline
+            else load_checkpoint(
+                checkpoints[name], device=str(reference.device), backend=backend, graphs=True
+            )
+        )
+        limits = _Limits(peaks, counter)
+        variants[name] = _measure(
+            name, encoder, reference, footprints[name], spec, limits, progress
+        )
+        del encoder  # before the next one is loaded
+        _release()
+        keep(so_far())
+    return so_far()
+
+
+def default_workloads(device: str) -> WorkloadSet:
+    """The set that is measured on a device where nobody says: "long" on a GPU."""
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return "long" if on_gpu else "short"
+
+
+def fitting(spec: BenchSpec, max_tokens: int) -> BenchSpec:
+    """The spec without the workloads that have texts of more tokens than this."""
+    fits = tuple(each for each in spec.workloads if each.longest <= max_tokens)
+    return spec.model_copy(update={"workloads": fits})
+
+
+def open_all(
+    sources: Mapping[str, str],
+    baseline: str,
+    spec: BenchSpec,
+    hub_dir: Path | None,
+    skip_too_long: bool,
+    backend: Backend = "torch",
+) -> tuple[dict[str, Checkpoint], BenchSpec]:
+    """The models, and what of the spec they can all be measured on; arguments as for `bench`.
+
+    Raises:
+        InputError: see `bench`.
+    """
+    if baseline not in sources:
+        raise InputError(f"the baseline '{baseline}' is not measured: {suggest(baseline, sources)}")
+    checkpoints: dict[str, Checkpoint] = {}
+    problems: list[str] = []
+    for name, source in sources.items():
+        try:
+            checkpoints[name] = open_checkpoint(source, hub_dir=hub_dir)
+        except GteoptError as error:
+            problems.append(f"{name} ({source}): {error}")
+            continue
+        if backend == "openvino" and name != baseline:
+            try:
+                refuse_unknown(checkpoints[name].config)
+            except UnsupportedError as error:
+                problems.append(f"{name} ({source}): {error}")
+        limit = checkpoints[name].max_tokens
+        if spec.query_tokens > limit:
+            problems.append(
+                f"query_tokens: {spec.query_tokens} is beyond {name}'s limit of {limit}"
+            )
+        problems += [
+            f"workload batch_size: {workload.batch_size}, tokens: {workload.tokens} is beyond "
+            f"{name}'s limit of {limit} tokens"
+            for workload in spec.workloads
+            if workload.longest > limit and not skip_too_long
+        ]
+    shortest = min((each.max_tokens for each in checkpoints.values()), default=0)
+    fits = fitting(spec, shortest)
+    if skip_too_long and checkpoints and not fits.workloads:
+        problems.append(f"every workload is beyond the models' limit of {shortest} tokens")
+    if problems:
+        raise InputError(join_problems("the bench cannot start", problems))
+    return checkpoints, fits
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What the device can do, by number type (10^9 operations a second), and what it consumes."""
+
+    peaks: Mapping[str, float]
+    meter: Meter
+
+
+def _measure(
+    name: str,
+    encoder: Encoder,
+    reference: Encoder,
+    footprint: _Footprint,
+    spec: BenchSpec,
+    limits: _Limits,
+    progress: Progress,
+) -> VariantBench:
+    n_steps = spec.warmup + spec.n_queries + (spec.warmup + spec.repeats) * len(spec.workloads)
+    steps = iter(range(1, n_steps + 1))
+
+    def step() -> None:
+        progress(f"measuring speed of {name}", next(steps), n_steps)
+
+    latency = _latency(encoder, reference, spec, limits, step)
+    throughput = tuple(
+        _throughput(encoder, reference, workload, spec, limits, step) for workload in spec.workloads
+    )
+    bytes_per_vector = encoder.vectors.bytes_per_vector
+    return VariantBench(
+        artifact_sha256=encoder.sha256,
+        weight_bytes=encoder.weight_bytes,
+        load_s=footprint.load_s,
+        imports_process_bytes=footprint.imports_process_bytes,
+        peak_process_bytes=footprint.peak_process_bytes,
+        peak_device_bytes=footprint.peak_device_bytes,
+        latency=latency,
+        throughput=throughput,
+        kernels=encoder.kernels,
+        dims=encoder.dims,
+        code=encoder.vectors.code,
+        bytes_per_vector=bytes_per_vector,
+        index_bytes_per_million=bytes_per_vector * 1_000_000,
+        graph_bytes=encoder.graphs.n_bytes if encoder.graphs and encoder.graphs.lengths else None,
+    )
+
+
+def _latency(
+    encoder: Encoder,
+    reference: Encoder,
+    spec: BenchSpec,
+    limits: _Limits,
+    step: Callable[[], None],
+) -> LatencyRecord:
+    n_texts = spec.warmup + spec.n_queries
+    pairs = zip(
+        exact_texts(reference, n_texts, spec.query_tokens, seed=0),
+        exact_texts(encoder, n_texts, spec.query_tokens, seed=0),
+        strict=True,
+    )
+    turns = [(_query(reference, theirs), _query(encoder, ours)) for theirs, ours in pairs]
+    seconds = [variant for _, variant in _take_turns(turns, spec.warmup, encoder.device, step)]
+    p50, p95, p99 = np.percentile(seconds, [50, 95, 99]) * 1e3
+    return LatencyRecord(
+        tokens=spec.query_tokens,
+        n_queries=spec.n_queries,
+        p50_ms=float(p50),
+        p95_ms=float(p95),
+        p99_ms=float(p99),
+        weight_gb_per_s=encoder.block_bytes / float(p50) / 1e6,
+        joules=limits.meter.per_call(turns[-1][1], float(p50) / 1e3),
+    )
+
+
+def _query(encoder: Encoder, text: str) -> Callable[[], object]:
+    return lambda: encoder.vectors.quantize(encoder.encode([text]))
+
+
+def _throughput(
+    encoder: Encoder,
+    reference: Encoder,
+    workload: Workload,
+    spec: BenchSpec,
+    limits: _Limits,
+    step: Callable[[], None],
+) -> ThroughputRecord:
+    turn = (_batch(reference, workload), _batch(encoder, workload))
+    turns = [turn] * (spec.warmup + spec.repeats)
+    seconds = list(_take_turns(turns, spec.warmup, encoder.device, step))
+    once = median(variant for _, variant in seconds)
+    lengths = text_lengths(workload)
+    gflops = encoder.operations(lengths) / once / 1e9
+    peak = limits.peaks.get(encoder.number_type)
+    joules = limits.meter.per_call(turn[1], once)
+    return ThroughputRecord(
+        batch_size=workload.batch_size,
+        tokens=workload.tokens,
+        lengths=workload.lengths,
+        texts_per_s=workload.batch_size / once,
+        tokens_per_s=sum(lengths) / once,
+        baseline_ratio=median(baseline / variant for baseline, variant in seconds),
+        gflops=gflops,
+        peak_ratio=None if peak is None else gflops / peak,
+        joules_per_million_tokens=None if joules is None else joules / sum(lengths) * 1e6,
+    )

@@ -1,0 +1,208 @@
+"""A model of a published shape with random weights: speed and memory need no download.
+
+Hides: the shapes of published models (`assets/configs/`), how a folder of random weights is made
+without holding it in memory. Refuses to know: what is measured on it.
+What comes out is a Sentence Transformers folder with the embedded model's tokenizer (how a text is
+cut has no influence on the time that a token takes) and last-token pooling; NV-Embed's own pooling
+is not among what is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gteopt.errors import InputError, UnsupportedError, suggest
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.paths import ASSETS
+from gteopt.progress import Progress, quiet
+
+_CONFIGS = ASSETS / "configs"
+_DECODERS = ("qwen2", "qwen3", "mistral")
+_DEVIATION = 0.02
+_MEMORY_SHARE, _DISK_SHARE = 1.7, 2.5
+"""A bench holds the model, the largest of its variants (in int8, with the table as it is) and a
+batch; on disk lie the model and three variants."""
+
+
+def shapes() -> dict[str, dict[str, Any]]:
+    """Published name -> `config.json` of the models whose shape ships with gteopt."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(_CONFIGS.glob("*.json"))}
+
+
+def write_dummy(
+    base: str,
+    folder: Path,
+    *,
+    n_layers: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Progress = quiet,
+) -> tuple[int, int]:
+    """Write a model folder with random bfloat16 weights, one file a block.
+
+    Linear weights are normal with deviation 0.02, those that write into the residual stream divided
+    by sqrt(2 n_layers), so that activations keep the size that they have in trained models
+    (Radford et al. 2019, section 2.3); norms are one, biases zero.
+
+    Args:
+        base: name of a published model, with or without its organisation, or a folder whose
+            `config.json` says the shape.
+        folder: where to write; must not exist.
+        n_layers: blocks to keep, counted from the first; all when None.
+        seed: of the weights.
+        device: where they are drawn, a block at a time: a GPU does in a second what a processor
+            does in a minute, and draws others.
+        progress: told after each block.
+
+    Returns:
+        Blocks written and blocks of the model.
+
+    Raises:
+        InputError: unknown name, more blocks than the model has, or more than memory holds.
+        UnsupportedError: an architecture other than Qwen2's, Qwen3's and Mistral's.
+    """
+    config, whole = shape_of(base, n_layers)
+    n = int(config["num_hidden_layers"])
+    _check_room(base, config, n, whole, folder.parent)
+    write_frame(config, folder)
+    generator = torch.Generator(device).manual_seed(seed)
+    where: dict[str, str] = {}
+    n_bytes = 0
+    for part in range(n + 1):
+        file = f"model-{part + 1:05d}-of-{n + 1:05d}.safetensors"
+        tensors = {name: each.cpu() for name, each in random_part(config, part, generator)}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(tensors, file))
+        n_bytes += sum(each.numel() * each.element_size() for each in tensors.values())
+        progress(f"writing random weights of {base}", part + 1, n + 1)
+    index = {"metadata": {"total_size": n_bytes}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return n, whole
+
+
+def shape_of(base: str, n_layers: int | None = None) -> tuple[dict[str, Any], int]:
+    """`config.json` of a shape, with as many blocks as are wanted, and the blocks of the model.
+
+    Args and errors as of `write_dummy`.
+    """
+    config = _config(base)
+    whole = int(config["num_hidden_layers"])
+    n = whole if n_layers is None else n_layers
+    if not 1 <= n <= whole:
+        raise InputError(f"--layers {n}: {base} has {whole} blocks; give 1 to {whole}")
+    config["num_hidden_layers"] = config["max_window_layers"] = n
+    config.pop("layer_types", None)
+    return config, whole
+
+
+def write_frame(config: Mapping[str, Any], folder: Path) -> None:
+    """Write a model folder of a shape without its weights; `folder` must not exist."""
+    nano = open_checkpoint("nano")
+    shutil.copytree(nano.folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "LICENSE"))
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
+    pooling = folder / "1_Pooling" / "config.json"
+    said = json.loads(pooling.read_text())
+    sizes = ("word_embedding_dimension", "embedding_dimension")
+    said.update({key: config["hidden_size"] for key in sizes if key in said})
+    pooling.write_text(json.dumps(said))
+
+
+def random_part(
+    config: Mapping[str, Any], part: int, generator: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and bfloat16 weights of block `part`, or of what is outside the blocks behind the last;
+    drawn where the generator lies, as `write_dummy` says.
+    """
+    n = int(config["num_hidden_layers"])
+    for name, shape in _parts(config, part, n):
+        yield name, _random(name, shape, n, generator)
+
+
+def _config(base: str) -> dict[str, Any]:
+    known = shapes()
+    name = base.rpartition("/")[2]
+    own = Path(base) / "config.json"
+    if own.is_file():
+        config: dict[str, Any] = json.loads(own.read_text())
+        config.pop("auto_map", None)
+    elif name in known:
+        config = known[name]
+    else:
+        raise InputError(
+            f"no shape is known of '{base}': {suggest(name, known)}; or give a folder with its "
+            f"config.json"
+        )
+    if config.get("model_type") not in _DECODERS:
+        raise UnsupportedError(
+            f"{base} is a {config.get('model_type')}; random weights are made for "
+            f"{', '.join(_DECODERS)} only"
+        )
+    return config
+
+
+def _check_room(base: str, config: Mapping[str, Any], n: int, whole: int, scratch: Path) -> None:
+    """Refuse before an hour's work what memory or disk cannot hold."""
+
+    def part_bytes(part: int) -> int:  # 0 is a block, 1 what is outside the blocks
+        return sum(2 * torch.Size(shape).numel() for _, shape in _parts(config, part, 1))
+
+    frame, block = part_bytes(1), part_bytes(0)
+    for what, share, free in (
+        ("memory", _MEMORY_SHARE, int(psutil.virtual_memory().available)),
+        (f"disk in {scratch}", _DISK_SHARE, shutil.disk_usage(scratch).free),
+    ):
+        if share * (frame + n * block) > free:
+            fits = int((free / share - frame) // block)
+            advice = f"; --layers {fits} fits" if fits > 0 else ""
+            raise InputError(
+                f"{n} of {whole} blocks of {base} take {share * (frame + n * block) / 1e9:.1f} GB "
+                f"of {what} to build and measure, {free / 1e9:.1f} GB are free{advice}"
+            )
+
+
+def _parts(
+    config: Mapping[str, Any], part: int, n_layers: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of block `part`, or of everything outside the blocks behind the last."""
+    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    if part == n_layers:
+        yield "embed_tokens.weight", (int(config["vocab_size"]), hidden)
+        yield "norm.weight", (hidden,)
+        return
+    heads = int(config["num_attention_heads"])
+    width = int(config.get("head_dim") or hidden // heads)
+    q, kv = heads * width, int(config["num_key_value_heads"]) * width
+    prefix = f"layers.{part}."
+    for name, n_out in (("q", q), ("k", kv), ("v", kv)):
+        yield f"{prefix}self_attn.{name}_proj.weight", (n_out, hidden)
+        if config["model_type"] == "qwen2":
+            yield f"{prefix}self_attn.{name}_proj.bias", (n_out,)
+    if config["model_type"] == "qwen3":
+        for name in ("q", "k"):
+            yield f"{prefix}self_attn.{name}_norm.weight", (width,)
+    yield f"{prefix}self_attn.o_proj.weight", (hidden, q)
+    yield f"{prefix}mlp.gate_proj.weight", (inner, hidden)
+    yield f"{prefix}mlp.up_proj.weight", (inner, hidden)
+    yield f"{prefix}mlp.down_proj.weight", (hidden, inner)
+    yield f"{prefix}input_layernorm.weight", (hidden,)
+    yield f"{prefix}post_attention_layernorm.weight", (hidden,)
+
+
+def _random(name: str, shape: tuple[int, ...], n_layers: int, generator: torch.Generator) -> Tensor:
+    kind: Any = {"dtype": torch.bfloat16, "device": generator.device}
+    if name.endswith("norm.weight"):
+        return torch.ones(shape, **kind)
+    if name.endswith("bias"):
+        return torch.zeros(shape, **kind)
+    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+    deviation = _DEVIATION / ((2 * n_layers) ** 0.5 if writes else 1)
+    return torch.empty(shape, **kind).normal_(0, deviation, generator=generator)
