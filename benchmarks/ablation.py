@@ -56,10 +56,10 @@ from gteopt.quant.affine import PackedWeight, QuantizedWeight, pack
 from gteopt.quant.gptq import HessianAccumulator, solve
 
 INT4 = {"bits": 4, "group_size": 128, "symmetric": False}
-NF4 = {"bits": 4, "group_size": 64, "symmetric": True, "element": "nf4"}
-INT8 = {"bits": 8, "group_size": "row", "symmetric": True, "activation_bits": 8}
+NF4 = {"bits": 4, "group_size": 64, "symmetric": True, "number_format": "nf4"}
+INT8 = {"bits": 8, "group_size": "per_channel", "symmetric": True, "activation_bits": 8}
 PLAIN = {"act_order": False, "clip_search": False}
-GPTAQ = {"compensate": 0.5}
+GPTAQ = {"gptaq_strength": 0.5}
 SOLVED: dict[str, dict[str, Any]] = {
     "round to nearest": {"method": "rtn", "scheme": INT4},
     "+ clip search": {"method": "rtn", "scheme": INT4, "clip_search": True},
@@ -72,7 +72,7 @@ SOLVED: dict[str, dict[str, Any]] = {
         "clip_search": True,
     },
     "GPTQ + both": {"method": "gptq", "scheme": INT4},
-    "gptq-int4: GPTAQ too (compensate)": {"method": "gptq", "scheme": INT4, **GPTAQ},
+    "gptq-int4: GPTAQ too (gptaq_strength)": {"method": "gptq", "scheme": INT4, **GPTAQ},
     "NF4, round to nearest": {"method": "rtn", "scheme": NF4},
     "NF4, GPTQ + both": {"method": "gptq", "scheme": NF4},
     "gptq-nf4: GPTAQ too": {"method": "gptq", "scheme": NF4, **GPTAQ},
@@ -83,15 +83,18 @@ ROTATED = {
     for name in (
         "round to nearest",
         "GPTQ + both",
-        "gptq-int4: GPTAQ too (compensate)",
+        "gptq-int4: GPTAQ too (gptaq_strength)",
         "gptq-nf4: GPTAQ too",
         "W8A8, round to nearest (rtn-int8)",
     )
 }
 """Of models with RMSNorm decoders."""
 GUIDED = {
-    f"{name}, Hessian guided{half}": (share, compensate)
-    for name, compensate in (("GPTQ + both", 0.0), ("gptq-int4: GPTAQ too (compensate)", 0.5))
+    f"{name}, Hessian guided{half}": (share, gptaq_strength)
+    for name, gptaq_strength in (
+        ("GPTQ + both", 0.0),
+        ("gptq-int4: GPTAQ too", 0.5),
+    )
     for share, half in ((1.0, ""), (0.5, " by half"))
 }
 """Share of a token's weight that its gradient decides, and of what GPTAQ makes up for."""
@@ -190,7 +193,7 @@ def _recipe(weights: dict[str, Any]) -> Recipe:
 
 def solved(source: Path, recipe: Recipe, hub_dir: Path) -> tuple[Encoder, float]:
     """A variant built in full, and its bits a weight."""
-    recipe = recipe.model_copy(update={"calibration": CALIBRATION, "layout": "gteopt"})
+    recipe = recipe.model_copy(update={"calibration": CALIBRATION, "format": "gteopt"})
     out = Path(tempfile.mkdtemp()) / "variant"
     manifest = gteopt.quantize(source, recipe, out, hub_dir=hub_dir, dtype="float32")
     if manifest.allocation is not None:
@@ -256,7 +259,9 @@ def rotated(source: Path) -> tuple[Path, NDArray[np.float64]]:
     return folder, (q.T * weights["norm.weight"]).numpy()
 
 
-def guided(source: Path, share: float, compensate: float, hub_dir: Path) -> tuple[Encoder, float]:
+def guided(
+    source: Path, share: float, gptaq_strength: float, hub_dir: Path
+) -> tuple[Encoder, float]:
     """GPTQ with each token weighted by its part in the vector, stage by stage as the build does it.
 
     A token counts (1 - share) + share * s, s being its part in `saliences`.
@@ -281,10 +286,10 @@ def guided(source: Path, share: float, compensate: float, hub_dir: Path) -> tupl
             for name in names:
                 linear = encoder.module.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
-                lack = statistics.lack(linear.weight.data) if compensate else None
+                lack = statistics.lack(linear.weight.data) if gptaq_strength else None
                 codes = solve(
                     linear.weight.data, statistics.hessian, scheme, act_order=True, damping=0.01,
-                    clip_search=True, lack=lack, share=compensate,
+                    clip_search=True, lack=lack, share=gptaq_strength,
                 ).weight  # fmt: skip
                 linear.weight.data = codes.dequantize()
                 n_weights += codes.codes.numel()

@@ -25,7 +25,7 @@ from gteopt.quant.affine import pack, quantize_rtn
 from gteopt.speed.random_model import random_part, shape_of, write_frame
 from gteopt.vectors.transform import identity
 
-_TABLE = LayerScheme(bits=8, group_size="row", symmetric=True)
+_TABLE = LayerScheme(bits=8, group_size="per_channel", symmetric=True)
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ from gteopt.records.files import write_atomically
 SHAPES = ("18944x3584", "3584x18944", "3584x3584", "512x3584")
 """Outputs x inputs: gate and up, down, query and output, key and value."""
 TOKENS = (16384, 16, 1, 128, 2048)
-W8A8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+W8A8 = LayerScheme(bits=8, group_size="per_channel", symmetric=True, activation_bits=8)
 TOKEN_ZEROS = W8A8.model_copy(update={"activation_symmetric": False})
-FP8 = W8A8.model_copy(update={"element": "e4m3"})
+FP8 = W8A8.model_copy(update={"number_format": "e4m3"})
 INT4 = LayerScheme(bits=4, group_size=128, symmetric=False)
-NF4 = LayerScheme(bits=4, group_size=64, symmetric=True, element="nf4")
+NF4 = LayerScheme(bits=4, group_size=64, symmetric=True, number_format="nf4")
 INT4_TILES = (
     cuda.Tile(16, 16, 128, 2, 4), cuda.Tile(16, 16, 128, 4, 4), cuda.Tile(16, 32, 128, 4, 3),
     cuda.Tile(16, 32, 128, 4, 6), cuda.Tile(16, 32, 64, 4, 6), cuda.Tile(16, 64, 128, 4, 4),

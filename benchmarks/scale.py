@@ -257,7 +257,7 @@ def measure(
         "n_texts": n_texts,
         "max_tokens": n_tokens,
         "recipe": recipe.name,
-        "compensate": recipe.weights.compensate if recipe.weights.method == "gptq" else 0.0,
+        "gptaq_strength": recipe.weights.gptaq_strength if recipe.weights.method == "gptq" else 0.0,
         "device": device,
         "predicted_bytes": predicted.build_bytes,
         "checkpoint_s": round(made_s, 1),
@@ -271,7 +271,7 @@ def measure(
 def keep(kind: str, row: dict[str, object], out: Path = RESULTS) -> None:
     """Put one result into the file, in place of an earlier one of the same workload."""
     results = json.loads(out.read_text()) if out.is_file() else {}
-    what = ("shape", "n_texts", "max_tokens", "recipe", "compensate", "device")
+    what = ("shape", "n_texts", "max_tokens", "recipe", "gptaq_strength", "device")
     rows = [r for r in results.get(kind, []) if any(r[key] != row[key] for key in what)]
     results[kind] = [*rows, row]
     out.write_text(json.dumps(results, indent=1) + "\n")
@@ -473,12 +473,12 @@ def loads(shape: Shape, work: Path, out: Path, disks: Sequence[float]) -> None:
             manifest = gteopt.quantize(base, recipe, folder)
             os.sync()  # what was written does not go to the disk beside what is read from it
             for (cache, gb_s), seen in _load(folder, backend, states).items():
-                row = {"recipe": recipe, "layout": manifest.layout, "backend": backend}
+                row = {"recipe": recipe, "format": manifest.format, "backend": backend}
                 rows.append({**row, "cache": cache, "disk_gb_s": gb_s, **seen})
                 n_bytes = seen["file_bytes"]
                 where = cache if gb_s is None else f"{gb_s:g} GB/s"
                 print(
-                    f"{recipe} ({manifest.layout}) {backend} {where}: {n_bytes / 1e9:.2f} GB, "
+                    f"{recipe} ({manifest.format}) {backend} {where}: {n_bytes / 1e9:.2f} GB, "
                     f"read in {seen['read_s']:.2f} s, loaded in {seen['load_s']:.2f}, a vector in "
                     f"{seen['first_vector_s']:.2f} ({seen['cpu_s']:.2f} of CPU); peak "
                     f"{seen['peak_bytes'] / n_bytes:.2f}, held {seen['held_bytes'] / n_bytes:.2f} "
@@ -577,7 +577,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--recipe", default="gptq-int4")
-    parser.add_argument("--compensate", type=float, help="in place of the recipe's own")
+    parser.add_argument("--gptaq_strength", type=float, help="in place of the recipe's own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, help="end the build after so many")
     parser.add_argument("--disk", type=float, nargs="*", default=[], help="GB/s to slow it down to")
@@ -601,8 +601,8 @@ def main() -> None:
         loads(shape, asked.work, asked.out, asked.disk)
         return
     recipe = load_recipe(asked.recipe)
-    if asked.compensate is not None:
-        weights = recipe.weights.model_copy(update={"compensate": asked.compensate})
+    if asked.gptaq_strength is not None:
+        weights = recipe.weights.model_copy(update={"gptaq_strength": asked.gptaq_strength})
         recipe = recipe.model_copy(update={"weights": weights})
     row = measure(shape, asked.texts, asked.tokens, recipe, asked.device, asked.work, asked.minutes)
     keep("builds", row, asked.out)

@@ -29,5 +29,5 @@ def shared() -> Path:
     """The folder of real data sets beside the repository, which users do not have."""
     folder = Path(__file__).resolve().parent.parent.parent / "shared"
     if not (folder / "hub").is_dir():
-        pytest.skip("needs ../shared/hub (MTEB data in the Hub's layout) beside the checkout")
+        pytest.skip("needs ../shared/hub (MTEB data in the Hub's format) beside the checkout")
     return folder

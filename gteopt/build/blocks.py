@@ -259,7 +259,7 @@ def _quantize_block_(
     # Smoothing has moved numbers between layers by now: both blocks read the same.
     original = copy_block(block) if exact is not None else None
     compared: Original | None = None
-    if isinstance(weights, GptqWeights) and weights.compensate > 0:
+    if isinstance(weights, GptqWeights) and weights.gptaq_strength > 0:
         assert original is not None
         assert exact is not None
         compared = Original(original, exact)
@@ -465,7 +465,7 @@ def quantize_layer(
                 damping=weights.damping,
                 clip_search=weights.clip_search,
                 lack=statistics.lack(weight),
-                share=weights.compensate,
+                share=weights.gptaq_strength,
             )
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error

@@ -1,6 +1,6 @@
 """The card of an artifact: the README.md that says what it is and how each engine opens it.
 
-Hides: the model hub's metadata, and which engine reads which layout. Refuses to know: torch, files,
+Hides: the model hub's metadata, and which engine reads which format. Refuses to know: torch, files,
 how anything was measured. It says nothing that the manifest and the folder's configs do not: the
 same artifact always has the same card.
 """
@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import yaml
 
-from gteopt.config.recipe import Effort, Layout, LayoutChoice, Recipe, load_recipe
+from gteopt.config.recipe import Effort, FormatChoice, FormatName, Recipe, load_recipe
 from gteopt.config.yaml_files import shipped_names
 from gteopt.errors import InputError
 from gteopt.model.checkpoint import DECODERS, NANO, Checkpoint
@@ -25,12 +25,12 @@ CARD = "README.md"
 _PLACE = "FOLDER"
 """What commands call the artifact where it has no place yet."""
 
-_LIBRARIES: dict[Layout, str] = {
+_LIBRARIES: dict[FormatName, str] = {
     "gptq": "gptqmodel optimum",
     "compressed-tensors": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",
 }
-"""What transformers needs to read a layout."""
+"""What transformers needs to read a format."""
 _TEI = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet"})
 """Architectures that Text Embeddings Inference runs in more than float16 on a GPU."""
 _MARLIN_BITS = (4, 8)
@@ -84,8 +84,8 @@ def _front_matter(manifest: Manifest, more: Mapping[str, Any]) -> str:
     if manifest.base.license is not None:
         content["license"] = manifest.base.license
     content["tags"] = ["sentence-transformers", "feature-extraction", "gteopt"]
-    if manifest.layout not in (None, "gteopt"):
-        content["tags"].append(manifest.layout)
+    if manifest.format not in (None, "gteopt"):
+        content["tags"].append(manifest.format)
     if bits := sorted({layer.scheme.bits for layer in manifest.layers}):
         content["tags"] += [f"{each}-bit" for each in bits]
     content |= more
@@ -112,7 +112,7 @@ def _facts(manifest: Manifest, checkpoint: Checkpoint) -> str:
         ("base", f"`{base.id}`{revision}, SHA-256 `{base.sha256[:16]}`"),
         ("parameters", f"{base.n_parameters:,}"),
         ("quantized", _quantized(manifest)),
-        ("layout", f"`{manifest.layout}`" if manifest.layout else f"unquantized, {base.dtype}"),
+        ("format", f"`{manifest.format}`" if manifest.format else f"unquantized, {base.dtype}"),
         ("vector", f"{vectors.dims} dimensions, {vectors.code}, {vectors.bytes_per_vector} bytes"),
         ("attention", checkpoint.attention + _causal_note(checkpoint)),
         ("pooling", checkpoint.pooling + (", normalised" if checkpoint.normalise else "")),
@@ -155,7 +155,7 @@ def _runs_both_ways(checkpoint: Checkpoint) -> bool:
 
 def _use(manifest: Manifest, checkpoint: Checkpoint) -> str:
     prompted = checkpoint.query_template is not None or "query" in checkpoint.prompts
-    if manifest.layout == "gteopt" or checkpoint.latent is not None:
+    if manifest.format == "gteopt" or checkpoint.latent is not None:
         role = ', role="query"' if prompted else ""
         code = (
             'import gteopt\n\nencoder = gteopt.load("FOLDER")\n'
@@ -165,8 +165,8 @@ def _use(manifest: Manifest, checkpoint: Checkpoint) -> str:
         )
         return f"```python\n{code}\n```"
     install = ["pip", "install", "sentence-transformers"]
-    if manifest.layout is not None:
-        install.append(_LIBRARIES[manifest.layout])
+    if manifest.format is not None:
+        install.append(_LIBRARIES[manifest.format])
     prompt = ', prompt_name="query"' if prompted else ""
     code = (
         "from sentence_transformers import SentenceTransformer\n\n"
@@ -182,7 +182,7 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
     """One line an engine: what opens this folder and how, or why it must not be used."""
     from gteopt.encoder.openvino import can_hold  # which imports torch
 
-    layout, code, both_ways = manifest.layout, manifest.vectors.code, _runs_both_ways(checkpoint)
+    format, code, both_ways = manifest.format, manifest.vectors.code, _runs_both_ways(checkpoint)
     model_type = str(checkpoint.config["model_type"])
     yield (
         '**gteopt**: `gteopt.load("FOLDER")`'
@@ -201,12 +201,12 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
             '`gteopt.load("FOLDER", backend="openvino")`, or `gteopt export FOLDER NEW`, then '
             '`SentenceTransformer("NEW", backend="openvino")` without gteopt.'
         )
-    if layout == "gteopt":
-        yield "Nothing else opens the layout `gteopt`; no `model.safetensors` is there to misread."
+    if format == "gteopt":
+        yield "Nothing else opens the format `gteopt`; no `model.safetensors` is there to misread."
         return
     library = ""
-    if layout is not None:
-        library = "".join(f" and `{each}`" for each in _LIBRARIES[layout].split())
+    if format is not None:
+        library = "".join(f" and `{each}`" for each in _LIBRARIES[format].split())
     five = "`transformers` 5 or later (4.57 ignores `is_causal: false`)"
     needs = five if both_ways else "`transformers`"
     yield (
@@ -228,7 +228,7 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
             + (" (it reads `is_causal: false`)" if both_ways else "")
             + _unproven(manifest)
         )
-    if layout is not None:
+    if format is not None:
         yield "Not Text Embeddings Inference: it reads no quantized weights."
     elif model_type in _TEI:
         yield (
@@ -247,7 +247,7 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
             "Not SGLang without a trial: the versions that we read attend causally whatever "
             "config.json says, which gives other vectors."
         )
-    elif model_type in DECODERS and layout in (None, "gptq", "compressed-tensors"):
+    elif model_type in DECODERS and format in (None, "gptq", "compressed-tensors"):
         yield (
             "**SGLang**: `python -m sglang.launch_server --model-path FOLDER --is-embedding`"
             + _unproven(manifest)
@@ -261,7 +261,7 @@ def _refused_by_servers(manifest: Manifest) -> str | None:
     pull request 38288 took other kernels than Marlin's out, and the files of SGLang made from them.
     """
     kinds = {layer.scheme for layer in manifest.layers}
-    if manifest.layout not in ("gptq", "compressed-tensors"):
+    if manifest.format not in ("gptq", "compressed-tensors"):
         return None
     if len(kinds) > 1:
         return "they make one layer of queries, keys and values, which may differ in bits here"
@@ -270,10 +270,10 @@ def _refused_by_servers(manifest: Manifest) -> str | None:
         return None
     if scheme.bits not in _MARLIN_BITS:
         return f"they read 4 and 8 bits, not {scheme.bits}"
-    if manifest.layout == "gptq" and not scheme.symmetric:
+    if manifest.format == "gptq" and not scheme.symmetric:
         return (
-            "of this layout they read symmetric weights only; built with "
-            "`--layout compressed-tensors` they read these too"
+            "of this format they read symmetric weights only; built with "
+            "`--format compressed-tensors` they read these too"
         )
     return None
 
@@ -336,20 +336,20 @@ def _shipped(recipe: Recipe) -> list[str] | None:
     """Name and flags that give exactly this recipe; None where it is one of the user's own."""
     if recipe.name not in shipped_names("recipes"):
         return None
-    for effort, embedding, layout in product(
-        _EFFORTS, (False, True), (None, *get_args(LayoutChoice))
+    for effort, embedding, format in product(
+        _EFFORTS, (False, True), (None, *get_args(FormatChoice))
     ):
         try:
             found = load_recipe(recipe.name)
             found = found if effort is None else found.with_effort(effort)
             found = found.with_int8_embedding() if embedding else found
-            found = found if layout is None else found.with_layout(layout)
+            found = found if format is None else found.with_format(format)
         except InputError:
             continue
         if found.sha256() == recipe.sha256():
             flags = [] if effort is None else ["--effort", effort]
             flags += ["--embed-int8"] if embedding else []
-            flags += [] if layout is None else ["--layout", layout]
+            flags += [] if format is None else ["--format", format]
             return [recipe.name, *flags]
     return None
 

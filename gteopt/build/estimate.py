@@ -206,7 +206,7 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
 def _disk_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes: _Sizes) -> int:
     """Most that a build has on disk: at its end, or while hidden states lie there.
 
-    Finished blocks stay until the artifact is whole, beside the files that another library's layout
+    Finished blocks stay until the artifact is whole, beside the files that another library's format
     makes of them, and beside the solver's where the model was tuned.
     """
     side = sum(path.stat().st_size for path in checkpoint.side_files)
@@ -222,7 +222,7 @@ def _disk_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes: 
     )
     blocks = sizes.packed_bytes + (in_blocks - planned) * sizes.item_bytes
     at_the_end = weights + side
-    if plan.layout != "gteopt":
+    if plan.format != "gteopt":
         at_the_end += blocks
         if weights - blocks <= _WRITE_BYTES // 2:
             at_the_end += weights - blocks  # may be put together with blocks, not just renamed
@@ -310,7 +310,7 @@ def _block_bytes(
         return n_parameters * sizes.item_bytes + 2 * codes + search_bytes(codes)
     hidden_size = int(checkpoint.config["hidden_size"])
     item = sizes.replay_bytes
-    compensates = recipe.weights.compensate > 0
+    uses_gptaq = recipe.weights.gptaq_strength > 0
     n_kinds = 2 if needs_original(recipe, plan) else 1
     hidden = min(n_kinds * sizes.n_tokens * hidden_size * item, sizes.activation_bytes)
     widest = max(max(w.shape) for w in planned.values())
@@ -324,11 +324,11 @@ def _block_bytes(
     for weight in planned.values():
         rows, columns = weight.shape
         n_lacking = 0
-        if compensates:
+        if uses_gptaq:
             n_lacking = min(rows, columns) if readers[columns] == 1 else columns
         solving = gptq.work_bytes(rows, columns, n_lacking=n_lacking)
         seeing = 4 * columns * (columns + n_lacking) + running
-        seeing += (3 if compensates else 1) * 4 * n_batch * columns
+        seeing += (3 if uses_gptaq else 1) * 4 * n_batch * columns
         worst = max(worst, left + solving, left + seeing)
         left -= weight.numel() * item - packed_bytes(rows, columns, recipe.weights.scheme)
     most = max(w.numel() for w in planned.values())

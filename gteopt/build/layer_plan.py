@@ -1,7 +1,7 @@
 """What a recipe does to each linear layer of a base, decided before any work starts.
 
 Hides: which layers a recipe takes and which scheme each gets, why others stay as they are, which
-layout can hold them, and how bits are chosen under a budget. Refuses to know: codes, shards.
+format can hold them, and how bits are chosen under a budget. Refuses to know: codes, shards.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import nn
 from gteopt.build.replay import Room, find_blocks
 from gteopt.build.sensitivity import DEEP_BLOCKS, estimate, measure
 from gteopt.build.tuning import MOST_WEIGHTS
-from gteopt.config.recipe import Effort, GptqWeights, LayerScheme, Layout, NoWeights, Recipe
+from gteopt.config.recipe import Effort, FormatName, GptqWeights, LayerScheme, NoWeights, Recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import build_skeleton
 from gteopt.errors import InputError, join_problems
-from gteopt.formats import choose_layout
+from gteopt.formats import choose_format
 from gteopt.formats.packed import Shape
 from gteopt.model.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint
 from gteopt.progress import Progress
@@ -51,7 +51,7 @@ class LayerPlan:
         schemes: layer name -> scheme, in the model's order.
         notes: layer name -> what is out of the ordinary.
         unquantized: everything that stays as it is, with the reason.
-        layout: how the packed weights will lie on disk; None without any.
+        format: how the packed weights will lie on disk; None without any.
         blocks: name of the model's list of transformer blocks; None where none is quantized.
         choices: layer name -> what its scheme is chosen from, where the recipe has a budget.
         tune_by: what is tuned at once behind the solver; None where nothing is.
@@ -60,7 +60,7 @@ class LayerPlan:
     schemes: Mapping[str, LayerScheme]
     notes: Mapping[str, str]
     unquantized: tuple[UnquantizedRecord, ...]
-    layout: Layout | None
+    format: FormatName | None
     blocks: str | None
     choices: Mapping[str, tuple[LayerScheme, ...]]
     tune_by: Literal["model", "block"] | None
@@ -78,7 +78,7 @@ def plan_layers(
 
     Raises:
         InputError: lists every layer whose input features the group size does not divide, unless
-            the recipe names a fallback; or the recipe's layout cannot hold these layers.
+            the recipe names a fallback; or the recipe's format cannot hold these layers.
         UnsupportedError: the architecture has no transformer blocks.
     """
     skeleton = build_skeleton(checkpoint) if skeleton is None else skeleton
@@ -87,7 +87,7 @@ def plan_layers(
     notes: dict[str, str] = {}
     reasons: dict[str, str] = {}
     choices: dict[str, tuple[LayerScheme, ...]] = {}
-    layout: Layout | None = None
+    format: FormatName | None = None
     prefix: str | None = None
     tune_by: Literal["model", "block"] | None = None
     if not isinstance(weights, NoWeights):
@@ -106,7 +106,7 @@ def plan_layers(
             subject = (
                 f"recipe {recipe.name}: group size {weights.scheme.group_size} does not divide the "
                 f"input features of {len(misfits)} layer(s); choose another group size, or set "
-                f"weights.fallback to row or skip"
+                f"weights.fallback to per_channel or skip"
             )
             raise InputError(join_problems(subject, misfits))
         for name, in_features in sizes.items():
@@ -116,7 +116,7 @@ def plan_layers(
                 if weights.fallback == "skip":
                     reasons[name] = reason
                     continue
-                scheme = scheme.model_copy(update={"group_size": "row"})
+                scheme = scheme.model_copy(update={"group_size": "per_channel"})
                 notes[name] = f"{reason}: one group a row"
             schemes[name] = scheme
         shapes = {n: Shape(linears[n].out_features, linears[n].in_features) for n in schemes}
@@ -130,14 +130,14 @@ def plan_layers(
             raise InputError(
                 f"recipe {recipe.name} skips every layer; embedding: int8 goes with quantized ones"
             )
-        if checkpoint.latent is not None and recipe.layout not in ("auto", "gteopt"):
+        if checkpoint.latent is not None and recipe.format not in ("auto", "gteopt"):
             raise InputError(
-                f"recipe {recipe.name}: layout {recipe.layout} is for folders that other libraries "
-                f"open; none has the latent-attention pooling of {checkpoint.id}. Leave layout out"
+                f"recipe {recipe.name}: format {recipe.format} is for folders that other libraries "
+                f"open; none has the latent-attention pooling of {checkpoint.id}. Leave format out"
             )
         if schemes:
             nested = checkpoint.latent is not None
-            layout = "gteopt" if nested else _plan_layout(recipe, schemes, choices, shapes)
+            format = "gteopt" if nested else _plan_format(recipe, schemes, choices, shapes)
     return LayerPlan(
         schemes=schemes,
         notes=notes,
@@ -147,7 +147,7 @@ def plan_layers(
             if recipe.embedding == "full" or each.name != embedding_name(skeleton)
         )
         + _latent_record(checkpoint),
-        layout=layout,
+        format=format,
         blocks=prefix if schemes else None,
         choices=choices,
         tune_by=tune_by,
@@ -176,8 +176,8 @@ def _tune_by(recipe: Recipe, n_weights: int) -> Literal["model", "block"] | None
 
 def needs_original(recipe: Recipe, plan: LayerPlan) -> bool:
     """Whether each block's original runs beside the quantized one."""
-    compensates = isinstance(recipe.weights, GptqWeights) and recipe.weights.compensate > 0
-    return compensates or plan.tune_by == "block"
+    uses_gptaq = isinstance(recipe.weights, GptqWeights) and recipe.weights.gptaq_strength > 0
+    return uses_gptaq or plan.tune_by == "block"
 
 
 def _latent_record(checkpoint: Checkpoint) -> tuple[UnquantizedRecord, ...]:
@@ -216,22 +216,22 @@ def _fitting(
     return tuple(dict.fromkeys([scheme, *offered]))
 
 
-def _plan_layout(
+def _plan_format(
     recipe: Recipe,
     schemes: Mapping[str, LayerScheme],
     choices: Mapping[str, tuple[LayerScheme, ...]],
     shapes: Mapping[str, Shape],
-) -> Layout:
-    """The layout for these layers; under a budget one that holds whatever will be chosen."""
+) -> FormatName:
+    """The format for these layers; under a budget one that holds whatever will be chosen."""
     if recipe.embedding == "int8":
         return "gteopt"
     if not choices:
-        return choose_layout(recipe.layout, schemes, shapes)
+        return choose_format(recipe.format, schemes, shapes)
     any_scheme = {f"{name} ({i})": each for name, c in choices.items() for i, each in enumerate(c)}
     any_shape = {
         f"{name} ({i})": shapes[name] for name, c in choices.items() for i in range(len(c))
     }
-    return choose_layout(recipe.layout, any_scheme, any_shape)
+    return choose_format(recipe.format, any_scheme, any_shape)
 
 
 def _unquantized(

@@ -36,7 +36,7 @@ from gteopt.build.layer_plan import (
 )
 from gteopt.build.replay import Block, BlockInput, Room, open_blocks, replay_dtype
 from gteopt.build.st_folder import WEIGHTS, write_model, write_vectors
-from gteopt.config.recipe import GptqWeights, LayerScheme, Layout, Recipe, load_recipe
+from gteopt.config.recipe import FormatName, GptqWeights, LayerScheme, Recipe, load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import load_checkpoint, parse_dtype, swap_embedding_
 from gteopt.errors import InputError
@@ -208,10 +208,10 @@ def _quantize(
                 layers, tuning = tune_blocks(
                     encoder, blocks, layers, tokens, recipe, stage, progress
                 )
-    write_model(encoder, stage, blocks=plan.blocks, layers=layers, layout=plan.layout)
+    write_model(encoder, stage, blocks=plan.blocks, layers=layers, format=plan.format)
     return _finish(
         encoder, recipe, stage, out, base_record, calibration, layers, embedding,
-        allocation, tuning, plan.layout, plan.unquantized, texts, progress,
+        allocation, tuning, plan.format, plan.unquantized, texts, progress,
     )  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def _pack_embedding_(encoder: Encoder) -> LayerRecord:
     name = embedding_name(encoder.module)
     table = encoder.module.get_submodule(name)
     assert isinstance(table, nn.Embedding)
-    scheme = LayerScheme(bits=8, group_size="row", symmetric=True)
+    scheme = LayerScheme(bits=8, group_size="per_channel", symmetric=True)
     chunks: list[QuantizedWeight] = []
     signal = noise = 0.0
     for rows in torch.split(table.weight, _EMBEDDING_ROWS):
@@ -324,7 +324,7 @@ def _finish(
     embedding: LayerRecord | None,
     allocation: AllocationRecord | None,
     tuning: TuningRecord | None,
-    layout: Layout | None,
+    format: FormatName | None,
     unquantized: tuple[UnquantizedRecord, ...],
     texts: Sequence[CalibrationText],
     progress: Progress,
@@ -335,7 +335,7 @@ def _finish(
     # What an interrupted build goes on from is there until the manifest is.
     scraps = {stage / _STATE, stage / ALLOCATION, stage / CARD}
     scraps |= {*(stage / SOLVED).glob("*"), *(stage / WEIGHTS).glob("*.json")}
-    if layout != "gteopt":
+    if format != "gteopt":
         scraps |= {*(stage / WEIGHTS).glob("*")}
     files = file_records(stage, scraps=scraps)
     weights = [
@@ -354,7 +354,7 @@ def _finish(
         embedding=embedding,
         allocation=allocation,
         tuning=tuning,
-        layout=layout,
+        format=format,
         unquantized=unquantized,
         vectors=transform.record(),
         weight_bytes=sum(f.n_bytes for f in weights),

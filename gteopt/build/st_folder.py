@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gteopt.build.tensor_files import _write_errors, save_tensors
-from gteopt.config.recipe import Layout
+from gteopt.config.recipe import FormatName
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import latent_tensors, load_tokenizer
 from gteopt.formats import FORMATS, Format
@@ -48,7 +48,7 @@ def write_model(
     *,
     blocks: str | None,
     layers: Sequence[LayerRecord],
-    layout: Layout | None,
+    format: FormatName | None,
 ) -> None:
     """Config, weights, tokenizer and the Sentence Transformers module files.
 
@@ -58,7 +58,7 @@ def write_model(
         blocks: name of the list of transformer blocks whose shards `stage` already holds; None
             writes all weights as transformers does.
         layers: the quantized layers in those shards.
-        layout: what the shards become; "gteopt" leaves them as they are.
+        format: what the shards become; "gteopt" leaves them as they are.
     """
     checkpoint = encoder.checkpoint
     config = {
@@ -79,7 +79,7 @@ def write_model(
             if not name.startswith(f"{blocks}.")
         }
         save_tensors(stage / WEIGHTS / f"{_REST}.safetensors", rest)
-        form = FORMATS.get(layout) if layout is not None else None
+        form = FORMATS.get(format) if format is not None else None
         if form is not None:
             schemes = {each.name: each.scheme for each in layers}
             linears = [n for n, m in encoder.module.named_modules() if isinstance(m, nn.Linear)]
@@ -139,7 +139,7 @@ def _write_standard(stage: Path, layers: Sequence[LayerRecord], form: Format) ->
 def _standard_tensors(
     tensors: dict[str, Tensor], layers: Sequence[LayerRecord], form: Format
 ) -> dict[str, Tensor]:
-    """One shard with its packed layers in another layout; biases and the rest stay."""
+    """One shard with its packed layers in another format; biases and the rest stay."""
     for each in layers:
         names = {part: f"{each.name}.{part}" for part in PARTS}
         if names["qweight"] not in tensors:

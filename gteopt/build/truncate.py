@@ -126,5 +126,5 @@ def _restyle(
         calibration = record(recipe.calibration, texts, tokens)
     return _finish(
         encoder, recipe, stage, out, old.base, calibration, old.layers, old.embedding,
-        old.allocation, old.tuning, old.layout, old.unquantized, texts, progress,
+        old.allocation, old.tuning, old.format, old.unquantized, texts, progress,
     )  # fmt: skip

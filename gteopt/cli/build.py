@@ -17,16 +17,16 @@ from gteopt.cli.options import (
     EffortOption,
     EmbedInt8,
     Family,
+    FormatOption,
     HubDir,
     KeptDtype,
-    LayoutOption,
     Out,
 )
 from gteopt.cli.output import _out, _print_json, _progress, _show_manifest
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
-    from gteopt.config.recipe import Effort, LayoutChoice, Recipe
+    from gteopt.config.recipe import Effort, FormatChoice, Recipe
 
 
 def quantize(
@@ -37,7 +37,7 @@ def quantize(
     ] = "mixed-nf4",
     effort: EffortOption = None,
     embed_int8: EmbedInt8 = False,
-    layout: LayoutOption = None,
+    format: FormatOption = None,
     hub_dir: HubDir = None,
     revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
     family: Family = None,
@@ -61,7 +61,7 @@ def quantize(
     from gteopt.build.quantize import quantize as build
     from gteopt.machine import parse_devices
 
-    wanted = _wanted(recipe, effort, embed_int8=embed_int8, layout=layout)
+    wanted = _wanted(recipe, effort, embed_int8=embed_int8, format=format)
     with _progress() as progress:
         manifest = build(
             base,
@@ -80,7 +80,7 @@ def quantize(
 
 
 def _wanted(
-    recipe: str, effort: Effort | None, *, embed_int8: bool, layout: LayoutChoice | None
+    recipe: str, effort: Effort | None, *, embed_int8: bool, format: FormatChoice | None
 ) -> Recipe:
     """The recipe with what other options change in it."""
     from gteopt.config.recipe import load_recipe
@@ -90,7 +90,7 @@ def _wanted(
         wanted = wanted.with_effort(effort)
     if embed_int8:
         wanted = wanted.with_int8_embedding()
-    return wanted if layout is None else wanted.with_layout(layout)
+    return wanted if format is None else wanted.with_format(format)
 
 
 def truncate(
@@ -177,7 +177,7 @@ def inspect(
     ] = None,
     effort: EffortOption = None,
     embed_int8: EmbedInt8 = False,
-    layout: LayoutOption = None,
+    format: FormatOption = None,
     hub_dir: HubDir = None,
     revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
     family: Family = None,
@@ -198,11 +198,11 @@ def inspect(
     from gteopt.commands.inspect import inspect as look
     from gteopt.report.terminal import estimates_table, facts_table, layers_table
 
-    if recipe is None and (effort or embed_int8 or layout):
-        raise InputError("--effort, --embed-int8 and --layout change a recipe; give --recipe")
+    if recipe is None and (effort or embed_int8 or format):
+        raise InputError("--effort, --embed-int8 and --format change a recipe; give --recipe")
     wanted = None
     if recipe is not None:
-        wanted = _wanted(recipe, effort, embed_int8=embed_int8, layout=layout)
+        wanted = _wanted(recipe, effort, embed_int8=embed_int8, format=format)
     found = look(
         source,
         hub_dir=hub_dir,

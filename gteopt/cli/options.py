@@ -55,7 +55,7 @@ EffortOption = Annotated[
 EmbedInt8 = Annotated[
     bool, typer.Option("--embed-int8", help="keep the token embedding table in int8 too")
 ]
-LayoutOption = Annotated[
+FormatOption = Annotated[
     Literal["auto", "gptq", "compressed-tensors", "bitsandbytes", "gteopt"] | None,
     typer.Option(
         help="how quantized weights lie on disk: whose checkpoint format, or gteopt's own; the "

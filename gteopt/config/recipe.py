@@ -17,13 +17,13 @@ from gteopt.errors import InputError
 from gteopt.frozen import Frozen
 
 Bits = Literal[2, 3, 4, 8]
-GroupSize = Literal[32, 64, 128, "row"]
-Layout = Literal["gteopt", "gptq", "compressed-tensors", "bitsandbytes"]
+GroupSize = Literal[32, 64, 128, "per_channel"]
+FormatName = Literal["gteopt", "gptq", "compressed-tensors", "bitsandbytes"]
 """How packed weights lie on disk: our own tensors, or those of a `quant_method` of transformers."""
-LayoutChoice = Literal["auto", "gteopt", "gptq", "compressed-tensors", "bitsandbytes"]
+FormatChoice = Literal["auto", "gteopt", "gptq", "compressed-tensors", "bitsandbytes"]
 VectorCode = Literal["float32", "int8", "binary"]
 DimsMethod = Literal["slice", "pca", "auto"]
-Element = Literal["int", "e4m3", "nf4"]
+NumberFormat = Literal["int", "e4m3", "nf4"]
 """What a code is: a whole number of steps; an 8-bit float of 4 exponent and 3 mantissa bits; the
 place of a number among the 16 of NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, app. E)."""
 TuneBy = Literal["auto", "model", "block"]
@@ -37,7 +37,7 @@ class LayerScheme(Frozen):
 
     Attributes:
         bits: bits a weight code.
-        group_size: consecutive input features that share a scale; "row" is all of them.
+        group_size: consecutive input features that share a scale; "per_channel" is all of them.
         symmetric: zero point fixed in the middle of the code range.
         activation_bits: 16 computes in the model's own dtype on dequantized weights; 8 quantizes
             each token's input to the weights' kind of number and multiplies those.
@@ -47,9 +47,9 @@ class LayerScheme(Frozen):
             each feature, instead of by each token's own range: faster, less close.
         activation_outliers: inputs of at least this size are multiplied in full precision, the rest
             in 8 bits (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339).
-        element: what weight and activation codes are.
-        nested_scales: the scales too are in 8 bits (double quantization: QLoRA, Dettmers et al.
-            2023, arXiv:2305.14314, section 3), as the layout bitsandbytes stores them.
+        number_format: what weight and activation codes are.
+        double_quantization: the scales too have 8 bits (QLoRA, Dettmers et al. 2023,
+            arXiv:2305.14314, section 3), as the format bitsandbytes stores them.
     """
 
     bits: Bits
@@ -59,36 +59,44 @@ class LayerScheme(Frozen):
     activation_symmetric: bool = True
     activation_static: bool = False
     activation_outliers: Annotated[float, Field(gt=0)] | None = None
-    element: Element = "int"
-    nested_scales: bool = False
+    number_format: NumberFormat = "int"
+    double_quantization: bool = False
 
     @model_validator(mode="after")
     def _has_a_kernel(self) -> Self:
-        rows = (self.bits, self.group_size, self.symmetric) == (8, "row", True)
+        rows = (self.bits, self.group_size, self.symmetric) == (8, "per_channel", True)
         if self.activation_bits == 8 and not rows:
             raise ValueError(
-                "activation_bits: 8 needs bits: 8, group_size: row, symmetric: true (an integer "
-                "product has one scale per output channel)"
+                "activation_bits: 8 needs bits: 8, group_size: per_channel, symmetric: true "
+                "(an integer product has one scale per output channel)"
             )
-        if self.element == "e4m3" and not rows:
-            raise ValueError("element: e4m3 needs bits: 8, group_size: row, symmetric: true")
-        if self.element == "nf4":
+        if self.number_format == "e4m3" and not rows:
+            raise ValueError(
+                "number_format: e4m3 needs bits: 8, group_size: per_channel, symmetric: true"
+            )
+        if self.number_format == "nf4":
             plain = (self.bits, self.symmetric, self.activation_bits) == (4, True, 16)
             if not plain or self.group_size not in (64, 128):
                 raise ValueError(
-                    "element: nf4 needs bits: 4, group_size: 64 or 128, symmetric: true"
+                    "number_format: nf4 needs bits: 4, group_size: 64 or 128, symmetric: true"
                 )
-        if self.nested_scales and self.element != "nf4":
-            raise ValueError("nested_scales: true needs element: nf4")
-        if not self.activation_symmetric and (self.activation_bits, self.element) != (8, "int"):
-            raise ValueError("activation_symmetric: false needs activation_bits: 8, element: int")
+        if self.double_quantization and self.number_format != "nf4":
+            raise ValueError("double_quantization: true needs number_format: nf4")
+        if not self.activation_symmetric and (self.activation_bits, self.number_format) != (
+            8,
+            "int",
+        ):
+            raise ValueError(
+                "activation_symmetric: false needs activation_bits: 8, number_format: int"
+            )
         if self.activation_static and self.activation_symmetric:
             raise ValueError("activation_static: true needs activation_symmetric: false")
         if self.activation_outliers is not None and (
-            (self.activation_bits, self.element, self.activation_symmetric) != (8, "int", True)
+            (self.activation_bits, self.number_format, self.activation_symmetric)
+            != (8, "int", True)
         ):
             raise ValueError(
-                "activation_outliers needs activation_bits: 8, element: int, "
+                "activation_outliers needs activation_bits: 8, number_format: int, "
                 "activation_symmetric: true"
             )
         return self
@@ -106,7 +114,7 @@ class RtnWeights(Frozen):
     method: Literal["rtn"]
     scheme: LayerScheme
     clip_search: bool = False
-    fallback: Literal["error", "row", "skip"] = "error"
+    fallback: Literal["error", "per_channel", "skip"] = "error"
     skip: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -124,10 +132,10 @@ class GptqWeights(Frozen):
         damping: share of the mean Hessian diagonal that is added to the diagonal.
         clip_search: search each group's range for the least error instead of min and max.
         fallback: for a layer whose input features the group size does not divide: refuse the
-            build ("error"), use one group a row ("row") or leave it unquantized ("skip").
+            build ("error"), use one group a row ("per_channel") or leave it unquantized ("skip").
         skip: shell patterns of layer names that stay unquantized.
-        compensate: share of the error in a layer's inputs, left by the layers before it, that its
-            weights make up for (asymmetric calibration: GPTAQ, Li et al. 2025, arXiv:2504.02692);
+        gptaq_strength: share of the error in a layer's inputs, left by the layers before it,
+            that its weights make up for (GPTAQ, Li et al. 2025, arXiv:2504.02692);
             0 is GPTQ, which takes its inputs for the truth.
         effort: "fast" is the solver alone; "standard" and "best" tune its codes and scales, and
             the blocks' norms and biases, against the original.
@@ -146,9 +154,9 @@ class GptqWeights(Frozen):
     act_order: bool = True
     damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
     clip_search: bool = True
-    fallback: Literal["error", "row", "skip"] = "error"
+    fallback: Literal["error", "per_channel", "skip"] = "error"
     skip: tuple[str, ...] = ()
-    compensate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    gptaq_strength: Annotated[float, Field(ge=0, le=1)] = 0.0
     effort: Effort = "fast"
     tune_by: TuneBy = "auto"
     smooth: bool = False
@@ -159,22 +167,22 @@ class GptqWeights(Frozen):
     def _fits_its_scheme(self) -> Self:
         if self.effort != "fast" and not self.can_be_tuned:
             raise ValueError(
-                "layers with activation_bits: 8, element: e4m3 or nested_scales: true are not "
-                "tuned; leave effort: fast"
+                "layers with activation_bits: 8, number_format: e4m3 or "
+                "double_quantization: true are not tuned; leave effort: fast"
             )
         if self.choices and self.budget is None:
             raise ValueError("choices are for a budget; give one, or leave them out")
-        if any(each.activation_bits == 8 or each.element == "e4m3" for each in self._offered):
+        if any(each.activation_bits == 8 or each.number_format == "e4m3" for each in self._offered):
             raise ValueError("a budget chooses among schemes with activation_bits: 16, not e4m3")
-        if any(each.nested_scales for each in self._offered):
-            raise ValueError("a budget chooses among schemes without nested_scales")
+        if any(each.double_quantization for each in self._offered):
+            raise ValueError("a budget chooses among schemes without double_quantization")
         if self.smooth and (self.scheme.activation_bits != 8 or self.scheme.activation_static):
             raise ValueError(
                 "smooth: true is for activation_bits: 8 without activation_static, whose inputs "
                 "have a scale each already"
             )
-        if self.scheme.activation_static and self.compensate:
-            raise ValueError("activation_static: true is built with compensate: 0")
+        if self.scheme.activation_static and self.gptaq_strength:
+            raise ValueError("activation_static: true is built with gptaq_strength: 0")
         return self
 
     @property
@@ -185,7 +193,11 @@ class GptqWeights(Frozen):
     def can_be_tuned(self) -> bool:
         """Whether efforts above "fast" exist."""
         scheme = self.scheme
-        return not (scheme.activation_bits == 8 or scheme.element == "e4m3" or scheme.nested_scales)
+        return not (
+            scheme.activation_bits == 8
+            or scheme.number_format == "e4m3"
+            or scheme.double_quantization
+        )
 
 
 Weights = Annotated[NoWeights | RtnWeights | GptqWeights, Field(discriminator="method")]
@@ -243,8 +255,8 @@ class Recipe(Frozen):
 
     Attributes:
         embedding: "int8" keeps the token embedding table in 8 bits with one scale a token; no
-            standard layout can hold that.
-        layout: how quantized weights lie on disk; "auto" takes the first standard layout that can
+            standard format can hold that.
+        format: how quantized weights lie on disk; "auto" takes the first standard format that can
             hold them exactly, which other libraries open without gteopt.
     """
 
@@ -253,38 +265,38 @@ class Recipe(Frozen):
     summary: str = ""
     weights: Weights = NoWeights()
     embedding: Literal["full", "int8"] = "full"
-    layout: LayoutChoice = "auto"
+    format: FormatChoice = "auto"
     calibration: Calibration = Calibration()
     dims: Dims | None = None
     vectors: Vectors = Vectors()
 
     @model_validator(mode="after")
-    def _a_layout_needs_packed_weights(self) -> Self:
-        if self.layout != "auto" and self.weights.method == "none":
+    def _a_format_needs_packed_weights(self) -> Self:
+        if self.format != "auto" and self.weights.method == "none":
             raise ValueError(
-                f"layout: {self.layout} is for quantized weights; weights.method is none"
+                f"format: {self.format} is for quantized weights; weights.method is none"
             )
         if self.embedding == "int8" and self.weights.method == "none":
             raise ValueError("embedding: int8 goes with quantized weights; weights.method is none")
-        if self.embedding == "int8" and self.layout not in ("auto", "gteopt"):
-            raise ValueError(f"embedding: int8 needs layout: gteopt or auto (found {self.layout})")
+        if self.embedding == "int8" and self.format not in ("auto", "gteopt"):
+            raise ValueError(f"embedding: int8 needs format: gteopt or auto (found {self.format})")
         return self
 
     def with_int8_embedding(self) -> Recipe:
         """The same recipe with the token embedding table in int8.
 
         Raises:
-            InputError: the recipe leaves weights as they are, or asks for another layout.
+            InputError: the recipe leaves weights as they are, or asks for another format.
         """
         return self._with("embedding", "int8")
 
-    def with_layout(self, layout: LayoutChoice) -> Recipe:
-        """The same recipe with its quantized weights in another layout on disk.
+    def with_format(self, format: FormatChoice) -> Recipe:
+        """The same recipe with its quantized weights in another format on disk.
 
         Raises:
             InputError: the recipe leaves weights as they are, or only gteopt's own can hold them.
         """
-        return self._with("layout", layout)
+        return self._with("format", format)
 
     def with_effort(self, effort: Effort) -> Recipe:
         """The same recipe at another effort.
@@ -300,7 +312,7 @@ class Recipe(Frozen):
         if effort != "fast" and not self.weights.can_be_tuned:
             raise InputError(
                 f"recipe {self.name} has no effort to choose: layers with 8-bit activations, "
-                f"8-bit floats or nested scales are not tuned"
+                f"8-bit floats or doubly quantized scales are not tuned"
             )
         return self.model_copy(
             update={"weights": self.weights.model_copy(update={"effort": effort})}
@@ -319,7 +331,7 @@ class Recipe(Frozen):
 
     def weights_sha256(self) -> str:
         """Hash of what decides the weights alone; recipes that share it share one build."""
-        include = {"weights", "embedding", "layout"}
+        include = {"weights", "embedding", "format"}
         if self.weights.method == "gptq":
             include.add("calibration")
         return _sha256(self.model_dump(mode="json", include=include))

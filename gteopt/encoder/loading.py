@@ -1,7 +1,7 @@
 """Files to an `Encoder`: a base or an artifact in memory, whole or block by block.
 
 Hides: Hugging Face loading, what files call a weight, attention direction, which weights are
-quantized and in whose layout. The only file that knows them. Refuses to know: texts, how a variant
+quantized and in whose format. The only file that knows them. Refuses to know: texts, how a variant
 was made, measured or judged.
 """
 

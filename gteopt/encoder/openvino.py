@@ -174,7 +174,7 @@ def _unknown_weights(scheme: LayerScheme) -> str | None:
     """What weights are that no operation stands for."""
     if scheme.activation_outliers is not None:
         return "LLM.int8()"
-    return "e4m3" if scheme.element == "e4m3" else None
+    return "e4m3" if scheme.number_format == "e4m3" else None
 
 
 def _model(
@@ -351,7 +351,7 @@ class _Builder:
             codes = pack_codes(unpack_codes(codes, scheme.bits, packed.in_features), 4)
         scale = packed.scale.reshape(outputs, n_groups, 1)
         grouped = codes.reshape(outputs, n_groups, width * bits // 8)
-        is_nf4 = scheme.element == "nf4"
+        is_nf4 = scheme.number_format == "nf4"
         if is_nf4:
             values = self.wide(self.constant(grouped, "nf4"))
         elif zeros is None and scheme.bits in (4, 8):

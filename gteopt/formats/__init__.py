@@ -1,4 +1,4 @@
-"""Layouts of other libraries: packed weights to their tensors and back, and what config.json says.
+"""Formats of other libraries: packed weights to their tensors and back, and what config.json says.
 
 Hides: how each library names, transposes and packs codes, scales and zero points. Refuses to know:
 models and files; tensors in, tensors out. Specified in artifacts/README.md.
@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from gteopt.config.recipe import LayerScheme, Layout, LayoutChoice
+from gteopt.config.recipe import FormatChoice, FormatName, LayerScheme
 from gteopt.errors import InputError, UnsupportedError, join_problems, suggest
 from gteopt.formats import bitsandbytes, compressed_tensors, gptq
 from gteopt.formats.packed import Config, ReadLayer, Shape
 from gteopt.quant.affine import PackedWeight
 
-__all__ = ["FORMATS", "Config", "Format", "ReadLayer", "Shape", "choose_layout", "format_of"]
+__all__ = ["FORMATS", "Config", "Format", "ReadLayer", "Shape", "choose_format", "format_of"]
 
 
 class Format(Protocol):
@@ -45,28 +45,28 @@ class Format(Protocol):
         """One layer from its tensors, bias left out; of any maker."""
 
 
-FORMATS: dict[Layout, Format] = {
+FORMATS: dict[FormatName, Format] = {
     "gptq": gptq,
     "compressed-tensors": compressed_tensors,
     "bitsandbytes": bitsandbytes,
 }
-"""By `quant_method`; the first one that can hold a variant is what `layout: auto` takes."""
+"""By `quant_method`; the first one that can hold a variant is what `format: auto` takes."""
 
 
-def choose_layout(
-    wanted: LayoutChoice, schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]
-) -> Layout:
-    """The layout to write these layers in: the one asked for, or the first standard one that fits.
+def choose_format(
+    wanted: FormatChoice, schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]
+) -> FormatName:
+    """The format to write these layers in: the one asked for, or the first standard one that fits.
 
     Raises:
-        InputError: the layout asked for cannot hold the layers; lists every reason.
+        InputError: the format asked for cannot hold the layers; lists every reason.
     """
     if wanted == "auto":
         fits = (name for name, each in FORMATS.items() if not each.problems(schemes, shapes))
         return next(fits, "gteopt")
     found = FORMATS[wanted].problems(schemes, shapes) if wanted in FORMATS else []
     if found:
-        subject = f"layout {wanted} cannot hold this variant; choose another, or layout: auto"
+        subject = f"format {wanted} cannot hold this variant; choose another, or format: auto"
         raise InputError(join_problems(subject, found))
     return wanted
 

@@ -1,4 +1,4 @@
-"""The layout of `quant_method: bitsandbytes`: transformers, vLLM.
+"""The format of `quant_method: bitsandbytes`: transformers, vLLM.
 
 A layer NAME of O output and I input features is either NF4, its weights flattened and cut into
 blocks of B (two codes a byte, the first one in the high half)
@@ -45,9 +45,9 @@ def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) ->
     kinds = set(schemes.values())
     found = []
     if any(not _is_nf4(s) and s.activation_outliers is None for s in kinds):
-        found.append("the layout knows NF4 and, as LLM.int8() has it, 8 bits with outliers only")
+        found.append("the format knows NF4 and, as LLM.int8() has it, 8 bits with outliers only")
     if len(kinds) > 1:
-        found.append("layers differ in bits or groups: the layout has one scheme for all of them")
+        found.append("layers differ in bits or groups: the format has one scheme for all of them")
     return found
 
 
@@ -72,14 +72,14 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
         "weight.absmax": scale.flatten(),
         "weight.quant_map": torch.tensor(NF4_LEVELS),
     }
-    if weight.nested is not None:
+    if weight.double is not None:
         state |= {
             "nested_blocksize": BLOCK_SIZE,
             "nested_dtype": "float32",
-            "nested_offset": weight.nested.offset.item(),
+            "nested_offset": weight.double.offset.item(),
         }
-        tensors["weight.absmax"] = weight.nested.codes.flatten()
-        tensors["weight.nested_absmax"] = weight.nested.largest
+        tensors["weight.absmax"] = weight.double.codes.flatten()
+        tensors["weight.nested_absmax"] = weight.double.largest
         tensors["weight.nested_quant_map"] = dynamic_map()
     tensors[_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors
@@ -104,7 +104,7 @@ def quantization_config(
         "load_in_4bit": nf4,
         "load_in_8bit": not nf4,
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": scheme.nested_scales,
+        "bnb_4bit_use_double_quant": scheme.double_quantization,
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_threshold": scheme.activation_outliers or 0.0,
@@ -174,15 +174,15 @@ def _read_nf4(subject: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Pack
         )
     n_weights = shape.out_features * shape.in_features
     n_blocks = n_weights // width
-    nested = "weight.nested_absmax" in tensors
-    absmax_dtype = torch.uint8 if nested else torch.float32
+    double = "weight.nested_absmax" in tensors
+    absmax_dtype = torch.uint8 if double else torch.float32
     wanted: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
         "weight": (torch.uint8, (n_weights // 2, 1)),
         "weight.absmax": (absmax_dtype, (n_blocks,)),
         "weight.quant_map": (torch.float32, (16,)),
         _STATE: (torch.uint8, tuple(tensors[_STATE].shape)),
     }
-    if nested:
+    if double:
         step = int(state["nested_blocksize"])
         wanted["weight.nested_absmax"] = (torch.float32, (-(-n_blocks // step),))
         wanted["weight.nested_quant_map"] = (torch.float32, (256,))
@@ -191,7 +191,7 @@ def _read_nf4(subject: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Pack
     if not torch.allclose(found, torch.tensor(NF4_LEVELS).to(found), rtol=0, atol=1e-6):
         raise IntegrityError(f"{subject}: 'weight.quant_map' does not hold the numbers of NF4")
     absmax = tensors["weight.absmax"]
-    if nested:
+    if double:
         shares = tensors["weight.nested_quant_map"][absmax.int()]
         sizes = tensors["weight.nested_absmax"].repeat_interleave(step)[:n_blocks]
         absmax = shares * sizes + float(state["nested_offset"])
@@ -207,10 +207,10 @@ def _read_nf4(subject: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Pack
         zero,
         4,
         activation_bits=16,
-        element="nf4",
+        number_format="nf4",
         group_size=cast(GroupSize, width),
     )
 
 
 def _is_nf4(scheme: LayerScheme) -> bool:
-    return scheme.element == "nf4"
+    return scheme.number_format == "nf4"

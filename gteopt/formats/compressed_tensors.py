@@ -1,4 +1,4 @@
-"""The layout of `quant_method: compressed-tensors`: llm-compressor, transformers, vLLM.
+"""The format of `quant_method: compressed-tensors`: llm-compressor, transformers, vLLM.
 
 A layer NAME of O output and I input features in G groups is either packed (`pack-quantized`)
 
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gteopt.config.recipe import Element, LayerScheme
+from gteopt.config.recipe import LayerScheme, NumberFormat
 from gteopt.errors import UnsupportedError
 from gteopt.formats.packed import (
     Config,
@@ -53,12 +53,12 @@ def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) ->
     """Why these layers cannot be written so; empty when they can."""
     del shapes
     found = []
-    if any(scheme.element == "nf4" for scheme in schemes.values()):
-        found.append("element nf4: the layout knows whole numbers and 8-bit floats only")
+    if any(scheme.number_format == "nf4" for scheme in schemes.values()):
+        found.append("number_format nf4: the format knows whole numbers and 8-bit floats only")
     if any(scheme.activation_static for scheme in schemes.values()):
-        found.append("activation_static: the layout has no scales of single input features")
+        found.append("activation_static: the format has no scales of single input features")
     if any(scheme.activation_outliers is not None for scheme in schemes.values()):
-        found.append("activation_outliers: the layout quantizes all of a token")
+        found.append("activation_outliers: the format quantizes all of a token")
     return found
 
 
@@ -66,7 +66,7 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     """The layer's tensors without its bias; `from_tensors` gives exactly the same weight back."""
     bits = weight.scheme.bits
     scale = weight.scale.contiguous()
-    if weight.scheme.element == "e4m3":
+    if weight.scheme.number_format == "e4m3":
         return {"weight": weight.qweight.view(torch.float8_e4m3fn), "weight_scale": scale}
     if weight.scheme.activation_bits == 8:
         return {"weight": (weight.qweight ^ 128).view(torch.int8), "weight_scale": scale}
@@ -104,8 +104,8 @@ def quantization_config(
                 "num_bits": scheme.bits,
                 "type": _type(scheme),
                 "symmetric": scheme.symmetric,
-                "strategy": "channel" if scheme.group_size == "row" else "group",
-                "group_size": None if scheme.group_size == "row" else scheme.group_size,
+                "strategy": "channel" if scheme.group_size == "per_channel" else "group",
+                "group_size": None if scheme.group_size == "per_channel" else scheme.group_size,
                 "dynamic": False,
             },
             "input_activations": _tokens(scheme) if scheme.activation_bits == 8 else None,
@@ -151,7 +151,7 @@ def from_tensors(
         raise UnsupportedError(
             f"{subject}: {bits}-bit {kind} weights are not supported (supported: int, 8-bit float)"
         )
-    element: Element = "int" if kind == "int" else "e4m3"
+    number_format: NumberFormat = "int" if kind == "int" else "e4m3"
     activation_bits, activation_symmetric = _activations(
         subject, group.get("input_activations"), kind
     )
@@ -184,7 +184,7 @@ def from_tensors(
         zero = torch.full(grid, offset, dtype=torch.uint8, device=qweight.device)
         if packed_zero is not None:
             zero = unpack_codes(as_bytes(packed_zero.t()), bits, shape.out_features).t()
-    elif element == "e4m3":
+    elif number_format == "e4m3":
         wanted = {
             "weight": (torch.float8_e4m3fn, (shape.out_features, shape.in_features)),
             "weight_scale": (None, grid),
@@ -213,13 +213,13 @@ def from_tensors(
         bits,
         activation_bits=activation_bits,
         activation_symmetric=activation_symmetric,
-        element=element,
+        number_format=number_format,
     )
     return ReadLayer(weight, order)
 
 
 def _type(scheme: LayerScheme) -> str:
-    return "float" if scheme.element == "e4m3" else "int"
+    return "float" if scheme.number_format == "e4m3" else "int"
 
 
 def _tokens(scheme: LayerScheme) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _tokens(scheme: LayerScheme) -> dict[str, Any]:
 
 
 def _format(scheme: LayerScheme) -> str:
-    if scheme.element == "e4m3":
+    if scheme.number_format == "e4m3":
         return "float-quantized"
     return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
 

@@ -1,4 +1,4 @@
-"""The layout of `quant_method: gptq`, begun by AutoGPTQ; GPTQModel and optimum read it.
+"""The format of `quant_method: gptq`, begun by AutoGPTQ; GPTQModel and optimum read it.
 
 vLLM and SGLang read what is symmetric in 4 or 8 bits.
 
@@ -52,15 +52,15 @@ def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) ->
         if shape.out_features % 32 or shape.in_features % 32
     ]
     if any(scheme.activation_bits == 8 for scheme in schemes.values()):
-        found.append("8-bit activations: the layout knows weights only")
+        found.append("8-bit activations: the format knows weights only")
     found += [
-        f"element {element}: the layout knows whole numbers only"
-        for element in sorted({scheme.element for scheme in schemes.values()} - {"int"})
+        f"number_format {number_format}: the format knows whole numbers only"
+        for number_format in sorted({scheme.number_format for scheme in schemes.values()} - {"int"})
     ]
-    if any((s.bits, s.group_size) == (4, "row") for s in schemes.values()):
+    if any((s.bits, s.group_size) == (4, "per_channel") for s in schemes.values()):
         found.append("4 bits in one group a row: GPTQModel's CPU kernel needs groups of 32 to 256")
     if len(set(schemes.values())) > 1:
-        found.append("layers differ in bits or groups: the layout has one scheme for all of them")
+        found.append("layers differ in bits or groups: the format has one scheme for all of them")
     return found
 
 
@@ -89,7 +89,7 @@ def to_tensors(weight: PackedWeight, *, version: Version | None = None) -> dict[
     if version == 1:
         if bool((zero == 0).any()):
             raise UnsupportedError(
-                "version 1 of the gptq layout cannot hold a zero point of 0; use version 2"
+                "version 1 of the gptq format cannot hold a zero point of 0; use version 2"
             )
         zero = zero - 1
     width = group_width(in_features, scheme.group_size)
@@ -118,7 +118,7 @@ def quantization_config(
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": scheme.bits,
-        "group_size": -1 if scheme.group_size == "row" else scheme.group_size,
+        "group_size": -1 if scheme.group_size == "per_channel" else scheme.group_size,
         "sym": scheme.symmetric,
         "desc_act": False,
         "format": version,

@@ -1,4 +1,4 @@
-"""What every layout shares: the layer that was read, its shape, its order of input features."""
+"""What every format shares: the layer that was read, its shape, its order of input features."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from gteopt.config.recipe import Element, GroupSize, LayerScheme
+from gteopt.config.recipe import GroupSize, LayerScheme, NumberFormat
 from gteopt.errors import IntegrityError, UnsupportedError, join_problems
 from gteopt.quant.affine import PackedWeight, middle, pack_codes, packed_width, unpack_codes
 
@@ -72,7 +72,7 @@ def group_size_of(subject: str, in_features: int, n_groups: int) -> GroupSize:
         UnsupportedError: one that gteopt's kernels do not have.
     """
     if n_groups == 1:
-        return "row"
+        return "per_channel"
     for size in get_args(GroupSize):
         if isinstance(size, int) and size * n_groups == in_features:
             return size  # type: ignore[return-value]
@@ -117,7 +117,7 @@ def assemble(
     activation_bits: int,
     activation_symmetric: bool = True,
     activation_outliers: float | None = None,
-    element: Element = "int",
+    number_format: NumberFormat = "int",
     group_size: GroupSize | None = None,
 ) -> PackedWeight:
     """A packed weight of codes as `pack_codes` packs them, scale [O, G] and zero uint8 [O, G].
@@ -137,10 +137,10 @@ def assemble(
         raise UnsupportedError(f"{subject}: a scale is not finite or exceeds float16's 65504")
     group_size = group_size or group_size_of(subject, in_features, scale.shape[1])
     symmetric = bool((zero == 1 << (bits - 1)).all())
-    if activation_bits == 8 and (bits, group_size, symmetric) != (8, "row", True):
+    if activation_bits == 8 and (bits, group_size, symmetric) != (8, "per_channel", True):
         raise UnsupportedError(
             f"{subject}: int8 activations with {bits}-bit weights in "
-            f"{'one group' if group_size == 'row' else f'groups of {group_size}'}"
+            f"{'one group' if group_size == 'per_channel' else f'groups of {group_size}'}"
             f"{'' if symmetric else ' with zero points'} (supported: symmetric 8-bit weights with "
             f"one scale an output feature)"
         )
@@ -152,7 +152,7 @@ def assemble(
             "activation_bits": activation_bits,
             "activation_symmetric": activation_symmetric,
             "activation_outliers": activation_outliers,
-            "element": element,
+            "number_format": number_format,
         }
     )
     qzero = None if symmetric else pack_codes(zero, bits)

@@ -124,7 +124,7 @@ def kernel_name(
 
 def product_of(scheme: LayerScheme) -> Product:
     """What a layer of this scheme multiplies."""
-    if scheme.element == "e4m3":
+    if scheme.number_format == "e4m3":
         return "fp8" if scheme.activation_bits == 8 else "weights"
     if scheme.activation_bits == 8:
         if scheme.activation_static:

@@ -438,7 +438,7 @@ class Int4LinearCpu(nn.Module):
 def int4_runs_here(weight: PackedWeight) -> bool:
     """Whether `Int4LinearCpu` can hold this weight on this machine."""
     width = weight.in_features // weight.scale.shape[1]
-    if (weight.scheme.bits, weight.scheme.element) != (4, "int"):
+    if (weight.scheme.bits, weight.scheme.number_format) != (4, "int"):
         return False
     tile = torch_tile()
     return tile > 0 and weight.out_features % tile == 0 and width in (32, 64, 128, 256)

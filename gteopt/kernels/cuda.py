@@ -241,7 +241,7 @@ class Int4LinearCuda(nn.Module):
     def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.nf4 = weight.scheme.element == "nf4"
+        self.nf4 = weight.scheme.number_format == "nf4"
         self.middle = middle(weight.scheme)
         zero = None
         if weight.qzero is not None:

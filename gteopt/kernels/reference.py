@@ -51,7 +51,7 @@ class DequantLinear(nn.Module):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, I] in `dtype`."""
         bits = self.scheme.bits
-        if self.scheme.element == "nf4" and dtype != torch.float64:
+        if self.scheme.number_format == "nf4" and dtype != torch.float64:
             numbers = nf4_numbers(self.qweight, dtype).view(*self.scale.shape, -1)
             return numbers.mul_(self.scale[..., None].to(dtype)).flatten(1)
         codes = unpack_codes(self.qweight, bits, self.in_features)
@@ -59,7 +59,7 @@ class DequantLinear(nn.Module):
             zero = torch.full((1, 1), middle(self.scheme), dtype=torch.uint8, device=codes.device)
         else:
             zero = unpack_codes(self.qzero, bits, self.scale.shape[1])
-        return dequantize(codes, self.scale, zero, dtype, element=self.scheme.element)
+        return dequantize(codes, self.scale, zero, dtype, number_format=self.scheme.number_format)
 
 
 class PackedEmbedding(nn.Module):

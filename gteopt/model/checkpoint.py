@@ -178,7 +178,7 @@ class Checkpoint:
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """What config.json says of weights that are quantized in another library's layout."""
+        """What config.json says of weights that are quantized in another library's format."""
         found: Mapping[str, Any] | None = self.config.get("quantization_config")
         return found
 
@@ -612,7 +612,7 @@ def _attention(config: Mapping[str, Any], family: Family | None) -> Attention:
 
 
 def _weight_files(folder: Path, manifest: Manifest | None) -> tuple[Path, ...]:
-    if manifest is not None and manifest.layout == "gteopt":
+    if manifest is not None and manifest.format == "gteopt":
         return tuple(sorted((folder / "weights").glob("*.safetensors")))
     index = folder / _INDEX
     single = folder / "model.safetensors"

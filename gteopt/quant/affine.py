@@ -1,8 +1,8 @@
 """Affine quantization: grids, rounding, dense bit packing, signal-to-noise.
 
 A weight [O, I] is cut along I into G groups a row; each group has a float16 scale s and an integer
-zero point z, and a code c stands for the value (c - z) * s. Of element e4m3 a code is the byte of
-an 8-bit float f, of element nf4 the place of a number f among the 16 of NF4, and stands for f * s.
+zero point z, and a code c stands for the value (c - z) * s. In format e4m3 a code is the byte
+of an 8-bit float f; in nf4 it is the place of a number f among the 16 of NF4. Both stand for f * s.
 Hides: how a grid is chosen, how codes are packed into bytes.
 Refuses to know: layers, models, files.
 """
@@ -16,9 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gteopt.config.recipe import Element, GroupSize, LayerScheme
+from gteopt.config.recipe import GroupSize, LayerScheme, NumberFormat
 from gteopt.errors import InputError, IntegrityError, NumericsError, join_problems
-from gteopt.quant.double_quantization import BLOCK_SIZE, NestedScale, nest, nested_bytes
+from gteopt.quant.double_quantization import (
+    BLOCK_SIZE,
+    DoubleQuantizedScale,
+    double_quantized_bytes,
+    quantize_scale,
+)
 from gteopt.quant.static_activations import InputGrid
 
 E4M3_MAX = 448.0
@@ -32,7 +37,7 @@ NF4_LEVELS = (
 """QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), appendix E."""
 _NF4_CELLS = 16
 """Cells of equal width that the numbers from 0 to 1 are cut into, on the way to NF4's nearest."""
-_LARGEST: Mapping[Element, float] = {"e4m3": E4M3_MAX, "nf4": 1.0}
+_LARGEST: Mapping[NumberFormat, float] = {"e4m3": E4M3_MAX, "nf4": 1.0}
 _CHUNK_WEIGHTS, _CHUNK_WEIGHTS_CPU = 1 << 21, 1 << 19
 """Weights whose grids are searched at a time: few enough for a CPU's cache (NF4 in half the time),
 many enough for a GPU to be busy with."""
@@ -58,7 +63,7 @@ class QuantizedWeight:
         scale: float16 [O, G], positive.
         zero: uint8 [O, G]; 2^(bits-1) everywhere when the scheme is symmetric.
         scheme: bits and groups.
-        nested: how `scale` is stored, where the scheme has nested scales.
+        double: how `scale` is stored, where the scheme has doubly quantized scales.
         inputs: how inputs are rounded, where activations are static; codes stand for weights times
             the inputs' scales then.
     """
@@ -67,7 +72,7 @@ class QuantizedWeight:
     scale: Tensor
     zero: Tensor
     scheme: LayerScheme
-    nested: NestedScale | None = None
+    double: DoubleQuantizedScale | None = None
     inputs: InputGrid | None = None
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
@@ -77,7 +82,7 @@ class QuantizedWeight:
             self.scale.to(device),
             self.zero.to(device),
             self.scheme,
-            None if self.nested is None else self.nested.to(device),
+            None if self.double is None else self.double.to(device),
             None if self.inputs is None else self.inputs.to(device),
         )
 
@@ -89,7 +94,11 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """The values that the codes stand for: float32 [O, I]."""
         return dequantize(
-            self.codes, self.scale, self.zero, torch.float32, element=self.scheme.element
+            self.codes,
+            self.scale,
+            self.zero,
+            torch.float32,
+            number_format=self.scheme.number_format,
         )
 
 
@@ -103,7 +112,7 @@ class PackedWeight:
         qzero: uint8 [O, ceil(G * bits / 8)], zero points packed along G; None when symmetric.
         scheme: bits and groups.
         in_features: I, which the packed width alone does not tell.
-        nested: how `scale` is stored, where the scheme has nested scales.
+        double: how `scale` is stored, where the scheme has doubly quantized scales.
         inputs: as in `QuantizedWeight`.
     """
 
@@ -112,7 +121,7 @@ class PackedWeight:
     qzero: Tensor | None
     scheme: LayerScheme
     in_features: int
-    nested: NestedScale | None = None
+    double: DoubleQuantizedScale | None = None
     inputs: InputGrid | None = None
 
     @property
@@ -140,16 +149,17 @@ class PackedWeight:
     def unpack(self) -> QuantizedWeight:
         """The codes again, exactly those that were packed."""
         codes = unpack_codes(self.qweight, self.scheme.bits, self.in_features)
-        return QuantizedWeight(codes, self.scale, self.zero, self.scheme, self.nested, self.inputs)
+        return QuantizedWeight(codes, self.scale, self.zero, self.scheme, self.double, self.inputs)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The tensors by name: "qweight", "scale" and, when asymmetric, "qzero".
 
-        Nested scales are there as they are stored: "scale_code", "scale_largest", "scale_offset".
+        Doubly quantized scales are as they are stored: "scale_code", "scale_largest",
+        "scale_offset".
         Static activations have "input_scale" and "input_zero".
         """
-        if self.nested is not None:
-            return {"qweight": self.qweight, **self.nested.to_tensors()}
+        if self.double is not None:
+            return {"qweight": self.qweight, **self.double.to_tensors()}
         tensors = {"qweight": self.qweight, "scale": self.scale}
         if self.qzero is not None:
             tensors["qzero"] = self.qzero
@@ -169,7 +179,7 @@ class PackedWeight:
         wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "qweight": (torch.uint8, (rows, packed_width(in_features, scheme.bits)))
         }
-        if scheme.nested_scales:
+        if scheme.double_quantization:
             n_blocks = -(-rows * n_groups // BLOCK_SIZE)
             wanted["scale_code"] = (torch.uint8, (rows, n_groups))
             wanted["scale_largest"] = (torch.float32, (n_blocks,))
@@ -191,11 +201,11 @@ class PackedWeight:
         if problems:
             subject = f"packed {scheme.bits}-bit weight with {in_features} input features"
             raise IntegrityError(join_problems(subject, problems))
-        nested = NestedScale.from_tensors(tensors) if scheme.nested_scales else None
-        scale = tensors["scale"] if nested is None else nested.scale()
+        double = DoubleQuantizedScale.from_tensors(tensors) if scheme.double_quantization else None
+        scale = tensors["scale"] if double is None else double.scale()
         inputs = InputGrid.from_tensors(tensors) if scheme.activation_static else None
         return PackedWeight(
-            tensors["qweight"], scale, tensors.get("qzero"), scheme, in_features, nested, inputs
+            tensors["qweight"], scale, tensors.get("qzero"), scheme, in_features, double, inputs
         )
 
 
@@ -213,9 +223,9 @@ def quantize_rtn(
         NumericsError: the weight holds NaN or infinity, or a scale exceeds float16.
     """
     scale, zero = fit_grid(weight, scheme, clip_search=clip_search, importance=None)
-    nested = nest(scale) if scheme.nested_scales else None
-    scale = scale if nested is None else nested.scale()
-    return round_to_grid(weight, QuantizedWeight(torch.empty(0), scale, zero, scheme, nested))
+    double = quantize_scale(scale) if scheme.double_quantization else None
+    scale = scale if double is None else double.scale()
+    return round_to_grid(weight, QuantizedWeight(torch.empty(0), scale, zero, scheme, double))
 
 
 def round_to_grid(weight: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
@@ -299,7 +309,7 @@ def _fit_rows(
             best = torch.where(better, error, best)
             scale = torch.where(better, trial[0], scale)
             zero = torch.where(better, trial[1], zero)
-    if scheme.nested_scales and bool((used := high > low).any()):
+    if scheme.double_quantization and bool((used := high > low).any()):
         # The 1 of a group of zeros would be an outlier among the scales that are stored with it.
         scale = torch.where(used, scale, scale[used].float().mean().half())
     if not torch.isfinite(scale).all():
@@ -323,19 +333,19 @@ def encode(values: Tensor, scale: Tensor, zero: Tensor, scheme: LayerScheme) -> 
         float32 whole numbers of the broadcast shape.
     """
     shares = values / scale
-    if scheme.element == "e4m3":
+    if scheme.number_format == "e4m3":
         # What is too large would become NaN.
         return shares.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).float()
-    if scheme.element == "nf4":
+    if scheme.number_format == "nf4":
         return _nearest_nf4(shares)
     return shares.round_().add_(zero).clamp_(*code_range(scheme))
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor, scheme: LayerScheme) -> Tensor:
     """What `encode`'s codes stand for, float32; arguments and shapes as there."""
-    if scheme.element == "e4m3":
+    if scheme.number_format == "e4m3":
         return codes.to(torch.uint8).view(torch.float8_e4m3fn).float().mul_(scale)
-    if scheme.element == "nf4":
+    if scheme.number_format == "nf4":
         levels = torch.tensor(NF4_LEVELS, device=codes.device)
         return levels.index_select(0, codes.flatten().int()).view(codes.shape).mul_(scale)
     return (codes - zero).mul_(scale)
@@ -360,7 +370,12 @@ def _nearest_nf4(shares: Tensor) -> Tensor:
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype, *, element: Element = "int"
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    dtype: torch.dtype,
+    *,
+    number_format: NumberFormat = "int",
 ) -> Tensor:
     """(codes - zero) * scale in `dtype`; of the other elements the codes' numbers * scale.
 
@@ -369,16 +384,16 @@ def dequantize(
         scale: float16 [O, G].
         zero: uint8 [O, G], or a shape that broadcasts to it.
         dtype: of the result and of the arithmetic.
-        element: what the codes are.
+        number_format: what the codes are.
 
     Returns:
         [O, I] in `dtype`. The difference is exact; bfloat16 rounds the scale and the product.
     """
     grouped = (*scale.shape, codes.shape[1] // scale.shape[1])
-    if element == "e4m3":
+    if number_format == "e4m3":
         floats = codes.view(torch.float8_e4m3fn).to(dtype).reshape(grouped)
         return floats.mul_(scale[..., None].to(dtype)).flatten(1)
-    if element == "nf4":
+    if number_format == "nf4":
         levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=codes.device)
         numbers = levels.index_select(0, codes.flatten().int()).view(grouped)
         return numbers.mul_(scale[..., None].to(dtype)).flatten(1)
@@ -442,7 +457,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
         qzero=None if weight.scheme.symmetric else pack_codes(weight.zero, bits),
         scheme=weight.scheme,
         in_features=weight.codes.shape[1],
-        nested=weight.nested,
+        double=weight.double,
         inputs=weight.inputs,
     )
 
@@ -523,9 +538,9 @@ def packed_bytes(out_features: int, in_features: int, scheme: LayerScheme) -> in
     """Bytes of a `PackedWeight` of this shape: codes, scales and zero points."""
     groups = in_features // group_width(in_features, scheme.group_size)
     zero_bytes = 0 if scheme.symmetric else packed_width(groups, scheme.bits)
-    if scheme.nested_scales:
+    if scheme.double_quantization:
         codes = out_features * packed_width(in_features, scheme.bits)
-        return codes + nested_bytes(out_features * groups)
+        return codes + double_quantized_bytes(out_features * groups)
     input_bytes = 8 * in_features if scheme.activation_static else 0
     a_row = packed_width(in_features, scheme.bits) + 2 * groups + zero_bytes
     return out_features * a_row + input_bytes
@@ -551,12 +566,12 @@ def group_width(in_features: int, group_size: GroupSize) -> int:
     Raises:
         InputError: the group size does not divide `in_features`.
     """
-    if group_size == "row":
+    if group_size == "per_channel":
         return in_features
     if in_features % group_size:
         raise InputError(
             f"group_size {group_size} does not divide {in_features} input features; choose another "
-            f"group_size, or `fallback: row` or `fallback: skip` in the recipe"
+            f"group_size, or `fallback: per_channel` or `fallback: skip` in the recipe"
         )
     return group_size
 
@@ -566,9 +581,9 @@ def group_size_problems(in_features: Mapping[str, int], group_size: GroupSize) -
 
     Args:
         in_features: input features by layer name.
-        group_size: as in the scheme; "row" fits every layer.
+        group_size: as in the scheme; "per_channel" fits every layer.
     """
-    if group_size == "row":
+    if group_size == "per_channel":
         return []
     return [
         f"{name}: {n} input features are not a multiple of group_size {group_size}"
@@ -602,8 +617,8 @@ def _period(bits: int) -> tuple[int, int]:
 
 def _grid_of_range(low: Tensor, high: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor]:
     """The grid whose codes span low <= 0 <= high: scale float16 [O, G], zero uint8 [O, G]."""
-    if scheme.element != "int":
-        step = torch.maximum(-low, high) / _LARGEST[scheme.element]
+    if scheme.number_format != "int":
+        step = torch.maximum(-low, high) / _LARGEST[scheme.number_format]
         scale = torch.where(step > 0, step, 1.0).clamp_min(SMALLEST_SCALE).half()
         return scale, torch.full_like(scale, middle(scheme), dtype=torch.uint8)
     lowest, highest = code_range(scheme)

@@ -34,7 +34,7 @@ def dynamic_map() -> Tensor:
 
 
 @dataclass(frozen=True)
-class NestedScale:
+class DoubleQuantizedScale:
     """Scales [O, G] as they are stored.
 
     Attributes:
@@ -53,9 +53,11 @@ class NestedScale:
         sizes = self.largest.repeat_interleave(BLOCK_SIZE)[: numbers.numel()]
         return (numbers * sizes + self.offset).view(self.codes.shape).half()
 
-    def to(self, device: torch.device | str) -> NestedScale:
+    def to(self, device: torch.device | str) -> DoubleQuantizedScale:
         """The same on another device."""
-        return NestedScale(self.codes.to(device), self.largest.to(device), self.offset.to(device))
+        return DoubleQuantizedScale(
+            self.codes.to(device), self.largest.to(device), self.offset.to(device)
+        )
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
@@ -66,12 +68,14 @@ class NestedScale:
         }
 
     @staticmethod
-    def from_tensors(tensors: Mapping[str, Tensor]) -> NestedScale:
+    def from_tensors(tensors: Mapping[str, Tensor]) -> DoubleQuantizedScale:
         """Undo `to_tensors`."""
-        return NestedScale(tensors["scale_code"], tensors["scale_largest"], tensors["scale_offset"])
+        return DoubleQuantizedScale(
+            tensors["scale_code"], tensors["scale_largest"], tensors["scale_offset"]
+        )
 
 
-def nest(scale: Tensor) -> NestedScale:
+def quantize_scale(scale: Tensor) -> DoubleQuantizedScale:
     """Round scales [O, G], any float dtype, to the nearest numbers that are stored."""
     flat = scale.detach().float().flatten()
     offset = flat.mean()
@@ -82,9 +86,9 @@ def nest(scale: Tensor) -> NestedScale:
     sizes = torch.where(largest > 0, largest, 1.0).repeat_interleave(BLOCK_SIZE)[: len(flat)]
     numbers = dynamic_map().to(flat.device)
     codes = torch.bucketize(shifted / sizes, (numbers[1:] + numbers[:-1]) / 2)
-    return NestedScale(codes.to(torch.uint8).view(scale.shape), largest, offset.view(1))
+    return DoubleQuantizedScale(codes.to(torch.uint8).view(scale.shape), largest, offset.view(1))
 
 
-def nested_bytes(n_scales: int) -> int:
+def double_quantized_bytes(n_scales: int) -> int:
     """Bytes that `n_scales` scales take."""
     return n_scales + 4 * -(-n_scales // BLOCK_SIZE) + 4

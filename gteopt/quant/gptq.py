@@ -27,7 +27,7 @@ from gteopt.quant.affine import (
     round_to_grid,
     search_bytes,
 )
-from gteopt.quant.double_quantization import nest
+from gteopt.quant.double_quantization import quantize_scale
 
 _MOST_DAMPING = 1.0
 """Past the mean of its own diagonal, what is factorised is no longer the Hessian."""
@@ -211,8 +211,8 @@ def solve(
     scale, zero = fit_grid(
         weight, scheme, clip_search=clip_search, importance=importance / importance.max()
     )
-    nested = nest(scale) if scheme.nested_scales else None
-    scale = scale if nested is None else nested.scale()
+    double = quantize_scale(scale) if scheme.double_quantization else None
+    scale = scale if double is None else double.scale()
     group = torch.arange(n_features, device=weight.device) // group_width(
         n_features, scheme.group_size
     )
@@ -223,8 +223,8 @@ def solve(
     codes = torch.empty_like(ordered)
     codes[order] = ordered
     del ordered
-    solved = QuantizedWeight(codes.T.contiguous(), scale, zero, scheme, nested)
-    if nested is None:
+    solved = QuantizedWeight(codes.T.contiguous(), scale, zero, scheme, double)
+    if double is None:
         rounded = quantize_rtn(weight, scheme, clip_search=clip_search)
     else:  # scales of several rows hang together: both must have the same
         rounded = round_to_grid(weight, solved)
@@ -435,7 +435,7 @@ def _better_rows(
         scale=torch.where(take, second.scale, first.scale),
         zero=torch.where(take, second.zero, first.zero),
         scheme=first.scheme,
-        nested=first.nested,
+        double=first.double,
     )
     return kept, noise
 

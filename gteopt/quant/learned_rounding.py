@@ -43,7 +43,7 @@ class TunableLinear(nn.Module):
         self.scheme = start.scheme
         scale, zero = start.scale.float(), start.zero.float()
         grouped = linear.weight.detach().float().reshape(*scale.shape, -1)  # [O, G, I/G]
-        nf4 = start.scheme.element == "nf4"
+        nf4 = start.scheme.number_format == "nf4"
         self.register_buffer("levels", torch.tensor(NF4_LEVELS).to(scale) if nf4 else None)
         shares = grouped / scale[..., None]
         if self.levels is None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from gteopt.config.recipe import LayerScheme, Layout, Recipe, VectorCode
+from gteopt.config.recipe import FormatName, LayerScheme, Recipe, VectorCode
 from gteopt.frozen import Frozen
 from gteopt.records.environment import Conditions, Machine
 
@@ -80,7 +80,7 @@ class LayerRecord(Frozen):
         bits_per_weight: as stored, scales and zero points included.
         weight_snr_db: 10 log10(|W|^2 / |W - Wq|^2).
         output_snr_db: 10 log10(|XW|^2 / |X(W - Wq)|^2) on the calibration tokens, where measured;
-            W is what the solver was given, which with `compensate` is not the base's own weight.
+            W is what the solver was given; with GPTAQ it is not the base's own weight.
         smoothing: of the inputs; None where the recipe or the architecture has none.
         note: anything out of the ordinary: a fallback, raised damping, dead input features.
     """
@@ -204,7 +204,7 @@ class Manifest(Frozen):
     It holds no time and no path, so that the same build gives the same bytes.
 
     Attributes:
-        layout: how the layers' packed weights lie on disk; None when no layer is quantized.
+        format: how the layers' packed weights lie on disk; None when no layer is quantized.
         embedding: the token embedding table, a row a token; None where it is not quantized.
         allocation: how bits were chosen by layer; None without a budget.
         tuning: what was learned after the solver; None at effort fast.
@@ -221,7 +221,7 @@ class Manifest(Frozen):
     embedding: LayerRecord | None = None
     allocation: AllocationRecord | None = None
     tuning: TuningRecord | None = None
-    layout: Layout | None = None
+    format: FormatName | None = None
     unquantized: tuple[UnquantizedRecord, ...]
     vectors: VectorRecord
     weight_bytes: int

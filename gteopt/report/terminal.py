@@ -347,12 +347,14 @@ def layers_table(manifest: Manifest) -> Table:
         overflow: OverflowMethod = "fold" if name == "layer" else "ellipsis"
         table.add_column(name, justify="right" if right else "left", overflow=overflow)
     for layer in manifest.layers:
-        element = "" if layer.scheme.element == "int" else f" {layer.scheme.element}"
+        number_format = (
+            "" if layer.scheme.number_format == "int" else f" {layer.scheme.number_format}"
+        )
         table.add_row(
             layer.name,
             f"{layer.out_features} x {layer.in_features}",
             layer.method,
-            f"{layer.bits_per_weight:.2f}{element}",
+            f"{layer.bits_per_weight:.2f}{number_format}",
             f"{layer.weight_snr_db:.1f}",
             "-" if layer.output_snr_db is None else f"{layer.output_snr_db:.1f}",
             layer.note or "",

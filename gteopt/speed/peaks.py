@@ -44,7 +44,7 @@ def peak_gflops(device: torch.device) -> dict[str, float]:
     return peaks
 
 
-_INT8 = LayerScheme(bits=8, group_size="row", symmetric=True, activation_bits=8)
+_INT8 = LayerScheme(bits=8, group_size="per_channel", symmetric=True, activation_bits=8)
 
 
 def _short_products(n: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:

@@ -28,9 +28,9 @@ pytest.importorskip("llmcompressor", reason="needs the environment of `make inte
 
 TEXTS = ["A bridge.", "Ein Fluss fließt ins Meer.", "一座桥", "word " * 60]
 INT4 = {"bits": 4, "group_size": 128, "symmetric": False}
-ROWS = {"bits": 8, "group_size": "row", "symmetric": True}
+ROWS = {"bits": 8, "group_size": "per_channel", "symmetric": True}
 INT8 = ROWS | {"activation_bits": 8}
-NF4 = {"bits": 4, "group_size": 64, "symmetric": True, "element": "nf4"}
+NF4 = {"bits": 4, "group_size": 64, "symmetric": True, "number_format": "nf4"}
 WRITTEN: dict[str, tuple[dict[str, Any], str]] = {
     "gptq int4 asymmetric": (INT4, "gptq"),
     "gptq int4 symmetric": (INT4 | {"symmetric": True}, "gptq"),
@@ -41,10 +41,10 @@ WRITTEN: dict[str, tuple[dict[str, Any], str]] = {
     "compressed-tensors int8": (ROWS, "compressed-tensors"),
     "compressed-tensors W8A8": (INT8, "compressed-tensors"),
     "compressed-tensors W8A8 zeros": (INT8 | {"activation_symmetric": False}, "compressed-tensors"),
-    "compressed-tensors fp8": (INT8 | {"element": "e4m3"}, "compressed-tensors"),
+    "compressed-tensors fp8": (INT8 | {"number_format": "e4m3"}, "compressed-tensors"),
     "bitsandbytes nf4": (NF4, "bitsandbytes"),
     "bitsandbytes nf4 wide": (NF4 | {"group_size": 128}, "bitsandbytes"),
-    "bitsandbytes nf4 double": (NF4 | {"nested_scales": True}, "bitsandbytes"),
+    "bitsandbytes nf4 double": (NF4 | {"double_quantization": True}, "bitsandbytes"),
     "bitsandbytes int8": (INT8 | {"activation_outliers": 6.0}, "bitsandbytes"),
 }
 
@@ -95,17 +95,17 @@ def least_cosine(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> floa
 def test_sentence_transformers_gives_the_vectors_of_what_gteopt_wrote(
     name: str, base: str, tmp_path: Path
 ) -> None:
-    scheme, layout = WRITTEN[name]
+    scheme, format = WRITTEN[name]
     recipe = Recipe.model_validate(
         {
             "schema": "gteopt.recipe/1",
             "name": "written",
-            "layout": layout,
+            "format": format,
             "weights": {"method": "rtn", "scheme": scheme},
         }
     )
     gteopt.quantize(folder_of(base), recipe, tmp_path / "out", dtype="float32")
-    if layout == "compressed-tensors":
+    if format == "compressed-tensors":
         whole_activations(tmp_path / "out")
     theirs = their_vectors(tmp_path / "out")
     ours = gteopt.load(tmp_path / "out", dtype="float32").encode(TEXTS)
@@ -118,7 +118,7 @@ def test_sentence_transformers_opens_layers_of_different_bits(base: str, tmp_pat
     few = Calibration(n_texts=8, max_tokens=32)
     recipe = load_recipe("mixed-4.25").model_copy(update={"calibration": few})
     made = gteopt.quantize(folder_of(base), recipe, tmp_path / "out", dtype="float32")
-    assert made.layout == "compressed-tensors"
+    assert made.format == "compressed-tensors"
     assert len({layer.scheme.bits for layer in made.layers}) > 1
     ours = gteopt.load(tmp_path / "out", dtype="float32").encode(TEXTS)
     assert least_cosine(ours, their_vectors(tmp_path / "out")) >= 0.9999
@@ -231,13 +231,13 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_same_weight(block_size: int) -> N
 def test_nested_scales_are_what_bitsandbytes_makes_of_the_same_scales() -> None:
     from bitsandbytes.functional import create_dynamic_map, quantize_4bit, quantize_blockwise
 
-    from gteopt.quant.double_quantization import BLOCK_SIZE, dynamic_map, nest
+    from gteopt.quant.double_quantization import BLOCK_SIZE, dynamic_map, quantize_scale
 
     torch.testing.assert_close(dynamic_map(), create_dynamic_map(), rtol=1e-6, atol=0)
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
     _, plain = quantize_4bit(weight, blocksize=64, quant_type="nf4")
     _, double = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-    ours = nest(plain.absmax)
+    ours = quantize_scale(plain.absmax)
     assert double.state2.blocksize == BLOCK_SIZE
     torch.testing.assert_close(ours.offset[0], double.offset, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.largest, double.state2.absmax, rtol=1e-5, atol=0)

@@ -1,0 +1,400 @@
+"""The command line: what a user types, sees, and gets when something is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import gteopt
+from gteopt.cli.app import main
+from gteopt.cli.progress_bars import Steps
+from gteopt.config.recipe import Calibration, LayerScheme, load_recipe
+from gteopt.encoder.encoder import Encoder
+from gteopt.errors import InputError
+from gteopt.model.artifact import read_manifest
+from gteopt.report.terminal import layers_table
+
+COMMANDS = [
+    "run", "quantize", "truncate", "bench", "evaluate", "choose", "report", "verify", "publish",
+    "pull", "inspect", "recipes", "suites",
+]  # fmt: skip
+
+
+class Ran:
+    """Exit code and output of one call of the console script's function."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+Call = Callable[..., Ran]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Call `main` with these arguments, as the console script does."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["gteopt", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return Ran(int(stopped.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "int8"
+    few = Calibration(n_texts=24, max_tokens=32)
+    gteopt.quantize("nano", load_recipe("int8").model_copy(update={"calibration": few}), out)
+    return out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_a_worked_example(call: Call, command: str) -> None:
+    ran = call(command, "--help")
+    assert ran.code == 0
+    shown = " ".join(ran.out.replace("│", " ").split())
+    assert f"Example: gteopt {command}" in shown
+    # The help is rendered as markup, which swallows a <name>.
+    assert not re.search(r"(?<!:)//| or / ", shown)
+    assert "--json" in ran.out
+
+
+def test_the_top_level_help_lists_every_command(call: Call) -> None:
+    ran = call("--help")
+    assert ran.code == 0
+    assert all(f" {command} " in ran.out for command in COMMANDS)
+
+
+def test_recipes_and_suites_list_what_ships(call: Call) -> None:
+    names = {row["name"] for row in json.loads(call("recipes", "--json").out)}
+    assert {"bf16", "int8", "gptq-int4", "gptq-int4-slice128-binary"} <= names
+    assert {row["name"] for row in json.loads(call("suites", "--json").out)} >= {"mini", "stsb"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "nano", "--recipe", "gptq-int5", "--out", "x"], "did you mean gptq-int"),
+        (["quantize", "nan", "--recipe", "int8", "--out", "x"], "did you mean nano"),
+        (["evaluate", "nano", "--suite", "mimi"], "did you mean mini"),
+        (["evaluate", "nano", "--suite", "mini", "--devices", "cpu,gpu"], "name GPUs, each once"),
+        (["quantize", "nano", "--out", "x", "--devices", "cpu,cuda:0"], "name GPUs, each once"),
+        (["evaluate", "nano", "--suite", "mini", "--devices", "cpu", "--ray", "auto"], "one of th"),
+        (["evaluate", "nano", "--suite", "mini", "--dtype", "float23"], "did you mean float32"),
+        (["evaluate", "nano", "--suite", "mini", "--out", __file__], "is a file; results need"),
+        (["evaluate", "nano", "--texts", "t", "--out", __file__], "is a file; results need"),
+        (["evaluate", "nano", "--texts", "t", "--suite", "mini"], "without --suite and --data"),
+        (["evaluate", "nano", "--suite", "mini", "--instruction", "i"], "goes with --data"),
+        (["run", "dmo"], "did you mean demo"),
+        (["run", "no/such/plan.yaml"], "no/such/plan.yaml does not exist"),
+        (["bench", "nano", "--workload", "0x8"], "--workload 0x8: write TEXTSxTOKENS"),
+        (["bench", "nano", "--workload", "lng"], "or a set: short, long"),
+        (["bench", "nano", "--recipe", "nf4"], "belong to --dummy-weights"),
+        (["publish", "x", "--repo", "a/b", "--out", "y"], "--out is where --dry-run writes"),
+        (["export", "nano", "x"], "nano is not an artifact"),
+        (["choose", ".", "--policy", "balanced"], "is not a results folder"),
+        (["verify", "."], "is not an artifact"),
+        (["inspect", "nano", "--hub-dir", "/nonexistent"], ""),
+    ],
+)
+def test_a_wrong_name_gives_one_message_and_exit_code_1(
+    call: Call, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = call(*arguments)
+    if not message:  # the embedded model needs no hub directory
+        assert ran.code == 0
+        return
+    assert ran.code == 1
+    assert message in ran.err
+    assert ran.err.startswith("gteopt: ")
+    assert "Traceback" not in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistyped_folder_is_called_one_before_the_hub_is_blamed(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    ran = call("evaluate", "v/int8", "--baseline", "nano", "--suite", "mini")
+    assert ran.code == 1
+    assert "there is no folder v/int8" in ran.err
+    assert "sent twice" not in ran.err
+
+
+def test_without_a_terminal_there_is_a_line_a_minute_and_one_at_the_end() -> None:
+    times = iter([0.0, 20.0, 61.0, 100.0, 122.0, 150.0, 160.0])
+    written = io.StringIO()
+    console = Console(file=written, width=40)
+    steps = Steps(Progress(console=console), clock=lambda: next(times))
+    for done in (0, 300, 400, 610, 800):  # of which the first asks for the time twice
+        steps("variant: task (1 of 2)", done, 1000)
+    steps.close()
+    assert written.getvalue().splitlines() == [
+        "variant: task (1 of 2)  300/1,000 at 4.9/s, 0:02:22 left",
+        "variant: task (1 of 2)  610/1,000 at 5.0/s, 0:01:18 left",
+        "variant: task (1 of 2)  1,000 at 6.2/s, 160.0 s",
+    ]
+
+
+def test_what_a_library_refuses_is_worded_as_a_files_problems_are(
+    artifact: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as caught:
+        gteopt.truncate(artifact, tmp_path / "x", dims=0, method="svd", vectors="int9")  # type: ignore[arg-type]
+    assert str(caught.value).splitlines()[1:] == [
+        "  - dims.n: Input should be greater than or equal to 1 (found 0)",
+        "  - dims.method: Input should be 'slice', 'pca' or 'auto' (found 'svd')",
+        "  - vectors.code: Input should be 'float32', 'int8' or 'binary' (found 'int9'); did you "
+        "mean int8?",
+    ]
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_folder_that_may_not_be_written_to_is_named(tmp_path: Path, begun: bool) -> None:
+    """Nothing was begun there, so nothing is said of going on."""
+    as_nobody = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    if as_nobody and shutil.which("setpriv") is None:
+        pytest.skip("root may write everywhere; needs setpriv to give that up")
+    place = tmp_path / "closed"
+    (place / ".out.partial" if begun else place).mkdir(parents=True)
+    closed = place / ".out.partial" if begun else place
+    closed.chmod(0o555)
+    command = [*as_nobody, sys.executable, "-m", "gteopt", "quantize", "nano"]
+    command += ["--recipe", "rtn-int4", "--out", str(place / "out")]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if closed.exists():
+        closed.chmod(0o755)
+    assert child.returncode == 1
+    line = child.stderr.splitlines()[-1]
+    assert line.startswith("gteopt: Permission denied")
+    assert str(place) in line
+    assert "goes on" not in child.stderr
+    assert "Traceback" not in child.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["truncate", "x", "--dims", "0", "--out", "y"],
+        ["truncate", "x", "--dims", "-5", "--out", "y"],
+        ["truncate", "x", "--rescore", "0", "--out", "y"],
+        ["bench", "nano", "--queries", "3"],
+        ["bench", "nano", "--repeats", "0"],
+        ["bench", "nano", "--query-tokens", "0"],
+        ["bench", "nano", "--price-per-hour", "-3"],
+        ["bench", "nano", "--price-per-hour", "inf"],
+        ["bench", "nano", "--layers", "0"],
+        ["quantize", "nano", "--activation-gb", "inf", "--out", "y"],
+        ["inspect", "nano", "--activation-gb", "-1"],
+        ["evaluate", "nano", "--suite", "mini", "--cache-gb", "inf"],
+        ["quantize", "nano"],
+        ["frobnicate"],
+        ["truncate", "x", "--dims", "many", "--out", "y"],
+        ["truncate", "x", "--method", "svd", "--out", "y"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(call: Call, arguments: list[str]) -> None:
+    ran = call(*arguments)
+    assert ran.code == 2
+    assert "Traceback" not in ran.err
+
+
+def test_debug_shows_where_an_error_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gteopt", "--debug", "verify", "."])
+    with pytest.raises(gteopt.errors.InputError):
+        main()
+
+
+def test_inspect_predicts_the_size_that_the_build_then_has(call: Call, artifact: Path) -> None:
+    found = json.loads(call("inspect", "nano", "--json").out)
+    assert (found["attention"], found["pooling"]) == ("bidirectional", "lasttoken")
+    assert found["end_token"] == "<|endoftext|>"
+    assert found["matryoshka_dims"] == [256, 128, 64, 32]
+    estimates = {each["recipe"]: each for each in found["estimates"]}
+    built = gteopt.load(artifact).weight_bytes
+    # The kernel keeps 4 bytes an output feature more, the sums that token zero points need.
+    assert estimates["int8"]["weight_bytes"] == pytest.approx(built, rel=0.006)
+    plain = gteopt.load("nano").weight_bytes
+    assert estimates["bf16"]["weight_bytes"] == pytest.approx(plain, rel=1e-6)
+    assert estimates["gptq-int4"]["build_bytes"] > estimates["rtn-int4"]["build_bytes"] > plain
+
+
+def test_inspect_shows_a_base_and_an_artifact_in_words(call: Call, artifact: Path) -> None:
+    base, variant = call("inspect", "nano"), call("inspect", artifact)
+    assert (base.code, variant.code) == (0, 0)
+    assert "bidirectional" in base.out
+    assert "Instruct: {instruction}" in base.out
+    assert "gptq-int4-slice128-binary" in base.out
+    assert "layers.0.self_attn.q_proj" in variant.out
+    assert "lookup table" in variant.out
+    assert "28 torch.linear" in base.out
+    found = json.loads(call("inspect", artifact, "--json").out)
+    assert found["kernels"] == gteopt.load(artifact).kernels
+    assert "28 cpu.int8" in " ".join(variant.out.split())
+
+
+def test_inspect_cuts_no_layers_name_and_says_which_numbers_it_has(artifact: Path) -> None:
+    """In 80 columns too: BERT's names differ at their ends only."""
+    manifest = read_manifest(artifact)
+    nf4 = LayerScheme(bits=4, group_size=64, symmetric=True, number_format="nf4")
+    layers = tuple(
+        layer.model_copy(update={"name": f"encoder.layer.10.attention.part_{i}", "scheme": nf4})
+        for i, layer in enumerate(manifest.layers)
+    )
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(layers_table(manifest.model_copy(update={"layers": layers})))
+    rows = [line.split("│") for line in console.export_text().splitlines() if line[:1] == "│"]
+    names = "".join(row[1].strip() for row in rows)
+    assert all(layer.name in names for layer in layers)
+    assert sum("nf4" in row[4] for row in rows) == len(layers)
+
+
+def test_memory_that_runs_out_is_one_line_and_other_errors_keep_their_traceback(
+    call: Call, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["truncate", artifact, "--dims", 32, "--method", "pca", "--out", tmp_path / "out"]
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee elsewhere")
+
+    def fails(error: Exception) -> Callable[..., object]:
+        def embed_tokens(*_: object, **_more: object) -> object:
+            raise error
+
+        return embed_tokens
+
+    monkeypatch.setattr(Encoder, "embed_tokens", fails(full))
+    ran = call(*command)
+    assert ran.code == 1
+    assert ran.err.splitlines() == [
+        "gteopt: memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB.); ask for less at "
+        "once, or for another --device"
+    ]
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Encoder, "embed_tokens", fails(RuntimeError("a bug of ours")))
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        call(*command)
+
+
+def test_truncate_then_verify_then_a_flipped_byte(
+    call: Call, artifact: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "short"
+    ran = call("truncate", artifact, "--dims", 32, "--vectors", "binary", "--out", out, "--json")
+    assert json.loads(ran.out)["vectors"]["bytes_per_vector"] == 4
+    assert call("verify", out).code == 0
+    path = out / "config.json"
+    path.write_bytes(path.read_bytes().replace(b"false", b"true ", 1))
+    ran = call("verify", out)
+    assert ran.code == 1
+    assert "config.json has changed" in ran.err
+
+
+def quantize_in_child(
+    out: Path, preexec_fn: Callable[[], None] | None = None
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "gteopt", "quantize", "nano", "--recipe", "gptq-int4"]
+    return subprocess.Popen(
+        [*command, "--out", str(out)], stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn
+    )
+
+
+def test_ctrl_c_leaves_one_line_and_nothing_taken_for_whole(tmp_path: Path) -> None:
+    out = tmp_path / "int4"
+    child = quantize_in_child(out)
+    first_block = tmp_path / ".int4.partial" / "weights" / "block-000.json"
+    deadline = time.monotonic() + 300
+    while not first_block.exists():
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "interrupted; what is finished is kept" in err
+    assert "Traceback" not in err
+    assert not out.exists()
+    assert first_block.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (("bench", "x", "--out", "o"), "variants that were measured are kept"),
+        (("bench", "x"), "nothing is kept, as no --out was given"),
+        (("bench", "x", "--dummy-weights", "--out=o"), "nothing is kept"),
+        (("evaluate", "x", "--suite", "mini"), "nothing is kept, as no --out was given"),
+        (("evaluate", "x", "--suite", "mini", "--out=o"), "the same command goes on"),
+        (("run", "demo"), "the same command goes on"),
+        (("verify", "x"), "gteopt: interrupted\n"),
+    ],
+)
+def test_ctrl_c_promises_what_the_command_keeps(
+    call: Call, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], kept: str
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in (
+        *("bench.measure", "bench.measure_dummy"),
+        *("evaluate.base_of", "run.run"),
+    ):
+        monkeypatch.setattr(f"gteopt.commands.{name}", stop)
+    monkeypatch.setattr("gteopt.model.artifact.verify", stop)
+    ran = call(*arguments)
+    assert ran.code == 130
+    assert kept in ran.err
+
+
+def test_prices_and_margins_that_cannot_be_are_refused(call: Call) -> None:
+    for command in (("bench", "nano"), ("run", "demo")):
+        ran = call(*command, "--price-per-hour", "-1")
+        assert ran.code == 2
+        assert "--price-per-hour" in ran.err
+    for margin in ("0", "1", "-0.1"):
+        ran = call("evaluate", "nano", "--suite", "mini", "--margin", margin)
+        assert ran.code == 1
+        assert "between 0 and 1" in ran.err
+
+
+def test_a_disk_that_is_full_is_named_and_nothing_is_taken_for_whole(tmp_path: Path) -> None:
+    """A file size limit of 200 kB makes the real write of the first block fail half way."""
+    out = tmp_path / "int4"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    child = quantize_in_child(out, preexec_fn=limit)
+    _, err = child.communicate(timeout=300)
+    assert child.returncode == 1
+    assert "File too large" in err
+    assert "Traceback" not in err
+    assert not out.exists()
+    assert not list((tmp_path / ".int4.partial" / "weights").glob("block-*.json"))
+
+
+def test_the_console_script_is_installed_and_tells_its_version() -> None:
+    script = Path(sys.executable).with_name("gteopt")
+    ran = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == f"gteopt {gteopt.__version__}"

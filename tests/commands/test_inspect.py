@@ -1,0 +1,171 @@
+"""What `inspect` says of a model on the hub, and what it brings from there to say it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gteopt
+from gteopt.commands.inspect import inspect
+from gteopt.config.recipe import load_recipe
+from gteopt.errors import InputError
+from gteopt.model.artifact import artifact_sha256, read_manifest
+from gteopt.records.inspection import Inspection
+from tests.support.hub_server import Hub, Repo, running
+from tests.support.hub_user import TOKEN, User, contents
+from tests.support.models import MODELS, publish
+
+REPO = "Alibaba-NLP/gte-Qwen2-7B-instruct"
+COMMIT = "c0ffee" + 34 * "0"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    yield from running(TOKEN, owner="me")
+
+
+@pytest.fixture
+def user(hub: Hub, tmp_path: Path) -> User:
+    return User(hub, tmp_path / "home")
+
+
+def inspected(user: User, *arguments: object) -> dict[str, Any]:
+    ran = user.run("inspect", *arguments, "--json")
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found
+
+
+def as_json(found: Inspection) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(found.model_dump_json(by_alias=True))
+    return content
+
+
+def weight_bytes(served: dict[str, int]) -> int:
+    return sum(n for path, n in served.items() if path.endswith(".safetensors"))
+
+
+def test_a_base_is_described_in_full_before_its_weights_are_fetched(
+    user: User, tmp_path: Path
+) -> None:
+    """As its whole folder is: two shards of 2.6 MB, of which headers travel."""
+    model = replace(MODELS[0], config={**MODELS[0].config, "vocab_size": 20_000})
+    folder = tmp_path / REPO
+    publish(folder, model)
+    files = contents(folder)
+    user.hub.repos[REPO] = Repo(private=False, commits=[(COMMIT, files)])
+    whole = as_json(inspect(REPO, hub_dir=tmp_path))
+
+    found = inspected(user, REPO)
+    n_shards = sum(path.endswith(".safetensors") for path in files)
+    assert 0 < weight_bytes(user.hub.served) <= n_shards * 100_001
+    assert weight_bytes({path: len(data) for path, data in files.items()}) > 5_000_000
+    assert (found["sha256"], found["revision"]) == (None, COMMIT)
+    assert found["notes"][-1].startswith("the weights are not here (0.01 GB to download)")
+    differs = ("sha256", "revision", "notes")
+    assert {k: v for k, v in found.items() if k not in differs} == {
+        k: v for k, v in whole.items() if k not in differs
+    }
+    assert whole["notes"] == found["notes"][:-1]
+    shown = user.run("inspect", REPO).stdout
+    assert "known once the weights are here" in shown
+
+    ran = user.run("quantize", REPO, "--recipe", "bf16", "--out", tmp_path / "out")
+    assert ran.returncode == 0, ran.stderr
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.base.revision, manifest.base.sha256) == (COMMIT, whole["sha256"])
+    user.hub.forget_traffic()
+    again = inspected(user, REPO)  # now they are here
+    assert again["sha256"] == whole["sha256"]
+    assert weight_bytes(user.hub.served) == 0
+
+
+def test_an_artifact_is_described_by_its_manifest_alone(user: User, tmp_path: Path) -> None:
+    out = tmp_path / "int4"
+    gteopt.quantize("nano", "rtn-int4", out)
+    user.hub.repos["me/int4"] = Repo(private=False, commits=[(COMMIT, contents(out))])
+    found = inspected(user, "me/int4")
+    assert found["manifest"] == as_json(inspect(out))["manifest"]
+    assert found["sha256"] == artifact_sha256(out)
+    assert "not checked against their hashes" in found["notes"][-1]
+    assert (found["estimates"], found["estimated_for"]) == ([], None)
+    with pytest.raises(InputError, match="recipe int8 is applied to a base"):
+        inspect(out, recipe=load_recipe("int8"))
+    n_files = sum(path.endswith(".safetensors") for path in contents(out))
+    assert weight_bytes(user.hub.served) <= n_files * 100_001
+
+
+def test_what_cannot_be_described_is_named(user: User, tmp_path: Path) -> None:
+    publish(tmp_path / "model", MODELS[0])
+    files = contents(tmp_path / "model")
+    del files["model-00002-of-00002.safetensors"]
+    user.hub.repos["me/half"] = Repo(private=False, commits=[(COMMIT, files)])
+    for name, messages in (
+        ("me/half", ["me/half lacks model-00002-of-00002.safetensors"]),
+        (
+            "Alibaba-NLP/gte-Qwen2-7B-instuct",
+            [
+                "there is no repository Alibaba-NLP/gte-Qwen2-7B-instuct that you may see",
+                "did you mean Alibaba-NLP/gte-Qwen2-7B-instruct",
+            ],
+        ),
+    ):
+        ran = user.run("inspect", name)
+        assert ran.returncode == 1
+        assert [each for each in messages if each not in ran.stderr] == []
+        assert "Traceback" not in ran.stderr
+
+
+def test_the_build_that_was_asked_for_is_predicted_before_it_starts(
+    user: User, tmp_path: Path
+) -> None:
+    """A recipe of one's own with every option of `quantize` that changes a size."""
+    own = tmp_path / "mine.yaml"
+    own.write_text(
+        "schema: gteopt.recipe/1\nname: mine\n"
+        "weights: {method: gptq, scheme: {bits: 3, group_size: 64, symmetric: false}}\n"
+        "calibration: {n_texts: 48, max_tokens: 64}\nformat: gteopt\n"
+    )
+    options = ["--recipe", own, "--embed-int8", "--effort", "fast", "--dtype", "float32"]
+    options += ["--activation-gb", "0", "--device", "cpu"]
+    out = tmp_path / "out"
+    found = inspected(user, "nano", *options)
+    (predicted,) = found["estimates"]
+    assert predicted["recipe"] == "mine"
+    assert found["estimated_for"] == {"dtype": "float32", "device": "cpu", "activation_bytes": 0}
+    ran = user.run("quantize", "nano", *options, "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    assert predicted["weight_bytes"] == pytest.approx(read_manifest(out).weight_bytes, rel=0.01)
+    on_disk = sum(len(data) for data in contents(out).values())
+    assert on_disk == pytest.approx(predicted["disk_bytes"], rel=0.02)
+    # Each option is heard: what the plain call predicts is another build.
+    (plain,) = inspected(user, "nano", "--recipe", own)["estimates"]
+    (wide,) = inspected(user, "nano", "--recipe", own, "--dtype", "float32")["estimates"]
+    assert wide["weight_bytes"] > plain["weight_bytes"] > predicted["weight_bytes"]
+    in_memory = inspected(user, "nano", *options[:-4], "--device", "cuda:3")
+    assert in_memory["estimated_for"]["device"] == "cuda"  # which this machine need not have
+    assert in_memory["estimates"][0]["build_bytes"] > predicted["build_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nano", "--recipe", "gptq-int5"], "did you mean gptq-int"),
+        (["nano", "--embed-int8"], "change a recipe; give --recipe"),
+        (["nano", "--recipe", "rtn-int4", "--effort", "best"], "rtn-int4"),
+        (["nano", "--device", "gpu"], "unknown device 'gpu'"),
+        (["nano", "--dtype", "float16"], "dtype float16 is refused"),
+    ],
+)
+def test_what_cannot_be_predicted_is_one_sentence(
+    user: User, arguments: list[str], message: str
+) -> None:
+    ran = user.run("inspect", *arguments)
+    assert (ran.returncode, ran.stderr.count("gteopt: ")) == (1, 1)
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -1,0 +1,299 @@
+"""Each family, as its authors publish it, computes what an independent forward pass says.
+
+The checkpoints are small and random, with the published format: config.json, tensor names, module
+files. The forward pass is written out here in float64, one unpadded text at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+from torch import Tensor
+
+import gteopt
+from gteopt.commands.inspect import inspect
+from gteopt.config.recipe import Calibration, LayerScheme, load_recipe
+from gteopt.encoder.encoder import Encoder
+from gteopt.errors import InputError, IntegrityError
+from gteopt.model.artifact import read_manifest
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.model.families import PUBLISHED
+from tests.support.models import MODELS, Model, forward_float64, publish
+
+TEXTS = ["A bridge.", "Photosynthesis turns light into sugar, in every leaf of a plant.", "水", ""]
+INSTRUCTION = "Find the answer"
+
+
+IDS = [model.name for model in MODELS]
+
+
+def text_ids(encoder: Encoder, model: Model, text: str) -> list[int]:
+    ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*model.start, *ids, *model.end]
+
+
+def prefixes(model: Model) -> tuple[str, str]:
+    """Where the transformer's names stand in a file without and with the language model's head."""
+    nested = "embedding_model." if model.latent is not None else ""
+    return nested, f"{nested}model."
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=IDS)
+def published(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Model, Path, dict[str, Tensor]]:
+    model: Model = request.param
+    folder = tmp_path_factory.mktemp("hub") / model.name
+    return model, folder, publish(folder, model, prefix=prefixes(model)[0])
+
+
+Published3 = tuple[Model, Path, dict[str, Tensor]]
+
+
+def test_vectors_equal_the_float64_forward_pass_alone_and_batched(published: Published3) -> None:
+    model, folder, weights = published
+    encoder = gteopt.load(folder, dtype="float32")
+    expected = [
+        forward_float64(model, weights, text_ids(encoder, model, text), 0) for text in TEXTS
+    ]
+    found = encoder.encode(TEXTS)
+    assert np.abs(found - np.stack(expected)).max() < 2e-5
+    alone = np.concatenate([encoder.encode([text]) for text in TEXTS])
+    assert np.abs(alone - found).max() < 1e-5
+    tokens = encoder.tokenize(TEXTS)
+    assert np.abs(encoder.embed_tokens(tokens, padding="left") - found).max() < 1e-5
+
+
+def test_queries_carry_the_familys_prompt_and_pooling_leaves_out_what_it_should(
+    published: Published3,
+) -> None:
+    model, folder, weights = published
+    encoder = gteopt.load(folder, dtype="float32")
+    prompt = model.template.format(INSTRUCTION)
+    n_prompt = 0
+    if model.latent is not None:  # as the authors' code counts
+        n_prompt = len(encoder.tokenizer.tokenize(prompt))
+    expected = [
+        forward_float64(model, weights, text_ids(encoder, model, prompt + text), n_prompt)
+        for text in TEXTS
+    ]
+    found = encoder.encode(TEXTS, role="query", instruction=INSTRUCTION)
+    assert np.abs(found - np.stack(expected)).max() < 2e-5
+
+
+def test_the_other_attention_direction_gives_clearly_other_vectors(published: Published3) -> None:
+    model, folder, weights = published
+    encoder = gteopt.load(folder, dtype="float32")
+    other = replace(model, causal=not model.causal)
+    ids = text_ids(encoder, model, TEXTS[1])
+    assert encoder.encode([TEXTS[1]])[0] @ forward_float64(other, weights, ids, 0) < 0.99
+
+
+def test_a_file_with_the_language_models_head_gives_the_same_vectors(
+    published: Published3, tmp_path: Path
+) -> None:
+    model, folder, _ = published
+    publish(tmp_path / model.name, model, prefix=prefixes(model)[1], head=True)
+    with_head = gteopt.load(tmp_path / model.name, dtype="float32")
+    np.testing.assert_array_equal(
+        with_head.encode(TEXTS), gteopt.load(folder, dtype="float32").encode(TEXTS)
+    )
+
+
+def test_a_build_of_each_family_is_close_and_opens_again(
+    published: Published3, tmp_path: Path
+) -> None:
+    model, folder, weights = published
+    scheme = LayerScheme(bits=8, group_size=32, symmetric=False)
+    recipe = load_recipe("gptq-int4")
+    recipe = recipe.model_copy(
+        update={
+            "weights": recipe.weights.model_copy(update={"scheme": scheme}),
+            "calibration": Calibration(n_texts=48, max_tokens=64),
+        }
+    )
+    manifest = gteopt.quantize(folder, recipe, tmp_path / "out", dtype="float32")
+    assert len(manifest.layers) == 21
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    trained = [64, 32] if model.name.startswith("Qwen3") else None  # published without a word of it
+    assert config.get("matryoshka_dimensions") == trained
+    assert manifest.base.family == open_checkpoint(folder).family.name  # type: ignore[union-attr]
+    base, variant = gteopt.load(folder, dtype="float32"), gteopt.load(tmp_path / "out")
+    for role in ("document", "query"):
+        cosines = (base.encode(TEXTS, role=role) * variant.encode(TEXTS, role=role)).sum(1)
+        assert cosines.min() > 0.999
+    assert variant.weight_bytes < 0.9 * base.weight_bytes
+    left = {each.name: each.n_parameters for each in manifest.unquantized}
+    if model.latent is not None:
+        own = sum(t.numel() for name, t in weights.items() if name.startswith("latent_"))
+        assert left["latent_attention_model"] == own
+        assert manifest.format == "gteopt"
+        assert manifest.base.n_parameters == sum(t.numel() for t in weights.values())
+
+
+def test_sentence_transformers_opens_an_artifact_with_the_same_vectors_or_not_at_all(
+    published: Published3, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model, folder, _ = published
+    gteopt.quantize(folder, "bf16", tmp_path / "out", dtype="float32")
+    ours = gteopt.load(tmp_path / "out")
+    np.testing.assert_allclose(
+        ours.encode(TEXTS), gteopt.load(folder, dtype="float32").encode(TEXTS), atol=1e-5
+    )
+    if model.latent is not None:
+        assert not (tmp_path / "out" / "modules.json").exists()
+        with pytest.raises(ValueError, match="nvembed"):
+            SentenceTransformer(str(tmp_path / "out"))
+        return
+    theirs = SentenceTransformer(str(tmp_path / "out"))
+    np.testing.assert_allclose(theirs.encode(TEXTS), ours.encode(TEXTS), atol=1e-5)
+    queries = ours.encode(TEXTS, role="query")
+    np.testing.assert_allclose(theirs.encode(TEXTS, prompt_name="query"), queries, atol=1e-5)
+
+
+def test_shortened_vectors_of_a_nested_model_come_from_its_own_pooling(tmp_path: Path) -> None:
+    model = MODELS[-1]
+    publish(tmp_path / model.name, model, prefix="embedding_model.")
+    gteopt.quantize(tmp_path / model.name, "bf16", tmp_path / "full", dtype="float32")
+    gteopt.truncate(tmp_path / "full", tmp_path / "short", dims=16, vectors="int8")
+    full, short = gteopt.load(tmp_path / "full"), gteopt.load(tmp_path / "short")
+    expected = full.encode(TEXTS)[:, :16]
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(short.encode(TEXTS), expected, atol=1e-6)
+    assert read_manifest(tmp_path / "short").weight_bytes == full.manifest.weight_bytes  # type: ignore[union-attr]
+
+
+def test_a_tensor_that_latent_pooling_needs_is_never_random(tmp_path: Path) -> None:
+    model = MODELS[-1]
+    folder = tmp_path / model.name
+    publish(folder, model, prefix="embedding_model.")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    name = "latent_attention_model.cross_attend_blocks.0.fn.to_q.weight"
+    from safetensors.torch import load_file
+
+    path = folder / index["weight_map"][name]
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"cross_attend_blocks\.0\.fn\.to_q"):
+        gteopt.load(folder)
+
+
+def without_hints(folder: Path) -> None:
+    (folder / "modules.json").unlink()
+    (folder / "config_sentence_transformers.json").unlink()
+
+
+def other_prompts(folder: Path) -> None:
+    config = {"prompts": {"query": "query: "}, "default_prompt_name": None}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if m.causal], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    ("folder_name", "change", "known"),
+    [
+        ("as-published", None, True),
+        ("my-model", None, True),  # its prompts tell
+        ("as-published", without_hints, True),  # its name tells
+        ("my-model", other_prompts, False),  # another encoder: as its folder says
+    ],
+)
+def test_language_model_configs_are_told_apart_by_name_or_prompts(
+    tmp_path: Path,
+    model: Model,
+    folder_name: str,
+    change: Callable[[Path], None] | None,
+    known: bool,
+) -> None:
+    folder = tmp_path / (model.name if folder_name == "as-published" else folder_name)
+    publish(folder, model)
+    if change is not None:
+        change(folder)
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.family is not None) == known
+    assert (checkpoint.attention, checkpoint.pooling) == ("causal", "lasttoken")
+
+
+def mean_pooling(folder: Path) -> None:
+    config = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "pooling"), [(mean_pooling, "mean"), (other_prompts, "lasttoken")]
+)
+def test_another_bidirectional_qwen2_is_run_as_its_folder_says(
+    tmp_path: Path, change: Callable[[Path], None], pooling: str
+) -> None:
+    """`is_causal: false` alone is no gte-Qwen: no end token, prompt or pooling of that family."""
+    folder = tmp_path / "my-model"
+    model = replace(MODELS[0], auto_map=False, config={**MODELS[0].config, "is_causal": False})
+    publish(folder, model)
+    assert open_checkpoint(folder).family is not None
+    change(folder)
+    found = open_checkpoint(folder)
+    assert (found.family, found.attention, found.pooling) == (None, "bidirectional", pooling)
+    assert found.end_token is None
+
+
+def test_what_cannot_be_told_is_refused_until_the_user_names_the_family(tmp_path: Path) -> None:
+    model = next(m for m in MODELS if m.name.startswith("e5"))
+    folder = tmp_path / "my-model"
+    publish(folder, model)
+    without_hints(folder)
+    with pytest.raises(InputError, match=r"name the family \(--family"):
+        open_checkpoint(folder)
+    with pytest.raises(InputError, match="did you mean e5-mistral"):
+        open_checkpoint(folder, family="e5-mistal")
+    with pytest.raises(InputError, match=r"no nv-embed model: its config\.json lacks"):
+        open_checkpoint(folder, family="nv-embed")
+    named = gteopt.load(folder, family="e5-mistral", dtype="float32")
+    gteopt.quantize(folder, "bf16", tmp_path / "out", family="e5-mistral", dtype="float32")
+    assert " --family e5-mistral " in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    again = gteopt.load(tmp_path / "out")  # its manifest remembers
+    assert again.checkpoint.family == named.checkpoint.family
+    np.testing.assert_allclose(again.encode(TEXTS), named.encode(TEXTS), atol=1e-6)
+
+
+def test_inspect_tells_the_familys_facts(tmp_path: Path) -> None:
+    facts = {}
+    for model in MODELS:
+        owner = next(name for name in PUBLISHED if name.endswith(model.name)).split("/")[0]
+        folder = tmp_path / owner / model.name
+        publish(folder, model, prefix=prefixes(model)[0])
+        facts[model.name] = inspect(f"{owner}/{model.name}", hub_dir=tmp_path)
+    assert {f.license for f in facts.values()} == {"apache-2.0", "mit", "cc-by-nc-4.0"}
+    assert [facts[name].max_tokens for name in IDS] == [32_768, 32_768, 32_768, 4096, 32_768]
+    assert facts["Qwen3-Embedding-0.6B"].matryoshka_dims == (64, 32)
+    assert facts["NV-Embed-v1"].pooling == "latent"
+    assert facts["NV-Embed-v1"].license == "cc-by-nc-4.0"
+    around = [(facts[name].start_token, facts[name].end_token) for name in IDS]
+    assert around == [(None, "<|endoftext|>")] * 3 + [("<s>", "</s>")] * 2
+    assert all(each.published_scores for each in facts.values())
+    assert any("gteopt takes the family's" in note for note in facts[IDS[0]].notes)
+
+
+def test_replayed_blocks_give_the_models_own_output_however_often(published: Published3) -> None:
+    """Published configs say `use_cache: true`: keys of an earlier run must not be seen."""
+    from gteopt.build.replay import advance_, behind_blocks, open_blocks, stages
+
+    _, folder, _ = published
+    assert "use_cache" not in json.loads((folder / "config.json").read_text())  # so it is true
+    encoder = gteopt.load(folder, dtype="float32")
+    tokens = sorted(encoder.tokenize(TEXTS, role="query"), key=len)
+    blocks, inputs = open_blocks(encoder, tokens)
+    for block in blocks:
+        for _ in range(2):
+            stages(block, inputs)
+        advance_(block, inputs)
+    found = behind_blocks(encoder, blocks, [batch.hidden for batch in inputs], inputs)
+    np.testing.assert_allclose(found.numpy(), encoder.embed_tokens(tokens), atol=1e-5)

@@ -1,0 +1,724 @@
+"""What is published comes back: over real HTTP, whole, resumable, the token kept nowhere."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import (
+    eval_results_to_model_index,
+    model_index_to_eval_results,
+)
+
+import gteopt
+from gteopt.config.plan import BenchSpec
+from gteopt.config.policy import DEFAULT_MARGIN
+from gteopt.config.recipe import load_recipe
+from gteopt.errors import GteoptError, InputError, UnsupportedError
+from gteopt.model.artifact import artifact_sha256, read_manifest, verify
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.publishing.licenses import read_terms
+from gteopt.publishing.publish import prepare
+from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
+from gteopt.records.environment import Machine
+from gteopt.records.evaluation import Difference, EvalReport, FailedTask, Fidelity, TaskScore
+from gteopt.records.files import read_record, write_record
+from tests.support.hub_server import Hub, running
+from tests.support.hub_user import REPO, TOKEN, User, contents
+
+TEXTS = ["Bridges carry loads to the ground.", "一座桥", "Pont"]
+MACHINE = Machine(cpu="a CPU", n_cores=2, memory_bytes=8 * 10**9, gpu=None, os="o", python="3")
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that nothing but gteopt opens: its weights lie in several files, in a folder."""
+    out = tmp_path_factory.mktemp("publish") / "small"
+    gteopt.quantize("nano", load_recipe("rtn-int4").model_copy(update={"format": "gteopt"}), out)
+    return out
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    yield from running(TOKEN, owner="me")
+
+
+@pytest.fixture
+def user(hub: Hub, tmp_path: Path) -> User:
+    return User(hub, tmp_path / "home")
+
+
+def on_hub(hub: Hub) -> dict[str, bytes]:
+    return {path: data for path, data in hub.repos[REPO].files.items() if path != ".gitattributes"}
+
+
+def large_files(artifact: Path) -> dict[str, str]:
+    """By path, the SHA-256 of each file that travels as a large one."""
+    files = read_manifest(artifact).files
+    return {f.path: f.sha256 for f in files if f.path.endswith(("safetensors", "tokenizer.json"))}
+
+
+def test_a_published_artifact_comes_back_the_same_and_the_token_is_kept_nowhere(
+    user: User, artifact: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "back"
+    done = user.publish(artifact, "--private")
+    assert user.hub.repos[REPO].private
+    assert done["commit"] == user.hub.repos[REPO].commits[-1][0]
+    assert all(each["sent"] for each in done["files"])
+    assert user.run("pull", REPO, "--out", out).returncode == 0
+    assert contents(out) == on_hub(user.hub)
+    assert artifact_sha256(out) == done["artifact_sha256"]
+    assert verify(out).published_from == artifact_sha256(artifact)
+    ours, theirs = contents(artifact), contents(out)
+    assert {path for path in ours if ours[path] != theirs[path]} == {"README.md", "gteopt.json"}
+    np.testing.assert_array_equal(
+        gteopt.load(out).encode(TEXTS), gteopt.load(artifact).encode(TEXTS)
+    )
+    again = user.run("pull", REPO, "--out", out)
+    assert (again.returncode, contents(out) == theirs) == (0, True)
+    kept = [contents(tmp_path), contents(artifact.parent), on_hub(user.hub)]
+    assert [path for files in kept for path, data in files.items() if TOKEN.encode() in data] == []
+
+
+def test_what_the_card_says_of_loading_is_true(user: User, tmp_path: Path) -> None:
+    """Of an unquantized artifact, which needs no other library: from the hub, and pulled.
+
+    Tokenizers of chat models, as most bases' are, write a template that is no JSON.
+    """
+    plain, out = tmp_path / "plain", tmp_path / "pulled"
+    base = tmp_path / "base"
+    shutil.copytree(open_checkpoint("nano").folder, base)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    gteopt.quantize(base, "bf16", plain, dtype="float32")
+    assert "chat_template.jinja" in {each.path for each in read_manifest(plain).files}
+    user.publish(plain, "--license", "cc-by-nc-sa-4.0")
+    card = on_hub(user.hub)["README.md"].decode()
+    for line in (f'gteopt.load("{REPO}")', f'SentenceTransformer("{REPO}")'):
+        assert line in card
+    assert user.run("pull", REPO, "--out", out).returncode == 0
+    script = (
+        "import numpy as np, gteopt\n"
+        "from sentence_transformers import SentenceTransformer\n"
+        f"texts = {TEXTS!r}\n"
+        f'found = [gteopt.load("{REPO}", dtype="float32").encode(texts)]\n'
+        f'found += [SentenceTransformer(p).encode(texts) for p in ("{REPO}", {str(out)!r})]\n'
+        f"np.save({str(tmp_path / 'found.npy')!r}, np.stack(found))\n"
+    )
+    env = os.environ | {
+        "HF_ENDPOINT": user.hub.endpoint,
+        "HF_HOME": str(user.home / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
+    subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True)
+    wanted = gteopt.load(plain, dtype="float32").encode(TEXTS)
+    for found in np.load(tmp_path / "found.npy"):
+        np.testing.assert_allclose(found, wanted, atol=2e-6)
+
+
+def test_a_second_publication_sends_nothing_and_a_new_card_only_itself(
+    user: User, artifact: Path, tmp_path: Path
+) -> None:
+    user.publish(artifact)
+    n_commits = len(user.hub.repos[REPO].commits)
+    user.hub.forget_traffic()
+    again = user.publish(artifact)
+    assert not any(each["sent"] for each in again["files"])
+    assert {line.split()[0] for line in user.hub.requests} == {"GET", "HEAD"}
+    assert len(user.hub.repos[REPO].commits) == n_commits
+    write_results(tmp_path / "results", artifact_sha256(artifact))
+    user.hub.forget_traffic()
+    third = user.publish(artifact, "--results", tmp_path / "results")
+    assert [f["path"] for f in third["files"] if f["sent"]] == ["README.md", "gteopt.json"]
+    assert user.hub.received == {}
+    user.run("pull", REPO, "--out", tmp_path / "back")
+    # What was pulled may be published again, with results of the artifact that was measured.
+    datasets = {"STSBenchmark": "mteb/stsbenchmark-sts"}
+    prepared = prepare(tmp_path / "back", REPO, results=tmp_path / "results", datasets=datasets)
+    assert prepared.files["gteopt.json"].sha256 == third["artifact_sha256"]
+
+
+def test_a_connection_cut_in_a_file_costs_that_file_only(user: User, artifact: Path) -> None:
+    large = large_files(artifact)
+    cut = large["weights/rest.safetensors"]
+    user.hub.cut_upload[cut] = 1_000_000
+    user.publish(artifact)
+    sizes = {each.sha256: each.n_bytes for each in read_manifest(artifact).files}
+    for sha256 in large.values():
+        extra = 1_000_000 if sha256 == cut else 0
+        assert user.hub.received[sha256] == pytest.approx(sizes[sha256] + extra, abs=1 << 16)
+    assert set(on_hub(user.hub)) == set(contents(artifact))
+
+
+def test_a_killed_publication_goes_on_and_is_never_half_seen(user: User, artifact: Path) -> None:
+    large = large_files(artifact)
+    last = large["tokenizer.json"]
+    user.hub.hold_upload.add(last)
+    child = user.start("publish", artifact, "--repo", REPO)
+    assert user.hub.held.wait(120)
+    while set(user.hub.storage) != set(large.values()) - {last}:
+        assert child.poll() is None
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert on_hub(user.hub) == {}
+    user.hub.hold_upload.clear()
+    user.hub.release.set()
+    user.hub.forget_traffic()
+    user.publish(artifact)
+    assert set(user.hub.received) == {last}
+    assert set(on_hub(user.hub)) == set(contents(artifact))
+
+
+def test_a_killed_xet_upload_goes_on_too(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+    """By the protocol that huggingface_hub prefers: killed after the first, largest file."""
+    user = User(hub, tmp_path / "home", xet=True)
+    hub.n_shards = 1
+    child = user.start("publish", artifact, "--repo", REPO)
+    assert hub.held.wait(120)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    large = {path: hub.storage.get(sha256) for path, sha256 in large_files(artifact).items()}
+    assert [path for path, data in large.items() if data] == ["weights/rest.safetensors"]
+    assert on_hub(hub) == {}
+    hub.release.set()
+    hub.n_shards = 1 << 30
+    hub.forget_traffic()
+    user.publish(artifact)
+    # Chunks that had arrived without being settled travel again or not, by the order in which the
+    # client packs them; what was settled never does.
+    assert hub.xet_bytes < sum(len(on_hub(hub)[path]) for path in large if not large[path])
+    assert hub.received == {}
+    assert set(on_hub(hub)) == set(contents(artifact))
+    for path, sha256 in large_files(artifact).items():
+        assert hashlib.sha256(on_hub(hub)[path]).hexdigest() == sha256
+    hub.forget_traffic()
+    user.publish(artifact)
+    assert hub.xet_bytes == 0
+
+
+def test_a_killed_pull_goes_on_and_leaves_nothing_that_looks_whole(
+    user: User, artifact: Path, tmp_path: Path
+) -> None:
+    user.publish(artifact)
+    path, out, partial = (
+        "weights/rest.safetensors",
+        tmp_path / "back",
+        tmp_path / ".back.pull.partial",
+    )
+    size = len(user.hub.repos[REPO].files[path])
+    # All but the last 100 bytes: the client writes to disk by pieces of 10 MB.
+    user.hub.hold_download[path] = size - 100
+    child = user.start("pull", REPO, "--out", out)
+    assert user.hub.held.wait(120)
+
+    def noted(name: str) -> bool:
+        """The client has a file's commit, hash and time, without which it fetches it anew."""
+        notes = partial / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+        return notes.is_file() and len(notes.read_text().splitlines()) == 3
+
+    while {p for p in on_hub(user.hub) if not noted(p)} != {path}:
+        assert child.poll() is None
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert not out.exists()
+    user.hub.release.set()
+    user.hub.forget_traffic()
+    user.hub.cut_download[path] = size - 100
+    assert user.run("pull", REPO, "--out", out).returncode == 0
+    # A killed client fetches the file at hand anew; where the connection was cut, it goes on.
+    assert set(user.hub.served) - {"gteopt.json"} == {path}
+    assert size <= user.hub.served[path] < size + 1000
+    assert contents(out) == on_hub(user.hub)
+    assert not partial.exists()
+
+
+def test_a_repository_that_was_tampered_with_is_refused_and_named(
+    user: User, artifact: Path, tmp_path: Path
+) -> None:
+    user.publish(artifact)
+    files = user.hub.repos[REPO].files
+    path, out = "weights/block-001.safetensors", tmp_path / "back"
+    right = files[path]
+    files[path] = right[:-1] + bytes([right[-1] ^ 1])
+    ran = user.run("pull", REPO, "--out", out)
+    assert ran.returncode == 1
+    assert f"{path} has changed" in ran.stderr
+    assert "config.json" not in ran.stderr
+    assert not out.exists()
+    files[path] = right
+    user.hub.forget_traffic()
+    assert user.run("pull", REPO, "--out", out).returncode == 0
+    assert [p for p in user.hub.served if p.endswith("safetensors")] == [path]
+
+
+def test_a_dry_run_writes_what_is_then_sent_and_needs_no_network(
+    user: User, artifact: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for _ in range(2):  # the second replaces the first
+        ran = user.run(
+            "publish", artifact, "--repo", REPO, "--dry-run", token=None, endpoint=nowhere
+        )
+        assert ran.returncode == 0, ran.stderr
+    assert "non-commercial use only" in ran.stderr
+    out = artifact.with_name(f"{artifact.name}-published")
+    verify(out)
+    for path, data in contents(out).items():
+        assert f"{path} " in ran.stdout
+        assert f" {len(data):,} bytes" in ran.stdout
+    user.publish(artifact)
+    assert contents(out) == on_hub(user.hub)
+    # The published folder is an artifact itself: it may be published, but not written over itself.
+    ran = user.run("publish", out, "--repo", REPO, "--dry-run", "--out", out)
+    assert "holds another artifact" in ran.stderr
+    assert contents(out) == on_hub(user.hub)
+
+
+def test_what_the_owner_put_beside_an_artifact_stays_and_does_not_spoil_it(
+    user: User, artifact: Path, tmp_path: Path
+) -> None:
+    """A new version replaces what the old one listed, in another layout all of its weights."""
+    user.publish(artifact)
+    own = {"LICENSE": b"mine", "img/curve.png": b"\x89PNG", "try it.ipynb": b"{}"}
+    user.hub.repos[REPO].files.update(own)
+    newer = tmp_path / "newer"
+    gteopt.quantize("nano", "rtn-int4", newer)
+    ran = user.run("publish", newer, "--repo", REPO)
+    assert ran.returncode == 0, ran.stderr
+    for path in own:
+        assert re.search(rf"^{path} +kept, not of the artifact *$", ran.stdout, re.MULTILINE)
+    assert on_hub(user.hub) == own | {
+        path: data for path, data in on_hub(user.hub).items() if path in contents(newer)
+    }
+    assert set(on_hub(user.hub)) == {*own, *contents(newer)}
+    assert "weights/rest.safetensors" in contents(artifact)
+    again = user.publish(newer)
+    assert (again["deleted"], again["kept"]) == ([], sorted(own))
+    # As Sentence Transformers brings it: every file, into the folder that gteopt opens, too.
+    folder = tmp_path / "all"
+    for path, data in on_hub(user.hub).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    np.testing.assert_array_equal(
+        gteopt.load(folder).encode(TEXTS), gteopt.load(newer).encode(TEXTS)
+    )
+    user.hub.repos[REPO].files["requirements.txt"] = b"x"
+    ran = user.run("publish", newer, "--repo", REPO)
+    assert f"gteopt.load refuses {REPO} while it holds requirements.txt" in ran.stderr
+    assert user.run("pull", REPO, "--out", tmp_path / "back").returncode == 0
+
+
+WRONG = TOKEN.replace("0001", "0002")
+
+
+@pytest.mark.parametrize(
+    ("options", "repo", "token", "message"),
+    [
+        ([], REPO, None, "no access token for the hub; run `hf auth login`"),
+        ([], REPO, WRONG, "the hub does not accept the access token"),
+        ([], "them/nano", TOKEN, "the access token may not write to them/nano"),
+        (["--debug"], "them/nano", TOKEN, "the access token may not write to them/nano"),
+    ],
+)
+def test_who_may_not_write_is_told_so_without_the_token(
+    user: User, artifact: Path, options: list[str], repo: str, token: str | None, message: str
+) -> None:
+    user.hub.echo_token = True
+    ran = user.run(*options, "publish", artifact, "--repo", repo, token=token)
+    assert ran.returncode == 1
+    assert message in ran.stderr
+    assert "hf_secret" not in ran.stdout + ran.stderr
+    assert ("Traceback" in ran.stderr) == bool(options)
+    assert user.hub.repos == {}
+
+
+def test_other_peoples_content_is_never_replaced(
+    user: User, artifact: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    gteopt.quantize("nano", "bf16", other)
+    user.publish(other)
+    before = on_hub(user.hub)
+    ran = user.run("publish", artifact, "--repo", REPO)
+    assert "holds another artifact, bf16 of nano; this is rtn-int4 of nano" in ran.stderr
+    ran = user.run("publish", other, "--repo", REPO, "--private")
+    assert f"{REPO} exists and is public" in ran.stderr
+    assert on_hub(user.hub) == before
+    del user.hub.repos[REPO].files["gteopt.json"]
+    ran = user.run("publish", other, "--repo", REPO)
+    assert f"{REPO} holds other files and no artifact (1_Pooling/config.json" in ran.stderr
+    ran = user.run("pull", REPO, "--out", tmp_path / "back")
+    assert f"{REPO} is not an artifact: it has no gteopt.json" in ran.stderr
+
+
+def test_a_bad_name_and_a_dead_network_are_named(
+    user: User, artifact: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "back"
+    ran = user.run("pull", "me/nothing", "--out", out)
+    assert "there is no repository me/nothing that you may see" in ran.stderr
+    ran = user.run("publish", artifact, "--repo", REPO, endpoint="http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 cannot be reached" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    user.publish(artifact)
+    ran = user.run("pull", REPO, "--revision", "v2", "--out", out)
+    assert f"{REPO} has no such revision" in ran.stderr
+    user.hub.forget_traffic()
+    out.write_text("mine")  # which no network could make a place for an artifact
+    ran = user.run("pull", REPO, "--out", out)
+    assert (ran.returncode, user.hub.requests) == (1, [])
+    assert f"--out {out} is a file; give a folder that does not exist yet" in ran.stderr
+    for name in ("nano", "me/nano/4", "me/na no", "me/nano--4"):
+        with pytest.raises(InputError, match=r"ORG/NAME|cannot be a repository's name"):
+            prepare(artifact, name)
+
+
+# The card ---------------------------------------------------------------------------------------
+
+
+def write_results(
+    folder: Path,
+    sha256: str,
+    baseline: str = "b" * 64,
+    lengths: Literal["equal", "lognormal"] = "equal",
+) -> None:
+    """Records as `bench` and `evaluate` write them, of an artifact and a baseline by hash."""
+    shared: Any = {"task_type": "STS", "split": "test", "metric": "cosine_spearman", "n_samples": 9}
+    tasks = (
+        TaskScore(
+            task="STSBenchmark",
+            subset="default",
+            score=0.6612,
+            baseline_score=0.6629,
+            instruction=None,
+            dataset_revision="b0fddb56ed78048fa8b90373c8a3cfc37b684831",
+            difference=Difference(
+                value=-0.0017, low=-0.0041, high=0.0008, verdict="equivalent", p=0.2
+            ),
+            **shared,
+        ),
+        TaskScore(
+            task="own",
+            subset="default",
+            score=0.5,
+            baseline_score=0.5,
+            instruction=None,
+            dataset_revision="sha256:0",
+            no_interval="too few",
+            **shared,
+        ),
+    )
+    report = EvalReport(
+        variant="small",
+        artifact_sha256=sha256,
+        baseline="nano",
+        baseline_sha256=baseline,
+        suite="stsb",
+        suite_sha256="c" * 64,
+        tasks=tasks,
+        failed=(FailedTask(task="Other", reason="no data"),),
+        partial=True,
+        score=0.5806,
+        baseline_score=0.58145,
+        retention=0.9985,
+        retention_low=0.9951,
+        retention_high=1.0012,
+        fidelity=Fidelity(
+            n_texts=100, mean_cosine=0.98991, p1_cosine=0.97, neighbour_overlap=0.82, spearman=0.99
+        ),
+        asked=("--suite", "stsb"),
+        machine=MACHINE,
+        versions={"mteb": "2.26.24"},
+    )
+    write_record(folder / "eval" / "small.json", report)
+    speeds = {}
+    for name, each, ratio in (("nano", baseline, 1.0), ("small", sha256, 0.75)):
+        speeds[name] = VariantBench(
+            artifact_sha256=each,
+            weight_bytes=10_000_000,
+            load_s=0.1,
+            imports_process_bytes=100,
+            peak_process_bytes=400_000_000,
+            peak_device_bytes=None,
+            latency=LatencyRecord(tokens=16, n_queries=50, p50_ms=2, p95_ms=4 / ratio, p99_ms=9),
+            throughput=(
+                ThroughputRecord(
+                    batch_size=8,
+                    tokens=64,
+                    lengths=lengths,
+                    texts_per_s=10,
+                    tokens_per_s=8000 * ratio,
+                    baseline_ratio=ratio,
+                ),
+            ),
+            kernels={"lookup": 28},
+            dims=256,
+            code="float32",
+            bytes_per_vector=1024,
+            index_bytes_per_million=1_024_000_000,
+        )
+    bench = BenchReport(
+        spec=BenchSpec(),
+        baseline="nano",
+        variants=speeds,
+        device="cpu",
+        n_threads=2,
+        machine=MACHINE,
+        versions={"torch": "2.13.0"},
+    )
+    write_record(folder / "bench.json", bench)
+
+
+def readme(artifact: Path, **options: Any) -> str:
+    source = prepare(artifact, REPO, **options).files["README.md"].source
+    assert isinstance(source, bytes)
+    return source.decode()
+
+
+def test_results_are_in_the_cards_tables_and_in_the_hubs_metadata(
+    artifact: Path, tmp_path: Path
+) -> None:
+    write_results(tmp_path, artifact_sha256(artifact))
+    text = readme(artifact, results=tmp_path, datasets={"STSBenchmark": "mteb/stsbenchmark-sts"})
+    for row in (
+        "| STSBenchmark | test | default | `cosine_spearman` | 66.12 | 66.29 | "
+        "-0.17 (-0.41 to +0.08), equivalent |",
+        "| own | test | default | `cosine_spearman` | 50.00 | 50.00 | "
+        "+0.00, no interval: too few |",
+        "| score kept | 99.9% (99.5% to 100.1%) |",
+        "| 8x64 tokens | 6,000 tokens/s | 8,000 tokens/s | 0.75 x |",
+        "| one query of 16 tokens, p95 | 5.33 ms | 4.00 ms | 0.75 x |",
+        "- Other: no data",
+    ):
+        assert row in text
+    assert "`nano` (`bbbbbbbbbbbbbbbb`), not the original itself, on a CPU, 2 threads, 8 GB" in text
+    write_results(tmp_path, artifact_sha256(artifact), read_manifest(artifact).base.sha256)
+    assert readme(artifact, results=tmp_path).count("the original, unquantized") == 2
+    data: Any = ModelCard(text).data
+    entry, base, difference = data.eval_results
+    assert data.model_name == "nano-small"
+    assert (entry.dataset_type, entry.dataset_name) == (
+        "mteb/stsbenchmark-sts",
+        "MTEB STSBenchmark",
+    )
+    assert (entry.metric_type, entry.metric_value) == ("cosine_spearman", 66.12)
+    assert entry.dataset_revision == "b0fddb56ed78048fa8b90373c8a3cfc37b684831"
+    assert data.license == "cc-by-nc-sa-4.0"
+    for each in (base, difference):
+        assert each.unique_identifier == entry.unique_identifier
+    assert (base.metric_type, base.metric_value) == ("cosine_spearman_baseline", 66.29)
+    assert base.metric_name == "cosine_spearman of the baseline nano"
+    assert (difference.metric_type, difference.metric_value) == (
+        "cosine_spearman_difference",
+        -0.17,
+    )
+    assert difference.metric_args == {
+        "confidence": 0.95,
+        "low": -0.41,
+        "high": 0.08,
+        "margin": 100 * DEFAULT_MARGIN,
+        "verdict": "equivalent",
+    }
+
+
+def test_the_model_index_has_the_hubs_form_and_comes_back_as_it_went(
+    artifact: Path, tmp_path: Path
+) -> None:
+    """Its fields are those of the specification, github.com/huggingface/hub-docs modelcard.md."""
+    write_results(tmp_path, artifact_sha256(artifact))
+    datasets = {"STSBenchmark": "mteb/stsbenchmark-sts"}
+    text = readme(artifact, results=tmp_path, datasets=datasets)
+    written = yaml.safe_load(text.split("---")[1])["model-index"]
+    name, results = model_index_to_eval_results(written)
+    assert eval_results_to_model_index(name, results) == written
+    (model,) = written
+    (result,) = model["results"]
+    assert (set(model), set(result)) == ({"name", "results"}, {"task", "dataset", "metrics"})
+    assert set(result["dataset"]) <= {"type", "name", "config", "split", "revision", "args"}
+    for metric in result["metrics"]:
+        assert {"type", "value"} <= set(metric) <= {"type", "value", "name", "config", "args"}
+    # Leaderboards look a score up by its type, which must be there once.
+    types = [each["type"] for each in result["metrics"]]
+    assert types.count("cosine_spearman") == 1
+    assert len(set(types)) == len(types) == 3
+
+
+def test_lengths_that_differ_are_published_as_such(artifact: Path, tmp_path: Path) -> None:
+    write_results(tmp_path, artifact_sha256(artifact), lengths="lognormal")
+    text = readme(artifact, results=tmp_path)
+    assert "| 8x~64 tokens | 6,000 tokens/s |" in text
+    assert "texts of log-normal lengths of that median" in text
+
+
+def commands_of(card: str) -> list[list[str]]:
+    """Every command line of ours, in blocks and in sentences."""
+    blocks = re.findall(r"```sh\n(.*?)```", card, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"`(gteopt [^`]+)`", card)
+    return [shlex.split(line) for line in lines if line.startswith("gteopt ")]
+
+
+@pytest.mark.parametrize("asked", ["data", "suite"])
+def test_every_command_of_a_published_card_runs_as_it_stands(
+    user: User, artifact: Path, tmp_path: Path, asked: str
+) -> None:
+    pytest.importorskip("openvino")
+    there = tmp_path / "a private folder"
+    there.mkdir()
+    rows = [f"A bridge of {n} arches.,{n} arches carry it.,{n % 5}" for n in range(12)]
+    (there / "pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *rows]))
+    (there / "mine.yaml").write_text(
+        "schema: gteopt.suite/1\nname: mine\ntasks:\n- task: MiniSTS\n"
+    )
+    wanted = {
+        "data": ["--data", there / "pairs.csv", "--instruction", "Find what it's like."],
+        "suite": ["--suite", there / "mine.yaml", "--baseline", "nano"],
+    }[asked]
+    results = there / "results"
+    ran = user.run("evaluate", artifact, *wanted, "--device", "cpu", "--out", results)
+    assert ran.returncode == 0, ran.stderr
+    user.publish(artifact, "--results", results)
+    card = on_hub(user.hub)["README.md"].decode()
+    assert "private folder" not in card
+    if asked == "data":
+        (digest,) = {each.dataset_revision for each in read_eval(results / "eval").tasks}
+        assert f"`pairs.csv` is the publisher's own data (SHA-256 `{digest[7:23]}`)" in card
+    else:
+        assert "`mine.yaml` is a file, of the suite named above" in card
+    commands = commands_of(card)
+    assert [each[1] for each in commands] == ["pull", "evaluate", "quantize", "export"]
+    for words in commands if asked == "data" else commands[:2]:
+        if words[1] == "quantize":  # which makes what was pulled, under the same name
+            words[-1] = "MADE"
+        if words[1] == "evaluate":
+            words += ["--out", "again"]
+        ran = user.run(*words[1:], cwd=there)
+        assert ran.returncode == 0, ran.stderr
+    if asked == "data":
+        assert (there / "NEW" / "openvino" / "openvino_model.xml").is_file()
+        assert artifact_sha256(there / "MADE") == artifact_sha256(artifact)
+    again, first = read_eval(there / "again" / "eval"), read_eval(results / "eval")
+    assert (again.score, again.asked) == (first.score, first.asked)
+
+
+def read_eval(folder: Path) -> EvalReport:
+    (path,) = (each for each in folder.glob("*.json") if each.stem != "nano")
+    return read_record(path, EvalReport)
+
+
+def test_a_card_without_results_says_that_nothing_was_measured(artifact: Path) -> None:
+    text = readme(artifact)
+    assert "Nothing was measured" in text
+    assert "model-index" not in text
+    assert "## Quality" not in text
+
+
+@pytest.mark.parametrize("kept", ["eval", "bench.json"])
+def test_results_of_another_artifact_are_refused_whole_or_in_part(
+    artifact: Path, tmp_path: Path, kept: str
+) -> None:
+    write_results(tmp_path, "f" * 64)
+    with pytest.raises(InputError, match=r"it knows small \(ffffffffffff\)"):
+        prepare(artifact, REPO, results=tmp_path)
+    own = tmp_path / "own"
+    write_results(own, artifact_sha256(artifact))
+    (own / kept).rename(tmp_path / "kept")
+    (tmp_path / kept).rename(own / kept)
+    with pytest.raises(InputError, match="other artifacts"):
+        prepare(artifact, REPO, results=own)
+
+
+@pytest.mark.parametrize(
+    ("stated", "given", "outcome"),
+    [
+        ("apache-2.0", None, None),
+        ("MIT", None, None),
+        ("cc-by-4.0", None, None),
+        ("cc-by-nc-4.0", None, "non-commercial use only"),
+        ("cc-by-nc-sa-4.0", None, "non-commercial use only; changed versions only under the same"),
+        ("cc-by-sa-3.0", None, "changed versions only under the same license"),
+        ("agpl-3.0", None, "with their source"),
+        ("gemma", None, "must be passed on"),
+        (None, "mit", None),
+        ("other", "other", "read them"),
+        ("cc-by-nd-4.0", None, UnsupportedError),
+        ("cc-by-nc-nd-4.0", "cc-by-nc-nd-4.0", UnsupportedError),
+        (None, "cc-by-nd-4.0", UnsupportedError),
+        (None, None, InputError),
+        ("other", None, InputError),
+        ("tongyi-qianwen", None, InputError),
+        ("cc-by-nc-4.0", "apache-2.0", InputError),
+    ],
+)
+def test_a_license_is_obeyed(
+    stated: str | None, given: str | None, outcome: str | type[GteoptError] | None
+) -> None:
+    if isinstance(outcome, type):
+        with pytest.raises(outcome):
+            read_terms("base", stated, given)
+        return
+    terms = read_terms("base", stated, given)
+    assert terms.license == str(stated or given).lower()
+    if outcome is None:
+        assert terms.binds is None
+    else:
+        assert outcome in str(terms.binds)
+
+
+def test_the_license_that_a_user_gives_is_on_the_card_as_the_users_word(
+    artifact: Path, tmp_path: Path
+) -> None:
+    silent = tmp_path / "silent"
+    base = tmp_path / "base"
+    base.mkdir()
+    source = open_checkpoint("nano").folder
+    for path, content in contents(source).items():
+        if path not in ("README.md", "LICENSE"):
+            (base / path).parent.mkdir(exist_ok=True)
+            (base / path).write_bytes(content)
+    gteopt.quantize(str(base), "rtn-int4", silent)
+    with pytest.raises(InputError, match="base states no license"):
+        prepare(silent, REPO)
+    text = readme(silent, license="apache-2.0")
+    data: Any = ModelCard(text).data
+    assert data.license == "apache-2.0"
+    assert "`apache-2.0`, as its publisher states, not the base" in text
+    # The hub takes the names that it knows, and others beside `other` only.
+    data = ModelCard(readme(silent, license="Their-License 2")).data
+    assert (data.license, data.license_name) == ("other", "their-license-2")
+
+
+def test_a_folder_from_the_hubs_own_client_verifies_but_nothing_else_is_let_in(
+    artifact: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    for path, data in contents(artifact).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    (folder / ".gitattributes").write_text("x")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "note").write_text("x")
+    verify(folder)
+    (folder / ".cache" / "other").write_text("x")
+    with pytest.raises(GteoptError, match=r"\.cache/other is not in the manifest"):
+        verify(folder)
