@@ -1,35 +1,64 @@
 """gteopt turns a text-embedding model into the cheapest variant that still ranks like it.
 
-The door for Python: `load`, `quantize`, `truncate`. Everything heavy is imported on first use.
+The public names: `gteopt.quantize` makes a variant, `gteopt.load` opens one. Each is imported on
+first use, so that `import gteopt` takes no time.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gteopt.errors import (
+    GteoptError,
+    InputError,
+    IntegrityError,
+    NumericsError,
+    UnsupportedError,
+)
 from gteopt.version import __version__
 
 if TYPE_CHECKING:
     from gteopt.build.quantize import quantize
     from gteopt.build.truncate import truncate
+    from gteopt.commands.inspect import inspect
+    from gteopt.config.recipe import Recipe
     from gteopt.encoder.encoder import Encoder
     from gteopt.encoder.loading import load
+    from gteopt.model.artifact import verify
 
-__all__ = ["Encoder", "__version__", "load", "quantize", "truncate"]
+__all__ = [
+    "Encoder",
+    "GteoptError",
+    "InputError",
+    "IntegrityError",
+    "NumericsError",
+    "Recipe",
+    "UnsupportedError",
+    "__version__",
+    "inspect",
+    "load",
+    "quantize",
+    "truncate",
+    "verify",
+]
 
-_HOME = {
-    "load": "gteopt.encoder.loading",
+_MODULES = {
     "Encoder": "gteopt.encoder.encoder",
+    "Recipe": "gteopt.config.recipe",
+    "inspect": "gteopt.commands.inspect",
+    "load": "gteopt.encoder.loading",
     "quantize": "gteopt.build.quantize",
     "truncate": "gteopt.build.truncate",
+    "verify": "gteopt.model.artifact",
 }
+"""The module of each name that is imported on first use."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
+    if name in _MODULES:
         from importlib import import_module
 
-        return getattr(import_module(_HOME[name]), name)
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'gteopt' has no attribute '{name}'")
 
 

@@ -55,6 +55,11 @@ def suggest(name: str, known: Iterable[str]) -> str:
         known: the names that exist.
     """
     options = sorted(known)
+    whole = [option for option in options if name.lower() in option.split("-")]
+    if whole and name.lower() not in options:
+        fewest_parts = min(option.count("-") for option in whole)
+        near = [option for option in whole if option.count("-") == fewest_parts][:2]
+        return f"did you mean {' or '.join(near)}?"
     near = difflib.get_close_matches(name.lower(), options, n=2, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(near)}?"

@@ -122,6 +122,11 @@ def quantize(
         InputError: base, recipe, calibration texts or `out` cannot be used; before any work.
         IntegrityError: the base's files are damaged.
         NumericsError: weights or activations hold NaN, or a factorisation failed.
+
+    Example:
+        >>> manifest = gteopt.quantize("nano", "gptq-int4", "artifacts/nano-int4")
+        >>> manifest.weight_bytes < manifest.base.weight_bytes
+        True
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     out = Path(out)

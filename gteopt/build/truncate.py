@@ -52,6 +52,9 @@ def truncate(
     Raises:
         InputError: not an artifact, vectors that cannot be, more dimensions than the model has, or
             `out` is in use.
+
+    Example:
+        >>> gteopt.truncate("artifacts/nano-int4", "artifacts/nano-64", dims=64, vectors="int8")
     """
     source = Path(artifact)
     old = read_manifest(source)

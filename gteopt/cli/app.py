@@ -11,21 +11,21 @@ import typer
 
 from gteopt.cli import build, measure, share
 from gteopt.cli.errors import (
-    _NO_ROOM,
-    _command,
-    _fail,
-    _Group,
-    _Interrupted,
-    _left_behind,
-    _show_warning,
+    DISK_FULL,
+    Group,
+    Interrupted,
+    fail,
+    show_warning,
+    typed_command,
+    what_is_kept,
 )
 from gteopt.cli.options import AsJson
-from gteopt.cli.output import _show_list
+from gteopt.cli.output import show_list
 from gteopt.errors import GteoptError, is_out_of_memory
 
 app = typer.Typer(
     name="gteopt",
-    cls=_Group,
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -75,7 +75,7 @@ def recipes(as_json: AsJson = False) -> None:
 
     found = [load_recipe(name) for name in shipped_names("recipes")]
     rows = [{"name": each.name, "summary": each.summary} for each in found]
-    _show_list("recipes", rows, as_json=as_json)
+    show_list("recipes", rows, as_json=as_json)
 
 
 @app.command()
@@ -97,7 +97,7 @@ def suites(as_json: AsJson = False) -> None:
         }
         for each in found
     ]
-    _show_list("suites", rows, as_json=as_json)
+    show_list("suites", rows, as_json=as_json)
 
 
 def main() -> None:
@@ -108,13 +108,13 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
     warnings.filterwarnings("ignore", module=r"(?!gteopt)")
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     try:
         app()
     except GteoptError as error:
         if "--debug" in sys.argv:
             raise
-        _fail(str(error), 130 if isinstance(error, _Interrupted) else 1)
+        fail(str(error), 130 if isinstance(error, Interrupted) else 1)
     except ValueError as error:
         from pydantic import ValidationError
 
@@ -122,20 +122,20 @@ def main() -> None:
             raise
         from gteopt.config.yaml_files import invalid
 
-        _fail(str(invalid(f"what was asked for ({error.title})", error)))
+        fail(str(invalid(f"what was asked for ({error.title})", error)))
     except OSError as error:
         if "--debug" in sys.argv:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        full = error.errno in _NO_ROOM or error.errno is None  # safetensors' have no number
-        kept = _left_behind(_command())
+        full = error.errno in DISK_FULL or error.errno is None  # safetensors' have no number
+        kept = what_is_kept(typed_command())
         advice = kept if full else "; give a place that exists and may be written to"
-        _fail(f"{error.strerror or error}{where}{advice}")
+        fail(f"{error.strerror or error}{where}{advice}")
     except (RuntimeError, MemoryError) as error:
         if "--debug" in sys.argv or not is_out_of_memory(error):
             raise
-        said, kept = str(error).partition("\n")[0], _left_behind(_command())
-        _fail(f"memory ran out ({said}); ask for less at once, or for another --device{kept}")
+        said, kept = str(error).partition("\n")[0], what_is_kept(typed_command())
+        fail(f"memory ran out ({said}); ask for less at once, or for another --device{kept}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from rich.filesize import decimal
 
 from gteopt.cli.options import (
     ActivationGb,
+    Artifact,
     AsJson,
     Base,
     Device,
@@ -21,8 +22,12 @@ from gteopt.cli.options import (
     HubDir,
     KeptDtype,
     Out,
+    RecipeChoice,
+    RecipeName,
+    known_device,
+    known_model,
 )
-from gteopt.cli.output import _out, _print_json, _progress, _show_manifest
+from gteopt.cli.output import print_json, show_manifest, show_progress, stdout
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,9 +37,7 @@ if TYPE_CHECKING:
 def quantize(
     base: Base,
     out: Out,
-    recipe: Annotated[
-        str, typer.Option(help="a shipped recipe (`gteopt recipes`), or a file")
-    ] = "mixed-nf4",
+    recipe: RecipeName = "mixed-nf4",
     effort: EffortOption = None,
     embed_int8: EmbedInt8 = False,
     format: FormatOption = None,
@@ -62,7 +65,7 @@ def quantize(
     from gteopt.machine import parse_devices
 
     wanted = _wanted(recipe, effort, embed_int8=embed_int8, format=format)
-    with _progress() as progress:
+    with show_progress() as progress:
         manifest = build(
             base,
             wanted,
@@ -76,7 +79,7 @@ def quantize(
             devices=parse_devices(devices) if devices is not None else (),
             progress=progress,
         )
-    _show_manifest(manifest, out, as_json=as_json)
+    show_manifest(manifest, out, as_json=as_json)
 
 
 def _wanted(
@@ -94,7 +97,7 @@ def _wanted(
 
 
 def truncate(
-    artifact: Annotated[Path, typer.Argument(help="artifact folder")],
+    artifact: Artifact,
     out: Out,
     dims: Annotated[
         int | None, typer.Option(min=1, help="dimensions to keep; all when left out")
@@ -116,7 +119,7 @@ def truncate(
     """
     from gteopt.build.truncate import truncate as shorten
 
-    with _progress() as progress:
+    with show_progress() as progress:
         manifest = shorten(
             artifact,
             out,
@@ -128,7 +131,7 @@ def truncate(
             device=device,
             progress=progress,
         )
-    _show_manifest(manifest, out, as_json=as_json)
+    show_manifest(manifest, out, as_json=as_json)
 
 
 def export(
@@ -145,13 +148,11 @@ def export(
 
     export_openvino(artifact, out, hub_dir=hub_dir, revision=revision)
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    _out.print(f"{out}: {decimal(n_bytes, precision=2)}", soft_wrap=True)
-    _out.print(f'SentenceTransformer("{out}", backend="openvino")', markup=False, soft_wrap=True)
+    stdout.print(f"{out}: {decimal(n_bytes, precision=2)}", soft_wrap=True)
+    stdout.print(f'SentenceTransformer("{out}", backend="openvino")', markup=False, soft_wrap=True)
 
 
-def verify(
-    artifact: Annotated[Path, typer.Argument(help="artifact folder")], as_json: AsJson = False
-) -> None:
+def verify(artifact: Artifact, as_json: AsJson = False) -> None:
     """Check every file of an artifact against its manifest.
 
     Example: `gteopt verify artifacts/nano-int4`
@@ -160,21 +161,18 @@ def verify(
 
     manifest = check(artifact)
     if as_json:
-        _print_json({"artifact": str(artifact), "files": len(manifest.files), "whole": True})
+        print_json({"artifact": str(artifact), "files": len(manifest.files), "whole": True})
     else:
         n_bytes = sum(file.n_bytes for file in manifest.files)
-        _out.print(
+        stdout.print(
             f"{artifact}: {len(manifest.files)} files, {decimal(n_bytes, precision=2)}, "
             "all as recorded"
         )
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(help="a base or an artifact")],
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="a shipped recipe, or a file; every shipped one when left out"),
-    ] = None,
+    source: Annotated[str, typer.Argument(help="a base or an artifact", callback=known_model)],
+    recipe: RecipeChoice = None,
     effort: EffortOption = None,
     embed_int8: EmbedInt8 = False,
     format: FormatOption = None,
@@ -184,7 +182,10 @@ def inspect(
     dtype: KeptDtype = "bfloat16",
     activation_gb: ActivationGb = 4,
     device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or cuda:N; this machine need not have it")
+        str,
+        typer.Option(
+            help="auto, cpu, cuda or cuda:N; this machine need not have it", callback=known_device
+        ),
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -214,22 +215,22 @@ def inspect(
         activation_bytes=int(activation_gb * 2**30),
     )
     if as_json:
-        _print_json(json.loads(found.model_dump_json(by_alias=True)))
+        print_json(json.loads(found.model_dump_json(by_alias=True)))
         return
-    _out.print(facts_table(found))
+    stdout.print(facts_table(found))
     if found.manifest is not None:
-        _out.print(layers_table(found.manifest))
+        stdout.print(layers_table(found.manifest))
         if (allocation := found.manifest.allocation) is not None:
-            _out.print(
+            stdout.print(
                 f"bits chosen by layer: {allocation.bits_per_weight:.3f} bits a weight of "
                 f"{allocation.budget:g}, predicted loss {allocation.predicted_loss:.2g} (each "
                 f"layer's found by {allocation.found_by})"
             )
         if (tuning := found.manifest.tuning) is not None:
-            _out.print(
+            stdout.print(
                 f"tuned by {tuning.by} for {tuning.n_steps} steps: error on the calibration texts "
                 f"{tuning.error_before:.5f} -> {tuning.error_after:.5f}, "
                 f"{tuning.codes_changed:.1%} of the codes changed"
             )
     elif found.estimates:
-        _out.print(estimates_table(found))
+        stdout.print(estimates_table(found))

@@ -8,18 +8,18 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-from gteopt.cli.output import _err
+from gteopt.cli.output import stderr
 from gteopt.errors import GteoptError
 
 
-class _Interrupted(GteoptError):
+class Interrupted(GteoptError):
     """Ctrl-C."""
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class _Group(TyperGroup):
+class Group(TyperGroup):
     """Says what Ctrl-C leaves behind, whichever command it stops."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -27,10 +27,10 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            raise _Interrupted(f"interrupted{_left_behind(ctx.invoked_subcommand)}") from interrupt
+            raise Interrupted(f"interrupted{what_is_kept(ctx.invoked_subcommand)}") from interrupt
 
 
-def _left_behind(command: str | None) -> str:
+def what_is_kept(command: str | None) -> str:
     """What a command that was stopped in the middle has kept, as the end of a sentence."""
     goes_on = "; what is finished is kept, and the same command goes on from there"
     if command in ("run", "quantize", "pull", "publish"):
@@ -46,15 +46,17 @@ def _left_behind(command: str | None) -> str:
     return ""
 
 
-def _command() -> str | None:
+def typed_command() -> str | None:
     return next((each for each in sys.argv[1:] if not each.startswith("-")), None)
 
 
-def _show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
+def show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
     """A warning as a sentence; where in the code it came from helps no user."""
-    _err.print(f"gteopt: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    stderr.print(
+        f"gteopt: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
+    )
 
 
-def _fail(message: str, code: int = 1) -> None:
-    _err.print(f"gteopt: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+def fail(message: str, code: int = 1) -> None:
+    stderr.print(f"gteopt: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)

@@ -19,10 +19,20 @@ from gteopt.cli.options import (
     Device,
     Devices,
     HubDir,
+    PlanName,
+    PolicyName,
     Ray,
-    _finite,
+    SuiteName,
+    finite,
 )
-from gteopt.cli.output import _out, _print_json, _progress, _show, _show_all, _show_results
+from gteopt.cli.output import (
+    print_json,
+    show_progress,
+    show_record,
+    show_records,
+    show_results,
+    stdout,
+)
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    plan: Annotated[str, typer.Argument(help="a plan's YAML file, or the name of a shipped plan")],
+    plan: PlanName,
     out: Annotated[Path | None, typer.Option(help="results folder instead of the plan's")] = None,
     price_per_hour: Annotated[
         float | None,
@@ -58,7 +68,7 @@ def run(
         priced = document.bench.model_copy(update={"price_per_hour": price_per_hour})
         document = document.model_copy(update={"bench": priced})
     beside = find_yaml("recipes/plans", plan).parent
-    with _workers(devices, ray, device) as workers, _progress() as progress:
+    with _workers(devices, ray, device) as workers, show_progress() as progress:
         results = run_plan(
             document,
             beside=beside,
@@ -67,9 +77,9 @@ def run(
             workers=workers,
             progress=progress,
         )
-    _show_results(results, as_json=as_json)
+    show_results(results, as_json=as_json)
     if not as_json:
-        _out.print(f"Report: {document.out / 'report.html'}", soft_wrap=True)
+        stdout.print(f"Report: {document.out / 'report.html'}", soft_wrap=True)
 
 
 def bench(
@@ -107,7 +117,7 @@ def bench(
     price_per_hour: Annotated[
         float | None,
         typer.Option(
-            min=0, callback=_finite, help="of this machine in dollars: gives cost per tokens"
+            min=0, callback=finite, help="of this machine in dollars: gives cost per tokens"
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="results folder: adds to its bench.json")] = None,
@@ -135,7 +145,7 @@ def bench(
     if dummy_weights and len(sources) != 1:
         raise InputError("--dummy-weights takes one model and no --baseline")
     skip = any(name in WORKLOADS for name in names)
-    with _progress() as progress:
+    with show_progress() as progress:
         if dummy_weights:
             report = measure_dummy(
                 artifacts[0],
@@ -162,9 +172,9 @@ def bench(
                 price_per_hour=price_per_hour,
                 progress=progress,
             )
-    _show(report, bench_table(report), as_json=as_json)
+    show_record(report, bench_table(report), as_json=as_json)
     if not as_json:
-        _out.print(limits_table(report))
+        stdout.print(limits_table(report))
 
 
 _WHERE = frozenset({"hub_dir", "device", "devices", "ray", "out", "cache_gb", "as_json"})
@@ -216,9 +226,7 @@ def _bench_spec(names: Sequence[str], query_tokens: int, n_queries: int, repeats
 def evaluate(
     context: typer.Context,
     artifacts: Artifacts,
-    suite: Annotated[
-        str | None, typer.Option(help="a shipped suite (`gteopt suites`), or a file")
-    ] = None,
+    suite: SuiteName = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -258,7 +266,7 @@ def evaluate(
         float,
         typer.Option(
             min=0,
-            callback=_finite,
+            callback=finite,
             help="most that cached vectors take; those of earlier tasks make room first",
         ),
     ] = 20,
@@ -297,7 +305,7 @@ def evaluate(
         raise InputError(f"--margin {margin:g}: give a share of a score, between 0 and 1")
     grid = parse_grid(dims, vectors) if dims or vectors else None
     options = EncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype)
-    with _workers(devices, ray, device) as workers, _progress() as progress:
+    with _workers(devices, ray, device) as workers, show_progress() as progress:
         how = Setup(
             hub_dir=hub_dir,
             device=device,
@@ -313,15 +321,15 @@ def evaluate(
         elif loaded is not None:
             reports = score(sources, loaded, out, how=how, margin=margin, progress=progress)
     if texts is not None:
-        _show_all(list(close.values()), fidelity_table(close), as_json=as_json)
+        show_records(list(close.values()), fidelity_table(close), as_json=as_json)
         return
     table = eval_table(reports) if grid is None else grid_table(reports)
-    _show_all(list(reports.values()), table, as_json=as_json)
+    show_records(list(reports.values()), table, as_json=as_json)
 
 
 def choose(
     results_dir: Annotated[Path, typer.Argument(help="folder with bench.json, eval/ or fidelity/")],
-    policy: Annotated[str, typer.Option(help="a shipped policy, or a file")],
+    policy: PolicyName,
     as_json: AsJson = False,
 ) -> None:
     """Pick the variant that a policy asks for, by its limits and its margin.
@@ -336,9 +344,9 @@ def choose(
     results = judge(results_dir, load_policy(policy))
     if as_json:
         assert results.choice is not None
-        _print_json(json.loads(results.choice.model_dump_json(by_alias=True)))
+        print_json(json.loads(results.choice.model_dump_json(by_alias=True)))
     else:
-        _show_results(results, as_json=False)
+        show_results(results, as_json=False)
 
 
 def report(
@@ -355,9 +363,9 @@ def report(
 
     results = read_results(results_dir)
     path = write_report(results_dir, results, title=title_of(results_dir))
-    _show_results(results, as_json=as_json)
+    show_results(results, as_json=as_json)
     if not as_json:
-        _out.print(f"Report: {path}", soft_wrap=True)
+        stdout.print(f"Report: {path}", soft_wrap=True)
 
 
 @contextmanager

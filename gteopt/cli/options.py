@@ -3,12 +3,97 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+from gteopt.cli.names import check_model_name, names_of
+from gteopt.errors import InputError
+
+if TYPE_CHECKING:
+    from gteopt.config.yaml_files import ShippedKind
+
+
+def known_device(context: typer.Context, value: str) -> str:
+    """Refuse a device name that torch does not know, without importing torch."""
+    if not context.resilient_parsing and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        hint = "; did you mean cuda?" if value == "gpu" else ""
+        raise InputError(f"unknown device '{value}': use auto, cpu, cuda or cuda:N{hint}")
+    return value
+
+
+def known_model(context: typer.Context, value: str | list[str] | None) -> str | list[str] | None:
+    """Refuse what can be neither a folder, "nano" nor a Hub id."""
+    if not context.resilient_parsing:
+        for name in [value] if isinstance(value, str) else value or []:
+            check_model_name(name)
+    return value
+
+
+def existing_folder(context: typer.Context, value: Path) -> Path:
+    """Refuse an artifact folder that does not exist."""
+    if not context.resilient_parsing and not value.exists():
+        raise InputError(f"there is no folder {value}; give the folder of an artifact")
+    return value
+
+
+def known_file(kind: ShippedKind) -> Callable[..., str | None]:
+    """A callback that refuses a name that is neither shipped nor a YAML file."""
+
+    def check(context: typer.Context, value: str | None) -> str | None:
+        if value is not None and not context.resilient_parsing:
+            from gteopt.config.yaml_files import find_yaml
+
+            find_yaml(kind, value)
+        return value
+
+    return check
+
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N", callback=known_device)]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        help="a shipped recipe (`gteopt recipes`), or a file",
+        callback=known_file("recipes"),
+        autocompletion=names_of("recipes"),
+    ),
+]
+RecipeChoice = Annotated[
+    str | None,
+    typer.Option(
+        help="a shipped recipe, or a file; every shipped one when left out",
+        callback=known_file("recipes"),
+        autocompletion=names_of("recipes"),
+    ),
+]
+SuiteName = Annotated[
+    str | None,
+    typer.Option(
+        help="a shipped suite (`gteopt suites`), or a file",
+        callback=known_file("eval/suites"),
+        autocompletion=names_of("eval/suites"),
+    ),
+]
+PolicyName = Annotated[
+    str,
+    typer.Option(
+        help="a shipped policy (`gteopt policies`), or a file",
+        callback=known_file("recipes/policies"),
+        autocompletion=names_of("recipes/policies"),
+    ),
+]
+PlanName = Annotated[
+    str,
+    typer.Argument(
+        help="a plan's YAML file, or a shipped plan (`gteopt plans`)",
+        callback=known_file("recipes/plans"),
+        autocompletion=names_of("recipes/plans"),
+    ),
+]
 HubDir = Annotated[
     Path | None,
     typer.Option(
@@ -65,7 +150,7 @@ FormatOption = Annotated[
 KeptDtype = Annotated[str, typer.Option(help="of what stays unquantized")]
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a number that can be counted with")
     return value
@@ -75,12 +160,15 @@ ActivationGb = Annotated[
     float,
     typer.Option(
         min=0,
-        callback=_finite,
+        callback=finite,
         help="memory for the calibration texts' hidden states; the others lie on disk beside "
         "the artifact while it is built",
     ),
 ]
 Out = Annotated[Path, typer.Option(help="folder of the new artifact; must not exist yet")]
-Base = Annotated[str, typer.Argument(help="'nano', a folder, or ORG/NAME")]
+Base = Annotated[str, typer.Argument(help="'nano', a folder, or ORG/NAME", callback=known_model)]
+Artifact = Annotated[Path, typer.Argument(help="artifact folder", callback=existing_folder)]
 Repo = Annotated[str, typer.Option(help="ORG/NAME on the model hub", metavar="ORG/NAME")]
-Artifacts = Annotated[list[str], typer.Argument(help="artifact folders, or bases")]
+Artifacts = Annotated[
+    list[str], typer.Argument(help="artifact folders, or bases", callback=known_model)
+]

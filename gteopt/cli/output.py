@@ -24,68 +24,68 @@ if TYPE_CHECKING:
 
 
 # Piped output has no width of its own; rich would assume 80 columns and drop some of a table's.
-_out = Console(width=None if sys.stdout.isatty() else 120)
-_err = Console(stderr=True)
+stdout = Console(width=None if sys.stdout.isatty() else 120)
+stderr = Console(stderr=True)
 
 
-def _progress() -> AbstractContextManager[Steps]:
-    return shown(_err)
+def show_progress() -> AbstractContextManager[Steps]:
+    return shown(stderr)
 
 
-def _print_json(content: object) -> None:
+def print_json(content: object) -> None:
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
-def _show(record: Frozen, table: Table, *, as_json: bool) -> None:
+def show_record(record: Frozen, table: Table, *, as_json: bool) -> None:
     if as_json:
-        _print_json(json.loads(record.model_dump_json(by_alias=True)))
+        print_json(json.loads(record.model_dump_json(by_alias=True)))
     else:
-        _out.print(table)
+        stdout.print(table)
 
 
-def _show_all(records: Sequence[Frozen], table: Table, *, as_json: bool) -> None:
+def show_records(records: Sequence[Frozen], table: Table, *, as_json: bool) -> None:
     if as_json:
-        _print_json([json.loads(each.model_dump_json(by_alias=True)) for each in records])
+        print_json([json.loads(each.model_dump_json(by_alias=True)) for each in records])
     else:
-        _out.print(table)
+        stdout.print(table)
 
 
-def _show_results(results: Results, *, as_json: bool) -> None:
+def show_results(results: Results, *, as_json: bool) -> None:
     from gteopt.report.terminal import fidelity_table, terminal_table
 
     if as_json:
-        _print_json(json.loads(results.model_dump_json(by_alias=True)))
+        print_json(json.loads(results.model_dump_json(by_alias=True)))
         return
     if results.benched or results.evals:
-        _out.print(terminal_table(results))
+        stdout.print(terminal_table(results))
     if results.fidelity:
-        _out.print(fidelity_table(results.fidelity))
+        stdout.print(fidelity_table(results.fidelity))
     if results.choice is not None:
-        _out.print(results.choice.reason, soft_wrap=True)
+        stdout.print(results.choice.reason, soft_wrap=True)
 
 
-def _show_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
+def show_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
     if as_json:
-        _print_json(json.loads(manifest.model_dump_json(by_alias=True)))
+        print_json(json.loads(manifest.model_dump_json(by_alias=True)))
         return
     ratio = manifest.weight_bytes / manifest.base.weight_bytes
-    _out.print(
+    stdout.print(
         f"{out}: {manifest.recipe.name} of {manifest.base.id}, weights "
         f"{decimal(manifest.weight_bytes, precision=2)} ({ratio:.0%} of {manifest.base.dtype}), "
         f"{manifest.vectors.dims} dimensions, {manifest.vectors.bytes_per_vector} bytes a vector",
         soft_wrap=True,
     )
     if (seen := manifest.calibration) is not None and seen.n_cut:
-        _out.print(
+        stdout.print(
             f"{seen.n_cut} of {seen.n_texts} calibration texts were longer than {seen.max_tokens} "
             f"tokens and were cut there",
             soft_wrap=True,
         )
 
 
-def _show_publication(done: Publication, out: Path | None, *, as_json: bool) -> None:
+def show_publication(done: Publication, out: Path | None, *, as_json: bool) -> None:
     if as_json:
-        _print_json(json.loads(done.model_dump_json(by_alias=True)))
+        print_json(json.loads(done.model_dump_json(by_alias=True)))
         return
     from gteopt.model.artifact import is_read
 
@@ -100,24 +100,24 @@ def _show_publication(done: Publication, out: Path | None, *, as_json: bool) -> 
         table.add_row(path, "", "deleted, of an earlier version")
     for path in done.kept:
         table.add_row(path, "", "kept, not of the artifact")
-    _out.print(table)
+    stdout.print(table)
     n_bytes = sum(each.n_bytes for each in done.files)
     whole = f"{len(done.files)} files, {decimal(n_bytes, precision=2)}"
     if done.commit is None:
-        _out.print(
+        stdout.print(
             f"Not sent: {whole} for {done.repo}, written to {out}. The hub was not asked what is "
             f"there: files that only an earlier version had will be deleted, others kept.",
             soft_wrap=True,
         )
         return
     sent = sum(each.n_bytes for each in done.files if each.sent)
-    _out.print(
+    stdout.print(
         f"{done.url} holds {whole}, {decimal(sent, precision=2)} of it sent now, "
         f"commit {done.commit[:12]}",
         soft_wrap=True,
     )
     if unknown := [path for path in done.kept if is_read(Path(path))]:
-        _err.print(
+        stderr.print(
             f"gteopt.load refuses {done.repo} while it holds {', '.join(unknown)}, which some "
             f"loader might read and no hash covers; `gteopt pull` passes it over",
             style="yellow",
@@ -126,13 +126,13 @@ def _show_publication(done: Publication, out: Path | None, *, as_json: bool) -> 
         )
 
 
-def _show_list(title: str, rows: list[dict[str, str]], *, as_json: bool) -> None:
+def show_list(title: str, rows: list[dict[str, str]], *, as_json: bool) -> None:
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     table = Table(title=title, title_justify="left")
     for column in rows[0]:
         table.add_column(column)
     for row in rows:
         table.add_row(*row.values())
-    _out.print(table)
+    stdout.print(table)

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from gteopt.cli.options import AsJson, Repo
-from gteopt.cli.output import _err, _show_manifest, _show_publication
+from gteopt.cli.options import Artifact, AsJson, Repo
+from gteopt.cli.output import show_manifest, show_publication, stderr
 from gteopt.errors import InputError
 
 
 def publish(
-    artifact: Annotated[Path, typer.Argument(help="artifact folder")],
+    artifact: Artifact,
     repo: Repo,
     results: Annotated[
         Path | None,
@@ -53,7 +53,7 @@ def publish(
         datasets = hub_datasets()
     folder = prepare(artifact, repo, results=results, license=license, datasets=datasets)
     if folder.terms.binds is not None:
-        _err.print(
+        stderr.print(
             f"{repo} will be under {folder.terms.license}: {folder.terms.binds}",
             style="yellow",
             markup=False,
@@ -64,7 +64,7 @@ def publish(
         done = write_folder(folder, out)
     else:
         done = send(folder, private=private)
-    _show_publication(done, out, as_json=as_json)
+    show_publication(done, out, as_json=as_json)
 
 
 def pull(
@@ -82,4 +82,4 @@ def pull(
     from gteopt.publishing.publish import pull as bring
 
     out = out or Path("artifacts", Path(repo).name)
-    _show_manifest(bring(repo, out, revision=revision), out, as_json=as_json)
+    show_manifest(bring(repo, out, revision=revision), out, as_json=as_json)

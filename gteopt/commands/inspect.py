@@ -53,6 +53,11 @@ def inspect(
     Raises:
         InputError: no base to apply the recipe to, or an unknown device; and see `open_checkpoint`.
         IntegrityError, UnsupportedError: see `open_checkpoint`.
+
+    Example:
+        >>> found = gteopt.inspect("nano")
+        >>> found.dims
+        256
     """
     kind = _kind_of(device)
     checkpoint = open_checkpoint(

@@ -78,6 +78,11 @@ def load(
 
     Raises:
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint` and `load_checkpoint`.
+
+    Example:
+        >>> encoder = gteopt.load("nano")
+        >>> encoder.encode(["a text", "another"]).shape
+        (2, 256)
     """
     with opening(source, hub_dir=hub_dir, revision=revision, family=family) as checkpoint:
         return load_checkpoint(

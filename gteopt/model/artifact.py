@@ -205,6 +205,9 @@ def verify(folder: Path) -> Manifest:
     Raises:
         InputError: not an artifact.
         IntegrityError: lists each changed, missing or extra file.
+
+    Example:
+        >>> manifest = gteopt.verify("artifacts/nano-int4")
     """
     with verifying(folder) as manifest:
         return manifest

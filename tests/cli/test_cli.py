@@ -110,7 +110,7 @@ def test_recipes_and_suites_list_what_ships(call: Call) -> None:
         (["bench", "nano", "--workload", "0x8"], "--workload 0x8: write TEXTSxTOKENS"),
         (["bench", "nano", "--workload", "lng"], "or a set: short, long"),
         (["bench", "nano", "--recipe", "nf4"], "belong to --dummy-weights"),
-        (["publish", "x", "--repo", "a/b", "--out", "y"], "--out is where --dry-run writes"),
+        (["publish", ".", "--repo", "a/b", "--out", "y"], "--out is where --dry-run writes"),
         (["export", "nano", "x"], "nano is not an artifact"),
         (["choose", ".", "--policy", "balanced"], "is not a results folder"),
         (["verify", "."], "is not an artifact"),
