@@ -214,7 +214,7 @@ def tuned(
         if hasattr(module, "qweight")
     }
     texts = draw_texts(CALIBRATION, hub_dir=hub_dir)
-    result = tune(base, start, tokenize(base, texts, CALIBRATION.max_tokens), schedule)
+    result = tune(base, start, tokenize(base.tokenization, texts, CALIBRATION.max_tokens), schedule)
     encoder = gteopt.load(base.checkpoint.folder, dtype="float32")
     changed = {f"{name}.weight": each.dequantize() for name, each in result.weights.items()}
     encoder.module.load_state_dict({**changed, **result.rest}, strict=False)
@@ -268,7 +268,7 @@ def guided(
     """
     encoder = gteopt.load(source, dtype="float32")
     texts = draw_texts(CALIBRATION, hub_dir=hub_dir)
-    tokens = tokenize(encoder, texts, CALIBRATION.max_tokens)
+    tokens = tokenize(encoder.tokenization, texts, CALIBRATION.max_tokens)
     parts = saliences(encoder, tokens)
     scheme = LayerScheme.model_validate(INT4)
     blocks, inputs = open_blocks(encoder, tokens)

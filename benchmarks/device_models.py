@@ -17,13 +17,14 @@ from torch import nn
 
 from gteopt.build.layer_plan import plan_layers
 from gteopt.config.recipe import LayerScheme, Recipe, RtnWeights
+from gteopt.encoder.description import Description, Runtime
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import build_skeleton, load_tokenizer, swap_embedding_, swap_linear_
+from gteopt.encoder.loading import build_skeleton, swap_embedding_, swap_linear_
+from gteopt.encoder.pooling import Head
 from gteopt.kernels import speed_up_linears_
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
 from gteopt.quant.affine import pack, quantize_rtn
 from gteopt.speed.random_model import random_part, shape_of, write_frame
-from gteopt.vectors.transform import identity
 
 _TABLE = LayerScheme(bits=8, group_size="per_channel", symmetric=True)
 
@@ -90,15 +91,10 @@ class Source:
                 swap_embedding_(module, "embed_tokens", rows, self.device, torch.bfloat16)
         speed_up_linears_(module, self.device)
         return Encoder(
-            checkpoint=self.checkpoint,
-            module=module,
-            tokenizer=load_tokenizer(self.checkpoint),
-            dense=nn.Sequential(),
-            latent=None,
-            vectors=identity(self.checkpoint.dims),
-            device=self.device,
-            dtype=torch.bfloat16,
-            graphs=True,
+            Description(self.checkpoint, Runtime(self.device, torch.bfloat16)),
+            module,
+            Head(self.checkpoint.pooling, normalise=self.checkpoint.normalise),
+            cuda_graphs=True,
         )
 
 

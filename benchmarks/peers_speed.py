@@ -62,9 +62,9 @@ from torch import Tensor, nn
 
 import gteopt
 from gteopt.config.recipe import Recipe, load_recipe
-from gteopt.encoder.encoder import Backend, Encoder
+from gteopt.encoder.description import Backend, Description, describe
 from gteopt.encoder.forward import operations
-from gteopt.encoder.loading import describe
+from gteopt.encoder.loading import build_skeleton
 from gteopt.machine import machine, versions
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.speed.energy import Meter, meter
@@ -209,7 +209,8 @@ def main() -> None:
         if on_gpu:
             source = Source.draw(model, layers, where)
             run.n_layers = source.n_layers
-            base, table = source.encoder(), gpu_engines(source)
+            base: Description = source.encoder()
+            table = gpu_engines(source)
         else:
             real = model == "minilm" and not options.rounded
             folder = folder_of(model, layers)
@@ -270,7 +271,9 @@ class Run:
         without = [name for name in names if name not in rows or not rows[name].timings]
         return sorted(without, key=lambda name: name in rows and rows[name].made_s is not None)
 
-    def measure(self, model: str, base: Encoder, table: Mapping[str, Callable[[], Engine]]) -> None:
+    def measure(
+        self, model: str, base: Description, table: Mapping[str, Callable[[], Engine]]
+    ) -> None:
         """Make every engine, check it, let all take turns, print the table.
 
         Args:
@@ -336,7 +339,7 @@ class Run:
         group: Sequence[str],
         table: Mapping[str, Callable[[], Engine]],
         texts: Mapping[str, list[str]],
-        base: Encoder,
+        base: Description,
         made: dict[str, Engine],
         expected: Vectors | None,
     ) -> tuple[list[Row], Vectors]:
@@ -416,7 +419,7 @@ class Run:
         engine: Engine,
         seconds: Mapping[str, Mapping[str, list[float]]],
         texts: Mapping[str, list[str]],
-        base: Encoder,
+        base: Description,
     ) -> Row:
         timings = {}
         peak = self.peaks.get(number_type(row.engine))
@@ -440,7 +443,7 @@ class Run:
                 peak_ratio=None if peak is None else done / typical / 1e9 / peak,
                 joules_per_million_tokens=None if joules is None else joules / n * 1e6,
             )
-        graphs = engine.encoder.graphs if isinstance(engine, Ours) else None
+        graphs = engine.encoder.cuda_graphs if isinstance(engine, Ours) else None
         return replace(
             row,
             timings=timings,
@@ -978,11 +981,13 @@ def random_qwen2(n_layers: int) -> Path:
     return folder
 
 
-def operations_of(engine: Engine, base: Encoder, lengths: Sequence[int]) -> float:
+def operations_of(engine: Engine, base: Description, lengths: Sequence[int]) -> float:
     """Floating-point operations that an engine does for texts of these lengths; see `Timing`."""
     if isinstance(engine, Ours):
         return engine.encoder.operations(lengths)
-    return operations(base.module, base.checkpoint.config, lengths, one_token=False)
+    return operations(
+        build_skeleton(base.checkpoint), base.checkpoint.config, lengths, one_token=False
+    )
 
 
 def arithmetic_peaks() -> dict[str, float]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import cast
 
 from gteopt.config.recipe import Calibration
-from gteopt.encoder.encoder import Encoder, Role, Tokens
+from gteopt.encoder.tokenization import Role, Tokenization, Tokens
 from gteopt.errors import InputError, join_problems
 from gteopt.paths import ASSETS
 from gteopt.records.manifest import CalibrationRecord
@@ -48,17 +48,19 @@ def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[Calib
     return tuple(texts[: spec.n_texts])
 
 
-def tokenize(encoder: Encoder, texts: Sequence[CalibrationText], max_tokens: int) -> list[Tokens]:
-    """Token ids as the encoder makes them; instructions only where the model takes them."""
+def tokenize(
+    tokenization: Tokenization, texts: Sequence[CalibrationText], max_tokens: int
+) -> list[Tokens]:
+    """Token ids as the encoder gets them; instructions only where the model takes them."""
     # All of a prompt at once, so that texts which are cut are told with their number.
     prompts: dict[tuple[Role, str | None], list[int]] = {}
     for i, each in enumerate(texts):
-        instruction = each.instruction if encoder.takes_instructions else None
+        instruction = each.instruction if tokenization.takes_instructions else None
         prompts.setdefault((each.role, instruction), []).append(i)
     found: dict[int, Tokens] = {}
     for (role, instruction), places in prompts.items():
         own = [texts[i].text for i in places]
-        ids = encoder.tokenize(own, role=role, instruction=instruction, max_tokens=max_tokens)
+        ids = tokenization.tokenize(own, role=role, instruction=instruction, max_tokens=max_tokens)
         found |= zip(places, ids, strict=True)
     return [found[i] for i in range(len(texts))]
 

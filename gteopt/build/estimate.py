@@ -28,7 +28,9 @@ from gteopt.build.quantize import ACTIVATION_BYTES
 from gteopt.build.replay import BATCH_TOKENS, emulates_bfloat16, token_batches
 from gteopt.build.sensitivity import DEEP_BLOCKS, N_PROBES
 from gteopt.config.recipe import Calibration, GptqWeights, Recipe
-from gteopt.encoder.loading import build_skeleton, parse_dtype, tokenizing
+from gteopt.encoder.description import parse_dtype
+from gteopt.encoder.loading import build_skeleton
+from gteopt.encoder.tokenization import Tokenization
 from gteopt.errors import GteoptError
 from gteopt.model.checkpoint import Checkpoint
 from gteopt.quant import gptq
@@ -148,7 +150,7 @@ def _padded_tokens(checkpoint: Checkpoint, spec: Calibration, hub_dir: Path | No
     """Tokens of the calibration texts, padding included."""
     try:
         tokens = tokenize(
-            tokenizing(checkpoint), draw_texts(spec, hub_dir=hub_dir), spec.max_tokens
+            Tokenization(checkpoint), draw_texts(spec, hub_dir=hub_dir), spec.max_tokens
         )
     except GteoptError:
         return spec.n_texts * spec.max_tokens

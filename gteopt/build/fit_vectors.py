@@ -99,10 +99,10 @@ def _calibration_vectors(
     encoder: Encoder, recipe: Recipe, texts: Sequence[CalibrationText], progress: Progress
 ) -> npt.NDArray[np.float32]:
     """Vectors [N, full_dims] of the calibration texts and their sentences."""
-    tokens = tokenize(encoder, with_sentences(texts), recipe.calibration.max_tokens)
+    tokens = tokenize(encoder.tokenization, with_sentences(texts), recipe.calibration.max_tokens)
     vectors = np.empty((len(tokens), encoder.full_dims), np.float32)
     done = 0
-    for positions, batch in encoder.batches(tokens, 32):
+    for positions, batch in encoder.tokenization.batches(tokens, 32):
         vectors[positions] = encoder.embed_tokens(batch)
         done += len(batch)
         progress(f"fitting vectors of {recipe.name}", done, len(tokens))

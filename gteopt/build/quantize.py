@@ -37,8 +37,9 @@ from gteopt.build.layer_plan import (
 from gteopt.build.replay import Block, BlockInput, Room, open_blocks, replay_dtype
 from gteopt.build.st_folder import WEIGHTS, write_model, write_vectors
 from gteopt.config.recipe import FormatName, GptqWeights, LayerScheme, Recipe, load_recipe
+from gteopt.encoder.description import parse_dtype
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import load_checkpoint, parse_dtype, swap_embedding_
+from gteopt.encoder.loading import load_checkpoint, swap_embedding_
 from gteopt.errors import InputError
 from gteopt.frozen import Frozen
 from gteopt.machine import machine, versions
@@ -177,7 +178,7 @@ def _quantize(
             checkpoint, device=devices[0] if devices else device, dtype=dtype, later=plan.blocks
         )
     base_record = describe_base(checkpoint, encoder)
-    tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
+    tokens = tokenize(encoder.tokenization, texts, recipe.calibration.max_tokens)
     calibration = record(recipe.calibration, texts, tokens) if texts else None
     layers: tuple[LayerRecord, ...] = ()
     embedding = _pack_embedding_(encoder) if recipe.embedding == "int8" else None

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from gteopt.build.tensor_files import _write_errors, save_tensors
 from gteopt.config.recipe import FormatName
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import latent_tensors, load_tokenizer
+from gteopt.encoder.loading import latent_tensors
+from gteopt.encoder.tokenization import load_tokenizer
 from gteopt.formats import FORMATS, Format
 from gteopt.model.checkpoint import (
     LATENT_FILE,

@@ -125,7 +125,7 @@ def _restyle(
             shutil.copyfile(artifact / file.path, target)
     calibration = old.calibration
     if texts and calibration is None:
-        tokens = tokenize(encoder, texts, recipe.calibration.max_tokens)
+        tokens = tokenize(encoder.tokenization, texts, recipe.calibration.max_tokens)
         calibration = record(recipe.calibration, texts, tokens)
     return _finish(
         encoder, recipe, stage, out, old.base, calibration, old.layers, old.embedding,

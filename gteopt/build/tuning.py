@@ -382,7 +382,7 @@ def _rate(step: int, n_steps: int) -> float:
 def _mean_cosine(teacher: Encoder, student: nn.Module, tokens: Sequence[Sequence[int]]) -> float:
     """Mean cosine between the vectors of both over the texts."""
     total = 0.0
-    for _, batch in teacher.batches(tokens, 32):
+    for _, batch in teacher.tokenization.batches(tokens, 32):
         ids, mask = teacher.pad(batch)
         first, second = (
             teacher.pooled(module(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
@@ -400,10 +400,10 @@ class _Texts:
     ) -> None:
         self._random = random.Random(schedule.seed)
         self._schedule = schedule
-        self._special = set(encoder.tokenizer.all_special_ids)
+        self._special = set(encoder.tokenization.tokenizer.all_special_ids)
         embedding = encoder.module.get_input_embeddings()  # type: ignore[operator]
         # The table may hold rows that no token has, and the tokenizer tokens beyond the table.
-        n_tokens = min(len(encoder.tokenizer), embedding.num_embeddings)
+        n_tokens = min(len(encoder.tokenization.tokenizer), embedding.num_embeddings)
         self._vocabulary = [i for i in range(n_tokens) if i not in self._special]
         self._texts = [self._parts(ids) for ids in tokens]
         self._waiting: list[int] = []

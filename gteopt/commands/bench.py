@@ -16,8 +16,7 @@ import torch
 from gteopt.build.quantize import quantize
 from gteopt.config.plan import BenchSpec
 from gteopt.config.recipe import load_recipe
-from gteopt.encoder.encoder import Backend
-from gteopt.encoder.loading import pick_device
+from gteopt.encoder.description import Backend, pick_device
 from gteopt.encoder.openvino import refuse_unknown
 from gteopt.errors import InputError, IntegrityError, join_problems
 from gteopt.machine import machine, versions

@@ -19,8 +19,9 @@ from gteopt.build.fit_vectors import fit_transforms
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.config.recipe import VectorCode
 from gteopt.corpus.workers import Workers
-from gteopt.encoder.encoder import Backend, Encoder
-from gteopt.encoder.loading import describe, load
+from gteopt.encoder.description import Backend, Description, describe
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.loading import load
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
 from gteopt.evaluation.compare import Drawn, compare
 from gteopt.evaluation.fidelity import fidelity
@@ -281,7 +282,7 @@ class _Opened:
         notes: what its workers have had to say so far.
     """
 
-    encoder: Encoder
+    encoder: Description
     options: EncodeOptions
     views: dict[str, View]
     notes: list[str]
@@ -299,7 +300,9 @@ def _open(
     """Open a source; `begun` is the same one, described, on which workers have begun."""
     options, notes = how.options, list[str]()
     device = how.device if how.workers is None else how.workers.device
-    here = describe if how.workers is not None and how.grid is None else load
+    here: Callable[..., Description] = load
+    if how.workers is not None and how.grid is None:
+        here = describe
     encoder = here(
         source,
         device=device,
@@ -321,6 +324,7 @@ def _open(
     encoder.name = name  # one name for one thing, in every line of progress and every note
     views = {name: own_view(encoder, name)}
     if how.grid is not None:
+        assert isinstance(encoder, Encoder)
         views = _grid_views(encoder, name, how.grid, hub_dir=how.hub_dir, progress=progress)
     return _Opened(encoder, options, views, notes)
 

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from gteopt.build.st_folder import WEIGHTS, _write_json
-from gteopt.encoder.loading import build_skeleton, openvino_weights, parse_dtype, whole_config
+from gteopt.encoder.description import parse_dtype
+from gteopt.encoder.loading import build_skeleton, openvino_weights, whole_config
 from gteopt.encoder.openvino import save
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.model.artifact import MANIFEST
@@ -31,7 +32,8 @@ def export_openvino(
     Raises:
         InputError: no artifact, or `out` exists.
         IntegrityError: see `open_checkpoint`.
-        UnsupportedError: OpenVINO is missing or cannot say this model; see `gteopt.openvino.Graph`.
+        UnsupportedError: OpenVINO is missing or cannot say this model; see
+            `gteopt.encoder.openvino.OpenVinoModel`.
     """
     if out.exists():
         raise InputError(f"{out} exists; name a new folder, or remove it")

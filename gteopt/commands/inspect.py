@@ -17,7 +17,8 @@ from gteopt.build.estimate import _n_parameters, estimate
 from gteopt.build.quantize import ACTIVATION_BYTES
 from gteopt.config.recipe import Recipe, load_recipe
 from gteopt.config.yaml_files import shipped_names
-from gteopt.encoder.loading import build_skeleton, dtype_of, parse_dtype, pick_device
+from gteopt.encoder.description import dtype_of, parse_dtype, pick_device
+from gteopt.encoder.loading import build_skeleton
 from gteopt.errors import InputError
 from gteopt.kernels import kernel_name, speed_up_linears_
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint

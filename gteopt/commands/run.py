@@ -29,7 +29,7 @@ from gteopt.config.plan import WORKLOADS, Plan
 from gteopt.config.policy import Policy, load_policy
 from gteopt.config.recipe import Recipe, load_recipe
 from gteopt.corpus.workers import Workers
-from gteopt.encoder.loading import pick_device
+from gteopt.encoder.description import pick_device
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.tasks import load_suite

@@ -16,8 +16,8 @@ from gteopt.errors import UnsupportedError, is_out_of_memory
 from gteopt.progress import Progress
 
 if TYPE_CHECKING:
-    from gteopt.encoder.encoder import Encoder, Role
-
+    from gteopt.encoder.description import Description
+    from gteopt.encoder.tokenization import Role
 
 Floats = npt.NDArray[np.float32]
 
@@ -97,8 +97,11 @@ class LocalEncoding:
     """
 
     def __init__(
-        self, encoder: Encoder, batch_size: int, say: Callable[[str], None] = lambda _: None
+        self, encoder: Description, batch_size: int, say: Callable[[str], None] = lambda _: None
     ) -> None:
+        from gteopt.encoder.encoder import Encoder
+
+        assert isinstance(encoder, Encoder), "only an encoder encodes; workers take a description"
         self._encoder = encoder
         self._batch_size = batch_size
         # Scores are published from Sentence Transformers' float32. Among pairs that nearly tie the
@@ -128,7 +131,7 @@ class LocalEncoding:
                     role=shard.role,
                     instruction=shard.instruction,
                     batch_size=self._batch_size,
-                    packed=not self._as_published,
+                    unpadded=not self._as_published,
                     progress=progress,
                 )
             except (RuntimeError, MemoryError) as error:
@@ -163,7 +166,7 @@ def cut(texts: Iterable[str], role: Role, instruction: str | None) -> list[Shard
     ]
 
 
-def _sums_as_published(encoder: Encoder) -> bool:
+def _sums_as_published(encoder: Description) -> bool:
     return str(encoder.dtype) == "torch.float32" and not encoder.checkpoint.is_quantized
 
 

@@ -54,8 +54,8 @@ from gteopt.progress import Progress, quiet
 from gteopt.records.files import write_atomically
 
 if TYPE_CHECKING:
-    from gteopt.encoder.encoder import Encoder, Role
-
+    from gteopt.encoder.description import Description
+    from gteopt.encoder.tokenization import Role
 
 Stored = npt.NDArray[Any]
 """float16 or float32 [N, full_dims], as `CacheDtype` says."""
@@ -81,7 +81,7 @@ class VectorCache:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Description,
         folder: Path,
         *,
         encode: EncodeShards | None = None,
@@ -157,7 +157,7 @@ class VectorCache:
             NumericsError: the model produced NaN or infinity.
             UnsupportedError: one text alone does not fit the memory.
         """
-        prompt = self.encoder.prompt(role, instruction)
+        prompt = self.encoder.tokenization.prompt(role, instruction)
         digests = [_digest(prompt, text) for text in texts]
         wanted = dict(zip(digests, texts, strict=True))
         self._look_for_new_shards()
@@ -186,8 +186,10 @@ class VectorCache:
     def _n_cut(self, wanted: Mapping[bytes, str], role: Role, instruction: str | None) -> int:
         """How many of the texts the encoder cuts, whoever encodes them and whenever it was."""
         new = {key: text for key, text in wanted.items() if key not in self._is_cut}
-        lengths = self.encoder.lengths(list(new.values()), role=role, instruction=instruction)
-        longest = self.encoder.max_tokens
+        lengths = self.encoder.tokenization.lengths(
+            list(new.values()), role=role, instruction=instruction
+        )
+        longest = self.encoder.tokenization.max_tokens
         self._is_cut |= {key: n > longest for key, n in zip(new, lengths, strict=True)}
         return sum(self._is_cut[key] for key in wanted)
 
@@ -195,7 +197,7 @@ class VectorCache:
         self, texts: Sequence[str], role: Role, instruction: str | None
     ) -> dict[bytes, str]:
         """Texts that `embed` would encode, by key; files are not checked."""
-        prompt = self.encoder.prompt(role, instruction)
+        prompt = self.encoder.tokenization.prompt(role, instruction)
         self._look_for_new_shards()
         wanted = {_digest(prompt, text): text for text in texts}
         return {key: text for key, text in wanted.items() if not self._is_there(key)}
@@ -337,7 +339,7 @@ class VectorCache:
         return total
 
 
-def vector_identity(encoder: Encoder, dtype: CacheDtype = "float16") -> dict[str, str]:
+def vector_identity(encoder: Description, dtype: CacheDtype = "float16") -> dict[str, str]:
     """What full-dimension vectors depend on besides their text."""
     return {
         "weights": encoder.checkpoint.weights_sha256,

@@ -35,8 +35,7 @@ from gteopt.machine import gpu_name, machine, versions
 from gteopt.progress import Progress
 
 if TYPE_CHECKING:
-    from gteopt.encoder.encoder import Backend, Encoder
-
+    from gteopt.encoder.description import Backend, Description
 
 Floats = npt.NDArray[np.float32]
 
@@ -167,7 +166,7 @@ class Workers:
 
     def encoding(
         self,
-        encoder: Encoder,
+        encoder: Description,
         source: str,
         *,
         hub_dir: Path | None,

@@ -47,7 +47,7 @@ class _Recording:
     result: Tensor
 
 
-class Graphs:
+class CudaGraphs:
     """A forward pass for one short text at a time, recorded on first use of each length.
 
     What is recorded are the layers and weights of that moment: whoever changes them needs new

@@ -32,13 +32,13 @@ from gteopt.kernels.cpu import Int4LinearCpu, multiplies_bfloat16
 from gteopt.kernels.reference import DequantLinear
 from gteopt.model.families import Pooling
 
-PackedForward = Callable[[nn.Module, Sequence[Sequence[int]]], Tensor]
+UnpaddedForward = Callable[[nn.Module, Sequence[Sequence[int]]], Tensor]
 PaddedForward = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def packed_forward(
+def unpadded_forward(
     config: Mapping[str, Any], pooling: Pooling, device: torch.device
-) -> PackedForward | None:
+) -> UnpaddedForward | None:
     """(module, token lists of N texts) -> pooled vectors [N, D], in their order.
 
     None for an architecture, or a setting of one, that is not known here: the module's own forward
@@ -59,7 +59,7 @@ def padded_forward(config: Mapping[str, Any], pooling: Pooling) -> PaddedForward
 
     Ids and n are int64 and lie where the module does; ids behind the text are any tokens. The host
     neither reads nor sends a number on the way, and no shape depends on one, so that the
-    computation can be recorded once and replayed. None as for `packed_forward`.
+    computation can be recorded once and replayed. None as for `unpadded_forward`.
     """
     forward = _forward_of(config)
     if forward is None:

@@ -7,22 +7,28 @@ was made, measured or judged.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gteopt.encoder.encoder import Backend, Encoder
-from gteopt.encoder.openvino import Graph, Weights
-from gteopt.encoder.pooling import LatentAttention
+from gteopt.encoder.description import (
+    Backend,
+    Description,
+    Runtime,
+    dtype_of,
+    parse_dtype,
+    pick_device,
+)
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.openvino import OpenVinoModel, Weights
+from gteopt.encoder.pooling import Head, LatentAttention
+from gteopt.encoder.tokenization import import_transformers
 from gteopt.errors import InputError, IntegrityError, UnsupportedError, suggest
 from gteopt.formats import format_of
 from gteopt.formats.packed import ReadLayer, Shape
@@ -32,13 +38,10 @@ from gteopt.machine import give_back
 from gteopt.model.checkpoint import (
     LATENT_FILE,
     LATENT_PREFIX,
-    VECTORS_FILE,
     Checkpoint,
-    open_checkpoint,
     opening,
 )
 from gteopt.quant.affine import PackedWeight
-from gteopt.vectors.transform import VectorTransform, identity
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _Held = TypeVar("_Held")
@@ -55,7 +58,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     backend: Backend = "torch",
-    graphs: bool = True,
+    cuda_graphs: bool = True,
     hub_dir: Path | None = None,
     revision: str | None = None,
     family: str | None = None,
@@ -69,9 +72,8 @@ def load(
             also "bfloat16", "float32", "float64".
         backend: "torch", or "openvino", the faster one on a CPU for the architectures and layers
             that it knows; activations of quantized products are then rounded to 8 bits.
-        graphs: on a GPU, record the forward pass of single short texts and replay it, which takes
-            some memory and, for the first text of each of a few lengths, some time; see
-            `Encoder.graphs`.
+        cuda_graphs: on a GPU, record the forward pass of single short texts and replay it. This
+            takes memory, and time for the first text of each of a few lengths.
         hub_dir: folder in the Hub's layout; given, the network is never touched.
         revision: commit, branch or tag on the Hub.
         family: see `open_checkpoint`.
@@ -86,53 +88,8 @@ def load(
     """
     with opening(source, hub_dir=hub_dir, revision=revision, family=family) as checkpoint:
         return load_checkpoint(
-            checkpoint, device=device, dtype=dtype, backend=backend, graphs=graphs
+            checkpoint, device=device, dtype=dtype, backend=backend, cuda_graphs=cuda_graphs
         )
-
-
-def describe(
-    source: str | Path,
-    *,
-    device: str,
-    dtype: str = "auto",
-    backend: Backend = "torch",
-    hub_dir: Path | None = None,
-    revision: str | None = None,
-) -> Encoder:
-    """An encoder without weights: it knows everything about itself, and others encode for it.
-
-    Its parameters are on the meta device; to embed with it is an error of ours.
-
-    Args:
-        source: see `load`, as for the others.
-        device: kind of device that encodes for it, which this machine may lack.
-        dtype: see `load`.
-        backend: see `load`.
-        hub_dir: see `load`.
-        revision: see `load`.
-
-    Raises:
-        InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
-    """
-    checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision)
-    return Encoder(
-        checkpoint=checkpoint,
-        module=build_skeleton(checkpoint),
-        tokenizer=load_tokenizer(checkpoint),
-        dense=nn.Identity(),
-        latent=None,
-        vectors=_load_vectors(checkpoint),
-        device=torch.device(device),
-        dtype=parse_dtype(dtype_of(checkpoint, dtype)),
-        backend=backend,
-    )
-
-
-def dtype_of(checkpoint: Checkpoint, dtype: str) -> str:
-    """The dtype that a name means for a model: "auto" is what an artifact was built from."""
-    if dtype != "auto":
-        return dtype
-    return checkpoint.manifest.base.dtype if checkpoint.manifest else "bfloat16"
 
 
 def load_checkpoint(
@@ -142,7 +99,7 @@ def load_checkpoint(
     dtype: str = "auto",
     backend: Backend = "torch",
     later: str | None = None,
-    graphs: bool = False,
+    cuda_graphs: bool = False,
 ) -> Encoder:
     """Load what `open_checkpoint` has described.
 
@@ -154,7 +111,7 @@ def load_checkpoint(
         later: a submodule of a base (its list of blocks) whose weights stay in their files until
             `fill_` asks for them; where the files name weights in another way than the
             architecture does, everything is read at once all the same.
-        graphs: see `load`; not for who changes the module.
+        cuda_graphs: see `load`; not for who changes the module.
 
     Raises:
         InputError: an unknown backend.
@@ -162,12 +119,12 @@ def load_checkpoint(
     """
     where = _openvino_device(device) if backend == "openvino" else pick_device(device)
     kind = parse_dtype(dtype_of(checkpoint, dtype))
-    graph, streams = None, False
+    openvino_model, streams = None, False
     if backend == "openvino":
         module = build_skeleton(checkpoint)
         weights = openvino_weights(checkpoint, module, kind)
         config = whole_config(checkpoint)
-        graph = Graph(config, weights, dtype=kind, reads=checkpoint.pooling)
+        openvino_model = OpenVinoModel(config, weights, dtype=kind, reads=checkpoint.pooling)
         give_back()
     elif backend != "torch":
         raise InputError(
@@ -178,22 +135,15 @@ def load_checkpoint(
     else:
         module, streams = _load_unquantized(checkpoint, where, kind, later)
     module.eval().requires_grad_(False)
-    if graph is None:
+    if openvino_model is None:
         speed_up_linears_(module, where)
-    dense = nn.Sequential(*(_load_dense(path) for path in checkpoint.dense)).to(where)
     return Encoder(
-        checkpoint=checkpoint,
-        module=module,
-        tokenizer=load_tokenizer(checkpoint),
-        dense=dense.eval().requires_grad_(False),
-        latent=_load_latent(checkpoint, where, kind),
-        vectors=_load_vectors(checkpoint),
-        device=where,
-        dtype=kind,
-        backend=backend,
-        graph=graph,
+        Description(checkpoint, Runtime(where, kind, backend)),
+        module,
+        _load_head(checkpoint, where, kind),
+        openvino_model=openvino_model,
         streams=streams,
-        graphs=graphs,
+        cuda_graphs=cuda_graphs,
     )
 
 
@@ -233,72 +183,16 @@ def empty_(encoder: Encoder, name: str) -> None:
             setattr(parent, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a name.
-
-    Raises:
-        InputError: unknown, or float16, which overflows in gte-Qwen2 where bfloat16 does not.
-    """
-    if name == "float16":
-        raise InputError(
-            "dtype float16 is refused: activations of gte-Qwen2 overflow it; use bfloat16"
-        )
-    if name not in _DTYPES:
-        raise InputError(f"unknown dtype '{name}': {suggest(name, _DTYPES)}")
-    return _DTYPES[name]
-
-
 def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
     """The transformer with every parameter on the meta device and its buffers real."""
     from accelerate import init_empty_weights
 
-    transformers = _transformers()
+    transformers = import_transformers()
     with init_empty_weights(include_buffers=False):
         module: nn.Module = transformers.AutoModel.from_config(
             _hf_config(checkpoint), attn_implementation="sdpa"
         )
     return module
-
-
-def tokenizing(checkpoint: Checkpoint) -> Encoder:
-    """An encoder that only tokenizes: nothing of the model is loaded."""
-    return Encoder(
-        checkpoint=checkpoint,
-        module=nn.Module(),
-        tokenizer=load_tokenizer(checkpoint),
-        dense=nn.Identity(),
-        latent=None,
-        vectors=identity(checkpoint.dims),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The folder's tokenizer, without its code."""
-    try:
-        return _transformers().AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{checkpoint.folder} has no tokenizer that can be loaded "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _transformers() -> Any:
-    """transformers, imported late (it takes seconds) and quiet about its own progress."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import transformers
-
-    if int(transformers.__version__.split(".")[0]) < 5:
-        raise UnsupportedError(
-            f"transformers {transformers.__version__} ignores `is_causal: false` and would run "
-            f"bidirectional models causally; install transformers>=5"
-        )
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
 def _hf_config(checkpoint: Checkpoint) -> Any:
@@ -314,31 +208,11 @@ def _hf_config(checkpoint: Checkpoint) -> Any:
         )
     kind = str(checkpoint.config["model_type"])
     try:
-        return _transformers().AutoConfig.for_model(kind, **fields)
+        return import_transformers().AutoConfig.for_model(kind, **fields)
     except ValueError as error:
         raise UnsupportedError(
             f"{checkpoint.folder}: transformers has no architecture '{kind}' of its own"
         ) from error
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that "auto", "cpu", "cuda" or "cuda:N" means here.
-
-    Raises:
-        InputError: no such name.
-        UnsupportedError: a GPU that torch does not see.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with suppress(RuntimeError):  # a name that torch does not know either
-        device = torch.device(name)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UnsupportedError(f"device {name} was asked for, but torch sees no GPU; use cpu")
-        if device.type == "cuda" and (device.index or 0) >= (n := torch.cuda.device_count()):
-            raise UnsupportedError(f"device {name} was asked for, but torch sees {n} GPU(s)")
-        if device.type in ("cpu", "cuda"):
-            return device
-    raise InputError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N")
 
 
 def _load_unquantized(
@@ -353,7 +227,7 @@ def _load_unquantized(
 
 
 def _load_plain(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    module, info = _transformers().AutoModel.from_pretrained(
+    module, info = import_transformers().AutoModel.from_pretrained(
         checkpoint.folder,
         config=_hf_config(checkpoint),
         dtype=dtype,
@@ -708,24 +582,13 @@ def latent_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tens
     return tensors
 
 
-def _load_latent(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> LatentAttention | None:
-    if checkpoint.latent is None:
-        return None
-    try:
-        latent = LatentAttention(checkpoint.latent, latent_tensors(checkpoint, dtype))
-    except KeyError as error:
-        raise _missing(checkpoint, [f"{LATENT_PREFIX}{error.args[0]}"]) from error
-    return latent.to(device)
-
-
-def _load_vectors(checkpoint: Checkpoint) -> VectorTransform:
-    if checkpoint.manifest is None:
-        return identity(checkpoint.dims)
-    path = checkpoint.folder / VECTORS_FILE
-    tensors: dict[str, NDArray[Any]] = {}
-    if path.is_file():
-        with safe_open(path, framework="numpy") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    return VectorTransform.from_tensors(checkpoint.manifest.vectors, checkpoint.dims, tensors)
+def _load_head(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Head:
+    latent = None
+    if checkpoint.latent is not None:
+        try:
+            latent = LatentAttention(checkpoint.latent, latent_tensors(checkpoint, dtype))
+        except KeyError as error:
+            raise _missing(checkpoint, [f"{LATENT_PREFIX}{error.args[0]}"]) from error
+    dense = [_load_dense(path) for path in checkpoint.dense]
+    head = Head(checkpoint.pooling, dense, normalise=checkpoint.normalise, latent=latent)
+    return head.to(device).eval().requires_grad_(False)

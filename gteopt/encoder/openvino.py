@@ -55,7 +55,7 @@ class Weights:
     table: PackedWeight | None = None
 
 
-class Graph:
+class OpenVinoModel:
     """Token ids to token vectors, compiled for this CPU.
 
     Attributes:
@@ -129,7 +129,7 @@ def save(config: Mapping[str, Any], weights: Weights, folder: Path) -> None:
     Static activations are rounded wherever it runs: a processor without VNNI may saturate.
 
     Raises:
-        UnsupportedError: see `Graph`.
+        UnsupportedError: see `OpenVinoModel`.
     """
     model, builder = _model(config, weights, static=True)
     target = folder / "openvino" / "openvino_model.xml"
@@ -147,7 +147,7 @@ def refuse_unknown(config: Mapping[str, Any]) -> None:
     """Refuse an architecture by its config.json alone, before anything is built or loaded.
 
     Raises:
-        UnsupportedError: one that `Graph` does not know.
+        UnsupportedError: one that `OpenVinoModel` does not know.
     """
     if (problem := _unknown_architecture(config)) is not None:
         raise UnsupportedError(f"{problem}; use backend torch")

@@ -6,7 +6,7 @@ know: which model pools how, where its tensors lie.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,44 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * positions).argmax(dim=1)  # the last real token under either padding side
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+class Head(nn.Module):
+    """From token vectors [N, T, D] to embeddings [N, full_dims] float32.
+
+    Attributes:
+        pooling: how token vectors become one vector.
+        latent: NV-Embed's attention before pooling; None for other models.
+        dense: modules after pooling, in their order.
+        normalise: whether the embedding is scaled to unit length.
+    """
+
+    def __init__(
+        self,
+        pooling: Pooling,
+        dense: Sequence[nn.Module] = (),
+        *,
+        normalise: bool = True,
+        latent: LatentAttention | None = None,
+    ) -> None:
+        """Put the modules together."""
+        super().__init__()
+        self.pooling = pooling
+        self.latent = latent
+        self.dense = nn.Sequential(*dense)
+        self.normalise = normalise
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings of token vectors and their mask [N, T]; differentiable."""
+        if self.latent is not None:
+            hidden = self.latent(hidden)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        return self.finish(pool(hidden, mask, self.pooling))
+
+    def finish(self, pooled: Tensor) -> Tensor:
+        """Embeddings of pooled vectors [N, D] of any float dtype."""
+        vectors: Tensor = self.dense(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
+        return nn.functional.normalize(vectors, dim=-1) if self.normalise else vectors
 
 
 class LatentAttention(nn.Module):

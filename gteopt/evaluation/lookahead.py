@@ -27,7 +27,7 @@ from gteopt.progress import Progress
 from gteopt.vectors.transform import identity
 
 if TYPE_CHECKING:
-    from gteopt.encoder.encoder import Role
+    from gteopt.encoder.tokenization import Role
     from gteopt.evaluation.tasks import ResolvedTask
 
 

@@ -25,7 +25,7 @@ from gteopt.progress import Progress, quiet
 
 if TYPE_CHECKING:
     from gteopt.corpus.vector_cache import VectorCache
-    from gteopt.encoder.encoder import Role
+    from gteopt.encoder.tokenization import Role
 
 
 Floats = npt.NDArray[np.float32]

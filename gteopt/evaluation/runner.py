@@ -43,7 +43,7 @@ from gteopt.records.evaluation import FailedTask
 from gteopt.vectors.transform import VectorTransform
 
 if TYPE_CHECKING:
-    from gteopt.encoder.encoder import Encoder
+    from gteopt.encoder.description import Description
     from gteopt.evaluation.tasks import ResolvedTask
 
 
@@ -118,7 +118,7 @@ class SuiteRun:
 
 
 def run_suite(
-    encoder: Encoder,
+    encoder: Description,
     suite: Suite,
     *,
     hub_dir: Path | None = None,
@@ -139,7 +139,7 @@ def run_suite(
 
 
 def run_views(
-    encoder: Encoder,
+    encoder: Description,
     suite: Suite,
     views: Sequence[View],
     *,
@@ -179,7 +179,7 @@ def run_views(
 
 
 def begin_views(
-    encoder: Encoder,
+    encoder: Description,
     suite: Suite,
     *,
     hub_dir: Path | None,
@@ -222,7 +222,7 @@ class TextsRun:
 
 
 def run_texts(
-    encoder: Encoder,
+    encoder: Description,
     texts: Sequence[str],
     *,
     store: Path | None = None,
@@ -249,7 +249,7 @@ def run_texts(
 
 
 def _run(
-    encoder: Encoder,
+    encoder: Description,
     suite: Suite,
     views: Sequence[View],
     hub_dir: Path | None,
@@ -392,7 +392,7 @@ def differing_conditions(one: tuple[Machine, Conditions], other: tuple[Machine, 
 
 
 def _open_cache(
-    encoder: Encoder, store: Path, options: EncodeOptions, say: Callable[[str], None]
+    encoder: Description, store: Path, options: EncodeOptions, say: Callable[[str], None]
 ) -> VectorCache:
     return VectorCache(
         encoder,
@@ -556,7 +556,7 @@ def _renamed(progress: Progress, task: str) -> Progress:
     return renamed
 
 
-def _conditions(encoder: Encoder, options: EncodeOptions) -> Conditions:
+def _conditions(encoder: Description, options: EncodeOptions) -> Conditions:
     import torch
 
     return {

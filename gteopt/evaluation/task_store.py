@@ -36,7 +36,7 @@ from gteopt.records.environment import Conditions, Machine
 from gteopt.records.files import read_record, write_record
 
 if TYPE_CHECKING:
-    from gteopt.encoder.encoder import Encoder
+    from gteopt.encoder.description import Description
     from gteopt.evaluation.tasks import ResolvedTask
 
 
@@ -100,7 +100,7 @@ class Place:
     key: dict[str, str | None]
 
     @staticmethod
-    def of(encoder: Encoder, task: ResolvedTask, store: Path, dtype: CacheDtype) -> Place:
+    def of(encoder: Description, task: ResolvedTask, store: Path, dtype: CacheDtype) -> Place:
         """The folder is named by everything that scores depend on but the view, so none mix."""
         key = {
             **vector_identity(encoder, dtype),
@@ -165,7 +165,7 @@ class Place:
         return self.folder / f"{view.vectors.sha256()[:16]}.{kind}"
 
 
-def carries_on_documents(encoder: Encoder, task: ResolvedTask) -> bool:
+def carries_on_documents(encoder: Description, task: ResolvedTask) -> bool:
     """Whether the documents of a search carry the instruction, too."""
     family = encoder.checkpoint.family
     known = on_documents(family.name if family else None, task.name)

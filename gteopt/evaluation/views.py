@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gteopt.encoder.encoder import Encoder
+    from gteopt.encoder.description import Description
     from gteopt.vectors.transform import VectorTransform
 
 
@@ -29,12 +29,12 @@ class View:
     vectors: VectorTransform
 
 
-def own_view(encoder: Encoder, name: str | None = None) -> View:
+def own_view(encoder: Description, name: str | None = None) -> View:
     """The vectors that the base or artifact makes itself."""
     return View(name or encoder.name, encoder.sha256, encoder.vectors)
 
 
-def view_of(encoder: Encoder, vectors: VectorTransform, name: str) -> View:
+def view_of(encoder: Description, vectors: VectorTransform, name: str) -> View:
     """Other vectors of the same encodings."""
     if vectors.sha256() == encoder.vectors.sha256():
         return own_view(encoder, name)

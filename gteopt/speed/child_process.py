@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from gteopt.config.plan import Workload
-from gteopt.encoder.encoder import Backend
-from gteopt.encoder.loading import build_skeleton, load, load_tokenizer
+from gteopt.encoder.description import Backend
+from gteopt.encoder.loading import build_skeleton, load
+from gteopt.encoder.tokenization import load_tokenizer
 from gteopt.errors import GteoptError
 from gteopt.frozen import Frozen
 from gteopt.model.checkpoint import open_checkpoint

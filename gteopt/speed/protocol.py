@@ -47,8 +47,9 @@ import numpy as np
 import torch
 
 from gteopt.config.plan import BenchSpec, Workload, WorkloadSet
-from gteopt.encoder.encoder import Backend, Encoder
-from gteopt.encoder.loading import load_checkpoint, pick_device
+from gteopt.encoder.description import Backend, pick_device
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.loading import load_checkpoint
 from gteopt.encoder.openvino import refuse_unknown
 from gteopt.errors import GteoptError, InputError, UnsupportedError, join_problems, suggest
 from gteopt.machine import machine, versions
@@ -109,7 +110,7 @@ def bench(
         footprints[name] = _ask_child(name, question)
         progress("measuring load time and memory", len(footprints), len(order))
 
-    reference = load_checkpoint(checkpoints[baseline], device=device, graphs=True)
+    reference = load_checkpoint(checkpoints[baseline], device=device, cuda_graphs=True)
     peaks, counter = peak_gflops(reference.device), meter(reference.device)
     variants: dict[str, VariantBench] = {}
 
@@ -135,7 +136,7 @@ def bench(
             reference
             if name == baseline
             else load_checkpoint(
-                checkpoints[name], device=str(reference.device), backend=backend, graphs=True
+                checkpoints[name], device=str(reference.device), backend=backend, cuda_graphs=True
             )
         )
         limits = _Limits(peaks, counter)
@@ -235,7 +236,7 @@ def _measure(
     throughput = tuple(
         _throughput(encoder, reference, workload, spec, limits, step) for workload in spec.workloads
     )
-    bytes_per_vector = encoder.vectors.bytes_per_vector
+    bytes_per_vector, recorded = encoder.vectors.bytes_per_vector, encoder.cuda_graphs
     return VariantBench(
         artifact_sha256=encoder.sha256,
         weight_bytes=encoder.weight_bytes,
@@ -250,7 +251,7 @@ def _measure(
         code=encoder.vectors.code,
         bytes_per_vector=bytes_per_vector,
         index_bytes_per_million=bytes_per_vector * 1_000_000,
-        graph_bytes=encoder.graphs.n_bytes if encoder.graphs and encoder.graphs.lengths else None,
+        graph_bytes=recorded.n_bytes if recorded is not None and recorded.lengths else None,
     )
 
 

@@ -9,11 +9,12 @@ import random
 from collections.abc import Callable
 
 from gteopt.config.plan import Workload
+from gteopt.encoder.description import Description
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError, UnsupportedError
 
 
-def exact_texts(encoder: Encoder, n_texts: int, n_tokens: int, seed: int) -> list[str]:
+def exact_texts(encoder: Description, n_texts: int, n_tokens: int, seed: int) -> list[str]:
     """Seeded texts of English words that this encoder's tokenizer makes exactly `n_tokens` of.
 
     Raises:
@@ -24,9 +25,9 @@ def exact_texts(encoder: Encoder, n_texts: int, n_tokens: int, seed: int) -> lis
     return [_exact_text(encoder, n_tokens, source) for _ in range(n_texts)]
 
 
-def _exact_text(encoder: Encoder, n_tokens: int, source: random.Random) -> str:
+def _exact_text(encoder: Description, n_tokens: int, source: random.Random) -> str:
     def count(words: list[str]) -> int:
-        return encoder.lengths([" ".join(words)])[0]
+        return encoder.tokenization.lengths([" ".join(words)])[0]
 
     if (own := count([])) >= n_tokens:
         raise InputError(
@@ -65,10 +66,12 @@ def text_lengths(workload: Workload) -> list[int]:
 def _batch(encoder: Encoder, workload: Workload) -> Callable[[], object]:
     source = random.Random(1)
     texts = [_exact_text(encoder, length, source) for length in text_lengths(workload)]
-    tokens = encoder.tokenize(texts)
+    tokens = encoder.tokenization.tokenize(texts)
     if workload.lengths == "equal":
         return lambda: encoder.embed_tokens(tokens)
-    return lambda: [encoder.embed_tokens(batch) for _, batch in encoder.batches(tokens, _MIXED)]
+    return lambda: [
+        encoder.embed_tokens(batch) for _, batch in encoder.tokenization.batches(tokens, _MIXED)
+    ]
 
 
 _MIXED = 32

@@ -54,24 +54,26 @@ def test_drawing_is_seeded_and_the_hash_tells_draws_apart(nano: Encoder) -> None
     first, again = draw_texts(spec), draw_texts(spec)
     other = draw_texts(Calibration(n_texts=32, seed=1))
     assert first == again != other
-    tokens = tokenize(nano, first, 512)
+    tokens = tokenize(nano.tokenization, first, 512)
     assert record(spec, first, tokens).sha256 == record(spec, again, tokens).sha256
     assert record(spec, first, tokens).sha256 != record(spec, other, tokens).sha256
 
 
 def test_texts_cut_at_the_recipes_length_are_counted(nano: Encoder) -> None:
     texts = [CalibrationText("bridge " * n) for n in (1, 30, 60, 90)]
-    lengths = nano.lengths([each.text for each in texts])
+    lengths = nano.tokenization.lengths([each.text for each in texts])
     for max_tokens in (4, lengths[1], lengths[2] - 1, lengths[3]):
-        found = record(Calibration(), texts, tokenize(nano, texts, max_tokens))
+        found = record(Calibration(), texts, tokenize(nano.tokenization, texts, max_tokens))
         assert found.n_cut == sum(n > max_tokens for n in lengths)
 
 
 def test_calibration_sees_prompt_and_end_token_as_the_encoder_does(nano: Encoder) -> None:
     text = CalibrationText("how tall is it", "query", "Find the height")
-    expected = nano.tokenize(["how tall is it"], role="query", instruction="Find the height")
-    assert tokenize(nano, [text], 512) == expected
-    cut = tokenize(nano, [CalibrationText("word " * 600)], 64)[0]
+    expected = nano.tokenization.tokenize(
+        ["how tall is it"], role="query", instruction="Find the height"
+    )
+    assert tokenize(nano.tokenization, [text], 512) == expected
+    cut = tokenize(nano.tokenization, [CalibrationText("word " * 600)], 64)[0]
     assert (len(cut), cut[-1]) == (64, expected[0][-1])
 
 
@@ -80,7 +82,7 @@ def test_replayed_blocks_give_the_models_own_output(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     encoder: Encoder = request.getfixturevalue(name)
-    tokens = tokenize(encoder, draw_texts(Calibration(n_texts=24)), 128)
+    tokens = tokenize(encoder.tokenization, draw_texts(Calibration(n_texts=24)), 128)
     blocks, inputs = open_blocks(encoder, tokens)
     for block in blocks:
         advance_(block, inputs)
@@ -97,7 +99,8 @@ def test_replayed_blocks_give_the_models_own_output(
 
 
 def test_layers_that_share_an_input_stand_in_one_stage_in_running_order(nano: Encoder) -> None:
-    blocks, inputs = open_blocks(nano, tokenize(nano, draw_texts(Calibration(n_texts=4)), 64))
+    tokens = tokenize(nano.tokenization, draw_texts(Calibration(n_texts=4)), 64)
+    blocks, inputs = open_blocks(nano, tokens)
     short = [[n.rsplit(".", maxsplit=1)[-1] for n in s] for s in stages(blocks[1], inputs)]
     assert short == [
         ["q_proj", "k_proj", "v_proj"],
@@ -109,7 +112,7 @@ def test_layers_that_share_an_input_stand_in_one_stage_in_running_order(nano: En
 
 def test_padding_never_counts(nano: Encoder) -> None:
     """The oracle encodes each text alone, where nothing is padded."""
-    tokens = tokenize(nano, draw_texts(Calibration(n_texts=16)), 96)
+    tokens = tokenize(nano.tokenization, draw_texts(Calibration(n_texts=16)), 96)
     blocks, inputs = open_blocks(nano, tokens)
     assert any(not bool(batch.real.all()) for batch in inputs)
     layer = f"{blocks[0].name}.mlp.gate_proj"

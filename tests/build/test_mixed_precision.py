@@ -100,10 +100,10 @@ def test_a_loss_is_what_the_whole_model_with_that_layer_rounded_shows(model: str
     before = {name: p.clone() for name, p in encoder.module.state_dict().items()}
     picked = [names[1], names[len(names) // 2], names[-1]]
     choices = dict.fromkeys(picked, (INT2, INT4))
-    found = losses(encoder, tokenize(encoder, texts, 48), choices)
+    found = losses(encoder, tokenize(encoder.tokenization, texts, 48), choices)
     for name, p in encoder.module.state_dict().items():
         assert torch.equal(p, before[name])
-    tokens = sorted(tokenize(encoder, texts, 48), key=len)
+    tokens = sorted(tokenize(encoder.tokenization, texts, 48), key=len)
     wanted = encoder.embed_tokens(tokens)
     assert list(found) == picked
     for name, (two, four) in found.items():
@@ -121,7 +121,7 @@ def test_losses_are_the_same_with_one_block_in_memory_and_room_for_few_trials() 
     checkpoint = open_checkpoint("nano")
     plan = plan_layers(checkpoint, load_recipe("rtn-int4"))
     whole = gteopt.load("nano", dtype="float32")
-    tokens = tokenize(whole, draw_texts(FEW), 48)
+    tokens = tokenize(whole.tokenization, draw_texts(FEW), 48)
     choices = dict.fromkeys(list(plan.schemes)[4:10], (INT2, INT4))  # of two blocks
     wanted = losses(whole, tokens, choices)
     streamed = load_checkpoint(checkpoint, dtype="float32", later=plan.blocks)
@@ -160,7 +160,7 @@ def test_bits_chosen_by_estimated_losses_are_as_good_as_by_measured_ones(
     before = {name: p.clone() for name, p in encoder.module.state_dict().items()}
     recipe = load_recipe("mixed-4.25")
     choices = plan_layers(encoder.checkpoint, recipe).choices
-    tokens = tokenize(encoder, draw_texts(FEW), 48)
+    tokens = tokenize(encoder.tokenization, draw_texts(FEW), 48)
     found = estimated(encoder, tokens, choices, Room(1 << 30, tmp_path))
     for name, p in encoder.module.state_dict().items():
         assert torch.equal(p, before[name])
@@ -191,7 +191,7 @@ def test_estimates_are_the_same_with_one_block_in_memory_and_hidden_states_on_di
     checkpoint = open_checkpoint("nano")
     plan = plan_layers(checkpoint, load_recipe("rtn-int4"))
     encoder = gteopt.load("nano", dtype="float32")
-    tokens = tokenize(encoder, draw_texts(FEW), 48)
+    tokens = tokenize(encoder.tokenization, draw_texts(FEW), 48)
     choices = dict.fromkeys(list(plan.schemes)[4:10], (INT2, INT4))  # of two blocks
     wanted = estimated(encoder, tokens, choices, Room(1 << 30, tmp_path / "unused"))
     assert not (tmp_path / "unused").exists()
@@ -241,7 +241,7 @@ def test_a_number_that_is_none_is_never_taken_for_no_loss(
 ) -> None:
     encoder = gteopt.load("nano", dtype="float32")
     encoder.module.get_parameter(tensor).data.view(-1)[0] = float("nan")
-    tokens = tokenize(encoder, draw_texts(FEW)[:4], 16)
+    tokens = tokenize(encoder.tokenization, draw_texts(FEW)[:4], 16)
     choices = {"layers.1.mlp.up_proj": (INT4,)}
     with pytest.raises(NumericsError, match=message):
         losses(encoder, tokens, choices)
@@ -259,7 +259,7 @@ def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None
         "from gteopt.build.sensitivity import measure\n"
         "checkpoint = gteopt.model.checkpoint.open_checkpoint(sys.argv[1])\n"
         "encoder = load_checkpoint(checkpoint, later='layers')\n"
-        "tokens = encoder.tokenize(['bridge ' * 20] * 4)\n"
+        "tokens = encoder.tokenization.tokenize(['bridge ' * 20] * 4)\n"
         "scheme = LayerScheme(bits=4, group_size=128, symmetric=False)\n"
         "choices = {'layers.0.mlp.up_proj': (scheme,), 'layers.1.mlp.up_proj': (scheme,)}\n"
         "list(measure(encoder, tokens, choices, state_bytes=0))"
@@ -445,7 +445,7 @@ def test_inspect_counts_what_blocks_are_fed_on_disk(
 
     monkeypatch.setattr("gteopt.build.sensitivity.N_PROBES", 1)
     encoder = load_checkpoint(checkpoint, later="layers")
-    tokens = tokenize(encoder, draw_texts(texts), texts.max_tokens)
+    tokens = tokenize(encoder.tokenization, draw_texts(texts), texts.max_tokens)
     list(estimate(encoder, tokens, {}, room=room, progress=look))
     assert predicted.disk_bytes == pytest.approx(spilled, rel=0.02)
     (in_memory,) = predict(checkpoint, [recipe])

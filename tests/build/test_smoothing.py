@@ -43,7 +43,7 @@ def error(x: Tensor, weight: Tensor, exact: Tensor) -> float:
 
 
 def first_block(encoder: Encoder) -> tuple[Block, list[BlockInput]]:
-    tokens = tokenize(encoder, [CalibrationText(text) for text in TEXTS], 64)
+    tokens = tokenize(encoder.tokenization, [CalibrationText(text) for text in TEXTS], 64)
     blocks, inputs = open_blocks(encoder, tokens)
     return blocks[0], inputs
 

@@ -19,7 +19,8 @@ from gteopt.build.layer_plan import plan_layers
 from gteopt.build.replay import advance_, copy_block, open_blocks
 from gteopt.build.tuning import Schedule, tune, tune_block
 from gteopt.config.recipe import Calibration, LayerScheme, Recipe, load_recipe
-from gteopt.encoder.encoder import Encoder, Tokens
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.tokenization import Tokens
 from gteopt.errors import InputError
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.quant.affine import NF4_LEVELS, QuantizedWeight, code_range, quantize_rtn
@@ -90,7 +91,7 @@ def nano() -> Encoder:
 
 @pytest.fixture(scope="module")
 def tokens(nano: Encoder) -> list[Tokens]:
-    return tokenize(nano, draw_texts(FEW), FEW.max_tokens)
+    return tokenize(nano.tokenization, draw_texts(FEW), FEW.max_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def test_scales_norms_and_biases_of_a_block_bring_its_output_closer_on_other_tex
 ) -> None:
     """By more than a twenty-fifth, and no code has changed."""
     texts = draw_texts(Calibration(n_texts=120, max_tokens=48))
-    blocks, inputs = open_blocks(nano, tokenize(nano, texts[:80], 48))
+    blocks, inputs = open_blocks(nano, tokenize(nano.tokenization, texts[:80], 48))
     wanted = [batch.copy() for batch in inputs]
     advance_(blocks[0], wanted)
     start = {n: each for n, each in rounded.items() if n.startswith(f"{blocks[0].name}.")}
@@ -243,7 +244,7 @@ def test_scales_norms_and_biases_of_a_block_bring_its_output_closer_on_other_tex
     assert tuned.record.codes_changed == 0
     assert tuned.record.error_after < tuned.record.error_before
 
-    blocks, inputs = open_blocks(nano, tokenize(nano, texts[80:], 48))
+    blocks, inputs = open_blocks(nano, tokenize(nano.tokenization, texts[80:], 48))
     within = len(blocks[0].name) + 1
 
     def error(weights: Mapping[str, QuantizedWeight], rest: Mapping[str, torch.Tensor]) -> float:

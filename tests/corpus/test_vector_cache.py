@@ -89,7 +89,7 @@ def test_texts_that_the_model_cuts_are_counted_also_where_nothing_is_encoded(
 ) -> None:
     encoder = gteopt.load("nano", dtype="float32")
     texts = [*texts_of(10), "bridge " * 40, "river " * 50]
-    encoder.max_tokens = max(encoder.lengths(texts[:10]))
+    encoder.tokenization.max_tokens = max(encoder.tokenization.lengths(texts[:10]))
     with pytest.warns(UserWarning, match="were cut there"):
         VectorCache(encoder, tmp_path).embed(texts, "document", None)
     warm = VectorCache(encoder, tmp_path)
@@ -337,11 +337,11 @@ class Narrow(Encoder):
         self.room = room
         self.sizes: list[int] = []
 
-    def _launched(self, tokens: Sequence[Sequence[int]], *how: Any) -> Any:
+    def forward(self, tokens: Sequence[Sequence[int]], **how: Any) -> Any:
         self.sizes.append(len(tokens))
         if len(tokens) > self.room:
             torch.empty(1 << 60, dtype=torch.uint8)
-        return super()._launched(tokens, *how)
+        return super().forward(tokens, **how)
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_said_once(nano: Encoder, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gteopt
-from gteopt.encoder.cuda_graphs import LENGTHS, Graphs
+from gteopt.encoder.cuda_graphs import LENGTHS, CudaGraphs
 from gteopt.speed.texts import exact_texts
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU only")
@@ -18,9 +18,9 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this GPU could record")
 def test_a_pass_that_cannot_be_recorded_is_refused_once_and_said() -> None:
     encoder = gteopt.load("nano", device="cpu")
-    assert encoder.graphs is None  # on a CPU nothing is recorded
+    assert encoder.cuda_graphs is None  # on a CPU nothing is recorded
     plain = encoder.encode(["one short text"])
-    encoder.graphs = Graphs(lambda ids, n_tokens: ids, torch.device("cuda"))
+    encoder.cuda_graphs = CudaGraphs(lambda ids, n_tokens: ids, torch.device("cuda"))
     with pytest.warns(UserWarning, match=r"could not be recorded \(.+\)"):
         found = encoder.encode(["one short text"])
     assert np.array_equal(found, plain)
@@ -33,7 +33,7 @@ def test_texts_beyond_the_longest_recording_run_kernel_by_kernel() -> None:
     def forward(ids: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:
         raise AssertionError("nothing is to be recorded")
 
-    graphs = Graphs(forward, torch.device("cuda"))
+    graphs = CudaGraphs(forward, torch.device("cuda"))
     assert graphs([1] * (LENGTHS[-1] + 1)) is None
     assert graphs.refused is None
 
@@ -47,16 +47,16 @@ def test_replayed_vectors_are_those_of_the_ordinary_pass(
     if recipe is not None:
         source = str(tmp_path_factory.mktemp("graphs") / recipe)
         gteopt.quantize("nano", recipe, source, device="cuda")
-    plain = gteopt.load(source, device="cuda", graphs=False)
+    plain = gteopt.load(source, device="cuda", cuda_graphs=False)
     encoder = gteopt.load(source, device="cuda")
-    assert encoder.graphs is not None
+    assert encoder.cuda_graphs is not None
     # Up and down, so that a shorter text comes after a longer one in the same recording.
     for length in (128, 5, 16, 17, 9, 64, 33, 127, 16):
         (text,) = exact_texts(plain, 1, length, seed=length)
         found, wanted = encoder.encode([text])[0], plain.encode([text])[0]
-        assert encoder.graphs.refused is None
+        assert encoder.cuda_graphs.refused is None
         assert float(found @ wanted) >= 0.999
-    assert encoder.graphs.n_bytes > 0
+    assert encoder.cuda_graphs.n_bytes > 0
 
 
 @GPU
@@ -71,7 +71,7 @@ def test_a_replay_has_the_same_bits_every_time_whatever_came_before() -> None:
 @GPU
 def test_texts_of_many_lengths_have_the_vectors_of_each_alone() -> None:
     """All of them in one launch of attention, which has no mask."""
-    encoder = gteopt.load("nano", device="cuda", graphs=False)
+    encoder = gteopt.load("nano", device="cuda", cuda_graphs=False)
     texts = [text for n in (5, 300, 17, 64, 17, 129) for text in exact_texts(encoder, 2, n, seed=n)]
     together = encoder.encode(texts)
     alone = np.concatenate([encoder.encode([text]) for text in texts])

@@ -88,13 +88,15 @@ def forward_float64(ids: list[int], *, causal: bool) -> NDArray[np.float64]:
 
 
 def test_float32_vectors_equal_an_independent_float64_forward_pass(nano: Encoder) -> None:
-    expected = [forward_float64(ids, causal=False) for ids in nano.tokenize(TEXTS)]
+    expected = [forward_float64(ids, causal=False) for ids in nano.tokenization.tokenize(TEXTS)]
     assert np.abs(nano.encode(TEXTS) - np.stack(expected)).max() < 1e-5
 
 
 def test_a_causal_pass_gives_clearly_other_vectors(nano: Encoder) -> None:
-    causal = np.stack([forward_float64(ids, causal=True) for ids in nano.tokenize(TEXTS)])
-    longer = [i for i, ids in enumerate(nano.tokenize(TEXTS)) if len(ids) > 2]
+    causal = np.stack(
+        [forward_float64(ids, causal=True) for ids in nano.tokenization.tokenize(TEXTS)]
+    )
+    longer = [i for i, ids in enumerate(nano.tokenization.tokenize(TEXTS)) if len(ids) > 2]
     cosines = (nano.encode(TEXTS) * causal).sum(axis=1)[longer]
     assert cosines.max() < 0.95
 
@@ -117,7 +119,7 @@ def test_texts_that_are_tokenized_ahead_have_the_same_vectors_in_the_same_places
 
 
 def test_a_text_has_one_vector_alone_batched_and_under_either_padding(nano: Encoder) -> None:
-    tokens = nano.tokenize(TEXTS)
+    tokens = nano.tokenization.tokenize(TEXTS)
     alone = np.concatenate([nano.embed_tokens([ids]) for ids in tokens])
     assert np.abs(alone - nano.embed_tokens(tokens, padding="right")).max() < 1e-5
     assert np.abs(alone - nano.embed_tokens(tokens, padding="left")).max() < 1e-5
@@ -126,13 +128,13 @@ def test_a_text_has_one_vector_alone_batched_and_under_either_padding(nano: Enco
 
 
 def test_the_end_token_stands_exactly_once_at_the_end_also_after_truncation(nano: Encoder) -> None:
-    end = nano.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    for ids in nano.tokenize([*TEXTS, "", "word " * 5000]):
+    end = nano.tokenization.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    for ids in nano.tokenization.tokenize([*TEXTS, "", "word " * 5000]):
         assert ids[-1] == end
         assert ids.count(end) == 1
-        assert len(ids) <= nano.max_tokens
-    assert len(nano.tokenize(["word " * 5000])[0]) == nano.max_tokens
-    assert nano.tokenize(["word " * 9], max_tokens=1) == [[end]]
+        assert len(ids) <= nano.tokenization.max_tokens
+    assert len(nano.tokenization.tokenize(["word " * 5000])[0]) == nano.tokenization.max_tokens
+    assert nano.tokenization.tokenize(["word " * 9], max_tokens=1) == [[end]]
 
 
 def test_a_bases_files_are_hashed_once_a_process() -> None:
@@ -175,7 +177,7 @@ def test_other_sentence_transformers_encoders_load_as_they_are() -> None:
     texts = [*TEXTS, "long " * 400]
     encoder = gteopt.load(get_model_path(), dtype="float32")
     other = SentenceTransformer(str(get_model_path()))
-    assert (encoder.checkpoint.pooling, encoder.max_tokens) == ("mean", 256)
+    assert (encoder.checkpoint.pooling, encoder.tokenization.max_tokens) == ("mean", 256)
     assert np.abs(other.encode(texts) - encoder.encode(texts)).max() < 1e-5
     with pytest.raises(InputError, match="takes no instructions"):
         encoder.encode(["q"], role="query", instruction="Find it")
@@ -197,12 +199,12 @@ def test_a_tokenizers_own_special_tokens_stay_when_a_text_is_cut() -> None:
     encoder = gteopt.load(get_model_path(), dtype="float32")
     texts = ["short", "bridge " * 254, "river " * 255, "rain " * 400]
     with pytest.warns(UserWarning, match="2 of 4 texts are longer than 256 tokens"):
-        tokens = encoder.tokenize(texts)
-    wanted = encoder.tokenizer(texts, truncation=True, max_length=256)["input_ids"]
+        tokens = encoder.tokenization.tokenize(texts)
+    wanted = encoder.tokenization.tokenizer(texts, truncation=True, max_length=256)["input_ids"]
     assert [list(ids) for ids in tokens] == wanted
     assert [ids.is_cut for ids in tokens] == [False, False, True, True]
-    assert encoder.lengths(texts) == [3, 256, 257, 402]
-    assert encoder.n_cut == 2
+    assert encoder.tokenization.lengths(texts) == [3, 256, 257, 402]
+    assert encoder.tokenization.n_cut == 2
 
 
 def test_remote_code_of_a_known_family_is_ignored_and_changes_nothing(

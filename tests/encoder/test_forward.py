@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gteopt.config.recipe import LayerScheme
 from gteopt.encoder import forward as runtime
-from gteopt.encoder.forward import operations, packed_forward, padded_forward, reads_one_token
+from gteopt.encoder.forward import operations, padded_forward, reads_one_token, unpadded_forward
 from gteopt.encoder.pooling import pool
 from gteopt.kernels import make_linear, speed_up_linears_
 from gteopt.kernels.reference import DequantLinear, PackedEmbedding
@@ -62,7 +62,7 @@ def own_forward(module: nn.Module, pooling: Pooling) -> Tensor:
 def test_operations_are_those_that_torch_counts(name: str, pooling: Pooling) -> None:
     module = random_module(CONFIGS[name])
     config = {**module.config.to_dict(), **CONFIGS[name]}
-    forward = packed_forward(config, pooling, CPU)
+    forward = unpadded_forward(config, pooling, CPU)
     assert forward is not None
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         forward(module, TOKENS)
@@ -76,7 +76,7 @@ def test_operations_are_those_that_torch_counts(name: str, pooling: Pooling) -> 
 @torch.inference_mode()
 def test_packed_texts_have_the_vectors_of_the_module_alone(name: str, pooling: Pooling) -> None:
     module = random_module(CONFIGS[name])
-    forward = packed_forward(CONFIGS[name], pooling, CPU)
+    forward = unpadded_forward(CONFIGS[name], pooling, CPU)
     assert forward is not None
     exact = own_forward(module.double(), pooling)
     found = forward(module, TOKENS)
@@ -90,7 +90,7 @@ def test_packed_texts_have_the_vectors_of_the_module_alone(name: str, pooling: P
 def test_what_replaces_or_hooks_a_layer_takes_part() -> None:
     config = CONFIGS["qwen2"]
     module = random_module(config)
-    forward = packed_forward(config, "lasttoken", CPU)
+    forward = unpadded_forward(config, "lasttoken", CPU)
     assert forward is not None
     scheme = LayerScheme(bits=8, group_size="per_channel", symmetric=True, activation_bits=8)
     for name, linear in list(module.named_modules()):
@@ -113,7 +113,7 @@ def test_16_bit_modules_stay_within_their_rounding() -> None:
     for name in ("qwen2", "bert"):
         module = random_module(CONFIGS[name])
         exact = own_forward(module, "mean").double()
-        forward = packed_forward(CONFIGS[name], "mean", CPU)
+        forward = unpadded_forward(CONFIGS[name], "mean", CPU)
         assert forward is not None
         half = module.bfloat16()
         speed_up_linears_(half, CPU)
@@ -130,7 +130,7 @@ def test_settings_that_are_not_known_leave_the_module_its_own_forward_pass() -> 
         {"hidden_act": "gelu_new"},
         {"sliding_window": 512, "model_type": "mistral"},
     ):
-        assert packed_forward({**CONFIGS["qwen2"], **change}, "mean", CPU) is None
+        assert unpadded_forward({**CONFIGS["qwen2"], **change}, "mean", CPU) is None
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -194,7 +194,7 @@ def test_attention_over_all_texts_at_once_is_that_of_each_alone(
     monkeypatch.setattr(runtime, "_varlen", varlen_reference)
     module = random_module(CONFIGS[name]).double()
     exact = own_forward(module, pooling)
-    packed = packed_forward(CONFIGS[name], pooling, CPU)
+    packed = unpadded_forward(CONFIGS[name], pooling, CPU)
     forward = padded_forward(CONFIGS[name], pooling)
     assert packed is not None
     assert forward is not None
@@ -310,7 +310,7 @@ def test_the_pass_with_gpu_kernels_computes_what_the_module_does(
             if name == "embed_tokens":
                 linear.weight.data = module.embed_tokens(torch.arange(len(linear.weight)))
     exact = own_forward(exact_module.double(), "lasttoken")
-    packed = packed_forward(config, "lasttoken", CPU)
+    packed = unpadded_forward(config, "lasttoken", CPU)
     forward = padded_forward(config, "lasttoken")
     assert packed is not None
     assert forward is not None
@@ -323,7 +323,7 @@ def test_what_cannot_be_recorded_is_noticed() -> None:
     """The check above: the pass over texts of any length sends their tokens, LLM.int8() looks."""
     config = CONFIGS["qwen2"]
     outliers = W8A8.model_copy(update={"activation_outliers": 6.0})
-    packed = packed_forward(config, "lasttoken", CPU)
+    packed = unpadded_forward(config, "lasttoken", CPU)
     assert packed is not None
     module, mode = random_module(config), FakeTensorMode()
     without_data_(module, mode)

@@ -60,6 +60,6 @@ def test_a_long_text_has_one_vector_in_any_company(tmp_path: Path) -> None:
     publish(tmp_path / model.name, model)
     encoder = gteopt.load(tmp_path / model.name, dtype="float32")
     texts = ["bridge " * 500, "short", "river " * 700]
-    assert max(len(ids) for ids in encoder.tokenize(texts)) > 2048
+    assert max(len(ids) for ids in encoder.tokenization.tokenize(texts)) > 2048
     alone = np.concatenate([encoder.encode([text]) for text in texts])
     assert np.abs(encoder.encode(texts) - alone).max() < 1e-5

@@ -20,8 +20,8 @@ from gteopt.commands.export import export_openvino
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.config.recipe import Calibration, LayerScheme, load_recipe
 from gteopt.corpus.vector_cache import vector_identity
-from gteopt.encoder.encoder import Backend
-from gteopt.encoder.openvino import Graph, Weights
+from gteopt.encoder.description import Backend
+from gteopt.encoder.openvino import OpenVinoModel, Weights
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.formats.packed import ReadLayer
 from gteopt.model.families import Pooling
@@ -92,7 +92,9 @@ def quantized(module: Any, scheme: LayerScheme) -> dict[str, ReadLayer]:
 def test_the_graph_computes_what_the_module_does(name: str) -> None:
     module = random_module(CONFIGS[name])
     weights = Weights(module.state_dict())
-    graph = Graph({**CONFIGS[name], **module.config.to_dict()}, weights, dtype=torch.float32)
+    graph = OpenVinoModel(
+        {**CONFIGS[name], **module.config.to_dict()}, weights, dtype=torch.float32
+    )
     found = graph(*padded())
     for row, length, expected in zip(found, LENGTHS, alone(module), strict=True):
         assert (row[:length] - expected).abs().max() < 2e-5 * expected.abs().max()
@@ -106,7 +108,7 @@ def test_the_last_block_computes_one_token_where_pooling_reads_one(
     module = random_module(CONFIGS[name])
     config = {**CONFIGS[name], **module.config.to_dict()}
     weights = Weights(module.state_dict())
-    graph = Graph(config, weights, dtype=torch.float32, reads=pooling)
+    graph = OpenVinoModel(config, weights, dtype=torch.float32, reads=pooling)
     found, at = graph(*padded()), -1 if pooling == "lasttoken" else 0
     sees_itself_alone = pooling == "cls" and name in ("qwen2 causal", "mistral")
     assert graph.pools is not sees_itself_alone
@@ -119,11 +121,11 @@ def test_the_last_block_computes_one_token_where_pooling_reads_one(
 def test_packed_weights_stand_for_the_same_numbers(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gteopt.openvino, "_ACTIVATION_GROUP", 0)  # inputs are not rounded
+    monkeypatch.setattr(gteopt.encoder.openvino, "_ACTIVATION_GROUP", 0)  # inputs are not rounded
     module = random_module(CONFIGS["qwen2"])
     packed = quantized(module, SCHEMES[name])
     config = {**CONFIGS["qwen2"], **module.config.to_dict()}
-    graph = Graph(config, Weights(module.state_dict(), packed), dtype=torch.float32)
+    graph = OpenVinoModel(config, Weights(module.state_dict(), packed), dtype=torch.float32)
     found = graph(*padded())
     for row, length, expected in zip(found, LENGTHS, alone(module), strict=True):
         assert (row[:length] - expected).norm() < 2e-5 * expected.norm()
@@ -134,7 +136,7 @@ def test_packed_weights_stand_for_the_same_numbers(
 def test_codes_stay_packed() -> None:
     module = random_module(CONFIGS["qwen2"])
     packed = quantized(module, SCHEMES["4 bits"])
-    graph = Graph(
+    graph = OpenVinoModel(
         {**CONFIGS["qwen2"], **module.config.to_dict()},
         Weights(module.state_dict(), packed),
         dtype=torch.float32,
@@ -156,7 +158,7 @@ def test_act_order_reaches_the_right_columns() -> None:
         # Column c multiplies input order[c]: in order, the same layer has its columns put back.
         linear.weight.data = linear.weight[:, order.argsort()]
         packed[name] = replace(read, order=order)
-    graph = Graph(
+    graph = OpenVinoModel(
         {**CONFIGS["bert"], **module.config.to_dict()},
         Weights(module.state_dict(), packed),
         dtype=torch.float32,
@@ -220,7 +222,7 @@ def test_without_vnni_static_weights_multiply_inputs_as_they_are(
     texts = ["A bridge.", "Photosynthesis turns light into sugar, in every leaf of a plant."]
     base = gteopt.load("nano", dtype="float32").encode(texts)
     rounded = gteopt.load(static, dtype="float32", backend="openvino").encode(texts)
-    monkeypatch.setattr(gteopt.openvino, "activation_bits", lambda: 7)
+    monkeypatch.setattr(gteopt.encoder.openvino, "activation_bits", lambda: 7)
     encoder = gteopt.load(static, dtype="float32", backend="openvino")
     assert encoder.kernels == {"openvino.int8 (inputs as they are: no VNNI)": 28}
     assert encoder.number_type == "float32"
@@ -307,7 +309,7 @@ def test_what_it_cannot_compute_is_refused(artifact: Path, tmp_path: Path) -> No
     with pytest.raises(UnsupportedError, match=r"layers\.0\..* is e4m3; use backend torch"):
         gteopt.load(tmp_path / "fp8", backend="openvino")
     with pytest.raises(UnsupportedError, match="and this is a qwen3 one"):
-        Graph({"model_type": "qwen3"}, Weights({}), dtype=torch.float32)
+        OpenVinoModel({"model_type": "qwen3"}, Weights({}), dtype=torch.float32)
     wide = {**CONFIGS["qwen2"], "rope_scaling": {"rope_type": "yarn"}}
     with pytest.raises(UnsupportedError, match="usual settings"):
-        Graph(wide, Weights({}), dtype=torch.float32)
+        OpenVinoModel(wide, Weights({}), dtype=torch.float32)

@@ -20,7 +20,8 @@ import torch
 import gteopt
 from gteopt.cli.app import main
 from gteopt.config.recipe import Dims, LayerScheme, Vectors
-from gteopt.encoder.encoder import Encoder, Role
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.tokenization import Role
 from gteopt.errors import InputError, NumericsError
 from gteopt.evaluation.compare import compare
 from gteopt.evaluation.runner import EncodeOptions, SuiteRun, run_suite
@@ -61,7 +62,7 @@ class Counting(Encoder):
         role: Role = "document",
         instruction: str | None = None,
         batch_size: int = 32,
-        packed: bool = True,
+        unpadded: bool = True,
         progress: Progress = quiet,
     ) -> npt.NDArray[np.float32]:
         self.asked += [(role, instruction, text) for text in texts]
@@ -70,13 +71,13 @@ class Counting(Encoder):
             role=role,
             instruction=instruction,
             batch_size=batch_size,
-            packed=packed,
+            unpadded=unpadded,
             progress=progress,
         )
 
-    def _launched(self, tokens: Sequence[Sequence[int]], *how: Any) -> Any:
-        self.prompted += [self.tokenizer.decode(list(ids)) for ids in tokens]
-        return super()._launched(tokens, *how)
+    def forward(self, tokens: Sequence[Sequence[int]], **how: Any) -> Any:
+        self.prompted += [self.tokenization.tokenizer.decode(list(ids)) for ids in tokens]
+        return super().forward(tokens, **how)
 
 
 def random_weights(encoder: Encoder) -> None:
@@ -449,7 +450,7 @@ def test_nan_vectors_fail_their_task_and_leave_the_report_partial(nano: Encoder)
     from gteopt.evaluation.mini_tasks import mini_rows
 
     def tokens(texts: Sequence[str]) -> set[int]:
-        return {token for ids in nano.tokenize(texts) for token in ids}
+        return {token for ids in nano.tokenization.tokenize(texts) for token in ids}
 
     english = [row for row in mini_rows("sts") if row["language"] == "en"]
     similar = tokens([row[side] for row in english for side in ("sentence1", "sentence2")])

@@ -34,7 +34,7 @@ IDS = [model.name for model in MODELS]
 
 
 def text_ids(encoder: Encoder, model: Model, text: str) -> list[int]:
-    ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = encoder.tokenization.tokenizer(text, add_special_tokens=False)["input_ids"]
     return [*model.start, *ids, *model.end]
 
 
@@ -66,7 +66,7 @@ def test_vectors_equal_the_float64_forward_pass_alone_and_batched(published: Pub
     assert np.abs(found - np.stack(expected)).max() < 2e-5
     alone = np.concatenate([encoder.encode([text]) for text in TEXTS])
     assert np.abs(alone - found).max() < 1e-5
-    tokens = encoder.tokenize(TEXTS)
+    tokens = encoder.tokenization.tokenize(TEXTS)
     assert np.abs(encoder.embed_tokens(tokens, padding="left") - found).max() < 1e-5
 
 
@@ -78,7 +78,7 @@ def test_queries_carry_the_familys_prompt_and_pooling_leaves_out_what_it_should(
     prompt = model.template.format(INSTRUCTION)
     n_prompt = 0
     if model.latent is not None:  # as the authors' code counts
-        n_prompt = len(encoder.tokenizer.tokenize(prompt))
+        n_prompt = len(encoder.tokenization.tokenizer.tokenize(prompt))
     expected = [
         forward_float64(model, weights, text_ids(encoder, model, prompt + text), n_prompt)
         for text in TEXTS
@@ -289,7 +289,7 @@ def test_replayed_blocks_give_the_models_own_output_however_often(published: Pub
     _, folder, _ = published
     assert "use_cache" not in json.loads((folder / "config.json").read_text())  # so it is true
     encoder = gteopt.load(folder, dtype="float32")
-    tokens = sorted(encoder.tokenize(TEXTS, role="query"), key=len)
+    tokens = sorted(encoder.tokenization.tokenize(TEXTS, role="query"), key=len)
     blocks, inputs = open_blocks(encoder, tokens)
     for block in blocks:
         for _ in range(2):

@@ -124,12 +124,14 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_ids_are_those_of_the_vocabularys_own_library(real: Real) -> None:
     expected = [[*real.model.start, *real.reference(text), *real.model.end] for text in TEXTS]
-    assert [list(ids) for ids in real.encoder.tokenize(TEXTS)] == expected
+    assert [list(ids) for ids in real.encoder.tokenization.tokenize(TEXTS)] == expected
 
 
 def test_vectors_of_any_script_equal_the_float64_forward_pass(real: Real) -> None:
     found = real.encoder.encode(TEXTS)
-    for text, ids, vector in zip(TEXTS, real.encoder.tokenize(TEXTS), found, strict=True):
+    for text, ids, vector in zip(
+        TEXTS, real.encoder.tokenization.tokenize(TEXTS), found, strict=True
+    ):
         expected = forward_float64(real.model, real.weights, list(ids), 0)
         assert np.abs(vector - expected).max() < 2e-5, text
 
@@ -139,9 +141,9 @@ def test_special_tokens_in_a_users_text_do_not_move_what_is_pooled(real: Real) -
     end token: which tokens are real follows from lengths, never from ids.
     """
     (end,) = real.model.end
-    token = str(real.encoder.tokenizer.convert_ids_to_tokens(end))
+    token = str(real.encoder.tokenization.tokenizer.convert_ids_to_tokens(end))
     texts = [f"a {token} b", f"{token}", f"ends with it{token}", f"{token}{token} two", "none"]
-    tokens = real.encoder.tokenize(texts)
+    tokens = real.encoder.tokenization.tokenize(texts)
     assert [ids.count(end) for ids in tokens] == [2, 2, 2, 3, 1]
     assert all(ids[-1] == end for ids in tokens)
     found = real.encoder.encode(texts)
@@ -156,15 +158,15 @@ def test_a_text_beyond_the_maximum_is_cut_before_the_end_token_and_counted_once(
     encoder = real.encoder
     limit = 4096 if real.model.start else 32_768
     long = "Die Brücke über den Fluss. 桥。 " * 6000
-    before = encoder.n_cut
+    before = encoder.tokenization.n_cut
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        first = encoder.tokenize([long, "short", long])
-        encoder.tokenize([long])
+        first = encoder.tokenization.tokenize([long, "short", long])
+        encoder.tokenization.tokenize([long])
     assert [len(ids) for ids in first] == [limit, len(first[1]), limit]
     whole = [*real.model.start, *real.reference(long)]
     assert first[0] == [*whole[: limit - 1], *real.model.end]
-    assert encoder.n_cut == before + 3
+    assert encoder.tokenization.n_cut == before + 3
     messages = [str(each.message) for each in caught if "were cut there" in str(each.message)]
     assert len(messages) == 1
     assert messages[0].startswith(f"2 of 3 texts are longer than {limit:,} tokens")

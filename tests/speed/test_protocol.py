@@ -134,15 +134,15 @@ def test_progress_reaches_the_end_of_each_step(report: BenchReport) -> None:
 @pytest.mark.parametrize("n_tokens", [16, 128, 512, 2048])
 def test_texts_have_exactly_the_tokens_asked_for(nano: Encoder, n_tokens: int) -> None:
     texts = exact_texts(nano, 4, n_tokens, seed=0)
-    assert [len(ids) for ids in nano.tokenize(texts)] == [n_tokens] * 4
+    assert [len(ids) for ids in nano.tokenization.tokenize(texts)] == [n_tokens] * 4
     assert len(set(texts)) == 4
     assert exact_texts(nano, 4, n_tokens, seed=0) == texts
 
 
 def test_a_text_of_the_models_own_limit_is_exact_and_not_cut(nano: Encoder) -> None:
-    (text,) = exact_texts(nano, 1, nano.max_tokens, seed=0)
-    assert nano.lengths([text]) == [nano.max_tokens]
-    assert nano.n_cut == 0
+    (text,) = exact_texts(nano, 1, nano.tokenization.max_tokens, seed=0)
+    assert nano.tokenization.lengths([text]) == [nano.tokenization.max_tokens]
+    assert nano.tokenization.n_cut == 0
 
 
 def test_a_length_that_leaves_no_room_for_text_is_refused(nano: Encoder) -> None:

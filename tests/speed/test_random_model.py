@@ -90,7 +90,9 @@ def test_a_folder_of_random_weights_is_a_model_with_sane_activations(
     counted = sum(int(np.prod(s)) for n, s in checkpoint.tensors.items() if len(s) == 2)
     assert counted == n_parameters({**config, "num_hidden_layers": 2})  # type: ignore[dict-item]
     encoder = gteopt.load(out, dtype="float32")
-    ids, mask = encoder.pad(encoder.tokenize(["one text of some words", "and another"]))
+    ids, mask = encoder.pad(
+        encoder.tokenization.tokenize(["one text of some words", "and another"])
+    )
     hidden = encoder.module(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     sizes = [float(each.std()) for each in hidden.hidden_states]
     assert all(0.01 < size < 10 for size in sizes)

@@ -1,0 +1,205 @@
+"""A `Description`: all that is known of an encoder before its weights are read.
+
+Caches and reports are keyed by it, and a process whose workers encode needs no more. Hides: which
+device and dtype a name means. Refuses to know: weights, how vectors are computed.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from gteopt.encoder.tokenization import Tokenization
+from gteopt.errors import InputError, UnsupportedError, suggest
+from gteopt.kernels import arithmetic
+from gteopt.machine import gpu_name
+from gteopt.model.checkpoint import VECTORS_FILE, Checkpoint, open_checkpoint
+from gteopt.records.manifest import Manifest
+from gteopt.vectors.transform import VectorTransform, identity
+
+Backend = Literal["torch", "openvino"]
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how token vectors are computed.
+
+    Attributes:
+        device: where the weights lie.
+        dtype: of what is not quantized.
+        backend: the library that computes.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: Backend = "torch"
+
+
+class Description:
+    """What is known of an encoder without its weights.
+
+    Attributes:
+        checkpoint: what the folder says about the model.
+        runtime: where and how it computes.
+        vectors: what happens to an embedding after the model.
+        tokenization: the way from texts to token ids.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, runtime: Runtime, vectors: VectorTransform | None = None
+    ) -> None:
+        """Load the tokenizer and, unless they are given, the vector ranges of an artifact."""
+        self.checkpoint = checkpoint
+        self.runtime = runtime
+        self.vectors = load_vectors(checkpoint) if vectors is None else vectors
+        self.tokenization = Tokenization(checkpoint)
+
+    @property
+    def name(self) -> str:
+        """What progress, warnings and errors call it."""
+        return self.tokenization.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self.tokenization.name = name
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.runtime.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is not quantized."""
+        return self.runtime.dtype
+
+    @property
+    def backend(self) -> Backend:
+        """The library that computes token vectors."""
+        return self.runtime.backend
+
+    @property
+    def sha256(self) -> str:
+        """Identifies base files or artifact; what caches and reports are keyed by."""
+        return self.checkpoint.sha256
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The artifact's manifest; None for a base."""
+        return self.checkpoint.manifest
+
+    @property
+    def full_dims(self) -> int:
+        """Dimensions of the model's own output."""
+        return self.checkpoint.dims
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of what `Encoder.encode` returns."""
+        return self.vectors.dims
+
+    @property
+    def takes_instructions(self) -> bool:
+        """Whether queries carry an instruction."""
+        return self.tokenization.takes_instructions
+
+    @property
+    def arithmetic(self) -> str:
+        """What decides the rounding of products besides weights and dtype."""
+        if self.backend == "openvino":
+            return f"openvino {version('openvino')}, {arithmetic(self.device)}"
+        return arithmetic(self.device)
+
+    @property
+    def gpu(self) -> str | None:
+        """Name of the GPU that it computes on; None on a CPU, or where this machine has none."""
+        return gpu_name(str(self.device))
+
+
+def describe(
+    source: str | Path,
+    *,
+    device: str,
+    dtype: str = "auto",
+    backend: Backend = "torch",
+    hub_dir: Path | None = None,
+    revision: str | None = None,
+) -> Description:
+    """Describe a base or an artifact for a process whose workers encode.
+
+    Args:
+        source: see `load`, as for the others.
+        device: kind of device that encodes for it, which this machine may lack.
+        dtype: see `load`.
+        backend: see `load`.
+        hub_dir: see `load`.
+        revision: see `load`.
+
+    Raises:
+        InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision)
+    kind = parse_dtype(dtype_of(checkpoint, dtype))
+    return Description(checkpoint, Runtime(torch.device(device), kind, backend))
+
+
+def dtype_of(checkpoint: Checkpoint, dtype: str) -> str:
+    """The dtype that a name means for a model: "auto" is what an artifact was built from."""
+    if dtype != "auto":
+        return dtype
+    return checkpoint.manifest.base.dtype if checkpoint.manifest else "bfloat16"
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name.
+
+    Raises:
+        InputError: unknown, or float16, which overflows in gte-Qwen2 where bfloat16 does not.
+    """
+    if name == "float16":
+        raise InputError(
+            "dtype float16 is refused: activations of gte-Qwen2 overflow it; use bfloat16"
+        )
+    if name not in _DTYPES:
+        raise InputError(f"unknown dtype '{name}': {suggest(name, _DTYPES)}")
+    return _DTYPES[name]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" means here.
+
+    Raises:
+        InputError: no such name.
+        UnsupportedError: a GPU that torch does not see.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with suppress(RuntimeError):  # a name that torch does not know either
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UnsupportedError(f"device {name} was asked for, but torch sees no GPU; use cpu")
+        if device.type == "cuda" and (device.index or 0) >= (n := torch.cuda.device_count()):
+            raise UnsupportedError(f"device {name} was asked for, but torch sees {n} GPU(s)")
+        if device.type in ("cpu", "cuda"):
+            return device
+    raise InputError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N")
+
+
+def load_vectors(checkpoint: Checkpoint) -> VectorTransform:
+    """What happens to an embedding after the model, with the ranges that an artifact stores."""
+    if checkpoint.manifest is None:
+        return identity(checkpoint.dims)
+    path = checkpoint.folder / VECTORS_FILE
+    tensors: dict[str, NDArray[Any]] = {}
+    if path.is_file():
+        with safe_open(path, framework="numpy") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return VectorTransform.from_tensors(checkpoint.manifest.vectors, checkpoint.dims, tensors)
