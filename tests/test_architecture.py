@@ -12,7 +12,7 @@ import gteopt
 
 PACKAGE = Path(gteopt.__file__).parent
 RANKS = [
-    {"errors", "version", "frozen", "progress", "paths"},
+    {"errors", "version", "frozen", "progress", "paths", "local_data"},
     {"config"},
     {"records"},
     {"quant", "model", "machine", "report"},

@@ -11,6 +11,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -18,6 +19,7 @@ from typing import cast
 from gteopt.config.recipe import Calibration
 from gteopt.encoder.tokenization import Role, Tokenization, Tokens
 from gteopt.errors import InputError, join_problems
+from gteopt.local_data import describe_local_data
 from gteopt.paths import ASSETS
 from gteopt.records.manifest import CalibrationRecord
 
@@ -164,12 +166,14 @@ _READERS: dict[str, Callable[[Path, str], Iterator[CalibrationText]]] = {
 
 def _read_dataset(spec: Calibration, hub_dir: Path | None) -> Iterator[CalibrationText]:
     source = spec.texts
+    reading: AbstractContextManager[None] = nullcontext()
     if hub_dir is not None:
         if not (hub_dir / source).is_dir():
             raise InputError(
                 f"calibration texts '{source}': {hub_dir / source} does not exist; to add it: "
                 f"hf download --repo-type dataset {source} --local-dir {hub_dir / source}"
             )
+        reading = describe_local_data(hub_dir / source).reading()
         source = str(hub_dir / source)
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise InputError(
@@ -179,7 +183,8 @@ def _read_dataset(spec: Calibration, hub_dir: Path | None) -> Iterator[Calibrati
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(source, split=spec.split)
+        with reading:
+            rows = load_dataset(source, split=spec.split)
     except (OSError, ValueError) as error:
         raise InputError(
             f"calibration data set {spec.texts} (split {spec.split}) cannot be read: "

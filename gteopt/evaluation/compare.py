@@ -5,8 +5,8 @@ Refuses to know: how runs come about, mteb.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.errors import InputError, NumericsError, join_problems
@@ -26,7 +26,7 @@ from gteopt.evaluation.statistics import (
     settle,
 )
 from gteopt.evaluation.task_store import SubsetScore, mean_over_tasks
-from gteopt.records.evaluation import EvalReport, FailedTask, TaskScore
+from gteopt.records.evaluation import Difference, EvalReport, FailedTask, TaskScore
 
 Drawn = dict[SampleKey, Resampled]
 """What was drawn of a baseline, which every comparison with it needs."""
@@ -84,12 +84,7 @@ def compare(
     score = mean_over_tasks((each.task, each.score) for each in tasks)
     baseline_score = mean_over_tasks((each.task, each.baseline_score) for each in tasks)
     has_retention = baseline_score > 0
-    difference, retention_low, retention_high = None, None, None
-    if len(draws) == len(tasks):
-        overall = mean_of([mean_of(own) for own in _by_task(draws.items()).values()])
-        difference = difference_of(overall, score - baseline_score)
-        if has_retention:
-            retention_low, retention_high = interval(overall.retention)
+    sure = suite_interval(tasks, draws)
     report = EvalReport(
         schema="gteopt.eval/1",
         variant=variant_name,
@@ -106,11 +101,12 @@ def compare(
         retention=score / baseline_score if has_retention else None,
         no_retention=None
         if has_retention
-        else f"the baseline {baseline.encoder} scores {baseline_score:.4f}, of which nothing is a "
-        f"share; is it loaded rightly, and is the suite made for it?",
-        difference=difference,
-        retention_low=retention_low,
-        retention_high=retention_high,
+        else f"the baseline {baseline.encoder} scores {baseline_score:.4f}, so retention is "
+        f"undefined; check that the model loaded correctly and that the suite fits it",
+        difference=sure.difference,
+        retention_low=sure.retention_low if has_retention else None,
+        retention_high=sure.retention_high if has_retention else None,
+        n_interval_tasks=sure.n_tasks,
         margin=margin,
         dims=variant.vectors.dims,
         code=variant.vectors.code,
@@ -118,7 +114,7 @@ def compare(
         n_asked_texts=variant.encodings.n_asked,
         n_encoded_texts=variant.encodings.n_encoded,
         n_cut_texts=variant.encodings.n_cut,
-        notes=(*variant.notes, *_elsewhere(baseline, variant)),
+        notes=(*variant.notes, *sure.notes, *_elsewhere(baseline, variant)),
         fidelity=fidelity(baseline.sample, variant.sample, variant.vectors),
         machine=variant.machine,
         versions=variant.versions,
@@ -129,6 +125,50 @@ def compare(
         if reference is not None:
             report = beside_published(report, variant.samples, reference)
     return settle({variant_name: report})[variant_name]
+
+
+@dataclass(frozen=True)
+class SuiteInterval:
+    """How sure the difference of a suite's means is; fields as in `EvalReport`.
+
+    Attributes:
+        notes: which tasks are left out, where some are.
+    """
+
+    difference: Difference | None = None
+    retention_low: float | None = None
+    retention_high: float | None = None
+    n_tasks: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def suite_interval(tasks: Sequence[TaskScore], draws: Mapping[SampleKey, Draws]) -> SuiteInterval:
+    """The interval of a suite's mean, over the tasks whose every split and subset has draws.
+
+    Args:
+        tasks: that both models finished.
+        draws: by task, split and subset; tasks without stay out, and a note says so.
+    """
+    names = list(dict.fromkeys(task.task for task in tasks))
+    without = {task.task for task in tasks if (task.task, task.split, task.subset) not in draws}
+    known = [task for task in tasks if task.task not in without]
+    if not known:
+        return SuiteInterval()
+    by_task: dict[str, list[Draws]] = {}
+    for task in known:
+        by_task.setdefault(task.task, []).append(draws[task.task, task.split, task.subset])
+    overall = mean_of([mean_of(own) for own in by_task.values()])
+    value = mean_over_tasks((task.task, task.score - task.baseline_score) for task in known)
+    has_retention = mean_over_tasks((task.task, task.baseline_score) for task in known) > 0
+    low, high = interval(overall.retention) if has_retention else (None, None)
+    notes: tuple[str, ...] = ()
+    if without:
+        left_out = ", ".join(name for name in names if name in without)
+        notes = (
+            f"the suite's interval and verdict are over {len(by_task)} of {len(names)} tasks; "
+            f"{left_out} has no interval",
+        )
+    return SuiteInterval(difference_of(overall, value), low, high, len(by_task), notes)
 
 
 def _elsewhere(baseline: SuiteRun, variant: SuiteRun) -> list[str]:
@@ -177,13 +217,3 @@ def _task_score(
         n_units=samples.n_units if samples and has_interval else None,
         no_interval=drawn if isinstance(drawn, str) else None,
     )
-
-
-Item = TypeVar("Item")
-
-
-def _by_task(items: Iterable[tuple[SampleKey, Item]]) -> dict[str, list[Item]]:
-    found: dict[str, list[Item]] = {}
-    for (task, _, _), item in items:
-        found.setdefault(task, []).append(item)
-    return found

@@ -84,5 +84,9 @@ SYMMETRIC: frozenset[str] = frozenset({"ArguAna", "QuoraRetrieval", *_CQADUPSTAC
 
 
 def on_documents(family: str | None, task: str) -> bool:
-    """Whether a family's authors put the instruction on a search's documents, too."""
-    return family == "gte-qwen" and task in SYMMETRIC
+    """Whether a family's authors put the instruction on a search's documents, too.
+
+    Every ArguAna is the same task (ArguAna-PL, ArguAna-Fa): its documents are arguments as its
+    queries are.
+    """
+    return family == "gte-qwen" and (task in SYMMETRIC or task.startswith("ArguAna"))

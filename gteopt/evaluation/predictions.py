@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mteb._evaluators import DeprecatedSummarizationEvaluator
 from mteb._evaluators.retrieval_metrics import calculate_retrieval_scores, mrr
 from mteb.abstasks import (
     AbsTaskBitextMining,
@@ -25,6 +26,7 @@ from mteb.abstasks import (
     AbsTaskSTS,
     AbsTaskSummarization,
 )
+from scipy.stats import spearmanr
 
 from gteopt.errors import UnsupportedError
 from gteopt.evaluation.per_item_scores import Array, Samples
@@ -133,7 +135,7 @@ def _samples(
     if isinstance(task, AbsTaskPairClassification) and _PAIR_METRIC.match(metric):
         return _pairs(task, data, own, metric)
     if isinstance(task, AbsTaskSummarization) and metric == "cosine_spearman":
-        return _summaries(own)
+        return _summaries(task, own)
     is_plain = isinstance(task, AbsTaskClassification) and not (
         isinstance(task, AbsTaskMultilabelClassification) or task.is_cross_validation
     )
@@ -291,11 +293,16 @@ def _texts(*sides: Iterable[str]) -> Array:
     )
 
 
-def _summaries(own: Any) -> Samples:
-    values = [
-        Samples(
-            "spearman", "pair", {"similarities": np.array(found), "gold": np.array(human)}
-        ).score()
-        for found, human in zip(own["cosine_scores"], own["human_scores"], strict=True)
-    ]
+def _summaries(task: Any, own: Any) -> Samples:
+    """Of each text, the correlation of its summaries' similarities with their grades.
+
+    SummEval and SummEvalFr keep an evaluator whose mean runs over correlations and their p-values
+    alike (mteb issue 1156). Their published scores are such means, so half of the sum is what each
+    text brings.
+    """
+    with_p_values = task.evaluator is DeprecatedSummarizationEvaluator
+    values = []
+    for similarities, grades in zip(own["cosine_scores"], own["human_scores"], strict=True):
+        found = spearmanr(grades, similarities)
+        values.append((found.statistic + found.pvalue) / 2 if with_p_values else found.statistic)
     return Samples("mean", "text", {"values": np.array(values)[None]})

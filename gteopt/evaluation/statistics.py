@@ -15,14 +15,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtr, stdtrit
 
 from gteopt.evaluation.per_item_scores import CLUSTERINGS, Array, Floats, Samples
-from gteopt.records.evaluation import Difference, EvalReport, TaskScore, Verdict
+from gteopt.records.evaluation import Correction, Difference, EvalReport, Verdict
 
 N_RESAMPLES = 1000
 LEVEL = 0.95
@@ -33,6 +33,10 @@ _BLOCKS = 5000  # units are drawn in blocks beyond this many; blocks this many l
 _NORMAL = NormalDist()
 _NORMAL_FROM = 1e6  # degrees of freedom beyond which t is normal
 _Z = _NORMAL.inv_cdf((1 + LEVEL) / 2)
+
+Key = TypeVar("Key")
+Claims = dict[tuple[str, ...], tuple[Difference, float]]
+"""Differences of one family, each with its margin."""
 
 
 @dataclass(frozen=True)
@@ -257,10 +261,10 @@ def p_value(difference: float, draws: Draws) -> float:
     return 2 * float(stdtr(min(draws.freedom, _NORMAL_FROM), -standard_errors))
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
     """Adjusted p-values (Holm 1979): at most one false claim in twenty families at 0.05."""
     ordered = sorted(p_values, key=lambda name: p_values[name])
-    adjusted: dict[str, float] = {}
+    adjusted: dict[Key, float] = {}
     greatest = 0.0
     for rank, name in enumerate(ordered):
         greatest = max(greatest, min(1.0, (len(ordered) - rank) * p_values[name]))
@@ -268,75 +272,117 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
+def p_equivalent(difference: Difference, margin: float) -> float:
+    """One-sided p-value of a true difference at or beyond the margin.
+
+    The larger of the two one-sided tests (Schuirmann 1987). The standard error is read off the
+    interval, so that the value can be had from a record, for any margin.
+    """
+    room = margin - abs(difference.value)
+    half_width = (difference.high - difference.low) / 2
+    if half_width <= 1e-12:
+        return 0.0 if room >= 0 else 1.0
+    freedom = _NORMAL_FROM if difference.freedom is None else difference.freedom
+    return float(stdtr(freedom, -room / half_width * _t_quantile(freedom)))
+
+
 def difference_of(draws: Draws, value: float) -> Difference:
     """The record of one difference, found to be `value`; its verdict is `settle`'s to give."""
     low, high = interval(draws.difference)
     p = p_value(value, draws)
-    return Difference(value=value, low=low, high=high, verdict="undecided", p=p)
+    freedom = None if draws.freedom >= _NORMAL_FROM else draws.freedom
+    return Difference(value=value, low=low, high=high, verdict="undecided", p=p, freedom=freedom)
 
 
-def settle(reports: Mapping[str, EvalReport]) -> dict[str, EvalReport]:
+def settle(
+    reports: Mapping[str, EvalReport], correction: Correction = "family"
+) -> dict[str, EvalReport]:
     """The same reports with the verdicts that hold when all of them are read together.
 
-    Two families are corrected each for itself: every task of every variant, and every variant's
-    mean. The baseline beside itself makes no claim. "equivalent" needs no correction: its test is
-    passed on both sides or not at all, and what multiplies with many tasks is false alarms, which
-    it is not.
+    There are two kinds of claim: that a difference is there ("better", "worse"), and that it lies
+    within the margin ("equivalent"). Each kind is corrected by itself, for every task of every
+    variant, and apart from these for every variant's mean. A table whose claims of one kind are all
+    wrong then holds a false difference in at most 5 % of cases, and a false equivalence in at most
+    2.5 %. The baseline beside itself makes no claim.
+
+    Args:
+        reports: of one table.
+        correction: "family" as above (Holm 1979); "row" takes each row as if it stood alone.
     """
     others = {
         name: report
         for name, report in reports.items()
         if report.artifact_sha256 != report.baseline_sha256
     }
-    by_task = {
-        f"{name}\0{task.task}\0{task.split}\0{task.subset}": task.difference.p
+    by_task: Claims = {
+        (name, task.task, task.split, task.subset): (task.difference, report.margin)
         for name, report in others.items()
         for task in report.tasks
         if task.difference is not None
     }
-    by_suite = {
-        name: report.difference.p
+    by_suite: Claims = {
+        (name,): (report.difference, report.margin)
         for name, report in others.items()
         if report.difference is not None
     }
-    tasks_adjusted, suites_adjusted = holm(by_task), holm(by_suite)
+    verdicts = judge(by_task, correction) | judge(by_suite, correction)
 
-    def decided(found: Difference | None, margin: float, p: float) -> Difference | None:
+    def decided(found: Difference | None, *key: str) -> Difference | None:
         if found is None:
             return None
-        return found.model_copy(update={"verdict": verdict(found.low, found.high, margin, p)})
+        # The baseline beside itself is not in a family: it equals itself.
+        return found.model_copy(update={"verdict": verdicts.get(key, "equivalent")})
 
     def settled(name: str, report: EvalReport) -> EvalReport:
-        def with_verdict(task: TaskScore) -> TaskScore:
-            p = tasks_adjusted.get(f"{name}\0{task.task}\0{task.split}\0{task.subset}", 1.0)
-            return task.model_copy(
-                update={"difference": decided(task.difference, report.margin, p)}
+        tasks = [
+            task.model_copy(
+                update={
+                    "difference": decided(task.difference, name, task.task, task.split, task.subset)
+                }
             )
-
+            for task in report.tasks
+        ]
         return report.model_copy(
             update={
-                "tasks": tuple(with_verdict(task) for task in report.tasks),
-                "difference": decided(
-                    report.difference, report.margin, suites_adjusted.get(name, 1.0)
-                ),
+                "tasks": tuple(tasks),
+                "difference": decided(report.difference, name),
                 "n_claims": len(by_task),
+                "correction": correction,
             }
         )
 
     return {name: settled(name, report) for name, report in reports.items()}
 
 
-def verdict(low: float, high: float, margin: float, p: float) -> Verdict:
-    """What may be said of a difference with interval `low` to `high`.
+def judge(
+    claims: Mapping[Key, tuple[Difference, float]], correction: Correction = "family"
+) -> dict[Key, Verdict]:
+    """The verdict of each difference of one family, given with its margin; see `settle`."""
+    correct: Any = holm if correction == "family" else dict
+    p_different = correct({key: each.p for key, (each, _) in claims.items()})
+    p_same = correct({key: p_equivalent(each, margin) for key, (each, margin) in claims.items()})
+    return {
+        key: verdict(each, p_different=p_different[key], p_same=p_same[key])
+        for key, (each, _) in claims.items()
+    }
 
-    "equivalent" where the interval lies within the margin on both sides (two one-sided tests,
-    Schuirmann 1987, each at 2.5 %); else "worse" or "better" where `p`, corrected for the other
-    claims, is below 5 % and the interval leaves out zero; else "undecided".
+
+def verdict(difference: Difference, *, p_different: float, p_same: float) -> Verdict:
+    """What may be said of a difference.
+
+    Args:
+        difference: with its 95 % interval.
+        p_different: two-sided, that there is none, corrected for the other claims.
+        p_same: one-sided, that it lies at or beyond the margin, corrected likewise.
+
+    Returns:
+        "equivalent" where `p_same` is at most 2.5 %. Else "worse" or "better" where `p_different`
+        is below 5 % and the interval leaves out zero. Else "undecided".
     """
-    if -margin <= low and high <= margin:
+    if p_same <= (1 - LEVEL) / 2:
         return "equivalent"
-    if p < 1 - LEVEL and (high < 0 or low > 0):
-        return "worse" if high < 0 else "better"
+    if p_different < 1 - LEVEL and (difference.high < 0 or difference.low > 0):
+        return "worse" if difference.high < 0 else "better"
     return "undecided"
 
 

@@ -7,8 +7,8 @@ revision of it was read. Refuses to know: encoders, scores.
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from gteopt.evaluation.instructions import INSTRUCTIONS
 from gteopt.evaluation.mini_tasks import _MINI_DIR, _MINI_PATH, MINI_TASKS, _dataset
 from gteopt.evaluation.suites import Suite, SuiteTask
 from gteopt.evaluation.user_data import Collection, Pairs, read_own
+from gteopt.local_data import LocalData, describe_local_data, downloaded_commit
 from gteopt.paths import shipped_dir
 
 
@@ -61,6 +62,7 @@ class ResolvedTask:
     Attributes:
         revision: commit of the data on the Hub, or "sha256:..." of the local files that are read.
         folder: where local data lie; None where they come from the Hub.
+        local: the state of a folder in the Hub's layout; None for all other data.
         symmetric: whether the documents of a search carry the instruction, too; None where the
             suite leaves it to the model's authors.
         aggregate: name of the task that this one is a part of; its scores are reported under that
@@ -75,6 +77,7 @@ class ResolvedTask:
     folder: Path | None
     symmetric: bool | None = None
     aggregate: str | None = None
+    local: LocalData | None = None
 
     @property
     def name(self) -> str:
@@ -170,10 +173,14 @@ def load_data(tasks: Sequence[ResolvedTask]) -> None:
     problems = []
     for each in tasks:
         try:
-            each.task.load_data()
-            if isinstance(each.task, AbsTaskRetrieval):
-                each.task.convert_v1_dataset_format_to_v2(num_proc=None)
+            with nullcontext() if each.local is None else each.local.reading():
+                each.task.load_data()
+                if isinstance(each.task, AbsTaskRetrieval):
+                    each.task.convert_v1_dataset_format_to_v2(num_proc=None)
             read_labels_at_once_(each.task)
+        except InputError as error:
+            problems.append(f"{each.name}: {error}")
+            continue
         except Exception as error:
             # datasets, huggingface_hub and the tasks' own loaders share no exception type.
             problems.append(_unreadable(each, error))
@@ -422,16 +429,18 @@ def _resolve(entry: SuiteTask, aggregate: str | None, hub_dir: Path | None) -> R
     elif hub_dir is not None:
         folder = hub_dir / path
     revision = str(pinned)
+    local: LocalData | None = None
     if folder is not None:
         if not folder.is_dir():
             raise InputError(
                 f"{entry.task}: no folder {folder}; fetch it with: "
                 f"{_fetch_command(path, pinned, folder)}"
             )
-        content = _folder_sha256(folder, "*.jsonl" if is_mini else "*")
-        commit = _downloaded_commit(folder)
-        _check_pin(entry, folder, path, commit, content)
-        revision = commit or f"sha256:{content}"
+        data = describe_local_data(folder, "*.jsonl" if is_mini else "*")
+        revision = f"sha256:{data.sha256}"
+        if not is_mini:
+            local = data
+            revision = _check_pin(entry, data, path) or revision
     dataset = {**task.metadata.dataset}
     if folder is None:
         dataset["revision"] = pinned
@@ -447,37 +456,40 @@ def _resolve(entry: SuiteTask, aggregate: str | None, hub_dir: Path | None) -> R
         folder=folder,
         symmetric=entry.symmetric,
         aggregate=aggregate,
+        local=local,
     )
 
 
-def _check_pin(entry: SuiteTask, folder: Path, path: str, commit: str | None, content: str) -> None:
+def _check_pin(entry: SuiteTask, data: LocalData, path: str) -> str | None:
     """Refuse local data that are known to be of another revision than the suite's.
 
-    A folder that `hf download --local-dir` made tells its commit. Of others, only the bytes can be
-    compared; where the suite pins none, the report records their hash, as always.
+    A folder that `hf download --local-dir` made tells its commit, which holds as long as its files
+    have the bytes that were downloaded. Of other folders, only the bytes can be compared; where the
+    suite pins none, the report records their hash.
+
+    Returns:
+        The commit that the folder's files are of; None where nothing says.
     """
+    commit, changed = downloaded_commit(data)
     if commit is not None and entry.revision is not None:
         if commit != entry.revision:
             raise InputError(
-                f"{entry.task}: {folder} holds revision {commit}, but the suite pins "
+                f"{entry.task}: {data.folder} holds revision {commit}, but the suite pins "
                 f"{entry.revision}; fetch that with: "
-                f"{_fetch_command(path, entry.revision, folder)}, or change the suite's pin"
+                f"{_fetch_command(path, entry.revision, data.folder)}, or change the suite's pin"
             )
-    elif entry.files_sha256 is not None and content != entry.files_sha256:
+        if changed:
+            raise InputError(
+                f"{entry.task}: {', '.join(changed[:3])} in {data.folder} are not as downloaded "
+                f"at revision {commit}; fetch them again with: "
+                f"{_fetch_command(path, entry.revision, data.folder)}, or remove the suite's pin"
+            )
+    elif entry.files_sha256 is not None and data.sha256 != entry.files_sha256:
         raise InputError(
-            f"{entry.task}: the files of {folder} have sha256 {content}, but the suite pins "
-            f"{entry.files_sha256}; they are other data, and their scores are not comparable"
+            f"{entry.task}: the files of {data.folder} have sha256 {data.sha256}, but the suite "
+            f"pins {entry.files_sha256}; they are other data, and their scores are not comparable"
         )
-
-
-def _downloaded_commit(folder: Path) -> str | None:
-    """The one commit that all files of a folder were downloaded at, where the Hub client noted it.
-
-    It writes `.cache/huggingface/download/<file>.metadata`: commit, etag, time.
-    """
-    notes = (folder / ".cache" / "huggingface" / "download").rglob("*.metadata")
-    commits = {note.read_text(encoding="utf-8").partition("\n")[0].strip() for note in notes}
-    return commits.pop() if len(commits) == 1 else None
+    return None if changed else commit
 
 
 def _make_task(entry: SuiteTask) -> Any:
@@ -515,15 +527,3 @@ def _unreadable(each: ResolvedTask, error: Exception) -> str:
 def _fetch_command(path: str, revision: str | None, folder: Path) -> str:
     at = f" --revision {revision}" if revision else ""
     return f"hf download --repo-type dataset {path}{at} --local-dir {folder}"
-
-
-def _folder_sha256(folder: Path, pattern: str) -> str:
-    """Hash over names and bytes of a folder's files; the Hub client's own dot files left out."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob(pattern)):
-        relative = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            with path.open("rb") as handle:
-                content = hashlib.file_digest(handle, "sha256").hexdigest()
-            digest.update(f"{relative.as_posix()}\0{content}\n".encode())
-    return digest.hexdigest()

@@ -13,6 +13,8 @@ from gteopt.records.environment import Conditions, Machine
 
 Verdict = Literal["equivalent", "better", "worse", "undecided"]
 """What may be said of a difference, given its interval and a margin that does not matter."""
+Correction = Literal["family", "row"]
+"""What a verdict's error rate holds for: all claims of a table together, or each row alone."""
 
 
 class Difference(Frozen):
@@ -20,9 +22,10 @@ class Difference(Frozen):
 
     Attributes:
         low, high: ends of the interval.
-        verdict: "equivalent" where the interval lies within the margin; "worse" or "better" where
-            it leaves out zero and the claim survives the correction for all claims made together.
+        verdict: "equivalent" where both one-sided tests against the margin are passed; "worse" or
+            "better" where the interval leaves out zero. Both survive the report's `correction`.
         p: two-sided p-value of a difference of zero, not corrected.
+        freedom: degrees of freedom of the standard error; None is a normal distribution.
     """
 
     value: float
@@ -30,6 +33,7 @@ class Difference(Frozen):
     high: float
     verdict: Verdict
     p: float
+    freedom: float | None = None
 
 
 class BesidePublished(Frozen):
@@ -180,11 +184,13 @@ class EvalReport(Frozen):
         score, baseline_score: mean over tasks (subsets averaged within a task first).
         retention: score / baseline_score; None where `no_retention` says why.
         partial: some task failed; the mean is over the others and comparable only with itself.
-        difference: of the scores, tasks resampled independently and themselves taken as given;
-            None where some task has no interval.
+        difference: of the scores, over the tasks that have an interval, which are taken as given;
+            None where no task has one.
         retention_low, retention_high: 95 % interval of retention, from the same resamples.
+        n_interval_tasks: how many tasks `difference` and the ends of retention are over.
         margin: differences up to this are of no matter; what verdicts are against.
-        n_claims: how many differences were tested together (tasks x variants, Holm).
+        n_claims: how many differences were tested together (tasks x variants).
+        correction: what the error rate of the verdicts holds for (Holm where it is the family).
         dims, code, bytes_per_vector: of what was scored; None in reports of an older gteopt.
         n_asked_texts: texts whose vectors the tasks asked for, each in the run that scored it.
         n_encoded_texts: of these, encoded; the others came from the cache.
@@ -215,8 +221,10 @@ class EvalReport(Frozen):
     difference: Difference | None = None
     retention_low: float | None = None
     retention_high: float | None = None
+    n_interval_tasks: int = 0
     margin: float = DEFAULT_MARGIN
     n_claims: int = 0
+    correction: Correction = "family"
     dims: int | None = None
     code: VectorCode | None = None
     bytes_per_vector: int | None = None

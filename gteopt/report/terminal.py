@@ -220,8 +220,8 @@ def grid_table(reports: Mapping[str, EvalReport]) -> Table:
     notes = [
         f"suite {first.suite}, against {first.baseline}; differences in points with their 95 % "
         f"paired bootstrap interval",
-        f"verdicts against a margin of {points(first.margin)}; worse and better hold for "
-        f"all {n_rows} lines together (Holm)",
+        f"verdicts against a margin of {points(first.margin)}; they hold for "
+        f"{f'all {n_rows} lines together (Holm)' if first.correction == 'family' else 'each line'}",
     ]
     notes += [f"* {failure}" for failure in failures(reports)]
     notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
@@ -252,8 +252,12 @@ def _about_verdicts(reports: Sequence[EvalReport]) -> list[str]:
     marks = ", ".join(f"{mark} {verdict}" for verdict, mark in _VERDICT_MARKS.items())
     notes = [
         f"differences in points with their 95 % paired bootstrap interval; verdicts against a "
-        f"margin of {points(judged[0].margin)}: {marks}; better and worse hold for all "
-        f"{judged[0].n_claims} tasks together, and for all {len(judged)} means (Holm)"
+        f"margin of {points(judged[0].margin)}: {marks}; they hold for "
+        + (
+            f"all {judged[0].n_claims} tasks together, and for all {len(judged)} means (Holm)"
+            if judged[0].correction == "family"
+            else "each task and each mean alone"
+        )
     ]
     without = dict.fromkeys(
         f"no interval of {task.task}"

@@ -233,3 +233,37 @@ def test_entries_reproduce_scores_of_every_task_class_of_mteb(
         assert samples.score() == pytest.approx(metrics["main_score"], abs=1e-6)
         if "Clustering" not in name:  # whose sets may share documents
             assert n_samples(task, split, subset) == samples.n_units
+
+
+@pytest.mark.parametrize("name", ["SummEval", "SummEvalFr"])
+def test_entries_reproduce_the_evaluator_that_averages_p_values(
+    name: str, nano: Encoder, tmp_path: Path
+) -> None:
+    import mteb
+    from datasets import Dataset, DatasetDict
+
+    from gteopt.corpus.vector_cache import VectorCache
+    from gteopt.evaluation.mteb_isolation import isolated
+    from gteopt.evaluation.mteb_model import TaskModel
+    from gteopt.evaluation.predictions import collect, read_predictions
+
+    rng = np.random.default_rng(0)
+    texts = [f"report {i} on the harbour and the {word}" for i, word in enumerate("abcdefghijkl")]
+    columns = {
+        "text": texts,
+        "human_summaries": [[f"{text}, in short", f"{text}: a digest"] for text in texts],
+        "machine_summaries": [[f"{text} {j * 7}" for j in range(6)] for text in texts],
+        "relevance": rng.uniform(1, 5, (len(texts), 6)).tolist(),
+    }
+    with isolated(offline=True):
+        task = mteb.get_task(name)
+        task.dataset = DatasetDict({"test": Dataset.from_dict(columns)})
+        task.data_loaded = True
+        model = TaskModel(VectorCache(nano, tmp_path / "cache"), own_view(nano), None)
+        scores = task.evaluate(
+            model, "test", encode_kwargs={"batch_size": 32}, prediction_folder=tmp_path
+        )
+        found = dict(collect(task, "test", read_predictions(task, tmp_path), None))
+    samples = found["default"]
+    assert isinstance(samples, Samples)
+    assert samples.score() == pytest.approx(scores["default"]["main_score"], abs=1e-9)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -476,6 +477,25 @@ def test_nan_vectors_fail_their_task_and_leave_the_report_partial(nano: Encoder)
     table.data[:] = torch.nan
     with pytest.raises(NumericsError, match=r"broken has no score(.|\n)*MiniSTS(.|\n)*Mini"):
         compare(baseline, run_suite(broken, suite), variant_name="broken")
+
+
+def test_a_suite_keeps_its_interval_where_a_task_has_none(mini_run: SuiteRun) -> None:
+    lost = [
+        each.model_copy(update={"no_samples": "the entries are lost"})
+        if each.task == "MiniSTS"
+        else each
+        for each in mini_run.scores
+    ]
+    variant = replace(mini_run, scores=tuple(lost), encoder_sha256="0" * 64)
+    report = compare(mini_run, variant, variant_name="variant")
+    assert report.difference is not None
+    assert report.retention_low is not None
+    assert report.n_interval_tasks == 4
+    (note,) = [each for each in report.notes if "MiniSTS" in each]
+    assert "over 4 of 5 tasks" in note
+    whole = compare(mini_run, replace(mini_run, encoder_sha256="0" * 64), variant_name="whole")
+    assert whole.n_interval_tasks == 5
+    assert not [each for each in whole.notes if "interval" in each]
 
 
 def test_missing_data_are_named_before_anything_is_encoded(nano: Encoder, tmp_path: Path) -> None:

@@ -17,13 +17,15 @@ from gteopt.evaluation.statistics import (
     Resampled,
     holm,
     interval,
+    judge,
     mean_of,
     own_draws,
+    p_equivalent,
     p_value,
     paired_draws,
     resample,
-    verdict,
 )
+from gteopt.records.evaluation import Correction, Difference
 
 Pair = tuple[Samples, Samples]
 Maker = Callable[[np.random.Generator, int], Pair]
@@ -457,21 +459,69 @@ def test_holm_keeps_false_claims_of_a_family_at_one_in_twenty() -> None:
     assert false <= stats.binom.ppf(0.999, 2000, 0.05)
 
 
+def difference(value: float, half_width: float, freedom: float | None = None) -> Difference:
+    """As `difference_of` records one."""
+    quantile = stats.norm.ppf(0.975) if freedom is None else stats.t.ppf(0.975, freedom)
+    error = half_width / quantile
+    tail = stats.norm if freedom is None else stats.t(freedom)
+    p = float(2 * tail.sf(abs(value) / error))
+    low, high = value - half_width, value + half_width
+    return Difference(value=value, low=low, high=high, verdict="undecided", p=p, freedom=freedom)
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "p", "expected"),
+    ("value", "half_width", "n_claims", "expected"),
     [
-        (-0.005, 0.008, 0.6, "equivalent"),
-        (-0.008, -0.002, 0.001, "equivalent"),  # surely worse, by less than matters
-        (-0.03, -0.002, 0.01, "worse"),
-        (0.002, 0.05, 0.01, "better"),
-        (-0.03, -0.002, 0.2, "undecided"),  # does not survive the correction
-        (-0.03, 0.002, 0.1, "undecided"),
+        (0.0015, 0.0065, 1, "equivalent"),
+        (-0.005, 0.003, 1, "equivalent"),  # surely worse, by less than matters
+        (-0.006, 0.0035, 20, "worse"),  # 20 claims: no longer surely within the margin
+        (-0.016, 0.014, 1, "worse"),
+        (0.026, 0.024, 1, "better"),
+        (-0.016, 0.014, 20, "undecided"),  # does not survive the correction
+        (-0.014, 0.016, 1, "undecided"),
     ],
 )
 def test_a_verdict_says_no_more_than_interval_and_correction_allow(
-    low: float, high: float, p: float, expected: str
+    value: float, half_width: float, n_claims: int, expected: str
 ) -> None:
-    assert verdict(low, high, 0.01, p) == expected
+    claims = {number: (difference(0.0, 1.0), 0.01) for number in range(1, n_claims)}
+    claims[0] = difference(value, half_width), 0.01
+    assert judge(claims)[0] == expected
+    if n_claims > 1:
+        assert judge(claims, "row")[0] == judge({0: claims[0]})[0]
+
+
+@pytest.mark.parametrize("freedom", [None, 12.0])
+def test_one_row_is_equivalent_where_its_interval_lies_within_the_margin(
+    freedom: float | None,
+) -> None:
+    for value in np.linspace(-0.012, 0.012, 25):
+        for half_width in (0.0011, 0.0043, 0.0081, 0.0125):
+            found = difference(float(value), half_width, freedom)
+            within = found.low >= -0.01 and found.high <= 0.01
+            assert (p_equivalent(found, 0.01) <= 0.025) == within
+
+
+def test_a_table_of_rows_at_the_margin_seldom_holds_a_false_equivalence() -> None:
+    """36 rows whose true difference is the margin: per row, most tables hold a false one."""
+    rng = np.random.default_rng(0)
+    n_tables, n_rows, freedom, error = 2000, 36, 40, 0.003
+    corrections: tuple[Correction, ...] = ("family", "row")
+    false: dict[Correction, int] = dict.fromkeys(corrections, 0)
+    for _ in range(n_tables):
+        values = rng.normal(0.01, error, n_rows)
+        errors = error * np.sqrt(rng.chisquare(freedom, n_rows) / freedom)
+        half_widths = errors * stats.t.ppf(0.975, freedom)
+        claims = {
+            row: (difference(float(value), float(half_width), freedom), 0.01)
+            for row, (value, half_width) in enumerate(zip(values, half_widths, strict=True))
+        }
+        for correction in corrections:
+            false[correction] += "equivalent" in judge(claims, correction).values()
+    assert false["family"] <= stats.binom.ppf(0.999, n_tables, 0.025)
+    assert false["family"] >= stats.binom.ppf(0.001, n_tables, 0.015)  # not needlessly strict
+    expected = 1 - 0.975**n_rows
+    assert false["row"] == pytest.approx(n_tables * expected, rel=0.1)
 
 
 def test_retention_is_drawn_from_both_scores_together() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def test_data_of_another_revision_than_pinned_are_refused(tmp_path: Path) -> Non
     (folder / "test.jsonl").write_text(json.dumps({"sentence1": "a"}) + "\n")
 
     def note(commit: str) -> None:
-        (notes / "test.jsonl.metadata").write_text(f"{commit}\netag\n1700000000.0\n")
+        etag = hashlib.sha256((folder / "test.jsonl").read_bytes()).hexdigest()
+        (notes / "test.jsonl.metadata").write_text(f"{commit}\n{etag}\n1700000000.0\n")
 
     pinned = {"task": "STSBenchmark", "revision": "a" * 40}
     note("b" * 40)
@@ -195,6 +197,9 @@ def test_instructions_are_those_of_gte_qwen2s_authors() -> None:
     assert all(on_documents("gte-qwen", each.name) for each in forums)
     assert all("duplicates to" in each.instruction for each in forums)
     assert not on_documents("e5-mistral", "ArguAna")
+    for name in ("ArguAna-PL", "ArguAna-Fa", "ArguAna-NL"):
+        assert on_documents("gte-qwen", name)
+        assert not on_documents("e5-mistral", name)
 
 
 def test_a_suite_overrides_instruction_and_symmetry() -> None:

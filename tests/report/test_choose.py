@@ -340,7 +340,7 @@ def test_a_partial_evaluation_is_never_picked_silently() -> None:
 
 
 def test_without_any_retention_variants_are_chosen_by_neighbours_and_that_is_said() -> None:
-    why = "the baseline base scores -0.6300, of which nothing is a share"
+    why = "the baseline base scores -0.6300, so retention is undefined"
     none = {"retention": None, "no_retention": why, "baseline_score": -0.63}
     evals = [
         evaluation(name, overlap=overlap).model_copy(update=none)
