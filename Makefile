@@ -56,8 +56,9 @@ format: $(INSTALLED)  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(INSTALLED)  ## write the command-line reference from the program
+docs: $(INSTALLED)  ## write the generated pages and tables: the command line, fields, figures
 	$(BIN)/python -m typer gteopt.cli.app utils docs --name gteopt > docs/cli.md
+	$(BIN)/python docs/generate.py
 
 clean:  ## remove the environment and everything built
 	rm -rf .venv dist build artifacts/*/ artifacts/.[a-z]*

@@ -16,6 +16,8 @@ class Workload(Frozen):
     """One throughput measurement: `batch_size` texts of exactly `tokens` tokens.
 
     Attributes:
+        batch_size: texts that are encoded together.
+        tokens: of each text, or their median.
         lengths: "equal", or "lognormal": seeded lengths of median `tokens`, the deviation of their
             logarithm 0.8, from an eighth to four times the median; in batches of at most 32.
     """
@@ -97,7 +99,17 @@ class PlanBench(BenchSpec):
 class Plan(Frozen):
     """One base, several recipes, a suite, bench workloads, a policy: the main job.
 
-    `recipes` and `policy` are shipped names or files (relative to the plan's folder).
+    Files are relative to the plan's folder.
+
+    Attributes:
+        name: small letters, digits, dots, hyphens, underscores.
+        summary: one line for tables.
+        base: "nano", a folder, or `<org>/<name>`.
+        recipes: shipped names or files.
+        suite: a shipped name or a file.
+        bench: what is measured.
+        policy: a shipped name or a file.
+        out: results folder.
     """
 
     schema_: Literal["gteopt.plan/1"] = Field(alias="schema")

@@ -31,7 +31,12 @@ HIGHER_IS_BETTER: frozenset[str] = frozenset(
 
 
 class Limit(Frozen):
-    """A bound on one metric; at least one side is given."""
+    """A bound on one metric; at least one side is given.
+
+    Attributes:
+        min: the least that is allowed.
+        max: the most that is allowed.
+    """
 
     min: FiniteFloat | None = None
     max: FiniteFloat | None = None
@@ -46,7 +51,12 @@ class Limit(Frozen):
 
 
 class Objective(Frozen):
-    """What to optimise among the variants that keep every limit."""
+    """What to optimise among the variants that keep every limit; exactly one side is given.
+
+    Attributes:
+        minimise: the metric that should be least.
+        maximise: the metric that should be most.
+    """
 
     minimise: Metric | None = None
     maximise: Metric | None = None
@@ -69,6 +79,10 @@ class Policy(Frozen):
     """The user's limits and what to optimise within them.
 
     Attributes:
+        name: as tables call it.
+        summary: one line for tables.
+        limits: bounds by metric; none limits nothing.
+        objective: what to optimise within them.
         margin: a difference of scores (0 to 1) that does not matter to the user; a variant whose
             95 % interval lies within it on both sides is called equivalent to the baseline.
     """

@@ -103,13 +103,26 @@ class LayerScheme(Frozen):
 
 
 class NoWeights(Frozen):
-    """Weights stay as they are."""
+    """Weights stay as they are.
+
+    Attributes:
+        method: "none".
+    """
 
     method: Literal["none"] = "none"
 
 
 class RtnWeights(Frozen):
-    """Round to nearest: no calibration data, each weight to its closest code."""
+    """Round to nearest: no calibration data, each weight to its closest code.
+
+    Attributes:
+        method: "rtn".
+        scheme: how every layer is stored and computed.
+        clip_search: search each group's range for the least error instead of min and max.
+        fallback: for a layer whose input features the group size does not divide: refuse the
+            build ("error"), use one group a row ("per_channel") or leave it unquantized ("skip").
+        skip: shell patterns of layer names that stay unquantized.
+    """
 
     method: Literal["rtn"]
     scheme: LayerScheme
@@ -128,6 +141,8 @@ class GptqWeights(Frozen):
     """GPTQ, Frantar et al. 2022 (arXiv:2210.17323).
 
     Attributes:
+        method: "gptq".
+        scheme: how layers are stored and computed.
         act_order: quantize input features in order of falling Hessian diagonal.
         damping: share of the mean Hessian diagonal that is added to the diagonal.
         clip_search: search each group's range for the least error instead of min and max.
@@ -254,6 +269,12 @@ class Recipe(Frozen):
     """How to make one variant of a base.
 
     Attributes:
+        name: must equal the file's name; small letters, digits, dots, hyphens, underscores.
+        summary: one line for tables.
+        weights: what happens to the linear layers' weights.
+        calibration: which texts the build looks at.
+        dims: shortens vectors; none keeps all dimensions.
+        vectors: how vectors are stored.
         embedding: "int8" keeps the token embedding table in 8 bits with one scale a token; no
             standard format can hold that.
         format: how quantized weights lie on disk; "auto" takes the first standard format that can

@@ -1,0 +1,620 @@
+"""Fills the generated tables of README.md and of the pages in docs/.
+
+    python docs/generate.py           # write them
+    python docs/generate.py --check   # exit 1 and name the pages that are out of date
+
+A page says `<!-- table NAME -->` and `<!-- /table -->`; what stands between is replaced. Figures
+come from benchmarks/results, fields from the pydantic types, recipes from their YAML files.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+import types
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from gteopt.config.plan import Plan, PlanBench, Workload
+from gteopt.config.policy import Limit, Metric, Objective, Policy, load_policy
+from gteopt.config.recipe import (
+    Calibration,
+    Dims,
+    GptqWeights,
+    LayerScheme,
+    NoWeights,
+    Recipe,
+    RtnWeights,
+    Vectors,
+    load_recipe,
+)
+from gteopt.config.yaml_files import shipped_names
+from gteopt.model.families import FAMILIES, PUBLISHED
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+Rows = Iterable[Sequence[str]]
+
+
+def main() -> int:
+    """Write every page, or say which ones would change."""
+    stale = [page for page in PAGES if filled(page) != page.read_text(encoding="utf-8")]
+    if "--check" in sys.argv:
+        for page in stale:
+            print(f"{page.relative_to(ROOT)} is out of date; run `make docs`")
+        return bool(stale)
+    for page in stale:
+        page.write_text(filled(page), encoding="utf-8")
+    return 0
+
+
+def filled(page: Path) -> str:
+    """The text of a page with its generated tables as they should be."""
+
+    def table(found: re.Match[str]) -> str:
+        return found[1] + TABLES[found[2]]() + "\n" + found[3]
+
+    return MARKED.sub(table, page.read_text(encoding="utf-8"))
+
+
+def markdown(headings: Sequence[str], rows: Rows) -> str:
+    """A Markdown table."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def read(name: str) -> Any:
+    """One file of benchmarks/results."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+# Figures ------------------------------------------------------------------------------------------
+
+MINILM_ROWS = (  # what the README calls it, its row in peers_quality, its row in peers_speed
+    ("bf16", None, "gteopt bf16"),
+    ("bf16, OpenVINO", None, "gteopt bf16, OpenVINO"),
+    ("`int8-weight`", "gteopt int8-weight", None),
+    ("`int8`, OpenVINO", "gteopt int8", "gteopt int8, OpenVINO"),
+    ("`int8-static`, OpenVINO", "gteopt int8-static", "gteopt int8-static, OpenVINO"),
+    ("`gptq-nf4-guided`", "gteopt gptq-nf4-guided", None),
+    ("`gptq-nf4`", "gteopt gptq-nf4", None),
+    ("`gptq-int4`", "gteopt gptq-int4", None),
+    ("`rtn-int4`, OpenVINO", "gteopt rtn-int4", "gteopt 4-bit, OpenVINO"),
+    ("*torchao W8A8, compiled*", "torchao W8A8", "torchao int8 dynamic, compiled"),
+    ("*bitsandbytes NF4*", "bitsandbytes nf4", "bitsandbytes nf4"),
+    ("*OpenVINO int8 (NNCF)*", None, "OpenVINO int8"),
+)
+
+
+def minilm() -> str:
+    """Quality and speed of all-MiniLM-L6-v2 on one processor, peers in italics."""
+    quality = {
+        row["peer"]: row
+        for row in read("peers_quality")["rows"]
+        if row["model"] == "all-MiniLM-L6-v2"
+    }
+    speed = {row["engine"]: row for row in read("peers_speed_cpu_minilm")["rows"]}
+    stsb = next(r for r in read("reproduce")["rows"] if r["task"] == "STSBenchmark")["ours"]
+    query = speed["sentence-transformers fp32"]["timings"]["query"]["seconds"]
+    rows = [
+        [
+            "*sentence-transformers, float32*",
+            "32",
+            "0",
+            "100 %",
+            f"{100 * stsb:.2f}",
+            "1.00",
+            f"{1000.0 * query:.1f} ms",
+        ]
+    ]
+    for label, of_quality, of_speed in MINILM_ROWS:
+        cells = ["16" if "bf16" in label else "–", "–", "–", "–", "–", "–"]
+        if of_quality:
+            found = quality[of_quality]
+            cells[:4] = [
+                f"{found['bits_per_weight']:.2f}",
+                f"{1 - found['mean_cosine']:.5f}",
+                f"{100 * found['neighbour_overlap']:.1f} %",
+                f"{100 * found['stsb_spearman']:.2f}",
+            ]
+        if of_speed:
+            timings = speed[of_speed]["timings"]
+            if not of_quality:
+                cells[1] = f"{1 - speed[of_speed]['cosine']:.5f} †"
+            cells[4:] = [
+                f"{timings['bulk']['ratio']:.2f}",
+                f"{1e3 * timings['query']['seconds']:.1f} ms",
+            ]
+        rows.append([label, *cells])
+    return markdown(
+        ("variant", "bits", "1 − cosine", "10 nearest kept", "STS-B", "bulk speed", "one query"),
+        rows,
+    )
+
+
+def peers_quality() -> str:
+    """Every quantizer on both models, gteopt's and others', from the closest on within its bits."""
+    models = ("all-MiniLM-L6-v2", "gte-nano")
+    by_peer: dict[str, dict[str, Any]] = {}
+    for row in read("peers_quality")["rows"]:
+        by_peer.setdefault(row["peer"], {})[row["model"]] = row
+    measured: list[tuple[int, float, list[str]]] = []
+    for peer, found in by_peer.items():
+        whole = [row for row in found.values() if not row["error"]]
+        if not whole:
+            continue
+        bits = max(row["bits_per_weight"] for row in whole)
+        cells = [peer, f"{bits:.2f}"]
+        for model in models:
+            row = found.get(model)
+            if row is None:
+                cells += ["–", "–", "–"]
+            elif row["error"]:
+                cells += ["fails", "–", "–"]
+            else:
+                cells += [
+                    f"{1 - row['mean_cosine']:.5f}",
+                    f"{100 * row['neighbour_overlap']:.1f} %",
+                    f"{row['build_s']:.0f} s",
+                ]
+        group = 0 if bits > 6 else 1 if bits >= 4 else 2
+        first = found.get(models[0]) or found[models[1]]
+        measured.append((group, 1 - (first["mean_cosine"] or 0), cells))
+    rows = [cells for *_, cells in sorted(measured, key=lambda each: each[:2])]
+    return markdown(
+        (
+            "variant",
+            "bits",
+            "MiniLM: 1 − cosine",
+            "nearest kept",
+            "build",
+            "gte-nano: 1 − cosine",
+            "nearest kept",
+            "build",
+        ),
+        rows,
+    )
+
+
+def failures() -> str:
+    """Peers that failed on a model, with the first words of why."""
+    return markdown(
+        ("peer", "model", "what it said"),
+        [
+            (row["peer"], row["model"], f"`{' '.join(row['error'].split())[:90]}`")
+            for row in read("peers_quality")["rows"]
+            if row["error"]
+        ],
+    )
+
+
+def ablation() -> str:
+    """What each part of the method is worth."""
+    by_parts: dict[str, dict[str, Any]] = {}
+    for row in read("ablation")["rows"]:
+        parts = row["parts"].replace(" (compensate)", "")
+        by_parts.setdefault(parts, {})[row["model"]] = row
+    rows = []
+    for parts, found in by_parts.items():
+        bits = max(row["bits_per_weight"] for row in found.values())
+        cells = [parts, f"{bits:.2f}"]
+        for model in ("all-MiniLM-L6-v2", "gte-nano"):
+            row = found.get(model)
+            cells += (
+                ["–", "–"] if row is None else [f"{row['error']:.5f}", f"{row['build_s']:.0f} s"]
+            )
+        rows.append(cells)
+    return markdown(
+        ("parts", "bits", "MiniLM: 1 − cosine", "build", "gte-nano: 1 − cosine", "build"), rows
+    )
+
+
+def speed(name: str) -> Callable[[], str]:
+    """A table of engines on one model and processor."""
+
+    def table() -> str:
+        rows = []
+        for row in read(f"peers_speed_cpu_{name}")["rows"]:
+            bulk, query = row["timings"]["bulk"], row["timings"]["query"]
+            weights = row.get("weight_bytes")
+            rows.append(
+                (
+                    row["engine"],
+                    f"{row['cosine']:.4f}",
+                    f"{bulk['ratio']:.2f}",
+                    f"{bulk['gflops']:.0f}",
+                    f"{query['ratio']:.2f}",
+                    f"{query['seconds'] * 1e3:.1f} ms",
+                    f"{weights / 1e6:.1f} MB" if weights else "–",
+                )
+            )
+        headings = ("engine", "cosine", "bulk: speed", "bulk: GFLOP/s", "query: speed")
+        return markdown((*headings, "query: time", "weights"), rows)
+
+    return table
+
+
+def peaks() -> str:
+    """Operations a second of the best large product, by number type and run."""
+    runs = ("minilm", "qwen2", "avx2")
+    found = {run: read(f"peers_speed_cpu_{run}")["peaks_gflops"] for run in runs}
+    return markdown(
+        ("product", *(f"{run} run, GFLOP/s" for run in runs)),
+        [(kind, *(f"{found[run][kind]:.0f}" for run in runs)) for kind in found["minilm"]],
+    )
+
+
+def grid() -> str:
+    """Scores and neighbours over lengths and codes."""
+    found = {row["name"]: row for row in read("grid")["rows"]}
+    rows = []
+    for dims in (256, 128, 64, 32):
+        for code in ("float32", "int8", "binary"):
+            of_row = [found[f"{name}-{dims}-{code}"] for name in ("nano", "int8", "gptq-int4")]
+            cells = [str(dims), code, f"{of_row[0]['bytes_per_vector']:,}"]
+            for row in of_row:
+                cells += [
+                    f"{100 * row['score']:.2f} {row['verdict']}",
+                    f"{100 * row['neighbour_overlap']:.1f} %",
+                ]
+            rows.append(cells)
+    return markdown(
+        (
+            "dims",
+            "code",
+            "bytes",
+            "gte-nano: score",
+            "nearest kept",
+            "`int8`: score",
+            "nearest kept",
+            "`gptq-int4`: score",
+            "nearest kept",
+        ),
+        rows,
+    )
+
+
+def grid_time() -> str:
+    """What the grid took, and what separate runs of plain mteb would take."""
+    found = read("grid")
+    return markdown(
+        ("run", "CPU time", "texts encoded", "encodings saved"),
+        [
+            (
+                "one run of `gteopt evaluate`",
+                f"{found['grid']['cpu_s']:,.0f} s",
+                f"{found['n_texts']:,}",
+                f"{found['n_saved']:,}",
+            ),
+            (
+                f"{found['plain_rows']} runs of plain mteb, predicted from {len(found['plain'])}",
+                f"{found['plain_cpu_s']:,.0f} s ({found['speedup_cpu']:.1f} times)",
+                "–",
+                "–",
+            ),
+        ],
+    )
+
+
+def builds() -> str:
+    """Builds of the gte-Qwen2-1.5B shape: time, and memory beside its prediction."""
+    rows = []
+    for row in read("scale")["builds"]:
+        beyond = row["peak_bytes"] - row["imports_bytes"]
+        strength = row.get("gptaq_strength", row.get("compensate"))
+        rows.append(
+            (
+                f"`{row['recipe']}`, GPTAQ {strength:g}",
+                str(row["shape"]["layers"]),
+                f"{row['n_texts']} × {row['max_tokens']}",
+                row["machine"]["cpu"].removeprefix("AMD "),
+                str(row["n_threads"]),
+                f"{row['seconds']:,.0f} s",
+                f"{row['cpu_seconds']:,.0f} s",
+                f"{beyond / 1e9:.2f} GB",
+                f"{row['predicted_bytes'] / 1e9:.2f} GB",
+            )
+        )
+    headings = ("recipe", "layers", "texts × tokens", "processor", "threads", "wall", "CPU")
+    return markdown((*headings, "memory beyond imports", "predicted"), rows)
+
+
+def loads() -> str:
+    """Loads of eight blocks of the gte-Qwen2-1.5B shape from disks of several speeds."""
+    rows = []
+    for row in read("scale")["load"]["rows"]:
+        disk = "as it is" if row["disk_gb_s"] is None else f"{row['disk_gb_s']:g} GB/s"
+        rows.append(
+            (
+                f"`{row['recipe']}`",
+                row["backend"],
+                "in memory" if row["cache"] == "warm" else disk,
+                f"{row['read_s']:.2f} s",
+                f"{row['load_s']:.2f} s",
+                f"{row['first_vector_s']:.2f} s",
+                f"{row['peak_bytes'] / 1e9:.2f} GB",
+            )
+        )
+    headings = ("recipe", "backend", "disk", "files alone", "load", "first vector")
+    return markdown((*headings, "peak beyond imports"), rows)
+
+
+def long_texts() -> str:
+    """Memory and time of single long texts."""
+    return markdown(
+        ("tokens of one text", "memory beyond the model", "CPU time"),
+        [
+            (f"{t['n_tokens']:,}", f"{t['peak_bytes'] / 1e9:.2f} GB", f"{t['cpu_seconds']:.0f} s")
+            for t in read("scale")["long"]["texts"]
+        ],
+    )
+
+
+def machines() -> str:
+    """Where each results file was measured."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        first = (found.get("rows") or found.get("builds") or [{}])[0]
+        machine = found.get("machine") or first.get("machine")
+        versions = found.get("versions") or first.get("versions") or {}
+        if not machine:
+            continue
+        names = ("torch", "transformers", "sentence-transformers", "openvino")
+        said = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+        threads = found.get("n_threads") or first.get("n_threads") or versions.get("torch_threads")
+        rows.append(
+            (
+                f"[{path.name}](../benchmarks/results/{path.name})",
+                machine["cpu"],
+                str(threads or "–"),
+                machine["gpu"] or "none",
+                said,
+            )
+        )
+    return markdown(("file", "processor", "threads", "GPU", "versions"), rows)
+
+
+# What a user writes -------------------------------------------------------------------------------
+
+HOMES = {  # where a type's own table stands
+    "NoWeights": "recipes.md#weights",
+    "RtnWeights": "recipes.md#weights",
+    "GptqWeights": "recipes.md#weights",
+    "LayerScheme": "recipes.md#scheme",
+    "Calibration": "recipes.md#calibration",
+    "Dims": "recipes.md#dims-and-vectors",
+    "Vectors": "recipes.md#dims-and-vectors",
+    "PlanBench": "plans.md#every-field",
+    "Workload": "plans.md#every-field",
+    "Limit": "choosing.md#your-own",
+    "Objective": "choosing.md#your-own",
+}
+UNITS = {
+    "bits": "bits a weight",
+    "group_size": "input features",
+    "activation_bits": "bits an input",
+    "activation_outliers": "size of an input",
+    "damping": "share of the mean diagonal",
+    "gptaq_strength": "share of the error",
+    "budget": "bits a weight, mean",
+    "n_texts": "texts",
+    "max_tokens": "tokens",
+    "n": "dimensions",
+    "rescore": "candidates a result",
+    "query_tokens": "tokens",
+    "n_queries": "queries",
+    "batch_size": "texts",
+    "tokens": "tokens",
+    "warmup": "runs",
+    "repeats": "runs",
+    "price_per_hour": "dollars an hour",
+    "margin": "score, 0 to 1",
+    "min": "as the metric",
+    "max": "as the metric",
+}
+
+
+def fields(*documents: type[BaseModel]) -> Callable[[], str]:
+    """A table of the fields of one or several types, each under its name."""
+
+    def table() -> str:
+        rows = []
+        for document in documents:
+            said = described(document)
+            for name, info in document.model_fields.items():
+                name = info.alias or name
+                rows.append(
+                    (
+                        f"`{name}`",
+                        allowed(info.annotation, info),
+                        default(info),
+                        UNITS.get(name, "–"),
+                        said.get(name, ""),
+                    )
+                )
+        return markdown(("field", "type", "default", "unit", "meaning"), rows)
+
+    return table
+
+
+def described(document: type[BaseModel]) -> dict[str, str]:
+    """Descriptions of fields: of `Field`, else of the docstring's `Attributes` section."""
+    said: dict[str, str] = {}
+    for parent in reversed(document.__mro__):
+        if not (isinstance(parent, type) and issubclass(parent, BaseModel)) or not parent.__doc__:
+            continue
+        section = inspect.cleandoc(parent.__doc__).partition("Attributes:\n")[2]
+        for found in re.finditer(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
+            for name in found[1].split(", "):
+                said[name] = " ".join(found[2].split()).rstrip(".").replace("|", "\\|")
+    said["schema"] = "which version of which document this is; required"
+    for name, info in document.model_fields.items():
+        if info.description:
+            said[info.alias or name] = info.description
+    return said
+
+
+def allowed(annotation: Any, info: FieldInfo | None = None) -> str:
+    """A type as a user would write its values."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Metric:
+        return "[metric](choosing.md#every-metric)"
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(allowed(a, info) for a in arguments if a is not type(None))
+    if origin is tuple:
+        return f"list of {allowed(arguments[0])}"
+    if origin is dict:
+        return f"{allowed(arguments[1])} by metric"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"[{annotation.__name__}]({HOMES[annotation.__name__]})"
+    if hasattr(annotation, "__metadata__"):
+        inner = FieldInfo.from_annotation(annotation)
+        return allowed(arguments[0] if arguments else inner.annotation, inner)
+    names = {"int": "whole number", "float": "number", "str": "text", "bool": "true, false"}
+    name = names.get(getattr(annotation, "__name__", ""), "path")
+    return name + bounds(info)
+
+
+def bounds(info: FieldInfo | None) -> str:
+    """The range of a number."""
+    if info is None:
+        return ""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    metadata = list(info.metadata)
+    for argument in get_args(info.annotation):
+        metadata += getattr(argument, "__metadata__", ())
+    parts = []
+    for each in metadata:
+        for inner in getattr(each, "metadata", [each]):
+            parts += [
+                f"{sign} {getattr(inner, key):g}"
+                for key, sign in signs.items()
+                if getattr(inner, key, None) is not None
+            ]
+    return f" {' and '.join(parts)}" if parts else ""
+
+
+def default(info: FieldInfo) -> str:
+    """What holds where the field is left out."""
+    value = info.default
+    if info.default_factory is not None:
+        return "empty"
+    if value is PydanticUndefined:
+        return "required"
+    if value is None or value == () or value == "":
+        return "none" if value is None else "empty"
+    if isinstance(value, BaseModel):
+        return "its defaults"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, tuple):
+        return ", ".join(f"`{each.name}`" for each in value)
+    return f"`{value}`"
+
+
+def recipes() -> str:
+    """Every shipped recipe with its summary."""
+    rows = []
+    for name in shipped_names("recipes"):
+        text = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        papers = dict.fromkeys(re.findall(r"https://arxiv\.org/abs/([\d.]+\d)", text))
+        links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
+        rows.append(
+            (f"[`{name}`](../recipes/{name}.yaml)", load_recipe(name).summary, links or "–")
+        )
+    return markdown(("recipe", "what it makes", "papers"), rows)
+
+
+def policies() -> str:
+    """Every shipped policy: its limits and objective."""
+    rows = []
+    for name in shipped_names("recipes/policies"):
+        policy = load_policy(name)
+        limits = "; ".join(
+            f"`{metric}` {sign} {value:g}"
+            for metric, limit in policy.limits.items()
+            for sign, value in (("≥", limit.min), ("≤", limit.max))
+            if value is not None
+        )
+        aim = "least" if policy.objective.minimise else "most"
+        link = f"[`{name}`](../recipes/policies/{name}.yaml)"
+        rows.append((link, limits, f"{aim} `{policy.objective.metric}`"))
+    return markdown(("policy", "limits", "optimises"), rows)
+
+
+def families() -> str:
+    """What gteopt knows of the published models of its families."""
+    poolings = {"lasttoken": "last token", "latent": "latent attention, mean"}
+    rows = []
+    for name, model in PUBLISHED.items():
+        family = FAMILIES[model.family]
+        end = f"... `{family.end_token}`"
+        around = f"`{family.start_token}` {end}" if family.start_token else end
+        dims = f"{model.dims:,}"
+        rows.append(
+            (
+                name,
+                family.name,
+                family.attention,
+                poolings[family.pooling],
+                around.replace("|", "\\|"),
+                f"{dims}, down to {family.least_dims}" if family.least_dims else dims,
+                f"{family.max_tokens:,}",
+                model.license,
+                ", ".join(f"{suite} {score:.2f}" for suite, score in model.scores.items()),
+            )
+        )
+    headings = ("model", "family", "attention", "pooling", "around a text", "dimensions", "tokens")
+    return markdown((*headings, "license", "published averages"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "minilm": minilm,
+    "peers-quality": peers_quality,
+    "failures": failures,
+    "ablation": ablation,
+    "speed-minilm": speed("minilm"),
+    "speed-qwen2": speed("qwen2"),
+    "speed-avx2": speed("avx2"),
+    "peaks": peaks,
+    "grid": grid,
+    "grid-time": grid_time,
+    "builds": builds,
+    "loads": loads,
+    "long-texts": long_texts,
+    "machines": machines,
+    "recipes": recipes,
+    "policies": policies,
+    "families": families,
+    "fields-recipe": fields(Recipe),
+    "fields-weights-none": fields(NoWeights),
+    "fields-weights-rtn": fields(RtnWeights),
+    "fields-weights-gptq": fields(GptqWeights),
+    "fields-scheme": fields(LayerScheme),
+    "fields-calibration": fields(Calibration),
+    "fields-dims": fields(Dims),
+    "fields-vectors": fields(Vectors),
+    "fields-plan": fields(Plan),
+    "fields-bench": fields(PlanBench),
+    "fields-workload": fields(Workload),
+    "fields-policy": fields(Policy),
+    "fields-limit": fields(Limit),
+    "fields-objective": fields(Objective),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
