@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from gteopt.config.plan import Plan, PlanBench, Workload
+from gteopt.config.plan import ColumnRole, Plan, PlanBench, Screening, Workload
 from gteopt.config.policy import Limit, Metric, Objective, Policy, load_policy
 from gteopt.config.recipe import (
     Calibration,
@@ -397,6 +397,8 @@ HOMES = {  # where a type's own table stands
     "Vectors": "recipes.md#dims-and-vectors",
     "PlanBench": "plans.md#every-field",
     "Workload": "plans.md#every-field",
+    "Screening": "plans.md#every-field",
+    "Policy": "choosing.md#your-own",
     "Limit": "choosing.md#your-own",
     "Objective": "choosing.md#your-own",
 }
@@ -409,6 +411,7 @@ UNITS = {
     "gptaq_strength": "share of the error",
     "budget": "bits a weight, mean",
     "n_texts": "texts",
+    "keep": "variants",
     "max_tokens": "tokens",
     "n": "dimensions",
     "rescore": "candidates a result",
@@ -477,7 +480,8 @@ def allowed(annotation: Any, info: FieldInfo | None = None) -> str:
     if origin is tuple:
         return f"list of {allowed(arguments[0])}"
     if origin is dict:
-        return f"{allowed(arguments[1])} by metric"
+        what = "role" if get_args(arguments[0]) == get_args(ColumnRole) else "metric"
+        return f"{allowed(arguments[1])} by {what}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}]({HOMES[annotation.__name__]})"
     if hasattr(annotation, "__metadata__"):
@@ -608,6 +612,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fields-dims": fields(Dims),
     "fields-vectors": fields(Vectors),
     "fields-plan": fields(Plan),
+    "fields-screening": fields(Screening),
     "fields-bench": fields(PlanBench),
     "fields-workload": fields(Workload),
     "fields-policy": fields(Policy),

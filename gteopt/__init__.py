@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from gteopt.build.quantize import quantize
     from gteopt.build.truncate import truncate
     from gteopt.commands.inspect import inspect
+    from gteopt.commands.optimize import Judges, Search, optimize
+    from gteopt.config.limits import Limits
     from gteopt.config.recipe import Recipe
     from gteopt.encoder.encoder import Encoder
     from gteopt.encoder.loading import load
@@ -31,12 +33,16 @@ __all__ = [
     "GteoptError",
     "InputError",
     "IntegrityError",
+    "Judges",
+    "Limits",
     "NumericsError",
     "Recipe",
+    "Search",
     "UnsupportedError",
     "__version__",
     "inspect",
     "load",
+    "optimize",
     "quantize",
     "truncate",
     "verify",
@@ -44,9 +50,13 @@ __all__ = [
 
 _MODULES = {
     "Encoder": "gteopt.encoder.encoder",
+    "Judges": "gteopt.commands.optimize",
+    "Limits": "gteopt.config.limits",
     "Recipe": "gteopt.config.recipe",
+    "Search": "gteopt.commands.optimize",
     "inspect": "gteopt.commands.inspect",
     "load": "gteopt.encoder.loading",
+    "optimize": "gteopt.commands.optimize",
     "quantize": "gteopt.build.quantize",
     "truncate": "gteopt.build.truncate",
     "verify": "gteopt.model.artifact",

@@ -71,7 +71,7 @@ def machine() -> Machine:
     """
     return Machine(
         cpu=_cpu(),
-        n_cores=_n_cores(),
+        n_cores=n_cores(),
         memory_bytes=_memory_bytes(),
         gpu=_gpu(),
         os=platform.platform(),
@@ -103,13 +103,12 @@ def _cpu() -> str:
     return f"{model} ({', '.join(sorted(found))})" if found else model
 
 
-def _n_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        n_cores = len(os.sched_getaffinity(0))
-    else:  # macOS and Windows have no such call
-        n_cores = os.cpu_count() or 1
+def n_cores() -> int:
+    """Processor cores that this process may use (affinity and the container's quota applied)."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # macOS and Windows have no such call
+    n = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     quota, _, period = _cgroup("cpu.max").partition(" ")
-    return min(n_cores, math.ceil(int(quota) / int(period))) if quota.isdigit() else n_cores
+    return min(n, math.ceil(int(quota) / int(period))) if quota.isdigit() else n
 
 
 def _memory_bytes() -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from gteopt.build import tuning
+from gteopt.build.build_time import build_seconds
 from gteopt.build.calibration_texts import draw_texts, tokenize
 from gteopt.build.layer_plan import (
     SENSITIVITY_TEXTS,
@@ -27,6 +28,7 @@ from gteopt.build.layer_plan import (
 from gteopt.build.quantize import ACTIVATION_BYTES
 from gteopt.build.replay import BATCH_TOKENS, emulates_bfloat16, token_batches
 from gteopt.build.sensitivity import DEEP_BLOCKS, N_PROBES
+from gteopt.config.engines import engines_of
 from gteopt.config.recipe import Calibration, GptqWeights, Recipe
 from gteopt.encoder.description import parse_dtype
 from gteopt.encoder.loading import build_skeleton
@@ -122,6 +124,16 @@ def estimate(
             build_bytes=buffer_bytes + _build_bytes(checkpoint, recipe, plan, sizes),
             disk_bytes=_disk_bytes(checkpoint, recipe, plan, sizes),
             bytes_per_vector=_vector_bytes(checkpoint, recipe),
+            build_s=build_seconds(
+                recipe,
+                schemes,
+                {name: (each.out_features, each.in_features) for name, each in linears.items()},
+                padded[recipe.calibration],
+                n_choices=max((len(each) for each in plan.choices.values()), default=1),
+                device=device,
+            ),
+            format=plan.format,
+            engines=engines_of(recipe, plan.format),
             problem=None,
         )
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gteopt.cli import build, measure, share
+from gteopt.cli import build, measure, optimize, share
 from gteopt.cli.errors import (
     DISK_FULL,
     Group,
@@ -57,7 +57,14 @@ def _options(
 
 
 for _command_function in (
-    *(measure.run, build.quantize, build.truncate, measure.bench, measure.evaluate),
+    *(
+        optimize.optimize,
+        measure.run,
+        build.quantize,
+        build.truncate,
+        measure.bench,
+        measure.evaluate,
+    ),
     *(measure.choose, measure.report, build.export, build.verify),
     *(share.publish, share.pull, build.inspect),
 ):

@@ -77,9 +77,7 @@ def run(
             workers=workers,
             progress=progress,
         )
-    show_results(results, as_json=as_json)
-    if not as_json:
-        stdout.print(f"Report: {document.out / 'report.html'}", soft_wrap=True)
+    show_results(results, as_json=as_json, folder=document.out)
 
 
 def bench(

@@ -50,7 +50,9 @@ def show_records(records: Sequence[Frozen], table: Table, *, as_json: bool) -> N
         stdout.print(table)
 
 
-def show_results(results: Results, *, as_json: bool) -> None:
+def show_results(results: Results, *, as_json: bool, folder: Path | None = None) -> None:
+    """The table of variants and the choice; with `folder`, how to use the pick."""
+    from gteopt.report.pick import pick_lines, use_lines
     from gteopt.report.terminal import fidelity_table, terminal_table
 
     if as_json:
@@ -60,8 +62,33 @@ def show_results(results: Results, *, as_json: bool) -> None:
         stdout.print(terminal_table(results))
     if results.fidelity:
         stdout.print(fidelity_table(results.fidelity))
-    if results.choice is not None:
-        stdout.print(results.choice.reason, soft_wrap=True)
+    if folder is not None and (folder / "screening.json").is_file():
+        _show_screening(folder)
+    if results.choice is None:
+        return
+    for line in pick_lines(results):
+        stdout.print(line, soft_wrap=True)
+    for line in use_lines(results, folder) if folder is not None else ():
+        stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_screening(folder: Path) -> None:
+    from gteopt.records.files import read_record
+    from gteopt.records.screening import ScreeningRecord
+
+    record = read_record(folder / "screening.json", ScreeningRecord)
+    for variant in record.variants:
+        if variant.dropped is not None:
+            stdout.print(
+                f"dropped after a look at {record.n_texts} texts: {variant.name} "
+                f"({variant.neighbour_overlap:.0%} of neighbours kept): {variant.dropped}",
+                soft_wrap=True,
+            )
+
+
+def say(sentence: str) -> None:
+    """What is done now, where nothing else shows for some seconds."""
+    stderr.print(f"{sentence} ...", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:

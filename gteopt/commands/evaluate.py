@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from gteopt.build.fit_vectors import fit_transforms
+from gteopt.config.plan import ColumnRole
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.config.recipe import VectorCode
 from gteopt.corpus.workers import Workers
@@ -188,6 +189,7 @@ def compare_texts(
     folder: Path | None,
     *,
     how: Setup,
+    columns: Mapping[ColumnRole, str] | None = None,
     progress: Progress,
 ) -> dict[str, FidelityReport]:
     """Fidelity of every variant to the first, which is the baseline, on a user's own texts.
@@ -201,7 +203,7 @@ def compare_texts(
     """
     _check_folder(folder)
     _check_all(sources, None, how)
-    texts = read_texts(file)
+    texts = read_texts(file, columns)
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     reports: dict[str, FidelityReport] = {}
     baseline = None

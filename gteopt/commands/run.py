@@ -4,6 +4,7 @@ Hides: the layout of a plan's folder and when a finished step is still valid. Re
 any step works.
 
     OUT/variants/<recipe>/       artifacts
+    OUT/screening/, .json        the first look at all variants, and which went on
     OUT/bench.json               speed and memory
     OUT/eval/<variant>.json      scores and fidelity
     OUT/fidelity/<variant>.json  fidelity alone, on a user's own texts
@@ -18,27 +19,32 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from gteopt.build.quantize import quantize
 from gteopt.build.truncate import restyle
 from gteopt.commands.bench import BASELINE, measure
 from gteopt.commands.choose import title_of
-from gteopt.commands.evaluate import Setup, score
+from gteopt.commands.evaluate import Setup, compare_texts, score
+from gteopt.commands.screening import screen
 from gteopt.config.plan import WORKLOADS, Plan
 from gteopt.config.policy import Policy, load_policy
-from gteopt.config.recipe import Recipe, load_recipe
+from gteopt.config.recipe import Effort, GptqWeights, Recipe, load_recipe
 from gteopt.corpus.workers import Workers
 from gteopt.encoder.description import pick_device
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems
-from gteopt.evaluation.suites import Suite
-from gteopt.evaluation.tasks import load_suite
+from gteopt.evaluation.suites import Suite, with_data
+from gteopt.evaluation.tasks import in_languages, load_suite
+from gteopt.evaluation.user_data import read_own, read_texts
 from gteopt.model.artifact import discard, is_artifact, read_manifest
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.progress import Progress, quiet
 from gteopt.records.bench import BenchReport
+from gteopt.records.evaluation import EvalReport, FidelityReport
 from gteopt.records.files import read_record, write_record
 from gteopt.records.results_folder import Results, RunRecord
+from gteopt.records.screening import ScreeningRecord
 from gteopt.report.choose import choose
 from gteopt.report.html import write_report
 from gteopt.speed.protocol import default_workloads
@@ -66,42 +72,134 @@ def run(
     Raises:
         InputError: lists every problem of the plan before anything slow starts; an unknown device.
     """
-    recipes, suite, policy = _resolve(plan, beside)
+    resolved = _resolve(plan, beside)
     pick_device(device)
-    folder = plan.out
+    folder, policy = plan.out, resolved.policy
+    where = _Where(hub_dir, device, progress)
+    recipes = resolved.recipes
+    if plan.screening is not None:
+        screening = _screened(plan, resolved, where, workers)
+        recipes = [recipe for recipe in recipes if recipe.name in screening.kept]
     artifacts = build_variants(
         plan.base, recipes, folder / "variants", hub_dir=hub_dir, device=device, progress=progress
     )
     sources = {BASELINE: plan.base, **{name: str(path) for name, path in artifacts.items()}}
-    spec = plan.bench.spec
-    says_nothing = "workloads" not in plan.bench.model_fields_set
-    if says_nothing:
-        spec = spec.model_copy(update={"workloads": WORKLOADS[default_workloads(device)]})
     _forget_former(folder, sources)
     ran = RunRecord(plan=plan.name, base=plan.base, variants=tuple(sources))
     write_record(folder / "run.json", ran)
-    report = measure(
-        sources,
-        spec,
-        folder,
-        baseline=BASELINE,
-        hub_dir=hub_dir,
-        device=device,
-        price_per_hour=plan.bench.price_per_hour,
-        skip_measured=True,
-        skip_too_long=says_nothing,
-        progress=progress,
+    report = _benched(plan, sources, where)
+    evals, fidelity = _judged(plan, resolved, sources, where, workers)
+    own = {name: variant for name, variant in report.variants.items() if name in sources}
+    results = Results(
+        bench=report.model_copy(update={"variants": own}),
+        evals=evals,
+        fidelity=fidelity,
+        choice=None,
     )
-    asked = ("--suite", Path(plan.suite).name)
-    how = Setup(hub_dir=hub_dir, device=device, workers=workers, asked=asked)
-    evals = score(sources, suite, folder, how=how, margin=policy.margin, progress=progress)
-    own = {name: each for name, each in report.variants.items() if name in sources}
-    results = Results(bench=report.model_copy(update={"variants": own}), evals=evals, choice=None)
     choice = choose(policy, results)
     write_record(folder / "choice.json", choice)
     results = results.model_copy(update={"choice": choice})
     write_report(folder, results, title=title_of(folder))
     return results
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Where a plan runs and who is told how far it is."""
+
+    hub_dir: Path | None
+    device: str
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """Everything that a plan names; the suite is None where own texts without labels decide."""
+
+    recipes: list[Recipe]
+    suite: Suite | None
+    policy: Policy
+
+
+def _screened(
+    plan: Plan, resolved: _Resolved, where: _Where, workers: Workers | None
+) -> ScreeningRecord:
+    """The first look, on variants at effort fast.
+
+    A variant whose recipe is at effort fast anyway is built where the plan wants it, once.
+    """
+    artifacts: dict[str, Path] = {}
+    for parent, is_final in ((plan.out / "variants", True), (plan.out / "screening", False)):
+        recipes = [
+            fast
+            for recipe in resolved.recipes
+            if ((fast := _at_effort(recipe, "fast")) == recipe) == is_final
+        ]
+        artifacts |= build_variants(
+            plan.base,
+            recipes,
+            parent,
+            hub_dir=where.hub_dir,
+            device=where.device,
+            progress=where.progress,
+        )
+    how = Setup(hub_dir=where.hub_dir, device=where.device, workers=workers)
+    return screen(
+        plan, resolved.policy, resolved.recipes, artifacts, how=how, progress=where.progress
+    )
+
+
+def _benched(plan: Plan, sources: dict[str, str], where: _Where) -> BenchReport:
+    """Speed and memory of every variant."""
+    spec = plan.bench.spec
+    names_no_workload = "workloads" not in plan.bench.model_fields_set
+    if names_no_workload:
+        spec = spec.model_copy(update={"workloads": WORKLOADS[default_workloads(where.device)]})
+    return measure(
+        sources,
+        spec,
+        plan.out,
+        baseline=BASELINE,
+        hub_dir=where.hub_dir,
+        device=where.device,
+        price_per_hour=plan.bench.price_per_hour,
+        skip_measured=True,
+        skip_too_long=names_no_workload,
+        progress=where.progress,
+    )
+
+
+def _judged(
+    plan: Plan,
+    resolved: _Resolved,
+    sources: dict[str, str],
+    where: _Where,
+    workers: Workers | None,
+) -> tuple[dict[str, EvalReport], dict[str, FidelityReport]]:
+    """Scores on the plan's suite and data, or fidelity on its texts."""
+    asked = [("--suite", plan.suite_name), ("--data", plan.data)]
+    words = tuple(word for option, name in asked if name for word in (option, Path(name).name))
+    how = Setup(hub_dir=where.hub_dir, device=where.device, workers=workers, asked=words)
+    if resolved.suite is None:
+        assert plan.texts is not None
+        return {}, compare_texts(
+            sources, plan.texts, plan.out, how=how, columns=plan.columns, progress=where.progress
+        )
+    evals = score(
+        sources,
+        resolved.suite,
+        plan.out,
+        how=how,
+        margin=resolved.policy.margin,
+        progress=where.progress,
+    )
+    return evals, {}
+
+
+def _at_effort(recipe: Recipe, effort: Effort | None) -> Recipe:
+    """The recipe at another effort, where its method has any."""
+    tunable = isinstance(recipe.weights, GptqWeights) and recipe.weights.can_be_tuned
+    return recipe.with_effort(effort) if effort is not None and tunable else recipe
 
 
 def _forget_former(folder: Path, sources: Iterable[str]) -> None:
@@ -115,6 +213,7 @@ def _forget_former(folder: Path, sources: Iterable[str]) -> None:
     former = written - set(sources)
     for name in former:
         (folder / "eval" / f"{name}.json").unlink(missing_ok=True)
+        (folder / "fidelity" / f"{name}.json").unlink(missing_ok=True)
     bench_path = folder / "bench.json"
     if former and bench_path.is_file():
         with suppress(IntegrityError):
@@ -157,13 +256,13 @@ def build_variants(
     return built
 
 
-def _resolve(plan: Plan, beside: Path | None) -> tuple[list[Recipe], Suite, Policy]:
+def _resolve(plan: Plan, beside: Path | None) -> _Resolved:
     """Everything that the plan names; all problems at once."""
     problems: list[str] = []
     recipes: list[Recipe] = []
     for name in plan.recipes:
         try:
-            recipes.append(load_recipe(name, beside=beside))
+            recipes.append(_at_effort(load_recipe(name, beside=beside), plan.effort))
         except GteoptError as error:
             problems.append(str(error))
     names = [recipe.name for recipe in recipes]
@@ -175,16 +274,37 @@ def _resolve(plan: Plan, beside: Path | None) -> tuple[list[Recipe], Suite, Poli
     suite: Suite | None = None
     policy: Policy | None = None
     try:
-        suite = load_suite(plan.suite)
+        suite = load_judges(plan)
     except GteoptError as error:
         problems.append(str(error))
     try:
-        policy = load_policy(plan.policy, beside=beside)
+        policy = (
+            plan.policy
+            if isinstance(plan.policy, Policy)
+            else load_policy(plan.policy, beside=beside)
+        )
     except GteoptError as error:
         problems.append(str(error))
-    if problems or suite is None or policy is None:
+    if problems or policy is None:
         raise InputError(join_problems(f"plan {plan.name} cannot run", problems))
-    return recipes, suite, policy
+    return _Resolved(recipes, suite, policy)
+
+
+def load_judges(plan: Plan) -> Suite | None:
+    """The plan's suite with its own data as one more task; None where texts decide.
+
+    Raises:
+        InputError: an unknown suite or language, or own data that cannot be read.
+    """
+    suite = load_suite(plan.suite_name) if plan.suite_name is not None else None
+    if suite is not None and plan.languages:
+        suite = in_languages(suite, plan.languages)
+    if plan.data is not None:
+        read_own(plan.data, plan.columns)  # its faults, before anything is built
+        suite = with_data(suite, plan.data, columns=plan.columns)
+    if plan.texts is not None:
+        read_texts(plan.texts, plan.columns)
+    return suite
 
 
 def _is_current(out: Path, recipe: Recipe, base_sha256: str) -> bool:

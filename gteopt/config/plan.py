@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, FiniteFloat, field_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
+from gteopt.config.policy import Policy
+from gteopt.config.recipe import Effort
 from gteopt.config.yaml_files import find_yaml, read_yaml
 from gteopt.errors import suggest
 from gteopt.frozen import Frozen
@@ -62,14 +64,15 @@ class BenchSpec(Frozen):
         n_queries: single queries timed per variant.
         workloads: the throughput grid; a plan may name a set of `WORKLOADS`, "short" or "long".
         warmup: uncounted runs before each measurement.
-        repeats: counted runs of each workload, interleaved over the variants.
+        repeats: counted runs of each workload, interleaved over the variants; from 6 on, ratios
+            have an interval.
     """
 
     query_tokens: Annotated[int, Field(ge=1)] = 16
     n_queries: Annotated[int, Field(ge=10)] = 50
     workloads: Annotated[tuple[Workload, ...], Field(min_length=1)] = WORKLOADS["short"]
     warmup: Annotated[int, Field(ge=0)] = 2
-    repeats: Annotated[int, Field(ge=1)] = 5
+    repeats: Annotated[int, Field(ge=1)] = 7
 
     @field_validator("workloads", mode="before")
     @classmethod
@@ -96,19 +99,39 @@ class PlanBench(BenchSpec):
         return BenchSpec.model_validate(self.model_dump(exclude={"price_per_hour"}))
 
 
-class Plan(Frozen):
-    """One base, several recipes, a suite, bench workloads, a policy: the main job.
+ColumnRole = Literal["sentence1", "sentence2", "score", "query", "positive", "negative", "text"]
+"""What a column of a user's own table is."""
 
-    Files are relative to the plan's folder.
+
+class Screening(Frozen):
+    """A first look at all variants, so that only the promising ones are measured in full.
+
+    Attributes:
+        n_texts: texts on which each variant is compared with the baseline.
+        keep: variants that are measured in full at most.
+    """
+
+    n_texts: Annotated[int, Field(ge=20)] = 300
+    keep: Annotated[int, Field(ge=1)] = 3
+
+
+class Plan(Frozen):
+    """One base, several recipes, data to judge on, bench workloads, a policy: the main job.
 
     Attributes:
         name: small letters, digits, dots, hyphens, underscores.
         summary: one line for tables.
         base: "nano", a folder, or `<org>/<name>`.
-        recipes: shipped names or files.
-        suite: a shipped name or a file.
+        recipes: shipped names, or files relative to the plan's folder.
+        suite: a shipped name or a file; `mini` where neither `data` nor `texts` is given.
+        data: own labelled data, as one more task; relative to the working directory.
+        columns: which column of `data` or `texts` holds what, where the names do not tell.
+        texts: own texts without labels; fidelity decides.
+        languages: of the suite, those that are scored; empty is all.
+        effort: of GPTQ recipes; the recipes' own when left out.
+        screening: the first look; none when left out.
         bench: what is measured.
-        policy: a shipped name or a file.
+        policy: a shipped name, a file relative to the plan's folder, or the policy itself.
         out: results folder.
     """
 
@@ -117,10 +140,32 @@ class Plan(Frozen):
     summary: str = ""
     base: str
     recipes: Annotated[tuple[str, ...], Field(min_length=1)]
-    suite: str = "mini"
+    suite: str | None = None
+    data: Path | None = None
+    columns: dict[ColumnRole, str] = Field(default_factory=dict)
+    texts: Path | None = None
+    languages: tuple[str, ...] = ()
+    effort: Effort | None = None
+    screening: Screening | None = None
     bench: PlanBench = PlanBench()
-    policy: str = "balanced"
+    policy: str | Policy = "balanced"
     out: Path
+
+    @model_validator(mode="after")
+    def _has_one_kind_of_data(self) -> Self:
+        if self.texts is not None and (self.suite is not None or self.data is not None):
+            raise ValueError("texts has no labels to score; give it without suite and data")
+        if self.columns and self.data is None and self.texts is None:
+            raise ValueError("columns names the columns of data or texts; give one of them")
+        if self.languages and self.suite is None and (self.data or self.texts):
+            raise ValueError("languages chooses from a suite; give one")
+        return self
+
+    @property
+    def suite_name(self) -> str | None:
+        """The suite that is scored; `mini` where the plan names no data at all."""
+        has_own = self.data is not None or self.texts is not None
+        return self.suite or (None if has_own else "mini")
 
 
 def load_plan(name_or_file: str) -> Plan:

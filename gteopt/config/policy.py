@@ -22,11 +22,20 @@ Metric = Literal[
     "peak_memory_bytes",
     "p95_ms",
     "tokens_per_s",
+    "speed_ratio",
     "index_bytes",
     "cost_per_million_tokens",
 ]
 HIGHER_IS_BETTER: frozenset[str] = frozenset(
-    {"retention", "retention_low", "mean_cosine", "neighbour_overlap", "spearman", "tokens_per_s"}
+    {
+        "retention",
+        "retention_low",
+        "mean_cosine",
+        "neighbour_overlap",
+        "spearman",
+        "tokens_per_s",
+        "speed_ratio",
+    }
 )
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from gteopt.config.plan import ColumnRole
 from gteopt.frozen import Frozen
 
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -26,6 +27,7 @@ class SuiteTask(Frozen):
         task: name of one of mteb's tasks or of ours (`MiniSTS`, ...), or any other for own data.
         data: own data that make up this task: a folder in the BEIR layout, or a .csv or .jsonl file
             of labelled pairs.
+        columns: which column of a table of own data holds what, where its name does not tell.
         subsets: mteb's subsets (mostly languages) to score; None is all that the task has.
         splits: None is those that the task is evaluated on.
         instruction: what queries are prefixed with; None is the task's own.
@@ -38,6 +40,7 @@ class SuiteTask(Frozen):
 
     task: Annotated[str, Field(min_length=1)]
     data: Path | None = None
+    columns: dict[ColumnRole, str] | None = None
     subsets: Names | None = None
     splits: Names | None = None
     instruction: Annotated[str, Field(min_length=1)] | None = None
@@ -84,18 +87,27 @@ class Suite(Frozen):
         """
         tasks = self.model_dump(mode="json", include={"tasks"})
         for task in tasks["tasks"]:
+            del task["columns"]  # `contents` covers them
             if task["data"] is not None:
                 task["data"] = contents[task["task"]]
         return hashlib.sha256(json.dumps(tasks, sort_keys=True).encode()).hexdigest()
 
 
-def with_data(suite: Suite | None, path: Path, *, instruction: str | None = None) -> Suite:
+def with_data(
+    suite: Suite | None,
+    path: Path,
+    *,
+    instruction: str | None = None,
+    columns: Mapping[ColumnRole, str] | None = None,
+) -> Suite:
     """A suite with one more task, made of a user's own data and called by their name.
 
     Without a suite, the new one has that task alone.
     """
     name = path.resolve().name if path.is_dir() else path.stem
-    task = SuiteTask(task=name, data=path, instruction=instruction)
+    task = SuiteTask(
+        task=name, data=path, instruction=instruction, columns=dict(columns) if columns else None
+    )
     if suite is None:
         return Suite(schema="gteopt.suite/1", name="own", tasks=(task,))
     return suite.model_copy(

@@ -52,6 +52,55 @@ def load_suite(name_or_file: str) -> Suite:
     return suite
 
 
+_ISO_639_3 = {
+    "ar": "ara", "cs": "ces", "da": "dan", "de": "deu", "el": "ell", "en": "eng", "es": "spa",
+    "fi": "fin", "fr": "fra", "he": "heb", "hi": "hin", "hu": "hun", "it": "ita", "ja": "jpn",
+    "ko": "kor", "nl": "nld", "no": "nor", "pl": "pol", "pt": "por", "ro": "ron", "ru": "rus",
+    "sv": "swe", "th": "tha", "tr": "tur", "uk": "ukr", "vi": "vie", "zh": "cmn",
+}  # fmt: skip
+"""Codes of two letters and the codes of three that mteb's tasks carry."""
+
+
+def in_languages(suite: Suite, languages: Sequence[str]) -> Suite:
+    """The suite with those tasks and subsets alone that are in these languages throughout.
+
+    Args:
+        suite: see `load_suite`.
+        languages: ISO 639 codes of two or three letters: "en", "fra".
+
+    Raises:
+        InputError: nothing of the suite is in these languages; says which languages it has.
+    """
+    wanted = {_ISO_639_3.get(language.lower(), language.lower()) for language in languages}
+    tasks, known = [], set[str]()
+    for entry in suite.tasks:
+        if entry.data is not None:
+            tasks.append(entry)
+            continue
+        metadata = (_CLASSES | MINI_TASKS)[entry.task].metadata
+        by_subset = metadata.eval_langs
+        if not isinstance(by_subset, dict):
+            by_subset = {"default": by_subset}
+        codes = {
+            subset: {code.partition("-")[0] for code in spoken}
+            for subset, spoken in by_subset.items()
+            if entry.subsets is None or subset in entry.subsets or subset == "default"
+        }
+        known |= {code for spoken in codes.values() for code in spoken}
+        fitting = tuple(subset for subset, spoken in codes.items() if spoken <= wanted)
+        if len(fitting) == len(codes):
+            tasks.append(entry)
+        elif fitting:
+            tasks.append(entry.model_copy(update={"subsets": fitting}))
+    if not any(entry.data is None for entry in tasks):
+        short = {long: code for code, long in _ISO_639_3.items()}
+        has = ", ".join(sorted(short.get(code, code) for code in known))
+        raise InputError(
+            f"suite {suite.name} has no task in {', '.join(languages)} alone; it has {has}"
+        )
+    return suite.model_copy(update={"tasks": tuple(tasks), "published": None})
+
+
 _CLASSES: dict[str, Any] = {each.metadata.name: each for each in TASK_LIST}
 
 
@@ -392,7 +441,7 @@ def _resolve_own(entry: SuiteTask, path: Path) -> ResolvedTask:
     Raises:
         InputError: lists everything that is wrong with them.
     """
-    own = read_own(path)
+    own = read_own(path, entry.columns)
     task = _own_task(entry.task, own)
     has = tuple(own.qrels) if isinstance(own, Collection) else ("test",)
     unknown = [split for split in entry.splits or () if split not in has]

@@ -6,22 +6,21 @@ encoders, scores.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gteopt.config.plan import ColumnRole
 from gteopt.errors import InputError, join_problems
+from gteopt.evaluation.own_tables import FORMS, Table, lines_of, read_json_lines, read_table
 
 _MAX_SHOWN = 20  # problems listed of one data set; a wrong separator breaks every line
 _MIN_PAIRS = 3
-_FIRST = ("sentence1", "text1", "a")
-_SECOND = ("sentence2", "text2", "b")
-_LABEL = ("score", "label", "similarity_score")
+_MIN_DOCUMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,34 @@ class Pairs:
     sha256: str
 
 
-def read_own(path: Path) -> Collection | Pairs:
-    """Read a folder in the BEIR layout, or a .csv or .jsonl file of pairs.
+def read_own(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> Collection | Pairs:
+    """Read a folder in the BEIR layout, or a table of pairs or of queries with their passages.
+
+    Args:
+        path: the folder, or a file that ends as `own_tables.FORMS` say.
+        columns: which column of a table holds what; those left out are guessed by their names.
 
     Raises:
         InputError: nothing of the kind; or lists every fault with its file and line.
     """
     if path.is_dir():
+        if columns:
+            raise InputError(f"--columns is for a table; {path} is a folder in the BEIR layout")
         return read_collection(path)
     if not path.is_file():
         raise InputError(
             f"{path} does not exist; give a folder with corpus.jsonl, queries.jsonl and "
-            f"qrels/*.tsv, or a .csv or .jsonl file of labelled pairs"
+            f"qrels/*.tsv, or a {', '.join(FORMS[:-1])} or {FORMS[-1]} file"
         )
-    return read_pairs(path)
+    problems: list[str] = []
+    table = read_table(path, problems, columns=columns)
+    if table.kind == "search":
+        own: Collection | Pairs = _as_collection(path, table, problems)
+    else:
+        own = _as_pairs(path, table, problems)
+    if problems:
+        raise _faults(path, problems)
+    return own
 
 
 def read_collection(folder: Path) -> Collection:
@@ -97,68 +110,117 @@ def read_collection(folder: Path) -> Collection:
     )
 
 
-def read_pairs(path: Path) -> Pairs:
-    """Read labelled pairs: columns (or JSON fields) sentence1, sentence2 and score.
-
-    Columns of a .csv are separated by commas, semicolons or tabs.
-
-    Raises:
-        InputError: lists every broken line, or says why no correlation can be measured.
-    """
-    problems: list[str] = []
+def _as_pairs(path: Path, table: Table, problems: list[str]) -> Pairs:
+    """Pairs of texts with a grade of similarity; only the order of the grades counts."""
     first: list[str] = []
     second: list[str] = []
     scores: list[float] = []
-    for line, row in _rows(path, problems):
-        values = [_field(row, names) for names in (_FIRST, _SECOND, _LABEL)]
-        lacking = [
-            names[0]
-            for names, value in zip((_FIRST, _SECOND, _LABEL), values, strict=True)
-            if value is None
-        ]
-        if lacking:
-            problems.append(
-                f"{path}:{line}: no field {' and '.join(lacking)}; found "
-                f"{', '.join(str(key) for key in row) or 'nothing'}"
-            )
+    for line, row in table.rows:
+        if (lacking := _lacking(table, row, ("sentence1", "sentence2", "score"))) is not None:
+            problems.append(f"{path}:{line}: {lacking}")
             continue
-        grade = _number(values[2])
+        grade = _number(row["score"])
         if grade is None:
-            problems.append(f"{path}:{line}: score is {values[2]!r}, must be a number")
-        elif not (isinstance(values[0], str) and isinstance(values[1], str)):
+            problems.append(
+                f"{path}:{line}: {table.columns['score']} is {row['score']!r}, must be a number"
+            )
+        elif not (isinstance(row["sentence1"], str) and isinstance(row["sentence2"], str)):
             problems.append(f"{path}:{line}: sentence1 and sentence2 must be texts")
         else:
-            first.append(values[0])
-            second.append(values[1])
+            first.append(row["sentence1"])
+            second.append(row["sentence2"])
             scores.append(grade)
     if not problems and len(scores) < _MIN_PAIRS:
         problems.append(f"{path}: {len(scores)} pairs; a rank correlation needs {_MIN_PAIRS}")
     if not problems and len(set(scores)) == 1:
         problems.append(f"{path}: every score is {scores[0]:g}; there is no order to agree with")
-    if problems:
-        raise _faults(path, problems)
-    return Pairs(tuple(first), tuple(second), tuple(scores), _sha256([path]))
+    return Pairs(tuple(first), tuple(second), tuple(scores), _table_sha256(path, table))
 
 
-def read_texts(path: Path) -> list[str]:
-    """Distinct texts: a line each of a text file, or the field `text` of a .jsonl file.
+def _as_collection(path: Path, table: Table, problems: list[str]) -> Collection:
+    """Each query's passages are relevant, its negatives are not; all passages are searched.
+
+    With a score, a whole number above 0 makes a passage relevant, and is its grade.
+    """
+    documents: dict[str, str] = {}
+    queries: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    for line, row in table.rows:
+        lacking = _lacking(table, row, ("query", "positive"))
+        texts = [row[role] for role in ("query", "positive", "negative") if row.get(role)]
+        grade = 1.0 if "score" not in table.columns else _number(row["score"])
+        if lacking is not None:
+            problems.append(f"{path}:{line}: {lacking}")
+        elif not all(isinstance(text, str) for text in texts):
+            problems.append(f"{path}:{line}: queries and passages must be texts")
+        elif grade is None or grade != int(grade):
+            problems.append(
+                f"{path}:{line}: {table.columns['score']} is {row['score']!r}, must be a whole "
+                f"grade; for graded similarity: --columns "
+                f"sentence1={table.columns['query']},sentence2={table.columns['positive']}"
+            )
+        else:
+            query = queries.setdefault(row["query"], f"q{len(queries)}")
+            document = documents.setdefault(row["positive"], f"d{len(documents)}")
+            if grade > 0:
+                qrels.setdefault(query, {})[document] = int(grade)
+            if row.get("negative"):
+                documents.setdefault(row["negative"], f"d{len(documents)}")
+    if not problems and not qrels:
+        problems.append(f"{path}: marks no passage as relevant (a score above 0)")
+    if not problems and len(documents) < _MIN_DOCUMENTS:
+        problems.append(
+            f"{path}: {len(documents)} different passages; a search needs {_MIN_DOCUMENTS}"
+        )
+    return Collection(
+        corpus=tuple(
+            {"id": own_id, "title": "", "text": text} for text, own_id in documents.items()
+        ),
+        queries=tuple({"id": q, "text": text} for text, q in queries.items() if q in qrels),
+        qrels={"test": qrels},
+        sha256=_table_sha256(path, table),
+    )
+
+
+def _lacking(
+    table: Table, row: Mapping[ColumnRole, Any], roles: Sequence[ColumnRole]
+) -> str | None:
+    """Which columns have no value in a row; None where all have one."""
+    lacking = [table.columns[role] for role in roles if row[role] is None]
+    if not lacking:
+        return None
+    there = [table.columns[role] for role, value in row.items() if value is not None]
+    return f"no field {' and '.join(lacking)}; found {', '.join(there) or 'nothing'}"
+
+
+def read_texts(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> list[str]:
+    """Distinct texts: a line each of a text file, or the column `text` of a table.
+
+    Args:
+        path: a text file, or a table that ends as `own_tables.FORMS` say.
+        columns: `text` names the column that holds the texts.
 
     Raises:
         InputError: no such file, broken lines, or fewer than two texts.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist; give a file with one text a line, or a .jsonl")
+        raise InputError(
+            f"{path} does not exist; give a file with one text a line, or a "
+            f"{', '.join(FORMS[:-1])} or {FORMS[-1]} file"
+        )
     problems: list[str] = []
     texts: list[str] = []
-    if path.suffix == ".jsonl":
-        for line, row in _rows(path, problems):
-            text = row.get("text")
-            if isinstance(text, str):
-                texts.append(text)
+    if path.suffix in FORMS:
+        table = read_table(path, problems, kinds=("texts",), columns=columns)
+        for line, row in table.rows:
+            if isinstance(row["text"], str):
+                texts.append(row["text"].strip())
             else:
-                problems.append(f"{path}:{line}: no field text; found {', '.join(map(str, row))}")
+                problems.append(f"{path}:{line}: no field {table.columns['text']} that is a text")
+    elif columns:
+        raise InputError(f"--columns is for a table; each line of {path} is one text")
     else:
-        texts = [line.strip() for _, line in _lines(path, problems)]
+        texts = [line.strip() for _, line in lines_of(path, problems)]
     distinct = list(dict.fromkeys(text for text in texts if text))
     if not problems and len(distinct) < 2:
         problems.append(f"{path}: {len(distinct)} different texts; fidelity compares at least two")
@@ -172,7 +234,7 @@ def _read_texts(path: Path, problems: list[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     if not path.is_file():
         return found
-    for line, row in _rows(path, problems):
+    for line, row in read_json_lines(path, problems):
         own_id, text, title = row.get("_id"), row.get("text"), row.get("title", "")
         if isinstance(own_id, int):
             own_id = str(own_id)
@@ -190,7 +252,7 @@ def _read_qrels(
 ) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     n_before = len(problems)
-    for line, content in _lines(path, problems):
+    for line, content in lines_of(path, problems):
         cells = content.split("\t")
         grade = _number(cells[2]) if len(cells) == 3 else None
         if line == 1 and len(cells) == 3 and grade is None and cells[0] not in queries:
@@ -217,57 +279,6 @@ def _read_qrels(
     return found
 
 
-def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and content of every line that is not empty."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as handle:
-            for number, line in enumerate(handle, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        problems.append(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})")
-
-
-def _rows(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line and fields of every row of a .csv or .jsonl file."""
-    if path.suffix == ".csv":
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as handle:
-                reader = csv.DictReader(handle, delimiter=_separator(handle.readline()))
-                handle.seek(0)
-                for fields in reader:
-                    yield reader.line_num, {k: v for k, v in fields.items() if k is not None}
-        except (UnicodeDecodeError, csv.Error) as error:
-            problems.append(f"{path}: is not a CSV file in UTF-8 ({error})")
-        return
-    if path.suffix != ".jsonl":
-        problems.append(f"{path}: must end in .csv or .jsonl")
-        return
-    for number, line in _lines(path, problems):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
-            continue
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            problems.append(f"{path}:{number}: must be a JSON object, found {type(row).__name__}")
-
-
-def _separator(heading: str) -> str:
-    """What separates the columns of a CSV file: commas, or what makes its heading one of pairs."""
-    for each in ",;\t":
-        cells = next(csv.reader([heading], delimiter=each), [])
-        if all(set(cells) & set(names) for names in (_FIRST, _SECOND, _LABEL)):
-            return each
-    return ","
-
-
-def _field(row: Mapping[str, Any], names: Iterable[str]) -> Any:
-    return next((row[name] for name in names if row.get(name) is not None), None)
-
-
 def _number(value: Any) -> float | None:
     try:
         number = float(value)
@@ -289,4 +300,11 @@ def _sha256(paths: Iterable[Path]) -> str:
         with path.open("rb") as handle:
             content = hashlib.file_digest(handle, "sha256").hexdigest()
         digest.update(f"{path.name}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _table_sha256(path: Path, table: Table) -> str:
+    """Hash of the file and of what its columns are taken for."""
+    digest = hashlib.sha256(_sha256([path]).encode())
+    digest.update(json.dumps(dict(table.columns), sort_keys=True).encode())
     return digest.hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import comb
 from statistics import geometric_mean
 from typing import Annotated, Literal
 
@@ -17,8 +19,7 @@ class LatencyRecord(Frozen):
     """Percentiles of one query's end-to-end time, in milliseconds (texts in, vector out).
 
     Attributes:
-        weight_gb_per_s: bytes of the blocks' weights, which a query reads once, over `p50_ms`; None
-            in older reports.
+        weight_gb_per_s: bytes of the blocks' weights, which a query reads once, over `p50_ms`.
         joules: of the device a query, when they follow one another; None where nothing counts them,
             see `BenchReport.energy`.
     """
@@ -40,9 +41,10 @@ class ThroughputRecord(Frozen):
         lengths: as in `Workload`.
         tokens_per_s: real tokens, no padding counted.
         baseline_ratio: median over repeats of variant speed / baseline speed in the same round.
+        ratios: of each repeat; their interval is `VariantBench.speed_interval`.
         gflops: 10^9 operations a second that were done: two a weight of a linear layer and token,
             and 4 T * d a block, head and query for attention; what the last block leaves out where
-            one token a text is pooled is not counted. None in older reports.
+            one token a text is pooled is not counted.
         peak_ratio: `gflops` / the best product measured in the same run, `BenchReport.peak_gflops`.
         joules_per_million_tokens: of the device, as in `LatencyRecord`.
     """
@@ -53,6 +55,7 @@ class ThroughputRecord(Frozen):
     texts_per_s: float
     tokens_per_s: float
     baseline_ratio: float
+    ratios: tuple[float, ...] = ()
     gflops: float | None = None
     peak_ratio: float | None = None
     joules_per_million_tokens: float | None = None
@@ -104,8 +107,25 @@ class VariantBench(Frozen):
 
     @property
     def speed_ratio(self) -> float:
-        """Geometric mean of the workloads' `baseline_ratio`."""
+        """Variant speed / baseline speed: geometric mean of the workloads' `baseline_ratio`."""
         return geometric_mean(record.baseline_ratio for record in self.throughput)
+
+    @property
+    def speed_interval(self) -> tuple[float, float] | None:
+        """95 % interval of `speed_ratio`; None with too few repeats to claim one.
+
+        Ends are order statistics of the repeats' ratios (each the geometric mean over the
+        workloads), which hold for the median of any distribution: David and Nagaraja, Order
+        Statistics, 2003, section 7.1. They are widened to `speed_ratio` where that lies outside.
+        """
+        by_repeat = [
+            geometric_mean(ratios)
+            for ratios in zip(*(record.ratios for record in self.throughput), strict=False)
+        ]
+        ends = _median_interval(by_repeat)
+        if ends is None:
+            return None
+        return min(ends[0], self.speed_ratio), max(ends[1], self.speed_ratio)
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -113,6 +133,24 @@ class VariantBench(Frozen):
         if self.peak_device_bytes is not None:
             return self.peak_device_bytes
         return self.peak_process_bytes
+
+
+MIN_REPEATS = 6
+"""With fewer, no two order statistics enclose the median in 95 % of all cases."""
+
+
+def _median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Order statistics that enclose the median with 95 % confidence; None of too few values."""
+    n, below, rank = len(values), 0.0, 0
+    for k in range(n // 2):
+        below += comb(n, k) / 2**n  # P(at most k of n values are below the median)
+        if below > 0.025:
+            break
+        rank = k + 1
+    if rank == 0:
+        return None
+    ordered = sorted(values)
+    return ordered[rank - 1], ordered[n - rank]
 
 
 class DummyRecord(Frozen):
@@ -134,10 +172,12 @@ class BenchReport(Frozen):
 
     Attributes:
         peak_gflops: by number type, 10^9 operations a second of the best large product that torch
-            offers on this device; empty in older reports.
+            offers on this device.
         dummy: None where the weights were real.
         price_per_hour: of the machine, in dollars, as the user said.
-        energy: what counted the joules, or why nothing did; None in older reports.
+        energy: what counted the joules, or why nothing did.
+        other_load: share of the processor that other programs used while this was measured, 0 to
+            1; None where the system does not tell.
     """
 
     schema_: Literal["gteopt.bench/1"] = Field(default="gteopt.bench/1", alias="schema")
@@ -152,6 +192,7 @@ class BenchReport(Frozen):
     dummy: DummyRecord | None = None
     price_per_hour: Annotated[float, Field(ge=0)] | None = None
     energy: str | None = None
+    other_load: float | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -162,9 +203,10 @@ class BenchReport(Frozen):
     def noise(self) -> float:
         """How far the baseline's speed seems to be from itself; 0 where it was not measured."""
         own = self.variants.get(self.baseline)
-        return (
-            max((abs(each.baseline_ratio - 1) for each in own.throughput), default=0) if own else 0
-        )
+        if own is None:
+            return 0.0
+        ratios = [each.baseline_ratio for each in own.throughput]
+        return float(max(abs(ratio - 1) for ratio in (*ratios, *(own.speed_interval or ()))))
 
     def cost_per_million_tokens(self, name: str) -> float | None:
         """Dollars, over the workloads; None without a price, or where no model is whole."""

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from gteopt.config.engines import Engine
+from gteopt.config.recipe import FormatName
 from gteopt.frozen import Frozen
 from gteopt.records.manifest import Manifest
 
@@ -18,6 +20,9 @@ class RecipeEstimate(Frozen):
         build_bytes: memory that the build needs at most beyond the Python process itself.
         disk_bytes: that it takes at most, the artifact included.
         bytes_per_vector: of one stored vector.
+        build_s: seconds that the build takes, within a factor of two or so, imports left out.
+        format: checkpoint format of the packed weights; None where no layer is quantized.
+        engines: what opens the variant; see `config.engines`.
         problem: why this recipe cannot be built from this base; None when it can.
     """
 
@@ -27,6 +32,9 @@ class RecipeEstimate(Frozen):
     build_bytes: int | None
     disk_bytes: int | None
     bytes_per_vector: int | None
+    build_s: float | None = None
+    format: FormatName | None = None
+    engines: tuple[Engine, ...] = ()
     problem: str | None
 
 

@@ -32,6 +32,7 @@ _FROM_BENCH: dict[Metric, Callable[[VariantBench], float]] = {
     "peak_memory_bytes": lambda variant: variant.peak_memory_bytes,
     "p95_ms": lambda variant: variant.latency.p95_ms,
     "tokens_per_s": lambda variant: variant.tokens_per_s,
+    "speed_ratio": lambda variant: variant.speed_ratio,
     "index_bytes": lambda variant: variant.index_bytes_per_million,
 }
 
@@ -60,12 +61,17 @@ def choose(policy: Policy, results: Results) -> Choice:
     that alone lacks one of these is not on the front. Of a tie only those on the front are picked,
     unless none is.
 
+    Where only texts without labels were compared, fidelity decides: limits on retention are left
+    out of the policy, as nothing can keep or break them, and the reason says so.
+
     Raises:
         InputError: nothing was measured, or the reports do not belong together (other bytes of the
-            same variant, another suite, another baseline).
+            same variant, another suite, another baseline); only limits on retention, where only
+            texts without labels were compared.
     """
     _check_belong_together(results)
-    names = sorted(results.benched.keys() | results.evals.keys())
+    policy = _for_unlabelled(policy) if results.fidelity and not results.evals else policy
+    names = sorted(results.benched.keys() | results.evals.keys() | results.fidelity.keys())
     metrics = {name: _metrics(name, results) for name in names}
     fair = {name: found | _in_turns(name, found, results) for name, found in metrics.items()}
     broken = {name: _broken_limits(policy, metrics[name]) for name in names}
@@ -87,6 +93,21 @@ def choose(policy: Policy, results: Results) -> Choice:
     best, *tied = _best_first(policy, admissible, fair, results)
     reason = _why(policy, best, tied, len(admissible), len(candidates), results)
     return Choice(policy=policy, picked=best.name, reason=reason, candidates=candidates)
+
+
+_LABELLED: frozenset[Metric] = frozenset({"retention", "retention_low"})
+
+
+def _for_unlabelled(policy: Policy) -> Policy:
+    """The policy without limits that need labels."""
+    limits = {metric: limit for metric, limit in policy.limits.items() if metric not in _LABELLED}
+    if policy.objective.metric in _LABELLED:
+        raise InputError(
+            f"policy {policy.name} asks for the best {METRIC_WORDS[policy.objective.metric]}, "
+            f"which needs labels; these results have none. Maximise neighbour_overlap, or "
+            f"evaluate with --data or --suite"
+        )
+    return policy.model_copy(update={"limits": limits})
 
 
 def _front(policy: Policy, judged: dict[str, dict[Metric, float]], results: Results) -> set[str]:
@@ -143,7 +164,8 @@ def _in_turns(name: str, found: Mapping[Metric, float], results: Results) -> dic
 
 def _noise(metric: Metric, results: Results) -> float:
     """How much of a metric is noise of the measurement, as a share."""
-    if results.bench is None or metric not in ("tokens_per_s", "cost_per_million_tokens"):
+    speeds = ("tokens_per_s", "speed_ratio", "cost_per_million_tokens")
+    if results.bench is None or metric not in speeds:
         return 0.0
     return results.bench.noise
 
@@ -168,13 +190,19 @@ def pareto_front(metrics: dict[str, dict[Metric, float]], axes: set[Metric]) -> 
 
 def _check_belong_together(results: Results) -> None:
     bench, evals = results.benched, results.evals
-    if not bench and not evals:
+    if not bench and not evals and not results.fidelity:
         raise InputError("the results hold no variant; run `gteopt bench` and `gteopt evaluate`")
     problems = [
         f"'{name}': bench measured {bench[name].artifact_sha256[:12]}, the evaluation scored "
         f"{evals[name].artifact_sha256[:12]}"
         for name in sorted(bench.keys() & evals.keys())
         if bench[name].artifact_sha256 != evals[name].artifact_sha256
+    ]
+    problems += [
+        f"'{name}': bench measured {bench[name].artifact_sha256[:12]}, the texts were compared "
+        f"with {report.artifact_sha256[:12]}"
+        for name, report in sorted(results.fidelity.items())
+        if name in bench and bench[name].artifact_sha256 != report.artifact_sha256
     ]
     # A grid calls its baseline otherwise than an artifact's evaluation does: the content decides.
     for what, found in (
@@ -202,8 +230,18 @@ def _metrics(name: str, results: Results) -> dict[Metric, float]:
             found["retention_low"] = 1.0  # needs no resampling
         if report.bytes_per_vector is not None:
             found["index_bytes"] = report.bytes_per_vector * 1e6
-    elif name == results.baseline:
+    elif (close := results.fidelity.get(name)) is not None:
+        found |= {
+            "mean_cosine": close.fidelity.mean_cosine,
+            "neighbour_overlap": close.fidelity.neighbour_overlap,
+            "spearman": close.fidelity.spearman,
+            "index_bytes": close.bytes_per_vector * 1e6,
+        }
+    elif name == results.baseline and (results.evals or len(results.benched) == 1):
+        # Beside unevaluated variants it would win by default, so it gets no score there.
         found |= dict.fromkeys(_FROM_EVAL, 1.0)
+    elif name == results.baseline and results.fidelity:
+        found |= {"mean_cosine": 1.0, "neighbour_overlap": 1.0, "spearman": 1.0}
     if results.bench is not None and (variant := results.bench.variants.get(name)) is not None:
         found |= {metric: float(read(variant)) for metric, read in _FROM_BENCH.items()}
         cost = results.bench.cost_per_million_tokens(name)
@@ -261,9 +299,18 @@ def _why(
         reason += f"; its evaluation is PARTIAL, without {failed}"
     elif report is not None and report.no_retention is not None:
         reason += f"; NO retention: {report.no_retention}"
+    elif best.name in results.fidelity and not results.evals:
+        reason += (
+            f"; judged by its closeness to the baseline on {_n_texts(results, best.name):,} texts "
+            f"without labels"
+        )
     elif "retention" not in best.metrics:
         reason += "; its quality was NOT evaluated"
     return reason + "."
+
+
+def _n_texts(results: Results, name: str) -> int:
+    return results.fidelity[name].fidelity.n_texts
 
 
 _SHOWN_QUALITY: tuple[Metric, ...] = ("retention", "neighbour_overlap")

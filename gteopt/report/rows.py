@@ -15,6 +15,7 @@ from rich.filesize import decimal
 from gteopt.records.bench import (
     HOSTED_PRICE,
     HOURS_A_MONTH,
+    MIN_REPEATS,
     BenchReport,
     break_even_price_per_hour,
     cost_per_million_tokens,
@@ -87,7 +88,7 @@ class Row:
 
 def rows(results: Results) -> list[Row]:
     """The baseline's row, then the variants' in the order they were measured."""
-    names = [results.baseline, *results.benched, *results.evals]
+    names = [results.baseline, *results.benched, *results.evals, *results.fidelity]
     return [_row(name, results) for name in dict.fromkeys(names)]
 
 
@@ -109,6 +110,28 @@ def lengths_note(report: BenchReport) -> str:
     )
 
 
+def noise_note(report: BenchReport) -> str:
+    """How far ratios may be off; with few repeats, that nobody knows."""
+    if report.spec.repeats < MIN_REPEATS:
+        return (
+            f"; {report.spec.repeats} repeats are too few to say how sure a ratio is, give "
+            f"--repeats {MIN_REPEATS} or more"
+        )
+    return f", and {report.baseline} against itself differs by up to {report.noise:.0%}"
+
+
+def load_note(report: BenchReport) -> str:
+    """What other programs did meanwhile; empty where that was little."""
+    if report.other_load is None or report.other_load < BUSY_MACHINE:
+        return ""
+    return (
+        f"; other programs used {report.other_load:.0%} of the processor meanwhile, so speeds and "
+        f"latencies are lower than those of an idle machine"
+    )
+
+
+BUSY_MACHINE = 0.1
+"""Share of the processor from which on other programs are said to disturb a measurement."""
 _NOISE_ABOVE_PEAK = 1.1
 
 
@@ -326,6 +349,16 @@ def _row(name: str, results: Results) -> Row:
         row = _with_scores(row, evaluation)
         if not bench:
             row = replace(row, dims=evaluation.dims, vector_bytes=evaluation.bytes_per_vector)
+    elif (close := results.fidelity.get(name)) is not None:
+        row = replace(
+            row,
+            dims=close.dims,
+            vector_bytes=close.bytes_per_vector,
+            mean_cosine=close.fidelity.mean_cosine,
+            p1_cosine=close.fidelity.p1_cosine,
+            neighbour_overlap=close.fidelity.neighbour_overlap,
+            spearman=close.fidelity.spearman,
+        )
     elif is_baseline and results.evals:
         # Every evaluation repeats the baseline's score over the tasks that it covers itself; one
         # that is not partial covers them all.

@@ -37,7 +37,9 @@ from gteopt.report.rows import (
     lengths_note,
     limits,
     limits_note,
+    load_note,
     machine_line,
+    noise_note,
     published_text,
     rows,
     suite_span,
@@ -89,8 +91,8 @@ def bench_table(report: BenchReport) -> Table:
     table.caption = Text(
         f"{machine_line(report.machine)}; {report.device}, {report.n_threads} threads; latency of "
         f"single queries of {report.spec.query_tokens} tokens; × is relative to "
-        f"{report.baseline}, measured in turns with it, and {report.baseline} against itself "
-        f"differs by up to {report.noise:.0%}{lengths_note(report)}{_backend_note(report)}"
+        f"{report.baseline}, measured in turns with it{noise_note(report)}{load_note(report)}"
+        f"{lengths_note(report)}{_backend_note(report)}"
         f"{_part_note(report)}; linear layers by kernel: {kernels_note(report)}",
         style="not italic",
     )

@@ -14,6 +14,7 @@ METRIC_WORDS: dict[Metric, str] = {
     "peak_memory_bytes": "peak memory",
     "p95_ms": "p95 latency",
     "tokens_per_s": "throughput",
+    "speed_ratio": "speed beside the baseline's",
     "index_bytes": "index size per million vectors",
     "cost_per_million_tokens": "cost per million tokens",
 }
@@ -29,6 +30,7 @@ METRIC_SOURCES: dict[Metric, str] = {
     "peak_memory_bytes": _BENCH,
     "p95_ms": _BENCH,
     "tokens_per_s": _BENCH,
+    "speed_ratio": _BENCH,
     "index_bytes": _BENCH,
     "cost_per_million_tokens": "`gteopt bench --price-per-hour --out` does",
 }
@@ -45,6 +47,8 @@ def metric_amount(metric: Metric, value: float) -> str:
         return f"{value:.4g} ms"
     if metric == "tokens_per_s":
         return f"{value:,.0f} tokens/s"
+    if metric == "speed_ratio":
+        return f"{value:.2f} x"
     if metric == "cost_per_million_tokens":
         return f"${value:.4g}"
     if metric in ("retention", "retention_low", "neighbour_overlap"):

@@ -59,6 +59,7 @@ from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, V
 from gteopt.speed.child_process import _ask_child, _Footprint, _Question
 from gteopt.speed.clock import _release, _take_turns
 from gteopt.speed.energy import Meter, meter
+from gteopt.speed.load import LoadMeter
 from gteopt.speed.peaks import peak_gflops
 from gteopt.speed.texts import _batch, exact_texts, text_lengths
 
@@ -112,6 +113,7 @@ def bench(
 
     reference = load_checkpoint(checkpoints[baseline], device=device, cuda_graphs=True)
     peaks, counter = peak_gflops(reference.device), meter(reference.device)
+    load = LoadMeter()
     variants: dict[str, VariantBench] = {}
 
     def so_far() -> BenchReport:
@@ -129,6 +131,7 @@ def bench(
             },
             peak_gflops=peaks,
             energy=counter.source,
+            other_load=load.of_others(),
         )
 
     for name in order:
@@ -299,6 +302,7 @@ def _throughput(
     seconds = list(_take_turns(turns, spec.warmup, encoder.device, step))
     once = median(variant for _, variant in seconds)
     lengths = text_lengths(workload)
+    ratios = tuple(baseline / variant for baseline, variant in seconds)
     gflops = encoder.operations(lengths) / once / 1e9
     peak = limits.peaks.get(encoder.number_type)
     joules = limits.meter.per_call(turn[1], once)
@@ -308,7 +312,8 @@ def _throughput(
         lengths=workload.lengths,
         texts_per_s=workload.batch_size / once,
         tokens_per_s=sum(lengths) / once,
-        baseline_ratio=median(baseline / variant for baseline, variant in seconds),
+        baseline_ratio=median(ratios),
+        ratios=ratios,
         gflops=gflops,
         peak_ratio=None if peak is None else gflops / peak,
         joules_per_million_tokens=None if joules is None else joules / sum(lengths) * 1e6,

@@ -340,6 +340,7 @@ def test_every_shipped_plan_names_recipes_and_a_policy_that_exist(name: str) -> 
     folder = shipped_dir("recipes/plans")
     recipes = [load_recipe(each, beside=folder) for each in plan.recipes]
     assert len({each.sha256() for each in recipes}) == len(recipes)
+    assert isinstance(plan.policy, str)
     load_policy(plan.policy, beside=folder)
 
 

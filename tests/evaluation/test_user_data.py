@@ -161,7 +161,10 @@ def test_missing_files_of_a_collection_are_named_together(tmp_path: Path) -> Non
     ("content", "expected"),
     [
         ("sentence1,sentence2,score\na,b,1\nc,d,x\n", "pairs.csv:3: score is 'x', must be"),
-        ("one,two,score\na,b,1\n", "pairs.csv:2: no field sentence1 and sentence2; found one"),
+        (
+            "one,two,score\na,b,1\n",
+            "pairs.csv: no field tells what the columns hold; found one, two",
+        ),
         ("sentence1,sentence2,score\na,b,1\nc,d,1\ne,f,1\n", "every score is 1"),
         ("sentence1,sentence2,score\na,b,1\n", "1 pairs; a rank correlation needs 3"),
         ("sentence1,sentence2,score\na,b,nan\n", "must be a number"),
@@ -273,7 +276,7 @@ def test_too_few_or_broken_texts_are_refused(tmp_path: Path) -> None:
     path.write_text('{"text": "a"}\n{"body": "b"}\nnonsense\n')
     with pytest.raises(InputError) as caught:
         read_texts(path)
-    assert "texts.jsonl:2: no field text; found body" in str(caught.value)
+    assert "texts.jsonl:2: no field text that is a text" in str(caught.value)
     assert "texts.jsonl:3: not JSON" in str(caught.value)
     one = tmp_path / "one.txt"
     one.write_text("a\na\n")

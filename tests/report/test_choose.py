@@ -176,6 +176,7 @@ def test_metrics_are_read_from_where_the_reports_keep_them() -> None:
         "peak_memory_bytes": 400 * MB,
         "p95_ms": 4.5,
         "tokens_per_s": pytest.approx(77),
+        "speed_ratio": pytest.approx(0.077),
         "index_bytes": 88,
     }
     assert found["gpu"]["peak_memory_bytes"] == 55

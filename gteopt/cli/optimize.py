@@ -1,0 +1,250 @@
+"""The command from a model to a decision: optimize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from gteopt.cli.options import AsJson, Base, Device, HubDir, SuiteName, finite
+from gteopt.cli.output import print_json, say, show_progress, show_results, stdout
+from gteopt.errors import InputError
+
+if TYPE_CHECKING:
+    from gteopt.commands.optimize import Proposal
+    from gteopt.config.plan import ColumnRole
+
+JUDGES, LIMITS, WHERE, OUTPUT = "What to judge on", "Limits", "Where to compute", "Output"
+
+
+def optimize(
+    model: Base,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="own labels: a BEIR folder, or a table of pairs or of queries with passages",
+            rich_help_panel=JUDGES,
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="own texts without labels: closeness to the baseline decides",
+            rich_help_panel=JUDGES,
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="which column is what: query=question,positive=answer",
+            metavar="ROLE=NAME,...",
+            rich_help_panel=JUDGES,
+        ),
+    ] = None,
+    suite: SuiteName = None,
+    languages: Annotated[
+        str | None,
+        typer.Option(help="of the suite: en,fr", metavar="CODE,...", rich_help_panel=JUDGES),
+    ] = None,
+    max_weights: Annotated[
+        str | None,
+        typer.Option(help="weights in memory: 40MB or 40MiB", rich_help_panel=LIMITS),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="peak memory while encoding: 2GB", rich_help_panel=LIMITS),
+    ] = None,
+    max_query_ms: Annotated[
+        str | None,
+        typer.Option(help="p95 latency of one query: 20ms", rich_help_panel=LIMITS),
+    ] = None,
+    min_speedup: Annotated[
+        str | None,
+        typer.Option(help="bulk speed beside the baseline's: 1.5x", rich_help_panel=LIMITS),
+    ] = None,
+    max_vector_bytes: Annotated[
+        str | None, typer.Option(help="of one stored vector: 256B", rich_help_panel=LIMITS)
+    ] = None,
+    max_index: Annotated[
+        str | None,
+        typer.Option(help="all vectors together, with --for: 10GB", rich_help_panel=LIMITS),
+    ] = None,
+    n_vectors: Annotated[
+        str | None,
+        typer.Option(
+            "--for", help="how many vectors --max-index is for: 50M", rich_help_panel=LIMITS
+        ),
+    ] = None,
+    max_cost: Annotated[
+        float | None,
+        typer.Option(
+            min=0, callback=finite, help="dollars per million tokens", rich_help_panel=LIMITS
+        ),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            min=0, callback=finite, help="of the machine, in dollars", rich_help_panel=LIMITS
+        ),
+    ] = None,
+    min_quality: Annotated[
+        str | None,
+        typer.Option(
+            help="score kept for sure (95 % interval), or neighbours kept without labels: 99%",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
+    goal: Annotated[
+        Literal["size", "speed", "index", "cost", "quality"],
+        typer.Option(
+            "--optimize", help="what to improve within the limits", rich_help_panel=LIMITS
+        ),
+    ] = "size",
+    engine: Annotated[
+        Literal["any", "sentence-transformers", "transformers", "vllm", "gteopt", "openvino"],
+        typer.Option(help="what has to open the pick", rich_help_panel=WHERE),
+    ] = "any",
+    effort: Annotated[
+        Literal["fast", "standard", "best"],
+        typer.Option(help="of the builds that are measured in full", rich_help_panel=WHERE),
+    ] = "fast",
+    hub_dir: HubDir = None,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="results folder; artifacts/MODEL when left out", rich_help_panel=OUTPUT),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="stop after writing the plan", rich_help_panel=OUTPUT),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the cheapest variant of a model that keeps your limits.
+
+    Example: `gteopt optimize nano --data pairs.csv --max-weights 14MB --min-quality 97%`
+    """
+    from gteopt.config.limits import Limits
+
+    limits = Limits(
+        max_weights=max_weights,
+        max_memory=max_memory,
+        max_query_ms=max_query_ms,
+        min_speedup=min_speedup,
+        max_vector_bytes=max_vector_bytes,
+        max_index=max_index,
+        n_vectors=n_vectors,
+        max_cost=max_cost,
+        price_per_hour=price_per_hour,
+        min_quality=min_quality,
+        optimize=goal,
+    )
+    limits.policy(labelled=texts is None)  # refuses wrong amounts before anything is imported
+    roles = parse_columns(columns)
+    _check_data(data, texts, suite, roles)
+    say("importing torch and the evaluation library")
+    from gteopt.commands.optimize import Judges, Search, carry_out, propose
+
+    judges = Judges(
+        data=data,
+        texts=texts,
+        columns=tuple(roles.items()),
+        suite=suite,
+        languages=tuple(each.strip() for each in (languages or "").split(",") if each.strip()),
+    )
+    search = Search(engine=engine, effort=effort, hub_dir=hub_dir, device=device)
+    folder = out or Path("artifacts", Path(model).name)
+    say(f"looking at {model}")
+    proposal = propose(model, judges, limits, search, out=folder)
+    if not as_json:
+        _show_proposal(proposal)
+    if dry_run:
+        if as_json:
+            print_json(proposal.plan.model_dump(mode="json", by_alias=True))
+        else:
+            stdout.print(f"Plan: {proposal.file}", soft_wrap=True)
+            stdout.print(f"Next: gteopt run {proposal.file}", soft_wrap=True)
+        return
+    with show_progress() as progress:
+        results = carry_out(proposal, search, progress=progress)
+    show_results(results, as_json=as_json, folder=folder)
+
+
+def parse_columns(text: str | None) -> dict[ColumnRole, str]:
+    """Roles and names of `--columns query=question,positive=answer`.
+
+    Raises:
+        InputError: no such form, or an unknown role.
+    """
+    from typing import get_args
+
+    from gteopt.config.plan import ColumnRole
+    from gteopt.errors import suggest
+
+    roles: dict[ColumnRole, str] = {}
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        role, equals, name = part.partition("=")
+        role = role.strip()
+        if not equals or not name.strip():
+            raise InputError(f"--columns '{part}': write ROLE=NAME, as in query=question")
+        known = get_args(ColumnRole)
+        if role not in known:
+            raise InputError(f"--columns: unknown role '{role}': {suggest(role, known)}")
+        roles[role] = name.strip()  # type: ignore[index]
+    return roles
+
+
+def _check_data(
+    data: Path | None, texts: Path | None, suite: str | None, columns: dict[ColumnRole, str]
+) -> None:
+    """Refuse data that cannot be read, before large libraries are imported."""
+    from gteopt.evaluation.user_data import read_own, read_texts
+
+    if texts is not None and (data is not None or suite is not None):
+        raise InputError("--texts has no labels to score; give it without --data and --suite")
+    if columns and data is None and texts is None:
+        raise InputError("--columns names the columns of --data or --texts; give one of them")
+    if data is not None:
+        read_own(data, columns)
+    if texts is not None:
+        read_texts(texts, columns)
+
+
+def _show_proposal(proposal: Proposal) -> None:
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    found = proposal.inspection
+    stdout.print(
+        f"{found.id}: {found.architecture}, {found.n_parameters / 1e6:,.1f} M parameters, "
+        f"{found.dims} dimensions, at most {found.max_tokens:,} tokens",
+        soft_wrap=True,
+    )
+    table = Table(title="recipes that could meet the limits", title_justify="left")
+    for name in ("recipe", "weights", "bytes a vector", "build", "disk", "opened by, or why not"):
+        table.add_column(
+            name, justify="left" if name in ("recipe", "opened by, or why not") else "right"
+        )
+    for trial in proposal.trials:
+        estimate = trial.estimate
+        table.add_row(
+            trial.recipe.name,
+            "-" if estimate.weight_bytes is None else decimal(estimate.weight_bytes, precision=1),
+            f"{estimate.bytes_per_vector or 0:,}",
+            f"{estimate.build_s or 0:,.0f} s",
+            "-" if estimate.disk_bytes is None else decimal(estimate.disk_bytes, precision=1),
+            f"not tried: {trial.dropped}" if trial.dropped else ", ".join(estimate.engines),
+            style="dim" if trial.dropped else "",
+        )
+    stdout.print(table)
+    least, most = (seconds / 60 for seconds in proposal.seconds)
+    stdout.print(
+        f"about {least:.0f} to {most:.0f} minutes on {found.estimated_for.device}"  # type: ignore[union-attr]
+        if most >= 1
+        else "less than a minute"
+    )
+    for note in proposal.notes:
+        stdout.print(f"note: {note}", soft_wrap=True)

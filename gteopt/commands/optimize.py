@@ -1,0 +1,385 @@
+"""What `gteopt optimize` does: a model, data and limits in; a plan, and what it measured, out.
+
+Hides: which recipes are worth trying for which limits, and what a plan's folder is called. Refuses
+to know: how anything is built or measured (`commands.run` carries the plan out), printing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from gteopt.build.build_time import UNCERTAINTY
+from gteopt.commands.inspect import inspect
+from gteopt.commands.run import run
+from gteopt.config.engines import EngineChoice, format_for
+from gteopt.config.limits import Limits
+from gteopt.config.plan import ColumnRole, Plan, PlanBench, Screening
+from gteopt.config.recipe import Dims, Effort, Recipe, VectorCode, Vectors, load_recipe
+from gteopt.config.yaml_files import shipped_names
+from gteopt.errors import InputError
+from gteopt.evaluation.user_data import read_own, read_texts
+from gteopt.machine import n_cores
+from gteopt.progress import Progress, quiet
+from gteopt.records.files import write_atomically
+from gteopt.records.inspection import Inspection, RecipeEstimate
+from gteopt.records.results_folder import Results
+from gteopt.report.wording import metric_amount
+
+_FAST = ("gptq-int4", "gptq-nf4", "int8", "int8-weight")
+_THOROUGH = ("mixed-nf4", "mixed-4.25")
+_SMALLER = ("mixed-3.5", "gptq-int3")
+"""Recipes worth trying: always; at efforts above fast; where the others are too large."""
+_ON_GPU = ("fp8",)
+_PLAN_FILE = "plan.yaml"
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What variants are judged on; with nothing given, texts that ship with gteopt.
+
+    Attributes:
+        data: labelled pairs, queries with passages, or a BEIR folder.
+        texts: texts without labels.
+        columns: which column holds what, where the names do not tell.
+        suite: a shipped suite, or a file.
+        languages: of the suite.
+    """
+
+    data: Path | None = None
+    texts: Path | None = None
+    columns: tuple[tuple[ColumnRole, str], ...] = ()
+    suite: str | None = None
+    languages: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Read the data once, so that their faults are told before anything slow.
+
+        Raises:
+            InputError: lists what is wrong with them.
+        """
+        if self.data is not None:
+            read_own(self.data, dict(self.columns))
+        if self.texts is not None:
+            read_texts(self.texts, dict(self.columns))
+
+
+@dataclass(frozen=True)
+class Search:
+    """Where and how variants are looked for.
+
+    Attributes:
+        engine: what has to open the pick.
+        effort: of the builds that are measured in full; the first look is at effort fast.
+        hub_dir: see `open_checkpoint`.
+        device: where everything runs.
+    """
+
+    engine: EngineChoice = "any"
+    effort: Effort = "fast"
+    hub_dir: Path | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe that was considered.
+
+    Attributes:
+        estimate: what it would make.
+        dropped: why it is not tried; None of those that are.
+    """
+
+    recipe: Recipe
+    estimate: RecipeEstimate
+    dropped: str | None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan with what led to it.
+
+    Attributes:
+        seconds: least and most that the job should take.
+        notes: what the user should know before it starts.
+    """
+
+    plan: Plan
+    file: Path
+    inspection: Inspection
+    trials: tuple[Trial, ...]
+    seconds: tuple[float, float]
+    notes: tuple[str, ...]
+
+
+def propose(
+    model: str,
+    judges: Judges,
+    limits: Limits,
+    search: Search,
+    *,
+    out: Path,
+) -> Proposal:
+    """Look at a model and plan which variants to try; writes `plan.yaml` and its recipes to `out`.
+
+    Raises:
+        InputError: data or limits that cannot be; or no recipe can meet the limits, with the
+            smallest that any can reach.
+    """
+    judges.check()
+    labelled = judges.texts is None
+    policy = limits.policy(labelled=labelled)
+    inspection = inspect(model, hub_dir=search.hub_dir, device=search.device)
+    if inspection.estimated_for is None:
+        raise InputError(f"{model} is quantized already; optimize takes the model it was made from")
+    trials = tuple(_trials(model, inspection, limits, search))
+    chosen = [trial for trial in trials if trial.dropped is None]
+    if not chosen:
+        raise InputError(_nothing_fits(trials, limits, search))
+    names = tuple(_written(trial.recipe, out) for trial in chosen)
+    plan = Plan(
+        schema="gteopt.plan/1",
+        name="optimize",
+        summary=f"Variants of {inspection.id} within the limits of `gteopt optimize`",
+        base=model,
+        recipes=names,
+        suite=judges.suite,
+        data=judges.data,
+        columns=dict(judges.columns),
+        texts=judges.texts,
+        languages=judges.languages,
+        effort=search.effort,
+        screening=Screening(),
+        bench=PlanBench(price_per_hour=limits.price_per_hour),
+        policy=policy,
+        out=out,
+    )
+    file = _write_plan(plan)
+    return Proposal(
+        plan=plan,
+        file=file,
+        inspection=inspection,
+        trials=trials,
+        seconds=_seconds(chosen, inspection),
+        notes=tuple(_notes(judges)),
+    )
+
+
+def carry_out(proposal: Proposal, search: Search, *, progress: Progress = quiet) -> Results:
+    """Build, screen, measure and judge what a proposal plans; see `commands.run.run`."""
+    return run(
+        proposal.plan,
+        beside=proposal.file.parent,
+        hub_dir=search.hub_dir,
+        device=search.device,
+        progress=progress,
+    )
+
+
+def optimize(
+    model: str,
+    judges: Judges | None = None,
+    limits: Limits | None = None,
+    search: Search | None = None,
+    *,
+    out: str | Path,
+    progress: Progress = quiet,
+) -> Results:
+    """Find the cheapest variant of a model that keeps your limits.
+
+    Args:
+        model: "nano", a folder, or `<org>/<name>`.
+        judges: your own data, texts or a suite; shipped texts when left out.
+        limits: what a variant may cost and must keep.
+        search: engine, effort and device.
+        out: results folder; the plan, the variants, the records and the page lie there. What is
+            finished in it is not done twice.
+        progress: told how far each step is.
+
+    Returns:
+        Everything measured; `choice.picked` is the variant to deploy, which lies in
+        `out/variants/`.
+
+    Raises:
+        InputError: see `propose` and `run`.
+
+    Example:
+        >>> limits = gteopt.Limits(max_weights="40MB", min_quality="99%")
+        >>> results = gteopt.optimize("./my-model", gteopt.Judges(data=Path("pairs.csv")), limits,
+        ...     out="out")
+    """
+    search = search or Search()
+    proposal = propose(model, judges or Judges(), limits or Limits(), search, out=Path(out))
+    return carry_out(proposal, search, progress=progress)
+
+
+def _trials(model: str, inspection: Inspection, limits: Limits, search: Search) -> Iterator[Trial]:
+    """Recipes with their estimates; those that cannot meet the limits say why."""
+    names = [*_FAST, *(_THOROUGH if search.effort != "fast" else ())]
+    if inspection.estimated_for is not None and inspection.estimated_for.device == "cuda":
+        names += _ON_GPU
+    assert set(names) | set(_SMALLER) <= set(shipped_names("recipes"))
+    most = limits.weight_bytes()
+    recipes = [load_recipe(name) for name in names]
+    tried = [_trial(model, recipe, inspection, limits, search) for recipe in recipes]
+    if most is not None and all(trial.dropped for trial in tried):
+        smaller = [load_recipe(name) for name in _SMALLER]
+        smaller += [_with_int8_table(recipe) for recipe in (*recipes, *smaller)]
+        tried += [_trial(model, recipe, inspection, limits, search) for recipe in smaller]
+    for trial in tried:
+        if trial.dropped is not None:
+            yield trial
+            continue
+        for recipe in _with_vectors(trial.recipe, inspection, limits):
+            yield _trial(model, recipe, inspection, limits, search)
+
+
+def _with_int8_table(recipe: Recipe) -> Recipe:
+    small = recipe.with_int8_embedding()
+    return small.model_copy(
+        update={
+            "name": f"{recipe.name}-embed-int8",
+            "summary": f"{recipe.summary}; token table in int8",
+        }
+    )
+
+
+def _with_vectors(recipe: Recipe, inspection: Inspection, limits: Limits) -> list[Recipe]:
+    """The recipe with the vectors that an index limit asks for; as it is without one."""
+    most, dims = limits.vector_bytes(), inspection.dims
+    if most is None and limits.optimize != "index":
+        return [recipe]
+    lengths = sorted({dims, *inspection.matryoshka_dims, dims // 2, dims // 4}, reverse=True)
+    sizes: dict[VectorCode, float] = {"float32": 4, "int8": 1, "binary": 1 / 8}
+    found = []
+    for code, n_bytes in sizes.items():
+        fitting = [n for n in lengths if n > 1 and (most is None or n * n_bytes <= most)]
+        if fitting:
+            found.append(_shortened(recipe, fitting[0], code, inspection))
+    return found
+
+
+def _shortened(recipe: Recipe, n: int, code: VectorCode, inspection: Inspection) -> Recipe:
+    """The recipe with vectors of `n` dimensions, each stored as `code` says."""
+    is_trained = n in inspection.matryoshka_dims
+    dims = None if n == inspection.dims else Dims(n=n, method="slice" if is_trained else "auto")
+    if dims is None and code == "float32":
+        return recipe
+    return recipe.model_copy(
+        update={
+            "name": f"{recipe.name}-{n}-{code}",
+            "summary": f"{recipe.summary}; {n} dimensions as {code}",
+            "dims": dims,
+            "vectors": Vectors(code=code),
+        }
+    )
+
+
+def _trial(
+    model: str, recipe: Recipe, inspection: Inspection, limits: Limits, search: Search
+) -> Trial:
+    """One recipe in a format that the engine opens, with what it would make."""
+    made = format_for(recipe, search.engine)
+    known = {estimate.recipe: estimate for estimate in inspection.estimates}
+    if made == load_shipped(recipe.name) and recipe.name in known:
+        estimate = known[recipe.name]
+    else:
+        estimate = inspect(
+            model, hub_dir=search.hub_dir, device=search.device, recipe=made or recipe
+        ).estimates[0]
+    return Trial(made or recipe, estimate, _why_not(made, estimate, limits, search))
+
+
+def load_shipped(name: str) -> Recipe | None:
+    """A shipped recipe; None where none has this name."""
+    return load_recipe(name) if name in shipped_names("recipes") else None
+
+
+def _why_not(
+    recipe: Recipe | None, estimate: RecipeEstimate, limits: Limits, search: Search
+) -> str | None:
+    most, vector = limits.weight_bytes(), limits.vector_bytes()
+    if estimate.problem is not None:
+        return estimate.problem
+    if search.engine != "any" and (recipe is None or search.engine not in estimate.engines):
+        return f"{search.engine} does not open it"
+    assert estimate.weight_bytes is not None
+    assert estimate.bytes_per_vector is not None
+    if most is not None and estimate.weight_bytes > most:
+        return f"{metric_amount('weight_bytes', estimate.weight_bytes)} of weights are too many"
+    if vector is not None and estimate.bytes_per_vector > vector and recipe is not None:
+        # Its vectors can be shortened.
+        return None if recipe.dims is None and recipe.vectors.code == "float32" else "long vectors"
+    return None
+
+
+def _nothing_fits(trials: Sequence[Trial], limits: Limits, search: Search) -> str:
+    """Which limit no recipe can meet, and how near one comes."""
+    opened = [
+        trial
+        for trial in trials
+        if trial.estimate.weight_bytes is not None
+        and (search.engine == "any" or search.engine in trial.estimate.engines)
+    ]
+    if not opened:
+        reasons = "; ".join(f"{trial.recipe.name}: {trial.dropped}" for trial in trials)
+        return f"no recipe can be built for --engine {search.engine} ({reasons})"
+    least = min(opened, key=lambda trial: trial.estimate.weight_bytes or 0)
+    assert least.estimate.weight_bytes is not None
+    amount = metric_amount("weight_bytes", least.estimate.weight_bytes)
+    hint = ""
+    if least.recipe.embedding != "int8":
+        hint = "; the int8 token table, which gteopt alone opens, would make it smaller"
+    return (
+        f"no recipe can be below {limits.max_weights}: the smallest is {least.recipe.name} with "
+        f"{amount}{hint}. Give --max-weights {amount.replace(' ', '')} or more, or a smaller model"
+    )
+
+
+def _written(recipe: Recipe, out: Path) -> str:
+    """The name that a plan calls a recipe by; what ships is not written again."""
+    if load_shipped(recipe.name) == recipe:
+        return recipe.name
+    file = out / "recipes" / f"{recipe.name}.yaml"
+    content = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    _write_yaml(file, {"schema": "gteopt.recipe/1", **content}, "Written by `gteopt optimize`.")
+    return f"recipes/{recipe.name}.yaml"
+
+
+def _write_plan(plan: Plan) -> Path:
+    file = plan.out / _PLAN_FILE
+    content = plan.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    note = f"Written by `gteopt optimize`; edit it and run it with `gteopt run {file}`."
+    _write_yaml(file, {"schema": "gteopt.plan/1", **content}, note)
+    return file
+
+
+def _write_yaml(file: Path, content: dict[str, object], note: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    write_atomically(file, f"# {note}\n{text}".encode())
+
+
+_BENCH_S, _TOKENS_PER_BENCH, _FLOPS = 15.0, 170_000, 50e9
+
+
+def _seconds(trials: Sequence[Trial], inspection: Inspection) -> tuple[float, float]:
+    """Least and most seconds of the whole job; evaluation on large data comes on top."""
+    builds = sum(trial.estimate.build_s or 0 for trial in trials)
+    n_measured = min(len(trials), Screening().keep) + 1
+    per_bench = _TOKENS_PER_BENCH * 2 * inspection.n_parameters / (_FLOPS * n_cores())
+    whole = builds + n_measured * (_BENCH_S + per_bench)
+    return whole / UNCERTAINTY, whole * UNCERTAINTY
+
+
+def _notes(judges: Judges) -> Iterator[str]:
+    if judges.data is None and judges.texts is None:
+        which = judges.suite or "mini, the small set that ships with gteopt"
+        yield (
+            f"judged on {which}: your own data decide better (--data pairs.csv, --texts texts.txt)"
+        )
+    elif judges.texts is not None:
+        yield "no labels: closeness to the baseline on your texts decides"

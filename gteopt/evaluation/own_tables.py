@@ -1,0 +1,212 @@
+"""Tables of a user's own texts: CSV, TSV, JSONL and Parquet files, and what their columns hold.
+
+Hides: file forms, separators, and how columns are recognised. Refuses to know: mteb, encoders,
+what is done with the texts.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from gteopt.config.plan import ColumnRole
+from gteopt.errors import InputError, suggest
+
+TableKind = Literal["pairs", "search", "texts"]
+FORMS = (".csv", ".tsv", ".jsonl", ".parquet")
+"""Endings of the files that are read."""
+NAMES: dict[ColumnRole, tuple[str, ...]] = {
+    "sentence1": ("sentence1", "text1", "a", "sent1", "text_a", "first"),
+    "sentence2": ("sentence2", "text2", "b", "sent2", "text_b", "second"),
+    "score": ("score", "label", "similarity_score", "similarity", "gold", "relevance", "grade"),
+    "query": ("query", "question", "anchor", "search_query"),
+    "positive": ("positive", "passage", "document", "answer", "context", "response"),
+    "negative": ("negative", "hard_negative"),
+    "text": ("text", "sentence", "content", "body"),
+}
+"""Names by which each role's column is recognised, the likeliest first."""
+_NEEDED: dict[TableKind, tuple[ColumnRole, ...]] = {
+    "pairs": ("sentence1", "sentence2", "score"),
+    "search": ("query", "positive"),
+    "texts": ("text",),
+}
+_OPTIONAL: dict[TableKind, tuple[ColumnRole, ...]] = {
+    "pairs": (),
+    "search": ("negative", "score"),
+    "texts": (),
+}
+_MAX_NAMES = 12  # column names that a message lists
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one file, with the line of each.
+
+    Attributes:
+        kind: what the columns make of it.
+        columns: which column plays which role.
+        rows: line in the file (from 1) and the roles' values.
+    """
+
+    kind: TableKind
+    columns: Mapping[ColumnRole, str]
+    rows: tuple[tuple[int, Mapping[ColumnRole, Any]], ...]
+
+
+def read_table(
+    path: Path,
+    problems: list[str],
+    *,
+    kinds: Sequence[TableKind] = ("pairs", "search"),
+    columns: Mapping[ColumnRole, str] | None = None,
+) -> Table:
+    """Read a table and find out what its columns hold.
+
+    Args:
+        path: a file that ends as `FORMS` say.
+        problems: faults of single lines are added here.
+        kinds: what the table may be.
+        columns: roles that the user named; names of the others are guessed.
+
+    Raises:
+        InputError: no such form of file, or columns that tell no kind: says in three lines what was
+            found, what is accepted and an example.
+    """
+    if path.suffix not in FORMS:
+        raise InputError(f"{path}: must end in {', '.join(FORMS[:-1])} or {FORMS[-1]}")
+    n_before = len(problems)
+    heading, rows = _read(path, problems)
+    if not rows and len(problems) > n_before:  # which say why nothing can be read
+        return Table(kinds[0], {}, ())
+    kind, chosen = _recognise(path, heading, kinds, columns or {})
+    found = tuple(
+        (line, {role: row.get(name) for role, name in chosen.items()}) for line, row in rows
+    )
+    return Table(kind, chosen, found)
+
+
+def _recognise(
+    path: Path,
+    heading: Sequence[str],
+    kinds: Sequence[TableKind],
+    given: Mapping[ColumnRole, str],
+) -> tuple[TableKind, dict[ColumnRole, str]]:
+    for role, name in given.items():
+        if role not in get_args(ColumnRole):
+            raise InputError(f"--columns {role}={name}: {suggest(role, get_args(ColumnRole))}")
+        if name not in heading:
+            raise InputError(
+                f"--columns {role}={name}: {path} has no such column; {suggest(name, heading)}"
+            )
+    lower = {name.lower(): name for name in reversed(heading)}
+    guessed: dict[ColumnRole, str] = {
+        role: lower[name]
+        for role in NAMES
+        for name in reversed(NAMES[role])
+        if name in lower and lower[name] not in given.values()
+    }
+    roles = {**guessed, **given}
+    fitting = [kind for kind in kinds if all(role in roles for role in _NEEDED[kind])]
+    # What the user named decides: --columns query=... is about a search.
+    fitting.sort(key=lambda kind: -sum(role in given for role in _NEEDED[kind]))
+    if not fitting:
+        raise InputError(_unrecognised(path, heading, kinds))
+    kind = fitting[0]
+    wanted = (*_NEEDED[kind], *_OPTIONAL[kind])
+    return kind, {role: roles[role] for role in wanted if role in roles}
+
+
+def _unrecognised(path: Path, heading: Sequence[str], kinds: Sequence[TableKind]) -> str:
+    """Three lines: what was found, what is accepted, an example."""
+    names = ", ".join(heading[:_MAX_NAMES]) or "nothing"
+    accepted = "; ".join(", ".join(_NEEDED[kind]) for kind in kinds)
+    placeholders = list(heading) + ["COLUMN"] * 3
+    example = ",".join(
+        f"{role}={name}" for role, name in zip(_NEEDED[kinds[0]], placeholders, strict=False)
+    )
+    return (
+        f"{path}: no field tells what the columns hold; found {names}\n"
+        f"  accepted: {accepted} (first line of the file, or the fields of each JSON object)\n"
+        f"  or say which is which, for example: --columns {example}"
+    )
+
+
+def _read(path: Path, problems: list[str]) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
+    """Column names, and the rows with their lines."""
+    if path.suffix == ".parquet":
+        rows = list(enumerate(_read_parquet(path), start=1))
+        return list(rows[0][1]) if rows else [], rows
+    if path.suffix == ".jsonl":
+        rows = list(read_json_lines(path, problems))
+        return list(dict.fromkeys(name for _, row in rows for name in row)), rows
+    return _read_csv(path, problems)
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: is not a Parquet file ({error})") from error
+    return rows
+
+
+def _read_csv(
+    path: Path, problems: list[str]
+) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            heading = handle.readline()
+            handle.seek(0)
+            reader = csv.DictReader(handle, delimiter=_separator(path, heading))
+            rows = [
+                (reader.line_num, {k: v for k, v in fields.items() if k is not None})
+                for fields in reader
+            ]
+            return list(reader.fieldnames or ()), rows
+    except (UnicodeDecodeError, csv.Error) as error:
+        problems.append(f"{path}: is not a CSV file in UTF-8 ({error})")
+        return [], []
+
+
+def _separator(path: Path, heading: str) -> str:
+    """What separates the columns: what makes the most of the heading's names known ones."""
+    known = {name for names in NAMES.values() for name in names}
+
+    def n_known(separator: str) -> tuple[int, int]:
+        cells = next(csv.reader([heading.lower().rstrip("\r\n")], delimiter=separator), [])
+        return len(known & {cell.strip() for cell in cells}), len(cells)
+
+    first = "\t" if path.suffix == ".tsv" else ","
+    return max([first, *(each for each in ",;\t" if each != first)], key=n_known)
+
+
+def read_json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line (from 1) and fields of every row of a .jsonl file."""
+    for number, line in lines_of(path, problems):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
+            continue
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            problems.append(f"{path}:{number}: must be a JSON object, found {type(row).__name__}")
+
+
+def lines_of(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
+    """Number (from 1) and content of every line that is not empty."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as handle:
+            for number, line in enumerate(handle, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        problems.append(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})")

@@ -1,0 +1,124 @@
+"""A choice in a few lines: what the pick gains and costs, what was second, how to use it.
+
+Refuses to know: torch, files beyond their names, how anything was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from gteopt.records.choice import Candidate, Choice
+from gteopt.records.results_folder import Results
+from gteopt.report.rows import Row, rows
+from gteopt.report.wording import METRIC_WORDS, metric_amount
+
+
+def speed_words(results: Results, name: str) -> str | None:
+    """A variant's speed beside the baseline's, with its interval; None where it was not measured.
+
+    "slower" and "faster" are said only where the interval leaves out 1.
+    """
+    if results.bench is None or name not in results.benched or name == results.baseline:
+        return None
+    variant = results.benched[name]
+    ratio, ends = f"{variant.speed_ratio:.2f} x the baseline's speed", variant.speed_interval
+    if ends is None:
+        return f"{ratio} (too few repeats to say how sure)"
+    low, high = ends
+    word = "SLOWER, " if high < 1 else "faster, " if low > 1 else "about as fast, "
+    return f"{word}{ratio} ({low:.2f} to {high:.2f})"
+
+
+def is_slower(results: Results, name: str) -> bool:
+    """Whether a variant is surely slower than the baseline."""
+    variant = results.benched.get(name)
+    if variant is None or name == results.baseline:
+        return False
+    ends = variant.speed_interval
+    return ends is not None and ends[1] < 1
+
+
+def pick_lines(results: Results) -> list[str]:
+    """The pick with its price, and the runner-up with why not; one line each."""
+    choice = results.choice
+    assert choice is not None
+    if choice.picked is None:
+        return [f"Nothing to pick: {choice.reason}"]
+    by_name = {row.name: row for row in rows(results)}
+    row = by_name[choice.picked]
+    if row.is_baseline:
+        lines = [f"Pick: {row.name}, the model as it is; no variant does better within the limits."]
+    else:
+        lines = [f"Pick: {row.name}: {', '.join(_price(results, row, by_name))}."]
+    return [*lines, *_runner_up(choice)]
+
+
+def _price(results: Results, row: Row, by_name: dict[str, Row]) -> Iterator[str]:
+    baseline = by_name[results.baseline]
+    if (speed := speed_words(results, row.name)) is not None and is_slower(results, row.name):
+        yield speed
+        speed = None
+    if row.weight_bytes is not None and baseline.weight_bytes is not None:
+        yield (
+            f"{metric_amount('weight_bytes', row.weight_bytes)} of weights instead of "
+            f"{metric_amount('weight_bytes', baseline.weight_bytes)} ({row.weight_ratio:.2f} x)"
+        )
+    if row.vector_bytes and baseline.vector_bytes and row.vector_bytes != baseline.vector_bytes:
+        yield f"{row.vector_bytes:,} bytes a vector instead of {baseline.vector_bytes:,}"
+    if speed is not None:
+        yield speed
+    if row.retention is not None:
+        sure = ""
+        if row.retention_low is not None and row.retention_high is not None:
+            sure = (
+                f" ({row.retention_low * 100:.1f} to {row.retention_high * 100:.1f}, "
+                f"{row.score_verdict})"
+            )
+        yield f"{row.retention * 100:.1f} % of the score{sure}"
+    if row.neighbour_overlap is not None:
+        yield f"{row.neighbour_overlap * 100:.1f} % of the 10 nearest neighbours"
+
+
+def _runner_up(choice: Choice) -> Iterator[str]:
+    metric = choice.policy.objective.metric
+    others = [candidate for candidate in choice.candidates if candidate.name != choice.picked]
+    kept = [each for each in others if not each.broken and metric in each.metrics]
+    sign = -1 if choice.policy.objective.maximise is not None else 1
+    if kept:
+        second = min(kept, key=lambda each: sign * each.metrics[metric])
+        own = next(each for each in choice.candidates if each.name == choice.picked)
+        amounts = [metric_amount(metric, each.metrics[metric]) for each in (second, own)]
+        if amounts[0] == amounts[1] and {"neighbour_overlap"} <= second.metrics.keys():
+            metric = "neighbour_overlap"
+            amounts = [metric_amount(metric, each.metrics[metric]) for each in (second, own)]
+        yield (
+            f"Runner-up: {second.name}: {METRIC_WORDS[metric]} {amounts[0]} against {amounts[1]}."
+        )
+    elif others:
+        nearest = min(others, key=lambda each: len(each.broken))
+        yield f"Runner-up: none; {nearest.name} breaks a limit: {_misses(nearest)}."
+
+
+def _misses(candidate: Candidate) -> str:
+    words = []
+    for miss in candidate.broken:
+        found = "not measured" if miss.found is None else metric_amount(miss.metric, miss.found)
+        sign = "at least" if miss.bound == "min" else "at most"
+        limit = metric_amount(miss.metric, miss.limit)
+        words.append(f"{METRIC_WORDS[miss.metric]} {found}, {sign} {limit}")
+    return "; ".join(words)
+
+
+def use_lines(results: Results, folder: Path) -> list[str]:
+    """The exact commands and Python lines to load, serve and publish the pick."""
+    choice = results.choice
+    if choice is None or choice.picked is None or choice.picked == results.baseline:
+        return []
+    artifact = folder / "variants" / choice.picked
+    return [
+        f"load:     python -c \"import gteopt; gteopt.load('{artifact}')\"",
+        f"serve:    gteopt serve {artifact}",
+        f"publish:  gteopt publish {artifact} --repo ORG/NAME --results {folder}",
+        f"report:   {folder / 'report.html'}",
+    ]

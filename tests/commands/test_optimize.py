@@ -1,0 +1,141 @@
+"""From a model, data and limits to a plan and a pick; nothing is recommended unmeasured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gteopt.commands.choose import judge
+from gteopt.commands.optimize import Judges, Search, propose
+from gteopt.commands.run import run
+from gteopt.config.limits import Limits
+from gteopt.config.plan import Plan, PlanBench, Screening, Workload, load_plan
+from gteopt.config.policy import load_policy
+from gteopt.errors import InputError
+from gteopt.paths import shipped_dir
+from gteopt.records.results_folder import Results, read_results
+from gteopt.report.pick import pick_lines, use_lines
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty short texts without labels."""
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    lines = (shipped_dir("eval/mini") / "corpus.jsonl").read_text().splitlines()[:60]
+    file.write_text("\n".join(json.loads(line)["text"].replace("\n", " ") for line in lines))
+    return file
+
+
+def proposed(out: Path, texts: Path, search: Search | None = None, **words: str) -> Plan:
+    limits = Limits(**words)  # type: ignore[arg-type]
+    proposal = propose("nano", Judges(texts=texts), limits, search or Search(), out=out)
+    assert load_plan(str(proposal.file)) == proposal.plan
+    return proposal.plan
+
+
+def test_the_plan_holds_the_limits_and_the_recipes_that_can_meet_them(
+    tmp_path: Path, texts: Path
+) -> None:
+    plan = proposed(tmp_path, texts, max_weights="13MB", min_quality="80%")
+    assert plan.recipes == ("gptq-int4", "gptq-nf4")  # int8 has 13.7 MB
+    assert plan.texts == texts
+    assert not isinstance(plan.policy, str)
+    assert set(plan.policy.limits) == {"weight_bytes", "neighbour_overlap"}
+
+
+def test_where_all_recipes_are_too_large_the_token_table_is_quantized_too(
+    tmp_path: Path, texts: Path
+) -> None:
+    plan = proposed(tmp_path, texts, max_weights="9MB")
+    assert plan.recipes
+    assert all("embed-int8" in name for name in plan.recipes)
+    assert all((tmp_path / name).is_file() for name in plan.recipes)
+
+
+def test_a_limit_that_nothing_meets_names_the_smallest_recipe(tmp_path: Path, texts: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        proposed(tmp_path, texts, max_weights="2MB")
+    assert "no recipe can be below 2MB: the smallest is" in str(caught.value)
+    assert "Give --max-weights" in str(caught.value)
+
+
+def test_vllm_gets_formats_that_it_opens(tmp_path: Path, texts: Path) -> None:
+    plan = proposed(tmp_path, texts, Search(engine="vllm"))
+    assert "gptq-nf4" in plan.recipes
+    written = [name for name in plan.recipes if name.endswith(".yaml")]
+    assert written
+    assert all("compressed-tensors" in (tmp_path / name).read_text() for name in written)
+
+
+def test_an_index_limit_shortens_vectors(tmp_path: Path, texts: Path) -> None:
+    plan = proposed(tmp_path, texts, max_vector_bytes="64B")
+    assert len(plan.recipes) > 3
+    assert any("64-int8" in name for name in plan.recipes)
+    assert any("256-binary" in name for name in plan.recipes)
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> tuple[Plan, Results]:
+    plan = Plan(
+        schema="gteopt.plan/1",
+        name="unlabelled",
+        base="nano",
+        recipes=("rtn-int8", "rtn-int4", "nf4"),
+        texts=texts,
+        screening=Screening(n_texts=40, keep=1),
+        bench=PlanBench(
+            n_queries=10, repeats=6, warmup=1, workloads=(Workload(batch_size=2, tokens=16),)
+        ),
+        policy=Limits(min_quality="60%").policy(labelled=False),
+        out=tmp_path_factory.mktemp("unlabelled"),
+    )
+    return plan, run(plan)
+
+
+def test_without_labels_the_pick_is_measured_and_is_no_unquantized_base(
+    unlabelled: tuple[Plan, Results],
+) -> None:
+    plan, results = unlabelled
+    assert results.choice is not None
+    picked = results.choice.picked
+    assert picked in plan.recipes
+    assert picked in results.fidelity
+    assert picked in results.benched
+    assert "retention" not in results.choice.reason
+    assert not [each for each in results.choice.candidates if each.name == picked and each.broken]
+    assert set(results.benched) == {"bf16", picked}  # one went on from the first look
+
+
+def test_the_last_lines_say_the_price_and_the_commands(unlabelled: tuple[Plan, Results]) -> None:
+    plan, results = unlabelled
+    lines = pick_lines(results)
+    assert lines[0].startswith("Pick: ")
+    assert "of weights instead of 16.79 MB" in lines[0]
+    assert "x the baseline's speed (" in lines[0]
+    assert "of the 10 nearest neighbours" in lines[0]
+    assert lines[1].startswith("Runner-up: ")
+    use = "\n".join(use_lines(results, plan.out))
+    assert f"gteopt serve {plan.out}" in use
+    assert "gteopt.load(" in use
+
+
+def test_a_second_run_finds_everything_done(unlabelled: tuple[Plan, Results]) -> None:
+    plan, first = unlabelled
+    seen: list[str] = []
+
+    def note(what: str, done: int, total: int) -> None:
+        seen.append(what)
+
+    assert run(plan, progress=note).fidelity.keys() == first.fidelity.keys()
+    assert not [what for what in seen if what.startswith(("quantizing", "measuring"))]
+
+
+def test_another_policy_can_judge_what_has_no_labels(unlabelled: tuple[Plan, Results]) -> None:
+    plan, _ = unlabelled
+    results = judge(plan.out, load_policy("balanced"))
+    assert results.choice is not None
+    assert "retention_low" not in results.choice.policy.limits
+    assert "not measured" not in results.choice.reason
+    assert read_results(plan.out).choice == results.choice
