@@ -122,8 +122,10 @@ def _facts(manifest: Manifest, checkpoint: Checkpoint) -> str:
         lengths = ", ".join(map(str, trained))
         rows.append(("Matryoshka", f"trained to be cut to {lengths} (`matryoshka_dimensions`)"))
     if vectors.method != "full":
-        how = f"{vectors.method}{', turned for its signs' if vectors.rotated else ''}"
+        how = f"{vectors.method}{', rotated for the code' if vectors.rotated else ''}"
         rows.append(("shortened by", f"{how}, from {base.dims} dimensions"))
+    if vectors.similarity == "dot":
+        rows.append(("similarity", "dot product: rows keep the length that shortening leaves them"))
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in rows)
 
 

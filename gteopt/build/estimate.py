@@ -38,6 +38,7 @@ from gteopt.model.checkpoint import Checkpoint
 from gteopt.quant import gptq
 from gteopt.quant.affine import packed_bytes, search_bytes
 from gteopt.records.inspection import RecipeEstimate
+from gteopt.vectors.codes import code_bytes
 
 # What a build holds beside tensors of the model, in bytes a weight: codes, their spread bytes and
 # the float32 weight that a portable kernel makes in each call.
@@ -356,4 +357,8 @@ def _block_bytes(
 
 def _vector_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     dims = recipe.dims.n if recipe.dims else checkpoint.dims
-    return {"float32": 4 * dims, "int8": dims, "binary": -(-dims // 8)}[recipe.vectors.code]
+    vectors = recipe.vectors
+    if vectors.code == "auto" or vectors.code == "pq":
+        assert vectors.bytes is not None
+        return vectors.bytes
+    return code_bytes(vectors.code, dims, vectors.bits or 1)

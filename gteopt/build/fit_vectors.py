@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from gteopt.build.calibration_texts import CalibrationText, draw_texts, tokenize, with_sentences
 from gteopt.build.layer_plan import shortens
-from gteopt.config.recipe import Dims, Recipe, VectorCode
+from gteopt.config.recipe import Dims, Recipe, VectorCode, Vectors
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
 from gteopt.model.checkpoint import Checkpoint
 from gteopt.progress import Progress, quiet
-from gteopt.vectors.fit import fit
+from gteopt.vectors.fit import check_bytes, fit
 from gteopt.vectors.transform import VectorTransform, identity
 
 
@@ -53,42 +53,59 @@ def fit_transforms(
     method = own.dims.method if own.dims else "slice"
     recipes = []
     for n in dims or [encoder.full_dims]:
-        shorter = Dims(n=n, method=method)
-        _check_dims(shorter, encoder.checkpoint)
+        shorter = Dims(n=n, method=method) if n != encoder.full_dims else None
         for code in codes:
-            vectors = own.vectors.model_copy(update={"code": code})
-            wanted = shorter if n < encoder.full_dims else None
-            recipes.append(own.model_copy(update={"dims": wanted, "vectors": vectors}))
-    fitted = [
-        recipe.vectors.code == "int8" or (recipe.dims is not None and method != "slice")
-        for recipe in recipes
-    ]
+            vectors = own.vectors
+            if vectors.code != code:
+                vectors = Vectors(code=code, rescore=own.vectors.rescore)
+            recipe = own.model_copy(update={"dims": shorter, "vectors": vectors})
+            check_vectors(recipe, encoder.checkpoint)
+            recipes.append(recipe)
     # Nothing is fitted on these rows where nothing is to be; `fit` reads their width.
     texts = np.zeros((0, encoder.full_dims), np.float32)
-    if any(fitted):
+    if any(_is_fitted(recipe) for recipe in recipes):
         drawn = draw_texts(own.calibration, hub_dir=hub_dir)
         texts = _calibration_vectors(encoder, own, drawn, progress)
     return [fit(texts, recipe.dims, recipe.vectors) for recipe in recipes]
 
 
-def _needs_texts(recipe: Recipe) -> bool:
-    fitted = recipe.dims is not None and recipe.dims.method != "slice"
-    return recipe.weights.method == "gptq" or fitted or recipe.vectors.code == "int8"
+def needs_texts(recipe: Recipe) -> bool:
+    """Whether a build of the recipe looks at calibration texts."""
+    return recipe.weights.method == "gptq" or _is_fitted(recipe)
 
 
-def _check_dims(dims: Dims | None, checkpoint: Checkpoint) -> None:
+def _is_fitted(recipe: Recipe) -> bool:
+    """Whether the recipe's vectors depend on calibration texts."""
+    vectors = recipe.vectors
+    shortened = recipe.dims is not None and recipe.dims.method != "slice"
+    return shortened or vectors.centred or vectors.code not in ("float32", "binary")
+
+
+def check_vectors(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Refuse vectors that the model cannot give, before the slow part.
+
+    Raises:
+        InputError: more dimensions than the model has, or bytes that no code has.
+    """
+    dims, n_bytes = recipe.dims, recipe.vectors.bytes
     if dims is not None and dims.n > checkpoint.dims:
         trained = ", ".join(map(str, checkpoint.matryoshka_dims)) or "none stated"
         raise InputError(
             f"dims {dims.n} is more than the {checkpoint.dims} that {checkpoint.id} has (lengths "
             f"it was trained for: {trained})"
         )
+    if n_bytes is not None:
+        check_bytes(checkpoint.dims, n_bytes)
 
 
-def _fit_vectors(
+def fit_vectors(
     encoder: Encoder, recipe: Recipe, texts: Sequence[CalibrationText], progress: Progress
 ) -> VectorTransform:
-    """The recipe's vector transform, fitted on the variant's own vectors of the texts."""
+    """The recipe's vector transform, fitted on the variant's own vectors of the texts.
+
+    Raises:
+        InputError: too few texts for what is to be fitted.
+    """
     if not shortens(recipe):
         return identity(encoder.full_dims)
     vectors = _calibration_vectors(encoder, recipe, texts, progress)

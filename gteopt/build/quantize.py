@@ -24,7 +24,7 @@ from gteopt.build.blocks import (
 )
 from gteopt.build.calibration_texts import CalibrationText, draw_texts, record, tokenize
 from gteopt.build.card import CARD, card
-from gteopt.build.fit_vectors import _check_dims, _fit_vectors, _needs_texts
+from gteopt.build.fit_vectors import check_vectors, fit_vectors, needs_texts
 from gteopt.build.layer_plan import (
     ACTIVATIONS,
     ALLOCATION,
@@ -142,7 +142,7 @@ def quantize(
             f"{base} is already quantized (by {checkpoint.quantization.get('quant_method')}); "
             f"quantize the model that it was made from"
         )
-    _check_dims(recipe.dims, checkpoint)
+    check_vectors(recipe, checkpoint)
     parse_dtype(dtype)
     finished = _finished(out, recipe, checkpoint.sha256, dtype)
     if finished is not None:
@@ -169,7 +169,7 @@ def _quantize(
     if sealed is not None:
         return sealed
     plan = plan_layers(checkpoint, recipe)
-    texts = draw_texts(recipe.calibration, hub_dir=hub_dir) if _needs_texts(recipe) else ()
+    texts = draw_texts(recipe.calibration, hub_dir=hub_dir) if needs_texts(recipe) else ()
     stage = _open_stage(out, recipe, checkpoint, dtype)
 
     progress(f"loading {checkpoint.id}", 0, 1)
@@ -336,7 +336,7 @@ def _finish(
     progress: Progress,
 ) -> Manifest:
     """Fit and write the vectors, then seal."""
-    transform = _fit_vectors(encoder, recipe, texts, progress)
+    transform = fit_vectors(encoder, recipe, texts, progress)
     write_vectors(transform, stage, encoder.checkpoint.matryoshka_dims)
     # What an interrupted build goes on from is there until the manifest is.
     scraps = {stage / _STATE, stage / ALLOCATION, stage / CARD}

@@ -242,8 +242,25 @@ def write_vectors(transform: VectorTransform, stage: Path, trained: Sequence[int
     tensors = {name: torch.from_numpy(each) for name, each in transform.to_tensors().items()}
     if tensors:
         save_tensors(stage / VECTORS_FILE, tensors)
-    if transform.method == "full" or not (stage / "modules.json").is_file():
+    if not (stage / "modules.json").is_file():
         return
+    written = json.loads((stage / "modules.json").read_text(encoding="utf-8"))
+    modules = [m for m in written if not m["path"].startswith(VECTOR_MODULES)]
+    is_plain = transform.method == "full" and transform.projection is None
+    if not is_plain:
+        modules += _vector_modules(transform, stage, len(modules))
+    if modules != written:
+        _write_json(stage / "modules.json", modules)
+    settings = stage / "config_sentence_transformers.json"
+    content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    if (content.get("similarity_fn_name") == "dot") != (transform.similarity == "dot"):
+        _write_json(settings, {**content, "similarity_fn_name": transform.similarity})
+
+
+def _vector_modules(
+    transform: VectorTransform, stage: Path, n_before: int
+) -> list[dict[str, int | str]]:
+    """What modules.json says of the projection, whose files are written."""
     weight = transform.projection
     if weight is None:
         weight = np.eye(transform.dims, transform.full_dims, dtype=np.float32)
@@ -257,23 +274,17 @@ def write_vectors(transform: VectorTransform, stage: Path, trained: Sequence[int
             "activation_function": "torch.nn.modules.linear.Identity",
         },
     )
-    save_tensors(
-        dense / "model.safetensors",
-        {"linear.weight": torch.from_numpy(weight)},
-    )
-    modules = json.loads((stage / "modules.json").read_text(encoding="utf-8"))
-    modules = [m for m in modules if not m["path"].startswith(VECTOR_MODULES)]
-    for kind in ("dense", "normalize"):
-        i = len(modules)
-        modules.append(
-            {
-                "idx": i,
-                "name": str(i),
-                "path": f"{VECTOR_MODULES}{kind}",
-                "type": f"sentence_transformers.models.{kind.capitalize()}",
-            }
-        )
-    _write_json(stage / "modules.json", modules)
+    save_tensors(dense / "model.safetensors", {"linear.weight": torch.from_numpy(weight)})
+    kinds = ("dense", "normalize") if transform.similarity == "cosine" else ("dense",)
+    return [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": f"{VECTOR_MODULES}{kind}",
+            "type": f"sentence_transformers.models.{kind.capitalize()}",
+        }
+        for i, kind in enumerate(kinds, start=n_before)
+    ]
 
 
 def _write_json(path: Path, content: Any) -> None:

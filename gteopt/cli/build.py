@@ -106,9 +106,25 @@ def truncate(
         Literal["slice", "pca", "auto"], typer.Option(help="first, principal, or what keeps more")
     ] = "slice",
     vectors: Annotated[
-        Literal["float32", "int8", "binary"], typer.Option(help="how a vector is stored")
-    ] = "float32",
+        Literal["float32", "int8", "int4", "binary", "rabitq", "pq"] | None,
+        typer.Option(
+            help="how a vector is stored; float32 when left out, or what keeps most with --bytes"
+        ),
+    ] = None,
+    n_bytes: Annotated[
+        int | None,
+        typer.Option(
+            "--bytes", min=1, help="bytes of a stored vector; chooses dimensions and code together"
+        ),
+    ] = None,
     rescore: Annotated[int, typer.Option(min=1, help="candidates per result on codes")] = 4,
+    bits: Annotated[
+        int | None, typer.Option(min=1, max=8, help="bits a dimension, with --vectors rabitq")
+    ] = None,
+    centred: Annotated[
+        bool,
+        typer.Option("--centred", help="with --vectors binary: subtract the mean before signs"),
+    ] = False,
     hub_dir: HubDir = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -127,6 +143,9 @@ def truncate(
             method=method,
             vectors=vectors,
             rescore=rescore,
+            bits=bits,
+            centred=centred,
+            bytes=n_bytes,
             hub_dir=hub_dir,
             device=device,
             progress=progress,

@@ -13,12 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 from gteopt.build.fit_vectors import fit_transforms
 from gteopt.config.plan import ColumnRole
 from gteopt.config.policy import DEFAULT_MARGIN
-from gteopt.config.recipe import VectorCode
+from gteopt.config.recipe import CODES_BY_DIMS, VectorCode
 from gteopt.corpus.workers import Workers
 from gteopt.encoder.description import Backend, Description, describe
 from gteopt.encoder.encoder import Encoder
@@ -70,7 +69,7 @@ def parse_grid(dims: str | None, codes: str | None) -> Grid:
         for each in lengths
         if not each.isdecimal() or int(each) == 0
     ]
-    known = get_args(VectorCode)
+    known = CODES_BY_DIMS
     wanted = _listed(codes) or ["float32"]
     problems += [
         f"--vectors: unknown code '{each}': {suggest(each, known)}"

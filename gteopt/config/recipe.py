@@ -21,7 +21,10 @@ GroupSize = Literal[32, 64, 128, "per_channel"]
 FormatName = Literal["gteopt", "gptq", "compressed-tensors", "bitsandbytes"]
 """How packed weights lie on disk: our own tensors, or those of a `quant_method` of transformers."""
 FormatChoice = Literal["auto", "gteopt", "gptq", "compressed-tensors", "bitsandbytes"]
-VectorCode = Literal["float32", "int8", "binary"]
+VectorCode = Literal["float32", "int8", "int4", "binary", "rabitq", "pq"]
+CodeChoice = Literal["auto", "float32", "int8", "int4", "binary", "rabitq", "pq"]
+CODES_BY_DIMS: tuple[VectorCode, ...] = ("float32", "int8", "int4", "binary", "rabitq")
+"""Codes whose bytes follow from the dimensions; pq is given its bytes."""
 DimsMethod = Literal["slice", "pca", "auto"]
 NumberFormat = Literal["int", "e4m3", "nf4"]
 """What a code is: a whole number of steps; an 8-bit float of 4 exponent and 3 mantissa bits; the
@@ -245,7 +248,8 @@ class Dims(Frozen):
         n: how many are kept.
         method: the first ones ("slice"), the principal ones ("pca"), or whichever of the two keeps
             more neighbours, searched by their codes, on calibration texts that it was not fitted on
-            ("auto"). For binary codes principal dimensions are turned (ITQ) where that keeps more.
+            ("auto"). For binary and int4 codes principal dimensions are rotated where that keeps
+            more.
     """
 
     n: Annotated[int, Field(ge=1)]
@@ -256,13 +260,45 @@ class Vectors(Frozen):
     """How a vector is stored in an index.
 
     Attributes:
-        code: float32, one signed byte a dimension, or one bit a dimension.
-        rescore: a search on codes fetches `rescore * k` candidates and reorders them with the
-            float query; 1 keeps the order of the codes.
+        code: float32; one signed byte (int8), four bits (int4) or one bit (binary) a dimension;
+            `bits` a dimension and two bytes (rabitq); a byte for each group of dimensions (pq).
+            "auto", which is what `bytes` alone means, is whichever keeps the most neighbours.
+        rescore: a search on int8 or binary codes fetches `rescore * k` candidates and reorders them
+            with the float query; 1 keeps the order of the codes. Other codes are compared with the
+            float query at once.
+        bits: a dimension, of rabitq.
+        centred: of binary: the mean of the calibration vectors is subtracted before signs are
+            taken. It is what vectors need that all lie in a narrow cone.
+        bytes: of a stored vector. Dimensions, code and rescoring are then chosen together, by the
+            nearest neighbours that held-out calibration texts keep.
     """
 
-    code: VectorCode = "float32"
+    code: CodeChoice = "float32"
     rescore: Annotated[int, Field(ge=1)] = 4
+    bits: Annotated[int, Field(ge=1, le=8)] | None = None
+    centred: bool = False
+    bytes: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bytes_alone_choose_the_code(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("bytes") is not None and "code" not in content:
+            return {**content, "code": "auto"}
+        return content
+
+    @model_validator(mode="after")
+    def _settings_fit_the_code(self) -> Self:
+        if self.bytes is not None and self.code not in ("auto", "pq"):
+            raise ValueError(
+                f"bytes is for code: auto or pq; the bytes of {self.code} follow from dims.n"
+            )
+        if self.bytes is None and self.code in ("auto", "pq"):
+            raise ValueError(f"code: {self.code} needs bytes, such as bytes: 48")
+        if self.bits is not None and self.code != "rabitq":
+            raise ValueError("bits is for code: rabitq")
+        if self.centred and self.code != "binary":
+            raise ValueError("centred is for code: binary")
+        return self
 
 
 class Recipe(Frozen):
@@ -290,6 +326,12 @@ class Recipe(Frozen):
     calibration: Calibration = Calibration()
     dims: Dims | None = None
     vectors: Vectors = Vectors()
+
+    @model_validator(mode="after")
+    def _bytes_choose_dims_too(self) -> Self:
+        if self.vectors.bytes is not None and self.dims is not None:
+            raise ValueError("vectors.bytes chooses the dimensions too; leave dims out")
+        return self
 
     @model_validator(mode="after")
     def _a_format_needs_packed_weights(self) -> Self:

@@ -187,7 +187,10 @@ def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> F
         n_documents=len(base_d),
         n_all_documents=max(len(base_d), _n_offered(documents, baseline[documents])),
         spearman=_spearman(
-            _cosines(base_q, left, base_d, right), _cosines(stored_q, left, stored_d, right)
+            _cosines(base_q, left, base_d, right),
+            (_cosines if transform.similarity == "cosine" else _dots)(
+                stored_q, left, stored_d, right
+            ),
         ),
     )
 
@@ -232,6 +235,18 @@ def _cosines(
         norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
         # A zero vector points nowhere: it is like nothing.
         out[part] = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+    return out
+
+
+def _dots(
+    a: Floats, rows_a: npt.NDArray[np.intp], b: Floats, rows_b: npt.NDArray[np.intp]
+) -> npt.NDArray[np.float64]:
+    """Dot product [P] of row rows_a[i] of a [*, D] with row rows_b[i] of b [*, D], in float64."""
+    out = np.empty(len(rows_a))
+    for start in range(0, len(rows_a), _BLOCK_ROWS):
+        part = slice(start, start + _BLOCK_ROWS)
+        x, y = a[rows_a[part]].astype(np.float64), b[rows_b[part]].astype(np.float64)
+        out[part] = np.einsum("nd,nd->n", x, y)
     return out
 
 

@@ -15,7 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from mteb._create_dataloaders import create_dataloader
 from mteb.models.model_meta import ModelMeta
-from mteb.similarity_functions import cos_sim, pairwise_cos_sim
+from mteb.similarity_functions import (
+    cos_sim,
+    dot_score,
+    pairwise_cos_sim,
+    pairwise_dot_score,
+)
 from mteb.types import PromptType
 
 from gteopt.evaluation.corpus_search import Answers, Ranking, Searches, products_on, search_all
@@ -95,12 +100,13 @@ class TaskModel:
         return self._transform.dequantize(codes)
 
     def similarity(self, a: Any, b: Any) -> Any:
-        """Cosines [N, M]."""
-        return cos_sim(a, b)
+        """Similarities [N, M]: cosines, or dot products where the vectors are made for these."""
+        return dot_score(a, b) if self._transform.similarity == "dot" else cos_sim(a, b)
 
     def similarity_pairwise(self, a: Any, b: Any) -> Any:
-        """Cosines [N] of corresponding rows."""
-        return pairwise_cos_sim(a, b)
+        """Similarities [N] of corresponding rows."""
+        is_dot = self._transform.similarity == "dot"
+        return pairwise_dot_score(a, b) if is_dot else pairwise_cos_sim(a, b)
 
     def index(self, corpus: Any, **_: Any) -> None:
         """Note the documents, which are read while queries are searched."""

@@ -160,8 +160,11 @@ class Checkpoint:
             family = self.family.name if self.family else ""
             return hashlib.sha256(f"{self.sha256}\n{config}\n{family}".encode()).hexdigest()
         # The card, too, says how vectors are stored, and config.json what they may be cut to.
-        after = (VECTORS_FILE, VECTOR_MODULES, "modules.json", "README.md", "config.json")
+        settings = "config_sentence_transformers.json"
+        after = (VECTORS_FILE, VECTOR_MODULES, "modules.json", "README.md", "config.json", settings)
         kept = {k: v for k, v in self.config.items() if k != "matryoshka_dimensions"}
+        if (path := self.folder / settings).is_file():
+            kept[settings] = {**json.loads(path.read_text()), "similarity_fn_name": None}
         base = self.manifest.base
         about = f"{base.sha256}\n{base.family}\n{json.dumps(kept, sort_keys=True)}\n"
         digest = hashlib.sha256(about.encode())

@@ -147,18 +147,46 @@ class UnquantizedRecord(Frozen):
     reason: str
 
 
+Similarity = Literal["cosine", "dot"]
+"""How stored vectors are compared: unit rows by their cosine; rows that keep the length that
+shortening left them by their dot product, whose ranking is closer to that of the full vectors."""
+
+
+class CodeTrial(Frozen):
+    """One way to store a vector that was tried for a number of bytes.
+
+    Attributes:
+        neighbours_kept: share of nearest neighbours in full dimension, as in `VectorRecord`.
+    """
+
+    method: Literal["full", "slice", "pca"]
+    dims: int
+    rotated: bool
+    similarity: Similarity
+    code: VectorCode
+    bits: int | None
+    centred: bool
+    rescore: int
+    bytes_per_vector: int
+    neighbours_kept: float
+
+
 class VectorRecord(Frozen):
     """What happens to an embedding after the model; the tensors lie in vectors.safetensors.
 
     Attributes:
         dims: dimensions after projection.
         method: "full", "slice" or "pca".
-        rotated: whether a PCA's dimensions were turned so that their signs keep more of them.
+        rotated: whether the kept dimensions were rotated so that their code keeps more of them.
+        similarity: how the vectors are compared.
         neighbours_kept: the share of the nearest neighbours in full dimension (one of a hundred
             vectors) that remain with each of "slice", "pca" and "pca rotated" that was tried,
             searched as stored and rescored, on calibration texts held out from the fit, a quarter
             at a time; None where nothing was chosen by it.
+        trials: all that was tried for `vectors.bytes`, best first; the first is what is stored.
         explained_variance_ratio: share of the calibration vectors' variance that is kept.
+        bits: a dimension, of rabitq.
+        centred: of binary: the mean is subtracted before signs are taken.
         bytes_per_vector: of one stored code.
     """
 
@@ -166,8 +194,12 @@ class VectorRecord(Frozen):
     method: Literal["full", "slice", "pca"]
     explained_variance_ratio: float | None = None
     rotated: bool = False
+    similarity: Similarity = "cosine"
     neighbours_kept: dict[str, float] | None = None
+    trials: tuple[CodeTrial, ...] = ()
     code: VectorCode = "float32"
+    bits: int | None = None
+    centred: bool = False
     rescore: int = 1
     bytes_per_vector: int
 
@@ -176,7 +208,8 @@ class VectorRecord(Frozen):
 
         A slice keeps the shorter ones; a PCA's dimensions are others than the trained ones.
         """
-        return () if self.method == "pca" else tuple(n for n in lengths if n <= self.dims)
+        kept = self.method != "pca" and not self.rotated
+        return tuple(n for n in lengths if n <= self.dims) if kept else ()
 
 
 def _inside(path: str) -> str:

@@ -1,31 +1,41 @@
-"""Fit a projection and code ranges on vectors, judged by the neighbours that held-out vectors keep.
+"""Fit a projection and a code on vectors, judged by the neighbours that held-out vectors keep.
 
-Refuses to know: torch, models, files.
+What was measured to choose the defaults is in benchmarks/results/vector_codes.json and
+docs/vectors.md. Refuses to know: torch, models, files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from gteopt.config.recipe import Dims, DimsMethod, Vectors
+from gteopt.config.recipe import Dims, DimsMethod, VectorCode, Vectors
 from gteopt.errors import InputError
+from gteopt.records.manifest import CodeTrial, Similarity
+from gteopt.vectors.codebooks import fit_codebook
+from gteopt.vectors.codes import code_bytes
 from gteopt.vectors.search import search
-from gteopt.vectors.transform import Floats, VectorTransform, _rows, identity
+from gteopt.vectors.transform import Floats, VectorTransform, checked_rows, identity
 
 _MIN_RANGE_VECTORS = 16
 _FOLDS = 4
 _MIN_HELD_OUT = 50
 _VECTORS_PER_NEIGHBOUR = 100
-_RANGE_STD = 5.0
+_RANGE_STD = {"int8": 5.0, "int4": 2.5}
+"""Ranges are the mean -+ so many standard deviations. Clipping costs int8 more than coarse steps
+do; for 16 even levels 2.5 is the best for a normal distribution (Max 1960,
+doi:10.1109/TIT.1960.1057548, table II)."""
 _ROTATION_STEPS = 50
+_MOST_ITQ_DIMS = 1024
+_ROTATED_CODES: tuple[VectorCode, ...] = ("binary", "int4")
 
 _Way = Literal["slice", "pca", "pca rotated"]
-"""How vectors are shortened; the last one for binary codes only."""
+"""How vectors are shortened; the last one for binary and int4 codes only."""
 _WAYS: dict[DimsMethod, tuple[_Way, ...]] = {
     "slice": ("slice",),
     "pca": ("pca", "pca rotated"),
@@ -35,65 +45,93 @@ _WAYS: dict[DimsMethod, tuple[_Way, ...]] = {
 
 
 def fit(x: npt.ArrayLike, dims: Dims | None, vectors: Vectors) -> VectorTransform:
-    """Fit projection and code ranges on calibration vectors.
+    """Fit projection and code on calibration vectors.
 
-    PCA projects on the leading right singular vectors of `x` as it is, not mean-centred. int8
-    ranges are the mean -+ 5 standard deviations of each dimension. binary keeps signs; before, the
-    dimensions of a PCA are turned so that signs keep more of them (see `_rotation`), if they then
-    do. What there is to choose is chosen by the neighbours of calibration vectors held out from the
-    fit.
-
-    These choices were measured as the share of the 10 nearest neighbours of the float vectors that
-    remain, on Cranfield (225 queries, 1400 documents) | Banking77 (300 queries, 4000 texts), with
-    all-MiniLM-L6-v2 fitted on 1500 STS-B sentences and, where named, gte-nano on 1500 of STS-B in
-    four languages and Banking77:
-
-    - PCA to 128 dimensions 0.740|0.825, mean-centred 0.737|0.825, slice 0.679|0.831; nDCG@10 on
-      Cranfield 0.383, 0.382, 0.364 (0.395 in full). Centring alone, with no dimension dropped,
-      loses 4|2 % of the neighbours: it changes what the cosine measures.
-    - PCA needs many times as many texts as dimensions, above all on a Matryoshka model: gte-nano
-      to 128 by PCA on 256 texts 0.610|0.870, on 1500 texts 0.664|0.896, slice 0.651|0.886.
-    - int8 of a PCA to 128 fitted on 256 texts: range from min to max 0.912|0.925, mean -+ 4
-      standard deviations 0.961|0.972, -+ 5 0.985|0.987, -+ 6 0.984|0.987. Uncut vectors keep
-      0.995|0.994 with -+ 5; 16 texts are enough for 0.992|0.994.
-    - binary with `rescore` 4, threshold zero 0.727|0.830, calibration median 0.719|0.829; gte-nano
-      0.473|0.742, 0.465|0.731. Decoding a bit to the mean of its side instead of +-1 gives
-      0.728|0.828; gte-nano 0.450|0.733. A random rotation before taking signs changes the share by
-      -0.023 to 0.012 in full dimension, by down to -0.085 after slicing or PCA.
-    - binary by codes alone | with `rescore` 4, fitted on every second text of a collection, its
-      queries searched among the others. Cranfield, all-MiniLM-L6-v2 to 128: slice 0.410|0.509, PCA
-      0.338|0.494, turned 0.539|0.627; to 64 0.267|0.359, 0.340|0.478, 0.450|0.541; gte-nano to 128
-      0.255|0.342, 0.219|0.352, 0.301|0.398; to 64 0.154|0.205, 0.215|0.324, 0.240|0.303. Banking77,
-      all-MiniLM-L6-v2 to 128 0.471|0.552, 0.415|0.538, 0.568|0.647; gte-nano 0.461|0.554,
-      0.338|0.472, 0.540|0.607. In 32 dimensions turning changes the share by -0.031 to 0.026, and
-      in any by -0.031 to 0.031 where it is fitted on other texts (STS-B, the builtin ones).
-    - a projection learned from the PCA's (Adam, 600 steps, squared error of cosines and the
-      divergence of their softmax, 1332 texts) keeps 0.005 less to 0.006 more than the PCA on
-      Cranfield with all-MiniLM-L6-v2 in 192, 96 and 48 dimensions: no method of its own. On every
-      second text of a collection, its queries searched among the others, the PCA keeps 0.936,
-      0.846, 0.744 of Cranfield (slice 0.766, 0.624, 0.442) and a projection learned there, from 700
-      texts, 0.936, 0.842, 0.751; of Banking77, from 2000 texts, 0.960, 0.888, 0.763 (slice 0.799,
-      0.685, 0.524) and 0.961, 0.905, 0.791. It begins to pay with some thousand texts.
+    PCA projects on the leading right singular vectors of `x` as it is, not mean-centred: centring
+    changes what the cosine measures. Where there is a choice, it is made by the neighbours of
+    calibration vectors that were held out from the fit.
 
     Args:
         x: [N, F] unit rows of the model, in full dimension.
-        dims: how to shorten; None keeps all F.
+        dims: how to shorten; None keeps all F, or leaves the choice to `vectors.bytes`.
         vectors: how a vector is stored.
 
     Raises:
-        InputError: more dimensions than the model or the calibration vectors have, or too few
-            vectors to fit int8 ranges on.
+        InputError: more dimensions than the model or the calibration vectors have, too few vectors
+            for the code, or bytes that no code has.
         NumericsError: NaN or infinity in `x`.
+
+    Example:
+        >>> transform = fit(calibration_vectors, None, Vectors(bytes=48))
+        >>> stored = transform.quantize(transform.project(vectors))  # uint8 [N, 48]
     """
-    rows = _rows(x, None, "calibration vectors")
+    rows = checked_rows(x, None, "calibration vectors")
+    if vectors.bytes is not None:
+        return _fit_bytes(rows, vectors, vectors.bytes)
     if dims is None:
         return _coded(identity(rows.shape[1]), rows, vectors)
     ways = _ways(rows, dims, vectors)
     if len(ways) == 1:
-        return _shortened(rows, dims.n, ways[0], vectors)
-    kept = _neighbours_kept(rows, dims.n, ways, vectors)
-    best = max(ways, key=lambda way: kept[way])
-    return replace(_shortened(rows, dims.n, best, vectors), neighbours_kept=kept)
+        return _shortened(_Basis(rows), dims.n, ways[0], vectors)
+    fits = [partial(_shortened, n_dims=dims.n, way=way, vectors=vectors) for way in ways]
+    kept = _neighbours_kept(rows, fits)
+    best = ways[int(np.argmax(kept))]
+    chosen = _shortened(_Basis(rows), dims.n, best, vectors)
+    return replace(chosen, neighbours_kept=dict(zip(ways, kept, strict=True)))
+
+
+def check_bytes(full_dims: int, n_bytes: int) -> None:
+    """Refuse a size that no code of vectors with F dimensions has.
+
+    Up to F bytes there is a code for each size; above, only all dimensions in float32.
+
+    Raises:
+        InputError: no code has so many bytes; says the nearest.
+    """
+    if n_bytes > full_dims and n_bytes != 4 * full_dims:
+        nearest = f"{full_dims} and {4 * full_dims}"
+        if n_bytes > 4 * full_dims:
+            nearest = str(4 * full_dims)
+        raise InputError(
+            f"vectors.bytes is {n_bytes}, but no code of vectors with {full_dims} dimensions has "
+            f"that size; the nearest: {nearest} bytes"
+        )
+
+
+class _Basis:
+    """Calibration vectors and their singular value decomposition, which is made once."""
+
+    def __init__(self, rows: Floats) -> None:
+        """Of vectors [N, F]."""
+        self.rows = rows
+
+    def principal(self, n_dims: int) -> VectorTransform:
+        """The PCA to the leading dimensions; at most as many as there are vectors."""
+        basis = self._directions[:n_dims]
+        x = self.rows.astype(np.float64)
+        centred = x - x.mean(axis=0)
+        variance = float(np.square(centred).sum())
+        kept = float(np.square(centred @ basis.T).sum())
+        return VectorTransform(
+            full_dims=self.rows.shape[1],
+            dims=len(basis),
+            method="pca",
+            explained_variance_ratio=min(1.0, kept / variance) if variance > 0 else 1.0,
+            projection=basis.astype(np.float32),
+        )
+
+    @cached_property
+    def _directions(self) -> npt.NDArray[np.float64]:
+        """Right singular vectors [min(N, F), F] in float64."""
+        basis = np.linalg.svd(self.rows.astype(np.float64), full_matrices=False)[2]
+        # The sign of a singular vector is arbitrary; fixing it keeps builds equal across LAPACKs.
+        largest = np.take_along_axis(basis, np.abs(basis).argmax(axis=1)[:, None], axis=1)
+        signed: npt.NDArray[np.float64] = basis * np.sign(largest)
+        return signed
+
+
+_Fit = Callable[[_Basis], VectorTransform]
+"""Fits one of the ways that are compared on some of the calibration vectors."""
 
 
 def _ways(rows: Floats, dims: Dims, vectors: Vectors) -> tuple[_Way, ...]:
@@ -118,38 +156,64 @@ def _ways(rows: Floats, dims: Dims, vectors: Vectors) -> tuple[_Way, ...]:
             f"raise calibration.n_texts or lower dims.n"
         )
     ways = _WAYS[dims.method]
-    if vectors.code != "binary":
+    if vectors.code not in _ROTATED_CODES:
         ways = tuple(way for way in ways if way != "pca rotated")
     # What cannot be tried on vectors held out is not chosen.
     return ways if enough and dims.n <= n - n_held_out else ways[:1]
 
 
-def _shortened(rows: Floats, n_dims: int, way: _Way, vectors: Vectors) -> VectorTransform:
-    """The transform fitted on all of `rows` [N, F], nothing left to choose."""
+def _shortened(basis: _Basis, n_dims: int, way: _Way, vectors: Vectors) -> VectorTransform:
+    """The transform fitted on all vectors of `basis`, nothing left to choose."""
     if way == "slice":
-        transform = VectorTransform(full_dims=rows.shape[1], dims=n_dims, method="slice")
+        full_dims = basis.rows.shape[1]
+        transform = VectorTransform(full_dims=full_dims, dims=n_dims, method="slice")
     else:
-        transform = _principal(rows, n_dims)
+        transform = basis.principal(n_dims)
     if way == "pca rotated":
-        assert transform.projection is not None
-        turn = _rotation(transform.project(rows))
-        projection = (turn.T @ transform.projection).astype(np.float32)
-        transform = replace(transform, projection=projection, rotated=True)
-    return _coded(transform, rows, vectors)
+        transform = _rotated(transform, basis.rows, vectors.code)
+    return _coded(transform, basis.rows, vectors)
+
+
+def _rotated(transform: VectorTransform, rows: Floats, code: str) -> VectorTransform:
+    """The same with its dimensions rotated: towards their signs for binary, else at random."""
+    projection = transform.projection
+    if projection is None:
+        projection = np.eye(transform.dims, transform.full_dims, dtype=np.float32)
+    if code == "binary":
+        turn = _towards_signs(transform.project(rows))
+    else:
+        turn = _random_rotation(transform.dims)
+    return replace(transform, projection=(turn.T @ projection).astype(np.float32), rotated=True)
 
 
 def _coded(transform: VectorTransform, rows: Floats, vectors: Vectors) -> VectorTransform:
-    """The transform with its code; int8 ranges are fitted on `rows` [N, F]."""
-    transform = replace(transform, code=vectors.code, rescore=vectors.rescore)
-    if vectors.code != "int8":
+    """The transform with its code, whose ranges or centre are fitted on `rows` [N, F].
+
+    Raises:
+        InputError: too few vectors for it.
+    """
+    code = vectors.code
+    assert code != "auto"  # these two are given their bytes
+    assert code != "pq"
+    if code == "rabitq" and not transform.rotated:
+        transform = _rotated(transform, rows, code)
+    transform = replace(transform, code=code, rescore=vectors.rescore)
+    if code == "float32" or (code == "binary" and not vectors.centred):
         return transform
     if len(rows) < _MIN_RANGE_VECTORS:
+        what = "mean" if code in ("binary", "rabitq") else "ranges"
         raise InputError(
-            f"int8 vectors need at least {_MIN_RANGE_VECTORS} calibration texts to fit their "
-            f"ranges on, found {len(rows)}; raise calibration.n_texts"
+            f"{code} vectors need at least {_MIN_RANGE_VECTORS} calibration texts to fit their "
+            f"{what} on, found {len(rows)}; raise calibration.n_texts"
         )
     z = transform.project(rows).astype(np.float64)
-    centre, spread = z.mean(axis=0), _RANGE_STD * z.std(axis=0)
+    centre = z.mean(axis=0)
+    if code == "rabitq":
+        return replace(transform, bits=vectors.bits or 1, centre=centre.astype(np.float32))
+    if code == "binary":
+        spread = np.abs(z - centre).mean(axis=0)
+    else:
+        spread = _RANGE_STD[code] * z.std(axis=0)
     return replace(
         transform,
         low=(centre - spread).astype(np.float32),
@@ -157,26 +221,125 @@ def _coded(transform: VectorTransform, rows: Floats, vectors: Vectors) -> Vector
     )
 
 
-def _principal(rows: Floats, n_dims: int) -> VectorTransform:
-    """PCA by a float64 singular value decomposition of `rows` [N, F]."""
-    x = rows.astype(np.float64)
-    basis = np.linalg.svd(x, full_matrices=False)[2][:n_dims]
-    # The sign of a singular vector is arbitrary; fixing it keeps builds equal across LAPACKs.
-    largest = np.take_along_axis(basis, np.abs(basis).argmax(axis=1)[:, None], axis=1)
-    basis = basis * np.sign(largest)
-    centred = x - x.mean(axis=0)
-    variance = float(np.square(centred).sum())
-    kept = float(np.square(centred @ basis.T).sum())
-    return VectorTransform(
-        full_dims=rows.shape[1],
-        dims=n_dims,
-        method="pca",
-        explained_variance_ratio=min(1.0, kept / variance) if variance > 0 else 1.0,
-        projection=basis.astype(np.float32),
+@dataclass(frozen=True)
+class _Candidate:
+    """One way to fill a number of bytes."""
+
+    method: Literal["full", "slice", "pca"]
+    dims: int
+    vectors: Vectors
+    rotated: bool = False
+    similarity: Similarity = "dot"
+
+    def fitted(self, basis: _Basis) -> VectorTransform:
+        """The transform of this way, fitted on all vectors of `basis`.
+
+        Raises:
+            InputError: too few vectors, or too few dimensions that vary.
+        """
+        if self.vectors.code == "pq":
+            assert self.vectors.bytes is not None
+            return _product_coded(basis, self.vectors.bytes, self.dims)
+        if self.method == "pca":
+            transform = replace(basis.principal(self.dims), similarity=self.similarity)
+        else:
+            full_dims = basis.rows.shape[1]
+            transform = VectorTransform(full_dims=full_dims, dims=self.dims, method=self.method)
+        if self.rotated:
+            transform = _rotated(transform, basis.rows, self.vectors.code)
+        return _coded(transform, basis.rows, self.vectors)
+
+    def trial(self, transform: VectorTransform, kept: float) -> CodeTrial:
+        """What is recorded of it."""
+        record = transform.record()
+        names = CodeTrial.model_fields.keys() - {"neighbours_kept"}
+        return CodeTrial(**{name: getattr(record, name) for name in names}, neighbours_kept=kept)
+
+
+def _product_coded(basis: _Basis, n_bytes: int, most_dims: int) -> VectorTransform:
+    """A PCA, of whose dimensions those are kept that get bits of a product code."""
+    plain = replace(basis.principal(most_dims), similarity="dot")
+    book = fit_codebook(plain.project(basis.rows), n_bytes)
+    kept = basis.principal(int(book.dimensions.max()) + 1)
+    assert plain.projection is not None
+    return replace(
+        kept,
+        dims=len(book.dimensions),
+        similarity="dot",
+        projection=plain.projection[book.dimensions],
+        code="pq",
+        codebook=book.points,
+        places=book.places,
     )
 
 
-def _rotation(z: Floats) -> npt.NDArray[np.float64]:
+def _candidates(n_bytes: int, full_dims: int, n_fitted: int, vectors: Vectors) -> list[_Candidate]:
+    """Ways to fill `n_bytes` with a code of vectors of F dimensions, fitted on so many vectors."""
+    most_dims = min(full_dims, n_fitted)
+    product = _Candidate("pca", min(8 * n_bytes, most_dims), Vectors(code="pq", bytes=n_bytes))
+    found = [product] if n_bytes <= most_dims else []
+    if vectors.code == "pq":
+        return found
+    dims_of: dict[VectorCode, int] = {"int8": n_bytes, "int4": 2 * n_bytes, "binary": 8 * n_bytes}
+    if n_bytes % 4 == 0:
+        dims_of["float32"] = n_bytes // 4
+    for code, dims in dims_of.items():
+        plain = Vectors(code=code, rescore=vectors.rescore)
+        if dims == full_dims:
+            found.append(_Candidate("full", dims, plain, similarity="cosine"))
+        elif dims < full_dims:
+            found.append(_Candidate("slice", dims, plain, similarity="cosine"))
+        if code == "binary" and dims <= full_dims:
+            centred = plain.model_copy(update={"centred": True})
+            method = found[-1].method
+            found.append(_Candidate(method, dims, centred, similarity="cosine"))
+        if dims <= most_dims and (code != "float32" or dims < full_dims):
+            found += [_Candidate("pca", dims, plain, similarity=s) for s in ("dot", "cosine")]
+            if code in _ROTATED_CODES and (code != "binary" or dims <= _MOST_ITQ_DIMS):
+                found.append(_Candidate("pca", dims, plain, rotated=True))
+    for bits in range(1, 9):
+        # Two of the bytes hold the factor; a size that leaves more than a few idle is passed over.
+        dims = min(8 * (n_bytes - 2) // bits, most_dims)
+        if dims >= bits and code_bytes("rabitq", dims, bits) >= 0.9 * n_bytes:
+            found.append(_Candidate("pca", dims, Vectors(code="rabitq", bits=bits), rotated=True))
+    return found
+
+
+def _fit_bytes(rows: Floats, vectors: Vectors, n_bytes: int) -> VectorTransform:
+    """The way to fill `n_bytes` that keeps the most neighbours of vectors held out from its fit.
+
+    Raises:
+        InputError: too few vectors to choose by, or bytes that no code has.
+    """
+    n, full_dims = rows.shape
+    check_bytes(full_dims, n_bytes)
+    if n_bytes == 4 * full_dims:
+        return identity(full_dims)
+    n_held_out = len(rows[::_FOLDS])
+    if n_held_out < _MIN_HELD_OUT:
+        raise InputError(
+            f"vectors.bytes needs at least {_FOLDS * _MIN_HELD_OUT} calibration texts to choose "
+            f"by, found {n}; raise calibration.n_texts"
+        )
+    candidates = _candidates(n_bytes, full_dims, n - n_held_out, vectors)
+    kept = _neighbours_kept(rows, [candidate.fitted for candidate in candidates])
+    if not candidates or max(kept) < 0:
+        raise InputError(
+            f"vectors.bytes is {n_bytes}, for which {n} calibration texts are too few or too much "
+            f"alike: a code of so many bytes needs as many texts, and as many dimensions that "
+            f"differ between texts; raise calibration.n_texts or lower vectors.bytes"
+        )
+    basis = _Basis(rows)
+    order = [int(i) for i in np.argsort([-share for share in kept], kind="stable") if kept[i] >= 0]
+    best = candidates[order[0]].fitted(basis)
+    trials = tuple(
+        candidates[i].trial(best if i == order[0] else candidates[i].fitted(basis), kept[i])
+        for i in order
+    )
+    return replace(best, trials=trials)
+
+
+def _towards_signs(z: Floats) -> npt.NDArray[np.float64]:
     """The orthogonal R [D, D] for which z R lies close to the signs that are kept of it.
 
     Iterative quantization (ITQ, Gong and Lazebnik 2011, section 3.2), from a seeded random
@@ -187,8 +350,7 @@ def _rotation(z: Floats) -> npt.NDArray[np.float64]:
         z: [N, D] projected vectors.
     """
     rows = z.astype(np.float64)
-    seed = np.random.default_rng(0).normal(size=(rows.shape[1], rows.shape[1]))
-    turn: npt.NDArray[np.float64] = np.linalg.qr(seed)[0]
+    turn = _random_rotation(rows.shape[1])
     for _ in range(_ROTATION_STEPS):
         signs = np.where(rows @ turn > 0, 1.0, -1.0)
         left, _, right = np.linalg.svd(rows.T @ signs)
@@ -196,33 +358,40 @@ def _rotation(z: Floats) -> npt.NDArray[np.float64]:
     return turn
 
 
-def _neighbours_kept(
-    rows: Floats, n_dims: int, ways: Sequence[_Way], vectors: Vectors
-) -> dict[str, float]:
-    """Share of nearest neighbours that each way keeps of vectors that it has not seen.
+def _random_rotation(n_dims: int) -> npt.NDArray[np.float64]:
+    """A seeded random orthogonal matrix [D, D]."""
+    seed = np.random.default_rng(0).normal(size=(n_dims, n_dims))
+    turn: npt.NDArray[np.float64] = np.linalg.qr(seed)[0]
+    return turn
+
+
+def _neighbours_kept(rows: Floats, fits: Sequence[_Fit]) -> list[float]:
+    """Share of nearest neighbours that each fit keeps of vectors that it has not seen.
 
     Each quarter of the vectors is searched among itself, as it will be stored and rescored, by what
     was fitted on the others. One neighbour of a hundred vectors counts, as ten of a thousand do in
-    a search: how ten lie among a hundred is told by what is too coarse for that. With ten, turning
-    a PCA to 32 dimensions seemed to keep 0.2 to 0.3 more of Banking77, where it keeps 0.03 less;
-    with one the best way of the three was chosen in all of 16 trials, on texts of the same kind.
-    (1500 vectors of 3584 dimensions, binary to 256: 44 s on one core for all three ways.)
+    a search: how ten lie among a hundred is told by what is too coarse for that. -1 is what could
+    not be fitted.
     """
-    kept: dict[str, list[float]] = {way: [] for way in ways}
+    kept: list[list[float]] = [[] for _ in fits]
     for start in range(_FOLDS):
         held_out = rows[start::_FOLDS]
-        others = np.delete(rows, np.s_[start::_FOLDS], axis=0)
+        basis = _Basis(np.delete(rows, np.s_[start::_FOLDS], axis=0))
         k = max(1, round(len(held_out) / _VECTORS_PER_NEIGHBOUR))
         wanted = _nearest_others(identity(rows.shape[1]), held_out, k)
-        for way in ways:
-            found = _nearest_others(_shortened(others, n_dims, way, vectors), held_out, k)
+        for shares, fitted in zip(kept, fits, strict=True):
+            try:
+                found = _nearest_others(fitted(basis), held_out, k)
+            except InputError:  # too few dimensions vary for this one
+                shares.append(-np.inf)
+                continue
             pairs = zip(found, wanted, strict=True)
-            kept[way] += [len(np.intersect1d(a, b)) / k for a, b in pairs]
-    return {way: float(np.mean(shares)) for way, shares in kept.items()}
+            shares += [len(np.intersect1d(a, b)) / k for a, b in pairs]
+    return [max(-1.0, float(np.mean(shares))) for shares in kept]
 
 
 def _nearest_others(transform: VectorTransform, rows: Floats, k: int) -> list[npt.NDArray[np.intp]]:
     """The k nearest of each of `rows` [N, F] among the others, by what is stored of them."""
     z = transform.project(rows)
     found, _ = search(transform, z, transform.quantize(z), k + 1)
-    return [each[each != i][:k] for i, each in enumerate(found)]
+    return [neighbours[neighbours != i][:k] for i, neighbours in enumerate(found)]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gteopt.errors import InputError
-from gteopt.vectors.transform import Codes, Floats, VectorTransform, _paired_dot, _rows
+from gteopt.vectors.transform import Codes, Floats, VectorTransform, checked_rows, paired_dot
 
 Products = Callable[[Floats], Callable[[Floats], Floats]]
 """Takes stored vectors [N, D] and gives what multiplies queries [Q, D] with them to [Q, N], summed
@@ -92,7 +92,7 @@ class Search:
             InputError: wrong shape, or k below 1.
             NumericsError: NaN or infinity.
         """
-        self._queries = _rows(queries, transform.dims, "queries")
+        self._queries = checked_rows(queries, transform.dims, "queries")
         if k < 1:
             raise InputError(f"k is {k}; a search returns at least 1 neighbour")
         self._transform = transform
@@ -112,14 +112,14 @@ class Search:
             InputError: codes of another shape or dtype than `quantize` makes.
             NumericsError: NaN or infinity in float32 codes.
         """
-        self._transform._check_codes(codes)
+        self._transform.check_codes(codes)
         for start in range(0, len(codes), _BLOCK_VECTORS):
             self._add_block(codes[start : start + _BLOCK_VECTORS])
 
     def found(self) -> tuple[npt.NDArray[np.intp], Floats]:
         """Indices and scores, both [Q, min(k, N)], as `search` returns them."""
         indices, scores = self._indices, self._scores
-        if self._transform._rescores:
+        if self._transform.rescores:
             order = np.argsort(indices, axis=1)
             indices = np.take_along_axis(indices, order, axis=1)
             scores = np.take_along_axis(self._rescored, order, axis=1)
@@ -141,13 +141,15 @@ class Search:
         if stored is not None and 2 * _PAIR_COST * self._n < self._n_seen + len(codes):
             product, longest = self._products(stored), _norms(stored).max()
         for start in range(0, len(self._queries), block):
-            coded = transform.quantize(self._queries[start : start + block])
+            queries = self._queries[start : start + block]
             least = self._scores[start : start + block, -1]
             if stored is None:
-                distances, found = _nearest_by_hamming(coded, codes, min(self._n, len(codes)))
-                values = transform._of_hamming(distances)
+                distances, found = _nearest_by_hamming(
+                    transform.quantize(queries), codes, min(self._n, len(codes))
+                )
+                values = transform.of_hamming(distances)
             else:
-                queries = transform.dequantize(coded)
+                queries = transform.first_compared(queries)
                 if product is None:
                     found, values = _all_scores(queries, stored)
                 else:
@@ -176,7 +178,7 @@ class Search:
         best, self._scores[queries] = _top(both, n_kept)
         indices = np.concatenate([self._indices[queries], found + self._n_seen], axis=1)
         self._indices[queries] = np.take_along_axis(indices, best, axis=1)
-        if self._transform._rescores:
+        if self._transform.rescores:
             rescored = np.concatenate([self._rescored[queries], np.zeros_like(values)], axis=1)
             rows, columns = np.nonzero(best >= n_kept)
             places = best[rows, columns]
@@ -267,11 +269,11 @@ def _all_scores(queries: Floats, stored: Floats) -> tuple[npt.NDArray[np.intp], 
 def _dots_of_pairs(
     left: Callable[[slice], Floats], right: Callable[[slice], Floats], n: int
 ) -> Floats:
-    """`_paired_dot` of n pairs, of which not all are in memory at once."""
+    """`paired_dot` of n pairs, of which not all are in memory at once."""
     scores = np.empty(n, np.float32)
     for start in range(0, n, _BLOCK_PAIRS):
         part = slice(start, min(start + _BLOCK_PAIRS, n))
-        scores[part] = _paired_dot(left(part), right(part))
+        scores[part] = paired_dot(left(part), right(part))
     return scores
 
 

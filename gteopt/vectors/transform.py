@@ -1,13 +1,12 @@
-"""What happens to an embedding after the model: shorten it, code it, search the codes.
+"""What happens to an embedding after the model: a projection, then a code.
 
-Hides: how projections and code ranges are fitted, stored and applied, how codes are searched.
-Refuses to know: torch, models, files.
+Hides: how projections and codes are stored and applied. Refuses to know: torch, models, files, how
+anything was fitted.
 
 Everything that depends on data is fitted once, on calibration vectors, and stored; coding a vector
 never looks at the other vectors of its batch. (sentence-transformers' `quantize_embeddings` takes
 its int8 ranges from the batch at hand unless given others, so that queries and documents get
-different maps; it floors, which decodes half a step low; and until its pull request 3847 it cast
-to int8 without clipping, so that a value just above the range came out as the most negative one.)
+different maps; it floors, which decodes half a step low.)
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -22,24 +22,46 @@ import numpy.typing as npt
 
 from gteopt.config.recipe import VectorCode
 from gteopt.errors import InputError, IntegrityError, NumericsError, join_problems
-from gteopt.records.manifest import VectorRecord
+from gteopt.records.manifest import CodeTrial, Similarity, VectorRecord
+from gteopt.vectors.codes import (
+    Binary,
+    Code,
+    Codes,
+    Float32,
+    Floats,
+    ProductQuantizer,
+    RaBitQ,
+    Scalar,
+    code_bytes,
+)
 
-Floats = npt.NDArray[np.float32]
-Codes = npt.NDArray[Any]
-"""float32 [N, D], int8 [N, D] or uint8 [N, ceil(D / 8)], as `VectorTransform.code` says."""
+__all__ = ["Codes", "Floats", "VectorTransform", "checked_rows", "identity", "paired_dot"]
 
 
 @dataclass(frozen=True, eq=False)
 class VectorTransform:
     """A fitted map from the model's vectors to shorter, cheaper ones. Shapes: F full, D kept dims.
 
+    Example:
+        >>> transform = fit(calibration_vectors, Dims(n=64), Vectors(code="int8"))
+        >>> stored = transform.quantize(transform.project(vectors))  # int8 [N, 64]
+
     Attributes:
+        similarity: "cosine" where projected rows are normalised again; "dot" where they keep the
+            length that shortening leaves, whose dot products are closer to the model's cosines.
         rescore: `search` fetches `rescore * k` candidates by codes and reorders them.
         explained_variance_ratio: share of the calibration vectors' variance that a PCA keeps.
-        rotated: whether the PCA's dimensions were turned for binary codes; cosines are the same.
+        rotated: whether kept dimensions were rotated for the code; float dot products are the same.
         neighbours_kept: what a choice among ways to shorten was made by; None without one.
-        projection: PCA only: [D, F], orthonormal rows (the weight of a linear layer F -> D).
-        low, high: int8 only: [D], what the codes -128 and 127 stand for.
+        trials: the grid that a choice by bytes was made from, best first; empty without one.
+        projection: [D, F], orthonormal rows (the weight of a linear layer F -> D); None where the
+            first dimensions are kept as they are.
+        low, high: [D], int8 and int4: what the lowest and highest code stand for; binary: what the
+            bits stand for where the mean was subtracted before.
+        bits: rabitq only: bits a dimension.
+        centre: rabitq only: [D], subtracted before coding.
+        codebook: pq only: [M, 256, S] points.
+        places: pq only: int32 [D], where each dimension stands among M * S.
     """
 
     full_dims: int
@@ -49,20 +71,46 @@ class VectorTransform:
     rescore: int = 1
     explained_variance_ratio: float | None = None
     rotated: bool = False
+    similarity: Similarity = "cosine"
     neighbours_kept: Mapping[str, float] | None = None
+    trials: tuple[CodeTrial, ...] = ()
     projection: Floats | None = None
     low: Floats | None = None
     high: Floats | None = None
+    bits: int | None = None
+    centre: Floats | None = None
+    codebook: Floats | None = None
+    places: npt.NDArray[np.int32] | None = None
 
     @property
     def bytes_per_vector(self) -> int:
         """Bytes of one stored code."""
-        return {"float32": 4 * self.dims, "int8": self.dims, "binary": -(-self.dims // 8)}[
-            self.code
-        ]
+        n_bytes = len(self.codebook) if self.codebook is not None else None
+        return code_bytes(self.code, self.dims, self.bits or 1, n_bytes)
+
+    @cached_property
+    def coding(self) -> Code:
+        """The code with what was fitted for it."""
+        match self.code:
+            case "float32":
+                return Float32(self.dims)
+            case "int8" | "int4":
+                assert self.low is not None
+                assert self.high is not None
+                return Scalar(8 if self.code == "int8" else 4, self.low, self.high)
+            case "binary":
+                return Binary(self.dims, self.low, self.high)
+            case "rabitq":
+                assert self.bits is not None
+                assert self.centre is not None
+                return RaBitQ(self.bits, self.centre)
+            case "pq":
+                assert self.codebook is not None
+                assert self.places is not None
+                return ProductQuantizer(self.codebook, self.places)
 
     def project(self, x: npt.ArrayLike) -> Floats:
-        """Shorten vectors [N, F] to unit rows [N, D].
+        """Shorten vectors [N, F] to rows [N, D]: unit rows, unless `similarity` is "dot".
 
         Sums run in float64, so that a row does not depend on the rows beside it. A row that the
         projection maps to zero stays zero.
@@ -71,57 +119,42 @@ class VectorTransform:
             InputError: wrong shape.
             NumericsError: NaN or infinity in `x`.
         """
-        z = _rows(x, self.full_dims, "vectors").astype(np.float64)
+        z = checked_rows(x, self.full_dims, "vectors").astype(np.float64)
         if self.projection is None:
             z = z[:, : self.dims]
         else:
             z = z @ self.projection.T.astype(np.float64)
+        if self.similarity == "dot":
+            return z.astype(np.float32)
         norm = np.linalg.norm(z, axis=1, keepdims=True)
         return (z / np.where(norm > 0, norm, 1.0)).astype(np.float32)
 
     def quantize(self, z: npt.ArrayLike) -> Codes:
-        """Code projected vectors [N, D] for storage.
-
-        int8 rounds to the nearest of 256 evenly spaced values from `low` to `high`,
-
-            code = clip(round(255 (z - low) / (high - low)) - 128, -128, 127),
-
-        so a value out of range saturates and never wraps around. binary keeps the sign, 1 for
-        positive, first dimension in the highest bit of the first byte (`np.packbits`).
+        """Code projected vectors [N, D] for storage; `vectors.codes` has the formulas.
 
         Raises:
             InputError: wrong shape.
             NumericsError: NaN or infinity in `z`.
         """
-        rows = _rows(z, self.dims, "projected vectors")
-        if self.code == "float32":
-            return rows
-        if self.code == "binary":
-            return np.packbits(rows > 0, axis=1)
-        low, step = self._low_and_step()
-        # A dimension that was constant in calibration has no step; every value gets its one code.
-        levels = np.divide(rows - low, step, out=np.zeros(rows.shape), where=step > 0)
-        return (np.clip(np.rint(levels), 0, 255) - 128).astype(np.int8)
+        return self.coding.encode(checked_rows(z, self.dims, "projected vectors"))
 
     def dequantize(self, codes: Codes) -> Floats:
-        """The vectors [N, D] that codes stand for.
-
-        float32: themselves. int8: low + (code + 128) (high - low) / 255, not renormalised.
-        binary: +-1 / sqrt(D), unit rows.
+        """The vectors [N, D] that codes stand for, not renormalised.
 
         Raises:
             InputError: codes of another shape or dtype than `quantize` makes.
             NumericsError: NaN or infinity in float32 codes.
         """
-        self._check_codes(codes)
-        if self.code == "float32":
-            return codes
-        if self.code == "binary":
-            signs = np.unpackbits(codes, axis=1, count=self.dims).astype(np.float32) * 2 - 1
-            unit: Floats = signs / np.sqrt(np.float32(self.dims))
-            return unit
-        low, step = self._low_and_step()
-        return (low + (codes.astype(np.float64) + 128) * step).astype(np.float32)
+        self.check_codes(codes)
+        return self.coding.decode(codes)
+
+    def first_compared(self, queries: Floats) -> Floats:
+        """What of queries [Q, D] a search multiplies with what codes stand for at first.
+
+        int8 compares codes with codes, and rescores. int4, rabitq and pq take the float query at
+        once, so that nothing is left to rescore.
+        """
+        return self.dequantize(self.quantize(queries)) if self.code == "int8" else queries
 
     def score_pairs(self, queries: Floats, codes: Codes) -> tuple[Floats, Floats]:
         """Scores of corresponding rows: by codes alone, and as rescored; see `vectors.search`.
@@ -133,14 +166,13 @@ class VectorTransform:
         Returns:
             Both [P]; the same twice where nothing is rescored.
         """
-        self._check_codes(codes)
+        self.check_codes(codes)
         if self.code == "binary":
             differing = np.bitwise_count(self.quantize(queries) ^ codes).sum(axis=1, dtype=np.int32)
-            by_code = self._of_hamming(differing)
+            by_code = self.of_hamming(differing)
         else:
-            coded = queries if self.code == "float32" else self.dequantize(self.quantize(queries))
-            by_code = _paired_dot(coded, self.dequantize(codes))
-        rescored = _paired_dot(queries, self.dequantize(codes)) if self._rescores else by_code
+            by_code = paired_dot(self.first_compared(queries), self.dequantize(codes))
+        rescored = paired_dot(queries, self.dequantize(codes)) if self.rescores else by_code
         return by_code, rescored
 
     def best_of(self, by_code: Floats, rescored: Floats, k: int) -> npt.NDArray[np.intp]:
@@ -153,16 +185,17 @@ class VectorTransform:
 
     def n_candidates(self, k: int) -> int:
         """How many stored vectors a search for k looks at again after the codes."""
-        return k * self.rescore if self._rescores else k
+        return k * self.rescore if self.rescores else k
 
-    def _of_hamming(self, distances: npt.NDArray[np.int32]) -> Floats:
+    def of_hamming(self, distances: npt.NDArray[np.int32]) -> Floats:
         """1 - 2 H / D."""
         # Rounded at once: what is compared later with scores of another block has been, too.
         return (1 - distances * np.float32(2 / self.dims)).astype(np.float32)
 
     @property
-    def _rescores(self) -> bool:
-        return self.rescore > 1 and self.code != "float32"
+    def rescores(self) -> bool:
+        """Whether a search orders its candidates again, by the float query."""
+        return self.rescore > 1 and self.code in ("int8", "binary")
 
     def record(self) -> VectorRecord:
         """What the manifest says of this transform."""
@@ -171,27 +204,36 @@ class VectorTransform:
             method=self.method,
             explained_variance_ratio=self.explained_variance_ratio,
             rotated=self.rotated,
+            similarity=self.similarity,
             neighbours_kept=dict(self.neighbours_kept) if self.neighbours_kept else None,
+            trials=self.trials,
             code=self.code,
+            bits=self.bits,
+            centred=self.code == "binary" and self.low is not None,
             rescore=self.rescore,
             bytes_per_vector=self.bytes_per_vector,
         )
 
     def sha256(self) -> str:
         """Identifies what the transform does to vectors and to a search, to the last bit."""
-        rescore = self.rescore if self.code != "float32" else 1
-        about = f"{self.full_dims}:{self.dims}:{self.code}:{rescore}\n"
+        rescore = self.rescore if self.rescores else 1
+        about = (
+            f"{self.full_dims}:{self.dims}:{self.code}:{rescore}:{self.similarity}:{self.bits}\n"
+        )
         digest = hashlib.sha256(about.encode())
         for name, array in sorted(self.to_tensors().items()):
             digest.update(f"{name}:{array.shape}\n".encode() + array.tobytes())
         return digest.hexdigest()
 
-    def to_tensors(self) -> dict[str, Floats]:
+    def to_tensors(self) -> dict[str, npt.NDArray[Any]]:
         """The fitted arrays by name; empty where nothing was fitted."""
-        named = {
+        named: dict[str, npt.NDArray[Any] | None] = {
             "projection": self.projection,
             "low": self.low,
             "high": self.high,
+            "centre": self.centre,
+            "codebook": self.codebook,
+            "places": self.places,
         }
         return {name: array for name, array in named.items() if array is not None}
 
@@ -204,26 +246,12 @@ class VectorTransform:
         Raises:
             IntegrityError: a tensor is missing, unknown, of wrong shape or dtype, or not finite.
         """
-        shapes: dict[str, tuple[int, ...]] = {}
-        if record.method == "pca":
-            shapes["projection"] = (record.dims, full_dims)
-        if record.code == "int8":
-            shapes["low"] = shapes["high"] = (record.dims,)
-        problems = [f"tensor '{name}' is missing" for name in sorted(shapes.keys() - tensors)]
-        problems += [f"tensor '{name}' is unknown" for name in sorted(tensors.keys() - shapes)]
-        for name in sorted(shapes.keys() & tensors.keys()):
-            found = tensors[name]
-            if found.shape != shapes[name] or found.dtype != np.float32:
-                problems.append(
-                    f"tensor '{name}' is {found.dtype} {found.shape}, must be float32 "
-                    f"{shapes[name]}"
-                )
-            elif not np.isfinite(found).all():
-                problems.append(f"tensor '{name}' holds NaN or infinity")
-        if not problems and record.code == "int8" and (tensors["low"] > tensors["high"]).any():
-            problems.append("tensor 'low' exceeds 'high'")
+        shapes = _tensor_shapes(record, full_dims)
+        problems = [*_tensor_problems(record, shapes, tensors)]
         if record.dims > full_dims or (record.method == "full" and record.dims != full_dims):
             problems.append(f"{record.dims} dimensions do not fit the model's {full_dims}")
+        if (record.code == "rabitq") != (record.bits is not None):
+            problems.append(f"{record.code} vectors with bits {record.bits}")
         if problems:
             raise IntegrityError(join_problems("the vector transform is damaged", problems))
         transform = VectorTransform(
@@ -234,7 +262,10 @@ class VectorTransform:
             rescore=record.rescore,
             explained_variance_ratio=record.explained_variance_ratio,
             rotated=record.rotated,
+            similarity=record.similarity,
             neighbours_kept=record.neighbours_kept,
+            trials=record.trials,
+            bits=record.bits,
             **{name: tensors[name] for name in shapes},
         )
         if transform.bytes_per_vector != record.bytes_per_vector:
@@ -244,22 +275,70 @@ class VectorTransform:
             )
         return transform
 
-    def _low_and_step(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        assert self.low is not None
-        assert self.high is not None
-        low, high = self.low.astype(np.float64), self.high.astype(np.float64)
-        return low, (high - low) / 255
+    def check_codes(self, codes: Codes) -> None:
+        """Refuse codes that `quantize` does not make.
 
-    def _check_codes(self, codes: Codes) -> None:
-        dtype = {"float32": np.float32, "int8": np.int8, "binary": np.uint8}[self.code]
-        width = self.bytes_per_vector // np.dtype(dtype).itemsize
+        Raises:
+            InputError: another shape or dtype.
+            NumericsError: NaN or infinity in float32 codes.
+        """
+        dtype, width = np.dtype(self.coding.dtype), self.coding.width
         if codes.ndim != 2 or codes.shape[1] != width or codes.dtype != dtype:
             raise InputError(
                 f"codes are {codes.dtype} {list(codes.shape)}; {self.code} vectors of {self.dims} "
-                f"dimensions are {np.dtype(dtype).name} [N, {width}]"
+                f"dimensions are {dtype.name} [N, {width}]"
             )
         if self.code == "float32":
-            _rows(codes, width, "stored vectors")
+            checked_rows(codes, width, "stored vectors")
+
+
+def _tensor_shapes(record: VectorRecord, full_dims: int) -> dict[str, tuple[int | None, ...]]:
+    """Names and shapes of the tensors that belong to a record; None is any length."""
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    if record.method == "pca" or record.rotated:
+        shapes["projection"] = (record.dims, full_dims)
+    if record.code in ("int8", "int4") or (record.code == "binary" and record.centred):
+        shapes["low"] = shapes["high"] = (record.dims,)
+    if record.code == "rabitq":
+        shapes["centre"] = (record.dims,)
+    if record.code == "pq":
+        shapes["codebook"] = (record.bytes_per_vector, 256, None)
+        shapes["places"] = (record.dims,)
+    return shapes
+
+
+def _tensor_problems(
+    record: VectorRecord,
+    shapes: Mapping[str, tuple[int | None, ...]],
+    tensors: Mapping[str, npt.NDArray[Any]],
+) -> list[str]:
+    """What is wrong with the tensors of a record."""
+    problems = [f"tensor '{name}' is missing" for name in sorted(shapes.keys() - tensors)]
+    problems += [f"tensor '{name}' is unknown" for name in sorted(tensors.keys() - shapes)]
+    for name in sorted(shapes.keys() & tensors.keys()):
+        tensor, shape = tensors[name], shapes[name]
+        dtype = np.dtype(np.int32 if name == "places" else np.float32)
+        fits = len(tensor.shape) == len(shape) and all(
+            wanted in (None, length) for wanted, length in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits or tensor.dtype != dtype:
+            problems.append(
+                f"tensor '{name}' is {tensor.dtype} {tensor.shape}, must be {dtype} {shape}"
+            )
+        elif not np.isfinite(tensor).all():
+            problems.append(f"tensor '{name}' holds NaN or infinity")
+    if problems:
+        return problems
+    if "low" in shapes and (tensors["low"] > tensors["high"]).any():
+        problems.append("tensor 'low' exceeds 'high'")
+    if "places" in shapes:
+        places, n_values = (
+            tensors["places"],
+            tensors["codebook"].shape[0] * tensors["codebook"].shape[2],
+        )
+        if len(np.unique(places)) != len(places) or not ((places >= 0) & (places < n_values)).all():
+            problems.append(f"tensor 'places' must hold different numbers below {n_values}")
+    return problems
 
 
 def identity(full_dims: int) -> VectorTransform:
@@ -267,8 +346,13 @@ def identity(full_dims: int) -> VectorTransform:
     return VectorTransform(full_dims=full_dims, dims=full_dims)
 
 
-def _rows(x: npt.ArrayLike, width: int | None, what: str) -> Floats:
-    """`x` as float32 [N, width], checked."""
+def checked_rows(x: npt.ArrayLike, width: int | None, what: str) -> Floats:
+    """`x` as float32 [N, width].
+
+    Raises:
+        InputError: another shape.
+        NumericsError: NaN or infinity.
+    """
     rows = np.asarray(x, dtype=np.float32)
     if rows.ndim != 2 or (width is not None and rows.shape[1] != width):
         raise InputError(
@@ -280,7 +364,7 @@ def _rows(x: npt.ArrayLike, width: int | None, what: str) -> Floats:
     return rows
 
 
-def _paired_dot(a: Floats, b: Floats) -> Floats:
+def paired_dot(a: Floats, b: Floats) -> Floats:
     """Dot products [P] of corresponding rows of a and b [P, D], summed in float64 and rounded."""
     dots: Floats = np.vecdot(a.astype(np.float64), b.astype(np.float64)).astype(np.float32)
     return dots

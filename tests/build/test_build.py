@@ -24,6 +24,7 @@ from gteopt.commands.inspect import inspect
 from gteopt.config.recipe import (
     Calibration,
     Dims,
+    DimsMethod,
     LayerScheme,
     Recipe,
     RtnWeights,
@@ -197,7 +198,7 @@ def test_int8_runs_on_integers_and_stays_close(
     ("method", "code"), [("slice", "float32"), ("pca", "float32"), ("pca", "binary")]
 )
 def test_sentence_transformers_opens_a_shortened_artifact_with_the_same_vectors(
-    tmp_path: Path, method: str, code: VectorCode
+    tmp_path: Path, method: DimsMethod, code: VectorCode
 ) -> None:
     from sentence_transformers import SentenceTransformer
 

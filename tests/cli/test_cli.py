@@ -166,8 +166,8 @@ def test_what_a_library_refuses_is_worded_as_a_files_problems_are(
     assert str(caught.value).splitlines()[1:] == [
         "  - dims.n: Input should be greater than or equal to 1 (found 0)",
         "  - dims.method: Input should be 'slice', 'pca' or 'auto' (found 'svd')",
-        "  - vectors.code: Input should be 'float32', 'int8' or 'binary' (found 'int9'); did you "
-        "mean int8?",
+        "  - vectors.code: Input should be 'auto', 'float32', 'int8', 'int4', 'binary', "
+        "'rabitq' or 'pq' (found 'int9'); did you mean int8 or int4?",
     ]
     assert not (tmp_path / "x").exists()
 

@@ -64,8 +64,8 @@ vectors:
         "f.yaml:6: unknown field 'weights.acct_order': did you mean act_order?",
         "f.yaml:7: dims.n: Input should be greater than or equal to 1 (found 0)",
         "f.yaml:7: unknown field 'dims.methd': did you mean method?",
-        "f.yaml:9: vectors.code: Input should be 'float32', 'int8' or 'binary' (found 'int9'); "
-        "did you mean int8?",
+        "f.yaml:9: vectors.code: Input should be 'auto', 'float32', 'int8', 'int4', 'binary', "
+        "'rabitq' or 'pq' (found 'int9'); did you mean int8 or int4?",
     ]
 
 
