@@ -1,87 +1,68 @@
 "use strict";
-// Names the points of each scatter plot. How much room there is is known only here: the plot is as
-// wide as the reader's window. Each label takes the nearest free place around its point; a name
-// that finds none gives way to the variant's number in the table.
-function placeLabels(holder) {
-  const plot = holder.querySelector(".js-plotly-plot");
-  const layer = holder.querySelector(".labels");
-  const origin = layer.getBoundingClientRect();
-  const area = relative(plot.querySelector(".nsewdrag").getBoundingClientRect());
-  const trace = plot.data[plot.data.length - 1];
-  const points = [...plot.querySelectorAll(".points path.point")].map((path) => {
-    const rect = relative(path.getBoundingClientRect());
-    return { x: (rect.left + rect.right) / 2, y: (rect.top + rect.bottom) / 2, rect };
-  });
-  const taken = points.map((point) => point.rect);
-  layer.replaceChildren();
-  points.forEach((point, index) => {
-    const [name, number] = trace.customdata[index];
-    const label = document.createElement("span");
-    layer.append(label);
-    if (trace.marker.size[index] > 10) label.className = "picked";
-    for (const text of [name, String(number)]) {
-      label.textContent = text;
-      label.title = name;
-      const place = freePlace(point, label.offsetWidth, label.offsetHeight);
-      if (!place && text === name) continue;
-      const box = place || boxAround(point, label.offsetWidth, label.offsetHeight, 0, 9);
-      taken.push(box);
-      label.style.left = `${box.left}px`;
-      label.style.top = `${box.top}px`;
-      label.style.width = `${box.right - box.left}px`;
-      if (place && place.distance > 14) layer.append(leader(point, box));
-      break;
+// Tables: click a heading to sort, type to filter, choose columns, save as CSV. Nothing is asked of
+// the network: the file is made of what the table holds.
+for (const tools of document.querySelectorAll(".tools")) {
+  const table = document.getElementById(tools.dataset.table);
+  const body = table.tBodies[0];
+  const headings = [...table.tHead.rows[0].cells];
+
+  function valueOf(row, column) {
+    const cell = row.cells[column];
+    return cell.dataset.value === undefined ? cell.innerText.trim() : cell.dataset.value;
+  }
+
+  function compare(a, b) {
+    if (a === "" || b === "") return (a === "") - (b === "");
+    return isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b;
+  }
+
+  headings.forEach((heading, column) => {
+    heading.tabIndex = 0;
+    function sort() {
+      const falling = heading.getAttribute("aria-sort") === "ascending";
+      headings.forEach((other) => other.removeAttribute("aria-sort"));
+      heading.setAttribute("aria-sort", falling ? "descending" : "ascending");
+      const rows = [...body.rows].sort((a, b) => {
+        const [one, other] = [valueOf(a, column), valueOf(b, column)];
+        // What was not measured stays at the end in both orders.
+        return (falling && one !== "" && other !== "" ? -1 : 1) * compare(one, other);
+      });
+      body.append(...rows);
     }
+    heading.addEventListener("click", sort);
+    heading.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(); });
   });
 
-  function relative(rect) {
-    return {
-      left: rect.left - origin.left, right: rect.right - origin.left,
-      top: rect.top - origin.top, bottom: rect.bottom - origin.top,
-    };
-  }
-
-  function freePlace(point, width, height) {
-    for (let distance = 9; distance <= 75; distance += 6) {
-      for (const angle of [0, 180, 270, 90, 315, 45, 225, 135, 290, 70, 250, 110]) {
-        const box = boxAround(point, width, height, angle, distance);
-        const inside = box.left >= area.left && box.right <= area.right
-          && box.top >= area.top && box.bottom <= area.bottom;
-        if (inside && !taken.some((other) => overlap(box, other))) return { ...box, distance };
-      }
+  const word = tools.querySelector("input[type=search]");
+  const language = tools.querySelector("select");
+  function filter() {
+    for (const row of body.rows) {
+      const hasWord = row.innerText.toLowerCase().includes(word.value.toLowerCase());
+      const own = row.dataset.language;
+      row.hidden = !hasWord || Boolean(language && language.value && own && own !== language.value);
     }
-    return null;
+  }
+  word.addEventListener("input", filter);
+  if (language) language.addEventListener("change", filter);
+
+  for (const box of tools.querySelectorAll("input[type=checkbox]")) {
+    box.addEventListener("change", () => {
+      for (const row of table.rows) row.cells[Number(box.value)].hidden = !box.checked;
+    });
   }
 
-  function boxAround(point, width, height, angle, distance) {
-    // The middle of the side (or the corner) that faces the point lies `distance` from it.
-    const dx = Math.cos((angle * Math.PI) / 180), dy = Math.sin((angle * Math.PI) / 180);
-    const left = point.x + dx * distance + ((Math.sign(round(dx)) - 1) / 2) * width;
-    const top = point.y + dy * distance + ((Math.sign(round(dy)) - 1) / 2) * height;
-    return { left, top, right: left + width, bottom: top + height };
-  }
-
-  function round(value) { return Math.round(value * 1000) / 1000; }
-
-  function overlap(a, b) {
-    return a.left < b.right + 2 && b.left < a.right + 2 && a.top < b.bottom && b.top < a.bottom;
-  }
-
-  function leader(point, box) {
-    const x = Math.min(Math.max(point.x, box.left), box.right);
-    const y = Math.min(Math.max(point.y, box.top), box.bottom);
-    const line = document.createElement("i");
-    line.style.left = `${point.x}px`;
-    line.style.top = `${point.y}px`;
-    line.style.width = `${Math.hypot(x - point.x, y - point.y)}px`;
-    line.style.transform = `rotate(${Math.atan2(y - point.y, x - point.x)}rad)`;
-    return line;
-  }
+  const link = tools.querySelector("a[download]");
+  link.addEventListener("click", () => {
+    const quoted = (text) => `"${text.replaceAll('"', '""')}"`;
+    const lines = [headings.map((heading) => quoted(heading.dataset.title))];
+    for (const row of body.rows) {
+      if (!row.hidden) lines.push(headings.map((_, column) => quoted(valueOf(row, column))));
+    }
+    const text = lines.map((cells) => cells.join(",")).join("\r\n");
+    link.href = `data:text/csv;charset=utf-8,${encodeURIComponent(text)}`;
+  });
 }
 
-for (const holder of document.querySelectorAll(".labelled")) {
-  holder.querySelector(".js-plotly-plot").on("plotly_afterplot", () => placeLabels(holder));
-}
 // Charts are drawn while the page is still being read, when the grid has not its final width yet.
 // The observer reports only when a frame is painted, which a page in the background never is, so
 // the end of loading fits every chart once.
