@@ -9,7 +9,7 @@ from gteopt.records.bench import BenchReport
 from gteopt.records.evaluation import EvalReport, FidelityReport
 from gteopt.records.results_folder import Results
 from gteopt.report.markup import description
-from gteopt.report.rows import lengths_note, machine_line, megabytes
+from gteopt.report.rows import lengths_note, load_note, machine_line, megabytes, noise_note
 
 
 def conditions(results: Results) -> str:
@@ -34,7 +34,7 @@ def _speed_conditions(bench: BenchReport) -> str:
         ),
         "Throughput": "; ".join(f"{w.name} tokens" for w in spec.workloads)
         + f"; {spec.repeats} rounds each, in turns with the baseline, after {spec.warmup} "
-        f"uncounted ones; medians{lengths_note(bench)}",
+        f"uncounted ones; medians{lengths_note(bench)}{noise_note(bench)}{load_note(bench)}",
         "Peak memory": (
             f"process peaks include {megabytes(min(imports))} to {megabytes(max(imports))} MB of "
             "interpreter and libraries"

@@ -31,6 +31,7 @@ from gteopt.report.charts import (
 )
 from gteopt.report.conditions import conditions
 from gteopt.report.markup import charts, description, scrolled, section
+from gteopt.report.pick import is_slower, pick_lines
 from gteopt.report.rows import (
     COLUMNS,
     FIDELITY,
@@ -192,16 +193,13 @@ def _headline(results: Results, lines: Sequence[Row]) -> str:
         f'<li class="{kind}"><b>{value}</b> {words}</li>'
         for kind, value, words in _tiles(results, baseline, row)
     )
-    slower = row.speed_ratio is not None and row.speed_ratio < 1 - _noise(results)
-    warning = " It is slower than the baseline." if slower else ""
+    warning = " It is slower than the baseline." if is_slower(results, row.name) else ""
+    runner_up = "".join(f'<p class="muted">{escape(line)}</p>' for line in pick_lines(results)[1:])
     return (
         f'<p class="answer">Use <b>{escape(row.name)}</b>.{warning}</p>'
-        f'<ul class="tiles" aria-label="{escape(row.name)} in figures">{tiles}</ul>{reason}'
+        f'<ul class="tiles" aria-label="{escape(row.name)} in figures">{tiles}</ul>'
+        f"{reason}{runner_up}"
     )
-
-
-def _noise(results: Results) -> float:
-    return 0.0 if results.bench is None else results.bench.noise
 
 
 def _tiles(results: Results, baseline: Row, row: Row) -> Iterator[tuple[str, str, str]]:
@@ -213,12 +211,12 @@ def _tiles(results: Results, baseline: Row, row: Row) -> Iterator[tuple[str, str
         words = f"of the index: {row.vector_bytes:,} bytes a vector, not {baseline.vector_bytes:,}"
         yield "gain", f"{row.vector_bytes / baseline.vector_bytes:.2g}×", words
     if row.speed_ratio is not None:
-        noise = _noise(results)
-        kind = (
-            "gain" if row.speed_ratio > 1 + noise else "cost" if row.speed_ratio < 1 - noise else ""
-        )
-        words = {"gain": "faster", "cost": "slower", "": "no difference beyond noise"}[kind]
-        yield kind, f"{row.speed_ratio:.2f}×", f"the baseline’s throughput: {words}"
+        ends = results.benched[row.name].speed_interval
+        kind, words = "", "too few repeats to say how sure" if ends is None else "about as fast"
+        if ends is not None and (ends[0] > 1 or ends[1] < 1):
+            kind, words = ("gain", "faster") if ends[0] > 1 else ("cost", "slower")
+        sure = "" if ends is None else f" ({ends[0]:.2f}–{ends[1]:.2f})"
+        yield kind, f"{row.speed_ratio:.2f}×", f"the baseline’s throughput{sure}: {words}"
     if row.retention is not None:
         sure = f" ({_interval(row)}: {row.score_verdict})" if row.retention_low is not None else ""
         kind = {"worse": "cost", "better": "gain"}.get(row.score_verdict or "", "")
