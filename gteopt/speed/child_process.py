@@ -24,10 +24,10 @@ from gteopt.encoder.tokenization import load_tokenizer
 from gteopt.errors import GteoptError
 from gteopt.frozen import Frozen
 from gteopt.model.checkpoint import open_checkpoint
-from gteopt.speed.texts import _batch
+from gteopt.speed.texts import workload_call
 
 
-class _Question(Frozen):
+class FootprintQuestion(Frozen):
     """What a child process is to load and run."""
 
     source: str
@@ -37,8 +37,8 @@ class _Question(Frozen):
     workload: Workload
 
 
-class _Footprint(Frozen):
-    """What it answers; see `VariantBench`."""
+class Footprint(Frozen):
+    """What the child process answers; see `VariantBench`."""
 
     load_s: float
     imports_process_bytes: int
@@ -46,7 +46,12 @@ class _Footprint(Frozen):
     peak_device_bytes: int | None
 
 
-def _ask_child(name: str, question: _Question) -> _Footprint:
+def ask_child(name: str, question: FootprintQuestion) -> Footprint:
+    """Measure load time and peak memory of one variant in a fresh process.
+
+    Raises:
+        GteoptError: the process died; carries its last line.
+    """
     # The parent's package must be the child's, also when it is run from a source folder; -P keeps
     # files in the user's working directory from being imported as modules.
     package_root = str(Path(__file__).resolve().parent.parent.parent)
@@ -72,10 +77,10 @@ def _ask_child(name: str, question: _Question) -> _Footprint:
             f"loads it and runs a batch of {question.workload.batch_size} x "
             f"{question.workload.tokens} tokens died: {why}"
         )
-    return _Footprint.model_validate_json(child.stdout.strip().splitlines()[-1])
+    return Footprint.model_validate_json(child.stdout.strip().splitlines()[-1])
 
 
-def _footprint(question: _Question) -> _Footprint:
+def _footprint(question: FootprintQuestion) -> Footprint:
     """Load and run once in this process, which has done nothing before."""
     checkpoint = open_checkpoint(question.source, hub_dir=question.hub_dir)
     build_skeleton(checkpoint)  # imports the model's code and allocates no weights
@@ -91,9 +96,9 @@ def _footprint(question: _Question) -> _Footprint:
     )
     encoder.vectors.quantize(encoder.encode(["the first text after the load"]))
     load_s = time.perf_counter() - start
-    _batch(encoder, question.workload)()
+    workload_call(encoder, question.workload)()
     on_gpu = encoder.device.type == "cuda"
-    return _Footprint(
+    return Footprint(
         load_s=load_s,
         imports_process_bytes=imports_process_bytes,
         peak_process_bytes=_resident_bytes("VmHWM"),
@@ -115,7 +120,7 @@ def _resident_bytes(field: str) -> int:
 
 def _main() -> None:
     try:
-        answer = _footprint(_Question.model_validate_json(sys.argv[1]))
+        answer = _footprint(FootprintQuestion.model_validate_json(sys.argv[1]))
     except GteoptError as error:
         sys.exit(" ".join(str(error).split()))
     sys.stdout.write(f"{answer.model_dump_json()}\n")

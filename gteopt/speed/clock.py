@@ -13,25 +13,36 @@ from collections.abc import Callable, Iterator
 import torch
 
 
-def _take_turns(
+def take_turns(
     turns: list[tuple[Callable[[], object], Callable[[], object]]],
     warmup: int,
     device: torch.device,
     step: Callable[[], None],
 ) -> Iterator[tuple[float, float]]:
-    """Seconds of (baseline, variant) in each turn after the first `warmup`."""
+    """Time pairs of calls by turns; which of the two is first alternates.
+
+    Args:
+        turns: (baseline, variant) pairs of calls.
+        warmup: turns at the start that are run and not counted.
+        device: where the calls compute.
+        step: told after each turn.
+
+    Yields:
+        Seconds of (baseline, variant) in each counted turn.
+    """
     with _garbage_collector_off():
         for index, (baseline, variant) in enumerate(turns):
             if index % 2:
-                variant_s, baseline_s = _seconds(variant, device), _seconds(baseline, device)
+                variant_s, baseline_s = seconds_of(variant, device), seconds_of(baseline, device)
             else:
-                baseline_s, variant_s = _seconds(baseline, device), _seconds(variant, device)
+                baseline_s, variant_s = seconds_of(baseline, device), seconds_of(variant, device)
             step()
             if index >= warmup:
                 yield baseline_s, variant_s
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: by the monotonic clock on a CPU, by CUDA events on a GPU."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -59,7 +70,8 @@ def _garbage_collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def _release() -> None:
+def release_memory() -> None:
+    """Give freed memory back, so that the next model finds room."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

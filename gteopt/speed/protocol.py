@@ -39,9 +39,9 @@ The protocol:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -56,12 +56,29 @@ from gteopt.machine import machine, versions
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
 from gteopt.progress import Progress, quiet
 from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
-from gteopt.speed.child_process import _ask_child, _Footprint, _Question
-from gteopt.speed.clock import _release, _take_turns
-from gteopt.speed.energy import Meter, meter
+from gteopt.speed.child_process import Footprint, FootprintQuestion, ask_child
+from gteopt.speed.clock import release_memory, take_turns
+from gteopt.speed.energy import meter
 from gteopt.speed.load import LoadMeter
 from gteopt.speed.peaks import peak_gflops
-from gteopt.speed.texts import _batch, exact_texts, text_lengths
+from gteopt.speed.texts import exact_texts, text_lengths, workload_call
+
+
+class BenchOptions(TypedDict, total=False):
+    """Where and on what `bench` measures.
+
+    Attributes:
+        skip_too_long: leave out workloads beyond a model's limit, rather than refuse them; the
+            report's `spec` is then without them.
+        device: as for `load`; "auto" where it is left out.
+        backend: of the variants, as for `load`; the baseline runs on torch.
+        hub_dir: as for `load`.
+    """
+
+    skip_too_long: bool
+    device: str
+    backend: Backend
+    hub_dir: Path | None
 
 
 def bench(
@@ -69,12 +86,9 @@ def bench(
     *,
     baseline: str,
     spec: BenchSpec,
-    skip_too_long: bool = False,
-    device: str = "auto",
-    backend: Backend = "torch",
-    hub_dir: Path | None = None,
     keep: Callable[[BenchReport], object] = lambda report: None,
     progress: Progress = quiet,
+    **options: Unpack[BenchOptions],
 ) -> BenchReport:
     """Measure every variant side by side with the baseline; see the module for the protocol.
 
@@ -82,74 +96,53 @@ def bench(
         sources: variant name -> base, folder or artifact, the baseline's among them.
         baseline: name of the variant that the others are compared with.
         spec: what is measured, how often.
-        skip_too_long: leave out workloads beyond a model's limit, rather than refuse them; the
-            report's `spec` is then without them.
-        device: as for `load`.
-        backend: of the variants, as for `load`; the baseline runs on torch.
-        hub_dir: as for `load`.
         keep: told after each variant what has been measured so far.
         progress: told after each child process and after each query or round.
+        options: see `BenchOptions`.
 
     Raises:
         InputError: an unknown device; or an unknown baseline, a source that cannot be opened, or a
             length beyond a model's limit; all of them at once, before anything is measured.
         GteoptError: the child process of a variant died; carries its last line.
+
+    Example:
+        >>> report = bench({"bf16": "nano", "int8": "artifacts/nano-int8"}, baseline="bf16",
+        ...                spec=BenchSpec())
+        >>> report.variants["int8"].speed_ratio
     """
+    device, hub_dir = options.get("device", "auto"), options.get("hub_dir")
+    backend, skip = options.get("backend", "torch"), options.get("skip_too_long", False)
     pick_device(device)
-    checkpoints, spec = open_all(sources, baseline, spec, hub_dir, skip_too_long, backend)
+    checkpoints, spec = open_all(sources, baseline, spec, hub_dir, skip, backend)
     order = [baseline, *(name for name in sources if name != baseline)]
     largest = max(spec.workloads, key=lambda workload: workload.batch_size * workload.tokens)
-    footprints: dict[str, _Footprint] = {}
+    footprints: dict[str, Footprint] = {}
     for name in order:
-        question = _Question(
+        question = FootprintQuestion(
             source=sources[name],
             device=device,
             backend="torch" if name == baseline else backend,
             hub_dir=hub_dir,
             workload=largest,
         )
-        footprints[name] = _ask_child(name, question)
+        footprints[name] = ask_child(name, question)
         progress("measuring load time and memory", len(footprints), len(order))
 
     reference = load_checkpoint(checkpoints[baseline], device=device, cuda_graphs=True)
-    peaks, counter = peak_gflops(reference.device), meter(reference.device)
-    load = LoadMeter()
+    session = _Session(spec, baseline, reference, backend)
     variants: dict[str, VariantBench] = {}
-
-    def so_far() -> BenchReport:
-        return BenchReport(
-            spec=spec,
-            baseline=baseline,
-            variants=dict(variants),
-            device=str(reference.device),
-            n_threads=torch.get_num_threads(),
-            machine=machine(),
-            versions={
-                **versions(),
-                "baseline dtype": str(reference.dtype).removeprefix("torch."),
-                "backend": backend,
-            },
-            peak_gflops=peaks,
-            energy=counter.source,
-            other_load=load.of_others(),
-        )
-
     for name in order:
-        encoder = (
-            reference
-            if name == baseline
-            else load_checkpoint(
-                checkpoints[name], device=str(reference.device), backend=backend, cuda_graphs=True
+        encoder = reference
+        if name != baseline:
+            there = str(reference.device)
+            encoder = load_checkpoint(
+                checkpoints[name], device=there, backend=backend, cuda_graphs=True
             )
-        )
-        limits = _Limits(peaks, counter)
-        variants[name] = _measure(
-            name, encoder, reference, footprints[name], spec, limits, progress
-        )
+        variants[name] = session.measure(name, encoder, footprints[name], progress)
         del encoder  # before the next one is loaded
-        _release()
-        keep(so_far())
-    return so_far()
+        release_memory()
+        keep(session.report(variants))
+    return session.report(variants)
 
 
 def default_workloads(device: str) -> WorkloadSet:
@@ -212,109 +205,116 @@ def open_all(
     return checkpoints, fits
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """What the device can do, by number type (10^9 operations a second), and what it consumes."""
+class _Session:
+    """One run of `bench`: the baseline in memory, and what the device can do and consumes."""
 
-    peaks: Mapping[str, float]
-    meter: Meter
+    def __init__(
+        self, spec: BenchSpec, baseline: str, reference: Encoder, backend: Backend
+    ) -> None:
+        """Measure the device's peaks; the load of others is counted from here on."""
+        self._spec, self._baseline = spec, baseline
+        self._reference, self._backend = reference, backend
+        self._peaks, self._meter = peak_gflops(reference.device), meter(reference.device)
+        self._load = LoadMeter()
 
+    def report(self, variants: Mapping[str, VariantBench]) -> BenchReport:
+        """What has been measured so far, with its conditions."""
+        return BenchReport(
+            spec=self._spec,
+            baseline=self._baseline,
+            variants=dict(variants),
+            device=str(self._reference.device),
+            n_threads=torch.get_num_threads(),
+            machine=machine(),
+            versions={
+                **versions(),
+                "baseline dtype": str(self._reference.dtype).removeprefix("torch."),
+                "backend": self._backend,
+            },
+            peak_gflops=self._peaks,
+            energy=self._meter.source,
+            other_load=self._load.of_others(),
+        )
 
-def _measure(
-    name: str,
-    encoder: Encoder,
-    reference: Encoder,
-    footprint: _Footprint,
-    spec: BenchSpec,
-    limits: _Limits,
-    progress: Progress,
-) -> VariantBench:
-    n_steps = spec.warmup + spec.n_queries + (spec.warmup + spec.repeats) * len(spec.workloads)
-    steps = iter(range(1, n_steps + 1))
+    def measure(
+        self, name: str, encoder: Encoder, footprint: Footprint, progress: Progress
+    ) -> VariantBench:
+        """Latency and throughput of a variant in turns with the baseline."""
+        spec = self._spec
+        n_rounds = (spec.warmup + spec.repeats) * len(spec.workloads)
+        n_steps = spec.warmup + spec.n_queries + n_rounds
+        steps = iter(range(1, n_steps + 1))
 
-    def step() -> None:
-        progress(f"measuring speed of {name}", next(steps), n_steps)
+        def step() -> None:
+            progress(f"measuring speed of {name}", next(steps), n_steps)
 
-    latency = _latency(encoder, reference, spec, limits, step)
-    throughput = tuple(
-        _throughput(encoder, reference, workload, spec, limits, step) for workload in spec.workloads
-    )
-    bytes_per_vector, recorded = encoder.vectors.bytes_per_vector, encoder.cuda_graphs
-    return VariantBench(
-        artifact_sha256=encoder.sha256,
-        weight_bytes=encoder.weight_bytes,
-        load_s=footprint.load_s,
-        imports_process_bytes=footprint.imports_process_bytes,
-        peak_process_bytes=footprint.peak_process_bytes,
-        peak_device_bytes=footprint.peak_device_bytes,
-        latency=latency,
-        throughput=throughput,
-        kernels=encoder.kernels,
-        dims=encoder.dims,
-        code=encoder.vectors.code,
-        bytes_per_vector=bytes_per_vector,
-        index_bytes_per_million=bytes_per_vector * 1_000_000,
-        graph_bytes=recorded.n_bytes if recorded is not None and recorded.lengths else None,
-    )
+        latency = self._latency(encoder, step)
+        throughput = tuple(self._throughput(encoder, each, step) for each in spec.workloads)
+        bytes_per_vector, recorded = encoder.vectors.bytes_per_vector, encoder.cuda_graphs
+        return VariantBench(
+            artifact_sha256=encoder.sha256,
+            weight_bytes=encoder.weight_bytes,
+            load_s=footprint.load_s,
+            imports_process_bytes=footprint.imports_process_bytes,
+            peak_process_bytes=footprint.peak_process_bytes,
+            peak_device_bytes=footprint.peak_device_bytes,
+            latency=latency,
+            throughput=throughput,
+            kernels=encoder.kernels,
+            dims=encoder.dims,
+            code=encoder.vectors.code,
+            bytes_per_vector=bytes_per_vector,
+            index_bytes_per_million=bytes_per_vector * 1_000_000,
+            graph_bytes=recorded.n_bytes if recorded is not None and recorded.lengths else None,
+        )
 
+    def _latency(self, encoder: Encoder, step: Callable[[], None]) -> LatencyRecord:
+        spec = self._spec
+        n_texts = spec.warmup + spec.n_queries
+        pairs = zip(
+            exact_texts(self._reference, n_texts, spec.query_tokens, seed=0),
+            exact_texts(encoder, n_texts, spec.query_tokens, seed=0),
+            strict=True,
+        )
+        turns = [(_query(self._reference, theirs), _query(encoder, ours)) for theirs, ours in pairs]
+        seconds = [variant for _, variant in take_turns(turns, spec.warmup, encoder.device, step)]
+        p50, p95, p99 = np.percentile(seconds, [50, 95, 99]) * 1e3
+        return LatencyRecord(
+            tokens=spec.query_tokens,
+            n_queries=spec.n_queries,
+            p50_ms=float(p50),
+            p95_ms=float(p95),
+            p99_ms=float(p99),
+            weight_gb_per_s=encoder.block_bytes / float(p50) / 1e6,
+            joules=self._meter.per_call(turns[-1][1], float(p50) / 1e3),
+        )
 
-def _latency(
-    encoder: Encoder,
-    reference: Encoder,
-    spec: BenchSpec,
-    limits: _Limits,
-    step: Callable[[], None],
-) -> LatencyRecord:
-    n_texts = spec.warmup + spec.n_queries
-    pairs = zip(
-        exact_texts(reference, n_texts, spec.query_tokens, seed=0),
-        exact_texts(encoder, n_texts, spec.query_tokens, seed=0),
-        strict=True,
-    )
-    turns = [(_query(reference, theirs), _query(encoder, ours)) for theirs, ours in pairs]
-    seconds = [variant for _, variant in _take_turns(turns, spec.warmup, encoder.device, step)]
-    p50, p95, p99 = np.percentile(seconds, [50, 95, 99]) * 1e3
-    return LatencyRecord(
-        tokens=spec.query_tokens,
-        n_queries=spec.n_queries,
-        p50_ms=float(p50),
-        p95_ms=float(p95),
-        p99_ms=float(p99),
-        weight_gb_per_s=encoder.block_bytes / float(p50) / 1e6,
-        joules=limits.meter.per_call(turns[-1][1], float(p50) / 1e3),
-    )
+    def _throughput(
+        self, encoder: Encoder, workload: Workload, step: Callable[[], None]
+    ) -> ThroughputRecord:
+        spec = self._spec
+        turn = (workload_call(self._reference, workload), workload_call(encoder, workload))
+        turns = [turn] * (spec.warmup + spec.repeats)
+        seconds = list(take_turns(turns, spec.warmup, encoder.device, step))
+        once = median(variant for _, variant in seconds)
+        lengths = text_lengths(workload)
+        ratios = tuple(baseline / variant for baseline, variant in seconds)
+        gflops = encoder.operations(lengths) / once / 1e9
+        peak = self._peaks.get(encoder.number_type)
+        joules = self._meter.per_call(turn[1], once)
+        return ThroughputRecord(
+            batch_size=workload.batch_size,
+            tokens=workload.tokens,
+            lengths=workload.lengths,
+            texts_per_s=workload.batch_size / once,
+            tokens_per_s=sum(lengths) / once,
+            baseline_ratio=median(ratios),
+            ratios=ratios,
+            gflops=gflops,
+            peak_ratio=None if peak is None else gflops / peak,
+            joules_per_million_tokens=None if joules is None else joules / sum(lengths) * 1e6,
+        )
 
 
 def _query(encoder: Encoder, text: str) -> Callable[[], object]:
     return lambda: encoder.vectors.quantize(encoder.encode([text]))
-
-
-def _throughput(
-    encoder: Encoder,
-    reference: Encoder,
-    workload: Workload,
-    spec: BenchSpec,
-    limits: _Limits,
-    step: Callable[[], None],
-) -> ThroughputRecord:
-    turn = (_batch(reference, workload), _batch(encoder, workload))
-    turns = [turn] * (spec.warmup + spec.repeats)
-    seconds = list(_take_turns(turns, spec.warmup, encoder.device, step))
-    once = median(variant for _, variant in seconds)
-    lengths = text_lengths(workload)
-    ratios = tuple(baseline / variant for baseline, variant in seconds)
-    gflops = encoder.operations(lengths) / once / 1e9
-    peak = limits.peaks.get(encoder.number_type)
-    joules = limits.meter.per_call(turn[1], once)
-    return ThroughputRecord(
-        batch_size=workload.batch_size,
-        tokens=workload.tokens,
-        lengths=workload.lengths,
-        texts_per_s=workload.batch_size / once,
-        tokens_per_s=sum(lengths) / once,
-        baseline_ratio=median(ratios),
-        ratios=ratios,
-        gflops=gflops,
-        peak_ratio=None if peak is None else gflops / peak,
-        joules_per_million_tokens=None if joules is None else joules / sum(lengths) * 1e6,
-    )

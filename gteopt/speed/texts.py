@@ -63,7 +63,8 @@ def text_lengths(workload: Workload) -> list[int]:
     return [min(max(round(each), least), workload.longest) for each in drawn]
 
 
-def _batch(encoder: Encoder, workload: Workload) -> Callable[[], object]:
+def workload_call(encoder: Encoder, workload: Workload) -> Callable[[], object]:
+    """A call that computes the vectors of one workload; its texts are tokenized before."""
     source = random.Random(1)
     texts = [_exact_text(encoder, length, source) for length in text_lengths(workload)]
     tokens = encoder.tokenization.tokenize(texts)

