@@ -109,6 +109,8 @@ def test_every_field_that_a_user_writes_is_described() -> None:
 def test_every_command_exists_with_its_options(page: Path) -> None:
     group: Any = typer.main.get_command(app)
     lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    typed = "\n".join(blocks(page, "console")).splitlines()
+    lines += [line.removeprefix("$ ") for line in typed if line.startswith("$ ")]
     for line in lines:
         words = shlex.split(line, comments=True)
         if not words or words[0] != "gteopt":
