@@ -19,8 +19,9 @@ from gteopt.build.layer_plan import plan_layers
 from gteopt.config.recipe import LayerScheme, Recipe, RtnWeights
 from gteopt.encoder.description import Description, Runtime
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import build_skeleton, swap_embedding_, swap_linear_
-from gteopt.encoder.pooling import Head
+from gteopt.encoder.packed_weights import swap_embedding_, swap_linear_
+from gteopt.encoder.pooling import Head, Normalized
+from gteopt.encoder.skeleton import build_skeleton
 from gteopt.kernels import speed_up_linears_
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
 from gteopt.quant.affine import pack, quantize_rtn
@@ -93,7 +94,7 @@ class Source:
         return Encoder(
             Description(self.checkpoint, Runtime(self.device, torch.bfloat16)),
             module,
-            Head(self.checkpoint.pooling, normalise=self.checkpoint.normalise),
+            Head(self.checkpoint.pooling, [Normalized()]),
             cuda_graphs=True,
         )
 

@@ -64,7 +64,7 @@ import gteopt
 from gteopt.config.recipe import Recipe, load_recipe
 from gteopt.encoder.description import Backend, Description, describe
 from gteopt.encoder.forward import operations
-from gteopt.encoder.loading import build_skeleton
+from gteopt.encoder.skeleton import build_skeleton
 from gteopt.machine import machine, versions
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.speed.energy import Meter, meter

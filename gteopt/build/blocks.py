@@ -37,7 +37,8 @@ from gteopt.build.tensor_files import save_tensors
 from gteopt.build.tuning import BLOCK_SCHEDULES, SCHEDULES, Tuned, tune, tune_block
 from gteopt.config.recipe import GptqWeights, LayerScheme, NoWeights, Recipe, RtnWeights
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import empty_, fill_, load_checkpoint, swap_linear_
+from gteopt.encoder.loading import empty_, fill_, load_checkpoint
+from gteopt.encoder.packed_weights import swap_linear_
 from gteopt.errors import GteoptError, NumericsError, is_out_of_memory
 from gteopt.frozen import Frozen
 from gteopt.machine import give_back

@@ -17,7 +17,8 @@ import yaml
 from gteopt.config.recipe import Effort, FormatChoice, FormatName, Recipe, load_recipe
 from gteopt.config.yaml_files import shipped_names
 from gteopt.errors import InputError
-from gteopt.model.checkpoint import DECODERS, NANO, Checkpoint
+from gteopt.model.checkpoint import NANO, Checkpoint
+from gteopt.model.config_file import DECODERS
 from gteopt.model.families import FAMILIES, PUBLISHED
 from gteopt.records.manifest import Manifest
 
@@ -156,7 +157,7 @@ def _runs_both_ways(checkpoint: Checkpoint) -> bool:
 
 
 def _use(manifest: Manifest, checkpoint: Checkpoint) -> str:
-    prompted = checkpoint.query_template is not None or "query" in checkpoint.prompts
+    prompted = checkpoint.query_template is not None or bool(checkpoint.prompt("query"))
     if manifest.format == "gteopt" or checkpoint.latent is not None:
         role = ', role="query"' if prompted else ""
         code = (

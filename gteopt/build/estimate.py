@@ -31,7 +31,7 @@ from gteopt.build.sensitivity import DEEP_BLOCKS, N_PROBES
 from gteopt.config.engines import engines_of
 from gteopt.config.recipe import Calibration, GptqWeights, Recipe
 from gteopt.encoder.description import parse_dtype
-from gteopt.encoder.loading import build_skeleton
+from gteopt.encoder.skeleton import build_skeleton
 from gteopt.encoder.tokenization import Tokenization
 from gteopt.errors import GteoptError
 from gteopt.model.checkpoint import Checkpoint

@@ -18,6 +18,7 @@ from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
 from gteopt.model.checkpoint import Checkpoint
 from gteopt.progress import Progress, quiet
+from gteopt.records.manifest import Similarity
 from gteopt.vectors.fit import check_bytes, fit
 from gteopt.vectors.transform import VectorTransform, identity
 
@@ -66,7 +67,8 @@ def fit_transforms(
     if any(_is_fitted(recipe) for recipe in recipes):
         drawn = draw_texts(own.calibration, hub_dir=hub_dir)
         texts = _calibration_vectors(encoder, own, drawn, progress)
-    return [fit(texts, recipe.dims, recipe.vectors) for recipe in recipes]
+    similarity: Similarity = "cosine" if encoder.checkpoint.unit_vectors else "dot"
+    return [fit(texts, each.dims, each.vectors, similarity=similarity) for each in recipes]
 
 
 def needs_texts(recipe: Recipe) -> bool:
@@ -106,10 +108,15 @@ def fit_vectors(
     Raises:
         InputError: too few texts for what is to be fitted.
     """
+    kept = encoder.checkpoint.truncate_dim
+    similarity: Similarity = "cosine" if encoder.checkpoint.unit_vectors else "dot"
     if not shortens(recipe):
-        return identity(encoder.full_dims)
+        return identity(encoder.full_dims, kept=kept, similarity=similarity)
     vectors = _calibration_vectors(encoder, recipe, texts, progress)
-    return fit(vectors, recipe.dims, recipe.vectors)
+    dims = recipe.dims
+    if dims is None and kept is not None and recipe.vectors.bytes is None:
+        dims = Dims(n=kept, method="slice")
+    return fit(vectors, dims, recipe.vectors, similarity=similarity)
 
 
 def _calibration_vectors(

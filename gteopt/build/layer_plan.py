@@ -23,7 +23,7 @@ from gteopt.build.sensitivity import DEEP_BLOCKS, estimate, measure
 from gteopt.build.tuning import MOST_WEIGHTS
 from gteopt.config.recipe import Effort, FormatName, GptqWeights, LayerScheme, NoWeights, Recipe
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import build_skeleton
+from gteopt.encoder.skeleton import build_skeleton
 from gteopt.errors import InputError, join_problems
 from gteopt.formats import choose_format
 from gteopt.formats.packed import Shape
@@ -238,6 +238,7 @@ def _unquantized(
     skeleton: nn.Module, schemes: Mapping[str, LayerScheme], reasons: Mapping[str, str]
 ) -> Iterable[UnquantizedRecord]:
     """Every module with parameters of its own that no scheme covers, with the reason."""
+    total = sum(each.numel() for each in skeleton.parameters())
     for name, each in skeleton.named_modules():
         n = sum(p.numel() for p in each.parameters(recurse=False))
         if n == 0 or name in schemes:
@@ -248,6 +249,11 @@ def _unquantized(
             reason = "the recipe leaves weights as they are"
         elif isinstance(each, nn.Embedding):
             reason = "a lookup table: no product to speed up"
+        elif any(p.dim() > 2 for p in each.parameters(recurse=False)):
+            reason = (
+                f"experts in one tensor, which no format of gteopt holds: {n / total:.0%} of all "
+                f"weights stay as they are"
+            )
         else:
             reason = "a normalisation: too few weights to matter"
         yield UnquantizedRecord(name=name, n_parameters=n, reason=reason)

@@ -39,7 +39,8 @@ from gteopt.build.st_folder import WEIGHTS, write_model, write_vectors
 from gteopt.config.recipe import FormatName, GptqWeights, LayerScheme, Recipe, load_recipe
 from gteopt.encoder.description import parse_dtype
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import load_checkpoint, swap_embedding_
+from gteopt.encoder.loading import load_checkpoint
+from gteopt.encoder.packed_weights import swap_embedding_
 from gteopt.errors import InputError
 from gteopt.frozen import Frozen
 from gteopt.machine import machine, versions

@@ -133,10 +133,14 @@ def find_blocks(module: nn.Module, n_layers: int | None) -> tuple[str, nn.Module
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: notes its arguments, hands the hidden states on unchanged."""
+    """Stands in for a block: notes its arguments, hands the hidden states on unchanged.
 
-    def __init__(self, returns_tuple: bool) -> None:
+    What the model's forward reads of a block (`attention_type` of ModernBERT's) is the block's own.
+    """
+
+    def __init__(self, returns_tuple: bool, original: nn.Module) -> None:
         super().__init__()
+        self._original = (original,)  # in a tuple, so that it is no submodule
         self.returns_tuple = returns_tuple
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.hidden: Tensor
@@ -146,6 +150,12 @@ class _Recorder(nn.Module):
         self.calls.append((args[1:], kwargs))
         self.hidden = hidden
         return (hidden,) if self.returns_tuple else hidden
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._original[0], name)
 
 
 @torch.inference_mode()
@@ -188,7 +198,7 @@ def open_blocks(
     with suppress(_Stop):
         encoder.module(input_ids=sample[0], attention_mask=sample[1])
     hook.remove()
-    recorders = [_Recorder(isinstance(returned[0], tuple)) for _ in originals]
+    recorders = [_Recorder(isinstance(returned[0], tuple), each) for each in originals]
     inputs: list[BlockInput] = []
     kept_bytes = 0
     try:

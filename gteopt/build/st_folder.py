@@ -22,7 +22,7 @@ from gteopt.build.tensor_files import _write_errors, save_tensors
 from gteopt.config.recipe import FormatName
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import latent_tensors
-from gteopt.encoder.tokenization import load_tokenizer
+from gteopt.encoder.tokenization import Tokenization
 from gteopt.formats import FORMATS, Format
 from gteopt.model.checkpoint import (
     LATENT_FILE,
@@ -31,6 +31,8 @@ from gteopt.model.checkpoint import (
     VECTORS_FILE,
     Checkpoint,
 )
+from gteopt.model.config_file import hidden_dims
+from gteopt.model.st_files import ModuleEntry
 from gteopt.quant.affine import PARTS, PackedWeight
 from gteopt.records.manifest import LayerRecord
 from gteopt.vectors.transform import VectorTransform
@@ -153,22 +155,21 @@ def _standard_tensors(
 
 def _write_tokenizer(checkpoint: Checkpoint, stage: Path) -> None:
     """The tokenizer, made to append the end token by itself: other libraries rely on that."""
-    tokenizer = load_tokenizer(checkpoint)
-    if checkpoint.end_token is not None:
-        start, end = checkpoint.start_token, checkpoint.end_token
+    tokenization = Tokenization(checkpoint)
+    tokenizer = tokenization.tokenizer
+    if tokenization.end_ids:
         ids = tokenizer("a")["input_ids"]
-        lacking = [
-            token
-            for token, found in ((start, ids[:1]), (end, ids[-1:]))
-            if token is not None and found != [tokenizer.convert_tokens_to_ids(token)]
-        ]
+        starts, ends = tokenization.start_ids, tokenization.end_ids
+        has_start, has_end = ids[: len(starts)] == starts, ids[-len(ends) :] == ends
+        start, end = (tokenizer.convert_ids_to_tokens(each) for each in (starts, ends))
+        lacking = [*([] if has_start else start), *([] if has_end else end)]
         if lacking:
             from tokenizers.processors import Sequence as Processors
             from tokenizers.processors import TemplateProcessing
 
-            parts = [start if start in lacking else None, "$A", end if end in lacking else None]
+            parts = [*([] if has_start else start), "$A", *([] if has_end else end)]
             template = TemplateProcessing(
-                single=" ".join(part for part in parts if part is not None),
+                single=" ".join(parts),
                 special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in lacking],
             )
             backend = tokenizer.backend_tokenizer
@@ -186,18 +187,55 @@ def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
     """
     if checkpoint.latent is not None:
         return
-    kinds = ["Transformer", "Pooling", *["Dense"] * len(checkpoint.dense)]
-    if checkpoint.normalise:
-        kinds.append("Normalize")
-    modules = []
-    for i, kind in enumerate(kinds):
-        path = "" if i == 0 else f"{i}_{kind}"
-        modules.append(
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        )
-    _write_json(stage / "modules.json", modules)
-    pooling = {
-        "word_embedding_dimension": checkpoint.config.get("hidden_size", checkpoint.dims),
+    modules = checkpoint.modules or tuple(
+        ModuleEntry(kind, "", "")
+        for kind in ("Transformer", "Pooling", *["Normalize"] * checkpoint.normalise)
+    )
+    rows = []
+    for i, module in enumerate(modules):
+        path = "" if module.kind == "Transformer" else f"{i}_{module.kind}"
+        kind = f"sentence_transformers.models.{module.kind}"
+        rows.append({"idx": i, "name": str(i), "path": path, "type": kind})
+        if module.kind == "Pooling" and checkpoint.pooling != "modules":
+            _write_json(stage / path / "config.json", _pooling_config(checkpoint))
+        elif module.config:
+            _write_json(stage / path / "config.json", dict(module.config))
+            weights = checkpoint.folder / module.path / "model.safetensors"
+            if weights.is_file():
+                shutil.copyfile(weights, stage / path / weights.name)
+    _write_json(stage / "modules.json", rows)
+    settings, transformer = checkpoint.st.settings, checkpoint.st.transformer
+    prompts = {name: text or "" for name, text in settings.prompts.items()}
+    if checkpoint.query_template is not None and not prompts.get("query"):
+        query = checkpoint.query_template.format(instruction=checkpoint.default_instruction)
+        prompts = {**prompts, "query": query, "document": prompts.get("document", "")}
+    _write_json(
+        stage / "config_sentence_transformers.json",
+        {
+            "prompts": prompts,
+            "default_prompt_name": settings.default_prompt_name,
+            "similarity_fn_name": settings.similarity,
+        },
+    )
+    lengths = {
+        name: value
+        for name in ("query_length", "document_length", "processing_kwargs")
+        if (value := getattr(transformer, name))
+    }
+    _write_json(
+        stage / "sentence_bert_config.json",
+        {
+            "max_seq_length": checkpoint.max_tokens,
+            "do_lower_case": checkpoint.lower_case,
+            **lengths,
+        },
+    )
+
+
+def _pooling_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of one mode, under the names that every release reads."""
+    return {
+        "word_embedding_dimension": hidden_dims(checkpoint.config),
         **{
             f"pooling_mode_{name}": checkpoint.pooling == short
             for name, short in (("cls_token", "cls"), ("mean_tokens", "mean"))
@@ -205,23 +243,6 @@ def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
         "pooling_mode_lasttoken": checkpoint.pooling == "lasttoken",
         "include_prompt": True,
     }
-    _write_json(stage / "1_Pooling" / "config.json", pooling)
-    for i, source in enumerate(checkpoint.dense, start=2):
-        (stage / f"{i}_Dense").mkdir(exist_ok=True)
-        for file in sorted(source.iterdir()):
-            shutil.copyfile(file, stage / f"{i}_Dense" / file.name)
-    prompts = dict(checkpoint.prompts)
-    if checkpoint.query_template is not None:
-        query = checkpoint.query_template.format(instruction=checkpoint.default_instruction)
-        prompts = {"query": query, "document": ""}
-    _write_json(
-        stage / "config_sentence_transformers.json",
-        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
-    )
-    _write_json(
-        stage / "sentence_bert_config.json",
-        {"max_seq_length": checkpoint.max_tokens, "do_lower_case": checkpoint.lower_case},
-    )
 
 
 def write_vectors(transform: VectorTransform, stage: Path, trained: Sequence[int]) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from gteopt.build.st_folder import WEIGHTS, _write_json
 from gteopt.encoder.description import parse_dtype
-from gteopt.encoder.loading import build_skeleton, openvino_weights, whole_config
+from gteopt.encoder.loading import openvino_weights
 from gteopt.encoder.openvino import save
+from gteopt.encoder.skeleton import build_skeleton, whole_config
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.model.artifact import MANIFEST
 from gteopt.model.checkpoint import VECTORS_FILE, open_checkpoint

@@ -18,7 +18,7 @@ from gteopt.build.quantize import ACTIVATION_BYTES
 from gteopt.config.recipe import Recipe, load_recipe
 from gteopt.config.yaml_files import shipped_names
 from gteopt.encoder.description import dtype_of, parse_dtype, pick_device
-from gteopt.encoder.loading import build_skeleton
+from gteopt.encoder.skeleton import build_skeleton
 from gteopt.errors import InputError
 from gteopt.kernels import kernel_name, speed_up_linears_
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
@@ -93,8 +93,8 @@ def inspect(
         normalised=checkpoint.normalise,
         start_token=checkpoint.start_token,
         end_token=checkpoint.end_token,
-        query_prompt=template or checkpoint.prompts.get("query", ""),
-        document_prompt="" if template else checkpoint.prompts.get("document", ""),
+        query_prompt=template or checkpoint.prompt("query"),
+        document_prompt=checkpoint.prompt("document"),
         dims=manifest.vectors.dims if manifest else checkpoint.dims,
         matryoshka_dims=manifest.vectors.still_trained(lengths) if manifest else lengths,
         max_tokens=checkpoint.max_tokens,

@@ -21,7 +21,8 @@ from gteopt.errors import InputError, UnsupportedError, suggest
 from gteopt.kernels import arithmetic
 from gteopt.machine import gpu_name
 from gteopt.model.checkpoint import VECTORS_FILE, Checkpoint, open_checkpoint
-from gteopt.records.manifest import Manifest
+from gteopt.model.foreign import foreign_errors
+from gteopt.records.manifest import Manifest, Similarity
 from gteopt.vectors.transform import VectorTransform, identity
 
 Backend = Literal["torch", "openvino"]
@@ -105,6 +106,11 @@ class Description:
     def dims(self) -> int:
         """Dimensions of what `Encoder.encode` returns."""
         return self.vectors.dims
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest input; longer texts are cut there."""
+        return self.tokenization.max_tokens
 
     @property
     def takes_instructions(self) -> bool:
@@ -196,10 +202,11 @@ def pick_device(name: str) -> torch.device:
 def load_vectors(checkpoint: Checkpoint) -> VectorTransform:
     """What happens to an embedding after the model, with the ranges that an artifact stores."""
     if checkpoint.manifest is None:
-        return identity(checkpoint.dims)
+        similarity: Similarity = "cosine" if checkpoint.unit_vectors else "dot"
+        return identity(checkpoint.dims, kept=checkpoint.truncate_dim, similarity=similarity)
     path = checkpoint.folder / VECTORS_FILE
     tensors: dict[str, NDArray[Any]] = {}
     if path.is_file():
-        with safe_open(path, framework="numpy") as handle:
+        with foreign_errors(path, "reading"), safe_open(path, framework="numpy") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     return VectorTransform.from_tensors(checkpoint.manifest.vectors, checkpoint.dims, tensors)

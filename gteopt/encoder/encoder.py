@@ -101,8 +101,8 @@ class Encoder(Description):
         self.streams = streams
         self._openvino_model = openvino_model
         config, pooling = self.checkpoint.config, self.checkpoint.pooling
-        # Latent pooling reads the vector of every token.
-        is_plain = head.latent is None and openvino_model is None
+        # Latent attention and modules of Sentence Transformers read the vector of every token.
+        is_plain = pooling not in ("latent", "modules") and openvino_model is None
         self._unpadded = unpadded_forward(config, pooling, self.device) if is_plain else None
         padded = padded_forward(config, pooling) if is_plain else None
         # On a CPU the tokenizer would take from the threads that compute.
@@ -386,10 +386,21 @@ class Encoder(Description):
             text = f" (the first: {texts[bad[0]][:80]!r})" if texts else ""
             raise NumericsError(
                 f"{self.name} produced NaN or infinity for {len(bad)} of {len(tokens)} texts{text} "
-                f"of up to {max(map(len, tokens))} tokens in {self.dtype}; verify the artifact, or "
-                f"load it with dtype float32 to find out whether its weights are sound"
+                f"of up to {max(map(len, tokens))} tokens in {self.dtype}; {self._why_not_finite()}"
             )
         return array
+
+    def _why_not_finite(self) -> str:
+        """What a user can do about vectors with NaN or infinity."""
+        weights = [*self.module.named_parameters(), *self.module.named_buffers()]
+        bad = [
+            name
+            for name, tensor in weights
+            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
+        ]
+        if bad:
+            return f"its weights hold some themselves ({', '.join(bad[:5])}); download it again"
+        return "verify the artifact, or load it with dtype float32"
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

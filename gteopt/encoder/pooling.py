@@ -36,36 +36,53 @@ class Head(nn.Module):
     Attributes:
         pooling: how token vectors become one vector.
         latent: NV-Embed's attention before pooling; None for other models.
-        dense: modules after pooling, in their order.
-        normalise: whether the embedding is scaled to unit length.
+        around: Sentence Transformers' modules up to the pooling where only they know the way.
+        behind: those that follow the pooling, in their order.
     """
 
     def __init__(
         self,
         pooling: Pooling,
-        dense: Sequence[nn.Module] = (),
+        behind: Sequence[nn.Module] = (),
         *,
-        normalise: bool = True,
+        around: Sequence[nn.Module] = (),
         latent: LatentAttention | None = None,
     ) -> None:
-        """Put the modules together."""
+        """Put the modules together; those of Sentence Transformers take and return features."""
         super().__init__()
         self.pooling = pooling
         self.latent = latent
-        self.dense = nn.Sequential(*dense)
-        self.normalise = normalise
+        self.around = nn.ModuleList(around)
+        self.behind = nn.ModuleList(behind)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Embeddings of token vectors and their mask [N, T]; differentiable."""
         if self.latent is not None:
             hidden = self.latent(hidden)
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        return self.finish(pool(hidden, mask, self.pooling))
+        if self.pooling != "modules":
+            return self.finish(pool(hidden, mask, self.pooling))
+        features = {"token_embeddings": hidden, "attention_mask": mask}
+        for module in self.around:
+            features = module(features)
+        return self.finish(features["sentence_embedding"])
 
     def finish(self, pooled: Tensor) -> Tensor:
         """Embeddings of pooled vectors [N, D] of any float dtype."""
-        vectors: Tensor = self.dense(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
-        return nn.functional.normalize(vectors, dim=-1) if self.normalise else vectors
+        kind = torch.promote_types(pooled.dtype, torch.float32)
+        features = {"sentence_embedding": pooled.to(kind)}
+        for module in self.behind:
+            features = module(features)
+        return features["sentence_embedding"]
+
+
+class Normalized(nn.Module):
+    """Scales embeddings to unit length, as Sentence Transformers' `Normalize` does."""
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The features with `sentence_embedding` [N, D] of unit length."""
+        vectors = nn.functional.normalize(features["sentence_embedding"], dim=-1)
+        return {**features, "sentence_embedding": vectors}
 
 
 class LatentAttention(nn.Module):

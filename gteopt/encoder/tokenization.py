@@ -11,10 +11,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from gteopt.errors import InputError, UnsupportedError, suggest
+from gteopt.errors import InputError, IntegrityError, UnsupportedError, suggest
 from gteopt.model.checkpoint import Checkpoint
+from gteopt.model.foreign import foreign_errors
 
 Role = Literal["query", "document"]
+_VOCABULARIES = (
+    *("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "source.spm", "tekken.json", "bpe.codes", "prophetnet.tokenizer"),
+    *("tokenizer.tiktoken", "tiktoken.model", "spm.model"),
+)
 
 
 class Tokens(list[int]):
@@ -45,6 +51,7 @@ class Tokenization:
         max_tokens: longest input; longer texts are cut there.
         n_cut: texts so far that `tokenize` has cut.
         pad_id: the token that fills up shorter texts of a padded batch.
+        start_ids, end_ids: what stands around each text where the tokenizer does not see to it.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -59,9 +66,47 @@ class Tokenization:
         self.max_tokens = checkpoint.max_tokens
         self.n_cut = 0
         self.pad_id: int = self.tokenizer.pad_token_id or 0
-        self._start_ids = _token_ids(self.tokenizer, checkpoint, checkpoint.start_token)
-        self._end_ids = _token_ids(self.tokenizer, checkpoint, checkpoint.end_token)
+        self.start_ids = _token_ids(self.tokenizer, checkpoint, checkpoint.start_token)
+        self.end_ids = _token_ids(self.tokenizer, checkpoint, checkpoint.end_token)
+        if not self.end_ids:
+            self.start_ids, self.end_ids = self._asked_for()
         self._said_cut = False
+        self._n_rows = checkpoint.config.get("vocab_size")
+        self._special_ids = frozenset(self.tokenizer.all_special_ids)
+
+    def _asked_for(self) -> tuple[list[int], list[int]]:
+        """Tokens around a text where the tokenizer's files ask for some that it does not add.
+
+        transformers 5 ignores `add_eos_token` where the tokenizer's own template says otherwise.
+        """
+        tokenizer, options = self.tokenizer, self.checkpoint.tokenizer_config
+        alone, whole = (
+            self._call(["a"], add_special_tokens=special)[0] for special in (False, True)
+        )
+        n = len(alone)
+        at = next((i for i in range(len(whole) - n + 1) if whole[i : i + n] == alone), 0)
+        start, end = whole[:at], whole[at + n :]
+        lacks_start = (
+            options.get("add_bos_token") is True
+            and tokenizer.bos_token_id is not None
+            and tokenizer.bos_token_id not in start
+        )
+        lacks_end = (
+            options.get("add_eos_token") is True
+            and tokenizer.eos_token_id is not None
+            and tokenizer.eos_token_id not in end
+        )
+        if lacks_start or lacks_end:
+            start = [tokenizer.bos_token_id, *start] if lacks_start else start
+            return start, [*end, tokenizer.eos_token_id] if lacks_end else end
+        if self.checkpoint.pooling == "lasttoken" and not end:
+            warnings.warn(
+                f"{self.name} pools the last token, but its tokenizer puts none behind a text: the "
+                f"vector is that of the last word. If the model was trained with an end token, set "
+                f"add_eos_token to true in tokenizer_config.json",
+                stacklevel=4,
+            )
+        return [], []
 
     @property
     def takes_instructions(self) -> bool:
@@ -79,13 +124,14 @@ class Tokenization:
         if instruction is not None and role == "document":
             raise InputError("an instruction goes on queries only; documents are encoded bare")
         template = self.checkpoint.query_template
+        if instruction is None:
+            own = self.checkpoint.prompt(role)
+            if own or template is None or role == "document":
+                return own
+            return template.format(instruction=self.checkpoint.default_instruction)
         if template is None:
-            if instruction is not None:
-                raise InputError(f"{self.name} takes no instructions; encode without one")
-            return self.checkpoint.prompts.get(role, "")
-        if role == "document":
-            return ""
-        return template.format(instruction=instruction or self.checkpoint.default_instruction)
+            raise InputError(f"{self.name} takes no instructions; encode without one")
+        return template.format(instruction=instruction)
 
     def tokenize(
         self,
@@ -97,30 +143,87 @@ class Tokenization:
     ) -> list[Tokens]:
         """Token ids of each text with prompt and end token, cut to `max_tokens` or the model's."""
         prompt, full = self._prompted(texts, role, instruction)
-        limit = min(max_tokens or self.max_tokens, self.max_tokens)
-        found = [self._cut(ids, limit) for ids in self._whole(full)]
-        long = [i for i, each in enumerate(found) if each.is_cut]
-        if long and not self._end_ids:
+        limit = min(max_tokens or self.max_tokens, self.limit(role))
+        tokens = [self._cut(ids, limit) for ids in self._whole(full)]
+        long = [i for i, ids in enumerate(tokens) if ids.is_cut]
+        if long and not self.end_ids:
             # Only the tokenizer knows which of its special tokens have to stay.
-            texts = [full[i] for i in long]
-            short = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+            short = self._call([full[i] for i in long], truncation=True, max_length=limit)
             for i, ids in zip(long, short, strict=True):
-                found[i][:] = ids
-        if self.checkpoint.pooling == "latent" and prompt:
+                tokens[i][:] = ids
+        if prompt:
+            self._mark_prompt(prompt, tokens)
+        self._check_vocabulary(tokens, texts)
+        self._report_cut(tokens, limit)
+        return tokens
+
+    def limit(self, role: Role) -> int:
+        """The longest input of a role, in tokens; longer texts are cut there."""
+        return min(self.max_tokens, self.checkpoint.limit(role))
+
+    def _mark_prompt(self, prompt: str, tokens: Sequence[Tokens]) -> None:
+        """Note how many tokens of the prompt pooling leaves out, where it does."""
+        if self.checkpoint.pooling == "latent":
             # As its authors count: the prompt's tokens alone, from position 0 on. The start token
             # stands there too, and the prompt's last one, a space, has become part of the text.
             n_prompt = len(self.tokenizer.tokenize(prompt))
-            for each in found:
-                each.n_prompt = min(n_prompt, len(each) - 1)
-        self._report_cut(found, limit)
-        return found
+        elif self.checkpoint.st.excludes_prompt:
+            # As Sentence Transformers counts: with the start token, without the one at the end.
+            (ids,) = self._whole([prompt])
+            n_prompt = len(self.start_ids) + len(ids)
+            n_prompt -= bool(ids) and not self.end_ids and ids[-1] in self._special_ids
+        else:
+            return
+        for ids in tokens:
+            ids.n_prompt = min(n_prompt, len(ids) - 1)
+
+    def _check_vocabulary(self, tokens: Sequence[Tokens], texts: Sequence[str]) -> None:
+        """Refuse tokens that the model's table has no row for.
+
+        Raises:
+            InputError: the first such token, and its text.
+        """
+        if self._n_rows is None or len(self.tokenizer) <= self._n_rows:
+            return
+        for ids, text in zip(tokens, texts, strict=True):
+            for token in ids:
+                if token >= self._n_rows:
+                    raise InputError(
+                        f"{self.name}: token {self.tokenizer.convert_ids_to_tokens(token)!r} "
+                        f"(number {token}) of the text {text[:80]!r} is beyond the model's table "
+                        f"of {self._n_rows:,} tokens; the table was not resized when tokens were "
+                        f"added to the tokenizer"
+                    )
+
+    def _call(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        """The tokenizer's own call.
+
+        Raises:
+            InputError: a text holds half a surrogate pair, which is no Unicode text.
+            IntegrityError: the tokenizer fails otherwise.
+        """
+        try:
+            with foreign_errors(self.checkpoint.folder, "tokenizing"):
+                ids: list[list[int]] = self.tokenizer(list(texts), **options)["input_ids"]
+        except IntegrityError:
+            for text in texts:
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    at = text.encode("ascii", "backslashreplace").decode()[:80]
+                    raise InputError(
+                        f"the text {at!r} is no Unicode text: position {error.start:,} holds half "
+                        f"a surrogate pair (an emoji that was cut in two); remove it"
+                    ) from None
+            raise
+        return ids
 
     def lengths(
         self, texts: Sequence[str], *, role: Role = "document", instruction: str | None = None
     ) -> list[int]:
         """Tokens that each text has with prompt and end token before it is cut."""
         _, full = self._prompted(texts, role, instruction)
-        around = len(self._start_ids) + len(self._end_ids)
+        around = len(self.start_ids) + len(self.end_ids)
         return [len(ids) + around for ids in self._whole(full)]
 
     def check(self, texts: Sequence[str]) -> None:
@@ -151,17 +254,14 @@ class Tokenization:
         """
         if not full:
             return []
-        ids: list[list[int]] = self.tokenizer(
-            full, add_special_tokens=not self._end_ids, truncation=False
-        )["input_ids"]
-        return ids
+        return self._call(full, add_special_tokens=not self.end_ids, truncation=False)
 
     def _cut(self, ids: Sequence[int], limit: int) -> Tokens:
         """With start and end token, and room left for them, so that truncation can never cut off
         what pooling reads.
         """
-        room = max(0, limit - len(self._start_ids) - len(self._end_ids))
-        found = Tokens((*self._start_ids, *ids[:room], *self._end_ids))
+        room = max(0, limit - len(self.start_ids) - len(self.end_ids))
+        found = Tokens((*self.start_ids, *ids[:room], *self.end_ids))
         found.is_cut = len(ids) > room
         return found
 
@@ -188,16 +288,25 @@ class Tokenization:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The folder's tokenizer, without its code."""
-    try:
-        return import_transformers().AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
+    """The folder's tokenizer, without its code.
+
+    Raises:
+        InputError: there is none.
+        IntegrityError: its files are broken.
+    """
+    folder = checkpoint.folder
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise InputError(
-            f"{checkpoint.folder} has no tokenizer that can be loaded "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+            f"{folder} has no tokenizer (none of {', '.join(_VOCABULARIES)}); download the model "
+            f"again, or save its tokenizer there"
+        )
+    with foreign_errors(folder, "reading the tokenizer"):
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(f"{folder}: the tokenizer has an empty vocabulary; its files are broken")
+    return tokenizer
 
 
 def import_transformers() -> Any:

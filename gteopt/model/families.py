@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Pooling = Literal["lasttoken", "mean", "cls", "latent"]
+Pooling = Literal["lasttoken", "mean", "cls", "latent", "modules"]
+"""How token vectors become one; "modules" is a sequence that only Sentence Transformers runs."""
 Attention = Literal["bidirectional", "causal"]
 
 
@@ -173,7 +174,7 @@ def family_of(
         config: of `config.json`.
         name: Hub id or name of the folder.
         prompts: in `config_sentence_transformers.json`.
-        pooling: of the `Pooling` module; "" where no file says.
+        pooling: what the modules say; "" where no file says.
     """
     kind = str(config.get("model_type"))
     if kind == "nvembed" or "latent_attention_config" in config:

@@ -19,7 +19,8 @@ import torch
 
 from gteopt.config.plan import Workload
 from gteopt.encoder.description import Backend
-from gteopt.encoder.loading import build_skeleton, load
+from gteopt.encoder.loading import load
+from gteopt.encoder.skeleton import build_skeleton
 from gteopt.encoder.tokenization import load_tokenizer
 from gteopt.errors import GteoptError
 from gteopt.frozen import Frozen

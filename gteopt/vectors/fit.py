@@ -44,7 +44,9 @@ _WAYS: dict[DimsMethod, tuple[_Way, ...]] = {
 """What a method chooses among; of equals the first one."""
 
 
-def fit(x: npt.ArrayLike, dims: Dims | None, vectors: Vectors) -> VectorTransform:
+def fit(
+    x: npt.ArrayLike, dims: Dims | None, vectors: Vectors, *, similarity: Similarity = "cosine"
+) -> VectorTransform:
     """Fit projection and code on calibration vectors.
 
     PCA projects on the leading right singular vectors of `x` as it is, not mean-centred: centring
@@ -55,6 +57,7 @@ def fit(x: npt.ArrayLike, dims: Dims | None, vectors: Vectors) -> VectorTransfor
         x: [N, F] unit rows of the model, in full dimension.
         dims: how to shorten; None keeps all F, or leaves the choice to `vectors.bytes`.
         vectors: how a vector is stored.
+        similarity: "dot" for a model whose vectors keep their length; see `VectorTransform`.
 
     Raises:
         InputError: more dimensions than the model or the calibration vectors have, too few vectors
@@ -69,14 +72,14 @@ def fit(x: npt.ArrayLike, dims: Dims | None, vectors: Vectors) -> VectorTransfor
     if vectors.bytes is not None:
         return _fit_bytes(rows, vectors, vectors.bytes)
     if dims is None:
-        return _coded(identity(rows.shape[1]), rows, vectors)
+        return _coded(identity(rows.shape[1], similarity=similarity), rows, vectors)
     ways = _ways(rows, dims, vectors)
     if len(ways) == 1:
-        return _shortened(_Basis(rows), dims.n, ways[0], vectors)
+        return _shortened(_Basis(rows), dims.n, ways[0], vectors, similarity)
     fits = [partial(_shortened, n_dims=dims.n, way=way, vectors=vectors) for way in ways]
     kept = _neighbours_kept(rows, fits)
     best = ways[int(np.argmax(kept))]
-    chosen = _shortened(_Basis(rows), dims.n, best, vectors)
+    chosen = _shortened(_Basis(rows), dims.n, best, vectors, similarity)
     return replace(chosen, neighbours_kept=dict(zip(ways, kept, strict=True)))
 
 
@@ -162,13 +165,20 @@ def _ways(rows: Floats, dims: Dims, vectors: Vectors) -> tuple[_Way, ...]:
     return ways if enough and dims.n <= n - n_held_out else ways[:1]
 
 
-def _shortened(basis: _Basis, n_dims: int, way: _Way, vectors: Vectors) -> VectorTransform:
+def _shortened(
+    basis: _Basis,
+    n_dims: int,
+    way: _Way,
+    vectors: Vectors,
+    similarity: Similarity = "cosine",
+) -> VectorTransform:
     """The transform fitted on all vectors of `basis`, nothing left to choose."""
     if way == "slice":
         full_dims = basis.rows.shape[1]
         transform = VectorTransform(full_dims=full_dims, dims=n_dims, method="slice")
     else:
         transform = basis.principal(n_dims)
+    transform = replace(transform, similarity=similarity)
     if way == "pca rotated":
         transform = _rotated(transform, basis.rows, vectors.code)
     return _coded(transform, basis.rows, vectors)

@@ -341,9 +341,13 @@ def _tensor_problems(
     return problems
 
 
-def identity(full_dims: int) -> VectorTransform:
+def identity(
+    full_dims: int, *, kept: int | None = None, similarity: Similarity = "cosine"
+) -> VectorTransform:
     """The transform that keeps every dimension in float32."""
-    return VectorTransform(full_dims=full_dims, dims=full_dims)
+    if kept is None or kept >= full_dims:
+        return VectorTransform(full_dims=full_dims, dims=full_dims, similarity=similarity)
+    return VectorTransform(full_dims=full_dims, dims=kept, method="slice", similarity=similarity)
 
 
 def checked_rows(x: npt.ArrayLike, width: int | None, what: str) -> Floats:

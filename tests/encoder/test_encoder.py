@@ -18,7 +18,8 @@ from torch import Tensor
 import gteopt
 from gteopt.config.recipe import LayerScheme
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import empty_, swap_linear_
+from gteopt.encoder.loading import empty_
+from gteopt.encoder.packed_weights import swap_linear_
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
 from gteopt.model.checkpoint import _hash_unchanged, open_checkpoint
 from gteopt.quant.affine import pack, quantize_rtn

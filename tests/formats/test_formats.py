@@ -363,7 +363,7 @@ def int4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for format in ("gteopt", *INT4):
         made = gteopt.quantize("nano", recipe(scheme, format), folder / format)
         assert made.format == format
-    return dict.fromkeys(("gteopt", *INT4), folder / format)
+    return {name: folder / name for name in ("gteopt", *INT4)}
 
 
 def test_every_layout_gives_the_same_vectors(int4: dict[str, Path]) -> None:

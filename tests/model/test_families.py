@@ -272,14 +272,18 @@ def test_inspect_tells_the_familys_facts(tmp_path: Path) -> None:
         publish(folder, model, prefix=prefixes(model)[0])
         facts[model.name] = inspect(f"{owner}/{model.name}", hub_dir=tmp_path)
     assert {f.license for f in facts.values()} == {"apache-2.0", "mit", "cc-by-nc-4.0"}
-    assert [facts[name].max_tokens for name in IDS] == [32_768, 32_768, 32_768, 4096, 32_768]
+    # Where the folder states a limit, that is what holds; else the family's.
+    stated = [512 if model.st else None for model in MODELS]
+    trained = [32_768, 32_768, 32_768, 4096, 32_768]
+    limits = [own or family for own, family in zip(stated, trained, strict=True)]
+    assert [facts[name].max_tokens for name in IDS] == limits
     assert facts["Qwen3-Embedding-0.6B"].matryoshka_dims == (64, 32)
     assert facts["NV-Embed-v1"].pooling == "latent"
     assert facts["NV-Embed-v1"].license == "cc-by-nc-4.0"
     around = [(facts[name].start_token, facts[name].end_token) for name in IDS]
     assert around == [(None, "<|endoftext|>")] * 3 + [("<s>", "</s>")] * 2
     assert all(each.published_scores for each in facts.values())
-    assert any("gteopt takes the family's" in note for note in facts[IDS[0]].notes)
+    assert any("the folder cuts texts at 512 tokens" in note for note in facts[IDS[0]].notes)
 
 
 def test_replayed_blocks_give_the_models_own_output_however_often(published: Published3) -> None:

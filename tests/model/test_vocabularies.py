@@ -156,7 +156,7 @@ def test_special_tokens_in_a_users_text_do_not_move_what_is_pooled(real: Real) -
 
 def test_a_text_beyond_the_maximum_is_cut_before_the_end_token_and_counted_once(real: Real) -> None:
     encoder = real.encoder
-    limit = 4096 if real.model.start else 32_768
+    limit = encoder.max_tokens
     long = "Die Brücke über den Fluss. 桥。 " * 6000
     before = encoder.tokenization.n_cut
     with warnings.catch_warnings(record=True) as caught:

@@ -1,0 +1,145 @@
+"""`config.json` of a transformer: what gteopt reads of it, checked before anything is built.
+
+Hides: the names that architectures give to a size, a limit or an attention direction. Refuses to
+know: torch, weights, families' rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gteopt.errors import InputError, UnsupportedError, join_problems
+from gteopt.model.families import Attention
+from gteopt.model.foreign import shorten
+
+# What NV-Embed's config.json may leave out: the defaults of its classes.
+_NESTED_DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-5,
+}
+DECODERS = frozenset(
+    {
+        *("qwen2", "qwen3", "mistral", "llama", "gemma", "gemma2", "phi", "phi3"),
+        *("gemma3_text", "ministral3", "olmo2", "granite", "smollm3", "qwen3_moe", "qwen2_moe"),
+        *("mixtral", "gpt_neox", "opt", "gpt2", "stablelm", "starcoder2", "cohere", "glm"),
+        *("olmo", "olmo3", "falcon", "bloom", "ministral", "phimoe", "gpt_oss", "deepseek_v3"),
+    }
+)
+"""Architectures that attend causally unless config.json says otherwise."""
+_WIDTHS = ("hidden_size", "dim", "d_model", "n_embd")
+_LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+_OFFSET_POSITIONS = frozenset(
+    {
+        *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"),
+        *("data2vec-text", "xmod", "roberta-prelayernorm", "luke", "ibert", "markuplm", "esm"),
+        *("layoutlmv3", "lilt", "mluke", "jina_embeddings_v3"),
+    }
+)
+"""Architectures whose first token stands at position padding_idx + 1 of a learned table."""
+_ROTARY_INSTEAD = frozenset({"jina_embeddings_v3", "esm"})
+"""Of these, the ones that need no table where config.json asks for rotary positions."""
+_MOST_SIZE = 1 << 24
+_MOST_ROWS = 1 << 27
+
+
+def check_config(config: Mapping[str, Any], path: Path, n_tensors: int) -> None:
+    """Refuse numbers that no model has, which would take memory or time without end.
+
+    Args:
+        config: of the transformer.
+        path: the file, for errors.
+        n_tensors: in the weight files; a layer has at least one.
+
+    Raises:
+        InputError: all wrong fields at once.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise InputError(f"{path} names no model_type; it is no config of a transformer")
+    problems = []
+    for name, value in config.items():
+        is_count = name.startswith(("num_", "n_", "max_")) or name.endswith(("_size", "_dim"))
+        if not (is_count or name in _WIDTHS or name == "head_dim") or value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            if name in (*_WIDTHS, *_LIMITS, "vocab_size") or "hidden_layers" in name:
+                problems.append(f"{name} should be a whole number, found {shorten(value)}")
+            continue
+        is_layers = "layers" in name or name == "n_layer"
+        most = _MOST_ROWS if "vocab" in name or name in _LIMITS else _MOST_SIZE
+        if is_layers and n_tensors:
+            most = min(most, n_tensors)
+        least = 1 if name in (*_WIDTHS, *_LIMITS, "vocab_size") else -1
+        if not least <= value <= most:
+            shown = shorten(value) if abs(value) < 1 << 64 else "a number beyond 64 bits"
+            problems.append(f"{name} should be between {least} and {most:,}, found {shown}")
+    if problems:
+        raise InputError(join_problems(f"{path} is wrong", problems[:10]))
+
+
+def unnest(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """The transformer's config inside NV-Embed's, and that of its pooling; else the config alone.
+
+    The transformer is a Mistral whose code calls itself `bidir_mistral`; its attention sees every
+    token, so a sliding window that the config still names does not apply.
+
+    Raises:
+        InputError: no config inside.
+        UnsupportedError: a transformer inside that is no Mistral.
+    """
+    if "latent_attention_config" not in config and config.get("model_type") != "nvembed":
+        return config, None
+    inner = config.get("text_config")
+    latent = config.get("latent_attention_config") or {}
+    if not isinstance(inner, dict) or not isinstance(latent, dict):
+        raise InputError(f"{folder}/config.json names no text_config for its latent attention")
+    kind = inner.get("model_type", "bidir_mistral")
+    if kind not in ("bidir_mistral", "mistral"):
+        raise UnsupportedError(
+            f"{folder}: latent attention over a {shorten(kind)} model is not known; gteopt knows "
+            f"NV-Embed's, over a Mistral"
+        )
+    kept = {k: v for k, v in inner.items() if k not in ("auto_map", "_name_or_path")}
+    flat = {**_NESTED_DEFAULTS, **kept, "model_type": "mistral", "sliding_window": None}
+    return flat, latent
+
+
+def hidden_dims(config: Mapping[str, Any]) -> int:
+    """Dimensions of a token vector.
+
+    Raises:
+        UnsupportedError: the config names none.
+    """
+    for name in _WIDTHS:
+        if isinstance(size := config.get(name), int):
+            return size
+    raise UnsupportedError("config.json names no hidden_size; this architecture is unknown")
+
+
+def position_limit(config: Mapping[str, Any]) -> int | None:
+    """The longest text that the positions of the architecture allow; None where none is stated."""
+    stated = next((config[n] for n in _LIMITS if isinstance(config.get(n), int)), None)
+    kind = str(config["model_type"])
+    if stated is None or kind not in _OFFSET_POSITIONS:
+        return stated
+    if kind in _ROTARY_INSTEAD and config.get("position_embedding_type") != "absolute":
+        return int(stated)
+    padding = config.get("pad_token_id", 1)
+    return int(stated) - (padding if isinstance(padding, int) and padding >= 0 else 1) - 1
+
+
+def attention_of(config: Mapping[str, Any]) -> Attention:
+    """The direction in which the architecture attends as this config sets it."""
+    stated = config.get("is_causal")
+    if stated is False or config.get("use_bidirectional_attention"):
+        return "bidirectional"
+    is_decoder = config["model_type"] in DECODERS or config.get("is_decoder")
+    return "causal" if is_decoder else "bidirectional"
