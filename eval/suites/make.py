@@ -20,6 +20,7 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,30 @@ from typing import Any
 import mteb
 import numpy as np
 import numpy.typing as npt
+import yaml
 from scipy.stats import spearmanr
+
+from gteopt.config.yaml_files import read_yaml, shipped_names
+from gteopt.evaluation.mini_tasks import MINI_TASKS
+from gteopt.evaluation.suites import Suite, SuiteTask
+from gteopt.evaluation.task_facts import amount_of, read_task_facts
 
 FOLDER = Path(__file__).parent
 TOKENS_PER_S = 36_000  # assumed: a 7B encoder in bf16 on one H200, short and long texts mixed
-# Assumed for a Qwen2 vocabulary.
-CHARACTERS_PER_TOKEN = {"mteb-en": 4.5, "c-mteb": 1.5, "mteb-fr": 3.6, "mteb-pl": 2.7}
-INSTRUCTION_TOKENS = 25  # on each text but the documents of a search
 N_EXTRA = 2  # tasks of a lite suite beyond one of each type
 MAX_TASK_MINUTES = 5.0
+MAX_SUBSETS = 200  # of a task with more (41,412 pairs of languages), only the sums are kept
 LITE_MINUTES = {"mteb-en": 10.0, "c-mteb": 10.0, "mteb-fr": 10.0, "mteb-pl": 5.0}
 MIN_MODELS = 40  # a task with fewer scores is left out of the mean that is predicted
-_TEXT_FIELDS = ("text_statistics", "text1_statistics", "text2_statistics", "summaries_statistics")
+_NOT_TEXT = {"no", "yes", "on", "off", "y", "n"}  # YAML 1.1 reads them as truth values
+_TEXT_FIELDS = (
+    "text_statistics",
+    "text1_statistics",
+    "text2_statistics",
+    "summaries_statistics",
+    "sentence1_statistics",
+    "sentence2_statistics",
+)
 
 Matrix = npt.NDArray[np.float64]
 
@@ -103,6 +116,26 @@ BENCHMARKS = (
 
 
 @dataclass(frozen=True)
+class Later:
+    """A benchmark of mteb's that no average of 2024 was published for.
+
+    Attributes:
+        summary: what the suite lists; `{n}` is its number of tasks.
+    """
+
+    suite: str
+    name: str
+    summary: str
+
+
+LATER = (
+    Later("mteb-en-v2", "MTEB(eng, v2)", "MTEB in English, second version, {n} tasks"),
+    Later("mteb-multi", "MTEB(Multilingual, v2)", "MTEB in over 250 languages, {n} tasks"),
+    Later("rteb", "RTEB(beta)", "RTEB, retrieval in law, health, finance and code, {n} open tasks"),
+)
+
+
+@dataclass(frozen=True)
 class Scores:
     """Published scores of the models that have every task.
 
@@ -145,10 +178,27 @@ def main(reference: Path) -> None:
     """Write every suite and the README's tables."""
     published = _published(reference / "mteb_scores.csv.gz")
     suites, lites = [], []
+    facts: dict[str, Any] = {}
+    for each in (*BENCHMARKS, *LATER):
+        for task in mteb.get_benchmark(each.name).tasks:
+            if task.metadata.is_public:
+                _merge(facts, task)
+    for name in shipped_names("eval/suites"):
+        for entry in read_yaml(FOLDER / f"{name}.yaml", Suite).tasks:
+            if entry.task not in facts and not entry.task.startswith("Mini"):
+                _merge(facts, mteb.get_task(entry.task, eval_splits=list(entry.splits or ())))
+    for task_class in MINI_TASKS.values():
+        _merge_mini(facts, task_class())
+    whole = {"schema": "gteopt.tasks/1", "mteb": mteb.__version__, "tasks": facts}
+    lines = json.dumps(whole, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    # A line a task, so that a change shows as one.
+    (FOLDER / "tasks.json").write_text(lines.replace('},"', '},\n"') + "\n", encoding="utf-8")
+    read_task_facts.cache_clear()
+    for later in LATER:
+        _write_later(later)
     for each in BENCHMARKS:
         tasks = {task.metadata.name: task for task in mteb.get_benchmark(each.name).tasks}
-        rate = CHARACTERS_PER_TOKEN[each.suite]
-        minutes = {name: _tokens(task, rate) / TOKENS_PER_S / 60 for name, task in tasks.items()}
+        minutes = {name: _task_minutes(task) for name, task in tasks.items()}
         scores = _scores(published, tasks)
         lite = _choose(scores, tasks, minutes, LITE_MINUTES[each.suite])
         _write(each, list(tasks.values()), sum(minutes.values()))
@@ -273,29 +323,112 @@ def _choose(
     )
 
 
-def _tokens(task: Any, characters_per_token: float) -> float:
-    """Tokens of a task's distinct texts, from mteb's descriptive statistics."""
+def _task_minutes(task: Any) -> float:
+    """Minutes that encoding a task's texts takes, at the assumed rate."""
+    entry = SuiteTask.model_validate(yaml.safe_load(_entry(task))[0])
+    amount = amount_of(entry)
+    assert amount is not None
+    return amount.n_tokens / TOKENS_PER_S / 60
+
+
+def _merge(facts: dict[str, Any], task: Any) -> None:
+    """Add a task's facts; subsets and splits add up over the suites that have it."""
     metadata = task.metadata
     if hasattr(metadata, "tasks"):
-        return sum(_tokens(part, characters_per_token) for part in metadata.tasks)
-    tokens = 0.0
-    for split in task.eval_splits:
-        whole = metadata.descriptive_stats[split]
-        by_subset = whole.get("hf_subset_descriptive_stats", {})
-        for subset in task.hf_subsets:
-            stats = by_subset.get(subset, whole)
-            for field, text in stats.items():
-                if not text or not field.endswith(_TEXT_FIELDS):
-                    continue
-                average, n = text["average_text_length"], text["unique_texts"]
-                has_instruction = not field.startswith("documents")
-                each = average / characters_per_token + INSTRUCTION_TOKENS * has_instruction
-                tokens += n * each
-                if metadata.type == "Classification":
-                    labels = stats["label_statistics"]["unique_labels"]
-                    # Ten training sets, which repeat texts; not counted less for that.
-                    tokens += task.n_experiments * task.samples_per_label * labels * each
-    return tokens
+        for part in metadata.tasks:
+            _merge(facts, part)
+        facts[metadata.name] = {
+            "kind": metadata.type,
+            "domains": sorted(each.lower() for each in metadata.domains or ()),
+            "languages": {"default": _languages(metadata.languages)},
+            "parts": [part.metadata.name for part in metadata.tasks],
+        }
+        return
+    found = facts.setdefault(
+        metadata.name,
+        {
+            "kind": metadata.type,
+            "data": metadata.dataset["path"],
+            "domains": sorted(each.lower() for each in metadata.domains or ()),
+            "languages": {},
+            "sizes": {},
+        },
+    )
+    by_subset = metadata.hf_subsets_to_langscripts
+    all_stats = metadata.descriptive_stats or {}
+    sizes = {
+        split: {subset: _size(task, all_stats.get(split, {}), subset) for subset in task.hf_subsets}
+        for split in task.eval_splits
+    }
+    languages = {subset: _languages(by_subset[subset]) for subset in task.hf_subsets}
+    if len(languages) > MAX_SUBSETS:
+        languages = {"*": sorted({code for codes in languages.values() for code in codes})}
+        sizes = {split: {"*": _total(each.values())} for split, each in sizes.items()}
+    found["languages"] |= languages
+    for split, own in sizes.items():
+        found["sizes"].setdefault(split, {}).update(own)
+
+
+def _merge_mini(facts: dict[str, Any], task: Any) -> None:
+    """Add a task of the mini set, whose texts are here to be counted."""
+    task.load_data()
+    sizes: dict[str, dict[str, int]] = {}
+    for subset in task.hf_subsets:
+        data = task.dataset.get(subset, task.dataset)
+        counted: Counter[str] = Counter()
+        for split in data.values():
+            is_search = isinstance(split, dict)
+            rows = [*split["corpus"]] if is_search else []
+            counted["n_documents"] += len(rows)
+            counted["n_document_characters"] += sum(len(row["text"]) for row in rows)
+            rows = split["queries"] if is_search else split
+            texts = {
+                text
+                for row in rows
+                for name, text in row.items()
+                if name in ("text", "sentence1", "sentence2", "sentences")
+            }
+            counted["n_texts"] += len(texts)
+            counted["n_characters"] += sum(map(len, texts))
+        sizes[subset] = {name: n for name, n in counted.items() if n}
+    by_subset = task.metadata.hf_subsets_to_langscripts
+    facts[task.metadata.name] = {
+        "kind": task.metadata.type,
+        "languages": {subset: _languages(by_subset[subset]) for subset in task.hf_subsets},
+        "sizes": {"test": sizes},
+    }
+
+
+def _languages(codes: Any) -> list[str]:
+    return sorted({code.partition("-")[0] for code in codes})
+
+
+def _total(sizes: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in sizes:
+        total.update(each)
+    return dict(total)
+
+
+def _size(task: Any, whole: dict[str, Any], subset: str) -> dict[str, int]:
+    """Distinct texts and characters of a subset, from mteb's descriptive statistics of a split."""
+    metadata = task.metadata
+    size = {"n_texts": 0, "n_characters": 0, "n_documents": 0, "n_document_characters": 0}
+    stats = whole.get("hf_subset_descriptive_stats", {}).get(subset, whole)
+    for field, text in stats.items():
+        if not text or not field.endswith(_TEXT_FIELDS):
+            continue
+        average, n = text["average_text_length"], text["unique_texts"]
+        what = ("n_documents", "n_document_characters")
+        if not field.startswith("documents"):
+            what = ("n_texts", "n_characters")
+            if metadata.type == "Classification":
+                labels = stats["label_statistics"]["unique_labels"]
+                # Ten training sets, which repeat texts; not counted less for that.
+                n += task.n_experiments * task.samples_per_label * labels
+        size[what[0]] += n
+        size[what[1]] += round(average * n)
+    return {name: n for name, n in size.items() if n}
 
 
 def _entry(task: Any) -> str:
@@ -308,8 +441,9 @@ def _entry(task: Any) -> str:
             for part in metadata.tasks
         ]
         return "\n".join([f"  - {fields[0]}", f"    {fields[1]}", "    parts:", *parts])
-    if list(task.hf_subsets) != ["default"]:
-        fields.append(f"subsets: [{', '.join(task.hf_subsets)}]")
+    if list(task.hf_subsets) != ["default"] and len(task.hf_subsets) <= MAX_SUBSETS:
+        subsets = ", ".join(f'"{each}"' if each in _NOT_TEXT else each for each in task.hf_subsets)
+        fields.append(f"subsets: [{subsets}]")
     fields.append(f"splits: [{', '.join(task.eval_splits)}]")
     fields.append(f'revision: "{metadata.dataset["revision"]}"')
     return f"  - {{{', '.join(fields)}}}"
@@ -325,6 +459,21 @@ def _write(each: Benchmark, tasks: list[Any], minutes: float) -> None:
         "# The averages published in 2024 differ from this benchmark by these tasks.",
         f"published: {{n_tasks: {each.n_published}, missing: {json.dumps(each.missing)}, "
         f"added: {json.dumps(each.added)}}}",
+        "tasks:",
+        *(_entry(task) for task in tasks),
+    ]
+    (FOLDER / f"{each.suite}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_later(each: Later) -> None:
+    tasks = [task for task in mteb.get_benchmark(each.name).tasks if task.metadata.is_public]
+    minutes = sum(_task_minutes(task) for task in tasks)
+    lines = [
+        f"# Made by eval/suites/make.py from mteb {mteb.__version__}'s {each.name}.",
+        "schema: gteopt.suite/1",
+        f"name: {each.suite}",
+        f"summary: {each.summary.format(n=len(tasks))} ({each.name}).",
+        f"minutes: {minutes:.0f}",
         "tasks:",
         *(_entry(task) for task in tasks),
     ]

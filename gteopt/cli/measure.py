@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from gteopt.cli.names import names_of
 from gteopt.cli.options import (
     Artifacts,
     AsJson,
@@ -24,6 +25,7 @@ from gteopt.cli.options import (
     Ray,
     SuiteName,
     finite,
+    known_file,
 )
 from gteopt.cli.output import (
     print_json,
@@ -38,6 +40,7 @@ from gteopt.errors import InputError
 if TYPE_CHECKING:
     from gteopt.config.plan import BenchSpec
     from gteopt.corpus.workers import Workers
+    from gteopt.evaluation.suites import Suite
 
 
 def run(
@@ -252,6 +255,35 @@ def evaluate(
         float,
         typer.Option(help="a difference of scores, 0 to 1, that does not matter; see policies"),
     ] = 0.01,
+    per_row: Annotated[
+        bool,
+        typer.Option(
+            "--per-row",
+            help="verdicts hold for each row alone; without it, for all rows of the table together",
+        ),
+    ] = False,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="score as a model's authors do: gte-authors, e5-authors, or a file",
+            callback=known_file("eval/protocols"),
+            autocompletion=names_of("eval/protocols"),
+        ),
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="only tasks and subsets in these languages alone: en,fr")
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="only tasks of one of these domains of mteb: legal,medical")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="say what would be encoded, how long it takes, and stop"),
+    ] = False,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0, callback=finite, help="with --dry-run: of this machine in dollars"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="results folder; makes runs resumable")] = None,
     dtype: Annotated[
         str,
@@ -283,24 +315,43 @@ def evaluate(
 
     Example: `gteopt evaluate artifacts/nano-int4 --suite mini --out artifacts/results`
     """
-    from gteopt.commands.evaluate import Setup, base_of, compare_texts, parse_grid, score
-    from gteopt.evaluation.runner import EncodeOptions
+    from gteopt.evaluation.data_check import check_data
     from gteopt.evaluation.suites import with_data
-    from gteopt.evaluation.tasks import load_suite
-    from gteopt.report.terminal import eval_table, fidelity_table, grid_table
 
-    sources = _named([baseline or base_of(artifacts), *artifacts])
     if texts is not None and (suite or data):
         raise InputError("--texts has no labels to score; give it without --suite and --data")
     if instruction is not None and data is None:
         raise InputError("--instruction goes with --data; a suite's file names those of its tasks")
-    loaded = load_suite(suite) if suite else None
+    loaded = _suite(suite, protocol, language, domain) if suite else None
     if data is not None:
         loaded = with_data(loaded, data, instruction=instruction)
     if loaded is None and texts is None:
         raise InputError("nothing to evaluate on; give --suite, --data or --texts")
     if not 0 < margin < 1:
         raise InputError(f"--margin {margin:g}: give a share of a score, between 0 and 1")
+    if dry_run:
+        if loaded is None:
+            raise InputError("--dry-run counts the texts of a suite; give --suite or --data")
+        _show_estimate(
+            _named([*([baseline] if baseline else []), *artifacts]),
+            loaded,
+            out,
+            hub_dir=hub_dir,
+            price_per_hour=price_per_hour,
+            cache_bytes=int(cache_gb * 1e9),
+            as_json=as_json,
+        )
+        return
+    if loaded is not None:
+        check_data(loaded, hub_dir)  # before torch and mteb are imported, which takes longer
+    from gteopt.commands.evaluate import Setup, base_of, compare_texts, parse_grid, score
+    from gteopt.evaluation.runner import EncodeOptions
+    from gteopt.evaluation.tasks import check_suite
+    from gteopt.report.terminal import eval_table, fidelity_table, grid_table
+
+    if loaded is not None:
+        check_suite(loaded, suite or loaded.name)
+    sources = _named([baseline or base_of(artifacts), *artifacts])
     grid = parse_grid(dims, vectors) if dims or vectors else None
     options = EncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype)
     with _workers(devices, ray, device) as workers, show_progress() as progress:
@@ -313,6 +364,7 @@ def evaluate(
             workers=workers,
             options=options,
             asked=_asked(context),
+            correction="row" if per_row else "family",
         )
         if texts is not None:
             close = compare_texts(sources, texts, out, how=how, progress=progress)
@@ -323,6 +375,45 @@ def evaluate(
         return
     table = eval_table(reports) if grid is None else grid_table(reports)
     show_records(list(reports.values()), table, as_json=as_json)
+
+
+def _suite(name: str, protocol: str | None, language: str | None, domain: str | None) -> Suite:
+    """A suite by name or file, with what the options leave of it."""
+    from gteopt.evaluation.suites import read_protocol, read_suite
+    from gteopt.evaluation.task_facts import filter_suite, under_protocol
+
+    suite = read_suite(name)
+    wanted = [
+        [each.strip() for each in (names or "").split(",") if each.strip()]
+        for names in (language, domain)
+    ]
+    if any(wanted):
+        suite = filter_suite(suite, languages=wanted[0], domains=wanted[1])
+    return suite if protocol is None else under_protocol(suite, read_protocol(protocol))
+
+
+def _show_estimate(
+    sources: dict[str, str],
+    suite: Suite,
+    out: Path | None,
+    *,
+    hub_dir: Path | None,
+    price_per_hour: float | None,
+    cache_bytes: int,
+    as_json: bool,
+) -> None:
+    from gteopt.commands.estimate_evaluation import estimate_evaluation
+    from gteopt.report.estimate_table import estimate_table
+
+    estimate = estimate_evaluation(
+        sources,
+        suite,
+        out,
+        hub_dir=hub_dir,
+        price_per_hour=price_per_hour,
+        cache_bytes=cache_bytes,
+    )
+    show_record(estimate, estimate_table(estimate), as_json=as_json)
 
 
 def choose(

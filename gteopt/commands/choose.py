@@ -23,11 +23,13 @@ def judge(folder: Path, policy: Policy) -> Results:
         InputError, IntegrityError: see `read_results` and `choose`.
     """
     found = read_results(folder)
+    corrections = {report.correction for report in found.evals.values()}
     evals = settle(
         {
             name: report.model_copy(update={"margin": policy.margin})
             for name, report in found.evals.items()
-        }
+        },
+        "row" if corrections == {"row"} else "family",
     )
     results = found.model_copy(update={"evals": evals, "choice": None})
     results = results.model_copy(update={"choice": choose(policy, results)})

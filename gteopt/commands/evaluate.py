@@ -24,6 +24,7 @@ from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import load
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
 from gteopt.evaluation.compare import Drawn, compare
+from gteopt.evaluation.data_check import check_data
 from gteopt.evaluation.fidelity import fidelity
 from gteopt.evaluation.runner import (
     ENCODE_OPTIONS,
@@ -39,7 +40,7 @@ from gteopt.evaluation.views import View, own_view, view_of
 from gteopt.model.artifact import is_artifact, read_manifest
 from gteopt.model.checkpoint import NANO, open_checkpoint
 from gteopt.progress import Progress
-from gteopt.records.evaluation import EvalReport, FidelityReport
+from gteopt.records.evaluation import Correction, EvalReport, FidelityReport
 from gteopt.records.files import read_record, write_record
 
 
@@ -101,6 +102,7 @@ class Setup:
             here, which fits its ranges.
         options: of the vectors' cache.
         asked: see `EvalReport`.
+        correction: what the error rate of verdicts holds for; see `settle`.
     """
 
     hub_dir: Path | None = None
@@ -111,6 +113,7 @@ class Setup:
     workers: Workers | None = None
     options: EncodeOptions = ENCODE_OPTIONS
     asked: tuple[str, ...] = ()
+    correction: Correction = "family"
 
 
 def score(
@@ -135,6 +138,7 @@ def score(
             anything is encoded.
     """
     _check_folder(folder)
+    check_data(suite, how.hub_dir)
     _check_all(sources, folder, how)
     reports: dict[str, EvalReport] = {}
     baseline = None
@@ -175,7 +179,7 @@ def score(
             noted = replace(run, notes=(*run.notes, *notes))
             found = compare(baseline, noted, variant_name=row, margin=margin, drawn=drawn)
             reports[row] = found.model_copy(update={"asked": how.asked})
-    reports = settle(reports)
+    reports = settle(reports, how.correction)
     if folder is not None:
         for name, report in reports.items():
             write_record(folder / "eval" / f"{name}.json", report)

@@ -35,7 +35,8 @@ from gteopt.corpus.workers import Workers
 from gteopt.encoder.description import pick_device
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems
 from gteopt.evaluation.suites import Suite, with_data
-from gteopt.evaluation.tasks import in_languages, load_suite
+from gteopt.evaluation.task_facts import filter_suite
+from gteopt.evaluation.tasks import load_suite
 from gteopt.evaluation.user_data import read_own, read_texts
 from gteopt.model.artifact import discard, is_artifact, read_manifest
 from gteopt.model.checkpoint import open_checkpoint
@@ -298,7 +299,7 @@ def load_judges(plan: Plan) -> Suite | None:
     """
     suite = load_suite(plan.suite_name) if plan.suite_name is not None else None
     if suite is not None and plan.languages:
-        suite = in_languages(suite, plan.languages)
+        suite = filter_suite(suite, languages=plan.languages)
     if plan.data is not None:
         read_own(plan.data, plan.columns)  # its faults, before anything is built
         suite = with_data(suite, plan.data, columns=plan.columns)

@@ -15,12 +15,15 @@ from pydantic import BaseModel, ValidationError
 from gteopt.errors import InputError, join_problems, suggest
 from gteopt.paths import shipped_dir
 
-ShippedKind = Literal["recipes", "recipes/plans", "recipes/policies", "eval/suites"]
+ShippedKind = Literal[
+    "recipes", "recipes/plans", "recipes/policies", "eval/suites", "eval/protocols"
+]
 _KIND_WORD: dict[ShippedKind, str] = {
     "recipes": "recipe",
     "recipes/plans": "plan",
     "recipes/policies": "policy",
     "eval/suites": "suite",
+    "eval/protocols": "protocol",
 }
 Document = TypeVar("Document", bound=BaseModel)
 

@@ -77,6 +77,8 @@ class VectorCache:
 
     Attributes:
         counts: since it was opened, each request's repetitions counted once.
+        keeps_lengths: rows are stored as long as the encoder makes them, instead of as unit rows;
+            set before anything is read or written, in a folder of its own.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class VectorCache:
         self.identity = vector_identity(encoder, dtype)
         self.folder = folder / _short_hash(self.identity)
         self.counts = Encodings()
+        self.keeps_lengths = False
         self._encode = encode or LocalEncoding(encoder, 32, say)
         self._limit_bytes = limit_bytes
         self._dtype = np.dtype(dtype)
@@ -206,6 +209,8 @@ class VectorCache:
         """Unit rows in the stored dtype. Only directions are ever scored, and unit rows are where
         float16 is finest; a zero row stays zero.
         """
+        if self.keeps_lengths:
+            return vectors.astype(self._dtype)
         norm = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
         return (vectors / np.where(norm > 0, norm, 1.0)).astype(self._dtype)
 

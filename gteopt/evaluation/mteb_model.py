@@ -90,10 +90,19 @@ class TaskModel:
         )
 
     def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> Floats:
-        """What the stored codes of texts stand for, [N, dims]."""
+        """What the stored codes of texts stand for, [N, dims].
+
+        Where the protocol keeps lengths, each is as long as the model made it.
+        """
         texts = [text for batch in inputs for text in batch["text"]]
         self._n_texts += len(texts)
         side: Side = "text" if prompt_type is None else prompt_type.value
+        if self._cache.keeps_lengths:
+            parts = []
+            for vectors in self._encoded(texts, side):
+                codes = self._transform.quantize(self._transform.project(vectors))
+                parts.append(self._transform.dequantize(codes) * _lengths(vectors))
+            return np.concatenate(parts)
         codes = self._transform.quantize(
             self._project(texts, side, [self._view])[self._view.sha256]
         )
@@ -210,7 +219,10 @@ class TaskModel:
             vectors = self._cache.embed(chunk, role, instruction, count)
             self._n_done += len(chunk)
             if self.sampler is not None:
-                self.sampler.offer(side, chunk, f"{role}\0{instruction or ''}", vectors)
+                unit: Floats = vectors
+                if self._cache.keeps_lengths:
+                    unit = (vectors / np.maximum(_lengths(vectors), 1e-12)).astype(np.float32)
+                self.sampler.offer(side, chunk, f"{role}\0{instruction or ''}", unit)
             yield vectors
 
 
@@ -218,6 +230,12 @@ def search_depth(task_metadata: Any) -> int | None:
     """How many results of a query the task's main score looks at; None where it does not say."""
     depth = _SCORE_DEPTH.search(task_metadata.main_score)
     return None if depth is None else int(depth[1])
+
+
+def _lengths(vectors: Floats) -> Floats:
+    """Norms [N, 1] of rows."""
+    norms: Floats = np.linalg.norm(vectors, axis=1, keepdims=True).astype(np.float32)
+    return norms
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -10,7 +10,6 @@ know: how tasks find their data, how vectors become scores, what a score is comp
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,12 +17,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gteopt.corpus.shards import EncodeAhead, EncodeShards, Encodings, LocalEncoding, Shard
+from gteopt.corpus.shards import EncodeAhead, EncodeShards, Encodings, Shard
 from gteopt.corpus.vector_cache import DEFAULT_BYTES, CacheDtype, VectorCache
-from gteopt.errors import GteoptError, NumericsError, UnsupportedError
+from gteopt.errors import GteoptError
 from gteopt.evaluation.corpus_search import Searches
 from gteopt.evaluation.fidelity import Sample, Sampler, sample_of
 from gteopt.evaluation.per_item_scores import Samples
@@ -35,6 +33,7 @@ from gteopt.evaluation.task_store import (
     carries_on_documents,
     mean_over_tasks,
 )
+from gteopt.evaluation.task_vectors import TaskVectors
 from gteopt.evaluation.views import View, own_view
 from gteopt.machine import machine, versions
 from gteopt.progress import Progress, quiet
@@ -170,12 +169,19 @@ def run_views(
         InputError: data that cannot be found or read, all of it, before anything is encoded.
     """
     from gteopt.evaluation.mteb_isolation import isolated
+    from gteopt.evaluation.tasks import load_data, resolve
 
     with ExitStack() as stack:
         stack.enter_context(isolated(offline=hub_dir is not None))
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gteopt-")))
-        return _run(encoder, suite, views, hub_dir, store, options, progress)
+        tasks = resolve(suite, hub_dir)
+        scoring = _Scoring(encoder, suite, views, store, options, progress)
+        waiting = scoring.read_finished(tasks)
+        load_data(waiting)
+        scoring.score(waiting, len(tasks))
+        suite_sha256 = suite.sha256({task.name: task.revision for task in tasks})
+        return [scoring.run_of(view, suite_sha256) for view in views]
 
 
 def begin_views(
@@ -199,7 +205,7 @@ def begin_views(
         for each in resolve(suite, hub_dir):
             if Place.of(encoder, each, store, options.dtype).sample() is None:
                 load_data([each])
-                cache = _open_cache(encoder, store, options, lambda note: None)
+                cache = TaskVectors(encoder, store, options, lambda note: None).usual()
                 _Ahead(options, cache, [each]).look(0)
                 each.task.unload_data()
                 return
@@ -243,122 +249,173 @@ def run_texts(
     with ExitStack() as stack:
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gteopt-")))
-        cache = _open_cache(encoder, store, options, say)
+        cache = TaskVectors(encoder, store, options, say).usual()
         sample = sample_of(texts, cache.embed(texts, "document", None, progress))
     return TextsRun(sample, cache.counts, tuple(notes), machine(), _conditions(encoder, options))
 
 
-def _run(
-    encoder: Description,
-    suite: Suite,
-    views: Sequence[View],
-    hub_dir: Path | None,
-    store: Path,
-    options: EncodeOptions,
-    progress: Progress,
-) -> list[SuiteRun]:
-    from gteopt.evaluation.tasks import load_data, n_texts, resolve
+class _Scoring:
+    """One run: the tasks that wait, what is done, and what it took."""
 
-    notes: list[str] = []
+    def __init__(
+        self,
+        encoder: Description,
+        suite: Suite,
+        views: Sequence[View],
+        store: Path,
+        options: EncodeOptions,
+        progress: Progress,
+    ) -> None:
+        self.encoder = encoder
+        self.suite = suite
+        self.views = views
+        self.store = store
+        self.options = options
+        self.progress = progress
+        self.notes: list[str] = []
+        self.vectors = TaskVectors(encoder, store, options, self.say)
+        self.sampler = Sampler()
+        self.places: dict[str, Place] = {}
+        self.done: dict[tuple[str, str], FinishedTask] = {}
+        self.failed: dict[str, list[FailedTask]] = {view.sha256: [] for view in views}
+        self.now: dict[tuple[str, str], Encodings] = {}
+        self.here, self.conditions = machine(), _conditions(encoder, options)
 
-    def say(note: str) -> None:
-        notes.append(note)
-        progress(note, 1, 1)
+    def say(self, note: str) -> None:
+        """Keep a note for the reports and show it."""
+        self.notes.append(note)
+        self.progress(note, 1, 1)
 
-    tasks = resolve(suite, hub_dir)
-    places = {each.name: Place.of(encoder, each, store, options.dtype) for each in tasks}
-    sampler = Sampler()
-    done: dict[tuple[str, str], FinishedTask] = {}
-    for name, place in places.items():
-        sample = place.sample()
-        if sample is not None:
-            sampler.merge(sample)
-            found = {view.sha256: place.finished(view) for view in views}
-            done |= {(sha256, name): each for sha256, each in found.items() if each is not None}
-    waiting = [
-        each for each in tasks if any((view.sha256, each.name) not in done for view in views)
-    ]
-    load_data(waiting)
+    def read_finished(self, tasks: Sequence[ResolvedTask]) -> list[ResolvedTask]:
+        """Read what earlier runs have finished; the tasks that some view still waits for."""
+        for task in tasks:
+            place = Place.of(self.encoder, task, self.store, self.options.dtype)
+            self.places[task.name] = place
+            sample = place.sample()
+            if sample is None:
+                continue
+            self.sampler.merge(sample)
+            for view in self.views:
+                finished = place.finished(view)
+                if finished is not None:
+                    self.done[view.sha256, task.name] = finished
+        return [task for task in tasks if self._waiting(task)]
 
-    ignored = [each.task for each in suite.tasks if each.instruction is not None]
-    if ignored and not encoder.takes_instructions:
-        say(f"{encoder.name} takes no instructions; that of {', '.join(ignored)} is left out")
-    cache = _open_cache(encoder, store, options, say)
-    _say_what_does_not_fit({each.name: n_texts(each) for each in waiting}, cache, say)
-    failed: dict[str, list[FailedTask]] = {view.sha256: [] for view in views}
-    now: dict[tuple[str, str], Encodings] = {}
-    ahead = _Ahead(options, cache, waiting)
-    here, conditions = machine(), _conditions(encoder, options)
-    for position, each in enumerate(waiting, start=len(tasks) - len(waiting) + 1):
-        ahead.look(position - (len(tasks) - len(waiting) + 1))
-        try:
-            # A task draws from generators that it owns; every view has to see the same draws.
-            generators = deepcopy((each.task.rng_state, each.task.np_rng))
-            task_sampler: Sampler | None = Sampler()
-            cache.begin_task()
-            searches = Searches([view for view in views if (view.sha256, each.name) not in done])
-            for view in views:
-                key = view.sha256, each.name
-                if key in done:
-                    continue
-                each.task.rng_state, each.task.np_rng = deepcopy(generators)
-                before = cache.counts
-                what = f"{view.name}: {each.name} ({position} of {len(tasks)})"
-                try:
-                    scores, samples = _score(
-                        cache, view, each, searches, task_sampler, store, _renamed(progress, what)
-                    )
-                except GteoptError as error:
-                    failed[view.sha256].append(FailedTask(task=each.name, reason=str(error)))
-                    continue
-                except Exception as error:
-                    # A task of mteb's may fail in any way, and the others are worth having.
-                    reason = f"{type(error).__name__}: {error}"
-                    failed[view.sha256].append(FailedTask(task=each.name, reason=reason))
-                    continue
-                finally:
-                    now[key] = cache.counts - before
-                done[key] = FinishedTask(scores, samples, now[key], here, conditions)
-                if task_sampler is not None:
-                    # Vectors first: a task whose scores are on disk has its vectors there, too.
-                    places[each.name].write_sample(task_sampler.sample())
-                    sampler.merge(task_sampler.sample())
-                    task_sampler = None
-                places[each.name].write(view, done[key])
-        finally:
-            each.task.unload_data()
-    sample = sampler.sample()
-    suite_sha256 = suite.sha256({each.name: each.revision for each in tasks})
-    runs = []
-    for view in views:
-        own = {name: done[view.sha256, name] for name in places if (view.sha256, name) in done}
-        own_now = {name: taken for (sha256, name), taken in now.items() if sha256 == view.sha256}
-        where, when, earlier = _measured_on(own, here, conditions)
-        took = own_now | {name: each.encodings for name, each in own.items()}
-        runs.append(
-            SuiteRun(
-                encoder=view.name,
-                encoder_sha256=view.sha256,
-                suite=suite,
-                suite_sha256=suite_sha256,
-                scores=tuple(score for each in own.values() for score in each.scores),
-                samples={
-                    (name, split, subset): samples
-                    for name, each in own.items()
-                    for (split, subset), samples in each.samples.items()
-                },
-                failed=tuple(failed[view.sha256]),
-                sample=sample,
-                vectors=view.vectors,
-                machine=where,
-                versions=when,
-                encodings=sum(took.values(), Encodings()),
-                encodings_now=sum(own_now.values(), Encodings()),
-                notes=(*notes, *earlier),
-                hub_id=encoder.checkpoint.hub_id,
+    def _waiting(self, task: ResolvedTask) -> list[View]:
+        return [view for view in self.views if (view.sha256, task.name) not in self.done]
+
+    def score(self, tasks: Sequence[ResolvedTask], n_all: int) -> None:
+        """Score tasks, with their data loaded, one after the other."""
+        from gteopt.evaluation.tasks import n_texts
+
+        ignored = [task.task for task in self.suite.tasks if task.instruction is not None]
+        if ignored and not self.encoder.takes_instructions:
+            self.say(
+                f"{self.encoder.name} takes no instructions; that of {', '.join(ignored)} is left "
+                f"out"
             )
+        caches = [self.vectors.of(task) for task in tasks]
+        usual = self.vectors.usual()
+        _say_what_does_not_fit({task.name: n_texts(task) for task in tasks}, usual, self.say)
+        ahead = _Ahead(self.options, usual, tasks)
+        for position, (task, cache) in enumerate(zip(tasks, caches, strict=True)):
+            ahead.look(position)
+            number = f"{n_all - len(tasks) + position + 1} of {n_all}"
+            try:
+                self._score_task(task, cache, number)
+            finally:
+                task.task.unload_data()
+
+    def _score_task(self, task: ResolvedTask, cache: VectorCache, number: str) -> None:
+        # A task draws from generators that it owns; every view has to see the same draws.
+        generators = deepcopy((task.task.rng_state, task.task.np_rng))
+        cache.begin_task()
+        waiting = self._waiting(task)
+        searches = Searches(waiting)
+        sampler: Sampler | None = Sampler()
+        for view in waiting:
+            task.task.rng_state, task.task.np_rng = deepcopy(generators)
+            progress = _renamed(self.progress, f"{view.name}: {task.name} ({number})")
+            finished = self._finished(task, view, cache, searches, sampler, progress)
+            if finished is None:
+                continue
+            self.done[view.sha256, task.name] = finished
+            if sampler is not None:
+                # Vectors first: a task whose scores are on disk has its vectors there, too.
+                self.places[task.name].write_sample(sampler.sample())
+                self.sampler.merge(sampler.sample())
+                sampler = None
+            self.places[task.name].write(view, finished)
+
+    def _finished(
+        self,
+        task: ResolvedTask,
+        view: View,
+        cache: VectorCache,
+        searches: Searches,
+        sampler: Sampler | None,
+        progress: Progress,
+    ) -> FinishedTask | None:
+        """Scores of one task and view; None, and a record of why, where it fails."""
+        from gteopt.evaluation.mteb_model import TaskModel
+        from gteopt.evaluation.scoring import score_task
+
+        before = cache.counts
+        model = TaskModel(
+            cache,
+            view,
+            task.instruction if self.encoder.takes_instructions else None,
+            sampler,
+            progress,
+            on_documents=carries_on_documents(self.encoder, task),
+            searches=searches,
         )
-    return runs
+        try:
+            scores, samples = score_task(model, task, self.store)
+        except GteoptError as error:
+            self.failed[view.sha256].append(FailedTask(task=task.name, reason=str(error)))
+            return None
+        except Exception as error:
+            # A task of mteb's may fail in any way, and the others are worth having.
+            reason = f"{type(error).__name__}: {error}"
+            self.failed[view.sha256].append(FailedTask(task=task.name, reason=reason))
+            return None
+        finally:
+            self.now[view.sha256, task.name] = cache.counts - before
+        took = self.now[view.sha256, task.name]
+        return FinishedTask(scores, samples, took, self.here, self.conditions)
+
+    def run_of(self, view: View, suite_sha256: str) -> SuiteRun:
+        """What came of one view."""
+        own = {
+            name: self.done[view.sha256, name]
+            for name in self.places
+            if (view.sha256, name) in self.done
+        }
+        own_now = {name: took for (sha256, name), took in self.now.items() if sha256 == view.sha256}
+        where, when, earlier = _measured_on(own, self.here, self.conditions)
+        took = own_now | {name: finished.encodings for name, finished in own.items()}
+        return SuiteRun(
+            encoder=view.name,
+            encoder_sha256=view.sha256,
+            suite=self.suite,
+            suite_sha256=suite_sha256,
+            scores=tuple(score for finished in own.values() for score in finished.scores),
+            samples={
+                (name, split, subset): samples
+                for name, finished in own.items()
+                for (split, subset), samples in finished.samples.items()
+            },
+            failed=tuple(self.failed[view.sha256]),
+            sample=self.sampler.sample(),
+            vectors=view.vectors,
+            machine=where,
+            versions=when,
+            encodings=sum(took.values(), Encodings()),
+            encodings_now=sum(own_now.values(), Encodings()),
+            notes=(*self.notes, *earlier),
+            hub_id=self.encoder.checkpoint.hub_id,
+        )
 
 
 def _measured_on(
@@ -389,19 +446,6 @@ def differing_conditions(one: tuple[Machine, Conditions], other: tuple[Machine, 
     """What of one place is otherwise at the other, in words; "" where nothing is."""
     facts, others = ({**dict(machine), **versions} for machine, versions in (one, other))
     return ", ".join(f"{key} {value}" for key, value in facts.items() if others.get(key) != value)
-
-
-def _open_cache(
-    encoder: Description, store: Path, options: EncodeOptions, say: Callable[[str], None]
-) -> VectorCache:
-    return VectorCache(
-        encoder,
-        store / "vectors",
-        encode=options.encode or LocalEncoding(encoder, options.batch_size, say),
-        limit_bytes=options.cache_bytes,
-        dtype=options.dtype,
-        say=say,
-    )
 
 
 def _say_what_does_not_fit(
@@ -461,92 +505,6 @@ class _Ahead:
             self._encode.expect(shards)
         if position == len(self._tasks) - 1 and self._afterwards is not None:
             self._encode.afterwards(self._afterwards)
-
-
-def _score(
-    cache: VectorCache,
-    view: View,
-    resolved: ResolvedTask,
-    searches: Searches,
-    sampler: Sampler | None,
-    store: Path,
-    progress: Progress,
-) -> tuple[tuple[SubsetScore, ...], Mapping[tuple[str, str], Samples]]:
-    """Scores of every split and subset of one task, and what they are made of.
-
-    Raises:
-        NumericsError: vectors or a score that is not a number.
-    """
-    from gteopt.evaluation.mteb_model import TaskModel
-    from gteopt.evaluation.mteb_results import write_results
-    from gteopt.evaluation.predictions import collect, read_predictions, record_draws_
-    from gteopt.evaluation.tasks import n_samples
-
-    instruction = resolved.instruction if cache.encoder.takes_instructions else None
-    model = TaskModel(
-        cache,
-        view,
-        instruction,
-        sampler,
-        progress,
-        on_documents=carries_on_documents(cache.encoder, resolved),
-        searches=searches,
-    )
-    metadata = resolved.task.metadata
-    scores = []
-    samples: dict[tuple[str, str], Samples] = {}
-    everything: dict[str, Mapping[str, Any]] = {}
-    started = monotonic()
-    for split in resolved.splits:
-        draws = record_draws_(resolved.task)
-        with tempfile.TemporaryDirectory(prefix="gteopt-") as folder:
-            by_subset = resolved.task.evaluate(
-                model, split, encode_kwargs={"batch_size": 32}, prediction_folder=Path(folder)
-            )
-            predictions = read_predictions(resolved.task, Path(folder))
-        everything[split] = by_subset
-        entries = dict(collect(resolved.task, split, predictions, draws))
-        for subset, metrics in by_subset.items():
-            score = float(metrics["main_score"])
-            if not math.isfinite(score):
-                raise NumericsError(
-                    f"{metadata.main_score} of {split}/{subset} is {score}; the vectors of all its "
-                    f"texts may be the same"
-                )
-            found = _reproducing(entries.get(subset), score)
-            if isinstance(found, Samples):
-                samples[split, subset] = found
-            scores.append(
-                SubsetScore(
-                    task=resolved.aggregate or resolved.name,
-                    task_type=metadata.type,
-                    split=split,
-                    subset=subset if resolved.aggregate is None else resolved.name,
-                    metric=metadata.main_score,
-                    score=score,
-                    instruction=instruction,
-                    dataset_revision=resolved.revision,
-                    n_samples=n_samples(resolved.task, split, subset),
-                    no_samples=None if isinstance(found, Samples) else found,
-                )
-            )
-    write_results(store, model.mteb_model_meta, resolved, everything, monotonic() - started)
-    return tuple(scores), samples
-
-
-def _reproducing(found: Samples | UnsupportedError | None, score: float) -> Samples | str:
-    """The entries if they make mteb's own score; else why they cannot be used.
-
-    An interval around a number that is not the task's score would be worse than none.
-    """
-    from gteopt.evaluation.predictions import TOLERANCE
-
-    if not isinstance(found, Samples):
-        return str(found or "mteb names another subset")
-    again = found.score()
-    if abs(again - score) > TOLERANCE:
-        return f"the entries give {again:.6f} where mteb gives {score:.6f}"
-    return found
 
 
 def _renamed(progress: Progress, task: str) -> Progress:

@@ -15,8 +15,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gteopt.config.plan import ColumnRole
+from gteopt.config.yaml_files import find_yaml, read_yaml
 from gteopt.frozen import Frozen
 
+NAME = r"^[a-z0-9][a-z0-9._-]*$"
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
@@ -36,6 +38,8 @@ class SuiteTask(Frozen):
         revision: commit of the data on the Hub that is read; None is the one that mteb names.
         files_sha256: hash over a local folder of the data, for folders that tell no commit.
         parts: revisions by name of the tasks that an aggregate (CQADupstackRetrieval) is made of.
+        max_tokens: longer texts are cut there; None is the suite's.
+        normalize: whether vectors are scaled to unit length; None is the suite's.
     """
 
     task: Annotated[str, Field(min_length=1)]
@@ -48,6 +52,29 @@ class SuiteTask(Frozen):
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     files_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     parts: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]] | None = None
+    max_tokens: Annotated[int, Field(ge=8)] | None = None
+    normalize: bool | None = None
+
+
+class Protocol(Frozen):
+    """How a model's authors evaluate, where that is not how gteopt does.
+
+    Attributes:
+        source: the script that says so.
+        max_tokens: longer texts are cut there; None is the model's limit.
+        normalize: whether vectors are scaled to unit length.
+        not_normalized: mteb's task types whose vectors keep their length all the same.
+        precision: what its published figures were computed in.
+    """
+
+    schema_: Literal["gteopt.protocol/1"] = Field(alias="schema")
+    name: Annotated[str, Field(pattern=NAME)]
+    summary: str
+    source: str
+    max_tokens: Annotated[int, Field(ge=8)] | None = None
+    normalize: bool = True
+    not_normalized: tuple[str, ...] = ()
+    precision: str
 
 
 class PublishedAverage(Frozen):
@@ -69,13 +96,18 @@ class Suite(Frozen):
 
     Attributes:
         minutes: estimated for a 7B model on one H200 (eval/suites/README.md says how).
+        max_tokens, normalize: of the tasks that do not say; see `SuiteTask`.
+        protocol: whose evaluation this is, where it is not gteopt's.
     """
 
     schema_: Literal["gteopt.suite/1"] = Field(alias="schema")
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     summary: str = ""
     minutes: Annotated[float, Field(gt=0)] | None = None
     published: PublishedAverage | None = None
+    max_tokens: Annotated[int, Field(ge=8)] | None = None
+    normalize: bool = True
+    protocol: str | None = None
     tasks: Annotated[tuple[SuiteTask, ...], Field(min_length=1)]
 
     def sha256(self, contents: Mapping[str, str]) -> str:
@@ -90,7 +122,29 @@ class Suite(Frozen):
             del task["columns"]  # `contents` covers them
             if task["data"] is not None:
                 task["data"] = contents[task["task"]]
+            task["max_tokens"] = task["max_tokens"] or self.max_tokens
+            task["normalize"] = self.normalize if task["normalize"] is None else task["normalize"]
         return hashlib.sha256(json.dumps(tasks, sort_keys=True).encode()).hexdigest()
+
+
+def read_suite(name_or_file: str) -> Suite:
+    """A shipped suite by name, or one from a YAML file; reads no more than that file.
+
+    `tasks.load_suite` checks the names in it as well, which takes mteb.
+
+    Raises:
+        InputError: no such suite, or its YAML is not valid.
+    """
+    return read_yaml(find_yaml("eval/suites", name_or_file), Suite)
+
+
+def read_protocol(name_or_file: str) -> Protocol:
+    """A shipped protocol by name, or one from a YAML file.
+
+    Raises:
+        InputError: no such protocol, or its YAML is not valid.
+    """
+    return read_yaml(find_yaml("eval/protocols", name_or_file), Protocol)
 
 
 def with_data(

@@ -110,6 +110,8 @@ class Place:
             "instruction": task.instruction if encoder.takes_instructions else None,
             "symmetric": str(carries_on_documents(encoder, task)),
             "revision": task.revision,
+            "max_tokens": None if task.max_tokens is None else str(task.max_tokens),
+            "normalize": str(task.normalize),
             "aggregate": task.aggregate,  # its scores bear that name
             "mteb": version("mteb"),
             "scikit-learn": version("scikit-learn"),  # k-means and logistic regression

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from mteb.get_tasks import TASK_LIST
 
 from gteopt.config.yaml_files import find_yaml, read_yaml
 from gteopt.errors import InputError, join_problems, suggest
+from gteopt.evaluation.data_check import fetch_command
 from gteopt.evaluation.instructions import INSTRUCTIONS
 from gteopt.evaluation.mini_tasks import _MINI_DIR, _MINI_PATH, MINI_TASKS, _dataset
+from gteopt.evaluation.mteb_isolation import isolated
 from gteopt.evaluation.suites import Suite, SuiteTask
 from gteopt.evaluation.user_data import Collection, Pairs, read_own
 from gteopt.local_data import LocalData, describe_local_data, downloaded_commit
@@ -41,64 +43,22 @@ def load_suite(name_or_file: str) -> Suite:
     Raises:
         InputError: no such suite; or not valid, listing every unknown task, subset and split.
     """
-    from gteopt.evaluation.mteb_isolation import isolated
-
     path = find_yaml("eval/suites", name_or_file)
     suite = read_yaml(path, Suite)
-    with isolated(offline=True):
-        problems = suite_problems(suite)
-    if problems:
-        raise InputError(join_problems(f"{path} has {len(problems)} problem(s)", problems))
+    check_suite(suite, str(path))
     return suite
 
 
-_ISO_639_3 = {
-    "ar": "ara", "cs": "ces", "da": "dan", "de": "deu", "el": "ell", "en": "eng", "es": "spa",
-    "fi": "fin", "fr": "fra", "he": "heb", "hi": "hin", "hu": "hun", "it": "ita", "ja": "jpn",
-    "ko": "kor", "nl": "nld", "no": "nor", "pl": "pol", "pt": "por", "ro": "ron", "ru": "rus",
-    "sv": "swe", "th": "tha", "tr": "tur", "uk": "ukr", "vi": "vie", "zh": "cmn",
-}  # fmt: skip
-"""Codes of two letters and the codes of three that mteb's tasks carry."""
-
-
-def in_languages(suite: Suite, languages: Sequence[str]) -> Suite:
-    """The suite with those tasks and subsets alone that are in these languages throughout.
-
-    Args:
-        suite: see `load_suite`.
-        languages: ISO 639 codes of two or three letters: "en", "fra".
+def check_suite(suite: Suite, name: str) -> None:
+    """Refuse a suite with tasks, subsets or splits that mteb does not have.
 
     Raises:
-        InputError: nothing of the suite is in these languages; says which languages it has.
+        InputError: lists all of them; `name` is what it calls the suite.
     """
-    wanted = {_ISO_639_3.get(language.lower(), language.lower()) for language in languages}
-    tasks, known = [], set[str]()
-    for entry in suite.tasks:
-        if entry.data is not None:
-            tasks.append(entry)
-            continue
-        metadata = (_CLASSES | MINI_TASKS)[entry.task].metadata
-        by_subset = metadata.eval_langs
-        if not isinstance(by_subset, dict):
-            by_subset = {"default": by_subset}
-        codes = {
-            subset: {code.partition("-")[0] for code in spoken}
-            for subset, spoken in by_subset.items()
-            if entry.subsets is None or subset in entry.subsets or subset == "default"
-        }
-        known |= {code for spoken in codes.values() for code in spoken}
-        fitting = tuple(subset for subset, spoken in codes.items() if spoken <= wanted)
-        if len(fitting) == len(codes):
-            tasks.append(entry)
-        elif fitting:
-            tasks.append(entry.model_copy(update={"subsets": fitting}))
-    if not any(entry.data is None for entry in tasks):
-        short = {long: code for code, long in _ISO_639_3.items()}
-        has = ", ".join(sorted(short.get(code, code) for code in known))
-        raise InputError(
-            f"suite {suite.name} has no task in {', '.join(languages)} alone; it has {has}"
-        )
-    return suite.model_copy(update={"tasks": tuple(tasks), "published": None})
+    with isolated(offline=True):
+        problems = suite_problems(suite)
+    if problems:
+        raise InputError(join_problems(f"{name} has {len(problems)} problem(s)", problems))
 
 
 _CLASSES: dict[str, Any] = {each.metadata.name: each for each in TASK_LIST}
@@ -112,6 +72,8 @@ class ResolvedTask:
         revision: commit of the data on the Hub, or "sha256:..." of the local files that are read.
         folder: where local data lie; None where they come from the Hub.
         local: the state of a folder in the Hub's layout; None for all other data.
+        max_tokens: longer texts are cut there; None is the model's limit.
+        normalize: whether vectors are scaled to unit length.
         symmetric: whether the documents of a search carry the instruction, too; None where the
             suite leaves it to the model's authors.
         aggregate: name of the task that this one is a part of; its scores are reported under that
@@ -127,6 +89,8 @@ class ResolvedTask:
     symmetric: bool | None = None
     aggregate: str | None = None
     local: LocalData | None = None
+    max_tokens: int | None = None
+    normalize: bool = True
 
     @property
     def name(self) -> str:
@@ -193,7 +157,10 @@ def resolve(suite: Suite, hub_dir: Path | None) -> list[ResolvedTask]:
     for entry in suite.tasks:
         for part, aggregate in _parts(entry):
             try:
-                resolved.append(_resolve(part, aggregate, hub_dir))
+                task = _resolve(part, aggregate, hub_dir)
+                normalize = suite.normalize if entry.normalize is None else entry.normalize
+                limit = entry.max_tokens or suite.max_tokens
+                resolved.append(replace(task, max_tokens=limit, normalize=normalize))
             except InputError as error:
                 # Own data say of which file they speak, and are there, only wrong.
                 (problems if entry.data is None else own_problems).append(str(error))
@@ -483,7 +450,7 @@ def _resolve(entry: SuiteTask, aggregate: str | None, hub_dir: Path | None) -> R
         if not folder.is_dir():
             raise InputError(
                 f"{entry.task}: no folder {folder}; fetch it with: "
-                f"{_fetch_command(path, pinned, folder)}"
+                f"{fetch_command(path, pinned, folder)}"
             )
         data = describe_local_data(folder, "*.jsonl" if is_mini else "*")
         revision = f"sha256:{data.sha256}"
@@ -525,13 +492,13 @@ def _check_pin(entry: SuiteTask, data: LocalData, path: str) -> str | None:
             raise InputError(
                 f"{entry.task}: {data.folder} holds revision {commit}, but the suite pins "
                 f"{entry.revision}; fetch that with: "
-                f"{_fetch_command(path, entry.revision, data.folder)}, or change the suite's pin"
+                f"{fetch_command(path, entry.revision, data.folder)}, or change the suite's pin"
             )
         if changed:
             raise InputError(
                 f"{entry.task}: {', '.join(changed[:3])} in {data.folder} are not as downloaded "
                 f"at revision {commit}; fetch them again with: "
-                f"{_fetch_command(path, entry.revision, data.folder)}, or remove the suite's pin"
+                f"{fetch_command(path, entry.revision, data.folder)}, or remove the suite's pin"
             )
     elif entry.files_sha256 is not None and data.sha256 != entry.files_sha256:
         raise InputError(
@@ -566,13 +533,8 @@ def _unreadable(each: ResolvedTask, error: Exception) -> str:
         return f"{each.name}: {each.folder} does not load ({first_line})"
     dataset = each.task.metadata.dataset
     path = dataset["path"]
-    fetch = _fetch_command(path, dataset.get("revision"), Path("DIR", path))
+    fetch = fetch_command(path, dataset.get("revision"), Path("DIR", path))
     return (
         f"{each.name}: {path} does not load from the Hub ({first_line}); to work "
         f"offline, run where there is a network: {fetch}, then give --hub-dir DIR"
     )
-
-
-def _fetch_command(path: str, revision: str | None, folder: Path) -> str:
-    at = f" --revision {revision}" if revision else ""
-    return f"hf download --repo-type dataset {path}{at} --local-dir {folder}"

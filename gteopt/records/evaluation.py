@@ -270,3 +270,47 @@ class FidelityReport(Frozen):
     fidelity: Fidelity
     machine: Machine
     versions: Conditions
+
+
+class TaskEstimate(Frozen):
+    """What scoring one task takes, as far as it is known beforehand.
+
+    Attributes:
+        n_texts: distinct texts; None where nothing is known of the task.
+        n_tokens: estimated from their characters.
+    """
+
+    task: str
+    n_texts: int | None = None
+    n_tokens: int | None = None
+
+
+class EvaluationEstimate(Frozen):
+    """Result of `evaluate --dry-run`: what would be encoded, how long, on how much disk.
+
+    Attributes:
+        models: that would encode.
+        n_texts, n_tokens: of one model, over the tasks that are known.
+        tokens_per_s: of one model on this machine; None where nothing tells it.
+        rate_source: where the rate comes from, or why there is none.
+        seconds: for all models, encoding alone.
+        vector_bytes: of one model's cached vectors, as much as the cache may keep.
+        missing: tasks whose data are not here.
+        download_bytes: about what would be downloaded for these.
+        price_per_hour, dollars: of this machine, and for `seconds` of it.
+    """
+
+    schema_: Literal["gteopt.estimate/1"] = Field(default="gteopt.estimate/1", alias="schema")
+    suite: str
+    models: tuple[str, ...]
+    tasks: tuple[TaskEstimate, ...]
+    n_texts: int
+    n_tokens: int
+    tokens_per_s: float | None
+    rate_source: str
+    seconds: float | None
+    vector_bytes: int
+    missing: tuple[str, ...]
+    download_bytes: int
+    price_per_hour: float | None = None
+    dollars: float | None = None

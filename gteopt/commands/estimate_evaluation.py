@@ -1,0 +1,147 @@
+"""What `gteopt evaluate --dry-run` does: say what an evaluation would take, without starting it.
+
+Neither torch nor mteb is imported, so that the answer is there in seconds. Hides: where the rate of
+this machine comes from. Refuses to know: how anything is encoded or scored.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from gteopt.errors import IntegrityError
+from gteopt.evaluation.data_check import missing_data
+from gteopt.evaluation.suites import Suite, SuiteTask
+from gteopt.evaluation.task_facts import Amount, amount_of
+from gteopt.model.checkpoint import Checkpoint, open_checkpoint
+from gteopt.records.bench import BenchReport
+from gteopt.records.evaluation import EvaluationEstimate, TaskEstimate
+from gteopt.records.files import read_record
+
+PROBE_S = 0.5
+_SHARE_OF_PEAK = 0.4  # of a large float32 product's speed that a small encoder reaches
+
+
+def estimate_evaluation(
+    sources: Mapping[str, str],
+    suite: Suite,
+    folder: Path | None = None,
+    *,
+    hub_dir: Path | None = None,
+    price_per_hour: float | None = None,
+    cache_bytes: int | None = None,
+    bytes_per_number: int = 2,
+) -> EvaluationEstimate:
+    """What scoring these models on a suite takes on this machine.
+
+    The rate is that of `bench.json` in the results folder. Without one it is worked out from a
+    float32 product of half a second and the baseline's number of weights, which is rough: within a
+    factor of three. Search, k-means and regressions come on top.
+
+    Args:
+        sources: baseline first, by name.
+        suite: tasks without sizes of their own (own data) are counted as unknown.
+        folder: results folder that may hold a bench.
+        hub_dir: where data sets are looked for.
+        price_per_hour: of this machine, in dollars.
+        cache_bytes: most that cached vectors take; None is all of them.
+        bytes_per_number: of cached vectors.
+
+    Raises:
+        InputError: a source that cannot be opened.
+    """
+    names = list(sources)
+    checkpoint = open_checkpoint(sources[names[0]], hub_dir=hub_dir)
+    amounts = {task.task: amount_of(task, _longest(task, checkpoint)) for task in suite.tasks}
+    total = sum((each for each in amounts.values() if each is not None), Amount())
+    rate, rate_source = _rate(names, checkpoint, folder)
+    seconds = None if rate is None else len(names) * total.n_tokens / rate
+    missing = {task: _of(suite, task) for task, _, _ in missing_data(suite, hub_dir)}
+    download = sum(each.n_characters for each in missing.values() if each is not None)
+    needed = total.n_texts * checkpoint.dims * bytes_per_number
+    return EvaluationEstimate(
+        suite=suite.name,
+        models=tuple(names),
+        tasks=tuple(
+            TaskEstimate(task=name)
+            if each is None
+            else TaskEstimate(task=name, n_texts=each.n_texts, n_tokens=each.n_tokens)
+            for name, each in amounts.items()
+        ),
+        n_texts=total.n_texts,
+        n_tokens=total.n_tokens,
+        tokens_per_s=rate,
+        rate_source=rate_source,
+        seconds=seconds,
+        vector_bytes=needed if cache_bytes is None else min(needed, cache_bytes),
+        missing=tuple(missing),
+        download_bytes=download,
+        price_per_hour=price_per_hour,
+        dollars=None
+        if price_per_hour is None or seconds is None
+        else price_per_hour * seconds / 3600,
+    )
+
+
+def _longest(task: SuiteTask, checkpoint: Checkpoint) -> int:
+    return min(task.max_tokens or checkpoint.max_tokens, checkpoint.max_tokens)
+
+
+def _of(suite: Suite, name: str) -> Amount | None:
+    """The amount of an entry, or of a part of one."""
+    entries = [task for task in suite.tasks if task.task == name]
+    return amount_of(entries[0] if entries else SuiteTask(task=name))
+
+
+def _rate(
+    names: list[str], checkpoint: Checkpoint, folder: Path | None
+) -> tuple[float | None, str]:
+    """Tokens a second of one model here, and where that is from."""
+    path = None if folder is None else folder / "bench.json"
+    if path is not None and path.is_file():
+        with suppress(IntegrityError):
+            bench = read_record(path, BenchReport)
+            known = [bench.variants[name].tokens_per_s for name in names if name in bench.variants]
+            if known:  # models take turns: their times add up
+                return len(known) / sum(1 / each for each in known), f"{path}"
+    if Path("/dev/nvidia0").exists():
+        return None, "unknown; run gteopt bench on this GPU with the same --out first"
+    operations = 2 * _n_weights(checkpoint)
+    rate = _SHARE_OF_PEAK * probe_operations_per_s() / operations
+    return rate, f"a float32 product of {PROBE_S:g} s on this processor; gteopt bench is more exact"
+
+
+def _n_weights(checkpoint: Checkpoint) -> int:
+    """Weights that each token is multiplied with: all matrices but the token embeddings."""
+    shapes = checkpoint.tensors
+    if checkpoint.manifest is not None:
+        # Packed weights have other shapes; every block of the architecture has these products.
+        config = checkpoint.config
+        hidden = int(config["hidden_size"])
+        wide = int(config.get("intermediate_size", 4 * hidden))
+        return int(config["num_hidden_layers"]) * (4 * hidden**2 + 3 * hidden * wide)
+    return max(
+        1,
+        sum(
+            math.prod(shape)
+            for name, shape in shapes.items()
+            if len(shape) == 2 and "embed" not in name
+        ),
+    )
+
+
+def probe_operations_per_s() -> float:
+    """Operations a second of float32 products here, the fastest of half a second."""
+    x, w = np.ones((256, 1024), np.float32), np.ones((1024, 1024), np.float32)
+    operations = 2 * x.shape[0] * w.size
+    best, deadline = math.inf, time.perf_counter() + PROBE_S
+    while time.perf_counter() < deadline:
+        started = time.perf_counter()
+        x @ w
+        best = min(best, time.perf_counter() - started)
+    return operations / best

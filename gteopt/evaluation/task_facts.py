@@ -1,0 +1,233 @@
+"""What is known of mteb's tasks without mteb: kind, data, languages, domains, amount of text.
+
+`eval/suites/tasks.json` holds it for the tasks of the shipped suites; `eval/suites/make.py` writes
+it from mteb's own metadata. Importing mteb takes seconds, reading this file does not.
+
+Refuses to know: data, encoders, scores.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from gteopt.errors import InputError, IntegrityError
+from gteopt.evaluation.suites import Protocol, Suite, SuiteTask
+from gteopt.frozen import Frozen
+from gteopt.paths import shipped_dir
+
+INSTRUCTION_TOKENS = 25
+"""Of the instruction on each text but the documents of a search."""
+CHARACTERS_PER_TOKEN = {"eng": 4.5, "cmn": 1.5, "fra": 3.6, "pol": 2.7, "jpn": 1.5, "kor": 1.8}
+"""Assumed for Qwen2's vocabulary, by ISO 639-3 code; 3.0 for the other languages."""
+
+
+class TextCount(Frozen):
+    """Distinct texts of one split and subset, and their characters.
+
+    Attributes:
+        n_texts, n_characters: of the texts that carry an instruction.
+        n_documents, n_document_characters: of the documents of a search.
+    """
+
+    n_texts: int = 0
+    n_characters: int = 0
+    n_documents: int = 0
+    n_document_characters: int = 0
+
+
+class TaskFacts(Frozen):
+    """One of mteb's tasks.
+
+    Attributes:
+        kind: mteb's task type.
+        data: the data set on the Hub; "" for an aggregate.
+        domains: mteb's names, lower-case.
+        languages: ISO 639-3 codes by subset; "*" stands for all of a task with very many.
+        sizes: by split, then subset or "*".
+        parts: the tasks that an aggregate is made of.
+    """
+
+    kind: str
+    data: str = ""
+    domains: tuple[str, ...] = ()
+    languages: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    sizes: dict[str, dict[str, TextCount]] = Field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+
+
+class _File(Frozen):
+    """The file as it lies on disk."""
+
+    schema_: Annotated[str, Field(alias="schema", pattern=r"^gteopt\.tasks/1$")]
+    mteb: str
+    tasks: dict[str, TaskFacts]
+
+
+@functools.cache
+def read_task_facts() -> Mapping[str, TaskFacts]:
+    """Facts by task name, of every mteb task in a shipped suite.
+
+    Raises:
+        IntegrityError: the installation is damaged.
+    """
+    path = shipped_dir("eval/suites") / "tasks.json"
+    try:
+        return _File.model_validate_json(path.read_bytes()).tasks
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} cannot be read ({error}); install gteopt again") from error
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Texts and tokens that scoring takes, as far as they are known beforehand.
+
+    Attributes:
+        n_texts: distinct texts.
+        n_tokens: estimated from their characters.
+        n_characters: about the bytes of a download.
+    """
+
+    n_texts: int = 0
+    n_tokens: int = 0
+    n_characters: int = 0
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(
+            self.n_texts + other.n_texts,
+            self.n_tokens + other.n_tokens,
+            self.n_characters + other.n_characters,
+        )
+
+
+def amount_of(task: SuiteTask, max_tokens: int | None = None) -> Amount | None:
+    """Texts and tokens of one entry of a suite; None where nothing is known of it.
+
+    Args:
+        task: an entry.
+        max_tokens: longest input; on average no text of a split counts more.
+    """
+    facts = read_task_facts().get(task.task)
+    if facts is None:
+        return None
+    if facts.parts:
+        amounts = [amount_of(SuiteTask(task=part, splits=task.splits)) for part in facts.parts]
+        return sum((each for each in amounts if each is not None), Amount())
+    total = Amount()
+    for split in task.splits or tuple(facts.sizes):
+        for subset, size in facts.sizes.get(split, {}).items():
+            if task.subsets is None or subset in (*task.subsets, "*"):
+                total += _amount(size, facts.languages.get(subset, ()), max_tokens)
+    return total
+
+
+def _amount(size: TextCount, languages: Iterable[str], max_tokens: int | None) -> Amount:
+    rates = [CHARACTERS_PER_TOKEN.get(each, 3.0) for each in languages] or [3.0]
+    rate = sum(rates) / len(rates)
+    texts = size.n_characters / rate + INSTRUCTION_TOKENS * size.n_texts
+    documents = size.n_document_characters / rate
+    if max_tokens is not None:
+        texts = min(texts, max_tokens * size.n_texts)
+        documents = min(documents, max_tokens * size.n_documents)
+    return Amount(
+        size.n_texts + size.n_documents,
+        round(texts + documents),
+        size.n_characters + size.n_document_characters,
+    )
+
+
+_ISO_639_3 = {
+    "ar": "ara", "cs": "ces", "da": "dan", "de": "deu", "el": "ell", "en": "eng", "es": "spa",
+    "fi": "fin", "fr": "fra", "he": "heb", "hi": "hin", "hu": "hun", "it": "ita", "ja": "jpn",
+    "ko": "kor", "nl": "nld", "no": "nor", "pl": "pol", "pt": "por", "ro": "ron", "ru": "rus",
+    "sv": "swe", "th": "tha", "tr": "tur", "uk": "ukr", "vi": "vie", "zh": "cmn",
+}  # fmt: skip
+"""Codes of two letters and the codes of three that mteb's tasks carry."""
+
+
+def filter_suite(
+    suite: Suite, *, languages: Iterable[str] = (), domains: Iterable[str] = ()
+) -> Suite:
+    """The tasks and subsets of a suite that are in these languages alone, of one of these domains.
+
+    Own data stay. Tasks of more than 200 pairs of languages cannot be filtered by language and are
+    left out.
+
+    Args:
+        suite: whose tasks are mteb's.
+        languages: ISO 639 codes of two or three letters ("en", "fra"); none is all.
+        domains: mteb's names ("legal"), whatever their case; none is all.
+
+    Raises:
+        InputError: no task is left; says which languages and domains the suite has.
+    """
+    wanted = {_ISO_639_3.get(each.lower(), each.lower()) for each in languages}
+    of_domains = {each.lower() for each in domains}
+    facts = {
+        each.task: read_task_facts().get(each.task, TaskFacts(kind="")) for each in suite.tasks
+    }
+    tasks = []
+    for task in suite.tasks:
+        own = facts[task.task]
+        if task.data is not None:
+            tasks.append(task)
+        elif not of_domains or of_domains & set(own.domains):
+            kept = _in_languages(task, own, wanted)
+            tasks += [] if kept is None else [kept]
+    if all(task.data is not None for task in tasks):
+        short = {long: code for code, long in _ISO_639_3.items()}
+        codes = {
+            code
+            for task in suite.tasks
+            for subset, each in facts[task.task].languages.items()
+            if task.subsets is None or subset in task.subsets
+            for code in each
+        }
+        there = ", ".join(sorted(short.get(code, code) for code in codes))
+        raise InputError(
+            f"suite {suite.name} has no task of these languages and domains; its languages are "
+            f"{there}, its domains "
+            f"{', '.join(sorted({each for own in facts.values() for each in own.domains}))}"
+        )
+    if tuple(tasks) == suite.tasks:
+        return suite
+    return suite.model_copy(update={"tasks": tuple(tasks), "published": None})
+
+
+def _in_languages(task: SuiteTask, facts: TaskFacts, wanted: set[str]) -> SuiteTask | None:
+    """The task with the subsets in these languages alone; None where it has none."""
+    if not wanted:
+        return task
+    there = {
+        subset: set(codes)
+        for subset, codes in facts.languages.items()
+        if task.subsets is None or subset in task.subsets or subset == "default"
+    }
+    fitting = tuple(subset for subset, codes in there.items() if codes <= wanted and subset != "*")
+    if not fitting:
+        return None
+    return task if len(fitting) == len(there) else task.model_copy(update={"subsets": fitting})
+
+
+def under_protocol(suite: Suite, protocol: Protocol) -> Suite:
+    """The suite as a model's authors would score it; a task's own settings stay."""
+    facts = read_task_facts()
+
+    def adjusted(task: SuiteTask) -> SuiteTask:
+        kind = facts[task.task].kind if task.task in facts else ""
+        if task.normalize is not None or kind not in protocol.not_normalized:
+            return task
+        return task.model_copy(update={"normalize": False})
+
+    return suite.model_copy(
+        update={
+            "tasks": tuple(adjusted(task) for task in suite.tasks),
+            "max_tokens": suite.max_tokens or protocol.max_tokens,
+            "normalize": suite.normalize and protocol.normalize,
+            "protocol": protocol.name,
+        }
+    )
