@@ -34,6 +34,7 @@ from gteopt.config.recipe import Effort, GptqWeights, Recipe, load_recipe
 from gteopt.corpus.workers import Workers
 from gteopt.encoder.description import pick_device
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems
+from gteopt.evaluation.data_check import check_data
 from gteopt.evaluation.suites import Suite, with_data
 from gteopt.evaluation.task_facts import filter_suite
 from gteopt.evaluation.tasks import load_suite
@@ -74,6 +75,8 @@ def run(
         InputError: lists every problem of the plan before anything slow starts; an unknown device.
     """
     resolved = _resolve(plan, beside)
+    if resolved.suite is not None:
+        check_data(resolved.suite, hub_dir)
     pick_device(device)
     folder, policy = plan.out, resolved.policy
     where = _Where(hub_dir, device, progress)

@@ -167,9 +167,14 @@ def filter_suite(
     """
     wanted = {_ISO_639_3.get(each.lower(), each.lower()) for each in languages}
     of_domains = {each.lower() for each in domains}
-    facts = {
-        each.task: read_task_facts().get(each.task, TaskFacts(kind="")) for each in suite.tasks
-    }
+    known = read_task_facts()
+    unknown = [task.task for task in suite.tasks if task.data is None and task.task not in known]
+    if unknown and (wanted or of_domains):
+        raise InputError(
+            f"the languages and domains of {', '.join(unknown)} are not known, as no shipped suite "
+            f"has them; put them into a suite of their own, and score it without a filter"
+        )
+    facts = {task.task: known.get(task.task, TaskFacts(kind="")) for task in suite.tasks}
     tasks = []
     for task in suite.tasks:
         own = facts[task.task]
