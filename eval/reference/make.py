@@ -18,11 +18,11 @@ import re
 import sys
 from pathlib import Path
 
-from gteopt.families import PUBLISHED
-from gteopt.recipe import shipped_names
-
-from gteopt.evaluation import load_suite
-from gteopt.records import Reference, ReferenceAverage, ReferenceScore, write_atomically
+from gteopt.config.yaml_files import shipped_names
+from gteopt.evaluation.suites import read_suite
+from gteopt.model.families import PUBLISHED
+from gteopt.records.evaluation import Reference, ReferenceAverage, ReferenceScore
+from gteopt.records.files import write_atomically
 
 FOLDER = Path(__file__).parent
 SOURCE = "embeddings-benchmark/results, state of 2026-08-20"
@@ -36,6 +36,14 @@ MODELS = (
     "intfloat/e5-mistral-7b-instruct",
     "sentence-transformers/all-MiniLM-L6-v2",
 )
+
+# Protocol and precision of what the card of a model claims; None where no script says.
+AUTHORS: dict[str, tuple[str, str | None]] = {
+    "Alibaba-NLP/gte-Qwen2-7B-instruct": ("gte-authors", "float16"),
+    "Alibaba-NLP/gte-Qwen1.5-7B-instruct": ("gte-authors", "float16"),
+    "intfloat/e5-mistral-7b-instruct": ("e5-authors", "float16"),
+}
+AT_ALL = ("authors", None)
 
 Key = tuple[str, str, str]
 
@@ -56,6 +64,9 @@ def main(source: Path) -> None:
                 score=float(row["main_score"]),
                 revision=row["revision"],
                 dataset_revision=_or_none(row["dataset_revision"]),
+                protocol=AUTHORS.get(row["model"], AT_ALL)[0]
+                if row["revision"] == "external"
+                else "mteb",
             )
     rows_of_table = []
     for model in MODELS:
@@ -74,6 +85,8 @@ def main(source: Path) -> None:
                 )
                 for name, percent in averages.items()
             ),
+            authors_protocol=AUTHORS.get(model, AT_ALL)[0],
+            authors_precision=AUTHORS.get(model, AT_ALL)[1],
             scores=tuple(found[model][key] for key in sorted(found[model])),
         )
         path = FOLDER / f"{model.partition('/')[2]}.json"
@@ -90,7 +103,7 @@ def main(source: Path) -> None:
 def _cell(reference: Reference, benchmark: str) -> str:
     """The card's average, and the mean of the scores here over how many of the suite's tasks."""
     card = {each.benchmark: each for each in reference.averages}.get(benchmark)
-    suite = load_suite(SUITES[benchmark])
+    suite = read_suite(SUITES[benchmark])
     scores = {(each.task, each.split, each.subset): each.score for each in reference.scores}
     means = []
     for entry in suite.tasks:
@@ -112,7 +125,7 @@ def _wanted() -> set[Key]:
     """Task, split and subset of everything in the shipped suites; aggregates whole and in parts."""
     wanted: set[Key] = set()
     for name in shipped_names("eval/suites"):
-        for entry in load_suite(name).tasks:
+        for entry in read_suite(name).tasks:
             names = [entry.task, *(entry.parts or ())]
             for split in entry.splits or ("test",):
                 for subset in entry.subsets or ("default",):

@@ -25,6 +25,7 @@ from gteopt.evaluation.statistics import (
     resample,
     settle,
 )
+from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.task_store import SubsetScore, mean_over_tasks
 from gteopt.records.evaluation import Difference, EvalReport, FailedTask, TaskScore
 
@@ -108,6 +109,7 @@ def compare(
         retention_high=sure.retention_high if has_retention else None,
         n_interval_tasks=sure.n_tasks,
         margin=margin,
+        protocol=variant.suite.protocol or "gteopt",
         dims=variant.vectors.dims,
         code=variant.vectors.code,
         bytes_per_vector=variant.vectors.bytes_per_vector,
@@ -123,7 +125,10 @@ def compare(
     if is_baseline and variant.hub_id is not None:
         reference = find_reference(variant.hub_id)
         if reference is not None:
-            report = beside_published(report, variant.samples, reference)
+            report = beside_published(report, reference)
+            report = report.model_copy(
+                update={"notes": (*report.notes, *_about_average(report, variant.suite))}
+            )
     return settle({variant_name: report})[variant_name]
 
 
@@ -169,6 +174,18 @@ def suite_interval(tasks: Sequence[TaskScore], draws: Mapping[SampleKey, Draws])
             f"{left_out} has no interval",
         )
     return SuiteInterval(difference_of(overall, value), low, high, len(by_task), notes)
+
+
+def _about_average(report: EvalReport, suite: Suite) -> list[str]:
+    """Why the average on a model's card cannot be compared, where the suite has other tasks."""
+    average, changes = report.published_average, suite.published
+    if average is None or changes is None or not (changes.missing or changes.added):
+        return []
+    more = f", and has {', '.join(changes.added)} in addition" if changes.added else ""
+    return [
+        f"the card's average for {average.benchmark} cannot be compared: it is over "
+        f"{average.n_tasks} tasks, of which the suite lacks {', '.join(changes.missing)}{more}"
+    ]
 
 
 def _elsewhere(baseline: SuiteRun, variant: SuiteRun) -> list[str]:

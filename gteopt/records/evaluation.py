@@ -39,23 +39,31 @@ class Difference(Frozen):
 class BesidePublished(Frozen):
     """The baseline's own score beside a published one of the same model.
 
+    Both are of the same queries and pairs, so that no interval over these says anything of the
+    difference. What may be behind it is named instead.
+
     Attributes:
         score: published, 0 to 1.
-        baseline_score: ours, over the same data.
-        low, high: 95 % bootstrap interval of `baseline_score`; None where its entries are not kept.
-        differs: whether the published score lies outside of it; None without one.
+        baseline_score: ours.
+        other_conditions: what is known to be otherwise, or is not known to be the same.
+        same_data: whether both are of one data revision; False keeps the task out of means, None
+            is not known.
         n_tasks: that both are means over.
-        source: the revision that was run, or "external": what the model's card claims; of a suite,
+        source: the model's revision that was run, or "external": what its card claims; of a suite,
             where the scores come from.
     """
 
     score: float
     baseline_score: float
-    low: float | None
-    high: float | None
-    differs: bool | None
+    other_conditions: tuple[str, ...] = ()
+    same_data: bool | None = None
     n_tasks: int = 1
     source: str
+
+    @property
+    def difference(self) -> float:
+        """Ours less the published one."""
+        return self.baseline_score - self.score
 
 
 class TaskScore(Frozen):
@@ -150,7 +158,12 @@ class ReferenceAverage(Frozen):
 
 
 class ReferenceScore(Frozen):
-    """A published main score, 0 to 1; `revision` is the model's, or "external" for its card's."""
+    """A published main score, 0 to 1.
+
+    Attributes:
+        revision: the model's, or "external" for what its card claims.
+        protocol: by which it was made: "mteb" for the results repository's own runs.
+    """
 
     task: str
     split: str
@@ -158,6 +171,7 @@ class ReferenceScore(Frozen):
     score: float
     revision: str
     dataset_revision: str | None
+    protocol: str = "mteb"
 
 
 class Reference(Frozen):
@@ -167,6 +181,8 @@ class Reference(Frozen):
         model: id on the Hub.
         source: where `scores` come from, with its state.
         averages_source: where `averages` come from.
+        authors_protocol: by which the card's figures were made.
+        authors_precision: in which its vectors were computed; None where the card does not say.
     """
 
     schema_: Literal["gteopt.reference/1"] = Field(default="gteopt.reference/1", alias="schema")
@@ -174,6 +190,8 @@ class Reference(Frozen):
     source: str
     averages_source: str | None
     averages: tuple[ReferenceAverage, ...]
+    authors_protocol: str = "authors"
+    authors_precision: str | None = None
     scores: tuple[ReferenceScore, ...]
 
 
@@ -196,8 +214,9 @@ class EvalReport(Frozen):
         n_encoded_texts: of these, encoded; the others came from the cache.
         n_cut_texts: of these, longer than the model takes, and cut there.
         notes: anything out of the ordinary: a damaged cache, batches that did not fit the memory.
+        protocol: by which the scores were made.
         published: of the baseline of a published model alone: the mean over the tasks that have a
-            published score.
+            published score of the same data.
         published_average: the average on the model's card that the suite goes by, whatever tasks
             it is over; None where there is none.
         asked: options of `gteopt evaluate` that ask for this, files by their names without their
@@ -232,6 +251,7 @@ class EvalReport(Frozen):
     n_encoded_texts: int = 0
     n_cut_texts: int = 0
     notes: tuple[str, ...] = ()
+    protocol: str = "gteopt"
     published: BesidePublished | None = None
     published_average: ReferenceAverage | None = None
     asked: tuple[str, ...] = ()

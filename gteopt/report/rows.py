@@ -38,7 +38,7 @@ Status = Literal["picked", "front", "rejected", "other"]
 
 _MEGABYTE = 1e6
 MISSING = "–"
-_DIFFERS = "≠"
+_OTHER_DATA = "≠"
 MARKS: dict[Status, str] = {"picked": "✓", "front": "◦", "rejected": "✗", "other": ""}
 
 
@@ -269,7 +269,7 @@ def _encodings(reports: Sequence[EvalReport | FidelityReport]) -> str:
 def published_text(found: BesidePublished | None) -> str:
     if found is None:
         return MISSING
-    return f"{_DIFFERS if found.differs else ''}{found.score * 100:.2f}"
+    return f"{_OTHER_DATA if found.same_data is False else ''}{found.score * 100:.2f}"
 
 
 def beside_published(report: EvalReport) -> list[str]:
@@ -277,31 +277,32 @@ def beside_published(report: EvalReport) -> list[str]:
     found, average = report.published, report.published_average
     sentences = []
     if found is not None:
-        sentence = (
+        sentences.append(
             f"published for {report.baseline}: {found.score * 100:.2f} over {found.n_tasks} of the "
-            f"tasks; here {found.baseline_score * 100:.2f}"
+            f"tasks; here {found.baseline_score * 100:.2f}, {found.difference * 100:+.2f} "
+            f"({found.source})"
         )
-        if found.low is None or found.high is None:
-            sentence += ", no interval"
-        else:
-            word = "outside" if found.differs else "within"
-            sentence += (
-                f", 95 % interval {found.low * 100:.2f} to {found.high * 100:.2f}: {word} of it"
+        if found.other_conditions:
+            sentences.append(
+                f"not the same as what was published: {'; '.join(found.other_conditions)}"
             )
-        sentences.append(f"{sentence} ({found.source})")
     if average is not None:
         sentences.append(
             f"its card's average for {average.benchmark}: {average.score * 100:.2f} over "
             f"{average.n_tasks} tasks, as they were then"
         )
-    differing = [task for task in report.tasks if task.published and task.published.differs]
-    if differing:
-        named = ", ".join(dict.fromkeys(task.task for task in differing))
+    other = [task.task for task in report.tasks if task.published and not _is_alike(task.published)]
+    if other:
+        named = ", ".join(dict.fromkeys(other))
         sentences.append(
-            f"{_DIFFERS} more than the baseline's 95 % interval away from the published score "
-            f"({named}): not the texts drawn; look at instruction, dtype, data and revision"
+            f"{_OTHER_DATA} published for another revision of the data, and not in the mean: "
+            f"{named}"
         )
     return sentences
+
+
+def _is_alike(found: BesidePublished) -> bool:
+    return found.same_data is not False
 
 
 FIDELITY = ("vector bytes", "cosine", "p1 cosine", "neighbours kept", "rank correlation")

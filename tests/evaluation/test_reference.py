@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import gteopt
 from gteopt.evaluation.compare import compare
-from gteopt.evaluation.per_item_scores import Samples
 from gteopt.evaluation.reference import beside_published, find_reference
 from gteopt.evaluation.runner import EncodeOptions, run_suite
 from gteopt.evaluation.suites import Suite
@@ -132,15 +130,12 @@ def test_a_published_model_reproduces_its_scores_and_its_report_says_so(
         beside = found[name].published
         assert beside is not None
         assert beside.score == published
-        assert beside.low is not None
-        assert beside.high is not None
-        assert beside.low < published < beside.high
-        assert beside.high - beside.low < 0.08
-        assert beside.differs is False
+        assert beside.difference == pytest.approx(0, abs=1.2e-5)
+        assert "protocol mteb, here gteopt" in beside.other_conditions
     assert found["MiniSTS"].published is None
     whole = report.published
     assert whole is not None
-    assert (whole.n_tasks, whole.differs) == (2, False)
+    assert whole.n_tasks == 2
     assert whole.score == pytest.approx((0.820325 + 0.64929) / 2)
     assert whole.baseline_score == pytest.approx(whole.score, abs=1e-5)
     table = eval_table({"all-MiniLM-L6-v2": report})
@@ -215,30 +210,68 @@ def reference_of(*scores: tuple[str, str, float]) -> Reference:
     )
 
 
-def entries(mean: float) -> Samples:
-    """400 scores around a mean, standard deviation 0.2: standard error 0.01."""
-    values = np.random.default_rng(0).standard_normal(400)
-    values = (values - values.mean()) / values.std()
-    return Samples("mean", "query", {"values": mean + 0.2 * values[None]})
-
-
-def test_a_score_further_away_than_its_interval_is_told_and_one_within_it_is_not() -> None:
-    report = report_of(("A", "default", 0.5), ("B", "default", 0.6), ("C", "default", 0.3))
-    samples = {(name, "test", "default"): entries(m) for name, m in (("A", 0.5), ("B", 0.6))}
-    reference = reference_of(("A", "default", 0.515), ("B", "default", 0.63), ("C", "default", 0.9))
-    found = beside_published(report, samples, reference)
-    a, b, c = (each.published for each in found.tasks)
-    assert a is not None
-    assert b is not None
-    assert c is not None
-    assert (a.differs, b.differs, c.differs) == (False, True, None)  # C's entries are not kept
-    assert (a.low, a.high) == pytest.approx((0.4804, 0.5196), abs=2e-3)
-    assert found.published is not None
-    assert found.published.differs is None
-    assert found.published_average == reference.averages[0]
-    notes = str(eval_table({"b": found}).caption)
-    assert "(B)" in notes
+def test_what_differs_from_a_published_score_is_named_and_not_tested_by_the_queries() -> None:
+    """Both are over the same queries: an interval over queries says nothing of the difference."""
+    report = report_of(("A", "default", 0.5), ("B", "default", 0.6))
+    reference = reference_of(("A", "default", 0.515), ("B", "default", 0.63))
+    reference = reference.model_copy(
+        update={"authors_protocol": "gte-authors", "authors_precision": "float16"}
+    )
+    scores = [each.model_copy(update={"protocol": "gte-authors"}) for each in reference.scores]
+    reference = reference.model_copy(update={"scores": tuple(scores)})
+    report = report.model_copy(update={"versions": {"dtype": "bfloat16"}})
+    whole = beside_published(report, reference).published
+    assert whole is not None
+    assert whole.difference == pytest.approx(-0.0225)
+    assert whole.other_conditions == (
+        "protocol gte-authors, here gteopt",
+        "precision float16, here bfloat16",
+        "data revision not known",
+    )
+    alike = report.model_copy(update={"protocol": "gte-authors", "versions": {"dtype": "float16"}})
+    whole = beside_published(alike, reference).published
+    assert whole is not None
+    assert whole.other_conditions == ("data revision not known",)
+    notes = str(eval_table({"b": beside_published(report, reference)}).caption)
+    assert "here 55.00, -2.25" in notes
     assert "70.00 over 56 tasks, as they were then" in notes
+
+
+def test_scores_of_other_data_are_marked_and_left_out_of_the_mean() -> None:
+    report = report_of(("A", "default", 0.5), ("B", "default", 0.6))
+    tasks = [each.model_copy(update={"dataset_revision": "a" * 40}) for each in report.tasks]
+    report = report.model_copy(update={"tasks": tuple(tasks)})
+    reference = reference_of(("A", "default", 0.51), ("B", "default", 0.9))
+    scores = [
+        each.model_copy(update={"dataset_revision": letter * 40})
+        for each, letter in zip(reference.scores, "ab", strict=True)
+    ]
+    reference = reference.model_copy(update={"scores": tuple(scores)})
+    found = beside_published(report, reference)
+    assert found.published is not None
+    assert (found.published.n_tasks, found.published.score) == (1, 0.51)
+    assert [each.published and each.published.same_data for each in found.tasks] == [True, False]
+    caption = str(eval_table({"b": found}).caption)
+    assert "another revision of the data, and not in the mean: B" in caption
+
+
+@pytest.mark.parametrize(
+    ("suite", "n_other"), [("mteb-en", 10), ("c-mteb", 13), ("mteb-fr", 15), ("mteb-pl", 3)]
+)
+def test_published_scores_of_other_data_than_the_suites_are_known(suite: str, n_other: int) -> None:
+    reference = find_reference("Alibaba-NLP/gte-Qwen2-7B-instruct")
+    assert reference is not None
+    revisions: dict[str, set[str | None]] = {}
+    for each in reference.scores:
+        revisions.setdefault(each.task, set()).add(each.dataset_revision)
+    other = [
+        task.task
+        for task in load_suite(suite).tasks
+        if task.revision is not None
+        and revisions.get(task.task, {None}) - {None}
+        and task.revision not in revisions[task.task]
+    ]
+    assert len(other) == n_other, other
 
 
 def test_the_mean_is_over_the_same_data_on_both_sides() -> None:
@@ -251,16 +284,8 @@ def test_the_mean_is_over_the_same_data_on_both_sides() -> None:
         ("CQA", "CQATwo", 0.4),
         ("New", "default", 0.9),
     )
-    samples = {
-        ("Half", "test", "fr"): entries(0.1),
-        ("Multi", "test", "en"): entries(0.4),
-        ("Multi", "test", "fr"): entries(0.6),
-        ("CQA", "test", "CQAOne"): entries(0.2),
-        ("CQA", "test", "CQATwo"): entries(0.4),
-    }
     found = beside_published(
         report,
-        samples,
         reference_of(
             ("Multi", "en", 0.4),
             ("Multi", "fr", 0.61),
@@ -273,7 +298,6 @@ def test_the_mean_is_over_the_same_data_on_both_sides() -> None:
     assert found.published.n_tasks == 3
     assert found.published.score == pytest.approx((0.505 + 0.2 + 0.31) / 3)
     assert found.published.baseline_score == pytest.approx((0.5 + 0.1 + 0.3) / 3)
-    assert found.published.low is not None
     # A part of an aggregate is published under its own name.
     parts = {each.subset: each.published for each in found.tasks if each.task == "CQA"}
     assert parts["CQAOne"] is not None
