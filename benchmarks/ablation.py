@@ -53,7 +53,8 @@ from gteopt.config.recipe import LayerScheme, Recipe, load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.machine import machine, versions
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, pack
-from gteopt.quant.gptq import HessianAccumulator, solve
+from gteopt.quant.gptq import GptqOptions, solve
+from gteopt.quant.hessian import HessianAccumulator
 
 INT4 = {"bits": 4, "group_size": 128, "symmetric": False}
 NF4 = {"bits": 4, "group_size": 64, "symmetric": True, "number_format": "nf4"}
@@ -286,11 +287,11 @@ def guided(
             for name in names:
                 linear = encoder.module.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
-                lack = statistics.lack(linear.weight.data) if gptaq_strength else None
+                cross_term = statistics.cross_term(linear.weight.data) if gptaq_strength else None
+                options = GptqOptions(gptaq_strength=gptaq_strength)
                 codes = solve(
-                    linear.weight.data, statistics.hessian, scheme, act_order=True, damping=0.01,
-                    clip_search=True, lack=lack, share=gptaq_strength,
-                ).weight  # fmt: skip
+                    linear.weight.data, statistics.hessian, scheme, options, cross_term=cross_term
+                ).weight
                 linear.weight.data = codes.dequantize()
                 n_weights += codes.codes.numel()
                 n_bits += codes.codes.numel() * pack(codes).bits_per_weight

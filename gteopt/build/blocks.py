@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,8 @@ from gteopt.machine import give_back
 from gteopt.progress import Progress
 from gteopt.quant import gptq
 from gteopt.quant.affine import PARTS, PackedWeight, QuantizedWeight, pack, quantize_rtn, snr_db
+from gteopt.quant.hessian import HessianAccumulator
+from gteopt.quant.inverse_factor import InverseFactor
 from gteopt.quant.smoothquant import Smoothing
 from gteopt.quant.static_activations import InputGrid, fit_inputs
 from gteopt.records.files import write_atomically
@@ -269,36 +271,38 @@ def _quantize_block_(
         wanted = [name for name in within_model if name in linears]
         if not wanted:
             continue
-        statistics, seen, grid = None, None, None
+        read, seen = None, None
         if isinstance(weights, GptqWeights):
             with memory_errors(wanted[0]):
+                grid = None
                 if weights.scheme.activation_static:
                     seen = watch_inputs(block, wanted[0], inputs)
                     grid = fit_inputs(seen)
                 statistics = accumulate_hessian(
                     block, wanted[0], inputs, compared, is_alone=len(wanted) == 1, grid=grid
                 )
+                read = LayerInputs(statistics, grid)
+                del statistics
             give_back()  # what the block's run took, before the solve takes its own
         for name in wanted:
             if not gptq.is_finite(linears[name].weight):
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")
-        here = [str(encoder.device)]
-        for name, found, codes in _solve(
-            wanted, linears, plan, weights, statistics, grid, devices or here
-        ):
-            linear, records[name] = linears[name], found
+        here = devices or [str(encoder.device)]
+        for name, record, codes in _solve(wanted, linears, plan, weights, read, here):
+            linear, records[name] = linears[name], record
             if name in chosen:
                 records[name] = _with_smoothing(records[name], chosen[name])
-            each = pack(codes)
-            packed[name] = each.to_tensors()
+            packed_weight = pack(codes)
+            packed[name] = packed_weight.to_tensors()
             bias: Tensor | None = linear.bias
             if bias is not None:
-                if seen is not None and statistics is not None:
+                if seen is not None and read is not None:
                     # What rounding does to the mean output (Nagel et al. 2019, arXiv:1906.04721).
                     meant = linear.weight.float() @ seen.mean
-                    bias = bias + (meant - codes.dequantize() @ statistics.mean).to(bias.dtype)
+                    is_now = codes.dequantize() @ read.statistics.mean
+                    bias = bias + (meant - is_now).to(bias.dtype)
                 packed[name]["bias"] = bias
-            swap_linear_(encoder.module, name, each, bias, encoder.device, dtype)
+            swap_linear_(encoder.module, name, packed_weight, bias, encoder.device, dtype)
             del linear, linears[name]  # frees the weight
     return tuple(records[name] for name in names), packed, original
 
@@ -322,33 +326,42 @@ def _solve(
     linears: Mapping[str, nn.Linear],
     plan: LayerPlan,
     weights: RtnWeights | GptqWeights,
-    statistics: gptq.HessianAccumulator | None,
-    grid: InputGrid | None,
+    inputs: LayerInputs | None,
     devices: Sequence[str],
 ) -> Iterator[tuple[str, LayerRecord, QuantizedWeight]]:
     """Layers that read the same inputs, in order, each as `quantize_layer` has it.
 
     With several devices a thread for each: layers know nothing of each other. With one, a layer is
-    solved when it is asked for, so that its weight may be freed before the next one's turn.
+    solved when it is asked for, so that its weight may be freed before the next one's turn. Layers
+    on one device share the factor of their Hessian.
     """
+    shared: dict[str, LayerInputs] = {}
 
     @torch.inference_mode()  # which is a thread's own
     def solve(name: str, device: str) -> tuple[LayerRecord, QuantizedWeight]:
         weight = linears[name].weight
-        seen = None if statistics is None else statistics.to(device)
         note = plan.notes.get(name)
         with memory_errors(name):
-            found, codes = quantize_layer(
-                name, weight.to(device).float(), plan.schemes[name], weights, seen, note, grid
+            if inputs is not None and device not in shared:
+                shared[device] = inputs.to(device)
+                if len(wanted) > len(devices) and isinstance(weights, GptqWeights):
+                    shared[device] = shared[device].factorised(name, weights)
+            record, codes = quantize_layer(
+                name,
+                weight.to(device).float(),
+                plan.schemes[name],
+                weights,
+                shared.get(device),
+                note,
             )
-            return found, codes.to(weight.device)
+            return record, codes.to(weight.device)
 
     if len(devices) == 1:
         for name in wanted:
             yield name, *solve(name, devices[0])
         return
-    if statistics is not None:
-        _ = statistics.hessian  # mirrored once, before threads share it
+    if inputs is not None:
+        _ = inputs.statistics.hessian  # mirrored once, before threads share it
     for device in devices:
         # torch loads its GPU algebra at first use, and fails where two threads do so at once
         # (https://github.com/pytorch/pytorch/issues/90613).
@@ -438,40 +451,77 @@ def _packed(record: LayerRecord, tensors: Mapping[str, Tensor]) -> PackedWeight:
     )
 
 
+@dataclass(frozen=True)
+class LayerInputs:
+    """What is known of the inputs of layers that read the same.
+
+    Attributes:
+        statistics: their second moment, and the cross term where the original model is compared.
+        grid: how they are rounded, where activations are static.
+        factor: of the inverse Hessian, where several layers share it.
+    """
+
+    statistics: HessianAccumulator
+    grid: InputGrid | None = None
+    factor: InverseFactor | None = None
+
+    def to(self, device: str) -> LayerInputs:
+        """The same on another device, without the factor."""
+        grid = None if self.grid is None else self.grid.to(device)
+        return LayerInputs(self.statistics.to(device), grid)
+
+    def factorised(self, name: str, weights: GptqWeights) -> LayerInputs:
+        """The same with the factor; `name` is the layer that an error speaks of."""
+        try:
+            factor = gptq.prepare(self.statistics.hessian, _options(weights))
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error}") from error
+        return replace(self, factor=factor)
+
+
+def _options(weights: GptqWeights) -> gptq.GptqOptions:
+    return gptq.GptqOptions(
+        act_order=weights.act_order,
+        damping=weights.damping,
+        clip_search=weights.clip_search,
+        gptaq_strength=weights.gptaq_strength,
+    )
+
+
 def quantize_layer(
     name: str,
     weight: Tensor,
     scheme: LayerScheme,
     weights: RtnWeights | GptqWeights,
-    statistics: gptq.HessianAccumulator | None,
+    inputs: LayerInputs | None,
     note: str | None,
-    grid: InputGrid | None = None,
 ) -> tuple[LayerRecord, QuantizedWeight]:
-    """Codes of one weight matrix [O, I] float32 and what the manifest says of them."""
+    """Codes of one weight matrix [O, I] float32 and what the manifest says of them.
+
+    Raises:
+        NumericsError: names the layer; see `gptq.solve`.
+    """
     notes = [note] if note else []
     output_snr = None
-    if grid is not None:  # inputs come in units of its scales
-        grid = grid.to(weight.device)
-        weight = weight * grid.scale
+    if inputs is not None and inputs.grid is not None:  # inputs come in units of its scales
+        weight = weight * inputs.grid.scale
     if isinstance(weights, RtnWeights):
         codes = quantize_rtn(weight, scheme, clip_search=weights.clip_search)
     else:
-        assert statistics is not None
+        assert inputs is not None
         try:
             result = gptq.solve(
                 weight,
-                statistics.hessian,
+                inputs.statistics.hessian,
                 scheme,
-                act_order=weights.act_order,
-                damping=weights.damping,
-                clip_search=weights.clip_search,
-                lack=statistics.lack(weight),
-                share=weights.gptaq_strength,
+                _options(weights),
+                cross_term=inputs.statistics.cross_term(weight),
+                factor=inputs.factor,
             )
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
         # A copy: layers that read the same inputs are stored each for itself.
-        codes = replace(result.weight, inputs=copy.deepcopy(grid))
+        codes = replace(result.weight, inputs=copy.deepcopy(inputs.grid))
         output_snr = result.output_snr_db
         if result.damping > weights.damping:
             notes.append(f"damping raised to {result.damping:g} for the factorisation")

@@ -36,7 +36,8 @@ from gteopt.encoder.tokenization import Tokenization
 from gteopt.errors import GteoptError
 from gteopt.model.checkpoint import Checkpoint
 from gteopt.quant import gptq
-from gteopt.quant.affine import packed_bytes, search_bytes
+from gteopt.quant.affine import packed_bytes
+from gteopt.quant.grid_search import search_bytes
 from gteopt.records.inspection import RecipeEstimate
 from gteopt.vectors.codes import code_bytes
 
@@ -338,12 +339,13 @@ def _block_bytes(
     readers = Counter(weight.shape[1] for weight in planned.values())
     for weight in planned.values():
         rows, columns = weight.shape
-        n_lacking = 0
+        n_cross_rows = 0
         if uses_gptaq:
-            n_lacking = min(rows, columns) if readers[columns] == 1 else columns
-        solving = gptq.work_bytes(rows, columns, n_lacking=n_lacking)
-        seeing = 4 * columns * (columns + n_lacking) + running
-        seeing += (3 if uses_gptaq else 1) * 4 * n_batch * columns
+            n_cross_rows = min(rows, columns) if readers[columns] == 1 else columns
+        solving = gptq.work_bytes(rows, columns, n_cross_rows=n_cross_rows)
+        seeing = 4 * columns * (columns + n_cross_rows) + running
+        # The inputs and their transpose, and the same of what the original model feeds.
+        seeing += (5 if uses_gptaq else 2) * 4 * n_batch * columns
         worst = max(worst, left + solving, left + seeing)
         left -= weight.numel() * item - packed_bytes(rows, columns, recipe.weights.scheme)
     most = max(w.numel() for w in planned.values())

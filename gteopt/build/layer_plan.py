@@ -29,8 +29,9 @@ from gteopt.formats import choose_format
 from gteopt.formats.packed import Shape
 from gteopt.model.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint
 from gteopt.progress import Progress
-from gteopt.quant.affine import group_size_problems, packed_bytes
+from gteopt.quant.affine import packed_bytes
 from gteopt.quant.bit_allocation import allocate
+from gteopt.quant.grid import group_size_problems
 from gteopt.records.files import write_atomically
 from gteopt.records.manifest import AllocationRecord, UnquantizedRecord
 

@@ -23,7 +23,8 @@ from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import fill_
 from gteopt.errors import NumericsError, UnsupportedError
 from gteopt.kernels.cpu import multiplies_bfloat16
-from gteopt.quant.gptq import HessianAccumulator, is_finite
+from gteopt.quant.gptq import is_finite
+from gteopt.quant.hessian import HessianAccumulator
 from gteopt.quant.static_activations import InputGrid, SeenInputs
 
 BATCH_TOKENS = 2048

@@ -28,7 +28,9 @@ from gteopt.errors import UnsupportedError
 from gteopt.formats.packed import ReadLayer
 from gteopt.kernels.cpu import activation_bits, multiplies_bfloat16, signed_codes
 from gteopt.model.families import Pooling
-from gteopt.quant.affine import PackedWeight, middle, pack_codes, unpack_codes
+from gteopt.quant.affine import PackedWeight
+from gteopt.quant.grid import middle
+from gteopt.quant.packing import pack_codes, unpack_codes
 from gteopt.quant.static_activations import InputGrid
 
 _ACTIVATION_GROUP = 128

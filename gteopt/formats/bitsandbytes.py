@@ -32,8 +32,9 @@ from torch import Tensor
 from gteopt.config.recipe import GroupSize, LayerScheme
 from gteopt.errors import IntegrityError, UnsupportedError
 from gteopt.formats.packed import Config, ReadLayer, Shape, assemble, check_tensors
-from gteopt.quant.affine import NF4_LEVELS, PackedWeight
+from gteopt.quant.affine import PackedWeight
 from gteopt.quant.double_quantization import BLOCK_SIZE, dynamic_map
+from gteopt.quant.grid import NF4_LEVELS
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _BLOCK_SIZES = (64, 128)

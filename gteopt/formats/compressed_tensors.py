@@ -46,7 +46,8 @@ from gteopt.formats.packed import (
     cut,
     feature_order,
 )
-from gteopt.quant.affine import PackedWeight, pack_codes, packed_width, unpack_codes
+from gteopt.quant.affine import PackedWeight
+from gteopt.quant.packing import pack_codes, packed_width, unpack_codes
 
 
 def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:

@@ -38,7 +38,9 @@ from gteopt.formats.packed import (
     feature_order,
     zero_points,
 )
-from gteopt.quant.affine import PackedWeight, group_width, pack_codes, unpack_codes
+from gteopt.quant.affine import PackedWeight
+from gteopt.quant.grid import group_width
+from gteopt.quant.packing import pack_codes, unpack_codes
 
 Version = Literal[1, 2]
 _VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}

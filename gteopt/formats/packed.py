@@ -11,7 +11,9 @@ from torch import Tensor
 
 from gteopt.config.recipe import GroupSize, LayerScheme, NumberFormat
 from gteopt.errors import IntegrityError, UnsupportedError, join_problems
-from gteopt.quant.affine import PackedWeight, middle, pack_codes, packed_width, unpack_codes
+from gteopt.quant.affine import PackedWeight
+from gteopt.quant.grid import middle
+from gteopt.quant.packing import pack_codes, packed_width, unpack_codes
 
 Config = Mapping[str, Any]
 """`quantization_config` of a config.json, as it was parsed."""

@@ -27,7 +27,8 @@ from gteopt.kernels.cpu import (
     multiplies_bfloat16,
 )
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
-from gteopt.quant.affine import PackedWeight, group_width
+from gteopt.quant.affine import PackedWeight
+from gteopt.quant.grid import group_width
 
 Product = Literal["int8", "int8 static", "int8 outliers", "fp8", "4-bit", "weights"]
 """What a scheme multiplies: numbers of 8 bits on both sides, 4-bit weights, or any other weights

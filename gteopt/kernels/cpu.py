@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gteopt.kernels.reference import take_outliers
-from gteopt.quant.affine import PackedWeight, pack_codes
+from gteopt.quant.affine import PackedWeight
+from gteopt.quant.packing import pack_codes
 
 _FEW_TOKENS = 96
 """Up to here torch's 4-bit product is faster than dequantizing and multiplying densely (384 to 2048

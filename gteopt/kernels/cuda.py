@@ -26,14 +26,9 @@ from torch import Tensor, nn
 from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gteopt.quant.affine import (
-    E4M3_MAX,
-    NF4_LEVELS,
-    PackedWeight,
-    group_width,
-    middle,
-    unpack_codes,
-)
+from gteopt.quant.affine import PackedWeight
+from gteopt.quant.grid import E4M3_MAX, NF4_LEVELS, group_width, middle
+from gteopt.quant.packing import unpack_codes
 
 _FEW_TOKENS = 64
 """Up to here 4-bit weights are multiplied as they are read; beyond, a bfloat16 copy of the layer

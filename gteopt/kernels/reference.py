@@ -8,16 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gteopt.quant.affine import (
-    E4M3_MAX,
-    PackedWeight,
-    dequantize,
-    middle,
-    nf4_numbers,
-    quantize_tokens,
-    token_scale,
-    unpack_codes,
-)
+from gteopt.quant.affine import PackedWeight, quantize_tokens, token_scale
+from gteopt.quant.grid import E4M3_MAX, dequantize, middle, nf4_numbers
+from gteopt.quant.packing import unpack_codes
 from gteopt.quant.static_activations import InputGrid
 
 

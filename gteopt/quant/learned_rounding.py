@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gteopt.quant.affine import NF4_LEVELS, SMALLEST_SCALE, QuantizedWeight, code_range
+from gteopt.quant.affine import QuantizedWeight
+from gteopt.quant.grid import NF4_LEVELS, SMALLEST_SCALE, code_range
 
 _INSIDE_CELL = 0.49
 """How far from its code a start may lie, in steps: below one half, where rounding turns over."""

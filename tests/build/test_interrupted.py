@@ -304,8 +304,8 @@ def test_a_dead_input_feature_is_recorded_and_costs_nothing(base: Path, tmp_path
 
 def test_a_hessian_that_no_damping_mends_names_the_layer() -> None:
     """The real solver on a real matrix with negative curvature, through the build's own door."""
-    from gteopt.build.blocks import quantize_layer
-    from gteopt.quant.gptq import HessianAccumulator
+    from gteopt.build.blocks import LayerInputs, quantize_layer
+    from gteopt.quant.hessian import HessianAccumulator
 
     weights = load_recipe("gptq-int4").weights
     assert isinstance(weights, GptqWeights)
@@ -314,5 +314,10 @@ def test_a_hessian_that_no_damping_mends_names_the_layer() -> None:
     statistics.hessian[3, 3] = -1e6
     with pytest.raises(NumericsError, match=r"layers\.7\.mlp\.down_proj: the Hessian.*damping"):
         quantize_layer(
-            "layers.7.mlp.down_proj", torch.randn(8, 128), weights.scheme, weights, statistics, None
+            "layers.7.mlp.down_proj",
+            torch.randn(8, 128),
+            weights.scheme,
+            weights,
+            LayerInputs(statistics),
+            None,
         )

@@ -23,7 +23,8 @@ from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.tokenization import Tokens
 from gteopt.errors import InputError
 from gteopt.model.checkpoint import open_checkpoint
-from gteopt.quant.affine import NF4_LEVELS, QuantizedWeight, code_range, quantize_rtn
+from gteopt.quant.affine import QuantizedWeight, quantize_rtn
+from gteopt.quant.grid import NF4_LEVELS, code_range
 from gteopt.quant.learned_rounding import TunableLinear
 
 FEW = Calibration(n_texts=64, max_tokens=64)

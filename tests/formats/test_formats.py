@@ -24,7 +24,8 @@ from gteopt.formats import FORMATS, choose_format, format_of, gptq
 from gteopt.formats.packed import Shape
 from gteopt.kernels import make_linear
 from gteopt.model.checkpoint import open_checkpoint
-from gteopt.quant.affine import PackedWeight, QuantizedWeight, code_range, pack
+from gteopt.quant.affine import PackedWeight, QuantizedWeight, pack
+from gteopt.quant.grid import code_range
 
 SHAPE = Shape(64, 128)
 SCHEMES = [

@@ -32,15 +32,8 @@ from gteopt.kernels.reference import (
     PackedEmbedding,
     take_outliers,
 )
-from gteopt.quant.affine import (
-    E4M3_MAX,
-    NF4_LEVELS,
-    PackedWeight,
-    pack,
-    quantize_rtn,
-    quantize_tokens,
-    token_scale,
-)
+from gteopt.quant.affine import PackedWeight, pack, quantize_rtn, quantize_tokens, token_scale
+from gteopt.quant.grid import E4M3_MAX, NF4_LEVELS
 from gteopt.quant.static_activations import InputGrid
 
 CPU = torch.device("cpu")

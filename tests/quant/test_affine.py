@@ -10,20 +10,10 @@ import torch
 
 from gteopt.config.recipe import Bits, GroupSize, LayerScheme
 from gteopt.errors import InputError, IntegrityError, NumericsError
-from gteopt.quant.affine import (
-    NF4_LEVELS,
-    PackedWeight,
-    code_range,
-    encode,
-    fit_grid,
-    group_size_problems,
-    pack,
-    pack_codes,
-    packed_width,
-    quantize_rtn,
-    snr_db,
-    unpack_codes,
-)
+from gteopt.quant.affine import PackedWeight, pack, quantize_rtn, snr_db
+from gteopt.quant.grid import NF4_LEVELS, code_range, encode, group_size_problems
+from gteopt.quant.grid_search import fit_grid
+from gteopt.quant.packing import pack_codes, packed_width, unpack_codes
 
 ALL_BITS: tuple[Bits, ...] = (2, 3, 4, 8)
 GROUP_SIZES: tuple[GroupSize, ...] = (32, 64, 128, "per_channel")

@@ -95,9 +95,7 @@ def test_nested_scales_of_another_shape_are_refused() -> None:
 def test_gptq_on_nested_scales_never_loses_to_rounding_on_the_same_grid() -> None:
     weight, x = seeded(48, 128), seeded(400, 128, seed=1) @ seeded(128, 128, seed=2)
     hessian = x.T @ x / len(x)
-    found = gptq.solve(
-        weight, hessian, SCHEME, act_order=True, damping=0.01, clip_search=True
-    ).weight
+    found = gptq.solve(weight, hessian, SCHEME, gptq.GptqOptions()).weight
     assert found.double is not None
     assert torch.equal(found.scale, found.double.scale())
     rounded = round_to_grid(weight, replace(found, codes=torch.empty(0)))

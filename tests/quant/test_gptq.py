@@ -10,8 +10,11 @@ import torch
 
 from gteopt.config.recipe import Bits, GroupSize, LayerScheme
 from gteopt.errors import NumericsError
-from gteopt.quant.affine import QuantizedWeight, encode, quantize_rtn
-from gteopt.quant.gptq import HessianAccumulator, _inverse_factor, is_finite, output_snr_db, solve
+from gteopt.quant.affine import QuantizedWeight, quantize_rtn
+from gteopt.quant.gptq import GptqOptions, is_finite, output_snr_db, solve
+from gteopt.quant.grid import encode
+from gteopt.quant.hessian import HessianAccumulator
+from gteopt.quant.inverse_factor import factorise_inverse
 
 ALL_BITS: tuple[Bits, ...] = (2, 3, 4, 8)
 GROUP_SIZES: tuple[GroupSize, ...] = (32, 64, 128, "per_channel")
@@ -77,9 +80,7 @@ def test_an_identity_hessian_gives_round_to_nearest_bit_for_bit(scheme: LayerSch
             weight,
             torch.eye(256),
             scheme,
-            act_order=act_order,
-            damping=0.01,
-            clip_search=clip_search,
+            GptqOptions(act_order=act_order, clip_search=clip_search),
         ).weight
         rounded = quantize_rtn(weight, scheme, clip_search=clip_search)
         assert torch.equal(solved.codes, rounded.codes)
@@ -97,7 +98,10 @@ def test_the_output_error_is_never_above_round_to_nearests(scheme: LayerScheme) 
             generator = torch.Generator().manual_seed(trial)
             weight, hessian = torch.randn(16, 128, generator=generator), hessian_of(x)
             solved = solve(
-                weight, hessian, scheme, act_order=act_order, damping=0.01, clip_search=clip_search
+                weight,
+                hessian,
+                scheme,
+                GptqOptions(act_order=act_order, clip_search=clip_search),
             ).weight
             rounded = quantize_rtn(weight, scheme, clip_search=clip_search)
             ours = output_error(weight, solved, hessian)
@@ -108,7 +112,7 @@ def test_the_gain_over_round_to_nearest_is_several_dB_on_correlated_inputs() -> 
     scheme = LayerScheme(bits=4, group_size=128, symmetric=False)
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     hessian = hessian_of(correlated(2000, 256, seed=3))
-    solved = solve(weight, hessian, scheme, act_order=True, damping=0.01, clip_search=True).weight
+    solved = solve(weight, hessian, scheme, GptqOptions()).weight
     rounded = quantize_rtn(weight, scheme, clip_search=True)
     ours = output_snr_db(weight, solved.dequantize(), hessian)
     assert ours > output_snr_db(weight, rounded.dequantize(), hessian) + 5
@@ -121,7 +125,10 @@ def test_the_codes_are_those_of_the_textbook_in_float64(bits: Bits, act_order: b
     weight = torch.randn(32, 96, generator=torch.Generator().manual_seed(bits))
     hessian = hessian_of(correlated(500, 96, seed=bits))
     solved = solve(
-        weight, hessian, scheme, act_order=act_order, damping=0.02, clip_search=False, block_size=40
+        weight,
+        hessian,
+        scheme,
+        GptqOptions(act_order=act_order, damping=0.02, clip_search=False, block_size=40),
     ).weight
     expected = textbook_codes(weight, hessian, solved, 0.02, act_order)
     rounded = quantize_rtn(weight, scheme).codes
@@ -141,10 +148,7 @@ def test_block_size_changes_no_code() -> None:
             weight,
             hessian,
             scheme,
-            act_order=True,
-            damping=0.01,
-            clip_search=True,
-            block_size=block_size,
+            GptqOptions(block_size=block_size),
         ).weight.codes
         for block_size in (192, 64, 50, 1)
     ]
@@ -158,10 +162,7 @@ def test_the_solver_is_deterministic_and_leaves_its_inputs_alone() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     hessian = hessian_of(correlated(100, 64, seed=0))
     before = weight.clone(), hessian.clone()
-    first, second = (
-        solve(weight, hessian, scheme, act_order=True, damping=0.01, clip_search=True)
-        for _ in range(2)
-    )
+    first, second = (solve(weight, hessian, scheme, GptqOptions()) for _ in range(2))
     assert torch.equal(first.weight.codes, second.weight.codes)
     assert torch.equal(weight, before[0])
     assert torch.equal(hessian, before[1])
@@ -172,12 +173,15 @@ def test_features_that_were_always_zero_are_counted_and_rounded_to_nearest() -> 
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     x = correlated(200, 64, seed=1)
     x[:, [3, 40]] = 0
-    result = solve(weight, hessian_of(x), scheme, act_order=True, damping=0.01, clip_search=False)
+    result = solve(weight, hessian_of(x), scheme, GptqOptions(clip_search=False))
     assert result.n_dead == 2
     rounded = quantize_rtn(weight, scheme)
     assert torch.equal(result.weight.codes[:, [3, 40]], rounded.codes[:, [3, 40]])
     all_dead = solve(
-        weight, torch.zeros(64, 64), scheme, act_order=True, damping=0.01, clip_search=True
+        weight,
+        torch.zeros(64, 64),
+        scheme,
+        GptqOptions(),
     )
     expected = quantize_rtn(weight, scheme, clip_search=True)
     assert torch.equal(all_dead.weight.codes, expected.codes)
@@ -188,11 +192,11 @@ def test_damping_is_raised_tenfold_until_the_hessian_factorises() -> None:
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     hessian = torch.eye(32)
     hessian[0, 1] = hessian[1, 0] = 1.05  # least eigenvalue -0.05, mean diagonal 1
-    result = solve(weight, hessian, scheme, act_order=True, damping=0.01, clip_search=False)
+    result = solve(weight, hessian, scheme, GptqOptions(clip_search=False))
     assert result.damping == pytest.approx(0.1)
     hessian[0, 1] = hessian[1, 0] = 30.0
     with pytest.raises(NumericsError, match=r"not positive definite .* 0\.01 to 1 "):
-        solve(weight, hessian, scheme, act_order=True, damping=0.01, clip_search=False)
+        solve(weight, hessian, scheme, GptqOptions(clip_search=False))
 
 
 def test_the_factor_of_a_wide_layers_inverse_is_that_of_float64() -> None:
@@ -202,10 +206,11 @@ def test_the_factor_of_a_wide_layers_inverse_is_that_of_float64() -> None:
     """
     hessian = hessian_of(correlated(700, 1100, seed=4))
     hessian = (hessian + hessian.T) / 2  # to the last bit
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor, used = _inverse_factor(hessian, order, 0.01)
+    found = factorise_inverse(hessian, act_order=True, damping=0.01)
+    order, factor = found.order, found.upper
+    assert torch.equal(order, torch.argsort(hessian.diagonal(), descending=True, stable=True))
     damped = hessian.double()[order][:, order]
-    damped += used * damped.diagonal().mean() * torch.eye(1100, dtype=torch.float64)
+    damped += found.damping * damped.diagonal().mean() * torch.eye(1100, dtype=torch.float64)
     cond = torch.linalg.cond(damped)
     assert cond > 1e4
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
@@ -229,7 +234,7 @@ def test_fewer_rows_than_features_still_solve() -> None:
     scheme = LayerScheme(bits=4, group_size=128, symmetric=False)
     weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
     hessian = hessian_of(correlated(20, 256, seed=0))
-    result = solve(weight, hessian, scheme, act_order=True, damping=0.01, clip_search=True)
+    result = solve(weight, hessian, scheme, GptqOptions())
     assert result.damping == 0.01
     assert result.output_snr_db > 25
     assert result.output_snr_db == pytest.approx(
@@ -241,9 +246,19 @@ def test_nan_in_weight_or_hessian_is_refused() -> None:
     scheme = LayerScheme(bits=4, group_size="per_channel", symmetric=False)
     weight, hessian = torch.ones(2, 8), torch.eye(8)
     with pytest.raises(NumericsError, match="Hessian"):
-        solve(weight, hessian * math.nan, scheme, act_order=True, damping=0.01, clip_search=True)
+        solve(
+            weight,
+            hessian * math.nan,
+            scheme,
+            GptqOptions(),
+        )
     with pytest.raises(NumericsError, match="weight"):
-        solve(weight * math.inf, hessian, scheme, act_order=True, damping=0.01, clip_search=True)
+        solve(
+            weight * math.inf,
+            hessian,
+            scheme,
+            GptqOptions(),
+        )
 
 
 def test_the_accumulated_hessian_is_the_mean_outer_product_of_all_rows() -> None:
@@ -274,16 +289,13 @@ EIGHT_BITS = LayerScheme(bits=8, group_size=32, symmetric=False)
 
 
 def solved_for(weight: torch.Tensor, seen: HessianAccumulator, share: float = 1.0) -> torch.Tensor:
-    """What GPTQ makes of a weight whose outputs lack something, dequantized."""
+    """What GPTQ makes of a weight whose inputs deviate, dequantized."""
     found = solve(
         weight,
         seen.hessian,
         EIGHT_BITS,
-        act_order=True,
-        damping=1e-6,
-        clip_search=False,
-        lack=seen.lack(weight),
-        share=share,
+        GptqOptions(damping=1e-6, clip_search=False, gptaq_strength=share),
+        cross_term=seen.cross_term(weight),
     )
     return found.weight.dequantize()
 
@@ -308,15 +320,15 @@ def test_the_compensated_weight_is_the_least_squares_fit_of_the_originals_output
     assert (half - (weight + found) / 2).norm() < 0.1 * (found - weight).norm()
 
 
-def test_what_a_layer_lacks_is_the_same_summed_before_and_behind_it() -> None:
+def test_the_cross_term_is_the_same_summed_before_and_behind_it() -> None:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(7))
     exact, x, before = drifted(400)
     _, _, behind = drifted(400, through=weight)
     expected = weight.double() @ (exact - x).double().T @ x.double() / 400
     for seen in (before, behind):
-        lack = seen.lack(weight)
-        assert lack is not None
-        torch.testing.assert_close(lack.double(), expected, rtol=1e-4, atol=1e-4)
+        cross_term = seen.cross_term(weight)
+        assert cross_term is not None
+        torch.testing.assert_close(cross_term.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_without_an_error_in_the_inputs_nothing_is_compensated() -> None:
@@ -324,7 +336,7 @@ def test_without_an_error_in_the_inputs_nothing_is_compensated() -> None:
     seen, plain = HessianAccumulator(64), HessianAccumulator(64)
     seen.add(x, x)
     plain.add(x)
-    assert plain.lack(torch.ones(16, 64)) is None
+    assert plain.cross_term(torch.ones(16, 64)) is None
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
     assert torch.equal(solved_for(weight, seen), solved_for(weight, plain))
 
@@ -337,9 +349,13 @@ def test_codes_for_the_compensated_weight_are_closer_to_the_originals_outputs() 
     seen.add(x[:2000], exact[:2000])
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(7))
     errors = []
-    for lack in (None, seen.lack(weight)):
+    for cross_term in (None, seen.cross_term(weight)):
         codes = solve(
-            weight, seen.hessian, scheme, act_order=True, damping=0.01, clip_search=True, lack=lack
+            weight,
+            seen.hessian,
+            scheme,
+            GptqOptions(),
+            cross_term=cross_term,
         ).weight
         left = x[2000:] @ codes.dequantize().T - exact[2000:] @ weight.T
         errors.append(float(left.square().sum()))

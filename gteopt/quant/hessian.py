@@ -1,0 +1,109 @@
+"""The statistics of a layer's inputs that GPTQ and GPTAQ work from.
+
+Hides: running means in the memory of one matrix. Refuses to know: where the inputs come from, and
+what is solved with them.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from gteopt.quant.products import STRIP, add_product_, product, spans
+
+
+class HessianAccumulator:
+    """The running mean of x x^T over the inputs x of one layer, in float32.
+
+    A mean, not a sum, so that its magnitude does not grow with the calibration set. Only the lower
+    triangle is summed, strip by strip; the upper one is its mirror image.
+
+    Args:
+        in_features: I.
+        device: where the sums lie.
+        through: the weight [O, I] of the layer that reads these inputs, where it is the only one.
+            With fewer outputs than inputs, the cross term is cheaper to sum behind the weight.
+
+    Attributes:
+        n_rows: inputs seen so far.
+        mean: float32 [I], of the inputs seen so far.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device | str = "cpu",
+        *,
+        through: Tensor | None = None,
+    ) -> None:
+        self._sum = torch.zeros(in_features, in_features, device=device)
+        self.mean = torch.zeros(in_features, device=device)
+        self._is_mirrored = True
+        is_narrow = through is not None and len(through) < in_features
+        self._through = through if is_narrow else None
+        self._cross: Tensor | None = None
+        self.n_rows = 0
+
+    def to(self, device: torch.device | str) -> HessianAccumulator:
+        """The same statistics on another device; itself where they are there already."""
+        here = self.hessian
+        if here.device == torch.device(device):
+            return self
+        other = copy.copy(self)
+        other._sum = here.to(device)
+        other._cross = None if self._cross is None else self._cross.to(device)
+        return other
+
+    @property
+    def hessian(self) -> Tensor:
+        """The mean so far, float32 [I, I]; not a copy."""
+        if not self._is_mirrored:
+            with torch.inference_mode():  # the sums were most often made in it
+                for start, end in spans(len(self._sum), STRIP):
+                    self._sum[start:end, end:] = self._sum[end:, start:end].T
+            self._is_mirrored = True
+        return self._sum
+
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Count more inputs in.
+
+        Args:
+            x: [n, I], any float dtype. Padding must not be among them.
+            original: x0 [n, I], what the original model feeds the layer in place of x; of every
+                call or of none.
+        """
+        if not len(x):
+            return
+        x = x.to(self._sum)
+        total = self.n_rows + len(x)
+        beta, alpha = self.n_rows / total, 1 / total
+        features = x.T.contiguous()  # [I, n]
+        for start, end in spans(len(self._sum), STRIP):
+            strip = self._sum[start:, start:end]
+            add_product_(strip, features[start:], features[start:end], beta=beta, alpha=alpha)
+        self.mean.lerp_(x.mean(0), len(x) / total)
+        self._is_mirrored = False
+        if original is not None:
+            difference = original.to(x) - x
+            if self._through is not None:
+                difference = product(difference, self._through.to(x))  # [n, O]
+            if self._cross is None:
+                self._cross = torch.zeros(difference.shape[1], x.shape[1], device=x.device)
+            left = difference.T.contiguous()
+            add_product_(self._cross, left, features, beta=beta, alpha=alpha)
+        self.n_rows = total
+
+    def cross_term(self, weight: Tensor) -> Tensor | None:
+        """W dX X^T of GPTAQ: the mean of W (x0 - x) x^T, dX being the inputs' deviation x0 - x.
+
+        Args:
+            weight: W, float32 [O, I]; the one that was given as `through`, where one was.
+
+        Returns:
+            float32 [O, I], not to be changed; None where `add` was told no x0.
+        """
+        if self._cross is None or self._through is not None:
+            return self._cross
+        return product(weight, self._cross.T)

@@ -1,0 +1,162 @@
+"""Products of large float32 matrices, in the memory of their result.
+
+Hides: which library multiplies, and how triangular and symmetric matrices halve the work. Refuses
+to know: what the matrices mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+STRIP = 1024
+"""Rows or columns of a matrix [I, I] that are worked on at a time, so that no second one is needed.
+"""
+
+
+def spans(n: int, width: int) -> list[tuple[int, int]]:
+    """0 to n cut into (start, end) pieces of at most `width`."""
+    return [(start, min(start + width, n)) for start in range(0, n, width)]
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The product a b^T of two matrices [M, K] and [N, K] of one dtype: [M, N].
+
+    On a processor with AVX-512, float32 goes through oneDNN: MKL uses half of the width on AMD's
+    processors.
+    """
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not torch.cpu._is_avx512_supported():
+        return a @ b.T
+    if not a.numel() or not b.numel():
+        return a.new_zeros(len(a), len(b))
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(
+        a.contiguous(), _readable(b), None, "none", [], ""
+    )
+    return result
+
+
+def _readable(b: Tensor) -> Tensor:
+    """The matrix in a layout that oneDNN reads fast; other strides take it a thousand times as long."""
+    return b if b.is_contiguous() or b.T.is_contiguous() else b.contiguous()
+
+
+def _product_rows(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of a b^T at a time: results that stay in a cache are written nearly for free."""
+    b = _readable(b)
+    for start, end in spans(len(a), STRIP if a.device.type == "cpu" else max(1, len(a))):
+        yield slice(start, end), product(a[start:end], b)
+
+
+def add_product_(target: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float) -> None:
+    """In place, target = beta * target + alpha * a b^T.
+
+    Args:
+        target: [M, N]; may be a view with strides.
+        a: [M, K].
+        b: [N, K].
+        beta: what is left of the target.
+        alpha: how much of the product is added.
+    """
+    if a.device.type != "cpu" or a.dtype != torch.float32:
+        target.addmm_(a, b.T, beta=beta, alpha=alpha)
+        return
+    for at, rows in _product_rows(a, b):
+        if beta != 1:
+            target[at].mul_(beta)
+        target[at].add_(rows, alpha=alpha)
+
+
+def times_inverse(values: Tensor, upper: Tensor, order: Tensor) -> Tensor:
+    """X (U^T U) for an upper triangular U, in half of the dense work: float32 [O, I].
+
+    Args:
+        values: X, float32 [O, I], its features in their own order, as the result's.
+        upper: U, float32 [I, I].
+        order: [I], which feature of X each row of U belongs to.
+    """
+    ordered = values.index_select(1, order)
+    left, both = torch.empty_like(ordered), torch.empty_like(ordered)
+    for start, end in spans(len(upper), STRIP):
+        for at, rows in _product_rows(ordered[:, start:], upper[start:end, start:]):
+            left[at, start:end] = rows
+    for start, end in spans(len(upper), STRIP):
+        for at, rows in _product_rows(left[:, :end], upper[:end, start:end].contiguous().T):
+            both[at, start:end] = rows
+    return both.index_select(1, inverse_order(order))
+
+
+def inverse_order(order: Tensor) -> Tensor:
+    """Where each feature stands in an order [I]: int64 [I]."""
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return places
+
+
+def quadratic_forms(rows: Tensor, symmetric: Tensor) -> Tensor:
+    """The diagonal of E H E^T of rows E [n, I] and a symmetric H [I, I]: float32 [n].
+
+    In half the products: only the diagonal blocks of H and what lies right of them are read.
+    """
+    sums = torch.zeros(len(rows), device=rows.device)
+    for start, end in spans(len(symmetric), STRIP // 2):
+        strip = symmetric[start:end, start:].clone()
+        strip[:, end - start :] *= 2
+        for at, part in _product_rows(rows[:, start:], strip):
+            sums[at] += part.mul_(rows[at, start:end]).sum(1)
+    return sums
+
+
+def cholesky_(matrix: Tensor) -> bool:
+    """Replace a symmetric matrix [n, n] by its lower Cholesky factor; False where it has none.
+
+    Blocked and right-looking (Golub and Van Loan, Matrix Computations, 4.2.9): a library routine
+    would need a second matrix. The upper triangle is not read, and set to zero.
+    """
+    n = len(matrix)
+    # float64 keeps narrow panels: wide ones would leave more of the work to the slower solve.
+    for start, end in spans(n, STRIP if matrix.dtype == torch.float32 else STRIP // 4):
+        corner, info = torch.linalg.cholesky_ex(matrix[start:end, start:end])
+        if info.item():
+            return False
+        matrix[start:end, start:end] = corner
+        panel = _solve_lower(corner, matrix[end:, start:end])
+        matrix[end:, start:end] = panel
+        for first, last in spans(n - end, STRIP):
+            trailing = matrix[end + first :, end + first : end + last]
+            add_product_(trailing, panel[first:], panel[first:last], alpha=-1)
+    matrix.tril_()
+    return True
+
+
+def _solve_lower(corner: Tensor, below: Tensor) -> Tensor:
+    """B C^-T for a lower triangular C [w, w] and B [m, w]."""
+    if corner.dtype == torch.float32 and corner.device.type == "cpu":
+        one = torch.eye(len(corner), dtype=corner.dtype)
+        return product(below, torch.linalg.solve_triangular(corner, one, upper=False))
+    solved: Tensor = torch.linalg.solve_triangular(corner, below.T, upper=False).T
+    return solved
+
+
+def invert_lower_(lower: Tensor) -> None:
+    """Replace a lower triangular matrix float32 [n, n] by its inverse, the last columns first.
+
+    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]], C^-1 being there already.
+    """
+    n = len(lower)
+    width = STRIP // 2
+    identity = torch.eye(min(n, width), dtype=lower.dtype, device=lower.device)
+    for start, end in reversed(spans(n, width)):
+        one = identity[: end - start, : end - start]
+        corner = torch.linalg.solve_triangular(lower[start:end, start:end], one, upper=False)
+        below = product(lower[end:, start:end], corner.T)
+        for first, last in spans(n - end, STRIP):
+            rows = lower[end + first : end + last, end : end + last]
+            lower[end + first : end + last, start:end] = -product(rows, below[:last].T)
+        lower[start:end, start:end] = corner
+
+
+def row_spans(weight: Tensor, n_weights: int) -> Sequence[tuple[int, int]]:
+    """(start, end) of as many rows of a weight [O, I] as hold about `n_weights`; one at least."""
+    return spans(len(weight), max(1, n_weights // weight.shape[1]))
