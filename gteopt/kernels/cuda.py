@@ -642,11 +642,13 @@ def _quantize_kernel(
     factor = _norm_factor(x, row, n_inputs, epsilon, NORMED, BLOCK)
     low = tl.zeros((BLOCK,), tl.float32)
     high = tl.zeros((BLOCK,), tl.float32)
+    broken = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
         values = _prepared(x, up, norm, row, at, n_inputs, factor, GATED, NORMED)
         low = tl.minimum(low, values)
         high = tl.maximum(high, values)
+        broken = tl.where(values != values, 1.0, broken)  # minimum and maximum drop a NaN
     least = tl.min(low, axis=0)
     most = tl.max(high, axis=0)
     if SYMMETRIC:
@@ -654,7 +656,7 @@ def _quantize_kernel(
     else:
         step = tl.div_rn(most - least, 255.0)
     step = tl.where(step >= 1.1754943508222875e-38, step, 1.0)
-    tl.store(scale + tl.program_id(0), step)
+    tl.store(scale + tl.program_id(0), tl.where(tl.max(broken, axis=0) > 0, float("nan"), step))
     shift = 0.0
     if not SYMMETRIC:
         shift = _rounded(-128.0 - tl.div_rn(least, step))
@@ -677,13 +679,15 @@ def _round_kernel(
     row = tl.program_id(0).to(tl.int64) * n_inputs
     factor = _norm_factor(x, row, n_inputs, epsilon, NORMED, BLOCK)
     high = tl.zeros((BLOCK,), tl.float32)
+    broken = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
         values = _prepared(x, up, norm, row, at, n_inputs, factor, GATED, NORMED)
         high = tl.maximum(high, tl.abs(values))
+        broken = tl.where(values != values, 1.0, broken)  # the maximum drops a NaN
     step = tl.div_rn(tl.max(high, axis=0), MOST)
     step = tl.where(step >= 1.1754943508222875e-38, step, 1.0)
-    tl.store(scale + tl.program_id(0), step)
+    tl.store(scale + tl.program_id(0), tl.where(tl.max(broken, axis=0) > 0, float("nan"), step))
     for start in range(0, n_inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
         values = _prepared(x, up, norm, row, at, n_inputs, factor, GATED, NORMED)

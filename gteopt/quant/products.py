@@ -38,7 +38,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _readable(b: Tensor) -> Tensor:
-    """The matrix in a layout that oneDNN reads fast; other strides take it a thousand times as long."""
+    """The matrix in strides that oneDNN reads fast: others cost a thousand times as much."""
     return b if b.is_contiguous() or b.T.is_contiguous() else b.contiguous()
 
 

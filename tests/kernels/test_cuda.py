@@ -77,6 +77,28 @@ def test_tokens_get_exactly_the_codes_of_the_portable_rounding(
             assert torch.equal(zero.float(), wanted_zero[:, 0])
 
 
+@pytest.mark.parametrize("rounding", ["symmetric", "zero points", "fp8"])
+def test_a_nan_in_a_token_stays_a_nan_and_leaves_other_tokens_alone(
+    cuda: ModuleType, rounding: str
+) -> None:
+    """A broken activation must not become a finite wrong vector."""
+    x = seeded(4, 5000)
+    whole = x.clone()
+    x[1, 4321] = torch.nan
+    x[2] = torch.nan
+    if rounding == "fp8":
+        rounded, before = cuda.round_tokens(x), cuda.round_tokens(whole)
+    else:
+        is_symmetric = rounding == "symmetric"
+        rounded = cuda.quantize_tokens(x, symmetric=is_symmetric)
+        before = cuda.quantize_tokens(whole, symmetric=is_symmetric)
+    assert rounded[1].flatten().isnan().tolist() == [False, True, True, False]
+    for part, wanted in zip(rounded, before, strict=True):
+        if part is not None:
+            for token in (0, 3):
+                assert torch.equal(part[token].float(), wanted[token].float())
+
+
 @pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_int8_product_equals_the_float_reference(
