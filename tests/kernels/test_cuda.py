@@ -23,7 +23,7 @@ import torch
 
 from gteopt.config.recipe import LayerScheme
 from gteopt.kernels.reference import Fp8Reference, Int8Reference
-from gteopt.quant import affine
+from gteopt.quant import affine, grid
 from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
 
 W8A8 = LayerScheme(bits=8, group_size="per_channel", symmetric=True, activation_bits=8)
@@ -208,7 +208,7 @@ def test_8_bit_float_products_err_no_more_than_their_rounding(cuda: ModuleType) 
     bias = seeded(64, seed=1).bfloat16()
     x = seeded(33, 256, seed=2).bfloat16()
     floats, scale = cuda.round_tokens(x)
-    most = torch.full_like(scale, affine.E4M3_MAX)  # a GPU multiplies by a number's reciprocal
+    most = torch.full_like(scale, grid.E4M3_MAX)  # a GPU multiplies by a number's reciprocal
     assert torch.equal(scale, x.float().abs().amax(1, keepdim=True) / most)
     # Three bits of fraction: at most 1/16 of a value, twice that where the carry is dropped.
     assert float(((floats.float() * scale - x.float()).abs() / x.float().abs()).median()) <= 1 / 16
@@ -258,7 +258,7 @@ def test_what_comes_before_a_rounding_is_computed_in_float32(
                 <= 2e-6
             )
         floats, scale = cuda.round_tokens(x, before=before)
-        assert torch.allclose(scale[:, 0], exact.abs().amax(1) / affine.E4M3_MAX, rtol=2e-6)
+        assert torch.allclose(scale[:, 0], exact.abs().amax(1) / grid.E4M3_MAX, rtol=2e-6)
         # Three bits of fraction: at most 1/16 of a value, twice that where the carry is dropped.
         large = exact.abs() > scale
         wrong = (floats.float() * scale - exact).abs() / exact.abs()
