@@ -254,6 +254,34 @@ def peaks() -> str:
     )
 
 
+def vector_codes() -> str:
+    """Neighbours kept at equal bytes: ours, and the best code of each other library."""
+    rows = read("vector_codes")["rows"]
+    cells = []
+    for model, n_bytes in dict.fromkeys((row["model"], row["n_bytes"]) for row in rows):
+        best = {}
+        for row in rows:
+            if (row["model"], row["n_bytes"]) == (model, n_bytes):
+                if row["neighbours_kept"] > best.get(row["by"], row)["neighbours_kept"]:
+                    best[row["by"]] = row
+                best.setdefault(row["by"], row)
+        ours = best["gteopt"]
+        line = [model, str(n_bytes), ours["code"], f"**{ours['neighbours_kept']:.3f}**"]
+        for by in ("faiss", "sentence-transformers"):
+            other = best.get(by)
+            line.append(f"{other['neighbours_kept']:.3f} ({other['code']})" if other else "")
+        cells.append([*line, f"{ours['ndcg_at_10']:.3f}"])
+    headings = (
+        "vectors",
+        "bytes",
+        "gteopt stores",
+        "gteopt",
+        "faiss, best",
+        "sentence-transformers, best",
+    )
+    return markdown((*headings, "nDCG@10"), cells)
+
+
 def grid() -> str:
     """Scores and neighbours over lengths and codes."""
     found = {row["name"]: row for row in read("grid")["rows"]}
@@ -586,6 +614,7 @@ def families() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "vector-codes": vector_codes,
     "minilm": minilm,
     "peers-quality": peers_quality,
     "failures": failures,

@@ -253,13 +253,28 @@ def _with_vectors(recipe: Recipe, inspection: Inspection, limits: Limits) -> lis
     if most is None and limits.optimize != "index":
         return [recipe]
     lengths = sorted({dims, *inspection.matryoshka_dims, dims // 2, dims // 4}, reverse=True)
-    sizes: dict[VectorCode, float] = {"float32": 4, "int8": 1, "binary": 1 / 8}
+    sizes: dict[VectorCode, float] = {"float32": 4, "int8": 1}
     found = []
+    if most is None:
+        sizes["binary"] = 1 / 8
+    elif most < 4 * dims:
+        found.append(_filling(recipe, min(int(most), dims)))
     for code, n_bytes in sizes.items():
         fitting = [n for n in lengths if n > 1 and (most is None or n * n_bytes <= most)]
         if fitting:
             found.append(_shortened(recipe, fitting[0], code, inspection))
     return found
+
+
+def _filling(recipe: Recipe, n_bytes: int) -> Recipe:
+    """The recipe with the vectors that keep the most neighbours in so many bytes."""
+    return recipe.model_copy(
+        update={
+            "name": f"{recipe.name}-{n_bytes}-bytes",
+            "summary": f"{recipe.summary}; vectors of {n_bytes} bytes",
+            "vectors": Vectors(code="auto", bytes=n_bytes),
+        }
+    )
 
 
 def _shortened(recipe: Recipe, n: int, code: VectorCode, inspection: Inspection) -> Recipe:

@@ -1,6 +1,5 @@
 """A transform and its codes as a faiss index, which opens and searches without gteopt.
 
-The index takes vectors of the model at full dimension: it shortens, codes and compares them itself.
 int8, int4 and pq are compared as `vectors.search` compares them after rescoring (float query with
 what codes stand for), binary by Hamming distance alone.
 
@@ -22,21 +21,26 @@ WITH_COUNTERPART = ("float32", "int8", "int4", "binary", "pq")
 """Codes that faiss can hold; its RaBitQ keeps four times the factors of ours."""
 
 
-def to_faiss(transform: VectorTransform, codes: Codes | None = None) -> Any:
-    """A `faiss.Index` over vectors of the model, [N, F].
+def to_faiss(
+    transform: VectorTransform, codes: Codes | None = None, *, of_base: bool = False
+) -> Any:
+    """A `faiss.Index` of stored vectors, which codes what is added and compares float queries.
 
     Args:
         transform: what made the codes.
-        codes: stored vectors to put into it, as `quantize` made them; None leaves it empty. More
-            can be added with `index.add(vectors)`.
+        codes: stored vectors to put into it, as `quantize` made them; None leaves it empty.
+        of_base: what the index takes. False: rows [N, D] as `encode` gives them, and as Sentence
+            Transformers gives them from the artifact's folder. True: vectors [N, F] of the base
+            model, which the index shortens itself.
 
     Raises:
         UnsupportedError: the code has no counterpart in faiss.
         InputError: codes of another shape or dtype than `quantize` makes.
 
     Example:
-        >>> faiss.write_index(to_faiss(transform, codes), "documents.faiss")
-        >>> scores, rows = faiss.read_index("documents.faiss").search(encoder.encode(queries), 10)
+        >>> faiss.write_index(to_faiss(encoder.vectors, codes), "documents.faiss")
+        >>> index = faiss.read_index("documents.faiss")
+        >>> scores, rows = index.search(encoder.encode(queries, role="query"), 10)
     """
     if transform.code not in WITH_COUNTERPART:
         raise UnsupportedError(
@@ -46,52 +50,56 @@ def to_faiss(transform: VectorTransform, codes: Codes | None = None) -> Any:
     import faiss  # a tenth of a second, and its own threads
 
     coding = transform.coding
-    width = transform.dims
-    if isinstance(coding, ProductQuantizer):
-        width = coding.codebook.shape[0] * coding.codebook.shape[2]
-    projection, bias = _linear(transform, coding, width)
-    steps: list[Any] = [faiss.LinearTransform(transform.full_dims, width, True)]
-    faiss.copy_array_to_vector(projection.ravel(), steps[0].A)
-    faiss.copy_array_to_vector(bias, steps[0].b)
-    steps[0].is_trained = True
-    if transform.similarity == "cosine":
-        # Thresholds of binary codes are for rows that are normalised already.
-        steps.append(faiss.NormalizationTransform(width, 2.0))
-        if bias.any():
-            faiss.copy_array_to_vector(np.zeros(width, np.float32), steps[0].b)
-            shift = faiss.LinearTransform(width, width, True)
-            faiss.copy_array_to_vector(np.eye(width, dtype=np.float32).ravel(), shift.A)
-            faiss.copy_array_to_vector(bias, shift.b)
-            shift.is_trained = True
-            steps.append(shift)
-    stored = _stored(coding, width)
+    index = _stored(coding, _width(coding, transform.dims))
     if codes is not None:
         transform.check_codes(codes)
-        stored.add_sa_codes(np.ascontiguousarray(_faiss_codes(coding, codes)))
-    index = stored
-    for step in reversed(steps):
-        index = faiss.IndexPreTransform(step, index) if index is stored else _prepended(index, step)
+        index.add_sa_codes(np.ascontiguousarray(_faiss_codes(coding, codes)))
+    for step in reversed(_steps(transform, coding, of_base)):
+        if isinstance(index, faiss.IndexPreTransform):
+            index.prepend_transform(step)
+        else:
+            index = faiss.IndexPreTransform(step, index)
     return index
 
 
-def _prepended(index: Any, step: Any) -> Any:
-    index.prepend_transform(step)
-    return index
-
-
-def _linear(transform: VectorTransform, coding: Code, width: int) -> tuple[Floats, Floats]:
-    """The projection [width, F] and what is added to its result [width]."""
-    projection = transform.projection
-    if projection is None:
-        projection = np.eye(transform.dims, transform.full_dims, dtype=np.float32)
+def _width(coding: Code, dims: int) -> int:
+    """How many values of a row the index of codes takes."""
     if isinstance(coding, ProductQuantizer):
-        placed = np.zeros((width, transform.full_dims), np.float32)
-        placed[coding.places] = projection
-        projection = placed
-    bias = np.zeros(width, np.float32)
-    if isinstance(coding, Binary):
-        bias = -coding.threshold
-    return projection, bias
+        return int(coding.codebook.shape[0] * coding.codebook.shape[2])
+    return dims
+
+
+def _steps(transform: VectorTransform, coding: Code, of_base: bool) -> list[Any]:
+    """What happens to a row before it is coded, in order; nothing for most codes."""
+    import faiss
+
+    steps: list[Any] = []
+    if of_base:
+        projection = transform.projection
+        if projection is None:
+            projection = np.eye(transform.dims, transform.full_dims, dtype=np.float32)
+        steps.append(_linear(projection))
+        if transform.similarity == "cosine":
+            steps.append(faiss.NormalizationTransform(transform.dims, 2.0))
+    if isinstance(coding, ProductQuantizer):
+        placed = np.zeros((_width(coding, transform.dims), transform.dims), np.float32)
+        placed[coding.places, np.arange(transform.dims)] = 1
+        steps.append(_linear(placed))
+    if isinstance(coding, Binary) and coding.low is not None:
+        steps.append(_linear(np.eye(transform.dims, dtype=np.float32), -coding.threshold))
+    return steps
+
+
+def _linear(weight: Floats, bias: Floats | None = None) -> Any:
+    """The map x -> weight x + bias; weight [out, in]."""
+    import faiss
+
+    step = faiss.LinearTransform(weight.shape[1], weight.shape[0], bias is not None)
+    faiss.copy_array_to_vector(np.ascontiguousarray(weight).ravel(), step.A)
+    if bias is not None:
+        faiss.copy_array_to_vector(bias, step.b)
+    step.is_trained = True
+    return step
 
 
 def _stored(coding: Code, width: int) -> Any:

@@ -1,7 +1,7 @@
 """Fit a projection and a code on vectors, judged by the neighbours that held-out vectors keep.
 
-What was measured to choose the defaults is in benchmarks/results/vector_codes.json and
-docs/vectors.md. Refuses to know: torch, models, files.
+What was measured to choose the defaults is in benchmarks/results/vector_choices.json and
+vector_codes.json. Refuses to know: torch, models, files.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ in float32 or better: where that is done, and how."""
 _BLOCK_SCORES = 1 << 22
 _BLOCK_VECTORS = 1 << 14
 _BLOCK_PAIRS = 1 << 7  # a few megabytes in float64, which a core's cache holds
-# A pair takes as long by itself as this many do in a float64 matrix product (about 20 on one core).
+# How many pairs of a float64 matrix product take as long as one pair by itself.
 _PAIR_COST = 32
 
 
@@ -35,11 +35,12 @@ def search(
 ) -> tuple[npt.NDArray[np.intp], Floats]:
     """The k best stored vectors of each query, best first; ties in order of their index.
 
-    The candidates are the `rescore * k` best by codes alone (the query is coded too): least
-    Hamming distance H, as 1 - 2 H / D, for binary; largest dot product of what the codes stand
-    for, for int8. They are then ordered by the dot product of the *float* query with what the
-    document's code stands for (asymmetric rescoring as in BPR, Yamada et al. 2021,
-    arXiv:2106.00882). With `rescore` 1, or float32 codes, the first order stays.
+    float32, int4, rabitq and pq are ordered by the dot product of the float query with what each
+    code stands for. For int8 and binary the `rescore * k` best by codes alone are candidates (the
+    query is coded too): greatest dot product of what the codes stand for, or least Hamming distance
+    H, as 1 - 2 H / D. The candidates are then ordered by the dot product of the *float* query with
+    what their codes stand for (asymmetric rescoring as in BPR, Yamada et al. 2021,
+    arXiv:2106.00882). With `rescore` 1 the first order stays.
 
     Memory is bounded by blocks over queries and vectors.
 
@@ -64,17 +65,15 @@ def search(
 class Search:
     """`search` over stored vectors that come block by block.
 
-    What is kept between blocks are the candidates of each query so far, so that a corpus never has
-    to be in memory. How it is cut changes no result.
+    Only the candidates of each query are kept between blocks, so a corpus never has to be in
+    memory. Where it is cut changes no result.
 
-    Scores are sums in float64, rounded: equal vectors then score equally wherever they lie (BLAS
-    orders a float32 sum by position), which keeps ties in order. Only what may be among the best is
-    summed so. A float32 product in any order is within gamma_D |x| |y| of the dot product x y,
-    gamma_n = n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms,
-    2nd ed., section 3.1, and Cauchy-Schwarz), so whatever lies below the n-th best so far by more
-    than that is not among the n best. 200,000 vectors of 1024 dimensions so take 200 queries 2.1 s
-    on one core of an AMD EPYC with AVX-512, 3.2 s with all of them summed in float64 (k = 11);
-    50,000 of 3584 dimensions 1.7 s for 2.7 s.
+    Scores are sums in float64, rounded to float32. Equal vectors then score equally wherever they
+    lie, which keeps ties in order; BLAS orders a float32 sum by position. Only pairs that may be
+    among the best are summed so. A float32 product in any order is within gamma_D |x| |y| of the
+    dot product x y, gamma_n = n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability of
+    Numerical Algorithms, 2nd ed., section 3.1, and Cauchy-Schwarz). A vector whose product is
+    further than that below the n-th best so far is therefore not among the n best.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class Search:
         # [Q, <= n], best first by codes, ties in order of their index.
         self._indices = np.empty((len(self._queries), 0), np.intp)
         self._scores: Floats = np.empty((len(self._queries), 0), np.float32)
-        # What they are ordered by in the end.
+        # The scores that the final order is by.
         self._rescored: Floats = self._scores.copy()
 
     def add(self, codes: Codes) -> None:
@@ -134,9 +133,9 @@ class Search:
         self._scores = np.pad(self._scores, ((0, 0), (0, more)), constant_values=-np.inf)
         self._rescored = np.pad(self._rescored, ((0, 0), (0, more)))
         block = max(1, _BLOCK_SCORES // len(codes))
-        # Once for all queries: it takes as long as a few hundred of them.
+        # Decoded once for all queries, since decoding takes as long as some hundred queries.
         stored = None if transform.code == "binary" else transform.dequantize(codes)
-        # In a small corpus, and early in a large one, too many are among the best so far.
+        # In a small corpus, and early in a large one, too many vectors are among the best so far.
         product = None
         if stored is not None and 2 * _PAIR_COST * self._n < self._n_seen + len(codes):
             product, longest = self._products(stored), _norms(stored).max()
@@ -280,14 +279,19 @@ def _dots_of_pairs(
 def _nearest_by_hamming(
     queries: npt.NDArray[np.uint8], codes: npt.NDArray[np.uint8], n: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.intp]]:
-    """Distances and indices [Q, n] of the codes [N, B] with the fewest bits other than a query's
-    [Q, B], nearest first, ties in order of their index.
+    """The n codes nearest to each query by Hamming distance.
 
-    By faiss, whose distances are whole numbers, so that the ranking is ours to the last tie, in a
-    twentieth of numpy's time (100 queries, 20,000 vectors of 256 bits: 0.005 s for 0.105 s on one
-    core). Float and int8 codes stay with numpy: faiss sums in float32, by position in a block, so
-    that equal vectors may rank apart (in int8 one or two queries in a hundred had another order)
-    and at 256 dimensions it was no faster (float32 0.188 s for 0.063 s, int8 0.104 s for 0.093 s).
+    faiss finds them: its distances are whole numbers, so its ranking is ours to the last tie. Float
+    and int8 codes stay with numpy, because faiss sums in float32 by position in a block, which can
+    rank equal vectors apart.
+
+    Args:
+        queries: codes [Q, B].
+        codes: stored codes [N, B].
+        n: how many, at most N.
+
+    Returns:
+        Distances and indices, both [Q, n], nearest first, ties in order of their index.
     """
     if n == 0:  # nothing is stored, which faiss refuses to search
         return np.empty((len(queries), 0), np.int32), np.empty((len(queries), 0), np.intp)

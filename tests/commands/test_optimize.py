@@ -73,7 +73,7 @@ def test_an_index_limit_shortens_vectors(tmp_path: Path, texts: Path) -> None:
     plan = proposed(tmp_path, texts, max_vector_bytes="64B")
     assert len(plan.recipes) > 3
     assert any("64-int8" in name for name in plan.recipes)
-    assert any("256-binary" in name for name in plan.recipes)
+    assert any("64-bytes" in name for name in plan.recipes)
 
 
 @pytest.fixture(scope="module")

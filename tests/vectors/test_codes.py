@@ -141,6 +141,7 @@ CASES: list[tuple[VectorCode, Dims | None]] = [
     ("int8", None),
     ("int4", Dims(n=25, method="pca")),
     ("binary", Dims(n=40, method="pca")),
+    ("binary", Dims(n=40)),
     ("pq", None),
 ]
 
@@ -152,22 +153,34 @@ def test_a_faiss_index_codes_as_we_do_and_finds_what_we_find(
     transform = fitted(code, dims)
     documents, queries = like_texts(11, 500), like_texts(12, 40)
     codes = transform.quantize(transform.project(documents))
-    index = to_faiss(transform, codes)
+    index = to_faiss(transform, codes, of_base=True)
     assert index.ntotal == 500
     scores, rows = index.search(queries, 5)
-    found, ours = search(transform, transform.project(queries), codes, 5)
+    asked = transform.project(queries)
+    found, ours = search(transform, asked, codes, 5)
+    of_rows, _ = to_faiss(transform, codes).search(asked, 5)
+    np.testing.assert_allclose(of_rows, scores, atol=1e-5)
     if code == "binary":  # whole numbers with many ties
         np.testing.assert_allclose(1 - 2 * scores / transform.dims, ours, atol=1e-6)
     elif code == "int8":  # we compare codes with codes at first
-        exact = transform.project(queries) @ transform.dequantize(codes).T
+        exact = asked @ transform.dequantize(codes).T
         np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :5], atol=1e-5)
     else:
         np.testing.assert_allclose(scores, ours, atol=1e-5)
         assert (rows == found).mean() > 0.98
     added = to_faiss(transform)
-    added.add(documents)
-    again, _ = added.search(queries, 5)
+    added.add(transform.project(documents))
+    again, _ = added.search(asked, 5)
     np.testing.assert_allclose(again, scores, atol=0 if code == "binary" else 2e-3)
+
+
+def test_centred_signs_are_those_of_a_faiss_index() -> None:
+    x = like_texts(15, 300, mean_cosine=0.83)
+    transform = fit(x, None, Vectors(code="binary", centred=True, rescore=1))
+    codes = transform.quantize(x)
+    distances, _ = to_faiss(transform, codes).search(x[:20], 5)
+    _, ours = search(transform, x[:20], codes, 5)
+    np.testing.assert_allclose(1 - 2 * distances / 64, ours, atol=1e-6)
 
 
 def test_an_index_opens_where_gteopt_is_not_imported(tmp_path: Path) -> None:
@@ -175,7 +188,7 @@ def test_an_index_opens_where_gteopt_is_not_imported(tmp_path: Path) -> None:
     documents, queries = like_texts(13, 300), like_texts(14, 3)
     codes = transform.quantize(transform.project(documents))
     faiss.write_index(to_faiss(transform, codes), str(tmp_path / "x.faiss"))
-    np.save(tmp_path / "queries.npy", queries)
+    np.save(tmp_path / "queries.npy", transform.project(queries))
     script = (
         "import sys, faiss, numpy as np\n"
         f"index = faiss.read_index({str(tmp_path / 'x.faiss')!r})\n"
