@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 
-class _FittedTable(Table):
+class FittedTable(Table):
     """A table that leaves out whole columns where room is short, and cuts no figure or name.
 
     What it leaves out is said below it. Its caption is as wide as the terminal, not as the table.

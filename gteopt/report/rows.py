@@ -218,8 +218,8 @@ def limits_note(report: BenchReport) -> str:
     )
     shares = [each.peak_ratio or 0 for v in report.variants.values() for each in v.throughput]
     busy = (
-        "; more than the peak: other work slowed the device while the peak was measured, so no "
-        "share here is to be trusted"
+        "; more than the peak: other work slowed the device while the peak was measured, so do "
+        "not trust these shares"
         if max(shares, default=0) > _NOISE_ABOVE_PEAK
         else ""
     )
@@ -229,16 +229,19 @@ def limits_note(report: BenchReport) -> str:
     )
 
 
-def _is_own_baseline(report: EvalReport) -> bool:
+def is_own_baseline(report: EvalReport) -> bool:
+    """Whether it is the baseline itself that was scored."""
     return report.artifact_sha256 == report.baseline_sha256
 
 
 def suite_span(report: EvalReport) -> str:
-    return MISSING if _is_own_baseline(report) else _span(report.difference)
+    """Difference of the scores, in points, with its interval."""
+    return MISSING if is_own_baseline(report) else _span(report.difference)
 
 
 def suite_verdict(report: EvalReport) -> str:
-    if _is_own_baseline(report):
+    """What may be said of that difference."""
+    if is_own_baseline(report):
         return "baseline"
     return report.difference.verdict if report.difference else MISSING
 
@@ -253,7 +256,7 @@ def _span(difference: Difference | None) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _encodings(reports: Sequence[EvalReport | FidelityReport]) -> str:
+def encodings_note(reports: Sequence[EvalReport | FidelityReport]) -> str:
     """How many texts were encoded, how many encodings the cache saved, and what was cut."""
     asked = sum(report.n_asked_texts for report in reports)
     encoded = sum(report.n_encoded_texts for report in reports)
@@ -267,6 +270,7 @@ def _encodings(reports: Sequence[EvalReport | FidelityReport]) -> str:
 
 
 def published_text(found: BesidePublished | None) -> str:
+    """A published score, marked where it is of another revision of the data."""
     if found is None:
         return MISSING
     return f"{_OTHER_DATA if found.same_data is False else ''}{found.score * 100:.2f}"
@@ -323,7 +327,11 @@ def fidelity_notes(reports: Mapping[str, FidelityReport]) -> list[str]:
         f"ranks on the vectors as stored"
         for row in rows
     )
-    return [*texts, *dict.fromkeys(note for row in rows for note in row.notes), _encodings(rows)]
+    return [
+        *texts,
+        *dict.fromkeys(note for row in rows for note in row.notes),
+        encodings_note(rows),
+    ]
 
 
 def _row(name: str, results: Results) -> Row:
@@ -347,7 +355,7 @@ def _row(name: str, results: Results) -> Row:
             load_s=bench.load_s,
         )
     if evaluation:
-        row = _with_scores(row, evaluation)
+        row = with_scores(row, evaluation)
         if not bench:
             row = replace(row, dims=evaluation.dims, vector_bytes=evaluation.bytes_per_vector)
     elif (close := results.fidelity.get(name)) is not None:
@@ -370,8 +378,8 @@ def _row(name: str, results: Results) -> Row:
     return row
 
 
-def _with_scores(row: Row, evaluation: EvalReport) -> Row:
-    own = _is_own_baseline(evaluation)
+def with_scores(row: Row, evaluation: EvalReport) -> Row:
+    own = is_own_baseline(evaluation)
     return replace(
         row,
         partial=evaluation.partial,
@@ -519,6 +527,7 @@ COLUMNS = (
 
 
 def failures(evals: Mapping[str, EvalReport]) -> list[str]:
+    """A sentence a task that could not be scored."""
     return [
         f"{report.variant}: task {failed.task} failed: {failed.reason}"
         for report in evals.values()
@@ -527,10 +536,12 @@ def failures(evals: Mapping[str, EvalReport]) -> list[str]:
 
 
 def task_key(task: TaskScore) -> tuple[str, str, str]:
+    """What tells a score from the others of its report: task, split and subset."""
     return task.task, task.split, task.subset
 
 
 def machine_line(machine: Machine) -> str:
+    """A machine in one line."""
     parts = [
         machine.cpu,
         f"{machine.n_cores} cores",

@@ -17,7 +17,7 @@ from gteopt.records.evaluation import EvalReport, FidelityReport, TaskScore, Ver
 from gteopt.records.inspection import Inspection
 from gteopt.records.manifest import Manifest
 from gteopt.records.results_folder import Results
-from gteopt.report.fitted_table import _FittedTable
+from gteopt.report.fitted_table import FittedTable
 from gteopt.report.rows import (
     COLUMNS,
     FIDELITY,
@@ -25,14 +25,13 @@ from gteopt.report.rows import (
     MARKS,
     MISSING,
     Row,
-    _encodings,
-    _is_own_baseline,
-    _with_scores,
     beside_published,
+    encodings_note,
     failures,
     fidelity_cells,
     fidelity_notes,
     index_rent,
+    is_own_baseline,
     kernels_note,
     lengths_note,
     limits,
@@ -45,6 +44,7 @@ from gteopt.report.rows import (
     suite_span,
     suite_verdict,
     task_key,
+    with_scores,
 )
 from gteopt.report.wording import points
 
@@ -55,7 +55,7 @@ def terminal_table(results: Results) -> Table:
     Below the table stand the limits that each rejected variant breaks and the tasks that failed.
     """
     lines = rows(results)
-    table = _FittedTable([row.name for row in lines], marked=True)
+    table = FittedTable([row.name for row in lines], marked=True)
     columns = [column for column in COLUMNS if column.attribute in _IN_TERMINAL]
     for column in columns:
         importance = _IN_TERMINAL.index(column.attribute)
@@ -76,7 +76,7 @@ def terminal_table(results: Results) -> Table:
 def bench_table(report: BenchReport) -> Table:
     """Speed and memory of each variant, the throughput of each workload in tokens/s."""
     lines = rows(Results(bench=report, evals={}, choice=None))
-    table = _FittedTable([row.name for row in lines])
+    table = FittedTable([row.name for row in lines])
     columns = [column for column in COLUMNS if column.attribute in _IN_BENCH]
     for column in columns:
         importance = _IN_BENCH.index(column.attribute)
@@ -122,7 +122,7 @@ def limits_table(report: BenchReport) -> Table:
 
     An index costs its share of the memory of this machine, where a price was said.
     """
-    table = _FittedTable(list(report.variants))
+    table = FittedTable(list(report.variants))
     importance = {"workload": 0, "$/M tokens": 1, LIMITS[-1]: 2, "of peak": 3, "GFLOP/s": 4}
     for heading in LIMITS:
         if heading not in _IN_BENCH_ANYWAY:
@@ -155,7 +155,7 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
     """Score, fidelity and every task, one column a variant."""
     evals = list(reports.values())
     names = [task.task for report in evals for task in report.tasks]
-    table = _FittedTable(names, heading="", stacked=True)
+    table = FittedTable(names, heading="", stacked=True)
     known = {
         task_key(task): task.published
         for report in evals
@@ -166,12 +166,12 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
         table.add_figures("published", "published")
     for name in reports:
         table.add_figures(Text(name), name)
-    lines = [_with_scores(Row(name, False, "other", ""), reports[name]) for name in reports]
+    lines = [with_scores(Row(name, False, "other", ""), reports[name]) for name in reports]
     for column in COLUMNS:
         if column.attribute in _IN_EVAL:
             cells = [*([""] if known else []), *(column.text(row) for row in lines)]
             table.add_row(Text(f"{column.title} {column.unit}"), *cells, style="bold")
-    if any(not _is_own_baseline(report) for report in evals):
+    if any(not is_own_baseline(report) for report in evals):
         empty = [""] if known else []
         spans = [suite_span(report).replace(" [", "\n[") for report in evals]
         table.add_row("Difference", *empty, *spans, style="bold")
@@ -191,7 +191,10 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
     suites |= dict.fromkeys(f"no retention: {r.no_retention}" for r in evals if r.no_retention)
     suites |= dict.fromkeys(f"neighbours: {r.fidelity.among}" for r in evals)
     notes = [*suites, *_about_verdicts(evals), *(f"* {each}" for each in failures(reports))]
-    notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
+    notes += [
+        *dict.fromkeys(note for report in evals for note in report.notes),
+        encodings_note(evals),
+    ]
     notes += [sentence for report in evals for sentence in beside_published(report)]
     table.caption = Text("\n".join(notes), style="not italic")
     return table
@@ -200,7 +203,7 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
 def grid_table(reports: Mapping[str, EvalReport]) -> Table:
     """One line a variant, length and code: score, difference from the baseline, fidelity."""
     evals = list(reports.values())
-    table = _FittedTable(list(reports))
+    table = FittedTable(list(reports))
     headings = ("vector\nbytes", "score\n%", "difference\n95 %", "nn@10\n%", "ρ")
     for heading, importance in zip(headings, (3, 0, 4, 1, 5), strict=True):
         table.add_figures(heading, heading.replace("\n", " "), importance=importance)
@@ -215,10 +218,10 @@ def grid_table(reports: Mapping[str, EvalReport]) -> Table:
             f"{found.neighbour_overlap * 100:.1f}",
             f"{found.spearman:.3f}",
             suite_verdict(report),
-            style="dim" if _is_own_baseline(report) else "",
+            style="dim" if is_own_baseline(report) else "",
         )
     first = evals[0]
-    n_rows = sum(not _is_own_baseline(report) for report in evals)
+    n_rows = sum(not is_own_baseline(report) for report in evals)
     notes = [
         f"suite {first.suite}, against {first.baseline}; differences in points with their 95 % "
         f"paired bootstrap interval",
@@ -226,7 +229,10 @@ def grid_table(reports: Mapping[str, EvalReport]) -> Table:
         f"{f'all {n_rows} lines together (Holm)' if first.correction == 'family' else 'each line'}",
     ]
     notes += [f"* {failure}" for failure in failures(reports)]
-    notes += [*dict.fromkeys(note for report in evals for note in report.notes), _encodings(evals)]
+    notes += [
+        *dict.fromkeys(note for report in evals for note in report.notes),
+        encodings_note(evals),
+    ]
     table.caption = Text("\n".join(notes), style="not italic")
     return table
 
@@ -241,14 +247,14 @@ _VERDICT_MARKS: dict[Verdict, str] = {
 
 def _mark(report: EvalReport, task: TaskScore) -> str:
     """What is claimed of a task, in a character, so that numbers stay below each other."""
-    if _is_own_baseline(report):
+    if is_own_baseline(report):
         return ""
     return f" {_VERDICT_MARKS[task.difference.verdict] if task.difference else ' '}"
 
 
 def _about_verdicts(reports: Sequence[EvalReport]) -> list[str]:
     """How verdicts are to be read, and which tasks have none for what reason."""
-    judged = [report for report in reports if not _is_own_baseline(report)]
+    judged = [report for report in reports if not is_own_baseline(report)]
     if not judged:
         return []
     marks = ", ".join(f"{mark} {verdict}" for verdict, mark in _VERDICT_MARKS.items())
@@ -273,7 +279,7 @@ def _about_verdicts(reports: Sequence[EvalReport]) -> list[str]:
 
 def fidelity_table(reports: Mapping[str, FidelityReport]) -> Table:
     """Closeness to the baseline on a user's own texts, one line a variant."""
-    table = _FittedTable(list(reports))
+    table = FittedTable(list(reports))
     for heading, importance in zip(FIDELITY, (2, 1, 4, 0, 3), strict=True):
         table.add_figures(heading.replace(" ", "\n"), heading, importance=importance)
     for name, report in reports.items():

@@ -638,7 +638,7 @@ def test_results_of_another_artifact_are_refused_whole_or_in_part(
     artifact: Path, tmp_path: Path, kept: str
 ) -> None:
     write_results(tmp_path, "f" * 64)
-    with pytest.raises(InputError, match=r"it knows small \(ffffffffffff\)"):
+    with pytest.raises(InputError, match=r"it holds small \(ffffffffffff\)"):
         prepare(artifact, REPO, results=tmp_path)
     own = tmp_path / "own"
     write_results(own, artifact_sha256(artifact))
