@@ -31,7 +31,15 @@ from torch import Tensor
 
 from gteopt.config.recipe import GroupSize, LayerScheme
 from gteopt.errors import IntegrityError, UnsupportedError
-from gteopt.formats.packed import Config, ReadLayer, Shape, assemble, check_tensors
+from gteopt.formats.packed import (
+    Activations,
+    Config,
+    ReadLayer,
+    Shape,
+    StoredCodes,
+    assemble,
+    check_tensors,
+)
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.double_quantization import BLOCK_SIZE, dynamic_map
 from gteopt.quant.grid import NF4_LEVELS
@@ -151,16 +159,9 @@ def _read_int8(
     qweight = tensors["weight"].contiguous().view(torch.uint8) ^ 128
     scale = tensors["SCB"][:, None] / 127
     threshold = float(config.get("llm_int8_threshold", 6.0))
-    return assemble(
-        subject,
-        qweight,
-        shape.in_features,
-        scale,
-        torch.full_like(scale, 128, dtype=torch.uint8),
-        8,
-        activation_bits=8,
-        activation_outliers=threshold or None,
-    )
+    zero = torch.full_like(scale, 128, dtype=torch.uint8)
+    codes = StoredCodes(qweight, shape.in_features, scale, zero, 8)
+    return assemble(subject, codes, Activations(8, outliers=threshold or None))
 
 
 def _read_nf4(subject: str, shape: Shape, tensors: Mapping[str, Tensor]) -> PackedWeight:
@@ -200,17 +201,9 @@ def _read_nf4(subject: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Pack
     qweight = (packed >> 4).bitwise_or_(packed << 4)  # theirs has the first code in the high bits
     scale = absmax.view(shape.out_features, -1)
     zero = torch.full_like(scale, 8, dtype=torch.uint8)
-    return assemble(
-        subject,
-        qweight,
-        shape.in_features,
-        scale,
-        zero,
-        4,
-        activation_bits=16,
-        number_format="nf4",
-        group_size=cast(GroupSize, width),
-    )
+    codes = StoredCodes(qweight, shape.in_features, scale, zero, 4)
+    group_size = cast(GroupSize, width)
+    return assemble(subject, codes, Activations(), number_format="nf4", group_size=group_size)
 
 
 def _is_nf4(scheme: LayerScheme) -> bool:

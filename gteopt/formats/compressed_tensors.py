@@ -36,9 +36,11 @@ from torch import Tensor
 from gteopt.config.recipe import LayerScheme, NumberFormat
 from gteopt.errors import UnsupportedError
 from gteopt.formats.packed import (
+    Activations,
     Config,
     ReadLayer,
     Shape,
+    StoredCodes,
     as_bytes,
     as_words,
     assemble,
@@ -48,6 +50,8 @@ from gteopt.formats.packed import (
 )
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.packing import pack_codes, packed_width, unpack_codes
+
+_Wanted = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
 
 
 def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:
@@ -152,71 +156,85 @@ def from_tensors(
         raise UnsupportedError(
             f"{subject}: {bits}-bit {kind} weights are not supported (supported: int, 8-bit float)"
         )
-    number_format: NumberFormat = "int" if kind == "int" else "e4m3"
-    activation_bits, activation_symmetric = _activations(
-        subject, group.get("input_activations"), kind
-    )
+    activations = _activations(subject, group.get("input_activations"), kind)
     scale = tensors.get("weight_scale", torch.empty(0, 1))
     scale = scale.reshape(1, 1).expand(shape.out_features, 1) if scale.numel() == 1 else scale
-    n_groups = scale.shape[-1]
-    grid = (shape.out_features, n_groups)
-    offset = 1 << (bits - 1)
-    order = None
+    tensors, order = {**tensors, "weight_scale": scale}, None
+    number_format: NumberFormat = "int" if kind == "int" else "e4m3"
     if "weight_packed" in tensors:
-        n_words = (shape.in_features * bits + 31) // 32
-        zero_words = (packed_width(shape.out_features, bits) + 3) // 4
-        wanted: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
-            "weight_packed": (torch.int32, (shape.out_features, n_words)),
-            "weight_scale": (None, grid),
-            "weight_shape": (None, (2,)),
-            "weight_zero_point": (torch.int32, (zero_words, n_groups)),
-            "weight_g_idx": (None, (shape.in_features,)),
-        }
-        optional = frozenset({"weight_shape", "weight_zero_point", "weight_g_idx"})
-        check_tensors(subject, {**tensors, "weight_scale": scale}, wanted, optional)
-        qweight = cut(as_bytes(tensors["weight_packed"]), bits, shape.in_features)
-        groups = tensors.get("weight_g_idx")
-        if groups is not None and not bool((groups == -1).all()):  # -1: never filled in
-            order = feature_order(subject, groups, n_groups)
-        if order is not None:
-            codes = unpack_codes(qweight, bits, shape.in_features)
-            qweight = pack_codes(codes[:, order], bits)
-        packed_zero = tensors.get("weight_zero_point")
-        zero = torch.full(grid, offset, dtype=torch.uint8, device=qweight.device)
-        if packed_zero is not None:
-            zero = unpack_codes(as_bytes(packed_zero.t()), bits, shape.out_features).t()
+        qweight, zero, order = _read_packed(subject, shape, bits, tensors)
     elif number_format == "e4m3":
-        wanted = {
-            "weight": (torch.float8_e4m3fn, (shape.out_features, shape.in_features)),
-            "weight_scale": (None, grid),
-        }
-        check_tensors(subject, {**tensors, "weight_scale": scale}, wanted)
-        qweight = tensors["weight"].contiguous().view(torch.uint8)
-        zero = torch.full(grid, offset, dtype=torch.uint8, device=qweight.device)
+        qweight, zero = _read_float8(subject, shape, tensors)
     else:
-        wanted = {
-            "weight": (torch.int8, (shape.out_features, shape.in_features)),
-            "weight_scale": (None, grid),
-            "weight_zero_point": (torch.int8, grid),
-        }
-        tensors = {**tensors, "weight_scale": scale}
-        check_tensors(subject, tensors, wanted, frozenset({"weight_zero_point"}))
-        # Flipping the top bit of a signed code adds the zero point 128.
-        qweight = tensors["weight"].contiguous().view(torch.uint8) ^ offset
-        stored = tensors.get("weight_zero_point", torch.zeros(grid, dtype=torch.int8))
-        zero = (stored.to(torch.int16) + offset).to(torch.uint8).to(qweight.device)
-    weight = assemble(
-        subject,
-        qweight,
-        shape.in_features,
-        scale.contiguous(),
-        zero.contiguous(),
-        bits,
-        activation_bits=activation_bits,
-        activation_symmetric=activation_symmetric,
-        number_format=number_format,
-    )
-    return ReadLayer(weight, order)
+        qweight, zero = _read_bytes(subject, shape, bits, tensors)
+    codes = StoredCodes(qweight, shape.in_features, scale.contiguous(), zero.contiguous(), bits)
+    return ReadLayer(assemble(subject, codes, activations, number_format=number_format), order)
+
+
+def _read_packed(
+    subject: str, shape: Shape, bits: int, tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes [O, B], zero points [O, G] and order [I] of a `pack-quantized` layer."""
+    n_groups = tensors["weight_scale"].shape[-1]
+    grid = (shape.out_features, n_groups)
+    zero_words = (packed_width(shape.out_features, bits) + 3) // 4
+    wanted: _Wanted = {
+        "weight_packed": (torch.int32, (shape.out_features, (shape.in_features * bits + 31) // 32)),
+        "weight_scale": (None, grid),
+        "weight_shape": (None, (2,)),
+        "weight_zero_point": (torch.int32, (zero_words, n_groups)),
+        "weight_g_idx": (None, (shape.in_features,)),
+    }
+    optional = frozenset({"weight_shape", "weight_zero_point", "weight_g_idx"})
+    check_tensors(subject, tensors, wanted, optional)
+    qweight, order = cut(as_bytes(tensors["weight_packed"]), bits, shape.in_features), None
+    groups = tensors.get("weight_g_idx")
+    if groups is not None and not bool((groups == -1).all()):  # -1: never filled in
+        order = feature_order(subject, groups, n_groups)
+    if order is not None:
+        codes = unpack_codes(qweight, bits, shape.in_features)
+        qweight = pack_codes(codes[:, order], bits)
+    packed_zero = tensors.get("weight_zero_point")
+    if packed_zero is None:
+        return qweight, _middle(grid, bits, qweight), order
+    return qweight, unpack_codes(as_bytes(packed_zero.t()), bits, shape.out_features).t(), order
+
+
+def _read_float8(
+    subject: str, shape: Shape, tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Codes [O, I] and zero points [O, G] of a `float-quantized` layer."""
+    grid = (shape.out_features, tensors["weight_scale"].shape[-1])
+    wanted: _Wanted = {
+        "weight": (torch.float8_e4m3fn, (shape.out_features, shape.in_features)),
+        "weight_scale": (None, grid),
+    }
+    check_tensors(subject, tensors, wanted)
+    qweight = tensors["weight"].contiguous().view(torch.uint8)
+    return qweight, _middle(grid, 8, qweight)
+
+
+def _read_bytes(
+    subject: str, shape: Shape, bits: int, tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Codes [O, I] and zero points [O, G] of an `int-quantized` layer."""
+    grid = (shape.out_features, tensors["weight_scale"].shape[-1])
+    wanted: _Wanted = {
+        "weight": (torch.int8, (shape.out_features, shape.in_features)),
+        "weight_scale": (None, grid),
+        "weight_zero_point": (torch.int8, grid),
+    }
+    check_tensors(subject, tensors, wanted, frozenset({"weight_zero_point"}))
+    offset = 1 << (bits - 1)
+    # Flipping the top bit of a signed code adds the zero point 128.
+    qweight = tensors["weight"].contiguous().view(torch.uint8) ^ offset
+    stored = tensors.get("weight_zero_point", torch.zeros(grid, dtype=torch.int8))
+    return qweight, (stored.to(torch.int16) + offset).to(torch.uint8).to(qweight.device)
+
+
+def _middle(grid: tuple[int, int], bits: int, like: Tensor) -> Tensor:
+    """The zero points [O, G] of a symmetric layer."""
+    return torch.full(grid, 1 << (bits - 1), dtype=torch.uint8, device=like.device)
 
 
 def _type(scheme: LayerScheme) -> str:
@@ -260,12 +278,10 @@ def _matches(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _activations(
-    subject: str, activations: Mapping[str, Any] | None, kind: str
-) -> tuple[int, bool]:
-    """Bits of the activations and whether they are symmetric."""
+def _activations(subject: str, activations: Mapping[str, Any] | None, kind: str) -> Activations:
+    """How the inputs are rounded; see `Activations`."""
     if activations is None:
-        return 16, True
+        return Activations()
     symmetric = activations.get("symmetric", True)
     wanted = {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True}
     found = {key: activations.get(key) for key in wanted}
@@ -275,4 +291,4 @@ def _activations(
             f"{subject}: activations with {shown} are not supported (supported: 8 bits of the "
             f"weights' type, each token scaled when it is seen)"
         )
-    return 8, bool(symmetric)
+    return Activations(8, bool(symmetric))

@@ -27,9 +27,11 @@ from torch import Tensor
 from gteopt.config.recipe import LayerScheme
 from gteopt.errors import UnsupportedError
 from gteopt.formats.packed import (
+    Activations,
     Config,
     ReadLayer,
     Shape,
+    StoredCodes,
     as_bytes,
     as_words,
     assemble,
@@ -182,10 +184,8 @@ def from_tensors(
         qweight = pack_codes(unpack_codes(qweight, bits, n_in)[:, order], bits)
     zero = _zero_points(tensors["qzeros"], bits, n_out, _VERSIONS[label], config.get("sym", False))
     scale = tensors["scales"].t().contiguous()  # [O, G]
-    weight = assemble(
-        subject, qweight, n_in, scale, zero.t().contiguous(), bits, activation_bits=16
-    )
-    return ReadLayer(weight, order)
+    codes = StoredCodes(qweight, n_in, scale, zero.t().contiguous(), bits)
+    return ReadLayer(assemble(subject, codes, Activations()), order)
 
 
 def _zero_points(

@@ -108,38 +108,68 @@ def feature_order(subject: str, groups: Tensor, n_groups: int) -> Tensor | None:
     return order
 
 
+@dataclass(frozen=True)
+class StoredCodes:
+    """Codes and grid of one layer, as a checkpoint holds them.
+
+    Attributes:
+        qweight: codes in gteopt's packing, uint8 [O, B].
+        in_features: I, which the packing may have padded.
+        scale: [O, G], any float dtype.
+        zero: uint8 [O, G].
+        bits: of a code.
+    """
+
+    qweight: Tensor
+    in_features: int
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How a layer's inputs are rounded; `outliers` is LLM.int8()'s threshold."""
+
+    bits: int = 16
+    symmetric: bool = True
+    outliers: float | None = None
+
+
 def assemble(
     subject: str,
-    qweight: Tensor,
-    in_features: int,
-    scale: Tensor,
-    zero: Tensor,
-    bits: int,
+    stored: StoredCodes,
+    activations: Activations,
     *,
-    activation_bits: int,
-    activation_symmetric: bool = True,
-    activation_outliers: float | None = None,
     number_format: NumberFormat = "int",
     group_size: GroupSize | None = None,
 ) -> PackedWeight:
-    """A packed weight of codes as `pack_codes` packs them, scale [O, G] and zero uint8 [O, G].
+    """The packed weight that these codes and their grid are.
 
     Packed codes are taken as they lie: to unpack and pack them again would be most of a load.
 
-    Scales in bfloat16 or float32 are rounded to float16: exact for bfloat16 from 2^-14 on. A
-    weight whose zero points all lie in the middle becomes symmetric.
+    Scales in bfloat16 or float32 are rounded to float16, which is exact for bfloat16 from 2^-14
+    on. A weight whose zero points all lie in the middle becomes symmetric.
+
+    Args:
+        subject: named in errors.
+        stored: see `StoredCodes`.
+        activations: see `Activations`.
+        number_format: what the codes are.
+        group_size: read off the scales' shape when None.
 
     Raises:
         UnsupportedError: bits, groups or scales that gteopt's kernels do not have.
     """
+    bits, in_features, zero = stored.bits, stored.in_features, stored.zero
     if bits not in (2, 3, 4, 8):
         raise UnsupportedError(f"{subject}: {bits}-bit weights (supported: 2, 3, 4, 8)")
-    rounded = scale.to(torch.float16)
+    rounded = stored.scale.to(torch.float16)
     if not bool(torch.isfinite(rounded).all()):
         raise UnsupportedError(f"{subject}: a scale is not finite or exceeds float16's 65504")
-    group_size = group_size or group_size_of(subject, in_features, scale.shape[1])
+    group_size = group_size or group_size_of(subject, in_features, rounded.shape[1])
     symmetric = bool((zero == 1 << (bits - 1)).all())
-    if activation_bits == 8 and (bits, group_size, symmetric) != (8, "per_channel", True):
+    if activations.bits == 8 and (bits, group_size, symmetric) != (8, "per_channel", True):
         raise UnsupportedError(
             f"{subject}: int8 activations with {bits}-bit weights in "
             f"{'one group' if group_size == 'per_channel' else f'groups of {group_size}'}"
@@ -151,14 +181,14 @@ def assemble(
             "bits": bits,
             "group_size": group_size,
             "symmetric": symmetric,
-            "activation_bits": activation_bits,
-            "activation_symmetric": activation_symmetric,
-            "activation_outliers": activation_outliers,
+            "activation_bits": activations.bits,
+            "activation_symmetric": activations.symmetric,
+            "activation_outliers": activations.outliers,
             "number_format": number_format,
         }
     )
     qzero = None if symmetric else pack_codes(zero, bits)
-    return PackedWeight(qweight, rounded, qzero, scheme, in_features)
+    return PackedWeight(stored.qweight, rounded, qzero, scheme, in_features)
 
 
 def cut(packed: Tensor, bits: int, n: int) -> Tensor:

@@ -359,7 +359,7 @@ def recipe(scheme: LayerScheme, format: str = "auto", **weights: Any) -> Recipe:
 @pytest.fixture(scope="module")
 def int4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same weights in every format that can hold them."""
-    folder = tmp_path_factory.mktemp("layouts")
+    folder = tmp_path_factory.mktemp("formats")
     scheme = LayerScheme(bits=4, group_size=64, symmetric=False)
     for format in ("gteopt", *INT4):
         made = gteopt.quantize("nano", recipe(scheme, format), folder / format)
@@ -367,7 +367,7 @@ def int4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("gteopt", *INT4)}
 
 
-def test_every_layout_gives_the_same_vectors(int4: dict[str, Path]) -> None:
+def test_every_format_gives_the_same_vectors(int4: dict[str, Path]) -> None:
     own = gteopt.load(int4["gteopt"]).encode(TEXTS)
     for format in INT4:
         np.testing.assert_array_equal(gteopt.load(int4[format]).encode(TEXTS), own)
