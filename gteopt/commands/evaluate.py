@@ -26,6 +26,7 @@ from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems
 from gteopt.evaluation.compare import Drawn, compare
 from gteopt.evaluation.data_check import check_data
 from gteopt.evaluation.fidelity import fidelity
+from gteopt.evaluation.item_scores_file import write_item_scores
 from gteopt.evaluation.runner import (
     ENCODE_OPTIONS,
     EncodeOptions,
@@ -178,6 +179,8 @@ def score(
             progress(f"{name}: comparing with {baseline.encoder}", done, len(runs))
             noted = replace(run, notes=(*run.notes, *notes))
             found = compare(baseline, noted, variant_name=row, margin=margin, drawn=drawn)
+            if folder is not None:
+                write_item_scores(folder / "items" / f"{row}.parquet", noted, row)
             reports[row] = found.model_copy(update={"asked": how.asked})
     reports = settle(reports, how.correction)
     if folder is not None:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.errors import InputError, NumericsError, join_problems
 from gteopt.evaluation.fidelity import fidelity
+from gteopt.evaluation.item_scores_file import read_item_scores
 from gteopt.evaluation.per_item_scores import Samples
 from gteopt.evaluation.reference import beside_published, find_reference
 from gteopt.evaluation.runner import SampleKey, SuiteRun, differing_conditions
@@ -20,6 +23,7 @@ from gteopt.evaluation.statistics import (
     Resampled,
     difference_of,
     interval,
+    judge,
     mean_of,
     paired_draws,
     resample,
@@ -27,7 +31,14 @@ from gteopt.evaluation.statistics import (
 )
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.task_store import SubsetScore, mean_over_tasks
-from gteopt.records.evaluation import Difference, EvalReport, FailedTask, TaskScore
+from gteopt.records.evaluation import (
+    Correction,
+    Difference,
+    EvalReport,
+    FailedTask,
+    ItemComparison,
+    TaskScore,
+)
 
 Drawn = dict[SampleKey, Resampled]
 """What was drawn of a baseline, which every comparison with it needs."""
@@ -62,18 +73,7 @@ def compare(
             f"{variant_name} was scored on suite {variant.suite.name}, its baseline on "
             f"{baseline.suite.name} with other tasks or data; score both on the same suite"
         )
-    theirs = {(each.task, each.split, each.subset): each for each in baseline.scores}
-    drawn = {} if drawn is None else drawn
-    draws: dict[SampleKey, Draws] = {}
-    tasks = []
-    for each in variant.scores:
-        key = each.task, each.split, each.subset
-        if key not in theirs:
-            continue
-        paired = _paired(baseline, variant, theirs[key], each, drawn)
-        if isinstance(paired, Draws):
-            draws[key] = paired
-        tasks.append(_task_score(each, theirs[key], paired, variant.samples.get(key)))
+    tasks, draws = compare_scores(baseline, variant, {} if drawn is None else drawn)
     failed = variant.failed + tuple(
         FailedTask(task=each.task, reason=f"the baseline failed: {each.reason}")
         for each in baseline.failed
@@ -130,6 +130,127 @@ def compare(
                 update={"notes": (*report.notes, *_about_average(report, variant.suite))}
             )
     return settle({variant_name: report})[variant_name]
+
+
+class Scored(Protocol):
+    """What a comparison needs of one model: a run, or a file of item scores."""
+
+    @property
+    def encoder(self) -> str:
+        """Its name."""
+
+    @property
+    def encoder_sha256(self) -> str:
+        """Identifies it."""
+
+    @property
+    def suite_sha256(self) -> str:
+        """Identifies tasks, data and protocol."""
+
+    @property
+    def scores(self) -> tuple[SubsetScore, ...]:
+        """Main scores."""
+
+    @property
+    def samples(self) -> Mapping[SampleKey, Samples]:
+        """What each score is made of."""
+
+
+def compare_scores(
+    baseline: Scored, variant: Scored, drawn: Drawn
+) -> tuple[list[TaskScore], dict[SampleKey, Draws]]:
+    """Every task, split and subset that both finished, and the draws of those with an interval."""
+    theirs = {(each.task, each.split, each.subset): each for each in baseline.scores}
+    draws: dict[SampleKey, Draws] = {}
+    tasks = []
+    for score in variant.scores:
+        key = score.task, score.split, score.subset
+        if key not in theirs:
+            continue
+        paired = _paired(baseline, variant, theirs[key], score, drawn)
+        if isinstance(paired, Draws):
+            draws[key] = paired
+        tasks.append(_task_score(score, theirs[key], paired, variant.samples.get(key)))
+    return tasks, draws
+
+
+def compare_item_scores(
+    baseline: Path,
+    variant: Path,
+    *,
+    margin: float = DEFAULT_MARGIN,
+    correction: Correction = "family",
+) -> ItemComparison:
+    """Differences, intervals and verdicts from two files of item scores, without a model.
+
+    Example: `compare_item_scores(Path("base/items/nano.parquet"), Path("mine/items/int8.parquet"))`
+
+    Args:
+        baseline: file of the baseline, from `evaluate --out`.
+        variant: file of the variant, which may come from another machine.
+        margin: a difference of scores (0 to 1) that does not matter.
+        correction: what the error rate of verdicts holds for; see `settle`.
+
+    Raises:
+        IntegrityError: a file that holds no item scores.
+        InputError: files of different suites, data or protocols, or no task in common.
+    """
+    theirs, ours = read_item_scores(baseline), read_item_scores(variant)
+    if theirs.suite_sha256 != ours.suite_sha256:
+        raise InputError(
+            f"{variant} was scored on suite {ours.header.suite} ({ours.suite_sha256[:12]}), "
+            f"{baseline} on {theirs.header.suite} ({theirs.suite_sha256[:12]}): other tasks, data "
+            f"or protocol; score both on the same suite"
+        )
+    tasks, draws = compare_scores(theirs, ours, {})
+    if not tasks:
+        raise InputError(f"{variant} and {baseline} have no task in common; score both again")
+    sure = suite_interval(tasks, draws)
+    claims = {
+        (task.task, task.split, task.subset): (task.difference, margin)
+        for task in tasks
+        if task.difference is not None
+    }
+    same = ours.encoder_sha256 == theirs.encoder_sha256
+    verdicts = dict.fromkeys(claims, "equivalent") if same else judge(claims, correction)
+    difference = sure.difference
+    if difference is not None and not same:
+        of_suite = judge({"suite": (difference, margin)}, correction)["suite"]
+        difference = difference.model_copy(update={"verdict": of_suite})
+    judged = [
+        task
+        if task.difference is None
+        else task.model_copy(
+            update={
+                "difference": task.difference.model_copy(
+                    update={"verdict": verdicts[task.task, task.split, task.subset]}
+                )
+            }
+        )
+        for task in tasks
+    ]
+    places = [(each.header.machine, each.header.versions) for each in (theirs, ours)]
+    differing = differing_conditions(places[0], places[1])
+    notes = [f"the baseline was scored with {differing}"] if differing else []
+    return ItemComparison(
+        variant=ours.encoder,
+        artifact_sha256=ours.encoder_sha256,
+        baseline=theirs.encoder,
+        baseline_sha256=theirs.encoder_sha256,
+        suite=ours.header.suite,
+        suite_sha256=ours.suite_sha256,
+        protocol=ours.header.protocol,
+        tasks=tuple(judged),
+        score=mean_over_tasks((task.task, task.score) for task in tasks),
+        baseline_score=mean_over_tasks((task.task, task.baseline_score) for task in tasks),
+        difference=difference,
+        retention_low=sure.retention_low,
+        retention_high=sure.retention_high,
+        n_interval_tasks=sure.n_tasks,
+        margin=margin,
+        correction=correction,
+        notes=(*sure.notes, *notes),
+    )
 
 
 @dataclass(frozen=True)
@@ -200,7 +321,7 @@ def _elsewhere(baseline: SuiteRun, variant: SuiteRun) -> list[str]:
 
 
 def _paired(
-    baseline: SuiteRun, variant: SuiteRun, theirs: SubsetScore, ours: SubsetScore, drawn_: Drawn
+    baseline: Scored, variant: Scored, theirs: SubsetScore, ours: SubsetScore, drawn_: Drawn
 ) -> Draws | str:
     """Draws of one task's scores, or why there are none."""
     for who, score in (("the baseline", theirs), ("the variant", ours)):

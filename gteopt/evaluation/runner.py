@@ -11,7 +11,7 @@ know: how tasks find their data, how vectors become scores, what a score is comp
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
@@ -402,9 +402,9 @@ class _Scoring:
             suite_sha256=suite_sha256,
             scores=tuple(score for finished in own.values() for score in finished.scores),
             samples={
-                (name, split, subset): samples
+                key: samples
                 for name, finished in own.items()
-                for (split, subset), samples in finished.samples.items()
+                for key, samples in _by_score(name, finished)
             },
             failed=tuple(self.failed[view.sha256]),
             sample=self.sampler.sample(),
@@ -416,6 +416,17 @@ class _Scoring:
             notes=(*self.notes, *earlier),
             hub_id=self.encoder.checkpoint.hub_id,
         )
+
+
+def _by_score(name: str, finished: FinishedTask) -> Iterator[tuple[SampleKey, Samples]]:
+    """Entries by the names of their scores; a part of an aggregate has its own name as subset."""
+    for score in finished.scores:
+        subset = score.subset if score.task == name else "default"
+        if (score.split, subset) in finished.samples:
+            yield (
+                (score.task, score.split, score.subset),
+                finished.samples[score.split, subset],
+            )
 
 
 def _measured_on(

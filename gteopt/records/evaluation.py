@@ -260,6 +260,31 @@ class EvalReport(Frozen):
     versions: Conditions
 
 
+class ItemComparison(Frozen):
+    """Two files of item scores beside each other; fields as in `EvalReport`."""
+
+    schema_: Literal["gteopt.item-comparison/1"] = Field(
+        default="gteopt.item-comparison/1", alias="schema"
+    )
+    variant: str
+    artifact_sha256: str
+    baseline: str
+    baseline_sha256: str
+    suite: str
+    suite_sha256: str
+    protocol: str
+    tasks: tuple[TaskScore, ...]
+    score: float
+    baseline_score: float
+    difference: Difference | None
+    retention_low: float | None
+    retention_high: float | None
+    n_interval_tasks: int
+    margin: float
+    correction: Correction
+    notes: tuple[str, ...] = ()
+
+
 class FidelityReport(Frozen):
     """Result of `evaluate --texts` for one variant: a user's own texts, without labels.
 

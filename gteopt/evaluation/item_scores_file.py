@@ -1,0 +1,184 @@
+"""The scores of each query, pair and document in a Parquet file that others can check.
+
+    RESULTS/items/<variant>.parquet
+
+A row is one array of one task, split and subset: `values` of one experiment, `gold` labels,
+`similarities`. The metadata of the schema say what was scored with what: hashes of model, suite and
+data, prompts, libraries, machine. Two such files give the intervals again, without a model.
+
+Refuses to know: models, mteb, how intervals are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, ValidationError
+
+from gteopt.errors import IntegrityError
+from gteopt.evaluation.per_item_scores import Array, Samples, Statistic
+from gteopt.evaluation.task_store import SubsetScore
+from gteopt.frozen import Frozen
+from gteopt.records.environment import Conditions, Machine
+from gteopt.records.files import write_atomically
+
+if TYPE_CHECKING:
+    from gteopt.evaluation.runner import SuiteRun
+
+_HEADER = b"gteopt"
+_COLUMNS = pa.schema(
+    [
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("subset", pa.string()),
+        ("statistic", pa.string()),
+        ("unit", pa.string()),
+        ("digits", pa.int32()),
+        ("array", pa.string()),
+        ("dtype", pa.string()),
+        ("row", pa.int32()),
+        ("n_rows", pa.int32()),
+        ("values", pa.list_(pa.float64())),
+    ]
+)
+
+
+class ItemHeader(Frozen):
+    """What the scores of a file are of, in the metadata of its schema.
+
+    Attributes:
+        encoder: name of the variant.
+        encoder_sha256: of its files and its vectors.
+        suite, suite_sha256, protocol: what it was scored on, and how.
+        scores: main scores with metric, instruction and data revision.
+        machine, versions: what it was scored on.
+    """
+
+    schema_: Literal["gteopt.items/1"] = Field(default="gteopt.items/1", alias="schema")
+    encoder: str
+    encoder_sha256: str
+    suite: str
+    suite_sha256: str
+    protocol: str
+    scores: tuple[SubsetScore, ...]
+    machine: Machine
+    versions: Conditions
+
+
+@dataclass(frozen=True)
+class ItemScores:
+    """What a file holds: the header, and entries by task, split and subset."""
+
+    header: ItemHeader
+    samples: Mapping[tuple[str, str, str], Samples]
+
+    @property
+    def encoder(self) -> str:
+        """Name of the variant."""
+        return self.header.encoder
+
+    @property
+    def encoder_sha256(self) -> str:
+        """Identifies the variant."""
+        return self.header.encoder_sha256
+
+    @property
+    def suite_sha256(self) -> str:
+        """Identifies tasks, data and protocol."""
+        return self.header.suite_sha256
+
+    @property
+    def scores(self) -> tuple[SubsetScore, ...]:
+        """Main scores."""
+        return self.header.scores
+
+
+def write_item_scores(path: Path, run: SuiteRun, name: str) -> None:
+    """Write what the scores of a run are made of; `name` is what reports call the variant."""
+    rows = [row for key, samples in run.samples.items() for row in _rows(key, samples)]
+    header = ItemHeader(
+        encoder=name,
+        encoder_sha256=run.encoder_sha256,
+        suite=run.suite.name,
+        suite_sha256=run.suite_sha256,
+        protocol=run.suite.protocol or "gteopt",
+        scores=run.scores,
+        machine=run.machine,
+        versions=run.versions,
+    )
+    about = {_HEADER: header.model_dump_json(by_alias=True).encode()}
+    table = pa.Table.from_pylist(rows, schema=_COLUMNS.with_metadata(about))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def read_item_scores(path: Path) -> ItemScores:
+    """Read what `write_item_scores` wrote.
+
+    Raises:
+        IntegrityError: not such a file, or damaged.
+    """
+    try:
+        table = pq.read_table(path)
+        header = ItemHeader.model_validate_json((table.schema.metadata or {})[_HEADER])
+        samples = _samples(table.to_pylist())
+    except (pa.ArrowException, OSError, KeyError, ValidationError, ValueError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise IntegrityError(
+            f"{path}: holds no item scores that gteopt wrote ({first_line}); evaluate again"
+        ) from error
+    return ItemScores(header, samples)
+
+
+def _rows(key: tuple[str, str, str], samples: Samples) -> Iterator[dict[str, Any]]:
+    task, split, subset = key
+    for name, array in samples.arrays.items():
+        table = np.atleast_2d(array)
+        for number, values in enumerate(table):
+            yield {
+                "task": task,
+                "split": split,
+                "subset": subset,
+                "statistic": samples.statistic,
+                "unit": samples.unit,
+                "digits": samples.digits,
+                "array": name,
+                "dtype": str(array.dtype),
+                "row": number,
+                "n_rows": len(table) if array.ndim == 2 else 0,
+                "values": values.astype(np.float64),
+            }
+
+
+def _samples(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], Samples]:
+    arrays: dict[tuple[str, str, str], dict[str, list[Array]]] = {}
+    facts: dict[tuple[str, str, str], dict[str, Any]] = {}
+    is_flat: dict[tuple[str, str, str], set[str]] = {}
+    for row in rows:
+        key = row["task"], row["split"], row["subset"]
+        if row["statistic"] not in get_args(Statistic):
+            raise ValueError(f"unknown statistic '{row['statistic']}'")
+        facts[key] = row
+        values = np.array(row["values"], np.float64).astype(row["dtype"])
+        arrays.setdefault(key, {}).setdefault(row["array"], []).append(values)
+        if row["n_rows"] == 0:
+            is_flat.setdefault(key, set()).add(row["array"])
+    return {
+        key: Samples(
+            facts[key]["statistic"],
+            facts[key]["unit"],
+            {
+                name: parts[0] if name in is_flat.get(key, set()) else np.stack(parts)
+                for name, parts in own.items()
+            },
+            facts[key]["digits"],
+        )
+        for key, own in arrays.items()
+    }
