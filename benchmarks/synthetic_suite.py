@@ -174,10 +174,19 @@ def configs_of(task: Any, facts: TaskFacts, entry: SuiteTask, texts: Texts) -> C
     splits = [*(entry.splits or ("test",))]
     if facts.kind == "Classification":
         splits = ["train", *splits]
-    return {
-        subset: {each: make(task, texts) for each in splits}
-        for subset in entry.subsets or ("default",)
-    }
+    subsets = entry.subsets or ("default",)
+    if getattr(task, "fast_loading", False):  # all subsets in one table, with their names
+        named = [(subset, each) for subset in subsets for each in splits]
+        rows = {
+            (subset, each): [{**row, "lang": subset} for row in make(task, texts)]
+            for subset, each in named
+        }
+        return {
+            "default": {
+                each: [row for subset in subsets for row in rows[subset, each]] for each in splits
+            }
+        }
+    return {subset: {each: make(task, texts) for each in splits} for subset in subsets}
 
 
 def write_data(folder: Path, configs: Configs) -> None:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from gteopt.evaluation.tasks import ResolvedTask
 
 
+_NORMALIZING = frozenset({"Normalized", "Normalize"})
+"""Modules that scale to unit length: gteopt's own, and that of Sentence Transformers."""
+
+
 class TaskVectors:
     """Caches of one encoder's vectors, opened when a task needs them."""
 
@@ -83,12 +87,14 @@ class TaskVectors:
 def changed_encoder(encoder: Description, max_tokens: int, *, normalize: bool) -> Description:
     """The same weights, with texts cut earlier or with vectors as long as the model makes them."""
     from gteopt.encoder.encoder import Encoder
+    from gteopt.encoder.pooling import Head
 
     changed = copy(encoder)
     changed.tokenization = copy(encoder.tokenization)
     changed.tokenization.max_tokens = min(max_tokens, encoder.tokenization.max_tokens)
     if isinstance(changed, Encoder) and not normalize:
-        changed.head = copy(changed.head)
-        changed.head.normalise = False
+        head = changed.head
+        behind = [each for each in head.behind if type(each).__name__ not in _NORMALIZING]
+        changed.head = Head(head.pooling, behind, around=list(head.around), latent=head.latent)
         changed.cuda_graphs = None  # recordings end with the unchanged head
     return changed
