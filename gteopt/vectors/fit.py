@@ -70,14 +70,17 @@ def fit(
     """
     rows = checked_rows(x, None, "calibration vectors")
     if vectors.bytes is not None:
-        return _fit_bytes(rows, vectors, vectors.bytes)
+        return _fit_bytes(rows, vectors, vectors.bytes, similarity)
     if dims is None:
         return _coded(identity(rows.shape[1], similarity=similarity), rows, vectors)
     ways = _ways(rows, dims, vectors)
     if len(ways) == 1:
         return _shortened(_Basis(rows), dims.n, ways[0], vectors, similarity)
-    fits = [partial(_shortened, n_dims=dims.n, way=way, vectors=vectors) for way in ways]
-    kept = _neighbours_kept(rows, fits)
+    fits = [
+        partial(_shortened, n_dims=dims.n, way=way, vectors=vectors, similarity=similarity)
+        for way in ways
+    ]
+    kept = _neighbours_kept(rows, fits, similarity)
     best = ways[int(np.argmax(kept))]
     chosen = _shortened(_Basis(rows), dims.n, best, vectors, similarity)
     return replace(chosen, neighbours_kept=dict(zip(ways, kept, strict=True)))
@@ -254,7 +257,12 @@ class _Candidate:
             transform = replace(basis.principal(self.dims), similarity=self.similarity)
         else:
             full_dims = basis.rows.shape[1]
-            transform = VectorTransform(full_dims=full_dims, dims=self.dims, method=self.method)
+            transform = VectorTransform(
+                full_dims=full_dims,
+                dims=self.dims,
+                method=self.method,
+                similarity=self.similarity,
+            )
         if self.rotated:
             transform = _rotated(transform, basis.rows, self.vectors.code)
         return _coded(transform, basis.rows, self.vectors)
@@ -315,7 +323,9 @@ def _candidates(n_bytes: int, full_dims: int, n_fitted: int, vectors: Vectors) -
     return found
 
 
-def _fit_bytes(rows: Floats, vectors: Vectors, n_bytes: int) -> VectorTransform:
+def _fit_bytes(
+    rows: Floats, vectors: Vectors, n_bytes: int, similarity: Similarity
+) -> VectorTransform:
     """The way to fill `n_bytes` that keeps the most neighbours of vectors held out from its fit.
 
     Raises:
@@ -324,7 +334,7 @@ def _fit_bytes(rows: Floats, vectors: Vectors, n_bytes: int) -> VectorTransform:
     n, full_dims = rows.shape
     check_bytes(full_dims, n_bytes)
     if n_bytes == 4 * full_dims:
-        return identity(full_dims)
+        return identity(full_dims, similarity=similarity)
     n_held_out = len(rows[::_FOLDS])
     if n_held_out < _MIN_HELD_OUT:
         raise InputError(
@@ -332,7 +342,10 @@ def _fit_bytes(rows: Floats, vectors: Vectors, n_bytes: int) -> VectorTransform:
             f"by, found {n}; raise calibration.n_texts"
         )
     candidates = _candidates(n_bytes, full_dims, n - n_held_out, vectors)
-    kept = _neighbours_kept(rows, [candidate.fitted for candidate in candidates])
+    if similarity == "dot":  # lengths say something, so none is normalised away
+        dots = (replace(candidate, similarity=similarity) for candidate in candidates)
+        candidates = list(dict.fromkeys(dots))
+    kept = _neighbours_kept(rows, [candidate.fitted for candidate in candidates], similarity)
     if not candidates or max(kept) < 0:
         raise InputError(
             f"vectors.bytes is {n_bytes}, for which {n} calibration texts are too few or too much "
@@ -375,7 +388,7 @@ def _random_rotation(n_dims: int) -> npt.NDArray[np.float64]:
     return turn
 
 
-def _neighbours_kept(rows: Floats, fits: Sequence[_Fit]) -> list[float]:
+def _neighbours_kept(rows: Floats, fits: Sequence[_Fit], similarity: Similarity) -> list[float]:
     """Share of nearest neighbours that each fit keeps of vectors that it has not seen.
 
     Each quarter of the vectors is searched among itself, as it will be stored and rescored, by what
@@ -384,11 +397,12 @@ def _neighbours_kept(rows: Floats, fits: Sequence[_Fit]) -> list[float]:
     not be fitted.
     """
     kept: list[list[float]] = [[] for _ in fits]
+    exact = identity(rows.shape[1], similarity=similarity)
     for start in range(_FOLDS):
         held_out = rows[start::_FOLDS]
         basis = _Basis(np.delete(rows, np.s_[start::_FOLDS], axis=0))
         k = max(1, round(len(held_out) / _VECTORS_PER_NEIGHBOUR))
-        wanted = _nearest_others(identity(rows.shape[1]), held_out, k)
+        wanted = _nearest_others(exact, held_out, k)
         for shares, fitted in zip(kept, fits, strict=True):
             try:
                 found = _nearest_others(fitted(basis), held_out, k)

@@ -74,6 +74,18 @@ def test_rows_of_a_dot_product_keep_the_length_that_shortening_leaves() -> None:
     assert lengths.std() > 0
 
 
+def test_a_model_whose_vectors_keep_their_length_is_judged_by_dot_products() -> None:
+    lengths = np.random.default_rng(0).uniform(0.5, 2, size=(400, 1)).astype(np.float32)
+    x = like_texts(5, 400) * lengths
+    transform = fit(x, None, Vectors(bytes=16), similarity="dot")
+    assert {trial.similarity for trial in transform.trials} == {"dot"}
+    codes = transform.quantize(transform.project(x))
+    found, _ = search(transform, transform.project(x[:50]), codes, 10)
+    wanted = np.argsort(-(x[:50] @ x.T), axis=1, kind="stable")[:, :10]
+    pairs = zip(found, wanted, strict=True)
+    assert np.mean([len(np.intersect1d(a, b)) / 10 for a, b in pairs]) > 0.6
+
+
 def test_all_bytes_of_float32_are_the_vectors_themselves() -> None:
     transform = fit(like_texts(6, 10), None, Vectors(bytes=256))
     assert (transform.code, transform.dims) == ("float32", 64)
