@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 _COUNTED_S = 2.0
-"""NVML's counter moves every 20 to 100 ms: an error of a twentieth at most."""
+"""How long calls are repeated: NVML's counter moves every 20 to 100 ms, a twentieth of this."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,11 @@ class Meter:
     source: str
 
     def per_call(self, call: Callable[[], object], seconds: float) -> float | None:
-        """Joules of one call, which waits for the device and takes about so many seconds, when one
-        follows another; None where nothing counts.
+        """Joules of one call when calls follow one another; None where nothing counts.
+
+        Args:
+            call: waits for the device.
+            seconds: about how long a call takes.
         """
         if self.joules is None:
             return None
@@ -42,8 +45,10 @@ class Meter:
 
 
 def meter(device: torch.device) -> Meter:
-    """The counter of a device, found by its UUID: NVML numbers GPUs of its own accord, and those
-    that CUDA_VISIBLE_DEVICES hides are among them.
+    """The energy counter of a device.
+
+    It is found by the device's UUID, because NVML numbers GPUs in its own order and counts those
+    that CUDA_VISIBLE_DEVICES hides.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return Meter(None, f"energy is counted on NVIDIA GPUs only, this is a {device.type}")
@@ -63,7 +68,7 @@ def meter(device: torch.device) -> Meter:
             millijoules: int = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
             return millijoules / 1e3
 
-        joules()  # older GPUs and parts of one have no counter, which shows now
+        joules()  # fails on older GPUs and on slices of one, which have no counter
     except pynvml.NVMLError as error:
         return Meter(None, f"NVML counts no energy of {name}: {error}")
     return Meter(joules, "NVML's total energy of the whole GPU, idle power included")

@@ -8,30 +8,30 @@ The protocol:
 - **Before anything is measured**, every source is opened and checked, and every length in the spec
   is compared with every model's limit.
 - **Load time and peak memory**: one fresh child process a variant, before this process holds any
-  weights. The child first imports everything that the load will need (it builds the model without
-  weights), notes its resident set, then times the way from path to the first vector and runs one
-  batch of the largest workload. Imports are therefore not in `load_s`, and the files come from the
-  page cache; the verification of an artifact's hashes is in it. The peak of the process contains
-  interpreter and libraries, which `imports_process_bytes` states, and weight files that are mapped
-  rather than read. It is VmHWM on Linux: `ru_maxrss` survives `exec` there, so a child would report
-  its parent's peak. The device's peak is `torch.cuda.max_memory_allocated`.
-- **Latency**: single texts of exactly `query_tokens` tokens (end token included, no instruction:
-  its tokens would only lengthen the text), each another, end to end: tokenize, encode, shorten,
-  code. Percentiles interpolate linearly between order statistics.
+  weights. The child imports all that the load needs, by building the model without weights. It notes
+  its resident set, times the way from path to the first vector, and runs one batch of the largest
+  workload. `load_s` contains the verification of an artifact's hashes and no imports; the files
+  come from the page cache. The peak of the process contains interpreter, libraries
+  (`imports_process_bytes`) and mapped weight files. On Linux it is VmHWM: `ru_maxrss` survives
+  `exec` there, so a child would report its parent's peak. The device's peak is
+  `torch.cuda.max_memory_allocated`.
+- **Latency**: single texts of exactly `query_tokens` tokens with the end token, all different, from
+  text to code: tokenize, encode, shorten, code. They carry no instruction, whose tokens would only
+  lengthen them. Percentiles interpolate linearly between order statistics.
 - **Throughput**: batches of texts of exactly `tokens` tokens, or of seeded log-normal lengths of
-  that median, from token ids to vectors at the model's full dimension in this process's memory.
-  Only real tokens count. Tokenization is left out, as it is the same for
-  all variants of a base and can be overlapped.
-- **Side by side**: the baseline and one variant are in memory at a time, and they take turns, query
-  by query and round by round, with the first turn changing sides, so that a machine that slows down
-  hits both. `baseline_ratio` is the median of the ratios within a round. The baseline's own row
-  pairs it with itself: how far its ratio is from 1 is the noise of the measurement.
-- **Peaks**: products of 1024 x 1024 by 1024 x 4096 matrices in float32, bfloat16 and int8 (on a
-  GPU 8192 x 8192 by 8192 x 8192, and 8-bit floats), the fastest of five. A variant's share is of
-  the number type that its quantized layers multiply in (weights of fewer bits are multiplied as the
-  baseline's number type).
-- **Energy**, where the device counts it: behind the timed turns a variant alone repeats queries,
-  and each workload, for two seconds or more (the counter moves some ten times a second).
+  that median, from token ids to vectors at full dimension in this process's memory. Padding does
+  not count. Tokenization is left out: it is the same for all variants of a base, and can overlap.
+- **Side by side**: the baseline and one variant are in memory at a time and take turns, query by
+  query and round by round. The first turn changes sides, so that a machine that slows down hits
+  both. `baseline_ratio` is the median of the ratios within a round. The baseline's own row pairs it
+  with itself: its ratio's distance from 1 is the noise of the measurement.
+- **Load**: the share of the machine's processor time that other programs used meanwhile.
+- **Peaks**: products of 1024 x 1024 by 1024 x 4096 matrices in float32, bfloat16 and int8, the
+  fastest of five; on a GPU 8192 x 8192 by 8192 x 8192, and 8-bit floats. A variant's share is of
+  the number type that its quantized layers multiply in. Weights of fewer bits are multiplied in the
+  baseline's number type.
+- **Energy**, where the device counts it: after the timed turns a variant alone repeats queries, and
+  each workload, for two seconds or more, because the counter moves some ten times a second.
 - **Clock**: the monotonic clock on a CPU, CUDA events on a GPU. Python's cyclic garbage collector
   is off while the clock runs.
 """

@@ -1,10 +1,11 @@
 """A model of a published shape with random weights: speed and memory need no download.
 
+The result is a Sentence Transformers folder with last-token pooling and the embedded model's
+tokenizer, since the time of a token does not depend on how texts are cut into tokens. NV-Embed's
+own pooling is not timed.
+
 Hides: the shapes of published models (`assets/configs/`), how a folder of random weights is made
 without holding it in memory. Refuses to know: what is measured on it.
-What comes out is a Sentence Transformers folder with the embedded model's tokenizer (how a text is
-cut has no influence on the time that a token takes) and last-token pooling; NV-Embed's own pooling
-is not among what is timed.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _CONFIGS = ASSETS / "configs"
 _DECODERS = ("qwen2", "qwen3", "mistral")
 _DEVIATION = 0.02
 _MEMORY_SHARE, _DISK_SHARE = 1.7, 2.5
-"""A bench holds the model, the largest of its variants (in int8, with the table as it is) and a
-batch; on disk lie the model and three variants."""
+"""Shares of the model's bytes. A bench holds in memory the model, its largest variant (int8, with
+the token table unquantized) and a batch; on disk it has the model and three variants."""
 
 
 def shapes() -> dict[str, dict[str, Any]]:
@@ -59,8 +60,8 @@ def write_dummy(
         folder: where to write; must not exist.
         n_layers: blocks to keep, counted from the first; all when None.
         seed: of the weights.
-        device: where they are drawn, a block at a time: a GPU does in a second what a processor
-            does in a minute, and draws others.
+        device: where weights are drawn, a block at a time. A GPU is some sixty times as fast and
+            draws other weights.
         progress: told after each block.
 
     Returns:
@@ -79,10 +80,10 @@ def write_dummy(
     n_bytes = 0
     for part in range(n + 1):
         file = f"model-{part + 1:05d}-of-{n + 1:05d}.safetensors"
-        tensors = {name: each.cpu() for name, each in random_part(config, part, generator)}
+        tensors = {name: weight.cpu() for name, weight in random_part(config, part, generator)}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where.update(dict.fromkeys(tensors, file))
-        n_bytes += sum(each.numel() * each.element_size() for each in tensors.values())
+        n_bytes += sum(weight.nbytes for weight in tensors.values())
         progress(f"writing random weights of {base}", part + 1, n + 1)
     index = {"metadata": {"total_size": n_bytes}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -90,9 +91,9 @@ def write_dummy(
 
 
 def shape_of(base: str, n_layers: int | None = None) -> tuple[dict[str, Any], int]:
-    """`config.json` of a shape, with as many blocks as are wanted, and the blocks of the model.
+    """`config.json` of a shape with `n_layers` blocks, and how many blocks the model has.
 
-    Args and errors as of `write_dummy`.
+    Arguments and errors are those of `write_dummy`.
     """
     config = _config(base)
     whole = int(config["num_hidden_layers"])
@@ -110,17 +111,21 @@ def write_frame(config: Mapping[str, Any], folder: Path) -> None:
     shutil.copytree(nano.folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "LICENSE"))
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
     pooling = folder / "1_Pooling" / "config.json"
-    said = json.loads(pooling.read_text())
+    settings = json.loads(pooling.read_text())
     sizes = ("word_embedding_dimension", "embedding_dimension")
-    said.update({key: config["hidden_size"] for key in sizes if key in said})
-    pooling.write_text(json.dumps(said))
+    settings.update({key: config["hidden_size"] for key in sizes if key in settings})
+    pooling.write_text(json.dumps(settings))
 
 
 def random_part(
     config: Mapping[str, Any], part: int, generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and bfloat16 weights of block `part`, or of what is outside the blocks behind the last;
-    drawn where the generator lies, as `write_dummy` says.
+    """Names and bfloat16 weights of one block, as `write_dummy` draws them.
+
+    Args:
+        config: of the model.
+        part: number of the block; the number of blocks stands for all that is outside them.
+        generator: draws on its own device.
     """
     n = int(config["num_hidden_layers"])
     for name, shape in _parts(config, part, n):
@@ -150,7 +155,11 @@ def _config(base: str) -> dict[str, Any]:
 
 
 def _check_room(base: str, config: Mapping[str, Any], n: int, whole: int, scratch: Path) -> None:
-    """Refuse before an hour's work what memory or disk cannot hold."""
+    """Refuse what memory or disk cannot hold, before the slow part.
+
+    Raises:
+        InputError: says what is needed, what is free and how many layers fit.
+    """
 
     def part_bytes(part: int) -> int:  # 0 is a block, 1 what is outside the blocks
         return sum(2 * torch.Size(shape).numel() for _, shape in _parts(config, part, 1))
@@ -172,7 +181,7 @@ def _check_room(base: str, config: Mapping[str, Any], n: int, whole: int, scratc
 def _parts(
     config: Mapping[str, Any], part: int, n_layers: int
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of block `part`, or of everything outside the blocks behind the last."""
+    """Names and shapes of block `part`; of all that is outside the blocks for `n_layers`."""
     hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
     if part == n_layers:
         yield "embed_tokens.weight", (int(config["vocab_size"]), hidden)

@@ -76,10 +76,9 @@ def workload_call(encoder: Encoder, workload: Workload) -> Callable[[], object]:
 
 
 _MIXED = 32
-"""Texts of differing lengths that are computed together."""
+"""How many texts of mixed lengths make a batch."""
 
-# Plain prose, so that the tokenizer meets what it was made for. What the words say has no influence
-# on the time that a dense model takes.
+# Plain prose, since tokenizers are made for it. The time of a dense model does not depend on words.
 _PROSE = """
 every morning the ferry crosses from the old harbour to the island and brings bread letters
 newspapers and a few visitors who want to walk along the cliffs before noon while fishermen repair
