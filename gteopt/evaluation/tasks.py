@@ -28,6 +28,7 @@ from mteb.get_tasks import TASK_LIST
 from gteopt.config.yaml_files import find_yaml, read_yaml
 from gteopt.errors import InputError, join_problems, suggest
 from gteopt.evaluation.data_check import fetch_command
+from gteopt.evaluation.data_faults import data_faults
 from gteopt.evaluation.instructions import INSTRUCTIONS
 from gteopt.evaluation.mini_tasks import _MINI_DIR, _MINI_PATH, MINI_TASKS, _dataset
 from gteopt.evaluation.mteb_isolation import isolated
@@ -201,13 +202,19 @@ def load_data(tasks: Sequence[ResolvedTask]) -> None:
             # datasets, huggingface_hub and the tasks' own loaders share no exception type.
             problems.append(_unreadable(each, error))
             continue
-        problems += [
-            f"{each.name}: {each.folder or each.task.metadata.dataset['path']} has no split "
-            f"'{split}' of subset '{subset}'; name what it has in the suite (subsets, splits)"
-            for split in each.splits
-            for subset in each.subsets
-            if split not in each.task.dataset.get(subset, each.task.dataset)
-        ]
+        where = f"{each.name}: {each.folder or each.task.metadata.dataset['path']}"
+        for split in each.splits:
+            for subset in each.subsets:
+                if split not in each.task.dataset.get(subset, each.task.dataset):
+                    problems.append(
+                        f"{where} has no split '{split}' of subset '{subset}'; name what it has in "
+                        f"the suite (subsets, splits)"
+                    )
+                    continue
+                of = f"{split}{'' if subset == 'default' else f' of {subset}'}"
+                problems += [
+                    f"{where} ({of}) {fault}" for fault in data_faults(each.task, split, subset)
+                ]
     if problems:
         raise InputError(join_problems("data of the suite cannot be read", problems))
 
