@@ -259,7 +259,7 @@ def vector_codes() -> str:
     rows = read("vector_codes")["rows"]
     cells = []
     for model, n_bytes in dict.fromkeys((row["model"], row["n_bytes"]) for row in rows):
-        best = {}
+        best: dict[str, Any] = {}
         for row in rows:
             if (row["model"], row["n_bytes"]) == (model, n_bytes):
                 if row["neighbours_kept"] > best.get(row["by"], row)["neighbours_kept"]:
