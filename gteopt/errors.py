@@ -18,6 +18,10 @@ class InputError(GteoptError):
     """A file, a name or an argument that the user gave is wrong."""
 
 
+class HubUnreachableError(InputError):
+    """The hub could not be asked: no network, or the network is forbidden."""
+
+
 class UnsupportedError(GteoptError):
     """The request is well-formed, but this model, device or installation cannot do it."""
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gteopt.build.calibration_texts import few_tokens
 from gteopt.build.layer_plan import LayerPlan, effort, needs_original, shortens
 from gteopt.build.replay import (
     Block,
@@ -525,6 +526,8 @@ def quantize_layer(
         output_snr = result.output_snr_db
         if result.damping > weights.damping:
             notes.append(f"damping raised to {result.damping:g} for the factorisation")
+        if too_few := few_tokens(inputs.statistics.n_rows, weight.shape[1]):
+            notes.append(too_few)
         if result.n_dead:
             notes.append(f"{result.n_dead} input features never active in calibration")
     return (

@@ -1,28 +1,77 @@
-"""How long a build will take, from shapes alone: within a factor of two or so.
+"""How long a build will take: operations counted from shapes, times what one costs here.
 
-Hides: the rates, which were measured on one core of an AMD EPYC with AVX-512 and scale with the
-cores. Refuses to know: weights, texts.
+A probe of a second or two times the two kinds of work that a solver does: products of float32
+matrices and the search of grids. Hides: the counts and the rates. Refuses to know: weights, texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
 
 from gteopt.config.recipe import GptqWeights, LayerScheme, NoWeights, Recipe
 from gteopt.machine import n_cores
+from gteopt.quant.grid_search import fit_grids
+from gteopt.quant.products import product
 
 # Rates of one core, fitted to builds of all-MiniLM-L6-v2 (README.md says how long they took).
-_GFLOPS = 30e9
 _ROUNDED_PER_S = 1.0e7  # weights rounded to nearest
 _TRIED_PER_S = 3.2e5  # weights rounded to one of a budget's choices, its loss measured
 _TUNED_PER_S = 6.4e6  # weights in one step of tuning
 _STEPS = {"fast": 0, "standard": 400, "best": 1600}
 _GPU_CORES = 400  # an H100's products beside one core's; not measured
+_TRIES = 5
+_SUSTAINED = 0.5
+"""Share of the probe's rate that whole builds keep: large matrices leave the cache, and results
+are copied."""
 _START_S = 3.0
 UNCERTAINTY = 2.0
 """The time may be this many times shorter or longer."""
 
 Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one core of this machine does in a second of its own time.
+
+    Attributes:
+        flops: floating-point operations of a float32 product, as the solver multiplies.
+        searched: weights whose grid is searched.
+    """
+
+    flops: float
+    searched: float
+
+
+@lru_cache
+def measure_rates() -> Rates:
+    """Time the solver's kinds of work, once a process; the best of some tries, on one thread."""
+    n_threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(1024, 1024, generator=generator) for _ in range(2))
+    scheme = LayerScheme(bits=4, group_size=128, symmetric=False)
+    try:
+        torch.set_num_threads(1)
+        multiplied = min(_cpu_seconds(lambda: product(a, b)) for _ in range(_TRIES))
+        rows = a[:256]
+        searched = min(
+            _cpu_seconds(lambda: fit_grids(rows, scheme, [b[0].square(), None], clip_search=True))
+            for _ in range(_TRIES)
+        )
+    finally:
+        torch.set_num_threads(n_threads)
+    return Rates(2 * 1024**3 * _SUSTAINED / multiplied, rows.numel() * _SUSTAINED / searched)
+
+
+def _cpu_seconds(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return max(time.process_time() - started, 1e-6)
 
 
 def build_seconds(
@@ -55,8 +104,12 @@ def build_seconds(
     work = n_passes * 2 * n_weights * n_tokens
     for name in schemes:
         rows, columns = shapes[name]
-        work += n_tokens * columns**2 + columns**3 + 2 * rows * columns**2
-    seconds = work / (_GFLOPS * cores)
+        # The Hessian; its factor and the factor's inverse; the columns, two errors and the signal.
+        work += n_tokens * columns**2 + 2 * columns**3 // 3 + 4 * rows * columns**2
+        if weights.gptaq_strength:  # the correction, by two triangular products
+            work += 2 * rows * columns**2
+    rates = measure_rates()
+    seconds = work / (rates.flops * cores) + n_weights / (rates.searched * cores)
     if weights.budget is not None:
         seconds += n_choices * n_weights / (_TRIED_PER_S * cores)
     seconds += _STEPS[weights.effort] * n_weights / (_TUNED_PER_S * cores)

@@ -24,6 +24,8 @@ from gteopt.paths import ASSETS
 from gteopt.records.manifest import CalibrationRecord
 
 BUILTIN = "builtin"
+TOKENS_AN_INPUT = 4
+"""Calibration tokens for each input feature of a layer, below which its Hessian says little."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
@@ -82,6 +84,16 @@ def record(
         n_cut=sum(ids.is_cut for ids in tokens),
         seed=spec.seed,
         sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def few_tokens(n_tokens: int, in_features: int) -> str | None:
+    """What to say of a layer that the calibration set is too small for; None where it is not."""
+    if n_tokens >= TOKENS_AN_INPUT * in_features:
+        return None
+    return (
+        f"{n_tokens:,} calibration tokens for {in_features:,} input features, fewer than "
+        f"{TOKENS_AN_INPUT} each; give more texts (calibration.n_texts, calibration.max_tokens)"
     )
 
 

@@ -6,7 +6,6 @@ configs and headers only.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import nn
 
 from gteopt.build import tuning
 from gteopt.build.build_time import build_seconds
-from gteopt.build.calibration_texts import draw_texts, tokenize
+from gteopt.build.calibration_texts import draw_texts, few_tokens, tokenize
 from gteopt.build.layer_plan import (
     SENSITIVITY_TEXTS,
     LayerPlan,
@@ -29,7 +28,7 @@ from gteopt.build.quantize import ACTIVATION_BYTES
 from gteopt.build.replay import BATCH_TOKENS, emulates_bfloat16, token_batches
 from gteopt.build.sensitivity import DEEP_BLOCKS, N_PROBES
 from gteopt.config.engines import engines_of
-from gteopt.config.recipe import Calibration, GptqWeights, Recipe
+from gteopt.config.recipe import Calibration, GptqWeights, LayerScheme, Recipe
 from gteopt.encoder.description import parse_dtype
 from gteopt.encoder.skeleton import build_skeleton
 from gteopt.encoder.tokenization import Tokenization
@@ -37,6 +36,7 @@ from gteopt.errors import GteoptError
 from gteopt.model.checkpoint import Checkpoint
 from gteopt.quant import gptq
 from gteopt.quant.affine import packed_bytes
+from gteopt.quant.grid import group_width
 from gteopt.quant.grid_search import search_bytes
 from gteopt.records.inspection import RecipeEstimate
 from gteopt.vectors.codes import code_bytes
@@ -105,10 +105,14 @@ def estimate(
         )
         if isinstance(recipe.weights, GptqWeights) and recipe.weights.budget is not None:
             packed = int(whole * recipe.weights.budget / 8)
+        if plan.format == "bitsandbytes":
+            packed += _wider_scale_bytes(linears, schemes)
         saved = whole * item_bytes - packed
         if recipe.embedding == "int8":
             table = skeleton.get_input_embeddings().weight  # type: ignore[operator]
             saved += table.numel() * (item_bytes - 1) - 2 * len(table)
+        solves = isinstance(recipe.weights, GptqWeights)
+        widest = max((linears[name].in_features for name in schemes), default=0)
         sizes = _Sizes(
             skeleton=skeleton,
             full_bytes=full_bytes,
@@ -136,14 +140,27 @@ def estimate(
             ),
             format=plan.format,
             engines=engines_of(recipe, plan.format),
+            n_tokens=padded[recipe.calibration] if solves else None,
+            warning=few_tokens(padded[recipe.calibration], widest) if solves else None,
             problem=None,
         )
 
 
-def _n_parameters(checkpoint: Checkpoint) -> int:
-    if checkpoint.quantization is not None:  # whose tensors hold several weights a number
-        return sum(each.numel() for each in build_skeleton(checkpoint).parameters())
-    return sum(math.prod(shape) for shape in checkpoint.tensors.values())
+def _wider_scale_bytes(linears: Mapping[str, nn.Linear], schemes: Mapping[str, LayerScheme]) -> int:
+    """Bytes that bitsandbytes' scales of NF4 take beyond ours: it stores float32, not float16."""
+    return sum(
+        2
+        * linears[name].weight.numel()
+        // group_width(linears[name].in_features, scheme.group_size)
+        for name, scheme in schemes.items()
+        if scheme.number_format == "nf4" and not scheme.double_quantization
+    )
+
+
+def count_parameters(checkpoint: Checkpoint) -> int:
+    """Parameters of the encoder; a head that files may also hold, such as `lm_head`, is no part."""
+    n_parameters = sum(p.numel() for p in build_skeleton(checkpoint).parameters())
+    return n_parameters + n_latent_parameters(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -213,7 +230,7 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
         for name, each in sizes.skeleton.named_modules()
         if isinstance(each, nn.Linear) and name in plan.schemes
     )
-    n_other = _n_parameters(checkpoint) - n_weights
+    n_other = count_parameters(checkpoint) - n_weights
     n_layers = int(checkpoint.config["num_hidden_layers"])
     hidden_size = int(checkpoint.config["hidden_size"])
     return max(peak, frame + tuning.work_bytes(n_weights, n_other, n_layers, hidden_size))

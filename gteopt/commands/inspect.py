@@ -6,23 +6,29 @@ and of a model on the Hub nothing else is fetched.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
-from gteopt.build.estimate import _n_parameters, estimate
+from gteopt.build.estimate import count_parameters, estimate
 from gteopt.build.quantize import ACTIVATION_BYTES
 from gteopt.config.recipe import Recipe, load_recipe
 from gteopt.config.yaml_files import shipped_names
 from gteopt.encoder.description import dtype_of, parse_dtype, pick_device
 from gteopt.encoder.skeleton import build_skeleton
-from gteopt.errors import InputError
+from gteopt.errors import HubUnreachableError, InputError
 from gteopt.kernels import kernel_name, speed_up_linears_
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
 from gteopt.records.inspection import EstimateConditions, Inspection
+from gteopt.speed.random_model import shape_of, shapes, write_frame, write_headers
 
 
 def inspect(
@@ -61,56 +67,91 @@ def inspect(
         256
     """
     kind = _kind_of(device)
-    checkpoint = open_checkpoint(
-        source, hub_dir=hub_dir, revision=revision, family=family, headers_only=True
-    )
-    manifest = checkpoint.manifest
-    is_here = manifest is not None or checkpoint.weight_files
-    template, lengths = checkpoint.query_template, checkpoint.matryoshka_dims
-    is_base = manifest is None and not checkpoint.is_quantized
-    if recipe is not None and not is_base:
-        raise InputError(
-            f"{source} is quantized or an artifact; recipe {recipe.name} is applied to a base"
+    with _opened(str(source), hub_dir, revision, family) as (checkpoint, is_here):
+        manifest = checkpoint.manifest
+        template, lengths = checkpoint.query_template, checkpoint.matryoshka_dims
+        is_base = manifest is None and not checkpoint.is_quantized
+        if recipe is not None and not is_base:
+            raise InputError(
+                f"{source} is quantized or an artifact; recipe {recipe.name} is applied to a base"
+            )
+        recipes = [recipe] if recipe else [load_recipe(name) for name in shipped_names("recipes")]
+        estimates = estimate(
+            checkpoint,
+            recipes if is_base else (),
+            dtype=dtype,
+            device=kind,
+            activation_bytes=activation_bytes,
+            hub_dir=hub_dir,
         )
-    recipes = [recipe] if recipe else [load_recipe(name) for name in shipped_names("recipes")]
-    estimates = estimate(
-        checkpoint,
-        recipes if is_base else (),
-        dtype=dtype,
-        device=kind,
-        activation_bytes=activation_bytes,
-        hub_dir=hub_dir,
-    )
-    return Inspection(
-        schema="gteopt.inspection/1",
-        id=checkpoint.id,
-        revision=checkpoint.revision,
-        sha256=checkpoint.sha256 if is_here else None,
-        architecture=str(checkpoint.config["model_type"]),
-        family=checkpoint.family.name if checkpoint.family else None,
-        attention=checkpoint.attention,
-        pooling=checkpoint.pooling,
-        normalised=checkpoint.normalise,
-        start_token=checkpoint.start_token,
-        end_token=checkpoint.end_token,
-        query_prompt=template or checkpoint.prompt("query"),
-        document_prompt=checkpoint.prompt("document"),
-        dims=manifest.vectors.dims if manifest else checkpoint.dims,
-        matryoshka_dims=manifest.vectors.still_trained(lengths) if manifest else lengths,
-        max_tokens=checkpoint.max_tokens,
-        license=checkpoint.license,
-        n_parameters=manifest.base.n_parameters if manifest else _n_parameters(checkpoint),
-        published_scores=dict(checkpoint.published.scores) if checkpoint.published else {},
-        notes=checkpoint.notes,
-        estimates=tuple(estimates),
-        estimated_for=EstimateConditions(
-            dtype=dtype, device=kind, activation_bytes=activation_bytes
+        return Inspection(
+            schema="gteopt.inspection/1",
+            id=checkpoint.id,
+            revision=checkpoint.revision,
+            sha256=checkpoint.sha256 if is_here else None,
+            architecture=str(checkpoint.config["model_type"]),
+            family=checkpoint.family.name if checkpoint.family else None,
+            attention=checkpoint.attention,
+            pooling=checkpoint.pooling,
+            normalised=checkpoint.normalise,
+            start_token=checkpoint.start_token,
+            end_token=checkpoint.end_token,
+            query_prompt=template or checkpoint.prompt("query"),
+            document_prompt=checkpoint.prompt("document"),
+            dims=manifest.vectors.dims if manifest else checkpoint.dims,
+            matryoshka_dims=manifest.vectors.still_trained(lengths) if manifest else lengths,
+            max_tokens=checkpoint.max_tokens,
+            license=checkpoint.license,
+            n_parameters=manifest.base.n_parameters if manifest else count_parameters(checkpoint),
+            published_scores=dict(checkpoint.published.scores) if checkpoint.published else {},
+            notes=checkpoint.notes,
+            estimates=tuple(estimates),
+            estimated_for=EstimateConditions(
+                dtype=dtype, device=kind, activation_bytes=activation_bytes
+            )
+            if is_base
+            else None,
+            manifest=manifest,
+            kernels=_kernels(checkpoint, device),
         )
-        if is_base
-        else None,
-        manifest=manifest,
-        kernels=_kernels(checkpoint, device),
-    )
+
+
+@contextmanager
+def _opened(
+    source: str, hub_dir: Path | None, revision: str | None, family: str | None
+) -> Iterator[tuple[Checkpoint, bool]]:
+    """The model, and whether its weights are here.
+
+    A published name without an organisation stands for the shape that ships with gteopt. So does a
+    whole name where `hub_dir` lacks the model or the hub gives no answer.
+    """
+    name = source.rpartition("/")[2]
+    is_shape = name in shapes() and not Path(source).exists() and revision is None
+    if not is_shape or "/" in source:
+        try:
+            checkpoint = open_checkpoint(
+                source, hub_dir=hub_dir, revision=revision, family=family, headers_only=True
+            )
+        except InputError as error:
+            if not is_shape or (hub_dir is None and not isinstance(error, HubUnreachableError)):
+                raise
+        else:
+            yield checkpoint, checkpoint.manifest is not None or bool(checkpoint.weight_files)
+            return
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / name
+        config, _ = shape_of(name)
+        write_frame(config, folder)
+        for own in ("config_sentence_transformers.json", "sentence_bert_config.json", "README.md"):
+            (folder / own).unlink(missing_ok=True)  # the embedded model's, not this family's
+        tokenizer = folder / "tokenizer_config.json"
+        said = json.loads(tokenizer.read_text())
+        said.pop("model_max_length", None)
+        tokenizer.write_text(json.dumps(said))
+        write_headers(config, folder)
+        note = "sizes are those of the shape that ships with gteopt; its weights were not looked at"
+        checkpoint = open_checkpoint(folder, family=family, headers_only=True)
+        yield replace(checkpoint, id=source, notes=(*checkpoint.notes, note)), False
 
 
 def _kernels(checkpoint: Checkpoint, device: str) -> dict[str, int] | None:

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from gteopt.errors import GteoptError, InputError
+from gteopt.errors import GteoptError, HubUnreachableError, InputError
 
 _MADE_BY_THE_HUB = frozenset({".gitattributes"})
 """What a repository holds from its creation; nobody's content."""
@@ -335,7 +335,20 @@ def _plainly(repo: str, verb: str = "read") -> Iterator[None]:
         words = _explanation(repo, verb, error)
         if words is None:
             raise
-        raise InputError(_without_token(words)) from None
+        kind = HubUnreachableError if _is_unreachable(error) else InputError
+        raise kind(_without_token(words)) from None
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether the hub gave no answer at all."""
+    chain = list(_causes(error))
+    if any(isinstance(cause, HfHubHTTPError) for cause in chain):
+        return False
+    return any(
+        isinstance(cause, OfflineModeIsEnabled)
+        or type(cause).__module__.partition(".")[0] in ("httpx", "httpx2")
+        for cause in chain
+    )
 
 
 def _explanation(repo: str, verb: str, error: Exception) -> str | None:

@@ -23,6 +23,8 @@ class RecipeEstimate(Frozen):
         build_s: seconds that the build takes, within a factor of two or so, imports left out.
         format: checkpoint format of the packed weights; None where no layer is quantized.
         engines: what opens the variant; see `config.engines`.
+        n_tokens: calibration tokens, padding included; None where no texts are read.
+        warning: what is wanting though the recipe can be built; None where nothing is.
         problem: why this recipe cannot be built from this base; None when it can.
     """
 
@@ -35,6 +37,8 @@ class RecipeEstimate(Frozen):
     build_s: float | None = None
     format: FormatName | None = None
     engines: tuple[Engine, ...] = ()
+    n_tokens: int | None = None
+    warning: str | None = None
     problem: str | None
 
 

@@ -327,11 +327,12 @@ def estimates_table(found: Inspection) -> Table:
         room = decimal(how.activation_bytes, precision=1)
         title += f", on {how.device} in {how.dtype}, at most {room} of hidden states in memory"
     table = Table(title=title, title_justify="left")
-    for name in ("recipe", "weights", "bytes a vector", "build memory", "build disk", ""):
+    names = ("recipe", "weights", "bytes a vector", "build memory", "build disk", "build time", "")
+    for name in names:
         table.add_column(name, justify="left" if name in ("recipe", "") else "right")
     for each in found.estimates:
         if each.weight_bytes is None or each.build_bytes is None or each.disk_bytes is None:
-            table.add_row(each.recipe, "-", "-", "-", "-", f"cannot be built: {each.problem}")
+            table.add_row(each.recipe, "-", "-", "-", "-", "-", f"cannot be built: {each.problem}")
         else:
             table.add_row(
                 each.recipe,
@@ -339,9 +340,17 @@ def estimates_table(found: Inspection) -> Table:
                 str(each.bytes_per_vector),
                 decimal(each.build_bytes, precision=2),
                 decimal(each.disk_bytes, precision=2),
-                each.summary,
+                "-" if each.build_s is None else _duration(each.build_s),
+                each.summary if each.warning is None else f"{each.summary} ({each.warning})",
             )
     return table
+
+
+def _duration(seconds: float) -> str:
+    """Seconds up to two minutes, then minutes, then hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def layers_table(manifest: Manifest) -> Table:

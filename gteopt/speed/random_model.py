@@ -117,6 +117,24 @@ def write_frame(config: Mapping[str, Any], folder: Path) -> None:
     pooling.write_text(json.dumps(settings))
 
 
+def write_headers(config: Mapping[str, Any], folder: Path) -> None:
+    """Write a weight file of a shape that has its header only: the numbers are a hole in the file,
+    which takes no disk.
+    """
+    n = int(config["num_hidden_layers"])
+    header: dict[str, Any] = {}
+    at = 0
+    for part in range(n + 1):
+        for name, shape in _parts(config, part, n):
+            end = at + 2 * torch.Size(shape).numel()
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+            at = end
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+
+
 def random_part(
     config: Mapping[str, Any], part: int, generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:

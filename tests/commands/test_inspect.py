@@ -68,6 +68,8 @@ def test_a_base_is_described_in_full_before_its_weights_are_fetched(
     assert (found["sha256"], found["revision"]) == (None, COMMIT)
     assert found["notes"][-1].startswith("the weights are not here (0.01 GB to download)")
     differs = ("sha256", "revision", "notes")
+    for estimate in (*found["estimates"], *whole["estimates"]):
+        estimate.pop("build_s")  # from a probe of this machine, timed anew in each process
     assert {k: v for k, v in found.items() if k not in differs} == {
         k: v for k, v in whole.items() if k not in differs
     }
@@ -169,3 +171,32 @@ def test_what_cannot_be_predicted_is_one_sentence(
     assert (ran.returncode, ran.stderr.count("gteopt: ")) == (1, 1)
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_a_published_name_is_described_from_its_shape_without_a_network(tmp_path: Path) -> None:
+    """Short, or with its organisation where the hub's folder lacks it; the head does not count."""
+    recipe = load_recipe("gptq-int4")
+    for name, hub_dir in (("gte-Qwen2-7B-instruct", None), (REPO, tmp_path)):
+        found = inspect(name, hub_dir=hub_dir, recipe=recipe)
+        assert found.id == name
+        assert found.n_parameters == 7_069_121_024
+        assert (found.dims, found.family, found.sha256) == (3584, "gte-qwen", None)
+        assert any("shape that ships with gteopt" in note for note in found.notes)
+        (estimate,) = found.estimates
+        assert estimate.problem is None
+        assert estimate.build_s is not None
+        # 4 bits, a float16 scale and a zero point for 128: 4.156 bits; the table in bfloat16.
+        in_blocks = 28 * (2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 18944 * 3584)
+        table = 151_646 * 3584
+        assert estimate.weight_bytes is not None
+        assert abs(estimate.weight_bytes / (in_blocks * 4.15625 / 8 + 2 * table) - 1) < 1e-3
+
+
+def test_a_calibration_set_too_small_for_a_layer_is_said() -> None:
+    recipe = load_recipe("gptq-int4")
+    spec = recipe.calibration.model_copy(update={"n_texts": 8, "max_tokens": 32})
+    small = recipe.model_copy(update={"calibration": spec})
+    (estimate,) = inspect("gte-Qwen2-7B-instruct", recipe=small).estimates
+    assert estimate.warning is not None
+    assert "18,944 input features, fewer than 4 each" in estimate.warning
+    assert inspect("nano", recipe=recipe).estimates[0].warning is None
