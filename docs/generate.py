@@ -432,6 +432,8 @@ HOMES = {  # where a type's own table stands
 }
 UNITS = {
     "bits": "bits a weight",
+    "Vectors.bits": "bits a dimension",
+    "bytes": "bytes a vector",
     "group_size": "input features",
     "activation_bits": "bits an input",
     "activation_outliers": "size of an input",
@@ -470,7 +472,7 @@ def fields(*documents: type[BaseModel]) -> Callable[[], str]:
                         f"`{name}`",
                         allowed(info.annotation, info),
                         default(info),
-                        UNITS.get(name, "–"),
+                        UNITS.get(f"{document.__name__}.{name}") or UNITS.get(name, "–"),
                         said.get(name, ""),
                     )
                 )
