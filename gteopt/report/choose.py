@@ -40,34 +40,34 @@ _FROM_BENCH: dict[Metric, Callable[[VariantBench], float]] = {
 def choose(policy: Policy, results: Results) -> Choice:
     """Pick the variant that is best in the policy's objective among those that keep its limits.
 
-    Every measured variant is a candidate, the baseline too; compared with itself it has retention,
-    its interval's end, cosine, overlap and correlation 1. A metric that was not measured breaks
-    each limit on it (`retention_low` where some task has no interval, for one), and a candidate
-    without the objective's metric is not picked.
+    Every measured variant is a candidate, and so is the baseline. Compared with itself it has
+    retention, cosine, overlap and correlation 1. A metric that was not measured breaks each limit
+    on it. A candidate without the objective's metric is not picked.
 
-    Speeds (and costs) are compared by their ratio to the baseline's, which took turns with them:
-    tokens a second of two moments differ by whatever else the machine did. Candidates tie where the
-    objective is the same, or where it is a speed and differs by no more than the baseline's from
-    itself. A tie goes to the candidate that keeps more
-    neighbours, as retentions of close variants differ by noise: one only loses by its retention
-    where its interval lies below another's. Then count retention, the objective and the name.
+    Speeds and costs are compared by their ratio to the baseline's, measured in turns with them,
+    because tokens a second depend on whatever else the machine does. Candidates tie where the
+    objective is equal. Speeds also tie where they differ by no more than the baseline's from
+    itself. Ties are broken by, in this order:
 
-    The Pareto front is that of the candidates that keep every limit, on what the policy judges: one
-    is on it where no other is at least as good in score, neighbours kept, weight bytes, index
-    bytes, tokens a second and the policy's objective, and better in one. The score is the lower end
-    of the retention's interval where the policy limits that, the retention otherwise. It does not
-    count where an evaluation is partial, as retentions are then means over different tasks, nor
-    where the baseline's score is not above 0; nor does what nobody was measured in. A candidate
-    that alone lacks one of these is not on the front. Of a tie only those on the front are picked,
-    unless none is.
+    1. lying on the Pareto front;
+    2. an interval of retention that does not lie wholly below another's;
+    3. more neighbours kept, because retentions of close variants differ by noise;
+    4. retention, the objective, the name.
 
-    Where only texts without labels were compared, fidelity decides: limits on retention are left
-    out of the policy, as nothing can keep or break them, and the reason says so.
+    The Pareto front is drawn among the candidates that keep every limit. One is on it where no
+    other is at least as good on every axis and better on one. The axes are score, neighbours kept,
+    weight bytes, index bytes, tokens a second and the objective. The score is the lower end of
+    retention's interval where the policy limits that, and retention otherwise. It does not count
+    where an evaluation is partial or the baseline's score is not above 0. An axis that was measured
+    for no candidate does not count either. A candidate that alone lacks one is not on the front.
+
+    Where only texts without labels were compared, fidelity decides. Limits on retention then leave
+    the policy, because nothing can keep or break them, and the reason says so.
 
     Raises:
-        InputError: nothing was measured, or the reports do not belong together (other bytes of the
-            same variant, another suite, another baseline); only limits on retention, where only
-            texts without labels were compared.
+        InputError: nothing was measured; the reports do not belong together (other bytes of the
+            same variant, another suite, another baseline); or the objective needs labels and there
+            are none.
     """
     _check_belong_together(results)
     policy = _for_unlabelled(policy) if results.fidelity and not results.evals else policy
@@ -204,7 +204,7 @@ def _check_belong_together(results: Results) -> None:
         for name, report in sorted(results.fidelity.items())
         if name in bench and bench[name].artifact_sha256 != report.artifact_sha256
     ]
-    # A grid calls its baseline otherwise than an artifact's evaluation does: the content decides.
+    # A grid names its baseline in another way than an artifact's evaluation; its content decides.
     for what, found in (
         ("suites", {r.suite_sha256: r.suite for r in evals.values()}),
         ("baselines", {r.baseline_sha256: r.baseline for r in evals.values()}),

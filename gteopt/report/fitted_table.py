@@ -16,13 +16,14 @@ from rich.text import Text
 class FittedTable(Table):
     """A table that leaves out whole columns where room is short, and cuts no figure or name.
 
-    What it leaves out is said below it. Its caption is as wide as the terminal, not as the table.
+    It names what it leaves out below. Its caption is as wide as the terminal, not as the table.
 
     Args:
         names: first cells of the rows.
-        heading: of them.
+        heading: of the first column.
         marked: whether a column of marks comes first.
-        stacked: whether columns that find no room stand in a further table below.
+        stacked: columns that find no room stand in a further table below, instead of being left
+            out.
     """
 
     def __init__(
@@ -46,12 +47,19 @@ class FittedTable(Table):
     def add_figures(
         self, heading: str | Text, title: str, *, importance: int = 0, left: bool = False
     ) -> None:
-        """Add a column; those of the highest `importance` leave first, later ones before others."""
+        """Add a column of figures.
+
+        Args:
+            heading: in the table.
+            title: in the note that names what was left out.
+            importance: columns with the highest one are left out first; of equals, later ones.
+            left: align to the left.
+        """
         self.add_column(heading, justify="left" if left else "right", no_wrap=True)
         self._figures.append((importance, title))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The columns that there is room for, then the caption."""
+        """Print the columns that there is room for, then the caption."""
         figures = range(self._n_fixed, len(self.columns))
         hidden: list[int] = []
         if self._stacked:
@@ -89,7 +97,7 @@ class FittedTable(Table):
 
 
 def _whole(column: Column) -> Column:
-    """The same column, measured as wide as its widest line."""
+    """A copy of a column that is never narrower than its widest line."""
     whole = copy(column)
     lines = [line for cell in [column.header, *column.cells] for line in str(cell).split("\n")]
     whole.min_width = max(map(cell_len, lines), default=0)
