@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gteopt.cli import build, measure, optimize, share
+from gteopt.cli import build, lists, measure, optimize, share
 from gteopt.cli.errors import (
     DISK_FULL,
     Group,
@@ -19,19 +19,16 @@ from gteopt.cli.errors import (
     typed_command,
     what_is_kept,
 )
-from gteopt.cli.options import AsJson
-from gteopt.cli.output import show_list
 from gteopt.errors import GteoptError, is_out_of_memory
 
 app = typer.Typer(
     name="gteopt",
     cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Turn a text-embedding model into the cheapest variant that still ranks like it.\n\n"
-    "Start with `gteopt run recipes/plans/demo.yaml`, or `gteopt inspect nano`.",
+    "Start with `gteopt optimize MODEL --data pairs.csv`, or `gteopt run demo`.",
 )
 
 
@@ -66,45 +63,10 @@ for _command_function in (
         measure.evaluate,
     ),
     *(measure.choose, measure.report, build.export, build.verify),
-    *(share.publish, share.pull, build.inspect),
+    *(share.publish, share.pull, build.inspect, measure.compare),
+    *(lists.recipes, lists.suites, lists.policies, lists.plans, lists.init),
 ):
     app.command()(_command_function)
-
-
-@app.command()
-def recipes(as_json: AsJson = False) -> None:
-    """List the recipes that ship with gteopt.
-
-    Example: `gteopt recipes`
-    """
-    from gteopt.config.recipe import load_recipe
-    from gteopt.config.yaml_files import shipped_names
-
-    found = [load_recipe(name) for name in shipped_names("recipes")]
-    rows = [{"name": each.name, "summary": each.summary} for each in found]
-    show_list("recipes", rows, as_json=as_json)
-
-
-@app.command()
-def suites(as_json: AsJson = False) -> None:
-    """List the evaluation suites that ship with gteopt.
-
-    Example: `gteopt suites`
-    """
-    from gteopt.config.yaml_files import find_yaml, read_yaml, shipped_names
-    from gteopt.evaluation.suites import Suite
-
-    found = [read_yaml(find_yaml("eval/suites", n), Suite) for n in shipped_names("eval/suites")]
-    rows = [
-        {
-            "name": each.name,
-            "summary": each.summary,
-            "tasks": str(len(each.tasks)),
-            "minutes (7B, H200)": f"{each.minutes:g}" if each.minutes else "",
-        }
-        for each in found
-    ]
-    show_list("suites", rows, as_json=as_json)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import typer
 from rich.filesize import decimal
 
 from gteopt.cli.options import (
+    OUTPUT,
     ActivationGb,
     Artifact,
     AsJson,
@@ -27,17 +28,18 @@ from gteopt.cli.options import (
     known_device,
     known_model,
 )
-from gteopt.cli.output import print_json, show_manifest, show_progress, stdout
+from gteopt.cli.output import print_json, say, show_manifest, show_next, show_progress, stdout
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
     from gteopt.config.recipe import Effort, FormatChoice, Recipe
+    from gteopt.records.manifest import Manifest
 
 
 def quantize(
     base: Base,
     out: Out,
-    recipe: RecipeName = "mixed-nf4",
+    recipe: RecipeName = "gptq-nf4",
     effort: EffortOption = None,
     embed_int8: EmbedInt8 = False,
     format: FormatOption = None,
@@ -61,10 +63,12 @@ def quantize(
 
     Example: `gteopt quantize nano --recipe gptq-int4 --out artifacts/nano-int4`
     """
+    say("importing torch")
     from gteopt.build.quantize import quantize as build
     from gteopt.machine import parse_devices
 
     wanted = _wanted(recipe, effort, embed_int8=embed_int8, format=format)
+    was_there = (out / "gteopt.json").is_file()
     with show_progress() as progress:
         manifest = build(
             base,
@@ -79,7 +83,8 @@ def quantize(
             devices=parse_devices(devices) if devices is not None else (),
             progress=progress,
         )
-    show_manifest(manifest, out, as_json=as_json)
+    follows = f"gteopt bench {out} --baseline {base} --out {out}-results"
+    show_manifest(manifest, out, as_json=as_json, was_there=was_there, next_command=follows)
 
 
 def _wanted(
@@ -192,6 +197,12 @@ def verify(artifact: Artifact, as_json: AsJson = False) -> None:
 def inspect(
     source: Annotated[str, typer.Argument(help="a base or an artifact", callback=known_model)],
     recipe: RecipeChoice = None,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers", help="of an artifact: a line for each layer", rich_help_panel=OUTPUT
+        ),
+    ] = False,
     effort: EffortOption = None,
     embed_int8: EmbedInt8 = False,
     format: FormatOption = None,
@@ -216,7 +227,7 @@ def inspect(
     Example: `gteopt inspect nano --recipe gptq-int4 --effort best`
     """
     from gteopt.commands.inspect import inspect as look
-    from gteopt.report.terminal import estimates_table, facts_table, layers_table
+    from gteopt.report.terminal import artifact_table, estimates_table, facts_table, layers_table
 
     if recipe is None and (effort or embed_int8 or format):
         raise InputError("--effort, --embed-int8 and --format change a recipe; give --recipe")
@@ -236,20 +247,30 @@ def inspect(
     if as_json:
         print_json(json.loads(found.model_dump_json(by_alias=True)))
         return
-    stdout.print(facts_table(found))
-    if found.manifest is not None:
+    if found.manifest is None:
+        stdout.print(facts_table(found))
+        if found.estimates:
+            stdout.print(estimates_table(found))
+        return
+    stdout.print(artifact_table(found, found.manifest))
+    if layers:
         stdout.print(layers_table(found.manifest))
-        if (allocation := found.manifest.allocation) is not None:
-            stdout.print(
-                f"bits chosen by layer: {allocation.bits_per_weight:.3f} bits a weight of "
-                f"{allocation.budget:g}, predicted loss {allocation.predicted_loss:.2g} (each "
-                f"layer's found by {allocation.found_by})"
-            )
-        if (tuning := found.manifest.tuning) is not None:
-            stdout.print(
-                f"tuned by {tuning.by} for {tuning.n_steps} steps: error on the calibration texts "
-                f"{tuning.error_before:.5f} -> {tuning.error_after:.5f}, "
-                f"{tuning.codes_changed:.1%} of the codes changed"
-            )
-    elif found.estimates:
-        stdout.print(estimates_table(found))
+        _show_choices(found.manifest)
+    else:
+        show_next(f"gteopt inspect {source} --layers")
+
+
+def _show_choices(manifest: Manifest) -> None:
+    """How bits were chosen and what tuning changed."""
+    if (allocation := manifest.allocation) is not None:
+        stdout.print(
+            f"bits chosen by layer: {allocation.bits_per_weight:.3f} bits a weight of "
+            f"{allocation.budget:g}, predicted loss {allocation.predicted_loss:.2g} (each "
+            f"layer's found by {allocation.found_by})"
+        )
+    if (tuning := manifest.tuning) is not None:
+        stdout.print(
+            f"tuned by {tuning.by} for {tuning.n_steps} steps: error on the calibration texts "
+            f"{tuning.error_before:.5f} -> {tuning.error_after:.5f}, "
+            f"{tuning.codes_changed:.1%} of the codes changed"
+        )

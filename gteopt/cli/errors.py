@@ -16,11 +16,28 @@ class Interrupted(GteoptError):
     """Ctrl-C."""
 
 
+OPTION_HINTS = {
+    "--bits": "the recipe decides the bits: --recipe gptq-int4, --recipe int8 (`gteopt recipes`)",
+    "--method": "the recipe decides the method: --recipe gptq-int4 (`gteopt recipes`)",
+    "--group-size": "the recipe decides the group size (`gteopt init recipe`)",
+    "--base": "the model is an argument without a name: gteopt quantize MODEL",
+    "--model": "the model is an argument without a name: gteopt quantize MODEL",
+    "--dims": "shorten with `gteopt truncate ARTIFACT --dims N`, or with dims in a recipe",
+    "--vectors": "code vectors with `gteopt truncate ARTIFACT --vectors int8`, or in a recipe",
+    "-o": "the folder is given with --out",
+    "--output": "the folder is given with --out",
+    "--output-dir": "the folder is given with --out",
+    "--layout": "the checkpoint format is given with --format",
+    "--batch-size": "the batches of `gteopt bench` are given with --workload 8x128",
+    "--task": "tasks are named by a suite: --suite mini (`gteopt init suite`)",
+    "--tasks": "tasks are named by a suite: --suite mini (`gteopt init suite`)",
+}
+"""What a user meant by an option that does not exist where it was typed."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Group(TyperGroup):
-    """Says what Ctrl-C leaves behind, whichever command it stops."""
+    """Says what an unknown option should have been, and what Ctrl-C leaves behind."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that `ctx` names."""
@@ -28,6 +45,12 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             raise Interrupted(f"interrupted{what_is_kept(ctx.invoked_subcommand)}") from interrupt
+        except Exception as error:
+            name = getattr(error, "option_name", None)
+            if (hint := OPTION_HINTS.get(str(name))) is not None and hasattr(error, "message"):
+                error.message = f"{error.message}. {hint[0].upper()}{hint[1:]}."
+                error.possibilities = []  # type: ignore[attr-defined]
+            raise
 
 
 def what_is_kept(command: str | None) -> str:

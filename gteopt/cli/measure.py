@@ -14,12 +14,17 @@ import typer
 
 from gteopt.cli.names import names_of
 from gteopt.cli.options import (
+    JUDGES,
     Artifacts,
+    AsCsv,
     AsJson,
+    AsMarkdown,
     BackendOption,
+    Columns,
     Device,
     Devices,
     HubDir,
+    Languages,
     PlanName,
     PolicyName,
     Ray,
@@ -29,12 +34,18 @@ from gteopt.cli.options import (
 )
 from gteopt.cli.output import (
     print_json,
+    print_table,
+    say,
+    show_list,
+    show_next,
     show_progress,
     show_record,
     show_records,
     show_results,
     stdout,
+    style_of,
 )
+from gteopt.cli.own_data import check_own_data, parse_columns, parse_list
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,12 +66,13 @@ def run(
     devices: Devices = None,
     ray: Ray = None,
     as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Build, measure, score and choose: a whole plan, or what is left of it.
 
     Example: `gteopt run recipes/plans/demo.yaml`
     """
-    from gteopt.commands.run import run as run_plan
     from gteopt.config.plan import load_plan
     from gteopt.config.yaml_files import find_yaml
 
@@ -71,6 +83,9 @@ def run(
         priced = document.bench.model_copy(update={"price_per_hour": price_per_hour})
         document = document.model_copy(update={"bench": priced})
     beside = find_yaml("recipes/plans", plan).parent
+    say("importing torch and the evaluation library")
+    from gteopt.commands.run import run as run_plan
+
     with _workers(devices, ray, device) as workers, show_progress() as progress:
         results = run_plan(
             document,
@@ -80,7 +95,7 @@ def run(
             workers=workers,
             progress=progress,
         )
-    show_results(results, as_json=as_json, folder=document.out)
+    show_results(results, style_of(as_json, as_csv, as_markdown), folder=document.out)
 
 
 def bench(
@@ -126,16 +141,20 @@ def bench(
     device: Device = "auto",
     backend: BackendOption = "torch",
     as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Measure speed and memory, each artifact interleaved with the baseline.
 
     Example: `gteopt bench artifacts/nano-int4 --baseline nano --out artifacts/results`
     """
+    say("importing torch")
     from gteopt.commands.bench import measure, measure_dummy
     from gteopt.config.plan import WORKLOADS
     from gteopt.report.terminal import bench_table, limits_table
     from gteopt.speed.protocol import default_workloads
 
+    style = style_of(as_json, as_csv, as_markdown)
     names = workload or [default_workloads(device)]
     spec = _bench_spec(names, query_tokens, queries, repeats)
     sources = _named([*([baseline] if baseline else []), *artifacts])
@@ -173,12 +192,18 @@ def bench(
                 price_per_hour=price_per_hour,
                 progress=progress,
             )
-    show_record(report, bench_table(report), as_json=as_json)
-    if not as_json:
-        stdout.print(limits_table(report))
+    show_record(report, bench_table(report), style)
+    if style != "table":
+        return
+    stdout.print(limits_table(report))
+    if out is not None:
+        stdout.print(f"Result: {out / 'bench.json'}", soft_wrap=True)
+        show_next(f"gteopt evaluate {' '.join(artifacts)} --suite mini --out {out}")
 
 
-_WHERE = frozenset({"hub_dir", "device", "devices", "ray", "out", "cache_gb", "as_json"})
+_WHERE = frozenset(
+    {"hub_dir", "device", "devices", "ray", "out", "cache_gb", "as_json", "as_csv", "as_markdown"}
+)
 """Options that decide where an evaluation runs and what it keeps, not what it finds."""
 
 
@@ -231,12 +256,14 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="own data as one more task: a BEIR folder, or a .csv or .jsonl of labelled pairs"
+            help="own labels as one more task: a BEIR folder, or a table of pairs or passages"
         ),
     ] = None,
     texts: Annotated[
         Path | None, typer.Option(help="own texts without labels, one a line: fidelity alone")
     ] = None,
+    columns: Columns = None,
+    languages: Languages = None,
     instruction: Annotated[
         str | None, typer.Option(help="what the queries of --data are for")
     ] = None,
@@ -269,9 +296,6 @@ def evaluate(
             callback=known_file("eval/protocols"),
             autocompletion=names_of("eval/protocols"),
         ),
-    ] = None,
-    language: Annotated[
-        str | None, typer.Option(help="only tasks and subsets in these languages alone: en,fr")
     ] = None,
     domain: Annotated[
         str | None, typer.Option(help="only tasks of one of these domains of mteb: legal,medical")
@@ -310,23 +334,26 @@ def evaluate(
     devices: Devices = None,
     ray: Ray = None,
     as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Score artifacts on a suite and measure their fidelity to the baseline.
 
     Example: `gteopt evaluate artifacts/nano-int4 --suite mini --out artifacts/results`
     """
+    style = style_of(as_json, as_csv, as_markdown)
+    roles = parse_columns(columns)
+    if suite is None and data is None and texts is None:
+        raise InputError("nothing to evaluate on; give --suite, --data or --texts")
+    check_own_data(data, texts, suite, roles)
     from gteopt.evaluation.data_check import check_data
     from gteopt.evaluation.suites import with_data
 
-    if texts is not None and (suite or data):
-        raise InputError("--texts has no labels to score; give it without --suite and --data")
     if instruction is not None and data is None:
         raise InputError("--instruction goes with --data; a suite's file names those of its tasks")
-    loaded = _suite(suite, protocol, language, domain) if suite else None
+    loaded = _suite(suite, protocol, languages, domain) if suite else None
     if data is not None:
-        loaded = with_data(loaded, data, instruction=instruction)
-    if loaded is None and texts is None:
-        raise InputError("nothing to evaluate on; give --suite, --data or --texts")
+        loaded = with_data(loaded, data, instruction=instruction, columns=roles)
     if not 0 < margin < 1:
         raise InputError(f"--margin {margin:g}: give a share of a score, between 0 and 1")
     if dry_run:
@@ -344,6 +371,7 @@ def evaluate(
         return
     if loaded is not None:
         check_data(loaded, hub_dir)  # before torch and mteb are imported, which takes longer
+    say("importing torch and the evaluation library")
     from gteopt.commands.evaluate import Setup, base_of, compare_texts, parse_grid, score
     from gteopt.evaluation.runner import EncodeOptions
     from gteopt.evaluation.tasks import check_suite
@@ -367,17 +395,20 @@ def evaluate(
             correction="row" if per_row else "family",
         )
         if texts is not None:
-            close = compare_texts(sources, texts, out, how=how, progress=progress)
+            close = compare_texts(sources, texts, out, how=how, columns=roles, progress=progress)
         elif loaded is not None:
             reports = score(sources, loaded, out, how=how, margin=margin, progress=progress)
     if texts is not None:
-        show_records(list(close.values()), fidelity_table(close), as_json=as_json)
-        return
-    table = eval_table(reports) if grid is None else grid_table(reports)
-    show_records(list(reports.values()), table, as_json=as_json)
+        show_records(list(close.values()), fidelity_table(close), style)
+    else:
+        table = eval_table(reports) if grid is None else grid_table(reports)
+        show_records(list(reports.values()), table, style)
+    if out is not None and style == "table":
+        stdout.print(f"Result: {out / ('eval' if texts is None else 'fidelity')}", soft_wrap=True)
+        show_next(f"gteopt choose {out} --policy balanced")
 
 
-def _suite(name: str, protocol: str | None, language: str | None, domain: str | None) -> Suite:
+def _suite(name: str, protocol: str | None, languages: str | None, domain: str | None) -> Suite:
     """A suite by name or file, with what the options leave of it."""
     from gteopt.evaluation.suites import read_protocol, read_suite
     from gteopt.evaluation.task_facts import filter_suite, under_protocol
@@ -385,7 +416,7 @@ def _suite(name: str, protocol: str | None, language: str | None, domain: str | 
     suite = read_suite(name)
     wanted = [
         [each.strip() for each in (names or "").split(",") if each.strip()]
-        for names in (language, domain)
+        for names in (languages, domain)
     ]
     if any(wanted):
         suite = filter_suite(suite, languages=wanted[0], domains=wanted[1])
@@ -413,13 +444,15 @@ def _show_estimate(
         price_per_hour=price_per_hour,
         cache_bytes=cache_bytes,
     )
-    show_record(estimate, estimate_table(estimate), as_json=as_json)
+    show_record(estimate, estimate_table(estimate), "json" if as_json else "table")
 
 
 def choose(
     results_dir: Annotated[Path, typer.Argument(help="folder with bench.json, eval/ or fidelity/")],
     policy: PolicyName,
     as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Pick the variant that a policy asks for, by its limits and its margin.
 
@@ -430,17 +463,20 @@ def choose(
     from gteopt.commands.choose import judge
     from gteopt.config.policy import load_policy
 
+    style = style_of(as_json, as_csv, as_markdown)
     results = judge(results_dir, load_policy(policy))
-    if as_json:
+    if style == "json":
         assert results.choice is not None
         print_json(json.loads(results.choice.model_dump_json(by_alias=True)))
     else:
-        show_results(results, as_json=False)
+        show_results(results, style, folder=results_dir)
 
 
 def report(
     results_dir: Annotated[Path, typer.Argument(help="folder with bench.json, eval/ or fidelity/")],
     as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Write report.html from what a results folder holds, and print its table.
 
@@ -452,9 +488,69 @@ def report(
 
     results = read_results(results_dir)
     path = write_report(results_dir, results, title=title_of(results_dir))
-    show_results(results, as_json=as_json)
-    if not as_json:
+    style = style_of(as_json, as_csv, as_markdown)
+    show_results(results, style, folder=results_dir)
+    if style == "table":
         stdout.print(f"Report: {path}", soft_wrap=True)
+
+
+def compare(
+    first: Annotated[str, typer.Argument(help="an artifact, or a results folder")],
+    second: Annotated[str, typer.Argument(help="another of the same kind")],
+    suite: SuiteName = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="own labels: a BEIR folder, or a table", rich_help_panel=JUDGES),
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="own texts without labels", rich_help_panel=JUDGES)
+    ] = None,
+    columns: Columns = None,
+    languages: Languages = None,
+    hub_dir: HubDir = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
+) -> None:
+    """Put two artifacts or two results folders side by side.
+
+    With data, the second artifact is scored against the first; differences have intervals.
+
+    Example: `gteopt compare artifacts/nano-int4 artifacts/nano-int8 --suite mini`
+    """
+    style = style_of(as_json, as_csv, as_markdown)
+    roles = parse_columns(columns)
+    check_own_data(data, texts, suite, roles)
+    say("importing torch and the evaluation library")
+    from gteopt.commands.compare import compare as side_by_side
+    from gteopt.commands.evaluate import Setup
+    from gteopt.commands.optimize import Judges
+    from gteopt.report.compare import comparison_rows
+    from gteopt.report.terminal import eval_table, fidelity_table
+
+    judges = None
+    if data is not None or texts is not None or suite is not None:
+        judges = Judges(data, texts, tuple(roles.items()), suite, parse_list(languages))
+    with show_progress() as progress:
+        found = side_by_side(
+            first,
+            second,
+            judges,
+            how=Setup(hub_dir=hub_dir, device=device),
+            progress=progress,
+        )
+    rows = comparison_rows(found.names, found.manifests, found.results)
+    if style == "json":
+        measured = [*found.evals.values(), *found.fidelity.values()]
+        records = [json.loads(record.model_dump_json(by_alias=True)) for record in measured]
+        print_json({"rows": rows, "measured": records})
+        return
+    show_list("side by side", rows, style)
+    if found.evals:
+        print_table(eval_table(found.evals), style)
+    if found.fidelity:
+        print_table(fidelity_table(found.fidelity), style)
 
 
 @contextmanager

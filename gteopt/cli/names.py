@@ -24,12 +24,14 @@ def check_model_name(name: str) -> None:
     """
     if name == "nano" or Path(name).exists():
         return
+    from gteopt.model.families import PUBLISHED
+
+    if name in {published.rpartition("/")[2] for published in PUBLISHED}:
+        return  # `bench --dummy-weights` takes the name alone
     reads_like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if reads_like_a_folder:
         raise InputError(f"there is no folder {name}; give an existing folder, nano or ORG/NAME")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
-        from gteopt.model.families import PUBLISHED
-
         raise InputError(
             f"there is no folder {name}, and a model on the Hub is called ORG/NAME; "
             f"{suggest(name, ['nano', *PUBLISHED])}"

@@ -7,15 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gteopt.cli.options import AsJson, Base, Device, HubDir, SuiteName, finite
-from gteopt.cli.output import print_json, say, show_progress, show_results, stdout
-from gteopt.errors import InputError
+from gteopt.cli.options import (
+    JUDGES,
+    LIMITS,
+    OUTPUT,
+    WHERE,
+    AsCsv,
+    AsJson,
+    AsMarkdown,
+    Base,
+    Columns,
+    Device,
+    HubDir,
+    Languages,
+    SuiteName,
+    finite,
+)
+from gteopt.cli.output import print_json, say, show_progress, show_results, stdout, style_of
+from gteopt.cli.own_data import check_own_data, parse_columns, parse_list
 
 if TYPE_CHECKING:
     from gteopt.commands.optimize import Proposal
-    from gteopt.config.plan import ColumnRole
-
-JUDGES, LIMITS, WHERE, OUTPUT = "What to judge on", "Limits", "Where to compute", "Output"
 
 
 def optimize(
@@ -34,19 +46,9 @@ def optimize(
             rich_help_panel=JUDGES,
         ),
     ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(
-            help="which column is what: query=question,positive=answer",
-            metavar="ROLE=NAME,...",
-            rich_help_panel=JUDGES,
-        ),
-    ] = None,
+    columns: Columns = None,
     suite: SuiteName = None,
-    languages: Annotated[
-        str | None,
-        typer.Option(help="of the suite: en,fr", metavar="CODE,...", rich_help_panel=JUDGES),
-    ] = None,
+    languages: Languages = None,
     max_weights: Annotated[
         str | None,
         typer.Option(help="weights in memory: 40MB or 40MiB", rich_help_panel=LIMITS),
@@ -120,6 +122,8 @@ def optimize(
         typer.Option("--dry-run", help="stop after writing the plan", rich_help_panel=OUTPUT),
     ] = False,
     as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Find the cheapest variant of a model that keeps your limits.
 
@@ -127,6 +131,7 @@ def optimize(
     """
     from gteopt.config.limits import Limits
 
+    style = style_of(as_json, as_csv, as_markdown)
     limits = Limits(
         max_weights=max_weights,
         max_memory=max_memory,
@@ -142,7 +147,7 @@ def optimize(
     )
     limits.policy(labelled=texts is None)  # refuses wrong amounts before anything is imported
     roles = parse_columns(columns)
-    _check_data(data, texts, suite, roles)
+    check_own_data(data, texts, suite, roles)
     say("importing torch and the evaluation library")
     from gteopt.commands.optimize import Judges, Search, carry_out, propose
 
@@ -151,16 +156,16 @@ def optimize(
         texts=texts,
         columns=tuple(roles.items()),
         suite=suite,
-        languages=tuple(each.strip() for each in (languages or "").split(",") if each.strip()),
+        languages=parse_list(languages),
     )
     search = Search(engine=engine, effort=effort, hub_dir=hub_dir, device=device)
     folder = out or Path("artifacts", Path(model).name)
     say(f"looking at {model}")
     proposal = propose(model, judges, limits, search, out=folder)
-    if not as_json:
+    if style == "table":
         _show_proposal(proposal)
     if dry_run:
-        if as_json:
+        if style == "json":
             print_json(proposal.plan.model_dump(mode="json", by_alias=True))
         else:
             stdout.print(f"Plan: {proposal.file}", soft_wrap=True)
@@ -168,54 +173,14 @@ def optimize(
         return
     with show_progress() as progress:
         results = carry_out(proposal, search, progress=progress)
-    show_results(results, as_json=as_json, folder=folder)
-
-
-def parse_columns(text: str | None) -> dict[ColumnRole, str]:
-    """Roles and names of `--columns query=question,positive=answer`.
-
-    Raises:
-        InputError: no such form, or an unknown role.
-    """
-    from typing import get_args
-
-    from gteopt.config.plan import ColumnRole
-    from gteopt.errors import suggest
-
-    roles: dict[ColumnRole, str] = {}
-    for part in (text or "").split(","):
-        if not part.strip():
-            continue
-        role, equals, name = part.partition("=")
-        role = role.strip()
-        if not equals or not name.strip():
-            raise InputError(f"--columns '{part}': write ROLE=NAME, as in query=question")
-        known = get_args(ColumnRole)
-        if role not in known:
-            raise InputError(f"--columns: unknown role '{role}': {suggest(role, known)}")
-        roles[role] = name.strip()  # type: ignore[index]
-    return roles
-
-
-def _check_data(
-    data: Path | None, texts: Path | None, suite: str | None, columns: dict[ColumnRole, str]
-) -> None:
-    """Refuse data that cannot be read, before large libraries are imported."""
-    from gteopt.evaluation.user_data import read_own, read_texts
-
-    if texts is not None and (data is not None or suite is not None):
-        raise InputError("--texts has no labels to score; give it without --data and --suite")
-    if columns and data is None and texts is None:
-        raise InputError("--columns names the columns of --data or --texts; give one of them")
-    if data is not None:
-        read_own(data, columns)
-    if texts is not None:
-        read_texts(texts, columns)
+    show_results(results, style, folder=folder)
 
 
 def _show_proposal(proposal: Proposal) -> None:
     from rich.filesize import decimal
     from rich.table import Table
+
+    from gteopt.config.engines import engines_in_words
 
     found = proposal.inspection
     stdout.print(
@@ -236,7 +201,7 @@ def _show_proposal(proposal: Proposal) -> None:
             f"{estimate.bytes_per_vector or 0:,}",
             f"{estimate.build_s or 0:,.0f} s",
             "-" if estimate.disk_bytes is None else decimal(estimate.disk_bytes, precision=1),
-            f"not tried: {trial.dropped}" if trial.dropped else ", ".join(estimate.engines),
+            f"not tried: {trial.dropped}" if trial.dropped else engines_in_words(estimate.engines),
             style="dim" if trial.dropped else "",
         )
     stdout.print(table)

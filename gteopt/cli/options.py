@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from gteopt.config.yaml_files import ShippedKind
 
 
+JUDGES, LIMITS, WHERE = "What to judge on", "Limits", "Where to compute"
+MEASURE, BUILD, OUTPUT = "What to measure", "What to build", "Output"
+"""Groups of options in a command's help."""
+
+
 def known_device(context: typer.Context, value: str) -> str:
     """Refuse a device name that torch does not know, without importing torch."""
     if not context.resilient_parsing and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
@@ -53,13 +58,33 @@ def known_file(kind: ShippedKind) -> Callable[..., str | None]:
     return check
 
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N", callback=known_device)]
+Device = Annotated[
+    str,
+    typer.Option(help="auto, cpu, cuda or cuda:N", callback=known_device, rich_help_panel=WHERE),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        help="which column of a table is what: query=question,positive=answer",
+        metavar="ROLE=NAME,...",
+        rich_help_panel=JUDGES,
+    ),
+]
+Languages = Annotated[
+    str | None,
+    typer.Option(
+        help="of the suite, those that are scored: en,fr",
+        metavar="CODE,...",
+        rich_help_panel=JUDGES,
+    ),
+]
 RecipeName = Annotated[
     str,
     typer.Option(
         help="a shipped recipe (`gteopt recipes`), or a file",
         callback=known_file("recipes"),
         autocompletion=names_of("recipes"),
+        rich_help_panel=BUILD,
     ),
 ]
 RecipeChoice = Annotated[
@@ -68,12 +93,14 @@ RecipeChoice = Annotated[
         help="a shipped recipe, or a file; every shipped one when left out",
         callback=known_file("recipes"),
         autocompletion=names_of("recipes"),
+        rich_help_panel=BUILD,
     ),
 ]
 SuiteName = Annotated[
     str | None,
     typer.Option(
         help="a shipped suite (`gteopt suites`), or a file",
+        rich_help_panel=JUDGES,
         callback=known_file("eval/suites"),
         autocompletion=names_of("eval/suites"),
     ),
@@ -100,54 +127,73 @@ HubDir = Annotated[
         help="read models and data sets from DIR/ORG/NAME; the network is never touched",
         envvar="GTEOPT_HUB_DIR",
         metavar="DIR",
+        rich_help_panel=WHERE,
     ),
 ]
 BackendOption = Annotated[
     Literal["torch", "openvino"],
     typer.Option(
-        help="what computes the variants (the baseline is torch's): openvino is the faster one on "
-        "a CPU with VNNI or AMX"
+        help="what computes the variants: openvino is faster on a CPU with VNNI or AMX",
+        rich_help_panel=WHERE,
     ),
 ]
 Devices = Annotated[
     str | None,
-    typer.Option(help="score with one process a device: cuda:0,cuda:1, or cpu,cpu", metavar="LIST"),
+    typer.Option(
+        help="score with one process a device: cuda:0,cuda:1, or cpu,cpu",
+        metavar="LIST",
+        rich_help_panel=WHERE,
+    ),
 ]
 Ray = Annotated[
     str | None,
     typer.Option(
         help="score on a Ray cluster: auto (the one that this machine is in), or HOST:PORT",
         metavar="auto|ADDRESS",
+        rich_help_panel=WHERE,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="print the record as JSON on stdout", rich_help_panel=OUTPUT),
+]
+AsCsv = Annotated[
+    bool, typer.Option("--csv", help="print the table as CSV", rich_help_panel=OUTPUT)
+]
+AsMarkdown = Annotated[
+    bool, typer.Option("--markdown", help="print the table as Markdown", rich_help_panel=OUTPUT)
+]
 Family = Annotated[
     str | None,
     typer.Option(
-        help="family of the base, where neither its files nor its name tell: gte-qwen, "
-        "qwen3-embedding, e5-mistral, nv-embed"
+        help="family of the base, where its files do not tell: gte-qwen, qwen3-embedding, ...",
+        rich_help_panel=BUILD,
     ),
 ]
 EffortOption = Annotated[
     Literal["fast", "standard", "best"] | None,
     typer.Option(
-        help="of GPTQ recipes: the solver alone, or its result tuned against the base's "
-        "vectors for 400 or 1600 steps (beyond 2 billion weights scales, norms and biases of "
-        "each block against the base's, for 100 or 400); mixed-nf4 of all-MiniLM-L6-v2 takes "
-        "4, 15 and 60 minutes of one core; the recipe's own when left out"
+        help="of GPTQ recipes: the solver alone, or tuned on top; standard takes several times "
+        "as long as fast, best four times as long again",
+        rich_help_panel=BUILD,
     ),
 ]
 EmbedInt8 = Annotated[
-    bool, typer.Option("--embed-int8", help="keep the token embedding table in int8 too")
+    bool,
+    typer.Option(
+        "--embed-int8", help="keep the token embedding table in int8 too", rich_help_panel=BUILD
+    ),
 ]
 FormatOption = Annotated[
     Literal["auto", "gptq", "compressed-tensors", "bitsandbytes", "gteopt"] | None,
     typer.Option(
-        help="how quantized weights lie on disk: whose checkpoint format, or gteopt's own; the "
-        "recipe's own when left out"
+        help="checkpoint format of the quantized weights; the recipe's own when left out",
+        rich_help_panel=BUILD,
     ),
 ]
-KeptDtype = Annotated[str, typer.Option(help="of what stays unquantized")]
+KeptDtype = Annotated[
+    str, typer.Option(help="dtype of the layers that are not quantized", rich_help_panel=BUILD)
+]
 
 
 def finite(value: float | None) -> float | None:
@@ -161,11 +207,14 @@ ActivationGb = Annotated[
     typer.Option(
         min=0,
         callback=finite,
-        help="memory for the calibration texts' hidden states; the others lie on disk beside "
-        "the artifact while it is built",
+        help="memory for hidden states of calibration texts; the rest lies on disk meanwhile",
+        rich_help_panel=WHERE,
     ),
 ]
-Out = Annotated[Path, typer.Option(help="folder of the new artifact; must not exist yet")]
+Out = Annotated[
+    Path,
+    typer.Option(help="folder of the new artifact; must not exist yet", rich_help_panel=OUTPUT),
+]
 Base = Annotated[str, typer.Argument(help="'nano', a folder, or ORG/NAME", callback=known_model)]
 Artifact = Annotated[Path, typer.Argument(help="artifact folder", callback=existing_folder)]
 Repo = Annotated[str, typer.Option(help="ORG/NAME on the model hub", metavar="ORG/NAME")]

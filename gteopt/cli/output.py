@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from gteopt.cli.progress_bars import Steps, shown
+from gteopt.errors import InputError
 
 if TYPE_CHECKING:
     from gteopt.frozen import Frozen
@@ -36,30 +39,69 @@ def print_json(content: object) -> None:
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
-def show_record(record: Frozen, table: Table, *, as_json: bool) -> None:
-    if as_json:
+Style = Literal["table", "json", "csv", "markdown"]
+"""How a result is printed."""
+
+
+def style_of(as_json: bool, as_csv: bool = False, as_markdown: bool = False) -> Style:
+    """The one style that was asked for.
+
+    Raises:
+        InputError: several.
+    """
+    if as_json + as_csv + as_markdown > 1:
+        raise InputError("--json, --csv and --markdown exclude one another; give one of them")
+    return "json" if as_json else "csv" if as_csv else "markdown" if as_markdown else "table"
+
+
+def print_table(table: Table, style: Style) -> None:
+    """A table for people, or its cells alone: as CSV, or as a Markdown table."""
+    if style == "table":
+        stdout.print(table)
+        return
+    columns = [[_plain(column.header), *map(_plain, column.cells)] for column in table.columns]
+    rows = list(zip(*columns, strict=True))
+    if style == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
+        return
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    typer.echo("\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]]))
+
+
+def _plain(cell: object) -> str:
+    """A cell's letters on one line, without markup."""
+    text = cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain
+    return " ".join(text.split())
+
+
+def show_record(record: Frozen, table: Table, style: Style) -> None:
+    """One record as JSON, or its table."""
+    if style == "json":
         print_json(json.loads(record.model_dump_json(by_alias=True)))
     else:
-        stdout.print(table)
+        print_table(table, style)
 
 
-def show_records(records: Sequence[Frozen], table: Table, *, as_json: bool) -> None:
-    if as_json:
-        print_json([json.loads(each.model_dump_json(by_alias=True)) for each in records])
+def show_records(records: Sequence[Frozen], table: Table, style: Style) -> None:
+    """Several records as a JSON list, or their table."""
+    if style == "json":
+        print_json([json.loads(record.model_dump_json(by_alias=True)) for record in records])
     else:
-        stdout.print(table)
+        print_table(table, style)
 
 
-def show_results(results: Results, *, as_json: bool, folder: Path | None = None) -> None:
+def show_results(results: Results, style: Style, *, folder: Path | None = None) -> None:
     """The table of variants and the choice; with `folder`, how to use the pick."""
     from gteopt.report.pick import pick_lines, use_lines
     from gteopt.report.terminal import fidelity_table, terminal_table
 
-    if as_json:
+    if style == "json":
         print_json(json.loads(results.model_dump_json(by_alias=True)))
         return
     if results.benched or results.evals:
-        stdout.print(terminal_table(results))
+        print_table(terminal_table(results), style)
+        if style != "table":
+            return
     if results.fidelity:
         stdout.print(fidelity_table(results.fidelity))
     if folder is not None and (folder / "screening.json").is_file():
@@ -87,11 +129,28 @@ def _show_screening(folder: Path) -> None:
 
 
 def say(sentence: str) -> None:
-    """What is done now, where nothing else shows for some seconds."""
-    stderr.print(f"{sentence} ...", style="dim", markup=False, highlight=False, soft_wrap=True)
+    """What is done now, where a person waits and nothing else shows for some seconds."""
+    if stderr.is_terminal:
+        stderr.print(f"{sentence} ...", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def show_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
+def show_manifest(
+    manifest: Manifest,
+    out: Path,
+    *,
+    as_json: bool,
+    was_there: bool = False,
+    next_command: str | None = None,
+) -> None:
+    """What an artifact is, where it lies, and the command that usually follows.
+
+    Args:
+        manifest: of the artifact.
+        out: its folder.
+        as_json: print the record instead.
+        was_there: the same artifact was there before.
+        next_command: what is suggested; a measurement beside the base when left out.
+    """
     if as_json:
         print_json(json.loads(manifest.model_dump_json(by_alias=True)))
         return
@@ -99,15 +158,24 @@ def show_manifest(manifest: Manifest, out: Path, *, as_json: bool) -> None:
     stdout.print(
         f"{out}: {manifest.recipe.name} of {manifest.base.id}, weights "
         f"{decimal(manifest.weight_bytes, precision=2)} ({ratio:.0%} of {manifest.base.dtype}), "
-        f"{manifest.vectors.dims} dimensions, {manifest.vectors.bytes_per_vector} bytes a vector",
+        f"{manifest.vectors.dims} dimensions, {manifest.vectors.bytes_per_vector} bytes a vector"
+        f"{' (already built)' if was_there else ''}",
         soft_wrap=True,
     )
-    if (seen := manifest.calibration) is not None and seen.n_cut:
+    seen = manifest.calibration
+    if seen is not None and seen.n_cut:
         stdout.print(
-            f"{seen.n_cut} of {seen.n_texts} calibration texts were longer than {seen.max_tokens} "
-            f"tokens and were cut there",
+            f"{seen.n_cut} of {seen.n_texts} calibration texts were longer than "
+            f"{seen.max_tokens} tokens and were cut there",
             soft_wrap=True,
         )
+    command = f"gteopt bench {out} --baseline {manifest.base.id} --out {out}-results"
+    show_next(next_command or command)
+
+
+def show_next(command: str) -> None:
+    """The command that usually follows."""
+    stdout.print(f"Next: {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_publication(done: Publication, out: Path | None, *, as_json: bool) -> None:
@@ -153,8 +221,9 @@ def show_publication(done: Publication, out: Path | None, *, as_json: bool) -> N
         )
 
 
-def show_list(title: str, rows: list[dict[str, str]], *, as_json: bool) -> None:
-    if as_json:
+def show_list(title: str, rows: list[dict[str, str]], style: Style) -> None:
+    """Names with what they stand for."""
+    if style == "json":
         print_json(rows)
         return
     table = Table(title=title, title_justify="left")
@@ -162,4 +231,4 @@ def show_list(title: str, rows: list[dict[str, str]], *, as_json: bool) -> None:
         table.add_column(column)
     for row in rows:
         table.add_row(*row.values())
-    stdout.print(table)
+    print_table(table, style)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +19,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -36,8 +34,7 @@ def shown(console: Console) -> Iterator[Steps]:
         MofNCompleteColumn(),
         _Rate(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        _Left(),
     )
     steps = Steps(Progress(*columns, console=console, transient=True))
     try:
@@ -53,6 +50,28 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         """The speed of the last half minute."""
         return Text("" if task.speed is None else f"{_rate(task.speed)}/s")
+
+
+class _Left(ProgressColumn):
+    """How long the step will still take."""
+
+    def render(self, task: Task) -> Text:
+        """Nothing where that is not known, or where the step is over."""
+        left = task.time_remaining
+        return Text("" if not left else left_in_words(left))
+
+
+def left_in_words(seconds: float) -> str:
+    """A remaining time, as sure as it is: "about 22 s left", "about 3 min left".
+
+    Example:
+        >>> left_in_words(142)
+        'about 2 min left'
+    """
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.0f} {unit} left"
+    return f"about {max(1, round(seconds))} s left"
 
 
 class Steps:
@@ -86,7 +105,8 @@ class Steps:
         if not self._bars.console.is_terminal and now - self._said >= _LINE_EVERY_S:
             self._said = now
             rate = done / (now - self._since)
-            left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 else ""
+            is_known = rate > 0 and done < total
+            left = f", {left_in_words((total - done) / rate)}" if is_known else ""
             self._line(f"{what}  {done:,}/{total:,} at {_rate(rate)}/s{left}")
 
     def close(self) -> None:

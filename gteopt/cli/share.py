@@ -82,4 +82,9 @@ def pull(
     from gteopt.publishing.publish import pull as bring
 
     out = out or Path("artifacts", Path(repo).name)
-    show_manifest(bring(repo, out, revision=revision), out, as_json=as_json)
+    show_manifest(
+        bring(repo, out, revision=revision),
+        out,
+        as_json=as_json,
+        next_command=f"gteopt inspect {out}",
+    )

@@ -5,7 +5,8 @@ Refuses to know: torch, files. Where each engine was tested is in docs/recipes.m
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 from gteopt.config.recipe import FormatName, NoWeights, Recipe
 
@@ -44,6 +45,19 @@ def engines_of(recipe: Recipe, format: FormatName | None) -> tuple[Engine, ...]:
     if recipe.dims is not None and recipe.dims.method != "slice":
         return tuple(engine for engine in engines if engine != "vllm")  # it runs no projection
     return engines
+
+
+def engines_in_words(engines: Sequence[Engine]) -> str:
+    """Engines as short as they can be named: "all engines", "all but vllm".
+
+    Example:
+        >>> engines_in_words(("gteopt", "openvino"))
+        'gteopt, openvino'
+    """
+    missing = [engine for engine in get_args(Engine) if engine not in engines]
+    if not missing:
+        return "all engines"
+    return f"all but {missing[0]}" if len(missing) == 1 else ", ".join(engines)
 
 
 def format_for(recipe: Recipe, engine: EngineChoice) -> Recipe | None:

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from gteopt.config.engines import engines_in_words, engines_of
 from gteopt.records.bench import BenchReport
 from gteopt.records.evaluation import EvalReport, FidelityReport, TaskScore, Verdict
 from gteopt.records.inspection import Inspection
@@ -327,22 +328,57 @@ def estimates_table(found: Inspection) -> Table:
         room = decimal(how.activation_bytes, precision=1)
         title += f", on {how.device} in {how.dtype}, at most {room} of hidden states in memory"
     table = Table(title=title, title_justify="left")
-    names = ("recipe", "weights", "bytes a vector", "build memory", "build disk", "build time", "")
-    for name in names:
-        table.add_column(name, justify="left" if name in ("recipe", "") else "right")
+    for name in ("recipe", "weights", "bytes a vector", "build", "memory", "disk", "opened by"):
+        is_text = name in ("recipe", "opened by")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=name == "recipe")
     for each in found.estimates:
         if each.weight_bytes is None or each.build_bytes is None or each.disk_bytes is None:
-            table.add_row(each.recipe, "-", "-", "-", "-", "-", f"cannot be built: {each.problem}")
+            problem = f"cannot be built: {each.problem}"
+            table.add_row(each.recipe, "-", "-", "-", "-", "-", problem)
         else:
             table.add_row(
                 each.recipe,
                 decimal(each.weight_bytes, precision=2),
                 str(each.bytes_per_vector),
-                decimal(each.build_bytes, precision=2),
-                decimal(each.disk_bytes, precision=2),
                 "-" if each.build_s is None else _duration(each.build_s),
-                each.summary if each.warning is None else f"{each.summary} ({each.warning})",
+                decimal(each.build_bytes, precision=1),
+                decimal(each.disk_bytes, precision=1),
+                engines_in_words(each.engines) + (f" ({each.warning})" if each.warning else ""),
             )
+    table.caption = Text(
+        "build: seconds on this machine, within a factor of two, imports left out",
+        style="not italic",
+    )
+    return table
+
+
+def artifact_table(found: Inspection, manifest: Manifest) -> Table:
+    """An artifact in ten lines."""
+    table = Table(title=found.id, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    base, vectors = manifest.base, manifest.vectors
+    snr = [layer.output_snr_db for layer in manifest.layers if layer.output_snr_db is not None]
+    seen = manifest.calibration
+    engines = engines_of(manifest.recipe, manifest.format)
+    facts = {
+        "made of": f"{base.id} by {manifest.recipe.name}, {base.n_parameters:,} parameters",
+        "weights": f"{decimal(manifest.weight_bytes, precision=2)}, "
+        f"{manifest.weight_bytes / base.weight_bytes:.0%} of {base.dtype}",
+        "layers": f"{len(manifest.layers)} quantized, {len(manifest.unquantized)} groups left as "
+        f"they are",
+        "output SNR": f"{min(snr):.1f} to {max(snr):.1f} dB" if snr else "not measured",
+        "vectors": f"{vectors.dims} dimensions as {vectors.code}, {vectors.bytes_per_vector} bytes",
+        "calibration": f"{seen.n_texts} texts, {seen.n_tokens:,} tokens of {seen.source}"
+        if seen
+        else "none",
+        "format": manifest.format or "not quantized",
+        "opened by": engines_in_words(engines),
+        "license": base.license or "not stated",
+        "files": f"{len(manifest.files)}, all hashed",
+    }
+    for name, value in facts.items():
+        table.add_row(name, value)
     return table
 
 

@@ -30,8 +30,8 @@ from gteopt.model.artifact import read_manifest
 from gteopt.report.terminal import layers_table
 
 COMMANDS = [
-    "run", "quantize", "truncate", "bench", "evaluate", "choose", "report", "verify", "publish",
-    "pull", "inspect", "recipes", "suites",
+    "optimize", "run", "quantize", "truncate", "bench", "evaluate", "choose", "report", "compare",
+    "verify", "publish", "pull", "inspect", "recipes", "suites", "policies", "plans", "init",
 ]  # fmt: skip
 
 
@@ -102,8 +102,8 @@ def test_recipes_and_suites_list_what_ships(call: Call) -> None:
         (["evaluate", "nano", "--suite", "mini", "--devices", "cpu", "--ray", "auto"], "one of th"),
         (["evaluate", "nano", "--suite", "mini", "--dtype", "float23"], "did you mean float32"),
         (["evaluate", "nano", "--suite", "mini", "--out", __file__], "is a file; results need"),
-        (["evaluate", "nano", "--texts", "t", "--out", __file__], "is a file; results need"),
-        (["evaluate", "nano", "--texts", "t", "--suite", "mini"], "without --suite and --data"),
+        (["evaluate", "nano", "--texts", "t", "--out", "x"], "t does not exist"),
+        (["evaluate", "nano", "--texts", "t", "--suite", "mini"], "without --data and --suite"),
         (["evaluate", "nano", "--suite", "mini", "--instruction", "i"], "goes with --data"),
         (["run", "dmo"], "did you mean demo"),
         (["run", "no/such/plan.yaml"], "no/such/plan.yaml does not exist"),
@@ -152,8 +152,8 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_one_at_the_end() -> Non
         steps("variant: task (1 of 2)", done, 1000)
     steps.close()
     assert written.getvalue().splitlines() == [
-        "variant: task (1 of 2)  300/1,000 at 4.9/s, 0:02:22 left",
-        "variant: task (1 of 2)  610/1,000 at 5.0/s, 0:01:18 left",
+        "variant: task (1 of 2)  300/1,000 at 4.9/s, about 2 min left",
+        "variant: task (1 of 2)  610/1,000 at 5.0/s, about 78 s left",
         "variant: task (1 of 2)  1,000 at 6.2/s, 160.0 s",
     ]
 
@@ -243,17 +243,20 @@ def test_inspect_predicts_the_size_that_the_build_then_has(call: Call, artifact:
 
 
 def test_inspect_shows_a_base_and_an_artifact_in_words(call: Call, artifact: Path) -> None:
-    base, variant = call("inspect", "nano"), call("inspect", artifact)
+    base, variant = call("inspect", "nano"), call("inspect", artifact, "--layers")
     assert (base.code, variant.code) == (0, 0)
     assert "bidirectional" in base.out
     assert "Instruct: {instruction}" in base.out
-    assert "gptq-int4-slice128-binary" in base.out
+    assert "gptq-int4-slice128-binary" in "".join(base.out.split())
     assert "layers.0.self_attn.q_proj" in variant.out
     assert "lookup table" in variant.out
     assert "28 torch.linear" in base.out
     found = json.loads(call("inspect", artifact, "--json").out)
     assert found["kernels"] == gteopt.load(artifact).kernels
-    assert "28 cpu.int8" in " ".join(variant.out.split())
+    assert "made of" in variant.out
+    short = call("inspect", artifact).out
+    assert len(short.splitlines()) <= 16
+    assert f"Next: gteopt inspect {artifact} --layers" in short
 
 
 def test_inspect_cuts_no_layers_name_and_says_which_numbers_it_has(artifact: Path) -> None:
@@ -341,13 +344,13 @@ def test_ctrl_c_leaves_one_line_and_nothing_taken_for_whole(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "kept"),
     [
-        (("bench", "x", "--out", "o"), "variants that were measured are kept"),
-        (("bench", "x"), "nothing is kept, as no --out was given"),
-        (("bench", "x", "--dummy-weights", "--out=o"), "nothing is kept"),
-        (("evaluate", "x", "--suite", "mini"), "nothing is kept, as no --out was given"),
-        (("evaluate", "x", "--suite", "mini", "--out=o"), "the same command goes on"),
+        (("bench", "nano", "--out", "o"), "variants that were measured are kept"),
+        (("bench", "nano"), "nothing is kept, as no --out was given"),
+        (("bench", "nano", "--dummy-weights", "--out=o"), "nothing is kept"),
+        (("evaluate", "nano", "--suite", "mini"), "nothing is kept, as no --out was given"),
+        (("evaluate", "nano", "--suite", "mini", "--out=o"), "the same command goes on"),
         (("run", "demo"), "the same command goes on"),
-        (("verify", "x"), "gteopt: interrupted\n"),
+        (("verify", "."), "gteopt: interrupted\n"),
     ],
 )
 def test_ctrl_c_promises_what_the_command_keeps(

@@ -1,0 +1,61 @@
+"""Options about a user's own data: what they say, and whether the data can be read.
+
+Refuses to know: torch, the evaluation library; data are refused before these are imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gteopt.errors import InputError
+
+if TYPE_CHECKING:
+    from gteopt.config.plan import ColumnRole
+
+
+def parse_list(text: str | None) -> tuple[str, ...]:
+    """Names that commas separate."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def parse_columns(text: str | None) -> dict[ColumnRole, str]:
+    """Roles and names of `--columns query=question,positive=answer`.
+
+    Raises:
+        InputError: no such form, or an unknown role.
+    """
+    from typing import get_args
+
+    from gteopt.config.plan import ColumnRole
+    from gteopt.errors import suggest
+
+    roles: dict[ColumnRole, str] = {}
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        role, equals, name = part.partition("=")
+        role = role.strip()
+        if not equals or not name.strip():
+            raise InputError(f"--columns '{part}': write ROLE=NAME, as in query=question")
+        known = get_args(ColumnRole)
+        if role not in known:
+            raise InputError(f"--columns: unknown role '{role}': {suggest(role, known)}")
+        roles[role] = name.strip()  # type: ignore[index]
+    return roles
+
+
+def check_own_data(
+    data: Path | None, texts: Path | None, suite: str | None, columns: dict[ColumnRole, str]
+) -> None:
+    """Refuse data that cannot be read, before large libraries are imported."""
+    from gteopt.evaluation.user_data import read_own, read_texts
+
+    if texts is not None and (data is not None or suite is not None):
+        raise InputError("--texts has no labels to score; give it without --data and --suite")
+    if columns and data is None and texts is None:
+        raise InputError("--columns names the columns of --data or --texts; give one of them")
+    if data is not None:
+        read_own(data, columns)
+    if texts is not None:
+        read_texts(texts, columns)

@@ -1,0 +1,114 @@
+"""What `gteopt compare` does: two artifacts, or two results folders, side by side.
+
+Hides: which of them a source is. Refuses to know: printing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gteopt.commands.evaluate import Setup, compare_texts, score
+from gteopt.commands.optimize import Judges
+from gteopt.commands.run import load_judges
+from gteopt.config.plan import Plan
+from gteopt.errors import InputError
+from gteopt.model.artifact import is_artifact, read_manifest
+from gteopt.progress import Progress, quiet
+from gteopt.records.evaluation import EvalReport, FidelityReport
+from gteopt.records.manifest import Manifest
+from gteopt.records.results_folder import Results, read_results
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two things side by side; what does not apply is empty.
+
+    Attributes:
+        names: of the two.
+        manifests: of artifacts.
+        evals: scores of the second with the first as baseline: differences have paired intervals.
+        fidelity: closeness of the second to the first on texts.
+        results: of results folders.
+    """
+
+    names: tuple[str, str]
+    manifests: tuple[Manifest, ...] = ()
+    evals: dict[str, EvalReport] = field(default_factory=dict)
+    fidelity: dict[str, FidelityReport] = field(default_factory=dict)
+    results: tuple[Results, ...] = ()
+
+
+def compare(
+    first: str | Path,
+    second: str | Path,
+    judges: Judges | None = None,
+    *,
+    how: Setup | None = None,
+    progress: Progress = quiet,
+) -> Comparison:
+    """Put two artifacts or two results folders side by side.
+
+    Args:
+        first: an artifact folder or a results folder.
+        second: of the same kind.
+        judges: what two artifacts are scored on, the second against the first; sizes alone are
+            compared when left out.
+        how: where artifacts are encoded.
+        progress: told about encoding.
+
+    Raises:
+        InputError: neither two artifacts nor two results folders; data that cannot be read.
+
+    Example:
+        >>> gteopt.compare("artifacts/nano-int4", "artifacts/nano-int8")
+    """
+    sources = [Path(first), Path(second)]
+    names = _names(sources)
+    if all(is_artifact(source) for source in sources):
+        manifests = tuple(read_manifest(source) for source in sources)
+        if judges is None:
+            return Comparison(names, manifests)
+        named = {name: str(source) for name, source in zip(names, sources, strict=True)}
+        return _measured(names, manifests, named, judges, how or Setup(), progress)
+    if any(is_artifact(source) for source in sources):
+        raise InputError(f"{first} and {second}: one is an artifact, the other is not")
+    return Comparison(names, results=tuple(read_results(source) for source in sources))
+
+
+def _names(sources: Sequence[Path]) -> tuple[str, str]:
+    first, second = (source.resolve().name for source in sources)
+    return (first, second) if first != second else (str(sources[0]), str(sources[1]))
+
+
+def _measured(
+    names: tuple[str, str],
+    manifests: tuple[Manifest, ...],
+    sources: dict[str, str],
+    judges: Judges,
+    how: Setup,
+    progress: Progress,
+) -> Comparison:
+    judges.check()
+    if judges.texts is not None:
+        close = compare_texts(
+            sources, judges.texts, None, how=how, columns=dict(judges.columns), progress=progress
+        )
+        return Comparison(names, manifests, fidelity=close)
+    plan = Plan(
+        schema="gteopt.plan/1",
+        name="compare",
+        base=sources[names[0]],
+        recipes=("none",),
+        suite=judges.suite,
+        data=judges.data,
+        columns=dict(judges.columns),
+        languages=judges.languages,
+        out=Path("unused"),
+    )
+    suite = load_judges(plan)
+    assert suite is not None
+    return Comparison(
+        names, manifests, evals=score(sources, suite, None, how=how, progress=progress)
+    )

@@ -1,0 +1,51 @@
+"""Two artifacts or two results folders as rows of one table.
+
+Refuses to know: files, torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.filesize import decimal
+
+from gteopt.config.engines import engines_of
+from gteopt.records.manifest import Manifest
+from gteopt.records.results_folder import Results
+from gteopt.report.rows import COLUMNS, rows
+
+
+def comparison_rows(
+    names: tuple[str, str], manifests: Sequence[Manifest], results: Sequence[Results]
+) -> list[dict[str, str]]:
+    """One row a fact; the two columns are called by the names."""
+    if manifests:
+        facts = [_artifact_facts(manifest) for manifest in manifests]
+        return [{"": fact, names[0]: facts[0][fact], names[1]: facts[1][fact]} for fact in facts[0]]
+    found: list[dict[str, str]] = []
+    lines = [{row.name: row for row in rows(of_folder)} for of_folder in results]
+    for variant in dict.fromkeys(name for by_name in lines for name in by_name):
+        for column in COLUMNS:
+            cells = [
+                column.text(by_name[variant]) if variant in by_name else "-" for by_name in lines
+            ]
+            if any(cell not in ("-", "\u2013") for cell in cells):
+                heading = f"{variant}: {column.title} {column.unit}".strip()
+                found.append({"": heading, names[0]: cells[0], names[1]: cells[1]})
+    return found
+
+
+def _artifact_facts(manifest: Manifest) -> dict[str, str]:
+    base, vectors = manifest.base, manifest.vectors
+    bits = [layer.bits_per_weight for layer in manifest.layers]
+    return {
+        "base": f"{base.id} ({base.sha256[:12]})",
+        "recipe": manifest.recipe.name,
+        "weights": decimal(manifest.weight_bytes, precision=2),
+        "share of the base": f"{manifest.weight_bytes / base.weight_bytes:.0%}",
+        "bits a weight": f"{sum(bits) / len(bits):.2f}" if bits else "16",
+        "vectors": f"{vectors.dims} x {vectors.code}",
+        "bytes a vector": f"{vectors.bytes_per_vector:,}",
+        "format": manifest.format or "not quantized",
+        "opened by": ", ".join(engines_of(manifest.recipe, manifest.format)),
+    }

@@ -1,0 +1,70 @@
+"""What commands print besides tables for people: CSV, Markdown, templates, next commands."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from gteopt.cli.lists import init
+from gteopt.cli.output import print_table, style_of
+from gteopt.cli.progress_bars import left_in_words
+from gteopt.config.plan import load_plan
+from gteopt.config.policy import load_policy
+from gteopt.config.recipe import load_recipe
+from gteopt.config.yaml_files import read_yaml
+from gteopt.errors import InputError
+from gteopt.evaluation.suites import Suite
+
+
+def table() -> Table:
+    shown = Table("variant", "tokens\n/s")
+    shown.add_row(Text("a|b"), "1,000")
+    shown.add_row("[bold]c[/]", "7")
+    return shown
+
+
+def test_csv_can_be_read_back(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(table(), "csv")
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
+    assert rows == [["variant", "tokens /s"], ["a|b", "1,000"], ["c", "7"]]
+
+
+def test_markdown_escapes_what_separates_cells(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(table(), "markdown")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["| variant | tokens /s |", "|---|---|", "| a\\|b | 1,000 |", "| c | 7 |"]
+
+
+def test_styles_exclude_one_another() -> None:
+    assert (style_of(False), style_of(True), style_of(False, True)) == ("table", "json", "csv")
+    with pytest.raises(InputError, match="exclude one another"):
+        style_of(True, True)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "about 1 s left"), (22, "about 22 s left"), (89, "about 89 s left"),
+     (142, "about 2 min left"), (9000, "about 2 h left")],
+)  # fmt: skip
+def test_a_remaining_time_is_as_sure_as_it_is(seconds: float, words: str) -> None:
+    assert left_in_words(seconds) == words
+
+
+def test_init_writes_files_that_are_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for kind in ("recipe", "policy", "plan", "suite"):
+        init(kind)
+    assert load_recipe("my-recipe.yaml").weights.method == "gptq"
+    assert load_policy("my-policy.yaml").limits
+    assert load_plan("my-plan.yaml").recipes == ("gptq-nf4", "int8")
+    assert read_yaml(Path("my-suite.yaml"), Suite).tasks
+    assert "Next: gteopt run my-plan.yaml" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"my-plan.yaml exists"):
+        init("plan")
