@@ -9,9 +9,9 @@ The protocol:
   is compared with every model's limit.
 - **Load time and peak memory**: one fresh child process a variant, before this process holds any
   weights. The child imports all that the load needs, by building the model without weights. It
-  notes its resident set, times the way from path to the first vector, and runs one batch of the largest
-  workload. `load_s` contains the verification of an artifact's hashes and no imports; the files
-  come from the page cache. The peak of the process contains interpreter, libraries
+  notes its resident set, times the way from path to the first vector, and runs one batch of the
+  largest workload. `load_s` contains the verification of an artifact's hashes and no imports; the
+  files come from the page cache. The peak of the process contains interpreter, libraries
   (`imports_process_bytes`) and mapped weight files. On Linux it is VmHWM: `ru_maxrss` survives
   `exec` there, so a child would report its parent's peak. The device's peak is
   `torch.cuda.max_memory_allocated`.
