@@ -35,6 +35,7 @@ DECODERS = frozenset(
 )
 """Architectures that attend causally unless config.json says otherwise."""
 _WIDTHS = ("hidden_size", "dim", "d_model", "n_embd")
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 _OFFSET_POSITIONS = frozenset(
     {
@@ -70,7 +71,7 @@ def check_config(config: Mapping[str, Any], path: Path, n_tensors: int) -> None:
         if not (is_count or name in _WIDTHS or name == "head_dim") or value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int):
-            if name in (*_WIDTHS, *_LIMITS, "vocab_size") or "hidden_layers" in name:
+            if name in (*_WIDTHS, *_LIMITS, "vocab_size") or name in _DEPTHS:
                 problems.append(f"{name} should be a whole number, found {shorten(value)}")
             continue
         is_layers = "layers" in name or name == "n_layer"
