@@ -5,18 +5,18 @@ Hides: file forms and the seeded draw. Refuses to know: what is done with the te
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from gteopt.config.recipe import Calibration
+from gteopt.config.text_files import is_unicode, read_lines, read_rows
 from gteopt.encoder.tokenization import Role, Tokenization, Tokens
 from gteopt.errors import InputError, join_problems
 from gteopt.local_data import describe_local_data
@@ -122,58 +122,44 @@ def _read_texts(spec: Calibration, hub_dir: Path | None) -> Iterator[Calibration
     if path.suffix in (".jsonl", ".csv", ".txt"):
         if not path.is_file():
             raise InputError(f"calibration file {path} does not exist")
-        yield from _READERS[path.suffix](path, spec.column)
+        yield from _read_file(path, spec.column)
         return
     yield from _read_dataset(spec, hub_dir)
 
 
-def _read_txt(path: Path, column: str) -> Iterator[CalibrationText]:
-    del column  # one text a line
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            yield CalibrationText(line.strip())
+def _read_file(path: Path, column: str) -> list[CalibrationText]:
+    """Lines of a .txt, or rows with `column` and optionally `role` and `instruction`.
 
-
-def _read_csv(path: Path, column: str) -> Iterator[CalibrationText]:
-    with path.open(encoding="utf-8", newline="") as handle:
-        reader = csv.DictReader(handle)
-        if column not in (reader.fieldnames or []):
-            raise InputError(
-                f"{path} has no column '{column}' (columns: {', '.join(reader.fieldnames or [])}); "
-                f"set calibration.column"
-            )
-        for row in reader:
-            if row[column]:
-                yield CalibrationText(row[column])
-
-
-def _read_jsonl(path: Path, column: str) -> Iterator[CalibrationText]:
-    """Objects with `column`, and optionally `role` and `instruction`; all bad lines at once."""
-    problems, texts = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text, role = row[column], row.get("role", "document")
-            if not isinstance(text, str) or role not in ("query", "document"):
-                raise TypeError(f"'{column}' must be a string and role query or document")
-            texts.append(CalibrationText(text, cast(Role, role), row.get("instruction")))
-        except KeyError:
-            problems.append(f"line {number}: no field '{column}' (set calibration.column)")
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            problems.append(f"line {number}: {error}")
+    Raises:
+        InputError: all bad lines at once.
+    """
+    problems: list[str] = []
+    texts: list[CalibrationText] = []
+    if path.suffix == ".txt":
+        texts = [CalibrationText(line.strip()) for _, line in read_lines(path, problems)]
+    else:
+        for number, row in read_rows(path, problems):
+            text, role = row.get(column), row.get("role") or "document"
+            instruction = row.get("instruction") or None
+            if column not in row:
+                shown = ", ".join(str(name)[:40] for name in list(row)[:10])
+                problems.append(
+                    f"{path}:{number}: no field '{column}' (found: {shown}); set calibration.column"
+                )
+            elif not isinstance(text, str) or not is_unicode(text):
+                problems.append(f"{path}:{number}: '{column}' must be a text in Unicode")
+            elif role not in ("query", "document"):
+                problems.append(f"{path}:{number}: role must be query or document")
+            elif not isinstance(instruction, str | None):
+                problems.append(f"{path}:{number}: instruction must be a text")
+            elif text.strip():
+                texts.append(CalibrationText(text, cast(Role, role), instruction))
     if problems:
-        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise InputError(join_problems(f"{path} has {len(problems)} bad line(s)", shown))
-    yield from texts
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[CalibrationText]]] = {
-    ".txt": _read_txt,
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-}
+        shown_problems = problems[:20]
+        if len(problems) > 20:
+            shown_problems.append(f"and {len(problems) - 20} more")
+        raise InputError(join_problems(f"{path} has {len(problems)} bad line(s)", shown_problems))
+    return texts
 
 
 def _read_dataset(spec: Calibration, hub_dir: Path | None) -> Iterator[CalibrationText]:

@@ -199,6 +199,12 @@ def open_blocks(
     with suppress(_Stop):
         encoder.module(input_ids=sample[0], attention_mask=sample[1])
     hook.remove()
+    if isinstance(returned[0], tuple) and len(returned[0]) > 1:
+        raise UnsupportedError(
+            f"{type(encoder.module).__name__}: its blocks hand on more than hidden states "
+            f"(T5's first one makes the position bias of all), so they cannot be replayed one by "
+            f"one; use a recipe that needs no calibration (rtn-int8, rtn-int4)"
+        )
     recorders = [_Recorder(isinstance(returned[0], tuple), each) for each in originals]
     inputs: list[BlockInput] = []
     kept_bytes = 0

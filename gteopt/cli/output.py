@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import unicodedata
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich.console import Console
@@ -26,9 +27,32 @@ if TYPE_CHECKING:
     from gteopt.records.results_folder import Results
 
 
+_UNSEEN = ("Cc", "Cf", "Cs")
+"""Unicode's categories of control, format and surrogate characters."""
+
+
+class PlainConsole(Console):
+    """Prints every string as it is written: names of folders and foreign errors are no markup.
+
+    Control characters, which could move the cursor or change the title, are shown as escapes.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text with control characters made visible and without markup."""
+        return super().render_str(visible(text), **{**options, "markup": False, "emoji": False})
+
+
+def visible(text: str) -> str:
+    """The text with control characters as escapes; line breaks and tabs stay."""
+    return "".join(
+        repr(char)[1:-1] if char not in "\n\t" and unicodedata.category(char) in _UNSEEN else char
+        for char in text
+    )
+
+
 # Piped output has no width of its own; rich would assume 80 columns and drop some of a table's.
-stdout = Console(width=None if sys.stdout.isatty() else 120)
-stderr = Console(stderr=True)
+stdout = PlainConsole(width=None if sys.stdout.isatty() else 120)
+stderr = PlainConsole(stderr=True)
 
 
 def show_progress() -> AbstractContextManager[Steps]:

@@ -27,6 +27,13 @@ _KIND_WORD: dict[ShippedKind, str] = {
 }
 Document = TypeVar("Document", bound=BaseModel)
 
+_MOST_BYTES = 1 << 20
+_MOST_DEPTH = 20
+_MOST_ALIASES = 16
+"""With so few, no nesting of aliases makes more than some hundred values."""
+_SHOWN = 400
+"""Most characters of one problem: a value is quoted in it."""
+
 
 def shipped_names(kind: ShippedKind) -> list[str]:
     """Names of the YAML files of one kind that come with gteopt, sorted."""
@@ -72,10 +79,13 @@ def read_yaml(path: Path, document: type[Document]) -> Document:
         InputError: unreadable, not YAML, or not valid; lists every problem with its line.
     """
     try:
+        if (n_bytes := path.stat().st_size) > _MOST_BYTES:
+            raise InputError(f"{path} has {n_bytes:,} bytes; at most {_MOST_BYTES:,} are read")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     try:
+        _check_shape(path, text)
         node = yaml.compose(text)
         data = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
@@ -92,8 +102,29 @@ def read_yaml(path: Path, document: type[Document]) -> Document:
         found = [dict(each) for each in error.errors()]
         problems += [_problem(path, node, document, e) for e in found if not _is_consequence(e)]
     if problems:
-        raise InputError(join_problems(f"{path} has {len(problems)} problem(s)", problems))
+        shown = [each if len(each) <= _SHOWN else f"{each[:_SHOWN]} ..." for each in problems[:20]]
+        raise InputError(join_problems(f"{path} has {len(problems)} problem(s)", shown))
     return read
+
+
+def _check_shape(path: Path, text: str) -> None:
+    """Refuse what would take memory without end: few bytes can name a list of millions.
+
+    Raises:
+        InputError: nested too deeply, or too many aliases.
+        yaml.YAMLError: not YAML.
+    """
+    depth = n_aliases = 0
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        n_aliases += isinstance(event, yaml.AliasEvent)
+        if depth > _MOST_DEPTH or n_aliases > _MOST_ALIASES:
+            line = event.start_mark.line + 1 if event.start_mark is not None else 1
+            raise InputError(
+                f"{path}:{line}: more than {_MOST_DEPTH} levels or "
+                f"{_MOST_ALIASES} aliases (*name); write the values out"
+            )
 
 
 def _repeated_fields(path: Path, root: yaml.Node | None) -> list[str]:

@@ -74,9 +74,8 @@ def check_config(config: Mapping[str, Any], path: Path, n_tensors: int) -> None:
             if name in (*_WIDTHS, *_LIMITS, "vocab_size") or name in _DEPTHS:
                 problems.append(f"{name} should be a whole number, found {shorten(value)}")
             continue
-        is_layers = "layers" in name or name == "n_layer"
         most = _MOST_ROWS if "vocab" in name or name in _LIMITS else _MOST_SIZE
-        if is_layers and n_tensors:
+        if name in _DEPTHS and n_tensors:
             most = min(most, n_tensors)
         least = 1 if name in (*_WIDTHS, *_LIMITS, "vocab_size") else -1
         if not least <= value <= most:

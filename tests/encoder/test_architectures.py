@@ -10,10 +10,32 @@ import numpy as np
 import pytest
 
 import gteopt
+from gteopt.errors import UnsupportedError
 from tests.support.architectures import ARCHITECTURES, TEXTS, make, sentence_transformer
 
-RECIPES = ("rtn-int4", "int8")
-QUICK = ("bert", "mpnet", "modernbert", "qwen3", "gemma3_text", "t5")
+SCHEMES = {
+    "4 bits": ("rtn", "{bits: 4, group_size: 32, symmetric: false}"),
+    "8 bits": ("rtn", "{bits: 8, group_size: per_channel, symmetric: true, activation_bits: 8}"),
+    "GPTQ": ("gptq", "{bits: 4, group_size: 32, symmetric: false}"),
+}
+REFUSED = {
+    ("albert", "4 bits"): "no list of transformer blocks",
+    ("albert", "8 bits"): "no list of transformer blocks",
+    ("albert", "GPTQ"): "no list of transformer blocks",
+    ("t5", "GPTQ"): "its blocks hand on more than hidden states",
+}
+"""Architecture and scheme -> what the refusal says."""
+
+
+def recipe(folder: Path, scheme: str) -> str:
+    method, text = SCHEMES[scheme]
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"schema: gteopt.recipe/1\nname: tiny\nsummary: tiny\nweights:\n  method: {method}\n"
+        f"  scheme: {text}\n"
+        + ("calibration: {n_texts: 16, max_tokens: 64}\n" if method == "gptq" else "")
+    )
+    return str(path)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -35,27 +57,17 @@ def test_the_vectors_are_those_of_sentence_transformers(model: Path) -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_an_artifact_opens_in_both_libraries(model: Path, recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_artifact_opens_in_both_libraries(model: Path, scheme: str, tmp_path: Path) -> None:
     out = tmp_path / "artifact"
-    manifest = gteopt.quantize(model, recipe, out, dtype="float32")
+    if (why := REFUSED.get((model.name, scheme))) is not None:
+        with pytest.raises(UnsupportedError, match=why):
+            gteopt.quantize(model, recipe(tmp_path, scheme), out, dtype="float32")
+        return
+    manifest = gteopt.quantize(model, recipe(tmp_path, scheme), out, dtype="float32")
     assert manifest.layers
     found = gteopt.load(out).encode(TEXTS)
-    assert cosines(found, gteopt.load(model, dtype="float32").encode(TEXTS)).min() > 0.85
+    assert cosines(found, gteopt.load(model, dtype="float32").encode(TEXTS)).min() > 0.9
     if manifest.format == "compressed-tensors":
         theirs = np.concatenate([sentence_transformer(out).encode([text]) for text in TEXTS])
         assert cosines(found, theirs).min() > 0.99
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_gptq_keeps_more_than_rounding(name: str, tmp_path: Path) -> None:
-    folder = make(name, tmp_path / "base")
-    recipe = tmp_path / "few.yaml"
-    recipe.write_text(
-        "schema: gteopt.recipe/1\nname: few\nsummary: few texts\nweights:\n  method: gptq\n"
-        "  scheme: {bits: 4, group_size: 32, symmetric: false}\n"
-        "calibration: {n_texts: 16, max_tokens: 64}\n"
-    )
-    wanted = gteopt.load(folder, dtype="float32").encode(TEXTS)
-    gteopt.quantize(folder, str(recipe), tmp_path / "out", dtype="float32")
-    assert cosines(gteopt.load(tmp_path / "out").encode(TEXTS), wanted).min() > 0.95
