@@ -456,7 +456,8 @@ def _layer_inputs(block: Block, layer: str, i: int, batch: BlockInput) -> Tensor
     found: list[Tensor] = []
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append(args[0][batch.real])
+        # OPT lays the tokens of a batch end to end before its MLP: [N * T, I].
+        found.append(args[0].reshape(*batch.real.shape, -1)[batch.real])
         raise _Stop
 
     handle = _linear(block, layer).register_forward_pre_hook(hook)

@@ -22,6 +22,7 @@ from gteopt.build.tensor_files import _write_errors, save_tensors
 from gteopt.config.recipe import FormatName
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import latent_tensors
+from gteopt.encoder.skeleton import tied_names
 from gteopt.encoder.tokenization import Tokenization
 from gteopt.formats import FORMATS, Format
 from gteopt.model.checkpoint import (
@@ -76,10 +77,11 @@ def write_model(
         save_tensors(stage / LATENT_FILE, {f"{LATENT_PREFIX}{n}": t for n, t in kept.items()})
     _write_json(stage / "config.json", config)
     if blocks is not None:
+        ties = tied_names(encoder.module)
         rest = {
             name: tensor.contiguous().cpu()
             for name, tensor in encoder.module.state_dict().items()
-            if not name.startswith(f"{blocks}.")
+            if not name.startswith(f"{blocks}.") and name not in ties
         }
         save_tensors(stage / WEIGHTS / f"{_REST}.safetensors", rest)
         form = FORMATS.get(format) if format is not None else None

@@ -35,6 +35,8 @@ from gteopt.encoder.skeleton import (
     missing_tensors,
     model_class,
     stored_names,
+    tie_,
+    tied_names,
     whole_config,
 )
 from gteopt.errors import InputError, NumericsError, UnsupportedError, suggest
@@ -239,8 +241,10 @@ def _load_frame(
     tensors = _read(checkpoint, now, device, dtype)
     if later is not None:  # a build: its errors have to show before they are in an artifact
         _check_finite(checkpoint, tensors)
+    ties = tied_names(module)
     with foreign_errors(checkpoint.folder, "loading the weights"):
         module.load_state_dict(tensors, strict=False, assign=True)
+    tie_(module, ties)
     if any(parameter.is_meta for name, parameter in module.named_parameters() if name in now):
         return None
     for name, buffer in module.named_buffers():

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gteopt.encoder.skeleton import bare_names, build_skeleton, drop_pooler_
+from gteopt.encoder.skeleton import bare_names, build_skeleton, drop_pooler_, tie_, tied_names
 from gteopt.errors import IntegrityError
 from gteopt.formats import format_of
 from gteopt.formats.packed import ReadLayer, Shape
@@ -167,7 +167,9 @@ def load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
             since = 0
     give_back()
     plain = stored.plain
+    ties = tied_names(module)
     unexpected = module.load_state_dict(plain, strict=False, assign=True).unexpected_keys
+    tie_(module, ties)
     buffers = {name for name, _ in module.named_buffers()}
     unexpected = [name for name in unexpected if name not in buffers]
     left = [name for name, p in module.named_parameters() if p.is_meta]

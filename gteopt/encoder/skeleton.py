@@ -6,7 +6,7 @@ weight. Refuses to know: how weights are read or quantized.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -170,3 +170,21 @@ def bare_names(files: dict[str, _Held], module: nn.Module) -> dict[str, _Held]:
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     inside = {n.removeprefix(prefix): t for n, t in files.items() if n.startswith(prefix)}
     return inside or files
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Second names of parameters that an architecture uses twice, with the first of each."""
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            ties[name] = first[id(parameter)]
+        first.setdefault(id(parameter), name)
+    return ties
+
+
+def tie_(module: nn.Module, ties: Mapping[str, str]) -> None:
+    """Make parameters one again after their values were assigned."""
+    for second, name in ties.items():
+        parent, _, leaf = second.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, module.get_parameter(name))
