@@ -17,6 +17,7 @@ import typer.main
 import yaml
 from pydantic import BaseModel
 
+import gteopt
 from gteopt.cli.app import app
 from gteopt.config.plan import Plan
 from gteopt.config.policy import Metric, Policy
@@ -191,6 +192,19 @@ def test_sentences_are_short_and_figures_stand_in_tables(page: Path) -> None:
 def test_every_metric_of_a_policy_is_defined() -> None:
     page = text_of(ROOT / "docs" / "choosing.md")
     assert [metric for metric in get_args(Metric) if f"\n| `{metric}` |" not in page] == []
+
+
+def test_every_public_name_is_on_the_page_about_python() -> None:
+    page = text_of(ROOT / "docs" / "python.md")
+    assert [name for name in gteopt.__all__ if f"`gteopt.{name}`" not in page] == []
+
+
+def test_the_recipes_page_names_the_default_recipe() -> None:
+    group: Any = typer.main.get_command(app)
+    params = group.commands["quantize"].params
+    default = next(param.default for param in params if "--recipe" in param.opts)
+    page = text_of(ROOT / "docs" / "recipes.md")
+    assert f"`gteopt quantize` takes `{default}` where no recipe is named" in page
 
 
 def test_the_glossary_has_at_most_forty_terms_in_order() -> None:
