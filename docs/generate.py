@@ -413,6 +413,62 @@ def machines() -> str:
     return markdown(("file", "processor", "threads", "GPU", "versions"), rows)
 
 
+def coverage() -> str:
+    """How often intervals hold the true difference."""
+    return markdown(
+        ("scores", "units", "evaluations", "covered"),
+        [
+            (c["case"], str(c["n_units"]), str(c["n_repeats"]), f"{c['covered']:.1%}")
+            for c in read("error_rates")["coverage"]
+        ],
+    )
+
+
+def false_equivalence() -> str:
+    """How many tables hold a false equivalence, with and without the correction."""
+    return markdown(
+        ("rows of the table", "tables", "family-wise", "per row"),
+        [
+            (
+                str(t["n_rows"]),
+                f"{t['n_tables']:,}",
+                f"{t['tables_family']:.1%}",
+                f"{t['tables_row']:.1%}",
+            )
+            for t in read("error_rates")["false_equivalence"]
+        ],
+    )
+
+
+def equivalence_cost() -> str:
+    """How many rows of no difference are called equivalent, with and without the correction."""
+    return markdown(
+        ("rows of the table", "standard error / margin", "family-wise", "per row"),
+        [
+            (
+                str(t["n_rows"]),
+                f"{t['standard_error'] / 0.01:.1f}",
+                f"{t['rows_family']:.0%}",
+                f"{t['rows_row']:.0%}",
+            )
+            for t in read("error_rates")["cost"]
+        ],
+    )
+
+
+def agreement() -> str:
+    """Of a suite's tasks, how many scores are reproduced from their entries, by kind."""
+    found = read("synthetic_suite")
+    without = found["n_without_interval_by_kind"]
+    return markdown(
+        ("type of task", "scores", "reproduced to 0.000001"),
+        [
+            (kind, str(n), str(n - without.get(kind, 0)))
+            for kind, n in found["n_rows_by_kind"].items()
+        ],
+    )
+
+
 # What a user writes -------------------------------------------------------------------------------
 
 HOMES = {  # where a type's own table stands
@@ -631,6 +687,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "loads": loads,
     "long-texts": long_texts,
     "machines": machines,
+    "coverage": coverage,
+    "false-equivalence": false_equivalence,
+    "equivalence-cost": equivalence_cost,
+    "agreement": agreement,
     "recipes": recipes,
     "policies": policies,
     "families": families,
