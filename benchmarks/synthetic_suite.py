@@ -261,9 +261,6 @@ def main() -> None:
         "n_rows_by_kind": dict(sorted(kinds.items())),
         "failed": [failed.model_dump() for failed in report.failed],
         "n_interval_tasks": report.n_interval_tasks,
-        "n_without_interval_by_kind": dict(
-            Counter(task.task_type for task in report.tasks if task.no_interval)
-        ),
         "without_interval": {
             task.task: task.no_interval for task in report.tasks if task.no_interval
         },

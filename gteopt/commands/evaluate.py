@@ -23,7 +23,7 @@ from gteopt.encoder.description import Backend, Description, describe
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import load
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
-from gteopt.evaluation.compare import Drawn, compare
+from gteopt.evaluation.compare import BaselineDraws, compare
 from gteopt.evaluation.data_check import check_data
 from gteopt.evaluation.fidelity import fidelity
 from gteopt.evaluation.item_scores_file import write_item_scores
@@ -143,7 +143,7 @@ def score(
     _check_all(sources, folder, how)
     reports: dict[str, EvalReport] = {}
     baseline = None
-    drawn: Drawn = {}
+    drawn: BaselineDraws = {}
     following: _Opened | None = None
     for name, next_name in zip(sources, [*list(sources)[1:], None], strict=True):
         opened = following
@@ -220,7 +220,7 @@ def compare_texts(
             opened.encoder, texts, store=_store(folder), options=opened.options, progress=progress
         )
         del opened  # two models may not fit
-        baseline = baseline or (own, run.sample)
+        baseline = baseline or (own, run.fidelity_sample)
         for done, (row, view) in enumerate(views.items()):
             progress(f"{name}: comparing with {baseline[0].name}", done, len(views))
             reports[row] = FidelityReport(
@@ -237,7 +237,7 @@ def compare_texts(
                 n_encoded_texts=0 if done else run.encodings.n_encoded,
                 n_cut_texts=run.encodings.n_cut,
                 notes=(*run.notes, *notes),
-                fidelity=fidelity(baseline[1], run.sample, view.vectors),
+                fidelity=fidelity(baseline[1], run.fidelity_sample, view.vectors),
                 machine=run.machine,
                 versions=run.versions,
             )

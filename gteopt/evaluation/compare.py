@@ -40,7 +40,7 @@ from gteopt.records.evaluation import (
     TaskScore,
 )
 
-Drawn = dict[SampleKey, Resampled]
+BaselineDraws = dict[SampleKey, Resampled]
 """What was drawn of a baseline, which every comparison with it needs."""
 
 
@@ -50,7 +50,7 @@ def compare(
     *,
     variant_name: str,
     margin: float = DEFAULT_MARGIN,
-    drawn: Drawn | None = None,
+    drawn: BaselineDraws | None = None,
 ) -> EvalReport:
     """A variant's scores beside its baseline's, with intervals, verdicts and fidelity.
 
@@ -117,7 +117,7 @@ def compare(
         n_encoded_texts=variant.encodings.n_encoded,
         n_cut_texts=variant.encodings.n_cut,
         notes=(*variant.notes, *sure.notes, *_elsewhere(baseline, variant)),
-        fidelity=fidelity(baseline.sample, variant.sample, variant.vectors),
+        fidelity=fidelity(baseline.fidelity_sample, variant.fidelity_sample, variant.vectors),
         machine=variant.machine,
         versions=variant.versions,
     )
@@ -152,12 +152,12 @@ class Scored(Protocol):
         """Main scores."""
 
     @property
-    def samples(self) -> Mapping[SampleKey, Samples]:
+    def item_scores(self) -> Mapping[SampleKey, Samples]:
         """What each score is made of."""
 
 
 def compare_scores(
-    baseline: Scored, variant: Scored, drawn: Drawn
+    baseline: Scored, variant: Scored, drawn: BaselineDraws
 ) -> tuple[list[TaskScore], dict[SampleKey, Draws]]:
     """Every task, split and subset that both finished, and the draws of those with an interval."""
     theirs = {(each.task, each.split, each.subset): each for each in baseline.scores}
@@ -170,7 +170,7 @@ def compare_scores(
         paired = _paired(baseline, variant, theirs[key], score, drawn)
         if isinstance(paired, Draws):
             draws[key] = paired
-        tasks.append(_task_score(score, theirs[key], paired, variant.samples.get(key)))
+        tasks.append(_task_score(score, theirs[key], paired, variant.item_scores.get(key)))
     return tasks, draws
 
 
@@ -321,22 +321,22 @@ def _elsewhere(baseline: SuiteRun, variant: SuiteRun) -> list[str]:
 
 
 def _paired(
-    baseline: Scored, variant: Scored, theirs: SubsetScore, ours: SubsetScore, drawn_: Drawn
+    baseline: Scored, variant: Scored, theirs: SubsetScore, ours: SubsetScore, draws_: BaselineDraws
 ) -> Draws | str:
     """Draws of one task's scores, or why there are none."""
     for who, score in (("the baseline", theirs), ("the variant", ours)):
         if score.no_samples is not None:
             return f"{who}: {score.no_samples}"
     key = ours.task, ours.split, ours.subset
-    samples, others = variant.samples[key], baseline.samples[key]
+    samples, others = variant.item_scores[key], baseline.item_scores[key]
     if not samples.pairs_with(others):
         return f"the two models were scored on other {samples.unit} sets"
     if samples.n_units < MIN_UNITS:
         return f"{samples.n_units} of unit {samples.unit}; an interval needs {MIN_UNITS}"
-    if key not in drawn_:
-        drawn_[key] = resample(others)
+    if key not in draws_:
+        draws_[key] = resample(others)
     same = variant.encoder_sha256 == baseline.encoder_sha256
-    found = paired_draws(samples, drawn_[key], same_model=same)
+    found = paired_draws(samples, draws_[key], same_model=same)
     assert found is not None
     return found
 

@@ -76,7 +76,7 @@ class ItemScores:
     """What a file holds: the header, and entries by task, split and subset."""
 
     header: ItemHeader
-    samples: Mapping[tuple[str, str, str], Samples]
+    item_scores: Mapping[tuple[str, str, str], Samples]
 
     @property
     def encoder(self) -> str:
@@ -101,7 +101,7 @@ class ItemScores:
 
 def write_item_scores(path: Path, run: SuiteRun, name: str) -> None:
     """Write what the scores of a run are made of; `name` is what reports call the variant."""
-    rows = [row for key, samples in run.samples.items() for row in _rows(key, samples)]
+    rows = [row for key, samples in run.item_scores.items() for row in _rows(key, samples)]
     header = ItemHeader(
         encoder=name,
         encoder_sha256=run.encoder_sha256,

@@ -28,8 +28,8 @@ from gteopt.evaluation.per_item_scores import Samples
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.task_store import (
     FinishedTask,
-    Place,
     SubsetScore,
+    TaskFolder,
     carries_on_documents,
     mean_over_tasks,
 )
@@ -83,9 +83,9 @@ class SuiteRun:
 
     Attributes:
         suite_sha256: see `Suite.sha256`, of the own data that were read.
-        samples: what each score is made of: one entry a query, pair or document.
+        item_scores: what each score is made of: one entry a query, pair or document.
         failed: tasks that have no score, and why.
-        sample: full-dimension vectors of the suite's texts, for fidelity.
+        fidelity_sample: full-dimension vectors of the suite's texts.
         vectors: turns those into what the encoder stores.
         encodings: that its tasks took, each in the run that scored it: a run that finds everything
             finished says the same as the one that did it.
@@ -99,9 +99,9 @@ class SuiteRun:
     suite: Suite
     suite_sha256: str
     scores: tuple[SubsetScore, ...]
-    samples: Mapping[SampleKey, Samples]
+    item_scores: Mapping[SampleKey, Samples]
     failed: tuple[FailedTask, ...]
-    sample: Sample
+    fidelity_sample: Sample
     vectors: VectorTransform
     machine: Machine
     versions: Conditions
@@ -203,7 +203,7 @@ def begin_views(
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gteopt-")))
         for each in resolve(suite, hub_dir):
-            if Place.of(encoder, each, store, options.dtype).sample() is None:
+            if TaskFolder.of(encoder, each, store, options.dtype).sample() is None:
                 load_data([each])
                 cache = TaskVectors(encoder, store, options, lambda note: None).usual()
                 _Ahead(options, cache, [each]).look(0)
@@ -216,11 +216,11 @@ class TextsRun:
     """What one encoder made of a user's own texts.
 
     Attributes:
-        sample: full-dimension vectors of all of them.
+        fidelity_sample: full-dimension vectors of all of them.
         notes: anything out of the ordinary that happened to the encodings.
     """
 
-    sample: Sample
+    fidelity_sample: Sample
     encodings: Encodings
     notes: tuple[str, ...]
     machine: Machine
@@ -275,7 +275,7 @@ class _Scoring:
         self.notes: list[str] = []
         self.vectors = TaskVectors(encoder, store, options, self.say)
         self.sampler = Sampler()
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, TaskFolder] = {}
         self.done: dict[tuple[str, str], FinishedTask] = {}
         self.failed: dict[str, list[FailedTask]] = {view.sha256: [] for view in views}
         self.now: dict[tuple[str, str], Encodings] = {}
@@ -289,7 +289,7 @@ class _Scoring:
     def read_finished(self, tasks: Sequence[ResolvedTask]) -> list[ResolvedTask]:
         """Read what earlier runs have finished; the tasks that some view still waits for."""
         for task in tasks:
-            place = Place.of(self.encoder, task, self.store, self.options.dtype)
+            place = TaskFolder.of(self.encoder, task, self.store, self.options.dtype)
             self.places[task.name] = place
             sample = place.sample()
             if sample is None:
@@ -401,13 +401,13 @@ class _Scoring:
             suite=self.suite,
             suite_sha256=suite_sha256,
             scores=tuple(score for finished in own.values() for score in finished.scores),
-            samples={
+            item_scores={
                 key: samples
                 for name, finished in own.items()
                 for key, samples in _by_score(name, finished)
             },
             failed=tuple(self.failed[view.sha256]),
-            sample=self.sampler.sample(),
+            fidelity_sample=self.sampler.sample(),
             vectors=view.vectors,
             machine=where,
             versions=when,

@@ -92,7 +92,7 @@ class FinishedTask:
 
 
 @dataclass(frozen=True)
-class Place:
+class TaskFolder:
     """Where one task's results under one weight variant lie."""
 
     folder: Path
@@ -100,7 +100,7 @@ class Place:
     key: dict[str, str | None]
 
     @staticmethod
-    def of(encoder: Description, task: ResolvedTask, store: Path, dtype: CacheDtype) -> Place:
+    def of(encoder: Description, task: ResolvedTask, store: Path, dtype: CacheDtype) -> TaskFolder:
         """The folder is named by everything that scores depend on but the view, so none mix."""
         key = {
             **vector_identity(encoder, dtype),
@@ -117,7 +117,7 @@ class Place:
             "scikit-learn": version("scikit-learn"),  # k-means and logistic regression
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return Place(store / "tasks" / f"{task.name}-{digest[:16]}", task.name, key)
+        return TaskFolder(store / "tasks" / f"{task.name}-{digest[:16]}", task.name, key)
 
     def sample(self) -> Sample | None:
         """The sample of vectors; None where there is none, or it is damaged."""

@@ -109,9 +109,9 @@ def test_scores_are_the_same_bits_with_and_without_a_store(nano: Encoder, tmp_pa
     n_texts = cold.encodings.n_asked
     assert (cold.encodings, warm.encodings) == (Encodings(n_texts, n_texts), Encodings(n_texts, 0))
     assert without.scores == cold.scores == warm.scores
-    for side, each in cold.sample.items():
-        np.testing.assert_array_equal(each.vectors, warm.sample[side].vectors)
-        np.testing.assert_array_equal(each.vectors, without.sample[side].vectors)
+    for side, each in cold.fidelity_sample.items():
+        np.testing.assert_array_equal(each.vectors, warm.fidelity_sample[side].vectors)
+        np.testing.assert_array_equal(each.vectors, without.fidelity_sample[side].vectors)
 
 
 def test_the_sample_of_cached_vectors_is_stored_in_16_bits_without_loss(
@@ -120,11 +120,11 @@ def test_the_sample_of_cached_vectors_is_stored_in_16_bits_without_loss(
     run = run_suite(nano, suite_of(TASKS[0]), store=tmp_path)
     (path,) = tmp_path.glob("tasks/*/texts.safetensors")
     for side, each in read_sample(path).items():
-        np.testing.assert_array_equal(each.vectors, run.sample[side].vectors)
+        np.testing.assert_array_equal(each.vectors, run.fidelity_sample[side].vectors)
     assert path.stat().st_size < 1.2 * sum(
-        each.vectors.size * 2 + 32 * len(each.digests) for each in run.sample.values()
+        each.vectors.size * 2 + 32 * len(each.digests) for each in run.fidelity_sample.values()
     )
-    exact = dict(run.sample.items())
+    exact = dict(run.fidelity_sample.items())
     side = next(iter(exact))
     third = exact[side].vectors / np.float32(3)  # needs more than 16 bits
     write_sample(path, {side: type(exact[side])(exact[side].digests, third)})
@@ -409,7 +409,7 @@ def test_every_field_of_a_finished_task_s_key_is_of_its_place(
     (task,) = resolve(suite_of(TASKS[0]), None)
 
     def place(changed: Any = task, *, dtype: Any = "float16") -> Path:
-        return finished.Place.of(nano, changed, tmp_path, dtype).folder
+        return finished.TaskFolder.of(nano, changed, tmp_path, dtype).folder
 
     own = place()
     assert place(replace(task, folder=tmp_path)) == own  # where the same data lie is no matter
@@ -430,7 +430,7 @@ def test_every_field_of_a_finished_task_s_key_is_of_its_place(
             )
             others[library] = place()
     assert len({own, *others.values()}) == 1 + len(others)
-    fields = set(finished.Place.of(nano, task, tmp_path, "float16").key)
+    fields = set(finished.TaskFolder.of(nano, task, tmp_path, "float16").key)
     encodings = set(vector_identity(nano))
     assert fields - encodings == (set(others) - encodings) | {"task"}
 

@@ -97,11 +97,11 @@ def assert_same_bits(found: SuiteRun, store: Path, alone: tuple[SuiteRun, Path])
     assert found.failed == ()
     assert found.scores == run.scores
     assert cached(store) == cached(of_run)
-    for key, samples in run.samples.items():
+    for key, samples in run.item_scores.items():
         for name, array in samples.arrays.items():
-            np.testing.assert_array_equal(found.samples[key].arrays[name], array)
-    for side, each in run.sample.items():
-        np.testing.assert_array_equal(found.sample[side].vectors, each.vectors)
+            np.testing.assert_array_equal(found.item_scores[key].arrays[name], array)
+    for side, each in run.fidelity_sample.items():
+        np.testing.assert_array_equal(found.fidelity_sample[side].vectors, each.vectors)
 
 
 def test_two_processes_of_which_one_is_killed_give_the_bits_of_one(

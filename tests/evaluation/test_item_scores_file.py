@@ -63,8 +63,8 @@ def test_a_file_says_what_was_scored_with_what(
     assert header["versions"]["torch"]
     assert all(score["dataset_revision"] for score in header["scores"])
     found = read_item_scores(path)
-    for key, samples in runs[0].samples.items():
-        again = found.samples[key]
+    for key, samples in runs[0].item_scores.items():
+        again = found.item_scores[key]
         assert (again.statistic, again.unit, again.digits) == (
             samples.statistic,
             samples.unit,

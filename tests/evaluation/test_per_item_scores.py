@@ -45,7 +45,7 @@ def assert_reproduces(run: SuiteRun) -> None:
     assert not run.failed
     for each in run.scores:
         assert each.no_samples is None
-        samples = run.samples[each.task, each.split, each.subset]
+        samples = run.item_scores[each.task, each.split, each.subset]
         assert samples.score() == pytest.approx(each.score, abs=1e-6)
         assert samples.n_units == each.n_samples
 
@@ -163,7 +163,7 @@ def test_written_entries_come_back_and_damage_is_refused(tmp_path: Path) -> None
 def test_entries_reproduce_every_score_of_the_mini_suite(nano: Encoder) -> None:
     run = run_suite(nano, load_suite("mini"))
     assert_reproduces(run)
-    statistics = {samples.statistic for samples in run.samples.values()}
+    statistics = {samples.statistic for samples in run.item_scores.values()}
     assert statistics == {"mean", "spearman", "ami", "f1_weighted"}
 
 

@@ -429,9 +429,9 @@ def test_a_killed_run_resumes_and_scores_nothing_twice(nano: Encoder, tmp_path: 
 
     fresh = run_suite(nano, suite)
     assert resumed.scores == fresh.scores
-    for side, each in fresh.sample.items():
-        assert again.sample[side].digests == each.digests
-        np.testing.assert_array_equal(again.sample[side].vectors, each.vectors)
+    for side, each in fresh.fidelity_sample.items():
+        assert again.fidelity_sample[side].digests == each.digests
+        np.testing.assert_array_equal(again.fidelity_sample[side].vectors, each.vectors)
 
 
 def test_a_stored_score_of_another_encoder_or_instruction_is_not_taken(
