@@ -57,15 +57,27 @@ SOLVED = "solved"
 """Where the solver's blocks lie while they wait for tuning."""
 
 
+@dataclass(frozen=True)
+class BlockBuild:
+    """What all blocks of a build have in common.
+
+    Attributes:
+        encoder: the model that the blocks are part of.
+        recipe: what is built.
+        plan: says the layers' schemes.
+        devices: where layers are solved side by side; none for one after the other.
+        progress: told after each block.
+    """
+
+    encoder: Encoder
+    recipe: Recipe
+    plan: LayerPlan
+    devices: Sequence[str]
+    progress: Progress
+
+
 def quantize_blocks(
-    encoder: Encoder,
-    blocks: Sequence[Block],
-    inputs: Sequence[BlockInput],
-    recipe: Recipe,
-    plan: LayerPlan,
-    shards: Path,
-    devices: Sequence[str],
-    progress: Progress,
+    build: BlockBuild, blocks: Sequence[Block], inputs: Sequence[BlockInput], shards: Path
 ) -> tuple[tuple[LayerRecord, ...], TuningRecord | None]:
     """Quantize block after block, each on the outputs of those before it; store each at once.
 
@@ -75,6 +87,7 @@ def quantize_blocks(
     Returns:
         What the manifest says of the layers, and of tuning where each block was tuned by itself.
     """
+    encoder, recipe, plan = build.encoder, build.recipe, build.plan
     weights = recipe.weights
     assert not isinstance(weights, NoWeights)
     layers: list[LayerRecord] = []
@@ -88,7 +101,7 @@ def quantize_blocks(
     what = f"quantizing {encoder.checkpoint.id} with {recipe.name}"
     order: list[list[str]] = []
     for i, block in enumerate(blocks):
-        progress(what, i, len(blocks))
+        build.progress(what, i, len(blocks))
         shard = shard_path(shards, i)
         notes = notes_path(shard)
         is_last = i + 1 == len(blocks)
@@ -104,7 +117,7 @@ def quantize_blocks(
                 fill_(encoder, block.name, dtype)
                 order = _order(block, inputs, order)
                 records, packed, original = _quantize_block_(
-                    encoder, block, inputs, exact, order, weights, plan, dtype, devices
+                    build, block, inputs, exact, order, dtype
                 )
                 done = _Done(layers=records)
                 tensors = _shard_tensors(block, packed, encoder.dtype)
@@ -131,7 +144,7 @@ def quantize_blocks(
         give_back()
         layers += done.layers
         tunings += [] if done.tuning is None else [done.tuning]
-    progress(what, len(blocks), len(blocks))
+    build.progress(what, len(blocks), len(blocks))
     return tuple(layers), _mean(tunings) if tunings else None
 
 
@@ -227,34 +240,29 @@ def memory_errors(name: str) -> Iterator[None]:
 
 @torch.inference_mode()
 def _quantize_block_(
-    encoder: Encoder,
+    build: BlockBuild,
     block: Block,
     inputs: Sequence[BlockInput],
     exact: Sequence[BlockInput] | None,
     order: Sequence[Sequence[str]],
-    weights: RtnWeights | GptqWeights,
-    plan: LayerPlan,
     dtype: torch.dtype,
-    devices: Sequence[str],
 ) -> tuple[tuple[LayerRecord, ...], dict[str, dict[str, Tensor]], Block | None]:
     """Replace the block's linear layers by packed ones, in running order.
 
     Args:
-        encoder: the model that the block is part of.
+        build: what all blocks have in common.
         block: its weights are there.
         inputs: what the model, quantized up to here, feeds the block.
         exact: what the original model does, where something is to make up for the difference.
         order: its linear layers as `stages` has them, by their names within the block.
-        weights: of the recipe.
-        plan: says the layers' schemes.
         dtype: what the block runs in.
-        devices: where layers are solved side by side; without any, one after the other where the
-            block is.
 
     Returns:
         What the manifest says of each layer, each layer's packed tensors and bias, and the block as
         it was where `exact` is given.
     """
+    encoder, plan, weights = build.encoder, build.plan, build.recipe.weights
+    assert not isinstance(weights, NoWeights)
     linears = {name: linear for name, linear in block.linears().items() if name in plan.schemes}
     names = list(linears)
     records: dict[str, LayerRecord] = {}
@@ -288,7 +296,7 @@ def _quantize_block_(
         for name in wanted:
             if not gptq.is_finite(linears[name].weight):
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")
-        here = devices or [str(encoder.device)]
+        here = build.devices or [str(encoder.device)]
         for name, record, codes in _solve(wanted, linears, plan, weights, read, here):
             linear, records[name] = linears[name], record
             if name in chosen:
@@ -391,18 +399,17 @@ def _with_smoothing(record: LayerRecord, found: Smoothing) -> LayerRecord:
 
 
 def tune_blocks(
-    encoder: Encoder,
+    build: BlockBuild,
     blocks: Sequence[Block],
     solved: Sequence[LayerRecord],
     tokens: Sequence[Sequence[int]],
-    recipe: Recipe,
     stage: Path,
-    progress: Progress,
 ) -> tuple[tuple[LayerRecord, ...], TuningRecord]:
     """Tune what the solver left, and write it as the shards that the artifact is made from.
 
     Until every one of those is there tuning starts again from the solver's.
     """
+    encoder, recipe = build.encoder, build.recipe
     done = stage / WEIGHTS / "tuned.json"
     shards = {i: load_file(shard_path(stage / SOLVED, i)) for i in range(len(blocks))}
     if done.is_file():
@@ -414,7 +421,7 @@ def tune_blocks(
         start: dict[str, QuantizedWeight] = {}
         for tensors in shards.values():
             start |= _codes(solved, tensors, encoder.device)
-        result = tune(teacher, start, tokens, schedule, progress=progress)
+        result = tune(teacher, start, tokens, schedule, progress=build.progress)
         whole = {
             name: module.weight
             for name, module in teacher.module.named_modules()

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from safetensors import safe_open
 from torch import nn
 
-from gteopt.build.replay import Room, find_blocks
+from gteopt.build.replay import StateSpill, find_blocks
 from gteopt.build.sensitivity import DEEP_BLOCKS, estimate, measure
 from gteopt.build.tuning import MOST_WEIGHTS
 from gteopt.config.recipe import Effort, FormatName, GptqWeights, LayerScheme, NoWeights, Recipe
@@ -309,8 +309,8 @@ def allocate_schemes(
     if left := {name: each for name, each in plan.choices.items() if name not in losses}:
         few = tokens[:SENSITIVITY_TEXTS]
         if is_deep:
-            room = Room(state_bytes, stage / ACTIVATIONS)
-            walks = estimate(encoder, few, left, room=room, progress=progress)
+            spill = StateSpill(state_bytes, stage / ACTIVATIONS)
+            walks = estimate(encoder, few, left, spill=spill, progress=progress)
         else:
             walks = measure(encoder, few, left, state_bytes=state_bytes, progress=progress)
         for found in walks:

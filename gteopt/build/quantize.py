@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from gteopt.build.blocks import (
     SOLVED,
+    BlockBuild,
     memory_errors,
     notes_path,
     quantize_blocks,
@@ -28,13 +30,14 @@ from gteopt.build.fit_vectors import check_vectors, fit_vectors, needs_texts
 from gteopt.build.layer_plan import (
     ACTIVATIONS,
     ALLOCATION,
+    LayerPlan,
     allocate_schemes,
     embedding_name,
     n_latent_parameters,
     needs_original,
     plan_layers,
 )
-from gteopt.build.replay import Block, BlockInput, Room, open_blocks, replay_dtype
+from gteopt.build.replay import Block, BlockInput, StateSpill, open_blocks, replay_dtype
 from gteopt.build.st_folder import WEIGHTS, write_model, write_vectors
 from gteopt.config.recipe import FormatName, GptqWeights, LayerScheme, Recipe, load_recipe
 from gteopt.encoder.description import parse_dtype
@@ -81,6 +84,45 @@ class _BuildState(Frozen):
     base_sha256: str
     dtype: str
     versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class BuildRun:
+    """What a build was asked for, once it has been checked.
+
+    Attributes:
+        device: where calibration runs.
+        devices: where layers are solved side by side; none for one after the other.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    out: Path
+    hub_dir: Path | None
+    device: str
+    devices: tuple[str, ...]
+    dtype: str
+    activation_bytes: int
+    progress: Progress
+
+    @property
+    def stage(self) -> Path:
+        """Where the artifact is put together."""
+        return stage_folder(self.out)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the manifest says of an artifact's parts, all but its vectors."""
+
+    base: BaseRecord
+    calibration: CalibrationRecord | None
+    layers: tuple[LayerRecord, ...]
+    embedding: LayerRecord | None
+    allocation: AllocationRecord | None
+    tuning: TuningRecord | None
+    format: FormatName | None
+    unquantized: tuple[UnquantizedRecord, ...]
 
 
 def quantize(
@@ -145,81 +187,89 @@ def quantize(
         )
     check_vectors(recipe, checkpoint)
     parse_dtype(dtype)
-    finished = _finished(out, recipe, checkpoint.sha256, dtype)
+    finished = existing_variant(out, recipe, checkpoint.sha256, dtype)
     if finished is not None:
         return finished
     with alone(stage_folder(out)):
         return _quantize(
-            checkpoint, recipe, out, hub_dir, device, devices, dtype, activation_bytes, progress
-        )  # fmt: skip
+            BuildRun(
+                checkpoint=checkpoint,
+                recipe=recipe,
+                out=out,
+                hub_dir=hub_dir,
+                device=devices[0] if devices else device,
+                devices=tuple(devices),
+                dtype=dtype,
+                activation_bytes=activation_bytes,
+                progress=progress,
+            )
+        )
 
 
-def _quantize(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    out: Path,
-    hub_dir: Path | None,
-    device: str,
-    devices: Sequence[str],
-    dtype: str,
-    activation_bytes: int,
-    progress: Progress,
-) -> Manifest:
+def _quantize(run: BuildRun) -> Manifest:
     """`quantize` of what was opened and checked, with the stage folder to itself."""
-    sealed = _sealed(out, recipe, checkpoint.sha256, dtype)
+    checkpoint, recipe = run.checkpoint, run.recipe
+    sealed = _sealed(run)
     if sealed is not None:
         return sealed
     plan = plan_layers(checkpoint, recipe)
-    texts = draw_texts(recipe.calibration, hub_dir=hub_dir) if needs_texts(recipe) else ()
-    stage = _open_stage(out, recipe, checkpoint, dtype)
+    texts = draw_texts(recipe.calibration, hub_dir=run.hub_dir) if needs_texts(recipe) else ()
+    stage = open_stage(run)
 
-    progress(f"loading {checkpoint.id}", 0, 1)
+    run.progress(f"loading {checkpoint.id}", 0, 1)
     with memory_errors("what is outside the blocks"):
-        encoder = load_checkpoint(
-            checkpoint, device=devices[0] if devices else device, dtype=dtype, later=plan.blocks
-        )
-    base_record = describe_base(checkpoint, encoder)
+        encoder = load_checkpoint(checkpoint, device=run.device, dtype=run.dtype, later=plan.blocks)
+    base = describe_base(checkpoint, encoder)
     tokens = tokenize(encoder.tokenization, texts, recipe.calibration.max_tokens)
     calibration = record(recipe.calibration, texts, tokens) if texts else None
-    layers: tuple[LayerRecord, ...] = ()
     embedding = _pack_embedding_(encoder) if recipe.embedding == "int8" else None
     allocation: AllocationRecord | None = None
-    tuning: TuningRecord | None = None
     if plan.choices:
         with memory_errors("the measurement of sensitivities"):
             plan, allocation = allocate_schemes(
-                encoder, recipe, plan, tokens, stage, activation_bytes, progress
+                encoder, recipe, plan, tokens, stage, run.activation_bytes, run.progress
             )
-    if plan.blocks is not None:
-        tuned = plan.tune_by == "model"
-        shards = stage / (SOLVED if tuned else WEIGHTS)
-        modules = list(encoder.module.get_submodule(plan.blocks).children())
-        blocks = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)]
-        inputs: list[BlockInput] = []
-        left = [i for i in range(len(blocks)) if not notes_path(shard_path(shards, i)).is_file()]
-        if left and isinstance(recipe.weights, GptqWeights):
-            # What the original model feeds the blocks lies beside what the quantized one does.
-            n_kinds = 2 if needs_original(recipe, plan) else 1
-            room = Room(activation_bytes // n_kinds, stage / ACTIVATIONS)
-            with memory_errors(blocks[0].name):
-                blocks, inputs = open_blocks(
-                    encoder, tokens, dtype=replay_dtype(encoder), room=room
-                )
-        layers, tuning = quantize_blocks(
-            encoder, blocks, inputs, recipe, plan, shards, devices, progress
-        )
-        del inputs
-        shutil.rmtree(stage / ACTIVATIONS, ignore_errors=True)
-        if tuned:
-            with memory_errors("the tuning of the whole model"):
-                layers, tuning = tune_blocks(
-                    encoder, blocks, layers, tokens, recipe, stage, progress
-                )
+    layers, tuning = _quantize_layers(run, encoder, plan, tokens)
     write_model(encoder, stage, blocks=plan.blocks, layers=layers, format=plan.format)
-    return _finish(
-        encoder, recipe, stage, out, base_record, calibration, layers, embedding,
-        allocation, tuning, plan.format, plan.unquantized, texts, progress,
-    )  # fmt: skip
+    parts = Parts(
+        base=base,
+        calibration=calibration,
+        layers=layers,
+        embedding=embedding,
+        allocation=allocation,
+        tuning=tuning,
+        format=plan.format,
+        unquantized=plan.unquantized,
+    )
+    return finish(run, encoder, parts, texts)
+
+
+def _quantize_layers(
+    run: BuildRun, encoder: Encoder, plan: LayerPlan, tokens: Sequence[Sequence[int]]
+) -> tuple[tuple[LayerRecord, ...], TuningRecord | None]:
+    """Quantize all blocks, and tune the whole model where the plan says so."""
+    if plan.blocks is None:
+        return (), None
+    tuned = plan.tune_by == "model"
+    shards = run.stage / (SOLVED if tuned else WEIGHTS)
+    modules = list(encoder.module.get_submodule(plan.blocks).children())
+    blocks = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)]
+    inputs: list[BlockInput] = []
+    is_done = [notes_path(shard_path(shards, i)).is_file() for i in range(len(blocks))]
+    if not all(is_done) and isinstance(run.recipe.weights, GptqWeights):
+        # What the original model feeds the blocks lies beside what the quantized one does.
+        n_kinds = 2 if needs_original(run.recipe, plan) else 1
+        spill = StateSpill(run.activation_bytes // n_kinds, run.stage / ACTIVATIONS)
+        with memory_errors(blocks[0].name):
+            blocks, inputs = open_blocks(encoder, tokens, dtype=replay_dtype(encoder), spill=spill)
+    build = BlockBuild(encoder, run.recipe, plan, run.devices, run.progress)
+    layers, tuning = quantize_blocks(build, blocks, inputs, shards)
+    del inputs
+    shutil.rmtree(run.stage / ACTIVATIONS, ignore_errors=True)
+    if tuned:
+        with memory_errors("the tuning of the whole model"):
+            layers, tuning = tune_blocks(build, blocks, layers, tokens, run.stage)
+    return layers, tuning
 
 
 @torch.inference_mode()
@@ -236,7 +286,7 @@ def _pack_embedding_(encoder: Encoder) -> LayerRecord:
         signal += rows.double().square().sum().item()
         noise += (rows.double() - chunks[-1].dequantize()).square().sum().item()
     codes, scale, zero = (
-        torch.cat([getattr(each, part) for each in chunks]) for part in ("codes", "scale", "zero")
+        torch.cat([getattr(chunk, part) for chunk in chunks]) for part in ("codes", "scale", "zero")
     )
     packed = pack(QuantizedWeight(codes, scale, zero, scheme))
     swap_embedding_(encoder.module, name, packed, encoder.device, encoder.dtype)
@@ -269,7 +319,7 @@ def describe_base(checkpoint: Checkpoint, encoder: Encoder) -> BaseRecord:
     )
 
 
-def _finished(out: Path, recipe: Recipe, base_sha256: str, dtype: str) -> Manifest | None:
+def existing_variant(out: Path, recipe: Recipe, base_sha256: str, dtype: str) -> Manifest | None:
     """The manifest of `out` where it already is the wanted variant; refuses anything else there."""
     if is_artifact(out):
         manifest = read_manifest(out)
@@ -280,28 +330,27 @@ def _finished(out: Path, recipe: Recipe, base_sha256: str, dtype: str) -> Manife
     return None
 
 
-def _sealed(out: Path, recipe: Recipe, base_sha256: str, dtype: str) -> Manifest | None:
+def _sealed(run: BuildRun) -> Manifest | None:
     """The manifest of the wanted variant where a build of it was interrupted on its last steps,
     which are taken now.
     """
-    stage = stage_folder(out)
-    if not is_artifact(stage):
+    if not is_artifact(run.stage):
         return None
-    manifest = read_manifest(stage)
-    found = (manifest.recipe_sha256, manifest.base.sha256, manifest.base.dtype, manifest.versions)
-    if found != (recipe.sha256(), base_sha256, dtype, versions()):
+    manifest = read_manifest(run.stage)
+    built = (manifest.recipe_sha256, manifest.base.sha256, manifest.base.dtype, manifest.versions)
+    if built != (run.recipe.sha256(), run.checkpoint.sha256, run.dtype, versions()):
         return None
-    seal(stage, out, manifest)
+    seal(run.stage, run.out, manifest)
     return manifest
 
 
-def _open_stage(out: Path, recipe: Recipe, checkpoint: Checkpoint, dtype: str) -> Path:
+def open_stage(run: BuildRun) -> Path:
     """The stage folder, with the finished blocks of an earlier run of the same build, if any."""
-    stage = stage_folder(out)
+    stage = run.stage
     state = _BuildState(
-        recipe_sha256=recipe.sha256(),
-        base_sha256=checkpoint.sha256,
-        dtype=dtype,
+        recipe_sha256=run.recipe.sha256(),
+        base_sha256=run.checkpoint.sha256,
+        dtype=run.dtype,
         versions=versions(),
     )
     state_path = stage / _STATE
@@ -320,29 +369,20 @@ def _open_stage(out: Path, recipe: Recipe, checkpoint: Checkpoint, dtype: str) -
     return stage
 
 
-def _finish(
+def finish(
+    run: BuildRun,
     encoder: Encoder,
-    recipe: Recipe,
-    stage: Path,
-    out: Path,
-    base: BaseRecord,
-    calibration: CalibrationRecord | None,
-    layers: tuple[LayerRecord, ...],
-    embedding: LayerRecord | None,
-    allocation: AllocationRecord | None,
-    tuning: TuningRecord | None,
-    format: FormatName | None,
-    unquantized: tuple[UnquantizedRecord, ...],
+    parts: Parts,
     texts: Sequence[CalibrationText],
-    progress: Progress,
 ) -> Manifest:
     """Fit and write the vectors, then seal."""
-    transform = fit_vectors(encoder, recipe, texts, progress)
+    stage = run.stage
+    transform = fit_vectors(encoder, run.recipe, texts, run.progress)
     write_vectors(transform, stage, encoder.checkpoint.matryoshka_dims)
     # What an interrupted build goes on from is there until the manifest is.
     scraps = {stage / _STATE, stage / ALLOCATION, stage / CARD}
     scraps |= {*(stage / SOLVED).glob("*"), *(stage / WEIGHTS).glob("*.json")}
-    if format != "gteopt":
+    if parts.format != "gteopt":
         scraps |= {*(stage / WEIGHTS).glob("*")}
     files = file_records(stage, scraps=scraps)
     weights = [
@@ -353,16 +393,16 @@ def _finish(
     ]
     manifest = Manifest(
         schema="gteopt.artifact/1",
-        recipe=recipe,
-        recipe_sha256=recipe.sha256(),
-        base=base,
-        calibration=calibration,
-        layers=layers,
-        embedding=embedding,
-        allocation=allocation,
-        tuning=tuning,
-        format=format,
-        unquantized=unquantized,
+        recipe=run.recipe,
+        recipe_sha256=run.recipe.sha256(),
+        base=parts.base,
+        calibration=parts.calibration,
+        layers=parts.layers,
+        embedding=parts.embedding,
+        allocation=parts.allocation,
+        tuning=parts.tuning,
+        format=parts.format,
+        unquantized=parts.unquantized,
         vectors=transform.record(),
         weight_bytes=sum(f.n_bytes for f in weights),
         files=files,
@@ -370,7 +410,7 @@ def _finish(
         machine=machine(),
     )
     (stage / CARD).write_text(card(manifest, encoder.checkpoint), encoding="utf-8")
-    files = tuple(sorted((*files, *file_records(stage, only=CARD)), key=lambda each: each.path))
+    files = tuple(sorted((*files, *file_records(stage, only=CARD)), key=lambda file: file.path))
     manifest = manifest.model_copy(update={"files": files})
-    seal(stage, out, manifest)
+    seal(stage, run.out, manifest)
     return manifest

@@ -33,7 +33,7 @@ float32, is 160 MB for 18,944 features."""
 
 
 @dataclass(frozen=True)
-class Room:
+class StateSpill:
     """Where hidden states of the calibration texts go when memory has no room for them.
 
     Attributes:
@@ -165,9 +165,9 @@ def open_blocks(
     tokens: Sequence[Sequence[int]],
     *,
     dtype: torch.dtype | None = None,
-    room: Room | None = None,
+    spill: StateSpill | None = None,
 ) -> tuple[list[Block], list[BlockInput]]:
-    """Cut the model into blocks and bring the texts to the first one's door.
+    """Cut the model into blocks and bring the texts before the first one.
 
     The model's own forward runs once with every block replaced by a recorder, so that each block
     is later replayed with its own keywords: a dropped `is_causal` would calibrate causally.
@@ -177,7 +177,7 @@ def open_blocks(
         tokens: token ids of the texts.
         dtype: of the hidden states and of whatever else the blocks are handed; the model's own
             when None.
-        room: for the hidden states; None keeps all of them in memory.
+        spill: for the hidden states; None keeps all of them in memory.
 
     Returns:
         The blocks in order, and one `BlockInput` a batch of at most 2048 padded tokens.
@@ -217,9 +217,9 @@ def open_blocks(
             hidden = recorders[0].hidden.to(dtype or encoder.dtype)
             n_bytes = hidden.numel() * hidden.element_size()
             file = None
-            if room is not None and kept_bytes + n_bytes > room.n_bytes:
-                room.folder.mkdir(parents=True, exist_ok=True)
-                file = room.folder / f"batch-{len(inputs):05}.safetensors"
+            if spill is not None and kept_bytes + n_bytes > spill.n_bytes:
+                spill.folder.mkdir(parents=True, exist_ok=True)
+                file = spill.folder / f"batch-{len(inputs):05}.safetensors"
             else:
                 kept_bytes += n_bytes
             inputs.append(BlockInput(hidden, mask.bool(), encoder.pool_mask(batch, mask), file))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gteopt.build.replay import (
     Block,
     BlockInput,
-    Room,
+    StateSpill,
     advance_,
     behind_blocks,
     learnable,
@@ -78,8 +78,8 @@ def measure(
     """
     dtype = replay_dtype(encoder)
     blocks, inputs = open_blocks(encoder, tokens, dtype=dtype)
-    door = [batch.hidden for batch in inputs]
-    n_at_once = state_bytes // sum(each.numel() * each.element_size() for each in door)
+    block_inputs = [batch.hidden for batch in inputs]
+    n_at_once = state_bytes // sum(each.numel() * each.element_size() for each in block_inputs)
     where = {layer: at for at, block in enumerate(blocks) for layer in block.linears()}
     layers = [layer for layer in where if layer in choices]
     what = f"measuring the sensitivity of {encoder.checkpoint.id}"
@@ -89,12 +89,12 @@ def measure(
         walk = _first_that_fit(layers, choices, n_at_once)
         layers = layers[len(walk) :]
         follows = where[layers[0]] if layers else len(blocks)
-        base, states = door, dict[_Trial, list[Tensor]]()
+        base, states = block_inputs, dict[_Trial, list[Tensor]]()
         for at in range(start, len(blocks)):
             block = blocks[at]
             fill_(encoder, block.name, dtype)
             if at == follows:
-                door, start = base, at
+                block_inputs, start = base, at
             for trial in states:
                 states[trial] = _run(block, states[trial])
                 progress(what, n_run := n_run + 1, n_runs)
@@ -127,7 +127,7 @@ def estimate(
     tokens: Sequence[Sequence[int]],
     choices: Mapping[str, Sequence[LayerScheme]],
     *,
-    room: Room,
+    spill: StateSpill,
     progress: Progress = quiet,
 ) -> Iterator[dict[str, tuple[float, ...]]]:
     """What `measure` finds, to first order in what a block gives out, at a cost linear in blocks.
@@ -144,7 +144,7 @@ def estimate(
         encoder: see `measure`, as for the others.
         tokens: token ids of the texts.
         choices: the schemes to try, by layer.
-        room: for what the base feeds each block; gradients take `N_PROBES` times what it feeds one.
+        spill: for what the base feeds each block; gradients take `N_PROBES` times what one is fed.
         progress: told how many passes through a block have been made.
 
     Yields:
@@ -168,17 +168,17 @@ def estimate(
         n_passed += n
         progress(what, n_passed, n_passes)
 
-    doors: list[list[BlockInput]] = []
+    fed: list[list[BlockInput]] = []
     n_bytes = 0
     for at, block in enumerate(blocks):
-        doors.append([])
+        fed.append([])
         for i, batch in enumerate(inputs):
             n_bytes += batch.hidden.numel() * batch.hidden.element_size()
             file = None
-            if n_bytes > room.n_bytes:
-                room.folder.mkdir(parents=True, exist_ok=True)
-                file = room.folder / f"door-{at:03}-{i:05}.safetensors"
-            doors[-1].append(BlockInput(batch.hidden, batch.real, batch.pooled, file))
+            if n_bytes > spill.n_bytes:
+                spill.folder.mkdir(parents=True, exist_ok=True)
+                file = spill.folder / f"input-{at:03}-{i:05}.safetensors"
+            fed[-1].append(BlockInput(batch.hidden, batch.real, batch.pooled, file))
         with _filled(encoder, block, dtype):
             advance_(block, inputs)
         if not all(is_finite(batch.hidden) for batch in inputs):
@@ -189,10 +189,10 @@ def estimate(
         passed(1)
     slopes = _slopes(encoder, blocks, inputs)
     for block in reversed(blocks):
-        door = doors.pop()
+        block_inputs = fed.pop()
         with _filled(encoder, block, dtype):
-            found = _trials(block, door, slopes, choices, passed)
-            for i, batch in enumerate(door):
+            found = _trials(block, block_inputs, slopes, choices, passed)
+            for i, batch in enumerate(block_inputs):
                 slopes[i] = _before(block, i, batch.hidden, slopes[i])
             passed(1 + N_PROBES)
         if found:
@@ -232,7 +232,7 @@ def _slopes(
 @torch.inference_mode()
 def _trials(
     block: Block,
-    door: Sequence[BlockInput],
+    block_inputs: Sequence[BlockInput],
     slopes: Sequence[Sequence[Tensor]],
     choices: Mapping[str, Sequence[LayerScheme]],
     passed: Callable[[int], None],
@@ -241,20 +241,20 @@ def _trials(
 
     Args:
         block: its weights are there.
-        door: what the base feeds it.
+        block_inputs: what the base feeds it.
         slopes: by batch and probe, of what it gives out.
         choices: of all layers.
         passed: told of each pass through the block.
     """
     linears = {name: each for name, each in block.linears().items() if name in choices}
-    n_texts = sum(len(batch.real) for batch in door)
-    base = [block.run(i, batch.hidden) for i, batch in enumerate(door)] if linears else []
+    n_texts = sum(len(batch.real) for batch in block_inputs)
+    base = [block.run(i, batch.hidden) for i, batch in enumerate(block_inputs)] if linears else []
     found = {}
     for name, linear in linears.items():
         losses = []
         for scheme, _ in _each_rounded(name, linear, choices[name]):
             total = 0.0
-            for i, batch in enumerate(door):
+            for i, batch in enumerate(block_inputs):
                 moved = (block.run(i, batch.hidden) - base[i]).flatten(1)  # [N, T * D]
                 for slope in slopes[i]:
                     along = torch.linalg.vecdot(slope.flatten(1).float(), moved.float())

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from gteopt.build.calibration_texts import draw_texts, record, tokenize
 from gteopt.build.fit_vectors import check_vectors, needs_texts
-from gteopt.build.quantize import _finish, _finished, _open_stage
+from gteopt.build.quantize import BuildRun, Parts, existing_variant, finish, open_stage
 from gteopt.config.recipe import CodeChoice, DimsMethod, Recipe
 from gteopt.config.yaml_files import invalid
 from gteopt.encoder.loading import load_checkpoint
@@ -122,14 +122,25 @@ def restyle(
             f"{artifact} holds the weights of recipe {old.recipe.name}, which differ from those of "
             f"{recipe.name}; quantize the base instead"
         )
-    finished = _finished(out, recipe, old.base.sha256, old.base.dtype)
+    finished = existing_variant(out, recipe, old.base.sha256, old.base.dtype)
     if finished is not None:
         return finished
     checkpoint = open_checkpoint(artifact)
     check_vectors(recipe, checkpoint)
     texts = draw_texts(recipe.calibration, hub_dir=hub_dir) if needs_texts(recipe) else ()
     with alone(stage_folder(out)):
-        stage = _open_stage(out, recipe, checkpoint, old.base.dtype)
+        run = BuildRun(
+            checkpoint=checkpoint,
+            recipe=recipe,
+            out=out,
+            hub_dir=hub_dir,
+            device=device,
+            devices=(),
+            dtype=old.base.dtype,
+            activation_bytes=0,
+            progress=progress,
+        )
+        stage = open_stage(run)
         encoder = load_checkpoint(checkpoint, device=device)
         for file in old.files:
             if not file.path.startswith(VECTOR_MODULES) and file.path != VECTORS_FILE:
@@ -140,7 +151,14 @@ def restyle(
         if texts and calibration is None:
             tokens = tokenize(encoder.tokenization, texts, recipe.calibration.max_tokens)
             calibration = record(recipe.calibration, texts, tokens)
-        return _finish(
-            encoder, recipe, stage, out, old.base, calibration, old.layers, old.embedding,
-            old.allocation, old.tuning, old.format, old.unquantized, texts, progress,
-        )  # fmt: skip
+        parts = Parts(
+            base=old.base,
+            calibration=calibration,
+            layers=old.layers,
+            embedding=old.embedding,
+            allocation=old.allocation,
+            tuning=old.tuning,
+            format=old.format,
+            unquantized=old.unquantized,
+        )
+        return finish(run, encoder, parts, texts)

@@ -33,10 +33,10 @@ from gteopt.quant.grid import group_width
 Product = Literal["int8", "int8 static", "int8 outliers", "fp8", "4-bit", "weights"]
 """What a scheme multiplies: numbers of 8 bits on both sides, 4-bit weights, or any other weights
 with activations of 16 bits and more."""
-Place = Literal["cuda 8.9", "cuda 8.0", "cpu", "any"]
+DeviceKind = Literal["cuda 8.9", "cuda 8.0", "cpu", "any"]
 """Where: a GPU of at least that compute capability, a CPU, or anything that torch runs on."""
 _Kernel = Callable[[PackedWeight, Tensor | None], nn.Module]
-KERNELS: dict[tuple[Product, Place], _Kernel | str] = {
+KERNELS: dict[tuple[Product, DeviceKind], _Kernel | str] = {
     ("int8", "cuda 8.0"): "Int8LinearCuda",
     ("int8", "cpu"): Int8LinearCpu,
     ("int8", "any"): Int8Reference,
@@ -87,7 +87,7 @@ def make_linear(
 def choose(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> _Kernel:
     """The first of `KERNELS` for a device that can hold this weight, which may be without data."""
     product, cuda = product_of(weight.scheme), gpu_kernels(device)
-    places: list[Place] = ["cpu"] if device.type == "cpu" else []
+    places: list[DeviceKind] = ["cpu"] if device.type == "cpu" else []
     if cuda is not None:
         newer = torch.cuda.get_device_capability(device) >= (8, 9)
         places = ["cuda 8.9", "cuda 8.0"] if newer else ["cuda 8.0"]

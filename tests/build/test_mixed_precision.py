@@ -21,7 +21,7 @@ import gteopt
 from gteopt.build.calibration_texts import draw_texts, tokenize
 from gteopt.build.estimate import estimate as predict
 from gteopt.build.layer_plan import plan_layers
-from gteopt.build.replay import Room
+from gteopt.build.replay import StateSpill
 from gteopt.build.sensitivity import DEEP_BLOCKS, estimate, measure
 from gteopt.config.recipe import Calibration, LayerScheme, Recipe, load_recipe
 from gteopt.encoder.encoder import Encoder
@@ -140,10 +140,10 @@ def estimated(
     encoder: Encoder,
     tokens: Sequence[Sequence[int]],
     choices: Mapping[str, Sequence[LayerScheme]],
-    room: Room,
+    spill: StateSpill,
 ) -> dict[str, tuple[float, ...]]:
     found: dict[str, tuple[float, ...]] = {}
-    for each in estimate(encoder, tokens, choices, room=room):
+    for each in estimate(encoder, tokens, choices, spill=spill):
         found |= each
     return found
 
@@ -161,7 +161,7 @@ def test_bits_chosen_by_estimated_losses_are_as_good_as_by_measured_ones(
     recipe = load_recipe("mixed-4.25")
     choices = plan_layers(encoder.checkpoint, recipe).choices
     tokens = tokenize(encoder.tokenization, draw_texts(FEW), 48)
-    found = estimated(encoder, tokens, choices, Room(1 << 30, tmp_path))
+    found = estimated(encoder, tokens, choices, StateSpill(1 << 30, tmp_path))
     for name, p in encoder.module.state_dict().items():
         assert torch.equal(p, before[name])
     measured = losses(encoder, tokens, choices)
@@ -193,14 +193,14 @@ def test_estimates_are_the_same_with_one_block_in_memory_and_hidden_states_on_di
     encoder = gteopt.load("nano", dtype="float32")
     tokens = tokenize(encoder.tokenization, draw_texts(FEW), 48)
     choices = dict.fromkeys(list(plan.schemes)[4:10], (INT2, INT4))  # of two blocks
-    wanted = estimated(encoder, tokens, choices, Room(1 << 30, tmp_path / "unused"))
+    wanted = estimated(encoder, tokens, choices, StateSpill(1 << 30, tmp_path / "unused"))
     assert not (tmp_path / "unused").exists()
     streamed = load_checkpoint(checkpoint, dtype="float32", later=plan.blocks)
     assert streamed.streams
-    found = estimated(streamed, tokens, choices, Room(0, tmp_path))
+    found = estimated(streamed, tokens, choices, StateSpill(0, tmp_path))
     for name in choices:  # sums of weights that lie elsewhere may differ in their last bits
         assert found[name] == pytest.approx(wanted[name], rel=1e-3)
-    assert len(list(tmp_path.glob("door-*"))) == 4
+    assert len(list(tmp_path.glob("input-*"))) == 4
     assert all(p.is_meta for p in streamed.module.get_submodule(str(plan.blocks)).parameters())
 
 
@@ -248,7 +248,7 @@ def test_a_number_that_is_none_is_never_taken_for_no_loss(
     is_last = tensor == "norm.weight"
     message = "the vectors of nano hold NaN" if is_last else r"layers\.1 gives out NaN or infinity"
     with pytest.raises(NumericsError, match=message):
-        estimated(encoder, tokens, choices, Room(1 << 30, tmp_path))
+        estimated(encoder, tokens, choices, StateSpill(1 << 30, tmp_path))
 
 
 def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None:
@@ -434,19 +434,19 @@ def test_inspect_counts_what_blocks_are_fed_on_disk(
     checkpoint = open_checkpoint(base)
     (predicted,) = predict(checkpoint, [recipe], activation_bytes=0)
 
-    room = Room(0, tmp_path / "activations")
+    spill = StateSpill(0, tmp_path / "activations")
     spilled = 0
 
     def look(what: str, done: int, total: int) -> None:
         nonlocal spilled
         del what, done, total
-        lying = sum(path.stat().st_size for path in room.folder.glob("*"))
+        lying = sum(path.stat().st_size for path in spill.folder.glob("*"))
         spilled = max(spilled, lying)
 
     monkeypatch.setattr("gteopt.build.sensitivity.N_PROBES", 1)
     encoder = load_checkpoint(checkpoint, later="layers")
     tokens = tokenize(encoder.tokenization, draw_texts(texts), texts.max_tokens)
-    list(estimate(encoder, tokens, {}, room=room, progress=look))
+    list(estimate(encoder, tokens, {}, spill=spill, progress=look))
     assert predicted.disk_bytes == pytest.approx(spilled, rel=0.02)
     (in_memory,) = predict(checkpoint, [recipe])
     assert in_memory.disk_bytes is not None
