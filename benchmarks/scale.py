@@ -1,9 +1,9 @@
 """Builds at the size of published models, from checkpoints with random weights.
 
-The checkpoint has the shapes, tensor names and shard layout of the real one (bfloat16 safetensors
-shards and their index), the embedded model's tokenizer, and calibration texts put together from the
-embedded ones. Time and memory of a build do not depend on what the weights are; quality does, so
-none is reported here.
+The checkpoint has the shapes, tensor names and shard layout of the published one: float32
+safetensors shards of 5 GB with their index, and a head that no encoder reads. It has the embedded
+model's tokenizer, and calibration texts put together from the embedded ones. Time and memory of a
+build do not depend on what the weights are. Quality does, so none is reported here.
 
     python benchmarks/scale.py build --shape gte-Qwen2-1.5B                      # on the CPU
     python benchmarks/scale.py build --shape gte-Qwen2-7B --device cuda --texts 128 --tokens 512
@@ -47,6 +47,7 @@ from gteopt.errors import InputError
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 ASSETS = Path(gteopt.__file__).parent / "assets"
 SHARD_BYTES = 5 * 10**9
+_ITEM_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def sizes_of(shape: Shape) -> dict[str, tuple[int, ...]]:
     for i in range(shape.layers):
         sizes |= {f"layers.{i}.{name}": size for name, size in parts.items()}
     sizes["norm.weight"] = (d,)
+    sizes["lm_head.weight"] = (shape.vocabulary, d)
     return sizes
 
 
@@ -100,6 +102,7 @@ def write_configs(folder: Path, shape: Shape) -> None:
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
+        "max_window_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "vocab_size": shape.vocabulary,
@@ -120,7 +123,7 @@ def make_checkpoint(folder: Path, shape: Shape, device: str = "cpu") -> Path:
     shards: list[list[str]] = [[]]
     room = SHARD_BYTES
     for name, size in sizes.items():
-        n_bytes = 2 * torch.Size(size).numel()
+        n_bytes = _ITEM_BYTES * torch.Size(size).numel()
         if n_bytes > room:
             shards.append([])
             room = SHARD_BYTES
@@ -133,7 +136,7 @@ def make_checkpoint(folder: Path, shape: Shape, device: str = "cpu") -> Path:
         tensors = {name: _random(name, sizes[name], generator) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)
-    total = sum(2 * torch.Size(size).numel() for size in sizes.values())
+    total = sum(_ITEM_BYTES * torch.Size(size).numel() for size in sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     write_configs(folder, shape)
@@ -142,8 +145,8 @@ def make_checkpoint(folder: Path, shape: Shape, device: str = "cpu") -> Path:
 
 def _random(name: str, size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if "layernorm" in name or name == "norm.weight":
-        return torch.ones(size, dtype=torch.bfloat16)
-    tensor = torch.empty(size, dtype=torch.bfloat16, device=generator.device)
+        return torch.ones(size)
+    tensor = torch.empty(size, device=generator.device)
     return tensor.normal_(0, size[-1] ** -0.5, generator=generator).cpu()
 
 
@@ -166,13 +169,13 @@ _CHILD = """
 import json, sys, time
 import torch
 import gteopt
-from gteopt.recipe import Recipe
+from gteopt.config.recipe import Recipe
 
 base, out, recipe, device = sys.argv[1:]
 wanted = Recipe.model_validate_json(recipe)
-from gteopt.layer_plan import plan_layers
-from gteopt.checkpoint import open_checkpoint
-from gteopt.loading import build_skeleton
+from gteopt.build.layer_plan import plan_layers
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.encoder.skeleton import build_skeleton
 build_skeleton(open_checkpoint("nano"))  # the imports
 
 def resident(field):

@@ -38,6 +38,7 @@ def deeper_nano(target: Path, n_blocks: int) -> Path:
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
     config = json.loads((target / "config.json").read_text())
     config |= {"num_hidden_layers": n_blocks, "intermediate_size": 8192}
+    config["max_window_layers"] = n_blocks
     config["layer_types"] = ["full_attention"] * n_blocks
     (target / "config.json").write_text(json.dumps(config))
     return target
