@@ -70,7 +70,7 @@ def truncate(
             `out` is in use.
 
     Example:
-        >>> truncate("artifacts/nano-int8", "artifacts/nano-48", bytes=48)
+        >>> gteopt.truncate("artifacts/nano-int8", "artifacts/nano-48", bytes=48)
     """
     source = Path(artifact)
     old = read_manifest(source)
