@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gteopt.records.choice import Candidate, Choice
 from gteopt.records.results_folder import Results
-from gteopt.report.rows import Row, rows
+from gteopt.report.rows import Row, load_note, rows
 from gteopt.report.wording import METRIC_WORDS, metric_amount
 
 
@@ -51,7 +51,8 @@ def pick_lines(results: Results) -> list[str]:
         lines = [f"Pick: {row.name}, the model as it is; no variant does better within the limits."]
     else:
         lines = [f"Pick: {row.name}: {', '.join(_price(results, row, by_name))}."]
-    return [*lines, *_runner_up(choice)]
+    busy = load_note(results.bench).removeprefix("; ") if results.bench is not None else ""
+    return [*lines, *_runner_up(choice), *([f"Note: {busy}."] if busy else [])]
 
 
 def _price(results: Results, row: Row, by_name: dict[str, Row]) -> Iterator[str]:
@@ -68,6 +69,8 @@ def _price(results: Results, row: Row, by_name: dict[str, Row]) -> Iterator[str]
         yield f"{row.vector_bytes:,} bytes a vector instead of {baseline.vector_bytes:,}"
     if speed is not None:
         yield speed
+    if row.p95_ms is not None and baseline.p95_ms is not None:
+        yield f"a query takes {row.p95_ms:.1f} ms (p95) instead of {baseline.p95_ms:.1f} ms"
     if row.retention is not None:
         sure = ""
         if row.retention_low is not None and row.retention_high is not None:
