@@ -24,6 +24,7 @@ from gteopt.records.evaluation import EvaluationEstimate, TaskEstimate
 from gteopt.records.files import read_record
 
 PROBE_S = 0.5
+_CACHED_BYTES = 2  # of a number in the cache: float16
 _SHARE_OF_PEAK = 0.4  # of a large float32 product's speed that a small encoder reaches
 
 
@@ -35,13 +36,12 @@ def estimate_evaluation(
     hub_dir: Path | None = None,
     price_per_hour: float | None = None,
     cache_bytes: int | None = None,
-    bytes_per_number: int = 2,
 ) -> EvaluationEstimate:
     """What scoring these models on a suite takes on this machine.
 
     The rate is that of `bench.json` in the results folder. Without one it is worked out from a
-    float32 product of half a second and the baseline's number of weights, which is rough: within a
-    factor of three. Search, k-means and regressions come on top.
+    float32 product of half a second and the baseline's number of weights, which is a rough guess.
+    Search, k-means and regressions come on top.
 
     Args:
         sources: baseline first, by name.
@@ -50,7 +50,6 @@ def estimate_evaluation(
         hub_dir: where data sets are looked for.
         price_per_hour: of this machine, in dollars.
         cache_bytes: most that cached vectors take; None is all of them.
-        bytes_per_number: of cached vectors.
 
     Raises:
         InputError: a source that cannot be opened.
@@ -63,7 +62,7 @@ def estimate_evaluation(
     seconds = None if rate is None else len(names) * total.n_tokens / rate
     missing = {task: _of(suite, task) for task, _, _ in missing_data(suite, hub_dir)}
     download = sum(each.n_characters for each in missing.values() if each is not None)
-    needed = total.n_texts * checkpoint.dims * bytes_per_number
+    needed = total.n_texts * checkpoint.dims * _CACHED_BYTES
     return EvaluationEstimate(
         suite=suite.name,
         models=tuple(names),

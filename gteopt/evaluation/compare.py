@@ -121,15 +121,19 @@ def compare(
         machine=variant.machine,
         versions=variant.versions,
     )
-    is_baseline = variant.encoder_sha256 == baseline.encoder_sha256
-    if is_baseline and variant.hub_id is not None:
-        reference = find_reference(variant.hub_id)
-        if reference is not None:
-            report = beside_published(report, reference)
-            report = report.model_copy(
-                update={"notes": (*report.notes, *_about_average(report, variant.suite))}
-            )
+    if variant.encoder_sha256 == baseline.encoder_sha256:
+        report = _with_reference(report, variant)
     return settle({variant_name: report})[variant_name]
+
+
+def _with_reference(report: EvalReport, run: SuiteRun) -> EvalReport:
+    """The report of a baseline with what was published for it, where something was."""
+    reference = None if run.hub_id is None else find_reference(run.hub_id)
+    if reference is None:
+        return report
+    report = beside_published(report, reference)
+    notes = (*report.notes, *_about_average(report, run.suite))
+    return report.model_copy(update={"notes": notes})
 
 
 class Scored(Protocol):
@@ -206,29 +210,11 @@ def compare_item_scores(
     if not tasks:
         raise InputError(f"{variant} and {baseline} have no task in common; score both again")
     sure = suite_interval(tasks, draws)
-    claims = {
-        (task.task, task.split, task.subset): (task.difference, margin)
-        for task in tasks
-        if task.difference is not None
-    }
     same = ours.encoder_sha256 == theirs.encoder_sha256
-    verdicts = dict.fromkeys(claims, "equivalent") if same else judge(claims, correction)
     difference = sure.difference
     if difference is not None and not same:
         of_suite = judge({"suite": (difference, margin)}, correction)["suite"]
         difference = difference.model_copy(update={"verdict": of_suite})
-    judged = [
-        task
-        if task.difference is None
-        else task.model_copy(
-            update={
-                "difference": task.difference.model_copy(
-                    update={"verdict": verdicts[task.task, task.split, task.subset]}
-                )
-            }
-        )
-        for task in tasks
-    ]
     places = [(each.header.machine, each.header.versions) for each in (theirs, ours)]
     differing = differing_conditions(places[0], places[1])
     notes = [f"the baseline was scored with {differing}"] if differing else []
@@ -240,7 +226,7 @@ def compare_item_scores(
         suite=ours.header.suite,
         suite_sha256=ours.suite_sha256,
         protocol=ours.header.protocol,
-        tasks=tuple(judged),
+        tasks=tuple(_judged(tasks, margin, correction, same_model=same)),
         score=mean_over_tasks((task.task, task.score) for task in tasks),
         baseline_score=mean_over_tasks((task.task, task.baseline_score) for task in tasks),
         difference=difference,
@@ -251,6 +237,26 @@ def compare_item_scores(
         correction=correction,
         notes=(*sure.notes, *notes),
     )
+
+
+def _judged(
+    tasks: Sequence[TaskScore], margin: float, correction: Correction, *, same_model: bool
+) -> list[TaskScore]:
+    """The tasks with their verdicts; a model beside itself is equivalent."""
+    claims = {
+        (task.task, task.split, task.subset): (task.difference, margin)
+        for task in tasks
+        if task.difference is not None
+    }
+    verdicts = {} if same_model else judge(claims, correction)
+    judged = []
+    for task in tasks:
+        difference = task.difference
+        if difference is not None:
+            of_task = verdicts.get((task.task, task.split, task.subset), "equivalent")
+            difference = difference.model_copy(update={"verdict": of_task})
+        judged.append(task.model_copy(update={"difference": difference}))
+    return judged
 
 
 @dataclass(frozen=True)
