@@ -420,6 +420,8 @@ def test_every_field_of_a_finished_task_s_key_is_of_its_place(
         "symmetric": replace(task, symmetric=True),
         "revision": replace(task, revision="sha256:0"),
         "aggregate": replace(task, aggregate="MiniAll"),
+        "max_tokens": replace(task, max_tokens=64),
+        "normalize": replace(task, normalize=False),
     }
     others = {name: place(each) for name, each in changed.items()}
     others["stored"] = place(dtype="float32")
