@@ -4,7 +4,7 @@ Hides: that only SHA-256 digests are kept and that comparisons take equal time. 
 HTTP and queues.
 
 The file has a key a line: `[NAME] KEY [weight=2] [requests_per_minute=60]
-[tokens_per_minute=100000]`. KEY is the secret itself or `sha256:` and its digest in hexadecimal.
+[tokens_per_minute=100000] [admin=1]`. KEY is the secret itself or `sha256:` and its digest in hexadecimal.
 `#` begins a comment.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from gteopt.errors import InputError, join_problems, suggest
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_OPTIONS = ("weight", "requests_per_minute", "tokens_per_minute")
+_OPTIONS = ("weight", "requests_per_minute", "tokens_per_minute", "admin")
 _LEAST_SECRET = 16
 
 
@@ -35,6 +35,7 @@ class Key:
         weight: its share of the device beside other keys.
         requests_per_minute: None is no limit.
         tokens_per_minute: None is no limit.
+        admin: whether it may have artifacts loaded anew, if above 0.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Key:
     weight: float = 1.0
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
+    admin: float = 0.0
 
 
 ANYBODY = Key("anybody", b"")

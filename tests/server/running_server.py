@@ -1,0 +1,66 @@
+"""A real server on loopback, in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+import uvicorn
+
+from gteopt.commands.serve import configure
+from gteopt.encoder import Encoder
+from gteopt.loading import load
+from gteopt.server.keys import Keys
+from gteopt.server.service import Service, Settings
+
+
+@dataclass
+class Running:
+    """A server at work.
+
+    Attributes:
+        url: where it listens.
+        service: what is behind it.
+        client: asks it.
+    """
+
+    url: str
+    service: Service
+    client: httpx.Client
+
+    def embed(self, **fields: object) -> httpx.Response:
+        return self.client.post("/v1/embeddings", json={"model": "nano", **fields})
+
+
+@contextmanager
+def running(
+    sources: dict[str, str], settings: Settings | None = None, keys: Keys | None = None
+) -> Iterator[Running]:
+    """Serve in a thread, as `gteopt serve` does in the main one."""
+    settings = settings or Settings()
+
+    def open_encoder(source: str) -> Encoder:
+        return load(source, dtype="float32")
+
+    service = Service(sources, open_encoder, settings, keys)
+    service.start()
+    server = uvicorn.Server(configure(service))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.listen()
+        # Signals are the main thread's.
+        thread = threading.Thread(target=lambda: asyncio.run(server._serve([listener])))
+        thread.start()
+        try:
+            with httpx.Client(base_url=url, timeout=30) as client:
+                yield Running(url, service, client)
+        finally:
+            server.should_exit = True
+            thread.join()
+            service.stop()
