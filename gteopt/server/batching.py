@@ -98,6 +98,7 @@ class Job:
         key: whose request it is.
         costs: seconds of work of each text.
         lengths: tokens of each text.
+        is_long: it has so much work that it may not use the room of short requests.
         is_dropped: nobody waits for it any more.
     """
 
@@ -106,6 +107,7 @@ class Job:
     key: str
     costs: Sequence[float]
     lengths: Sequence[int]
+    is_long: bool = False
     is_dropped: bool = False
     n_left: int = field(default=0, init=False)
     left_s: float = field(default=0.0, init=False)
@@ -176,8 +178,15 @@ class _Key:
         self.weight = weight
         self.shares = _Shares()
         self.queued_s = 0.0
+        self.queued_long_s = 0.0
         self.jobs: set[Job] = set()
         self.lanes: dict[object, list[_Entry]] = {}
+
+    def add(self, work_s: float, *, is_long: bool) -> None:
+        """Count work that waits, or with a negative number does no longer."""
+        self.queued_s = max(0.0, self.queued_s + work_s)
+        if is_long:
+            self.queued_long_s = max(0.0, self.queued_long_s + work_s)
 
     def head(self, lane: object | None) -> list[_Entry] | None:
         """The heap whose first text is next, in one lane or in all of them.
@@ -225,9 +234,14 @@ class FairQueue:
         """Seconds of work that wait."""
         return sum(each.queued_s for each in self._keys.values())
 
-    def queued_of(self, key: str) -> float:
-        """Seconds of work that wait for one key."""
-        return self._keys[key].queued_s if key in self._keys else 0.0
+    def queued_long_s(self, key: str | None = None) -> float:
+        """Seconds of work of long requests that wait, for one key or for all of them."""
+        names = self._keys if key is None else self._keys.keys() & {key}
+        return sum(self._keys[name].queued_long_s for name in names)
+
+    def waits(self, key: str) -> bool:
+        """Whether requests of a key wait."""
+        return key in self._keys
 
     @property
     def n_keys(self) -> int:
@@ -249,7 +263,7 @@ class FairQueue:
             tag += cost
             heapq.heappush(heap, (tag, next(self._order), Item(job, position, tag)))
         key.jobs.add(job)
-        key.queued_s += job.left_s
+        key.add(job.left_s, is_long=job.is_long)
 
     def drop(self, job: Job) -> None:
         """Forget a request; its texts that run already are not stopped."""
@@ -257,7 +271,7 @@ class FairQueue:
         key = self._keys.get(job.key)
         if key is not None and job in key.jobs:
             key.jobs.discard(job)
-            key.queued_s -= job.left_s
+            key.add(-job.left_s, is_long=job.is_long)
             key.shares.leave(job.finish)
             self._forget_if_idle(job.key, key)
 
@@ -308,7 +322,7 @@ class FairQueue:
         self._now = max(self._now, key.start)
         key.start += cost / key.weight
         key.shares.advance(cost)
-        key.queued_s = max(0.0, key.queued_s - cost)
+        key.add(-cost, is_long=job.is_long)
         job.left_s -= cost
         job.n_left -= 1
         if job.n_left == 0:
@@ -365,26 +379,33 @@ def bisect_failures(
     ]
 
 
-_KEPT_FOR_SHORT = 0.2
+_FOR_SHORT = 0.2
 _SHORT = 0.01
 
 
-def seconds_to_wait(queue: FairQueue, key: str, work_s: float, limit_s: float) -> float | None:
+def is_long(work_s: float, limit_s: float) -> bool:
+    """Whether a request's work is more than a hundredth of what the queue holds."""
+    return work_s > _SHORT * limit_s
+
+
+def seconds_to_wait(queue: FairQueue, job: Job, limit_s: float) -> float | None:
     """How long a request must stay away before the queue has room for it; None: it may come in.
 
-    A whole request is admitted or refused. The queue holds `limit_s` of work, and the request that
-    reaches it. A fifth is kept for requests of less than a hundredth of the limit, so that no
-    corpus locks queries out. No key holds more than half while another one waits.
+    A whole request is admitted or refused. Four fifths of the queue are for long requests, and one
+    more may come in as long as they are not full. The rest is for short ones alone, so that no
+    corpus locks queries out. No key's long requests take more than half while another key waits.
 
     Args:
         queue: what waits already.
-        key: whose request it is.
-        work_s: of the whole request, in seconds.
+        job: the request; not in the queue yet.
         limit_s: `--max-queue-seconds`.
     """
-    room = limit_s if work_s < _SHORT * limit_s else (1 - _KEPT_FOR_SHORT) * limit_s
-    excess = queue.queued_s - room
-    others = queue.n_keys - (queue.queued_of(key) > 0)
-    if others > 0 and (own := queue.queued_of(key)) > 0:
-        excess = max(excess, own + work_s - limit_s / 2)
+    long_s = queue.queued_long_s()
+    if not job.is_long:
+        excess = queue.queued_s - long_s - _FOR_SHORT * limit_s
+        return excess if excess > 0 else None
+    excess = long_s - (1 - _FOR_SHORT) * limit_s
+    own = queue.queued_long_s(job.key)
+    if own > 0 and queue.n_keys > queue.waits(job.key):
+        excess = max(excess, own + sum(job.costs) - limit_s / 2)
     return excess if excess > 0 else None

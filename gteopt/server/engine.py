@@ -28,6 +28,7 @@ from gteopt.server.batching import (
     Item,
     Job,
     bisect_failures,
+    is_long,
     seconds_to_wait,
 )
 
@@ -203,8 +204,9 @@ class Engine:
         with self._changed:
             if not self.is_alive or self._stopping:
                 raise DeviceDied
-            total, limit = sum(work.costs), self._max_queue_s / self._pace
-            wait = seconds_to_wait(self._queue, work.key, total, limit)
+            limit = self._max_queue_s / self._pace
+            work.is_long = is_long(sum(work.costs), limit)
+            wait = seconds_to_wait(self._queue, work, limit)
             if wait is not None:
                 raise Refused(wait * self._pace)
             work.submitted_at = time.monotonic()

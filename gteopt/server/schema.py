@@ -137,6 +137,7 @@ def _kind(value: object) -> str:
     return {**names, list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
 
 
+_TOKEN = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
 _INPUT = WithJsonSchema(
     {
         "oneOf": [
@@ -147,12 +148,12 @@ _INPUT = WithJsonSchema(
                 "minItems": 1,
                 "maxItems": MAX_INPUTS,
             },
-            {"type": "array", "items": {"$ref": "#/components/schemas/Token"}, "minItems": 1},
+            {"type": "array", "items": _TOKEN, "minItems": 1},
             {
                 "type": "array",
                 "items": {
                     "type": "array",
-                    "items": {"$ref": "#/components/schemas/Token"},
+                    "items": _TOKEN,
                     "minItems": 1,
                 },
                 "minItems": 1,
@@ -385,7 +386,6 @@ _ANSWERS: dict[str, dict[str, Any]] = {
             }
         },
     },
-    "Token": {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID},
 }
 _ERROR_STATUSES = {
     "400": "a field is wrong",

@@ -17,6 +17,7 @@ from gteopt.server.batching import (
     Item,
     Job,
     bisect_failures,
+    is_long,
     seconds_to_wait,
 )
 
@@ -178,12 +179,12 @@ def test_a_key_that_comes_back_soon_owes_what_it_has_used() -> None:
 def test_at_most_so_many_texts_are_passed_over(costs: list[float], look_past: int) -> None:
     queue = FairQueue(look_past=look_past)
     queue.push(job(costs, budget_s=12.0))
+    taken: set[int] = set()
     while len(queue):
-        waiting = [i for i in range(len(costs)) if i not in taken] if (taken := set()) else None
-        batch = queue.compose()
-        positions = [item.position for item in batch]
-        passed = set(range(positions[-1])) - set(positions)
-        assert waiting is None or len(passed & set(waiting)) <= look_past
+        positions = [item.position for item in queue.compose()]
+        passed_over = set(range(positions[-1])) - set(positions) - taken
+        assert len(passed_over) <= look_past
+        taken |= set(positions)
 
 
 def test_a_text_beyond_the_budget_runs_alone_and_is_not_put_off() -> None:
@@ -257,23 +258,30 @@ def test_a_batch_of_the_budget_reaches_the_share_of_the_best_throughput(
     assert work / (overhead + work) == pytest.approx(share)
 
 
-def test_a_full_queue_still_takes_queries() -> None:
+def arriving(cost: float, key: str = "") -> Job:
+    found = job([cost], key)
+    found.is_long = is_long(cost, 30.0)
+    return found
+
+
+def test_a_queue_full_of_long_requests_still_takes_short_ones() -> None:
     queue = FairQueue()
-    queue.push(job([1.0] * 25))
-    assert seconds_to_wait(queue, "", 5.0, 30.0) == pytest.approx(1.0)
-    assert seconds_to_wait(queue, "", 0.01, 30.0) is None
-    queue.push(job([1.0] * 6))
-    assert seconds_to_wait(queue, "", 0.01, 30.0) == pytest.approx(1.0)
+    queue.push(arriving(25.0))
+    assert seconds_to_wait(queue, arriving(5.0), 30.0) == pytest.approx(1.0)
+    assert seconds_to_wait(queue, arriving(0.2), 30.0) is None
+    for _ in range(31):
+        queue.push(arriving(0.2))
+    assert seconds_to_wait(queue, arriving(0.2), 30.0) == pytest.approx(0.2)
 
 
 def test_no_key_takes_more_than_half_of_the_queue_while_another_waits() -> None:
     queue = FairQueue()
-    queue.push(job([1.0] * 14, "bulk"))
-    assert seconds_to_wait(queue, "bulk", 2.0, 30.0) is None
-    queue.push(job([1.0], "other"))
-    assert seconds_to_wait(queue, "bulk", 2.0, 30.0) == pytest.approx(1.0)
-    assert seconds_to_wait(queue, "other", 2.0, 30.0) is None
+    queue.push(arriving(14.0, "bulk"))
+    assert seconds_to_wait(queue, arriving(2.0, "bulk"), 30.0) is None
+    queue.push(arriving(1.0, "other"))
+    assert seconds_to_wait(queue, arriving(2.0, "bulk"), 30.0) == pytest.approx(1.0)
+    assert seconds_to_wait(queue, arriving(2.0, "other"), 30.0) is None
 
 
 def test_an_empty_queue_takes_any_request() -> None:
-    assert seconds_to_wait(FairQueue(), "", 1e6, 30.0) is None
+    assert seconds_to_wait(FairQueue(), arriving(1e6), 30.0) is None
