@@ -24,8 +24,10 @@ from gteopt.errors import InputError, UnsupportedError, suggest
 if TYPE_CHECKING:
     import uvicorn
 
+    from gteopt.encoder import Encoder
     from gteopt.server.keys import Keys
-    from gteopt.server.service import Decoder, Service, Settings
+    from gteopt.server.service import Service
+    from gteopt.server.settings import Decoder, Settings
 
 _DRAIN_S = 25
 _SWITCH_S = 0.5e-3
@@ -86,30 +88,16 @@ def serve(
             where that can be known.
     """
     check_installed()
-    from gteopt.encoder import Encoder
-    from gteopt.loading import load
-    from gteopt.server.service import Service
-
     named = parse_sources(sources)
-
-    def open_encoder(source: str) -> Encoder:
-        return load(
-            source,
-            device=place.device,
-            dtype=place.dtype,
-            backend=place.backend,
-            hub_dir=place.hub_dir,
-        )
-
     _raise_file_limit()
     # Requests are told of texts that are too long; a warning would be for nobody.
     warnings.filterwarnings("ignore", message=".*were cut there")
     with _listening(place) as listener, _quick_switches():
         host, port = listener.getsockname()[:2]
-        service = Service(named, open_encoder, settings, keys)
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        service = _open_service(named, place, settings, keys)
         try:
             service.start()
-            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                 code = runner.run(_run(service, listener, lambda: on_ready(url, service)))
         finally:
@@ -120,6 +108,24 @@ def serve(
             sys.stderr.flush()
             os._exit(code)  # a thread that hangs in a driver lets no process end in order
     return code
+
+
+def _open_service(
+    named: dict[str, str], place: Place, settings: Settings, keys: Keys | None
+) -> Service:
+    from gteopt.encoder.loading import load
+    from gteopt.server.service import Service
+
+    def open_encoder(source: str) -> Encoder:
+        return load(
+            source,
+            device=place.device,
+            dtype=place.dtype,
+            backend=place.backend,
+            hub_dir=place.hub_dir,
+        )
+
+    return Service(named, open_encoder, settings, keys)
 
 
 def configure(service: Service) -> uvicorn.Config:

@@ -13,8 +13,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from gteopt.quant.vectors import VectorTransform
 from gteopt.server.schema import OutputDtype
+from gteopt.vectors.transform import VectorTransform
 
 Floats = NDArray[np.float32]
 Encoding = Literal["float", "base64"]

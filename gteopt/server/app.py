@@ -25,11 +25,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gteopt import __version__
 from gteopt.server.answers import dump
 from gteopt.server.connections import hung_up, read_body
+from gteopt.server.engine import DeviceDied
 from gteopt.server.keys import ANYBODY, Key
 from gteopt.server.metrics import CONTENT_TYPE
+from gteopt.server.pipeline import Call, Gone
 from gteopt.server.schema import (
     ApiError,
     EmbeddingRequest,
@@ -40,7 +41,8 @@ from gteopt.server.schema import (
     openapi,
     parse_body,
 )
-from gteopt.server.service import Call, Gone, Service
+from gteopt.server.service import Service
+from gteopt.version import __version__
 
 log = logging.getLogger("gteopt.server")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -226,9 +228,7 @@ class _Routes:
             or request.client.host not in _LOOPBACK
             or "origin" in request.headers
         ):
-            raise ApiError(
-                403, "without API keys only this machine may reload; SIGHUP does it too"
-            )
+            raise ApiError(403, "without API keys only this machine may reload; SIGHUP does it too")
         body = await read_body(request, self._service.settings.max_body_bytes)
         wanted = parse_body(body or b"{}", ReloadRequest)
         return _json(dump(await self._service.reload(wanted.model)))
@@ -311,8 +311,6 @@ async def watch_device(service: Service, died: Callable[[], None], every_s: floa
         "the device failed",
         extra={"facts": {"reason": repr(service.engine.death or "a pass that does not end")}},
     )
-    from gteopt.server.engine import DeviceDied
-
     service.engine.fail_all(DeviceDied("the device failed"))
     with suppress(asyncio.CancelledError):
         await asyncio.sleep(0.2)  # for the answers

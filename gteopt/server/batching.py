@@ -156,7 +156,7 @@ class _Shares:
             heapq.heapify(self._finishes)
 
     def advance(self, work: float) -> None:
-        """This much work was handed out."""
+        """Work was handed out, so much of it."""
         while self._finishes:
             n = len(self._finishes)
             until_next = (self._finishes[0] - self.now) * n

@@ -297,7 +297,7 @@ class Engine:
         expected = model.cost.pass_s(lengths)
         self._pass = began, expected * self._pace
         try:
-            outcomes = bisect_failures(lambda some: _checked(model, some), texts, _is_fatal)
+            outcomes = bisect_failures(lambda some: list(_checked(model, some)), texts, _is_fatal)
         finally:
             self._pass = None
         took = time.monotonic() - began

@@ -4,8 +4,8 @@ Hides: that only SHA-256 digests are kept and that comparisons take equal time. 
 HTTP and queues.
 
 The file has a key a line: `[NAME] KEY [weight=2] [requests_per_minute=60]
-[tokens_per_minute=100000] [admin=1]`. KEY is the secret itself or `sha256:` and its digest in hexadecimal.
-`#` begins a comment.
+[tokens_per_minute=100000] [admin=1]`. KEY is the secret itself, or `sha256:` and its digest in
+hexadecimal. `#` begins a comment.
 """
 
 from __future__ import annotations

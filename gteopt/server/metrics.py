@@ -25,37 +25,44 @@ class Metrics:
             price_per_hour: of the machine in dollars; None states no cost.
         """
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
+        to = self.registry
         self.requests = Counter(
-            "gteopt_requests", "Requests answered", ["route", "status"], **own
+            "gteopt_requests", "Requests answered", ["route", "status"], registry=to
         )
         self.request_seconds = Histogram(
-            "gteopt_request_seconds", "From request to answer", ["route"], buckets=_SECONDS, **own
+            "gteopt_request_seconds",
+            "From request to answer",
+            ["route"],
+            buckets=_SECONDS,
+            registry=to,
         )
         self.queue_seconds = Histogram(
-            "gteopt_queue_seconds", "From admission to the first pass", buckets=_SECONDS, **own
+            "gteopt_queue_seconds",
+            "From admission to the first pass",
+            buckets=_SECONDS,
+            registry=to,
         )
         self.batch_tokens = Histogram(
-            "gteopt_batch_tokens", "Tokens of a pass", buckets=_TOKENS, **own
+            "gteopt_batch_tokens", "Tokens of a pass", buckets=_TOKENS, registry=to
         )
         self.batch_texts = Histogram(
-            "gteopt_batch_texts", "Texts of a pass", buckets=_TEXTS, **own
+            "gteopt_batch_texts", "Texts of a pass", buckets=_TEXTS, registry=to
         )
-        self.tokens = Counter("gteopt_tokens", "Tokens computed", ["model"], **own)
-        self.padding = Counter("gteopt_padding_tokens", "Padding computed", ["model"], **own)
+        self.tokens = Counter("gteopt_tokens", "Tokens computed", ["model"], registry=to)
+        self.padding = Counter("gteopt_padding_tokens", "Padding computed", ["model"], registry=to)
         self.device_seconds = Counter(
-            "gteopt_device_seconds", "Time of the device in passes", ["model"], **own
+            "gteopt_device_seconds", "Time of the device in passes", ["model"], registry=to
         )
-        self.truncated = Counter("gteopt_truncated_inputs", "Texts that were cut", **own)
+        self.truncated = Counter("gteopt_truncated_inputs", "Texts that were cut", registry=to)
         self.failed_inputs = Counter(
-            "gteopt_failed_inputs", "Texts that failed by themselves", ["kind"], **own
+            "gteopt_failed_inputs", "Texts that failed by themselves", ["kind"], registry=to
         )
-        self.rejected = Counter("gteopt_rejected", "Requests refused", ["reason"], **own)
+        self.rejected = Counter("gteopt_rejected", "Requests refused", ["reason"], registry=to)
         self.dropped_requests = Counter(
-            "gteopt_dropped_requests", "Requests whose client hung up", **own
+            "gteopt_dropped_requests", "Requests whose client hung up", registry=to
         )
         self.cache_lookups = Counter(
-            "gteopt_cache_lookups", "Texts looked up in the cache", ["result"], **own
+            "gteopt_cache_lookups", "Texts looked up in the cache", ["result"], registry=to
         )
         for kind in ("non_finite", "exception"):
             self.failed_inputs.labels(kind)

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gteopt.encoder import Encoder, Role, Tokens
+from gteopt.encoder.encoder import Encoder, Role, Tokens
 from gteopt.errors import GteoptError, InputError, NumericsError, UnsupportedError, suggest
-from gteopt.records import read_results
+from gteopt.records.results_folder import read_results
 from gteopt.server.batching import Budget, CostModel
 
 Floats = NDArray[np.float32]
@@ -287,9 +287,7 @@ class Served:
             )
         around = self.encoder.tokenize([""])[0]
         middle = self.encoder.tokenize(["a"])[0]
-        differing = (
-            i for i, (x, y) in enumerate(zip(around, middle, strict=False)) if x != y
-        )
+        differing = (i for i, (x, y) in enumerate(zip(around, middle, strict=False)) if x != y)
         front = next(differing, len(around))
         start, end = around[:front], around[front:]
         if start and list(ids[: len(start)]) == start:

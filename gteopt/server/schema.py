@@ -422,9 +422,7 @@ def openapi(version: str, *, with_keys: bool) -> dict[str, Any]:
     }
     paths: dict[str, Any] = {}
     for path, (summary, kind, answer) in _POSTS.items():
-        schemas[kind.__name__] = kind.model_json_schema(
-            ref_template="#/components/schemas/{model}"
-        )
+        schemas[kind.__name__] = kind.model_json_schema(ref_template="#/components/schemas/{model}")
         paths[path] = {
             "post": {
                 "summary": summary,

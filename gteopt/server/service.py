@@ -1,29 +1,27 @@
 """What the server does with a request, from its fields to the bytes of the answer.
 
-Hides: the order of tokenization, limits, cache, queue and encoding, and how artifacts are swapped.
-Refuses to know: routes and headers.
+Hides: what fields mean, how readiness is found out, how artifacts are swapped. Refuses to know:
+routes and headers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gteopt.encoder import Tokens
-from gteopt.errors import GteoptError, InputError, NumericsError, is_out_of_memory, suggest
+from gteopt.errors import GteoptError, suggest
 from gteopt.server import answers
-from gteopt.server.cache import VectorCache
 from gteopt.server.engine import DeviceDied, Engine, Refused, Work
-from gteopt.server.keys import ANYBODY, Allowances, Key, Keys
+from gteopt.server.keys import Keys
 from gteopt.server.metrics import Metrics
-from gteopt.server.models import CANARY, Prompt, Served, Tokenized
+from gteopt.server.models import CANARY, Prompt, Served
+from gteopt.server.pipeline import Call, Pipeline, on_thread
 from gteopt.server.schema import (
     ApiError,
     EmbeddingRequest,
@@ -33,6 +31,7 @@ from gteopt.server.schema import (
     TokenizeRequest,
     parse_input,
 )
+from gteopt.server.settings import Settings
 
 Floats = NDArray[np.float32]
 _INLINE_BYTES = 64_000
@@ -40,97 +39,6 @@ _INLINE_BYTES = 64_000
 _READY_S = 5.0
 _CANARY_TIMEOUT_S = 20.0
 _WARM_UP_S, _RELOAD_WARM_UP_S = 3.0, 1.0
-_OWN_IDS = 'send extra_body={"tokenizer": "model"} if they are of the served model\'s tokenizer'
-_FOREIGN_IDS = (
-    "are token ids, and nothing says of which tokenizer; another one's would give wrong vectors. "
-    "With LangChain write OpenAIEmbeddings(check_embedding_ctx_length=False), which sends text; "
-    f"{_OWN_IDS}; or start the server with --decode-tokens cl100k_base to have them read as OpenAI "
-    "does"
-)
-
-
-class Decoder(Protocol):
-    """Token ids of another tokenizer back to text."""
-
-    name: str
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; an error of any kind where some are unknown."""
-        ...
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user decides.
-
-    Attributes:
-        max_queue_s: seconds of work that may wait.
-        max_body_bytes: of a request.
-        max_request_tokens: of all inputs of a request together.
-        max_batch_tokens: of a pass; measured when None.
-        body_timeout_s: until a body is there.
-        cache_bytes: of vectors that are kept; 0 keeps none.
-        price_per_hour: of the machine in dollars, for the cost in the metrics.
-        decoder: reads token ids as another tokenizer's.
-        log_requests: a line a request.
-        cors_origins: web pages that may ask from a browser; none.
-    """
-
-    max_queue_s: float = 30.0
-    max_body_bytes: int = 8 << 20
-    max_request_tokens: int = 300_000
-    max_batch_tokens: int | None = None
-    body_timeout_s: float = 60.0
-    cache_bytes: int = 0
-    price_per_hour: float | None = None
-    decoder: Decoder | None = None
-    log_requests: bool = False
-    cors_origins: tuple[str, ...] = ()
-
-
-@dataclass
-class Call:
-    """One request on its way.
-
-    Attributes:
-        key: whose it is.
-        gone: done when the client has hung up; None where nobody looks.
-        facts: what the log line says.
-    """
-
-    key: Key = ANYBODY
-    gone: asyncio.Future[None] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-class Gone(Exception):
-    """The client has hung up; there is nobody to answer."""
-
-
-@dataclass
-class Embedded:
-    """Vectors of a request's texts.
-
-    Attributes:
-        rows: [N, D]; NaN where there is an error.
-        errors: by position.
-        n_tokens: of all texts that were computed or found.
-        n_truncated: texts that were cut.
-    """
-
-    rows: Floats
-    errors: dict[int, ApiError]
-    n_tokens: int
-    n_truncated: int
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """OpenAI's counts; texts that were cut are counted too, where there are any."""
-        found = {"prompt_tokens": self.n_tokens, "total_tokens": self.n_tokens}
-        return {**found, "truncated_inputs": self.n_truncated} if self.n_truncated else found
-
-
-Result = TypeVar("Result")
 
 
 class Service:
@@ -172,25 +80,20 @@ class Service:
         )
         self.is_draining = False
         self._load = load
-        self._allowances = Allowances()
-        self._cache = VectorCache(settings.cache_bytes) if settings.cache_bytes else None
+        self._pipeline = Pipeline(self.engine, self.metrics, settings)
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encoding")
         self._ready_at = float("-inf")
         self._checking = asyncio.Lock()
         self._reloading = asyncio.Lock()
-        self.metrics.watch(
-            "gteopt_queued_seconds", "Work that waits", lambda: self.engine.queued_s
-        )
+        self.metrics.watch("gteopt_queued_seconds", "Work that waits", lambda: self.engine.queued_s)
         self.metrics.watch(
             "gteopt_waiting_requests", "Requests that wait", lambda: self.engine.n_waiting
         )
         self.metrics.watch(
             "gteopt_device_alive", "Whether the device works", lambda: self.engine.is_alive
         )
-        if self._cache is not None:
-            self.metrics.watch(
-                "gteopt_cache_bytes", "Memory of the cache", lambda: self._cache.n_bytes  # type: ignore[union-attr]
-            )
+        if (cache := self._pipeline.cache) is not None:
+            self.metrics.watch("gteopt_cache_bytes", "Memory of the cache", lambda: cache.n_bytes)
 
     def start(self) -> None:
         """Start the device thread and load every artifact; takes as long as that does.
@@ -282,7 +185,7 @@ class Service:
         return None
 
     async def _canary_problem(self, served: Served) -> str | None:
-        tokens = await self._on(served.tokenizer, served.encoder.tokenize, [CANARY])
+        tokens = await on_thread(served.tokenizer, served.encoder.tokenize, [CANARY])
         work = Work.of(served, tokens, key="readiness", dims=served.encoder.dims)
         try:
             async with asyncio.timeout(_CANARY_TIMEOUT_S):
@@ -308,7 +211,7 @@ class Service:
         dtype = self._dtype(request, served)
         dims = self._dims(request.dimensions, served, dtype)
         prompt = self._prompt(served, request.input_type, request.prompt_name, request.instruction)
-        found = await self._embed(
+        found = await self._pipeline.embed(
             served,
             request.input,
             prompt,
@@ -343,7 +246,7 @@ class Service:
         dims = self._dims(request.dimensions, served, "float")
         prompt = self._prompt(served, None, request.prompt_name, None)
         side = "start" if request.truncation_direction == "left" else "end"
-        found = await self._embed(
+        found = await self._pipeline.embed(
             served,
             _texts(request.inputs, "inputs"),
             prompt,
@@ -361,8 +264,8 @@ class Service:
         queries = _texts(request.queries, "queries")
         documents = _texts(request.documents, "documents")
         asked = self._prompt(served, "query", None, request.instruction)
-        left = await self._embed(served, queries, asked, call, param="queries")
-        right = await self._embed(served, documents, Prompt(), call, param="documents")
+        left = await self._pipeline.embed(served, queries, asked, call, param="queries")
+        right = await self._pipeline.embed(served, documents, Prompt(), call, param="documents")
         scores = left.rows @ right.rows.T
         n_tokens = left.n_tokens + right.n_tokens
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
@@ -373,7 +276,7 @@ class Service:
         served = self.find(request.model)
         texts = _texts(request.input, "input")
         prompt = self._prompt(served, request.input_type, request.prompt_name, request.instruction)
-        found = await self._tokenized(served, texts, prompt, "end", call)
+        found = await self._pipeline.tokenized(served, texts, prompt, "end", call)
         return answers.dump(
             {
                 "model": request.model,
@@ -429,213 +332,15 @@ class Service:
             param = next((each for each, value in given.items() if value is not None), None)
             raise ApiError(400, str(error), param=param) from error
 
-    async def _embed(
-        self,
-        served: Served,
-        inputs: Sequence[str] | Sequence[Sequence[int]],
-        prompt: Prompt,
-        call: Call,
-        *,
-        truncate: str = "none",
-        partial: bool = False,
-        own_ids: bool = False,
-        param: str = "input",
-    ) -> Embedded:
-        """Vectors of texts or token lists; see `Embedded`."""
-        call.facts |= {"model": served.name, "inputs": len(inputs)}
-        if (wait := self._allowances.take(call.key, requests=1)) is not None:
-            raise self._over_limit(call.key, "requests", wait)
-        if isinstance(inputs[0], str):
-            texts = cast("Sequence[str]", inputs)
-            found = await self._tokenized(served, texts, prompt, truncate, call)
-        else:
-            ids = cast("Sequence[Sequence[int]]", inputs)
-            found = await self._from_ids(served, ids, prompt, truncate, call, own_ids=own_ids)
-        errors = {
-            i: ApiError(
-                400,
-                f"'{param}[{i}]' has {n:,} tokens, and '{served.name}' takes at most "
-                f"{served.encoder.max_tokens:,}; shorten it, or send truncate: \"end\"",
-                param=f"{param}[{i}]",
-                code="context_length_exceeded",
-            )
-            for i, n in found.too_long.items()
-        }
-        if errors and not partial:
-            raise _first(errors)
-        wanted = [i for i in range(len(inputs)) if i not in errors]
-        n_tokens = sum(len(found.tokens[i]) for i in wanted)
-        if n_tokens > self.settings.max_request_tokens:
-            raise ApiError(
-                400,
-                f"Requested {n_tokens:,} tokens, max {self.settings.max_request_tokens:,} tokens "
-                f"per request; split the list",
-                param=param,
-                code="max_tokens_per_request",
-            )
-        call.facts["tokens"] = n_tokens
-        self.metrics.truncated.inc(found.n_truncated)
-        if (wait := self._allowances.take(call.key, tokens=n_tokens)) is not None:
-            raise self._over_limit(call.key, "tokens", wait)
-        rows = np.full((len(inputs), served.encoder.dims), np.nan, np.float32)
-        failed = await self._computed(served, found.tokens, wanted, rows, call)
-        errors |= {i: _as_api_error(error, f"{param}[{i}]") for i, error in failed.items()}
-        if errors and not partial:
-            raise _first(errors)
-        return Embedded(rows, errors, n_tokens, found.n_truncated)
-
-    async def _computed(
-        self,
-        served: Served,
-        tokens: Sequence[Tokens],
-        wanted: Sequence[int],
-        rows: Floats,
-        call: Call,
-    ) -> dict[int, Exception]:
-        """Fill the wanted rows from the cache or the device; the errors of those that failed."""
-        keys: dict[int, bytes] = {}
-        if self._cache is not None:
-            for i in wanted:
-                keys[i] = VectorCache.key(served.sha256, tokens[i], tokens[i].n_prompt)
-                if (known := self._cache.get(keys[i])) is not None:
-                    rows[i] = known
-            hits = [i for i in wanted if not np.isnan(rows[i, 0])]
-            self.metrics.cache_lookups.labels("hit").inc(len(hits))
-            self.metrics.cache_lookups.labels("miss").inc(len(wanted) - len(hits))
-            wanted = [i for i in wanted if np.isnan(rows[i, 0])]
-        if not wanted:
-            return {}
-        own = [tokens[i] for i in wanted]
-        work = Work.of(served, own, key=call.key.name, dims=served.encoder.dims)
-        await self._done(work, call)
-        rows[wanted] = work.vectors
-        failed = {wanted[position]: error for position, error in work.errors.items()}
-        if self._cache is not None:
-            for i in wanted:
-                if i not in failed:
-                    self._cache.put(keys[i], rows[i])
-        return failed
-
-    async def _done(self, work: Work, call: Call) -> None:
-        """Wait until the device has computed it.
-
-        Raises:
-            ApiError: there is no room, or no device.
-            Gone: the client has hung up; the work is dropped.
-        """
-        try:
-            future = self.engine.submit(work)
-            answer = asyncio.wrap_future(future)
-            try:
-                waited: set[asyncio.Future[Any]] = {answer}
-                if call.gone is not None:
-                    waited.add(call.gone)
-                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-                if not answer.done():
-                    raise Gone
-                answer.result()
-            finally:
-                if not future.done():
-                    self.engine.drop(work)
-        except Refused as refused:
-            self.metrics.rejected.labels("queue_full").inc()
-            raise ApiError(
-                429,
-                f"the queue is full: {self.engine.queued_s:.0f} s of work wait; try again in "
-                f"{refused.retry_after_s:.0f} s",
-                code="queue_full",
-                retry_after_s=refused.retry_after_s,
-            ) from refused
-        except DeviceDied as died:
-            raise ApiError(503, f"not ready: {died or 'the device does not answer'}") from died
-        if work.queue_s is not None:
-            call.facts["queue_ms"] = round(1000 * work.queue_s, 1)
-
-    async def _tokenized(
-        self, served: Served, texts: Sequence[str], prompt: Prompt, truncate: str, call: Call
-    ) -> Tokenized:
-        found = Tokenized()
-        for part in served.chunks(texts):
-            if call.gone is not None and call.gone.done():
-                raise Gone
-            await self._on(served.tokenizer, served.tokenize, part, prompt, truncate, found)
-        return found
-
-    async def _from_ids(
-        self,
-        served: Served,
-        lists: Sequence[Sequence[int]],
-        prompt: Prompt,
-        truncate: str,
-        call: Call,
-        *,
-        own_ids: bool,
-    ) -> Tokenized:
-        """Tokens of token ids, which are the model's own or another tokenizer's."""
-        decoder = self.settings.decoder
-        if not own_ids:
-            if decoder is None:
-                raise ApiError(400, f"'input' {_FOREIGN_IDS}.", param="input", code="token_ids")
-            texts = [_decoded(decoder, ids, i) for i, ids in enumerate(lists)]
-            return await self._tokenized(served, texts, prompt, truncate, call)
-        if prompt != Prompt():
-            raise ApiError(
-                400,
-                "token ids carry their prompt already; leave out input_type, prompt_name and "
-                "instruction",
-                param="input",
-            )
-        found, limit = Tokenized(), served.encoder.max_tokens
-        for i, ids in enumerate(lists):
-            try:
-                tokens = served.own_tokens(ids)
-            except InputError as error:
-                raise ApiError(400, f"'input[{i}]' {error}", param=f"input[{i}]") from error
-            if len(tokens) > limit:
-                if truncate != "none":
-                    raise ApiError(
-                        400, "truncate is for texts; cut token ids yourself", param="truncate"
-                    )
-                found.too_long[i] = len(tokens)
-            found.tokens.append(tokens)
-        return found
-
-    def _over_limit(self, key: Key, what: str, wait: float) -> ApiError:
-        self.metrics.rejected.labels(f"key_{what}").inc()
-        return ApiError(
-            429,
-            f"Rate limit reached for key '{key.name}' on {what} per minute; try again in "
-            f"{wait:.1f} s",
-            code="rate_limit_exceeded",
-            retry_after_s=wait,
-        )
-
     async def _encoded(self, encode: Callable[[], bytes], n_bytes: int) -> bytes:
-        return encode() if n_bytes <= _INLINE_BYTES else await self._on(self._encoding, encode)
-
-    @staticmethod
-    def _on(
-        pool: ThreadPoolExecutor, task: Callable[..., Result], *arguments: Any
-    ) -> Awaitable[Result]:
-        return asyncio.wrap_future(pool.submit(task, *arguments))
+        return encode() if n_bytes <= _INLINE_BYTES else await on_thread(self._encoding, encode)
 
 
 def _texts(value: object, param: str) -> list[str]:
     found = parse_input(value, param=param)
     if not isinstance(found[0], str):
         raise ApiError(400, f"'{param}' must be texts, found token ids", param=param)
-    return cast("list[str]", found)
-
-
-def _decoded(decoder: Decoder, ids: Sequence[int], i: int) -> str:
-    try:
-        return decoder.decode(ids)
-    except Exception as error:  # each vocabulary has its own
-        raise ApiError(
-            400,
-            f"'input[{i}]' holds ids that {decoder.name} does not know: {error}",
-            param=f"input[{i}]",
-        ) from error
+    return found
 
 
 def _echo(request: EmbeddingRequest) -> dict[str, Any]:
@@ -644,31 +349,3 @@ def _echo(request: EmbeddingRequest) -> dict[str, Any]:
     found = {n: value for n in names if (value := getattr(request, n)) is not None}
     dtype = request.output_dtype or request.embedding_dtype
     return found if dtype is None else {**found, "output_dtype": dtype}
-
-
-def _first(errors: Mapping[int, ApiError]) -> ApiError:
-    first = errors[min(errors)]
-    if len(errors) > 1:
-        first.message += f" ({len(errors)} inputs in all are refused for a reason of their own)"
-    return first
-
-
-def _as_api_error(error: Exception, param: str) -> ApiError:
-    """What a client is told of a text that failed on the device."""
-    if isinstance(error, NumericsError):
-        return ApiError(
-            500,
-            f"the model gave NaN or infinity for '{param}'; the other inputs are not at fault",
-            param=param,
-            code="non_finite",
-        )
-    if is_out_of_memory(error):
-        return ApiError(
-            500, f"'{param}' does not fit the device's memory", param=param, code="out_of_memory"
-        )
-    return ApiError(
-        500,
-        f"the model failed on '{param}' ({type(error).__name__}); the other inputs are not at fault",
-        param=param,
-        code="inference_failed",
-    )

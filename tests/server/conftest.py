@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from running_server import Running, running
+
+from tests.server.running_server import Running, running
 
 
 @pytest.fixture(scope="session")

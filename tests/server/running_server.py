@@ -14,9 +14,10 @@ import uvicorn
 
 from gteopt.commands.serve import configure
 from gteopt.encoder import Encoder
-from gteopt.loading import load
+from gteopt.encoder.loading import load
 from gteopt.server.keys import Keys
-from gteopt.server.service import Service, Settings
+from gteopt.server.service import Service
+from gteopt.server.settings import Settings
 
 
 @dataclass
@@ -58,7 +59,7 @@ def running(
         thread = threading.Thread(target=lambda: asyncio.run(server._serve([listener])))
         thread.start()
         try:
-            with httpx.Client(base_url=url, timeout=30) as client:
+            with httpx.Client(base_url=url, timeout=300) as client:
                 yield Running(url, service, client)
         finally:
             server.should_exit = True

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from running_server import Running, running
 
 from gteopt.server.connections import ImpatientProtocol
-from gteopt.server.service import Settings
+from gteopt.server.settings import Settings
+from tests.server.running_server import Running, running
 
 
 def error_of(server: Running, body: object, status: int = 400) -> dict[str, str | None]:

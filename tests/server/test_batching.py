@@ -25,9 +25,7 @@ LANE, OTHER = "small", "big"
 UNBOUNDED = 1 << 30
 
 
-def job(
-    costs: Sequence[float], key: str = "", budget_s: float = 10.0, lane: object = LANE
-) -> Job:
+def job(costs: Sequence[float], key: str = "", budget_s: float = 10.0, lane: object = LANE) -> Job:
     return Job(lane, Budget(budget_s, UNBOUNDED), key, costs, [1] * len(costs))
 
 

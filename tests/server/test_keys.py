@@ -8,10 +8,10 @@ from pathlib import Path
 
 import openai
 import pytest
-from running_server import Running, running
 
 from gteopt.errors import InputError
 from gteopt.server.keys import Allowance, Keys, read_keys
+from tests.server.running_server import Running, running
 
 SECRET, ADMIN, POOR = "sk-secret-secret-1", "sk-admin-admin-admin", "sk-poor-poor-poor-1"
 
@@ -89,9 +89,7 @@ def test_only_known_keys_are_answered(guarded: Running) -> None:
 def test_a_key_beyond_its_limit_is_told_when_to_come_back(guarded: Running) -> None:
     headers = {"authorization": f"Bearer {POOR}"}
     body = {"model": "nano", "input": "a"}
-    statuses = [
-        guarded.client.post("/v1/embeddings", json=body, headers=headers) for _ in range(3)
-    ]
+    statuses = [guarded.client.post("/v1/embeddings", json=body, headers=headers) for _ in range(3)]
     assert [each.status_code for each in statuses] == [200, 200, 429]
     assert 1 <= int(statuses[-1].headers["retry-after"]) <= 31
     assert statuses[-1].json()["error"]["code"] == "rate_limit_exceeded"

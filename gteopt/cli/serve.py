@@ -1,0 +1,113 @@
+"""The command that serves artifacts over HTTP."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gteopt.cli.options import BackendOption, Device, HubDir, _finite
+from gteopt.cli.output import _err, _out
+
+if TYPE_CHECKING:
+    from gteopt.server.service import Service
+
+
+def serve(
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(help="artifact folders or bases; NAME=ARTIFACT to choose the model's name"),
+    ],
+    host: Annotated[
+        str, typer.Option(help="address to listen at; 0.0.0.0 is every network of this machine")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one")] = 8000,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(help="file with a key a line; only these may ask", metavar="FILE"),
+    ] = None,
+    backend: BackendOption = "torch",
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto is what an artifact was built in, bfloat16 for a base")
+    ] = "auto",
+    hub_dir: HubDir = None,
+    max_queue_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            callback=_finite,
+            help="seconds of work that may wait; what comes then is told when to come back",
+        ),
+    ] = 30,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="tokens computed together; measured when left out")
+    ] = None,
+    cache_mb: Annotated[
+        int, typer.Option(min=0, help="memory for vectors of texts that were asked for before")
+    ] = 0,
+    decode_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="read token ids as this tokenizer of OpenAI's, cl100k_base say", metavar="NAME"
+        ),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0, help="of this machine in dollars, for the cost in /metrics"),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="web page that may ask from a browser", metavar="ORIGIN"),
+    ] = None,
+    log_requests: Annotated[bool, typer.Option(help="log a line a request")] = False,
+) -> None:
+    """Serve artifacts as an OpenAI-compatible embeddings API.
+
+    Example: `gteopt serve artifacts/demo/gptq-int4`
+    """
+    from gteopt.commands.serve import Place, check_installed, log_to, open_decoder
+    from gteopt.commands.serve import serve as run
+
+    check_installed()
+    from gteopt.server.keys import read_keys
+    from gteopt.server.settings import Settings
+
+    settings = Settings(
+        max_queue_s=max_queue_seconds,
+        max_batch_tokens=max_batch_tokens,
+        cache_bytes=cache_mb << 20,
+        price_per_hour=price_per_hour,
+        decoder=open_decoder(decode_tokens) if decode_tokens is not None else None,
+        log_requests=log_requests,
+        cors_origins=tuple(cors_origin or ()),
+    )
+    keys = read_keys(api_keys) if api_keys is not None else None
+    if keys is None and host not in ("127.0.0.1", "::1", "localhost"):
+        _err.print(
+            f"gteopt: anybody who reaches {host} may use this server; give --api-keys FILE",
+            style="yellow",
+            soft_wrap=True,
+        )
+    log_to(sys.stderr)
+    place = Place(
+        host=host, port=port, device=device, dtype=dtype, backend=backend, hub_dir=hub_dir
+    )
+    _err.print(f"loading {', '.join(artifacts)}", style="dim", markup=False, soft_wrap=True)
+    code = run(artifacts, place, settings, keys, on_ready=_show_served)
+    raise typer.Exit(code)
+
+
+def _show_served(url: str, service: Service) -> None:
+    for name, served in service.models.items():
+        _out.print(
+            f"{name}: {served.encoder.name}, {served.encoder.dims} dimensions, up to "
+            f"{served.encoder.max_tokens:,} tokens a text, about {served.batch_tokens:,} a batch",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    _out.print(f"Serving at {url} (Ctrl-C stops)", highlight=False, soft_wrap=True)
+    sys.stdout.flush()

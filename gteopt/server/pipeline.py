@@ -1,0 +1,320 @@
+"""Texts or token ids of a request to vectors: limits, tokenization, cache, queue.
+
+Hides: the order of these steps, and what a client is told when one of them refuses. Refuses to
+know: which fields a request has, how vectors are sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gteopt.encoder.encoder import Tokens
+from gteopt.errors import InputError, NumericsError, is_out_of_memory
+from gteopt.server.cache import VectorCache
+from gteopt.server.engine import DeviceDied, Engine, Refused, Work
+from gteopt.server.keys import ANYBODY, Allowances, Key
+from gteopt.server.metrics import Metrics
+from gteopt.server.models import Prompt, Served, Tokenized
+from gteopt.server.schema import ApiError
+from gteopt.server.settings import Decoder, Settings
+
+Floats = NDArray[np.float32]
+Result = TypeVar("Result")
+_OWN_IDS = 'send extra_body={"tokenizer": "model"} if they are of the served model\'s tokenizer'
+_FOREIGN_IDS = (
+    "are token ids, and nothing says of which tokenizer; another one's would give wrong vectors. "
+    "With LangChain write OpenAIEmbeddings(check_embedding_ctx_length=False), which sends text; "
+    f"{_OWN_IDS}; or start the server with --decode-tokens cl100k_base to have them read as OpenAI "
+    "does"
+)
+
+
+@dataclass
+class Call:
+    """One request on its way.
+
+    Attributes:
+        key: whose it is.
+        gone: done when the client has hung up; None where nobody looks.
+        facts: what the log line says.
+    """
+
+    key: Key = ANYBODY
+    gone: asyncio.Future[None] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Gone(Exception):
+    """The client has hung up; there is nobody to answer."""
+
+
+@dataclass
+class Embedded:
+    """Vectors of a request's texts.
+
+    Attributes:
+        rows: [N, D]; NaN where there is an error.
+        errors: by position.
+        n_tokens: of all texts that were computed or found.
+        n_truncated: texts that were cut.
+    """
+
+    rows: Floats
+    errors: dict[int, ApiError]
+    n_tokens: int
+    n_truncated: int
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """OpenAI's counts; texts that were cut are counted too, where there are any."""
+        found = {"prompt_tokens": self.n_tokens, "total_tokens": self.n_tokens}
+        return {**found, "truncated_inputs": self.n_truncated} if self.n_truncated else found
+
+
+class Pipeline:
+    """From inputs to vectors; used by the event loop's thread.
+
+    Attributes:
+        cache: of vectors; None keeps none.
+    """
+
+    def __init__(self, engine: Engine, metrics: Metrics, settings: Settings) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._settings = settings
+        self._allowances = Allowances()
+        self.cache = VectorCache(settings.cache_bytes) if settings.cache_bytes else None
+
+    async def embed(
+        self,
+        served: Served,
+        inputs: Sequence[str] | Sequence[Sequence[int]],
+        prompt: Prompt,
+        call: Call,
+        *,
+        truncate: str = "none",
+        partial: bool = False,
+        own_ids: bool = False,
+        param: str = "input",
+    ) -> Embedded:
+        """Vectors of texts or token lists; see `Embedded`."""
+        call.facts |= {"model": served.name, "inputs": len(inputs)}
+        if (wait := self._allowances.take(call.key, requests=1)) is not None:
+            raise self._over_limit(call.key, "requests", wait)
+        if isinstance(inputs[0], str):
+            texts = cast("Sequence[str]", inputs)
+            found = await self.tokenized(served, texts, prompt, truncate, call)
+        else:
+            ids = cast("Sequence[Sequence[int]]", inputs)
+            found = await self._from_ids(served, ids, prompt, truncate, call, own_ids=own_ids)
+        errors = {
+            i: ApiError(
+                400,
+                f"'{param}[{i}]' has {n:,} tokens, and '{served.name}' takes at most "
+                f'{served.encoder.max_tokens:,}; shorten it, or send truncate: "end"',
+                param=f"{param}[{i}]",
+                code="context_length_exceeded",
+            )
+            for i, n in found.too_long.items()
+        }
+        if errors and not partial:
+            raise _first(errors)
+        wanted = [i for i in range(len(inputs)) if i not in errors]
+        n_tokens = sum(len(found.tokens[i]) for i in wanted)
+        if n_tokens > self._settings.max_request_tokens:
+            raise ApiError(
+                400,
+                f"Requested {n_tokens:,} tokens, max {self._settings.max_request_tokens:,} tokens "
+                f"per request; split the list",
+                param=param,
+                code="max_tokens_per_request",
+            )
+        call.facts["tokens"] = n_tokens
+        self._metrics.truncated.inc(found.n_truncated)
+        if (wait := self._allowances.take(call.key, tokens=n_tokens)) is not None:
+            raise self._over_limit(call.key, "tokens", wait)
+        rows = np.full((len(inputs), served.encoder.dims), np.nan, np.float32)
+        failed = await self._computed(served, found.tokens, wanted, rows, call)
+        errors |= {i: _as_api_error(error, f"{param}[{i}]") for i, error in failed.items()}
+        if errors and not partial:
+            raise _first(errors)
+        return Embedded(rows, errors, n_tokens, found.n_truncated)
+
+    async def _computed(
+        self,
+        served: Served,
+        tokens: Sequence[Tokens],
+        wanted: Sequence[int],
+        rows: Floats,
+        call: Call,
+    ) -> dict[int, Exception]:
+        """Fill the wanted rows from the cache or the device; the errors of those that failed."""
+        keys: dict[int, bytes] = {}
+        if self.cache is not None:
+            for i in wanted:
+                keys[i] = VectorCache.key(served.sha256, tokens[i], tokens[i].n_prompt)
+                if (known := self.cache.get(keys[i])) is not None:
+                    rows[i] = known
+            hits = [i for i in wanted if not np.isnan(rows[i, 0])]
+            self._metrics.cache_lookups.labels("hit").inc(len(hits))
+            self._metrics.cache_lookups.labels("miss").inc(len(wanted) - len(hits))
+            wanted = [i for i in wanted if np.isnan(rows[i, 0])]
+        if not wanted:
+            return {}
+        own = [tokens[i] for i in wanted]
+        work = Work.of(served, own, key=call.key.name, dims=served.encoder.dims)
+        await self._done(work, call)
+        rows[wanted] = work.vectors
+        failed = {wanted[position]: error for position, error in work.errors.items()}
+        if self.cache is not None:
+            for i in wanted:
+                if i not in failed:
+                    self.cache.put(keys[i], rows[i])
+        return failed
+
+    async def _done(self, work: Work, call: Call) -> None:
+        """Wait until the device has computed it.
+
+        Raises:
+            ApiError: there is no room, or no device.
+            Gone: the client has hung up; the work is dropped.
+        """
+        try:
+            future = self._engine.submit(work)
+            answer = asyncio.wrap_future(future)
+            try:
+                waited: set[asyncio.Future[Any]] = {answer}
+                if call.gone is not None:
+                    waited.add(call.gone)
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                if not answer.done():
+                    raise Gone
+                answer.result()
+            finally:
+                if not future.done():
+                    self._engine.drop(work)
+        except Refused as refused:
+            self._metrics.rejected.labels("queue_full").inc()
+            raise ApiError(
+                429,
+                f"the queue is full: {self._engine.queued_s:.0f} s of work wait; try again in "
+                f"{refused.retry_after_s:.0f} s",
+                code="queue_full",
+                retry_after_s=refused.retry_after_s,
+            ) from refused
+        except DeviceDied as died:
+            raise ApiError(503, f"not ready: {died or 'the device does not answer'}") from died
+        if work.queue_s is not None:
+            call.facts["queue_ms"] = round(1000 * work.queue_s, 1)
+
+    async def tokenized(
+        self, served: Served, texts: Sequence[str], prompt: Prompt, truncate: str, call: Call
+    ) -> Tokenized:
+        found = Tokenized()
+        for part in served.chunks(texts):
+            if call.gone is not None and call.gone.done():
+                raise Gone
+            await on_thread(served.tokenizer, served.tokenize, part, prompt, truncate, found)
+        return found
+
+    async def _from_ids(
+        self,
+        served: Served,
+        lists: Sequence[Sequence[int]],
+        prompt: Prompt,
+        truncate: str,
+        call: Call,
+        *,
+        own_ids: bool,
+    ) -> Tokenized:
+        """Tokens of token ids, which are the model's own or another tokenizer's."""
+        decoder = self._settings.decoder
+        if not own_ids:
+            if decoder is None:
+                raise ApiError(400, f"'input' {_FOREIGN_IDS}.", param="input", code="token_ids")
+            texts = [_decoded(decoder, ids, i) for i, ids in enumerate(lists)]
+            return await self.tokenized(served, texts, prompt, truncate, call)
+        if prompt != Prompt():
+            raise ApiError(
+                400,
+                "token ids carry their prompt already; leave out input_type, prompt_name and "
+                "instruction",
+                param="input",
+            )
+        found, limit = Tokenized(), served.encoder.max_tokens
+        for i, ids in enumerate(lists):
+            try:
+                tokens = served.own_tokens(ids)
+            except InputError as error:
+                raise ApiError(400, f"'input[{i}]' {error}", param=f"input[{i}]") from error
+            if len(tokens) > limit:
+                if truncate != "none":
+                    raise ApiError(
+                        400, "truncate is for texts; cut token ids yourself", param="truncate"
+                    )
+                found.too_long[i] = len(tokens)
+            found.tokens.append(tokens)
+        return found
+
+    def _over_limit(self, key: Key, what: str, wait: float) -> ApiError:
+        self._metrics.rejected.labels(f"key_{what}").inc()
+        return ApiError(
+            429,
+            f"Rate limit reached for key '{key.name}' on {what} per minute; try again in "
+            f"{wait:.1f} s",
+            code="rate_limit_exceeded",
+            retry_after_s=wait,
+        )
+
+
+def on_thread(
+    pool: ThreadPoolExecutor, task: Callable[..., Result], *arguments: Any
+) -> Awaitable[Result]:
+    """Run a task on a thread of a pool."""
+    return asyncio.wrap_future(pool.submit(task, *arguments))
+
+
+def _decoded(decoder: Decoder, ids: Sequence[int], i: int) -> str:
+    try:
+        return decoder.decode(ids)
+    except Exception as error:  # each vocabulary has its own
+        raise ApiError(
+            400,
+            f"'input[{i}]' holds ids that {decoder.name} does not know: {error}",
+            param=f"input[{i}]",
+        ) from error
+
+
+def _first(errors: Mapping[int, ApiError]) -> ApiError:
+    first = errors[min(errors)]
+    if len(errors) > 1:
+        first.message += f" ({len(errors)} inputs in all are refused for a reason of their own)"
+    return first
+
+
+def _as_api_error(error: Exception, param: str) -> ApiError:
+    """What a client is told of a text that failed on the device."""
+    if isinstance(error, NumericsError):
+        return ApiError(
+            500,
+            f"the model gave NaN or infinity for '{param}'; the other inputs are not at fault",
+            param=param,
+            code="non_finite",
+        )
+    if is_out_of_memory(error):
+        return ApiError(
+            500, f"'{param}' does not fit the device's memory", param=param, code="out_of_memory"
+        )
+    return ApiError(
+        500,
+        f"the model failed on '{param}' ({type(error).__name__}); the others are not at fault",
+        param=param,
+        code="inference_failed",
+    )
