@@ -24,6 +24,8 @@ from gteopt.cli.app import app
 from gteopt.commands.serve import open_decoder, parse_sources
 from gteopt.errors import GteoptError, InputError
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "gteopt", "serve", *arguments]
@@ -37,6 +39,7 @@ def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=ENVIRONMENT,
     )
     try:
         assert process.stdout is not None
@@ -105,7 +108,9 @@ def test_a_device_that_dies_ends_the_process_with_70(tmp_path: Path) -> None:
         "    service.engine.call(die)\n"
         "sys.exit(serve(['nano'], Place(port=0), Settings(), on_ready=kill))\n"
     )
-    assert subprocess.run([sys.executable, str(script)], timeout=300).returncode == 70
+    assert (
+        subprocess.run([sys.executable, str(script)], env=ENVIRONMENT, timeout=300).returncode == 70
+    )
 
 
 def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
@@ -150,7 +155,7 @@ def test_a_missing_extra_gives_the_line_that_installs_it(tmp_path: Path) -> None
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+        env={**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
     )
     assert done.returncode == 1
     assert "pip install 'gteopt[serve]'" in done.stderr
