@@ -114,6 +114,11 @@ class Encoder(Description):
             )
 
     @property
+    def pads(self) -> bool:
+        """Whether texts of a batch are filled up to the longest; otherwise they are packed."""
+        return self._packed is None
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the parameters and buffers of transformer and pooling as they lie in memory."""
         seen: dict[int, int] = {}

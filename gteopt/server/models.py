@@ -89,7 +89,7 @@ class Served:
         self.tokenizer = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self.loaded_at = int(time.time())
         self.canary: Floats = np.zeros(encoder.dims, np.float32)
-        self._pads = getattr(encoder, "_packed", None) is None
+        self._pads = encoder.pads
 
     def warm_up(
         self,
