@@ -145,12 +145,12 @@ def load(
 
     def bulk_loop(number: int) -> None:
         generator, connection = random.Random(seed + number), server.connect()
-        while time.monotonic() < end:
+        while (began := time.monotonic()) < end:
             chosen = generator.sample(texts, BULK_TEXTS)
             server.post(chosen, connection)
-            # Of the last request counts what lies before the end, on average half of it.
-            share = 1.0 if time.monotonic() < end else 0.5
-            tokens.append(int(share * sum(lengths[each] for each in chosen)))
+            took = time.monotonic() - began
+            inside = min(1.0, (end - began) / took)  # of the last request, its part before the end
+            tokens.append(int(inside * sum(lengths[each] for each in chosen)))
 
     def query(due: float, text: str) -> None:
         connection = server.connect()
