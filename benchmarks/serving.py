@@ -248,7 +248,7 @@ def offline() -> None:
 
     encoder = gteopt.load(model_path(), dtype="float32")
     texts = corpus(2000, seed=0)
-    lengths = dict(zip(texts, encoder.lengths(texts), strict=True))
+    lengths = dict(zip(texts, encoder.tokenization.lengths(texts), strict=True))
     encoder.encode(texts[:64])
     generator = random.Random(1)
     for line in sys.stdin:
@@ -323,12 +323,12 @@ def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str], int]]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure every server in turns, and write the medians."""
-    import gteopt
+    from gteopt.encoder.tokenization import Tokenization
+    from gteopt.model.checkpoint import open_checkpoint
 
     texts = corpus(2000, seed=0)
-    tokenizer = gteopt.load(model_path(), dtype="float32")
-    lengths = dict(zip(texts, tokenizer.lengths(texts), strict=True))
-    del tokenizer
+    tokenization = Tokenization(open_checkpoint(model_path()))
+    lengths = dict(zip(texts, tokenization.lengths(texts), strict=True))
     rounds: list[dict[str, Any]] = []
     with ExitStack() as stack:
         limit = Offline(arguments.threads)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gteopt.cli.options import BackendOption, Device, HubDir, _finite
-from gteopt.cli.output import _err, _out
+from gteopt.cli.options import BackendOption, Device, HubDir, finite
+from gteopt.cli.output import stderr, stdout
 
 if TYPE_CHECKING:
     from gteopt.server.service import Service
@@ -38,7 +38,7 @@ def serve(
         float,
         typer.Option(
             min=0.1,
-            callback=_finite,
+            callback=finite,
             help="seconds of work that may wait; what comes then is told when to come back",
         ),
     ] = 30,
@@ -86,7 +86,7 @@ def serve(
     )
     keys = read_keys(api_keys) if api_keys is not None else None
     if keys is None and host not in ("127.0.0.1", "::1", "localhost"):
-        _err.print(
+        stderr.print(
             f"gteopt: anybody who reaches {host} may use this server; give --api-keys FILE",
             style="yellow",
             soft_wrap=True,
@@ -95,19 +95,20 @@ def serve(
     place = Place(
         host=host, port=port, device=device, dtype=dtype, backend=backend, hub_dir=hub_dir
     )
-    _err.print(f"loading {', '.join(artifacts)}", style="dim", markup=False, soft_wrap=True)
+    stderr.print(f"loading {', '.join(artifacts)}", style="dim", markup=False, soft_wrap=True)
     code = run(artifacts, place, settings, keys, on_ready=_show_served)
     raise typer.Exit(code)
 
 
 def _show_served(url: str, service: Service) -> None:
     for name, served in service.models.items():
-        _out.print(
+        stdout.print(
             f"{name}: {served.encoder.name}, {served.encoder.dims} dimensions, up to "
-            f"{served.encoder.max_tokens:,} tokens a text, about {served.batch_tokens:,} a batch",
+            f"{served.tokenization.max_tokens:,} tokens a text, about {served.batch_tokens:,} a "
+            f"pass",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
-    _out.print(f"Serving at {url} (Ctrl-C stops)", highlight=False, soft_wrap=True)
+    stdout.print(f"Serving at {url} (Ctrl-C stops)", highlight=False, soft_wrap=True)
     sys.stdout.flush()

@@ -116,7 +116,7 @@ class Encoder(Description):
     @property
     def pads(self) -> bool:
         """Whether texts of a batch are filled up to the longest; otherwise they are packed."""
-        return self._packed is None
+        return self._unpadded is None
 
     @property
     def weight_bytes(self) -> int:

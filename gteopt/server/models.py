@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gteopt.encoder.encoder import Encoder, Role, Tokens
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.tokenization import Role, Tokens
 from gteopt.errors import GteoptError, InputError, NumericsError, UnsupportedError, suggest
 from gteopt.records.results_folder import read_results
 from gteopt.server.batching import Budget, CostModel
@@ -73,6 +74,7 @@ class Served:
         name: see above.
         source: what it was loaded from.
         encoder: what computes it.
+        tokenization: its way from texts to tokens.
         cost: what its passes take.
         budget: what one of them holds.
         tokenizer: the one thread that may use its tokenizer, whose state is shared.
@@ -84,6 +86,7 @@ class Served:
         self.name = name
         self.source = source
         self.encoder = encoder
+        self.tokenization = encoder.tokenization
         self.cost = CostModel(0.0, 0.0, 1e-5, 0.0)
         self.budget = Budget(_MOST_BUDGET_S, _MOST_TOKENS["cpu"])
         self.tokenizer = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -117,7 +120,9 @@ class Served:
             )
 
         # What this thread computes, so that another process on the same cores is not measured too.
-        own_thread = self.encoder.device.type == "cpu" and self.encoder.backend == "torch"
+        own_thread = (
+            self.encoder.runtime.device.type == "cpu" and self.encoder.runtime.backend == "torch"
+        )
         clock = time.thread_time if own_thread else time.perf_counter
 
         def timed(n_texts: int, n_tokens: int) -> float:
@@ -131,7 +136,7 @@ class Served:
             return float(on_device(step))
 
         self.cost = measure_cost(timed, seconds)
-        most = _MOST_TOKENS[self.encoder.device.type]
+        most = _MOST_TOKENS[self.encoder.runtime.device.type]
         if max_batch_tokens is not None:
             self.budget = Budget(float("inf"), max_batch_tokens)
             return
@@ -139,8 +144,8 @@ class Served:
         self.budget = Budget(min(_MOST_BUDGET_S, max(_LEAST_BUDGET_S, wanted)), most)
 
     def _shape_tokens(self, n_tokens: int) -> Tokens:
-        ids = self.encoder.tokenize([CANARY * (1 + n_tokens // 8)])[0]
-        return Tokens(ids[: min(n_tokens, self.encoder.max_tokens)])
+        ids = self.tokenization.tokenize([CANARY * (1 + n_tokens // 8)])[0]
+        return Tokens(ids[: min(n_tokens, self.tokenization.max_tokens)])
 
     def compute(self, tokens: Sequence[Sequence[int]]) -> Floats:
         """Unit vectors [N, dims] of token lists, as `Encoder.encode` shortens them."""
@@ -209,13 +214,13 @@ class Served:
             if prompt_name not in prompts:
                 known = {"query", "document", *prompts}
                 raise InputError(f"unknown prompt '{prompt_name}': {suggest(prompt_name, known)}")
-            if self.encoder.prompt("document"):
+            if self.tokenization.prompt("document"):
                 raise UnsupportedError(
                     f"{self.name} puts a prompt before every document, so '{prompt_name}' cannot "
                     f"stand alone; use query or document"
                 )
             return Prompt(prefix=prompts[prompt_name])
-        self.encoder.prompt(role, instruction)
+        self.tokenization.prompt(role, instruction)
         return Prompt(role, instruction)
 
     def tokenize(
@@ -230,14 +235,14 @@ class Served:
             into: what they are added to.
         """
         full = [prompt.prefix + text for text in texts] if prompt.prefix else list(texts)
-        found = self.encoder.tokenize(full, role=prompt.role, instruction=prompt.instruction)
+        found = self.tokenization.tokenize(full, role=prompt.role, instruction=prompt.instruction)
         cut = [i for i, tokens in enumerate(found) if tokens.is_cut]
         for i in cut:
             if truncate == "none":
                 into.too_long[len(into.tokens) + i] = self._n_tokens(full[i], prompt)
             elif truncate == "start":
                 kept = prompt.prefix + self._fitting_end(texts[i], prompt)
-                found[i] = self.encoder.tokenize(
+                found[i] = self.tokenization.tokenize(
                     [kept], role=prompt.role, instruction=prompt.instruction
                 )[0]
         if truncate != "none":
@@ -245,11 +250,13 @@ class Served:
         into.tokens += found
 
     def _n_tokens(self, text: str, prompt: Prompt) -> int:
-        return self.encoder.lengths([text], role=prompt.role, instruction=prompt.instruction)[0]
+        return self.tokenization.lengths([text], role=prompt.role, instruction=prompt.instruction)[
+            0
+        ]
 
     def _fitting_end(self, text: str, prompt: Prompt) -> str:
         """The longest end of a text that fits behind its prompt, cut between two tokens."""
-        tokenizer = self.encoder.tokenizer
+        tokenizer = self.tokenization.tokenizer
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedError(
                 f"the tokenizer of {self.name} does not say where its tokens begin in the text; "
@@ -257,10 +264,10 @@ class Served:
             )
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         starts = [start for start, _ in found["offset_mapping"]]
-        n_over = self._n_tokens(prompt.prefix + text, prompt) - self.encoder.max_tokens
+        n_over = self._n_tokens(prompt.prefix + text, prompt) - self.tokenization.max_tokens
         while 0 < n_over < len(starts):
             kept = text[starts[n_over] :]
-            more = self._n_tokens(prompt.prefix + kept, prompt) - self.encoder.max_tokens
+            more = self._n_tokens(prompt.prefix + kept, prompt) - self.tokenization.max_tokens
             if more <= 0:
                 return kept
             n_over += more
@@ -284,13 +291,13 @@ class Served:
         Raises:
             InputError: some are beyond its vocabulary.
         """
-        n_known = len(self.encoder.tokenizer)
+        n_known = len(self.tokenization.tokenizer)
         if max(ids) >= n_known:
             raise InputError(
                 f"holds {max(ids)}, but the tokenizer of {self.name} has {n_known} tokens"
             )
-        around = self.encoder.tokenize([""])[0]
-        middle = self.encoder.tokenize(["a"])[0]
+        around = self.tokenization.tokenize([""])[0]
+        middle = self.tokenization.tokenize(["a"])[0]
         differing = (i for i, (x, y) in enumerate(zip(around, middle, strict=False)) if x != y)
         front = next(differing, len(around))
         start, end = around[:front], around[front:]
@@ -312,16 +319,16 @@ class Served:
             "base": manifest.base.id if manifest else checkpoint.id,
             "license": manifest.base.license if manifest else checkpoint.license,
             "number_type": encoder.number_type,
-            "backend": encoder.backend,
-            "device": str(encoder.device),
+            "backend": encoder.runtime.backend,
+            "device": str(encoder.runtime.device),
             "weight_bytes": encoder.weight_bytes,
             "dims": encoder.dims,
             "dimensions": list(self.supported_dims),
             "output_dtypes": list(self.output_dtypes),
-            "max_tokens": encoder.max_tokens,
-            "query_prompt": encoder.prompt("query"),
-            "document_prompt": encoder.prompt("document"),
-            "takes_instructions": encoder.takes_instructions,
+            "max_tokens": self.tokenization.max_tokens,
+            "query_prompt": self.tokenization.prompt("query"),
+            "document_prompt": self.tokenization.prompt("document"),
+            "takes_instructions": self.tokenization.takes_instructions,
             "prompts": sorted(checkpoint.prompts),
             "batch_tokens": self.batch_tokens,
             "quality": self.quality,

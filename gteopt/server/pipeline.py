@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gteopt.encoder.encoder import Tokens
+from gteopt.encoder.tokenization import Tokens
 from gteopt.errors import InputError, NumericsError, is_out_of_memory
 from gteopt.server.cache import VectorCache
 from gteopt.server.engine import DeviceDied, Engine, Refused, Work
@@ -118,7 +118,7 @@ class Pipeline:
             i: ApiError(
                 400,
                 f"'{param}[{i}]' has {n:,} tokens, and '{served.name}' takes at most "
-                f'{served.encoder.max_tokens:,}; shorten it, or send truncate: "end"',
+                f'{served.tokenization.max_tokens:,}; shorten it, or send truncate: "end"',
                 param=f"{param}[{i}]",
                 code="context_length_exceeded",
             )
@@ -248,7 +248,7 @@ class Pipeline:
                 "instruction",
                 param="input",
             )
-        found, limit = Tokenized(), served.encoder.max_tokens
+        found, limit = Tokenized(), served.tokenization.max_tokens
         for i, ids in enumerate(lists):
             try:
                 tokens = served.own_tokens(ids)

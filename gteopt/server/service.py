@@ -185,7 +185,7 @@ class Service:
         return None
 
     async def _canary_problem(self, served: Served) -> str | None:
-        tokens = await on_thread(served.tokenizer, served.encoder.tokenize, [CANARY])
+        tokens = await on_thread(served.tokenizer, served.tokenization.tokenize, [CANARY])
         work = Work.of(served, tokens, key="readiness", dims=served.encoder.dims)
         try:
             async with asyncio.timeout(_CANARY_TIMEOUT_S):
@@ -281,7 +281,7 @@ class Service:
             {
                 "model": request.model,
                 "tokens": [list(each) for each in found.tokens],
-                "max_tokens": served.encoder.max_tokens,
+                "max_tokens": served.tokenization.max_tokens,
             }
         )
 

@@ -45,7 +45,7 @@ def test_the_openai_client_gets_the_vectors_of_encode(
     np.testing.assert_allclose(found, encoder(server, model).encode(TEXTS), atol=1e-5)
     assert [each.index for each in answer.data] == list(range(len(TEXTS)))
     assert answer.model == model
-    lengths = encoder(server, model).lengths(TEXTS)
+    lengths = encoder(server, model).tokenization.lengths(TEXTS)
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(lengths)
 
 
@@ -115,7 +115,7 @@ def test_a_text_that_is_too_long_is_cut_only_where_that_is_asked_for(server: Run
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "input[1]"
     assert refused.json()["error"]["code"] == "context_length_exceeded"
-    limit = encoder(server, "minilm").max_tokens
+    limit = encoder(server, "minilm").tokenization.max_tokens
     end = server.embed(model="minilm", input=["short", long], truncate="END").json()
     np.testing.assert_allclose(
         end["data"][1]["embedding"], encoder(server, "minilm").encode([long])[0], atol=1e-5
@@ -132,11 +132,15 @@ def test_a_text_that_is_too_long_is_cut_only_where_that_is_asked_for(server: Run
 def test_own_token_ids_give_the_vector_of_their_text(server: Running) -> None:
     for model in ("nano", "minilm"):
         ids = server.client.post("/tokenize", json={"model": model, "input": TEXTS}).json()
-        assert ids["tokens"] == [list(each) for each in encoder(server, model).tokenize(TEXTS)]
+        assert ids["tokens"] == [
+            list(each) for each in encoder(server, model).tokenization.tokenize(TEXTS)
+        ]
         answer = server.embed(model=model, input=ids["tokens"], tokenizer="model").json()
         found = np.array([each["embedding"] for each in answer["data"]])
         np.testing.assert_allclose(found, encoder(server, model).encode(TEXTS), atol=1e-5)
-    bare = encoder(server, "minilm").tokenizer("mont blanc", add_special_tokens=False)["input_ids"]
+    bare = encoder(server, "minilm").tokenization.tokenizer("mont blanc", add_special_tokens=False)[
+        "input_ids"
+    ]
     answer = server.embed(model="minilm", input=bare, tokenizer="model").json()
     expected = encoder(server, "minilm").encode(["mont blanc"])[0]
     np.testing.assert_allclose(answer["data"][0]["embedding"], expected, atol=1e-5)

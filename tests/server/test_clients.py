@@ -70,7 +70,7 @@ def test_no_generated_request_breaks_the_server_or_its_own_description(server: R
     del document["paths"]["/admin/reload"]  # loads a model each time
     schema = schemathesis.openapi.from_dict(document)
     for result in schema.get_all_operations():
-        operation = result.ok()
+        operation = result.ok()  # type: ignore[union-attr]
 
         @settings(
             max_examples=15,

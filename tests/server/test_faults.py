@@ -32,7 +32,7 @@ def inject(fragile: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[[Compu
     """Make passes over the text POISON do something else; the real model computes the others."""
     served = fragile.service.models["nano"]
     own = served.compute
-    poison = list(served.encoder.tokenize([POISON])[0])
+    poison = list(served.encoder.tokenization.tokenize([POISON])[0])
 
     def set_fault(fault: Callable[[NDArray[np.float32], list[int]], NDArray[np.float32]]) -> None:
         def compute(tokens: Sequence[Sequence[int]]) -> NDArray[np.float32]:
