@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gteopt.encoder.cuda_graphs import CudaGraphs
 from gteopt.encoder.description import Description
 from gteopt.encoder.forward import (
+    BetweenBlocks,
     operations,
     padded_forward,
     reads_one_token,
@@ -211,7 +212,12 @@ class Encoder(Description):
 
     @torch.inference_mode()
     def forward(
-        self, tokens: Sequence[Sequence[int]], *, padding: Padding = "right", unpadded: bool = True
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        padding: Padding = "right",
+        unpadded: bool = True,
+        between_blocks: BetweenBlocks | None = None,
     ) -> Tensor:
         """Embeddings [N, full_dims] float32 of one batch; a GPU may still be computing them.
 
@@ -222,10 +228,17 @@ class Encoder(Description):
             tokens: of each text, as `Tokenization.tokenize` makes them.
             padding: where shorter texts are filled up, if they have to be.
             unpadded: see `embed`.
+            between_blocks: called before each block where nothing is padded; it may embed other
+                texts.
         """
         with _current(self.device):
             if len(tokens) > 1 and max(map(len, tokens)) > _ALONE_TOKENS:
-                alone = [self.forward([ids], padding=padding, unpadded=unpadded) for ids in tokens]
+                alone = [
+                    self.forward(
+                        [ids], padding=padding, unpadded=unpadded, between_blocks=between_blocks
+                    )
+                    for ids in tokens
+                ]
                 return torch.cat(alone)
             if unpadded and padding == "right":
                 if self.cuda_graphs is not None and len(tokens) == 1:
@@ -233,7 +246,8 @@ class Encoder(Description):
                     if replayed is not None:
                         return replayed
                 if self._unpadded is not None:
-                    return self.head.finish(self._unpadded(self.module, tokens))
+                    pooled = self._unpadded(self.module, tokens, between_blocks)
+                    return self.head.finish(pooled)
             ids, mask = self.pad(tokens, side=padding)
             if self._openvino_model is not None:
                 hidden = self._openvino_model(ids, mask)
@@ -249,6 +263,7 @@ class Encoder(Description):
         *,
         padding: Padding = "right",
         unpadded: bool = True,
+        between_blocks: BetweenBlocks | None = None,
     ) -> NDArray[np.float32]:
         """Vectors [N, full_dims] float32 of one batch of token ids.
 
@@ -256,11 +271,14 @@ class Encoder(Description):
             tokens: of each text, as `Tokenization.tokenize` makes them.
             padding: see `forward`.
             unpadded: see `embed`.
+            between_blocks: see `forward`.
 
         Raises:
             NumericsError: the model produced NaN or infinity.
         """
-        vectors = self.forward(tokens, padding=padding, unpadded=unpadded)
+        vectors = self.forward(
+            tokens, padding=padding, unpadded=unpadded, between_blocks=between_blocks
+        )
         return self._to_numpy(vectors, tokens)
 
     def embed(

@@ -16,8 +16,8 @@ loaded, tokenized or judged.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from types import ModuleType
@@ -32,7 +32,21 @@ from gteopt.kernels.cpu import Int4LinearCpu, multiplies_bfloat16
 from gteopt.kernels.reference import DequantLinear
 from gteopt.model.families import Pooling
 
-UnpaddedForward = Callable[[nn.Module, Sequence[Sequence[int]]], Tensor]
+BetweenBlocks = Callable[[], None]
+"""Called before each block of a pass: who computes may do something else meanwhile."""
+
+
+class UnpaddedForward(Protocol):
+    """(module, token lists of N texts) -> pooled vectors [N, D]; see `unpadded_forward`."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        tokens: Sequence[Sequence[int]],
+        between_blocks: BetweenBlocks | None = None,
+    ) -> Tensor: ...
+
+
 PaddedForward = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -48,8 +62,13 @@ def unpadded_forward(
     if forward is None:
         return None
 
-    def run(module: nn.Module, tokens: Sequence[Sequence[int]]) -> Tensor:
-        return forward(cast("Any", module), config, pooling, _Layout.of(tokens, pooling, device))
+    def run(
+        module: nn.Module,
+        tokens: Sequence[Sequence[int]],
+        between_blocks: BetweenBlocks | None = None,
+    ) -> Tensor:
+        layout = replace(_Layout.of(tokens, pooling, device), between_blocks=between_blocks)
+        return forward(cast("Any", module), config, pooling, layout)
 
     return run
 
@@ -157,6 +176,7 @@ class _Layout:
         bounds: int32 [N + 1], where each text begins, and behind them where the last one ends.
         runs: (number of texts, their length) of neighbours of equal length.
         n_tokens: int64 [1], how many of `ids` are the text's; None where all are.
+        between_blocks: called before each block.
     """
 
     ids: Tensor
@@ -165,6 +185,14 @@ class _Layout:
     bounds: Tensor
     runs: tuple[tuple[int, int], ...]
     n_tokens: Tensor | None = None
+    between_blocks: BetweenBlocks | None = None
+
+    def blocks(self, blocks: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """Blocks with their number, and what is to happen between them."""
+        for i, block in enumerate(blocks):
+            if self.between_blocks is not None:
+                self.between_blocks()
+            yield i, block
 
     @staticmethod
     def of(tokens: Sequence[Sequence[int]], pooling: Pooling, device: torch.device) -> _Layout:
@@ -405,7 +433,7 @@ def _decoder(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _
     cos, sin = module.rotary_emb(x, layout.positions[None])
     cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)  # [T, 1, d]
     bias = layout.bias(x.dtype, causal=causal)
-    for i, block in enumerate(module.layers):
+    for i, block in layout.blocks(module.layers):
         attention = block.self_attn
         width = attention.head_dim
         one = last is not None and i == len(module.layers) - 1
@@ -483,7 +511,7 @@ def _bert(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _Lay
     first = layout.ends if reads_one_token(config, pooling) else None
     bias = layout.bias(x.dtype, causal=False)
     blocks = module.encoder.layer
-    for i, block in enumerate(blocks):
+    for i, block in layout.blocks(blocks):
         attention, inner = block.attention, block.attention.self
         width = inner.attention_head_size
         one = first is not None and i == len(blocks) - 1

@@ -287,7 +287,7 @@ class FairQueue:
             key.shares.leave(job.finish)
             self._forget_if_idle(job.key, key)
 
-    def compose(self) -> list[Item]:
+    def compose(self, *, small: bool = False) -> list[Item]:
         """Take the texts of the next pass out of the queue; empty only where nothing waits.
 
         The first in order is always taken. Others follow in order while they are of its lane and
@@ -296,6 +296,9 @@ class FairQueue:
         Where the first is of a small request, the pass is of small requests alone, so that they
         are answered before the long ones' part of it is computed. This costs one pass's overhead,
         and is done for every other pass at most.
+
+        Args:
+            small: take texts of small requests alone, of whatever stands first.
         """
         batch: list[Item] = []
         aside: list[tuple[_Key, _Entry]] = []
@@ -307,10 +310,13 @@ class FairQueue:
             entry = heapq.heappop(heap)
             item = entry[2]
             job = item.job
-            if batch and (
-                (small_only and not job.is_small)
-                or seconds + item.cost_s > job.budget.seconds
-                or tokens + item.n_tokens > job.budget.tokens
+            unfit = (small or small_only) and not job.is_small
+            if unfit or (
+                batch
+                and (
+                    seconds + item.cost_s > job.budget.seconds
+                    or tokens + item.n_tokens > job.budget.tokens
+                )
             ):
                 aside.append((key, entry))
                 continue
@@ -322,7 +328,8 @@ class FairQueue:
             self._charge(key, item)
             if seconds >= job.budget.seconds or tokens >= job.budget.tokens:
                 break
-        self._small_before = small_only
+        if not small:
+            self._small_before = small_only
         for key, entry in aside:
             heapq.heappush(key.lanes.setdefault(entry[2].job.lane, []), entry)
         return batch

@@ -38,6 +38,8 @@ _HANG_RATIO = 50.0
 """A pass hangs when it takes this many times what was predicted, and at least `_HANG_S`."""
 _FATAL = ("cuda error", "device-side assert", "illegal memory access", "unspecified launch failure")
 _PACE_MEMORY = 0.9
+_SLOW_S = 0.1
+"""Passes that take longer let small requests in between the model's blocks."""
 Floats = NDArray[np.float32]
 
 
@@ -54,8 +56,15 @@ class Lane(Protocol):
     cost: CostModel
     budget: Budget
 
-    def compute(self, tokens: Sequence[Sequence[int]]) -> Floats:
-        """Unit vectors [N, D] of token lists, in their order; called by the engine's thread."""
+    def compute(
+        self,
+        tokens: Sequence[Sequence[int]],
+        between_blocks: Callable[[], None] | None = None,
+    ) -> Floats:
+        """Unit vectors [N, D] of token lists, in their order; called by the engine's thread.
+
+        `between_blocks` may be called meanwhile, and computes other texts.
+        """
         ...
 
     def padding(self, lengths: Sequence[int]) -> int:
@@ -165,6 +174,7 @@ class Engine:
         self._running: set[Work] = set()
         self._pass: tuple[float, float] | None = None
         self._pace = 1.0
+        self._inside_s = 0.0
         self._device = threading.Thread(target=self._run, name="device", daemon=True)
         self.death: BaseException | None = None
         self.beat = time.monotonic()
@@ -284,23 +294,35 @@ class Engine:
                 raise
             future.set_exception(error)
 
-    def _compute(self, batch: Sequence[Item]) -> None:
+    def _compute(self, batch: Sequence[Item], *, inside: bool = False) -> None:
+        """One pass; `inside` another one, between two of its blocks."""
         began = time.monotonic()
-        works = [item.job for item in batch]
-        for work in self._running:
+        works = [item.job for item in batch if isinstance(item.job, Work)]
+        for work in set(works):
             if work.queue_s is None:
                 work.queue_s = began - work.submitted_at
                 self._observer.waited(work.queue_s)
-        model = works[0].model  # type: ignore[attr-defined]
-        texts = [work.tokens[item.position] for work, item in zip(works, batch, strict=True)]  # type: ignore[attr-defined]
+        model = works[0].model
+        texts = [work.tokens[item.position] for work, item in zip(works, batch, strict=True)]
         lengths = [len(each) for each in texts]
         expected = model.cost.pass_s(lengths)
-        self._pass = began, expected * self._pace
+        is_slow = expected * self._pace > _SLOW_S and not inside
+        outer, self._pass = self._pass, self._pass or (began, expected * self._pace)
+        inside_before = self._inside_s
+
+        def run(some: Sequence[Sequence[int]]) -> list[Floats]:
+            rows = model.compute(some, self._interlude) if is_slow else model.compute(some)
+            return list(_finite(rows))
+
         try:
-            outcomes = bisect_failures(lambda some: list(_checked(model, some)), texts, _is_fatal)
+            outcomes = bisect_failures(run, texts, _is_fatal)
         finally:
-            self._pass = None
+            self._pass = outer
         took = time.monotonic() - began
+        if inside:
+            self._inside_s += took
+        else:
+            took -= self._inside_s - inside_before
         self._observer.passed(model.name, lengths, model.padding(lengths), took)
         if all(each.error is None for each in outcomes):
             ratio = min(10.0, max(0.1, took / expected))
@@ -310,7 +332,16 @@ class Engine:
             model.budget = Budget(model.budget.seconds / 2, half)
         for item, outcome in zip(batch, outcomes, strict=True):
             self._hand_out(item, outcome.row, outcome.error)
-        self._running = set()
+        self._running -= set(works)
+
+    def _interlude(self) -> None:
+        """Between two blocks of a slow pass: small requests that wait are computed."""
+        self.beat = time.monotonic()
+        with self._changed:
+            batch = self._queue.compose(small=True)
+            self._running |= {item.job for item in batch if isinstance(item.job, Work)}
+        if batch:
+            self._compute(batch, inside=True)
 
     def _hand_out(self, item: Item, row: Floats | None, error: Exception | None) -> None:
         work = item.job
@@ -327,13 +358,12 @@ class Engine:
                 work.future.set_result(work)
 
 
-def _checked(model: Lane, tokens: Sequence[Sequence[int]]) -> Floats:
-    """A pass whose numbers are finite.
+def _finite(rows: Floats) -> Floats:
+    """The rows of a pass.
 
     Raises:
-        NumericsError: they are not.
+        NumericsError: some number in them is none.
     """
-    rows = model.compute(tokens)
     if not np.isfinite(rows).all():
         raise NumericsError("the model produced NaN or infinity")
     return rows

@@ -147,14 +147,38 @@ class Served:
         ids = self.tokenization.tokenize([CANARY * (1 + n_tokens // 8)])[0]
         return Tokens(ids[: min(n_tokens, self.tokenization.max_tokens)])
 
-    def compute(self, tokens: Sequence[Sequence[int]]) -> Floats:
-        """Unit vectors [N, dims] of token lists, as `Encoder.encode` shortens them."""
+    def compute(
+        self,
+        tokens: Sequence[Sequence[int]],
+        between_blocks: Callable[[], None] | None = None,
+    ) -> Floats:
+        """Unit vectors [N, dims] of token lists, as `Encoder.encode` shortens them.
+
+        Args:
+            tokens: of each text.
+            between_blocks: called between the model's blocks, where it packs texts; it may compute
+                other texts meanwhile.
+        """
+        if between_blocks is not None and self.encoder.runtime.device.type == "cuda":
+            between_blocks = self._behind_the_device(between_blocks)
         order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
         rows = np.empty((len(tokens), self.encoder.dims), np.float32)
         for group in self._groups(order, [len(each) for each in tokens]):
-            found = self.encoder.embed_tokens([tokens[i] for i in group])
+            found = self.encoder.embed_tokens(
+                [tokens[i] for i in group], between_blocks=between_blocks
+            )
             rows[group] = self.encoder.vectors.project(found)
         return rows
+
+    def _behind_the_device(self, step: Callable[[], None]) -> Callable[[], None]:
+        """The step once a GPU has computed the block; the host would hand it the whole pass."""
+        import torch
+
+        def wait_and_step() -> None:
+            torch.cuda.current_stream(self.encoder.runtime.device).synchronize()
+            step()
+
+        return wait_and_step
 
     def padding(self, lengths: Sequence[int]) -> int:
         """Tokens of padding in a pass over texts of these lengths; none where they are packed."""

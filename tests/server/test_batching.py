@@ -196,6 +196,16 @@ def test_small_requests_take_every_other_pass_at_most() -> None:
     assert kinds == [{1}, {1, 40}] * 3
 
 
+def test_small_requests_can_be_asked_for_alone() -> None:
+    queue = FairQueue()
+    queue.push(job([1.0] * 40, budget_s=10.0))
+    assert queue.compose(small=True) == []
+    small = job([0.5], budget_s=10.0)
+    queue.push(small)
+    assert [item.job for item in queue.compose(small=True)] == [small]
+    assert queue.queued_s == pytest.approx(40.0)
+
+
 def test_a_text_beyond_the_budget_runs_alone_and_is_not_put_off() -> None:
     queue = FairQueue()
     queue.push(job([100.0], budget_s=10.0))

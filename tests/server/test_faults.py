@@ -35,7 +35,9 @@ def inject(fragile: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[[Compu
     poison = list(served.encoder.tokenization.tokenize([POISON])[0])
 
     def set_fault(fault: Callable[[NDArray[np.float32], list[int]], NDArray[np.float32]]) -> None:
-        def compute(tokens: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        def compute(
+            tokens: Sequence[Sequence[int]], between_blocks: Callable[[], None] | None = None
+        ) -> NDArray[np.float32]:
             bad = [i for i, each in enumerate(tokens) if list(each) == poison]
             rows = own(tokens)
             return fault(rows, bad) if bad else rows
@@ -84,6 +86,39 @@ def test_a_bad_text_does_not_fail_the_requests_that_it_is_batched_with(
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda text: fragile.embed(input=text).status_code, texts))
     assert answers == [500 if text == POISON else 200 for text in texts]
+
+
+def test_a_short_query_is_answered_while_a_slow_pass_is_at_work() -> None:
+    with running({"nano": "nano"}) as server:
+        served = server.service.models["nano"]
+        own, gate, calls = served.compute, threading.Event(), []
+
+        def compute(
+            tokens: Sequence[Sequence[int]], between_blocks: Callable[[], None] | None = None
+        ) -> NDArray[np.float32]:
+            calls.append(([len(each) for each in tokens], between_blocks is not None))
+
+            def step() -> None:
+                assert gate.wait(240)  # until the query waits
+                assert between_blocks is not None
+                between_blocks()
+
+            return own(tokens, None if between_blocks is None else step)
+
+        served.compute = compute  # type: ignore[method-assign]
+        long = "word " * 2000
+        served.cost = CostModel(1e-3, 0, 1e-4, 0)  # 0.2 s for the long text
+        with ThreadPoolExecutor(2) as pool:
+            slow = pool.submit(server.embed, input=long)
+            until(lambda: len(calls) == 1)
+            query = pool.submit(server.embed, input="a short query")
+            until(lambda: server.service.engine.n_waiting == 1)
+            gate.set()
+            answers = [query.result().json(), slow.result().json()]
+        found = [each["data"][0]["embedding"] for each in answers]
+        expected = served.encoder.encode(["a short query", long])
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert [interruptible for _, interruptible in calls] == [True, False]
 
 
 class Gate:
@@ -221,7 +256,7 @@ def test_another_vector_than_at_load_makes_it_not_ready(
     served = fragile.service.models["nano"]
     own = served.compute
     fragile.service._ready_at = float("-inf")
-    monkeypatch.setattr(served, "compute", lambda tokens: np.roll(own(tokens), 1, axis=1))
+    monkeypatch.setattr(served, "compute", lambda tokens, *_: np.roll(own(tokens), 1, axis=1))
     answer = fragile.client.get("/readyz")
     assert answer.status_code == 503
     assert "another vector" in answer.json()["reason"]
@@ -236,7 +271,13 @@ def test_a_device_that_hangs_or_dies_is_not_alive() -> None:
         engine.call(lambda: None).result()
         served = found.service.models["nano"]
         own = served.compute
-        served.compute = lambda tokens: gate(own(tokens), [])  # type: ignore[method-assign]
+
+        def hangs(
+            tokens: Sequence[Sequence[int]], between_blocks: Callable[[], None] | None = None
+        ) -> NDArray[np.float32]:
+            return gate(own(tokens), [])
+
+        served.compute = hangs  # type: ignore[method-assign]
         with ThreadPoolExecutor(1) as pool:
             held = pool.submit(found.embed, input="hangs")
             assert gate.entered.wait(120)
@@ -249,7 +290,9 @@ def test_a_device_that_hangs_or_dies_is_not_alive() -> None:
             assert held.result().status_code == 200
         assert found.client.get("/livez").status_code == 200
 
-        def dies(tokens: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        def dies(
+            tokens: Sequence[Sequence[int]], between_blocks: Callable[[], None] | None = None
+        ) -> NDArray[np.float32]:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
         served.compute = dies  # type: ignore[method-assign]
