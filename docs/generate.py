@@ -379,6 +379,43 @@ def loads() -> str:
     return markdown((*headings, "peak beyond imports"), rows)
 
 
+def serving() -> str:
+    """Servers beside one another: medians over rounds."""
+
+    def ms(value: float | None) -> str:
+        return "–" if value is None else f"{value:,.0f} ms"
+
+    rows = [
+        (
+            name,
+            f"{row['share_of_offline']:.2f}",
+            ms(row["query_alone_p50_ms"]),
+            ms(row["query_under_bulk_p50_ms"]),
+            ms(row["query_under_bulk_p95_ms"]),
+            ms(row["batch_ms"]),
+            f"{row['cpu_outside_busiest_thread']:.0%}",
+        )
+        for name, row in read("serving")["run"]["medians"].items()
+    ]
+    headings = ("server", "bulk, share of offline `encode`", "query alone, p50")
+    under = ("under bulk, p50", "p95", "`batch_ms`", "CPU outside the busiest thread")
+    return markdown((*headings, *under), rows)
+
+
+def soaked() -> str:
+    """What became of many requests, some of which hung up."""
+    found = read("serving")["soak"]
+    memory = found["memory_mb"]
+    row = (
+        *(f"{found[name]:,}" for name in ("answered", "wrong", "failed", "dropped")),
+        f"{found['seconds']:,.0f} s",
+        f"{memory[len(memory) // 4]:,.0f} MB",
+        f"{memory[-1]:,.0f} MB",
+    )
+    headings = ("answered", "wrong", "failed", "hung up on", "time", "memory after a quarter")
+    return markdown((*headings, "at the end"), [row])
+
+
 def long_texts() -> str:
     """Memory and time of single long texts."""
     return markdown(
@@ -685,6 +722,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "builds": builds,
     "loads": loads,
     "long-texts": long_texts,
+    "serving": serving,
+    "soak": soaked,
     "machines": machines,
     "coverage": coverage,
     "false-equivalence": false_equivalence,
