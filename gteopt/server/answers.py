@@ -20,13 +20,20 @@ Floats = NDArray[np.float32]
 Encoding = Literal["float", "base64"]
 
 
-def shorten(rows: Floats, dims: int) -> Floats:
-    """The first `dims` dimensions of unit vectors [N, D], as unit vectors [N, dims] again.
+def shorten(rows: Floats, dims: int, *, normalise: bool = True) -> Floats:
+    """The first `dims` dimensions of vectors [N, D], as unit vectors [N, dims] again.
 
-    Norms are summed in float64. A row of NaN stays one.
+    Norms are summed in float64.
+
+    Args:
+        rows: as `Encoder.encode` gives them.
+        dims: how many to keep; all are returned as they are.
+        normalise: false for artifacts whose vectors are compared by dot products.
     """
     if dims == rows.shape[1]:
         return rows
+    if not normalise:
+        return rows[:, :dims]
     cut = rows[:, :dims].astype(np.float64)
     norm = np.linalg.norm(cut, axis=1, keepdims=True)
     return (cut / np.where(norm > 0, norm, 1.0)).astype(np.float32)
@@ -36,19 +43,22 @@ def code(rows: Floats, dtype: OutputDtype, transform: VectorTransform) -> NDArra
     """Vectors [N, D] in a number type, little endian where it has several bytes.
 
     int8 uses the ranges that are stored in the artifact; uint8 is int8 + 128. ubinary packs eight
-    signs a byte, the first dimension highest; binary is ubinary - 128, as a signed byte.
+    signs a byte, the first dimension highest, behind the mean that an artifact with binary codes
+    subtracts; binary is ubinary - 128, as a signed byte.
 
     Args:
         rows: finite.
         dtype: of the result.
-        transform: the artifact's; for int8 its code must be int8.
+        transform: the artifact's; for int8 its code must be int8. Rows of fewer dimensions than
+            its own are coded by their signs.
     """
     if dtype == "float":
         return np.ascontiguousarray(rows, dtype="<f4")
     if dtype in ("int8", "uint8"):
         codes: NDArray[np.int8] = transform.quantize(rows)
         return codes if dtype == "int8" else (codes.astype(np.int16) + 128).astype(np.uint8)
-    packed = np.packbits(rows > 0, axis=1)
+    is_stored = transform.code == "binary" and rows.shape[1] == transform.dims
+    packed = transform.quantize(rows) if is_stored else np.packbits(rows > 0, axis=1)
     return packed if dtype == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
 
 

@@ -21,6 +21,7 @@ from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.tokenization import Role, Tokens
 from gteopt.errors import GteoptError, InputError, NumericsError, UnsupportedError, suggest
 from gteopt.records.results_folder import read_results
+from gteopt.server import answers
 from gteopt.server.batching import Budget, CostModel
 
 Floats = NDArray[np.float32]
@@ -113,10 +114,10 @@ class Served:
             NumericsError: the canary's vector is no direction.
         """
         self.canary = on_device(lambda: self.encoder.encode([CANARY])[0])
-        if not abs(float(np.linalg.norm(self.canary)) - 1) < 1e-3:
+        if not 0 < float(np.linalg.norm(self.canary)) <= 1 + 1e-3:
             raise NumericsError(
                 f"{self.name}: the vector of the text that readiness is checked with has length "
-                f"{np.linalg.norm(self.canary):.3g} instead of 1; verify the artifact"
+                f"{np.linalg.norm(self.canary):.3g}; verify the artifact"
             )
 
         # What this thread computes, so that another process on the same cores is not measured too.
@@ -198,7 +199,20 @@ class Served:
 
     def is_right(self, canary: Floats) -> bool:
         """Whether a vector of the canary is the one computed at load, within rounding."""
-        return bool(canary @ self.canary >= _LEAST_COSINE)
+        norms = np.linalg.norm(canary) * np.linalg.norm(self.canary)
+        return bool(canary @ self.canary >= _LEAST_COSINE * norms > 0)
+
+    def shorten(self, rows: Floats, dims: int) -> Floats:
+        """Vectors [N, D] cut to a supported length, and normalised again unless by dot products."""
+        normalise = self.encoder.vectors.similarity == "cosine"
+        return answers.shorten(rows, dims, normalise=normalise)
+
+    def has_ranges(self, dtype: str) -> bool:
+        """Whether a number type depends on what was fitted for all dimensions of the artifact."""
+        vectors = self.encoder.vectors
+        if dtype in ("binary", "ubinary"):
+            return vectors.code == "binary" and vectors.low is not None
+        return dtype in ("int8", "uint8")
 
     @property
     def sha256(self) -> str:

@@ -228,7 +228,7 @@ class Service:
         encoding = request.encoding_format or "float"
 
         def encode() -> bytes:
-            rows = answers.shorten(np.nan_to_num(found.rows), dims)
+            rows = served.shorten(np.nan_to_num(found.rows), dims)
             codes = answers.code(rows, dtype, served.encoder.vectors)
             return answers.encode_list(codes, encoding, failed=found.errors, about=about)
 
@@ -255,7 +255,7 @@ class Service:
             param="inputs",
         )
         return await self._encoded(
-            lambda: answers.dump(answers.shorten(found.rows, dims)), found.rows.shape[0] * dims * 4
+            lambda: answers.dump(served.shorten(found.rows, dims)), found.rows.shape[0] * dims * 4
         )
 
     async def similarity(self, request: SimilarityRequest, call: Call) -> bytes:
@@ -313,7 +313,7 @@ class Service:
                 f"{', '.join(map(str, allowed))}",
                 param="dimensions",
             )
-        if wanted != own and dtype in ("int8", "uint8"):
+        if wanted != own and served.has_ranges(dtype):
             raise ApiError(
                 400,
                 f"the stored ranges of {dtype} are for {own} dimensions, and a shorter vector is "
