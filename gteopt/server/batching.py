@@ -251,10 +251,6 @@ class FairQueue:
         names = self._keys if key is None else self._keys.keys() & {key}
         return sum(self._keys[name].queued_long_s for name in names)
 
-    def waits(self, key: str) -> bool:
-        """Whether requests of a key wait."""
-        return key in self._keys
-
     @property
     def n_keys(self) -> int:
         """Keys that have requests waiting."""
@@ -421,7 +417,7 @@ def seconds_to_wait(queue: FairQueue, job: Job, limit_s: float) -> float | None:
 
     A whole request is admitted or refused. Four fifths of the queue are for long requests, and one
     more may come in as long as they are not full. The rest is for short ones alone, so that no
-    corpus locks queries out. No key's long requests take more than half while another key waits.
+    corpus locks queries out. No key's long requests take more than half while another key has some.
 
     Args:
         queue: what waits already.
@@ -434,6 +430,6 @@ def seconds_to_wait(queue: FairQueue, job: Job, limit_s: float) -> float | None:
         return excess if excess > 0 else None
     excess = long_s - (1 - _FOR_SHORT) * limit_s
     own = queue.queued_long_s(job.key)
-    if own > 0 and queue.n_keys > queue.waits(job.key):
+    if own > 0 and long_s > own:
         excess = max(excess, own + sum(job.costs) - limit_s / 2)
     return excess if excess > 0 else None

@@ -197,12 +197,14 @@ class Engine:
     @property
     def queued_s(self) -> float:
         """Seconds until everything that waits is computed, at the measured pace."""
-        return self._queue.queued_s * self._pace
+        with self._changed:
+            return self._queue.queued_s * self._pace
 
     @property
     def n_waiting(self) -> int:
         """Requests in the queue."""
-        return len(self._queue)
+        with self._changed:
+            return len(self._queue)
 
     def submit(self, work: Work) -> Future[Work]:
         """Put a whole request into the queue.

@@ -31,7 +31,9 @@ _TOKENIZE_CHARACTERS = 50_000
 """Texts that are tokenized before somebody else's turn."""
 _HOST_S = 0.5e-3
 """Composing a pass and handing out its rows."""
-_LEAST_BUDGET_S, _MOST_BUDGET_S = 0.02, 0.2
+_LEAST_BUDGET_S = 0.02
+_MOST_BUDGET_S = {"cpu": 0.1, "cuda": 0.2}
+"""A query waits for about one pass, whatever throughput a longer one would gain."""
 _MOST_TOKENS = {"cpu": 8192, "cuda": 32768}
 _SIMILAR = 0.75
 """A backend that pads computes texts together whose lengths differ by less than this ratio."""
@@ -89,7 +91,7 @@ class Served:
         self.encoder = encoder
         self.tokenization = encoder.tokenization
         self.cost = CostModel(0.0, 0.0, 1e-5, 0.0)
-        self.budget = Budget(_MOST_BUDGET_S, _MOST_TOKENS["cpu"])
+        self.budget = Budget(_MOST_BUDGET_S["cpu"], _MOST_TOKENS["cpu"])
         self.tokenizer = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self.loaded_at = int(time.time())
         self.canary: Floats = np.zeros(encoder.dims, np.float32)
@@ -137,12 +139,13 @@ class Served:
             return float(on_device(step))
 
         self.cost = measure_cost(timed, seconds)
-        most = _MOST_TOKENS[self.encoder.runtime.device.type]
+        device = self.encoder.runtime.device.type
         if max_batch_tokens is not None:
             self.budget = Budget(float("inf"), max_batch_tokens)
             return
         wanted = CostModel(self.cost.overhead_s + _HOST_S, 0, 0, 0).budget_s()
-        self.budget = Budget(min(_MOST_BUDGET_S, max(_LEAST_BUDGET_S, wanted)), most)
+        seconds = min(_MOST_BUDGET_S[device], max(_LEAST_BUDGET_S, wanted))
+        self.budget = Budget(seconds, _MOST_TOKENS[device])
 
     def _shape_tokens(self, n_tokens: int) -> Tokens:
         ids = self.tokenization.tokenize([CANARY * (1 + n_tokens // 8)])[0]
