@@ -292,9 +292,9 @@ class Engine:
         try:
             future.set_result(task())
         except Exception as error:
+            future.set_exception(error)
             if _is_fatal(error):
                 raise
-            future.set_exception(error)
 
     def _compute(self, batch: Sequence[Item], *, inside: bool = False) -> None:
         """One pass; `inside` another one, between two of its blocks."""
