@@ -251,16 +251,17 @@ class Served:
         if prompt_name in ("query", "document"):
             return Prompt(role="query" if prompt_name == "query" else "document")
         if prompt_name is not None:
-            prompts = self.encoder.checkpoint.prompts
+            st = self.encoder.checkpoint.st
+            prompts = st.settings.prompts
             if prompt_name not in prompts:
                 known = {"query", "document", *prompts}
                 raise InputError(f"unknown prompt '{prompt_name}': {suggest(prompt_name, known)}")
-            if self.tokenization.prompt("document"):
+            if self.tokenization.prompt("document") or st.excludes_prompt:
                 raise UnsupportedError(
-                    f"{self.name} puts a prompt before every document, so '{prompt_name}' cannot "
-                    f"stand alone; use query or document"
+                    f"{self.name} puts a prompt before every document or leaves prompts out of the "
+                    f"mean, so '{prompt_name}' cannot stand alone; use query or document"
                 )
-            return Prompt(prefix=prompts[prompt_name])
+            return Prompt(prefix=prompts[prompt_name] or "")
         self.tokenization.prompt(role, instruction)
         return Prompt(role, instruction)
 
@@ -370,7 +371,7 @@ class Served:
             "query_prompt": self.tokenization.prompt("query"),
             "document_prompt": self.tokenization.prompt("document"),
             "takes_instructions": self.tokenization.takes_instructions,
-            "prompts": sorted(checkpoint.prompts),
+            "prompts": sorted(checkpoint.st.settings.prompts),
             "batch_tokens": self.batch_tokens,
             "quality": self.quality,
         }
