@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -72,6 +73,8 @@ def serve(
     from gteopt.commands.serve import serve as run
 
     check_installed()
+    # Every pass has another shape; oneDNN keeps compiled kernels for 1,024 of them by default.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     from gteopt.server.keys import read_keys
     from gteopt.server.settings import Settings
 
