@@ -361,8 +361,7 @@ def _block_bytes(
             n_cross_rows = min(rows, columns) if readers[columns] == 1 else columns
         solving = gptq.work_bytes(rows, columns, n_cross_rows=n_cross_rows)
         seeing = 4 * columns * (columns + n_cross_rows) + running
-        # The inputs and their transpose, and the same of what the original model feeds.
-        seeing += (5 if uses_gptaq else 2) * 4 * n_batch * columns
+        seeing += (3 if uses_gptaq else 1) * 4 * n_batch * columns
         worst = max(worst, left + solving, left + seeing)
         left -= weight.numel() * item - packed_bytes(rows, columns, recipe.weights.scheme)
     most = max(w.numel() for w in planned.values())

@@ -79,7 +79,7 @@ class HessianAccumulator:
         x = x.to(self._sum)
         total = self.n_rows + len(x)
         beta, alpha = self.n_rows / total, 1 / total
-        features = x.T.contiguous()  # [I, n]
+        features = x.T  # [I, n], a view: products copy a strip of it at a time
         for start, end in spans(len(self._sum), STRIP):
             strip = self._sum[start:, start:end]
             add_product_(strip, features[start:], features[start:end], beta=beta, alpha=alpha)
@@ -91,8 +91,9 @@ class HessianAccumulator:
                 difference = product(difference, self._through.to(x))  # [n, O]
             if self._cross is None:
                 self._cross = torch.zeros(difference.shape[1], x.shape[1], device=x.device)
-            left = difference.T.contiguous()
-            add_product_(self._cross, left, features, beta=beta, alpha=alpha)
+            for start, end in spans(len(features), STRIP):
+                strip = self._cross[:, start:end]
+                add_product_(strip, difference.T, features[start:end], beta=beta, alpha=alpha)
         self.n_rows = total
 
     def cross_term(self, weight: Tensor) -> Tensor | None:
