@@ -165,11 +165,12 @@ def dtype_of(checkpoint: Checkpoint, dtype: str) -> str:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a name.
+    """The torch dtype of a name; "bf16" and "fp32" are understood too.
 
     Raises:
         InputError: unknown, or float16, which overflows in gte-Qwen2 where bfloat16 does not.
     """
+    name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name)
     if name == "float16":
         raise InputError(
             "dtype float16 is refused: activations of gte-Qwen2 overflow it; use bfloat16"

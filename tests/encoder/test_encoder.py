@@ -17,6 +17,7 @@ from torch import Tensor
 
 import gteopt
 from gteopt.config.recipe import LayerScheme
+from gteopt.encoder.description import parse_dtype
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import empty_
 from gteopt.encoder.packed_weights import swap_linear_
@@ -347,3 +348,10 @@ def test_transformers_4_is_refused_because_it_ignores_the_attention_direction(
     monkeypatch.setattr(transformers, "__version__", "4.57.1")
     with pytest.raises(UnsupportedError, match=r"4\.57\.1 ignores `is_causal: false`"):
         gteopt.load("nano")
+
+
+def test_short_names_of_dtypes_are_understood() -> None:
+    assert parse_dtype("bf16") == torch.bfloat16
+    assert parse_dtype("fp32") == torch.float32
+    with pytest.raises(InputError, match="float16 is refused"):
+        parse_dtype("fp16")
