@@ -150,7 +150,7 @@ class _Recorder(nn.Module):
         hidden = args[0] if args else kwargs.pop("hidden_states")
         self.calls.append((args[1:], kwargs))
         self.hidden = hidden
-        return (hidden,) if self.returns_tuple else hidden
+        return (hidden, None) if self.returns_tuple else hidden
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -199,7 +199,8 @@ def open_blocks(
     with suppress(_Stop):
         encoder.module(input_ids=sample[0], attention_mask=sample[1])
     hook.remove()
-    if isinstance(returned[0], tuple) and len(returned[0]) > 1:
+    extra = returned[0][1:] if isinstance(returned[0], tuple) else ()
+    if any(isinstance(each, Tensor) for each in extra):
         raise UnsupportedError(
             f"{type(encoder.module).__name__}: its blocks hand on more than hidden states "
             f"(T5's first one makes the position bias of all), so they cannot be replayed one by "
