@@ -1,7 +1,7 @@
 """gteopt turns a text-embedding model into the cheapest variant that still ranks like it.
 
-The public names: `gteopt.quantize` makes a variant, `gteopt.load` opens one. Each is imported on
-first use, so that `import gteopt` takes no time.
+The public names: `gteopt.quantize` makes a variant, `gteopt.load` opens one, `gteopt.embed` embeds
+a corpus with it. Each is imported on first use, so that `import gteopt` takes no time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from gteopt.version import __version__
 if TYPE_CHECKING:
     from gteopt.build.quantize import quantize
     from gteopt.build.truncate import truncate
+    from gteopt.commands.embed import embed
     from gteopt.commands.inspect import inspect
     from gteopt.commands.optimize import Judges, Search, optimize
+    from gteopt.commands.search import search
     from gteopt.config.limits import Limits
     from gteopt.config.recipe import Recipe
     from gteopt.encoder.encoder import Encoder
@@ -40,10 +42,12 @@ __all__ = [
     "Search",
     "UnsupportedError",
     "__version__",
+    "embed",
     "inspect",
     "load",
     "optimize",
     "quantize",
+    "search",
     "truncate",
     "verify",
 ]
@@ -54,10 +58,12 @@ _MODULES = {
     "Limits": "gteopt.config.limits",
     "Recipe": "gteopt.config.recipe",
     "Search": "gteopt.commands.optimize",
+    "embed": "gteopt.commands.embed",
     "inspect": "gteopt.commands.inspect",
     "load": "gteopt.encoder.loading",
     "optimize": "gteopt.commands.optimize",
     "quantize": "gteopt.build.quantize",
+    "search": "gteopt.commands.search",
     "truncate": "gteopt.build.truncate",
     "verify": "gteopt.model.artifact",
 }
@@ -65,9 +71,11 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name == "ray":  # `gteopt.ray.Embedder` of a user who imported gteopt alone
+        return import_module("gteopt.ray")
+    if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'gteopt' has no attribute '{name}'")
 

@@ -20,7 +20,7 @@ RANKS = [
     {"encoder"},
     {"build", "corpus", "speed", "server"},
     {"evaluation", "publishing"},
-    {"commands"},
+    {"commands", "ray"},
     {"cli"},
 ]
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -56,7 +56,7 @@ class Group(TyperGroup):
 def what_is_kept(command: str | None) -> str:
     """What a command that was stopped in the middle has kept, as the end of a sentence."""
     goes_on = "; what is finished is kept, and the same command goes on from there"
-    if command in ("optimize", "run", "quantize", "pull", "publish"):
+    if command in ("optimize", "run", "quantize", "embed", "pull", "publish"):
         return goes_on
     if command in ("bench", "evaluate"):
         if not any(each.split("=")[0] == "--out" for each in sys.argv):

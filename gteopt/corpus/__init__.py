@@ -1,1 +1,1 @@
-"""Many texts to vectors: shards, the cache, and workers that encode."""
+"""Many texts to vectors: shards, the cache, workers that encode, and whole corpora."""

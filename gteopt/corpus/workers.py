@@ -24,7 +24,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -73,31 +73,48 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Answer:
+    """What a worker gives back besides its result: an error in its place, and notes."""
+
+    error: GteoptError | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded(Answer):
     """What came of a shard; exactly one of `vectors` and `error` is there."""
 
     vectors: Floats | None = None
-    error: GteoptError | None = None
-    notes: tuple[str, ...] = ()
 
 
 class WorkerLost(Exception):
     """A worker died, or can no longer be reached; what it was doing has to be done again."""
 
 
-class Worker(Protocol):
-    """A process with a device that encodes one shard at a time."""
+_Job = TypeVar("_Job")
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer", bound=Answer)
+_JobIn = TypeVar("_JobIn", contravariant=True)
+_ItemIn = TypeVar("_ItemIn", contravariant=True)
+_AnswerOut = TypeVar("_AnswerOut", bound=Answer, covariant=True)
+
+
+class Worker(Protocol[_JobIn, _ItemIn, _AnswerOut]):
+    """A process with a device that does one item of a job at a time: encodes a shard of texts, say.
+
+    Items are `Shard` where scores are made, and `RowRange` where a corpus is embedded.
+    """
 
     name: str
 
-    def encode(self, job: Job, shard: Shard) -> Encoded:
+    def encode(self, job: _JobIn, shard: _ItemIn) -> _AnswerOut:
         """Encode, or raise `WorkerLost`."""
 
     def close(self) -> None:
         """Kill it, whatever it is doing."""
 
 
-class Workers:
+class WorkerPool(Generic[_Job, _Item, _Answer]):
     """Workers that share shards; a context manager, which ends them.
 
     A lost worker is opened again, and the shard that it had goes to whichever is free.
@@ -109,7 +126,7 @@ class Workers:
 
     def __init__(
         self,
-        openers: Sequence[Callable[[], Worker]],
+        openers: Sequence[Callable[[], Worker[_Job, _Item, _Answer]]],
         *,
         device: str,
         where: str,
@@ -128,8 +145,8 @@ class Workers:
         self.n_lost = 0
         self._where = where
         self._openers = openers
-        self._idle: SimpleQueue[tuple[int, Worker]] = SimpleQueue()
-        self._open: dict[int, Worker] = {}
+        self._idle: SimpleQueue[tuple[int, Worker[_Job, _Item, _Answer]]] = SimpleQueue()
+        self._open: dict[int, Worker[_Job, _Item, _Answer]] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._pool = ThreadPoolExecutor(max_workers=max(1, len(openers)))
@@ -159,43 +176,16 @@ class Workers:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._leave()
 
-    def opened(self) -> list[Worker]:
+    def opened(self) -> list[Worker[_Job, _Item, _Answer]]:
         """Those that are open now."""
         with self._lock:
             return list(self._open.values())
 
-    def encoding(
-        self,
-        encoder: Description,
-        source: str,
-        *,
-        hub_dir: Path | None,
-        batch_size: int = 32,
-        say: Callable[[str], None] = lambda _: None,
-    ) -> ShardsElsewhere:
-        """Encodes shards for `encoder`, which was loaded or described from `source`."""
-        import torch
-
-        job = Job(
-            source=source,
-            hub_dir=None if hub_dir is None else str(hub_dir.absolute()),
-            device=self.device,
-            dtype=str(encoder.dtype).removeprefix("torch."),
-            backend=encoder.backend,
-            batch_size=batch_size,
-            sha256=encoder.sha256,
-            n_threads=torch.get_num_threads(),
-            versions=tuple(versions().items()),
-            cpu=machine().cpu,
-            gpu=encoder.gpu,
-        )
-        return ShardsElsewhere(self, job, say)
-
-    def submit(self, job: Job, shard: Shard) -> Future[Encoded]:
+    def submit(self, job: _Job, shard: _Item) -> Future[_Answer]:
         """`encode`, begun as soon as a worker is free; shards begin in the order of submission."""
         return self._pool.submit(self.encode, job, shard)
 
-    def encode(self, job: Job, shard: Shard) -> Encoded:
+    def encode(self, job: _Job, shard: _Item) -> _Answer:
         """Encode one shard on the next free worker, or the one after that if it is lost.
 
         Raises:
@@ -215,11 +205,11 @@ class Workers:
             self._idle.put((number, worker))
             return replace(encoded, notes=(*notes, *encoded.notes))
         raise UnsupportedError(
-            f"{_TRIES} workers in a row were lost over the same {len(shard.texts)} texts "
-            f"({self._where}); they may need more memory than there is"
+            f"{_TRIES} workers in a row were lost over the same texts ({self._where}); they may "
+            f"need more memory than there is"
         )
 
-    def _next(self) -> tuple[int, Worker]:
+    def _next(self) -> tuple[int, Worker[_Job, _Item, _Answer]]:
         deadline = monotonic() + _PATIENCE_S
         while monotonic() < deadline:
             self._check_open()
@@ -266,6 +256,37 @@ class Workers:
             self._idle.put((number, worker))
 
         threading.Thread(target=open_, daemon=True).start()
+
+
+class Workers(WorkerPool[Job, Shard, Encoded]):
+    """Workers that encode texts for scores; see `WorkerPool`."""
+
+    def encoding(
+        self,
+        encoder: Description,
+        source: str,
+        *,
+        hub_dir: Path | None,
+        batch_size: int = 32,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> ShardsElsewhere:
+        """Encodes shards for `encoder`, which was loaded or described from `source`."""
+        import torch
+
+        job = Job(
+            source=source,
+            hub_dir=None if hub_dir is None else str(hub_dir.absolute()),
+            device=self.device,
+            dtype=str(encoder.dtype).removeprefix("torch."),
+            backend=encoder.backend,
+            batch_size=batch_size,
+            sha256=encoder.sha256,
+            n_threads=torch.get_num_threads(),
+            versions=tuple(versions().items()),
+            cpu=machine().cpu,
+            gpu=encoder.gpu,
+        )
+        return ShardsElsewhere(self, job, say)
 
 
 class ShardsElsewhere:

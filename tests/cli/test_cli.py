@@ -32,6 +32,7 @@ from gteopt.report.terminal import layers_table
 COMMANDS = [
     "optimize", "run", "quantize", "truncate", "bench", "evaluate", "choose", "report", "compare",
     "verify", "publish", "pull", "inspect", "recipes", "suites", "policies", "plans", "init",
+    "embed", "search",
 ]  # fmt: skip
 
 

@@ -1,0 +1,360 @@
+"""Commands for a whole corpus: embed, search."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.filesize import decimal
+
+from gteopt.cli.errors import fail
+from gteopt.cli.options import AsJson, Device, HubDir, finite
+from gteopt.cli.output import print_json, show_progress, stderr, stdout
+from gteopt.errors import InputError
+
+if TYPE_CHECKING:
+    from gteopt.commands.search import Found
+    from gteopt.corpus.estimate import Estimate
+    from gteopt.corpus.jobs import EmbedReport
+    from gteopt.corpus.verify import Verified
+
+BAD_LEFT = 3
+"""Exit code of a finished job with more dead letters than allowed."""
+TERMINATED = 143
+"""Exit code after SIGTERM, as shells have it."""
+
+
+def embed(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="files, folders, globs in quotes, s3://, gs://, hf://, or ORG/NAME of a data set: "
+            "jsonl, csv, tsv, parquet, txt, arrow; a BEIR folder"
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="artifact folder, 'nano', or ORG/NAME")],
+    out: Annotated[
+        str, typer.Option(help="folder of the vectors, here or s3://, gs://; goes on where it is")
+    ],
+    text: Annotated[
+        str | None,
+        typer.Option(help='column, or a template of columns: "{title} {body}"; text when left out'),
+    ] = None,
+    id: Annotated[
+        str | None, typer.Option(help="column to copy as id; FILE:ROW when left out")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="columns to copy beside the vector", metavar="COL,COL")
+    ] = None,
+    role: Annotated[
+        Literal["document", "query"], typer.Option(help="which prompt the texts get")
+    ] = "document",
+    instruction: Annotated[str | None, typer.Option(help="of --role query")] = None,
+    long: Annotated[
+        str,
+        typer.Option(
+            help="texts beyond the model's length: error (a dead letter), truncate, or "
+            "chunk[:TOKENS[:OVERLAP]]"
+        ),
+    ] = "truncate",
+    pool: Annotated[
+        Literal["none", "mean"], typer.Option(help="of chunks: one mean vector a document")
+    ] = "none",
+    code: Annotated[
+        Literal["artifact", "float32", "float16"],
+        typer.Option(help="of stored vectors; `gteopt truncate` fits smaller ones"),
+    ] = "artifact",
+    vector_type: Annotated[
+        Literal["list", "fixed_size_list"],
+        typer.Option(help="Parquet type of the vectors; every reader takes list"),
+    ] = "list",
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="also write: npy, faiss-flat, faiss-hnsw, faiss-ivf or lance",
+            metavar="FORM",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts computed together")] = 32,
+    shard_rows: Annotated[
+        int, typer.Option(min=1, help="rows in a shard: what a lost machine costs at most")
+    ] = 4096,
+    dtype: Annotated[
+        str, typer.Option(help="the model computes in; its own when left out")
+    ] = "auto",
+    backend: Annotated[
+        Literal["torch", "openvino"], typer.Option(help="what computes the model")
+    ] = "torch",
+    device: Device = "auto",
+    devices: Annotated[
+        str | None,
+        typer.Option(help="one process a device: cuda:0,cuda:1, or cpu,cpu", metavar="LIST"),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="on a Ray cluster: auto (this machine's), HOST:PORT, or local",
+            metavar="auto|ADDRESS",
+        ),
+    ] = None,
+    actors: Annotated[
+        str | None, typer.Option(help="on Ray: N, or MIN-MAX as nodes come and go")
+    ] = None,
+    grow: Annotated[bool, typer.Option("--grow", help="add new files to a job")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="embed shards with dead letters again")
+    ] = False,
+    unique_ids: Annotated[
+        bool, typer.Option("--unique-ids", help="refuse ids that are there twice")
+    ] = False,
+    max_bad: Annotated[
+        int, typer.Option(min=0, help="dead letters beyond which the exit code is 3")
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="tell tokens, hours, dollars and bytes; stop")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="check a finished folder and embed 64 rows again")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0, callback=finite, help="of all devices together, in dollars"),
+    ] = None,
+    hub_dir: HubDir = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print events on stdout, a JSON object a line")
+    ] = False,
+) -> None:
+    """Embed a corpus, exactly once; the same command goes on after a crash.
+
+    Rows without a vector are in DIR/dead with their reason. See docs/embedding.md.
+
+    Example: `gteopt embed corpus.jsonl.gz --model artifacts/nano-int4 --id doc_id --out vectors`
+    """
+    from gteopt.commands import embed as command
+
+    options: dict[str, Any] = {
+        "text": text,
+        "id": id,
+        "keep": keep or (),
+        "role": role,
+        "instruction": instruction,
+        "long": long,
+        "pool": pool,
+        "code": code,
+        "vector_type": vector_type,
+        "batch_size": batch_size,
+        "shard_rows": shard_rows,
+        "dtype": dtype,
+        "backend": backend,
+        "device": device,
+        "devices": devices,
+        "ray": ray,
+        "actors": _actors(actors),
+        "grow": grow,
+        "retry_failed": retry_failed,
+        "unique_ids": unique_ids,
+        "hub_dir": hub_dir,
+        "export": _exports(export),
+    }
+    if dry_run and verify:
+        raise InputError("--dry-run is for before, --verify for afterwards; give one of them")
+    try:
+        with show_progress() as progress:
+            if dry_run:
+                told = command.dry_run(
+                    inputs, model, out, price_per_hour=price_per_hour, progress=progress, **options
+                )
+            elif verify:
+                checked = command.verify(inputs, model, out, progress=progress, **options)
+            else:
+                report = command.embed(
+                    inputs,
+                    model,
+                    out,
+                    progress=progress,
+                    events=_print_event if as_json else command.unheard,
+                    price_per_hour=price_per_hour,
+                    **options,
+                )
+    except command.Terminated:
+        fail(
+            "terminated; what is finished is kept, and the same command goes on from there",
+            TERMINATED,
+        )
+    if dry_run:
+        _show_estimate(told, as_json=as_json)
+    elif verify:
+        _show_verified(checked, as_json=as_json)
+    else:
+        if not as_json:
+            _show_embedded(report)
+        if report.n_bad > max_bad:
+            raise typer.Exit(BAD_LEFT)
+
+
+def search(
+    folder: Annotated[str, typer.Argument(help="made by `gteopt embed`")],
+    query: Annotated[list[str] | None, typer.Argument(help="what is looked for")] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help="a file of queries, one a line", metavar="FILE")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="rows a query")] = 10,
+    instruction: Annotated[str | None, typer.Option(help="of the queries")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="where the model lies now, if it has moved")
+    ] = None,
+    index: Annotated[
+        bool, typer.Option("--index", help="search index.faiss instead of every vector")
+    ] = False,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="another variant's folder: which rows found does it find, too"),
+    ] = None,
+    hub_dir: HubDir = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Find the nearest rows of an embedding folder: the test that everything before it worked.
+
+    Example: `gteopt search vectors "how do plants make energy" --top 10`
+    """
+    from gteopt.commands.search import compare as compared
+    from gteopt.commands.search import search as look
+
+    asked = [*(query or ()), *_lines(queries)]
+    if not asked:
+        raise InputError("nothing to look for; write a query, or give --queries FILE")
+    about: dict[str, Any] = {"device": device, "hub_dir": hub_dir}
+    with show_progress() as progress:
+        found = look(
+            *(folder, asked),
+            top=top,
+            instruction=instruction,
+            progress=progress,
+            model=model,
+            index=index,
+            **about,
+        )
+        difference = None
+        if compare is not None:
+            theirs = look(
+                compare, asked, top=top, instruction=instruction, progress=progress, **about
+            )
+            difference = compared(found, theirs)
+    if as_json:
+        content: dict[str, Any] = {"found": [each.model_dump() for each in found]}
+        if difference is not None:
+            content["comparison"] = difference.model_dump()
+        print_json(content)
+        return
+    for each in found:
+        _show_found(each)
+    if difference is not None:
+        stdout.print(f"{compare} finds {difference.kept:.1%} of these rows, too", markup=False)
+        for asked_query, kept in difference.by_query[:5]:
+            if kept < 1:
+                stdout.print(f"  {kept:5.0%}  {asked_query}", markup=False, highlight=False)
+
+
+def _actors(said: str | None) -> tuple[int, int] | None:
+    if said is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", said, re.ASCII)
+    if match is None or int(match[2] or match[1]) < int(match[1]):
+        raise InputError(f"--actors {said}: write a number, or MIN-MAX (2-16)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _exports(said: list[str] | None) -> tuple[str, ...]:
+    from typing import get_args
+
+    from gteopt.corpus.exports import Export
+    from gteopt.errors import suggest
+
+    names = [name for each in said or () for name in each.split(",")]
+    for name in names:
+        if name not in get_args(Export):
+            raise InputError(f"--export {name}: {suggest(name, get_args(Export))}")
+    return tuple(names)
+
+
+def _lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    if not path.is_file():
+        raise InputError(f"--queries {path} does not exist; give a file with a query a line")
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _print_event(event: str, facts: Mapping[str, Any]) -> None:
+    typer.echo(json.dumps({"event": event, **facts}, ensure_ascii=False))
+
+
+def _show_embedded(report: EmbedReport) -> None:
+    size = decimal(report.n_bytes, precision=1)
+    bad = ", ".join(f"{n:,} {reason}" for reason, n in report.bad.items())
+    stdout.print(
+        f"{report.out}: {report.n_rows:,} rows = {report.n_embedded:,} embedded + "
+        f"{report.n_bad:,} dead letters; {report.n_vectors:,} vectors, {size}",
+        soft_wrap=True,
+    )
+    took = max(report.seconds, 1e-9)
+    stdout.print(
+        f"{report.shards_now:,} shards now, {report.shards_before:,} before; "
+        f"{report.texts_now / took:,.0f} texts/s, {report.tokens_now / took:,.0f} tokens/s"
+        + ("" if report.peak_ratio is None else f", {report.peak_ratio:.0%} of the measured peak")
+        + ("" if report.dollars is None else f", ${report.dollars:,.2f}"),
+        soft_wrap=True,
+    )
+    notes = []
+    if report.bad:
+        notes.append(f"dead letters ({bad}) are in {report.out}/dead")
+    if report.n_cut:
+        notes.append(f"{report.n_cut:,} texts were truncated; --long says what else can be done")
+    if report.n_duplicate_ids:
+        notes.append(f"{report.n_duplicate_ids:,} rows have an id that an earlier row has")
+    for note in notes:
+        stderr.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_estimate(told: Estimate, *, as_json: bool) -> None:
+    if as_json:
+        print_json(told.model_dump())
+        return
+    stdout.print(
+        f"{told.n_rows:,} rows in {told.n_shards:,} shards, {told.n_tokens:,} tokens "
+        f"(+- {told.n_tokens_error:,}, from {told.n_sampled:,} rows)",
+        soft_wrap=True,
+    )
+    cost = "" if told.dollars is None else f", ${told.dollars:,.2f}"
+    stdout.print(
+        f"{told.hours:,.2f} hours at {told.tokens_per_s:,.0f} tokens/s{cost}; vectors take "
+        f"{decimal(told.n_bytes, precision=1)}",
+        soft_wrap=True,
+    )
+    if told.n_cut:
+        stdout.print(f"about {told.n_cut:,} texts are longer than the model takes", soft_wrap=True)
+
+
+def _show_verified(checked: Verified, *, as_json: bool) -> None:
+    if as_json:
+        print_json(checked.model_dump())
+        return
+    least = "" if checked.min_cosine is None else f", cosine at least {checked.min_cosine:.4f}"
+    stdout.print(
+        f"{checked.n_shards:,} shards whole; {checked.n_rows:,} rows, {checked.n_vectors:,} "
+        f"vectors, {checked.n_bad:,} dead letters; {checked.n_again} rows embedded again{least}",
+        soft_wrap=True,
+    )
+
+
+def _show_found(found: Found) -> None:
+    stdout.print(found.query, style="bold", markup=False, highlight=False, soft_wrap=True)
+    for hit in found.hits:
+        beside = "  ".join(str(value)[:100] for value in hit.columns.values())
+        stdout.print(f"  {hit.score:.4f}  {hit.id}  {beside}", markup=False, highlight=False)

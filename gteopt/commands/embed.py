@@ -1,0 +1,294 @@
+"""What `gteopt embed` does: a corpus to vectors, exactly once, wherever there are devices.
+
+`gteopt.embed` is this function, for Python.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gteopt.corpus.embed_workers import embed_on, local_embedders
+from gteopt.corpus.estimate import Estimate, estimate
+from gteopt.corpus.exports import Export, export
+from gteopt.corpus.jobs import (
+    EmbedReport,
+    Events,
+    Job,
+    RunShards,
+    Wishes,
+    embed_here,
+    prepare,
+    run,
+    unheard,
+    working_alone,
+)
+from gteopt.corpus.options import EmbedOptions
+from gteopt.corpus.plan import read_record
+from gteopt.corpus.ray_data import embed_on_ray
+from gteopt.corpus.storage import Folder
+from gteopt.corpus.verify import Verified
+from gteopt.corpus.verify import verify as check
+from gteopt.encoder.description import Description, describe, pick_device
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.loading import load
+from gteopt.errors import InputError
+from gteopt.machine import parse_devices
+from gteopt.progress import Progress, quiet
+from gteopt.speed.peaks import peak_gflops
+
+
+@dataclass(frozen=True)
+class Where:
+    """The devices that embed.
+
+    Attributes:
+        device: of this process; see `gteopt.load`.
+        devices: one process each: "cuda:0,cuda:1", or "cpu,cpu".
+        ray: address of a Ray cluster: "auto", HOST:PORT, or "local".
+        actors: least and most actors on the cluster; None is as many as there is room for.
+    """
+
+    device: str = "auto"
+    devices: str | None = None
+    ray: str | None = None
+    actors: tuple[int, int] | None = None
+
+
+_WORTH_MEASURING_S = 60.0
+"""A shorter run is not worth the second that the device's peak takes to measure."""
+
+
+class Terminated(Exception):
+    """SIGTERM: a spot machine is taken away, or a scheduler's time is over."""
+
+
+def embed(
+    inputs: str | Sequence[str],
+    model: str | Path,
+    out: str | Path,
+    *,
+    progress: Progress = quiet,
+    events: Events = unheard,
+    **options: Any,
+) -> EmbedReport:
+    """Embed a corpus into a folder; the same call goes on with a job that was stopped.
+
+    Example: `gteopt.embed("corpus.jsonl.gz", "artifacts/gptq-int4", "vectors", text="body")`
+
+    Args:
+        inputs: files, folders, globs, URLs or data set names.
+        model: as `gteopt.load` takes it.
+        out: folder of the job, here or s3://, gs://.
+        progress: told of rows.
+        events: told of shards and of the end.
+        options: fields of `EmbedOptions`, `Where` and `Wishes`, and `export`, by their names.
+
+    Raises:
+        InputError: an unknown option, inputs that cannot be read, a folder of another job.
+        IntegrityError: rows are not accounted for.
+        GteoptError: what loading or computing the model raises.
+    """
+    exports = tuple(options.pop("export", ()))
+    settings, where, wishes = parse_options(options)
+    with prepared(inputs, model, out, settings, where, wishes, progress) as (job, runner):
+        report = run(job, runner, wishes=wishes, progress=progress, events=events)
+        if where.devices is None and where.ray is None:
+            report = report.model_copy(update={"peak_ratio": _peak_ratio(report, where.device)})
+        if exports:
+            record = read_record(job.folder)
+            assert record is not None
+            export(job.folder, record, exports, progress)
+    return report
+
+
+def _peak_ratio(report: EmbedReport, device: str) -> float | None:
+    """Operations a second of a run / those of the best large product on the same device."""
+    if report.seconds < _WORTH_MEASURING_S:
+        return None
+    fastest = max(peak_gflops(pick_device(device)).values())
+    return report.operations_now / report.seconds / 1e9 / fastest
+
+
+def parse_options(options: dict[str, Any]) -> tuple[EmbedOptions, Where, Wishes]:
+    """Options by name, each where it belongs.
+
+    Raises:
+        InputError: an unknown one.
+    """
+    from dataclasses import fields
+
+    from gteopt.errors import suggest
+
+    kinds = {
+        "settings": set(EmbedOptions.model_fields),
+        "where": {field.name for field in fields(Where)},
+        "wishes": {field.name for field in fields(Wishes)},
+    }
+    known = set().union(*kinds.values())
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise InputError(f"unknown option {unknown[0]}: {suggest(unknown[0], known)}")
+    parts = {
+        kind: {name: value for name, value in options.items() if name in names}
+        for kind, names in kinds.items()
+    }
+    if isinstance(parts["wishes"].get("hub_dir"), str):
+        parts["wishes"]["hub_dir"] = Path(parts["wishes"]["hub_dir"])
+    settings = EmbedOptions.model_validate(parts["settings"])
+    return settings, Where(**parts["where"]), Wishes(**parts["wishes"])
+
+
+@contextmanager
+def prepared(
+    inputs: str | Sequence[str],
+    model: str | Path,
+    out: str | Path,
+    settings: EmbedOptions,
+    where: Where,
+    wishes: Wishes,
+    progress: Progress = quiet,
+) -> Iterator[tuple[Job, RunShards]]:
+    """A job in a folder that is this process's alone, and who embeds it."""
+    named = [inputs] if isinstance(inputs, str) else list(inputs)
+    if where.devices is not None and where.ray is not None:
+        raise InputError("--devices is for this machine, --ray for a cluster; give one of them")
+    source = str(Path(model).absolute()) if Path(model).is_dir() else str(model)
+    with ExitStack() as stack:
+        stack.enter_context(working_alone(out))
+        stack.enter_context(_terminating())
+        loaded = None
+        described: Description
+        if where.devices is None and where.ray is None:
+            described = loaded = _loaded(source, settings, where, wishes)
+        else:
+            described = _described(source, settings, where, wishes)
+        job = prepare(
+            named, source, out, settings, encoder=described, wishes=wishes, progress=progress
+        )
+        runner: RunShards
+        if where.devices is not None:
+            workers = stack.enter_context(local_embedders(parse_devices(where.devices)))
+            runner = embed_on(workers)
+        elif where.ray is not None:
+            runner = embed_on_ray(
+                where.ray, device=where.device, actors=where.actors, cpus=job.task.n_threads
+            )
+        else:
+            assert loaded is not None
+            runner = embed_here(loaded)
+        yield job, runner
+
+
+def dry_run(
+    inputs: str | Sequence[str],
+    model: str | Path,
+    out: str | Path,
+    *,
+    price_per_hour: float | None = None,
+    progress: Progress = quiet,
+    **options: Any,
+) -> Estimate:
+    """What a job would take: tokens, hours, dollars, bytes; nothing is embedded for good.
+
+    The rows are counted, and how the files are cut is kept in the folder of the job.
+
+    Args:
+        inputs: see `embed`.
+        model: see `embed`.
+        out: see `embed`.
+        price_per_hour: of all devices together, in dollars.
+        progress: told of bytes and shards.
+        options: see `embed`.
+
+    Raises:
+        GteoptError: see `embed`.
+    """
+    options.pop("export", None)
+    settings, where, wishes = parse_options(options)
+    n_devices = 1 if where.devices is None else len(parse_devices(where.devices))
+    here = Where(device=where.device if where.devices is None else where.devices.split(",")[0])
+    with prepared(inputs, model, out, settings, here, wishes, progress) as (job, _):
+        encoder = _loaded(job.task.source, settings, here, wishes)
+        return estimate(
+            job, encoder, price_per_hour=price_per_hour, n_devices=n_devices, progress=progress
+        )
+
+
+def verify(
+    inputs: str | Sequence[str],
+    model: str | Path,
+    out: str | Path,
+    *,
+    progress: Progress = quiet,
+    **options: Any,
+) -> Verified:
+    """Check a finished folder: bytes, counts, and 64 random rows embedded again.
+
+    Args:
+        inputs: see `embed`.
+        model: see `embed`.
+        out: see `embed`.
+        progress: told of shards.
+        options: see `embed`.
+
+    Raises:
+        IntegrityError: lists what is not as it should be.
+        GteoptError: see `embed`.
+    """
+    options.pop("export", None)
+    settings, where, wishes = parse_options(options)
+    if read_record(Folder(out)) is None:
+        raise InputError(f"{out} holds no embedding.json; there is nothing to verify")
+    here = Where(device=where.device if where.devices is None else where.devices.split(",")[0])
+    with prepared(inputs, model, out, settings, here, wishes, progress) as (job, _):
+        encoder = _loaded(job.task.source, settings, here, wishes)
+        return check(job, encoder, progress=progress)
+
+
+def _loaded(source: str, settings: EmbedOptions, where: Where, wishes: Wishes) -> Encoder:
+    return load(
+        source,
+        device=where.device,
+        dtype=settings.dtype,
+        backend=settings.backend,
+        hub_dir=wishes.hub_dir,
+    )
+
+
+def _described(source: str, settings: EmbedOptions, where: Where, wishes: Wishes) -> Description:
+    kind: Literal["cuda", "cpu"] = "cpu"
+    if (where.devices or where.device).startswith("cuda"):
+        kind = "cuda"
+    return describe(
+        source,
+        device=kind,
+        dtype=settings.dtype,
+        backend=settings.backend,
+        hub_dir=wishes.hub_dir,
+    )
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """SIGTERM abandons the shards at hand, and ends the job as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears signals
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+__all__ = ["Export", "Terminated", "dry_run", "embed", "unheard", "verify"]

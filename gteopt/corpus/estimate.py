@@ -1,0 +1,129 @@
+"""What a job will take, told from a sample before anything is embedded.
+
+Hides: the sample and its interval. Refuses to know: prices' currencies, other machines than this.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gteopt.corpus.jobs import Job
+from gteopt.corpus.rows import RowReader
+from gteopt.frozen import Frozen
+from gteopt.progress import Progress, quiet
+
+if TYPE_CHECKING:
+    from gteopt.encoder.encoder import Encoder
+
+_SAMPLE_ROWS = 2000
+_MEASURE_S = 8.0
+_BATCHES_OF_A_WINDOW = 8
+_Z = 1.96
+"""Standard errors of an interval that holds the true value 95 times of 100."""
+
+
+class Estimate(Frozen):
+    """What a job will take.
+
+    Attributes:
+        n_sampled: rows whose tokens were counted.
+        n_tokens: of all rows.
+        n_tokens_error: half of the 95 % interval, from the sample.
+        n_cut: rows that are longer than the model takes.
+        tokens_per_s: measured on this machine with texts of the sample, on one device.
+        hours: on one such device.
+        dollars: where a price was given.
+        n_bytes: of the vectors.
+    """
+
+    n_rows: int
+    n_shards: int
+    n_sampled: int
+    n_tokens: int
+    n_tokens_error: int
+    n_cut: int
+    tokens_per_s: float
+    hours: float
+    dollars: float | None
+    n_bytes: int
+
+
+def estimate(
+    job: Job,
+    encoder: Encoder,
+    *,
+    price_per_hour: float | None = None,
+    n_devices: int = 1,
+    progress: Progress = quiet,
+) -> Estimate:
+    """Count the tokens of random rows, and time some of them for a few seconds.
+
+    Args:
+        job: see `prepare`.
+        encoder: the model, loaded.
+        price_per_hour: of all devices together.
+        n_devices: that will share the work.
+        progress: told of rows.
+    """
+    texts = _sample(job, progress)
+    options = job.task.options
+    tokens = encoder.tokenization.tokenize(
+        texts, role=options.role, instruction=options.instruction
+    )
+    lengths = np.array([len(each) for each in tokens], np.float64)
+    n_rows = job.plan.n_rows
+    mean = float(lengths.mean()) if len(lengths) else 0.0
+    error = _Z * float(lengths.std(ddof=1)) / len(lengths) ** 0.5 if len(lengths) > 1 else 0.0
+    window = options.batch_size * _BATCHES_OF_A_WINDOW
+    n_done, began, counted = 0, time.monotonic(), 0.0
+    # The first window warms up, and is not counted.
+    for start in range(0, len(tokens), window):
+        part = tokens[start : start + window]
+        for _, batch in encoder.tokenization.batches(part, options.batch_size):
+            encoder.embed_tokens(batch)
+        if start == 0 and len(tokens) > window:
+            began = time.monotonic()
+            continue
+        n_done += sum(map(len, part))
+        counted = time.monotonic() - began
+        progress(
+            "measuring the speed (seconds)", min(int(counted), int(_MEASURE_S)), int(_MEASURE_S)
+        )
+        if counted >= _MEASURE_S:
+            break
+    rate = n_done / counted if counted else 0.0
+    hours = n_rows * mean / rate / 3600 / n_devices if rate else 0.0
+    cut = sum(each.is_cut for each in tokens)
+    return Estimate(
+        n_rows=n_rows,
+        n_shards=len(job.plan.shards),
+        n_sampled=len(tokens),
+        n_tokens=round(n_rows * mean),
+        n_tokens_error=round(n_rows * error),
+        n_cut=round(n_rows * cut / max(1, len(tokens))),
+        tokens_per_s=rate,
+        hours=hours,
+        dollars=None if price_per_hour is None else price_per_hour * hours,
+        n_bytes=n_rows * job.record.decode.bytes_per_vector,
+    )
+
+
+def _sample(job: Job, progress: Progress) -> list[str]:
+    """Texts of random rows from a few random shards, as reading all would take too long."""
+    random = np.random.default_rng(0)
+    shards = list(job.plan.shards.values())
+    n_shards = min(len(shards), 32)
+    drawn = sorted(random.choice(len(shards), n_shards, replace=False).tolist())
+    reader = RowReader(job.task.files, job.task.columns)
+    found: list[str] = []
+    for number, index in enumerate(drawn):
+        texts = [text for text in reader.read(shards[index]).texts if text is not None]
+        n = min(len(texts), -(-_SAMPLE_ROWS // n_shards))
+        found += [texts[i] for i in random.choice(len(texts), n, replace=False)]
+        progress("sampling shards", number + 1, n_shards)
+    reader.close()
+    random.shuffle(found)
+    return found

@@ -1,0 +1,194 @@
+"""Other forms of a finished embedding folder, made of its shards: .npy, faiss, Lance.
+
+Hides: those formats. Refuses to know: models, jobs. Rows are in the order of the shards;
+`ids.parquet` says which row of the corpus each one is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gteopt.corpus.plan import EmbeddingRecord
+from gteopt.corpus.shard_files import DATA, read_shard, vectors_of
+from gteopt.corpus.storage import Folder
+from gteopt.errors import InputError, UnsupportedError
+from gteopt.progress import Progress, quiet
+
+Export = Literal["npy", "faiss-flat", "faiss-hnsw", "faiss-ivf", "lance"]
+IDS = "ids.parquet"
+INDEX = "index.faiss"
+_TRAIN_PER_LIST = 39
+"""Vectors a list that faiss wants at least to find its centre."""
+_MOST_TRAINED = 262_144
+
+
+def shards_of(folder: Folder) -> list[str]:
+    """Names of the shards of a folder, in the order of the input."""
+    return [name for name in folder.names(DATA) if name.endswith(".parquet")]
+
+
+def tables(
+    folder: Folder, columns: Sequence[str] | None = None, progress: Progress = quiet
+) -> Iterator[pa.Table]:
+    """The shards' tables, one in memory at a time."""
+    names = shards_of(folder)
+    for number, name in enumerate(names):
+        yield read_shard(folder, name, columns)
+        progress("reading shards", number + 1, len(names))
+
+
+def export(
+    folder: Folder, record: EmbeddingRecord, wanted: Sequence[Export], progress: Progress = quiet
+) -> list[Path]:
+    """Write each form beside the shards, whole or not at all.
+
+    Args:
+        folder: of a finished job, on this machine.
+        record: its embedding.json.
+        wanted: which forms.
+        progress: told of shards.
+
+    Raises:
+        InputError: a folder elsewhere, or nothing in it.
+        UnsupportedError: a library is not installed.
+    """
+    if folder.local is None:
+        raise InputError(
+            f"--export writes on this machine; {folder} is elsewhere: copy it here first"
+        )
+    if record.n_vectors == 0:
+        raise InputError(f"{folder} holds no vector to export")
+    made: list[Path] = []
+    for each in dict.fromkeys(wanted):
+        target = folder.local / {"npy": "vectors.npy", "lance": "vectors.lance"}.get(each, INDEX)
+        partial = target.with_name(f".{target.name}.partial")
+        if each == "lance":
+            _write_lance(folder, partial, progress)
+        elif each == "npy":
+            _write_npy(folder, record, partial, progress)
+        else:
+            _write_faiss(folder, record, each, partial, progress)
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+        made.append(target)
+    if {"npy", "faiss-flat", "faiss-hnsw", "faiss-ivf"} & {*wanted}:
+        made.append(_write_ids(folder, folder.local / IDS))
+    return made
+
+
+def _write_ids(folder: Folder, target: Path) -> Path:
+    partial = target.with_name(f".{target.name}.partial")
+    writer = None
+    for table in tables(folder):
+        about = table.drop_columns(["vector"])
+        writer = writer or pq.ParquetWriter(partial, about.schema.remove_metadata())
+        writer.write_table(about.replace_schema_metadata(None))
+    assert writer is not None
+    writer.close()
+    os.replace(partial, target)
+    return target
+
+
+def _write_npy(folder: Folder, record: EmbeddingRecord, target: Path, progress: Progress) -> None:
+    out: npt.NDArray[Any] | None = None
+    done = 0
+    for table in tables(folder, ["vector"], progress):
+        vectors = vectors_of(table, record.decode)
+        if out is None:
+            shape = (record.n_vectors, record.decode.width)
+            out = np.lib.format.open_memmap(target, "w+", vectors.dtype, shape)
+        out[done : done + len(vectors)] = vectors
+        done += len(vectors)
+    assert out is not None
+    out.flush()  # type: ignore[attr-defined]
+
+
+def _write_faiss(
+    folder: Folder, record: EmbeddingRecord, kind: Export, target: Path, progress: Progress
+) -> None:
+    import faiss
+
+    decode, n = record.decode, record.n_vectors
+    index: Any
+    if decode.code == "binary":
+        bits = 8 * decode.width
+        if kind == "faiss-flat":
+            index = faiss.IndexBinaryFlat(bits)
+        elif kind == "faiss-hnsw":
+            index = faiss.IndexBinaryHNSW(bits, 32)
+        else:
+            index = faiss.IndexBinaryIVF(faiss.IndexBinaryFlat(bits), bits, _n_lists(n))
+    elif kind == "faiss-flat":
+        index = faiss.IndexFlatIP(decode.dims)
+    elif kind == "faiss-hnsw":
+        index = faiss.IndexHNSWFlat(decode.dims, 32, faiss.METRIC_INNER_PRODUCT)
+    else:
+        quantizer = faiss.IndexFlatIP(decode.dims)
+        index = faiss.IndexIVFFlat(quantizer, decode.dims, _n_lists(n), faiss.METRIC_INNER_PRODUCT)
+    transform = decode.transform()
+
+    def rows(table: pa.Table) -> npt.NDArray[Any]:
+        stored = vectors_of(table, decode)
+        if decode.code == "binary":
+            return np.ascontiguousarray(stored)
+        if decode.code == "float16":
+            return stored.astype(np.float32)
+        return np.ascontiguousarray(transform.dequantize(stored))
+
+    if not index.is_trained:
+        index.train(_sample(folder, n, rows))
+    for table in tables(folder, ["vector"], progress):
+        index.add(rows(table))
+    if decode.code == "binary":
+        faiss.write_index_binary(index, str(target))
+    else:
+        faiss.write_index(index, str(target))
+
+
+def _n_lists(n: int) -> int:
+    """Lists of an inverted file: 4 sqrt(N), as faiss advises, and enough vectors for each."""
+    return max(1, min(int(4 * n**0.5), n // _TRAIN_PER_LIST))
+
+
+def _sample(folder: Folder, n: int, rows: Any) -> npt.NDArray[Any]:
+    """Vectors from all over the corpus to find the lists' centres by."""
+    step = max(1, n // _MOST_TRAINED)
+    return np.concatenate([rows(table)[::step] for table in tables(folder, ["vector"])])
+
+
+def _write_lance(folder: Folder, target: Path, progress: Progress) -> None:
+    try:
+        import lance
+    except ImportError as error:
+        raise UnsupportedError('--export lance needs Lance: pip install "gteopt[lance]"') from error
+    if target.is_dir():
+        shutil.rmtree(target)
+    source = tables(folder, None, progress)
+    first = _for_lance(next(source))
+    lance.write_dataset(first, str(target))
+    for table in source:
+        lance.write_dataset(_for_lance(table), str(target), mode="append")
+
+
+def _for_lance(table: pa.Table) -> pa.Table:
+    """Vectors of a fixed size, which Lance indexes and searches."""
+    column = table["vector"].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    if pa.types.is_fixed_size_list(column.type):
+        return table.replace_schema_metadata(None)
+    values = column.flatten()
+    width = len(values) // max(1, len(column))
+    fixed = pa.FixedSizeListArray.from_arrays(values, width)
+    position = table.column_names.index("vector")
+    return table.set_column(position, "vector", fixed).replace_schema_metadata(None)

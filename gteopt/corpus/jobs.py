@@ -1,0 +1,516 @@
+"""An embedding job: plan, embed what is missing, count that every row is accounted for.
+
+Hides: how a job goes on after it was killed, what a run reports. Refuses to know: the command line,
+how rows are read and shards written.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gteopt.corpus.ids import count_duplicates, examples
+from gteopt.corpus.inputs import Corpus, check_unchanged, find_corpus
+from gteopt.corpus.options import EmbedOptions, Template
+from gteopt.corpus.plan import (
+    EmbeddingRecord,
+    FileCount,
+    Plan,
+    agreed_files,
+    fingerprint_of,
+    plan_shards,
+    read_record,
+    write_record,
+)
+from gteopt.corpus.rows import Columns, RowRange, RowReader, kept_schema
+from gteopt.corpus.shard_encoder import AHEAD, Done, EmbedTask, ShardEncoder, stored_transform
+from gteopt.corpus.shard_files import Decode, ShardRecord, Stored, finished, read_shard
+from gteopt.corpus.storage import Folder
+from gteopt.corpus.vector_cache import FORWARD_SCHEMA
+from gteopt.errors import InputError, IntegrityError
+from gteopt.frozen import Frozen
+from gteopt.model.artifact import alone
+from gteopt.progress import Progress, quiet
+
+if TYPE_CHECKING:
+    from gteopt.encoder.description import Description
+    from gteopt.encoder.encoder import Encoder
+
+Events = Callable[[str, Mapping[str, Any]], None]
+"""Told what happens, by a name and facts that JSON can hold."""
+RunShards = Callable[[EmbedTask, Sequence[RowRange]], Iterator[Done]]
+"""Embeds shards somewhere, and gives those that are on disk, in any order."""
+
+
+def unheard(event: str, facts: Mapping[str, Any]) -> None:
+    """The receiver of events that tells nobody."""
+
+
+class EmbedReport(Frozen):
+    """What a run of a job did, and what its folder holds now.
+
+    Attributes:
+        n_rows: of the whole corpus; each has a vector or is a dead letter.
+        n_embedded: rows with vectors.
+        n_vectors: more than rows where texts are cut into chunks.
+        bad: dead letters by reason.
+        n_cut: texts that were truncated.
+        n_duplicate_ids: rows whose id an earlier row has; None where no column holds ids.
+        n_bytes: of the vectors.
+        shards_before: that an earlier run had finished.
+        shards_now: that this run embedded.
+        texts_now: rows that this run embedded.
+        tokens_now: that the model read in this run.
+        operations_now: floating-point operations of this run.
+        seconds: from the first shard to the last.
+        dollars: of this run, where a price was given.
+        peak_ratio: operations a second of this run / those of the best large product, of any
+            number type, on the same device;
+            None where that was not measured.
+    """
+
+    out: str
+    n_rows: int
+    n_embedded: int
+    n_vectors: int
+    bad: dict[str, int]
+    n_cut: int
+    n_tokens: int
+    n_duplicate_ids: int | None
+    n_bytes: int
+    shards_before: int
+    shards_now: int
+    texts_now: int
+    tokens_now: int
+    operations_now: float
+    seconds: float
+    dollars: float | None = None
+    peak_ratio: float | None = None
+
+    @property
+    def n_bad(self) -> int:
+        """Dead letters."""
+        return sum(self.bad.values())
+
+
+@dataclass(frozen=True)
+class Job:
+    """A corpus, a model and a folder, agreed upon with what the folder holds.
+
+    Attributes:
+        record: what embedding.json says before the run.
+    """
+
+    task: EmbedTask
+    plan: Plan
+    corpus: Corpus
+    record: EmbeddingRecord
+    folder: Folder
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What decides how a job is run, and changes no vector.
+
+    Attributes:
+        grow: whether new files may join a job.
+        retry_failed: whether shards with dead letters are embedded again.
+        unique_ids: whether ids that are there twice are an error.
+        price_per_hour: of all machines together, in dollars.
+    """
+
+    grow: bool = False
+    retry_failed: bool = False
+    unique_ids: bool = False
+    price_per_hour: float | None = None
+    hub_dir: Path | None = None
+
+
+def prepare(
+    inputs: Sequence[str],
+    source: str,
+    out: str | Path,
+    options: EmbedOptions,
+    *,
+    encoder: Description,
+    wishes: Wishes = Wishes(),
+    progress: Progress = quiet,
+) -> Job:
+    """Find the corpus, compare it with what the folder holds, and cut it into shards.
+
+    Args:
+        inputs: files, folders, globs, URLs or data set names; see `find_corpus`.
+        source: of the model.
+        out: folder of the job.
+        options: what decides the vectors.
+        encoder: the model, loaded or described.
+        wishes: how it is run.
+        progress: told of bytes whose rows are counted.
+
+    Raises:
+        InputError: inputs that cannot be read, or a folder of another job.
+    """
+    folder = Folder(out)
+    corpus = find_corpus(inputs, role=options.role, hub_dir=wishes.hub_dir)
+    stored = _stored(encoder, options)
+    settings = _settings(encoder, options, corpus, stored)
+    files = agreed_files(folder, settings, corpus, grow=wishes.grow)
+    template = Template(settings["text"] or "text")
+    there = [(file, corpus.places[file.name]) for file in files if file.name in corpus.places]
+    columns = Columns(template, settings["id"], options.keep, kept_schema(there, options.keep))
+    plan = plan_shards(folder, files, corpus, columns, settings=settings, progress=progress)
+    task = EmbedTask(
+        source=source,
+        sha256=encoder.sha256,
+        hub_dir=None if wishes.hub_dir is None else str(wishes.hub_dir.absolute()),
+        n_threads=_n_threads(),
+        options=options,
+        stored=stored,
+        columns=columns,
+        files={
+            number: (file, corpus.places[file.name])
+            for number, file in enumerate(files)
+            if file.name in corpus.places
+        },
+        out=str(out if folder.local is None else folder.local),
+        fingerprint=fingerprint_of(settings),
+        again=wishes.retry_failed,
+    )
+    rows = [0] * len(files)
+    for shard in plan.shards.values():
+        rows[shard.file] += shard.n_rows
+    if not sum(rows):
+        raise InputError(f"{', '.join(inputs)}: {len(files)} files and no row in them")
+    transform = stored_transform(encoder.vectors, stored)
+    record = EmbeddingRecord(
+        complete=False,
+        fingerprint=plan.fingerprint,
+        settings=settings,
+        model=source,
+        hub_dir=task.hub_dir,
+        decode=Decode.of(transform, stored),
+        rescore=transform.rescore if transform.rescores else 1,
+        files=tuple(FileCount(file=f, n_rows=n) for f, n in zip(files, rows, strict=True)),
+    )
+    return Job(task, plan, corpus, record, folder)
+
+
+def working_alone(out: str | Path) -> AbstractContextManager[None]:
+    """The folder for this job alone; half-written files of a killed one are removed.
+
+    Raises:
+        InputError: another process embeds into it.
+    """
+    local = Folder(out).local
+    return nullcontext() if local is None else _alone(local / Folder.TEMPORARY)
+
+
+class _alone:
+    def __init__(self, temporary: Path) -> None:
+        self._temporary = temporary
+        self._lock = alone(temporary)
+
+    def __enter__(self) -> None:
+        try:
+            self._lock.__enter__()
+        except InputError as error:
+            raise InputError(
+                f"another process is embedding into {self._temporary.parent}; wait for it, or give "
+                f"another --out"
+            ) from error
+        self._clear()
+
+    def __exit__(self, *error: Any) -> None:
+        self._clear()
+        self._lock.__exit__(*error)
+        if self._temporary.parent.is_dir() and not any(self._temporary.parent.iterdir()):
+            self._temporary.parent.rmdir()  # nothing came of it
+
+    def _clear(self) -> None:
+        for path in self._temporary.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def run(
+    job: Job,
+    embed: RunShards,
+    *,
+    wishes: Wishes = Wishes(),
+    progress: Progress = quiet,
+    events: Events = unheard,
+) -> EmbedReport:
+    """Embed the shards that are not done, and write embedding.json.
+
+    Args:
+        job: see `prepare`.
+        embed: who embeds.
+        wishes: how it is run.
+        progress: told of rows.
+        events: told of shards and of the end.
+
+    Raises:
+        InputError: an input file changed, or ids are there twice and must not.
+        IntegrityError: rows are not accounted for.
+        GteoptError: what a worker raised.
+    """
+    plan, folder = job.plan, job.folder
+    if wishes.unique_ids:
+        _refuse_duplicates(job)
+    before = read_record(folder)
+    done = finished(folder, plan.expected())
+    kept = {n: r for n, r in done.items() if not (wishes.retry_failed and r.n_bad)}
+    todo = [shard for name, shard in plan.shards.items() if name not in kept]
+    unchanged = before is not None and before.complete and not todo
+    if not unchanged:
+        write_record(folder, job.record)
+    _check_files(job, todo)
+    facts = {"rows": plan.n_rows, "shards": len(plan.shards), "shards_done": len(kept)}
+    events("start", {"out": str(folder), **facts})
+    tally = _Tally(plan.n_rows, sum(r.n_rows for r in kept.values()), wishes.price_per_hour)
+    n_before, n_todo = tally.n_done, tally.n_rows - tally.n_done
+    progress("embedding rows", 0, n_todo)
+    for each in embed(job.task, todo) if todo else ():
+        kept[each.name] = each.record
+        tally.add(each)
+        progress("embedding rows", tally.n_done - n_before, n_todo)
+        events("shard", {"name": each.name, "rows": each.record.n_rows, **tally.facts()})
+    # The whole corpus is what was planned; a file that changed is never mixed into the folder.
+    _check_files(job, todo)
+    record = _counted(job, kept)
+    if unchanged and before is not None:
+        record = record.model_copy(update={"n_duplicate_ids": before.n_duplicate_ids})
+    elif record.settings["id"] is not None:
+        n_twice = count_duplicates(lambda: _stored_ids(folder, plan), plan.n_rows)
+        record = record.model_copy(update={"n_duplicate_ids": n_twice})
+    if not unchanged or before != record:
+        write_record(folder, record)
+    report = EmbedReport(
+        out=str(folder),
+        n_rows=record.n_rows,
+        n_embedded=sum(each.n_embedded for each in record.files),
+        n_vectors=record.n_vectors,
+        bad=record.bad,
+        n_cut=record.n_cut,
+        n_tokens=record.n_tokens,
+        n_duplicate_ids=record.n_duplicate_ids,
+        n_bytes=record.n_vectors * record.decode.bytes_per_vector,
+        shards_before=len(plan.shards) - len(todo),
+        shards_now=len(todo),
+        texts_now=tally.n_texts,
+        tokens_now=tally.n_tokens,
+        operations_now=tally.operations,
+        seconds=tally.seconds,
+        dollars=tally.dollars,
+    )
+    events("end", report.model_dump())
+    return report
+
+
+def embed_here(encoder: Encoder) -> RunShards:
+    """Embeds in this process, with the model that is loaded."""
+
+    def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[Done]:
+        waiting: deque[Future[Done]] = deque()
+        with ShardEncoder(task, encoder) as worker:
+            for shard in shards:
+                waiting.append(worker.submit(shard))
+                if len(waiting) == AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    return embed
+
+
+@dataclass
+class _Tally:
+    """How far a run is."""
+
+    n_rows: int
+    n_done: int
+    price_per_hour: float | None
+    n_texts: int = 0
+    n_tokens: int = 0
+    operations: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    def add(self, done: Done) -> None:
+        self.n_done += done.record.n_rows
+        self.n_texts += done.record.n_embedded
+        self.n_tokens += done.record.n_tokens
+        self.operations += done.operations
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def dollars(self) -> float | None:
+        return None if self.price_per_hour is None else self.price_per_hour * self.seconds / 3600
+
+    def facts(self) -> dict[str, Any]:
+        """Rates and what is left, for an event."""
+        took = max(self.seconds, 1e-9)
+        rate = self.n_texts / took
+        left = (self.n_rows - self.n_done) / rate if rate else None
+        return {
+            "rows_done": self.n_done,
+            "rows_total": self.n_rows,
+            "texts_per_s": round(rate, 2),
+            "tokens_per_s": round(self.n_tokens / took, 1),
+            "seconds_left": None if left is None else round(left, 1),
+            "dollars": None if self.dollars is None else round(self.dollars, 4),
+        }
+
+
+def _stored(encoder: Description, options: EmbedOptions) -> Stored:
+    return encoder.vectors.code if options.code == "artifact" else options.code
+
+
+def _settings(
+    encoder: Description, options: EmbedOptions, corpus: Corpus, stored: Stored
+) -> dict[str, str | None]:
+    """Everything that decides the vectors and their files, as text by the option's name."""
+    transform = stored_transform(encoder.vectors, stored)
+    return {
+        "model": encoder.sha256,
+        "vectors": f"{transform.sha256()[:16]} as {stored}",
+        "vector_type": options.vector_type,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "backend": encoder.backend,
+        "forward": FORWARD_SCHEMA,
+        "role": options.role,
+        "prompt": _prompt(encoder, options),
+        "text": options.text or corpus.text or "text",
+        "id": options.id or corpus.id,
+        "keep": ",".join(options.keep) or None,
+        "long": str(options.long),
+        "pool": options.pool,
+        "batch_size": str(options.batch_size),
+        "shard_rows": str(options.shard_rows),
+    }
+
+
+def _prompt(encoder: Description, options: EmbedOptions) -> str:
+    """What is put before each text.
+
+    Raises:
+        InputError: an instruction for a model that takes none.
+    """
+    from gteopt.encoder.tokenization import Tokenization
+
+    about = encoder.checkpoint
+    if options.role == "query" and about.query_template is not None and not options.instruction:
+        if not about.default_instruction:
+            raise InputError(
+                f"{encoder.name} needs an instruction for queries and has none of its own; give "
+                f"--instruction"
+            )
+        warnings.warn(
+            f"queries get the default instruction of {encoder.name}, "
+            f"'{about.default_instruction}'; --instruction changes it",
+            stacklevel=4,
+        )
+    return Tokenization(about).prompt(options.role, options.instruction)
+
+
+def _n_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _check_files(job: Job, todo: Sequence[RowRange]) -> None:
+    """The files that are read in this run are those that were planned."""
+    for number in {shard.file for shard in todo}:
+        if number not in job.task.files:
+            name = job.plan.files[number].name
+            raise InputError(f"{name} is not embedded to its end, and not among the inputs")
+        check_unchanged(*job.task.files[number])
+
+
+def _counted(job: Job, done: Mapping[str, ShardRecord]) -> EmbeddingRecord:
+    """embedding.json of the finished job.
+
+    Raises:
+        IntegrityError: a row has neither a vector nor a dead letter.
+    """
+    counts = [[0, 0, 0] for _ in job.plan.files]
+    bad: dict[str, int] = {}
+    n_cut = n_tokens = 0
+    for name, shard in job.plan.shards.items():
+        record = done[name]
+        for place, n in enumerate((record.n_embedded, record.n_vectors, record.n_bad)):
+            counts[shard.file][place] += n
+        for reason, n in record.bad.items():
+            bad[reason] = bad.get(reason, 0) + n
+        n_cut += record.n_cut
+        n_tokens += record.n_tokens
+    files = tuple(
+        each.model_copy(update={"n_embedded": a, "n_vectors": b, "n_bad": c})
+        for each, (a, b, c) in zip(job.record.files, counts, strict=True)
+    )
+    wrong = [each.file.name for each in files if each.n_rows != each.n_embedded + each.n_bad]
+    if wrong:
+        raise IntegrityError(
+            f"{job.folder}: rows of {', '.join(wrong)} are missing; run --verify, remove the "
+            f"shards that it names, and run the job again"
+        )
+    return job.record.model_copy(
+        update={
+            "complete": True,
+            "files": files,
+            "bad": dict(sorted(bad.items())),
+            "n_cut": n_cut,
+            "n_tokens": n_tokens,
+        }
+    )
+
+
+def _stored_ids(folder: Folder, plan: Plan) -> Iterator[list[str]]:
+    """Ids of the documents of each shard; a document of many chunks once."""
+    for name in plan.shards:
+        table = read_shard(folder, name, ["id", "row"])
+        rows = table["row"].to_pylist()
+        ids = table["id"].to_pylist()
+        yield [each for n, each in enumerate(ids) if n == 0 or rows[n] != rows[n - 1]]
+
+
+def _refuse_duplicates(job: Job) -> None:
+    """Look at the ids of the whole corpus before anything is embedded.
+
+    Raises:
+        InputError: no column of ids, or ids that are there twice.
+    """
+    column = job.record.settings["id"]
+    if column is None:
+        raise InputError("--unique-ids needs --id: without it, every row has an id of its own")
+    columns = Columns(Template(column), column)
+
+    def ids() -> Iterator[list[str]]:
+        reader = RowReader(job.task.files, columns)
+        try:
+            for shard in job.plan.shards.values():
+                if shard.file in job.task.files:
+                    yield reader.read(shard).ids
+        finally:
+            reader.close()
+
+    n_twice = count_duplicates(ids, job.plan.n_rows)
+    if n_twice:
+        shown = ", ".join(repr(each) for each in examples(ids()))
+        raise InputError(
+            f"column {column} holds {n_twice:,} ids that an earlier row has ({shown}); make them "
+            f"unique, or leave out --unique-ids"
+        )

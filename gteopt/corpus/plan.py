@@ -1,0 +1,268 @@
+"""What a job is: its settings, its files, its shards; planned once and compared ever after.
+
+Hides: embedding.json and the plan of each file. Refuses to know: how rows are read, models, who
+does the work. A shard is done when its own footer says so; no list of finished shards is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from gteopt.corpus.inputs import Corpus, InputFile
+from gteopt.corpus.rows import Columns, RowRange, cut_rows
+from gteopt.corpus.shard_files import Decode, shard_name
+from gteopt.corpus.storage import Folder
+from gteopt.errors import InputError, IntegrityError, join_problems
+from gteopt.frozen import Frozen
+from gteopt.progress import Progress
+from gteopt.records.files import to_json
+
+RECORD = "embedding.json"
+PLAN = "_plan"
+
+
+class FileCount(Frozen):
+    """A file of the corpus and what became of its rows: n_rows = n_embedded + n_bad.
+
+    Attributes:
+        file: as it was when it was planned.
+        n_vectors: more than `n_embedded` where texts are cut into chunks.
+    """
+
+    file: InputFile
+    n_rows: int
+    n_embedded: int = 0
+    n_vectors: int = 0
+    n_bad: int = 0
+
+
+class EmbeddingRecord(Frozen):
+    """embedding.json: what an embedding folder holds.
+
+    Attributes:
+        complete: whether every row has its vector or its dead letter.
+        fingerprint: hash of `settings`.
+        settings: everything that decides the vectors and how they are stored, by the option's name.
+        model: what `gteopt search` loads for queries.
+        decode: how vectors are read.
+        rescore: candidates per result that a search by codes looks at again.
+        files: every file of the corpus, in order.
+        bad: dead letters by reason.
+        n_duplicate_ids: rows whose id an earlier row has; None where no column holds ids.
+    """
+
+    schema_: Literal["gteopt.embedding/1"] = Field(default="gteopt.embedding/1", alias="schema")
+    complete: bool
+    fingerprint: str
+    settings: dict[str, str | None]
+    model: str
+    hub_dir: str | None = None
+    decode: Decode
+    rescore: int = 1
+    files: tuple[FileCount, ...]
+    bad: dict[str, int] = Field(default_factory=dict)
+    n_cut: int = 0
+    n_tokens: int = 0
+    n_duplicate_ids: int | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all files."""
+        return sum(each.n_rows for each in self.files)
+
+    @property
+    def n_vectors(self) -> int:
+        """Vectors of all files."""
+        return sum(each.n_vectors for each in self.files)
+
+    @property
+    def n_bad(self) -> int:
+        """Dead letters of all files."""
+        return sum(each.n_bad for each in self.files)
+
+
+class _FilePlan(Frozen):
+    """The shards of one file."""
+
+    schema_: Literal["gteopt.plan/1"] = Field(default="gteopt.plan/1", alias="schema")
+    file: InputFile
+    shard_rows: int
+    shards: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every shard of a job.
+
+    Attributes:
+        files: by number.
+        shards: by the name of their file, in the order of the input.
+    """
+
+    fingerprint: str
+    files: tuple[InputFile, ...]
+    shards: dict[str, RowRange]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all files."""
+        return sum(shard.n_rows for shard in self.shards.values())
+
+    def expected(self) -> dict[str, tuple[str, str, RowRange]]:
+        """What the footer of each shard has to say, by the name of its file."""
+        identities = [file.identity for file in self.files]
+        return {
+            name: (self.fingerprint, identities[shard.file], shard)
+            for name, shard in self.shards.items()
+        }
+
+
+def fingerprint_of(settings: dict[str, str | None]) -> str:
+    """The hash that footers carry."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_record(folder: Folder) -> EmbeddingRecord | None:
+    """embedding.json of a folder; None without one.
+
+    Raises:
+        IntegrityError: it cannot be read.
+    """
+    content = folder.read(RECORD)
+    if content is None:
+        return None
+    try:
+        return EmbeddingRecord.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise IntegrityError(
+            f"{folder}/{RECORD} is not valid ({'.'.join(map(str, first['loc']))}: {first['msg']}); "
+            f"it was edited, or written by another version of gteopt"
+        ) from error
+
+
+def write_record(folder: Folder, record: EmbeddingRecord) -> None:
+    """Write embedding.json."""
+    folder.write(RECORD, to_json(record).encode())
+
+
+def agreed_files(
+    folder: Folder, settings: dict[str, str | None], corpus: Corpus, *, grow: bool
+) -> tuple[InputFile, ...]:
+    """The files of the job, those of an earlier run first.
+
+    Raises:
+        InputError: the folder belongs to another job, or holds something else. Every difference is
+            named.
+    """
+    earlier = read_record(folder)
+    if earlier is None:
+        # A job that was killed while it counted rows leaves a plan and nothing else.
+        others = {name.split("/")[0] for name in folder.names("")} - {Folder.TEMPORARY, PLAN}
+        if others:
+            raise InputError(
+                f"{folder} holds other files ({', '.join(sorted(others)[:5])}); give a new folder "
+                f"as --out"
+            )
+        return corpus.files
+    problems = [
+        f"{name} is {_said(settings.get(name))}, and was {_said(earlier.settings.get(name))}"
+        for name in sorted({*settings, *earlier.settings})
+        if settings.get(name) != earlier.settings.get(name)
+    ]
+    now = {file.name: file for file in corpus.files}
+    before = {each.file.name: each.file for each in earlier.files}
+    for name, file in before.items():
+        if name not in now:
+            if not grow:
+                problems.append(f"{name} is not among the inputs any more")
+        elif now[name].identity != file.identity:
+            problems.append(
+                f"{name} has changed ({file.n_bytes:,} bytes then, {now[name].n_bytes:,} now)"
+            )
+    new = [file for name, file in now.items() if name not in before]
+    if new and not grow:
+        shown = ", ".join(file.name for file in new[:5]) + (" ..." if len(new) > 5 else "")
+        problems.append(f"{len(new)} files are new ({shown}); --grow adds them")
+    if problems:
+        raise InputError(
+            join_problems(f"{folder} belongs to another job", problems)
+            + "\nGive another --out, or the options of that job."
+        )
+    return (*before.values(), *new)
+
+
+def _said(value: str | None) -> str:
+    return "not given" if value is None else repr(value)
+
+
+def plan_shards(
+    folder: Folder,
+    files: Sequence[InputFile],
+    corpus: Corpus,
+    columns: Columns,
+    *,
+    settings: dict[str, str | None],
+    progress: Progress,
+) -> Plan:
+    """Cut every file into shards, or read how it was cut before.
+
+    Raises:
+        InputError: a file that cannot be read; all such files at once.
+    """
+    fingerprint = fingerprint_of(settings)
+    shards: dict[str, RowRange] = {}
+    problems: list[str] = []
+    n_bytes, done = sum(file.n_bytes for file in files), 0
+    for number, file in enumerate(files):
+        try:
+            found = _file_shards(folder, number, file, corpus, columns, settings)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        identity = file.identity
+        for shard in found:
+            shards[shard_name(fingerprint, identity, shard)] = shard
+        done += file.n_bytes
+        progress("counting the rows (bytes)", done, n_bytes)
+    if problems:
+        raise InputError("\n".join(problems))
+    return Plan(fingerprint, tuple(files), shards)
+
+
+def _file_shards(
+    folder: Folder,
+    number: int,
+    file: InputFile,
+    corpus: Corpus,
+    columns: Columns,
+    settings: dict[str, str | None],
+) -> list[RowRange]:
+    name = f"{PLAN}/{number:05d}.json"
+    shard_rows = int(settings["shard_rows"] or 0)
+    content = folder.read(name)
+    if content is not None:
+        try:
+            known = _FilePlan.model_validate_json(content)
+        except ValidationError as error:
+            raise IntegrityError(
+                f"{folder}/{name} is damaged; remove it, and the file is planned again"
+            ) from error
+        if (known.file, known.shard_rows) == (file, shard_rows):
+            return [
+                RowRange.model_construct(file=number, first=first, n_rows=n_rows, offset=offset)
+                for first, n_rows, offset in known.shards
+            ]
+    if file.name not in corpus.places:
+        raise InputError(f"{file.name} was never planned, and is not among the inputs any more")
+    found = cut_rows(file, corpus.places[file.name], number, columns, shard_rows)
+    cut = tuple((each.first, each.n_rows, each.offset) for each in found)
+    plan = _FilePlan(file=file, shard_rows=shard_rows, shards=cut)
+    folder.write(name, plan.model_dump_json(by_alias=True).encode())
+    return found

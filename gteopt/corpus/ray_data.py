@@ -1,0 +1,250 @@
+"""Embed a corpus on a Ray cluster: Ray Data hands out shards, and actors write them.
+
+Hides: Ray Data. Refuses to know: jobs, what a shard holds. The rows of the Ray data set are shard
+descriptors, and only small records come back: vectors never pass through Ray's object store. A lost
+actor or node costs the shards that it had; Ray Data gives them to another one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Literal
+
+from gteopt.corpus.jobs import RunShards
+from gteopt.corpus.ray_actors import _asking_once
+from gteopt.corpus.rows import RowRange
+from gteopt.corpus.shard_encoder import Done, EmbedTask, ShardEncoder
+from gteopt.corpus.shard_files import ShardRecord, finished, shard_name
+from gteopt.corpus.storage import Folder
+from gteopt.errors import GteoptError, InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_SHARDS_PER_CALL = 4
+"""An actor reads and writes while it computes, within the shards of a call."""
+_MOST_BLOCKS = 10_000
+"""Ray Data keeps an account of each block in the driver."""
+
+
+def embed_on_ray(
+    address: str,
+    *,
+    device: str = "auto",
+    actors: tuple[int, int] | None = None,
+    cpus: int = 1,
+) -> RunShards:
+    """Embeds on actors of a Ray cluster, one a GPU, or one for every `cpus` cores.
+
+    Args:
+        address: "auto" for the cluster that this machine belongs to, HOST:PORT, or "local" for one
+            on this machine alone.
+        device: "cuda", "cpu", or "auto": GPUs where the cluster has any.
+        actors: least and most of them, as nodes come and go; as many as there is room for when
+            None.
+        cpus: that each actor claims without a GPU; torch's threads there.
+
+    Raises:
+        UnsupportedError: Ray is not installed, or the cluster has nothing to encode on.
+        InputError: there is no such cluster.
+    """
+
+    def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[Done]:
+        ray, is_ours = _joined(address)
+        kind, room = _room(ray, address, device, cpus)
+        claim = {"num_gpus": 1} if kind == "cuda" else {"num_cpus": cpus}
+        least, most = actors or (room, room)
+        # Fewer shards in a call where there are few: every actor gets some.
+        per_call = max(1, min(_SHARDS_PER_CALL, len(shards) // most))
+        per_call = max(per_call, -(-len(shards) // _MOST_BLOCKS))
+        items = [{"shard": shard.model_dump_json()} for shard in shards]
+        dataset = ray.data.from_items(items, override_num_blocks=-(-len(shards) // per_call))
+        dataset = dataset.map_batches(
+            EmbedShards,
+            fn_constructor_args=[task, kind],
+            batch_size=None,
+            concurrency=least if least == most else (least, most),
+            **claim,
+        )
+        names = set()
+        try:
+            for row in dataset.iter_rows():
+                if row["error"]:
+                    raise UnsupportedError(row["error"])
+                # Ray runs a call again whose answer was lost; what it wrote is then found done.
+                if row["name"] not in names:
+                    names.add(row["name"])
+                    record = ShardRecord.model_validate_json(row["record"])
+                    yield Done(row["name"], record, row["operations"])
+        except ray.exceptions.RayError as error:
+            raise UnsupportedError(
+                f"the Ray cluster failed ({_last_line(error)}); what is finished is kept, and the "
+                f"same command goes on from there"
+            ) from error
+        finally:
+            if is_ours:
+                ray.shutdown()
+
+    return embed
+
+
+class EmbedShards:
+    """The actor: takes shard descriptors, writes shards, gives small records."""
+
+    def __init__(self, task: EmbedTask, device: str) -> None:
+        """Load the model on the device that Ray shows."""
+        self._task = task
+        self._folder = Folder(task.out)
+        self._failed: str | None = None
+        try:
+            self._worker = ShardEncoder(task, task.load(device))
+        except GteoptError as error:
+            # Raised here, it would be tried again and again by Ray.
+            self._failed = str(error)
+
+    def __call__(self, batch: Mapping[str, NDArray[np.object_]]) -> dict[str, list[Any]]:
+        """Embed the shards of a batch that are not done yet."""
+        shards = [RowRange.model_validate_json(str(each)) for each in batch["shard"]]
+        if self._failed is not None:
+            return _rows([_failure(self._failed)])
+        begun: list[tuple[str, ShardRecord | Future[Done]]] = []
+        for shard in shards:
+            identity = self._task.files[shard.file][0].identity
+            name = shard_name(self._task.fingerprint, identity, shard)
+            expected = {name: (self._task.fingerprint, identity, shard)}
+            there = {} if self._task.again else finished(self._folder, expected)
+            begun.append((name, there.get(name) or self._worker.submit(shard)))
+        rows: list[dict[str, Any]] = []
+        for name, each in begun:
+            try:
+                done = each.result() if isinstance(each, Future) else Done(name, each, 0.0)
+            except GteoptError as error:
+                rows.append(_failure(str(error)))
+                continue
+            rows.append(
+                {
+                    "name": done.name,
+                    "record": done.record.model_dump_json(by_alias=True),
+                    "operations": done.operations,
+                    "error": "",
+                }
+            )
+        return _rows(rows)
+
+
+class Embedder:
+    """A callable class for `ray.data.Dataset.map_batches` in a pipeline of one's own.
+
+    It adds a column of vectors. Vectors pass through Ray's object store here; `gteopt embed --ray`
+    keeps them out of it.
+
+    Example:
+        ```
+        ds = ray.data.read_parquet("corpus/").map_batches(
+            gteopt.ray.Embedder, fn_constructor_args=["artifacts/gptq-int4"],
+            fn_constructor_kwargs={"text": "body"}, num_gpus=1, concurrency=4, batch_size=256,
+        )
+        ```
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        text: str = "text",
+        vector: str = "vector",
+        role: Literal["query", "document"] = "document",
+        instruction: str | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        """Load the model on the device that Ray shows.
+
+        Args:
+            model: as `gteopt.load` takes it; readable by every node.
+            text: column of texts.
+            vector: column to add: what an index stores, coded as the artifact says.
+            role: which prompt texts get.
+            instruction: of queries; None is the model's default.
+            batch_size: texts computed together.
+
+        Raises:
+            GteoptError: see `gteopt.load`.
+        """
+        from gteopt.encoder.loading import load
+
+        self._encoder = load(model)
+        self._text, self._vector = text, vector
+        self._role: Literal["query", "document"] = role
+        self._instruction = instruction
+        self._batch_size = batch_size
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with its vectors [N, D].
+
+        Raises:
+            InputError: no such column, or something else than texts in it.
+        """
+        if self._text not in batch:
+            raise InputError(f"the batch has no column {self._text}; it has {', '.join(batch)}")
+        texts = [each.item() if hasattr(each, "item") else each for each in batch[self._text]]
+        vectors = self._encoder.encode(
+            texts, role=self._role, instruction=self._instruction, batch_size=self._batch_size
+        )
+        return {**batch, self._vector: self._encoder.vectors.quantize(vectors)}
+
+
+def _failure(said: str) -> dict[str, Any]:
+    return {"name": "", "record": "", "operations": 0.0, "error": said}
+
+
+def _rows(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in ("name", "record", "operations", "error")}
+
+
+def _last_line(error: BaseException) -> str:
+    """What happened, of an error whose text is a traceback."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
+def _joined(address: str) -> tuple[Any, bool]:
+    """Ray, and whether the cluster was joined here and has to be left."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UnsupportedError('--ray needs Ray Data: pip install "gteopt[ray]"') from error
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        try:
+            with _asking_once():
+                ray.init(
+                    address=None if address == "local" else address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+        except (ConnectionError, ValueError) as error:
+            raise InputError(
+                f"--ray {address}: no Ray cluster answers there; start one with `ray start "
+                f"--head`, and `ray start --address=HOST:6379` on every other machine"
+            ) from error
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    return ray, is_ours
+
+
+def _room(ray: Any, address: str, device: str, cpus: int) -> tuple[str, int]:
+    """Kind of device, and how many actors fit."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    n_gpus = sum(int(each.get("GPU", 0)) for each in resources)
+    kind = device.partition(":")[0]
+    if kind == "auto":
+        kind = "cuda" if n_gpus else "cpu"
+    n_cpus = sum(int(each.get("CPU", 0)) // cpus for each in resources)
+    room = n_gpus if kind == "cuda" else n_cpus
+    if room == 0:
+        wanted = "a GPU" if kind == "cuda" else f"{cpus} cores"
+        raise UnsupportedError(f"--ray {address}: no node of the cluster has {wanted}")
+    return kind, room

@@ -1,0 +1,357 @@
+"""The files of an embedding folder: a Parquet file a shard, its footer, its dead letters.
+
+Hides: Parquet's types and settings, how a footer is found without reading the file. Refuses to
+know: models, how a corpus is cut. The format's specification: docs/embedding.md.
+
+The bytes of a file follow from the rows, the model and the settings alone. There is no time, no
+machine and no order of work in them, so that a job that was killed ends with the same folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from gteopt.config.recipe import VectorCode
+from gteopt.corpus.options import VectorType
+from gteopt.corpus.rows import Reason, RowRange
+from gteopt.corpus.storage import Folder
+from gteopt.errors import IntegrityError
+from gteopt.frozen import Frozen
+from gteopt.records.manifest import Similarity
+from gteopt.vectors.transform import VectorTransform
+
+DATA, DEAD = "data", "dead"
+Stored = VectorCode | Literal["float16"]
+_SHARD_KEY, _DECODE_KEY = b"gteopt.shard", b"gteopt.decode"
+_SCHEMA = "gteopt.shard/1"
+_MARK = b'{"schema":"' + _SCHEMA.encode() + b'"'
+_TAIL_BYTES = 4096
+"""Of a file: the footer's own entries stand at its end."""
+_REMOTE_READS = 32
+_LARGE = ("codebook", "places")
+"""Tensors that are larger than a shard; they are in embedding.json alone."""
+
+
+class TensorRecord(Frozen):
+    """An array as text."""
+
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "int32"]
+    base64: str
+
+    @staticmethod
+    def of(array: npt.NDArray[Any]) -> TensorRecord:
+        """The record of an array."""
+        kind: Literal["float32", "int32"] = "int32" if array.dtype.kind == "i" else "float32"
+        content = array.astype("<i4" if kind == "int32" else "<f4").tobytes()
+        return TensorRecord(
+            shape=array.shape, dtype=kind, base64=base64.b64encode(content).decode()
+        )
+
+    def array(self) -> npt.NDArray[Any]:
+        """The array of a record."""
+        kind = "<i4" if self.dtype == "int32" else "<f4"
+        return np.frombuffer(base64.b64decode(self.base64), kind).reshape(self.shape).copy()
+
+
+class Decode(Frozen):
+    """All that is needed to read vectors; `gteopt.vectors.codes` has the formulas.
+
+    Attributes:
+        code: how a vector is stored; float32 and float16 are the vectors themselves.
+        dims: of a vector.
+        similarity: "cosine" where vectors have length 1, "dot" where they keep their length.
+        bits: of rabitq, a dimension.
+        tensors: what was fitted: `low` and `high`, `centre`, `codebook` and `places`.
+    """
+
+    code: Stored
+    dims: int
+    similarity: Similarity = "cosine"
+    bits: int | None = None
+    tensors: dict[str, TensorRecord] = Field(default_factory=dict)
+
+    @staticmethod
+    def of(transform: VectorTransform, code: Stored) -> Decode:
+        """What is needed for the vectors of a transform."""
+        fitted = transform.to_tensors()
+        return Decode(
+            code=code,
+            dims=transform.dims,
+            similarity=transform.similarity,
+            bits=transform.bits,
+            tensors={k: TensorRecord.of(v) for k, v in fitted.items() if k != "projection"},
+        )
+
+    def transform(self, rescore: int = 1) -> VectorTransform:
+        """A transform that reads, codes and searches such vectors, without a model."""
+        return VectorTransform(
+            full_dims=self.dims,
+            dims=self.dims,
+            code="float32" if self.code == "float16" else self.code,
+            rescore=rescore,
+            similarity=self.similarity,
+            bits=self.bits,
+            **{name: tensor.array() for name, tensor in self.tensors.items()},
+        )
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the numbers of a stored vector."""
+        if self.code == "float16":
+            return np.dtype(np.float16)
+        return np.dtype(self.transform().coding.dtype)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a stored vector."""
+        return self.dims if self.code == "float16" else self.transform().coding.width
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Bytes of a stored vector."""
+        return self.width * self.dtype.itemsize
+
+
+class ShardRecord(Frozen):
+    """What the footer of a shard says.
+
+    Attributes:
+        fingerprint: of the job's settings.
+        file: identity of the input file.
+        first: number of the first row.
+        n_rows: rows of the input; `n_embedded` of them have vectors, the others are dead letters.
+        n_vectors: more than `n_embedded` where texts are cut into chunks.
+        bad: how many dead letters by reason.
+        n_cut: texts that were truncated.
+        n_tokens: that the model read.
+        sha256: over vectors, ids and rows.
+    """
+
+    schema_: Literal["gteopt.shard/1"] = Field(default="gteopt.shard/1", alias="schema")
+    fingerprint: str
+    file: str
+    first: int
+    n_rows: int
+    n_embedded: int
+    n_vectors: int
+    bad: dict[Reason, int]
+    n_cut: int
+    n_tokens: int
+    sha256: str
+
+    @property
+    def n_bad(self) -> int:
+        """Dead letters."""
+        return sum(self.bad.values())
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """A row that has no vector."""
+
+    row: int
+    id: str
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """What is stored of a shard; N vectors.
+
+    Attributes:
+        file: name of the input file.
+        rows: [N] number of the row in the file.
+        ids: [N].
+        chunks: number, first and last character + 1 of each chunk [N, 3]; None where texts are not
+            cut into chunks.
+        vectors: [N, width], as `Decode` says.
+        kept: [N] copied columns.
+    """
+
+    file: str
+    rows: npt.NDArray[np.int64]
+    ids: Sequence[str]
+    chunks: npt.NDArray[np.int32] | None
+    vectors: npt.NDArray[Any]
+    kept: pa.Table
+
+    def sha256(self) -> str:
+        """Over vectors, ids and rows."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.vectors).tobytes())
+        digest.update(self.rows.astype("<i8").tobytes())
+        digest.update("\0".join(self.ids).encode())
+        return digest.hexdigest()
+
+
+def shard_name(fingerprint: str, identity: str, shard: RowRange) -> str:
+    """The file of a shard; names sort in the order of the input."""
+    said = f"{fingerprint}\0{identity}\0{shard.first}\0{shard.n_rows}"
+    digest = hashlib.sha256(said.encode()).hexdigest()[:12]
+    return f"{shard.file:05d}-{shard.first:012d}-{digest}.parquet"
+
+
+def to_parquet(
+    content: ShardContent, record: ShardRecord, decode: Decode, vector_type: VectorType
+) -> pa.Buffer:
+    """The bytes of a shard's file.
+
+    Vectors are stored plain: they do not shrink. Codes of a byte are stored through a dictionary,
+    as Parquet has no number of a byte.
+    """
+    columns: dict[str, Any] = {
+        "id": pa.array(content.ids, pa.string()),
+        "file": pa.array([content.file] * len(content.ids), pa.string()),
+        "row": pa.array(content.rows),
+    }
+    if content.chunks is not None:
+        for number, name in enumerate(("chunk", "start", "end")):
+            columns[name] = pa.array(np.ascontiguousarray(content.chunks[:, number]))
+    columns |= {name: content.kept[name] for name in content.kept.column_names}
+    columns["vector"] = _vector_array(content.vectors, vector_type)
+    table = pa.table(columns)
+    element = "vector.list.element"
+    others = [name for name in columns if name != "vector"]
+    is_byte = content.vectors.dtype.itemsize == 1
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink,
+        table.schema,
+        compression={element: "NONE", **dict.fromkeys(_leaves(table, others), "ZSTD")},
+        use_dictionary=[*_leaves(table, others), *([element] if is_byte else [])],
+        write_statistics=["row"],
+        write_page_checksum=True,
+        version="2.6",
+    ) as writer:
+        writer.write_table(table, row_group_size=max(1, table.num_rows))
+        said = json.loads(record.model_dump_json(by_alias=True))
+        large = {"tensors": dict.fromkeys(_LARGE, True)}
+        about = json.loads(decode.model_dump_json(exclude_none=True, exclude=large))
+        writer.add_key_value_metadata({_DECODE_KEY.decode(): _compact(about)})
+        writer.add_key_value_metadata({_SHARD_KEY.decode(): _compact(said)})
+    return sink.getvalue()
+
+
+def _compact(content: object) -> str:
+    return json.dumps(content, separators=(",", ":"))
+
+
+def _leaves(table: pa.Table, names: Iterable[str]) -> list[str]:
+    """Paths of the columns without children; Parquet's settings are by path."""
+    return [name for name in names if not pa.types.is_nested(table.schema.field(name).type)]
+
+
+def _vector_array(vectors: npt.NDArray[Any], vector_type: VectorType) -> pa.Array:
+    n, width = vectors.shape
+    values = pa.array(np.ascontiguousarray(vectors).reshape(-1))
+    if vector_type == "fixed_size_list":
+        return pa.FixedSizeListArray.from_arrays(values, width)
+    offsets = pa.array(np.arange(n + 1, dtype=np.int32) * np.int32(width))
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+def dead_letters_to_parquet(file: str, letters: Sequence[DeadLetter]) -> pa.Buffer:
+    """The bytes of a shard's dead letters."""
+    table = pa.table(
+        {
+            "file": pa.array([file] * len(letters), pa.string()),
+            "row": pa.array([each.row for each in letters], pa.int64()),
+            "id": pa.array([each.id for each in letters], pa.string()),
+            "reason": pa.array([each.reason for each in letters], pa.string()),
+            "detail": pa.array([each.detail for each in letters], pa.string()),
+        }
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="ZSTD", version="2.6", write_page_checksum=True)
+    return sink.getvalue()
+
+
+def read_footer(folder: Folder, name: str) -> ShardRecord | None:
+    """What the footer of a shard says; None where the file is no whole shard."""
+    tail = folder.tail(f"{DATA}/{name}", _TAIL_BYTES)
+    if not tail.endswith(b"PAR1"):
+        return None
+    start = tail.rfind(_MARK)
+    if start < 0:
+        return None
+    try:
+        found, _ = json.JSONDecoder().raw_decode(tail[start:].decode("latin-1"))
+        # Without validation: 100,000 footers are read when a job goes on, and each has been
+        # written by the line above.
+        return ShardRecord.model_construct(**{k: v for k, v in found.items() if k != "schema"})
+    except ValueError:
+        return None
+
+
+def finished(
+    folder: Folder, expected: Mapping[str, tuple[str, str, RowRange]]
+) -> dict[str, ShardRecord]:
+    """Footers of the shards that are done, by name.
+
+    Args:
+        folder: of the job.
+        expected: fingerprint, identity of the file and rows of each shard, by name.
+    """
+    there = [name for name in folder.names(DATA) if name in expected]
+    if folder.local is None:
+        with ThreadPoolExecutor(_REMOTE_READS) as pool:
+            records = list(pool.map(lambda name: read_footer(folder, name), there))
+    else:
+        records = [read_footer(folder, name) for name in there]
+    found: dict[str, ShardRecord] = {}
+    for name, record in zip(there, records, strict=True):
+        fingerprint, identity, shard = expected[name]
+        if record is not None and (
+            record.fingerprint,
+            record.file,
+            record.first,
+            record.n_rows,
+        ) == (fingerprint, identity, shard.first, shard.n_rows):
+            found[name] = record
+    return found
+
+
+def read_shard(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table of a shard, its pages' checksums verified.
+
+    Raises:
+        IntegrityError: no whole Parquet file.
+    """
+    try:
+        with folder.open(f"{DATA}/{name}") as source:
+            table: pa.Table = pq.read_table(
+                source,
+                columns=None if columns is None else list(columns),
+                page_checksum_verification=True,
+            )
+            return table
+    except (pa.ArrowInvalid, OSError) as error:
+        raise IntegrityError(
+            f"{folder}/{DATA}/{name} is damaged ({str(error).splitlines()[0]}); remove it, and "
+            f"the same command embeds its rows again"
+        ) from error
+
+
+def vectors_of(table: pa.Table, decode: Decode) -> npt.NDArray[Any]:
+    """The stored vectors [N, width] of a table."""
+    dtype, width = decode.dtype, decode.width
+    column = table["vector"].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([])
+    if not len(column):
+        return np.empty((0, width), dtype)
+    found: npt.NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False)
+    return found.reshape(len(column), width)

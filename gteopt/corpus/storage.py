@@ -1,0 +1,235 @@
+"""Where bytes lie: folders of this machine, s3://, gs://, hf://, and whatever fsspec reads.
+
+Hides: which library reaches which place, how a file appears there whole or not at all. Refuses to
+know: what the bytes mean.
+
+A local file is written into a folder beside, synced and renamed. An object store shows an object
+once its upload is complete, and not before, so that one upload of the whole content is enough.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from gteopt.errors import InputError
+
+_HF = "hf://"
+_DENIED = ("ACCESS_DENIED", "AccessDenied", "403", "Forbidden", "permission")
+
+
+def is_remote(place: str) -> bool:
+    """Whether a place is named by a URL of something else than this machine's files."""
+    return "://" in place and not place.startswith("file://")
+
+
+def local_path(place: str) -> Path:
+    """The path of a place on this machine."""
+    return Path(place.removeprefix("file://")).expanduser().absolute()
+
+
+@contextmanager
+def reaching(place: str) -> Iterator[None]:
+    """Turn what a file system says of a place that cannot be reached into an error for the user.
+
+    Raises:
+        InputError: no permission, or nothing there.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise InputError(f"{place}: no permission ({error.strerror or error})") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{place} does not exist, or lies where you may not look") from error
+    except OSError as error:
+        if not is_remote(place):
+            raise
+        said = str(error).strip().split("\n", 1)[0]
+        if any(word in said for word in _DENIED):
+            raise InputError(
+                f"{place}: access denied ({said}); check the credentials and the bucket's policy"
+            ) from error
+        raise InputError(f"{place} cannot be reached ({said})") from error
+
+
+def open_file_system(place: str) -> tuple[Any, str]:
+    """The pyarrow file system of a place, and the place's path in it.
+
+    S3 asks at `AWS_ENDPOINT_URL`, as Amazon's own tools do, where that is set.
+
+    Raises:
+        InputError: no library here reaches it.
+    """
+    if not is_remote(place):
+        return pafs.LocalFileSystem(), str(local_path(place))
+    scheme, _, rest = place.partition("://")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    with reaching(place):
+        if scheme == "s3" and endpoint and "endpoint_override" not in place:
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+            return pafs.S3FileSystem(endpoint_override=endpoint, region=region), rest
+        if scheme in ("s3", "gs", "gcs"):
+            found: tuple[Any, str] = pafs.FileSystem.from_uri(place)
+            return found
+        return _by_fsspec(place)
+
+
+def _by_fsspec(place: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(place)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{place}: {error}") from error
+    return pafs.PyFileSystem(pafs.FSSpecHandler(system)), str(path)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a folder.
+
+    Attributes:
+        path: in its file system.
+        version: changes when the content does: the time of the last change, or an object's hash.
+    """
+
+    path: str
+    n_bytes: int
+    version: str
+
+
+def list_files(system: Any, folder: str) -> list[Entry]:
+    """Every file under a folder, sorted by path; none of a folder that is not there."""
+    selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
+    found = system.get_file_info(selector)
+    return sorted(
+        (entry_of(system, each) for each in found if each.type == pafs.FileType.File),
+        key=lambda entry: entry.path,
+    )
+
+
+def entry_of(system: Any, info: Any) -> Entry:
+    """What a file system says of a file."""
+    if info.mtime_ns is not None:
+        return Entry(info.path, info.size or 0, str(info.mtime_ns))
+    version = ""
+    handler = getattr(system, "handler", None)
+    if isinstance(handler, pafs.FSSpecHandler):
+        details = handler.fs.info(info.path)
+        keys = ("ETag", "etag", "blob_id", "sha256", "last_commit")
+        version = str(next((details[key] for key in keys if details.get(key)), ""))
+    return Entry(info.path, info.size or 0, version)
+
+
+class Folder:
+    """The folder that a job writes into.
+
+    Attributes:
+        place: as the user named it.
+        local: its path on this machine; None elsewhere.
+    """
+
+    TEMPORARY = "_tmp"
+    """Holds half-written files of a local folder; gone when the job is finished."""
+
+    def __init__(self, place: str | Path) -> None:
+        self.place = str(place).rstrip("/") or "/"
+        self.local = None if is_remote(self.place) else local_path(self.place)
+        self._system, self._path = open_file_system(self.place)
+
+    def __str__(self) -> str:
+        return self.place
+
+    def write(self, name: str, content: Any) -> None:
+        """Write a file so that whoever looks finds all of it or nothing.
+
+        Raises:
+            InputError: no permission.
+            OSError: the disk is full.
+        """
+        if self.local is None:
+            with reaching(self.place), self._system.open_output_stream(self._at(name)) as out:
+                out.write(content)
+            return
+        target = self.local / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.local / self.TEMPORARY
+        beside.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=beside)
+        try:
+            with os.fdopen(descriptor, "wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.chmod(partial, 0o644)
+            os.replace(partial, target)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(partial)
+            raise
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; None where there is no such file."""
+        if self.local is not None:
+            try:
+                return (self.local / name).read_bytes()
+            except FileNotFoundError:
+                return None
+        with reaching(self.place):
+            info = self._system.get_file_info(self._at(name))
+            if info.type != pafs.FileType.File:
+                return None
+            with self._system.open_input_file(self._at(name)) as handle:
+                content: bytes = handle.read()
+                return content
+
+    def open(self, name: str) -> Any:
+        """A file, to be read at any place."""
+        with reaching(self.place):
+            return self._system.open_input_file(self._at(name))
+
+    def tail(self, name: str, n_bytes: int) -> bytes:
+        """The last bytes of a file."""
+        if self.local is not None:
+            # Without Python's file objects: 100,000 tails are read when a large job goes on.
+            descriptor = os.open(f"{self.local}/{name}", os.O_RDONLY)
+            try:
+                size = os.fstat(descriptor).st_size
+                return os.pread(descriptor, n_bytes, max(0, size - n_bytes))
+            finally:
+                os.close(descriptor)
+        with self._system.open_input_file(self._at(name)) as handle:
+            size = handle.size()
+            handle.seek(max(0, size - n_bytes))
+            content: bytes = handle.read()
+            return content
+
+    def names(self, under: str) -> list[str]:
+        """Sorted names of the files in a folder of it, without that folder's own name; of a local
+        folder also those of the folders in it.
+        """
+        if self.local is not None:
+            try:
+                return sorted(entry.name for entry in os.scandir(self.local / under))
+            except FileNotFoundError:
+                return []
+        at = self._at(under).rstrip("/")
+        with reaching(self.place):
+            return [entry.path[len(at) + 1 :] for entry in list_files(self._system, at)]
+
+    def remove(self, name: str) -> None:
+        """Remove a file that may be there."""
+        if self.local is not None:
+            (self.local / name).unlink(missing_ok=True)
+        elif self.read(name) is not None:
+            self._system.delete_file(self._at(name))
+
+    def _at(self, name: str) -> str:
+        return f"{self._path}/{name}"

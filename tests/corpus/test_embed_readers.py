@@ -1,0 +1,129 @@
+"""Other libraries read an embedding folder: each line of the table in docs/embedding.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import duckdb
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pandas
+import polars
+import pyarrow.parquet as pq
+import pytest
+
+import gteopt
+from gteopt.corpus.exports import Export, export
+from gteopt.corpus.options import Code, VectorType
+from gteopt.corpus.plan import read_record
+from gteopt.corpus.storage import Folder
+from gteopt.encoder.encoder import Encoder
+from gteopt.errors import InputError
+from tests.support.embedding import TEXTS, embed_with, stored, vectors, write_jsonl
+
+KINDS: list[tuple[Code, VectorType]] = [
+    ("float32", "list"),
+    ("float32", "fixed_size_list"),
+    ("float16", "list"),
+    ("float16", "fixed_size_list"),
+]
+
+
+@pytest.fixture(scope="module")
+def nano() -> Encoder:
+    return gteopt.load("nano", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(nano: Encoder, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    root = tmp_path_factory.mktemp("readers")
+    corpus = write_jsonl(root / "c.jsonl", [*TEXTS[:20], ""])
+    made = {}
+    for code, vector_type in KINDS:
+        made[code, vector_type] = root / f"{code}-{vector_type}"
+        embed_with(
+            nano, corpus, made[code, vector_type], code=code, vector_type=vector_type, id="id"
+        )
+    return made
+
+
+def by_pandas(data: str) -> npt.NDArray[Any]:
+    return np.stack(list(pandas.read_parquet(data)["vector"]))
+
+
+def by_polars(data: str) -> npt.NDArray[Any]:
+    return np.array(polars.read_parquet(f"{data}/*.parquet")["vector"].to_list())
+
+
+def by_duckdb(data: str) -> npt.NDArray[Any]:
+    found = duckdb.sql(f"select vector from '{data}/*.parquet' order by file, row").fetchall()
+    return np.array([row[0] for row in found])
+
+
+def by_datasets(data: str) -> npt.NDArray[Any]:
+    cache = f"{data}/../../cache"
+    found = datasets.load_dataset("parquet", data_dir=data, split="train", cache_dir=cache)
+    return np.array(found["vector"][:])
+
+
+@pytest.mark.parametrize("read", [by_pandas, by_polars, by_duckdb, by_datasets])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reader_gives_the_stored_vectors_in_order(
+    read: Any, kind: tuple[Code, VectorType], folders: dict[Any, Path]
+) -> None:
+    out = folders[kind]
+    expected = vectors(stored(out)).astype(np.float32)
+    np.testing.assert_array_equal(read(str(out / "data")).astype(np.float32), expected)
+
+
+@pytest.mark.parametrize("form", ["faiss-flat", "faiss-hnsw", "faiss-ivf"])
+def test_a_faiss_index_finds_each_vector_by_itself(form: Export, folders: dict[Any, Path]) -> None:
+    out = folders["float32", "list"]
+    record = read_record(Folder(out))
+    assert record is not None
+    index_path, ids_path = export(Folder(out), record, [form])
+    index = faiss.read_index(str(index_path), faiss.IO_FLAG_MMAP_IFC)
+    rows = vectors(stored(out)).astype(np.float32)
+    _, found = index.search(rows, 1)
+    ids = pq.read_table(ids_path)["id"].to_pylist()
+    assert [ids[i] for i in found[:, 0]] == [f"d{i}" for i in range(20)]
+
+
+def test_npy_and_lance_hold_the_same_rows(folders: dict[Any, Path]) -> None:
+    import lance
+
+    out = folders["float16", "list"]
+    record = read_record(Folder(out))
+    assert record is not None
+    array, table, ids = export(Folder(out), record, ["npy", "lance"])
+    expected = vectors(stored(out))
+    assert np.load(array, mmap_mode="r").dtype == np.float16
+    np.testing.assert_array_equal(np.load(array), expected)
+    lancing = lance.dataset(str(table)).to_table()
+    assert lancing["id"].to_pylist() == pq.read_table(ids)["id"].to_pylist()
+    np.testing.assert_array_equal(np.array(lancing["vector"].to_pylist()), expected)
+
+
+def test_search_finds_a_document_by_its_text_with_and_without_an_index(
+    folders: dict[Any, Path],
+) -> None:
+    out = folders["float32", "list"]
+    record = read_record(Folder(out))
+    assert record is not None
+    export(Folder(out), record, ["faiss-flat"])
+    (found,) = gteopt.search(out, TEXTS[13], top=3, device="cpu")
+    assert found.hits[0].id == "d13"
+    assert len(found.hits) == 3
+    (by_index,) = gteopt.search(out, TEXTS[13], top=3, device="cpu", index=True)
+    assert [hit.id for hit in by_index.hits] == [hit.id for hit in found.hits]
+    np.testing.assert_allclose(
+        [hit.score for hit in by_index.hits], [hit.score for hit in found.hits], atol=1e-5
+    )
+
+
+def test_search_refuses_a_folder_without_vectors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no embedding folder"):
+        gteopt.search(tmp_path, "anything")
