@@ -138,8 +138,8 @@ def stored_transform(transform: VectorTransform, code: Stored) -> VectorTransfor
     """A transform that stores vectors by another code than the artifact's."""
     if code == transform.code:
         return transform
-    fitted = dict.fromkeys(("low", "high", "bits", "centre", "codebook", "places"))
-    return replace(transform, code="float32", **fitted)
+    none: dict[str, Any] = dict.fromkeys(("low", "high", "bits", "centre", "codebook", "places"))
+    return replace(transform, code="float32", **none)
 
 
 class ShardEncoder:

@@ -97,6 +97,7 @@ class Decode(Frozen):
 
     def transform(self, rescore: int = 1) -> VectorTransform:
         """A transform that reads, codes and searches such vectors, without a model."""
+        fitted: dict[str, Any] = {name: each.array() for name, each in self.tensors.items()}
         return VectorTransform(
             full_dims=self.dims,
             dims=self.dims,
@@ -104,7 +105,7 @@ class Decode(Frozen):
             rescore=rescore,
             similarity=self.similarity,
             bits=self.bits,
-            **{name: tensor.array() for name, tensor in self.tensors.items()},
+            **fitted,
         )
 
     @property

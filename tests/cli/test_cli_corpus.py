@@ -42,9 +42,9 @@ def test_a_corpus_is_embedded_searched_and_verified(call: Call, tmp_path: Path) 
     assert code == 3
     assert "41 rows = 40 embedded + 1 dead letters" in said
     assert "dead letters (1 empty)" in noted
-    asked = (*asked, "--keep", "n,text", "--max-bad", 1)
-    assert call(*asked)[0] == 0
-    code, said, _ = call(*asked, "--verify")
+    allowed = (*asked, "--keep", "n,text", "--max-bad", 1)
+    assert call(*allowed)[0] == 0
+    code, said, _ = call(*allowed, "--verify")
     assert code == 0
     assert "1 shards whole; 41 rows, 40 vectors, 1 dead letters" in said
     code, said, _ = call("search", out, TEXTS[7], "--top", 2, "--device", "cpu")

@@ -10,16 +10,24 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import gteopt
-from gteopt.config.recipe import Dims, Vectors
+from gteopt.config.recipe import Dims, VectorCode, Vectors
 from gteopt.corpus.ids import count_duplicates
 from gteopt.corpus.jobs import prepare, working_alone
 from gteopt.corpus.options import EmbedOptions, Template, parse_long
 from gteopt.corpus.plan import read_record
-from gteopt.corpus.shard_files import read_footer
+from gteopt.corpus.shard_files import (
+    Decode,
+    ShardContent,
+    ShardRecord,
+    read_footer,
+    to_parquet,
+    vectors_of,
+)
 from gteopt.corpus.storage import Folder
 from gteopt.corpus.verify import verify
 from gteopt.encoder.encoder import Encoder
@@ -202,6 +210,34 @@ def test_codes_are_stored_as_the_artifact_fits_them_and_decode_from_the_files_ow
         for i in range(column.num_columns)
     }
     assert sizes["vector.list.element"] < 16 * 32 * 1.3 + 1500
+
+
+@pytest.mark.parametrize("code", ["int4", "binary", "rabitq"])
+def test_other_codes_decode_from_embedding_json(code: VectorCode, tmp_path: Path) -> None:
+    encoder = gteopt.load("nano", device="cpu")
+    encoder.vectors = fit(encoder.embed(TEXTS), Dims(n=32, method="pca"), Vectors(code=code))
+    corpus = write_jsonl(tmp_path / "c.jsonl", TEXTS[:16])
+    embed_with(encoder, corpus, tmp_path / "out")
+    record = read_record(Folder(tmp_path / "out"))
+    assert record is not None
+    codes = vectors_of(stored(tmp_path / "out"), record.decode)
+    expected = encoder.vectors.quantize(encoder.encode(TEXTS[:16]))
+    np.testing.assert_array_equal(codes, expected)
+    np.testing.assert_array_equal(
+        record.decode.transform().dequantize(codes), encoder.vectors.dequantize(expected)
+    )
+
+
+def test_a_codebook_is_kept_in_embedding_json_and_not_in_every_shard(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(240, 16)).astype(np.float32)
+    transform = fit(rows, None, Vectors(code="pq", bytes=4))
+    codes = transform.quantize(transform.project(rows))
+    decode = Decode.model_validate_json(Decode.of(transform, "pq").model_dump_json())
+    np.testing.assert_array_equal(decode.transform().dequantize(codes), transform.dequantize(codes))
+    content = ShardContent("c", np.arange(240), [""] * 240, None, codes, pa.table({}))
+    record = ShardRecord.model_construct(bad={})
+    (tmp_path / "a.parquet").write_bytes(to_parquet(content, record, decode, "list"))
+    assert (tmp_path / "a.parquet").stat().st_size < 256 * 16 * 4
 
 
 def test_float16_is_the_rounded_float32(nano: Encoder, corpus: Path, tmp_path: Path) -> None:
