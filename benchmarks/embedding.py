@@ -151,7 +151,7 @@ def ray_pipeline(corpus: Path, out: Path) -> Callable[[], None]:
     """Read, `map_batches` with an actor around sentence-transformers, write."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     model = minilm()
 

@@ -220,11 +220,7 @@ def _joined(address: str) -> tuple[Any, bool]:
     if is_ours:
         try:
             with _asking_once():
-                ray.init(
-                    address=None if address == "local" else address,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
             raise InputError(
                 f"--ray {address}: no Ray cluster answers there; start one with `ray start "
