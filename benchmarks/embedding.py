@@ -41,7 +41,7 @@ import gteopt
 from gteopt.build.calibration_texts import BUILTIN, draw_texts
 from gteopt.commands.embed import parse_options
 from gteopt.config.recipe import Calibration
-from gteopt.corpus.jobs import Job, embed_here, prepare, run, working_alone
+from gteopt.corpus.jobs import Job, Request, embed_here, prepare, run, working_alone
 from gteopt.corpus.plan import write_record
 from gteopt.corpus.shard_files import DATA, ShardContent, ShardRecord, to_parquet
 from gteopt.encoder.encoder import Encoder
@@ -75,7 +75,7 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 def job_of(encoder: Encoder, corpus: Path, out: Path, **options: Any) -> Job:
     """A planned job."""
     settings, _, wishes = parse_options(options)
-    return prepare([str(corpus)], "model", out, settings, encoder=encoder, wishes=wishes)
+    return prepare(Request((str(corpus),), "model", out, settings), encoder, wishes=wishes)
 
 
 def throughput(n_texts: int, repeats: int, folder: Path, with_ray: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from gteopt.corpus.jobs import (
     EmbedReport,
     Events,
     Job,
+    Request,
     RunShards,
     Wishes,
     embed_here,
@@ -96,7 +97,8 @@ def embed(
     """
     exports = tuple(options.pop("export", ()))
     settings, where, wishes = parse_options(options)
-    with prepared(inputs, model, out, settings, where, wishes, progress) as (job, runner):
+    request = requested(inputs, model, out, settings)
+    with prepared(request, where, wishes, progress) as (job, runner):
         report = run(job, runner, wishes=wishes, progress=progress, events=events)
         if where.devices is None and where.ray is None:
             report = report.model_copy(update={"peak_ratio": _peak_ratio(report, where.device)})
@@ -144,33 +146,32 @@ def parse_options(options: dict[str, Any]) -> tuple[EmbedOptions, Where, Wishes]
     return settings, Where(**parts["where"]), Wishes(**parts["wishes"])
 
 
+def requested(
+    inputs: str | Sequence[str], model: str | Path, out: str | Path, options: EmbedOptions
+) -> Request:
+    """A request; a model's folder is named so that every worker finds it."""
+    named = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+    source = str(Path(model).absolute()) if Path(model).is_dir() else str(model)
+    return Request(named, source, out, options)
+
+
 @contextmanager
 def prepared(
-    inputs: str | Sequence[str],
-    model: str | Path,
-    out: str | Path,
-    settings: EmbedOptions,
-    where: Where,
-    wishes: Wishes,
-    progress: Progress = quiet,
+    request: Request, where: Where, wishes: Wishes, progress: Progress = quiet
 ) -> Iterator[tuple[Job, RunShards]]:
     """A job in a folder that is this process's alone, and who embeds it."""
-    named = [inputs] if isinstance(inputs, str) else list(inputs)
     if where.devices is not None and where.ray is not None:
         raise InputError("--devices is for this machine, --ray for a cluster; give one of them")
-    source = str(Path(model).absolute()) if Path(model).is_dir() else str(model)
     with ExitStack() as stack:
-        stack.enter_context(working_alone(out))
+        stack.enter_context(working_alone(request.out))
         stack.enter_context(_terminating())
         loaded = None
         described: Description
         if where.devices is None and where.ray is None:
-            described = loaded = _loaded(source, settings, where, wishes)
+            described = loaded = _loaded(request, where, wishes)
         else:
-            described = _described(source, settings, where, wishes)
-        job = prepare(
-            named, source, out, settings, encoder=described, wishes=wishes, progress=progress
-        )
+            described = _described(request, where, wishes)
+        job = prepare(request, described, wishes=wishes, progress=progress)
         runner: RunShards
         if where.devices is not None:
             workers = stack.enter_context(local_embedders(parse_devices(where.devices)))
@@ -211,10 +212,11 @@ def dry_run(
     """
     options.pop("export", None)
     settings, where, wishes = parse_options(options)
+    request = requested(inputs, model, out, settings)
     n_devices = 1 if where.devices is None else len(parse_devices(where.devices))
     here = Where(device=where.device if where.devices is None else where.devices.split(",")[0])
-    with prepared(inputs, model, out, settings, here, wishes, progress) as (job, _):
-        encoder = _loaded(job.task.source, settings, here, wishes)
+    with prepared(request, here, wishes, progress) as (job, _):
+        encoder = _loaded(request, here, wishes)
         return estimate(
             job, encoder, price_per_hour=price_per_hour, n_devices=n_devices, progress=progress
         )
@@ -243,33 +245,34 @@ def verify(
     """
     options.pop("export", None)
     settings, where, wishes = parse_options(options)
+    request = requested(inputs, model, out, settings)
     if read_record(Folder(out)) is None:
         raise InputError(f"{out} holds no embedding.json; there is nothing to verify")
     here = Where(device=where.device if where.devices is None else where.devices.split(",")[0])
-    with prepared(inputs, model, out, settings, here, wishes, progress) as (job, _):
-        encoder = _loaded(job.task.source, settings, here, wishes)
+    with prepared(request, here, wishes, progress) as (job, _):
+        encoder = _loaded(request, here, wishes)
         return check(job, encoder, progress=progress)
 
 
-def _loaded(source: str, settings: EmbedOptions, where: Where, wishes: Wishes) -> Encoder:
+def _loaded(request: Request, where: Where, wishes: Wishes) -> Encoder:
     return load(
-        source,
+        request.model,
         device=where.device,
-        dtype=settings.dtype,
-        backend=settings.backend,
+        dtype=request.options.dtype,
+        backend=request.options.backend,
         hub_dir=wishes.hub_dir,
     )
 
 
-def _described(source: str, settings: EmbedOptions, where: Where, wishes: Wishes) -> Description:
+def _described(request: Request, where: Where, wishes: Wishes) -> Description:
     kind: Literal["cuda", "cpu"] = "cpu"
     if (where.devices or where.device).startswith("cuda"):
         kind = "cuda"
     return describe(
-        source,
+        request.model,
         device=kind,
-        dtype=settings.dtype,
-        backend=settings.backend,
+        dtype=request.options.dtype,
+        backend=request.options.backend,
         hub_dir=wishes.hub_dir,
     )
 

@@ -87,8 +87,9 @@ def search(
     asked = [queries] if isinstance(queries, str) else list(queries)
     place = Folder(folder)
     record = _record(place)
+    by_index = bool(model.pop("index", False))
     vectors = _encoded(record, asked, instruction, **model)
-    if model.get("index"):
+    if by_index:
         scores, where = _by_index(place, record, vectors, top)
     else:
         scores, where = _by_all(place, record, vectors, top, progress)
@@ -136,7 +137,6 @@ def _encoded(
     model: str | Path | None = None,
     device: str = "auto",
     hub_dir: Path | None = None,
-    index: bool = False,
 ) -> Floats:
     """Vectors [Q, D] of the queries, by the model that made the folder's."""
     if not all(query.strip() for query in queries):

@@ -134,23 +134,34 @@ class Wishes:
     hub_dir: Path | None = None
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is embedded, by what, into which folder.
+
+    Attributes:
+        inputs: files, folders, globs, URLs or data set names; see `find_corpus`.
+        model: as `gteopt.load` takes it.
+        out: folder of the job.
+        options: what decides the vectors.
+    """
+
+    inputs: tuple[str, ...]
+    model: str
+    out: str | Path
+    options: EmbedOptions
+
+
 def prepare(
-    inputs: Sequence[str],
-    source: str,
-    out: str | Path,
-    options: EmbedOptions,
-    *,
+    request: Request,
     encoder: Description,
+    *,
     wishes: Wishes = Wishes(),
     progress: Progress = quiet,
 ) -> Job:
     """Find the corpus, compare it with what the folder holds, and cut it into shards.
 
     Args:
-        inputs: files, folders, globs, URLs or data set names; see `find_corpus`.
-        source: of the model.
-        out: folder of the job.
-        options: what decides the vectors.
+        request: what is embedded.
         encoder: the model, loaded or described.
         wishes: how it is run.
         progress: told of bytes whose rows are counted.
@@ -158,8 +169,9 @@ def prepare(
     Raises:
         InputError: inputs that cannot be read, or a folder of another job.
     """
-    folder = Folder(out)
-    corpus = find_corpus(inputs, role=options.role, hub_dir=wishes.hub_dir)
+    options = request.options
+    folder = Folder(request.out)
+    corpus = find_corpus(request.inputs, role=options.role, hub_dir=wishes.hub_dir)
     stored = _stored(encoder, options)
     settings = _settings(encoder, options, corpus, stored)
     files = agreed_files(folder, settings, corpus, grow=wishes.grow)
@@ -168,7 +180,7 @@ def prepare(
     columns = Columns(template, settings["id"], options.keep, kept_schema(there, options.keep))
     plan = plan_shards(folder, files, corpus, columns, settings=settings, progress=progress)
     task = EmbedTask(
-        source=source,
+        source=request.model,
         sha256=encoder.sha256,
         hub_dir=None if wishes.hub_dir is None else str(wishes.hub_dir.absolute()),
         n_threads=_n_threads(),
@@ -180,7 +192,7 @@ def prepare(
             for number, file in enumerate(files)
             if file.name in corpus.places
         },
-        out=str(out if folder.local is None else folder.local),
+        out=str(request.out if folder.local is None else folder.local),
         fingerprint=fingerprint_of(settings),
         again=wishes.retry_failed,
     )
@@ -188,13 +200,13 @@ def prepare(
     for shard in plan.shards.values():
         rows[shard.file] += shard.n_rows
     if not sum(rows):
-        raise InputError(f"{', '.join(inputs)}: {len(files)} files and no row in them")
+        raise InputError(f"{', '.join(request.inputs)}: {len(files)} files and no row in them")
     transform = stored_transform(encoder.vectors, stored)
     record = EmbeddingRecord(
         complete=False,
         fingerprint=plan.fingerprint,
         settings=settings,
-        model=source,
+        model=request.model,
         hub_dir=task.hub_dir,
         decode=Decode.of(transform, stored),
         rescore=transform.rescore if transform.rescores else 1,

@@ -17,7 +17,7 @@ import pytest
 import gteopt
 from gteopt.config.recipe import Dims, VectorCode, Vectors
 from gteopt.corpus.ids import count_duplicates
-from gteopt.corpus.jobs import prepare, working_alone
+from gteopt.corpus.jobs import Request, prepare, working_alone
 from gteopt.corpus.options import EmbedOptions, Template, parse_long
 from gteopt.corpus.plan import read_record
 from gteopt.corpus.shard_files import (
@@ -300,7 +300,7 @@ def test_a_file_that_changes_during_the_job_stops_it(
     nano: Encoder, corpus: Path, tmp_path: Path
 ) -> None:
     with working_alone(tmp_path / "out"):
-        prepare([str(corpus)], "nano", tmp_path / "out", EmbedOptions(), encoder=nano)
+        prepare(Request((str(corpus),), "nano", tmp_path / "out", EmbedOptions()), nano)
     embed_with(nano, corpus, tmp_path / "out")
     sorted((tmp_path / "out" / "data").iterdir())[0].unlink()
     write_jsonl(corpus, TEXTS[:-1])
@@ -337,7 +337,8 @@ def test_verify_accepts_a_sound_folder_and_names_what_is_wrong(
 ) -> None:
     out = tmp_path / "out"
     embed_with(nano, corpus, out)
-    job = prepare([str(corpus)], "nano", out, EmbedOptions(shard_rows=16), encoder=nano)
+    request = Request((str(corpus),), "nano", out, EmbedOptions(shard_rows=16))
+    job = prepare(request, nano)
     checked = verify(job, nano)
     assert (checked.n_rows, checked.n_vectors, checked.n_bad) == (40, 40, 0)
     assert checked.min_cosine is not None
@@ -358,7 +359,8 @@ def test_verify_finds_vectors_of_another_text(nano: Encoder, tmp_path: Path) -> 
     embed_with(nano, path, out)
     write_jsonl(path, [f"omega {i}" for i in range(20)])
     os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
-    job = prepare([str(path)], "nano", out, EmbedOptions(shard_rows=16), encoder=nano)
+    request = Request((str(path),), "nano", out, EmbedOptions(shard_rows=16))
+    job = prepare(request, nano)
     with pytest.raises(IntegrityError, match="was embedded again: cosine"):
         verify(job, nano)
 

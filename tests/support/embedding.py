@@ -13,7 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gteopt.commands.embed import parse_options
-from gteopt.corpus.jobs import EmbedReport, RunShards, embed_here, prepare, run, working_alone
+from gteopt.corpus.jobs import (
+    EmbedReport,
+    Request,
+    RunShards,
+    embed_here,
+    prepare,
+    run,
+    working_alone,
+)
 from gteopt.encoder.description import Description
 from gteopt.encoder.encoder import Encoder
 
@@ -40,7 +48,7 @@ def embed_with(
     named = [str(inputs)] if isinstance(inputs, Path) else list(inputs)
     settings, _, wishes = parse_options({"shard_rows": 16, **options})
     with working_alone(out):
-        job = prepare(named, "nano", out, settings, encoder=encoder, wishes=wishes)
+        job = prepare(Request(tuple(named), "nano", out, settings), encoder, wishes=wishes)
         return run(job, runner or embed_here(_loaded(encoder)), wishes=wishes)
 
 
