@@ -66,7 +66,7 @@ def embed_on_ray(
             EmbedShards,
             fn_constructor_args=[task, kind],
             batch_size=None,
-            concurrency=least if least == most else (least, most),
+            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
             **claim,
         )
         names = set()
