@@ -145,7 +145,7 @@ class Embedder:
         ```
         ds = ray.data.read_parquet("corpus/").map_batches(
             gteopt.ray.Embedder, fn_constructor_args=["artifacts/gptq-int4"],
-            fn_constructor_kwargs={"text": "body"}, num_gpus=1, concurrency=4, batch_size=256,
+            fn_constructor_kwargs={"text": "body"}, num_gpus=1, batch_size=256,
         )
         ```
     """
