@@ -223,4 +223,7 @@ def swap_linear_(
 
 def _put_(module: nn.Module, name: str, part: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
+    if not hasattr(part, "weight"):
+        # T5 asks for the dtype of a linear layer's weight, unless it is no tensor.
+        part.register_parameter("weight", None)
     setattr(module.get_submodule(parent), leaf, part)

@@ -107,6 +107,8 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
         config._attn_implementation = attention_implementation(kind)
         with init_empty_weights(include_buffers=False):
             module: nn.Module = kind(config)
+        # Moving parameters to the meta device one by one makes two of a tied one.
+        module.tie_weights()  # type: ignore[operator]
     return module
 
 

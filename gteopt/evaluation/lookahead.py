@@ -39,6 +39,7 @@ class _Recorder:
 
     def __init__(self, cache: VectorCache, planned: set[bytes]) -> None:
         self.encoder = cache.encoder
+        self.keeps_lengths = cache.keeps_lengths
         self.shards: list[Shard] = []
         self.counts = Encodings()
         self._cache = cache

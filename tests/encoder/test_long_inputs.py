@@ -58,6 +58,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(tmp_path: Path, model: Mo
 def test_a_long_text_has_one_vector_in_any_company(tmp_path: Path) -> None:
     model = MODELS[0]
     publish(tmp_path / model.name, model)
+    (tmp_path / model.name / "sentence_bert_config.json").write_text('{"max_seq_length": 4096}')
     encoder = gteopt.load(tmp_path / model.name, dtype="float32")
     texts = ["bridge " * 500, "short", "river " * 700]
     assert max(len(ids) for ids in encoder.tokenization.tokenize(texts)) > 2048
