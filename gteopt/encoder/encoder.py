@@ -66,11 +66,6 @@ class Encoder(Description):
             Whoever changes `module` sets it to None.
         window_batches: batches whose texts are tokenized at once, and sorted by length among
             themselves, while those before them are computed; None is all of them, beforehand.
-
-    Example:
-        >>> encoder = gteopt.load("nano")
-        >>> encoder.encode(["how do plants eat"], role="query").shape
-        (1, 256)
     """
 
     def __init__(
