@@ -1,6 +1,6 @@
 """Compile the GPU kernels for a GPU that need not be there; write what came out, as JSON.
 
-Run by test_kernels_cuda.py in a process of its own: Triton decides at import whether it compiles or
+Run by test_cuda.py in a process of its own: Triton decides at import whether it compiles or
 interprets.
 """
 
@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gteopt.kernels import cuda
+from gteopt.kernels import cuda, cuda_int4, cuda_int8, cuda_tokens
 
 SIGNATURES = {
     "_quantize_kernel": {
@@ -42,6 +42,7 @@ SIGNATURES = {
     },
 }  # fmt: skip
 """Every other argument that is not a constant is an int32."""
+KERNELS = vars(cuda_tokens) | vars(cuda_int8) | vars(cuda_int4)
 
 
 def compiled(capability: int) -> Iterator[dict[str, Any]]:
@@ -77,7 +78,7 @@ def compiled(capability: int) -> Iterator[dict[str, Any]]:
 def _compile(
     name: str, constants: Mapping[str, Any], n_warps: int, n_stages: int, capability: int
 ) -> dict[str, Any]:
-    kernel = getattr(cuda, name)
+    kernel = KERNELS[name]
     pointers = SIGNATURES["_int8_kernel" if name == "_int8_copy_kernel" else name]
     if name == "_int8_copy_kernel":
         sizes = {"codes": constants["TOKENS"], "weight": constants["OUTPUTS"]}
