@@ -184,15 +184,16 @@ def resident(field):
 
 open_checkpoint(base).sha256  # once a process, and no part of a build's own time
 before = resident("VmRSS")
-blocks = []
+blocks, blocks_cpu = [], []
 measured_bytes = None
-started = time.perf_counter()
+started, started_cpu = time.perf_counter(), time.process_time()
 def progress(what, done, total):
     global measured_bytes
     if what.startswith(("measuring", "estimating")):
         measured_bytes = resident("VmHWM")
     if what.startswith("quantizing"):
         blocks.append(round(time.perf_counter() - started, 2))
+        blocks_cpu.append(round(time.process_time() - started_cpu, 2))
         print(what, done, total, blocks[-1], file=sys.stderr, flush=True)
         print(json.dumps(seen()), flush=True)  # all there is, if it ends here
 def seen():
@@ -200,6 +201,7 @@ def seen():
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time(), 1),
         "seconds_at_block": blocks,
+        "cpu_seconds_at_block": blocks_cpu,
         "imports_bytes": before,
         "peak_bytes": resident("VmHWM"),
         "measuring_peak_bytes": measured_bytes,  # of sensitivities, where the recipe asks for them
@@ -263,6 +265,7 @@ def measure(
         "gptaq_strength": recipe.weights.gptaq_strength if recipe.weights.method == "gptq" else 0.0,
         "device": device,
         "predicted_bytes": predicted.build_bytes,
+        "predicted_s": round(predicted.build_s or 0.0, 1),
         "checkpoint_s": round(made_s, 1),
         **seen,
         **({"ended_early": True} if ended_early else {}),
@@ -281,7 +284,8 @@ def keep(kind: str, row: dict[str, object], out: Path = RESULTS) -> None:
     beyond = int(str(row["peak_bytes"])) - int(str(row["imports_bytes"]))
     print(
         f"{kind} {row['shape']} {row['n_tokens']} tokens: {row['seconds']} s "
-        f"({row['cpu_seconds']} s of CPU), {beyond / 1e9:.2f} GB beyond the imports, "
+        f"({row['cpu_seconds']} s of CPU, predicted {row['predicted_s']} s), "
+        f"{beyond / 1e9:.2f} GB beyond the imports, "
         f"predicted {int(str(row['predicted_bytes'])) / 1e9:.2f} GB"
         + (f"; blocks at {row['seconds_at_block']} s" if row["device"] != "cpu" else "")
         + (
@@ -580,7 +584,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--recipe", default="gptq-int4")
-    parser.add_argument("--gptaq_strength", type=float, help="in place of the recipe's own")
+    parser.add_argument("--gptaq-strength", type=float, help="in place of the recipe's own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, help="end the build after so many")
     parser.add_argument("--disk", type=float, nargs="*", default=[], help="GB/s to slow it down to")

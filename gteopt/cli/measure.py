@@ -116,7 +116,10 @@ def bench(
         typer.Option(help="with --dummy-weights: rtn-int8, rtn-int4 and nf4 when left out"),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="with --dummy-weights: build only so many blocks")
+        int | None,
+        typer.Option(
+            min=1, help="with --dummy-weights: build so many blocks; all that fit when left out"
+        ),
     ] = None,
     workload: Annotated[
         list[str] | None,
@@ -151,7 +154,7 @@ def bench(
     say("importing torch")
     from gteopt.commands.bench import measure, measure_dummy
     from gteopt.config.plan import WORKLOADS
-    from gteopt.report.terminal import bench_table, limits_table
+    from gteopt.report.terminal import bench_table, limits_table, whole_model_table
     from gteopt.speed.protocol import default_workloads
 
     style = style_of(as_json, as_csv, as_markdown)
@@ -196,6 +199,8 @@ def bench(
     if style != "table":
         return
     stdout.print(limits_table(report))
+    if (whole := whole_model_table(report)) is not None:
+        stdout.print(whole)
     if out is not None:
         stdout.print(f"Result: {out / 'bench.json'}", soft_wrap=True)
         show_next(f"gteopt evaluate {' '.join(artifacts)} --suite mini --out {out}")

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import torch
 
 from gteopt.build.quantize import quantize
 from gteopt.config.plan import BenchSpec
-from gteopt.config.recipe import load_recipe
+from gteopt.config.recipe import Recipe, load_recipe
 from gteopt.encoder.description import Backend, pick_device
 from gteopt.encoder.openvino import refuse_unknown
 from gteopt.errors import InputError, IntegrityError, join_problems
@@ -24,8 +25,11 @@ from gteopt.progress import Progress, quiet
 from gteopt.records.bench import BenchReport, DummyRecord
 from gteopt.records.files import read_record, write_record
 from gteopt.report.rows import machine_line
-from gteopt.speed.protocol import bench, open_all
-from gteopt.speed.random_model import shape_of, write_dummy
+from gteopt.speed.protocol import BenchOptions, bench, open_all
+from gteopt.speed.random_model import largest_depth, shape_of, write_dummy
+from gteopt.speed.whole_model import extrapolate, shallow_depth
+
+BASELINE = "bf16"
 
 
 def bench_dummy(
@@ -33,32 +37,31 @@ def bench_dummy(
     recipes: Sequence[str],
     *,
     spec: BenchSpec,
-    skip_too_long: bool = False,
     n_layers: int | None = None,
-    device: str = "auto",
-    backend: Backend = "torch",
+    keep: Callable[[BenchReport], object] = lambda report: None,
     progress: Progress = quiet,
+    **options: Unpack[BenchOptions],
 ) -> BenchReport:
     """Measure what recipes would make of a published model, on random weights of its shape.
 
     Nothing is downloaded; the model and its variants lie in a temporary folder while they are
-    measured. Fewer blocks than the model has are measured as they are: nothing is extrapolated.
+    measured. Where fewer blocks are built than the model has, half of them are measured too, and
+    `DummyRecord.whole` has the whole model on the line through both depths.
 
     Args:
         base: see `write_dummy`.
         recipes: names of recipes that need no calibration, in the order of the report.
         spec: what is measured, how often.
-        skip_too_long: see `bench`.
-        n_layers: blocks to build; all when None.
-        device: as for `load`.
-        backend: see `bench`.
+        n_layers: blocks to build; as many as memory and disk hold when None.
+        keep: told after each variant what has been measured so far.
         progress: told about writing, building and measuring.
+        options: see `BenchOptions`.
 
     Raises:
         InputError: see `write_dummy` and `bench`; a recipe that needs calibration.
         UnsupportedError: a backend that does not know this architecture.
     """
-    pick_device(device)
+    pick_device(options.get("device", "auto"))
     wanted = {name: load_recipe(name) for name in recipes}
     if learned := [name for name, each in wanted.items() if each.weights.method == "gptq"]:
         raise InputError(
@@ -66,32 +69,66 @@ def bench_dummy(
             f"({', '.join(learned)}); take their rounded relatives, which run on the same kernels "
             f"(rtn-int8, rtn-fp8, rtn-int4, nf4)"
         )
-    if backend == "openvino":
+    if options.get("backend", "torch") == "openvino":
         refuse_unknown(shape_of(base, n_layers)[0])
+    n = n_layers or largest_depth(base, Path(tempfile.gettempdir()))
+    deep = _bench_depth(base, wanted, spec, n, keep, progress, options)
+    assert deep.dummy is not None
+    near = shallow_depth(n)
+    if deep.is_whole or near is None:
+        return deep
+    shallow = _bench_depth(base, wanted, spec, near, lambda report: None, progress, options)
+    try:
+        whole = extrapolate(deep, shallow, (n, near), deep.dummy.of_layers)
+    except InputError as noise:
+        warnings.warn(f"nothing is said of the whole model: {noise}", stacklevel=2)
+        return deep
+    dummy = deep.dummy.model_copy(update={"shallow_layers": near, "whole": whole})
+    report = deep.model_copy(update={"dummy": dummy})
+    keep(report)
+    return report
+
+
+def _bench_depth(
+    base: str,
+    recipes: Mapping[str, Recipe],
+    spec: BenchSpec,
+    n_layers: int,
+    keep: Callable[[BenchReport], object],
+    progress: Progress,
+    options: BenchOptions,
+) -> BenchReport:
+    """`bench_dummy` of one depth."""
+    device = options.get("device", "auto")
     with tempfile.TemporaryDirectory(prefix="gteopt-") as scratch:
-        folder = Path(scratch) / "bf16"
+        folder = Path(scratch) / BASELINE
         on_gpu = device != "cpu" and torch.cuda.is_available()
         n, whole = write_dummy(
-            base, folder, n_layers=n_layers, device="cuda" if on_gpu else "cpu", progress=progress
-        )
-        sources = {"bf16": str(folder)}
-        for name, recipe in wanted.items():
-            sources[name] = str(Path(scratch) / f"variant-{len(sources)}")
-            quantize(folder, recipe, sources[name], device=device, progress=progress)
-        report = bench(
-            sources,
-            baseline="bf16",
-            spec=spec,
-            skip_too_long=skip_too_long,
-            device=device,
-            backend=backend,
+            base,
+            folder,
+            n_layers=n_layers,
+            device="cuda" if on_gpu else "cpu",
             progress=progress,
         )
-    dummy = DummyRecord(base=base, n_layers=n, of_layers=whole)
-    return report.model_copy(update={"dummy": dummy})
+        dummy = DummyRecord(base=base, n_layers=n, of_layers=whole)
+        sources = {BASELINE: str(folder)}
+        for name, recipe in recipes.items():
+            sources[name] = str(Path(scratch) / f"variant-{len(sources)}")
+            quantize(folder, recipe, sources[name], device=device, progress=progress)
 
+        def named(report: BenchReport) -> BenchReport:
+            return report.model_copy(update={"dummy": dummy})
 
-BASELINE = "bf16"
+        return named(
+            bench(
+                sources,
+                baseline=BASELINE,
+                spec=spec,
+                keep=lambda report: keep(named(report)),
+                progress=progress,
+                **options,
+            )
+        )
 
 
 def measure(
@@ -224,14 +261,12 @@ def measure_dummy(
     spec: BenchSpec,
     folder: Path | None,
     *,
-    skip_too_long: bool = False,
     n_layers: int | None,
-    device: str,
-    backend: Backend,
     price_per_hour: float | None,
     progress: Progress,
+    **options: Unpack[BenchOptions],
 ) -> BenchReport:
-    """`bench_dummy`, into a folder whose bench.json it replaces.
+    """`bench_dummy`, into a folder whose bench.json it replaces after each variant.
 
     Raises:
         InputError: that file holds what this call would lose.
@@ -245,19 +280,25 @@ def measure_dummy(
                 f"{path} holds {', '.join(old.variants)} of {theirs}, which this would replace; "
                 f"give another --out, or move it away"
             )
-    report = bench_dummy(
-        base,
-        recipes,
-        spec=spec,
-        skip_too_long=skip_too_long,
-        n_layers=n_layers,
-        device=device,
-        backend=backend,
-        progress=progress,
-    ).model_copy(update={"price_per_hour": price_per_hour})
-    if path is not None:
-        write_record(path, report)
-    return report
+
+    def priced(report: BenchReport) -> BenchReport:
+        return report.model_copy(update={"price_per_hour": price_per_hour})
+
+    def keep(report: BenchReport) -> None:
+        if path is not None:
+            write_record(path, priced(report))
+
+    return priced(
+        bench_dummy(
+            base,
+            recipes,
+            spec=spec,
+            n_layers=n_layers,
+            keep=keep,
+            progress=progress,
+            **options,
+        )
+    )
 
 
 @dataclass(frozen=True)

@@ -153,18 +153,37 @@ def _median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return ordered[rank - 1], ordered[n - rank]
 
 
+class WholeModelEstimate(Frozen):
+    """What one variant of a whole model takes, calculated from two depths of it.
+
+    Attributes:
+        query_ms: median time of one query.
+        tokens_per_s: geometric mean over the workloads, as `VariantBench.tokens_per_s`.
+        weight_bytes: as in `VariantBench`.
+    """
+
+    query_ms: float
+    tokens_per_s: float
+    weight_bytes: int
+
+
 class DummyRecord(Frozen):
     """The weights were random: what of the model there was.
 
     Attributes:
         base: the published model whose shape it has.
         n_layers: blocks that were built and measured.
-        of_layers: blocks that the model has; where they are more, no figure is the whole model's.
+        of_layers: blocks that the model has; where they are more, no measured figure is the whole
+            model's.
+        shallow_layers: blocks of the second depth; None where one depth was measured.
+        whole: variant -> the whole model, calculated from both depths.
     """
 
     base: str
     n_layers: int
     of_layers: int
+    shallow_layers: int | None = None
+    whole: dict[str, WholeModelEstimate] = Field(default_factory=dict)
 
 
 class BenchReport(Frozen):
@@ -209,10 +228,14 @@ class BenchReport(Frozen):
         return float(max(abs(ratio - 1) for ratio in (*ratios, *(own.speed_interval or ()))))
 
     def cost_per_million_tokens(self, name: str) -> float | None:
-        """Dollars, over the workloads; None without a price, or where no model is whole."""
-        if self.price_per_hour is None or not self.is_whole:
+        """Dollars, over the workloads; None without a price, or where nothing is known of the
+        whole model.
+        """
+        whole = self.dummy.whole.get(name) if self.dummy else None
+        if self.price_per_hour is None or not (self.is_whole or whole):
             return None
-        return cost_per_million_tokens(self.price_per_hour, self.variants[name].tokens_per_s)
+        speed = whole.tokens_per_s if whole else self.variants[name].tokens_per_s
+        return cost_per_million_tokens(self.price_per_hour, speed)
 
 
 HOSTED_PRICE = 0.008

@@ -118,6 +118,32 @@ def _part_note(report: BenchReport) -> str:
     )
 
 
+def whole_model_table(report: BenchReport) -> Table | None:
+    """What the whole model would take, where two depths of it were measured."""
+    dummy = report.dummy
+    if dummy is None or not dummy.whole:
+        return None
+    table = FittedTable(list(dummy.whole))
+    headings = ("query ms", "tokens/s", "weights", "$/M tokens")
+    for importance, heading in enumerate(headings):
+        table.add_figures(heading, heading, importance=importance)
+    for name, whole in dummy.whole.items():
+        cost = report.cost_per_million_tokens(name)
+        table.add_row(
+            Text(name),
+            f"{whole.query_ms:,.1f}",
+            f"{whole.tokens_per_s:,.0f}",
+            decimal(whole.weight_bytes),
+            MISSING if cost is None else f"{cost:.4f}",
+        )
+    table.caption = Text(
+        f"calculated, not measured: all {dummy.of_layers} blocks of {dummy.base}, on the line "
+        f"through {dummy.shallow_layers} and {dummy.n_layers} blocks",
+        style="not italic",
+    )
+    return table
+
+
 def limits_table(report: BenchReport) -> Table:
     """`limits`, and what a query reads and an index takes, which are the same on all workloads.
 

@@ -172,21 +172,43 @@ def _config(base: str) -> dict[str, Any]:
     return config
 
 
+def largest_depth(base: str, scratch: Path) -> int:
+    """Blocks of `base` that memory and the disk of `scratch` hold; at least 1.
+
+    Raises:
+        InputError, UnsupportedError: see `write_dummy`.
+    """
+    config, whole = shape_of(base)
+    frame, block = _frame_and_block_bytes(config)
+    fits = min(int((free / share - frame) // block) for _, share, free in _room(scratch))
+    return max(1, min(whole, fits))
+
+
+def _frame_and_block_bytes(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes of what is outside the blocks, and of one block."""
+
+    def part_bytes(part: int) -> int:
+        return sum(2 * torch.Size(shape).numel() for _, shape in _parts(config, part, 1))
+
+    return part_bytes(1), part_bytes(0)
+
+
+def _room(scratch: Path) -> tuple[tuple[str, float, int], ...]:
+    """What a bench needs of this machine: its name, multiple of the model's bytes, bytes free."""
+    return (
+        ("memory", _MEMORY_SHARE, int(psutil.virtual_memory().available)),
+        (f"disk in {scratch}", _DISK_SHARE, shutil.disk_usage(scratch).free),
+    )
+
+
 def _check_room(base: str, config: Mapping[str, Any], n: int, whole: int, scratch: Path) -> None:
     """Refuse what memory or disk cannot hold, before the slow part.
 
     Raises:
         InputError: says what is needed, what is free and how many layers fit.
     """
-
-    def part_bytes(part: int) -> int:  # 0 is a block, 1 what is outside the blocks
-        return sum(2 * torch.Size(shape).numel() for _, shape in _parts(config, part, 1))
-
-    frame, block = part_bytes(1), part_bytes(0)
-    for what, share, free in (
-        ("memory", _MEMORY_SHARE, int(psutil.virtual_memory().available)),
-        (f"disk in {scratch}", _DISK_SHARE, shutil.disk_usage(scratch).free),
-    ):
+    frame, block = _frame_and_block_bytes(config)
+    for what, share, free in _room(scratch):
         if share * (frame + n * block) > free:
             fits = int((free / share - frame) // block)
             advice = f"; --layers {fits} fits" if fits > 0 else ""

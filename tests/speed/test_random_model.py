@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -21,10 +23,11 @@ from gteopt.records.bench import (
     cost_per_million_tokens,
     index_cost_per_month,
 )
-from gteopt.report.terminal import bench_table, limits_table
+from gteopt.report.terminal import bench_table, limits_table, whole_model_table
 from gteopt.speed.protocol import bench
-from gteopt.speed.random_model import shapes, write_dummy
+from gteopt.speed.random_model import largest_depth, shapes, write_dummy
 from gteopt.speed.texts import text_lengths
+from gteopt.speed.whole_model import extrapolate
 
 SMALL = {
     "model_type": "qwen2",
@@ -180,8 +183,15 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
         warmup=0,
         repeats=1,
     )
-    report = bench_dummy(str(small), ["rtn-int8"], spec=spec, n_layers=2, device="cpu")
+    kept: list[BenchReport] = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "nothing is said of the whole model")  # noise
+        report = bench_dummy(
+            str(small), ["rtn-int8"], spec=spec, n_layers=2, keep=kept.append, device="cpu"
+        )
+    assert [len(each.variants) for each in kept][:2] == [1, 2]
     assert report.dummy is not None
+    assert report.dummy.shallow_layers in (1, None)
     assert (report.dummy.n_layers, report.dummy.of_layers) == (2, 3)
     assert list(report.variants) == ["bf16", "rtn-int8"]
     assert {"float32", "bfloat16"} <= set(report.peak_gflops)
@@ -199,7 +209,10 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
     int8 = report.variants["rtn-int8"].throughput[0]
     assert int8.gflops is not None
     assert int8.peak_ratio == pytest.approx(int8.gflops / report.peak_gflops["int8"])
-    priced = report.model_copy(update={"price_per_hour": 2.0})
+    one_depth = report.model_copy(
+        update={"dummy": report.dummy.model_copy(update={"whole": {}, "shallow_layers": None})}
+    )
+    priced = one_depth.model_copy(update={"price_per_hour": 2.0})
     assert "2 of the 3 blocks" in str(bench_table(priced).caption)
     caption = str(bench_table(priced).caption)
     assert "rtn-int8: 14 cpu.int8" in caption
@@ -215,6 +228,50 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
     assert set(cells[5]) == set(cells[6]) == {"–"}  # no price of a part of a model
     assert "more than the peak" not in str(limits_table(with_share(priced, 1.05)).caption)
     assert "more than the peak" in str(limits_table(with_share(priced, 1.9)).caption)
+    assert whole_model_table(one_depth) is None
+
+    # Whatever the line through two depths is, a third depth lies on it.
+    def at_depth(depth: int) -> BenchReport:
+        variants = {
+            name: own.model_copy(
+                update={
+                    "latency": own.latency.model_copy(update={"p50_ms": 1 + 3.0 * depth}),
+                    "weight_bytes": 1000 + 50 * depth,
+                    "throughput": tuple(
+                        each.model_copy(update={"tokens_per_s": 1000 / (2 + depth)})
+                        for each in own.throughput
+                    ),
+                }
+            )
+            for name, own in report.variants.items()
+        }
+        return report.model_copy(update={"variants": variants})
+
+    whole = extrapolate(at_depth(8), at_depth(4), (8, 4), 28)
+    for name, own in at_depth(28).variants.items():
+        assert whole[name].query_ms == pytest.approx(own.latency.p50_ms)
+        assert whole[name].tokens_per_s == pytest.approx(own.tokens_per_s)
+        assert whole[name].weight_bytes == own.weight_bytes
+    with pytest.raises(InputError, match="no slower with 8 blocks than with 4"):
+        extrapolate(at_depth(4), at_depth(8), (8, 4), 28)
+    dummy = report.dummy.model_copy(update={"whole": whole, "shallow_layers": 4})
+    known = priced.model_copy(update={"dummy": dummy})
+    speed = whole["rtn-int8"].tokens_per_s
+    assert known.cost_per_million_tokens("rtn-int8") == cost_per_million_tokens(2.0, speed)
+    table = whole_model_table(known)
+    assert table is not None
+    assert "calculated, not measured" in str(table.caption)
+
+
+def test_a_model_that_memory_holds_is_measured_whole(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert largest_depth(str(small), tmp_path) == 3
+    block = 2 * n_parameters({**SMALL, "num_hidden_layers": 1, "vocab_size": 0})  # type: ignore[dict-item]
+    frame = 2 * SMALL["vocab_size"] * SMALL["hidden_size"]  # type: ignore[operator]
+    room = 1.7 * (frame + 2.5 * block)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=room))
+    assert largest_depth(str(small), tmp_path) == 2
 
 
 def with_share(report: BenchReport, share: float) -> BenchReport:
