@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _MOST_FIELD = 1 << 24
 """Characters of one CSV field; Python's own limit is 131,072."""
@@ -21,7 +22,7 @@ def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
 
     Args:
         path: UTF-8, with or without a byte order mark.
-        problems: what is wrong is added here, with the file and the byte.
+        problems: what is wrong is added here, with file and line.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as handle:
@@ -29,52 +30,39 @@ def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, line.rstrip("\r\n")
     except UnicodeDecodeError as error:
-        problems.append(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        )
+        problems.append(_not_utf8(path, error))
 
 
 def read_rows(
     path: Path, problems: list[str], *, separator: str = ","
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line and fields of every row of a .csv or .jsonl file.
+    """Line and fields of every row of a .csv, .tsv or .jsonl file.
 
     Args:
         path: its suffix says which it is.
         problems: what is wrong is added here, with file and line.
         separator: of the columns of a CSV file.
     """
-    if path.suffix == ".csv":
-        yield from _csv_rows(path, problems, separator)
-        return
-    for number, line in read_lines(path, problems):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
-            continue
-        except (RecursionError, ValueError) as error:
-            problems.append(f"{path}:{number}: not read ({type(error).__name__})")
-            continue
-        if isinstance(row, dict):
-            yield number, row
+    rows = (
+        _json_rows(path, problems) if path.suffix == ".jsonl" else _csv(path, problems, separator)
+    )
+    for number, row in rows:
+        broken = [name for name, value in row.items() if not is_unicode(f"{name}{value}")]
+        if broken:
+            named = repr(broken[0].encode(errors="replace").decode()[:40])
+            problems.append(
+                f"{path}:{number}: {named} holds half a surrogate pair (an emoji that was cut in "
+                f"two); remove it"
+            )
         else:
-            problems.append(f"{path}:{number}: must be a JSON object, found {type(row).__name__}")
+            yield number, row
 
 
-def _csv_rows(
-    path: Path, problems: list[str], separator: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    before = csv.field_size_limit(_MOST_FIELD)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            reader = csv.DictReader(handle, delimiter=separator)
-            for fields in reader:
-                yield reader.line_num, {k: v for k, v in fields.items() if k is not None}
-    except (UnicodeDecodeError, csv.Error) as error:
-        problems.append(f"{path}: is not a CSV file in UTF-8 ({error})")
-    finally:
-        csv.field_size_limit(before)
+def csv_heading(path: Path, problems: list[str], *, separator: str = ",") -> list[str]:
+    """Names of the columns of a CSV file; none of a file that cannot be read."""
+    with _reading_csv(path, problems) as handle:
+        return next(csv.reader(handle, delimiter=separator), [])
+    return []
 
 
 def is_unicode(text: str) -> bool:
@@ -84,3 +72,59 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _json_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in read_lines(path, problems):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
+        except RecursionError:
+            problems.append(f"{path}:{number}: nests deeper than JSON is read; flatten it")
+        except ValueError:
+            problems.append(f"{path}:{number}: holds a number of more digits than are read")
+        else:
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                problems.append(
+                    f"{path}:{number}: must be a JSON object, found {type(row).__name__}"
+                )
+
+
+def _csv(path: Path, problems: list[str], separator: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    with _reading_csv(path, problems) as handle:
+        reader = csv.DictReader(handle, delimiter=separator)
+        for fields in reader:
+            yield reader.line_num, {k: v for k, v in fields.items() if k is not None}
+
+
+@contextmanager
+def _reading_csv(path: Path, problems: list[str]) -> Iterator[TextIO]:
+    """The open file, whose fields may be long; what ends the reading early is a problem."""
+    before = csv.field_size_limit(_MOST_FIELD)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            yield handle
+    except UnicodeDecodeError as error:
+        problems.append(_not_utf8(path, error))
+    except csv.Error as error:
+        problems.append(f"{path}: is not a CSV file ({error})")
+    finally:
+        csv.field_size_limit(before)
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """Says the line too: the error's own place counts from the start of a read buffer."""
+    number = 0
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as at:
+                return (
+                    f"{path}:{number}: is not UTF-8 text ({at.reason} at byte {at.start + 1} of "
+                    f"the line); save the file as UTF-8"
+                )
+    return f"{path}:{number}: is not UTF-8 text ({error.reason}); save the file as UTF-8"

@@ -7,13 +7,13 @@ what is done with the texts.
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gteopt.config.plan import ColumnRole
+from gteopt.config.text_files import csv_heading, read_lines, read_rows
 from gteopt.errors import InputError, suggest
 
 TableKind = Literal["pairs", "search", "texts"]
@@ -40,6 +40,8 @@ _OPTIONAL: dict[TableKind, tuple[ColumnRole, ...]] = {
     "texts": (),
 }
 _MAX_NAMES = 12  # column names that a message lists
+_MAX_HEADING = 1 << 16
+"""Characters of a heading that the separator is found in; Python's csv reads no longer field."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _read(path: Path, problems: list[str]) -> tuple[list[str], list[tuple[int, d
         rows = list(enumerate(_read_parquet(path), start=1))
         return list(rows[0][1]) if rows else [], rows
     if path.suffix == ".jsonl":
-        rows = list(read_json_lines(path, problems))
+        rows = list(read_rows(path, problems))
         return list(dict.fromkeys(name for _, row in rows for name in row)), rows
     return _read_csv(path, problems)
 
@@ -152,7 +154,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
     try:
         rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
+    except (ValueError, OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: is not a Parquet file ({error})") from error
     return rows
 
@@ -160,53 +162,20 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 def _read_csv(
     path: Path, problems: list[str]
 ) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            heading = handle.readline()
-            handle.seek(0)
-            reader = csv.DictReader(handle, delimiter=_separator(path, heading))
-            rows = [
-                (reader.line_num, {k: v for k, v in fields.items() if k is not None})
-                for fields in reader
-            ]
-            return list(reader.fieldnames or ()), rows
-    except (UnicodeDecodeError, csv.Error) as error:
-        problems.append(f"{path}: is not a CSV file in UTF-8 ({error})")
-        return [], []
+    heading = next((line for _, line in read_lines(path, [])), "")
+    separator = _separator(path, heading)
+    rows = list(read_rows(path, problems, separator=separator))
+    return csv_heading(path, [], separator=separator), rows
 
 
 def _separator(path: Path, heading: str) -> str:
     """What separates the columns: what makes the most of the heading's names known ones."""
-    known = {name for names in NAMES.values() for name in names}
+    known = {name for own in NAMES.values() for name in own}
+    names = heading.lower().partition("\r")[0][:_MAX_HEADING]
 
     def n_known(separator: str) -> tuple[int, int]:
-        cells = next(csv.reader([heading.lower().rstrip("\r\n")], delimiter=separator), [])
+        cells = next(csv.reader([names], delimiter=separator), [])
         return len(known & {cell.strip() for cell in cells}), len(cells)
 
     first = "\t" if path.suffix == ".tsv" else ","
     return max([first, *(each for each in ",;\t" if each != first)], key=n_known)
-
-
-def read_json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line (from 1) and fields of every row of a .jsonl file."""
-    for number, line in lines_of(path, problems):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
-            continue
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            problems.append(f"{path}:{number}: must be a JSON object, found {type(row).__name__}")
-
-
-def lines_of(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and content of every line that is not empty."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as handle:
-            for number, line in enumerate(handle, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        problems.append(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})")

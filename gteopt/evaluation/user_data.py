@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from gteopt.config.plan import ColumnRole
+from gteopt.config.text_files import read_lines, read_rows
 from gteopt.errors import InputError, join_problems
-from gteopt.evaluation.own_tables import FORMS, Table, lines_of, read_json_lines, read_table
+from gteopt.evaluation.own_tables import FORMS, Table, read_table
 
 _MAX_SHOWN = 20  # problems listed of one data set; a wrong separator breaks every line
 _MIN_PAIRS = 3
 _MIN_DOCUMENTS = 2
+_MOST_GRADE = 1000
+"""The metric library keeps a counter for every grade up to the highest, and ends the process where
+memory lacks."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def _as_pairs(path: Path, table: Table, problems: list[str]) -> Pairs:
         grade = _number(row["score"])
         if grade is None:
             problems.append(
-                f"{path}:{line}: {table.columns['score']} is {row['score']!r}, must be a number"
+                f"{path}:{line}: {table.columns['score']} is {row['score']!r:.80}, must be a number"
             )
         elif not (isinstance(row["sentence1"], str) and isinstance(row["sentence2"], str)):
             problems.append(f"{path}:{line}: sentence1 and sentence2 must be texts")
@@ -148,22 +152,22 @@ def _as_collection(path: Path, table: Table, problems: list[str]) -> Collection:
     for line, row in table.rows:
         lacking = _lacking(table, row, ("query", "positive"))
         texts = [row[role] for role in ("query", "positive", "negative") if row.get(role)]
-        grade = 1.0 if "score" not in table.columns else _number(row["score"])
+        grade = 1 if "score" not in table.columns else _grade(row["score"])
         if lacking is not None:
             problems.append(f"{path}:{line}: {lacking}")
         elif not all(isinstance(text, str) for text in texts):
             problems.append(f"{path}:{line}: queries and passages must be texts")
-        elif grade is None or grade != int(grade):
+        elif grade is None:
             problems.append(
-                f"{path}:{line}: {table.columns['score']} is {row['score']!r}, must be a whole "
-                f"grade; for graded similarity: --columns "
+                f"{path}:{line}: {table.columns['score']} is {row['score']!r:.80}, must be a whole "
+                f"grade up to {_MOST_GRADE:,}; for graded similarity: --columns "
                 f"sentence1={table.columns['query']},sentence2={table.columns['positive']}"
             )
         else:
             query = queries.setdefault(row["query"], f"q{len(queries)}")
             document = documents.setdefault(row["positive"], f"d{len(documents)}")
             if grade > 0:
-                qrels.setdefault(query, {})[document] = int(grade)
+                qrels.setdefault(query, {})[document] = grade
             if row.get("negative"):
                 documents.setdefault(row["negative"], f"d{len(documents)}")
     if not problems and not qrels:
@@ -220,7 +224,7 @@ def read_texts(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> l
     elif columns:
         raise InputError(f"--columns is for a table; each line of {path} is one text")
     else:
-        texts = [line.strip() for _, line in lines_of(path, problems)]
+        texts = [line.strip() for _, line in read_lines(path, problems)]
     distinct = list(dict.fromkeys(text for text in texts if text))
     if not problems and len(distinct) < 2:
         problems.append(f"{path}: {len(distinct)} different texts; fidelity compares at least two")
@@ -234,16 +238,22 @@ def _read_texts(path: Path, problems: list[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     if not path.is_file():
         return found
-    for line, row in read_json_lines(path, problems):
+    for line, row in read_rows(path, problems):
         own_id, text, title = row.get("_id"), row.get("text"), row.get("title", "")
         if isinstance(own_id, int):
             own_id = str(own_id)
         if not isinstance(own_id, str) or not isinstance(text, str):
             problems.append(f"{path}:{line}: must have an _id and a text")
+        elif not isinstance(title, str | int | float | None):
+            problems.append(f"{path}:{line}: title must be a text or a number")
         elif own_id in found:
             problems.append(f"{path}:{line}: _id '{own_id}' is there twice")
         else:
-            found[own_id] = {"id": own_id, "title": title or "", "text": text}
+            found[own_id] = {
+                "id": own_id,
+                "title": "" if title is None else str(title),
+                "text": text,
+            }
     return found
 
 
@@ -252,15 +262,15 @@ def _read_qrels(
 ) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     n_before = len(problems)
-    for line, content in lines_of(path, problems):
+    for line, content in read_lines(path, problems):
         cells = content.split("\t")
-        grade = _number(cells[2]) if len(cells) == 3 else None
+        grade = _grade(cells[2]) if len(cells) == 3 else None
         if line == 1 and len(cells) == 3 and grade is None and cells[0] not in queries:
             continue  # the heading
-        if grade is None or grade != int(grade):
+        if grade is None:
             problems.append(
-                f"{path}:{line}: must be query id, document id and a whole grade, separated by "
-                f"tabs; found {content[:80]!r}"
+                f"{path}:{line}: must be query id, document id and a whole grade up to "
+                f"{_MOST_GRADE:,}, separated by tabs; found {content[:80]!r}"
             )
             continue
         query, document, _ = cells
@@ -269,7 +279,7 @@ def _read_qrels(
             problems.append(f"{path}:{line}: query '{query}' is not in queries.jsonl")
         elif corpus and document not in corpus:
             problems.append(f"{path}:{line}: document '{document}' is not in corpus.jsonl")
-        elif found.setdefault(query, {}).setdefault(document, int(grade)) != int(grade):
+        elif found.setdefault(query, {}).setdefault(document, grade) != grade:
             problems.append(
                 f"{path}:{line}: document '{document}' has another grade for query '{query}' above"
             )
@@ -279,10 +289,18 @@ def _read_qrels(
     return found
 
 
+def _grade(value: Any) -> int | None:
+    """A whole grade of relevance; None of anything else."""
+    number = _number(value)
+    if number is None or number != int(number) or abs(number) > _MOST_GRADE:
+        return None
+    return int(number)
+
+
 def _number(value: Any) -> float | None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, StrictBool, field_validator
 
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
 from gteopt.model.families import Pooling
@@ -76,7 +76,7 @@ class TransformerSettings(ForeignFile):
     do_lower_case: bool = False
     query_length: int | None = Field(default=None, ge=1)
     document_length: int | None = Field(default=None, ge=1)
-    processing_kwargs: dict[str, Any] = Field(default_factory=dict)
+    processing_kwargs: dict[str, dict[str, Any]] = Field(default_factory=dict)
     transformer_task: str = "feature-extraction"
     modality_config: dict[str, Any] | None = None
     module_output_name: str | None = None
@@ -93,11 +93,70 @@ class TransformerSettings(ForeignFile):
             raise ValueError("must be a whole number")
         return value
 
+    @field_validator("processing_kwargs")
+    @classmethod
+    def _has_a_length(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        length = value.get("text", {}).get("max_length")
+        if length is not None and (type(length) is not int or length < 1):
+            raise ValueError("text.max_length must be a number of tokens")
+        return value
+
     @property
     def max_length(self) -> int | None:
         """The length that `processing_kwargs` cuts texts to."""
-        stated = self.processing_kwargs.get("text", {}).get("max_length")
-        return int(stated) if isinstance(stated, int) else None
+        stated: int | None = self.processing_kwargs.get("text", {}).get("max_length")
+        return stated
+
+
+Dimensions = Annotated[int, Field(ge=1, le=1 << 20, strict=True)]
+
+
+class PoolingFile(ForeignFile):
+    """`config.json` of a Pooling module, of any release."""
+
+    word_embedding_dimension: Dimensions | None = None
+    embedding_dimension: Dimensions | None = None
+    pooling_mode: str | list[str] | None = None
+    include_prompt: StrictBool = True
+    pooling_mode_cls_token: StrictBool = False
+    pooling_mode_max_tokens: StrictBool = False
+    pooling_mode_mean_tokens: StrictBool = False
+    pooling_mode_mean_sqrt_len_tokens: StrictBool = False
+    pooling_mode_weightedmean_tokens: StrictBool = False
+    pooling_mode_lasttoken: StrictBool = False
+
+
+class DenseFile(ForeignFile):
+    """`config.json` of a Dense module."""
+
+    in_features: Dimensions
+    out_features: Dimensions
+    bias: StrictBool = True
+    activation_function: str = "torch.nn.modules.activation.Tanh"
+    module_input_name: str | None = None
+    module_output_name: str | None = None
+    use_residual: StrictBool = False
+
+
+class LayerNormFile(ForeignFile):
+    """`config.json` of a LayerNorm module."""
+
+    dimension: Dimensions
+
+
+class NormalizeFile(ForeignFile):
+    """`config.json` of a Normalize module; older releases wrote none."""
+
+    dim: int | None = None
+    p: float | None = None
+    module_input_name: str | None = None
+    module_output_name: str | None = None
+
+
+class DropoutFile(ForeignFile):
+    """`config.json` of a Dropout module, which does nothing after training."""
+
+    dropout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -263,7 +322,7 @@ def _options(settings: TransformerSettings) -> list[tuple[str, str]]:
         for name in ("model_kwargs", "model_args", "processor_kwargs", "tokenizer_args")
     }
     for name, inner in settings.processing_kwargs.items():
-        groups[f"processing_kwargs.{name}"] = inner if isinstance(inner, dict) else {"": inner}
+        groups[f"processing_kwargs.{name}"] = inner
     return [
         (group, option)
         for group, inner in groups.items()
@@ -318,34 +377,18 @@ def _read_modules(folder: Path) -> tuple[tuple[ModuleEntry, ...], tuple[str, ...
 
 _MODES = frozenset(_LEGACY_MODES.values())
 _SAFE_ACTIVATIONS = ("torch.nn.modules.activation.", "torch.nn.modules.linear.Identity")
-_MODULE_OPTIONS = {
-    "Pooling": {
-        *("word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt"),
-        *_LEGACY_MODES,
-    },
-    "Dense": {
-        *("in_features", "out_features", "bias", "activation_function"),
-        *("module_input_name", "module_output_name", "use_residual"),
-    },
-    "LayerNorm": {"dimension"},
-    "Normalize": {"dim", "p", "module_input_name", "module_output_name"},
-    "Dropout": {"dropout"},
+_MODULE_FILES: dict[str, type[ForeignFile]] = {
+    "Pooling": PoolingFile,
+    "Dense": DenseFile,
+    "LayerNorm": LayerNormFile,
+    "Normalize": NormalizeFile,
+    "Dropout": DropoutFile,
 }
-_DIMENSIONS = ("in_features", "out_features", "dimension", "embedding_dimension")
 
 
 def _check_module(kind: str, config: Mapping[str, Any], at: Path) -> None:
     """Refuse what a module's config says and its class would not do, or not safely."""
-    file = at / "config.json"
-    if odd := [n for n, v in config.items() if n not in _MODULE_OPTIONS[kind] and v]:
-        raise UnsupportedError(
-            f"{file} has options that gteopt does not know: {', '.join(map(shorten, odd))}"
-        )
-    needed = {"Dense": ("in_features", "out_features"), "LayerNorm": ("dimension",)}
-    for name in (*needed.get(kind, ()), *(n for n in _DIMENSIONS if n in config)):
-        size = config.get(name)
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 1 << 20:
-            raise InputError(f"{file}: {name} should be a number of dimensions, found {size!r:.80}")
+    read = parse(_MODULE_FILES[kind], config, at / "config.json")
     if kind == "Pooling":
         modes = pooling_modes(config)
         if not set(modes) <= _MODES or not modes:
@@ -355,12 +398,10 @@ def _check_module(kind: str, config: Mapping[str, Any], at: Path) -> None:
             )
         if config.get("include_prompt") is False and "weightedmean" in modes:
             raise UnsupportedError(f"{at}: weightedmean without the prompt's tokens is no option")
-    if kind == "Dense":
-        activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
-        if not isinstance(activation, str) or not activation.startswith(_SAFE_ACTIVATIONS):
-            raise UnsupportedError(
-                f"{at}: activation function {shorten(activation)} is none of torch's own"
-            )
+    if isinstance(read, DenseFile) and not read.activation_function.startswith(_SAFE_ACTIVATIONS):
+        raise UnsupportedError(
+            f"{at}: activation function {shorten(read.activation_function)} is none of torch's own"
+        )
     if kind in ("Dense", "LayerNorm") and not (at / "model.safetensors").is_file():
         raise UnsupportedError(
             f"{at} has no model.safetensors. Weights in a pickle (pytorch_model.bin) can run code "

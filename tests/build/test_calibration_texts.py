@@ -167,9 +167,10 @@ def test_users_texts_are_read_from_jsonl_csv_txt_and_data_sets(
         (
             "x.jsonl",
             '{"text": "ok"}\nnot json\n{"no": 1}\n',
-            r"line 2: .*\n.*line 3: no field 'text'",
+            r"x\.jsonl:2: .*\n.*x\.jsonl:3: no field 'text'",
         ),
-        ("x.csv", "a,b\n1,2\n", r"no column 'text' \(columns: a, b\)"),
+        ("x.csv", "a,b\n1,2\n", r"x\.csv:2: no field 'text' \(found: a, b\)"),
+        ("x.jsonl", '{"text": "\\ud83d"}', r"x\.jsonl:1: 'text' holds half a surrogate pair"),
         ("x.txt", "\n\n", "hold no text"),
     ],
 )

@@ -125,7 +125,7 @@ def test_every_fault_of_a_collection_is_named_with_its_line(tmp_path: Path) -> N
         "corpus.jsonl:3: not JSON",
         "corpus.jsonl:4: must be a JSON object",
         "queries.jsonl:2: must have an _id and a text",
-        "test.tsv:3: must be query id, document id and a whole grade",
+        "test.tsv:3: must be query id, document id and a whole grade up to 1,000",
         "test.tsv:4: document 'd9' is not in corpus.jsonl",
         "test.tsv:5: query 'q9' is not in queries.jsonl",
         "test.tsv:6: must be query id",
@@ -146,6 +146,68 @@ def test_one_fault_of_a_file_is_told_once(tmp_path: Path) -> None:
     (tmp_path / "qrels" / "test.tsv").write_text("q1\td1\t0\n")
     with pytest.raises(InputError, match=r"1 problem\(s\)(.|\n)*judges no document as relevant"):
         read_own(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"_id": "d1", "text": "caf\xe9"}', "corpus.jsonl:2: is not UTF-8 text"),
+        (b'{"_id": "d1", "text": "\\ud83d"}', "corpus.jsonl:2: 'text' holds half a surrogate pair"),
+        (b"[" * 100_000, "corpus.jsonl:2: nests deeper than JSON is read"),
+        (b'{"_id": ' + b"9" * 5000 + b"}", "corpus.jsonl:2: holds a number of more digits"),
+        (b'{"_id": "d1", "text": "a", "title": ["b"]}', "corpus.jsonl:2: title must be a text"),
+    ],
+)
+def test_a_line_that_no_library_can_read_is_named(
+    tmp_path: Path, content: bytes, expected: str
+) -> None:
+    write_lines(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "?"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("q1\td0\t1\n")
+    (tmp_path / "corpus.jsonl").write_bytes(b'{"_id": "d0", "text": "one"}\n' + content + b"\n")
+    with pytest.raises(InputError) as caught:
+        read_own(tmp_path)
+    assert expected in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_numbers_as_ids_and_titles_are_texts_and_a_line_separator_ends_no_line(
+    tmp_path: Path,
+) -> None:
+    rows = [{"_id": 1, "title": 1984, "text": "one\u2028two"}, {"_id": "2", "text": "three"}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "corpus.jsonl").write_text("\ufeff" + lines, encoding="utf-8")
+    write_lines(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "?"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("q1\t1\t1\n")
+    own = read_own(tmp_path)
+    assert isinstance(own, Collection)
+    assert own.corpus[0] == {"id": "1", "title": "1984", "text": "one\u2028two"}
+
+
+@pytest.mark.parametrize("grade", [str(2**62), "1e300", "1001", "0.5", "inf", "9" * 400])
+def test_grades_that_the_metric_library_cannot_count_are_refused(
+    tmp_path: Path, grade: str
+) -> None:
+    write_lines(tmp_path / "corpus.jsonl", [{"_id": "d1", "text": "one"}])
+    write_lines(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "?"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text(f"q1\td1\t{grade}\n")
+    with pytest.raises(InputError, match=r"test\.tsv:1: .*a whole grade up to 1,000"):
+        read_own(tmp_path)
+    table = tmp_path / "pairs.jsonl"
+    table.write_text(f'{{"query": "q", "positive": "p", "score": "{grade}"}}\n')
+    with pytest.raises(InputError, match=r"pairs\.jsonl:1: .*a whole grade up to 1,000"):
+        read_own(table)
+
+
+def test_a_long_cell_of_a_table_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    long = "x" * 140_000
+    path.write_text(f"sentence1,sentence2,score\n{long},b,1\nc,d,2\ne,f,3\n")
+    own = read_own(path)
+    assert isinstance(own, Pairs)
+    assert own.first[0] == long
 
 
 def test_missing_files_of_a_collection_are_named_together(tmp_path: Path) -> None:

@@ -131,6 +131,26 @@ def test_what_would_give_other_vectors_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("Pooling", {"pooling_mode": False}, "pooling_mode"),
+        ("Pooling", {"include_prompt": "no"}, "include_prompt"),
+        ("Dense", {"out_features": 1 << 40}, "out_features"),
+        ("Dense", {"use_residual": "yes"}, "use_residual"),
+        ("Dense", {"activation_function": 3}, "activation_function"),
+    ],
+)
+def test_a_field_of_a_module_of_another_type_is_named(
+    bert: Path, kind: str, fields: dict[str, Any], message: str
+) -> None:
+    sequence(bert, "Transformer", "Pooling", "Dense")
+    file = next(bert.glob(f"*_{kind}")) / "config.json"
+    edit(file, **fields)
+    with pytest.raises(GteoptError, match=f"config.json is wrong(.|\n)*{message}"):
+        open_checkpoint(bert)
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("adapter_config.json", "merge it into its base"),
