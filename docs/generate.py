@@ -37,7 +37,9 @@ from gteopt.config.recipe import (
     load_recipe,
 )
 from gteopt.config.yaml_files import shipped_names
-from gteopt.evaluation.task_facts import read_task_facts
+from gteopt.evaluation.suites import read_suite
+from gteopt.evaluation.task_choice import part_within, read_task_scores
+from gteopt.evaluation.task_facts import amount_of, read_task_facts
 from gteopt.model.families import FAMILIES, PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -452,6 +454,21 @@ def machines() -> str:
     return markdown(("file", "processor", "threads", "GPU", "versions"), rows)
 
 
+def budget() -> str:
+    """How far off the forecast of a suite is, by suite and time."""
+    rows = []
+    for name in sorted(read_task_scores()):
+        suite = read_suite(name)
+        amounts = {task.task: amount_of(task, 512) for task in suite.tasks}
+        seconds = {task: each.n_tokens / 5000 for task, each in amounts.items() if each}
+        cells = []
+        for minutes in (2, 10, 30, 120):
+            stands = part_within(suite, seconds, 60.0 * minutes).stands_for
+            cells.append(f"{100 * stands.error:.1f} ({len(stands.weights)})" if stands else "all")
+        rows.append([f"`{name}`", *cells])
+    return markdown(["suite", "2 min (tasks)", "10 min", "30 min", "2 h"], rows)
+
+
 def coverage() -> str:
     """How often intervals hold the true difference."""
     return markdown(
@@ -725,6 +742,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving": serving,
     "soak": soaked,
     "machines": machines,
+    "budget": budget,
     "coverage": coverage,
     "false-equivalence": false_equivalence,
     "equivalence-cost": equivalence_cost,

@@ -176,7 +176,7 @@ class Lite:
 
 def main(reference: Path) -> None:
     """Write every suite and the README's tables."""
-    published = _published(reference / "mteb_scores.csv.gz")
+    published = published_scores(reference / "mteb_scores.csv.gz")
     suites, lites = [], []
     facts: dict[str, Any] = {}
     for each in (*BENCHMARKS, *LATER):
@@ -199,7 +199,7 @@ def main(reference: Path) -> None:
     for each in BENCHMARKS:
         tasks = {task.metadata.name: task for task in mteb.get_benchmark(each.name).tasks}
         minutes = {name: _task_minutes(task) for name, task in tasks.items()}
-        scores = _scores(published, tasks)
+        scores = scores_of(published, tasks)
         lite = _choose(scores, tasks, minutes, LITE_MINUTES[each.suite])
         _write(each, list(tasks.values()), sum(minutes.values()))
         _write_lite(each, [tasks[name] for name in lite.tasks], lite)
@@ -222,7 +222,7 @@ def main(reference: Path) -> None:
     readme.write_text(text, encoding="utf-8")
 
 
-def _published(path: Path) -> dict[str, dict[tuple[str, str, str], float]]:
+def published_scores(path: Path) -> dict[str, dict[tuple[str, str, str], float]]:
     """Score by model, then task, split and subset; a score that was run before a claimed one."""
     found: dict[str, dict[tuple[str, str, str], float]] = defaultdict(dict)
     with gzip.open(path, "rt", encoding="utf-8") as handle:
@@ -234,7 +234,7 @@ def _published(path: Path) -> dict[str, dict[tuple[str, str, str], float]]:
     return found
 
 
-def _scores(
+def scores_of(
     published: dict[str, dict[tuple[str, str, str], float]], tasks: dict[str, Any]
 ) -> Scores:
     table: dict[str, dict[str, float]] = {}

@@ -20,6 +20,7 @@ from gteopt.cli.options import (
     AsJson,
     AsMarkdown,
     BackendOption,
+    Budget,
     Columns,
     Device,
     Devices,
@@ -46,6 +47,7 @@ from gteopt.cli.output import (
     style_of,
 )
 from gteopt.cli.own_data import check_own_data, parse_columns, parse_list
+from gteopt.cli.suite_options import named_suite, within
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -305,6 +307,7 @@ def evaluate(
     domain: Annotated[
         str | None, typer.Option(help="only tasks of one of these domains of mteb: legal,medical")
     ] = None,
+    budget: Budget = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="say what would be encoded, how long it takes, and stop"),
@@ -356,7 +359,10 @@ def evaluate(
 
     if instruction is not None and data is None:
         raise InputError("--instruction goes with --data; a suite's file names those of its tasks")
-    loaded = _suite(suite, protocol, languages, domain) if suite else None
+    loaded = named_suite(suite, protocol, languages, domain) if suite else None
+    named = [*([baseline] if baseline else []), *artifacts]
+    if budget is not None:
+        loaded = within(budget, loaded, _named(named), out, hub_dir)
     if data is not None:
         loaded = with_data(loaded, data, instruction=instruction, columns=roles)
     if not 0 < margin < 1:
@@ -365,7 +371,7 @@ def evaluate(
         if loaded is None:
             raise InputError("--dry-run counts the texts of a suite; give --suite or --data")
         _show_estimate(
-            _named([*([baseline] if baseline else []), *artifacts]),
+            _named(named),
             loaded,
             out,
             hub_dir=hub_dir,
@@ -411,21 +417,6 @@ def evaluate(
     if out is not None and style == "table":
         stdout.print(f"Result: {out / ('eval' if texts is None else 'fidelity')}", soft_wrap=True)
         show_next(f"gteopt choose {out} --policy balanced")
-
-
-def _suite(name: str, protocol: str | None, languages: str | None, domain: str | None) -> Suite:
-    """A suite by name or file, with what the options leave of it."""
-    from gteopt.evaluation.suites import read_protocol, read_suite
-    from gteopt.evaluation.task_facts import filter_suite, under_protocol
-
-    suite = read_suite(name)
-    wanted = [
-        [each.strip() for each in (names or "").split(",") if each.strip()]
-        for names in (languages, domain)
-    ]
-    if any(wanted):
-        suite = filter_suite(suite, languages=wanted[0], domains=wanted[1])
-    return suite if protocol is None else under_protocol(suite, read_protocol(protocol))
 
 
 def _show_estimate(

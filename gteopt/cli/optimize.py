@@ -16,6 +16,7 @@ from gteopt.cli.options import (
     AsJson,
     AsMarkdown,
     Base,
+    Budget,
     Columns,
     Device,
     HubDir,
@@ -49,6 +50,7 @@ def optimize(
     columns: Columns = None,
     suite: SuiteName = None,
     languages: Languages = None,
+    budget: Budget = None,
     max_weights: Annotated[
         str | None,
         typer.Option(help="weights in memory: 40MB or 40MiB", rich_help_panel=LIMITS),
@@ -157,6 +159,7 @@ def optimize(
         columns=tuple(roles.items()),
         suite=suite,
         languages=parse_list(languages),
+        budget=budget,
     )
     search = Search(engine=engine, effort=effort, hub_dir=hub_dir, device=device)
     folder = out or Path("artifacts", Path(model).name)

@@ -78,6 +78,13 @@ Languages = Annotated[
         rich_help_panel=JUDGES,
     ),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="score the tasks of the suite that fit this time and foretell its mean best: 30m",
+        rich_help_panel=JUDGES,
+    ),
+]
 RecipeName = Annotated[
     str,
     typer.Option(

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from gteopt.errors import IntegrityError
+from gteopt.errors import InputError, IntegrityError
 from gteopt.evaluation.data_check import missing_data
 from gteopt.evaluation.suites import Suite, SuiteTask
-from gteopt.evaluation.task_facts import Amount, amount_of
+from gteopt.evaluation.task_choice import part_within
+from gteopt.evaluation.task_facts import Amount, amount_of, read_task_facts
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
 from gteopt.records.bench import BenchReport
 from gteopt.records.evaluation import EvaluationEstimate, TaskEstimate
-from gteopt.records.files import read_record
+from gteopt.records.files import read_record, write_record
 
 PROBE_S = 0.5
 _CACHED_BYTES = 2  # of a number in the cache: float16
@@ -56,7 +57,9 @@ def estimate_evaluation(
     """
     names = list(sources)
     checkpoint = open_checkpoint(sources[names[0]], hub_dir=hub_dir)
-    amounts = {task.task: amount_of(task, _longest(task, checkpoint)) for task in suite.tasks}
+    amounts = {
+        task.task: amount_of(task, _longest(task, suite, checkpoint)) for task in suite.tasks
+    }
     total = sum((each for each in amounts.values() if each is not None), Amount())
     rate, rate_source = _rate(names, checkpoint, folder)
     seconds = None if rate is None else len(names) * total.n_tokens / rate
@@ -87,8 +90,68 @@ def estimate_evaluation(
     )
 
 
-def _longest(task: SuiteTask, checkpoint: Checkpoint) -> int:
-    return min(task.max_tokens or checkpoint.max_tokens, checkpoint.max_tokens)
+def within_budget(
+    sources: Mapping[str, str],
+    suite: Suite,
+    budget_s: float,
+    folder: Path | None = None,
+    *,
+    hub_dir: Path | None = None,
+    n_models: int | None = None,
+) -> Suite:
+    """The part of a suite that these models can be scored on in a time, encoding alone.
+
+    The choice is kept in `FOLDER/part.json`. The same suite and budget get the same tasks again, so
+    that all scores in a folder can be compared.
+
+    Args:
+        sources: baseline first, by name.
+        suite: with published scores; see `part_within`.
+        budget_s: for all models together.
+        folder: results folder that may hold a bench and an earlier choice.
+        hub_dir: tasks without their data there are not chosen.
+        n_models: that encode; None is all of `sources`, and the base of an artifact.
+
+    Raises:
+        InputError: no speed is known, or see `part_within`.
+    """
+    kept = None if folder is None else folder / "part.json"
+    if kept is not None and kept.is_file():
+        part = read_record(kept, Suite)
+        stands = part.stands_for
+        known = {task.task: task for task in suite.tasks}
+        alike = "protocol", "max_tokens", "normalize"
+        same = all(getattr(part, name) == getattr(suite, name) for name in alike)
+        same = same and all(known.get(task.task) == task for task in part.tasks)
+        if same and stands and (stands.suite, stands.budget_s) == (suite.name, budget_s):
+            return part
+    names = list(sources)
+    checkpoint = open_checkpoint(sources[names[0]], hub_dir=hub_dir)
+    rate, why = _rate(names, checkpoint, folder)
+    if rate is None:
+        raise InputError(f"--budget needs the speed of this machine, which is {why}")
+    without = {task for task, _, _ in missing_data(suite, hub_dir)} if hub_dir is not None else ()
+    if n_models is None:
+        n_models = len(names) + (checkpoint.manifest is not None)
+    seconds = {}
+    for task in suite.tasks:
+        amount = amount_of(task, _longest(task, suite, checkpoint))
+        if amount is not None and not {task.task, *_parts_of(task)} & set(without):
+            seconds[task.task] = n_models * amount.n_tokens / rate
+    part = part_within(suite, seconds, budget_s)
+    if kept is not None and part.stands_for is not None:
+        write_record(kept, part)
+    return part
+
+
+def _parts_of(task: SuiteTask) -> tuple[str, ...]:
+    facts = read_task_facts().get(task.task)
+    return () if facts is None else facts.parts
+
+
+def _longest(task: SuiteTask, suite: Suite, checkpoint: Checkpoint) -> int:
+    longest = task.max_tokens or suite.max_tokens or checkpoint.max_tokens
+    return min(longest, checkpoint.max_tokens)
 
 
 def _of(suite: Suite, name: str) -> Amount | None:

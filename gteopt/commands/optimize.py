@@ -47,6 +47,7 @@ class Judges:
         columns: which column holds what, where the names do not tell.
         suite: a shipped suite, or a file.
         languages: of the suite.
+        budget: of time for the suite ("30m"); None is all of its tasks.
     """
 
     data: Path | None = None
@@ -54,6 +55,7 @@ class Judges:
     columns: tuple[tuple[ColumnRole, str], ...] = ()
     suite: str | None = None
     languages: tuple[str, ...] = ()
+    budget: str | None = None
 
     def check(self) -> None:
         """Read the data once, so that their faults are told before anything slow.
@@ -151,6 +153,7 @@ def propose(
         columns=dict(judges.columns),
         texts=judges.texts,
         languages=judges.languages,
+        budget=judges.budget,
         effort=search.effort,
         screening=Screening(),
         bench=PlanBench(price_per_hour=limits.price_per_hour),

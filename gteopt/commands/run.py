@@ -26,8 +26,10 @@ from gteopt.build.quantize import quantize
 from gteopt.build.truncate import restyle
 from gteopt.commands.bench import BASELINE, measure
 from gteopt.commands.choose import title_of
+from gteopt.commands.estimate_evaluation import within_budget
 from gteopt.commands.evaluate import Setup, compare_texts, score
 from gteopt.commands.screening import screen
+from gteopt.config.amounts import parse_seconds
 from gteopt.config.plan import WORKLOADS, Plan
 from gteopt.config.policy import Policy, load_policy
 from gteopt.config.recipe import Effort, GptqWeights, Recipe, load_recipe
@@ -74,7 +76,7 @@ def run(
     Raises:
         InputError: lists every problem of the plan before anything slow starts; an unknown device.
     """
-    resolved = _resolve(plan, beside)
+    resolved = _resolve(plan, beside, hub_dir)
     if resolved.suite is not None:
         check_data(resolved.suite, hub_dir)
     pick_device(device)
@@ -260,7 +262,7 @@ def build_variants(
     return built
 
 
-def _resolve(plan: Plan, beside: Path | None) -> _Resolved:
+def _resolve(plan: Plan, beside: Path | None, hub_dir: Path | None) -> _Resolved:
     """Everything that the plan names; all problems at once."""
     problems: list[str] = []
     recipes: list[Recipe] = []
@@ -278,7 +280,7 @@ def _resolve(plan: Plan, beside: Path | None) -> _Resolved:
     suite: Suite | None = None
     policy: Policy | None = None
     try:
-        suite = load_judges(plan)
+        suite = load_judges(plan, hub_dir=hub_dir)
     except GteoptError as error:
         problems.append(str(error))
     try:
@@ -294,8 +296,10 @@ def _resolve(plan: Plan, beside: Path | None) -> _Resolved:
     return _Resolved(recipes, suite, policy)
 
 
-def load_judges(plan: Plan) -> Suite | None:
+def load_judges(plan: Plan, *, hub_dir: Path | None = None) -> Suite | None:
     """The plan's suite with its own data as one more task; None where texts decide.
+
+    With a budget, it is the part of the suite that fits.
 
     Raises:
         InputError: an unknown suite or language, or own data that cannot be read.
@@ -303,6 +307,16 @@ def load_judges(plan: Plan) -> Suite | None:
     suite = load_suite(plan.suite_name) if plan.suite_name is not None else None
     if suite is not None and plan.languages:
         suite = filter_suite(suite, languages=plan.languages)
+    if suite is not None and plan.budget is not None:
+        n_variants = min(len(plan.recipes), plan.screening.keep if plan.screening else 10**6)
+        suite = within_budget(
+            {BASELINE: plan.base},
+            suite,
+            parse_seconds("budget", plan.budget),
+            plan.out,
+            hub_dir=hub_dir,
+            n_models=1 + n_variants,
+        )
     if plan.data is not None:
         read_own(plan.data, plan.columns)  # its faults, before anything is built
         suite = with_data(suite, plan.data, columns=plan.columns)

@@ -96,6 +96,19 @@ def parse_count(option: str, text: str) -> int:
     return math.ceil(value * _COUNTS[unit])
 
 
+def parse_seconds(option: str, text: str) -> float:
+    """Seconds of "30m", "2h" or "90s".
+
+    Raises:
+        InputError: no such time, or no unit.
+    """
+    value, unit = _split(option, text, "30m, 2h or 90s")
+    factors = {"s": 1, "m": 60, "min": 60, "h": 3600}
+    if unit not in factors:
+        raise InputError(f"{option} '{text}': write the unit, as in 30m, 2h or 90s")
+    return value * factors[unit]
+
+
 def parse_milliseconds(option: str, text: str) -> float:
     """Milliseconds of "20ms", "20" or "1.5s".
 

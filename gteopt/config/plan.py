@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 
+from gteopt.config.amounts import parse_seconds
 from gteopt.config.policy import Policy
 from gteopt.config.recipe import Effort
 from gteopt.config.yaml_files import find_yaml, read_yaml
@@ -128,6 +129,7 @@ class Plan(Frozen):
         columns: which column of `data` or `texts` holds what, where the names do not tell.
         texts: own texts without labels; fidelity decides.
         languages: of the suite, those that are scored; empty is all.
+        budget: of time for the suite ("30m"); its tasks are chosen to fit. None is all of them.
         effort: of GPTQ recipes; the recipes' own when left out.
         screening: the first look; none when left out.
         bench: what is measured.
@@ -145,6 +147,7 @@ class Plan(Frozen):
     columns: dict[ColumnRole, str] = Field(default_factory=dict)
     texts: Path | None = None
     languages: tuple[str, ...] = ()
+    budget: str | None = None
     effort: Effort | None = None
     screening: Screening | None = None
     bench: PlanBench = PlanBench()
@@ -159,6 +162,10 @@ class Plan(Frozen):
             raise ValueError("columns names the columns of data or texts; give one of them")
         if self.languages and self.suite is None and (self.data or self.texts):
             raise ValueError("languages chooses from a suite; give one")
+        if self.budget is not None:
+            parse_seconds("budget", self.budget)
+            if self.suite is None:
+                raise ValueError("budget chooses from a suite; give one")
         return self
 
     @property

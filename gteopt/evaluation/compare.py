@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.errors import InputError, NumericsError, join_problems
 from gteopt.evaluation.fidelity import fidelity
@@ -30,6 +32,7 @@ from gteopt.evaluation.statistics import (
     settle,
 )
 from gteopt.evaluation.suites import Suite
+from gteopt.evaluation.task_choice import foretold
 from gteopt.evaluation.task_store import SubsetScore, mean_over_tasks
 from gteopt.records.evaluation import (
     Correction,
@@ -121,9 +124,31 @@ def compare(
         machine=variant.machine,
         versions=variant.versions,
     )
+    report = _with_forecast(report, variant.suite)
     if variant.encoder_sha256 == baseline.encoder_sha256:
         report = _with_reference(report, variant)
     return settle({variant_name: report})[variant_name]
+
+
+def _with_forecast(report: EvalReport, suite: Suite) -> EvalReport:
+    """The report of a part of a suite with what it says of the whole."""
+    stands = suite.stands_for
+    if stands is None:
+        return report
+    by_task: dict[str, list[float]] = {}
+    for task in report.tasks:
+        by_task.setdefault(task.task, []).append(task.score)
+    whole = foretold(stands, {name: float(np.mean(own)) for name, own in by_task.items()})
+    if whole is None:
+        missing = ", ".join(name for name in stands.weights if name not in by_task)
+        note = f"nothing is said of the whole {stands.suite}, as {missing} has no score"
+    else:
+        note = (
+            f"{whole.suite}: mean over {whole.n_tasks} tasks foretold as {100 * whole.score:.1f} "
+            f"from {len(stands.weights)} of them, at most {100 * whole.error:.1f} points off for "
+            f"{whole.rate:.0%} of {whole.n_models} models that had no say in the choice"
+        )
+    return report.model_copy(update={"whole_suite": whole, "notes": (*report.notes, note)})
 
 
 def _with_reference(report: EvalReport, run: SuiteRun) -> EvalReport:

@@ -91,6 +91,30 @@ class PublishedAverage(Frozen):
     added: tuple[str, ...] = ()
 
 
+class StandsFor(Frozen):
+    """What a part of a suite says of the whole.
+
+    The forecast of the suite's mean is the intercept and the weighted sum of the part's scores.
+
+    Attributes:
+        suite: the whole.
+        n_tasks: whose mean is foretold: those with published scores.
+        weights: of the part's tasks.
+        error: the forecast was at most this far off, 0 to 1, for a share `rate` of models.
+        n_models: that told the error, and had no say in the choice of tasks.
+        budget_s: the time that the part was chosen for.
+    """
+
+    suite: str
+    n_tasks: int
+    weights: dict[str, float]
+    intercept: float
+    error: float
+    rate: float
+    n_models: int
+    budget_s: float
+
+
 class Suite(Frozen):
     """Tasks that together give one score.
 
@@ -98,6 +122,7 @@ class Suite(Frozen):
         minutes: estimated for a 7B model on one H200 (eval/suites/README.md says how).
         max_tokens, normalize: of the tasks that do not say; see `SuiteTask`.
         protocol: whose evaluation this is, where it is not gteopt's.
+        stands_for: the suite that this is a part of, where tasks were chosen to foretell its mean.
     """
 
     schema_: Literal["gteopt.suite/1"] = Field(alias="schema")
@@ -108,6 +133,7 @@ class Suite(Frozen):
     max_tokens: Annotated[int, Field(ge=8)] | None = None
     normalize: bool = True
     protocol: str | None = None
+    stands_for: StandsFor | None = None
     tasks: Annotated[tuple[SuiteTask, ...], Field(min_length=1)]
 
     def sha256(self, contents: Mapping[str, str]) -> str:

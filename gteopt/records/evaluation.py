@@ -76,6 +76,7 @@ class TaskScore(Frozen):
         difference: from the baseline, with its interval; None where `no_interval` says why.
         unit: what the interval resamples ("query", "pair", "document").
         n_units: how many of them there are.
+        whole_suite: what the part that was scored says of the suite that it is a part of.
         published: of the baseline of a published model alone, what was published for it.
     """
 
@@ -195,6 +196,25 @@ class Reference(Frozen):
     scores: tuple[ReferenceScore, ...]
 
 
+class SuiteForecast(Frozen):
+    """The mean of a whole suite, foretold from a part of its tasks.
+
+    Attributes:
+        suite: the whole.
+        score: 0 to 1.
+        error: forecasts were at most this far off for a share `rate` of models.
+        n_tasks: whose mean is foretold.
+        n_models: that told the error, and had no say in the choice of tasks.
+    """
+
+    suite: str
+    score: float
+    error: float
+    rate: float
+    n_tasks: int
+    n_models: int
+
+
 class EvalReport(Frozen):
     """Result of `evaluate` for one variant on one suite.
 
@@ -252,6 +272,7 @@ class EvalReport(Frozen):
     n_cut_texts: int = 0
     notes: tuple[str, ...] = ()
     protocol: str = "gteopt"
+    whole_suite: SuiteForecast | None = None
     published: BesidePublished | None = None
     published_average: ReferenceAverage | None = None
     asked: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from gteopt.config.amounts import (
     parse_count,
     parse_milliseconds,
     parse_ratio,
+    parse_seconds,
     parse_share,
 )
 from gteopt.errors import InputError
@@ -61,3 +62,10 @@ def test_a_share_above_the_whole_asks_for_the_per_cent_sign() -> None:
         parse_share("--min-quality", "99")
     with pytest.raises(InputError, match="more than the whole"):
         parse_share("--min-quality", "120%")
+
+
+def test_a_time_needs_its_unit() -> None:
+    assert parse_seconds("--budget", "30m") == 1800
+    assert parse_seconds("--budget", "1.5h") == 5400
+    with pytest.raises(InputError, match="--budget '30': write the unit, as in 30m, 2h or 90s"):
+        parse_seconds("--budget", "30")
