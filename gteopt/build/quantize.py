@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,12 +23,10 @@ from gteopt.build.blocks import (
     shard_path,
     tune_blocks,
 )
-from gteopt.build.calibration_texts import CalibrationText, draw_texts, record, tokenize
-from gteopt.build.card import CARD, card
-from gteopt.build.fit_vectors import check_vectors, fit_vectors, needs_texts
+from gteopt.build.calibration_texts import draw_texts, record, tokenize
+from gteopt.build.fit_vectors import check_vectors, needs_texts
 from gteopt.build.layer_plan import (
     ACTIVATIONS,
-    ALLOCATION,
     LayerPlan,
     allocate_schemes,
     embedding_name,
@@ -38,91 +35,32 @@ from gteopt.build.layer_plan import (
     plan_layers,
 )
 from gteopt.build.replay import Block, BlockInput, StateSpill, open_blocks, replay_dtype
-from gteopt.build.st_folder import WEIGHTS, write_model, write_vectors
-from gteopt.config.recipe import FormatName, GptqWeights, LayerScheme, Recipe, load_recipe
+from gteopt.build.st_folder import WEIGHTS, write_model
+from gteopt.build.stage import BuildRun, Parts, existing_variant, finish, open_stage, resume_seal
+from gteopt.config.recipe import GptqWeights, LayerScheme, Recipe, load_recipe
 from gteopt.encoder.description import parse_dtype
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import load_checkpoint
 from gteopt.encoder.packed_weights import swap_embedding_
 from gteopt.errors import InputError
-from gteopt.frozen import Frozen
-from gteopt.machine import machine, versions
 from gteopt.model.artifact import (
     alone,
-    check_free,
-    clear,
-    file_records,
-    is_artifact,
-    read_manifest,
-    seal,
     stage_folder,
 )
-from gteopt.model.checkpoint import LATENT_FILE, Checkpoint, open_checkpoint
+from gteopt.model.checkpoint import Checkpoint, open_checkpoint
 from gteopt.progress import Progress, quiet
 from gteopt.quant.affine import QuantizedWeight, pack, quantize_rtn, ratio_db
-from gteopt.records.files import write_record
 from gteopt.records.manifest import (
     AllocationRecord,
     BaseRecord,
-    CalibrationRecord,
     LayerRecord,
     Manifest,
     TuningRecord,
-    UnquantizedRecord,
 )
 
 ACTIVATION_BYTES = 4 << 30
 """Hidden states of the calibration texts that are kept in memory unless more or less is said."""
-_STATE = "build-state.json"
 _EMBEDDING_ROWS = 8192
-
-
-class _BuildState(Frozen):
-    """What a half-finished stage folder belongs to; anything else there is thrown away."""
-
-    recipe_sha256: str
-    base_sha256: str
-    dtype: str
-    versions: dict[str, str]
-
-
-@dataclass(frozen=True)
-class BuildRun:
-    """What a build was asked for, once it has been checked.
-
-    Attributes:
-        device: where calibration runs.
-        devices: where layers are solved side by side; none for one after the other.
-    """
-
-    checkpoint: Checkpoint
-    recipe: Recipe
-    out: Path
-    hub_dir: Path | None
-    device: str
-    devices: tuple[str, ...]
-    dtype: str
-    activation_bytes: int
-    progress: Progress
-
-    @property
-    def stage(self) -> Path:
-        """Where the artifact is put together."""
-        return stage_folder(self.out)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the manifest says of an artifact's parts, all but its vectors."""
-
-    base: BaseRecord
-    calibration: CalibrationRecord | None
-    layers: tuple[LayerRecord, ...]
-    embedding: LayerRecord | None
-    allocation: AllocationRecord | None
-    tuning: TuningRecord | None
-    format: FormatName | None
-    unquantized: tuple[UnquantizedRecord, ...]
 
 
 def quantize(
@@ -209,7 +147,7 @@ def quantize(
 def _quantize(run: BuildRun) -> Manifest:
     """`quantize` of what was opened and checked, with the stage folder to itself."""
     checkpoint, recipe = run.checkpoint, run.recipe
-    sealed = _sealed(run)
+    sealed = resume_seal(run)
     if sealed is not None:
         return sealed
     plan = plan_layers(checkpoint, recipe)
@@ -317,100 +255,3 @@ def describe_base(checkpoint: Checkpoint, encoder: Encoder) -> BaseRecord:
         license=checkpoint.license,
         matryoshka_dims=checkpoint.matryoshka_dims,
     )
-
-
-def existing_variant(out: Path, recipe: Recipe, base_sha256: str, dtype: str) -> Manifest | None:
-    """The manifest of `out` where it already is the wanted variant; refuses anything else there."""
-    if is_artifact(out):
-        manifest = read_manifest(out)
-        found = (manifest.recipe_sha256, manifest.base.sha256, manifest.base.dtype)
-        if found == (recipe.sha256(), base_sha256, dtype):
-            return manifest
-    check_free(out)
-    return None
-
-
-def _sealed(run: BuildRun) -> Manifest | None:
-    """The manifest of the wanted variant where a build of it was interrupted on its last steps,
-    which are taken now.
-    """
-    if not is_artifact(run.stage):
-        return None
-    manifest = read_manifest(run.stage)
-    built = (manifest.recipe_sha256, manifest.base.sha256, manifest.base.dtype, manifest.versions)
-    if built != (run.recipe.sha256(), run.checkpoint.sha256, run.dtype, versions()):
-        return None
-    seal(run.stage, run.out, manifest)
-    return manifest
-
-
-def open_stage(run: BuildRun) -> Path:
-    """The stage folder, with the finished blocks of an earlier run of the same build, if any."""
-    stage = run.stage
-    state = _BuildState(
-        recipe_sha256=run.recipe.sha256(),
-        base_sha256=run.checkpoint.sha256,
-        dtype=run.dtype,
-        versions=versions(),
-    )
-    state_path = stage / _STATE
-    if state_path.is_file():
-        try:
-            if _BuildState.model_validate_json(state_path.read_bytes()) == state:
-                # What a killed process was writing: ours and safetensors' names before a rename.
-                for path in list(stage.rglob("*")):
-                    if path.is_file() and (path.name.startswith(".") or path.suffix == ".part"):
-                        path.unlink()
-                return stage
-        except ValueError:
-            pass  # unreadable state belongs to no build; start afresh
-    clear(stage)
-    write_record(state_path, state)
-    return stage
-
-
-def finish(
-    run: BuildRun,
-    encoder: Encoder,
-    parts: Parts,
-    texts: Sequence[CalibrationText],
-) -> Manifest:
-    """Fit and write the vectors, then seal."""
-    stage = run.stage
-    transform = fit_vectors(encoder, run.recipe, texts, run.progress)
-    write_vectors(transform, stage, encoder.checkpoint.matryoshka_dims)
-    # What an interrupted build goes on from is there until the manifest is.
-    scraps = {stage / _STATE, stage / ALLOCATION, stage / CARD}
-    scraps |= {*(stage / SOLVED).glob("*"), *(stage / WEIGHTS).glob("*.json")}
-    if parts.format != "gteopt":
-        scraps |= {*(stage / WEIGHTS).glob("*")}
-    files = file_records(stage, scraps=scraps)
-    weights = [
-        f
-        for f in files
-        if f.path.startswith((f"{WEIGHTS}/", "model", LATENT_FILE))
-        and f.path.endswith(".safetensors")
-    ]
-    manifest = Manifest(
-        schema="gteopt.artifact/1",
-        recipe=run.recipe,
-        recipe_sha256=run.recipe.sha256(),
-        base=parts.base,
-        calibration=parts.calibration,
-        layers=parts.layers,
-        embedding=parts.embedding,
-        allocation=parts.allocation,
-        tuning=parts.tuning,
-        format=parts.format,
-        unquantized=parts.unquantized,
-        vectors=transform.record(),
-        weight_bytes=sum(f.n_bytes for f in weights),
-        files=files,
-        versions=versions(),
-        machine=machine(),
-    )
-    (stage / CARD).write_text(card(manifest, encoder.checkpoint), encoding="utf-8")
-    files = tuple(sorted((*files, *file_records(stage, only=CARD)), key=lambda file: file.path))
-    manifest = manifest.model_copy(update={"files": files})
-    seal(stage, run.out, manifest)
-    return manifest

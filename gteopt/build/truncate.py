@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from gteopt.build.calibration_texts import draw_texts, record, tokenize
 from gteopt.build.fit_vectors import check_vectors, needs_texts
-from gteopt.build.quantize import BuildRun, Parts, existing_variant, finish, open_stage
+from gteopt.build.stage import BuildRun, Parts, existing_variant, finish, open_stage
 from gteopt.config.recipe import CodeChoice, DimsMethod, Recipe
 from gteopt.config.yaml_files import invalid
 from gteopt.encoder.loading import load_checkpoint

@@ -113,8 +113,8 @@ class Fidelity(Frozen):
         p1_cosine: its 1st percentile.
         neighbour_overlap: mean share of the baseline's 10 nearest neighbours that are among the
             variant's 10, on the vectors as stored (truncated, coded, rescored).
-        n_queries: whose neighbours were looked for; None in older reports.
-        n_documents: among which.
+        n_queries: queries whose neighbours were looked for.
+        n_documents: documents among which the neighbours were looked for.
         n_all_documents: different documents of all tasks; where only a sample of them is looked at,
             estimated from it, to 2 %.
         spearman: Spearman correlation of the variant's similarities with the baseline's, over
@@ -126,15 +126,13 @@ class Fidelity(Frozen):
     p1_cosine: float
     neighbour_overlap: float
     spearman: float
-    n_queries: int | None = None
-    n_documents: int | None = None
-    n_all_documents: int | None = None
+    n_queries: int
+    n_documents: int
+    n_all_documents: int
 
     @property
     def among(self) -> str:
         """In words, which neighbours were looked for."""
-        if self.n_queries is None or self.n_documents is None or self.n_all_documents is None:
-            return "of a sample of the suite's texts"
         whole = f"{self.n_documents:,}"
         if self.n_all_documents > self.n_documents:
             digits = len(str(self.n_all_documents)) - 2  # as many as the estimate is good for
@@ -229,7 +227,7 @@ class EvalReport(Frozen):
         margin: differences up to this are of no matter; what verdicts are against.
         n_claims: how many differences were tested together (tasks x variants).
         correction: what the error rate of the verdicts holds for (Holm where it is the family).
-        dims, code, bytes_per_vector: of what was scored; None in reports of an older gteopt.
+        dims, code, bytes_per_vector: of the vectors that were scored.
         n_asked_texts: texts whose vectors the tasks asked for, each in the run that scored it.
         n_encoded_texts: of these, encoded; the others came from the cache.
         n_cut_texts: of these, longer than the model takes, and cut there.
@@ -264,9 +262,9 @@ class EvalReport(Frozen):
     margin: float = DEFAULT_MARGIN
     n_claims: int = 0
     correction: Correction = "family"
-    dims: int | None = None
-    code: VectorCode | None = None
-    bytes_per_vector: int | None = None
+    dims: int
+    code: VectorCode
+    bytes_per_vector: int
     n_asked_texts: int = 0
     n_encoded_texts: int = 0
     n_cut_texts: int = 0

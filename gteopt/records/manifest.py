@@ -26,7 +26,7 @@ class BaseRecord(Frozen):
         weight_bytes: of the transformer in `dtype`.
         license: as its model card states it.
         matryoshka_dims: lengths that its vectors were trained to be cut to, longest first; empty
-            in older artifacts.
+            where it was not trained so.
     """
 
     id: str
@@ -38,21 +38,21 @@ class BaseRecord(Frozen):
     dtype: str
     weight_bytes: int
     license: str | None
-    matryoshka_dims: tuple[int, ...] = ()
+    matryoshka_dims: tuple[int, ...]
 
 
 class CalibrationRecord(Frozen):
     """The texts that a build looked at; `sha256` covers texts, roles, instructions and order.
 
     Attributes:
-        n_cut: texts that were longer than `max_tokens`; None in older artifacts.
+        n_cut: texts that were longer than `max_tokens`.
     """
 
     source: str
     n_texts: int
     n_tokens: int
     max_tokens: int
-    n_cut: int | None = None
+    n_cut: int
     seed: int
     sha256: str
 

@@ -228,8 +228,7 @@ def _metrics(name: str, results: Results) -> dict[Metric, float]:
         found |= {metric: float(read(report)) for metric, read in _FROM_EVAL.items()}
         if report.artifact_sha256 == report.baseline_sha256:
             found["retention_low"] = 1.0  # needs no resampling
-        if report.bytes_per_vector is not None:
-            found["index_bytes"] = report.bytes_per_vector * 1e6
+        found["index_bytes"] = report.bytes_per_vector * 1e6
     elif (close := results.fidelity.get(name)) is not None:
         found |= {
             "mean_cosine": close.fidelity.mean_cosine,

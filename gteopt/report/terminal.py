@@ -239,7 +239,7 @@ def grid_table(reports: Mapping[str, EvalReport]) -> Table:
         found = report.fidelity
         table.add_row(
             Text(name),
-            MISSING if report.bytes_per_vector is None else f"{report.bytes_per_vector:,}",
+            f"{report.bytes_per_vector:,}",
             f"{report.score * 100:.2f}{'*' if report.partial else ''}",
             suite_span(report),
             f"{found.neighbour_overlap * 100:.1f}",
