@@ -154,7 +154,7 @@ def bench(
     Example: `gteopt bench artifacts/nano-int4 --baseline nano --out artifacts/results`
     """
     say("importing torch")
-    from gteopt.commands.bench import measure, measure_dummy
+    from gteopt.commands.bench import ReportFile, measure, measure_dummy
     from gteopt.config.plan import WORKLOADS
     from gteopt.report.terminal import bench_table, limits_table, whole_model_table
     from gteopt.speed.protocol import default_workloads
@@ -170,32 +170,31 @@ def bench(
     if dummy_weights and len(sources) != 1:
         raise InputError("--dummy-weights takes one model and no --baseline")
     skip = any(name in WORKLOADS for name in names)
+    file = ReportFile(out, price_per_hour)
     with show_progress() as progress:
         if dummy_weights:
             report = measure_dummy(
                 artifacts[0],
                 recipe or ["rtn-int8", "rtn-int4", "nf4"],
                 spec,
-                out,
-                skip_too_long=skip,
+                file,
                 n_layers=layers,
+                progress=progress,
+                skip_too_long=skip,
                 device=device,
                 backend=backend,
-                price_per_hour=price_per_hour,
-                progress=progress,
             )
         else:
             report = measure(
                 sources,
                 spec,
-                out,
+                file,
                 baseline=next(iter(sources)),
+                progress=progress,
                 hub_dir=hub_dir,
                 skip_too_long=skip,
                 device=device,
                 backend=backend,
-                price_per_hour=price_per_hour,
-                progress=progress,
             )
     show_record(report, bench_table(report), style)
     if style != "table":

@@ -32,6 +32,42 @@ from gteopt.speed.whole_model import extrapolate, shallow_depth
 BASELINE = "bf16"
 
 
+@dataclass(frozen=True)
+class ReportFile:
+    """Where a report is kept, and what of an earlier one stays in it.
+
+    Attributes:
+        folder: results folder, whose bench.json is read and written; None keeps nothing.
+        price_per_hour: of the machine; None keeps the price that the file holds.
+        skip_measured: take variants from a report that still holds, instead of measuring again. A
+            report that no longer holds is replaced; otherwise it is an error.
+    """
+
+    folder: Path | None = None
+    price_per_hour: float | None = None
+    skip_measured: bool = False
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None where nothing is kept."""
+        return None if self.folder is None else self.folder / "bench.json"
+
+    def read(self) -> BenchReport | None:
+        """The report that lies there, if any.
+
+        Raises:
+            IntegrityError: the file is damaged, and is not to be replaced.
+        """
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            return read_record(self.path, BenchReport)
+        except IntegrityError:
+            if self.skip_measured:
+                return None
+            raise
+
+
 def bench_dummy(
     base: str,
     recipes: Sequence[str],
@@ -72,12 +108,13 @@ def bench_dummy(
     if options.get("backend", "torch") == "openvino":
         refuse_unknown(shape_of(base, n_layers)[0])
     n = n_layers or largest_depth(base, Path(tempfile.gettempdir()))
-    deep = _bench_depth(base, wanted, spec, n, keep, progress, options)
+    dummy_bench = _DummyBench(base, wanted, spec, progress, options)
+    deep = dummy_bench.measure(n, keep)
     assert deep.dummy is not None
     near = shallow_depth(n)
     if deep.is_whole or near is None:
         return deep
-    shallow = _bench_depth(base, wanted, spec, near, lambda report: None, progress, options)
+    shallow = dummy_bench.measure(near, lambda report: None)
     try:
         whole = extrapolate(deep, shallow, (n, near), deep.dummy.of_layers)
     except InputError as noise:
@@ -89,63 +126,60 @@ def bench_dummy(
     return report
 
 
-def _bench_depth(
-    base: str,
-    recipes: Mapping[str, Recipe],
-    spec: BenchSpec,
-    n_layers: int,
-    keep: Callable[[BenchReport], object],
-    progress: Progress,
-    options: BenchOptions,
-) -> BenchReport:
-    """`bench_dummy` of one depth."""
-    device = options.get("device", "auto")
-    with tempfile.TemporaryDirectory(prefix="gteopt-") as scratch:
-        folder = Path(scratch) / BASELINE
-        on_gpu = device != "cpu" and torch.cuda.is_available()
-        n, whole = write_dummy(
-            base,
-            folder,
-            n_layers=n_layers,
-            device="cuda" if on_gpu else "cpu",
-            progress=progress,
-        )
-        dummy = DummyRecord(base=base, n_layers=n, of_layers=whole)
-        sources = {BASELINE: str(folder)}
-        for name, recipe in recipes.items():
-            sources[name] = str(Path(scratch) / f"variant-{len(sources)}")
-            quantize(folder, recipe, sources[name], device=device, progress=progress)
+@dataclass(frozen=True)
+class _DummyBench:
+    """What `bench_dummy` measures, at whatever depth."""
 
-        def named(report: BenchReport) -> BenchReport:
-            return report.model_copy(update={"dummy": dummy})
+    base: str
+    recipes: Mapping[str, Recipe]
+    spec: BenchSpec
+    progress: Progress
+    options: BenchOptions
 
-        return named(
-            bench(
-                sources,
-                baseline=BASELINE,
-                spec=spec,
-                keep=lambda report: keep(named(report)),
-                progress=progress,
-                **options,
+    def measure(self, n_layers: int, keep: Callable[[BenchReport], object]) -> BenchReport:
+        """Build and measure a model of so many blocks."""
+        device = self.options.get("device", "auto")
+        with tempfile.TemporaryDirectory(prefix="gteopt-") as scratch:
+            folder = Path(scratch) / BASELINE
+            on_gpu = device != "cpu" and torch.cuda.is_available()
+            n, whole = write_dummy(
+                self.base,
+                folder,
+                n_layers=n_layers,
+                device="cuda" if on_gpu else "cpu",
+                progress=self.progress,
             )
-        )
+            dummy = DummyRecord(base=self.base, n_layers=n, of_layers=whole)
+            sources = {BASELINE: str(folder)}
+            for name, recipe in self.recipes.items():
+                sources[name] = str(Path(scratch) / f"variant-{len(sources)}")
+                quantize(folder, recipe, sources[name], device=device, progress=self.progress)
+
+            def named(report: BenchReport) -> BenchReport:
+                return report.model_copy(update={"dummy": dummy})
+
+            return named(
+                bench(
+                    sources,
+                    baseline=BASELINE,
+                    spec=self.spec,
+                    keep=lambda report: keep(named(report)),
+                    progress=self.progress,
+                    **self.options,
+                )
+            )
 
 
 def measure(
     sources: Mapping[str, str],
     spec: BenchSpec,
-    folder: Path | None,
+    file: ReportFile,
     *,
     baseline: str,
-    hub_dir: Path | None,
-    device: str,
-    backend: Backend = "torch",
-    price_per_hour: float | None = None,
-    skip_measured: bool = False,
-    skip_too_long: bool = False,
     progress: Progress,
+    **options: Unpack[BenchOptions],
 ) -> BenchReport:
-    """Measure variants beside the baseline and add them to what the folder's bench.json holds.
+    """Measure variants beside the baseline and add them to the report in a file.
 
     The file is written after each variant, so that what was measured before an interruption stays.
     Variants of several calls lie in one report only where all that a speed depends on is the same:
@@ -155,82 +189,45 @@ def measure(
     Args:
         sources: see `bench`.
         spec: see `bench`.
-        folder: of the results; nothing is read and written where it is None.
+        file: where the report is kept.
         baseline: see `bench`.
-        hub_dir: see `bench`.
-        device: see `bench`.
-        backend: see `bench`.
-        price_per_hour: of the machine; None keeps what the report says.
-        skip_measured: take variants from a report that still holds, and measure all of them where
-            none does, in place of refusing.
-        skip_too_long: see `bench`.
         progress: see `bench`.
+        options: see `bench`.
 
     Raises:
-        InputError: see `bench`; or the folder's report was measured under other conditions, and
+        InputError: see `bench`; or the file's report was measured under other conditions, and
             which; before anything is measured.
     """
-    if folder is None:
-        report = bench(
-            sources,
-            baseline=baseline,
-            spec=spec,
-            skip_too_long=skip_too_long,
-            device=device,
-            backend=backend,
-            hub_dir=hub_dir,
-            progress=progress,
-        )
-        return report.model_copy(update={"price_per_hour": price_per_hour})
-    checkpoints, spec = open_all(sources, baseline, spec, hub_dir, skip_too_long)
-    path = folder / "bench.json"
-    old: BenchReport | None = None
-    if path.is_file():
-        try:
-            old = read_record(path, BenchReport)
-        except IntegrityError:
-            if not skip_measured:
-                raise
-    hashes = {name: each.sha256 for name, each in checkpoints.items()}
-    known = old.baseline if old is not None else baseline
-    own = old.variants.get(known) if old is not None else None
-    if own is not None and own.artifact_sha256 == hashes[baseline] and known not in sources:
+    path = file.path
+    if path is None:
+        report = bench(sources, baseline=baseline, spec=spec, progress=progress, **options)
+        return report.model_copy(update={"price_per_hour": file.price_per_hour})
+    skip_too_long = options.pop("skip_too_long", False)
+    checkpoints, spec = open_all(sources, baseline, spec, options.get("hub_dir"), skip_too_long)
+    hashes = {name: checkpoint.sha256 for name, checkpoint in checkpoints.items()}
+    old = file.read()
+    if old is not None:
         # A plan calls its baseline otherwise than a command does.
-        sources = {known: sources[baseline], **_without(sources, baseline)}
-        hashes = {known: hashes[baseline], **_without(hashes, baseline)}
-        baseline = known
-    now = _Conditions(spec, str(pick_device(device)), backend, baseline, hashes[baseline])
-    if old is not None and (problems := now.differences(old)):
-        if not skip_measured:
-            raise InputError(
-                join_problems(
-                    f"{path} was measured under other conditions, so that variants cannot be added "
-                    f"to it; give another --out, or move it away and measure all of them again",
-                    problems,
-                )
-            )
-        if others := old.variants.keys() - sources.keys():
-            warnings.warn(
-                f"{path} was measured under other conditions ({'; '.join(problems)}) and is "
-                f"replaced, without {', '.join(sorted(others))}",
-                stacklevel=2,
-            )
-        old = None
+        own = old.variants.get(old.baseline)
+        is_same = own is not None and own.artifact_sha256 == hashes[baseline]
+        if is_same and old.baseline not in sources:
+            sources = {old.baseline: sources[baseline], **_without(sources, baseline)}
+            hashes = {old.baseline: hashes[baseline], **_without(hashes, baseline)}
+            baseline = old.baseline
+        device, backend = options.get("device", "auto"), options.get("backend", "torch")
+        now = _Conditions(spec, str(pick_device(device)), backend, baseline, hashes[baseline])
+        if problems := now.differences(old):
+            _replace_or_refuse(old, file, sources, problems)
+            old = None
     wanted = dict(sources)
-    if old is not None and skip_measured:
-        there = {name: each.artifact_sha256 for name, each in old.variants.items()}
-        wanted = {name: each for name, each in sources.items() if there.get(name) != hashes[name]}
+    if old is not None and file.skip_measured:
+        measured = {name: variant.artifact_sha256 for name, variant in old.variants.items()}
+        wanted = {n: source for n, source in sources.items() if measured.get(n) != hashes[n]}
         if wanted:
             wanted = {baseline: sources[baseline], **wanted}
 
     def keep(new: BenchReport) -> BenchReport:
-        merged = {**(old.variants if old is not None else {}), **new.variants}
-        price = price_per_hour
-        if price is None and old is not None:
-            price = old.price_per_hour
-        # In the order of the call, then whatever else was there.
-        ordered = {name: merged[name] for name in [*sources, *merged] if name in merged}
-        report = new.model_copy(update={"variants": ordered, "price_per_hour": price})
+        report = _merged(old, new, order=sources, price_per_hour=file.price_per_hour)
         write_record(path, report)
         return report
 
@@ -238,31 +235,56 @@ def measure(
         assert old is not None
         return keep(old)
     return keep(
-        bench(
-            wanted,
-            baseline=baseline,
-            spec=spec,
-            device=device,
-            backend=backend,
-            hub_dir=hub_dir,
-            keep=keep,
-            progress=progress,
-        )
+        bench(wanted, baseline=baseline, spec=spec, keep=keep, progress=progress, **options)
     )
 
 
+def _replace_or_refuse(
+    old: BenchReport, file: ReportFile, sources: Mapping[str, str], problems: list[str]
+) -> None:
+    """Warn of what is lost where a report of other conditions is replaced; else raise."""
+    if not file.skip_measured:
+        raise InputError(
+            join_problems(
+                f"{file.path} was measured under other conditions, so that variants cannot be "
+                f"added to it; give another --out, or move it away and measure all of them again",
+                problems,
+            )
+        )
+    if others := old.variants.keys() - sources.keys():
+        warnings.warn(
+            f"{file.path} was measured under other conditions ({'; '.join(problems)}) and is "
+            f"replaced, without {', '.join(sorted(others))}",
+            stacklevel=3,
+        )
+
+
+def _merged(
+    old: BenchReport | None,
+    new: BenchReport,
+    *,
+    order: Mapping[str, str],
+    price_per_hour: float | None,
+) -> BenchReport:
+    """The new report with the variants of an old one, those of `order` first."""
+    merged = {**(old.variants if old is not None else {}), **new.variants}
+    if price_per_hour is None and old is not None:
+        price_per_hour = old.price_per_hour
+    ordered = {name: merged[name] for name in [*order, *merged] if name in merged}
+    return new.model_copy(update={"variants": ordered, "price_per_hour": price_per_hour})
+
+
 def _without(named: Mapping[str, str], name: str) -> dict[str, str]:
-    return {each: value for each, value in named.items() if each != name}
+    return {key: value for key, value in named.items() if key != name}
 
 
 def measure_dummy(
     base: str,
     recipes: Sequence[str],
     spec: BenchSpec,
-    folder: Path | None,
+    file: ReportFile,
     *,
     n_layers: int | None,
-    price_per_hour: float | None,
     progress: Progress,
     **options: Unpack[BenchOptions],
 ) -> BenchReport:
@@ -271,22 +293,21 @@ def measure_dummy(
     Raises:
         InputError: that file holds what this call would lose.
     """
-    path = folder / "bench.json" if folder is not None else None
-    if path is not None and path.is_file():
-        old = read_record(path, BenchReport)
+    old = file.read()
+    if old is not None:
         theirs = old.dummy.base if old.dummy else "real weights"
         if old.dummy is None or theirs != base or old.variants.keys() - {BASELINE, *recipes}:
             raise InputError(
-                f"{path} holds {', '.join(old.variants)} of {theirs}, which this would replace; "
-                f"give another --out, or move it away"
+                f"{file.path} holds {', '.join(old.variants)} of {theirs}, which this would "
+                f"replace; give another --out, or move it away"
             )
 
     def priced(report: BenchReport) -> BenchReport:
-        return report.model_copy(update={"price_per_hour": price_per_hour})
+        return report.model_copy(update={"price_per_hour": file.price_per_hour})
 
     def keep(report: BenchReport) -> None:
-        if path is not None:
-            write_record(path, priced(report))
+        if file.path is not None:
+            write_record(file.path, priced(report))
 
     return priced(
         bench_dummy(

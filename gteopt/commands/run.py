@@ -24,7 +24,7 @@ from pathlib import Path
 
 from gteopt.build.quantize import quantize
 from gteopt.build.truncate import restyle
-from gteopt.commands.bench import BASELINE, measure
+from gteopt.commands.bench import BASELINE, ReportFile, measure
 from gteopt.commands.choose import title_of
 from gteopt.commands.estimate_evaluation import within_budget
 from gteopt.commands.evaluate import Setup, compare_texts, score
@@ -164,14 +164,12 @@ def _benched(plan: Plan, sources: dict[str, str], where: _Where) -> BenchReport:
     return measure(
         sources,
         spec,
-        plan.out,
+        ReportFile(plan.out, plan.bench.price_per_hour, skip_measured=True),
         baseline=BASELINE,
+        progress=where.progress,
         hub_dir=where.hub_dir,
         device=where.device,
-        price_per_hour=plan.bench.price_per_hour,
-        skip_measured=True,
         skip_too_long=names_no_workload,
-        progress=where.progress,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gteopt
-from gteopt.commands.bench import measure
+from gteopt.commands.bench import ReportFile, measure
 from gteopt.commands.choose import judge
 from gteopt.commands.evaluate import base_of
 from gteopt.commands.run import run
@@ -172,7 +172,7 @@ def test_all_that_cannot_be_measured_is_told_before_a_folder_is_looked_at(tmp_pa
         measure(
             sources,
             long,
-            tmp_path / "out",
+            ReportFile(tmp_path / "out"),
             baseline="nano",
             hub_dir=tmp_path,
             device="cpu",
@@ -240,11 +240,10 @@ def bench_into(
     return measure(
         named,
         SPEC.spec,
-        folder,
+        ReportFile(folder, price),
         baseline=next(iter(named)),
         hub_dir=None,
         device="cpu",
-        price_per_hour=price,
         progress=progress or Steps(),
     )
 
@@ -274,7 +273,7 @@ def test_variants_benched_later_lie_beside_the_earlier_and_survive_an_interrupti
     after = measure(
         {"mine": "nano", "short": two},
         SPEC.spec,
-        tmp_path,
+        ReportFile(tmp_path),
         baseline="mine",
         hub_dir=None,
         device="cpu",
