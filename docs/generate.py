@@ -339,7 +339,7 @@ def grid_time() -> str:
 
 
 def builds() -> str:
-    """Builds of the gte-Qwen2-1.5B shape: time, and memory beside its prediction."""
+    """Builds of published shapes: time, and memory beside its prediction."""
     rows = []
     for row in read("scale")["builds"]:
         beyond = row["peak_bytes"] - row["imports_bytes"]
@@ -347,7 +347,7 @@ def builds() -> str:
         rows.append(
             (
                 f"`{row['recipe']}`, GPTAQ {strength:g}",
-                str(row["shape"]["layers"]),
+                f"{_SHAPES[row['shape']['hidden']]}, {row['shape']['layers']} layers",
                 f"{row['n_texts']} × {row['max_tokens']}",
                 row["machine"]["cpu"].removeprefix("AMD "),
                 str(row["n_threads"]),
@@ -357,8 +357,31 @@ def builds() -> str:
                 f"{row['predicted_bytes'] / 1e9:.2f} GB",
             )
         )
-    headings = ("recipe", "layers", "texts × tokens", "processor", "threads", "wall", "CPU")
+    headings = ("recipe", "shape", "texts × tokens", "processor", "threads", "wall", "CPU")
     return markdown((*headings, "memory beyond imports", "predicted"), rows)
+
+
+_SHAPES = {1536: "1.5B", 3584: "7B"}
+"""Hidden size -> the gte-Qwen2 that has it."""
+
+
+def build_times() -> str:
+    """Predicted CPU seconds of builds beside measured ones."""
+    rows = []
+    for row in read("scale")["builds"]:
+        if "predicted_s" not in row:
+            continue
+        predicted = row["predicted_s"] * row["machine"]["n_cores"]
+        rows.append(
+            (
+                f"`{row['recipe']}`",
+                f"{_SHAPES[row['shape']['hidden']]}, {row['shape']['layers']} layers",
+                f"{row['n_tokens']:,}",
+                f"{predicted:,.0f} s",
+                f"{row['cpu_seconds']:,.0f} s",
+            )
+        )
+    return markdown(("recipe", "shape", "calibration tokens", "predicted CPU", "CPU"), rows)
 
 
 def loads() -> str:
@@ -737,6 +760,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "grid": grid,
     "grid-time": grid_time,
     "builds": builds,
+    "build-times": build_times,
     "loads": loads,
     "long-texts": long_texts,
     "serving": serving,
