@@ -58,6 +58,7 @@ def load(
     hub_dir: Path | None = None,
     revision: str | None = None,
     family: str | None = None,
+    copy: bool = False,
 ) -> Encoder:
     """Load a base model or an artifact.
 
@@ -73,6 +74,8 @@ def load(
         hub_dir: folder in the Hub's layout; given, the network is never touched.
         revision: commit, branch or tag on the Hub.
         family: see `open_checkpoint`.
+        copy: read the weights into memory of their own. Without it they may stay mapped from their
+            files, which must then not change while the encoder is used.
 
     Raises:
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint` and `load_checkpoint`.
@@ -83,9 +86,12 @@ def load(
         (2, 256)
     """
     with opening(source, hub_dir=hub_dir, revision=revision, family=family) as checkpoint:
-        return load_checkpoint(
+        encoder = load_checkpoint(
             checkpoint, device=device, dtype=dtype, backend=backend, cuda_graphs=cuda_graphs
         )
+        if copy:
+            _copy_tensors_(encoder.module)
+        return encoder
 
 
 def load_checkpoint(
@@ -141,6 +147,23 @@ def load_checkpoint(
         streams=streams,
         cuda_graphs=cuda_graphs,
     )
+
+
+def _copy_tensors_(module: nn.Module) -> None:
+    """Give every tensor of a module memory of its own; tied ones stay one."""
+    own: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        return own.setdefault(id(tensor), tensor.data.clone())
+
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            parameter.data = copied(parameter)
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, copied(buffer))
+        for name, value in list(vars(part).items()):
+            if isinstance(value, Tensor):
+                setattr(part, name, copied(value))
 
 
 def fill_(encoder: Encoder, name: str, dtype: torch.dtype | None = None) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
 
 from gteopt.errors import InputError, IntegrityError, join_problems
 from gteopt.records.files import read_record, write_record
@@ -100,17 +101,48 @@ def clear(folder: Path) -> None:
 
 
 def check_free(out: Path) -> None:
-    """Refuse a target that holds something else.
+    """Refuse a target that holds something else, or that no folder can be put at.
+
+    An artifact is put together beside its place and renamed, so both must be possible: a folder is
+    made beside `out` and removed again.
 
     Raises:
-        InputError: `out` is a file, or a folder that is not empty.
+        InputError: `out` is a file, a link, a mount point, the folder that the process is in, or
+            holds something; or nothing can be written beside it.
     """
+    if out.is_symlink():
+        raise InputError(f"--out {out} is a link; give the folder itself: {os.path.realpath(out)}")
     if out.is_file():
         raise InputError(f"--out {out} is a file; give a folder that does not exist yet")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir():
+        _check_empty(out)
+    there = out.parent
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise InputError(f"--out {out}: {there} is no folder, so nothing can be put into it")
+    try:
+        with TemporaryDirectory(prefix=".gteopt-", dir=there):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: no folder can be made in {there} ({error.strerror}); give a place that "
+            f"you may write to"
+        ) from error
+
+
+def _check_empty(out: Path) -> None:
+    if any(out.iterdir()):
         what = "another artifact" if is_artifact(out) else "other files"
         raise InputError(
             f"--out {out} exists and holds {what}; give another folder or remove it first"
+        )
+    is_mount = out.resolve().is_mount()
+    if is_mount or out.name in ("", "..") or out.resolve() == Path.cwd():
+        what = "a mount point" if is_mount else "the folder that gteopt runs in, or above it"
+        raise InputError(
+            f"--out {out} is {what}, which cannot be replaced by a finished folder; give a folder "
+            f"inside of it, as {out / 'variant'}"
         )
 
 

@@ -12,18 +12,24 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from filelock import FileLock, Timeout
+from huggingface_hub.constants import HF_HOME
 
 from gteopt.build.card import CARD
 from gteopt.errors import InputError, IntegrityError, join_problems
 from gteopt.model import hub
 from gteopt.model.artifact import (
     MANIFEST,
+    alone,
     artifact_sha256,
     check_free,
+    clear,
     discard,
     hash_file,
     is_artifact,
@@ -119,15 +125,16 @@ def write_folder(folder: Folder, out: Path) -> Publication:
             discard(out)
     check_free(out)
     stage = _stage(out, "publish")
-    discard(stage)
-    for path, content in folder.files.items():
-        target = stage / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content.source, bytes):
-            target.write_bytes(content.source)
-        else:
-            _link(content.source, target)
-    seal(stage, out, folder.manifest)
+    with alone(stage):
+        clear(stage)
+        for path, content in folder.files.items():
+            target = stage / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content.source, bytes):
+                target.write_bytes(content.source)
+            else:
+                _link(content.source, target)
+        seal(stage, out, folder.manifest)
     return _publication(folder, None)
 
 
@@ -142,6 +149,11 @@ def publish(folder: Folder, *, private: bool = False) -> Publication:
             than an earlier version of this artifact.
     """
     hub.check_token()
+    with _publishing_alone(folder.repo):
+        return _publish(folder, private)
+
+
+def _publish(folder: Folder, private: bool) -> Publication:
     repository = hub.find(folder.repo) or hub.create(folder.repo, private=private)
     if private and not repository.private:
         raise InputError(
@@ -153,6 +165,33 @@ def publish(folder: Folder, *, private: bool = False) -> Publication:
     recipe, base = folder.manifest.recipe.name, folder.manifest.base.id
     sent = hub.send(repository, folder.files, stale=stale, message=f"{recipe} of {base}")
     return _publication(folder, sent)
+
+
+@contextmanager
+def _publishing_alone(repo: str) -> Iterator[None]:
+    """One publication of a repository at a time for a user of this machine.
+
+    Two would each delete what the other had just sent.
+
+    Raises:
+        InputError: another process is at it.
+    """
+    locks = Path(HF_HOME) / "gteopt"
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / f"{repo.replace('/', '--')}.lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another process is publishing to {repo}; wait for it, then publish again"
+        ) from error
+    except OSError:  # the Hub client's folder is read-only: nobody else can hold a lock there
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def pull(repo: str, out: Path, *, revision: str | None = None) -> Manifest:
@@ -182,23 +221,24 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> Manifest:
         return verify(out)
     check_free(out)
     stage = _stage(out, "pull")
-    paths = {MANIFEST, *(file.path for file in wanted.files)}
-    _tidy(stage, paths)
-    hub.fetch(repository, paths, stage)
-    try:
-        manifest = verify(stage)
-    except IntegrityError as error:
-        # What is wrong must be fetched again; what is right need not.
-        for record in wanted.files:
-            path = stage / record.path
-            if path.is_file() and hash_file(path) != record.sha256:
-                path.unlink()
-        raise IntegrityError(
-            f"{repo} at {repository.commit[:12]}: {str(error).partition(': ')[2] or error}; "
-            f"it was changed after it was published, or damaged on its way; try once more"
-        ) from error
-    shutil.rmtree(stage / ".cache", ignore_errors=True)
-    place(stage, out)
+    with alone(stage):
+        paths = {MANIFEST, *(file.path for file in wanted.files)}
+        _tidy(stage, paths)
+        hub.fetch(repository, paths, stage)
+        try:
+            manifest = verify(stage)
+        except IntegrityError as error:
+            # What is wrong must be fetched again; what is right need not.
+            for record in wanted.files:
+                path = stage / record.path
+                if path.is_file() and hash_file(path) != record.sha256:
+                    path.unlink()
+            raise IntegrityError(
+                f"{repo} at {repository.commit[:12]}: {str(error).partition(': ')[2] or error}; "
+                f"it was changed after it was published, or damaged on its way; try once more"
+            ) from error
+        shutil.rmtree(stage / ".cache", ignore_errors=True)
+        place(stage, out)
     return manifest
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
@@ -119,6 +123,57 @@ def test_an_out_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -
     with pytest.raises(InputError, match="exists and holds other files"):
         gteopt.quantize("nano", "bf16", tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def linked(place: Path) -> Path:
+    (place / "there").mkdir()
+    (place / "link").symlink_to(place / "there")
+    return place / "link"
+
+
+def here(place: Path) -> Path:
+    return Path(os.path.relpath(place))
+
+
+def in_a_file(place: Path) -> Path:
+    (place / "file").write_text("")
+    return place / "file" / "a" / "variant"
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (linked, "is a link; give the folder itself"),
+        (here, "is the folder that gteopt runs in"),
+        (in_a_file, "file is no folder"),
+        (lambda _: Path("/proc/variant"), "no folder can be made in /proc"),
+        (lambda _: Path("/dev/shm/.."), "cannot be replaced|holds other files"),
+    ],
+)
+def test_a_place_that_no_artifact_can_be_put_at_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Callable[[Path], Path], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = where(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        gteopt.quantize("nano", "bf16", out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "rtn-int4", "rtn-int8"])
+def test_copied_weights_outlive_their_files(tmp_path: Path, recipe: str) -> None:
+    """In a process of its own: a mapped file that is cut ends it with a bus error."""
+    gteopt.quantize("nano", recipe, tmp_path / "out", dtype="float32")
+    script = (
+        "import sys, numpy as np, gteopt; from pathlib import Path\n"
+        "out = Path(sys.argv[1])\n"
+        "wanted = gteopt.load(out).encode(['a text'])\n"
+        "encoder = gteopt.load(out, copy=True)\n"
+        "for path in out.rglob('*.safetensors'): path.open('wb').close()\n"
+        "np.testing.assert_array_equal(encoder.encode(['a text']), wanted)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=True)
 
 
 def test_another_recipe_never_replaces_an_artifact(artifact: Path) -> None:

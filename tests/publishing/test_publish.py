@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import (
     eval_results_to_model_index,
@@ -163,6 +164,18 @@ def test_a_connection_cut_in_a_file_costs_that_file_only(user: User, artifact: P
     for sha256 in large.values():
         extra = 1_000_000 if sha256 == cut else 0
         assert user.hub.received[sha256] == pytest.approx(sizes[sha256] + extra, abs=1 << 16)
+    assert set(on_hub(user.hub)) == set(contents(artifact))
+
+
+def test_two_publications_to_one_repository_never_run_at_once(user: User, artifact: Path) -> None:
+    locks = user.home / "hf" / "gteopt"
+    locks.mkdir(parents=True)
+    with FileLock(locks / f"{REPO.replace('/', '--')}.lock"):
+        ran = user.run("publish", artifact, "--repo", REPO)
+    assert ran.returncode == 1
+    assert "another process is publishing" in " ".join(ran.stderr.split())
+    assert REPO not in user.hub.repos
+    user.publish(artifact)
     assert set(on_hub(user.hub)) == set(contents(artifact))
 
 
