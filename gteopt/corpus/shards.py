@@ -65,6 +65,9 @@ class EncodeShards(Protocol):
     ) -> Iterator[tuple[Shard, Floats]]:
         """Each shard with its vectors [N, full_dims]; `progress` counts texts of all of them."""
 
+    def changed(self, max_tokens: int, *, normalize: bool) -> EncodeShards:
+        """The same weights, with other vectors; see `changed_encoder`."""
+
 
 @runtime_checkable
 class EncodeAhead(Protocol):
@@ -74,6 +77,9 @@ class EncodeAhead(Protocol):
         self, shards: Sequence[Shard], progress: Progress
     ) -> Iterator[tuple[Shard, Floats]]:
         """See `EncodeShards`."""
+
+    def changed(self, max_tokens: int, *, normalize: bool) -> EncodeShards:
+        """See `EncodeShards`; the result need not begin before it is asked."""
 
     def expect(self, shards: Sequence[Shard]) -> None:
         """These will be asked for, in this order."""
@@ -121,6 +127,13 @@ class LocalEncoding:
         for shard in shards:
             yield shard, self._encode(shard, count)
             before += len(shard.texts)
+
+    def changed(self, max_tokens: int, *, normalize: bool) -> LocalEncoding:
+        """See `EncodeShards`."""
+        from gteopt.encoder.changed_encoder import changed_encoder
+
+        encoder = changed_encoder(self._encoder, max_tokens, normalize=normalize)
+        return LocalEncoding(encoder, self._batch_size, self._say)
 
     def _encode(self, shard: Shard, progress: Progress) -> Floats:
         asked = self._batch_size

@@ -57,6 +57,8 @@ class Job:
         versions: of the libraries that decide results.
         cpu: this machine's processor.
         gpu: the GPU that vectors are stored as those of; None where this machine has none.
+        max_tokens: longer texts are cut there; None is the model's limit.
+        normalize: whether vectors are scaled to unit length where the model does so.
     """
 
     source: str
@@ -70,6 +72,8 @@ class Job:
     versions: tuple[tuple[str, str], ...]
     cpu: str
     gpu: str | None
+    max_tokens: int | None = None
+    normalize: bool = True
 
 
 @dataclass(frozen=True)
@@ -338,6 +342,11 @@ class ShardsElsewhere:
             n_done += len(shard.texts)
             progress(f"encoding on {self._workers}", n_done, n_texts)
 
+    def changed(self, max_tokens: int, *, normalize: bool) -> ShardsElsewhere:
+        """See `EncodeShards`; on the same workers, which keep their model."""
+        job = replace(self._job, max_tokens=max_tokens, normalize=normalize)
+        return ShardsElsewhere(self._workers, job, self._say)
+
     def expect(self, shards: Sequence[Shard]) -> None:
         """These will be asked for, after those that are already expected."""
         self._expected |= dict.fromkeys(shard for shard in shards if shard not in self._begun)
@@ -418,16 +427,34 @@ def _serve(connection: Connection) -> None:
         connection.send(_encode(job, device, shard))
 
 
-_HELD: dict[tuple[Job, str], tuple[LocalEncoding, list[str]]] = {}
+@dataclass(frozen=True)
+class _Held:
+    """A loaded model, by the jobs that only change how it encodes, and what it has to say."""
+
+    usual: LocalEncoding
+    notes: list[str]
+    changed: dict[Job, LocalEncoding]
+
+    def encoding(self, job: Job) -> LocalEncoding:
+        if job.max_tokens is None:
+            return self.usual
+        if job not in self.changed:
+            self.changed[job] = self.usual.changed(job.max_tokens, normalize=job.normalize)
+        return self.changed[job]
+
+
+_HELD: dict[tuple[Job, str], _Held] = {}
 """The one model that a worker process has loaded; empty in every other process."""
 
 
 def _encode(job: Job, device: str, shard: Shard) -> Encoded:
     try:
-        if (job, device) not in _HELD:
+        usual = replace(job, max_tokens=None, normalize=True)
+        if (usual, device) not in _HELD:
             _HELD.clear()  # first: two models may not fit
-            _HELD[job, device] = _load(job, device)
-        encode, notes = _HELD[job, device]
+            _HELD[usual, device] = _load(usual, device)
+        held = _HELD[usual, device]
+        encode, notes = held.encoding(job), held.notes
         ((_, vectors),) = encode([shard], lambda what, done, total: None)
         told = tuple(notes)
         notes.clear()
@@ -445,7 +472,7 @@ def _encode(job: Job, device: str, shard: Shard) -> Encoded:
         )
 
 
-def _load(job: Job, device: str) -> tuple[LocalEncoding, list[str]]:
+def _load(job: Job, device: str) -> _Held:
     import torch
 
     from gteopt.encoder.loading import load
@@ -478,4 +505,4 @@ def _load(job: Job, device: str) -> tuple[LocalEncoding, list[str]]:
             f"{job.source} holds other files on a worker's machine (SHA-256 {encoder.sha256[:16]} "
             f"instead of {job.sha256[:16]}); copy the same there, or share the folder"
         )
-    return LocalEncoding(encoder, job.batch_size, notes.append), notes
+    return _Held(LocalEncoding(encoder, job.batch_size, notes.append), notes, {})

@@ -205,8 +205,8 @@ def begin_views(
         for each in resolve(suite, hub_dir):
             if TaskFolder.of(encoder, each, store, options.dtype).sample() is None:
                 load_data([each])
-                cache = TaskVectors(encoder, store, options, lambda note: None).usual()
-                _Ahead(options, cache, [each]).look(0)
+                vectors = TaskVectors(encoder, store, options, lambda note: None)
+                _Ahead(options, vectors.usual(), [each], [vectors.of(each)]).look(0)
                 each.task.unload_data()
                 return
 
@@ -317,7 +317,7 @@ class _Scoring:
         caches = [self.vectors.of(task) for task in tasks]
         usual = self.vectors.usual()
         _say_what_does_not_fit({task.name: n_texts(task) for task in tasks}, usual, self.say)
-        ahead = _Ahead(self.options, usual, tasks)
+        ahead = _Ahead(self.options, usual, tasks, caches)
         for position, (task, cache) in enumerate(zip(tasks, caches, strict=True)):
             ahead.look(position)
             number = f"{n_all - len(tasks) + position + 1} of {n_all}"
@@ -479,15 +479,23 @@ def _say_what_does_not_fit(
 
 
 class _Ahead:
-    """Lets workers begin with the next task's texts while a task is scored; see `EncodeAhead`."""
+    """Lets workers begin with the next task's texts while a task is scored; see `EncodeAhead`.
+
+    Tasks with a cache of their own (another limit of tokens, lengths kept) are encoded once asked.
+    """
 
     def __init__(
-        self, options: EncodeOptions, cache: VectorCache, tasks: Sequence[ResolvedTask]
+        self,
+        options: EncodeOptions,
+        cache: VectorCache,
+        tasks: Sequence[ResolvedTask],
+        caches: Sequence[VectorCache],
     ) -> None:
         self._encode = options.encode if isinstance(options.encode, EncodeAhead) else None
         self._afterwards = options.afterwards
         self._cache = cache
         self._tasks = tasks
+        self._caches = caches
         self._planned: set[bytes] = set()  # by the last task that was looked at
         self._shards: list[list[Shard]] = []
 
@@ -501,6 +509,9 @@ class _Ahead:
             self._encode.forget(self._shards[position - 1])
             self._shards[position - 1] = []
         for each in self._tasks[len(self._shards) : position + 2]:
+            if self._caches[len(self._shards)] is not self._cache:
+                self._shards.append([])
+                continue
             takes = self._cache.encoder.takes_instructions
             instruction = each.instruction if takes else None
             planned = set(self._planned)

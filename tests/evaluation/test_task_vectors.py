@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
 
 import gteopt
+from gteopt.corpus.workers import local_workers
+from gteopt.encoder.changed_encoder import changed_encoder
 from gteopt.encoder.encoder import Encoder
-from gteopt.errors import UnsupportedError
 from gteopt.evaluation.mteb_model import TaskModel
 from gteopt.evaluation.runner import EncodeOptions, run_suite
 from gteopt.evaluation.suites import Suite, read_protocol
 from gteopt.evaluation.task_facts import under_protocol
-from gteopt.evaluation.task_vectors import TaskVectors, changed_encoder
+from gteopt.evaluation.task_vectors import TaskVectors
 from gteopt.evaluation.views import own_view
 
 TEXTS = ["short", "a somewhat longer text about rivers and the mills beside them " * 4]
@@ -74,10 +77,39 @@ def test_a_protocol_changes_classification_and_leaves_similarity(
     assert usual.suite_sha256 != authors.suite_sha256
 
 
-def test_workers_refuse_a_protocol_that_changes_vectors(nano: Encoder, tmp_path: Path) -> None:
-    from gteopt.corpus.shards import LocalEncoding
+def test_workers_give_the_bits_of_one_process_under_a_protocol(
+    nano: Encoder, tmp_path: Path
+) -> None:
+    """Usual, cut and unnormalized tasks in one suite, on the same two processes."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        suite = suite_of(
+            {"task": "MiniSTS", "subsets": ["en"], "max_tokens": 16},
+            {"task": "MiniIntentClassification", "normalize": False},
+            {"task": "MiniBitextMining", "subsets": ["en-fr"]},
+        )
+        alone = run_suite(nano, suite, store=tmp_path / "alone")
+        with local_workers(["cpu", "cpu"]) as workers:
+            options = EncodeOptions(encode=workers.encoding(nano, "nano", hub_dir=None))
+            together = run_suite(nano, suite, store=tmp_path / "together", options=options)
+    finally:
+        torch.set_num_threads(n_threads)
+    assert together.scores == alone.scores
+    assert together.notes == ()
+    vectors = [stored(tmp_path / each) for each in ("alone", "together")]
+    assert len(vectors[0]) > 100
+    assert vectors[0] == vectors[1]
+    assert len({folder for folder, _ in vectors[0]}) == 3
 
-    suite = suite_of({"task": "MiniSTS", "subsets": ["en"], "max_tokens": 16})
-    options = EncodeOptions(encode=LocalEncoding(nano, 8))
-    with pytest.raises(UnsupportedError, match="--devices"):
-        run_suite(nano, suite, store=tmp_path, options=options)
+
+def stored(store: Path) -> dict[tuple[str, bytes], bytes]:
+    """Bytes of every vector on disk, by its cache and the key of its text."""
+    found: dict[tuple[str, bytes], bytes] = {}
+    for path in store.rglob("*.safetensors"):
+        shard = load_file(path)
+        if "keys" in shard:
+            cache = path.relative_to(store).parts[0]
+            pairs = zip(shard["keys"], shard["vectors"], strict=True)
+            found |= {(cache, key.tobytes()): row.tobytes() for key, row in pairs}
+    return found
