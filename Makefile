@@ -36,7 +36,7 @@ interop:  ## make .venv-interop with other quantizers, and test what they write 
 	test -d .venv-interop || $(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install --quiet $(TORCH)
 	.venv-interop/bin/python -m pip install --quiet -c constraints-interop.txt -e '.[test]' $(PEERS)
-	.venv-interop/bin/python -m pytest tests/interop
+	.venv-interop/bin/python -m pytest tests/interop tests/encoder/test_architectures.py
 
 # sentence-transformers' ONNX and OpenVINO backends need optimum-onnx and optimum-intel, which exclude
 # the transformers that is pinned; what they run underneath is here.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import runpy
 import sys
 import types
 from collections import Counter
@@ -740,11 +741,23 @@ def families() -> str:
                 f"{dims}, down to {family.least_dims}" if family.least_dims else dims,
                 f"{family.max_tokens:,}",
                 model.license,
-                ", ".join(f"{suite} {score:.2f}" for suite, score in model.scores.items()),
+                ", ".join(f"{suite} {score:.2f}" for suite, score in model.scores.items()) or "-",
             )
         )
     headings = ("model", "family", "attention", "pooling", "around a text", "dimensions", "tokens")
     return markdown((*headings, "license", "published averages"), rows)
+
+
+def architectures() -> str:
+    """What the conformance test does with each architecture of its list."""
+    known = runpy.run_path(str(ROOT / "tests" / "support" / "architectures.py"))
+    rows = []
+    for name, (kind, _) in known["ARCHITECTURES"].items():
+        builds = [known["REFUSED"].get((name, scheme)) for scheme in known["SCHEMES"]]
+        said = [f"no: {why}" if why else "yes" for why in builds]
+        rows.append((name, f"`{kind}`", "yes", *said, "yes"))
+    headings = ("architecture", "`model_type`", "same vectors", *known["SCHEMES"])
+    return markdown((*headings, "opens in Sentence Transformers"), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -774,6 +787,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "policies": policies,
     "families": families,
+    "architectures": architectures,
     "fields-recipe": fields(Recipe),
     "fields-weights-none": fields(NoWeights),
     "fields-weights-rtn": fields(RtnWeights),

@@ -240,6 +240,7 @@ def _unquantized(
 ) -> Iterable[UnquantizedRecord]:
     """Every module with parameters of its own that no scheme covers, with the reason."""
     total = sum(each.numel() for each in skeleton.parameters())
+    experts = sum(each.numel() for each in skeleton.parameters() if each.dim() > 2)
     for name, each in skeleton.named_modules():
         n = sum(p.numel() for p in each.parameters(recurse=False))
         if n == 0 or name in schemes:
@@ -252,8 +253,8 @@ def _unquantized(
             reason = "a lookup table: no product to speed up"
         elif any(p.dim() > 2 for p in each.parameters(recurse=False)):
             reason = (
-                f"experts in one tensor, which no format of gteopt holds: {n / total:.0%} of all "
-                f"weights stay as they are"
+                f"experts in one tensor, which no format of gteopt holds: {experts / total:.0%} of "
+                f"all weights stay as they are for that"
             )
         else:
             reason = "a normalisation: too few weights to matter"

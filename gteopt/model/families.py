@@ -126,9 +126,12 @@ PUBLISHED: dict[str, Published] = {
     "intfloat/e5-mistral-7b-instruct": Published(
         family="e5-mistral", license="mit", dims=4096, scores={"MTEB": 66.63, "C-MTEB": 60.81}
     ),
+    "infly/inf-retriever-v1": Published(family="gte-qwen", license="apache-2.0", dims=3584),
+    "infly/inf-retriever-v1-1.5b": Published(family="gte-qwen", license="apache-2.0", dims=1536),
     "nvidia/NV-Embed-v1": Published(
         family="nv-embed", license="cc-by-nc-4.0", dims=4096, scores={"MTEB": 69.32}
     ),
+    "nvidia/NV-Embed-v2": Published(family="nv-embed", license="cc-by-nc-4.0", dims=4096),
     "Qwen/Qwen3-Embedding-0.6B": Published(
         family="qwen3-embedding",
         license="apache-2.0",

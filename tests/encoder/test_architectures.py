@@ -12,20 +12,14 @@ import pytest
 
 import gteopt
 from gteopt.errors import UnsupportedError
-from tests.support.architectures import ARCHITECTURES, TEXTS, make, sentence_transformer
-
-SCHEMES = {
-    "4 bits": ("rtn", "{bits: 4, group_size: 32, symmetric: false}"),
-    "8 bits": ("rtn", "{bits: 8, group_size: per_channel, symmetric: true, activation_bits: 8}"),
-    "GPTQ": ("gptq", "{bits: 4, group_size: 32, symmetric: false}"),
-}
-REFUSED = {
-    ("albert", "4 bits"): "no list of transformer blocks",
-    ("albert", "8 bits"): "no list of transformer blocks",
-    ("albert", "GPTQ"): "no list of transformer blocks",
-    ("t5", "GPTQ"): "its blocks hand on more than hidden states",
-}
-"""Architecture and scheme -> what the refusal says."""
+from tests.support.architectures import (
+    ARCHITECTURES,
+    REFUSED,
+    SCHEMES,
+    TEXTS,
+    make,
+    sentence_transformer,
+)
 
 
 def recipe(folder: Path, scheme: str) -> str:
@@ -80,3 +74,14 @@ def test_an_artifact_opens_in_both_libraries(model: Path, scheme: str, tmp_path:
     if manifest.format == "compressed-tensors" and find_spec("compressed_tensors"):
         theirs = np.concatenate([sentence_transformer(out).encode([text]) for text in TEXTS])
         assert cosines(found, theirs).min() > 0.99
+
+
+def test_a_build_says_which_share_of_the_weights_stays_in_experts(tmp_path: Path) -> None:
+    model = make("qwen3_moe", tmp_path / "qwen3_moe")
+    manifest = gteopt.quantize(model, recipe(tmp_path, "4 bits"), tmp_path / "out", dtype="float32")
+    experts = [each for each in manifest.unquantized if each.name.endswith("experts")]
+    assert len(experts) == 2
+    share = sum(each.n_parameters for each in experts) / manifest.base.n_parameters
+    assert {each.reason.partition(": ")[2] for each in experts} == {
+        f"{share:.0%} of all weights stay as they are for that"
+    }

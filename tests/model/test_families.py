@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import mteb
 import numpy as np
 import pytest
 from safetensors.torch import save_file
@@ -24,6 +25,7 @@ from gteopt.errors import InputError, IntegrityError
 from gteopt.model.artifact import read_manifest
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.model.families import PUBLISHED
+from gteopt.speed.random_model import shapes
 from tests.support.models import MODELS, Model, forward_float64, publish
 
 TEXTS = ["A bridge.", "Photosynthesis turns light into sugar, in every leaf of a plant.", "水", ""]
@@ -262,6 +264,14 @@ def test_what_cannot_be_told_is_refused_until_the_user_names_the_family(tmp_path
     again = gteopt.load(tmp_path / "out")  # its manifest remembers
     assert again.checkpoint.family == named.checkpoint.family
     np.testing.assert_allclose(again.encode(TEXTS), named.encode(TEXTS), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_mtebs_license_and_the_width_of_their_shape(name: str) -> None:
+    meta, ours = mteb.get_model_meta(name), PUBLISHED[name]
+    # mteb 2.26 gives gte-Qwen2-1.5B the width of its MLP, so a shipped config goes first.
+    shape = shapes().get(name.rpartition("/")[2], {})
+    assert (ours.dims, ours.license) == (shape.get("hidden_size", meta.embed_dim), meta.license)
 
 
 def test_inspect_tells_the_familys_facts(tmp_path: Path) -> None:

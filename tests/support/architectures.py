@@ -111,6 +111,19 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "opt": ("opt", {**_ENCODER, "ffn_dim": 128, "word_embed_proj_dim": _WIDTH}),
 }
 """What it is called in docs/models.md -> model_type and config."""
+SCHEMES = {
+    "4 bits": ("rtn", "{bits: 4, group_size: 32, symmetric: false}"),
+    "8 bits": ("rtn", "{bits: 8, group_size: per_channel, symmetric: true, activation_bits: 8}"),
+    "GPTQ": ("gptq", "{bits: 4, group_size: 32, symmetric: false}"),
+}
+"""What docs/models.md calls a build -> method and scheme of its recipe."""
+REFUSED = {
+    ("albert", "4 bits"): "no list of transformer blocks",
+    ("albert", "8 bits"): "no list of transformer blocks",
+    ("albert", "GPTQ"): "no list of transformer blocks",
+    ("t5", "GPTQ"): "its blocks hand on more than hidden states",
+}
+"""Architecture and scheme -> what the refusal says."""
 
 
 def make(name: str, folder: Path) -> Path:
