@@ -14,6 +14,7 @@ import numpy as np
 
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.errors import InputError, NumericsError, join_problems
+from gteopt.evaluation.chance import Chance, chance_notes, counted
 from gteopt.evaluation.fidelity import fidelity
 from gteopt.evaluation.item_scores_file import read_item_scores
 from gteopt.evaluation.per_item_scores import Samples
@@ -85,10 +86,11 @@ def compare(
     if not tasks:
         reasons = [f"{each.task}: {each.reason}" for each in failed]
         raise NumericsError(join_problems(f"{variant_name} has no score", reasons))
-    score = mean_over_tasks((each.task, each.score) for each in tasks)
-    baseline_score = mean_over_tasks((each.task, each.baseline_score) for each in tasks)
+    in_mean = counted(tasks)
+    score = mean_over_tasks((each.task, each.score) for each in in_mean)
+    baseline_score = mean_over_tasks((each.task, each.baseline_score) for each in in_mean)
     has_retention = baseline_score > 0
-    sure = suite_interval(tasks, draws)
+    sure = suite_interval(in_mean, draws)
     report = EvalReport(
         schema="gteopt.eval/1",
         variant=variant_name,
@@ -119,7 +121,7 @@ def compare(
         n_asked_texts=variant.encodings.n_asked,
         n_encoded_texts=variant.encodings.n_encoded,
         n_cut_texts=variant.encodings.n_cut,
-        notes=(*variant.notes, *sure.notes, *_elsewhere(baseline, variant)),
+        notes=(*chance_notes(tasks), *variant.notes, *sure.notes, *_elsewhere(baseline, variant)),
         fidelity=fidelity(baseline.fidelity_sample, variant.fidelity_sample, variant.vectors),
         machine=variant.machine,
         versions=variant.versions,
@@ -199,7 +201,9 @@ def compare_scores(
         paired = _paired(baseline, variant, theirs[key], score, drawn)
         if isinstance(paired, Draws):
             draws[key] = paired
-        tasks.append(_task_score(score, theirs[key], paired, variant.item_scores.get(key)))
+        own = drawn[key].chance if key in drawn else None
+        samples = variant.item_scores.get(key)
+        tasks.append(_task_score(score, theirs[key], paired, samples, own))
     return tasks, draws
 
 
@@ -234,7 +238,8 @@ def compare_item_scores(
     tasks, draws = compare_scores(theirs, ours, {})
     if not tasks:
         raise InputError(f"{variant} and {baseline} have no task in common; score both again")
-    sure = suite_interval(tasks, draws)
+    in_mean = counted(tasks)
+    sure = suite_interval(in_mean, draws)
     same = ours.encoder_sha256 == theirs.encoder_sha256
     difference = sure.difference
     if difference is not None and not same:
@@ -252,15 +257,15 @@ def compare_item_scores(
         suite_sha256=ours.suite_sha256,
         protocol=ours.header.protocol,
         tasks=tuple(_judged(tasks, margin, correction, same_model=same)),
-        score=mean_over_tasks((task.task, task.score) for task in tasks),
-        baseline_score=mean_over_tasks((task.task, task.baseline_score) for task in tasks),
+        score=mean_over_tasks((task.task, task.score) for task in in_mean),
+        baseline_score=mean_over_tasks((task.task, task.baseline_score) for task in in_mean),
         difference=difference,
         retention_low=sure.retention_low,
         retention_high=sure.retention_high,
         n_interval_tasks=sure.n_tasks,
         margin=margin,
         correction=correction,
-        notes=(*sure.notes, *notes),
+        notes=(*chance_notes(tasks), *sure.notes, *notes),
     )
 
 
@@ -373,7 +378,11 @@ def _paired(
 
 
 def _task_score(
-    ours: SubsetScore, theirs: SubsetScore, drawn: Draws | str, samples: Samples | None
+    ours: SubsetScore,
+    theirs: SubsetScore,
+    drawn: Draws | str,
+    samples: Samples | None,
+    chance: Chance | None,
 ) -> TaskScore:
     has_interval = isinstance(drawn, Draws) and samples is not None
     return TaskScore(
@@ -384,5 +393,7 @@ def _task_score(
         else None,
         unit=samples.unit if samples and has_interval else None,
         n_units=samples.n_units if samples and has_interval else None,
+        chance=None if chance is None else chance.expected,
+        above_chance=None if chance is None else chance.is_beaten,
         no_interval=drawn if isinstance(drawn, str) else None,
     )

@@ -139,7 +139,8 @@ def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> F
 
     Neighbours and similarities are those of queries with documents where the suite has a retrieval
     task, else of texts with other texts. The baseline's are exact, in float at full dimension; the
-    variant's are on its vectors as stored. Cosines are over all texts, before truncation and codes.
+    variant's are on its vectors as stored. Cosines are over all texts, of what is stored with the
+    baseline's vector: a cut or coded vector stands for one of full length.
 
     Args:
         baseline: the baseline's sample.
@@ -155,7 +156,7 @@ def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> F
             pair = _aligned(baseline[side], variant[side])
             if len(pair[0]):
                 both[side] = pair
-    cosines = [_cosines(a, np.arange(len(a)), b, np.arange(len(b))) for a, b in both.values()]
+    cosines = [_stored_cosines(a, b, transform) for a, b in both.values()]
     cosine = np.concatenate([np.empty(0), *cosines])
     is_search = "query" in both and "document" in both
     queries: Side = "query" if is_search else "text"
@@ -221,6 +222,20 @@ def _aligned(baseline: SideVectors, variant: SideVectors) -> tuple[Floats, Float
         baseline.vectors[[mine[digest] for digest in shared]],
         variant.vectors[[rows[digest] for digest in shared]],
     )
+
+
+def _stored_cosines(
+    base: Floats, ours: Floats, transform: VectorTransform
+) -> npt.NDArray[np.float64]:
+    """Cosine [N] of each of the baseline's vectors with what is stored of the variant's."""
+    out = np.empty(len(base))
+    for start in range(0, len(base), _BLOCK_ROWS):
+        part = slice(start, start + _BLOCK_ROWS)
+        codes = transform.quantize(transform.project(ours[part]))
+        stored = transform.restore(transform.dequantize(codes))
+        rows = np.arange(len(stored))
+        out[part] = _cosines(base[part], rows, stored, rows)
+    return out
 
 
 def _cosines(

@@ -41,7 +41,8 @@ class Samples:
 
     Attributes:
         statistic: how they make the score, and so which arrays there are:
-            "mean": `values` [E, U].
+            "mean": `values` [E, U], and where it is known `chance` [U]: what each is expected to be
+                of a model that knows nothing.
             "spearman": `similarities` [U] and `gold` [U].
             "f1_macro", "f1_weighted": `predictions` [E, U] and `gold` [U], classes from 0; the
                 mean over experiments.

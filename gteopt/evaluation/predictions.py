@@ -29,6 +29,7 @@ from mteb.abstasks import (
 from scipy.stats import spearmanr
 
 from gteopt.errors import UnsupportedError
+from gteopt.evaluation.chance import random_ndcg
 from gteopt.evaluation.per_item_scores import Array, Samples
 
 TOLERANCE = 1e-6
@@ -163,8 +164,14 @@ def _retrieval(task: Any, data: Any, results: Any, metric: str) -> Samples:
         skip_first = task.skip_first_result and not over_subqueries
         scored = calculate_retrieval_scores(results, qrels, [1, depth], skip_first).all_scores
         by_query = {query: found[f"{_TREC[name]}_{depth}"] for query, found in scored.items()}
-    values = np.array([by_query[query] for query in sorted(by_query)])
-    return Samples("mean", "query", {"values": values[None]}, None if name == "mrr" else _DIGITS)
+    names = sorted(by_query)
+    arrays: dict[str, Array] = {"values": np.array([by_query[query] for query in names])[None]}
+    if name == "ndcg" and not over_subqueries:
+        ranked = data.get("top_ranked") or {}
+        n_relevant = [sum(grade > 0 for grade in qrels[query].values()) for query in names]
+        n_documents = [len(ranked.get(query, data["corpus"])) for query in names]
+        arrays["chance"] = random_ndcg(np.array(n_relevant), np.array(n_documents), depth)
+    return Samples("mean", "query", arrays, None if name == "mrr" else _DIGITS)
 
 
 def _merged(results: Any, qrels: Any) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
@@ -183,7 +190,9 @@ def _merged(results: Any, qrels: Any) -> tuple[dict[str, dict[str, float]], dict
 def _classification(task: Any, data: Any, own: Any, metric: str) -> Samples:
     gold, predictions = np.array(data[task.label_column_name]), np.array(own)  # [U], [E, U]
     if metric == "accuracy":
-        return Samples("mean", "document", {"values": (predictions == gold).astype(np.uint8)})
+        largest = np.unique(gold, return_counts=True)[1].max() / len(gold)
+        right = {"values": (predictions == gold).astype(np.uint8)}
+        return Samples("mean", "document", right | {"chance": np.full(len(gold), largest)})
     _, codes = np.unique(np.r_[gold, predictions.ravel()], return_inverse=True)
     arrays = {
         "gold": codes[: len(gold)].astype(np.int32),
@@ -258,7 +267,8 @@ def _bitext(task: Any, data: Any, subset: str, own: Any, metric: str) -> Samples
         gold = np.array([right for _, right in data["gold"]])
     if metric == "accuracy":
         values = (predicted == gold).astype(np.uint8)
-        return Samples("mean", "sentence", {"values": values[None]})
+        guess = np.full(len(values), 1 / len(values))
+        return Samples("mean", "sentence", {"values": values[None], "chance": guess})
     arrays = {"gold": gold.astype(np.int32), "predictions": predicted[None].astype(np.int32)}
     return Samples("f1_weighted", "sentence", arrays)
 
@@ -305,4 +315,6 @@ def _summaries(task: Any, own: Any) -> Samples:
     for similarities, grades in zip(own["cosine_scores"], own["human_scores"], strict=True):
         found = spearmanr(grades, similarities)
         values.append((found.statistic + found.pvalue) / 2 if with_p_values else found.statistic)
-    return Samples("mean", "text", {"values": np.array(values)[None]})
+    # A correlation of nothing is 0, and its p-value is spread evenly from 0 to 1.
+    chance = np.full(len(values), 1 / 4 if with_p_values else 0.0)
+    return Samples("mean", "text", {"values": np.array(values)[None], "chance": chance})

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtr, stdtrit
 
+from gteopt.evaluation.chance import Chance, chance_of
 from gteopt.evaluation.per_item_scores import CLUSTERINGS, Array, Floats, Samples
 from gteopt.records.evaluation import Correction, Difference, EvalReport, Verdict
 
@@ -83,6 +85,11 @@ class Resampled:
     without: Floats
     influences: Floats | None
     rng: np.random.Generator
+
+    @cached_property
+    def chance(self) -> Chance | None:
+        """What a model that knows nothing gets, and whether this one is above it."""
+        return chance_of(self.samples)
 
 
 def resample(samples: Samples, *, n_resamples: int = N_RESAMPLES, seed: int = _SEED) -> Resampled:

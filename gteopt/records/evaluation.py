@@ -77,6 +77,9 @@ class TaskScore(Frozen):
         unit: what the interval resamples ("query", "pair", "document").
         n_units: how many of them there are.
         whole_suite: what the part that was scored says of the suite that it is a part of.
+        chance: expected score of a model that knows nothing; None where that is not known.
+        above_chance: whether the baseline's score is surely above it; where it is not, the score is
+            left out of the suite's mean.
         published: of the baseline of a published model alone, what was published for it.
     """
 
@@ -93,6 +96,8 @@ class TaskScore(Frozen):
     difference: Difference | None = None
     unit: str | None = None
     n_units: int | None = None
+    chance: float | None = None
+    above_chance: bool | None = None
     no_interval: str | None = None
     published: BesidePublished | None = None
 
@@ -108,8 +113,8 @@ class Fidelity(Frozen):
     """Closeness to the baseline on the suite's own texts; no labels.
 
     Attributes:
-        mean_cosine: mean cosine to the baseline's vector of the same text, before truncation and
-            vector codes (vectors of different dimension have no cosine).
+        mean_cosine: mean cosine of what is stored with the baseline's vector of the same text. A
+            stored vector stands for one of full length: dimensions that were left out are zero.
         p1_cosine: its 1st percentile.
         neighbour_overlap: mean share of the baseline's 10 nearest neighbours that are among the
             variant's 10, on the vectors as stored (truncated, coded, rescored).
@@ -217,7 +222,8 @@ class EvalReport(Frozen):
     """Result of `evaluate` for one variant on one suite.
 
     Attributes:
-        score, baseline_score: mean over tasks (subsets averaged within a task first).
+        score, baseline_score: mean over tasks (subsets averaged within a task first) without those
+            where the baseline is not above chance; `notes` names these.
         retention: score / baseline_score; None where `no_retention` says why.
         partial: some task failed; the mean is over the others and comparable only with itself.
         difference: of the scores, over the tasks that have an interval, which are taken as given;

@@ -369,13 +369,15 @@ def _tasks_table(results: Results, lines: Sequence[Row]) -> str:
             f'<tr data-language="{escape(task.subset)}">'
             f'<th scope="row" data-value="{escape(f"{task.task} {task.subset}")}">'
             f"{escape(task.task)}<small>{escape(task.subset)} · "
-            f"{escape(task.split)} · {escape(task.metric)} · {task.n_samples:,} samples</small>"
+            f"{escape(task.split)} · {escape(task.metric)} · {task.n_samples:,} samples"
+            f"{_NOT_ABOVE_CHANCE if task.above_chance is False else ''}</small>"
             f"</th>{_score_cell(task.baseline_score, below)}{cells}</tr>"
         )
     head = "".join(
         f'<th scope="col" data-title="{escape(row.name)}">{escape(row.name)}</th>' for row in shown
     )
     notes = beside_published(own) if own else []
+    notes = [*dict.fromkeys(n for each in results.evals.values() for n in each.notes), *notes]
     if shown:
         notes.insert(0, _about_means(results.evals[shown[0].name]))
     table = (
@@ -476,6 +478,7 @@ def _task_cell(task: TaskScore | None) -> str:
     return _score_cell(task.score, below, f' style="--loss:{loss:.3f}"')
 
 
+_NOT_ABOVE_CHANCE = " · not above chance, not in the mean"
 _TRADE = """Quality is the share of the baseline’s score that a variant keeps, with its 95 %
 interval, or without scores the share of nearest neighbours. The baseline is a diamond, the pick a
 star. What lies far below the others is an arrow at the edge, with its value in the legend. No

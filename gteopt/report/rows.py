@@ -480,8 +480,8 @@ COLUMNS = (
     ),
     _Column(
         *("Cosine", "mean", "mean\ncos", "mean_cosine", _fixed(3)),
-        "Mean cosine between a text's vector and the baseline's vector of it, before vectors are "
-        "shortened or coded.",
+        "Mean cosine between what is stored of a text and the baseline's vector of it. Dimensions "
+        "that were left out count as zero, so that cutting is not free.",
     ),
     _Column(
         *("NN@10", "%", "nn@10\n%", "neighbour_overlap", _fixed(1, 100)),

@@ -148,6 +148,12 @@ class VectorTransform:
         self.check_codes(codes)
         return self.coding.decode(codes)
 
+    def restore(self, stored: Floats) -> Floats:
+        """Vectors [N, F] that decoded ones [N, D] stand for; dimensions left out are zero."""
+        if self.projection is not None:
+            return stored @ self.projection
+        return np.pad(stored, ((0, 0), (0, self.full_dims - self.dims)))
+
     def first_compared(self, queries: Floats) -> Floats:
         """What of queries [Q, D] a search multiplies with what codes stand for at first.
 

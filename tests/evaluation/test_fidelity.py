@@ -123,9 +123,10 @@ def test_search_fidelity_equals_brute_force_on_the_stored_codes(
         overlap.append(len(exact & set(nearest)) / 10)
     assert found.neighbour_overlap == pytest.approx(np.mean(overlap))
 
-    own = np.concatenate([variant[each].vectors for each in ("query", "document")])
+    own = np.pad(np.concatenate([stored_q, stored_d]), ((0, 0), (0, DIMS - 16)))
+    own /= np.linalg.norm(own, axis=1, keepdims=True)
     theirs = np.concatenate([search[each].vectors for each in ("query", "document")])
-    cosines = np.sum(own.astype(np.float64) * theirs, axis=1)
+    cosines = np.sum(own * theirs, axis=1)
     assert found.mean_cosine == pytest.approx(cosines.mean(), abs=1e-6)
     assert found.p1_cosine == pytest.approx(np.percentile(cosines, 1), abs=1e-6)
 
@@ -135,6 +136,17 @@ def test_search_fidelity_equals_brute_force_on_the_stored_codes(
     ranks = [rankdata(x.ravel()) for x in (exact_similarity, stored_similarity)]
     # 20,000 drawn pairs stand for all 24,000.
     assert found.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=0.01)
+
+
+def test_cutting_a_vector_costs_the_cosine_that_its_other_dimensions_hold(
+    alike: dict[Side, SideVectors],
+) -> None:
+    x = alike["text"].vectors
+    kept = np.linalg.norm(x[:, :8], axis=1)  # of unit vectors: the cosine with their first 8
+    found = fidelity(alike, alike, identity(DIMS, kept=8))
+    assert found.mean_cosine == pytest.approx(kept.mean(), abs=1e-6)
+    assert found.p1_cosine == pytest.approx(np.percentile(kept, 1), abs=1e-6)
+    assert found.mean_cosine < 0.7
 
 
 def test_a_text_is_never_its_own_neighbour() -> None:
