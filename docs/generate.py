@@ -546,6 +546,19 @@ def agreement() -> str:
     )
 
 
+def beside_mteb() -> str:
+    """How far gteopt's scores are from plain mteb's, by kind of task."""
+    rows = read("agreement")["rows"]
+    found = []
+    for kind in sorted({row["kind"] for row in rows}):
+        own = [row for row in rows if row["kind"] == kind]
+        most = max(abs(row["gteopt"] - row["plain_mteb"]) for row in own)
+        n_tasks = len({row["task"] for row in own})
+        found.append((kind, str(n_tasks), str(len(own)), f"{most:.1e}" if most else "0"))
+    headings = ("type of task", "tasks", "scores", "greatest difference of a score, 0 to 1")
+    return markdown(headings, found)
+
+
 # What a user writes -------------------------------------------------------------------------------
 
 HOMES = {  # where a type's own table stands
@@ -784,6 +797,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "false-equivalence": false_equivalence,
     "equivalence-cost": equivalence_cost,
     "agreement": agreement,
+    "beside-mteb": beside_mteb,
     "recipes": recipes,
     "policies": policies,
     "families": families,

@@ -1,0 +1,88 @@
+"""Plain mteb beside gteopt on synthetic data: do both give the same score, task by task?
+
+    python benchmarks/agreement.py            # benchmarks/results/agreement.json, minutes
+
+Data of real tasks are large. `synthetic_suite` writes a few texts for each in the Hub's layout, and
+all-MiniLM-L6-v2 in float32 is scored on them twice: by gteopt's runner, and by mteb's own loader of
+Sentence Transformers and its own evaluation. What the scores are means nothing, only their
+difference does. Up to five tasks of every type of the suite are taken, the shortest names first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+from peers_quality import model_folder
+from reproduce import plain_scores
+from sentence_transformers import SentenceTransformer
+from synthetic_suite import write_suite_data
+
+import gteopt
+from gteopt.evaluation.mteb_isolation import isolated
+from gteopt.evaluation.runner import EncodeOptions, run_suite
+from gteopt.evaluation.suites import Suite, SuiteTask, read_suite
+from gteopt.evaluation.task_facts import read_task_facts
+from gteopt.evaluation.tasks import resolve
+from gteopt.machine import machine, versions
+
+FOLDER = Path(__file__).parent
+SUITE = "mteb-en"
+MOST_OF_A_TYPE = 5
+
+
+def chosen_tasks(suite: Suite) -> list[SuiteTask]:
+    """A few tasks of every type; aggregates are left out, as their parts are retrieval, too."""
+    facts, found = read_task_facts(), dict[str, list[SuiteTask]]()
+    for task in sorted(suite.tasks, key=lambda task: (len(task.task), task.task)):
+        own = facts[task.task]
+        if not own.parts and len(found.setdefault(own.kind, [])) < MOST_OF_A_TYPE:
+            found[own.kind].append(task)
+    return [task for kind in sorted(found) for task in found[kind]]
+
+
+def main() -> None:
+    """Score both ways, task by task, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--out", type=Path, default=FOLDER / "results" / "agreement.json")
+    arguments = parser.parse_args()
+    folder = model_folder("all-MiniLM-L6-v2")
+    encoder = gteopt.load(folder, device="cpu", dtype="float32")
+    plain = SentenceTransformerEncoderWrapper(SentenceTransformer(str(folder), device="cpu"))
+    facts, rows = read_task_facts(), []
+    with tempfile.TemporaryDirectory(prefix="gteopt-agreement-") as scratch:
+        hub_dir = Path(scratch)
+        write_suite_data(SUITE, hub_dir)
+        for task in chosen_tasks(read_suite(SUITE)):
+            alone = Suite(schema="gteopt.suite/1", name="alone", tasks=(task,))
+            run = run_suite(encoder, alone, hub_dir=hub_dir, options=EncodeOptions(dtype="float32"))
+            assert not run.failed, run.failed
+            with isolated(offline=True):
+                (resolved,) = resolve(alone, hub_dir)
+                theirs = plain_scores(plain, resolved)
+            for score in run.scores:
+                row = {
+                    "task": score.task,
+                    "kind": facts[score.task].kind,
+                    "subset": score.subset,
+                    "gteopt": score.score,
+                    "plain_mteb": theirs[score.split, score.subset],
+                }
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    record = {
+        "command": "python benchmarks/agreement.py",
+        "model": "sentence-transformers/all-MiniLM-L6-v2",
+        "rows": rows,
+        "machine": machine().model_dump(),
+        "versions": {**versions(), "mteb": version("mteb"), "dtype": "float32"},
+    }
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
