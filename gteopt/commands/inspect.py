@@ -23,9 +23,11 @@ from gteopt.build.quantize import ACTIVATION_BYTES
 from gteopt.config.recipe import Recipe, load_recipe
 from gteopt.config.yaml_files import shipped_names
 from gteopt.encoder.description import dtype_of, parse_dtype, pick_device
+from gteopt.encoder.packed_weights import quantized_layers
 from gteopt.encoder.skeleton import build_skeleton
 from gteopt.errors import HubUnreachableError, InputError
 from gteopt.kernels import kernel_name, speed_up_linears_
+from gteopt.kernels.measured import DETERMINISTIC, ways_for
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
 from gteopt.records.inspection import EstimateConditions, Inspection
 from gteopt.speed.random_model import shape_of, shapes, write_frame, write_headers
@@ -168,9 +170,11 @@ def _kernels(checkpoint: Checkpoint, device: str) -> dict[str, int] | None:
         for name, each in module.named_modules()
         if isinstance(each, nn.Linear)
     }
+    layers = quantized_layers(checkpoint)
+    ways = ways_for(layers, kind, "measured") if where.type == "cpu" else DETERMINISTIC
     for layer in manifest.layers if manifest else ():
         shape = layer.out_features, layer.in_features
-        names[layer.name] = kernel_name(layer.scheme, *shape, device=where, dtype=kind)
+        names[layer.name] = kernel_name(layer.scheme, *shape, device=where, dtype=kind, ways=ways)
     return dict(sorted(Counter(names.values()).items()))
 
 

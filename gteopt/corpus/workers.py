@@ -499,7 +499,14 @@ def _load(job: Job, device: str) -> _Held:
     warnings.filterwarnings("ignore", message=".* and were cut there")
     torch.set_num_threads(job.n_threads)
     hub_dir = None if job.hub_dir is None else Path(job.hub_dir)
-    encoder = load(job.source, device=device, dtype=job.dtype, backend=job.backend, hub_dir=hub_dir)
+    encoder = load(
+        job.source,
+        device=device,
+        dtype=job.dtype,
+        backend=job.backend,
+        kernels="deterministic",  # as the parent's, whose vectors these stand for
+        hub_dir=hub_dir,
+    )
     if encoder.sha256 != job.sha256:
         raise IntegrityError(
             f"{job.source} holds other files on a worker's machine (SHA-256 {encoder.sha256[:16]} "

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from gteopt.encoder.tokenization import Tokenization
 from gteopt.errors import InputError, UnsupportedError, suggest
 from gteopt.kernels import arithmetic
+from gteopt.kernels.measured import DETERMINISTIC, Ways
 from gteopt.machine import gpu_name
 from gteopt.model.checkpoint import VECTORS_FILE, Checkpoint, open_checkpoint
 from gteopt.model.foreign import foreign_errors
@@ -37,11 +38,13 @@ class Runtime:
         device: where the weights lie.
         dtype: of what is not quantized.
         backend: the library that computes.
+        ways: the products of quantized layers on a CPU.
     """
 
     device: torch.device
     dtype: torch.dtype
     backend: Backend = "torch"
+    ways: Ways = DETERMINISTIC
 
 
 class Description:
@@ -122,7 +125,7 @@ class Description:
         """What decides the rounding of products besides weights and dtype."""
         if self.backend == "openvino":
             return f"openvino {version('openvino')}, {arithmetic(self.device)}"
-        return arithmetic(self.device)
+        return arithmetic(self.device, self.runtime.ways)
 
     @property
     def gpu(self) -> str | None:

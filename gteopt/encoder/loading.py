@@ -24,7 +24,7 @@ from gteopt.encoder.description import (
 )
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.openvino import OpenVinoModel, Weights
-from gteopt.encoder.packed_weights import load_packed, read_packed
+from gteopt.encoder.packed_weights import load_packed, quantized_layers, read_packed
 from gteopt.encoder.pooling import Head, LatentAttention, Normalized
 from gteopt.encoder.skeleton import (
     attention_implementation,
@@ -41,6 +41,7 @@ from gteopt.encoder.skeleton import (
 )
 from gteopt.errors import InputError, NumericsError, UnsupportedError, suggest
 from gteopt.kernels import speed_up_linears_
+from gteopt.kernels.measured import DETERMINISTIC, ways_for
 from gteopt.machine import give_back
 from gteopt.model.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint, opening
 from gteopt.model.foreign import foreign_errors
@@ -54,6 +55,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     backend: Backend = "torch",
+    kernels: str = "measured",
     cuda_graphs: bool = True,
     hub_dir: Path | None = None,
     revision: str | None = None,
@@ -69,6 +71,10 @@ def load(
             also "bfloat16", "float32", "float64".
         backend: "torch", or "openvino", the faster one on a CPU for the architectures and layers
             that it knows; activations of quantized products are then rounded to 8 bits.
+        kernels: of the torch backend's quantized layers on a CPU. "measured" takes the fastest;
+            the first load of a shape on a machine measures, and the times are kept.
+            "deterministic" takes what every machine has and keeps weights packed. A name fixes
+            it: "fbgemm" or "onednn" for int8 products, "decoded" for weights decoded once.
         cuda_graphs: on a GPU, record the forward pass of single short texts and replay it. This
             takes memory, and time for the first text of each of a few lengths.
         hub_dir: folder in the Hub's layout; given, the network is never touched.
@@ -87,7 +93,12 @@ def load(
     """
     with opening(source, hub_dir=hub_dir, revision=revision, family=family) as checkpoint:
         encoder = load_checkpoint(
-            checkpoint, device=device, dtype=dtype, backend=backend, cuda_graphs=cuda_graphs
+            checkpoint,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            kernels=kernels,
+            cuda_graphs=cuda_graphs,
         )
         if copy:
             _copy_tensors_(encoder.module)
@@ -100,6 +111,7 @@ def load_checkpoint(
     device: str = "auto",
     dtype: str = "auto",
     backend: Backend = "torch",
+    kernels: str = "deterministic",
     later: str | None = None,
     cuda_graphs: bool = False,
 ) -> Encoder:
@@ -110,18 +122,19 @@ def load_checkpoint(
         device: see `load`.
         dtype: see `load`.
         backend: see `load`.
+        kernels: see `load`.
         later: a submodule of a base (its list of blocks) whose weights stay in their files until
             `fill_` asks for them; where the files name weights in another way than the
             architecture does, everything is read at once all the same.
         cuda_graphs: see `load`; not for who changes the module.
 
     Raises:
-        InputError: an unknown backend.
+        InputError: an unknown backend or kernel.
         UnsupportedError: a backend that cannot compute this model, or not on this device.
     """
     where = _openvino_device(device) if backend == "openvino" else pick_device(device)
     kind = parse_dtype(dtype_of(checkpoint, dtype))
-    openvino_model, streams = None, False
+    openvino_model, streams, ways = None, False, DETERMINISTIC
     if backend == "openvino":
         module = build_skeleton(checkpoint)
         weights = openvino_weights(checkpoint, module, kind)
@@ -133,14 +146,16 @@ def load_checkpoint(
             f"unknown backend '{backend}': {suggest(str(backend), ['torch', 'openvino'])}"
         )
     elif checkpoint.is_quantized:
-        module = load_packed(checkpoint, where, kind)
+        if where.type == "cpu":
+            ways = ways_for(quantized_layers(checkpoint), kind, kernels)
+        module = load_packed(checkpoint, where, kind, ways)
     else:
         module, streams = _load_unquantized(checkpoint, where, kind, later)
     module.eval().requires_grad_(False)
     if openvino_model is None:
         speed_up_linears_(module, where)
     return Encoder(
-        Description(checkpoint, Runtime(where, kind, backend)),
+        Description(checkpoint, Runtime(where, kind, backend, ways)),
         module,
         _load_head(checkpoint, where, kind),
         openvino_model=openvino_model,

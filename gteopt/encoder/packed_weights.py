@@ -19,6 +19,7 @@ from gteopt.errors import IntegrityError
 from gteopt.formats import format_of
 from gteopt.formats.packed import ReadLayer, Shape
 from gteopt.kernels import make_linear
+from gteopt.kernels.measured import DETERMINISTIC, Layer, Ways
 from gteopt.kernels.reference import PackedEmbedding
 from gteopt.machine import give_back
 from gteopt.model.checkpoint import Checkpoint
@@ -152,14 +153,26 @@ class _Layers(Mapping[str, ReadLayer]):
         return len(self._own)
 
 
-def load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The transformer with packed layers in place."""
+def quantized_layers(checkpoint: Checkpoint) -> list[Layer]:
+    """What decides the speed of an artifact's quantized layers; none of other libraries' files."""
+    manifest = checkpoint.manifest
+    records = manifest.layers if manifest is not None else ()
+    return [Layer(each.scheme, each.out_features, each.in_features) for each in records]
+
+
+def load_packed(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    ways: Ways = DETERMINISTIC,
+) -> nn.Module:
+    """The transformer with packed layers in place, which multiply in the given ways."""
     module = build_skeleton(checkpoint)
     stored = read_packed(checkpoint, module, device, dtype)
     if stored.table is not None:
         swap_embedding_(module, *stored.table, device, dtype)
     since = 0
-    for name, layer, n_bytes in _made(stored, device, dtype):
+    for name, layer, n_bytes in _made(stored, device, dtype, ways):
         _put_(module, name, layer)
         since += n_bytes
         if since > _TRIM_BYTES:
@@ -184,7 +197,7 @@ def load_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 
 
 def _made(
-    stored: StoredWeights, device: torch.device, dtype: torch.dtype
+    stored: StoredWeights, device: torch.device, dtype: torch.dtype, ways: Ways
 ) -> Iterator[tuple[str, nn.Module, int]]:
     """Each layer by its name as it runs, and its packed bytes on disk.
 
@@ -194,7 +207,9 @@ def _made(
 
     def make(name: str) -> tuple[str, nn.Module, int]:
         read, bias = stored.layers[name], stored.biases.get(name)
-        layer = make_linear(read.weight, bias, device=device, dtype=dtype, order=read.order)
+        layer = make_linear(
+            read.weight, bias, device=device, dtype=dtype, order=read.order, ways=ways
+        )
         return name, layer, read.weight.n_bytes
 
     n_threads = min(torch.get_num_threads(), _MOST_MAKERS) if device.type == "cpu" else 1

@@ -8,7 +8,7 @@ copy of its weight, and maps [..., I] to [..., O] in its input's dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gteopt.config.recipe import LayerScheme
 from gteopt.kernels.cpu import (
+    DecodedLinearCpu,
     DenseLinearCpu,
     Int4LinearCpu,
     Int8LinearCpu,
@@ -26,6 +27,7 @@ from gteopt.kernels.cpu import (
     activation_bits,
     multiplies_bfloat16,
 )
+from gteopt.kernels.measured import DETERMINISTIC, Layer, Ways
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.grid import group_width
@@ -65,8 +67,9 @@ def make_linear(
     device: torch.device,
     dtype: torch.dtype,
     order: Tensor | None = None,
+    ways: Ways = DETERMINISTIC,
 ) -> nn.Module:
-    """The fastest layer that can compute this weight on this device.
+    """The layer that computes this weight on this device.
 
     Args:
         weight: packed codes and grid, on any device.
@@ -75,17 +78,39 @@ def make_linear(
         dtype: of the inputs that it will be given.
         order: int64 [I], the input feature that each column of the weight multiplies; None when
             they are in order.
+        ways: the products that were chosen for layers on a CPU.
     """
-    kernel = choose(weight, device, dtype)
-    layer = kernel(weight, None if bias is None else bias.detach().to(dtype)).to(device)
+    make = choose(weight, device, dtype, ways)
+    layer = make(weight, None if bias is None else bias.detach().to(dtype)).to(device)
     if order is not None:
         layer.register_buffer("order", order.to(device))
         layer.register_forward_pre_hook(_reorder)
     return layer
 
 
-def choose(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> _Kernel:
-    """The first of `KERNELS` for a device that can hold this weight, which may be without data."""
+def choose(
+    weight: PackedWeight, device: torch.device, dtype: torch.dtype, ways: Ways = DETERMINISTIC
+) -> _Kernel:
+    """What makes the layer of this weight: the first of `KERNELS` for a device that can hold it,
+    by the product that was chosen for it.
+    """
+    kernel = _first(weight, device, dtype)
+    if device.type != "cpu":
+        return kernel
+    if kernel in (Int8LinearCpu, StaticInt8LinearCpu):
+        key = Layer(weight.scheme, weight.out_features, weight.in_features).key(dtype)
+        if weight.scheme.activation_outliers is not None or key not in ways.int8:
+            return kernel
+        products = ways.int8[key]
+        if products is not None:
+            return partial(kernel, products=products)
+        return partial(DecodedLinearCpu, dtype=dtype)
+    if kernel is DequantLinear and ways.decodes:
+        return partial(DecodedLinearCpu, dtype=dtype)
+    return kernel
+
+
+def _first(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> _Kernel:
     product, cuda = product_of(weight.scheme), gpu_kernels(device)
     places: list[DeviceKind] = ["cpu"] if device.type == "cpu" else []
     if cuda is not None:
@@ -106,6 +131,7 @@ def kernel_name(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    ways: Ways = DETERMINISTIC,
 ) -> str:
     """`kernel` of the layer that a weight will have, and what decides between its ways."""
     shape = (out_features, -(-in_features * scheme.bits // 8))
@@ -117,7 +143,11 @@ def kernel_name(
         scheme=scheme,
         in_features=in_features,
     )
-    kernel: Any = choose(without_data, device, dtype)
+    kernel: Any = choose(without_data, device, dtype, ways)
+    if isinstance(kernel, partial):
+        if kernel.func is DecodedLinearCpu:
+            return DecodedLinearCpu.decoded_name(scheme, dtype)
+        return str(cast("Any", kernel.func).name_here(**kernel.keywords))
     name = str(kernel.name_here() if hasattr(kernel, "name_here") else kernel.kernel)
     few = getattr(kernel, "few_tokens", None)
     return name if few is None else f"{name} (to {few} tokens from the codes, decoded beyond)"
@@ -134,14 +164,17 @@ def product_of(scheme: LayerScheme) -> Product:
     return "4-bit" if scheme.bits == 4 else "weights"
 
 
-def arithmetic(device: torch.device) -> str:
+def arithmetic(device: torch.device, ways: Ways = DETERMINISTIC) -> str:
     """What decides the rounding of a product on a kind of device, besides weights and dtype.
 
-    Of a CPU it is this machine's: one rounds activations to 8 bits where another rounds to 7.
+    Of a CPU it is this machine's: one rounds activations to 8 bits where another rounds to 7, and
+    one decodes weights where another multiplies their codes.
     """
     if device.type != "cpu":
         return device.type
-    return f"int8 x {activation_bits()} bits, {'bf16' if multiplies_bfloat16() else 'fp32'}"
+    decoded = f", decoded: {ways.rounding}" if ways.rounding else ""
+    short = "bf16" if multiplies_bfloat16() else "fp32"
+    return f"int8 x {activation_bits()} bits, {short}{decoded}"
 
 
 @lru_cache

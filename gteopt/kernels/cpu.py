@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from gteopt.kernels.reference import take_outliers
+from gteopt.config.recipe import LayerScheme
+from gteopt.kernels.reference import DequantLinear, take_outliers
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.packing import pack_codes
 
@@ -168,16 +170,69 @@ class _OneDnn:
         return product
 
 
+INT8_PRODUCTS: dict[str, Callable[[Tensor, Tensor], _Product]] = {
+    "fbgemm": _Fbgemm,
+    "onednn": _OneDnn,
+}
+"""Products of int8 weights [O, I] and their float32 scales [O] by name. Where several sum exactly,
+they give the same bits: one int32 sum times one float32 scale."""
+
+
 @lru_cache(maxsize=1)
-def _product() -> type[_Fbgemm] | type[_OneDnn] | None:
+def _product() -> Callable[[Tensor, Tensor], _Product] | None:
     """The first of them that this build of torch has."""
-    for kind in (_Fbgemm, _OneDnn):
-        try:
-            kind(torch.ones(8, 8, dtype=torch.int8), torch.ones(8))(torch.ones(1, 8), 0)
-        except (AttributeError, NotImplementedError, RuntimeError):
-            continue
-        return kind
-    return None
+    return next((kind for kind in INT8_PRODUCTS.values() if _runs(kind)), None)
+
+
+def _runs(kind: Callable[[Tensor, Tensor], _Product]) -> bool:
+    try:
+        kind(torch.ones(8, 8, dtype=torch.int8), torch.ones(8))(torch.ones(1, 8), 0)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def exact_products() -> tuple[str, ...]:
+    """Names in `INT8_PRODUCTS` of those that sum exactly here, in `activation_bits` bits."""
+    bits = activation_bits()
+    return tuple(
+        name for name, kind in INT8_PRODUCTS.items() if bits and _runs(kind) and _sums(kind, bits)
+    )
+
+
+def _sums(kind: Callable[[Tensor, Tensor], _Product], bits: int) -> bool:
+    """Whether the largest products of that many bits are summed exactly."""
+    layer, most = kind(torch.full((256, 256), 127, dtype=torch.int8), torch.ones(256)), 2**bits - 1
+    sums = layer(torch.full((64, 256), float(most)), 0)
+    return bool((sums == most * 127 * 256).all())
+
+
+class _ByTokens:
+    """One product for few tokens and another for many, each with its own copy of the weight."""
+
+    def __init__(self, few: _Product, many: _Product) -> None:
+        self._few, self._many = few, many
+
+    def __call__(self, codes: Tensor, zero: int) -> Tensor:
+        return (self._few if len(codes) <= _FEW_TOKENS else self._many)(codes, zero)
+
+
+@dataclass(frozen=True)
+class Products:
+    """The products of an int8 layer, by their names in `INT8_PRODUCTS`.
+
+    Attributes:
+        few: up to `_FEW_TOKENS` tokens in a call.
+        many: beyond.
+    """
+
+    few: str
+    many: str
+
+    def __str__(self) -> str:
+        if self.few == self.many:
+            return self.few
+        return f"{self.few} to {_FEW_TOKENS} tokens, {self.many} beyond"
 
 
 @lru_cache(maxsize=1)
@@ -191,9 +246,7 @@ def activation_bits() -> int:
     product = _product()
     if product is None:
         return 0
-    layer = product(torch.full((256, 256), 127, dtype=torch.int8), torch.ones(256))
-    exact = 255 * 127 * 256
-    return 8 if bool((layer(torch.full((64, 256), 255.0), 0) == exact).all()) else 7
+    return 8 if _sums(product, 8) else 7
 
 
 @dataclass(frozen=True)
@@ -235,7 +288,9 @@ class Int8LinearCpu(nn.Module):
     row: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None, products: Products | None = None
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.symmetric = weight.scheme.activation_symmetric
@@ -243,9 +298,9 @@ class Int8LinearCpu(nn.Module):
         self.rounding = ("int8", self.symmetric, self.outliers)
         codes, scale = signed_codes(weight)
         self.bits = activation_bits()
-        self.kernel = self.name_here()
-        self._product = _multiplier(codes, scale)
-        self.packed_bytes = codes.numel()
+        self.kernel = self.name_here(products)
+        self._product = _multiplier(codes, scale, products)
+        self.packed_bytes = codes.numel() * _n_copies(products)
         self.register_buffer("scale", scale)
         # As exact as a sum of integers, and several times as fast as torch's.
         self.register_buffer("row", self._product(torch.ones(1, self.in_features), 0))
@@ -254,10 +309,9 @@ class Int8LinearCpu(nn.Module):
         self._middle = 1 << (self.bits - 1) if self.symmetric else 0
 
     @classmethod
-    def name_here(cls) -> str:
+    def name_here(cls, products: Products | None = None) -> str:
         """`kernel` of a layer on this machine."""
-        bits = activation_bits()
-        return cls.kernel if bits == 8 else f"{cls.kernel} (activations of {bits} bits: no VNNI)"
+        return _named(cls.kernel, products)
 
     @staticmethod
     def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
@@ -318,22 +372,24 @@ class StaticInt8LinearCpu(nn.Module):
     bias less what the zero points add.
     """
 
-    kernel = "cpu.int8 (static)"
+    kernel = "cpu.int8 static"
     inverse: Tensor
     zero: Tensor
     offset: Tensor
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None, products: Products | None = None
+    ) -> None:
         super().__init__()
         assert weight.inputs is not None
         self.in_features, self.out_features = weight.in_features, weight.out_features
         codes, scale = signed_codes(weight)
         bits = activation_bits()
-        self.kernel = self.name_here()
+        self.kernel = self.name_here(products)
         steps = 1 << (8 - bits)  # of the grid between two codes
-        self._product = _multiplier(codes, scale * steps)
+        self._product = _multiplier(codes, scale * steps, products)
         self._most = (1 << bits) - 1
-        self.packed_bytes = codes.numel()
+        self.packed_bytes = codes.numel() * _n_copies(products)
         grid = weight.inputs.to("cpu")
         offset = -(codes.float() @ grid.zero) * scale
         self.register_buffer("inverse", 1 / (grid.scale * steps))
@@ -341,12 +397,9 @@ class StaticInt8LinearCpu(nn.Module):
         self.register_buffer("offset", offset if bias is None else offset + bias.float().cpu())
 
     @classmethod
-    def name_here(cls) -> str:
+    def name_here(cls, products: Products | None = None) -> str:
         """`kernel` of a layer on this machine."""
-        bits = activation_bits()
-        return (
-            cls.kernel if bits == 8 else f"cpu.int8 (static, activations of {bits} bits: no VNNI)"
-        )
+        return _named(cls.kernel, products)
 
     @staticmethod
     def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
@@ -370,10 +423,52 @@ def signed_codes(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     return codes, weight.scale[:, 0].float().cpu()
 
 
-def _multiplier(codes: Tensor, scale: Tensor) -> _Product:
-    product = _product()
-    assert product is not None, "`fits` asks activation_bits first"
-    return product(codes, scale)
+def _multiplier(codes: Tensor, scale: Tensor, products: Products | None) -> _Product:
+    """The products of a layer; the first that torch has where none are named."""
+    if products is None:
+        product = _product()
+        assert product is not None, "`fits` asks activation_bits first"
+        return product(codes, scale)
+    few = INT8_PRODUCTS[products.few](codes, scale)
+    if products.few == products.many:
+        return few
+    return _ByTokens(few, INT8_PRODUCTS[products.many](codes, scale))
+
+
+def _n_copies(products: Products | None) -> int:
+    """Of the weight, each in the order of its product's library."""
+    return 1 if products is None or products.few == products.many else 2
+
+
+def _named(kernel: str, products: Products | None) -> str:
+    """`kernel` of an int8 layer with what is not usual."""
+    notes = [] if products is None else [str(products)]
+    if (bits := activation_bits()) != 8:
+        notes.append(f"activations of {bits} bits: no VNNI")
+    return f"{kernel} ({'; '.join(notes)})" if notes else kernel
+
+
+class DecodedLinearCpu(DenseLinearCpu):
+    """A quantized layer whose weight is decoded once, and then multiplied as an unquantized one.
+
+    It is as fast and as large as the unquantized layer. Activations are not rounded.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        linear = nn.Linear(weight.in_features, weight.out_features, bias=False, device="meta")
+        decoded = DequantLinear(weight, None).dequantized(dtype)
+        linear.weight = nn.Parameter(decoded, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        super().__init__(linear)
+        self.kernel = self.decoded_name(weight.scheme, dtype)
+
+    @staticmethod
+    def decoded_name(scheme: LayerScheme, dtype: torch.dtype) -> str:
+        """`kernel` of a layer on this machine."""
+        kind = scheme.number_format if scheme.number_format != "int" else f"int{scheme.bits}"
+        short = dtype == torch.bfloat16 and multiplies_bfloat16()
+        return f"decoded ({kind} weights, {'bf16' if short else 'fp32'} products)"
 
 
 class Int4LinearCpu(nn.Module):

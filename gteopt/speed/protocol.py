@@ -136,7 +136,11 @@ def bench(
         if name != baseline:
             there = str(reference.device)
             encoder = load_checkpoint(
-                checkpoints[name], device=there, backend=backend, cuda_graphs=True
+                checkpoints[name],
+                device=there,
+                backend=backend,
+                kernels="measured",
+                cuda_graphs=True,
             )
         variants[name] = session.measure(name, encoder, footprints[name], progress)
         del encoder  # before the next one is loaded
