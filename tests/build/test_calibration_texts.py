@@ -35,7 +35,7 @@ def minilm() -> Encoder:
     return gteopt.load(get_model_path(), dtype="float32")
 
 
-def test_the_builtin_set_is_four_languages_and_both_roles() -> None:
+def test_the_builtin_set_has_both_roles_and_texts_without_latin_letters() -> None:
     texts = draw_texts(Calibration(n_texts=10_000))
     assert len(texts) >= 256
     queries = [each for each in texts if each.role == "query"]

@@ -1,0 +1,135 @@
+"""Texts of seven kinds that nothing is calibrated on, and how far a variant moves each kind.
+
+What is judged comes from other sources than the shipped calibration texts: BANKING77, STS-B and
+its translations, LCQMC, Cranfield, and the source of two packages that
+`calibration_set.py` leaves out.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gteopt.encoder.encoder import Encoder
+
+KINDS = (
+    "queries",
+    "sentences",
+    "documents",
+    "long documents",
+    "code",
+    "fr, pl, zh",
+    "zh questions",
+)
+CODE = ("pydantic", "jinja2")
+N_NEAREST = 10
+
+
+@dataclass(frozen=True)
+class KindError:
+    """How far a variant moved the texts of one kind.
+
+    Attributes:
+        error: 1 - mean cosine to the original.
+        p1_cosine: the cosine that 99 of 100 texts exceed.
+        neighbour_overlap: share of a text's 10 nearest of its kind that stay among them.
+    """
+
+    error: float
+    p1_cosine: float
+    neighbour_overlap: float
+
+
+def judged_texts(hub_dir: Path, beir: Path) -> dict[str, list[str]]:
+    """Kind -> texts, drawn with a seed."""
+    draw = random.Random(0)
+
+    def column(name: str, *keys: str, keep: Callable[[dict[str, str]], bool] = bool) -> list[str]:
+        rows = map(json.loads, (hub_dir / name).read_text(encoding="utf-8").splitlines())
+        return list(dict.fromkeys(row[key] for row in rows if keep(row) for key in keys))
+
+    def some(texts: list[str], n_texts: int) -> list[str]:
+        return draw.sample(texts, min(n_texts, len(texts)))
+
+    corpus = map(json.loads, (beir / "corpus.jsonl").read_text(encoding="utf-8").splitlines())
+    documents = [row["text"] for row in corpus if len(row["text"]) > 300]
+    languages: list[str] = []
+    for language in ("fr", "pl", "zh"):
+        own = column(
+            "mteb/stsb_multi_mt/test.jsonl",
+            "sentence1",
+            keep=lambda row, language=language: row["lang"] == language,
+        )
+        languages += some(own, 100)
+    return {
+        "queries": some(column("mteb/banking77/test.jsonl", "text"), 300),
+        "sentences": some(
+            column("mteb/stsbenchmark-sts/test.jsonl", "sentence1", "sentence2"), 300
+        ),
+        "documents": some(documents, 150),
+        "long documents": ["\n\n".join(some(documents, 6)) for _ in range(30)],
+        "code": some([text for package in CODE for text in functions(package)], 100),
+        "fr, pl, zh": languages,
+        "zh questions": some(column("C-MTEB/LCQMC/test.jsonl", "sentence1"), 200),
+    }
+
+
+def functions(package: str) -> list[str]:
+    """The longer functions and classes of a package, cut at 2,000 characters."""
+    spec = find_spec(package)
+    assert spec is not None, package
+    assert spec.origin is not None, package
+    found: list[str] = []
+    for path in sorted(Path(spec.origin).parent.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.parse(text).body:
+            piece = ast.get_source_segment(text, node) or ""
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and len(piece) > 200:
+                found.append(piece[:2_000])
+    return found
+
+
+def encode_kinds(
+    encoder: Encoder, texts: Mapping[str, list[str]]
+) -> dict[str, NDArray[np.float32]]:
+    """The vectors [N, D] of every kind; queries with the model's prompt for them."""
+    return {
+        kind: encoder.encode(own, role="query" if kind == "queries" else "document")
+        for kind, own in texts.items()
+    }
+
+
+def kind_errors(
+    reference: Mapping[str, NDArray[np.float32]], variant: Mapping[str, NDArray[np.float32]]
+) -> dict[str, KindError]:
+    """Kind -> how far the variant is from the original."""
+    errors: dict[str, KindError] = {}
+    for kind, original in reference.items():
+        cosines = (original.astype(np.float64) * variant[kind]).sum(axis=1)
+        pairs = zip(_nearest(original), _nearest(variant[kind]), strict=True)
+        errors[kind] = KindError(
+            error=float(1 - cosines.mean()),
+            p1_cosine=float(np.quantile(cosines, 0.01)),
+            neighbour_overlap=float(np.mean([len(set(a) & set(b)) / len(a) for a, b in pairs])),
+        )
+    return errors
+
+
+def mean_and_worst(errors: Mapping[str, KindError]) -> tuple[float, float, str]:
+    """The mean error over kinds, the largest, and whose it is."""
+    worst = max(errors, key=lambda kind: errors[kind].error)
+    return float(np.mean([each.error for each in errors.values()])), errors[worst].error, worst
+
+
+def _nearest(vectors: NDArray[np.float32]) -> NDArray[np.intp]:
+    similarity = vectors @ vectors.T
+    np.fill_diagonal(similarity, -np.inf)
+    return np.argsort(-similarity, axis=1, kind="stable")[:, :N_NEAREST]
