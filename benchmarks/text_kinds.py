@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,9 +52,10 @@ def judged_texts(hub_dir: Path, beir: Path) -> dict[str, list[str]]:
     """Kind -> texts, drawn with a seed."""
     draw = random.Random(0)
 
-    def column(name: str, *keys: str, keep: Callable[[dict[str, str]], bool] = bool) -> list[str]:
+    def column(name: str, *keys: str, language: str | None = None) -> list[str]:
         rows = map(json.loads, (hub_dir / name).read_text(encoding="utf-8").splitlines())
-        return list(dict.fromkeys(row[key] for row in rows if keep(row) for key in keys))
+        wanted = (row for row in rows if language in (None, row.get("lang")))
+        return list(dict.fromkeys(row[key] for row in wanted for key in keys))
 
     def some(texts: list[str], n_texts: int) -> list[str]:
         return draw.sample(texts, min(n_texts, len(texts)))
@@ -63,11 +64,7 @@ def judged_texts(hub_dir: Path, beir: Path) -> dict[str, list[str]]:
     documents = [row["text"] for row in corpus if len(row["text"]) > 300]
     languages: list[str] = []
     for language in ("fr", "pl", "zh"):
-        own = column(
-            "mteb/stsb_multi_mt/test.jsonl",
-            "sentence1",
-            keep=lambda row, language=language: row["lang"] == language,
-        )
+        own = column("mteb/stsb_multi_mt/test.jsonl", "sentence1", language=language)
         languages += some(own, 100)
     return {
         "queries": some(column("mteb/banking77/test.jsonl", "text"), 300),

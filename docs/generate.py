@@ -191,6 +191,26 @@ def peers_quality() -> str:
     )
 
 
+def calibration() -> str:
+    """What calibration texts are worth, on kinds of text that nothing was calibrated on."""
+    rows = [
+        (
+            row["model"],
+            row["calibration"],
+            f"{row['n_tokens']:,}",
+            f"{row['mean']:.5f}",
+            f"{row['worst']:.5f}",
+            max(row["errors"], key=row["errors"].get),
+            f"{row['cpu_s']:.0f} s",
+        )
+        for row in read("calibration_curve")["rows"]
+    ]
+    return markdown(
+        ("model", "calibrated on", "tokens", "mean of kinds", "worst kind", "which", "CPU time"),
+        rows,
+    )
+
+
 def failures() -> str:
     """Peers that failed on a model, with the first words of why."""
     return markdown(
@@ -777,6 +797,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vector-codes": vector_codes,
     "minilm": minilm,
     "peers-quality": peers_quality,
+    "calibration": calibration,
     "failures": failures,
     "ablation": ablation,
     "speed-minilm": speed("minilm"),

@@ -22,7 +22,7 @@ from gteopt.errors import InputError
 
 if TYPE_CHECKING:
     from gteopt.frozen import Frozen
-    from gteopt.records.manifest import Manifest
+    from gteopt.records.manifest import CalibrationRecord, Manifest
     from gteopt.records.publication import Publication
     from gteopt.records.results_folder import Results
 
@@ -187,6 +187,8 @@ def show_manifest(
         soft_wrap=True,
     )
     seen = manifest.calibration
+    if seen is not None:
+        stdout.print(_calibrated_on(manifest, seen), soft_wrap=True)
     if seen is not None and seen.n_cut:
         stdout.print(
             f"{seen.n_cut} of {seen.n_texts} calibration texts were longer than "
@@ -195,6 +197,16 @@ def show_manifest(
         )
     command = f"gteopt bench {out} --baseline {manifest.base.id} --out {out}-results"
     show_next(next_command or command)
+
+
+def _calibrated_on(manifest: Manifest, seen: CalibrationRecord) -> str:
+    """How much the build looked at, and whether the widest solved layer saw too little of it."""
+    from gteopt.build.calibration_texts import few_tokens
+
+    told = f"calibrated on {seen.n_tokens:,} tokens of {seen.n_texts:,} texts ({seen.source})"
+    widest = max((each.in_features for each in manifest.layers if each.method == "gptq"), default=0)
+    too_few = few_tokens(seen.n_tokens, widest)
+    return told if too_few is None else f"{told}\nWarning: {too_few}"
 
 
 def show_next(command: str) -> None:

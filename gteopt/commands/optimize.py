@@ -6,6 +6,8 @@ to know: how anything is built or measured (`commands.run` carries the plan out)
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +15,22 @@ from pathlib import Path
 import yaml
 
 from gteopt.build.build_time import UNCERTAINTY
+from gteopt.build.calibration_texts import draw_texts
 from gteopt.commands.inspect import inspect
 from gteopt.commands.run import run
 from gteopt.config.engines import EngineChoice, format_for
 from gteopt.config.limits import Limits
 from gteopt.config.plan import ColumnRole, Plan, PlanBench, Screening
-from gteopt.config.recipe import Dims, Effort, Recipe, VectorCode, Vectors, load_recipe
+from gteopt.config.recipe import (
+    Calibration,
+    Dims,
+    Effort,
+    GptqWeights,
+    Recipe,
+    VectorCode,
+    Vectors,
+    load_recipe,
+)
 from gteopt.config.yaml_files import shipped_names
 from gteopt.errors import InputError
 from gteopt.evaluation.user_data import read_own, read_texts
@@ -35,6 +47,10 @@ _SMALLER = ("mixed-3.5", "gptq-int3")
 """Recipes worth trying: always; at efforts above fast; where the others are too large."""
 _ON_GPU = ("fp8",)
 _PLAN_FILE = "plan.yaml"
+_ENOUGH_TO_SPLIT = 200
+"""Own texts from which on some are calibrated on: the others still tell variants apart."""
+_MOST_CALIBRATED = 128
+"""Own texts among those of calibration; the built-in ones keep other kinds of text close."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +157,17 @@ def propose(
     chosen = [trial for trial in trials if trial.dropped is None]
     if not chosen:
         raise InputError(_nothing_fits(trials, limits, search))
-    names = tuple(_written(trial.recipe, out) for trial in chosen)
+    recipes = [trial.recipe for trial in chosen]
+    held_out = judges.texts
+    notes = list(_notes(judges))
+    if split := _split_texts(judges):
+        calibration, held_out = _write_split(split, out, dict(judges.columns).get("text", "text"))
+        recipes = [_calibrated(recipe, calibration) for recipe in recipes]
+        notes.append(
+            f"calibrated on {len(split[0])} of your texts beside built-in ones; judged on the "
+            f"{len(split[1])} others"
+        )
+    names = tuple(_written(recipe, out) for recipe in recipes)
     plan = Plan(
         schema="gteopt.plan/1",
         name="optimize",
@@ -151,7 +177,7 @@ def propose(
         suite=judges.suite,
         data=judges.data,
         columns=dict(judges.columns),
-        texts=judges.texts,
+        texts=held_out,
         languages=judges.languages,
         budget=judges.budget,
         effort=search.effort,
@@ -167,7 +193,7 @@ def propose(
         inspection=inspection,
         trials=trials,
         seconds=_seconds(chosen, inspection),
-        notes=tuple(_notes(judges)),
+        notes=tuple(notes),
     )
 
 
@@ -365,6 +391,52 @@ def _written(recipe: Recipe, out: Path) -> str:
     content = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     _write_yaml(file, {"schema": "gteopt.recipe/1", **content}, "Written by `gteopt optimize`.")
     return f"recipes/{recipe.name}.yaml"
+
+
+def _split_texts(judges: Judges) -> tuple[list[str], list[str]] | None:
+    """The user's texts to calibrate on and those to judge on; None where they are too few.
+
+    A variant is closest on the texts that it was calibrated on, so no text is in both.
+    """
+    if judges.texts is None:
+        return None
+    texts = read_texts(judges.texts, dict(judges.columns))
+    if len(texts) < _ENOUGH_TO_SPLIT:
+        return None
+    n_own = min(_MOST_CALIBRATED, len(texts) // 4)
+    chosen = set(random.Random(0).sample(range(len(texts)), n_own))
+    own = [text for i, text in enumerate(texts) if i in chosen]
+    return own, [text for i, text in enumerate(texts) if i not in chosen]
+
+
+def _write_split(
+    split: tuple[list[str], list[str]], out: Path, column: str
+) -> tuple[Calibration, Path]:
+    """Both parts as files in `out`, the first one among built-in texts."""
+    own, held_out = split
+    n_builtin = Calibration().n_texts - len(own)
+    builtin = draw_texts(Calibration(n_texts=n_builtin))
+    rows = [{"text": text} for text in own]
+    rows += [
+        {"text": each.text, "role": each.role, "instruction": each.instruction or ""}
+        for each in builtin
+    ]
+    calibration, judged = out / "calibration.jsonl", out / "held-out.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    for file, content in (
+        (calibration, rows),
+        (judged, [{column: text} for text in held_out]),
+    ):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        write_atomically(file, lines.encode())
+    return Calibration(texts=str(calibration.resolve()), n_texts=len(rows)), judged.resolve()
+
+
+def _calibrated(recipe: Recipe, calibration: Calibration) -> Recipe:
+    """The recipe with other calibration texts, where its weights are solved with any."""
+    if not isinstance(recipe.weights, GptqWeights):
+        return recipe
+    return recipe.model_copy(update={"calibration": calibration})
 
 
 def _write_plan(plan: Plan) -> Path:

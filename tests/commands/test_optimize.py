@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from gteopt.build.calibration_texts import draw_texts
 from gteopt.commands.choose import judge
 from gteopt.commands.optimize import Judges, Search, propose
 from gteopt.commands.run import run
 from gteopt.config.limits import Limits
 from gteopt.config.plan import Plan, PlanBench, Screening, Workload, load_plan
 from gteopt.config.policy import load_policy
+from gteopt.config.recipe import Calibration, load_recipe
 from gteopt.errors import InputError
+from gteopt.evaluation.user_data import read_texts
 from gteopt.paths import shipped_dir
 from gteopt.records.results_folder import Results, read_results
 from gteopt.report.pick import pick_lines, use_lines
@@ -74,6 +77,22 @@ def test_an_index_limit_shortens_vectors(tmp_path: Path, texts: Path) -> None:
     assert len(plan.recipes) > 3
     assert any("64-int8" in name for name in plan.recipes)
     assert any("64-bytes" in name for name in plan.recipes)
+
+
+def test_many_own_texts_are_calibrated_on_and_judged_on_and_none_is_both(tmp_path: Path) -> None:
+    own = [f"Order {i} left the warehouse in {i % 7 + 2} boxes." for i in range(240)]
+    (tmp_path / "own.txt").write_text("\n".join(own))
+    plan = proposed(tmp_path / "out", tmp_path / "own.txt", max_weights="13MB")
+    assert plan.texts is not None
+    judged = set(read_texts(plan.texts))
+    recipe = load_recipe(str(tmp_path / "out" / plan.recipes[0]))
+    drawn = {each.text for each in draw_texts(recipe.calibration)}
+    assert judged | (drawn & set(own)) == set(own)
+    assert not judged & drawn
+    assert len(drawn & set(own)) == 60
+    builtin = drawn - set(own)
+    assert builtin <= {each.text for each in draw_texts(Calibration())}
+    assert len(builtin) == Calibration().n_texts - 60
 
 
 @pytest.fixture(scope="module")
