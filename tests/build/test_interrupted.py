@@ -271,20 +271,20 @@ def changed(base: Path, target: Path, name: str, index: int, value: float) -> Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"),
+    "name",
     [
-        ("layers.1.mlp.up_proj.weight", r"the weights of layers\.1\.mlp\.up_proj hold NaN"),
-        ("layers.1.post_attention_layernorm.weight", r"the input of layers\.1\.mlp\.gate_proj"),
-        ("layers.2.input_layernorm.weight", r"the input of layers\.2\.self_attn\.q_proj"),
+        "layers.1.mlp.up_proj.weight",
+        "layers.1.post_attention_layernorm.weight",
+        "layers.2.input_layernorm.weight",
     ],
 )
-def test_nan_names_the_layer_and_keeps_the_blocks_before_it(
-    base: Path, tmp_path: Path, name: str, layer: str
+def test_nan_names_the_tensor_and_keeps_the_blocks_before_it(
+    base: Path, tmp_path: Path, name: str
 ) -> None:
     bad = changed(base, tmp_path / MODELS[0].name, name, 3, float("nan"))
     stopped = build(bad, tmp_path / "out", "gptq-int4")
     assert stopped.error.startswith("NumericsError")
-    assert re.search(layer, stopped.error)
+    assert f"hold NaN or infinity ({name})" in stopped.error
     assert finished_blocks(tmp_path / "out") == int(name.split(".")[1])
 
 
