@@ -171,7 +171,7 @@ def _kernels(checkpoint: Checkpoint, device: str) -> dict[str, int] | None:
         if isinstance(each, nn.Linear)
     }
     layers = quantized_layers(checkpoint)
-    ways = ways_for(layers, kind, "measured") if where.type == "cpu" else DETERMINISTIC
+    ways = ways_for(layers, kind, "deterministic") if where.type == "cpu" else DETERMINISTIC
     for layer in manifest.layers if manifest else ():
         shape = layer.out_features, layer.in_features
         names[layer.name] = kernel_name(layer.scheme, *shape, device=where, dtype=kind, ways=ways)

@@ -55,7 +55,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     backend: Backend = "torch",
-    kernels: str = "measured",
+    kernels: str = "deterministic",
     cuda_graphs: bool = True,
     hub_dir: Path | None = None,
     revision: str | None = None,

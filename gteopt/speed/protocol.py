@@ -139,7 +139,7 @@ def bench(
                 checkpoints[name],
                 device=there,
                 backend=backend,
-                kernels="measured",
+                kernels="deterministic",
                 cuda_graphs=True,
             )
         variants[name] = session.measure(name, encoder, footprints[name], progress)
