@@ -301,12 +301,12 @@ def test_a_group_size_that_does_not_divide_names_every_layer_before_any_work(
     assert list(tmp_path.glob("*out*")) == []
 
 
-@pytest.mark.parametrize("fallback", ["row", "skip"])
+@pytest.mark.parametrize("fallback", ["per_channel", "skip"])
 def test_a_fallback_is_done_and_recorded(narrow: Path, tmp_path: Path, fallback: str) -> None:
     manifest = gteopt.quantize(narrow, misfit(fallback), tmp_path / "out")
     name = "layers.1.mlp.down_proj"
     layers = {layer.name: layer for layer in manifest.layers}
-    if fallback == "row":
+    if fallback == "per_channel":
         assert layers[name].scheme.group_size == "per_channel"
         assert "does not divide 160" in (layers[name].note or "")
     else:
