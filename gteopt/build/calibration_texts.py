@@ -42,13 +42,19 @@ class CalibrationText:
 def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[CalibrationText, ...]:
     """The recipe's texts: read, deduplicated, drawn with its seed, in a fixed order.
 
+    Of the built-in set, short texts that were written by hand come first: they are the most varied,
+    and a small draw of all of them would hardly cover single words.
+
     Raises:
         InputError: the source is missing, malformed, or has no usable text.
     """
-    texts = list(dict.fromkeys(_read_texts(spec, hub_dir)))
+    texts: list[CalibrationText] = []
+    for group in _read_builtin() if spec.texts == BUILTIN else [_read_texts(spec, hub_dir)]:
+        drawn = list(dict.fromkeys(group))
+        random.Random(spec.seed).shuffle(drawn)
+        texts += drawn
     if not texts:
         raise InputError(f"calibration texts '{spec.texts}' hold no text")
-    random.Random(spec.seed).shuffle(texts)
     return tuple(texts[: spec.n_texts])
 
 
@@ -112,12 +118,19 @@ def with_sentences(texts: Sequence[CalibrationText]) -> list[CalibrationText]:
     return list(dict.fromkeys(out))
 
 
+def _read_builtin() -> tuple[list[CalibrationText], list[CalibrationText]]:
+    """The built-in set: short texts that were written by hand, and all others."""
+    first: list[CalibrationText] = []
+    others: list[CalibrationText] = []
+    for line in (ASSETS / "calibration.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        is_first = row["source"] == "written for gteopt" and row["kind"] != "long"
+        text = CalibrationText(row["text"], row["role"], row["instruction"])
+        (first if is_first else others).append(text)
+    return first, others
+
+
 def _read_texts(spec: Calibration, hub_dir: Path | None) -> Iterator[CalibrationText]:
-    if spec.texts == BUILTIN:
-        path = ASSETS / "calibration.jsonl"
-        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            yield CalibrationText(row["text"], row["role"], row["instruction"])
-        return
     path = Path(spec.texts)
     if path.suffix in (".jsonl", ".csv", ".txt"):
         if not path.is_file():

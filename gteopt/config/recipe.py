@@ -236,7 +236,7 @@ class Calibration(Frozen):
     texts: str = "builtin"
     column: str = "text"
     split: str = "train"
-    n_texts: Annotated[int, Field(ge=1)] = 384
+    n_texts: Annotated[int, Field(ge=1)] = 512
     max_tokens: Annotated[int, Field(ge=8)] = 512
     seed: int = 0
 

@@ -254,8 +254,8 @@ def test_a_number_that_is_none_is_never_taken_for_no_loss(
 def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None:
     """Of 6 further blocks, 75 MB of weights, one is in memory at a time."""
     script = (
-        "from gteopt.loading import load_checkpoint\n"
-        "from gteopt.recipe import LayerScheme\n"
+        "from gteopt.encoder.loading import load_checkpoint\n"
+        "from gteopt.config.recipe import LayerScheme\n"
         "from gteopt.build.sensitivity import measure\n"
         "checkpoint = gteopt.model.checkpoint.open_checkpoint(sys.argv[1])\n"
         "encoder = load_checkpoint(checkpoint, later='layers')\n"

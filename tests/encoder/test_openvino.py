@@ -195,9 +195,9 @@ def test_an_artifact_has_the_same_vectors_on_both_backends(artifact: Path) -> No
 
 @pytest.fixture(scope="module")
 def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The nano with inputs rounded by scales of as many texts as recipes take."""
+    """The nano with inputs rounded by scales of calibration."""
     out = tmp_path_factory.mktemp("openvino") / "static"
-    calibration = {"calibration": Calibration(max_tokens=64)}
+    calibration = {"calibration": Calibration(n_texts=96, max_tokens=64)}
     gteopt.quantize("nano", load_recipe("int8-static").model_copy(update=calibration), out)
     return out
 
