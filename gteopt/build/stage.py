@@ -31,6 +31,7 @@ from gteopt.model.artifact import (
 )
 from gteopt.model.checkpoint import LATENT_FILE, Checkpoint
 from gteopt.progress import Progress
+from gteopt.records.canary import CANARY, CanaryRecord
 from gteopt.records.files import write_record
 from gteopt.records.manifest import (
     AllocationRecord,
@@ -41,6 +42,7 @@ from gteopt.records.manifest import (
     TuningRecord,
     UnquantizedRecord,
 )
+from gteopt.vectors.transform import VectorTransform
 
 _STATE = "build-state.json"
 
@@ -180,6 +182,7 @@ def finish(
         format=parts.format,
         unquantized=parts.unquantized,
         vectors=transform.record(),
+        canary=_canary(encoder, transform),
         weight_bytes=sum(f.n_bytes for f in weights),
         files=files,
         versions=versions(),
@@ -190,3 +193,10 @@ def finish(
     manifest = manifest.model_copy(update={"files": files})
     seal(stage, run.out, manifest)
     return manifest
+
+
+def _canary(encoder: Encoder, transform: VectorTransform) -> CanaryRecord | None:
+    """The vector of a known text; None where the build has freed its blocks."""
+    if any(parameter.is_meta for parameter in encoder.module.parameters()):
+        return None
+    return CanaryRecord.of(CANARY, transform.project(encoder.embed([CANARY]))[0])

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 
 from gteopt.config.recipe import FormatName, LayerScheme, Recipe, VectorCode
 from gteopt.frozen import Frozen
+from gteopt.records.canary import CanaryRecord
 from gteopt.records.environment import Conditions, Machine
 
 
@@ -241,6 +242,8 @@ class Manifest(Frozen):
         embedding: the token embedding table, a row a token; None where it is not quantized.
         allocation: how bits were chosen by layer; None without a budget.
         tuning: what was learned after the solver; None at effort fast.
+        canary: a text and its vector, which `serve` compares with what it computes; None in older
+            artifacts, and where the build freed each block and shortened no vectors.
         published_from: in a published folder, the hash of the artifact that it was made from, which
             differs from it in README.md only; None in an artifact as it was built.
     """
@@ -258,6 +261,7 @@ class Manifest(Frozen):
     unquantized: tuple[UnquantizedRecord, ...]
     vectors: VectorRecord
     weight_bytes: int
+    canary: CanaryRecord | None = None
     files: tuple[FileRecord, ...]
     versions: Conditions
     machine: Machine

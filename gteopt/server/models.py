@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.tokenization import Role, Tokens
 from gteopt.errors import GteoptError, InputError, NumericsError, UnsupportedError, suggest
+from gteopt.records.canary import CANARY, LEAST_COSINE, CanaryRecord
 from gteopt.records.results_folder import read_results
 from gteopt.server import answers
 from gteopt.server.batching import Budget, CostModel
 
 Floats = NDArray[np.float32]
-CANARY = "The quick brown fox jumps over the lazy dog; 12 wizards box 34 quick jugglers."
-_LEAST_COSINE = 0.999
+_OWN_COSINE = 0.999
+"""Of a vector to the one that the same process computed; only the rest of the batch differs."""
 _TOKENIZE_CHARACTERS = 50_000
 """Texts that are tokenized before somebody else's turn."""
 _HOST_S = 0.5e-3
@@ -82,7 +83,8 @@ class Served:
         budget: what one of them holds.
         tokenizer: the one thread that may use its tokenizer, whose state is shared.
         loaded_at: Unix time.
-        canary: the vector of `CANARY`, computed right after loading.
+        canary_text: the text that readiness is checked with, as the artifact states it.
+        canary: its vector, computed right after loading.
     """
 
     def __init__(self, name: str, source: str, encoder: Encoder) -> None:
@@ -94,6 +96,7 @@ class Served:
         self.budget = Budget(_MOST_BUDGET_S["cpu"], _MOST_TOKENS["cpu"])
         self.tokenizer = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self.loaded_at = int(time.time())
+        self.canary_text = self._stored.text if self._stored else CANARY
         self.canary: Floats = np.zeros(encoder.dims, np.float32)
         self._pads = encoder.pads
 
@@ -113,13 +116,21 @@ class Served:
             seconds: after which no further shape is measured.
 
         Raises:
-            NumericsError: the canary's vector is no direction.
+            NumericsError: the canary's vector is no direction, or not the one that the artifact
+                stores.
         """
-        self.canary = on_device(lambda: self.encoder.encode([CANARY])[0])
+        self.canary = on_device(lambda: self.encoder.encode([self.canary_text])[0])
         if not 0 < float(np.linalg.norm(self.canary)) <= 1 + 1e-3:
             raise NumericsError(
                 f"{self.name}: the vector of the text that readiness is checked with has length "
                 f"{np.linalg.norm(self.canary):.3g}; verify the artifact"
+            )
+        cosine = self._stored.cosine(self.canary) if self._stored else 1.0
+        if cosine < LEAST_COSINE:
+            raise NumericsError(
+                f"{self.name}: the text that readiness is checked with has cosine {cosine:.4f} to "
+                f"the vector that the artifact stores, and {LEAST_COSINE:g} is the least; verify "
+                f"the artifact, or try another backend or number type"
             )
 
         # What this thread computes, so that another process on the same cores is not measured too.
@@ -200,10 +211,16 @@ class Served:
                 groups.append([i])
         return groups
 
+    @property
+    def _stored(self) -> CanaryRecord | None:
+        """What the build stored; None in older artifacts and in models that are none."""
+        manifest = self.encoder.manifest
+        return manifest.canary if manifest is not None else None
+
     def is_right(self, canary: Floats) -> bool:
         """Whether a vector of the canary is the one computed at load, within rounding."""
         norms = np.linalg.norm(canary) * np.linalg.norm(self.canary)
-        return bool(canary @ self.canary >= _LEAST_COSINE * norms > 0)
+        return bool(canary @ self.canary >= _OWN_COSINE * norms > 0)
 
     def shorten(self, rows: Floats, dims: int) -> Floats:
         """Vectors [N, D] cut to a supported length, and normalised again unless by dot products."""

@@ -20,7 +20,7 @@ from gteopt.server import answers
 from gteopt.server.engine import DeviceDied, Engine, Refused, Work
 from gteopt.server.keys import Keys
 from gteopt.server.metrics import Metrics
-from gteopt.server.models import CANARY, Prompt, Served
+from gteopt.server.models import Prompt, Served
 from gteopt.server.pipeline import Call, Pipeline, on_thread
 from gteopt.server.schema import (
     ApiError,
@@ -185,7 +185,9 @@ class Service:
         return None
 
     async def _canary_problem(self, served: Served) -> str | None:
-        tokens = await on_thread(served.tokenizer, served.tokenization.tokenize, [CANARY])
+        tokens = await on_thread(
+            served.tokenizer, served.tokenization.tokenize, [served.canary_text]
+        )
         work = Work.of(served, tokens, key="readiness", dims=served.encoder.dims)
         try:
             async with asyncio.timeout(_CANARY_TIMEOUT_S):

@@ -10,16 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 import gteopt
 from gteopt.config.recipe import load_recipe
 from gteopt.encoder.encoder import Encoder
-from gteopt.errors import IntegrityError
+from gteopt.errors import IntegrityError, NumericsError
+from gteopt.machine import machine
+from gteopt.records.canary import CANARY, CanaryRecord
+from gteopt.records.evaluation import EvalReport, Fidelity
+from gteopt.records.files import write_record
 from gteopt.server.answers import shorten
 from gteopt.server.models import Served, measure_cost
 from tests.server.running_server import Running, running
 
 TEXTS = ["how tall is mont blanc", "Mont Blanc is 4,806 metres high.", "a"]
+NOT_FINITE = base64.b64encode(np.full(2, np.nan, "<f2").tobytes()).decode()
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,86 @@ def test_a_damaged_artifact_is_not_served(artifact: Path, tmp_path: Path) -> Non
     weights.write_bytes(content)
     with pytest.raises(IntegrityError, match="damaged"), running({"a": str(damaged)}):
         pass
+
+
+def test_a_server_computes_the_vector_that_the_build_stored(short: Running) -> None:
+    served = short.service.models["short"]
+    manifest = served.encoder.manifest
+    assert manifest is not None
+    assert manifest.canary is not None
+    assert manifest.canary.cosine(served.encoder.encode([manifest.canary.text])[0]) > 0.999
+    assert short.client.get("/readyz").json() == {"ready": True}
+
+
+@pytest.mark.parametrize("change", ["another text", "fewer dimensions"])
+def test_an_artifact_that_computes_another_vector_is_not_served(
+    artifact: Path, change: str
+) -> None:
+    encoder = gteopt.load(artifact)
+    assert encoder.manifest is not None
+    other = encoder.encode(["a text about something else"])[0]
+    vector = other if change == "another text" else encoder.encode([CANARY])[0, :64]
+    stored = encoder.manifest.model_copy(update={"canary": CanaryRecord.of(CANARY, vector)})
+    object.__setattr__(encoder.checkpoint, "manifest", stored)
+    with pytest.raises(NumericsError, match="that the artifact stores"):
+        Served("a", str(artifact), encoder).warm_up(seconds=0.1)
+
+
+def test_an_artifact_without_a_stored_vector_is_served(artifact: Path) -> None:
+    encoder = gteopt.load(artifact)
+    assert encoder.manifest is not None
+    older = encoder.manifest.model_copy(update={"canary": None})
+    object.__setattr__(encoder.checkpoint, "manifest", older)
+    served = Served("a", str(artifact), encoder)
+    served.warm_up(seconds=0.1)
+    assert served.is_right(encoder.encode([CANARY])[0])
+
+
+@pytest.mark.parametrize("vector", ["no base64!", "", "AA==", NOT_FINITE])
+def test_a_stored_vector_without_numbers_is_refused(vector: str) -> None:
+    with pytest.raises(ValidationError, match="canary's vector"):
+        CanaryRecord(text="a", vector=vector)
+
+
+def test_info_repeats_license_retention_and_fidelity_of_the_results(artifact: Path) -> None:
+    """The artifact lies beside the records in a results folder, as `run` leaves it."""
+    encoder = gteopt.load(artifact)
+    fidelity = Fidelity(
+        n_texts=100, mean_cosine=0.99, p1_cosine=0.97, neighbour_overlap=0.82, spearman=0.99
+    )
+    report = EvalReport(
+        variant=artifact.name,
+        artifact_sha256=encoder.sha256,
+        baseline="nano",
+        baseline_sha256="b" * 64,
+        suite="stsb",
+        suite_sha256="c" * 64,
+        tasks=(),
+        failed=(),
+        partial=False,
+        score=0.5806,
+        baseline_score=0.5815,
+        retention=0.9985,
+        retention_low=0.9951,
+        retention_high=1.0012,
+        fidelity=fidelity,
+        machine=machine(),
+        versions={},
+    )
+    other = report.model_copy(update={"variant": "other", "artifact_sha256": "d" * 64})
+    for each in (report, other):
+        write_record(artifact.parent / "eval" / f"{each.variant}.json", each)
+    try:
+        about = Served("a", str(artifact), encoder).about
+    finally:
+        shutil.rmtree(artifact.parent / "eval")
+    assert encoder.manifest is not None
+    assert about["license"] == encoder.manifest.base.license
+    (quality,) = about["quality"]
+    assert quality["suite"] == "stsb"
+    ends = ("retention", "retention_low", "retention_high")
+    assert [quality[end] for end in ends] == [0.9985, 0.9951, 1.0012]
+    assert [quality["mean_cosine"], quality["neighbour_overlap"]] == [0.99, 0.82]
 
 
 def test_a_cut_vector_is_a_unit_vector_again() -> None:

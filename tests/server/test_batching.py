@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -147,6 +148,26 @@ def test_a_short_query_does_not_wait_behind_a_corpus_of_the_same_key() -> None:
     server.run([*bulk, (101.0, query)])
     # What is left of the pass at work, and its own.
     assert server.finished[query] - 101.0 <= 20.0 + 0.2
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.2, 2.0))
+def test_nineteen_of_twenty_queries_under_bulk_load_take_two_and_a_half_passes(
+    seed: int, rate: float
+) -> None:
+    """Queries arrive by chance, up to two in the time of a pass, while corpora fill the queue."""
+    pass_s = 20.0
+    generator = random.Random(seed)
+    due, queries = 0.0, []
+    for _ in range(200):
+        due += generator.expovariate(rate / pass_s)
+        queries.append((due, job([0.2], budget_s=pass_s)))
+    lengths = [min(16.0, generator.lognormvariate(1.0, 0.6)) for _ in range(40)]
+    bulk = [(due * i / 40, job(lengths * 4, budget_s=pass_s)) for i in range(40)]
+    server = Server(FairQueue())
+    server.run([*bulk, *queries])
+    waits = sorted(server.finished[each] - at for at, each in queries)
+    assert waits[int(0.95 * len(waits))] <= 2.5 * pass_s
 
 
 @given(st.floats(0.25, 4.0))
