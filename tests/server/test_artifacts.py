@@ -133,13 +133,23 @@ def test_info_repeats_license_retention_and_fidelity_of_the_results(artifact: Pa
     """The artifact lies beside the records in a results folder, as `run` leaves it."""
     encoder = gteopt.load(artifact)
     fidelity = Fidelity(
-        n_texts=100, mean_cosine=0.99, p1_cosine=0.97, neighbour_overlap=0.82, spearman=0.99
+        n_texts=100,
+        mean_cosine=0.99,
+        p1_cosine=0.97,
+        neighbour_overlap=0.82,
+        spearman=0.99,
+        n_queries=20,
+        n_documents=80,
+        n_all_documents=80,
     )
     report = EvalReport(
         variant=artifact.name,
         artifact_sha256=encoder.sha256,
         baseline="nano",
         baseline_sha256="b" * 64,
+        dims=384,
+        code="float32",
+        bytes_per_vector=1536,
         suite="stsb",
         suite_sha256="c" * 64,
         tasks=(),
