@@ -75,3 +75,38 @@ const observer = new ResizeObserver((entries) => {
 });
 for (const figure of figures) observer.observe(figure);
 window.addEventListener("load", () => figures.forEach(fit));
+
+// Another policy: its answer lies on the page as a template, made by the rule of `gteopt choose`.
+const policies = document.getElementById("policy");
+function mark(statuses) {
+  const isPicked = (name) => (statuses[name] || [""])[0].startsWith("picked");
+  for (const row of document.querySelectorAll("#table-variants tbody tr")) {
+    const [kind, words] = statuses[row.cells[0].dataset.value];
+    row.className = kind;
+    row.cells[0].querySelector("small").textContent = words;
+  }
+  for (const chart of document.querySelectorAll(".js-plotly-plot")) {
+    chart.data.forEach((trace, number) => {
+      const { variant, variants, own, picked } = trace.meta || {};
+      if (variant !== undefined) {
+        const [color, symbol] = isPicked(variant) ? picked : own;
+        const size = isPicked(variant) ? 15 : 11;
+        const marker = { "marker.color": color, "marker.symbol": symbol, "marker.size": size };
+        Plotly.restyle(chart, marker, [number]);
+      } else if (variants !== undefined) {
+        const colours = variants.map((name) => (isPicked(name) ? picked : own));
+        Plotly.restyle(chart, { "marker.color": [colours] }, [number]);
+      }
+    });
+  }
+}
+if (policies) {
+  policies.addEventListener("change", () => {
+    const answer = document.querySelector(`template[data-policy="${policies.value}"]`);
+    for (const part of answer.content.children) {
+      const place = document.querySelector(`[data-part="${part.dataset.part}"]`);
+      place.replaceChildren(...part.cloneNode(true).childNodes);
+    }
+    mark(JSON.parse(answer.dataset.statuses));
+  });
+}

@@ -477,12 +477,11 @@ def report(
 
     Example: `gteopt report artifacts/demo`
     """
-    from gteopt.commands.choose import title_of
+    from gteopt.commands.choose import write_page
     from gteopt.records.results_folder import read_results
-    from gteopt.report.html import write_report
 
     results = read_results(results_dir)
-    path = write_report(results_dir, results, title=title_of(results_dir))
+    path = write_page(results_dir, results)
     style = style_of(as_json, as_csv, as_markdown)
     show_results(results, style, folder=results_dir)
     if style == "table":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gteopt.config.policy import Policy
+from gteopt.config.policy import Policy, load_policy
+from gteopt.config.yaml_files import shipped_names
+from gteopt.errors import InputError
 from gteopt.evaluation.statistics import settle
 from gteopt.records.evaluation import EvalReport
 from gteopt.records.files import read_record, write_record
@@ -23,6 +25,24 @@ def judge(folder: Path, policy: Policy) -> Results:
         InputError, IntegrityError: see `read_results` and `choose`.
     """
     found = read_results(folder)
+    results = judged(found, policy)
+    for path in (folder / "eval").glob("*.json"):
+        report = results.evals[read_record(path, EvalReport).variant]
+        if report.variant in found.evals and report != found.evals[report.variant]:
+            write_record(path, report)
+    assert results.choice is not None
+    write_record(folder / "choice.json", results.choice)
+    if (folder / "report.html").is_file():
+        write_page(folder, results)
+    return results
+
+
+def judged(found: Results, policy: Policy) -> Results:
+    """What was measured, with the choice of a policy and verdicts against its margin.
+
+    Raises:
+        InputError: see `choose`.
+    """
     corrections = {report.correction for report in found.evals.values()}
     evals = settle(
         {
@@ -32,16 +52,18 @@ def judge(folder: Path, policy: Policy) -> Results:
         "row" if corrections == {"row"} else "family",
     )
     results = found.model_copy(update={"evals": evals, "choice": None})
-    results = results.model_copy(update={"choice": choose(policy, results)})
-    for path in (folder / "eval").glob("*.json"):
-        report = evals[read_record(path, EvalReport).variant]
-        if report.variant in found.evals and report != found.evals[report.variant]:
-            write_record(path, report)
-    assert results.choice is not None
-    write_record(folder / "choice.json", results.choice)
-    if (folder / "report.html").is_file():
-        write_report(folder, results, title=title_of(folder))
-    return results
+    return results.model_copy(update={"choice": choose(policy, results)})
+
+
+def write_page(folder: Path, results: Results) -> Path:
+    """Write report.html with the answer of every shipped policy, and return its path."""
+    others: dict[str, Results | str] = {}
+    for name in shipped_names("recipes/policies"):
+        try:
+            others[name] = judged(results, load_policy(name))
+        except InputError as error:
+            others[name] = str(error)
+    return write_report(folder, results, title_of(folder), others=others)
 
 
 def title_of(folder: Path) -> str:

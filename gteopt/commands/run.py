@@ -25,7 +25,7 @@ from pathlib import Path
 from gteopt.build.quantize import quantize
 from gteopt.build.truncate import restyle
 from gteopt.commands.bench import BASELINE, ReportFile, measure
-from gteopt.commands.choose import title_of
+from gteopt.commands.choose import write_page
 from gteopt.commands.estimate_evaluation import within_budget
 from gteopt.commands.evaluate import Setup, compare_texts, score
 from gteopt.commands.screening import screen
@@ -50,7 +50,6 @@ from gteopt.records.files import read_record, write_record
 from gteopt.records.results_folder import Results, RunRecord
 from gteopt.records.screening import ScreeningRecord
 from gteopt.report.choose import choose
-from gteopt.report.html import write_report
 from gteopt.speed.protocol import default_workloads
 
 
@@ -105,7 +104,7 @@ def run(
     choice = choose(policy, results)
     write_record(folder / "choice.json", choice)
     results = results.model_copy(update={"choice": choice})
-    write_report(folder, results, title=title_of(folder))
+    write_page(folder, results)
     return results
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io
 
+from gteopt.records.evaluation import EvalReport, FidelityReport
+from gteopt.records.results_folder import Results
 from gteopt.report.rows import Row
 
 # Mid-tones, readable on the light and on the dark page (contrast at least 3:1 on both).
@@ -23,8 +25,11 @@ _COLOURS = (_BLUE, "#c9772b", "#9b6dd1", "#c4518f", "#3d97a8", "#a8842c", "#cf5b
 _SYMBOLS = ("circle", "square", "cross", "triangle-up", "x")
 # Above the plot: below it, the legend would lie on the axis title where it takes several lines.
 _LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+_SIZE, _PICKED_SIZE = 11, 15
 _LEAST_DISTANCE = 1e-6
 """All that float32 cannot tell from zero."""
+_LEAST_FRONTIER = 3
+"""Different sizes of a vector from which on their neighbours are drawn."""
 _MOST_NAMED = 12
 """Beyond so many variants a legend names only the baseline, the pick and the Pareto front."""
 FIDELITY_CHARTS = {
@@ -90,8 +95,8 @@ def trade_chart(
     figure.update_layout(legend=_LEGEND)
     if logarithmic:
         figure.update_xaxes(title=x_title, type="log", automargin=True, zeroline=False)
-        ticks = sorted({x for x, *_ in points})
-        figure.update_xaxes(tickvals=ticks, ticktext=[f"{x:,g}" for x in ticks])
+        ticks = spread(sorted({round(x) for x, *_ in points}))
+        figure.update_xaxes(tickvals=ticks, ticktext=[f"{x:,}" for x in ticks])
     else:
         figure.update_xaxes(title=x_title, **_axis(x for x, *_ in points))
     words = "Retention, %" if quality == "retention" else "10 nearest kept, %"
@@ -119,12 +124,16 @@ def _point(
     colour, symbol = _COLOURS[number % len(_COLOURS)], _SYMBOLS[number % len(_SYMBOLS)]
     if row.is_baseline:
         colour, symbol = _GREY, "diamond"
-    if row.status == "picked":
-        colour, symbol = _GREEN, "star"
     shown = edge if below else y
+    is_picked = row.status == "picked"
+    own = (colour, "triangle-down" if below else symbol)
+    picked = (_GREEN, "triangle-down" if below else "star")
+    shape = picked if is_picked else own
     return go.Scatter(
         x=[x],
         y=[shown],
+        # What the page's script draws where another policy picks, or no longer picks, the variant.
+        meta={"variant": row.name, "own": own, "picked": picked},
         error_y={
             "type": "data",
             "symmetric": False,
@@ -139,9 +148,9 @@ def _point(
         hovertemplate="%{text}<extra></extra>",
         mode="markers",
         marker={
-            "size": 15 if row.status == "picked" else 11,
-            "color": colour,
-            "symbol": "triangle-down" if below else symbol,
+            "size": _PICKED_SIZE if is_picked else _SIZE,
+            "color": shape[0],
+            "symbol": shape[1],
         },
     )
 
@@ -193,6 +202,79 @@ def latency_chart(lines: Sequence[Row]) -> str:
     return _html(figure, "latency")
 
 
+def frontier_chart(results: Results) -> str | None:
+    """Neighbours kept by the bytes of a vector, a trace a code; None where no grid was scored.
+
+    The dotted line joins what no other length and code beats at as many bytes or fewer.
+    """
+    reports: list[EvalReport | FidelityReport] = [*results.evals.values()]
+    reports += results.fidelity.values()
+    points = {
+        report.variant: (report.bytes_per_vector, 100 * report.fidelity.neighbour_overlap, report)
+        for report in reports
+        if report.artifact_sha256 != report.baseline_sha256
+    }
+    ticks = sorted({n_bytes for n_bytes, *_ in points.values()})
+    if len(ticks) < _LEAST_FRONTIER:
+        return None
+    front = pareto_line([point[:2] for point in points.values()], larger_is_better=False)
+    figure = go.Figure(
+        go.Scatter(
+            x=[x for x, _ in front],
+            y=[y for _, y in front],
+            mode="lines",
+            name="the most kept",
+            line={"color": _GREY, "width": 1.5, "dash": "dot", "shape": "hv"},
+            hoverinfo="skip",
+        )
+    )
+    codes = dict.fromkeys(report.code for *_, report in points.values())
+    for number, code in enumerate(codes):
+        own = [point for point in points.values() if point[2].code == code]
+        words = [
+            f"<b>{escape(report.variant)}</b><br>{n_bytes:,} bytes<br>{kept:.1f} %"
+            + (f"<br>score {100 * report.score:.2f}" if isinstance(report, EvalReport) else "")
+            for n_bytes, kept, report in own
+        ]
+        figure.add_trace(
+            go.Scatter(
+                x=[n_bytes for n_bytes, *_ in own],
+                y=[kept for _, kept, _ in own],
+                mode="markers",
+                name=code,
+                text=words,
+                hovertemplate="%{text}<extra></extra>",
+                marker={
+                    "size": _SIZE,
+                    "color": _COLOURS[number % len(_COLOURS)],
+                    "symbol": _SYMBOLS[number % len(_SYMBOLS)],
+                },
+            )
+        )
+    figure.update_layout(**_layout(height=370, legend=True))
+    figure.update_layout(legend=_LEGEND)
+    shown = spread(ticks)
+    figure.update_xaxes(
+        title="Bytes a vector (MB a million)",
+        type="log",
+        automargin=True,
+        zeroline=False,
+        tickvals=shown,
+        ticktext=[f"{n_bytes:,}" for n_bytes in shown],
+    )
+    figure.update_yaxes(title="10 nearest kept, %", **_axis(y for _, y, _ in points.values()))
+    return _html(figure, "frontier")
+
+
+def spread(ticks: Sequence[int]) -> list[int]:
+    """The ticks of a logarithmic axis whose labels do not touch: each half as large again."""
+    shown: list[int] = []
+    for tick in ticks:
+        if not shown or tick >= 1.5 * shown[-1]:
+            shown.append(tick)
+    return shown
+
+
 def fidelity_chart(lines: Sequence[Row], attribute: str) -> str:
     """One measure of fidelity, a line a variant."""
     is_distance = FIDELITY_CHARTS[attribute][1]
@@ -202,9 +284,8 @@ def fidelity_chart(lines: Sequence[Row], attribute: str) -> str:
     values = [max(1 - value, _LEAST_DISTANCE) if is_distance else 100 * value for value in measured]
     colours = [_GREEN if row.status == "picked" else _BLUE for row in shown]
     names = [escape(row.name) for row in shown]
-    figure = go.Figure(
-        _distances(names, values, colours) if is_distance else _bars(names, values, colours)
-    )
+    trace = _distances(names, values, colours) if is_distance else _bars(names, values, colours)
+    figure = go.Figure(trace.update(meta=_own_names(shown)))
     figure.update_layout(**_layout(height=70 + 26 * max(1, len(shown))), bargap=0.35)
     if is_distance:
         figure.update_xaxes(**_powers_of_ten(values))
@@ -215,6 +296,11 @@ def fidelity_chart(lines: Sequence[Row], attribute: str) -> str:
         autorange="reversed", automargin=True, ticks="", showgrid=is_distance, type="category"
     )
     return _html(figure, attribute)
+
+
+def _own_names(shown: Sequence[Row]) -> dict[str, Any]:
+    """What the page's script colours anew where another policy picks another variant."""
+    return {"variants": [row.name for row in shown], "own": _BLUE, "picked": _GREEN}
 
 
 def _distances(names: list[str], values: list[float], colours: list[str]) -> Any:

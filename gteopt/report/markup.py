@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
+from gteopt.report.rows import Row
+
 
 def section(key: str, title: str, lead: str, body: str) -> str:
     lead = f'<p class="muted">{lead}</p>' if lead else ""
@@ -26,3 +28,19 @@ def charts(*charts: tuple[str, str]) -> str:
 def description(facts: dict[str, str]) -> str:
     items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(f)}</dd>" for term, f in facts.items())
     return f"<dl>{items}</dl>"
+
+
+def table_tools(table: str, name: str, more: str = "") -> str:
+    """What stands above a table that can be sorted, filtered and saved."""
+    return (
+        f'<div class="tools" data-table="{table}"><input type="search" placeholder="filter" '
+        f'aria-label="Filter {name}">{more}<a href="#" download="{name}.csv">CSV</a>'
+        "<span>click a heading to sort</span></div>"
+    )
+
+
+def interval(row: Row) -> str:
+    """The 95 % interval of a retention that has one."""
+    assert row.retention_low is not None
+    assert row.retention_high is not None
+    return f"{row.retention_low * 100:.1f}–{row.retention_high * 100:.1f}"

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import get_args
@@ -15,9 +16,11 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from gteopt.commands.choose import judge, write_page
 from gteopt.config.plan import BenchSpec, Workload
-from gteopt.config.policy import Limit, Metric, Objective, Policy
+from gteopt.config.policy import Limit, Metric, Objective, Policy, load_policy
 from gteopt.config.recipe import VectorCode
+from gteopt.config.yaml_files import shipped_names
 from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
 from gteopt.records.choice import BrokenLimit, Candidate, Choice
 from gteopt.records.environment import Machine
@@ -29,8 +32,9 @@ from gteopt.records.evaluation import (
     FidelityReport,
     TaskScore,
 )
+from gteopt.records.files import write_record
 from gteopt.records.results_folder import Results
-from gteopt.report.charts import axis_floor, pareto_line
+from gteopt.report.charts import axis_floor, pareto_line, spread
 from gteopt.report.html import html_page, write_report
 from gteopt.report.rows import COLUMNS, index_rent, rows
 from gteopt.report.terminal import _IN_TERMINAL, bench_table, eval_table, terminal_table
@@ -259,7 +263,7 @@ def test_a_variant_far_below_the_others_is_an_arrow_with_its_figure(demo: Result
     assert axis_floor([100, 96, 95, 92, 90]) < 90
     far = demo.evals["int8"].model_copy(update={"retention": 0.651})
     page = html_page(demo.model_copy(update={"evals": {**demo.evals, "int8": far}}), title="demo")
-    assert without_plotly(page).count("triangle-down") == 3
+    assert without_plotly(page).count('"symbol":"triangle-down"') == 3
     assert without_plotly(page).count('"name":"int8 (65.1 %)"') == 3
 
 
@@ -418,8 +422,116 @@ def test_the_table_sorts_filters_hides_columns_and_saves_what_it_shows(
     assert said["hidden"] == "true"
 
 
+SWITCH = r"""
+const menu = document.getElementById("policy");
+const table = document.getElementById("table-variants");
+const said = {};
+const starred = () => document.getElementById("chart-size").data
+  .filter((trace) => trace.meta && trace.marker.color === trace.meta.picked[0])
+  .map((trace) => trace.meta.variant);
+const coloured = () => {
+  const [trace] = document.getElementById("chart-mean_cosine").data;
+  return trace.meta.variants.filter((_, place) => trace.marker.color[place] === trace.meta.picked);
+};
+window.addEventListener("load", () => {
+  for (const option of menu.options) {
+    menu.value = option.value;
+    menu.dispatchEvent(new Event("change"));
+    said[option.text] = {
+      answer: document.querySelector(".answer").innerText,
+      limits: document.querySelector("[data-part=limits]").innerText,
+      use: document.querySelector("[data-part=use]").innerText,
+      rows: [...table.tBodies[0].rows].filter((row) => row.classList.contains("picked"))
+        .map((row) => row.cells[0].dataset.value),
+      verdicts: Object.fromEntries([...table.tBodies[0].rows]
+        .map((row) => [row.cells[0].dataset.value, row.querySelector("th small").innerText])),
+      starred: starred(), coloured: coloured(),
+    };
+  }
+  document.body.setAttribute("data-said", JSON.stringify(said));
+});
+"""
+
+
+@pytest.fixture
+def folder(demo: Results, tmp_path: Path) -> Path:
+    """A results folder of the demo, with intervals and without a choice."""
+    assert demo.bench is not None
+    results = judged(demo)
+    write_record(tmp_path / "bench.json", demo.bench)
+    for name, report in results.evals.items():
+        own = {"artifact_sha256": "1" * 64} if name == "none" else {}
+        write_record(tmp_path / "eval" / f"{name}.json", report.model_copy(update=own))
+    bench = demo.bench.variants
+    own_bench = bench["none"].model_copy(update={"artifact_sha256": "1" * 64})
+    variants = {**bench, "none": own_bench}
+    write_record(tmp_path / "bench.json", demo.bench.model_copy(update={"variants": variants}))
+    return tmp_path
+
+
+def test_switching_the_policy_shows_what_gteopt_choose_picks_by_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    shipped = {name: load_policy(name) for name in shipped_names("recipes/policies")}
+    judged_by = {name: judge(folder, policy) for name, policy in shipped.items()}
+    choices = {name: results.choice for name, results in judged_by.items()}
+    picks = {name: choice.picked for name, choice in choices.items() if choice is not None}
+    assert len(set(picks.values())) >= 3  # else the test could not tell policies apart
+    path = write_page(folder, judge(folder, shipped["balanced"]))
+    page = path.read_text(encoding="utf-8")
+    path.write_text(page.replace("</body>", f"<script>{SWITCH}</script></body>"), encoding="utf-8")
+    dom, log, urls = browse(path, 1280, tmp_path)
+    assert "CONSOLE" not in log, log
+    assert urls == []
+    said = json.loads(unescape(re.search(r'data-said="([^"]*)"', dom)[1]))  # type: ignore[index]
+    assert set(said) == {"balanced (applied)", *picks} - {"balanced"}
+    for name, picked in picks.items():
+        shown = said["balanced (applied)" if name == "balanced" else name]
+        assert shown["rows"] == ([picked] if picked else [])
+        assert (picked or "Nothing can be recommended") in shown["answer"]
+        assert name in shown["limits"]
+        assert shown["starred"] == shown["rows"]
+        assert shown["coloured"] == ([picked] if picked not in (None, "none") else [])
+        assert bool(shown["use"]) == (picked is not None)
+        verdicts = {row.name: row.verdict for row in rows(judged_by[name])}
+        for each, words in verdicts.items():
+            assert shown["verdicts"][each].endswith(words)
+
+
+def test_a_policy_that_needs_labels_says_so_on_a_page_without_any(
+    demo: Results, tmp_path: Path
+) -> None:
+    refused = "it asks for the best retention, which needs labels"
+    page = html_page(demo, title="demo", others={"most-faithful": refused})
+    assert '<option value="1">most-faithful</option>' in page
+    assert f"This policy cannot be applied: {refused}" in page
+    assert "<select" not in html_page(demo, title="demo").split("<header>")[1].split("</header>")[0]
+
+
+@pytest.mark.parametrize("n_sizes", [2, 3])
+def test_neighbours_by_bytes_are_drawn_where_a_grid_was_scored(demo: Results, n_sizes: int) -> None:
+    codes: tuple[tuple[VectorCode, int], ...] = (("float32", 1024), ("int8", 256), ("binary", 32))
+    evals = {
+        f"int8-256-{code}": demo.evals["int8"].model_copy(
+            update={"variant": f"int8-256-{code}", "code": code, "bytes_per_vector": n_bytes}
+        )
+        for code, n_bytes in codes[:n_sizes]
+    }
+    page = html_page(Results(bench=None, evals=evals, choice=None), title="grid")
+    assert ('id="chart-frontier"' in page) == (n_sizes == 3)
+
+
+def test_ticks_of_a_logarithmic_axis_do_not_touch() -> None:
+    assert spread([16, 32, 40, 48, 64, 1000, 1024]) == [16, 32, 48, 1000]
+
+
 def test_the_first_lines_say_what_the_pick_costs(demo: Results) -> None:
-    page = html_page(demo, title="demo", artifact="out/gptq-int4-pca128", date="2026-01-31")
+    page = html_page(
+        demo,
+        title="demo",
+        artifacts={"gptq-int4-pca128": "out/gptq-int4-pca128"},
+        date="2026-01-31",
+    )
     header = page.split("<header>")[1].split("</header>")[0]
     assert "Use <b>gptq-int4-pca128</b>. It is slower than the baseline." in header
     assert '<li class="cost"><b>0.95×</b> the baseline’s throughput (0.95–0.95): slower' in header

@@ -1,0 +1,96 @@
+"""The report page's choice of a policy: every answer is on the page, and a menu shows one.
+
+Hides: how the page stores the answers. Refuses to know: how a pick is chosen; `choose` has done
+that for each policy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from html import escape
+
+from gteopt.records.results_folder import Results
+from gteopt.report.recommendation import headline, limits_section, use_section
+from gteopt.report.rows import MARKS, Row, rows
+
+
+def answer_of(results: Results, folder: str, artifacts: Mapping[str, str]) -> dict[str, str]:
+    """The parts of the page that depend on the policy, by name."""
+    return {
+        "headline": headline(results, rows(results)),
+        "limits": limits_section(results.choice),
+        "use": use_section(results.choice, folder, artifacts),
+    }
+
+
+def part(name: str, html: str) -> str:
+    """A part of the page that a policy may replace."""
+    return f'<div data-part="{name}">{html}</div>'
+
+
+def menu(results: Results, others: Mapping[str, Results | str]) -> str:
+    """The menu of policies; empty where there is no choice between several."""
+    options = _options(results, others)
+    if len(options) < 2:
+        return ""
+    items = "".join(
+        f'<option value="{number}">{escape(label)}</option>' for number, label in enumerate(options)
+    )
+    return f'<p class="policy"><label>Policy <select id="policy">{items}</select></label></p>'
+
+
+def answers(
+    results: Results,
+    others: Mapping[str, Results | str],
+    folder: str,
+    artifacts: Mapping[str, str],
+) -> str:
+    """One inert template a line of the menu: its parts and what each variant is by it."""
+    options = _options(results, others)
+    if len(options) < 2:
+        return ""
+    html = ""
+    for number, judged in enumerate(options.values()):
+        if isinstance(judged, str):
+            refused = f'<p class="answer none">This policy cannot be applied: {escape(judged)}</p>'
+            parts, lines = {"headline": refused, "limits": "", "use": ""}, rows(_unjudged(results))
+        else:
+            parts, lines = answer_of(judged, folder, artifacts), rows(judged)
+        statuses = json.dumps({row.name: [kind(row), mark(row)] for row in lines})
+        inner = "".join(part(name, text) for name, text in parts.items())
+        html += (
+            f'<template data-policy="{number}" data-statuses="{escape(statuses)}">{inner}'
+            f"</template>"
+        )
+    return html
+
+
+def kind(row: Row) -> str:
+    """Class of a variant's line in the table."""
+    return f"{row.status} baseline" if row.is_baseline else row.status
+
+
+def mark(row: Row) -> str:
+    """What stands below a variant's name."""
+    return f"{MARKS[row.status]} {row.verdict}"
+
+
+def _options(results: Results, others: Mapping[str, Results | str]) -> dict[str, Results | str]:
+    """What the menu offers, the policy that was applied first."""
+    applied = results.choice.policy if results.choice else None
+    found: dict[str, Results | str] = {}
+    found["none" if applied is None else f"{applied.name} (applied)"] = results
+    for name, judged in others.items():
+        is_applied = (
+            isinstance(judged, Results)
+            and judged.choice is not None
+            and judged.choice.policy == applied
+        )
+        if not is_applied:
+            found[name] = judged
+    return found
+
+
+def _unjudged(results: Results) -> Results:
+    return results.model_copy(update={"choice": None})
