@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -252,40 +252,41 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: _Layout,
-    *,
-    causal: bool,
-    one: bool,
-    bias: Tensor | None,
-) -> Tensor:
+class _Sight(NamedTuple):
+    """Which tokens of its text a query sees.
+
+    Attributes:
+        causal: whether a token sees only those before it.
+        one: whether there is one query a text, which sees all its text.
+        bias: of the layout; no mask, which is faster, where it is None.
+    """
+
+    causal: bool
+    one: bool
+    bias: Tensor | None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, sight: _Sight) -> Tensor:
     """Attention within each text.
 
     Args:
-        query: [T, H, d], or [N, H, d] where `one` query a text is wanted, which sees all its text.
+        query: [T, H, d], or [N, H, d] where `sight.one`.
         key: [T, H', d], H a multiple of H'.
         value: likewise.
         layout: where the texts lie.
-        causal: whether a token sees only those before it.
-        one: see `query`.
-        bias: of the layout; no mask, which is faster, where it is None.
+        sight: which tokens a query sees.
 
     Returns:
         [T or N, H * d].
     """
     n_heads, width = query.shape[1:]
+    causal, one, bias = sight.causal and not sight.one, sight.one, sight.bias
     if (layout.n_tokens is not None or len(layout.runs) > 1) and _has_varlen(query):
-        own = layout.bounds
+        keys = queries = _Bounds(layout.bounds, max(length for _, length in layout.runs))
         if one:
-            own = torch.arange(len(own), dtype=torch.int32, device=own.device)
-        longest = max(length for _, length in layout.runs)
-        return _varlen(
-            *(query, key, value, own, layout.bounds, 1 if one else longest, longest),
-            causal=causal and not one,
-        ).reshape(-1, n_heads * width)
+            n_bounds, device = len(layout.bounds), layout.bounds.device
+            queries = _Bounds(torch.arange(n_bounds, dtype=torch.int32, device=device), 1)
+        return _varlen(query, key, value, queries, keys, causal=causal).reshape(-1, n_heads * width)
     if bias is not None:
         mixed = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
@@ -296,14 +297,19 @@ def _attend(
         return mixed[0].transpose(0, 1).reshape(-1, n_heads * width)
     out = []
     sizes = [n * length for n, length in layout.runs]
-    queries = _split(query, [n for n, _ in layout.runs] if one else sizes)
-    keys, values = _split(key, sizes), _split(value, sizes)
-    for (n, length), q, k, v in zip(layout.runs, queries, keys, values, strict=True):
+    parts = zip(
+        layout.runs,
+        _split(query, [n for n, _ in layout.runs] if one else sizes),
+        _split(key, sizes),
+        _split(value, sizes),
+        strict=True,
+    )
+    for (n, length), q, k, v in parts:
         mixed = F.scaled_dot_product_attention(
             q.view(n, -1, n_heads, width).transpose(1, 2),
             k.view(n, length, -1, width).transpose(1, 2),
             v.view(n, length, -1, width).transpose(1, 2),
-            is_causal=causal and not one,
+            is_causal=causal,
             enable_gqa=n_heads != k.shape[1],
         )  # [n, H, length or 1, d]
         out.append(mixed.transpose(1, 2).reshape(-1, n_heads * width))
@@ -320,16 +326,15 @@ def _has_varlen(query: Tensor) -> bool:
     )
 
 
+class _Bounds(NamedTuple):
+    """Where each text begins, and where the last one ends: int32 [N + 1]; and the longest text."""
+
+    starts: Tensor
+    longest: int
+
+
 def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_bounds: Tensor,
-    bounds: Tensor,
-    longest_query: int,
-    longest: int,
-    *,
-    causal: bool,
+    query: Tensor, key: Tensor, value: Tensor, queries: _Bounds, keys: _Bounds, *, causal: bool
 ) -> Tensor:
     """Attention within each of several texts, or one with padding behind it, in one launch.
 
@@ -337,11 +342,11 @@ def _varlen(
     `torch.nn.attention.varlen`, whose own function launches a kernel more. Grouped heads need no
     copies. What it gives for rows behind the last bound is undefined.
     """
-    found: Tensor = torch.ops.aten._flash_attention_forward(
-        *(query, key, value, query_bounds, bounds, longest_query, longest),
+    mixed: Tensor = torch.ops.aten._flash_attention_forward(
+        *(query, key, value, queries.starts, keys.starts, queries.longest, keys.longest),
         *(0.0, causal, False),  # dropout, causal, debugging
     )[0]
-    return found
+    return mixed
 
 
 def _repeated(x: Tensor, n_heads: int) -> Tensor:
@@ -450,7 +455,7 @@ def _decoder(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _
             q, k = _rms_norm(attention.q_norm, q), _rms_norm(attention.k_norm, k)
         q = _rotate(q, cos[last], sin[last]) if one else _rotate(q, cos, sin)
         k = _rotate(k, cos, sin)
-        mixed = _attend(q, k, v, layout, causal=causal, one=one, bias=bias)
+        mixed = _attend(q, k, v, layout, _Sight(causal, one, bias))
         x = x + attention.o_proj(mixed)
         x = _by_blocks(partial(_gated_mlp, block, act), x, list(block.mlp.children()))
     x = _rms_norm(module.norm, x)
@@ -523,7 +528,7 @@ def _bert(module: Any, config: Mapping[str, Any], pooling: Pooling, layout: _Lay
         else:
             q, k, v = _apply([inner.query, inner.key, inner.value], x)
         q, k, v = (each.view(len(each), -1, width) for each in (q, k, v))
-        mixed = _attend(q, k, v, layout, causal=False, one=one, bias=bias)
+        mixed = _attend(q, k, v, layout, _Sight(False, one, bias))
         x = _layer_norm(attention.output.LayerNorm, attention.output.dense(mixed).add_(x))
         layers = (block.intermediate.dense, block.output.dense)
         x = _by_blocks(partial(_bert_mlp, block, act), x, layers)

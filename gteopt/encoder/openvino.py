@@ -382,6 +382,18 @@ class _Builder:
         split = self.op.reshape(x, self.shape(0, 0, n_heads, width), True)
         return self.op.transpose(split, self.shape(0, 2, 1, 3)).output(0)
 
+    def repeated(self, x: Node, n_shared: int, n_heads: int, width: int) -> Node:
+        """[N, H', T, d] to [N, H, T, d]: each shared head as often as queries read it."""
+        if n_shared == n_heads:
+            return x
+        op = self.op
+        wide = op.unsqueeze(x, self.shape(2))  # [N, H', 1, T, d]
+        times = self.shape(1, 1, n_heads // n_shared, 1, 1)
+        spread = op.broadcast(wide, times, broadcast_spec="BIDIRECTIONAL")
+        heads = op.transpose(spread, self.shape(0, 3, 1, 2, 4))
+        merged = op.reshape(heads, self.shape(0, 0, n_heads, width), True)
+        return op.transpose(merged, self.shape(0, 2, 1, 3)).output(0)
+
     def attend(self, q: Node, k: Node, v: Node, mask: Node, n_heads: int, width: int) -> Node:
         """Attention of [N, H, T, d] each, with `mask` added to the scores: [N, T, H * d]."""
         mixed = self.op.scaled_dot_product_attention(q, k, v, mask)
@@ -483,17 +495,6 @@ def _decoder(b: _Builder, config: Mapping[str, Any], reads: Pooling, ids: Node, 
         turned = op.concat([op.multiply(second, b.number(-1.0)), first], -1)
         return op.add(op.multiply(x, cos), op.multiply(turned, sin)).output(0)
 
-    def repeated(x: Node) -> Node:
-        if n_shared == n_heads:
-            return x
-        wide = op.unsqueeze(x, b.shape(2))  # [N, H', 1, T, d]
-        times = b.shape(1, 1, n_heads // n_shared, 1, 1)
-        spread = op.broadcast(wide, times, broadcast_spec="BIDIRECTIONAL")
-        merged = op.reshape(
-            op.transpose(spread, b.shape(0, 3, 1, 2, 4)), b.shape(0, 0, n_heads, width), True
-        )
-        return op.transpose(merged, b.shape(0, 2, 1, 3)).output(0)
-
     causal = config.get("is_causal") is not False
     added = b.scores_mask(mask, causal=causal)
     turns = op.unsqueeze(both, b.shape(0, 1)).output(0)  # [1, 1, T, d]
@@ -510,7 +511,8 @@ def _decoder(b: _Builder, config: Mapping[str, Any], reads: Pooling, ids: Node, 
             added = b.scores_mask(mask, causal=False)
             turns = op.unsqueeze(op.gather(both, place, b.shape(0)), b.shape(1)).output(0)
         q = rotated(b.heads(b.linear(f"{at}.self_attn.q_proj", h), n_heads, width), turns)
-        mixed = b.attend(q, repeated(k), repeated(v), added, n_heads, width)
+        keys, values = (b.repeated(each, n_shared, n_heads, width) for each in (k, v))
+        mixed = b.attend(q, keys, values, added, n_heads, width)
         x = op.add(x, b.linear(f"{at}.self_attn.o_proj", mixed)).output(0)
         h = norm(f"{at}.post_attention_layernorm", x)
         gate = op.swish(b.linear(f"{at}.mlp.gate_proj", h))

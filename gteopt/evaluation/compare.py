@@ -78,11 +78,7 @@ def compare(
             f"{baseline.suite.name} with other tasks or data; score both on the same suite"
         )
     tasks, draws = compare_scores(baseline, variant, {} if drawn is None else drawn)
-    failed = variant.failed + tuple(
-        FailedTask(task=each.task, reason=f"the baseline failed: {each.reason}")
-        for each in baseline.failed
-        if each.task not in {mine.task for mine in variant.failed}
-    )
+    failed = _failed(baseline, variant)
     if not tasks:
         reasons = [f"{each.task}: {each.reason}" for each in failed]
         raise NumericsError(join_problems(f"{variant_name} has no score", reasons))
@@ -105,10 +101,7 @@ def compare(
         score=score,
         baseline_score=baseline_score,
         retention=score / baseline_score if has_retention else None,
-        no_retention=None
-        if has_retention
-        else f"the baseline {baseline.encoder} scores {baseline_score:.4f}, so retention is "
-        f"undefined; check that the model loaded correctly and that the suite fits it",
+        no_retention=None if has_retention else _no_retention(baseline.encoder, baseline_score),
         difference=sure.difference,
         retention_low=sure.retention_low if has_retention else None,
         retention_high=sure.retention_high if has_retention else None,
@@ -151,6 +144,23 @@ def _with_forecast(report: EvalReport, suite: Suite) -> EvalReport:
             f"{whole.rate:.0%} of {whole.n_models} models that had no say in the choice"
         )
     return report.model_copy(update={"whole_suite": whole, "notes": (*report.notes, note)})
+
+
+def _failed(baseline: SuiteRun, variant: SuiteRun) -> tuple[FailedTask, ...]:
+    """Tasks that either of the two could not finish."""
+    own = {task.task for task in variant.failed}
+    return variant.failed + tuple(
+        FailedTask(task=task.task, reason=f"the baseline failed: {task.reason}")
+        for task in baseline.failed
+        if task.task not in own
+    )
+
+
+def _no_retention(baseline: str, score: float) -> str:
+    return (
+        f"the baseline {baseline} scores {score:.4f}, so retention is undefined; check that the "
+        f"model loaded correctly and that the suite fits it"
+    )
 
 
 def _with_reference(report: EvalReport, run: SuiteRun) -> EvalReport:

@@ -12,6 +12,22 @@ Other families that take instructions are given the same ones, on queries alone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TaskInstruction:
+    """What the texts of one task are prefixed with.
+
+    Attributes:
+        text: None for a model that takes no instructions.
+        on_documents: whether the documents of a search carry it, too.
+    """
+
+    text: str | None = None
+    on_documents: bool = False
+
+
 _SIMILAR = "Retrieve semantically similar text"
 _PASSAGES = "Given a question, retrieve passages that answer the question"
 _DUPLICATES = (

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from gteopt.corpus.shards import Encodings, Floats, Shard, cut
 from gteopt.corpus.vector_cache import VectorCache
 from gteopt.evaluation.corpus_search import Ranking
+from gteopt.evaluation.instructions import TaskInstruction
 from gteopt.evaluation.mteb_isolation import isolated
 from gteopt.evaluation.mteb_model import TaskModel
 from gteopt.evaluation.views import View
@@ -85,10 +86,8 @@ class _NoSearch(TaskModel):
 def upcoming_shards(
     resolved: ResolvedTask,
     cache: VectorCache,
-    instruction: str | None,
+    instruction: TaskInstruction,
     planned: set[bytes],
-    *,
-    on_documents: bool,
 ) -> list[Shard]:
     """Shards that scoring a task on this cache will encode, in order.
 
@@ -98,7 +97,6 @@ def upcoming_shards(
         instruction: as the task will be scored with.
         planned: keys of texts that earlier tasks will have encoded by then; those of this one are
             added.
-        on_documents: see `TaskModel`.
     """
     recorder: Any = _Recorder(cache, planned)
     view = View("look-ahead", "", identity(_DIMS))
@@ -106,7 +104,7 @@ def upcoming_shards(
     generators = deepcopy((task.rng_state, task.np_rng))
     with isolated(offline=True):
         for split in resolved.splits:
-            model = _NoSearch(recorder, view, instruction, on_documents=on_documents)
+            model = _NoSearch(recorder, view, instruction)
             # A metric may fail on random vectors. What is then missing here is encoded when it is
             # asked for, one request at a time.
             with suppress(Exception):

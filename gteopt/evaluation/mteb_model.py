@@ -25,6 +25,7 @@ from mteb.types import PromptType
 
 from gteopt.evaluation.corpus_search import Answers, Ranking, Searches, products_on, search_all
 from gteopt.evaluation.fidelity import Sampler, Side
+from gteopt.evaluation.instructions import TaskInstruction
 from gteopt.evaluation.views import View
 from gteopt.progress import Progress, quiet
 
@@ -43,10 +44,10 @@ class TaskModel:
 
     Symmetric tasks (similarity, classification, clustering, bitext) hand over texts without a
     prompt type: each of them is a query, as in the evaluation of gte-Qwen2 by its authors. The
-    documents of a search get no instruction, but where they are like queries (`on_documents`).
+    documents of a search get none, unless they are like queries (`TaskInstruction.on_documents`).
 
     Attributes:
-        instruction: put on queries; None for a model that takes none.
+        instruction: what texts are prefixed with.
         sampler: is offered every text with its vector, where there is one.
     """
 
@@ -54,11 +55,10 @@ class TaskModel:
         self,
         cache: VectorCache,
         view: View,
-        instruction: str | None,
+        instruction: TaskInstruction,
         sampler: Sampler | None = None,
         progress: Progress = quiet,
         *,
-        on_documents: bool = False,
         searches: Searches | None = None,
     ) -> None:
         """A model of one task.
@@ -66,11 +66,10 @@ class TaskModel:
         Args:
             cache: gives vectors at full dimension.
             view: what an index would store of them.
-            instruction: put on queries; None for a model that takes none.
+            instruction: what texts are prefixed with.
             sampler: is offered every text with its vector; None where another view's model was.
             progress: told how many of the texts that the task has asked for are encoded; the
                 number of all grows as mteb asks for more.
-            on_documents: the documents of a search carry the instruction, too.
             searches: of all views that the task is scored with; None is this one alone.
         """
         self.instruction = instruction
@@ -79,7 +78,6 @@ class TaskModel:
         self._view = view
         self._transform = view.vectors
         self._progress = progress
-        self._on_documents = on_documents and instruction is not None
         self._n_texts = self._n_done = 0
         self._corpus: Any = ()
         self._searches = searches or Searches([view])
@@ -208,9 +206,11 @@ class TaskModel:
 
     def _encoded(self, texts: Iterable[str], side: Side) -> Iterator[Floats]:
         """Vectors [N, full_dims] of texts, encoded and sampled in chunks; at least one chunk."""
-        bare = side == "document" and not self._on_documents
+        bare = side == "document" and not (
+            self.instruction.on_documents and self.instruction.text is not None
+        )
         role: Role = "document" if bare else "query"
-        instruction = None if bare else self.instruction
+        instruction = None if bare else self.instruction.text
 
         def count(what: str, done: int, total: int) -> None:
             self._progress(what, self._n_done + done, self._n_texts)

@@ -17,7 +17,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from gteopt.corpus.shards import EncodeAhead, EncodeShards, Encodings, Shard
 from gteopt.corpus.vector_cache import DEFAULT_BYTES, CacheDtype, VectorCache
@@ -30,7 +30,7 @@ from gteopt.evaluation.task_store import (
     FinishedTask,
     SubsetScore,
     TaskFolder,
-    carries_on_documents,
+    instruction_of,
     mean_over_tasks,
 )
 from gteopt.evaluation.task_vectors import TaskVectors
@@ -116,36 +116,34 @@ class SuiteRun:
         return mean_over_tasks((each.task, each.score) for each in self.scores)
 
 
-def run_suite(
-    encoder: Description,
-    suite: Suite,
-    *,
-    hub_dir: Path | None = None,
-    store: Path | None = None,
-    options: EncodeOptions = ENCODE_OPTIONS,
-    progress: Progress = quiet,
-) -> SuiteRun:
+class RunOptions(TypedDict, total=False):
+    """Where a run reads and writes.
+
+    Attributes:
+        hub_dir: data sets are read from `hub_dir/<org>/<name>` and the network is not touched.
+        store: folder where encoded texts are written shard by shard and finished tasks at once; a
+            task found there, of the same weights, view, instruction and data, is not scored again.
+            Without one, both lie in a temporary folder.
+        options: how texts are encoded and kept.
+        progress: told view and task, and how many of the task's texts are encoded.
+    """
+
+    hub_dir: Path | None
+    store: Path | None
+    options: EncodeOptions
+    progress: Progress
+
+
+def run_suite(encoder: Description, suite: Suite, **where: Unpack[RunOptions]) -> SuiteRun:
     """Score an encoder's own vectors on every task of a suite; see `run_views`."""
-    return run_views(
-        encoder,
-        suite,
-        [own_view(encoder)],
-        hub_dir=hub_dir,
-        store=store,
-        options=options,
-        progress=progress,
-    )[0]
+    return run_views(encoder, suite, [own_view(encoder)], **where)[0]
 
 
 def run_views(
     encoder: Description,
     suite: Suite,
     views: Sequence[View],
-    *,
-    hub_dir: Path | None = None,
-    store: Path | None = None,
-    options: EncodeOptions = ENCODE_OPTIONS,
-    progress: Progress = quiet,
+    **where: Unpack[RunOptions],
 ) -> list[SuiteRun]:
     """Score one encoder's texts, encoded once, on every task of a suite in several forms.
 
@@ -155,12 +153,7 @@ def run_views(
         encoder: a base or a variant.
         suite: tasks, from `load_suite`.
         views: what of its vectors is scored.
-        hub_dir: data sets are read from `hub_dir/<org>/<name>` and the network is not touched.
-        store: folder where encoded texts are written shard by shard and finished tasks at once; a
-            task found there, of the same weights, view, instruction and data, is not scored again.
-            Without one, both lie in a temporary folder.
-        options: how texts are encoded and kept.
-        progress: told view and task, and how many of the task's texts are encoded.
+        where: see `RunOptions`.
 
     Returns:
         One run a view.
@@ -171,6 +164,8 @@ def run_views(
     from gteopt.evaluation.mteb_isolation import isolated
     from gteopt.evaluation.tasks import load_data, resolve
 
+    hub_dir, store = where.get("hub_dir"), where.get("store")
+    options, progress = where.get("options", ENCODE_OPTIONS), where.get("progress", quiet)
     with ExitStack() as stack:
         stack.enter_context(isolated(offline=hub_dir is not None))
         if store is None:
@@ -364,10 +359,9 @@ class _Scoring:
         model = TaskModel(
             cache,
             view,
-            task.instruction if self.encoder.takes_instructions else None,
+            instruction_of(self.encoder, task),
             sampler,
             progress,
-            on_documents=carries_on_documents(self.encoder, task),
             searches=searches,
         )
         try:
@@ -512,15 +506,9 @@ class _Ahead:
             if self._caches[len(self._shards)] is not self._cache:
                 self._shards.append([])
                 continue
-            takes = self._cache.encoder.takes_instructions
-            instruction = each.instruction if takes else None
             planned = set(self._planned)
             shards = upcoming_shards(
-                each,
-                self._cache,
-                instruction,
-                planned,
-                on_documents=carries_on_documents(self._cache.encoder, each),
+                each, self._cache, instruction_of(self._cache.encoder, each), planned
             )
             self._planned = planned - self._planned
             self._shards.append(shards)

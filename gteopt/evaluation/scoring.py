@@ -61,7 +61,7 @@ def score_task(
                     subset=subset if resolved.aggregate is None else resolved.name,
                     metric=metadata.main_score,
                     score=score,
-                    instruction=model.instruction,
+                    instruction=model.instruction.text,
                     dataset_revision=resolved.revision,
                     n_samples=n_samples(resolved.task, split, subset),
                     no_samples=None if isinstance(found, Samples) else found,

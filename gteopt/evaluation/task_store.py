@@ -28,7 +28,7 @@ from gteopt.corpus.shards import Encodings
 from gteopt.corpus.vector_cache import CacheDtype, vector_identity
 from gteopt.errors import IntegrityError
 from gteopt.evaluation.fidelity import Sample, read_sample, write_sample
-from gteopt.evaluation.instructions import on_documents
+from gteopt.evaluation.instructions import TaskInstruction, on_documents
 from gteopt.evaluation.per_item_scores import Samples, read_samples, write_samples
 from gteopt.evaluation.views import View
 from gteopt.frozen import Frozen
@@ -102,13 +102,14 @@ class TaskFolder:
     @staticmethod
     def of(encoder: Description, task: ResolvedTask, store: Path, dtype: CacheDtype) -> TaskFolder:
         """The folder is named by everything that scores depend on but the view, so none mix."""
+        instruction = instruction_of(encoder, task)
         key = {
             **vector_identity(encoder, dtype),
             "task": task.name,
             "splits": " ".join(task.splits),
             "subsets": " ".join(task.subsets),
-            "instruction": task.instruction if encoder.takes_instructions else None,
-            "symmetric": str(carries_on_documents(encoder, task)),
+            "instruction": instruction.text,
+            "symmetric": str(instruction.on_documents),
             "revision": task.revision,
             "max_tokens": None if task.max_tokens is None else str(task.max_tokens),
             "normalize": str(task.normalize),
@@ -167,11 +168,13 @@ class TaskFolder:
         return self.folder / f"{view.vectors.sha256()[:16]}.{kind}"
 
 
-def carries_on_documents(encoder: Description, task: ResolvedTask) -> bool:
-    """Whether the documents of a search carry the instruction, too."""
+def instruction_of(encoder: Description, task: ResolvedTask) -> TaskInstruction:
+    """The instruction that an encoder scores a task with."""
+    if not encoder.takes_instructions:
+        return TaskInstruction()
     family = encoder.checkpoint.family
     known = on_documents(family.name if family else None, task.name)
-    return encoder.takes_instructions and (known if task.symmetric is None else task.symmetric)
+    return TaskInstruction(task.instruction, known if task.symmetric is None else task.symmetric)
 
 
 def mean_over_tasks(scores: Iterable[tuple[str, float]]) -> float:

@@ -78,6 +78,26 @@ class Embedded:
         return {**found, "truncated_inputs": self.n_truncated} if self.n_truncated else found
 
 
+@dataclass(frozen=True)
+class InputRules:
+    """How the inputs of a request are treated.
+
+    Attributes:
+        truncate: which end of a text that is too long is cut: "start", "end"; "none" refuses it.
+        partial: whether errors of single texts leave the others their vectors.
+        own_ids: whether token ids are those of the served model's tokenizer.
+        param: what the field of the inputs is called in errors.
+    """
+
+    truncate: str = "none"
+    partial: bool = False
+    own_ids: bool = False
+    param: str = "input"
+
+
+_INPUT_RULES = InputRules()
+
+
 class Pipeline:
     """From inputs to vectors; used by the event loop's thread.
 
@@ -98,22 +118,19 @@ class Pipeline:
         inputs: Sequence[str] | Sequence[Sequence[int]],
         prompt: Prompt,
         call: Call,
-        *,
-        truncate: str = "none",
-        partial: bool = False,
-        own_ids: bool = False,
-        param: str = "input",
+        rules: InputRules = _INPUT_RULES,
     ) -> Embedded:
         """Vectors of texts or token lists; see `Embedded`."""
+        partial, param = rules.partial, rules.param
         call.facts |= {"model": served.name, "inputs": len(inputs)}
         if (wait := self._allowances.take(call.key, requests=1)) is not None:
             raise self._over_limit(call.key, "requests", wait)
         if isinstance(inputs[0], str):
             texts = cast("Sequence[str]", inputs)
-            found = await self.tokenized(served, texts, prompt, truncate, call)
+            found = await self.tokenized(served, texts, prompt, rules.truncate, call)
         else:
             ids = cast("Sequence[Sequence[int]]", inputs)
-            found = await self._from_ids(served, ids, prompt, truncate, call, own_ids=own_ids)
+            found = await self._from_ids(served, ids, prompt, call, rules)
         errors = {
             i: ApiError(
                 400,
@@ -229,18 +246,16 @@ class Pipeline:
         served: Served,
         lists: Sequence[Sequence[int]],
         prompt: Prompt,
-        truncate: str,
         call: Call,
-        *,
-        own_ids: bool,
+        rules: InputRules,
     ) -> Tokenized:
         """Tokens of token ids, which are the model's own or another tokenizer's."""
         decoder = self._settings.decoder
-        if not own_ids:
+        if not rules.own_ids:
             if decoder is None:
                 raise ApiError(400, f"'input' {_FOREIGN_IDS}.", param="input", code="token_ids")
             texts = [_decoded(decoder, ids, i) for i, ids in enumerate(lists)]
-            return await self.tokenized(served, texts, prompt, truncate, call)
+            return await self.tokenized(served, texts, prompt, rules.truncate, call)
         if prompt != Prompt():
             raise ApiError(
                 400,
@@ -255,7 +270,7 @@ class Pipeline:
             except InputError as error:
                 raise ApiError(400, f"'input[{i}]' {error}", param=f"input[{i}]") from error
             if len(tokens) > limit:
-                if truncate != "none":
+                if rules.truncate != "none":
                     raise ApiError(
                         400, "truncate is for texts; cut token ids yourself", param="truncate"
                     )

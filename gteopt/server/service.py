@@ -21,7 +21,7 @@ from gteopt.server.engine import DeviceDied, Engine, Refused, Work
 from gteopt.server.keys import Keys
 from gteopt.server.metrics import Metrics
 from gteopt.server.models import Prompt, Served
-from gteopt.server.pipeline import Call, Pipeline, on_thread
+from gteopt.server.pipeline import Call, InputRules, Pipeline, on_thread
 from gteopt.server.schema import (
     ApiError,
     EmbeddingRequest,
@@ -218,9 +218,11 @@ class Service:
             request.input,
             prompt,
             call,
-            truncate=request.truncate or "none",
-            partial=request.on_error == "null",
-            own_ids=request.tokenizer == "model",
+            InputRules(
+                truncate=request.truncate or "none",
+                partial=request.on_error == "null",
+                own_ids=request.tokenizer == "model",
+            ),
         )
         about = {"model": request.model, "usage": found.usage, **_echo(request)}
         if request.on_error == "null":
@@ -253,8 +255,7 @@ class Service:
             _texts(request.inputs, "inputs"),
             prompt,
             call,
-            truncate=side if request.truncate else "none",
-            param="inputs",
+            InputRules(truncate=side if request.truncate else "none", param="inputs"),
         )
         return await self._encoded(
             lambda: answers.dump(served.shorten(found.rows, dims)), found.rows.shape[0] * dims * 4
@@ -266,8 +267,10 @@ class Service:
         queries = _texts(request.queries, "queries")
         documents = _texts(request.documents, "documents")
         asked = self._prompt(served, "query", None, request.instruction)
-        left = await self._pipeline.embed(served, queries, asked, call, param="queries")
-        right = await self._pipeline.embed(served, documents, Prompt(), call, param="documents")
+        left = await self._pipeline.embed(served, queries, asked, call, InputRules(param="queries"))
+        right = await self._pipeline.embed(
+            served, documents, Prompt(), call, InputRules(param="documents")
+        )
         scores = left.rows @ right.rows.T
         n_tokens = left.n_tokens + right.n_tokens
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}

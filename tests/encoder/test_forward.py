@@ -160,16 +160,15 @@ def varlen_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_bounds: Tensor,
-    bounds: Tensor,
-    longest_query: int,
-    longest: int,
+    queries: tuple[Tensor, int],
+    keys: tuple[Tensor, int],
     *,
     causal: bool,
 ) -> Tensor:
     """What FlashAttention promises of texts between bounds; nothing of the rows behind them."""
     out = torch.full_like(query, float("nan"))
-    for limits, longest_one in ((query_bounds, longest_query), (bounds, longest)):
+    (query_bounds, _), (bounds, _) = queries, keys
+    for limits, longest_one in (queries, keys):
         assert limits.dtype == torch.int32
         assert int(limits.diff().max()) <= longest_one
     spans = zip(pairwise(query_bounds.tolist()), pairwise(bounds.tolist()), strict=True)

@@ -21,6 +21,7 @@ from sklearn.metrics import (
 import gteopt
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import IntegrityError, UnsupportedError
+from gteopt.evaluation.instructions import TaskInstruction
 from gteopt.evaluation.per_item_scores import Samples, read_samples, write_samples
 from gteopt.evaluation.runner import SuiteRun, run_suite
 from gteopt.evaluation.suites import Suite
@@ -217,7 +218,7 @@ def test_entries_reproduce_scores_of_every_task_class_of_mteb(
         assert type(task).__name__ == f"Mock{name}"
         task.load_data()
         split = task.metadata.eval_splits[0]
-        model = TaskModel(VectorCache(nano, tmp_path), own_view(nano), None)
+        model = TaskModel(VectorCache(nano, tmp_path), own_view(nano), TaskInstruction())
         draws = record_draws_(task)
         with tempfile.TemporaryDirectory() as folder:
             encode = {"batch_size": 32}
@@ -259,7 +260,7 @@ def test_entries_reproduce_the_evaluator_that_averages_p_values(
         task = mteb.get_task(name)
         task.dataset = DatasetDict({"test": Dataset.from_dict(columns)})
         task.data_loaded = True
-        model = TaskModel(VectorCache(nano, tmp_path / "cache"), own_view(nano), None)
+        model = TaskModel(VectorCache(nano, tmp_path / "cache"), own_view(nano), TaskInstruction())
         scores = task.evaluate(
             model, "test", encode_kwargs={"batch_size": 32}, prediction_folder=tmp_path
         )

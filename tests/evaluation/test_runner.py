@@ -25,6 +25,7 @@ from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.tokenization import Role
 from gteopt.errors import InputError, NumericsError
 from gteopt.evaluation.compare import compare
+from gteopt.evaluation.instructions import TaskInstruction
 from gteopt.evaluation.runner import EncodeOptions, SuiteRun, run_suite
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.tasks import load_suite
@@ -257,11 +258,11 @@ def test_the_adapter_ranks_as_mteb_does_by_itself(nano: Encoder, code: str, tmp_
             return transform.dequantize(transform.quantize(nano.embed(texts)))
 
     cache = VectorCache(encoder, tmp_path, dtype="float32")
-    model = TaskModel(cache, own_view(encoder), instruction)
+    model = TaskModel(cache, own_view(encoder), TaskInstruction(instruction))
     where = {"task_metadata": task.metadata, "hf_split": "test", "hf_subset": "default"}
     encode = {"encode_kwargs": {"batch_size": 32}, "num_proc": None}
     found = []
-    for search in (model, SearchEncoderWrapper(Plain(cache, own_view(nano), None))):
+    for search in (model, SearchEncoderWrapper(Plain(cache, own_view(nano), TaskInstruction()))):
         search.index(data["corpus"], **where, **encode)
         found.append(search.search(data["queries"], **where, **encode, top_k=10))
     ours, theirs = found
@@ -347,7 +348,7 @@ def test_labels_that_are_read_at_once_give_the_same_bits(nano: Encoder, tmp_path
     from gteopt.evaluation.mteb_model import TaskModel
     from gteopt.evaluation.tasks import read_labels_at_once_
 
-    model = TaskModel(VectorCache(nano, tmp_path), own_view(nano), None)
+    model = TaskModel(VectorCache(nano, tmp_path), own_view(nano), TaskInstruction())
     found = []
     for at_once in (False, True):
         task = MiniIntentClassification()
@@ -400,7 +401,7 @@ def test_what_is_scored_are_codes_with_stored_ranges(nano: Encoder, tmp_path: Pa
     vectors = Vectors.model_validate({"code": "int8"})
     encoder.vectors = fit(calibration, Dims(n=64), vectors)
     cache = VectorCache(encoder, tmp_path, dtype="float32")
-    model = TaskModel(cache, own_view(encoder), None)
+    model = TaskModel(cache, own_view(encoder), TaskInstruction())
     together = model.encode([{"text": texts}])
     codes = encoder.vectors.quantize(encoder.vectors.project(calibration))
     np.testing.assert_array_equal(together, encoder.vectors.dequantize(codes))

@@ -14,6 +14,7 @@ import gteopt
 from gteopt.corpus.workers import local_workers
 from gteopt.encoder.changed_encoder import changed_encoder
 from gteopt.encoder.encoder import Encoder
+from gteopt.evaluation.instructions import TaskInstruction
 from gteopt.evaluation.mteb_model import TaskModel
 from gteopt.evaluation.runner import EncodeOptions, run_suite
 from gteopt.evaluation.suites import Suite, read_protocol
@@ -58,7 +59,7 @@ def test_vectors_keep_their_length_where_the_protocol_does_not_normalize(
     from gteopt.evaluation.tasks import resolve
 
     (task,) = resolve(suite_of({"task": "MiniSTS", "normalize": False}), None)
-    model = TaskModel(vectors.of(task), own_view(nano), None)
+    model = TaskModel(vectors.of(task), own_view(nano), TaskInstruction())
     found = model.encode([{"text": TEXTS}])
     np.testing.assert_allclose(found, changed.embed(TEXTS, role="query"), rtol=1e-4, atol=1e-5)
     assert vectors.of(task) is not vectors.usual()
