@@ -295,7 +295,7 @@ def test_metrics_in_mtebs_layout_are_those_of_a_search_without_a_limit(
 
     task = MiniRetrieval()
     task.load_data()
-    deep = Deep(VectorCache(nano, tmp_path), own_view(nano), task.metadata.prompt)
+    deep = Deep(VectorCache(nano, tmp_path), own_view(nano), TaskInstruction(task.metadata.prompt))
     found = task.evaluate(deep, "test", encode_kwargs={"batch_size": 32})["default"]
     assert found["recall_at_100"] > found["recall_at_10"]
     deeper = {name for name in found if re.search(r"^nauc_|_at_(20|100|1000)$", name)}
