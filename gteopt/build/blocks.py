@@ -134,10 +134,10 @@ def quantize_blocks(
                 write_atomically(notes, done.model_dump_json().encode())
             if inputs and not is_last:
                 # What is stored is what later blocks see, whether made now or by an earlier run.
-                _reload_block_(encoder, block, tensors, done.layers, dtype)
+                reload_block_(encoder, block, tensors, done.layers, dtype)
                 advance_(block, inputs)
             if shortens(recipe):
-                _reload_block_(encoder, block, tensors, done.layers, encoder.dtype)
+                reload_block_(encoder, block, tensors, done.layers, encoder.dtype)
             else:
                 empty_(encoder, block.name)
         del tensors
@@ -437,7 +437,7 @@ def tune_blocks(
         for i, block in enumerate(blocks):
             records = [each for each in found.layers if each.name.startswith(f"{block.name}.")]
             tensors = load_file(shard_path(stage / WEIGHTS, i))
-            _reload_block_(encoder, block, tensors, records, encoder.dtype)
+            reload_block_(encoder, block, tensors, records, encoder.dtype)
     assert found.tuning is not None
     return found.layers, found.tuning
 
@@ -569,7 +569,7 @@ def _shard_tensors(
     return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
 
-def _reload_block_(
+def reload_block_(
     encoder: Encoder,
     block: Block,
     tensors: Mapping[str, Tensor],

@@ -179,7 +179,7 @@ def _quantize(run: BuildRun) -> Manifest:
         format=plan.format,
         unquantized=plan.unquantized,
     )
-    return finish(run, encoder, parts, texts)
+    return finish(run, encoder, parts, texts, plan.blocks)
 
 
 def _quantize_layers(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gteopt.build.blocks import SOLVED
 from gteopt.build.calibration_texts import CalibrationText
+from gteopt.build.canary import canary_of
 from gteopt.build.card import CARD, card
 from gteopt.build.fit_vectors import fit_vectors
 from gteopt.build.layer_plan import ALLOCATION
@@ -31,7 +32,6 @@ from gteopt.model.artifact import (
 )
 from gteopt.model.checkpoint import LATENT_FILE, Checkpoint
 from gteopt.progress import Progress
-from gteopt.records.canary import CANARY, CanaryRecord
 from gteopt.records.files import write_record
 from gteopt.records.manifest import (
     AllocationRecord,
@@ -42,7 +42,6 @@ from gteopt.records.manifest import (
     TuningRecord,
     UnquantizedRecord,
 )
-from gteopt.vectors.transform import VectorTransform
 
 _STATE = "build-state.json"
 
@@ -152,8 +151,17 @@ def finish(
     encoder: Encoder,
     parts: Parts,
     texts: Sequence[CalibrationText],
+    blocks: str | None = None,
 ) -> Manifest:
-    """Fit and write the vectors, then seal."""
+    """Fit and write the vectors, then seal.
+
+    Args:
+        run: what was asked for.
+        encoder: the model with its finished weights; its `blocks` may be freed.
+        parts: what the manifest says of it.
+        texts: that vectors are fitted on.
+        blocks: name of the list of blocks whose shards the stage holds; None without any.
+    """
     stage = run.stage
     transform = fit_vectors(encoder, run.recipe, texts, run.progress)
     write_vectors(transform, stage, encoder.checkpoint.matryoshka_dims)
@@ -182,7 +190,9 @@ def finish(
         format=parts.format,
         unquantized=parts.unquantized,
         vectors=transform.record(),
-        canary=_canary(encoder, transform),
+        canary=canary_of(
+            encoder, transform, blocks=blocks, layers=parts.layers, shards=stage / WEIGHTS
+        ),
         weight_bytes=sum(f.n_bytes for f in weights),
         files=files,
         versions=versions(),
@@ -193,10 +203,3 @@ def finish(
     manifest = manifest.model_copy(update={"files": files})
     seal(stage, run.out, manifest)
     return manifest
-
-
-def _canary(encoder: Encoder, transform: VectorTransform) -> CanaryRecord | None:
-    """The vector of a known text; None where the build has freed its blocks."""
-    if any(parameter.is_meta for parameter in encoder.module.parameters()):
-        return None
-    return CanaryRecord.of(CANARY, transform.project(encoder.embed([CANARY]))[0])

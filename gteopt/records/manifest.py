@@ -243,7 +243,7 @@ class Manifest(Frozen):
         allocation: how bits were chosen by layer; None without a budget.
         tuning: what was learned after the solver; None at effort fast.
         canary: a text and its vector, which `serve` compares with what it computes; None in older
-            artifacts, and where the build freed each block and shortened no vectors.
+            artifacts.
         published_from: in a published folder, the hash of the artifact that it was made from, which
             differs from it in README.md only; None in an artifact as it was built.
     """

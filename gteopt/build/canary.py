@@ -1,0 +1,80 @@
+"""The vector of one known text, computed with the weights that an artifact holds.
+
+Hides: how a model runs whose blocks the build has freed. Refuses to know: who compares the vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gteopt.build.blocks import memory_errors, reload_block_, shard_path
+from gteopt.build.replay import Block
+from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.loading import empty_
+from gteopt.machine import give_back
+from gteopt.records.canary import CANARY, CanaryRecord
+from gteopt.records.manifest import LayerRecord
+from gteopt.vectors.transform import VectorTransform
+
+
+def canary_of(
+    encoder: Encoder,
+    transform: VectorTransform,
+    *,
+    blocks: str | None,
+    layers: Sequence[LayerRecord],
+    shards: Path,
+) -> CanaryRecord:
+    """The record of the text whose vector whoever loads the artifact compares with its own.
+
+    A build that shortens no vectors has freed its blocks. The forward pass then reads each finished
+    block when its turn comes and frees it after it, so that one block is in memory at a time.
+
+    Args:
+        encoder: the model of the build, whole or with its blocks freed.
+        transform: what the artifact does to a vector.
+        blocks: name of the model's list of blocks; None where none was quantized.
+        layers: what the manifest says of the quantized layers.
+        shards: where the finished blocks lie.
+
+    Raises:
+        GteoptError: memory ran out.
+    """
+    if blocks is None or not any(each.is_meta for each in encoder.module.parameters()):
+        return CanaryRecord.of(CANARY, transform.project(encoder.embed([CANARY]))[0])
+    with memory_errors("the text that is checked after loading"):
+        vector = _by_block(encoder, blocks, layers, shards)
+    return CanaryRecord.of(CANARY, transform.project(vector.cpu().numpy())[0])
+
+
+@torch.inference_mode()
+def _by_block(encoder: Encoder, blocks: str, layers: Sequence[LayerRecord], shards: Path) -> Tensor:
+    """The vector [1, D] of the text, by the model's own forward pass."""
+    with ExitStack() as stack:
+        for i, module in enumerate(encoder.module.get_submodule(blocks).children()):
+            block = Block(f"{blocks}.{i}", module, ())
+            own = [each for each in layers if each.name.startswith(f"{block.name}.")]
+
+            def read(
+                *_: Any, block: Block = block, own: Sequence[LayerRecord] = own, i: int = i
+            ) -> None:
+                tensors = load_file(shard_path(shards, i))
+                reload_block_(encoder, block, tensors, own, encoder.dtype)
+
+            def free(*_: Any, block: Block = block) -> None:
+                empty_(encoder, block.name)
+                give_back()
+
+            stack.callback(module.register_forward_pre_hook(read).remove)
+            stack.callback(module.register_forward_hook(free).remove)
+        tokens = encoder.tokenization.tokenize([CANARY])
+        ids, mask = encoder.pad(tokens)
+        hidden = encoder.module(input_ids=ids, attention_mask=mask).last_hidden_state
+        return encoder.pooled(hidden, encoder.pool_mask(tokens, mask))
