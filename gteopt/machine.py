@@ -6,8 +6,6 @@ Hides: where an operating system keeps these facts. Refuses to know: what was me
 from __future__ import annotations
 
 import ctypes
-import math
-import os
 import platform
 import re
 from contextlib import suppress
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from gteopt.cores import cgroup_limits, n_cores
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.records.environment import Conditions, Machine
 
@@ -103,26 +102,10 @@ def _cpu() -> str:
     return f"{model} ({', '.join(sorted(found))})" if found else model
 
 
-def n_cores() -> int:
-    """Processor cores that this process may use (affinity and the container's quota applied)."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # macOS and Windows have no such call
-    n = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    quota, _, period = _cgroup("cpu.max").partition(" ")
-    return min(n, math.ceil(int(quota) / int(period))) if quota.isdigit() else n
-
-
 def _memory_bytes() -> int:
     total: int = psutil.virtual_memory().total
-    limit = _cgroup("memory.max")
-    return min(total, int(limit)) if limit.isdigit() else total
-
-
-def _cgroup(limit: str) -> str:
-    """A limit of the container (control group version 2), "" where there is none."""
-    try:
-        return Path("/sys/fs/cgroup", limit).read_text().strip()
-    except OSError:
-        return ""
+    limits = [*cgroup_limits("memory.max"), *cgroup_limits("memory/memory.limit_in_bytes")]
+    return min([total, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def _gpu() -> str | None:

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from gteopt.config.recipe import GptqWeights, LayerScheme, NoWeights, Recipe
-from gteopt.machine import n_cores
+from gteopt.cores import n_cores
 from gteopt.quant.grid_search import fit_grids
 from gteopt.quant.products import product
 

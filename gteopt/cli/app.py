@@ -19,6 +19,7 @@ from gteopt.cli.errors import (
     typed_command,
     what_is_kept,
 )
+from gteopt.cores import n_threads
 from gteopt.errors import GteoptError, is_out_of_memory
 
 app = typer.Typer(
@@ -79,6 +80,7 @@ def main() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
     warnings.filterwarnings("ignore", module=r"(?!gteopt)")
     warnings.showwarning = show_warning
+    _limit_threads()
     try:
         app()
     except GteoptError as error:
@@ -106,6 +108,24 @@ def main() -> None:
             raise
         said, kept = str(error).partition("\n")[0], what_is_kept(typed_command())
         fail(f"memory ran out ({said}); ask for less at once, or for another --device{kept}")
+
+
+def _limit_threads() -> None:
+    """Tell torch, before it is imported, and child processes of the cores that there are.
+
+    With --ray the number is that of an actor, whose machine may have more cores.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS")
+    if wanted is not None and any(each.startswith("--ray") for each in sys.argv):
+        return
+    taken = str(n_threads(wanted))
+    if wanted is not None and wanted.isdigit() and int(wanted) > int(taken):
+        warnings.warn(
+            f"OMP_NUM_THREADS={wanted} is more than the cores that this process may use; {taken} "
+            f"are taken",
+            stacklevel=1,
+        )
+    os.environ["OMP_NUM_THREADS"] = taken
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ from gteopt.config.recipe import (
     load_recipe,
 )
 from gteopt.config.yaml_files import shipped_names
+from gteopt.cores import n_cores
 from gteopt.errors import InputError
 from gteopt.evaluation.user_data import read_own, read_texts
-from gteopt.machine import n_cores
 from gteopt.progress import Progress, quiet
 from gteopt.records.files import write_atomically
 from gteopt.records.inspection import Inspection, RecipeEstimate
