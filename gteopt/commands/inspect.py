@@ -69,7 +69,7 @@ def inspect(
         256
     """
     kind = _kind_of(device)
-    with _opened(str(source), hub_dir, revision, family) as (checkpoint, is_here):
+    with _opened(str(source), hub_dir, revision, family) as checkpoint:
         manifest = checkpoint.manifest
         template, lengths = checkpoint.query_template, checkpoint.matryoshka_dims
         is_base = manifest is None and not checkpoint.is_quantized
@@ -90,7 +90,7 @@ def inspect(
             schema="gteopt.inspection/1",
             id=checkpoint.id,
             revision=checkpoint.revision,
-            sha256=checkpoint.sha256 if is_here else None,
+            sha256=checkpoint.sha256 if manifest else None,
             architecture=str(checkpoint.config["model_type"]),
             family=checkpoint.family.name if checkpoint.family else None,
             attention=checkpoint.attention,
@@ -121,8 +121,8 @@ def inspect(
 @contextmanager
 def _opened(
     source: str, hub_dir: Path | None, revision: str | None, family: str | None
-) -> Iterator[tuple[Checkpoint, bool]]:
-    """The model, and whether its weights are here.
+) -> Iterator[Checkpoint]:
+    """The model, of which no weight is read.
 
     A published name without an organisation stands for the shape that ships with gteopt. So does a
     whole name where `hub_dir` lacks the model or the hub gives no answer.
@@ -138,7 +138,7 @@ def _opened(
             if not is_shape or (hub_dir is None and not isinstance(error, HubUnreachableError)):
                 raise
         else:
-            yield checkpoint, checkpoint.manifest is not None or bool(checkpoint.weight_files)
+            yield checkpoint
             return
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
@@ -153,7 +153,7 @@ def _opened(
         write_headers(config, folder)
         note = "sizes are those of the shape that ships with gteopt; its weights were not looked at"
         checkpoint = open_checkpoint(folder, family=family, headers_only=True)
-        yield replace(checkpoint, id=source, notes=(*checkpoint.notes, note)), False
+        yield replace(checkpoint, id=source, notes=(*checkpoint.notes, note))
 
 
 def _kernels(checkpoint: Checkpoint, device: str) -> dict[str, int] | None:

@@ -55,7 +55,7 @@ class Inspection(Frozen):
 
     Attributes:
         revision: commit of a model on the Hub.
-        sha256: of a base, over weights that are here; None where only their headers were fetched.
+        sha256: of an artifact, from its manifest; None of a base, whose weights are not read.
         query_prompt, document_prompt: what is put before a text of each role.
         notes: anything out of the ordinary, remote code that is ignored for one.
         estimates: one a recipe, for a base; empty for an artifact.

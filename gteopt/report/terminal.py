@@ -336,8 +336,9 @@ def facts_table(found: Inspection) -> Table:
         "license": found.license or "not stated",
         "published": ", ".join(f"{k} {v}" for k, v in found.published_scores.items()) or "-",
         "revision": found.revision or "-",
-        "sha256": found.sha256 or "known once the weights are here",
     }
+    if found.sha256 is not None:
+        facts["sha256"] = found.sha256
     if found.kernels is not None:
         facts["linear layers"] = ", ".join(f"{n} {name}" for name, n in found.kernels.items())
     for name, value in facts.items():
