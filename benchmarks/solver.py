@@ -10,8 +10,13 @@ all.
     python benchmarks/solver.py --against eda514f --shapes 3584x3584 --profile
     python benchmarks/solver.py --block                  # all layers of a 7B block, down_proj too
 
-Peers run in an environment of their own: give its Python with --peer-python. What cannot be
+Peers run in an environment of their own: give its Python with --peer-python, and with --peer-path
+a folder with GPTQModel's source where its package refuses this torch. They and we then solve the
+same problem, GPTQ with 4 bits in groups of 128 with zero points, in order of activation, with
+static groups; ours without GPTAQ's correction, beside the recipe as it ships. What cannot be
 imported there is left out, and the result says so.
+
+    python benchmarks/solver.py --peer-python /tmp/peers/bin/python --recipes gptq-int4
 """
 
 from __future__ import annotations
@@ -47,6 +52,15 @@ x += 0.3 * torch.randn(n_rows, in_features, generator=generator)
 x[:, :: in_features // 4] *= 8
 x0 = x + 0.05 * torch.randn(n_rows, in_features, generator=generator)
 weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
+
+def output_snr_db(rounded):
+    # What is left of the layer's output on these inputs.
+    signal = (x @ weight.T).double().square().sum()
+    noise = (x @ (rounded.float() - weight).T).double().square().sum()
+    return round(10 * torch.log10(signal / noise).item(), 3)
+
+def peak_bytes():
+    return 1024 * next(int(l.split()[1]) for l in open("/proc/self/status") if "VmHWM" in l)
 """
 
 _OURS = (
@@ -57,6 +71,8 @@ from gteopt.quant import gptq
 
 recipe = load_recipe(sys.argv[4]).weights
 profile = sys.argv[5] == "profile"
+if sys.argv[5] == "same problem":
+    recipe = recipe.model_copy(update={"gptaq_strength": 0.0})
 is_new = hasattr(gptq, "GptqOptions")
 if is_new:
     from gteopt.quant.hessian import HessianAccumulator
@@ -66,7 +82,7 @@ with torch.inference_mode():
     started = time.process_time()
     through = weight if out_features < in_features else None
     statistics = HessianAccumulator(in_features, through=through)
-    statistics.add(x, x0)
+    statistics.add(x, x0 if recipe.gptaq_strength else None)
     hessian = statistics.hessian
     seen_s = time.process_time() - started
     if profile:
@@ -86,17 +102,17 @@ with torch.inference_mode():
     if profile:
         watch.disable()
         pstats.Stats(watch, stream=sys.stderr).sort_stats("tottime").print_stats(16)
-peak = next(int(line.split()[1]) for line in open("/proc/self/status") if "VmHWM" in line)
+peak = peak_bytes()
 # Against what the original layer gives for the original inputs: what GPTAQ minimises.
 wanted = x0 @ weight.T
 error = x @ result.weight.dequantize().T - wanted
 print(json.dumps({
     "statistics_cpu_s": round(seen_s, 2),
     "solve_cpu_s": round(solved_s, 2),
-    "output_snr_db": round(result.output_snr_db, 3),
+    "output_snr_db": output_snr_db(result.weight.dequantize()),
     "snr_to_original_db": round(
         10 * torch.log10(wanted.double().square().sum() / error.double().square().sum()).item(), 3),
-    "peak_bytes": 1024 * peak,
+    "peak_bytes": peak,
 }))
 """
 )
@@ -104,28 +120,74 @@ print(json.dumps({
 _LLM_COMPRESSOR = (
     _INPUTS
     + """
-from compressed_tensors.quantization import QuantizationArgs
-from llmcompressor.modifiers.gptq.gptq_quantize import (
-    accumulate_hessian, make_empty_hessian, quantize_weight)
+from compressed_tensors.quantization import (
+    QuantizationArgs, QuantizationScheme, initialize_module_for_quantization)
+from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+from llmcompressor.modifiers.gptq.helpers import (
+    accumulate_hessian, make_empty_hessian, prepare_batch)
+from llmcompressor.modifiers.quantization.calibration import initialize_observer, observe
 
 module = torch.nn.Linear(in_features, out_features, bias=False)
-module.weight.data = weight
+module.weight.data = weight.clone()
 args = QuantizationArgs(
     num_bits=4, type="int", strategy="group", group_size=128, symmetric=False, actorder="static")
-started = time.process_time()
-hessian = make_empty_hessian(module)
-hessian, n = accumulate_hessian(x, module, hessian, 0)
-seen_s = time.process_time() - started
-from compressed_tensors.quantization import QuantizationScheme, initialize_module_for_quantization
 initialize_module_for_quantization(
     module, QuantizationScheme(targets=["Linear"], weights=args))
-started = time.process_time()
 with torch.no_grad():
-    quantize_weight(module=module, quant_args=args, hessian=hessian, blocksize=128, percdamp=0.01)
-print(json.dumps({"statistics_cpu_s": round(seen_s, 2),
-    "solve_cpu_s": round(time.process_time() - started, 2)}))
+    started = time.process_time()
+    hessian, n = accumulate_hessian(x, module, make_empty_hessian(module), torch.zeros(1))
+    seen_s = time.process_time() - started
+    started = time.process_time()
+    initialize_observer(module, "weight")
+    observe(module, base_name="weight")
+    found = module.weight_observer.get_qparams()
+    batch = prepare_batch([module], [found], {module: hessian}, {module: n})
+    rounded, _, plain = quantize_weight(*batch, quant_args=args, blocksize=128, percdamp=0.01)
+    solved_s = time.process_time() - started
+assert not plain.any(), "rounded to nearest instead"
+print(json.dumps({"statistics_cpu_s": round(seen_s, 2), "solve_cpu_s": round(solved_s, 2),
+    "peak_bytes": peak_bytes(), "output_snr_db": output_snr_db(rounded[0])}))
 """
 )
+
+_GPTQMODEL = (
+    _INPUTS
+    + """
+from gptqmodel.quantization import GPTQ, QuantizeConfig
+
+module = torch.nn.Linear(in_features, out_features, bias=False)
+module.weight.data = weight.clone()
+config = QuantizeConfig(bits=4, group_size=128, sym=False, desc_act=True, static_groups=True,
+    damp_percent=0.01)
+with torch.no_grad():
+    task = GPTQ(module, config)
+    task.quantizer = task.create_quantizer("layer")
+    task.quantizer.configure(perchannel=True)
+    started = time.process_time()
+    task.add_batch(x[None], None)
+    task.finalize_hessian()
+    seen_s = time.process_time() - started
+    started = time.process_time()
+    rounded = task.quantize()[0]
+    solved_s = time.process_time() - started
+print(json.dumps({"statistics_cpu_s": round(seen_s, 2), "solve_cpu_s": round(solved_s, 2),
+    "peak_bytes": peak_bytes(), "output_snr_db": output_snr_db(rounded)}))
+"""
+)
+_PEERS = {"llm-compressor": _LLM_COMPRESSOR, "GPTQModel": _GPTQMODEL}
+_PEER_VERSIONS = """
+import json
+from importlib.metadata import PackageNotFoundError, version
+
+def installed(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "from its source"
+
+names = ("torch", "transformers", "llmcompressor", "compressed-tensors", "gptqmodel")
+print(json.dumps({name: installed(name) for name in names}))
+"""
 
 
 def run(code: str, arguments: list[str], path: Path, python: str = sys.executable) -> Any:
@@ -133,7 +195,7 @@ def run(code: str, arguments: list[str], path: Path, python: str = sys.executabl
     environment = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [python, "-c", code, *arguments],
-        cwd=path,  # which Python looks in first
+        cwd=path if path.is_dir() else None,  # which Python looks in first
         env=environment,
         capture_output=True,
         text=True,
@@ -160,6 +222,28 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return min(rows, key=lambda row: row.get("solve_cpu_s", float("inf")))
 
 
+def beside_peers(sizes: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Ours on the peers' problem and each peer on one matrix, by turns; the best round of each."""
+    peer_path = options.peer_path or ROOT / "benchmarks"
+    solvers = {
+        "gteopt, the same problem": (_OURS, [*sizes, "gptq-int4", "same problem"], ROOT, None),
+        **{name: (code, sizes, peer_path, options.peer_python) for name, code in _PEERS.items()},
+    }
+    tries: dict[str, list[dict[str, Any]]] = {name: [] for name in solvers}
+    for _ in range(options.rounds):
+        for name, (code, arguments, path, python) in solvers.items():
+            tries[name].append(run(code, arguments, path, python or sys.executable))
+            print(name, json.dumps(tries[name][-1]), file=sys.stderr, flush=True)
+    shape = "x".join(sizes[:2])
+    rows = [
+        {"solver": name, "shape": shape, "recipe": "int4"} | best(measured)
+        for name, measured in tries.items()
+    ]
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    return rows
+
+
 def main() -> None:
     """Read the command line, measure, print and store."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -170,7 +254,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--block", action="store_true", help="all shapes of a 7B block")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--peer-python", help="Python of an environment with llm-compressor")
+    parser.add_argument("--peer-python", help="Python of an environment with the peers")
+    parser.add_argument("--peer-path", type=Path, help="folders of peers' source, joined by :")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     from gteopt.machine import machine, versions
@@ -193,9 +278,7 @@ def main() -> None:
                     rows.append({"solver": name, "shape": shape, "recipe": recipe} | best(measured))
                     print(json.dumps(rows[-1]), flush=True)
             if options.peer_python:
-                peer = run(_LLM_COMPRESSOR, sizes, Path(temporary), options.peer_python)
-                rows.append({"solver": "llm-compressor", "shape": shape, "recipe": "int4"} | peer)
-                print(json.dumps(rows[-1]), flush=True)
+                rows += beside_peers(sizes, options)
     totals = {}
     if options.block:
         for name, recipe in {(row["solver"], row["recipe"]) for row in rows}:
@@ -205,7 +288,7 @@ def main() -> None:
                 totals[f"{name} {recipe}"] = round(seconds, 1)
         print("CPU seconds a block:", totals)
     arguments = " ".join(["python", "benchmarks/solver.py", *sys.argv[1:]])
-    key = "block" if options.block else "matrices"
+    key = "block" if options.block else "peers" if options.peer_python else "matrices"
     results = json.loads(options.out.read_text()) if options.out.is_file() else {}
     results[key] = {
         "command": arguments.replace(str(options.out), options.out.name),
@@ -215,6 +298,9 @@ def main() -> None:
         "machine": machine().model_dump(),
         "versions": versions(),
     }
+    if options.peer_python:
+        where = options.peer_path or ROOT / "benchmarks"
+        results[key]["peer_versions"] = run(_PEER_VERSIONS, [], where, options.peer_python)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
