@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from torch import nn
@@ -122,12 +123,15 @@ def estimate(
             replay_bytes=4 if item_bytes == 2 and emulates_bfloat16(device) else item_bytes,
             activation_bytes=activation_bytes,
             n_tokens=padded[recipe.calibration],
+            on_gpu=device == "cuda",
         )
+        memory = _memory(checkpoint, recipe, plan, sizes)
         yield RecipeEstimate(
             recipe=recipe.name,
             summary=recipe.summary,
             weight_bytes=full_bytes - saved + buffer_bytes,
-            build_bytes=buffer_bytes + _build_bytes(checkpoint, recipe, plan, sizes),
+            build_bytes=buffer_bytes + memory.host,
+            device_bytes=buffer_bytes + memory.device if sizes.on_gpu else None,
             disk_bytes=_disk_bytes(checkpoint, recipe, plan, sizes),
             bytes_per_vector=_vector_bytes(checkpoint, recipe),
             build_s=build_seconds(
@@ -175,6 +179,15 @@ class _Sizes:
     replay_bytes: int
     activation_bytes: int
     n_tokens: int
+    on_gpu: bool
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Most that a build holds at once, in bytes; without a GPU the host has all of it."""
+
+    host: int
+    device: int = 0
 
 
 def _padded_tokens(checkpoint: Checkpoint, spec: Calibration, hub_dir: Path | None) -> int:
@@ -188,22 +201,24 @@ def _padded_tokens(checkpoint: Checkpoint, spec: Calibration, hub_dir: Path | No
     return sum(len(batch) * max(map(len, batch)) for batch in token_batches(tokens))
 
 
-def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes: _Sizes) -> int:
+def _memory(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes: _Sizes) -> _Memory:
     """Most that a build holds: loading, one block's work, tuning, or putting files together.
 
     What is outside the blocks (nearly all of it the token embedding) is there all the time, a
-    block's weights only in its turn.
+    block's weights only in its turn. A GPU holds what is computed with, hidden states too, and the
+    host what is read and written.
     """
     blocks_name = plan.blocks
-    if blocks_name is None:
-        # The model, and its bytes while they are written.
-        return 2 * sizes.full_bytes
+    if blocks_name is None:  # the model, and its bytes while they are written
+        full = sizes.full_bytes
+        return _Memory(full, full) if sizes.on_gpu else _Memory(2 * full)
     module = sizes.skeleton.get_submodule(blocks_name)
     blocks = [dict(block.named_parameters()) for block in module.children()]
     in_blocks = sum(p.numel() for block in blocks for p in block.values())
     frame = sizes.full_bytes - in_blocks * sizes.item_bytes
     table = int(sizes.skeleton.get_input_embeddings().weight.numel())  # type: ignore[operator]
-    load = frame + table * sizes.item_bytes
+    read = table * _stored_item_bytes(checkpoint)
+    load = frame + read
     if recipe.embedding == "int8":
         frame -= table * (sizes.item_bytes - 1)
     largest = max(range(len(blocks)), key=lambda i: sum(p.numel() for p in blocks[i].values()))
@@ -216,24 +231,34 @@ def _build_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes:
     held = frame
     if shortens(recipe):
         held += sizes.packed_bytes
-    finish = held + min(_WRITE_BYTES, 2 * sizes.packed_bytes) + frame
-    peak = max(load, held + block, finish)
+    work = held + block
     if plan.choices:
         n_block = sum(p.numel() for p in blocks[largest].values())
         measuring = _measuring_bytes(checkpoint, recipe, plan, linears, len(blocks), n_block, sizes)
-        peak = max(peak, frame + measuring)
-    peak += min(_KEPT_BYTES + int(_KEPT_SHARE * peak), _MOST_KEPT_BYTES)
-    if plan.tune_by != "model":
-        return peak
-    n_weights = sum(
-        each.weight.numel()
-        for name, each in sizes.skeleton.named_modules()
-        if isinstance(each, nn.Linear) and name in plan.schemes
-    )
-    n_other = count_parameters(checkpoint) - n_weights
-    n_layers = int(checkpoint.config["num_hidden_layers"])
-    hidden_size = int(checkpoint.config["hidden_size"])
-    return max(peak, frame + tuning.work_bytes(n_weights, n_other, n_layers, hidden_size))
+        work = max(work, frame + measuring)
+    written = min(_WRITE_BYTES, 2 * sizes.packed_bytes) + frame
+    host = written if sizes.on_gpu else max(work, held + written)
+    host += min(_KEPT_BYTES + int(_KEPT_SHARE * host), _MOST_KEPT_BYTES)
+    # A mapped file leaves nothing behind.
+    host, work = max(host, read if sizes.on_gpu else load), max(work, load)
+    if plan.tune_by == "model":
+        n_weights = sum(
+            each.weight.numel()
+            for name, each in sizes.skeleton.named_modules()
+            if isinstance(each, nn.Linear) and name in plan.schemes
+        )
+        n_other = count_parameters(checkpoint) - n_weights
+        n_layers = int(checkpoint.config["num_hidden_layers"])
+        hidden_size = int(checkpoint.config["hidden_size"])
+        tuned = frame + tuning.work_bytes(n_weights, n_other, n_layers, hidden_size)
+        work, host = max(work, tuned), host if sizes.on_gpu else max(host, tuned)
+    return _Memory(host, work if sizes.on_gpu else 0)
+
+
+def _stored_item_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of a number in the weight files: a table is mapped from them while it is converted."""
+    n_numbers = sum(prod(shape) for shape in checkpoint.tensors.values())
+    return max(1, round(checkpoint.stored_bytes / n_numbers))
 
 
 def _disk_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes: _Sizes) -> int:

@@ -89,6 +89,7 @@ class Checkpoint:
         weight_files: safetensors files of the transformer; none where only their headers were
             fetched.
         tensors: name -> shape of everything in them.
+        stored_bytes: that these tensors take in their files.
         notes: what a reader of `inspect` should know.
     """
 
@@ -114,6 +115,7 @@ class Checkpoint:
     published: Published | None
     weight_files: tuple[Path, ...]
     tensors: Mapping[str, tuple[int, ...]]
+    stored_bytes: int
     manifest: Manifest | None
     notes: tuple[str, ...]
 
@@ -326,7 +328,7 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
         )
     if remote and known is not None:
         notes.append(f"remote code ignored ({', '.join(remote)}): {known.name} runs natively")
-    weight_files, tensors = _weights(found, manifest, notes)
+    weight_files, tensors, stored_bytes = _weights(found, manifest, notes)
     check_config(config, folder / "config.json", len(tensors))
     if manifest is None and isinstance(quantized := config.get("quantization_config"), dict):
         method = shorten(quantized.get("quant_method", "an unnamed method"))
@@ -368,6 +370,7 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
         published=published,
         weight_files=weight_files,
         tensors=tensors,
+        stored_bytes=stored_bytes,
         manifest=manifest,
         notes=tuple(notes),
     )
@@ -379,14 +382,14 @@ def _values(mapping: object) -> list[object]:
 
 def _weights(
     found: Source, manifest: Manifest | None, notes: list[str]
-) -> tuple[tuple[Path, ...], dict[str, tuple[int, ...]]]:
-    """Weight files and the shapes in them; none and the fetched ones where they are not here."""
+) -> tuple[tuple[Path, ...], dict[str, tuple[int, ...]], int]:
+    """Weight files, the shapes in them and their bytes; no files where those are not here."""
     if found.remote is None:
         files = find_weight_files(found.folder, manifest)
         if files == (found.folder / SINGLE,) and (found.folder / INDEX).is_file():
             notes.append(f"the folder holds two sets of weights: {SINGLE} is read, {INDEX} is not")
-        return files, read_headers(files)
-    return (), dict(found.remote.shapes)
+        return files, read_headers(files), sum(path.stat().st_size for path in files)
+    return (), dict(found.remote.shapes), found.remote.n_bytes
 
 
 def _remote_note(remote: RemoteTensors, manifest: Manifest | None) -> str:

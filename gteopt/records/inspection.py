@@ -17,7 +17,8 @@ class RecipeEstimate(Frozen):
 
     Attributes:
         weight_bytes: of the variant's transformer, on disk and in memory.
-        build_bytes: memory that the build needs at most beyond the Python process itself.
+        build_bytes: memory of the host that the build needs at most beyond the Python process.
+        device_bytes: of a GPU that it needs at most, beyond what CUDA itself takes; None on a CPU.
         disk_bytes: that it takes at most, the artifact included.
         bytes_per_vector: of one stored vector.
         build_s: seconds that the build takes, within a factor of two or so, imports left out.
@@ -32,6 +33,7 @@ class RecipeEstimate(Frozen):
     summary: str
     weight_bytes: int | None
     build_bytes: int | None
+    device_bytes: int | None = None
     disk_bytes: int | None
     bytes_per_vector: int | None
     build_s: float | None = None

@@ -355,13 +355,15 @@ def estimates_table(found: Inspection) -> Table:
         room = decimal(how.activation_bytes, precision=1)
         title += f", on {how.device} in {how.dtype}, at most {room} of hidden states in memory"
     table = Table(title=title, title_justify="left")
-    for name in ("recipe", "weights", "bytes a vector", "build", "memory", "disk", "opened by"):
+    on_gpu = how is not None and how.device == "cuda"
+    memory = ("memory", "GPU memory") if on_gpu else ("memory",)
+    for name in ("recipe", "weights", "bytes a vector", "build", *memory, "disk", "opened by"):
         is_text = name in ("recipe", "opened by")
         table.add_column(name, justify="left" if is_text else "right", no_wrap=name == "recipe")
     for each in found.estimates:
         if each.weight_bytes is None or each.build_bytes is None or each.disk_bytes is None:
             problem = f"cannot be built: {each.problem}"
-            table.add_row(each.recipe, "-", "-", "-", "-", "-", problem)
+            table.add_row(each.recipe, *["-"] * (4 + len(memory)), problem)
         else:
             table.add_row(
                 each.recipe,
@@ -369,6 +371,7 @@ def estimates_table(found: Inspection) -> Table:
                 str(each.bytes_per_vector),
                 "-" if each.build_s is None else _duration(each.build_s),
                 decimal(each.build_bytes, precision=1),
+                *([decimal(each.device_bytes or 0, precision=1)] if on_gpu else []),
                 decimal(each.disk_bytes, precision=1),
                 engines_in_words(each.engines) + (f" ({each.warning})" if each.warning else ""),
             )

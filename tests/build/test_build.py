@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import gteopt
+from gteopt.build import estimate
 from gteopt.build.calibration_texts import draw_texts
 from gteopt.build.layer_plan import plan_layers
 from gteopt.commands.inspect import inspect
@@ -434,20 +436,26 @@ def test_loading_holds_the_packed_weights_and_no_full_ones(
         assert peak[14] - peak[2] < most * (files[14] - files[2])
 
 
-def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The checkpoints are files of the right size with nothing in them: only headers are read."""
-    from gteopt.build import estimate
+BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
-    root = Path(__file__).resolve().parent.parent.parent / "benchmarks"
-    spec = importlib.util.spec_from_file_location("scale", root / "scale.py")
+
+@pytest.fixture
+def scale(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/scale.py."""
+    spec = importlib.util.spec_from_file_location("scale", BENCHMARKS / "scale.py")
     assert spec is not None
     assert spec.loader is not None
-    scale = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "scale", scale)
-    spec.loader.exec_module(scale)
-    results = json.loads((root / "results" / "scale.json").read_text())
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "scale", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
+    scale: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoints are files of the right size with nothing in them: only headers are read."""
+    results = json.loads((BENCHMARKS / "results" / "scale.json").read_text())
     rows = [*results["builds"], *results["sweep"]]
     assert len(rows) >= 10
     assert "mixed-nf4" in {row["recipe"] for row in rows}
@@ -479,6 +487,38 @@ def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
         assert predicted.build_bytes == pytest.approx(row["predicted_bytes"], rel=1e-3)
         seen = row["peak_bytes"] - row["imports_bytes"]
         assert predicted.build_bytes == pytest.approx(seen, rel=0.15)
+
+
+def test_opening_a_base_is_predicted_with_the_numbers_of_its_files(
+    scale: ModuleType, tmp_path: Path
+) -> None:
+    """Its table is mapped in float32 while it is copied in bfloat16; the blocks are small."""
+    shape = scale.Shape(128, 2, 2, 1, 256, 400_000)
+    row = scale.measure(shape, 2, 16, load_recipe("rtn-int8"), "cpu", tmp_path)
+    assert row["predicted_bytes"] == pytest.approx((4 + 2) * 400_000 * 128, rel=0.05)
+    seen = row["peak_bytes"] - row["imports_bytes"]
+    assert row["predicted_bytes"] == pytest.approx(seen, rel=0.1)
+
+
+def test_a_gpus_memory_is_predicted_apart_from_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed with moves to the GPU; what is read and written stays."""
+    monkeypatch.setattr(estimate, "emulates_bfloat16", lambda _device: False)
+    checkpoint = open_checkpoint("nano")
+    whole = load_recipe("gptq-int4")
+    few = whole.calibration.model_copy(update={"n_texts": whole.calibration.n_texts // 2})
+    half = whole.model_copy(update={"calibration": few})
+    for device in ("cpu", "cuda"):
+        most, less = estimate.estimate(checkpoint, [whole, half], device=device)
+        assert most.build_bytes is not None
+        assert less.build_bytes is not None
+        if device == "cpu":
+            assert most.device_bytes is None
+            assert most.build_bytes > less.build_bytes  # hidden states of more texts
+        else:
+            assert most.device_bytes is not None
+            assert less.device_bytes is not None
+            assert most.device_bytes > less.device_bytes
+            assert most.build_bytes == less.build_bytes
 
 
 def test_compensation_brings_vectors_closer_and_survives_a_kill(tmp_path: Path) -> None:
