@@ -41,9 +41,8 @@ from gteopt.errors import IntegrityError, UnsupportedError, is_out_of_memory
 from gteopt.vectors.transform import VectorTransform
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from gteopt.encoder.encoder import Encoder
+    from gteopt.encoder.fetch import Fetch
 
 Floats = npt.NDArray[np.float32]
 AHEAD = 3
@@ -228,8 +227,8 @@ class ShardEncoder:
         """Vectors [M, full_dims] and the operations that they took; NaN where there is none."""
         lengths = [len(each) for each in read.tokens]
         out = np.empty((len(lengths), self._encoder.full_dims), np.float32)
-        waiting: tuple[list[int], Sequence[Sequence[int]], Tensor | None] | None = None
-        # One batch is fetched after the next one is started, so that a GPU never waits.
+        waiting: tuple[list[int], Sequence[Sequence[int]], Fetch | None] | None = None
+        # One batch is waited for after the next one is started, so that a GPU never waits.
         for positions, batch in self._tokenization.batches(
             read.tokens, self._task.options.batch_size
         ):
@@ -242,22 +241,21 @@ class ShardEncoder:
             out[waiting[0]] = self._fetched(*waiting[1:])
         return read, out, self._encoder.operations(lengths) if lengths else 0.0
 
-    def _started(self, batch: Sequence[Sequence[int]]) -> Tensor | None:
+    def _started(self, batch: Sequence[Sequence[int]]) -> Fetch | None:
         """Vectors that are being computed; None where the batch is too large for the memory."""
         if len(batch) > self._batch_size:
             return None
         try:
-            return self._encoder.forward(batch)
+            return self._encoder.start(batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
 
-    def _fetched(self, batch: Sequence[Sequence[int]], started: Tensor | None) -> Floats:
+    def _fetched(self, batch: Sequence[Sequence[int]], started: Fetch | None) -> Floats:
         """Vectors of a batch, in halves where its memory is short; NaN for a text without one."""
         try:
-            vectors = self._encoder.forward(batch) if started is None else started
-            found: Floats = vectors.cpu().numpy()
+            found: Floats = (started or self._encoder.start(batch)).wait().numpy()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gteopt.encoder.cuda_graphs import CudaGraphs
 from gteopt.encoder.description import Description
+from gteopt.encoder.fetch import Fetch
 from gteopt.encoder.forward import (
     BetweenBlocks,
     operations,
@@ -47,8 +48,8 @@ _Batch = tuple[list[int], list[Sequence[int]]]
 class Encoder(Description):
     """A loaded embedding model; callers cannot tell whether it is quantized.
 
-    A batch takes three steps: `forward` starts to compute it, `embed_tokens` waits for the vectors
-    and checks them, `embed` does so for texts. `encode` shortens what `embed` returns.
+    A batch takes three steps: `start` begins to compute and to fetch it, `embed_tokens` waits for
+    the vectors and checks them, `embed` does so for texts. `encode` shortens what `embed` returns.
 
     Example:
         >>> import gteopt
@@ -252,6 +253,10 @@ class Encoder(Description):
                 hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
             return self.pooled(hidden, self.pool_mask(tokens, mask))
 
+    def start(self, tokens: Sequence[Sequence[int]], *, unpadded: bool = True) -> Fetch:
+        """`forward` of one batch, and behind it on a GPU the copy of its vectors to the host."""
+        return Fetch(self.forward(tokens, unpadded=unpadded))
+
     def embed_tokens(
         self,
         tokens: Sequence[Sequence[int]],
@@ -303,17 +308,17 @@ class Encoder(Description):
         """
         out = np.empty((len(texts), self.full_dims), dtype=np.float32)
         done = 0
-        waiting: tuple[list[int], Sequence[Sequence[int]], Tensor] | None = None
+        waiting: tuple[list[int], Sequence[Sequence[int]], Fetch] | None = None
 
-        def keep(positions: list[int], batch: Sequence[Sequence[int]], vectors: Tensor) -> None:
+        def keep(positions: list[int], batch: Sequence[Sequence[int]], fetch: Fetch) -> None:
             nonlocal done
-            out[positions] = self._to_numpy(vectors, batch, [texts[i] for i in positions])
+            out[positions] = self._to_numpy(fetch.wait(), batch, [texts[i] for i in positions])
             done += len(batch)
             progress(f"encoding with {self.name}", done, len(texts))
 
-        # One batch is fetched after the next one is started, so that a GPU never waits.
+        # One batch is waited for after the next one is started, so that a GPU never waits.
         for positions, batch in self._batches(texts, role, instruction, batch_size):
-            started = (positions, batch, self.forward(batch, unpadded=unpadded))
+            started = (positions, batch, self.start(batch, unpadded=unpadded))
             if waiting is not None:
                 keep(*waiting)
             waiting = started
