@@ -269,6 +269,13 @@ def evaluate(
         Path | None, typer.Option(help="own texts without labels, one a line: fidelity alone")
     ] = None,
     columns: Columns = None,
+    examples: Annotated[
+        bool,
+        typer.Option(
+            "--examples",
+            help="with --texts: put the texts whose neighbours changed most, in clear, into --out",
+        ),
+    ] = False,
     languages: Languages = None,
     instruction: Annotated[
         str | None, typer.Option(help="what the queries of --data are for")
@@ -353,6 +360,8 @@ def evaluate(
     if suite is None and data is None and texts is None:
         raise InputError("nothing to evaluate on; give --suite, --data or --texts")
     check_own_data(data, texts, suite, roles)
+    if examples and (texts is None or out is None):
+        raise InputError("--examples shows texts of --texts in the results folder; give --out, too")
     from gteopt.evaluation.data_check import check_data
     from gteopt.evaluation.suites import with_data
 
@@ -405,7 +414,15 @@ def evaluate(
             correction="row" if per_row else "family",
         )
         if texts is not None:
-            close = compare_texts(sources, texts, out, how=how, columns=roles, progress=progress)
+            close = compare_texts(
+                sources,
+                texts,
+                out,
+                how=how,
+                columns=roles,
+                with_examples=examples,
+                progress=progress,
+            )
         elif loaded is not None:
             reports = score(sources, loaded, out, how=how, margin=margin, progress=progress)
     if texts is not None:
@@ -469,20 +486,30 @@ def choose(
 
 def report(
     results_dir: Annotated[Path, typer.Argument(help="folder with bench.json, eval/ or fidelity/")],
+    other: Annotated[
+        Path | None, typer.Argument(help="another such folder: one page shows both")
+    ] = None,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
     as_markdown: AsMarkdown = False,
 ) -> None:
     """Write report.html from what a results folder holds, and print its table.
 
+    With another folder, the page shows both side by side; `gteopt compare` prints their table.
+
     Example: `gteopt report artifacts/demo`
     """
-    from gteopt.commands.choose import write_page
+    from gteopt.commands.choose import write_comparison, write_page
     from gteopt.records.results_folder import read_results
 
+    style = style_of(as_json, as_csv, as_markdown)
+    if other is not None:
+        if style != "table":
+            raise InputError(f"a page of two has no table; `gteopt compare {results_dir} {other}`")
+        stdout.print(f"Report: {write_comparison(results_dir, other)}", soft_wrap=True)
+        return
     results = read_results(results_dir)
     path = write_page(results_dir, results)
-    style = style_of(as_json, as_csv, as_markdown)
     show_results(results, style, folder=results_dir)
     if style == "table":
         stdout.print(f"Report: {path}", soft_wrap=True)

@@ -7,12 +7,13 @@ from pathlib import Path
 from gteopt.config.policy import Policy, load_policy
 from gteopt.config.yaml_files import shipped_names
 from gteopt.errors import InputError
+from gteopt.evaluation.compare import compare_item_scores
 from gteopt.evaluation.statistics import settle
 from gteopt.records.evaluation import EvalReport
-from gteopt.records.files import read_record, write_record
+from gteopt.records.files import read_record, write_atomically, write_record
 from gteopt.records.results_folder import Results, RunRecord, read_results
 from gteopt.report.choose import choose
-from gteopt.report.html import write_report
+from gteopt.report.html import comparison_page, write_report
 
 
 def judge(folder: Path, policy: Policy) -> Results:
@@ -64,6 +65,28 @@ def write_page(folder: Path, results: Results) -> Path:
         except InputError as error:
             others[name] = str(error)
     return write_report(folder, results, title_of(folder), others=others)
+
+
+def write_comparison(first: Path, second: Path) -> Path:
+    """Write a page of two results folders into the first, and return its path.
+
+    Raises:
+        InputError, IntegrityError: see `read_results`.
+    """
+    folders = (first, second)
+    both = [read_results(folder) for folder in folders]
+    name, other = (folder.resolve().name for folder in folders)
+    names = (name, other) if name != other else (str(first), str(second))
+    pairs = {}
+    for variant in both[0].evals.keys() & both[1].evals.keys():
+        files = [folder / "items" / f"{variant}.parquet" for folder in folders]
+        suites = {results.evals[variant].suite_sha256 for results in both}
+        if len(suites) == 1 and all(file.is_file() for file in files):
+            pairs[variant] = compare_item_scores(*files)
+    path = first / f"report-beside-{other}.html"
+    in_order = {variant: pairs[variant] for variant in both[0].evals if variant in pairs}
+    write_atomically(path, comparison_page(names, both, pairs=in_order).encode())
+    return path
 
 
 def title_of(folder: Path) -> str:

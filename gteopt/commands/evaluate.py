@@ -25,7 +25,7 @@ from gteopt.encoder.loading import load
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
 from gteopt.evaluation.compare import BaselineDraws, compare
 from gteopt.evaluation.data_check import check_data
-from gteopt.evaluation.fidelity import fidelity
+from gteopt.evaluation.fidelity import fidelity, most_changed
 from gteopt.evaluation.item_scores_file import write_item_scores
 from gteopt.evaluation.runner import (
     ENCODE_OPTIONS,
@@ -42,6 +42,7 @@ from gteopt.model.artifact import is_artifact, read_manifest
 from gteopt.model.checkpoint import NANO, open_checkpoint
 from gteopt.progress import Progress
 from gteopt.records.evaluation import Correction, EvalReport, FidelityReport
+from gteopt.records.examples import Examples
 from gteopt.records.files import read_record, write_record
 
 
@@ -196,6 +197,7 @@ def compare_texts(
     *,
     how: Setup,
     columns: Mapping[ColumnRole, str] | None = None,
+    with_examples: bool = False,
     progress: Progress,
 ) -> dict[str, FidelityReport]:
     """Fidelity of every variant to the first, which is the baseline, on a user's own texts.
@@ -204,12 +206,18 @@ def compare_texts(
     with a grid, there is a report for each variant, length and code, against the first source's
     vectors at full dimension, as always.
 
+    With examples, `examples/` of the results folder gets the texts whose neighbours changed most,
+    in clear. Without, a run removes those that an earlier one left.
+
     Raises:
-        InputError: see `score`.
+        InputError: see `score`; or examples have no folder to lie in.
     """
     _check_folder(folder)
+    if with_examples and folder is None:
+        raise InputError("--examples writes texts into the results folder; give --out")
     _check_all(sources, None, how)
     texts = read_texts(file, columns)
+    examples: dict[str, Examples] = {}
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     reports: dict[str, FidelityReport] = {}
     baseline = None
@@ -241,9 +249,21 @@ def compare_texts(
                 machine=run.machine,
                 versions=run.versions,
             )
+            if with_examples and view.sha256 != baseline[0].sha256:
+                examples[row] = Examples(
+                    variant=row,
+                    artifact_sha256=view.sha256,
+                    baseline=baseline[0].name,
+                    baseline_sha256=baseline[0].sha256,
+                    texts=file.name,
+                    examples=most_changed(baseline[1], run.fidelity_sample, view.vectors, texts),
+                )
     if folder is not None:
         for name, report in reports.items():
             write_record(folder / "fidelity" / f"{name}.json", report)
+            (folder / "examples" / f"{name}.json").unlink(missing_ok=True)
+        for name, changed in examples.items():
+            write_record(folder / "examples" / f"{name}.json", changed)
     return reports
 
 
@@ -271,7 +291,7 @@ def _check_all(sources: Mapping[str, str], folder: Path | None, how: Setup) -> N
         with suppress(IntegrityError):  # of an older gteopt, or damaged: written anew
             old = read_record(path, EvalReport)
             found = old.versions.get("backend", how.backend)
-            row = re.sub(r"-\d+-(float32|int8|binary)$", "", old.variant)
+            row = re.sub(rf"-\d+-({'|'.join(CODES_BY_DIMS)})$", "", old.variant)
             if {row, old.variant} & set(list(sources)[1:]) and found != how.backend:
                 problems.append(
                     f"{path} holds scores of {old.variant} with backend {found}; remove it, or "

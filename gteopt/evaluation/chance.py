@@ -42,9 +42,9 @@ def chance_of(samples: Samples) -> Chance | None:
 
     Where the entries hold labels, these are shuffled 40 times among the units: the score has to be
     above the mean of the shuffled scores by two of their standard deviations. Where the score is a
-    mean, each unit brings its own expectation: a random ranking's nDCG of a query, the share of the
-    most frequent class of a text, 0 of a correlation. The mean excess has to be above 0 by its t
-    interval.
+    mean, each unit brings its own expectation: a random ranking's score of a query, the share of
+    the most frequent class of a text, 0 of a correlation. The mean excess has to be above 0 by its
+    t interval.
 
     Returns:
         None where the entries do not tell what chance is.
@@ -81,24 +81,64 @@ def _shuffled(samples: Samples, rng: np.random.Generator) -> Samples:
     return replace(samples, arrays={**samples.arrays, "gold": mixed})
 
 
-def random_ndcg(n_relevant: Array, n_documents: Array, depth: int) -> Floats:
-    """Expected nDCG at `depth` of documents in random order, a value a query.
+def random_ranking(name: str, n_relevant: Array, n_documents: Array, depth: int) -> Floats:
+    """Expected score at `depth` of documents in random order, a value a query [Q].
 
-    Each place holds a relevant document with probability R / N, so that the gain is R / N times the
-    sum of the discounts 1 / log2(i + 1). The ideal gain is the sum of the first R of these. Grades
-    count as 0 or 1.
+    Each place i holds a relevant document with probability R / N:
+
+        recall      min(k, N) / N
+        precision   R / N times min(k, N) / k
+        hit_rate    1 - P(none among the first k)
+        mrr         the sum over i of P(the first relevant one is at i) / i
+        map         the sum over i of (R / N + (i - 1) R (R - 1) / (N (N - 1))) / (i R)
+        ndcg        R / N times the sum of 1 / log2(i + 1), over the ideal gain
+
+    The ideal gain is the sum of the first R discounts. Grades count as 0 or 1. A query without a
+    relevant document scores 0.
 
     Args:
+        name: of the metric, as above.
         n_relevant: R [Q].
         n_documents: N [Q] that are ranked.
-        depth: places that count.
+        depth: k, the places that count.
     """
-    discounts = np.r_[0.0, np.cumsum(1 / np.log2(np.arange(depth) + 2))]
-    ranked = np.maximum(n_documents, 1).astype(np.int64)
-    ideal = discounts[np.minimum(n_relevant, depth)]
-    gain = n_relevant / ranked * discounts[np.minimum(ranked, depth)]
-    found: Floats = np.divide(gain, ideal, out=np.zeros(len(ideal)), where=ideal > 0)
-    return found
+    relevant = np.asarray(n_relevant, np.float64)
+    documents = np.maximum(np.asarray(n_documents, np.float64), 1)
+    places = np.minimum(documents, depth)
+    if name == "recall":
+        expected = np.where(relevant > 0, places / documents, 0.0)
+    elif name == "precision":
+        expected = relevant / documents * places / depth
+    elif name == "ndcg":
+        discounts = np.r_[0.0, np.cumsum(1 / np.log2(np.arange(depth) + 2))]
+        ideal = discounts[np.minimum(relevant, depth).astype(np.int64)]
+        gain = relevant / documents * discounts[places.astype(np.int64)]
+        expected = np.divide(gain, ideal, out=np.zeros(len(ideal)), where=ideal > 0)
+    else:
+        expected = _by_place(name, relevant, documents, depth)
+    return expected
+
+
+def _by_place(name: str, relevant: Floats, documents: Floats, depth: int) -> Floats:
+    """The metrics that are sums over the places of a ranking; see `random_ranking`."""
+    expected = np.zeros(len(relevant))
+    none_yet = np.ones(len(relevant))  # P(no relevant document before this place)
+    others = np.maximum(documents - 1, 1)
+    for place in range(1, int(min(depth, documents.max(initial=0))) + 1):
+        left = np.maximum(documents - place + 1, 1)
+        is_ranked = place <= documents
+        first = none_yet * np.clip(relevant / left, 0, 1) * is_ranked
+        none_yet = none_yet - first
+        if name == "hit_rate":
+            expected += first
+        elif name == "mrr":
+            expected += first / place
+        elif name == "map":
+            both = (place - 1) * (relevant - 1) / others
+            expected += is_ranked * (1 + both) / (documents * place)
+        else:
+            raise ValueError(name)
+    return np.where(relevant > 0, expected, 0.0)
 
 
 def counted(tasks: Sequence[TaskScore]) -> list[TaskScore]:

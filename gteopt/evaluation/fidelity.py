@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save
 
 from gteopt.errors import InputError, IntegrityError
 from gteopt.records.evaluation import Fidelity
+from gteopt.records.examples import Example
 from gteopt.records.files import write_atomically
 from gteopt.vectors.search import search
 from gteopt.vectors.transform import VectorTransform, identity
@@ -28,6 +29,7 @@ Side = Literal["query", "document", "text"]
 Floats = npt.NDArray[np.float32]
 
 N_NEIGHBOURS = 10
+N_EXAMPLES = 10
 N_PAIRS = 20_000
 _LIMITS: dict[Side, int] = {"query": 500, "document": 2000, "text": 2000}
 _SEED = 0
@@ -61,10 +63,7 @@ class Sampler:
         """Texts of one side with their vectors [N, full_dims]; `prompt` tells apart the same text
         encoded in two ways.
         """
-        digests = [
-            hashlib.sha256(f"{_SEED}\0{prompt}\0{text}".encode()).hexdigest() for text in texts
-        ]
-        self._keep(side, digests, vectors)
+        self._keep(side, [_digest(text, prompt) for text in texts], vectors)
 
     def merge(self, sample: Sample) -> None:
         """Another sample's texts."""
@@ -89,6 +88,10 @@ class Sampler:
                 del kept[largest]
             kept[digest] = vector.copy()  # a view would keep its whole batch in memory
             largest = max(kept)
+
+
+def _digest(text: str, prompt: str) -> str:
+    return hashlib.sha256(f"{_SEED}\0{prompt}\0{text}".encode()).hexdigest()
 
 
 def sample_of(texts: Sequence[str], vectors: Floats) -> dict[Side, SideVectors]:
@@ -194,6 +197,41 @@ def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> F
             ),
         ),
     )
+
+
+def most_changed(
+    baseline: Sample, variant: Sample, transform: VectorTransform, texts: Sequence[str]
+) -> tuple[Example, ...]:
+    """The ten texts that keep the fewest of their ten nearest others, with both lists.
+
+    Of equals, those come first that come first in `texts`.
+
+    Args:
+        baseline: what `sample_of` made of the baseline's vectors of `texts`.
+        variant: the same of the variant's.
+        transform: the variant's; its codes are searched.
+        texts: all of the samples' texts.
+    """
+    base, ours = _aligned(baseline["text"], variant["text"])
+    known = {_digest(text, ""): text for text in texts}
+    rows = set(variant["text"].digests)
+    named = [known[digest] for digest in baseline["text"].digests if digest in rows]
+    place = {text: number for number, text in enumerate(texts)}
+    exact = identity(base.shape[1])
+    projected = transform.project(ours)
+    before = _neighbours(exact, exact.project(base), exact.project(base), excluding_self=True)
+    after = _neighbours(transform, projected, transform.quantize(projected), excluding_self=True)
+    found = [
+        Example(
+            text=text,
+            before=tuple(named[other] for other in theirs),
+            after=tuple(named[other] for other in mine),
+        )
+        for text, theirs, mine in zip(named, before, after, strict=True)
+    ]
+    changed = [example for example in found if example.n_kept < len(example.before)]
+    changed.sort(key=lambda example: (example.n_kept, place[example.text]))
+    return tuple(changed[:N_EXAMPLES])
 
 
 def _n_offered(side: Side, sample: SideVectors) -> int:

@@ -29,13 +29,13 @@ from mteb.abstasks import (
 from scipy.stats import spearmanr
 
 from gteopt.errors import UnsupportedError
-from gteopt.evaluation.chance import random_ndcg
+from gteopt.evaluation.chance import random_ranking
 from gteopt.evaluation.per_item_scores import Array, Samples
 
 TOLERANCE = 1e-6
 _AT = re.compile(r"^(max_over_subqueries_)?(ndcg|map|recall|precision|hit_rate|mrr)_at_(\d+)$")
 _PAIR_METRIC = re.compile(r"^(max|similarity|cosine|dot|manhattan|euclidean)_(ap|accuracy)$")
-_TREC = {  # mteb's name -> pytrec_eval's
+TREC = {  # mteb's name -> pytrec_eval's
     "ndcg": "ndcg_cut",
     "map": "map_cut",
     "recall": "recall",
@@ -163,14 +163,16 @@ def _retrieval(task: Any, data: Any, results: Any, metric: str) -> Samples:
         # The other depths cost nothing, and mteb's own function wants depth 1 for its summary.
         skip_first = task.skip_first_result and not over_subqueries
         scored = calculate_retrieval_scores(results, qrels, [1, depth], skip_first).all_scores
-        by_query = {query: found[f"{_TREC[name]}_{depth}"] for query, found in scored.items()}
+        by_query = {query: found[f"{TREC[name]}_{depth}"] for query, found in scored.items()}
     names = sorted(by_query)
     arrays: dict[str, Array] = {"values": np.array([by_query[query] for query in names])[None]}
-    if name == "ndcg" and not over_subqueries:
-        ranked = data.get("top_ranked") or {}
-        n_relevant = [sum(grade > 0 for grade in qrels[query].values()) for query in names]
-        n_documents = [len(ranked.get(query, data["corpus"])) for query in names]
-        arrays["chance"] = random_ndcg(np.array(n_relevant), np.array(n_documents), depth)
+    n_relevant = [sum(grade > 0 for grade in qrels[query].values()) for query in names]
+    ranked: dict[str, set[str]] = {}
+    for query, documents in (data.get("top_ranked") or {}).items():
+        stem = query.rpartition("_")[0] if over_subqueries else query
+        ranked.setdefault(stem, set()).update(documents)
+    n_documents = [len(ranked.get(query, data["corpus"])) for query in names]
+    arrays["chance"] = random_ranking(name, np.array(n_relevant), np.array(n_documents), depth)
     return Samples("mean", "query", arrays, None if name == "mrr" else _DIGITS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from gteopt.frozen import Frozen
 from gteopt.records.bench import BenchReport, VariantBench
 from gteopt.records.choice import Choice
 from gteopt.records.evaluation import EvalReport, FidelityReport
+from gteopt.records.examples import Examples
 from gteopt.records.files import read_record
 
 
@@ -36,12 +38,15 @@ class Results(Frozen):
         evals: scores and fidelity on a suite, by variant.
         fidelity: closeness on a user's own texts, by variant.
         choice: None before `gteopt choose`.
+        examples: own texts whose neighbours changed most, by variant; only where they were asked
+            for, because they are texts in clear.
     """
 
     bench: BenchReport | None
     evals: dict[str, EvalReport]
     fidelity: dict[str, FidelityReport] = Field(default_factory=dict)
     choice: Choice | None
+    examples: dict[str, Examples] = Field(default_factory=dict)
 
     @property
     def baseline(self) -> str:
@@ -77,7 +82,19 @@ def read_results(folder: Path) -> Results:
         evals=evals,
         fidelity=fidelity,
         choice=read_record(choice_path, Choice) if choice_path.is_file() else None,
+        examples=_read_examples(folder, fidelity),
     )
+
+
+def _read_examples(folder: Path, fidelity: Mapping[str, FidelityReport]) -> dict[str, Examples]:
+    """Those of the variants as they are now: a build anew makes the former ones another's."""
+    paths = sorted((folder / "examples").glob("*.json"))
+    found = {path.stem: read_record(path, Examples) for path in paths}
+    return {
+        name: each
+        for name, each in found.items()
+        if name in fidelity and fidelity[name].artifact_sha256 == each.artifact_sha256
+    }
 
 
 def _only_texts(folder: Path) -> bool:

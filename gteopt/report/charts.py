@@ -30,7 +30,7 @@ _LEAST_DISTANCE = 1e-6
 """All that float32 cannot tell from zero."""
 _LEAST_FRONTIER = 3
 """Different sizes of a vector from which on their neighbours are drawn."""
-_MOST_NAMED = 12
+_MOST_NAMED = 10
 """Beyond so many variants a legend names only the baseline, the pick and the Pareto front."""
 FIDELITY_CHARTS = {
     "mean_cosine": ("1 − mean cosine to the baseline (left is closer)", True),

@@ -16,11 +16,13 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
+from gteopt.config.policy import Policy
 from gteopt.paths import ASSETS
 from gteopt.records.bench import BenchReport
-from gteopt.records.evaluation import FidelityReport
+from gteopt.records.evaluation import FidelityReport, ItemComparison
 from gteopt.records.files import write_atomically
 from gteopt.records.results_folder import Results
+from gteopt.report import beside
 from gteopt.report.charts import (
     FIDELITY_CHARTS,
     fidelity_chart,
@@ -30,6 +32,7 @@ from gteopt.report.charts import (
     trade_chart,
 )
 from gteopt.report.conditions import conditions
+from gteopt.report.examples import examples_section
 from gteopt.report.markup import charts, description, interval, scrolled, section, table_tools
 from gteopt.report.policy_switch import answer_of, answers, kind, mark, menu, part
 from gteopt.report.rows import (
@@ -113,6 +116,38 @@ def write_report(
     return path
 
 
+def comparison_page(
+    names: beside.Names,
+    both: Sequence[Results],
+    *,
+    pairs: Mapping[str, ItemComparison] = beside.NO_PAIRS,
+) -> str:
+    """One page of two results folders, for both of which `html_page` makes one of its own.
+
+    Args:
+        names: of the two runs.
+        both: what they hold.
+        pairs: see `beside.sections`.
+    """
+    results, lines = beside.merged(names, both)
+    drawn = [*beside.sections(names, both, pairs), *_trade_section(results, lines)]
+    if results.evals:
+        drawn.append(section("tasks", "Scores by task", _TASKS, tasks_table(results, lines)))
+    for name, own in zip(names, both, strict=True):
+        key = f"conditions-{len(drawn)}"
+        drawn.append(section(key, f"Conditions of {escape(name)}", "", conditions(own)))
+    return _PAGE.format(
+        title=escape(" beside ".join(names)),
+        measured="",
+        css=(ASSETS / "report.css").read_text(encoding="utf-8"),
+        js=(ASSETS / "report.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
+        header=beside.header(names, both) + _alert(results),
+        sections="".join(drawn),
+        answers="",
+    )
+
+
 def _measured(results: Results, date: str) -> str:
     """When and where, in one line."""
     machines = [report.machine for report in results.evals.values()]
@@ -126,7 +161,8 @@ def _measured(results: Results, date: str) -> str:
 def _sections(results: Results, lines: Sequence[Row]) -> Iterator[str]:
     """Those that there is something to show in."""
     if results.benched or results.evals:
-        yield section("variants", "Variants", "", _variants_table(lines) + _glossary())
+        policy = results.choice.policy if results.choice else None
+        yield section("variants", "Variants", "", _variants_table(lines, policy) + _glossary())
     yield from _trade_section(results, lines)
     if results.bench is not None:
         yield section("cost", "Speed and cost", _COST, _cost_table(results.bench))
@@ -136,6 +172,7 @@ def _sections(results: Results, lines: Sequence[Row]) -> Iterator[str]:
     if results.fidelity:
         table = _fidelity_table(results.fidelity)
         yield section("texts", "Fidelity on your own texts", "", table)
+    yield examples_section(results.examples, results.choice.picked if results.choice else None)
     if results.evals:
         yield section("tasks", "Scores by task", _TASKS, tasks_table(results, lines))
     yield section("conditions", "Conditions of measurement", "", conditions(results))
@@ -191,14 +228,25 @@ def _alert(results: Results) -> str:
     )
 
 
-_DECIDING = ("weight_bytes", "speed_ratio", "retention", "neighbour_overlap", "vector_bytes")
+_DECIDING = ("retention", "weight_bytes", "speed_ratio", "neighbour_overlap", "vector_bytes")
+_SHOWN_AS: dict[str, str] = {"retention_low": "retention", "index_bytes": "vector_bytes"}
+"""Metrics of policies -> the column that shows them."""
 
 
-def _variants_table(lines: Sequence[Row]) -> str:
+def _deciding(policy: Policy | None) -> list[str]:
+    """Attributes of the columns in the order that a decision asks for: the policy's own first."""
+    asked = [] if policy is None else [policy.objective.metric, *policy.limits]
+    named = [_SHOWN_AS.get(metric, metric) for metric in asked]
+    return list(dict.fromkeys([*named, *_DECIDING]))
+
+
+def _variants_table(lines: Sequence[Row], policy: Policy | None) -> str:
     """Every number of every variant, those that decide first; no column is empty."""
+    first = _deciding(policy)
+    places = {attribute: place for place, attribute in enumerate(first)}
     columns = [
         column
-        for column in sorted(COLUMNS, key=lambda each: each.attribute not in _DECIDING)
+        for column in sorted(COLUMNS, key=lambda each: places.get(each.attribute, len(first)))
         if column.attribute != "retention_low"
         and any(getattr(row, column.attribute) is not None for row in lines)
     ]

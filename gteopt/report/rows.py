@@ -433,7 +433,7 @@ def in_megabytes(n_bytes: int | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
     """A number of a variant; `terminal` is its heading on the terminal, where room is short."""
 
     title: str
@@ -450,76 +450,76 @@ class _Column:
 
 
 COLUMNS = (
-    _Column(
+    Column(
         *("Weights", "MB", "weights\nMB", "weight_bytes", megabytes),
         "Parameters and buffers of the transformer as they lie in memory (1 MB = 1,000,000 bytes).",
     ),
-    _Column(
+    Column(
         *("Size", "× baseline", "size\n×", "weight_ratio", _fixed(2)),
         "Weight bytes divided by the baseline's; below 1 is smaller.",
     ),
-    _Column(*("Dims", "", "dims", "dims", _fixed(0)), "Dimensions of a stored vector."),
-    _Column(
+    Column(*("Dims", "", "dims", "dims", _fixed(0)), "Dimensions of a stored vector."),
+    Column(
         *("Vector", "bytes", "vector\nbytes", "vector_bytes", _fixed(0)),
         "Bytes of one stored vector, which is also megabytes of a million of them; the search "
         "structure is not counted.",
     ),
-    _Column(
+    Column(
         *("Score", "%", "score\n%", "score", _fixed(2, 100)),
         "Mean main score over the suite's tasks; languages are averaged within a task first. "
         "An asterisk marks a partial score: some task failed.",
     ),
-    _Column(
+    Column(
         *("Retention", "%", "kept\n%", "retention", _fixed(1, 100)),
         "Score divided by the baseline's score on the same data in the same environment; below it "
         "the 95 % interval.",
     ),
-    _Column(
+    Column(
         *("At least", "%", "at least\n%", "retention_low", _fixed(1, 100)),
         "Lower end of retention's 95 % paired bootstrap interval, which policies limit.",
     ),
-    _Column(
+    Column(
         *("Cosine", "mean", "mean\ncos", "mean_cosine", _fixed(3)),
         "Mean cosine between what is stored of a text and the baseline's vector of it. Dimensions "
         "that were left out count as zero, so that cutting is not free.",
     ),
-    _Column(
+    Column(
         *("NN@10", "%", "nn@10\n%", "neighbour_overlap", _fixed(1, 100)),
         "Share of the baseline's 10 nearest neighbours that are among the variant's 10, on the "
         "vectors as stored.",
     ),
-    _Column(
+    Column(
         *("Spearman", "ρ", "ρ", "spearman", _fixed(3)),
         "Rank correlation of the variant's similarities with the baseline's, on the vectors as "
         "stored.",
     ),
-    _Column(
+    Column(
         *("p50", "ms", "p50\nms", "p50_ms", _fixed(2)),
         "Median latency of a single query, from text to stored vector.",
     ),
-    _Column(
+    Column(
         *("p95", "ms", "p95\nms", "p95_ms", _fixed(2)),
         "95th percentile of the latency of a single query, from text to stored vector.",
     ),
-    _Column(
+    Column(
         *("p99", "ms", "p99\nms", "p99_ms", _fixed(2)),
         "99th percentile of the latency of a single query, from text to stored vector.",
     ),
-    _Column(
+    Column(
         *("Tokens", "per s", "tokens\n/s", "tokens_per_s", _fixed(0)),
         "Throughput from token ids to vectors: geometric mean over the workloads.",
     ),
-    _Column(
+    Column(
         *("Speed", "× baseline", "speed\n×", "speed_ratio", _fixed(2)),
         "Throughput divided by the baseline's, measured in turns with it; above 1 is faster. In "
         "the baseline's own row: two timings of the same model, which shows the noise.",
     ),
-    _Column(
+    Column(
         *("Peak", "MB", "peak\nMB", "peak_memory_bytes", megabytes),
         "Memory. On a GPU: the peak of allocated device memory. On a CPU: the peak resident "
         "memory of a fresh process, interpreter and libraries included.",
     ),
-    _Column(
+    Column(
         *("Load", "s", "load\ns", "load_s", _fixed(2)),
         "From path to first vector in a fresh process, imports excluded, files in the page cache.",
     ),

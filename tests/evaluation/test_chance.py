@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gteopt.evaluation.chance import chance_notes, chance_of, counted, random_ndcg
+from gteopt.evaluation.chance import chance_notes, chance_of, counted, random_ranking
 from gteopt.evaluation.per_item_scores import Samples
+from gteopt.evaluation.predictions import TREC
 from gteopt.records.evaluation import TaskScore
 
 N = 120
@@ -69,20 +70,35 @@ def test_v_measure_of_random_clusters_is_above_zero_and_chance_says_how_far() ->
     assert found.expected > 0.03
 
 
-@pytest.mark.parametrize(("relevant", "documents"), [(1, 40), (3, 12), (15, 20), (2, 5)])
-def test_the_ndcg_of_a_random_ranking_is_that_of_many_shuffles(
-    relevant: int, documents: int
+@pytest.mark.parametrize("metric", ["ndcg", "recall", "precision", "map", "mrr", "hit_rate"])
+@pytest.mark.parametrize(("relevant", "documents"), [(1, 40), (3, 12), (15, 20), (2, 5), (4, 4)])
+def test_chance_of_a_ranking_is_the_mean_of_what_mteb_gives_many_shuffles(
+    metric: str, relevant: int, documents: int
 ) -> None:
+    from mteb._evaluators.retrieval_metrics import calculate_retrieval_scores, mrr
+
     rng = np.random.default_rng(0)
-    discounts = 1 / np.log2(np.arange(10) + 2)
-    ideal = discounts[:relevant].sum()
-    drawn = []
-    for _ in range(4000):
-        gains = (rng.permutation(documents) < relevant)[:10]
-        drawn.append((gains * discounts[: len(gains)]).sum() / ideal)
-    error = 4 * np.std(drawn) / np.sqrt(len(drawn))
-    found = random_ndcg(np.array([relevant]), np.array([documents]), 10)
-    assert found[0] == pytest.approx(np.mean(drawn), abs=error)
+    n_shuffles = 1500
+    judged = {str(document): 1 for document in range(relevant)}
+    qrels = {str(shuffle): judged for shuffle in range(n_shuffles)}
+    results = {
+        query: dict(zip(map(str, range(documents)), rng.random(documents).tolist(), strict=True))
+        for query in qrels
+    }
+    if metric == "mrr":
+        drawn = np.array(mrr(qrels, results, [10])["MRR@10"])
+    else:
+        name = TREC[metric]
+        scored = calculate_retrieval_scores(results, qrels, [1, 10], False).all_scores
+        drawn = np.array([found[f"{name}_10"] for found in scored.values()])
+    error = 4 * np.std(drawn) / np.sqrt(n_shuffles) + 1e-5  # mteb rounds
+    found = random_ranking(metric, np.array([relevant]), np.array([documents]), 10)
+    assert found[0] == pytest.approx(drawn.mean(), abs=error)
+
+
+@pytest.mark.parametrize("metric", ["ndcg", "recall", "precision", "map", "mrr", "hit_rate"])
+def test_a_query_without_a_relevant_document_scores_nothing_by_chance(metric: str) -> None:
+    assert random_ranking(metric, np.array([0, 1]), np.array([9, 9]), 3)[0] == 0
 
 
 def test_entries_that_do_not_tell_chance_are_not_judged() -> None:

@@ -16,7 +16,9 @@ from gteopt.evaluation.fidelity import (
     Side,
     SideVectors,
     fidelity,
+    most_changed,
     read_sample,
+    sample_of,
     write_sample,
 )
 from gteopt.vectors.fit import fit
@@ -244,3 +246,28 @@ def test_a_cut_sample_is_refused(tmp_path: Path, search: dict[Side, SideVectors]
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(IntegrityError, match="delete it"):
         read_sample(path)
+
+
+def test_examples_are_the_texts_that_keep_the_fewest_neighbours() -> None:
+    names = [f"text {number}" for number in range(80)]
+    base = texts(4, 80)
+    ours = unit(base + 0.15 * np.random.default_rng(5).normal(size=base.shape))
+    found = most_changed(sample_of(names, base), sample_of(names, ours), identity(DIMS), names)
+
+    def nearest(vectors: npt.NDArray[np.float32], row: int) -> list[str]:
+        similar = vectors @ vectors[row]
+        similar[row] = -np.inf
+        return [names[other] for other in np.argsort(-similar, kind="stable")[:10]]
+
+    kept = {
+        name: len(set(nearest(base, row)) & set(nearest(ours, row)))
+        for row, name in enumerate(names)
+    }
+    fewest = sorted(names, key=lambda name: (kept[name], names.index(name)))[:10]
+    assert [example.text for example in found] == fewest
+    for example in found:
+        row = names.index(example.text)
+        assert list(example.before) == nearest(base, row)
+        assert list(example.after) == nearest(ours, row)
+        assert example.n_kept == kept[example.text]
+    assert most_changed(sample_of(names, base), sample_of(names, base), identity(DIMS), names) == ()

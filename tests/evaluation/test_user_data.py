@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +26,10 @@ from gteopt.evaluation.tasks import load_suite
 from gteopt.evaluation.user_data import Collection, Pairs, read_own, read_texts
 from gteopt.progress import quiet
 from gteopt.records.evaluation import FidelityReport
+from gteopt.records.examples import Examples
 from gteopt.records.files import read_record
+from gteopt.records.results_folder import read_results
+from gteopt.report.html import html_page
 from gteopt.report.terminal import fidelity_table
 
 
@@ -331,6 +335,36 @@ def test_own_texts_are_encoded_once_for_every_length_code_and_run(
     assert {n: e.fidelity for n, e in second.items()} == {n: e.fidelity for n, e in first.items()}
     path.write_text(path.read_text(encoding="utf-8") + "One more.\n", encoding="utf-8")
     assert sum(each.n_encoded_texts for each in compared().values()) == 1
+
+
+def test_examples_are_written_only_where_they_are_asked_for(
+    own_texts: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    path, texts = own_texts
+    out = tmp_path / "out"
+    how = Setup(device="cpu", grid=Grid((32,), ("binary",)))
+    sources = {"base": "nano", "same": "nano"}
+    file = out / "examples" / "same-32-binary.json"
+
+    def compared(with_examples: bool) -> None:
+        compare_texts(sources, path, out, how=how, with_examples=with_examples, progress=quiet)
+
+    compared(with_examples=False)
+    assert not (out / "examples").exists()
+    compared(with_examples=True)
+    found = read_record(file, Examples)
+    assert len(found.examples) == 10
+    assert {example.text for example in found.examples} <= set(texts)
+    assert found == read_results(out).examples["same-32-binary"]
+    report = html_page(read_results(out), title="own")
+    assert html.escape(found.examples[0].text[:200]) in report
+    compared(with_examples=False)  # which leaves no texts of the run before
+    assert not file.exists()
+    assert html.escape(found.examples[0].text[:200]) not in html_page(
+        read_results(out), title="own"
+    )
+    with pytest.raises(InputError, match="give --out"):
+        compare_texts(sources, path, None, how=how, with_examples=True, progress=quiet)
 
 
 def test_too_few_or_broken_texts_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from gteopt.commands.choose import judge, write_page
+from gteopt.commands.choose import judge, write_comparison, write_page
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.config.policy import Limit, Metric, Objective, Policy, load_policy
 from gteopt.config.recipe import VectorCode
@@ -32,11 +32,12 @@ from gteopt.records.evaluation import (
     FidelityReport,
     TaskScore,
 )
-from gteopt.records.files import write_record
-from gteopt.records.results_folder import Results
+from gteopt.records.files import read_record, write_record
+from gteopt.records.results_folder import Results, read_results
+from gteopt.report import beside
 from gteopt.report.charts import axis_floor, pareto_line, spread
-from gteopt.report.html import html_page, write_report
-from gteopt.report.rows import COLUMNS, index_rent, rows
+from gteopt.report.html import comparison_page, html_page, write_report
+from gteopt.report.rows import COLUMNS, MISSING, index_rent, machine_line, rows
 from gteopt.report.terminal import _IN_TERMINAL, bench_table, eval_table, terminal_table
 from gteopt.report.wording import METRIC_WORDS, metric_amount
 
@@ -506,6 +507,70 @@ def test_a_policy_that_needs_labels_says_so_on_a_page_without_any(
     assert '<option value="1">most-faithful</option>' in page
     assert f"This policy cannot be applied: {refused}" in page
     assert "<select" not in html_page(demo, title="demo").split("<header>")[1].split("</header>")[0]
+
+
+def two_runs(folder: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Copies of a results folder; in the second, int8 is a fifth smaller and a point worse."""
+    first, second = tmp_path / "runs" / "monday", tmp_path / "runs" / "friday"
+    for copy in (first, second):
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("runs"))
+    bench = read_record(second / "bench.json", BenchReport)
+    own = bench.variants["int8"]
+    smaller = own.model_copy(update={"weight_bytes": round(0.8 * own.weight_bytes)})
+    machine = MACHINE.model_copy(update={"cpu": "Ampere Altra"})
+    changed = {"variants": {**bench.variants, "int8": smaller}, "machine": machine}
+    write_record(second / "bench.json", bench.model_copy(update=changed))
+    report = read_record(second / "eval" / "int8.json", EvalReport)
+    assert report.retention is not None
+    worse = report.model_copy(update={"retention": report.retention - 0.01})
+    write_record(second / "eval" / "int8.json", worse)
+    (second / "eval" / "gptq-int4.json").unlink()
+    return first, second
+
+
+def test_a_page_of_two_runs_says_what_changed_and_what_was_not_measured_alike(
+    folder: Path, tmp_path: Path
+) -> None:
+    first, second = two_runs(folder, tmp_path)
+    judge(first, load_policy("balanced"))
+    path = write_comparison(first, second)
+    assert path == first / "report-beside-friday.html"
+    dom, log, urls = browse(path, 1280, tmp_path)
+    assert "CONSOLE" not in log, log
+    assert urls == []
+    assert "policy balanced picks" in dom
+    assert "no policy was applied" in dom
+    assert f"machines differ: {machine_line(MACHINE)} in monday; " not in dom
+    assert "Ampere Altra" in dom
+    assert "compare speeds only with the same baseline" in dom
+    figures = dom.split('id="figures"')[1].split("</table>")[0]
+    of_int8 = figures.split(">int8</th>")[1].split("rowgroup")[0]
+    weights = "Weights<small>MB</small></th><td>13.7</td><td>11.0</td><td>-20.0 %</td>"
+    assert weights in of_int8
+    assert "<td>-1.00 points</td>" in of_int8
+    assert "Cosine" not in of_int8  # which did not change
+    assert ">none</th>" not in figures
+    of_int4 = figures.split(">gptq-int4</th>")[1].split("rowgroup")[0]
+    assert f"<small>98.1–100.7</small></td><td>{MISSING}</td><td>{MISSING}</td>" in of_int4
+    page = Page()
+    page.feed(dom)
+    assert page.n_charts == page.n_charts_drawn == 4
+    assert {"monday: int8", "friday: int8"} <= page.texts
+
+
+def test_two_runs_alike_have_nothing_that_differs(folder: Path, tmp_path: Path) -> None:
+    both = [read_results(folder)] * 2
+    assert beside.differences(("a", "b"), both) == []
+    page = comparison_page(("a", "b"), both)
+    assert "Not measured alike" not in page
+    assert "Every figure is the same." in page
+
+
+def test_the_columns_that_the_policy_decides_by_come_first(demo: Results) -> None:
+    page = html_page(demo, title="demo")
+    table = page.split('id="table-variants"')[1].split("</thead>")[0]
+    titles = re.findall(r'data-title="(\w[\w@]*)', table)
+    assert titles[:4] == ["Variant", "Weights", "Retention", "NN@10"]
 
 
 @pytest.mark.parametrize("n_sizes", [2, 3])

@@ -1,0 +1,198 @@
+"""One page of two results folders: every figure of both beside each other, and the change.
+
+Hides: which conditions have to be equal for a comparison. Refuses to know: how anything was
+measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from html import escape
+
+from gteopt.records.evaluation import ItemComparison
+from gteopt.records.results_folder import Results
+from gteopt.report.markup import interval, scrolled, section
+from gteopt.report.rows import COLUMNS, MISSING, Column, Row, machine_line, rows
+from gteopt.report.wording import points
+
+Names = tuple[str, str]
+NO_PAIRS: Mapping[str, ItemComparison] = {}
+
+
+def merged(names: Names, both: Sequence[Results]) -> tuple[Results, list[Row]]:
+    """The two as one, for charts and tasks: each variant is called by its run, too."""
+    lines: list[Row] = []
+    evals = {}
+    for name, results in zip(names, both, strict=True):
+        lines += [replace(row, name=f"{name}: {row.name}") for row in rows(results)]
+        evals |= {
+            f"{name}: {variant}": report.model_copy(update={"variant": f"{name}: {variant}"})
+            for variant, report in results.evals.items()
+        }
+    return Results(bench=None, evals=evals, choice=None), lines
+
+
+def differences(names: Names, both: Sequence[Results]) -> list[str]:
+    """What is not the same in both runs, each with what that means for their figures."""
+    facts = [_facts(results) for results in both]
+    return [
+        f"{what} differ: {facts[0][what] or 'none'} in {names[0]}, {facts[1][what] or 'none'} in "
+        f"{names[1]}; {_MEANS[what]}"
+        for what in _MEANS
+        if facts[0][what] != facts[1][what]
+    ]
+
+
+_MEANS = {
+    "machines": "compare speeds only with the same baseline's",
+    "devices": "compare speeds only with the same baseline's",
+    "workloads": "throughputs are of different work",
+    "suites": "scores do not compare",
+    "texts": "neighbours kept do not compare",
+    "baselines": "retention and speed are ratios to different models",
+}
+
+
+def _facts(results: Results) -> dict[str, str]:
+    bench, evals, close = results.bench, results.evals.values(), results.fidelity.values()
+    machines = [report.machine for report in evals] + [report.machine for report in close]
+    machines += [bench.machine] if bench is not None else []
+    baselines = {report.baseline_sha256[:12] for report in [*evals, *close]}
+    if bench is not None and bench.baseline in bench.variants:
+        baselines.add(bench.variants[bench.baseline].artifact_sha256[:12])
+    suites = {f"{report.suite} {report.suite_sha256[:12]}" for report in evals}
+    texts = {f"{report.texts} {report.texts_sha256[:12]}" for report in close}
+    return {
+        "machines": "; ".join(sorted({machine_line(machine) for machine in machines})),
+        "devices": "" if bench is None else f"{bench.device}, {bench.n_threads} threads",
+        "workloads": "" if bench is None else ", ".join(w.name for w in bench.spec.workloads),
+        "suites": "; ".join(sorted(suites)),
+        "texts": "; ".join(sorted(texts)),
+        "baselines": "; ".join(sorted(baselines)),
+    }
+
+
+def header(names: Names, both: Sequence[Results]) -> str:
+    """What each run recommends, and what makes them hard to compare."""
+    answers = "".join(
+        f'<p class="answer"><b>{escape(name)}</b>: {escape(_answer(results))}</p>'
+        for name, results in zip(names, both, strict=True)
+    )
+    found = differences(names, both)
+    if not found:
+        return answers
+    items = "".join(f"<li>{escape(line)}</li>" for line in found)
+    alert = f"<strong>Not measured alike.</strong><ul>{items}</ul>"
+    return f'{answers}<aside class="alert">{alert}</aside>'
+
+
+def _answer(results: Results) -> str:
+    if results.choice is None:
+        return "no policy was applied"
+    picked = results.choice.picked or "nothing"
+    return f"policy {results.choice.policy.name} picks {picked}"
+
+
+def sections(
+    names: Names, both: Sequence[Results], pairs: Mapping[str, ItemComparison] = NO_PAIRS
+) -> Iterator[str]:
+    """The tables of figures.
+
+    Args:
+        names: of the two runs.
+        both: what they hold.
+        pairs: variant -> the second run's item scores against the first's, where both kept them.
+    """
+    yield section("figures", "Figures side by side", _FIGURES, _figures(names, both))
+    if pairs:
+        yield section("paired", "Scores paired item by item", _PAIRED, _paired(names, pairs))
+
+
+def _figures(names: Names, both: Sequence[Results]) -> str:
+    """A block a variant, a line a figure that is not the same in both runs."""
+    one, other = ({row.name: row for row in rows(results)} for results in both)
+    blocks = ""
+    for variant in dict.fromkeys([*one, *other]):
+        pair = (one.get(variant), other.get(variant))
+        lines = "".join(
+            _line(column, pair)
+            for column in COLUMNS
+            if column.attribute != "retention_low"
+            and _cell(column, pair[0]) != _cell(column, pair[1])
+        )
+        if lines:
+            heading = f'<th scope="rowgroup" colspan="4">{escape(variant)}</th>'
+            blocks += f"<tbody><tr>{heading}</tr>{lines}</tbody>"
+    if not blocks:
+        return "<p>Every figure is the same.</p>"
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    return scrolled(
+        "Figures of both runs",
+        f'<table class="beside"><thead><tr><th scope="col">Figure</th>{head}'
+        f'<th scope="col">Change</th></tr></thead>{blocks}</table>',
+    )
+
+
+def _line(column: Column, pair: tuple[Row | None, Row | None]) -> str:
+    cells = "".join(f"<td>{_cell(column, row)}</td>" for row in pair)
+    unit = f"<small>{escape(column.unit)}</small>" if column.unit else ""
+    heading = f'<th scope="row">{escape(column.title)}{unit}</th>'
+    return f"<tr>{heading}{cells}<td>{escape(change(column, *pair))}</td></tr>"
+
+
+def _cell(column: Column, row: Row | None) -> str:
+    if row is None:
+        return MISSING
+    sure = column.attribute == "retention" and row.retention_low is not None
+    below = f"<small>{interval(row)}</small>" if sure else ""
+    return f"{escape(column.text(row))}{below}"
+
+
+_SHARES = frozenset({"score", "retention", "neighbour_overlap"})
+_UNITLESS = frozenset({"mean_cosine", "p1_cosine", "spearman"})
+
+
+def change(column: Column, one: Row | None, other: Row | None) -> str:
+    """From the first run to the second: in points where the figure is a share, else in per cent."""
+    before = None if one is None else getattr(one, column.attribute)
+    after = None if other is None else getattr(other, column.attribute)
+    if before is None or after is None:
+        return MISSING
+    if column.attribute in _SHARES:
+        return f"{100 * (after - before):+.2f} points"
+    if column.attribute in _UNITLESS:
+        return f"{after - before:+.4f}"
+    if before == after:
+        return "the same"
+    return f"{100 * (after / before - 1):+.1f} %" if before else MISSING
+
+
+def _paired(names: Names, pairs: Mapping[str, ItemComparison]) -> str:
+    body = ""
+    for variant, found in pairs.items():
+        sure = MISSING
+        verdict = MISSING
+        if found.difference is not None:
+            low, high = 100 * found.difference.low, 100 * found.difference.high
+            sure = f"{100 * found.difference.value:+.2f} [{low:+.2f}, {high:+.2f}]"
+            verdict = found.difference.verdict
+        body += (
+            f'<tr><th scope="row">{escape(variant)}</th><td>{100 * found.baseline_score:.2f}</td>'
+            f"<td>{100 * found.score:.2f}</td><td>{sure}</td><td>{verdict}</td></tr>"
+        )
+    head = "".join(f'<th scope="col">{escape(name)}, %</th>' for name in names)
+    margins = {points(found.margin) for found in pairs.values()}
+    table = (
+        f'<table><thead><tr><th scope="col">Variant</th>{head}<th scope="col">Difference, points'
+        f'</th><th scope="col">Verdict</th></tr></thead><tbody>{body}</tbody></table>'
+    )
+    note = f"<p>Verdicts are against a margin of {', '.join(sorted(margins))}.</p>"
+    return scrolled("Paired scores", table) + note
+
+
+_FIGURES = (
+    """The change is from the first run to the second. Figures that are equal are left out."""
+)
+_PAIRED = """Both runs kept the score of every query, pair or document. The difference is paired
+over these, with its 95 % interval."""
