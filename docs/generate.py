@@ -360,6 +360,61 @@ def grid() -> str:
     )
 
 
+PUBLISHED_RETENTION = (
+    (
+        "Qwen3-Embedding-4B",
+        "W4A16, GPTQ, groups of 128",
+        "float32",
+        99.28,
+        "its model page, C-MTEB",
+    ),
+    (
+        "Octen-Embedding-4B",
+        "int8",
+        "float32, 1,024 dims",
+        99.28,
+        "paired from published MTEB results",
+    ),
+    ("EmbeddingGemma-300m", "Q8_0, quantization-aware", "float32", 99.64, "its card, MTEB v2"),
+    ("EmbeddingGemma-300m", "Q4_0, quantization-aware", "float32", 99.13, "its card, MTEB v2"),
+    ("voyage-3.5", "as served", "int8", 100.4, "paired from published MTEB results"),
+    ("voyage-3.5", "as served", "binary", 94.0, "paired from published MTEB results"),
+    ("Cohere embed-v4", "as served", "int8", 100.1, "paired from published MTEB results"),
+    ("Cohere embed-v4", "as served", "binary", 95.2, "paired from published MTEB results"),
+)
+"""Model, weights, vectors, retention in per cent and where it was published."""
+
+
+def retention() -> str:
+    """What recipes and codes keep of gte-nano's score, with what is published of others."""
+    names = {"nano": "float32", "int8": "`int8`", "gptq-int4": "`gptq-int4`"}
+    rows = []
+    for row in read("grid")["rows"]:
+        recipe, dims, code = row["name"].rsplit("-", 2)
+        if dims != "256" or row["name"] == "nano-256-float32":
+            continue
+        value, low, high = row["difference"]
+        base = row["score"] - value
+        kept, *ends = (100 * (1 + each / base) for each in (value, low, high))
+        rows.append(
+            [
+                "gte-nano",
+                names[recipe],
+                code,
+                f"{kept:.2f} %",
+                f"{ends[0]:.2f} to {ends[1]:.2f}",
+                f"{100 * row['neighbour_overlap']:.1f} %",
+                "suite `offline`",
+            ]
+        )
+    rows += [
+        [f"*{model}*", weights, code, f"{kept:g} %", "–", "–", source]
+        for model, weights, code, kept, source in PUBLISHED_RETENTION
+    ]
+    headings = ("model", "weights", "vectors", "score kept", "95 % interval", "nearest kept")
+    return markdown((*headings, "where"), rows)
+
+
 def grid_time() -> str:
     """What the grid took, and what separate runs of plain mteb would take."""
     found = read("grid")
@@ -829,6 +884,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-avx2": speed("avx2"),
     "peaks": peaks,
     "grid": grid,
+    "retention": retention,
     "grid-time": grid_time,
     "builds": builds,
     "build-times": build_times,

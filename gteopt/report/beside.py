@@ -21,7 +21,7 @@ NO_PAIRS: Mapping[str, ItemComparison] = {}
 
 
 def merged(names: Names, both: Sequence[Results]) -> tuple[Results, list[Row]]:
-    """The two as one, for charts and tasks: each variant is called by its run, too."""
+    """Both runs as one, for charts and tasks; the name of a variant begins with its run."""
     lines: list[Row] = []
     evals = {}
     for name, results in zip(names, both, strict=True):
@@ -34,7 +34,7 @@ def merged(names: Names, both: Sequence[Results]) -> tuple[Results, list[Row]]:
 
 
 def differences(names: Names, both: Sequence[Results]) -> list[str]:
-    """What is not the same in both runs, each with what that means for their figures."""
+    """Sentences on what differs between the runs, and what that means for their figures."""
     facts = [_facts(results) for results in both]
     return [
         f"{what} differ: {facts[0][what] or 'none'} in {names[0]}, {facts[1][what] or 'none'} in "
@@ -110,7 +110,7 @@ def sections(
 
 
 def _figures(names: Names, both: Sequence[Results]) -> str:
-    """A block a variant, a line a figure that is not the same in both runs."""
+    """A table with a block for each variant and a line for each figure that differs."""
     one, other = ({row.name: row for row in rows(results)} for results in both)
     blocks = ""
     for variant in dict.fromkeys([*one, *other]):
@@ -154,7 +154,7 @@ _UNITLESS = frozenset({"mean_cosine", "p1_cosine", "spearman"})
 
 
 def change(column: Column, one: Row | None, other: Row | None) -> str:
-    """From the first run to the second: in points where the figure is a share, else in per cent."""
+    """The change from the first run to the second: shares in points, other figures in per cent."""
     before = None if one is None else getattr(one, column.attribute)
     after = None if other is None else getattr(other, column.attribute)
     if before is None or after is None:

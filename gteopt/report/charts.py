@@ -56,10 +56,10 @@ def trade_chart(
     larger_is_better: bool = False,
     logarithmic: bool = False,
 ) -> str:
-    """Quality against what it costs, one trace a variant, with what is sure of it as a step line.
+    """A chart of quality against a cost, with one trace for each variant.
 
-    The line joins the Pareto front of the intervals' lower ends, which policies limit. A variant so
-    far below the others that they would lie on each other is an arrow at the lower edge.
+    The step line joins the Pareto front of the intervals' lower ends, which policies limit. A
+    variant far below the others is an arrow at the lower edge, so that the others keep apart.
     """
     quality = quality_of(lines)
     points = [
@@ -132,7 +132,7 @@ def _point(
     return go.Scatter(
         x=[x],
         y=[shown],
-        # What the page's script draws where another policy picks, or no longer picks, the variant.
+        # The page's script draws one of the two, as the policy picks the variant or not.
         meta={"variant": row.name, "own": own, "picked": picked},
         error_y={
             "type": "data",
@@ -170,8 +170,8 @@ def pareto_line(
 def axis_floor(values: Sequence[float]) -> float:
     """The least quality (in %) that an axis has to reach.
 
-    It leaves out what loses over five points, and over three times as much as the median variant
-    that loses anything: among variants at 97 to 100 % one at 65 % would make all others one point.
+    It leaves out a variant that loses over five points and over three times the median loss. Among
+    variants at 97 to 100 %, one at 65 % would make all others one point.
     """
     losses = sorted(100 - value for value in values if value < 100)
     typical = losses[len(losses) // 2] if losses else 0.0
@@ -203,9 +203,10 @@ def latency_chart(lines: Sequence[Row]) -> str:
 
 
 def frontier_chart(results: Results) -> str | None:
-    """Neighbours kept by the bytes of a vector, a trace a code; None where no grid was scored.
+    """A chart of neighbours kept by bytes a vector, with one trace for each code.
 
-    The dotted line joins what no other length and code beats at as many bytes or fewer.
+    The dotted line joins the points that no other beats at as many bytes or fewer. None is returned
+    where fewer than three sizes of vectors were scored.
     """
     reports: list[EvalReport | FidelityReport] = [*results.evals.values()]
     reports += results.fidelity.values()
@@ -267,7 +268,7 @@ def frontier_chart(results: Results) -> str | None:
 
 
 def spread(ticks: Sequence[int]) -> list[int]:
-    """The ticks of a logarithmic axis whose labels do not touch: each half as large again."""
+    """The ticks whose labels keep apart on a logarithmic axis: each is 1.5 times the last."""
     shown: list[int] = []
     for tick in ticks:
         if not shown or tick >= 1.5 * shown[-1]:
@@ -299,7 +300,7 @@ def fidelity_chart(lines: Sequence[Row], attribute: str) -> str:
 
 
 def _own_names(shown: Sequence[Row]) -> dict[str, Any]:
-    """What the page's script colours anew where another policy picks another variant."""
+    """What the page's script needs to colour the pick of another policy."""
     return {"variants": [row.name for row in shown], "own": _BLUE, "picked": _GREEN}
 
 

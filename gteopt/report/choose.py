@@ -1,4 +1,4 @@
-"""Which variant to deploy: a policy and what was measured in, a choice and its reason out.
+"""Turns a policy and what was measured into a choice and its reason.
 
 Hides: where each metric lies in the reports, what a broken limit is, how admissible variants are
 ordered. Refuses to know: torch, files, how anything was measured.
@@ -171,7 +171,7 @@ def _noise(metric: Metric, results: Results) -> float:
 
 
 def pareto_front(metrics: dict[str, dict[Metric, float]], axes: set[Metric]) -> set[str]:
-    """Names that no other dominates on `axes`; a name that lacks an axis neither is nor counts."""
+    """Names that no other dominates on `axes`; names that lack an axis are left out."""
     points = {
         name: [found[a] if a in HIGHER_IS_BETTER else -found[a] for a in sorted(axes)]
         for name, found in metrics.items()

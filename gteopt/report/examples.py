@@ -15,7 +15,7 @@ _MOST_CHARACTERS = 240
 
 
 def examples_section(found: Mapping[str, Examples], picked: str | None) -> str:
-    """A fold a variant, the picked one's open; empty without examples."""
+    """One fold for each variant, the pick's first and open; empty without examples."""
     if not found:
         return ""
     names = sorted(found, key=lambda name: name != picked)
@@ -45,7 +45,7 @@ def _example(example: Example, baseline: str) -> str:
 
 
 def _listed(texts: Sequence[str], others: set[str], word: str) -> str:
-    """A list in which what the other side lacks is marked."""
+    """A list that marks what the other side lacks."""
     items = "".join(
         f"<li>{_shown(text)}</li>"
         if text in others

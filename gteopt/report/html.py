@@ -122,7 +122,7 @@ def comparison_page(
     *,
     pairs: Mapping[str, ItemComparison] = beside.NO_PAIRS,
 ) -> str:
-    """One page of two results folders, for both of which `html_page` makes one of its own.
+    """One HTML page of two results folders, which needs no other file and no network.
 
     Args:
         names: of the two runs.
@@ -159,7 +159,7 @@ def _measured(results: Results, date: str) -> str:
 
 
 def _sections(results: Results, lines: Sequence[Row]) -> Iterator[str]:
-    """Those that there is something to show in."""
+    """The sections that have something to show."""
     if results.benched or results.evals:
         policy = results.choice.policy if results.choice else None
         yield section("variants", "Variants", "", _variants_table(lines, policy) + _glossary())
@@ -179,7 +179,7 @@ def _sections(results: Results, lines: Sequence[Row]) -> Iterator[str]:
 
 
 def _trade_section(results: Results, lines: Sequence[Row]) -> Iterator[str]:
-    """Quality against size, speed and index, and the latencies: what of it was measured."""
+    """The charts of quality against cost and of latency, as far as these were measured."""
     quality = quality_of(lines)
     variants = [row for row in lines if getattr(row, quality) is not None]
     drawn: list[tuple[str, str]] = []
@@ -234,7 +234,7 @@ _SHOWN_AS: dict[str, str] = {"retention_low": "retention", "index_bytes": "vecto
 
 
 def _deciding(policy: Policy | None) -> list[str]:
-    """Attributes of the columns in the order that a decision asks for: the policy's own first."""
+    """Attributes of the columns that decide: first those that the policy names."""
     asked = [] if policy is None else [policy.objective.metric, *policy.limits]
     named = [_SHOWN_AS.get(metric, metric) for metric in asked]
     return list(dict.fromkeys([*named, *_DECIDING]))
@@ -284,7 +284,7 @@ def _variants_table(lines: Sequence[Row], policy: Policy | None) -> str:
 
 
 def _cost_table(bench: BenchReport) -> str:
-    """A line a variant and workload; what does not depend on the workload below the name."""
+    """A table with one line for each variant and workload."""
     cells_of = [(line.name, line.cells()) for line in limits(bench)]
     shown = [
         column for column in range(len(LIMITS)) if any(c[column] != MISSING for _, c in cells_of)
@@ -333,15 +333,15 @@ def _fidelity_table(reports: Mapping[str, FidelityReport]) -> str:
 
 
 _TRADE = """Quality is the share of the baseline’s score that a variant keeps, with its 95 %
-interval, or without scores the share of nearest neighbours. The baseline is a diamond, the pick a
-star. What lies far below the others is an arrow at the edge, with its value in the legend. No
-variant surely beats those on the dotted line: it joins the lower ends of intervals. Point at a
-marker for its figures, click a name in the legend to hide it."""
-_COST = """Throughput of real tokens, from token ids to vectors; the share of the best product that
-this device was measured to do; what a million tokens cost on it; and the hourly price at which they
-would cost what the hosted model does."""
-_FIDELITY = """How close a variant’s vectors and rankings stay to the baseline’s, without labels.
-Task scores move late; these move first."""
+interval. Without scores it is the share of nearest neighbours. The baseline is a diamond, the pick
+a star. An arrow at the edge is a variant far below the others; the legend has its value. The dotted
+line joins the lower ends of intervals: no variant surely beats those on it. Point at a marker for
+its figures. Click a name in the legend to hide it."""
+_COST = """Throughput counts real tokens, from token ids to vectors. The share of peak is of the
+fastest matrix product that was measured on this device. The last column is the hourly price at
+which a million tokens cost as much as with the hosted model."""
+_FIDELITY = """How close a variant’s vectors and rankings stay to the baseline’s. These figures need
+no labels, and they move before the scores of tasks do."""
 _TASKS = """Main score, %; below it the share of the baseline’s score that is kept. The more a
 variant loses, the darker its cell."""
 

@@ -1,4 +1,4 @@
-"""A choice in a few lines: what the pick gains and costs, what was second, how to use it.
+"""A choice in a few lines: what the pick gains and costs, the runner-up, and how to use the pick.
 
 Refuses to know: torch, files beyond their names, how anything was measured.
 """

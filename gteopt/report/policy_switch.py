@@ -30,7 +30,7 @@ def part(name: str, html: str) -> str:
 
 
 def menu(results: Results, others: Mapping[str, Results | str]) -> str:
-    """The menu of policies; empty where there is no choice between several."""
+    """The menu of policies; empty where it would have one line."""
     options = _options(results, others)
     if len(options) < 2:
         return ""
@@ -46,7 +46,7 @@ def answers(
     folder: str,
     artifacts: Mapping[str, str],
 ) -> str:
-    """One inert template a line of the menu: its parts and what each variant is by it."""
+    """One inert template for each line of the menu: the page's parts and the variants' status."""
     options = _options(results, others)
     if len(options) < 2:
         return ""
@@ -72,12 +72,12 @@ def kind(row: Row) -> str:
 
 
 def mark(row: Row) -> str:
-    """What stands below a variant's name."""
+    """The line below a variant's name."""
     return f"{MARKS[row.status]} {row.verdict}"
 
 
 def _options(results: Results, others: Mapping[str, Results | str]) -> dict[str, Results | str]:
-    """What the menu offers, the policy that was applied first."""
+    """The lines of the menu, with the applied policy first."""
     applied = results.choice.policy if results.choice else None
     found: dict[str, Results | str] = {}
     found["none" if applied is None else f"{applied.name} (applied)"] = results

@@ -17,7 +17,7 @@ from gteopt.report.wording import METRIC_WORDS, metric_amount
 
 
 def headline(results: Results, lines: Sequence[Row]) -> str:
-    """What to use, what it gains and what it costs, and on which machine that was measured."""
+    """What to use, what it gains and what it costs."""
     choice = results.choice
     if choice is None:
         return (
@@ -96,7 +96,7 @@ def use_section(choice: Choice | None, folder: str, artifacts: Mapping[str, str]
 
 
 def _limits_table(choice: Choice) -> str:
-    """A line a limit, a column a candidate, the picked one first."""
+    """A table with one line for each limit and one column for each candidate, the pick first."""
     candidates = sorted(choice.candidates, key=lambda each: each.name != choice.picked)
     head = "".join(f'<th scope="col">{escape(each.name)}</th>' for each in candidates)
     body = ""

@@ -1,4 +1,4 @@
-"""One row a variant: what the terminal's tables and the report show.
+"""One row for each variant: what the terminal's tables and the report show.
 
 Hides: which columns there are, and the wording of limits and verdicts. Refuses to know: torch,
 HTML, rich.
@@ -177,7 +177,7 @@ LIMITS = (
 
 
 def limits(report: BenchReport) -> list[Limits]:
-    """A line a variant and workload."""
+    """One record for each variant and workload."""
     price = report.price_per_hour
     return [
         Limits(
@@ -527,7 +527,7 @@ COLUMNS = (
 
 
 def failures(evals: Mapping[str, EvalReport]) -> list[str]:
-    """A sentence a task that could not be scored."""
+    """One sentence for each task that could not be scored."""
     return [
         f"{report.variant}: task {failed.task} failed: {failed.reason}"
         for report in evals.values()

@@ -1,4 +1,4 @@
-"""The report page's heat map: a line a task and language, a column a variant.
+"""The report page's heat map: one line for each task and language, one column for each variant.
 
 Hides: its layout. Refuses to know: how a task is scored.
 """
@@ -24,7 +24,7 @@ from gteopt.report.wording import points
 
 
 def tasks_table(results: Results, lines: Sequence[Row]) -> str:
-    """A heat map: one line a task, split and language; a column a variant, with its retention."""
+    """A heat map with a line for each task, split and language, and a column for each variant."""
     shown = [row for row in lines if row.name in results.evals and not row.is_baseline]
     scores = {
         row.name: {task_key(task): task for task in results.evals[row.name].tasks} for row in shown

@@ -179,7 +179,7 @@ _IN_BENCH_ANYWAY = ("tokens/s", "× baseline")  # the table above has them
 
 
 def eval_table(reports: Mapping[str, EvalReport]) -> Table:
-    """Score, fidelity and every task, one column a variant."""
+    """Score, fidelity and every task, with one column for each variant."""
     evals = list(reports.values())
     names = [task.task for report in evals for task in report.tasks]
     table = FittedTable(names, heading="", stacked=True)
@@ -228,7 +228,7 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
 
 
 def grid_table(reports: Mapping[str, EvalReport]) -> Table:
-    """One line a variant, length and code: score, difference from the baseline, fidelity."""
+    """A table with one line for each variant, length and code."""
     evals = list(reports.values())
     table = FittedTable(list(reports))
     headings = ("vector\nbytes", "score\n%", "difference\n95 %", "nn@10\n%", "ρ")
@@ -273,7 +273,7 @@ _VERDICT_MARKS: dict[Verdict, str] = {
 
 
 def _mark(report: EvalReport, task: TaskScore) -> str:
-    """What is claimed of a task, in a character, so that numbers stay below each other."""
+    """The verdict on a task as one character, so that numbers stay aligned."""
     if is_own_baseline(report):
         return ""
     return f" {_VERDICT_MARKS[task.difference.verdict] if task.difference else ' '}"
@@ -305,7 +305,7 @@ def _about_verdicts(reports: Sequence[EvalReport]) -> list[str]:
 
 
 def fidelity_table(reports: Mapping[str, FidelityReport]) -> Table:
-    """Closeness to the baseline on a user's own texts, one line a variant."""
+    """Closeness to the baseline on a user's own texts, with one line for each variant."""
     table = FittedTable(list(reports))
     for heading, importance in zip(FIDELITY, (2, 1, 4, 0, 3), strict=True):
         table.add_figures(heading.replace(" ", "\n"), heading, importance=importance)
@@ -420,7 +420,7 @@ def _duration(seconds: float) -> str:
 
 
 def layers_table(manifest: Manifest) -> Table:
-    """What an artifact holds, a line a layer."""
+    """The layers of an artifact, one line for each."""
     recipe = manifest.recipe
     title = (
         f"{recipe.name} of {manifest.base.id}: weights "

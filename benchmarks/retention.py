@@ -1,0 +1,211 @@
+"""How much of a model's score each recipe keeps, with each code of its vectors.
+
+Builds every recipe at effort `fast`, with the texts that ship with gteopt. Scores each of them in
+every code from one encoding, paired with the model as it is. Prints a table a model and writes one
+JSON; models that the file already holds stay until they are measured again:
+
+    .venv/bin/python benchmarks/retention.py --hub-dir ../shared/hub \
+        --beir ../shared/beir/cranfield --out benchmarks/results/retention.json
+
+Tasks are STSBenchmark and the search of Cranfield among its first 600 documents. Both models know
+English. Layers that are not quantized compute in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from peers_quality import model_folder
+from pydantic import Field
+
+import gteopt
+from gteopt.commands.evaluate import Grid, Setup, score
+from gteopt.config.recipe import VectorCode
+from gteopt.evaluation.suites import Suite, SuiteTask
+from gteopt.evaluation.tasks import load_suite
+from gteopt.frozen import Frozen
+from gteopt.machine import machine, versions
+from gteopt.model.artifact import read_manifest
+from gteopt.progress import Progress
+from gteopt.records.environment import Conditions, Machine
+from gteopt.records.evaluation import EvalReport
+from gteopt.records.files import read_record, write_record
+
+RECIPES = ("bf16", "int8", "gptq-nf4", "gptq-int4", "gptq-int3")
+CODES: tuple[VectorCode, ...] = ("float32", "int8", "int4", "binary")
+N_DOCUMENTS = 600
+BASE = "base"
+
+
+class RetentionRow(Frozen):
+    """One recipe with one code of its vectors.
+
+    Attributes:
+        weight_bytes: of the recipe's weights; None of the base.
+        retention_low, retention_high: 95 % paired interval; None of the base's own vectors.
+        tasks: score by task, subsets averaged.
+    """
+
+    model: str
+    recipe: str
+    code: VectorCode
+    bytes_per_vector: int
+    weight_bytes: int | None
+    score: float
+    retention: float
+    retention_low: float | None
+    retention_high: float | None
+    verdict: str | None
+    neighbour_overlap: float
+    tasks: dict[str, float]
+
+
+class RetentionResult(Frozen):
+    """The whole table.
+
+    Attributes:
+        baselines: model -> score of the base in float32.
+        machine, versions: of the last run.
+    """
+
+    schema_: str = Field(default="gteopt.retention/1", alias="schema")
+    baselines: dict[str, float]
+    rows: tuple[RetentionRow, ...]
+    machine: Machine
+    versions: Conditions
+
+
+def main() -> None:
+    """Build, score, write; model by model."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--hub-dir", type=Path, required=True)
+    parser.add_argument("--beir", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=["all-MiniLM-L6-v2", "gte-nano"])
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--work", type=Path, help="keeps artifacts and scores, to go on later")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    baselines: dict[str, float] = {}
+    rows: list[RetentionRow] = []
+    if options.out and options.out.is_file():
+        former = read_record(options.out, RetentionResult)
+        baselines, rows = dict(former.baselines), list(former.rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in options.models:
+            work = (options.work or Path(scratch)) / model
+            found = measured(model, options, work)
+            rows = [row for row in rows if row.model != model] + found
+            baselines[model] = next(r.score for r in found if r.recipe == BASE)
+            for row in found:
+                print(show(row), flush=True)
+            if options.out:
+                result = RetentionResult(
+                    baselines=baselines, rows=tuple(rows), machine=machine(), versions=versions()
+                )
+                write_record(options.out, result)
+
+
+def measured(model: str, options: argparse.Namespace, work: Path) -> list[RetentionRow]:
+    """Every row of one model."""
+    source = str(model_folder(model))
+    sources = {BASE: source}
+    weights: dict[str, int] = {}
+    for recipe in options.recipes:
+        out = work / "artifacts" / recipe
+        if not (out / "gteopt.json").is_file():
+            dtype = "bfloat16" if recipe == "bf16" else "float32"
+            gteopt.quantize(source, recipe, out, hub_dir=options.hub_dir, dtype=dtype)
+        weights[recipe] = read_manifest(out).weight_bytes
+        sources[recipe] = str(out)
+        print(f"{model} {recipe}: {weights[recipe] / 1e6:.1f} MB", flush=True)
+    reports = score(
+        sources,
+        suite_of(options.beir, work / "cranfield"),
+        work / "results",
+        how=Setup(hub_dir=options.hub_dir, device="cpu", dtype="float32", grid=Grid(codes=CODES)),
+        progress=printed(),
+    )
+    return [row_of(model, sources, report, weights) for report in reports.values()]
+
+
+def suite_of(beir: Path, folder: Path) -> Suite:
+    """Pairs of sentences, and the search among a part of the documents."""
+    offline = load_suite("offline")
+    tasks = [task for task in offline.tasks if task.task == "STSBenchmark"]
+    search = SuiteTask(task="Cranfield", data=part_of(beir, folder))
+    return offline.model_copy(update={"name": "retention", "tasks": (*tasks, search)})
+
+
+def part_of(beir: Path, folder: Path) -> Path:
+    """The first documents of a BEIR folder, and the queries that one of them answers."""
+    corpus = (beir / "corpus.jsonl").read_text(encoding="utf-8").splitlines()[:N_DOCUMENTS]
+    kept = {json.loads(line)["_id"] for line in corpus}
+    heading, *judged = (beir / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()
+    judged = [line for line in judged if line.split("\t")[1] in kept]
+    answered = {line.split("\t")[0] for line in judged if int(line.split("\t")[2]) > 0}
+    queries = (beir / "queries.jsonl").read_text(encoding="utf-8").splitlines()
+    queries = [line for line in queries if json.loads(line)["_id"] in answered]
+    judged = [line for line in judged if line.split("\t")[0] in answered]
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    for name, lines in (
+        ("corpus.jsonl", corpus),
+        ("queries.jsonl", queries),
+        ("qrels/test.tsv", [heading, *judged]),
+    ):
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def row_of(
+    model: str, sources: dict[str, str], report: EvalReport, weights: dict[str, int]
+) -> RetentionRow:
+    """What the table keeps of a report."""
+    recipe = max((name for name in sources if report.variant.startswith(name)), key=len)
+    assert report.retention is not None
+    by_task: dict[str, list[float]] = {}
+    for task in report.tasks:
+        by_task.setdefault(task.task, []).append(task.score)
+    return RetentionRow(
+        model=model,
+        recipe=recipe,
+        code=report.code,
+        bytes_per_vector=report.bytes_per_vector,
+        weight_bytes=weights.get(recipe),
+        score=report.score,
+        retention=report.retention,
+        retention_low=report.retention_low,
+        retention_high=report.retention_high,
+        verdict=None if report.difference is None else report.difference.verdict,
+        neighbour_overlap=report.fidelity.neighbour_overlap,
+        tasks={task: sum(scores) / len(scores) for task, scores in by_task.items()},
+    )
+
+
+def printed() -> Progress:
+    """Progress as one line a step, because a run is long."""
+    said: set[str] = set()
+
+    def say(what: str, done: int, total: int) -> None:
+        if what not in said:
+            said.add(what)
+            print(f"  {what} (of {total})", flush=True)
+
+    return say
+
+
+def show(row: RetentionRow) -> str:
+    """One line of the table."""
+    sure = ""
+    if row.retention_low is not None and row.retention_high is not None:
+        sure = f" [{100 * row.retention_low:.2f}, {100 * row.retention_high:.2f}]"
+    return (
+        f"{row.model:18} {row.recipe:12} {row.code:8} {row.bytes_per_vector:5,} bytes"
+        f"  {100 * row.retention:6.2f} %{sure}  nearest {100 * row.neighbour_overlap:.1f} %"
+    )
+
+
+if __name__ == "__main__":
+    main()
