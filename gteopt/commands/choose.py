@@ -7,7 +7,6 @@ from pathlib import Path
 from gteopt.config.policy import Policy, load_policy
 from gteopt.config.yaml_files import shipped_names
 from gteopt.errors import InputError
-from gteopt.evaluation.compare import compare_item_scores
 from gteopt.evaluation.statistics import settle
 from gteopt.records.evaluation import EvalReport
 from gteopt.records.files import read_record, write_atomically, write_record
@@ -73,6 +72,8 @@ def write_comparison(first: Path, second: Path) -> Path:
     Raises:
         InputError, IntegrityError: see `read_results`.
     """
+    from gteopt.evaluation.compare import compare_item_scores  # imports torch; only pairs need it
+
     folders = (first, second)
     both = [read_results(folder) for folder in folders]
     name, other = (folder.resolve().name for folder in folders)
