@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import gteopt
+from gteopt.commands.choose import write_comparison
 from gteopt.errors import InputError, IntegrityError
 from gteopt.evaluation.compare import compare, compare_item_scores
 from gteopt.evaluation.item_scores_file import read_item_scores, write_item_scores
 from gteopt.evaluation.runner import SuiteRun, run_views
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.views import own_view, view_of
+from gteopt.records.files import write_record
 from gteopt.vectors.transform import VectorTransform, identity
 
 
@@ -50,6 +52,28 @@ def test_a_comparison_of_files_is_that_of_the_runs(
         report.retention_high,
     )
     assert (found.variant, found.baseline) == ("short", base.encoder) or found.baseline == "base"
+
+
+def test_a_page_of_two_runs_pairs_their_item_scores(
+    runs: tuple[SuiteRun, SuiteRun], tmp_path: Path
+) -> None:
+    folders = tmp_path / "monday", tmp_path / "friday"
+    for folder, run in zip(folders, runs, strict=True):
+        report = compare(runs[0], run, variant_name="mine")
+        write_record(folder / "eval" / "mine.json", report)
+        write_item_scores(folder / "items" / "mine.parquet", run, "mine")
+    found = compare_item_scores(*(folder / "items" / "mine.parquet" for folder in folders))
+    page = write_comparison(*folders).read_text(encoding="utf-8")
+    paired = page.split('id="paired"')[1].split("</table>")[0]
+    assert found.difference is not None
+    value, low, high = (
+        f"{100 * each:+.2f}"
+        for each in (found.difference.value, found.difference.low, found.difference.high)
+    )
+    assert f"<td>{value} [{low}, {high}]</td><td>{found.difference.verdict}</td>" in paired
+    assert f"<td>{100 * found.baseline_score:.2f}</td><td>{100 * found.score:.2f}</td>" in paired
+    (folders[1] / "items" / "mine.parquet").unlink()
+    assert 'id="paired"' not in write_comparison(*folders).read_text(encoding="utf-8")
 
 
 def test_a_file_says_what_was_scored_with_what(
