@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 
-from gteopt.records.evaluation import ItemComparison
+from gteopt.records.evaluation import EvalReport, FidelityReport, ItemComparison
 from gteopt.records.results_folder import Results
 from gteopt.report.markup import interval, scrolled, section
 from gteopt.report.rows import COLUMNS, MISSING, Column, Row, machine_line, rows
@@ -23,7 +23,7 @@ NO_PAIRS: Mapping[str, ItemComparison] = {}
 def merged(names: Names, both: Sequence[Results]) -> tuple[Results, list[Row]]:
     """Both runs as one, for charts and tasks; the name of a variant begins with its run."""
     lines: list[Row] = []
-    evals = {}
+    evals: dict[str, EvalReport] = {}
     for name, results in zip(names, both, strict=True):
         lines += [replace(row, name=f"{name}: {row.name}") for row in rows(results)]
         evals |= {
@@ -56,9 +56,10 @@ _MEANS = {
 
 def _facts(results: Results) -> dict[str, str]:
     bench, evals, close = results.bench, results.evals.values(), results.fidelity.values()
-    machines = [report.machine for report in evals] + [report.machine for report in close]
+    judged: list[EvalReport | FidelityReport] = [*evals, *close]
+    machines = [report.machine for report in judged]
     machines += [bench.machine] if bench is not None else []
-    baselines = {report.baseline_sha256[:12] for report in [*evals, *close]}
+    baselines = {report.baseline_sha256[:12] for report in judged}
     if bench is not None and bench.baseline in bench.variants:
         baselines.add(bench.variants[bench.baseline].artifact_sha256[:12])
     suites = {f"{report.suite} {report.suite_sha256[:12]}" for report in evals}
