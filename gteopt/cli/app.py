@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gteopt.cli import build, corpus, lists, measure, optimize, serve, share
+from gteopt.cli import build, corpus, decide, lists, measure, optimize, serve, share
 from gteopt.cli.errors import (
     DISK_FULL,
     Group,
@@ -63,9 +63,9 @@ for _command_function in (
         measure.bench,
         measure.evaluate,
     ),
-    *(measure.choose, measure.report, build.export, build.verify),
+    *(decide.choose, decide.report, build.export, build.verify),
     *(corpus.embed, corpus.search),
-    *(share.publish, share.pull, build.inspect, measure.compare, serve.serve),
+    *(share.publish, share.pull, build.inspect, decide.compare, serve.serve),
     *(lists.recipes, lists.suites, lists.policies, lists.plans, lists.init),
 ):
     app.command()(_command_function)

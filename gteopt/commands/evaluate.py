@@ -105,6 +105,7 @@ class Setup:
         options: of the vectors' cache.
         asked: see `EvalReport`.
         correction: what the error rate of verdicts holds for; see `settle`.
+        examples: whether own texts whose neighbours changed most are kept, in clear.
     """
 
     hub_dir: Path | None = None
@@ -116,6 +117,7 @@ class Setup:
     options: EncodeOptions = ENCODE_OPTIONS
     asked: tuple[str, ...] = ()
     correction: Correction = "family"
+    examples: bool = False
 
 
 def score(
@@ -197,7 +199,6 @@ def compare_texts(
     *,
     how: Setup,
     columns: Mapping[ColumnRole, str] | None = None,
-    with_examples: bool = False,
     progress: Progress,
 ) -> dict[str, FidelityReport]:
     """Fidelity of every variant to the first, which is the baseline, on a user's own texts.
@@ -213,7 +214,7 @@ def compare_texts(
         InputError: see `score`; or examples have no folder to lie in.
     """
     _check_folder(folder)
-    if with_examples and folder is None:
+    if how.examples and folder is None:
         raise InputError("--examples writes texts into the results folder; give --out")
     _check_all(sources, None, how)
     texts = read_texts(file, columns)
@@ -249,7 +250,7 @@ def compare_texts(
                 machine=run.machine,
                 versions=run.versions,
             )
-            if with_examples and view.sha256 != baseline[0].sha256:
+            if how.examples and view.sha256 != baseline[0].sha256:
                 examples[row] = Examples(
                     variant=row,
                     artifact_sha256=view.sha256,
@@ -259,12 +260,19 @@ def compare_texts(
                     examples=most_changed(baseline[1], run.fidelity_sample, view.vectors, texts),
                 )
     if folder is not None:
-        for name, report in reports.items():
-            write_record(folder / "fidelity" / f"{name}.json", report)
-            (folder / "examples" / f"{name}.json").unlink(missing_ok=True)
-        for name, changed in examples.items():
-            write_record(folder / "examples" / f"{name}.json", changed)
+        _write_fidelity(folder, reports, examples)
     return reports
+
+
+def _write_fidelity(
+    folder: Path, reports: Mapping[str, FidelityReport], examples: Mapping[str, Examples]
+) -> None:
+    """Write what texts without labels gave, and remove the examples of an earlier run."""
+    for name, report in reports.items():
+        write_record(folder / "fidelity" / f"{name}.json", report)
+        (folder / "examples" / f"{name}.json").unlink(missing_ok=True)
+    for name, changed in examples.items():
+        write_record(folder / "examples" / f"{name}.json", changed)
 
 
 def _check_all(sources: Mapping[str, str], folder: Path | None, how: Setup) -> None:

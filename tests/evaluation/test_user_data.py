@@ -6,6 +6,7 @@ import csv
 import html
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -342,29 +343,28 @@ def test_examples_are_written_only_where_they_are_asked_for(
 ) -> None:
     path, texts = own_texts
     out = tmp_path / "out"
-    how = Setup(device="cpu", grid=Grid((32,), ("binary",)))
+    plain = Setup(device="cpu", grid=Grid((32,), ("binary",)))
     sources = {"base": "nano", "same": "nano"}
     file = out / "examples" / "same-32-binary.json"
 
-    def compared(with_examples: bool) -> None:
-        compare_texts(sources, path, out, how=how, with_examples=with_examples, progress=quiet)
-
-    compared(with_examples=False)
+    keeping = replace(plain, examples=True)
+    compare_texts(sources, path, out, how=plain, progress=quiet)
     assert not (out / "examples").exists()
-    compared(with_examples=True)
+    compare_texts(sources, path, out, how=keeping, progress=quiet)
     found = read_record(file, Examples)
     assert len(found.examples) == 10
     assert {example.text for example in found.examples} <= set(texts)
     assert found == read_results(out).examples["same-32-binary"]
     report = html_page(read_results(out), title="own")
     assert html.escape(found.examples[0].text[:200]) in report
-    compared(with_examples=False)  # which leaves no texts of the run before
+    # A run without examples leaves no texts of the run before.
+    compare_texts(sources, path, out, how=plain, progress=quiet)
     assert not file.exists()
     assert html.escape(found.examples[0].text[:200]) not in html_page(
         read_results(out), title="own"
     )
     with pytest.raises(InputError, match="give --out"):
-        compare_texts(sources, path, None, how=how, with_examples=True, progress=quiet)
+        compare_texts(sources, path, None, how=keeping, progress=quiet)
 
 
 def test_too_few_or_broken_texts_are_refused(tmp_path: Path) -> None:
