@@ -41,7 +41,9 @@ from gteopt.config.yaml_files import shipped_names
 from gteopt.evaluation.suites import read_suite
 from gteopt.evaluation.task_choice import part_within, read_task_scores
 from gteopt.evaluation.task_facts import amount_of, read_task_facts
+from gteopt.model.config_file import attention_of
 from gteopt.model.families import FAMILIES, PUBLISHED
+from gteopt.speed.random_model import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -835,28 +837,47 @@ def policies() -> str:
 
 def families() -> str:
     """What gteopt knows of the published models of its families."""
-    poolings = {"lasttoken": "last token", "latent": "latent attention, mean"}
+    poolings = {
+        "lasttoken": "last token",
+        "latent": "latent attention, mean",
+        "mean": "mean",
+        "cls": "first token",
+        None: "as its folder says",
+    }
+    sizes = shapes()
     rows = []
     for name, model in PUBLISHED.items():
-        family = FAMILIES[model.family]
-        end = f"... `{family.end_token}`"
-        around = f"`{family.start_token}` {end}" if family.start_token else end
+        family = FAMILIES[model.family] if model.family else None
+        around = "-"
+        if family is not None and family.end_token is not None:
+            end = f"... `{family.end_token}`"
+            around = f"`{family.start_token}` {end}" if family.start_token else end
+        shape = sizes.get(name.rpartition("/")[2])
+        attention = model.attention or (family.attention if family else None)
+        if attention is None and shape is not None:
+            attention = attention_of(shape)
         dims = f"{model.dims:,}"
+        least = family.least_dims if family else None
+        if model.trained_dims:
+            least = model.trained_dims[-1]
+        tokens = model.max_tokens or (family.max_tokens if family else None)
+        assert tokens is not None, name
         rows.append(
             (
                 name,
-                family.name,
-                family.attention,
-                poolings[family.pooling],
+                family.name if family else "-",
+                attention or "as its folder says",
+                poolings[model.pooling or (family.pooling if family else None)],
                 around.replace("|", "\\|"),
-                f"{dims}, down to {family.least_dims}" if family.least_dims else dims,
-                f"{family.max_tokens:,}",
-                model.license,
+                f"{dims}, down to {least}" if least else dims,
+                f"{tokens:,}",
+                "yes" if shape is not None else "no",
+                model.license or "-",
                 ", ".join(f"{suite} {score:.2f}" for suite, score in model.scores.items()) or "-",
             )
         )
     headings = ("model", "family", "attention", "pooling", "around a text", "dimensions", "tokens")
-    return markdown((*headings, "license", "published averages"), rows)
+    return markdown((*headings, "sizes known", "license", "published averages"), rows)
 
 
 def architectures() -> str:

@@ -1,5 +1,15 @@
-"""`python -m gteopt`: the command line."""
+"""`python -m gteopt` and the console script: the command line."""
 
-from gteopt.cli.app import main
+from gteopt.interruption import leave_on_interrupt
 
-main()
+
+def main() -> None:
+    """Run the command line; see `gteopt.cli.app.main`."""
+    leave_on_interrupt()
+    from gteopt.cli.app import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

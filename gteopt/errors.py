@@ -1,4 +1,5 @@
-"""The errors that a user may see, the helpers that word them, and which of others' are for memory.
+"""The errors that a user may see, the helpers that word and show them, and which of others' are for
+memory.
 
 Every message says which thing, what was found, what was allowed and what to do. `cli.py` turns a
 `GteoptError` into that message and exit code 1; anything else is a bug and keeps its traceback.
@@ -7,6 +8,7 @@ Every message says which thing, what was found, what was allowed and what to do.
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -34,6 +36,8 @@ class NumericsError(GteoptError):
     """A computation left the numbers it can work with (NaN, a factorisation that fails)."""
 
 
+_UNSEEN = ("Cc", "Cf", "Cs")
+"""Unicode's categories of control, format and surrogate characters."""
 _NO_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "not enough memory")
 """Of GPUs and their drivers; of torch on a CPU, and of mmap; of CUDA's libraries; on Windows."""
 
@@ -44,6 +48,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     said = str(error).lower()
     return isinstance(error, MemoryError) or any(each in said for each in _NO_MEMORY)
+
+
+def visible(text: str) -> str:
+    """The text with control characters as escapes; line breaks and tabs stay."""
+    return "".join(
+        repr(char)[1:-1] if char not in "\n\t" and unicodedata.category(char) in _UNSEEN else char
+        for char in text
+    )
 
 
 def join_problems(subject: str, problems: Iterable[str]) -> str:

@@ -119,6 +119,8 @@ def _facts(manifest: Manifest, checkpoint: Checkpoint) -> str:
         ("pooling", checkpoint.pooling + (", normalised" if checkpoint.normalise else "")),
         ("longest text", f"{checkpoint.max_tokens:,} tokens"),
     ]
+    if share := manifest.expert_share:
+        rows.append(("experts", f"{share:.0%} of all weights, left as they are"))
     if trained := vectors.still_trained(checkpoint.matryoshka_dims):
         lengths = ", ".join(map(str, trained))
         rows.append(("Matryoshka", f"trained to be cut to {lengths} (`matryoshka_dimensions`)"))

@@ -33,7 +33,7 @@ from gteopt.quant.affine import packed_bytes
 from gteopt.quant.bit_allocation import allocate
 from gteopt.quant.grid import group_size_problems
 from gteopt.records.files import write_atomically
-from gteopt.records.manifest import AllocationRecord, UnquantizedRecord
+from gteopt.records.manifest import EXPERTS, AllocationRecord, UnquantizedRecord
 
 ACTIVATIONS = "activations"
 """Where hidden states lie in a stage folder."""
@@ -253,7 +253,7 @@ def _unquantized(
             reason = "a lookup table: no product to speed up"
         elif any(p.dim() > 2 for p in each.parameters(recurse=False)):
             reason = (
-                f"experts in one tensor, which no format of gteopt holds: {experts / total:.0%} of "
+                f"{EXPERTS}, which no format of gteopt holds: {experts / total:.0%} of "
                 f"all weights stay as they are for that"
             )
         else:

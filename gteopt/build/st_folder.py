@@ -210,12 +210,16 @@ def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
     prompts = {name: text or "" for name, text in settings.prompts.items()}
     if checkpoint.query_template is not None and not prompts.get("query"):
         query = checkpoint.query_template.format(instruction=checkpoint.default_instruction)
-        prompts = {**prompts, "query": query, "document": prompts.get("document", "")}
+        prompts = {**prompts, "query": query, "document": checkpoint.prompt("document")}
+    default = settings.default_prompt_name
+    if default is None and checkpoint.family and checkpoint.family.document_prompt:
+        default = "document"  # a document without its prompt would get another vector
+        prompts["document"] = checkpoint.prompt("document")
     _write_json(
         stage / "config_sentence_transformers.json",
         {
             "prompts": prompts,
-            "default_prompt_name": settings.default_prompt_name,
+            "default_prompt_name": default,
             "similarity_fn_name": settings.similarity,
         },
     )
@@ -243,7 +247,7 @@ def _pooling_config(checkpoint: Checkpoint) -> dict[str, Any]:
             for name, short in (("cls_token", "cls"), ("mean_tokens", "mean"))
         },
         "pooling_mode_lasttoken": checkpoint.pooling == "lasttoken",
-        "include_prompt": True,
+        "include_prompt": not checkpoint.excludes_prompt,
     }
 
 

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from gteopt.cli.output import stderr
 from gteopt.errors import GteoptError
+from gteopt.interruption import raise_on_interrupt, was_interrupted
 
 
 class Interrupted(GteoptError):
@@ -41,11 +42,13 @@ class Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that `ctx` names."""
+        raise_on_interrupt()
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as interrupt:
-            raise Interrupted(f"interrupted{what_is_kept(ctx.invoked_subcommand)}") from interrupt
-        except Exception as error:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) or was_interrupted():
+                kept = what_is_kept(ctx.invoked_subcommand)
+                raise Interrupted(f"interrupted{kept}") from error
             name = getattr(error, "option_name", None)
             if (hint := OPTION_HINTS.get(str(name))) is not None and hasattr(error, "message"):
                 error.message = f"{error.message}. {hint[0].upper()}{hint[1:]}."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-import unicodedata
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,17 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 from gteopt.cli.progress_bars import Steps, shown
-from gteopt.errors import InputError
+from gteopt.errors import InputError, visible
 
 if TYPE_CHECKING:
     from gteopt.frozen import Frozen
     from gteopt.records.manifest import CalibrationRecord, Manifest
     from gteopt.records.publication import Publication
     from gteopt.records.results_folder import Results
-
-
-_UNSEEN = ("Cc", "Cf", "Cs")
-"""Unicode's categories of control, format and surrogate characters."""
 
 
 class PlainConsole(Console):
@@ -40,14 +35,6 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """The text with control characters made visible and without markup."""
         return super().render_str(visible(text), **{**options, "markup": False, "emoji": False})
-
-
-def visible(text: str) -> str:
-    """The text with control characters as escapes; line breaks and tabs stay."""
-    return "".join(
-        repr(char)[1:-1] if char not in "\n\t" and unicodedata.category(char) in _UNSEEN else char
-        for char in text
-    )
 
 
 # Piped output has no width of its own; rich would assume 80 columns and drop some of a table's.

@@ -35,6 +35,7 @@ def export_openvino(
         IntegrityError: see `open_checkpoint`.
         UnsupportedError: OpenVINO is missing or cannot say this model; see
             `gteopt.encoder.openvino.OpenVinoModel`.
+        OSError: the folder cannot be written (a full disk).
     """
     if out.exists():
         raise InputError(f"{out} exists; name a new folder, or remove it")
@@ -64,5 +65,7 @@ def export_openvino(
         weights = openvino_weights(checkpoint, build_skeleton(checkpoint), kind)
         save(whole_config(checkpoint), weights, stage)
         stage.replace(out)
+    except shutil.Error as error:  # a list of files and reasons, which is no sentence
+        raise OSError(f"{out} cannot be written: {error.args[0][0][2]}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)

@@ -6,7 +6,6 @@ and of a model on the Hub nothing else is fetched.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -29,8 +28,10 @@ from gteopt.errors import HubUnreachableError, InputError
 from gteopt.kernels import kernel_name, speed_up_linears_
 from gteopt.kernels.measured import DETERMINISTIC, ways_for
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
+from gteopt.model.families import PUBLISHED
 from gteopt.records.inspection import EstimateConditions, Inspection
-from gteopt.speed.random_model import shape_of, shapes, write_frame, write_headers
+from gteopt.records.manifest import EXPERTS
+from gteopt.speed.random_model import shapes, write_published
 
 
 def inspect(
@@ -106,7 +107,7 @@ def inspect(
             license=checkpoint.license,
             n_parameters=manifest.base.n_parameters if manifest else count_parameters(checkpoint),
             published_scores=dict(checkpoint.published.scores) if checkpoint.published else {},
-            notes=checkpoint.notes,
+            notes=(*checkpoint.notes, *(_expert_notes(checkpoint) if is_base else ())),
             estimates=tuple(estimates),
             estimated_for=EstimateConditions(
                 dtype=dtype, device=kind, activation_bytes=activation_bytes
@@ -142,18 +143,28 @@ def _opened(
             return
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
-        config, _ = shape_of(name)
-        write_frame(config, folder)
-        for own in ("config_sentence_transformers.json", "sentence_bert_config.json", "README.md"):
-            (folder / own).unlink(missing_ok=True)  # the embedded model's, not this family's
-        tokenizer = folder / "tokenizer_config.json"
-        said = json.loads(tokenizer.read_text())
-        said.pop("model_max_length", None)
-        tokenizer.write_text(json.dumps(said))
-        write_headers(config, folder)
+        full_id = next(each for each in PUBLISHED if each.rpartition("/")[2] == name)
+        write_published(full_id, shapes()[name], folder)
         note = "sizes are those of the shape that ships with gteopt; its weights were not looked at"
-        checkpoint = open_checkpoint(folder, family=family, headers_only=True)
-        yield replace(checkpoint, id=source, notes=(*checkpoint.notes, note))
+        published = PUBLISHED[full_id]
+        checkpoint = open_checkpoint(folder, family=family or published.family, headers_only=True)
+        yield replace(
+            checkpoint,
+            id=source,
+            license=published.license,
+            published=published,
+            matryoshka_dims=checkpoint.matryoshka_dims or published.trained_dims,
+            notes=(*checkpoint.notes, note),
+        )
+
+
+def _expert_notes(checkpoint: Checkpoint) -> list[str]:
+    """Which share of a base no recipe makes smaller."""
+    sizes = [(p.dim(), p.numel()) for p in build_skeleton(checkpoint).parameters()]
+    share = sum(n for n_axes, n in sizes if n_axes > 2) / sum(n for _, n in sizes)
+    if not share:
+        return []
+    return [f"{EXPERTS} are {share:.0%} of all weights; recipes leave them as they are"]
 
 
 def _kernels(checkpoint: Checkpoint, device: str) -> dict[str, int] | None:

@@ -98,8 +98,9 @@ class Encoder(Description):
         self.streams = streams
         self._openvino_model = openvino_model
         config, pooling = self.checkpoint.config, self.checkpoint.pooling
-        # Latent attention and modules of Sentence Transformers read the vector of every token.
-        is_plain = pooling not in ("latent", "modules") and openvino_model is None
+        # These read the vector of every token, or leave some out.
+        reads_all = pooling in ("latent", "modules") or self.checkpoint.excludes_prompt
+        is_plain = not reads_all and openvino_model is None
         self._unpadded = unpadded_forward(config, pooling, self.device) if is_plain else None
         padded = padded_forward(config, pooling) if is_plain else None
         # On a CPU the tokenizer would take from the threads that compute.

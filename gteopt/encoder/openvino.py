@@ -132,11 +132,15 @@ def save(config: Mapping[str, Any], weights: Weights, folder: Path) -> None:
 
     Raises:
         UnsupportedError: see `OpenVinoModel`.
+        OSError: the files cannot be written (a full disk).
     """
     model, builder = _model(config, weights, static=True)
     target = folder / "openvino" / "openvino_model.xml"
     target.parent.mkdir(parents=True, exist_ok=True)
-    _library().save_model(model, target, compress_to_fp16=False)
+    try:
+        _library().save_model(model, target, compress_to_fp16=False)
+    except RuntimeError as error:  # the library has no other type, and no words for a full disk
+        raise OSError(f"{target} cannot be written; is the disk full? ({error})") from error
     del builder  # what it has lent to the model is read until here
 
 

@@ -41,7 +41,8 @@ def hf_config(checkpoint: Checkpoint) -> Any:
         if key not in ("model_type", "quantization_config")  # the latter is ours to apply
     }
     window = fields.get("sliding_window")
-    if isinstance(window, int) and window >= checkpoint.max_tokens:
+    halved = fields.get("use_bidirectional_attention")  # the class itself makes two sides of it
+    if isinstance(window, int) and window >= checkpoint.max_tokens and not halved:
         # It is never reached; transformers would make a mask all the same.
         fields["sliding_window"] = None
     kind = str(checkpoint.config["model_type"])

@@ -6,12 +6,13 @@ know: weights, devices, how ids become vectors.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from gteopt.errors import InputError, IntegrityError, UnsupportedError, suggest
+from gteopt.errors import InputError, IntegrityError, UnsupportedError, suggest, visible
 from gteopt.model.checkpoint import Checkpoint
 from gteopt.model.foreign import foreign_errors
 
@@ -27,7 +28,7 @@ class Tokens(list[int]):
     """Token ids of one text.
 
     Attributes:
-        n_prompt: tokens at the front that pooling leaves out (NV-Embed's instruction).
+        n_prompt: tokens at the front that pooling leaves out (an instruction).
         is_cut: whether the text was longer than the limit.
     """
 
@@ -167,7 +168,7 @@ class Tokenization:
             # As its authors count: the prompt's tokens alone, from position 0 on. The start token
             # stands there too, and the prompt's last one, a space, has become part of the text.
             n_prompt = len(self.tokenizer.tokenize(prompt))
-        elif self.checkpoint.st.excludes_prompt:
+        elif self.checkpoint.excludes_prompt:
             # As Sentence Transformers counts: with the start token, without the one at the end.
             (ids,) = self._whole([prompt])
             n_prompt = len(self.start_ids) + len(ids)
@@ -320,7 +321,16 @@ def import_transformers() -> Any:
             f"bidirectional models causally; install transformers>=5"
         )
     transformers.utils.logging.disable_progress_bar()
+    for handler in (*logging.getLogger("transformers").handlers, logging.lastResort):
+        if handler is not None and _escape not in handler.filters:
+            handler.addFilter(_escape)
     return transformers
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Show control characters in what libraries report of a folder: they could move the cursor."""
+    record.msg, record.args = visible(record.getMessage()), ()
+    return True
 
 
 def _token_ids(tokenizer: Any, checkpoint: Checkpoint, token: str | None) -> list[int]:

@@ -147,7 +147,16 @@ class Checkpoint:
 
     def prompt(self, role: str) -> str:
         """What the folder puts before a text of a role."""
-        return prompt_of(self.st.settings, role)
+        own = prompt_of(self.st.settings, role)
+        if own or role != "document" or self.family is None:
+            return own
+        return self.family.document_prompt
+
+    @property
+    def excludes_prompt(self) -> bool:
+        """Whether pooling leaves out the tokens of the prompt."""
+        by_family = self.family is not None and self.family.excludes_prompt and not self.modules
+        return by_family or self.st.excludes_prompt
 
     def limit(self, role: str) -> int:
         """The longest input of a role, in tokens."""
@@ -337,8 +346,7 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
     pooling = _pooling(folder, st, known, latent is not None, notes)
     tokenizer_config = read_json(folder / "tokenizer_config.json", optional=True)
     dims = _output_dims(config, st)
-    published_id = manifest.base.id if manifest else identifier
-    published = PUBLISHED.get(published_id)
+    published = PUBLISHED.get(manifest.base.id if manifest else identifier)
     normalise = st.normalises if st.modules else known is not None
     _check_similarity(folder, st, normalise)
     adds_end = known is not None and (
@@ -364,7 +372,7 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
         query_template=known.query_template if known else None,
         default_instruction=known.default_instruction if known else None,
         dims=dims,
-        matryoshka_dims=_matryoshka_dims(config, dims, known, manifest),
+        matryoshka_dims=_matryoshka_dims(config, dims, known, manifest, published),
         max_tokens=max_tokens,
         license=_license(folder) or (published.license if published else None),
         published=published,
@@ -405,10 +413,12 @@ def _set_attention(config: dict[str, Any], family: Family | None) -> Attention:
 
     transformers 5 reads `is_causal`; a cache of keys and values is read by no encoder.
     """
-    if family is not None:
+    if family is not None and family.attention is not None:
         config.pop("is_causal", None)
         if family.attention == "bidirectional":
             config["is_causal"] = False
+            if config.get("model_type") == "mistral":  # the authors' code has no window then
+                config["sliding_window"] = None
     attention = attention_of(config)
     if config["model_type"] in DECODERS or "use_cache" in config:
         config["use_cache"] = False
@@ -422,16 +432,15 @@ def _pooling(
     if is_latent:
         return "latent"
     stated = st.pooling
-    if stated is None and family is None:
+    if stated is None:
+        if family is not None and family.pooling is not None:
+            return family.pooling
         raise InputError(
             f"{folder} has no modules.json and belongs to no family that its files or its name "
             f"show, so its pooling is unknown; name the family (--family, one of "
             f"{', '.join(FAMILIES)}) or save it once with sentence-transformers"
         )
-    if stated is None:
-        assert family is not None
-        return family.pooling
-    if family is not None and stated != family.pooling:
+    if family is not None and family.pooling is not None and stated != family.pooling:
         modes = [m for e in st.modules if e.kind == "Pooling" for m in pooling_modes(e.config)]
         notes.append(
             f"the folder pools by {' + '.join(modes)}, other models of {family.name} by "
@@ -496,7 +505,9 @@ def _family(
     manifest: Manifest | None,
     asked: str | None,
 ) -> Family | None:
-    """The family that was asked for, that the manifest names, or that the files show."""
+    """The family that was asked for, that the manifest or a published name tells, or that the files
+    show.
+    """
     if asked is not None:
         if asked not in FAMILIES:
             raise InputError(f"unknown family '{asked}': {suggest(asked, FAMILIES)}")
@@ -509,14 +520,20 @@ def _family(
         return FAMILIES[asked]
     if manifest is not None and manifest.base.family in FAMILIES:
         return FAMILIES[manifest.base.family]
+    if (published := PUBLISHED.get(identifier)) is not None and published.family is not None:
+        return FAMILIES[published.family]
     prompts = [text for text in st.settings.prompts.values() if text]
     return family_of(config, name=identifier, prompts=prompts, pooling=st.pooling or "")
 
 
 def _matryoshka_dims(
-    config: Mapping[str, Any], dims: int, family: Family | None, manifest: Manifest | None
+    config: Mapping[str, Any],
+    dims: int,
+    family: Family | None,
+    manifest: Manifest | None,
+    published: Published | None,
 ) -> tuple[int, ...]:
-    """The lengths that config.json states, or halves down to the family's least.
+    """The lengths that config.json or the authors state, or halves down to the family's least.
 
     An artifact's config.json states those that its own vectors still have; the manifest the base's.
     """
@@ -524,6 +541,7 @@ def _matryoshka_dims(
         return manifest.base.matryoshka_dims
     listed = config.get("matryoshka_dimensions") or ()
     stated = {d for d in listed if isinstance(d, int) and 1 <= d <= dims}
+    stated = stated or {d for d in (published.trained_dims if published else ()) if d <= dims}
     if not stated and family is not None and family.least_dims is not None:
         while dims >= family.least_dims:
             stated.add(dims)

@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gteopt.errors import GteoptError, InputError, IntegrityError, UnsupportedError, join_problems
+from gteopt.errors import (
+    GteoptError,
+    InputError,
+    IntegrityError,
+    UnsupportedError,
+    join_problems,
+    visible,
+)
 
 MOST_JSON_BYTES = 64 << 20
 """The largest index of a published model takes 20 MB."""
@@ -34,8 +41,8 @@ _File = TypeVar("_File", bound=ForeignFile)
 
 
 def shorten(value: object) -> str:
-    """A value as a message quotes it: one line, at most 200 characters."""
-    text = " ".join(str(value).split())
+    """A value as a message quotes it: one line, no control characters, at most 200 characters."""
+    text = visible(" ".join(str(value).split()))
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
 
 

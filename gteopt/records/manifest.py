@@ -148,6 +148,10 @@ class UnquantizedRecord(Frozen):
     reason: str
 
 
+EXPERTS = "experts in one tensor"
+"""How the reason of experts that stay as they are begins."""
+
+
 Similarity = Literal["cosine", "dot"]
 """How stored vectors are compared: unit rows by their cosine; rows that keep the length that
 shortening left them by their dot product, whose ranking is closer to that of the full vectors."""
@@ -266,3 +270,9 @@ class Manifest(Frozen):
     versions: Conditions
     machine: Machine
     published_from: str | None = None
+
+    @property
+    def expert_share(self) -> float:
+        """Share of the base's weights that are experts and stay as they are."""
+        stay = sum(e.n_parameters for e in self.unquantized if e.reason.startswith(EXPERTS))
+        return stay / self.base.n_parameters

@@ -389,14 +389,14 @@ def artifact_table(found: Inspection, manifest: Manifest) -> Table:
     table.add_column()
     base, vectors = manifest.base, manifest.vectors
     snr = [layer.output_snr_db for layer in manifest.layers if layer.output_snr_db is not None]
-    seen = manifest.calibration
+    seen, share = manifest.calibration, manifest.expert_share
     engines = engines_of(manifest.recipe, manifest.format)
     facts = {
         "made of": f"{base.id} by {manifest.recipe.name}, {base.n_parameters:,} parameters",
         "weights": f"{decimal(manifest.weight_bytes, precision=2)}, "
         f"{manifest.weight_bytes / base.weight_bytes:.0%} of {base.dtype}",
         "layers": f"{len(manifest.layers)} quantized, {len(manifest.unquantized)} groups left as "
-        f"they are",
+        f"they are" + (f", {share:.0%} of all weights in experts" if share else ""),
         "output SNR": f"{min(snr):.1f} to {max(snr):.1f} dB" if snr else "not measured",
         "vectors": f"{vectors.dims} dimensions as {vectors.code}, {vectors.bytes_per_vector} bytes",
         "calibration": f"{seen.n_texts} texts, {seen.n_tokens:,} tokens of {seen.source}"

@@ -268,12 +268,12 @@ class Served:
         if prompt_name in ("query", "document"):
             return Prompt(role="query" if prompt_name == "query" else "document")
         if prompt_name is not None:
-            st = self.encoder.checkpoint.st
-            prompts = st.settings.prompts
+            checkpoint = self.encoder.checkpoint
+            prompts = checkpoint.st.settings.prompts
             if prompt_name not in prompts:
                 known = {"query", "document", *prompts}
                 raise InputError(f"unknown prompt '{prompt_name}': {suggest(prompt_name, known)}")
-            if self.tokenization.prompt("document") or st.excludes_prompt:
+            if self.tokenization.prompt("document") or checkpoint.excludes_prompt:
                 raise UnsupportedError(
                     f"{self.name} puts a prompt before every document or leaves prompts out of the "
                     f"mean, so '{prompt_name}' cannot stand alone; use query or document"

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,50 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gteopt.encoder.tokenization import import_transformers
 from gteopt.errors import InputError, UnsupportedError, suggest
 from gteopt.model.checkpoint import open_checkpoint
+from gteopt.model.families import FAMILIES, PUBLISHED
 from gteopt.paths import ASSETS
 from gteopt.progress import Progress, quiet
 
 _CONFIGS = ASSETS / "configs"
 _DECODERS = ("qwen2", "qwen3", "mistral")
 _DEVIATION = 0.02
+_ATTEND, _MLP = (f"latent_attention_model.cross_attend_blocks.{i}." for i in (0, 1))
+_LATENT: Mapping[str, tuple[int, ...]] = {
+    "latent_attention_model.latents": (512, 4096),
+    **{
+        f"{norm}.{part}": (4096,)
+        for norm in (f"{_ATTEND}norm", f"{_ATTEND}norm_context", f"{_MLP}norm")
+        for part in ("weight", "bias")
+    },
+    f"{_ATTEND}fn.to_q.weight": (32_768, 4096),
+    f"{_ATTEND}fn.to_kv.weight": (65_536, 4096),
+    f"{_ATTEND}fn.to_out.weight": (4096, 32_768),
+    f"{_MLP}fn.net.0.weight": (32_768, 4096),
+    f"{_MLP}fn.net.0.bias": (32_768,),
+    f"{_MLP}fn.net.2.weight": (4096, 16_384),
+    f"{_MLP}fn.net.2.bias": (4096,),
+}
+"""NV-Embed's pooling: 512 latents and 8 heads of the model's width (arXiv:2405.17428)."""
 _MEMORY_SHARE, _DISK_SHARE = 1.7, 2.5
 """Shares of the model's bytes. A bench holds in memory the model, its largest variant (int8, with
 the token table unquantized) and a batch; on disk it has the model and three variants."""
 
 
 def shapes() -> dict[str, dict[str, Any]]:
-    """Published name -> `config.json` of the models whose shape ships with gteopt."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(_CONFIGS.glob("*.json"))}
+    """Published name -> `config.json` of the models whose shape ships with gteopt.
+
+    A model that has the sizes of another shares its file.
+    """
+    own = {path.stem: json.loads(path.read_text()) for path in sorted(_CONFIGS.glob("*.json"))}
+    shared = {
+        name.rpartition("/")[2]: dict(own[published.shape])
+        for name, published in PUBLISHED.items()
+        if published.shape
+    }
+    return own | shared
 
 
 def write_dummy(
@@ -117,20 +146,86 @@ def write_frame(config: Mapping[str, Any], folder: Path) -> None:
     pooling.write_text(json.dumps(settings))
 
 
-def write_headers(config: Mapping[str, Any], folder: Path) -> None:
-    """Write a weight file of a shape that has its header only: the numbers are a hole in the file,
-    which takes no disk.
+def write_published(name: str, config: Mapping[str, Any], folder: Path) -> None:
+    """Write what a published model's folder says, with the embedded model's tokenizer and weight
+    files that have a header only; `folder` must not exist.
+
+    Args:
+        name: of the model, with its organisation.
+        config: of its transformer.
+        folder: where to write.
     """
-    n = int(config["num_hidden_layers"])
+    published = PUBLISHED[name]
+    family = FAMILIES[published.family] if published.family else None
+    pooling = published.pooling or (family.pooling if family else None)
+    write_frame(config, folder)
+    for own in ("sentence_bert_config.json", "README.md"):
+        (folder / own).unlink()  # the embedded model's
+    tokenizer = folder / "tokenizer_config.json"
+    said = json.loads(tokenizer.read_text())
+    said["model_max_length"] = published.max_tokens or (family.max_tokens if family else None)
+    tokenizer.write_text(json.dumps(said))
+    prompts = {"query": published.query_prompt, "document": published.document_prompt}
+    settings = {"prompts": {role: text for role, text in prompts.items() if text}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    sizes = _sizes(config)
+    if pooling == "latent" or (family is not None and family.excludes_prompt):
+        (folder / "modules.json").unlink()  # the authors publish none
+    else:
+        modules: list[tuple[str, dict[str, Any]]] = [("Transformer", {})]
+        width = int(config["hidden_size"])
+        modules.append(("Pooling", {"embedding_dimension": width, "pooling_mode": pooling}))
+        for n_in, n_out in pairwise((width, *published.dense)):
+            modules.append(("Dense", {"in_features": n_in, "out_features": n_out, "bias": False}))
+        _write_modules([*modules, ("Normalize", {})], folder)
+    if pooling == "latent":
+        nested = {"model_type": "nvembed", "text_config": dict(config)}
+        (folder / "config.json").write_text(json.dumps({**nested, "latent_attention_config": {}}))
+        sizes = {f"embedding_model.{part}": shape for part, shape in sizes.items()} | _LATENT
+    write_hole(sizes, folder / "model.safetensors")
+
+
+def _write_modules(modules: Sequence[tuple[str, Mapping[str, Any]]], folder: Path) -> None:
+    """modules.json and what it names; Dense layers without a bias and without their numbers."""
+    rows = []
+    for i, (kind, config) in enumerate(modules):
+        path = f"{i}_{kind}" if i else ""
+        rows.append({"idx": i, "name": str(i), "path": path})
+        rows[-1]["type"] = f"sentence_transformers.models.{kind}"
+        if i:
+            (folder / path).mkdir(exist_ok=True)
+            (folder / path / "config.json").write_text(json.dumps(config))
+        if kind == "Dense":
+            (folder / path / "config.json").write_text(
+                json.dumps({**config, "activation_function": "torch.nn.modules.linear.Identity"})
+            )
+            shape = config["out_features"], config["in_features"]
+            write_hole({"linear.weight": shape}, folder / path / "model.safetensors")
+    (folder / "modules.json").write_text(json.dumps(rows))
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of an architecture."""
+    from accelerate import init_empty_weights
+
+    transformers = import_transformers()
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    with init_empty_weights():
+        kind = transformers.AutoConfig.for_model(config["model_type"], **fields)
+        module = transformers.AutoModel.from_config(kind)
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def write_hole(shapes: Mapping[str, Sequence[int]], path: Path) -> None:
+    """Write a safetensors file of bfloat16 tensors; its numbers are a hole, which takes no disk."""
     header: dict[str, Any] = {}
     at = 0
-    for part in range(n + 1):
-        for name, shape in _parts(config, part, n):
-            end = at + 2 * torch.Size(shape).numel()
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
-            at = end
+    for name, shape in shapes.items():
+        end = at + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, end]}
+        at = end
     text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + at)
 

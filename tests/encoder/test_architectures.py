@@ -4,6 +4,8 @@ Sentence Transformers, is quantized, and its artifact opens in both libraries.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,12 +78,21 @@ def test_an_artifact_opens_in_both_libraries(model: Path, scheme: str, tmp_path:
         assert cosines(found, theirs).min() > 0.99
 
 
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def test_a_build_says_which_share_of_the_weights_stays_in_experts(tmp_path: Path) -> None:
     model = make("qwen3_moe", tmp_path / "qwen3_moe")
     manifest = gteopt.quantize(model, recipe(tmp_path, "4 bits"), tmp_path / "out", dtype="float32")
     experts = [each for each in manifest.unquantized if each.name.endswith("experts")]
     assert len(experts) == 2
     share = sum(each.n_parameters for each in experts) / manifest.base.n_parameters
+    assert manifest.expert_share == share
+    assert f"| experts | {share:.0%} of all weights" in (tmp_path / "out" / "README.md").read_text()
+    shown = run(sys.executable, "-m", "gteopt", "inspect", str(tmp_path / "out"))
+    assert f"{share:.0%} of all weights in experts" in " ".join(shown.split())
+    assert any(f"are {share:.0%} of all weights" in note for note in gteopt.inspect(model).notes)
     assert {each.reason.partition(": ")[2] for each in experts} == {
         f"{share:.0%} of all weights stay as they are for that"
     }

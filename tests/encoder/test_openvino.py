@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -296,6 +299,24 @@ def test_the_exported_graph_runs_without_gteopt(artifact: Path, tmp_path: Path) 
     assert vector @ (last / np.linalg.norm(last)) > 0.9995
     with pytest.raises(InputError, match="exists"):
         export_openvino(artifact, out)
+
+
+@pytest.mark.parametrize("most_bytes", [1000, 1_000_000, 3_000_000])
+def test_an_export_that_the_disk_has_no_room_for_says_so(
+    artifact: Path, tmp_path: Path, most_bytes: int
+) -> None:
+    """A limit on the size of a file stands for a full disk, with an error of the same kind."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+
+    out = tmp_path / "exported"
+    command = [sys.executable, "-m", "gteopt", "export", str(artifact), str(out)]
+    ran = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr.count("\n") == 1
+    assert "cannot be written" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_it_cannot_compute_is_refused(artifact: Path, tmp_path: Path) -> None:

@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 
 import gteopt
 from gteopt.build.calibration_texts import draw_texts
-from gteopt.cli.output import visible
 from gteopt.config.recipe import Calibration, load_recipe
-from gteopt.errors import GteoptError
+from gteopt.errors import GteoptError, visible
 from gteopt.evaluation.user_data import read_own
 from gteopt.model.artifact import verify
 from tests.support.architectures import make

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 
 import numpy as np
@@ -159,6 +160,17 @@ def test_a_place_that_no_artifact_can_be_put_at_is_refused_before_any_work(
     with pytest.raises(InputError, match=message):
         gteopt.quantize("nano", "bf16", out)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_artifact_can_be_put_on_another_file_system(original: Path, tmp_path: Path) -> None:
+    """It is staged beside its place: a rename does not cross file systems."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("this machine has no second file system at /dev/shm")
+    with TemporaryDirectory(dir=shared) as other:
+        gteopt.quantize("nano", "rtn-int4", Path(other) / "out")
+        assert artifact_sha256(Path(other) / "out") == artifact_sha256(original)
+        assert [path.name for path in Path(other).iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "rtn-int4", "rtn-int8"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import mteb
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,8 +25,9 @@ from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError, IntegrityError
 from gteopt.model.artifact import read_manifest
 from gteopt.model.checkpoint import open_checkpoint
-from gteopt.model.families import PUBLISHED
-from gteopt.speed.random_model import shapes
+from gteopt.model.families import FAMILIES, PUBLISHED
+from gteopt.speed.random_model import shapes, write_published
+from tests.support.architectures import sentence_transformer
 from tests.support.models import MODELS, Model, forward_float64, publish
 
 TEXTS = ["A bridge.", "Photosynthesis turns light into sugar, in every leaf of a plant.", "水", ""]
@@ -272,6 +274,132 @@ def test_published_models_have_mtebs_license_and_the_width_of_their_shape(name: 
     # mteb 2.26 gives gte-Qwen2-1.5B the width of its MLP, so a shipped config goes first.
     shape = shapes().get(name.rpartition("/")[2], {})
     assert (ours.dims, ours.license) == (shape.get("hidden_size", meta.embed_dim), meta.license)
+
+
+def test_every_shipped_shape_has_the_published_number_of_parameters() -> None:
+    counted_otherwise = {
+        # Half of Gemma's four norms a layer, and the norms of queries and keys, are left out there.
+        "harrier-oss-v1-270m": 18 * 2 * (640 + 256),
+        "harrier-oss-v1-0.6b": 28 * 2 * 128,
+        "harrier-oss-v1-27b": 62 * 2 * (5376 + 128),
+        "embeddinggemma-300m": -2 * 768 * 3072,  # its Dense modules, which are no transformer
+        "GritLM-7B": -32_000 * 4096,  # the language model's head
+    }
+    for full in PUBLISHED:
+        name = full.rpartition("/")[2]
+        if name not in shapes():
+            continue
+        theirs = mteb.get_model_meta(full).n_parameters
+        assert theirs is not None
+        found = inspect(name, recipe=load_recipe("bf16"))
+        rounded = 10 ** (len(str(theirs)) - len(str(theirs).rstrip("0")))  # a round number is one
+        off = found.n_parameters - theirs - counted_otherwise.get(name, 0)
+        assert abs(off) < max(1, rounded), name
+        assert (found.id, found.dims, found.sha256) == (name, PUBLISHED[full].dims, None)
+        assert found.family == PUBLISHED[full].family
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.1,
+    "vocab_size": 20_480,
+}
+PADDING = {"modernbert": {"pad_token_id": 0}}  # the default lies beyond the small table
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "codefuse-ai/F2LLM-v2-0.6B",
+        "microsoft/harrier-oss-v1-270m",
+        "microsoft/harrier-oss-v1-0.6b",
+        "intfloat/multilingual-e5-large-instruct",
+        "nvidia/Nemotron-3-Embed-8B-BF16",
+        "google/embeddinggemma-300m",
+        "Alibaba-NLP/gte-modernbert-base",
+        "BAAI/bge-m3",
+    ],
+)
+def test_a_small_model_of_a_published_shape_gives_sentence_transformers_vectors(
+    name: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    folder = tmp_path / name.rpartition("/")[2]
+    known = shapes()[folder.name]
+    config = {**known, **{key: SMALL[key] for key in known if key in SMALL}}
+    config |= PADDING.get(known["model_type"], {})
+    write_published(name, config, folder)
+    torch.manual_seed(0)
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    kind = transformers.AutoConfig.for_model(config["model_type"], **fields)
+    transformers.AutoModel.from_config(kind).eval().save_pretrained(folder)
+    for dense in folder.glob("*_Dense"):
+        sizes = json.loads((dense / "config.json").read_text())
+        weight = torch.randn(sizes["out_features"], sizes["in_features"]) / 10
+        save_file({"linear.weight": weight}, dense / "model.safetensors")
+    encoder = gteopt.load(folder, dtype="float32")
+    theirs = sentence_transformer(folder)
+    for role in ("query", "document"):
+        prompt = encoder.tokenization.prompt(role)
+        wanted = np.concatenate([theirs.encode([text], prompt=prompt) for text in TEXTS[:3]])
+        np.testing.assert_allclose(encoder.encode(TEXTS[:3], role=role), wanted, atol=1e-5)
+    family = PUBLISHED[name].family
+    if family is not None:
+        asked = FAMILIES[family].query_template.format(instruction=INSTRUCTION)
+        assert encoder.tokenization.prompt("query", INSTRUCTION) == asked
+    else:
+        prompts = PUBLISHED[name].query_prompt, PUBLISHED[name].document_prompt
+        assert tuple(map(encoder.tokenization.prompt, ("query", "document"))) == prompts
+
+
+def test_gritlm_averages_the_text_alone_and_sees_it_in_both_directions(tmp_path: Path) -> None:
+    """As the authors' `encode` does: the prompt, its start token included, is out of the mean."""
+    import transformers
+    from tokenizers.processors import TemplateProcessing
+
+    folder = tmp_path / "model"
+    mistral = next(each for each in MODELS if each.name.startswith("e5"))
+    weights = publish(folder, replace(mistral, st=False), prefix="model.", head=True)
+    path = folder / "config.json"
+    own = {**json.loads(path.read_text()), "architectures": ["MistralForCausalLM"]}
+    code = {"auto_map": {"AutoModel": "modeling_gritlm7b.MistralModel"}}
+    path.write_text(json.dumps(own | code))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save_pretrained(folder)
+    fields = {key: value for key, value in own.items() if key != "model_type"}
+    fields |= {"is_causal": False, "sliding_window": None}
+    module = transformers.MistralModel(transformers.MistralConfig(**fields)).eval()
+    module.load_state_dict(weights)
+
+    def by_the_authors(text: str, prompt: str) -> np.ndarray:
+        ids = torch.tensor([tokenizer(prompt + text)["input_ids"]])
+        with torch.no_grad():
+            hidden = module(ids).last_hidden_state[0, len(tokenizer(prompt)["input_ids"]) :]
+        vector = hidden.mean(0)
+        return np.asarray(vector / vector.norm())
+
+    encoder = gteopt.load(folder, dtype="float32")
+    gteopt.quantize(folder, "bf16", tmp_path / "out", dtype="float32")
+    again, theirs = gteopt.load(tmp_path / "out"), sentence_transformer(tmp_path / "out")
+    asked = f"<|user|>\n{INSTRUCTION}\n<|embed|>\n"
+    for text in (text for text in TEXTS if text):
+        bare = by_the_authors(text, "<|embed|>\n")
+        for name, each in (("base", encoder), ("artifact", again), ("theirs", theirs)):
+            np.testing.assert_allclose(each.encode([text])[0], bare, atol=1e-5, err_msg=name)
+        (found_query,) = encoder.encode([text], role="query", instruction=INSTRUCTION)
+        np.testing.assert_allclose(found_query, by_the_authors(text, asked), atol=1e-5)
+    queries = again.encode(TEXTS[:3], role="query")
+    found = np.concatenate([theirs.encode([t], prompt_name="query") for t in TEXTS[:3]])
+    np.testing.assert_allclose(found, queries, atol=1e-5)
 
 
 def test_inspect_tells_the_familys_facts(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +233,22 @@ def test_the_folders_pooling_wins_over_the_familys_and_is_said(tmp_path: Path) -
         "bidirectional",
     )
     assert any("the folder's way is taken" in note for note in found.notes)
+
+
+def test_names_in_a_folder_reach_no_terminal_with_control_characters(bert: Path) -> None:
+    """Neither in errors of gteopt nor in what transformers reports while it loads."""
+    weights = load_file(bert / "model.safetensors")
+    weights["encoder.layer.0.\x1b[2J\x1b]0;title\x07.weight"] = torch.zeros(2)
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    script = f"import gteopt; gteopt.load({str(bert)!r})"
+    build = ["-m", "gteopt", "quantize", str(bert), "--recipe", "bf16", "--out", f"{bert}-out"]
+    for command in (build, ["-c", script]):
+        ran = subprocess.run(
+            [sys.executable, *command],
+            env={**os.environ, "TRANSFORMERS_VERBOSITY": "info"},
+            capture_output=True,
+        )
+        assert ran.returncode == 1
+        shown = ran.stdout + ran.stderr
+        assert b"LOAD REPORT" in shown
+        assert not {0x1B, 0x07} & set(shown)
