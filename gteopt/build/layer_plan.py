@@ -24,7 +24,7 @@ from gteopt.build.tuning import MOST_WEIGHTS
 from gteopt.config.recipe import Effort, FormatName, GptqWeights, LayerScheme, NoWeights, Recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.skeleton import build_skeleton
-from gteopt.errors import InputError, join_problems
+from gteopt.errors import InputError, UnsupportedError, join_problems
 from gteopt.formats import choose_format
 from gteopt.formats.packed import Shape
 from gteopt.model.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint
@@ -92,6 +92,12 @@ def plan_layers(
     prefix: str | None = None
     tune_by: Literal["model", "block"] | None = None
     if not isinstance(weights, NoWeights):
+        if checkpoint.is_table:
+            raise UnsupportedError(
+                f"{checkpoint.id} is a table of token vectors without a transformer: there is "
+                f"nothing to quantize but its table. Recipe bf16 with dims or vectors: int8 makes "
+                f"its vectors smaller"
+            )
         prefix, _ = find_blocks(skeleton, checkpoint.config.get("num_hidden_layers"))
         linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
         sizes: dict[str, int] = {}

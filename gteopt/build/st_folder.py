@@ -33,7 +33,7 @@ from gteopt.model.checkpoint import (
     Checkpoint,
 )
 from gteopt.model.config_file import hidden_dims
-from gteopt.model.st_files import ModuleEntry
+from gteopt.model.st_files import STATIC, ModuleEntry
 from gteopt.quant.affine import PARTS, PackedWeight
 from gteopt.records.manifest import LayerRecord
 from gteopt.vectors.transform import VectorTransform
@@ -195,7 +195,7 @@ def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
     )
     rows = []
     for i, module in enumerate(modules):
-        path = "" if module.kind == "Transformer" else f"{i}_{module.kind}"
+        path = "" if module.kind in ("Transformer", STATIC) else f"{i}_{module.kind}"
         kind = f"sentence_transformers.models.{module.kind}"
         rows.append({"idx": i, "name": str(i), "path": path, "type": kind})
         if module.kind == "Pooling" and checkpoint.pooling != "modules":

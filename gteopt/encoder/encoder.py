@@ -178,7 +178,7 @@ class Encoder(Description):
         self, tokens: Sequence[Sequence[int]], *, side: Padding = "right"
     ) -> tuple[Tensor, Tensor]:
         """Token ids [N, T] int64 and attention mask [N, T] int64 of one padded batch."""
-        longest = max(len(ids) for ids in tokens)
+        longest = max(1, *(len(ids) for ids in tokens))
         # By numpy: assigning a list to a row of torch's takes twice as long.
         ids = np.full((len(tokens), longest), self.tokenization.pad_id, dtype=np.int64)
         mask = np.zeros((len(tokens), longest), dtype=np.int64)

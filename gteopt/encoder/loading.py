@@ -45,6 +45,7 @@ from gteopt.kernels.measured import DETERMINISTIC, ways_for
 from gteopt.machine import give_back
 from gteopt.model.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint, opening
 from gteopt.model.foreign import foreign_errors
+from gteopt.model.st_files import STATIC
 
 _Held = TypeVar("_Held")
 
@@ -222,7 +223,8 @@ def _load_unquantized(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, later: str | None = None
 ) -> tuple[nn.Module, bool]:
     """The transformer, and whether the weights of `later` are still in their files."""
-    if later is not None or checkpoint.prefix:  # which from_pretrained does not know
+    # What from_pretrained does not know.
+    if later is not None or checkpoint.prefix or checkpoint.is_table:
         frame = _load_frame(checkpoint, device, dtype, later)
         if frame is not None:
             return frame, later is not None
@@ -396,17 +398,17 @@ def _load_head(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
 def _load_modules(checkpoint: Checkpoint) -> tuple[list[nn.Module], list[nn.Module]]:
     """Sentence Transformers' modules up to the last pooling, and those behind it, in float32."""
     poolings = [i for i, each in enumerate(checkpoint.modules) if each.kind == "Pooling"]
-    if not poolings:
+    if not poolings and not checkpoint.is_table:
         return [], [Normalized()] if checkpoint.normalise else []
     from sentence_transformers.base.modules import Dense, Normalize
     from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
 
     kinds = {each.__name__: each for each in (Dense, Normalize, Dropout, LayerNorm, Pooling)}
-    last = max(poolings)
+    last = max(poolings, default=0)
     before: list[nn.Module] = []
     behind: list[nn.Module] = []
     for i, each in enumerate(checkpoint.modules):
-        if each.kind == "Transformer" or (i == last and checkpoint.pooling != "modules"):
+        if each.kind in ("Transformer", STATIC) or (i == last and checkpoint.pooling != "modules"):
             continue
         folder = checkpoint.folder / each.path
         module: nn.Module = Normalized()

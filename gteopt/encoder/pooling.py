@@ -24,7 +24,8 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
         return hidden[:, 0]
     if pooling in ("mean", "latent"):
         weights = mask.unsqueeze(-1).to(hidden.dtype)  # [N, T, 1]
-        return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        # A table gives a text without tokens the vector zero, as Sentence Transformers has it.
+        return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * positions).argmax(dim=1)  # the last real token under either padding side
     return hidden[torch.arange(len(hidden), device=hidden.device), last]

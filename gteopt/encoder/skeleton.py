@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from gteopt.encoder.static_table import StaticTable
 from gteopt.encoder.tokenization import import_transformers
 from gteopt.errors import IntegrityError, UnsupportedError
 from gteopt.model.checkpoint import Checkpoint
@@ -102,6 +103,9 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
     """
     from accelerate import init_empty_weights
 
+    if checkpoint.is_table:
+        with init_empty_weights():
+            return StaticTable(checkpoint.config["vocab_size"], checkpoint.config["hidden_size"])
     config = hf_config(checkpoint)
     kind = model_class(checkpoint, config)
     with foreign_errors(checkpoint.folder, f"building the architecture {config.model_type}"):

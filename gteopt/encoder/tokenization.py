@@ -69,7 +69,7 @@ class Tokenization:
         self.pad_id: int = self.tokenizer.pad_token_id or 0
         self.start_ids = _token_ids(self.tokenizer, checkpoint, checkpoint.start_token)
         self.end_ids = _token_ids(self.tokenizer, checkpoint, checkpoint.end_token)
-        if not self.end_ids:
+        if not self.end_ids and not checkpoint.is_table:
             self.start_ids, self.end_ids = self._asked_for()
         self._said_cut = False
         self._n_rows = checkpoint.config.get("vocab_size")
@@ -147,7 +147,7 @@ class Tokenization:
         limit = min(max_tokens or self.max_tokens, self.limit(role))
         tokens = [self._cut(ids, limit) for ids in self._whole(full)]
         long = [i for i, ids in enumerate(tokens) if ids.is_cut]
-        if long and not self.end_ids:
+        if long and not self.end_ids and not self.checkpoint.is_table:
             # Only the tokenizer knows which of its special tokens have to stay.
             short = self._call([full[i] for i in long], truncation=True, max_length=limit)
             for i, ids in zip(long, short, strict=True):
@@ -255,7 +255,8 @@ class Tokenization:
         """
         if not full:
             return []
-        return self._call(full, add_special_tokens=not self.end_ids, truncation=False)
+        special = not self.end_ids and not self.checkpoint.is_table
+        return self._call(full, add_special_tokens=special, truncation=False)
 
     def _cut(self, ids: Sequence[int], limit: int) -> Tokens:
         """With start and end token, and room left for them, so that truncation can never cut off
@@ -295,16 +296,21 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         InputError: there is none.
         IntegrityError: its files are broken.
     """
-    folder = checkpoint.folder
+    folder = checkpoint.tokenizer_folder
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise InputError(
             f"{folder} has no tokenizer (none of {', '.join(_VOCABULARIES)}); download the model "
             f"again, or save its tokenizer there"
         )
+    transformers = import_transformers()
     with foreign_errors(folder, "reading the tokenizer"):
-        tokenizer = import_transformers().AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+        if checkpoint.is_table:
+            file = str(folder / "tokenizer.json")
+            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"{folder}: the tokenizer has an empty vocabulary; its files are broken")
     return tokenizer

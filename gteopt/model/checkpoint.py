@@ -25,6 +25,7 @@ from gteopt.model.config_file import (
     DECODERS,
     attention_of,
     check_config,
+    config_of_table,
     hidden_dims,
     position_limit,
     unnest,
@@ -62,6 +63,8 @@ _NESTED_PREFIX = "embedding_model."
 _READ_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 _UNLIMITED = 32_768
 """Longest text of a model that states no limit anywhere."""
+_UNCUT = 1 << 20
+"""Of a table, which has no positions."""
 _NO_LIMIT = 1_000_000
 """Tokenizers state absurd lengths for "no limit"."""
 _MOST_FRONT_MATTER = 1 << 16
@@ -123,6 +126,16 @@ class Checkpoint:
     def modules(self) -> tuple[ModuleEntry, ...]:
         """What Sentence Transformers runs, in its order; none where the family alone says."""
         return self.st.modules
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it has a table of token vectors in place of a transformer."""
+        return self.st.table is not None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer's files lie."""
+        return self.folder / (self.st.table.path if self.st.table is not None else "")
 
     @property
     def similarity(self) -> Similarity:
@@ -324,7 +337,7 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
     if (folder / "adapter_config.json").is_file():
         find_weight_files(folder, None)  # says how an adapter is merged
     st = read_st_folder(folder)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", optional=st.table is not None)
     notes: list[str] = []
     known = _family(config, identifier, st, manifest, family)
     remote = sorted({shorten(v) for v in _values(config.pop("auto_map", None))} | set(st.remote))
@@ -337,7 +350,10 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
         )
     if remote and known is not None:
         notes.append(f"remote code ignored ({', '.join(remote)}): {known.name} runs natively")
-    weight_files, tensors, stored_bytes = _weights(found, manifest, notes)
+    place = folder if st.table is None else folder / st.table.path
+    weight_files, tensors, stored_bytes = _weights(found, place, manifest, notes)
+    if st.table is not None:
+        config = (config if manifest is not None else {}) | config_of_table(place, tensors)
     check_config(config, folder / "config.json", len(tensors))
     if manifest is None and isinstance(quantized := config.get("quantization_config"), dict):
         method = shorten(quantized.get("quant_method", "an unnamed method"))
@@ -352,7 +368,13 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
     adds_end = known is not None and (
         pooling in ("lasttoken", "latent") or tokenizer_config.get("add_eos_token") is True
     )
-    max_tokens = _max_tokens(config, st, tokenizer_config, known, notes if manifest is None else [])
+    if st.table is None:
+        said = notes if manifest is None else []
+        max_tokens = _max_tokens(config, st, tokenizer_config, known, said)
+    else:  # Sentence Transformers cuts its texts where the tokenizer's own file says so
+        cut = read_json(place / "tokenizer.json", optional=True).get("truncation")
+        length = cut.get("max_length") if isinstance(cut, Mapping) else None
+        max_tokens = length if isinstance(length, int) and length > 0 else _UNCUT
     if found.remote is not None:
         notes.append(_remote_note(found.remote, manifest))
     return Checkpoint(
@@ -389,12 +411,12 @@ def _values(mapping: object) -> list[object]:
 
 
 def _weights(
-    found: Source, manifest: Manifest | None, notes: list[str]
+    found: Source, place: Path, manifest: Manifest | None, notes: list[str]
 ) -> tuple[tuple[Path, ...], dict[str, tuple[int, ...]], int]:
     """Weight files, the shapes in them and their bytes; no files where those are not here."""
     if found.remote is None:
-        files = find_weight_files(found.folder, manifest)
-        if files == (found.folder / SINGLE,) and (found.folder / INDEX).is_file():
+        files = find_weight_files(place, manifest)
+        if files == (place / SINGLE,) and (place / INDEX).is_file():
             notes.append(f"the folder holds two sets of weights: {SINGLE} is read, {INDEX} is not")
         return files, read_headers(files), sum(path.stat().st_size for path in files)
     return (), dict(found.remote.shapes), found.remote.n_bytes

@@ -47,6 +47,8 @@ _OFFSET_POSITIONS = frozenset(
 """Architectures whose first token stands at position padding_idx + 1 of a learned table."""
 _ROTARY_INSTEAD = frozenset({"jina_embeddings_v3", "esm"})
 """Of these, the ones that need no table where config.json asks for rotary positions."""
+STATIC_TABLE = "static_embedding"
+"""What stands for the architecture of a model that is a table of token vectors."""
 _MOST_SIZE = 1 << 24
 _MOST_ROWS = 1 << 27
 
@@ -143,3 +145,18 @@ def attention_of(config: Mapping[str, Any]) -> Attention:
         return "bidirectional"
     is_decoder = config["model_type"] in DECODERS or config.get("is_decoder")
     return "causal" if is_decoder else "bidirectional"
+
+
+def config_of_table(place: Path, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What a transformer's config.json would say of a table of token vectors.
+
+    Raises:
+        UnsupportedError: a table under another name.
+    """
+    shape = tensors.get("embedding.weight", ())
+    if len(shape) != 2:
+        raise UnsupportedError(
+            f"{place} holds no table embedding.weight of two axes, as sentence-transformers writes "
+            f"it; open the model with sentence-transformers and save it anew"
+        )
+    return {"model_type": STATIC_TABLE, "vocab_size": shape[0], "hidden_size": shape[1]}

@@ -41,14 +41,15 @@ _LEGACY_MODES = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 """In the order in which Sentence Transformers concatenates them."""
-_RUN = ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")
+STATIC = "StaticEmbedding"
+"""A table of token vectors, which stands in place of the transformer and its pooling."""
+_RUN = ("Transformer", STATIC, "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")
 _REFUSED = {
     "WeightedLayerPooling": "it reads every layer's output, which no kernel of gteopt gives out",
     "Router": "it sends queries and documents through different modules; quantize each route's "
     "folder by itself",
     "Asym": "it sends queries and documents through different modules; quantize each route's "
     "folder by itself",
-    "StaticEmbedding": "it has no transformer, so there is nothing to quantize but its table",
 }
 
 
@@ -197,6 +198,8 @@ class StFolder:
         "modules" is whatever gteopt has no forward pass of its own for.
         """
         kinds = [each.kind for each in self.modules if each.kind != "Dropout"]
+        if STATIC in kinds:
+            return "mean"
         poolings = [each for each in self.modules if each.kind == "Pooling"]
         if not poolings:
             return None
@@ -219,6 +222,11 @@ class StFolder:
         if is_plain and modes[0] == "lasttoken":
             return "lasttoken"
         return "modules"
+
+    @property
+    def table(self) -> ModuleEntry | None:
+        """The table of token vectors that stands in place of a transformer."""
+        return next((each for each in self.modules if each.kind == STATIC), None)
 
     @property
     def normalises(self) -> bool:
@@ -364,11 +372,18 @@ def _read_modules(folder: Path) -> tuple[tuple[ModuleEntry, ...], tuple[str, ...
                 f"write it anew: SentenceTransformer('{folder}').save('NEW_FOLDER')"
             )
         config = {}
-        if kind != "Transformer":
+        if kind not in ("Transformer", STATIC):
             config = read_json(at / "config.json", optional=kind in ("Normalize", "Dropout"))
             _check_module(kind, config, at)
         modules.append(ModuleEntry(kind, kind_name, str(where), config))
-    if not remote and [each.kind for each in modules].count("Transformer") != 1:
+    kinds = [each.kind for each in modules]
+    if not remote and STATIC in kinds:
+        if kinds[0] != STATIC or {"Transformer", "Pooling"} & {*kinds} or kinds.count(STATIC) > 1:
+            raise UnsupportedError(
+                f"{path}: {STATIC} should come first, without a Transformer or Pooling beside it"
+            )
+        return tuple(modules), ()
+    if not remote and kinds.count("Transformer") != 1:
         raise UnsupportedError(f"{path} should name one Transformer module")
     if not remote and not any(each.kind == "Pooling" for each in modules):
         raise UnsupportedError(f"{folder}: modules.json names no Pooling module")

@@ -181,7 +181,8 @@ def write_published(name: str, config: Mapping[str, Any], folder: Path) -> None:
     if pooling == "latent":
         nested = {"model_type": "nvembed", "text_config": dict(config)}
         (folder / "config.json").write_text(json.dumps({**nested, "latent_attention_config": {}}))
-        sizes = {f"embedding_model.{part}": shape for part, shape in sizes.items()} | _LATENT
+        nested_sizes = {f"embedding_model.{part}": shape for part, shape in sizes.items()}
+        sizes = {**nested_sizes, **_LATENT}
     write_hole(sizes, folder / "model.safetensors")
 
 

@@ -355,7 +355,8 @@ def test_a_small_model_of_a_published_shape_gives_sentence_transformers_vectors(
         assert encoder.tokenization.prompt("query", INSTRUCTION) == asked
     else:
         prompts = PUBLISHED[name].query_prompt, PUBLISHED[name].document_prompt
-        assert tuple(map(encoder.tokenization.prompt, ("query", "document"))) == prompts
+        told = encoder.tokenization.prompt("query"), encoder.tokenization.prompt("document")
+        assert told == prompts
 
 
 def test_gritlm_averages_the_text_alone_and_sees_it_in_both_directions(tmp_path: Path) -> None:
