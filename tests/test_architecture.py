@@ -12,7 +12,7 @@ import gteopt
 
 PACKAGE = Path(gteopt.__file__).parent
 RANKS = [
-    {"errors", "version", "frozen", "progress", "paths", "local_data", "cores"},
+    {"errors", "interruption", "version", "frozen", "progress", "paths", "local_data", "cores"},
     {"config"},
     {"records"},
     {"quant", "model", "machine", "report"},
