@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/ablation.py --hub-dir ../shared/hub \
         --out benchmarks/results/ablation.json
 
-Models, calibration texts and test sentences are those of `peers_quality.py`; the error is
+Calibration texts are `ONE_SOURCE` of `text_kinds.py`, test sentences those of STS-B; the error is
 1 - mean cosine to the float32 original. Rows that the file already holds stay until they are
 measured again: `--only "GPTQ + both, rotated"` names some of them. Tuning takes most of the time;
 `--steps 0` leaves it out.
@@ -30,9 +30,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peers_quality import CALIBRATION, model_folder
+from peers_quality import model_folder
 from safetensors.torch import load_file, save_file
 from scipy.linalg import hadamard
+from text_kinds import ONE_SOURCE
 from torch import Tensor, nn
 
 import gteopt
@@ -178,7 +179,7 @@ def main() -> None:
             print(f"{model:18}{parts:42}{bits:6.2f}{error:10.5f}{build_s:8.0f} s", flush=True)
             record = {
                 "schema": "gteopt.ablation/2",
-                "calibration": CALIBRATION.model_dump(),
+                "calibration": ONE_SOURCE.model_dump(),
                 "rows": [asdict(row) for row in rows],
                 "machine": machine().model_dump(),
                 "versions": versions(),
@@ -194,7 +195,7 @@ def _recipe(weights: dict[str, Any]) -> Recipe:
 
 def solved(source: Path, recipe: Recipe, hub_dir: Path) -> tuple[Encoder, float]:
     """A variant built in full, and its bits a weight."""
-    recipe = recipe.model_copy(update={"calibration": CALIBRATION, "format": "gteopt"})
+    recipe = recipe.model_copy(update={"calibration": ONE_SOURCE, "format": "gteopt"})
     out = Path(tempfile.mkdtemp()) / "variant"
     manifest = gteopt.quantize(source, recipe, out, hub_dir=hub_dir, dtype="float32")
     if manifest.allocation is not None:
@@ -214,8 +215,8 @@ def tuned(
         for name, module in variant.module.named_modules()
         if hasattr(module, "qweight")
     }
-    texts = draw_texts(CALIBRATION, hub_dir=hub_dir)
-    result = tune(base, start, tokenize(base.tokenization, texts, CALIBRATION.max_tokens), schedule)
+    texts = draw_texts(ONE_SOURCE, hub_dir=hub_dir)
+    result = tune(base, start, tokenize(base.tokenization, texts, ONE_SOURCE.max_tokens), schedule)
     encoder = gteopt.load(base.checkpoint.folder, dtype="float32")
     changed = {f"{name}.weight": each.dequantize() for name, each in result.weights.items()}
     encoder.module.load_state_dict({**changed, **result.rest}, strict=False)
@@ -268,8 +269,8 @@ def guided(
     A token counts (1 - share) + share * s, s being its part in `saliences`.
     """
     encoder = gteopt.load(source, dtype="float32")
-    texts = draw_texts(CALIBRATION, hub_dir=hub_dir)
-    tokens = tokenize(encoder.tokenization, texts, CALIBRATION.max_tokens)
+    texts = draw_texts(ONE_SOURCE, hub_dir=hub_dir)
+    tokens = tokenize(encoder.tokenization, texts, ONE_SOURCE.max_tokens)
     parts = saliences(encoder, tokens)
     scheme = LayerScheme.model_validate(INT4)
     blocks, inputs = open_blocks(encoder, tokens)

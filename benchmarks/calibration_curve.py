@@ -20,8 +20,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peers_quality import CALIBRATION, model_folder
-from text_kinds import encode_kinds, judged_texts, kind_errors, mean_and_worst
+from peers_quality import model_folder
+from text_kinds import ONE_SOURCE, encode_kinds, judged_texts, kind_errors, mean_and_worst
 
 import gteopt
 from gteopt.config.recipe import Calibration, load_recipe
@@ -69,7 +69,7 @@ def main() -> None:
     for file in options.files:
         specs[f"{options.label}{file.name}"] = Calibration(texts=str(file))
     if options.stsb:
-        specs[f"{options.label}STS-B, 256 sentences"] = CALIBRATION
+        specs[f"{options.label}STS-B, 256 sentences"] = ONE_SOURCE
     rows: list[Row] = []
     if options.out and options.out.is_file():
         rows = [Row(**row) for row in json.loads(options.out.read_text())["rows"]]

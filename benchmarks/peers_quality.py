@@ -5,14 +5,14 @@ they are measured again (`--only`). Peers whose libraries are not installed, or 
 get their error in the table. The environment with the peers is made by `make interop`:
 
     .venv-interop/bin/python benchmarks/peers_quality.py --hub-dir ../shared/hub \
-        --beir ../shared/beir/cranfield --out benchmarks/results/peers_quality.json
+        --beir ../shared/beir/cranfield --out benchmarks/results/peers_kinds.json
 
 Protocol: float32 everywhere but in the quantized weights and 8-bit activations (8 also where the
-processor's own product takes 7). Calibration: 256 sentences of the
-STS-B training split (`mteb/stsbenchmark-sts`), drawn with seed 0, the same for everyone. Measured:
-cosine to the float32 original over the distinct sentences of the STS-B test split; Spearman
-correlation on its pairs (the task's score); overlap of the 10 nearest of 600 Cranfield documents
-for 225 queries. Bits are those of the quantized layers as stored, scales and zero points included.
+processor's own product takes 7). Calibration: the first of the built-in texts (--n-texts), the same
+token ids for everyone. Judged are the kinds of text of `text_kinds.py`, which come from other
+sources: by kind 1 - mean cosine to the float32 original, the cosine of the worst 1 %, and the share
+of the 10 nearest texts that stay. Bits are those of the quantized layers as stored, scales and zero
+points included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -34,56 +34,54 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from text_kinds import encode_kinds, judged_texts, kind_errors, mean_and_worst
 from torch import nn
 
 import gteopt
-from gteopt.build.calibration_texts import draw_texts
+from gteopt.build.calibration_texts import draw_texts, tokenize
 from gteopt.config.recipe import Calibration, Effort, load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.kernels import KERNELS
+from gteopt.kernels.cpu import activation_bits
 from gteopt.machine import machine, versions
 from gteopt.model.checkpoint import open_checkpoint
 
-CALIBRATION = Calibration(texts="mteb/stsbenchmark-sts", column="sentence1", n_texts=256)
+SCHEMA = "gteopt.peers-quality/2"
+MAX_TOKENS = Calibration().max_tokens
 PEERS = ("llmcompressor", "gptqmodel", "optimum", "torchao", "bitsandbytes", "hqq")
 Variant = tuple[Encoder, float]
+TokenIds = list[list[int]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of one model; `error` in place of figures where it could not be made."""
+    """One variant of one model; `error` in place of figures where it could not be made.
+
+    Attributes:
+        kinds: kind of text -> the fields of `KindError`.
+        mean: 1 - cosine, mean over kinds.
+        worst: the greatest of any kind.
+        worst_kind: whose it is.
+        neighbour_overlap: mean over kinds.
+        p1_cosine: least of any kind.
+        build_s: wall time.
+        cpu_s: CPU time of the build.
+    """
 
     model: str
     peer: str
     bits_per_weight: float | None = None
-    mean_cosine: float | None = None
-    p1_cosine: float | None = None
+    kinds: dict[str, dict[str, float]] | None = None
+    mean: float | None = None
+    worst: float | None = None
+    worst_kind: str | None = None
     neighbour_overlap: float | None = None
-    stsb_spearman: float | None = None
+    p1_cosine: float | None = None
     build_s: float | None = None
+    cpu_s: float | None = None
     cpu: str | None = None
     transformers: str | None = None
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What every variant encodes."""
-
-    first: list[str]
-    second: list[str]
-    gold: list[float]
-    queries: list[str]
-    documents: list[str]
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """What a variant makes of `Texts`."""
-
-    sentences: NDArray[np.float32]
-    queries: NDArray[np.float32]
-    documents: NDArray[np.float32]
 
 
 def main() -> None:
@@ -92,38 +90,42 @@ def main() -> None:
     parser.add_argument("--hub-dir", type=Path, required=True)
     parser.add_argument("--beir", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["all-MiniLM-L6-v2", "gte-nano"])
-    parser.add_argument("--only", nargs="+", help="peers to run instead of all")
+    parser.add_argument("--only", nargs="+", help="peers to run, in this order, instead of all")
+    parser.add_argument("--n-texts", type=int, default=256, help="calibration texts")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    for key in [each for each in KERNELS if each[0].startswith("int8") and each[1] == "cpu"]:
-        del KERNELS[key]
-    texts = read_texts(options.hub_dir, options.beir)
+    calibration = Calibration(n_texts=options.n_texts)
+    if activation_bits() < 8:
+        for key in [each for each in KERNELS if each[0].startswith("int8") and each[1] == "cpu"]:
+            del KERNELS[key]
+    texts = judged_texts(options.hub_dir, options.beir)
     rows: list[Row] = []
     if options.out and options.out.is_file():
-        rows = [Row(**each) for each in json.loads(options.out.read_text())["rows"]]
+        before = json.loads(options.out.read_text())
+        if before["schema"] == SCHEMA and before["calibration"] == calibration.model_dump():
+            rows = [Row(**each) for each in before["rows"]]
     for model in options.models:
         source = model_folder(model)
         base = gteopt.load(source, dtype="float32")
-        reference = encode(base, texts)
-        print(f"\n{model}: STS-B {stsb(reference, texts):.4f} in float32")
-        print(f"{'':26}{'bits':>6}{'cosine':>9}{'p1':>8}{'NN@10':>8}{'STS-B':>8}{'build s':>9}")
-        for peer, make in quantizers(options.hub_dir).items():
-            if options.only and peer not in options.only:
-                continue
-            row = measure(model, peer, make, source, reference, texts)
+        reference = encode_kinds(base, texts)
+        print(f"\n{model}: 1 - cosine, mean and worst of {', '.join(texts)}")
+        print(f"{'':32}{'bits':>6}{'mean':>9}{'worst':>9}{'p1':>8}{'NN@10':>8}{'CPU s':>8}")
+        table = quantizers(base, calibration)
+        for peer in options.only or table:
+            row = measure(model, peer, table[peer], source, reference, texts)
             rows = [each for each in rows if (each.model, each.peer) != (model, peer)]
             rows.append(row)
             print(show(row), flush=True)
             if options.out:
-                write(options.out, rows)
+                write(options.out, calibration, rows)
 
 
-def write(path: Path, rows: list[Row]) -> None:
+def write(path: Path, calibration: Calibration, rows: list[Row]) -> None:
     """Everything measured so far, and where; peers that are not installed keep their versions."""
     before = json.loads(path.read_text())["versions"] if path.is_file() else {}
     record = {
-        "schema": "gteopt.peers-quality/1",
-        "calibration": CALIBRATION.model_dump(),
+        "schema": SCHEMA,
+        "calibration": calibration.model_dump(),
         "rows": [asdict(row) for row in rows],
         "machine": machine().model_dump(),
         "versions": {**before, **versions(), **peer_versions(PEERS)},
@@ -137,40 +139,44 @@ def measure(
     peer: str,
     make: Callable[[Path], Variant],
     source: Path,
-    reference: Vectors,
-    texts: Texts,
+    reference: Mapping[str, NDArray[np.float32]],
+    texts: Mapping[str, list[str]],
 ) -> Row:
     """Build one variant and compare it with the original."""
     cpu, transformers = machine().cpu, version("transformers")
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     try:
         encoder, bits = make(source)
-        build_s = time.perf_counter() - started
-        found = encode(encoder, texts)
+        build_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+        found = kind_errors(reference, encode_kinds(encoder, texts))
     except Exception as error:
         # A peer may refuse a model in any way; that it does is the result.
         reason = (
             f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         )
         return Row(model, peer, cpu=cpu, transformers=transformers, error=reason[:160])
-    cosines = (found.sentences * reference.sentences).sum(axis=1)
+    mean, worst, worst_kind = mean_and_worst(found)
     return Row(
         model=model,
         peer=peer,
         bits_per_weight=bits,
-        mean_cosine=float(cosines.mean()),
-        p1_cosine=float(np.quantile(cosines, 0.01)),
-        neighbour_overlap=overlap(reference, found),
-        stsb_spearman=stsb(found, texts),
+        kinds={kind: asdict(each) for kind, each in found.items()},
+        mean=mean,
+        worst=worst,
+        worst_kind=worst_kind,
+        neighbour_overlap=float(np.mean([each.neighbour_overlap for each in found.values()])),
+        p1_cosine=min(each.p1_cosine for each in found.values()),
         build_s=build_s,
+        cpu_s=cpu_s,
         cpu=cpu,
         transformers=transformers,
     )
 
 
-def quantizers(hub_dir: Path) -> dict[str, Callable[[Path], Variant]]:
+def quantizers(base: Encoder, calibration: Calibration) -> dict[str, Callable[[Path], Variant]]:
     """Name -> what makes a variant of the model in a folder."""
-    sentences = [each.text for each in draw_texts(CALIBRATION, hub_dir=hub_dir)]
+    texts = draw_texts(calibration)
+    tokens = [list(ids) for ids in tokenize(base.tokenization, texts, calibration.max_tokens)]
     ours = ["rtn-int4", "gptq-int4", "gptq-nf4", "gptq-int4-guided", "gptq-nf4-guided"]
     ours += [
         "mixed-nf4",
@@ -186,18 +192,18 @@ def quantizers(hub_dir: Path) -> dict[str, Callable[[Path], Variant]]:
     ]
     table: dict[str, Callable[[Path], Variant]] = {}
     for name in ours:
-        table[f"gteopt {name}"] = partial(gteopt_recipe, name=name, hub_dir=hub_dir)
+        table[f"gteopt {name}"] = partial(gteopt_recipe, name=name, calibration=calibration)
     efforts: tuple[Effort, ...] = ("standard", "best")
     for effort in efforts:
-        make = partial(gteopt_recipe, name="mixed-nf4", hub_dir=hub_dir, effort=effort)
+        make = partial(gteopt_recipe, name="mixed-nf4", calibration=calibration, effort=effort)
         table[f"gteopt mixed-nf4 {effort}"] = make
     for scheme in ("W4A16_ASYM", "W4A16", "W8A8"):
-        make = partial(llm_compressor, scheme=scheme, sentences=sentences)
+        make = partial(llm_compressor, scheme=scheme, tokens=tokens)
         table[f"llm-compressor GPTQ {scheme}"] = make
-    awq = partial(llm_compressor, scheme="W4A16_ASYM", sentences=sentences, awq=True)
+    awq = partial(llm_compressor, scheme="W4A16_ASYM", tokens=tokens, awq=True)
     table["llm-compressor AWQ W4A16_ASYM"] = awq
-    table["optimum GPTQ 4-bit asym"] = partial(optimum_gptq, sentences=sentences)
-    table["GPTQModel 4-bit sym"] = partial(gptqmodel, sentences=sentences)
+    table["optimum GPTQ 4-bit asym"] = partial(optimum_gptq, tokens=tokens)
+    table["GPTQModel 4-bit sym"] = partial(gptqmodel, tokens=tokens)
     table["torchao int4 g128"] = partial(torchao, kind="int4")
     table["torchao int8 weight"] = partial(torchao, kind="int8-weight")
     table["torchao W8A8"] = partial(torchao, kind="int8-dynamic")
@@ -208,13 +214,15 @@ def quantizers(hub_dir: Path) -> dict[str, Callable[[Path], Variant]]:
     return table
 
 
-def gteopt_recipe(source: Path, name: str, hub_dir: Path, effort: Effort | None = None) -> Variant:
-    """One of our recipes, calibrated on the common sentences."""
-    recipe = load_recipe(name).model_copy(update={"calibration": CALIBRATION})
+def gteopt_recipe(
+    source: Path, name: str, calibration: Calibration, effort: Effort | None = None
+) -> Variant:
+    """One of our recipes, calibrated on the common texts."""
+    recipe = load_recipe(name).model_copy(update={"calibration": calibration})
     if effort is not None:
         recipe = recipe.with_effort(effort)
     out = Path(tempfile.mkdtemp()) / name
-    manifest = gteopt.quantize(source, recipe, out, hub_dir=hub_dir, dtype="float32")
+    manifest = gteopt.quantize(source, recipe, out, dtype="float32")
     weights = sum(layer.out_features * layer.in_features for layer in manifest.layers)
     bits = sum(
         layer.bits_per_weight * layer.out_features * layer.in_features for layer in manifest.layers
@@ -224,7 +232,7 @@ def gteopt_recipe(source: Path, name: str, hub_dir: Path, effort: Effort | None 
     return gteopt.load(out), bits / weights
 
 
-def llm_compressor(source: Path, scheme: str, sentences: list[str], awq: bool = False) -> Variant:
+def llm_compressor(source: Path, scheme: str, tokens: TokenIds, awq: bool = False) -> Variant:
     """Its GPTQ or AWQ modifier on a model loaded from a path, as its documentation asks."""
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -235,7 +243,7 @@ def llm_compressor(source: Path, scheme: str, sentences: list[str], awq: bool = 
 
     folder = plain_copy(source)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [dict(tokenizer(text, truncation=True, max_length=256)) for text in sentences]
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in tokens]
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     ignore = ["re:.*pooler.*"]
     modifiers = [GPTQModifier(targets="Linear", scheme=scheme, ignore=ignore)]
@@ -247,7 +255,7 @@ def llm_compressor(source: Path, scheme: str, sentences: list[str], awq: bool = 
         dataset=Dataset.from_list(rows),
         recipe=modifiers,
         num_calibration_samples=len(rows),
-        max_seq_length=256,
+        max_seq_length=MAX_TOKENS,
         tokenizer=tokenizer,
     )
     (folder / "model.safetensors").unlink()
@@ -255,7 +263,7 @@ def llm_compressor(source: Path, scheme: str, sentences: list[str], awq: bool = 
     return opened(folder)
 
 
-def optimum_gptq(source: Path, sentences: list[str]) -> Variant:
+def optimum_gptq(source: Path, tokens: TokenIds) -> Variant:
     """The GPTQQuantizer of optimum, asymmetric: its symmetric checkpoints are mislabelled."""
     from optimum.gptq import GPTQQuantizer
     from transformers import AutoModel, AutoTokenizer
@@ -264,9 +272,8 @@ def optimum_gptq(source: Path, sentences: list[str]) -> Variant:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     bert = model.config.model_type == "bert"
-    rows = [dict(tokenizer(text, return_tensors="pt", truncation=True)) for text in sentences]
-    for row in rows:
-        row.pop("token_type_ids", None)
+    ids = [torch.tensor([each]) for each in tokens]
+    rows = [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
     quantizer = GPTQQuantizer(
         bits=4,
         group_size=128,
@@ -285,7 +292,7 @@ def optimum_gptq(source: Path, sentences: list[str]) -> Variant:
     return opened(folder)
 
 
-def gptqmodel(source: Path, sentences: list[str]) -> Variant:
+def gptqmodel(source: Path, tokens: TokenIds) -> Variant:
     """GPTQModel's own entry point; it knows language models only."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default fails on two cores
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -293,7 +300,9 @@ def gptqmodel(source: Path, sentences: list[str]) -> Variant:
     folder = plain_copy(source)
     config = QuantizeConfig(bits=4, group_size=128, offload_to_disk=False)
     model = GPTQModel.load(str(folder), config)
-    model.quantize(sentences, batch_size=1)
+    model.quantize(
+        [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in tokens], batch_size=1
+    )
     (folder / "model.safetensors").unlink()
     model.save(str(folder))
     return opened(folder)
@@ -415,52 +424,6 @@ def plain_copy(source: Path) -> Path:
     return folder
 
 
-def encode(encoder: Encoder, texts: Texts) -> Vectors:
-    """Every text, once."""
-    sentences = encoder.encode(list(dict.fromkeys(texts.first + texts.second)))
-    return Vectors(
-        sentences=sentences,
-        queries=encoder.encode(texts.queries, role="query"),
-        documents=encoder.encode(texts.documents),
-    )
-
-
-def stsb(vectors: Vectors, texts: Texts) -> float:
-    """Spearman correlation of cosines with the gold scores."""
-    from scipy.stats import spearmanr
-
-    place = {text: i for i, text in enumerate(dict.fromkeys(texts.first + texts.second))}
-    a = vectors.sentences[[place[text] for text in texts.first]]
-    b = vectors.sentences[[place[text] for text in texts.second]]
-    return float(spearmanr((a * b).sum(axis=1), texts.gold).statistic)
-
-
-def overlap(reference: Vectors, found: Vectors) -> float:
-    """Share of the original's 10 nearest documents that are among the variant's 10."""
-
-    def nearest(vectors: Vectors) -> NDArray[np.intp]:
-        return np.argsort(-(vectors.queries @ vectors.documents.T), axis=1, kind="stable")[:, :10]
-
-    pairs = zip(nearest(reference), nearest(found), strict=True)
-    return float(np.mean([len(set(a) & set(b)) / 10 for a, b in pairs]))
-
-
-def read_texts(hub_dir: Path, beir: Path) -> Texts:
-    """STS-B test pairs, and Cranfield queries and its first documents."""
-
-    def rows(path: Path, n: int | None = None) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:n]]
-
-    pairs = rows(hub_dir / "mteb" / "stsbenchmark-sts" / "test.jsonl")
-    return Texts(
-        first=[row["sentence1"] for row in pairs],
-        second=[row["sentence2"] for row in pairs],
-        gold=[row["score"] for row in pairs],
-        queries=[row["text"] for row in rows(beir / "queries.jsonl")],
-        documents=[row["text"] for row in rows(beir / "corpus.jsonl", 600)],
-    )
-
-
 def model_folder(model: str) -> Path:
     """The folder of one of the two models that need no download, or a path as it is."""
     if model == "all-MiniLM-L6-v2":
@@ -486,10 +449,10 @@ def peer_versions(peers: Iterable[str]) -> dict[str, str]:
 def show(row: Row) -> str:
     """One line of the table."""
     if row.error is not None:
-        return f"{row.peer:26}{row.error}"
+        return f"{row.peer:32}{row.error}"
     return (
-        f"{row.peer:26}{row.bits_per_weight:6.2f}{row.mean_cosine:9.5f}{row.p1_cosine:8.4f}"
-        f"{row.neighbour_overlap:8.3f}{row.stsb_spearman:8.4f}{row.build_s:9.1f}"
+        f"{row.peer:32}{row.bits_per_weight:6.2f}{row.mean:9.5f}{row.worst:9.5f}"
+        f"{row.p1_cosine:8.4f}{row.neighbour_overlap:8.3f}{row.cpu_s:8.1f}  {row.worst_kind}"
     )
 
 
