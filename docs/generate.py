@@ -271,6 +271,18 @@ def speed(name: str) -> Callable[[], str]:
     return table
 
 
+def speed_makers() -> str:
+    """Ratios of all-MiniLM-L6-v2 on processors of two makers, each to float32 in its own run."""
+    amd = {row["engine"]: row["timings"] for row in read("peers_speed_cpu_minilm")["rows"]}
+    rows = []
+    for row in read("peers_speed_cpu_amx")["rows"]:
+        both = (amd[row["engine"]], row["timings"])
+        cells = [f"{each[load]['ratio']:.2f}" for load in ("bulk", "query") for each in both]
+        rows.append((row["engine"], *cells))
+    headings = ("bulk: AMD", "bulk: Intel", "query: AMD", "query: Intel")
+    return markdown(("engine", *headings), rows)
+
+
 def peaks() -> str:
     """Operations a second of the best large product, by number type and run."""
     runs = ("minilm", "qwen2", "avx2")
@@ -903,6 +915,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-minilm": speed("minilm"),
     "speed-qwen2": speed("qwen2"),
     "speed-avx2": speed("avx2"),
+    "speed-makers": speed_makers,
     "peaks": peaks,
     "grid": grid,
     "retention": retention,
