@@ -12,6 +12,7 @@ the file keeps its rows of the others.
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -128,7 +129,9 @@ def main() -> None:
 def plain_scores(model: Any, resolved: ResolvedTask) -> dict[tuple[str, str], float]:
     """Main scores by (split, subset), by mteb's own code from end to end."""
     task = resolved.task
-    task.load_data()
+    # Without this, `datasets` may hand out what another folder of this name held.
+    with nullcontext() if resolved.local is None else resolved.local.reading():
+        task.load_data()
     # Local data have no commit, but mteb's results want one.
     dataset = {**task.metadata.dataset, "revision": resolved.revision}
     task.metadata = task.metadata.model_copy(update={"dataset": dataset})

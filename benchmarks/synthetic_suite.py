@@ -133,25 +133,34 @@ def summarized(task: Any, texts: Texts) -> Rows:
     return rows
 
 
-def searched(texts: Texts, split: str, *, reranks: bool) -> Configs:
-    """A corpus, queries and which documents answer them; candidates where a task reranks."""
+def searched(texts: Texts, split: str, *, reranks: bool, n_wordings: int) -> Configs:
+    """A corpus, queries and which documents answer them; candidates where a task reranks.
+
+    Several wordings of one query have ids of one stem ("q3_0", "q3_1") and the same answers.
+    """
     documents = [texts.any() for _ in range(N_DOCUMENTS)]
-    queries = [texts.any() for _ in range(N_QUERIES)]
-    judged = [
-        {"query-id": f"q{i}", "corpus-id": f"d{j}", "score": 1}
-        for i, (asked, _) in enumerate(queries)
-        for j, (subject, _) in enumerate(documents)
-        if subject == asked or j == i
-    ]
+    asked = [texts.any() for _ in range(N_QUERIES)]
+    queries: list[tuple[str, str]] = []
+    judged: Rows = []
+    for i, (wanted, text) in enumerate(asked):
+        others = [texts.on(wanted) for _ in range(n_wordings - 1)]
+        ids = [f"q{i}" if n_wordings == 1 else f"q{i}_{each}" for each in range(n_wordings)]
+        queries += zip(ids, [text, *others], strict=True)
+        judged += [
+            {"query-id": each, "corpus-id": f"d{j}", "score": 1}
+            for each in ids
+            for j, (subject, _) in enumerate(documents)
+            if subject == wanted or j == i
+        ]
     rows = [{"_id": f"d{j}", "title": "", "text": text} for j, (_, text) in enumerate(documents)]
     found: Configs = {
         "corpus": {"corpus": rows},
-        "queries": {"queries": [{"_id": f"q{i}", "text": t} for i, (_, t) in enumerate(queries)]},
+        "queries": {"queries": [{"_id": each, "text": text} for each, text in queries]},
         "default": {split: judged},
     }
     if reranks:
         every = [f"d{j}" for j in range(N_DOCUMENTS)]
-        ranked = [{"query-id": f"q{i}", "corpus-ids": every} for i in range(N_QUERIES)]
+        ranked = [{"query-id": each, "corpus-ids": every} for each, _ in queries]
         found["top_ranked"] = {split: ranked}
     return found
 
@@ -169,7 +178,10 @@ def configs_of(task: Any, facts: TaskFacts, entry: SuiteTask, texts: Texts) -> C
     """The rows of a task's data set."""
     (split,) = (entry.splits or ("test",))[:1]
     if facts.kind in ("Retrieval", "Reranking"):
-        return searched(texts, split, reranks=facts.kind == "Reranking")
+        merges = task.metadata.main_score.startswith("max_over_subqueries")
+        return searched(
+            texts, split, reranks=facts.kind == "Reranking", n_wordings=2 if merges else 1
+        )
     make = BY_KIND[facts.kind]
     splits = [*(entry.splits or ("test",))]
     if facts.kind == "Classification":

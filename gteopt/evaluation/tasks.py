@@ -194,6 +194,7 @@ def load_data(tasks: Sequence[ResolvedTask]) -> None:
                 each.task.load_data()
                 if isinstance(each.task, AbsTaskRetrieval):
                     each.task.convert_v1_dataset_format_to_v2(num_proc=None)
+                    judge_in_order_of_queries_(each.task)
             read_labels_at_once_(each.task)
         except InputError as error:
             problems.append(f"{each.name}: {error}")
@@ -217,6 +218,19 @@ def load_data(tasks: Sequence[ResolvedTask]) -> None:
                 ]
     if problems:
         raise InputError(join_problems("data of the suite cannot be read", problems))
+
+
+def judge_in_order_of_queries_(task: Any) -> None:
+    """Put the judgments of a search in the order of its queries.
+
+    mteb reads them in an order that differs from one reading to the next. Where a score merges
+    queries (MindSmallReranking), the last of them decides which documents are relevant.
+    """
+    for splits in task.dataset.values():
+        for data in splits.values():
+            judged = data["relevant_docs"]
+            names = dict.fromkeys(data["queries"]["id"]) | dict.fromkeys(sorted(judged))
+            data["relevant_docs"] = {name: judged[name] for name in names if name in judged}
 
 
 class _Labelled:
