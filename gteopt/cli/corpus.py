@@ -311,6 +311,13 @@ def _show_embedded(report: EmbedReport) -> None:
         + ("" if report.dollars is None else f", ${report.dollars:,.2f}"),
         soft_wrap=True,
     )
+    for worker in report.workers if len(report.workers) > 1 else ():
+        stdout.print(
+            f"  {worker.name}: {worker.n_shards:,} shards, {worker.texts_per_s:,.0f} texts/s, the "
+            f"last after {worker.last_s:,.0f} s",
+            markup=False,
+            soft_wrap=True,
+        )
     notes = []
     if report.bad:
         notes.append(f"dead letters ({bad}) are in {report.out}/dead")

@@ -31,7 +31,7 @@ from gteopt.corpus.jobs import (
 )
 from gteopt.corpus.options import EmbedOptions
 from gteopt.corpus.plan import read_record
-from gteopt.corpus.ray_data import embed_on_ray
+from gteopt.corpus.ray_data import cluster, embed_on_ray
 from gteopt.corpus.storage import Folder
 from gteopt.corpus.verify import Verified
 from gteopt.corpus.verify import verify as check
@@ -157,9 +157,14 @@ def requested(
 
 @contextmanager
 def prepared(
-    request: Request, where: Where, wishes: Wishes, progress: Progress = quiet
+    request: Request,
+    where: Where,
+    wishes: Wishes,
+    progress: Progress = quiet,
+    *,
+    reads_only: bool = False,
 ) -> Iterator[tuple[Job, RunShards]]:
-    """A job in a folder that is this process's alone, and who embeds it."""
+    """A job in a folder that is this process's alone, and who embeds it; see `jobs.prepare`."""
     if where.devices is not None and where.ray is not None:
         raise InputError("--devices is for this machine, --ray for a cluster; give one of them")
     with ExitStack() as stack:
@@ -170,8 +175,13 @@ def prepared(
         if where.devices is None and where.ray is None:
             described = loaded = _loaded(request, where, wishes)
         else:
-            described = _described(request, where, wishes)
-        job = prepare(request, described, wishes=wishes, progress=progress)
+            kind: Literal["cuda", "cpu"] = "cpu"
+            if where.ray is not None:
+                kind = stack.enter_context(cluster(where.ray, where.device))
+            elif (where.devices or "").startswith("cuda"):
+                kind = "cuda"
+            described = _described(request, kind, wishes)
+        job = prepare(request, described, wishes=wishes, reads_only=reads_only, progress=progress)
         runner: RunShards
         if where.devices is not None:
             workers = stack.enter_context(local_embedders(parse_devices(where.devices)))
@@ -249,7 +259,7 @@ def verify(
     if read_record(Folder(out)) is None:
         raise InputError(f"{out} holds no embedding.json; there is nothing to verify")
     here = Where(device=where.device if where.devices is None else where.devices.split(",")[0])
-    with prepared(request, here, wishes, progress) as (job, _):
+    with prepared(request, here, wishes, progress, reads_only=True) as (job, _):
         encoder = _loaded(request, here, wishes)
         return check(job, encoder, progress=progress)
 
@@ -264,10 +274,7 @@ def _loaded(request: Request, where: Where, wishes: Wishes) -> Encoder:
     )
 
 
-def _described(request: Request, where: Where, wishes: Wishes) -> Description:
-    kind: Literal["cuda", "cpu"] = "cpu"
-    if (where.devices or where.device).startswith("cuda"):
-        kind = "cuda"
+def _described(request: Request, kind: Literal["cuda", "cpu"], wishes: Wishes) -> Description:
     return describe(
         request.model,
         device=kind,

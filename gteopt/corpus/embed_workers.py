@@ -127,7 +127,7 @@ class _Process:
         # Spawned, not forked: threads and CUDA do not survive a fork.
         context = get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, device), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, device, name), daemon=True)
         self.process.start()
         theirs.close()
         self._lock = threading.Lock()
@@ -169,7 +169,7 @@ class _Process:
             future.set_exception(WorkerLost(self.lost))
 
 
-def _serve(connection: Connection, device: str) -> None:
+def _serve(connection: Connection, device: str, name: str) -> None:
     """A worker process's life: it ends with the pipe, in the middle of a shard."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and SIGTERM are the parent's to handle
     lock = threading.Lock()
@@ -186,13 +186,13 @@ def _serve(connection: Connection, device: str) -> None:
     while True:
         try:
             said = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the latter where the parent was killed with unread answers
             # Without waiting for threads: the shard at hand belongs to whoever runs the job next.
             os._exit(0)
         if isinstance(said, EmbedTask):
             task, worker, error = said, None, None
             try:
-                worker = ShardEncoder(task, task.load(device))
+                worker = ShardEncoder(task, task.load(device), name)
             except GteoptError as failure:
                 error = failure
             except Exception as failure:

@@ -7,13 +7,12 @@ how rows are read and shards written.
 from __future__ import annotations
 
 import shutil
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from gteopt.corpus.rows import Columns, RowRange, RowReader, kept_schema
 from gteopt.corpus.shard_encoder import AHEAD, Done, EmbedTask, ShardEncoder, stored_transform
 from gteopt.corpus.shard_files import Decode, ShardRecord, Stored, finished, read_shard
 from gteopt.corpus.storage import Folder
+from gteopt.corpus.tally import Tally, WorkerShare
 from gteopt.corpus.vector_cache import FORWARD_SCHEMA
 from gteopt.errors import InputError, IntegrityError
 from gteopt.frozen import Frozen
@@ -71,6 +71,7 @@ class EmbedReport(Frozen):
         tokens_now: that the model read in this run.
         operations_now: floating-point operations of this run.
         seconds: from the first shard to the last.
+        workers: what each worker did in this run, by name.
         dollars: of this run, where a price was given.
         peak_ratio: operations a second of this run / those of the best large product, of any
             number type, on the same device;
@@ -92,6 +93,7 @@ class EmbedReport(Frozen):
     tokens_now: int
     operations_now: float
     seconds: float
+    workers: tuple[WorkerShare, ...] = ()
     dollars: float | None = None
     peak_ratio: float | None = None
 
@@ -156,6 +158,7 @@ def prepare(
     encoder: Description,
     *,
     wishes: Wishes = Wishes(),
+    reads_only: bool = False,
     progress: Progress = quiet,
 ) -> Job:
     """Find the corpus, compare it with what the folder holds, and cut it into shards.
@@ -164,6 +167,8 @@ def prepare(
         request: what is embedded.
         encoder: the model, loaded or described.
         wishes: how it is run.
+        reads_only: whether no vector is added, so that a machine that rounds products in another
+            way may look at them.
         progress: told of bytes whose rows are counted.
 
     Raises:
@@ -174,6 +179,8 @@ def prepare(
     corpus = find_corpus(request.inputs, role=options.role, hub_dir=wishes.hub_dir)
     stored = _stored(encoder, options)
     settings = _settings(encoder, options, corpus, stored)
+    if reads_only and (earlier := read_record(folder)) is not None:
+        settings["arithmetic"] = earlier.settings.get("arithmetic")
     files = agreed_files(folder, settings, corpus, grow=wishes.grow)
     template = Template(settings["text"] or "text")
     there = [(file, corpus.places[file.name]) for file in files if file.name in corpus.places]
@@ -195,6 +202,7 @@ def prepare(
         out=str(request.out if folder.local is None else folder.local),
         fingerprint=fingerprint_of(settings),
         again=wishes.retry_failed,
+        arithmetic=settings["arithmetic"],
     )
     rows = [0] * len(files)
     for shard in plan.shards.values():
@@ -289,14 +297,17 @@ def run(
     _check_files(job, todo)
     facts = {"rows": plan.n_rows, "shards": len(plan.shards), "shards_done": len(kept)}
     events("start", {"out": str(folder), **facts})
-    tally = _Tally(plan.n_rows, sum(r.n_rows for r in kept.values()), wishes.price_per_hour)
+    tally = Tally(plan.n_rows, sum(r.n_rows for r in kept.values()), wishes.price_per_hour)
     n_before, n_todo = tally.n_done, tally.n_rows - tally.n_done
     progress("embedding rows", 0, n_todo)
     for each in embed(job.task, todo) if todo else ():
         kept[each.name] = each.record
         tally.add(each)
         progress("embedding rows", tally.n_done - n_before, n_todo)
-        events("shard", {"name": each.name, "rows": each.record.n_rows, **tally.facts()})
+        facts = {"rows": each.record.n_rows, **tally.facts()}
+        events(
+            "shard", {"name": each.name, **facts, "worker": tally.workers[each.worker].model_dump()}
+        )
     # The whole corpus is what was planned; a file that changed is never mixed into the folder.
     _check_files(job, todo)
     record = _counted(job, kept)
@@ -307,7 +318,15 @@ def run(
         record = record.model_copy(update={"n_duplicate_ids": n_twice})
     if not unchanged or before != record:
         write_record(folder, record)
-    report = EmbedReport(
+    report = _report(folder, record, tally, len(plan.shards), len(todo))
+    events("end", report.model_dump())
+    return report
+
+
+def _report(
+    folder: Folder, record: EmbeddingRecord, tally: Tally, n_shards: int, n_todo: int
+) -> EmbedReport:
+    return EmbedReport(
         out=str(folder),
         n_rows=record.n_rows,
         n_embedded=sum(each.n_embedded for each in record.files),
@@ -317,16 +336,15 @@ def run(
         n_tokens=record.n_tokens,
         n_duplicate_ids=record.n_duplicate_ids,
         n_bytes=record.n_vectors * record.decode.bytes_per_vector,
-        shards_before=len(plan.shards) - len(todo),
-        shards_now=len(todo),
+        shards_before=n_shards - n_todo,
+        shards_now=n_todo,
         texts_now=tally.n_texts,
         tokens_now=tally.n_tokens,
         operations_now=tally.operations,
         seconds=tally.seconds,
+        workers=tuple(tally.workers[name] for name in sorted(tally.workers)),
         dollars=tally.dollars,
     )
-    events("end", report.model_dump())
-    return report
 
 
 def embed_here(encoder: Encoder) -> RunShards:
@@ -345,47 +363,6 @@ def embed_here(encoder: Encoder) -> RunShards:
     return embed
 
 
-@dataclass
-class _Tally:
-    """How far a run is."""
-
-    n_rows: int
-    n_done: int
-    price_per_hour: float | None
-    n_texts: int = 0
-    n_tokens: int = 0
-    operations: float = 0.0
-    began: float = field(default_factory=time.monotonic)
-
-    def add(self, done: Done) -> None:
-        self.n_done += done.record.n_rows
-        self.n_texts += done.record.n_embedded
-        self.n_tokens += done.record.n_tokens
-        self.operations += done.operations
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    @property
-    def dollars(self) -> float | None:
-        return None if self.price_per_hour is None else self.price_per_hour * self.seconds / 3600
-
-    def facts(self) -> dict[str, Any]:
-        """Rates and what is left, for an event."""
-        took = max(self.seconds, 1e-9)
-        rate = self.n_texts / took
-        left = (self.n_rows - self.n_done) / rate if rate else None
-        return {
-            "rows_done": self.n_done,
-            "rows_total": self.n_rows,
-            "texts_per_s": round(rate, 2),
-            "tokens_per_s": round(self.n_tokens / took, 1),
-            "seconds_left": None if left is None else round(left, 1),
-            "dollars": None if self.dollars is None else round(self.dollars, 4),
-        }
-
-
 def _stored(encoder: Description, options: EmbedOptions) -> Stored:
     return encoder.vectors.code if options.code == "artifact" else options.code
 
@@ -401,6 +378,7 @@ def _settings(
         "vector_type": options.vector_type,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "backend": encoder.backend,
+        "arithmetic": _arithmetic(encoder),
         "forward": FORWARD_SCHEMA,
         "role": options.role,
         "prompt": _prompt(encoder, options),
@@ -412,6 +390,14 @@ def _settings(
         "batch_size": str(options.batch_size),
         "shard_rows": str(options.shard_rows),
     }
+
+
+def _arithmetic(encoder: Description) -> str | None:
+    """How products are rounded, where machines differ in it; None where they only order sums."""
+    exact = str(encoder.dtype) in ("torch.float32", "torch.float64")
+    if exact and encoder.backend == "torch" and not encoder.checkpoint.is_quantized:
+        return None
+    return encoder.arithmetic
 
 
 def _prompt(encoder: Description, options: EmbedOptions) -> str:

@@ -21,7 +21,7 @@ Code = Literal["artifact", "float32", "float16"]
 VectorType = Literal["list", "fixed_size_list"]
 LongText = Literal["error", "truncate", "chunk"]
 SHARD_ROWS = 4096
-"""About a minute of a 7-billion model on one GPU. A lost worker costs so much, and no more."""
+"""About a minute of a 7-billion model on one GPU, which is what a lost worker costs."""
 
 
 class Long(Frozen):

@@ -8,15 +8,18 @@ actor or node costs the shards that it had; Ray Data gives them to another one.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from gteopt.corpus.jobs import RunShards
 from gteopt.corpus.ray_actors import _asking_once
 from gteopt.corpus.rows import RowRange
 from gteopt.corpus.shard_encoder import Done, EmbedTask, ShardEncoder
-from gteopt.corpus.shard_files import ShardRecord, finished, shard_name
+from gteopt.corpus.shard_files import ShardRecord, done_footer, shard_name
 from gteopt.corpus.storage import Folder
 from gteopt.errors import GteoptError, InputError, UnsupportedError
 
@@ -78,7 +81,7 @@ def embed_on_ray(
                 if row["name"] not in names:
                     names.add(row["name"])
                     record = ShardRecord.model_validate_json(row["record"])
-                    yield Done(row["name"], record, row["operations"])
+                    yield Done(row["name"], record, row["operations"], row["worker"])
         except ray.exceptions.RayError as error:
             raise UnsupportedError(
                 f"the Ray cluster failed ({_last_line(error)}); what is finished is kept, and the "
@@ -91,6 +94,26 @@ def embed_on_ray(
     return embed
 
 
+@contextmanager
+def cluster(address: str, device: str = "auto") -> Iterator[Literal["cuda", "cpu"]]:
+    """Be part of a cluster, and say which kind of device embeds on it.
+
+    Args:
+        address: see `embed_on_ray`.
+        device: see `embed_on_ray`.
+
+    Raises:
+        UnsupportedError: see `embed_on_ray`.
+        InputError: see `embed_on_ray`.
+    """
+    ray, is_ours = _joined(address)
+    try:
+        yield "cuda" if _room(ray, address, device, 1)[0] == "cuda" else "cpu"
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
 class EmbedShards:
     """The actor: takes shard descriptors, writes shards, gives small records."""
 
@@ -99,8 +122,9 @@ class EmbedShards:
         self._task = task
         self._folder = Folder(task.out)
         self._failed: str | None = None
+        self._name = f"{socket.gethostname()}, process {os.getpid()}"
         try:
-            self._worker = ShardEncoder(task, task.load(device))
+            self._worker = ShardEncoder(task, task.load(device), self._name)
         except GteoptError as error:
             # Raised here, it would be tried again and again by Ray.
             self._failed = str(error)
@@ -114,13 +138,15 @@ class EmbedShards:
         for shard in shards:
             identity = self._task.files[shard.file][0].identity
             name = shard_name(self._task.fingerprint, identity, shard)
-            expected = {name: (self._task.fingerprint, identity, shard)}
-            there = {} if self._task.again else finished(self._folder, expected)
-            begun.append((name, there.get(name) or self._worker.submit(shard)))
+            expected = (self._task.fingerprint, identity, shard)
+            there = None if self._task.again else done_footer(self._folder, name, expected)
+            begun.append((name, there or self._worker.submit(shard)))
         rows: list[dict[str, Any]] = []
         for name, each in begun:
             try:
-                done = each.result() if isinstance(each, Future) else Done(name, each, 0.0)
+                done = (
+                    each.result() if isinstance(each, Future) else Done(name, each, 0.0, self._name)
+                )
             except GteoptError as error:
                 rows.append(_failure(str(error)))
                 continue
@@ -129,6 +155,7 @@ class EmbedShards:
                     "name": done.name,
                     "record": done.record.model_dump_json(by_alias=True),
                     "operations": done.operations,
+                    "worker": done.worker,
                     "error": "",
                 }
             )
@@ -197,11 +224,12 @@ class Embedder:
 
 
 def _failure(said: str) -> dict[str, Any]:
-    return {"name": "", "record": "", "operations": 0.0, "error": said}
+    return {"name": "", "record": "", "operations": 0.0, "worker": "", "error": said}
 
 
 def _rows(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in ("name", "record", "operations", "error")}
+    columns = ("name", "record", "operations", "worker", "error")
+    return {column: [row[column] for row in rows] for column in columns}
 
 
 def _last_line(error: BaseException) -> str:

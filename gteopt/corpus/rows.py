@@ -4,8 +4,8 @@ Hides: lines, CSV, JSON, Parquet, Arrow, and where in a file a shard begins. Ref
 models, outputs.
 
 A row that cannot be used is a fault of that row, with a reason, and never the end of the job. A row
-is a line of a text file, a JSON value of a .jsonl file (blank lines are none), a record of a CSV
-file below its heading, a row of a table.
+is a line of a text file, or a JSON value of a .jsonl file, where blank lines are none. It is a
+record of a CSV file below its heading, or a row of a table.
 """
 
 from __future__ import annotations

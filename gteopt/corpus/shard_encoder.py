@@ -33,6 +33,7 @@ from gteopt.corpus.shard_files import (
     ShardRecord,
     Stored,
     dead_letters_to_parquet,
+    done_footer,
     shard_name,
     to_parquet,
 )
@@ -60,6 +61,7 @@ class EmbedTask:
         files: by number, with where they lie.
         out: the folder of the job.
         again: whether shards that are done are embedded again.
+        arithmetic: how products are rounded; None where machines do not differ in it.
     """
 
     source: str
@@ -73,12 +75,14 @@ class EmbedTask:
     out: str
     fingerprint: str
     again: bool = False
+    arithmetic: str | None = None
 
     def load(self, device: str) -> Encoder:
         """The model on a device.
 
         Raises:
             IntegrityError: other files than those of the job.
+            UnsupportedError: this machine rounds products in another way than the job says.
         """
         import torch
 
@@ -99,6 +103,12 @@ class EmbedTask:
                 f"{self.source} holds other files here (SHA-256 {encoder.sha256[:16]} instead of "
                 f"{self.sha256[:16]}); copy the same to every machine, or share the folder"
             )
+        if self.arithmetic not in (None, encoder.arithmetic):
+            raise UnsupportedError(
+                f"{device} of this machine rounds products otherwise ({encoder.arithmetic}) than "
+                f"the job says ({self.arithmetic}), so that its vectors would differ; use machines "
+                f"of one kind, or compute in --dtype float32 what is not quantized"
+            )
         return encoder
 
 
@@ -108,11 +118,13 @@ class Done:
 
     Attributes:
         operations: floating-point operations that it took.
+        worker: who wrote it.
     """
 
     name: str
     record: ShardRecord
     operations: float
+    worker: str = "this process"
 
 
 class Stopped(Exception):
@@ -147,9 +159,10 @@ class ShardEncoder:
     At most `AHEAD` shards are in memory, if no more are submitted before one is done.
     """
 
-    def __init__(self, task: EmbedTask, encoder: Encoder) -> None:
-        """Three threads wait for shards."""
+    def __init__(self, task: EmbedTask, encoder: Encoder, name: str = "this process") -> None:
+        """Three threads wait for shards; `name` tells workers of a job apart."""
         self._task = task
+        self._name = name
         self._encoder = encoder
         self._tokenization = encoder.tokenization
         self._transform = stored_transform(encoder.vectors, task.stored)
@@ -319,10 +332,16 @@ class ShardEncoder:
             self._out.write(f"{DEAD}/{name}", content_of)
         elif task.again:
             self._out.remove(f"{DEAD}/{name}")
-        self._out.write(
-            f"{DATA}/{name}", to_parquet(content, record, self._decode, task.options.vector_type)
-        )
-        return Done(name, record, operations)
+        stored = to_parquet(content, record, self._decode, task.options.vector_type)
+        if task.again:
+            self._out.write(f"{DATA}/{name}", stored)
+        elif not self._out.create(f"{DATA}/{name}", stored):
+            there = done_footer(self._out, name, (task.fingerprint, record.file, shard))
+            if there is None:  # a file that was cut off is no shard
+                self._out.write(f"{DATA}/{name}", stored)
+            else:
+                record = there  # another worker's, which was faster
+        return Done(name, record, operations, self._name)
 
     def _content(
         self, read: _Tokenized, vectors: Floats, documents: npt.NDArray[np.int64]

@@ -297,14 +297,31 @@ def read_footer(folder: Folder, name: str) -> ShardRecord | None:
         return None
 
 
-def finished(
-    folder: Folder, expected: Mapping[str, tuple[str, str, RowRange]]
-) -> dict[str, ShardRecord]:
+Expected = tuple[str, str, RowRange]
+"""What the footer of a shard has to say: the job's fingerprint, the file's identity, its rows."""
+
+
+def done_footer(folder: Folder, name: str, expected: Expected) -> ShardRecord | None:
+    """The footer of a shard; None where it is not there, not whole, or another job's."""
+    try:
+        record = read_footer(folder, name)
+    except FileNotFoundError:
+        return None
+    return record if record is not None and _is_of(record, expected) else None
+
+
+def _is_of(record: ShardRecord, expected: Expected) -> bool:
+    fingerprint, identity, shard = expected
+    said = (record.fingerprint, record.file, record.first, record.n_rows)
+    return said == (fingerprint, identity, shard.first, shard.n_rows)
+
+
+def finished(folder: Folder, expected: Mapping[str, Expected]) -> dict[str, ShardRecord]:
     """Footers of the shards that are done, by name.
 
     Args:
         folder: of the job.
-        expected: fingerprint, identity of the file and rows of each shard, by name.
+        expected: by the name of each shard.
     """
     there = [name for name in folder.names(DATA) if name in expected]
     if folder.local is None:
@@ -314,13 +331,7 @@ def finished(
         records = [read_footer(folder, name) for name in there]
     found: dict[str, ShardRecord] = {}
     for name, record in zip(there, records, strict=True):
-        fingerprint, identity, shard = expected[name]
-        if record is not None and (
-            record.fingerprint,
-            record.file,
-            record.first,
-            record.n_rows,
-        ) == (fingerprint, identity, shard.first, shard.n_rows):
+        if record is not None and _is_of(record, expected[name]):
             found[name] = record
     return found
 

@@ -5,6 +5,11 @@ know: what the bytes mean.
 
 A local file is written into a folder beside, synced and renamed. An object store shows an object
 once its upload is complete, and not before, so that one upload of the whole content is enough.
+
+A file that must not replace another one is linked locally, which fails where the name is taken. An
+object store is asked to refuse (`If-None-Match: *`) where fsspec's library for it (s3fs, gcsfs) is
+installed. Elsewhere one looks first: two writers at the same moment then both write, and the later
+one's stays.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +164,65 @@ class Folder:
             with reaching(self.place), self._system.open_output_stream(self._at(name)) as out:
                 out.write(content)
             return
-        target = self.local / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.local / self.TEMPORARY
+        with self._beside(self.local, name, content) as partial:
+            os.replace(partial, self.local / name)
+
+    def create(self, name: str, content: Any) -> bool:
+        """Write a file unless there is one of that name; the module says how surely.
+
+        Returns:
+            Whether it was written.
+
+        Raises:
+            InputError: no permission.
+            OSError: the disk is full.
+        """
+        if self.local is None:
+            with reaching(self.place):
+                return self._create_object(name, content)
+        with self._beside(self.local, name, content) as partial:
+            try:
+                os.link(partial, self.local / name)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                if (self.local / name).exists():
+                    return False
+                os.replace(partial, self.local / name)
+        return True
+
+    def _create_object(self, name: str, content: Any) -> bool:
+        at = self._at(name)
+        if self._refusing is not None:
+            with suppress(NotImplementedError):  # a server that knows no conditions
+                try:
+                    self._refusing.pipe_file(at, bytes(content), mode="create")
+                except FileExistsError:
+                    return False
+                return True
+        if self._system.get_file_info(at).type == pafs.FileType.File:
+            return False
+        self.write(name, content)
+        return True
+
+    @cached_property
+    def _refusing(self) -> Any:
+        """A file system that can refuse to replace an object; None without its library."""
+        import fsspec
+
+        if "?" in self.place or not self.place.startswith(("s3://", "gs://", "gcs://")):
+            return None
+        try:
+            system, _ = fsspec.core.url_to_fs(self.place)
+        except ImportError:
+            return None
+        return system
+
+    @contextmanager
+    def _beside(self, local: Path, name: str, content: Any) -> Iterator[str]:
+        """A synced file of the content, which is gone afterwards unless it was renamed."""
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        beside = local / self.TEMPORARY
         beside.mkdir(parents=True, exist_ok=True)
         descriptor, partial = tempfile.mkstemp(dir=beside)
         try:
@@ -169,11 +231,10 @@ class Folder:
                 handle.flush()
                 os.fsync(handle.fileno())
             os.chmod(partial, 0o644)
-            os.replace(partial, target)
-        except BaseException:
+            yield partial
+        finally:
             with suppress(OSError):
                 os.unlink(partial)
-            raise
 
     def read(self, name: str) -> bytes | None:
         """The content of a file; None where there is no such file."""

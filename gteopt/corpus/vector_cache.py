@@ -5,22 +5,23 @@ full. Refuses to know: mteb, tasks, how vectors are shortened and coded.
 
     FOLDER/<weights>/<sha256 of the file>.safetensors    keys [N, 32], vectors [N, full_dims]
 
-`<weights>` stands for everything that a vector depends on besides its text: the files that are
-loaded (not what an artifact does to vectors after the model), dtype, kind of device, which GPU, how
-it rounds, versions of torch, of transformers and of gteopt's own forward pass. Artifacts that
-differ only in dimensions and codes share it. A key is the SHA-256 of prompt and text.
+`<weights>` stands for everything that a vector depends on besides its text. These are the files
+that are loaded, the dtype, the kind of device, which GPU, and how it rounds. Versions of torch, of
+transformers and of gteopt's own forward pass are among them. What an artifact does to vectors after
+the model is not: artifacts that differ only in dimensions and codes share the cache. A key is the
+SHA-256 of prompt and text.
 
-A shard is written beside and renamed, and is named by its content: a killed process leaves whole
-shards, two processes never overwrite each other's, and every read is checked against the name.
+A shard is written beside and renamed, and is named by its content. A killed process leaves whole
+shards. Two processes never overwrite each other's, and every read is checked against the name.
 
-What is scored has always passed through the stored form, also when it was encoded a moment ago, so
-that a cold and a warm cache give the same bits, and baseline and variant are rounded alike. Of the
+What is scored has always passed through the stored form, also when it was encoded a moment ago. A
+cold and a warm cache then give the same bits, and baseline and variant are rounded alike. Of the
 16-bit floats, float16 has eight times finer steps where the components of unit vectors lie, and
 bfloat16's range is of no use there. Measured as the change of Spearman's correlation from float32's
 (all-MiniLM-L6-v2 in float32 | gte-nano in bfloat16): STSBenchmark float16 +0.000003 | +0.000003,
 bfloat16 -0.000002 | +0.000006; its French translation +0.000022 | -0.000010, -0.000061 | +0.000091.
-Where very many pairs tie (5000 of LCQMC with all-MiniLM, to which most Chinese characters are one
-unknown token) either form decides ties anew: +0.000221, -0.000058. float32 is there for figures
+In 5000 pairs of LCQMC very many tie with all-MiniLM, to which most Chinese characters are one
+unknown token. Either form decides ties anew there: +0.000221, -0.000058. float32 is for figures
 that are to be reproduced to the sixth digit.
 """
 
@@ -62,8 +63,8 @@ Stored = npt.NDArray[Any]
 CacheDtype = Literal["float16", "float32"]
 
 FORWARD_SCHEMA = "1"
-"""Of the vectors that gteopt makes of a text: raised by whoever changes the forward pass (masks,
-prompts, pooling, kernels), so that no vector of before is scored as one of after. A test compares
+"""Of the vectors that gteopt makes of a text. A change of the forward pass (masks, prompts,
+pooling, kernels) raises it, so that older vectors are not scored as newer ones. A test compares
 vectors with pinned ones, so that it is not forgotten."""
 DEFAULT_BYTES = 20_000_000_000
 
@@ -123,9 +124,9 @@ class VectorCache:
     def begin_task(self) -> None:
         """What is asked for from now on belongs to another task.
 
-        A task's own shards are the last to make room, and of them the latest first: whoever reads a
-        corpus again, after a stop or for another artifact of the same weights, reads it from its
-        beginning, where the least lately read of an overfull cache is just what comes next. Of all
+        A task's own shards are the last to make room, and of them the latest first. A corpus that
+        is read again, after a stop or for another artifact of the same weights, is read from its
+        beginning. The least lately read of an overfull cache would be just what comes next. Of all
         else, the shards that were not read for longest go first.
         """
         self._of_task = {}

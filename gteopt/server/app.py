@@ -42,6 +42,7 @@ from gteopt.server.schema import (
     parse_body,
 )
 from gteopt.server.service import Service
+from gteopt.server.tracing import span
 from gteopt.version import __version__
 
 log = logging.getLogger("gteopt.server")
@@ -112,7 +113,8 @@ class _Routes:
                 call.key = self._key(request)
                 if self._service.is_draining:
                     raise ApiError(503, "the server is stopping", retry_after_s=1)
-            response = await handler(request, call)
+            with span(f"{request.method} {path}", request.headers, call.facts):
+                response = await handler(request, call)
         except ApiError as error:
             response = _error_response(error)
             call.facts["error"] = error.message

@@ -4,10 +4,10 @@ Hides: the cost model, the two levels of fairness, the token budget. Refuses to 
 clocks, torch, HTTP. Time here is virtual: it moves by the work that was handed out.
 
 Between keys the queue is start-time fair (SFQ, Goyal et al. 1996, section 2). Between the requests
-of one key it is packet-by-packet generalised processor sharing (PGPS, Parekh and Gallager 1993,
-section III): every request gets an equal share of its key's service. A request of cost c among n
-others is so served before (n + 1) c of its key's work is done, give or take one text. Start-time
-tags alone would not do between requests: new short ones could overtake a waiting one for ever.
+of one key it shares equally: packet-by-packet generalised processor sharing (PGPS, Parekh and
+Gallager 1993, section III). A request of cost c among n others is served before (n + 1) c of its
+key's work is done, give or take one text. Start-time tags alone do not suffice between requests:
+new short ones could overtake a waiting one for ever.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ class Item:
 class _Shares:
     """Virtual time of jobs that share one server equally.
 
-    It advances by work / n while n jobs are served, and a job leaves when the time reaches its last
-    text's finish. A job that was served ahead of its share so counts until its share is used up.
+    It advances by work / n while n jobs are served. A job leaves when the time reaches its last
+    text's finish, so that a job that was served ahead of its share counts until it is used up.
     """
 
     def __init__(self) -> None:
@@ -289,9 +289,9 @@ class FairQueue:
         The first in order is always taken. Others follow in order while they are of its lane and
         fit its budget; at most `look_past` that do not are passed over, and keep their turn.
 
-        Where the first is of a small request, the pass is of small requests alone, so that they
-        are answered before the long ones' part of it is computed. This costs one pass's overhead,
-        and is done for every other pass at most.
+        Where the first is of a small request, the pass holds small requests alone. They are then
+        answered before the long ones are computed. This costs one pass's overhead, and is done for
+        every other pass at most.
 
         Args:
             small: take texts of small requests alone, of whatever stands first.
@@ -358,7 +358,7 @@ class FairQueue:
             return
         del self._keys[name]
         self._finished[name] = key.start
-        if not self._keys:  # a new busy period owes nobody anything
+        if not self._keys:  # nobody is owed service from before
             self._finished.clear()
             self._now = 0.0
 

@@ -211,7 +211,7 @@ class Engine:
 
         Raises:
             Refused: there is no room.
-            DeviceDied: there is nobody who would compute it.
+            DeviceDied: nothing computes it any more.
         """
         with self._changed:
             if not self.is_alive or self._stopping:

@@ -29,7 +29,7 @@ Floats = NDArray[np.float32]
 _OWN_COSINE = 0.999
 """Of a vector to the one that the same process computed; only the rest of the batch differs."""
 _TOKENIZE_CHARACTERS = 50_000
-"""Texts that are tokenized before somebody else's turn."""
+"""Of texts that are tokenized before another request's turn."""
 _HOST_S = 0.5e-3
 """Composing a pass and handing out its rows."""
 _LEAST_BUDGET_S = 0.02
@@ -333,7 +333,7 @@ class Served:
         return ""
 
     def chunks(self, texts: Sequence[str]) -> list[Sequence[str]]:
-        """Texts in parts that are tokenized before it is somebody else's turn."""
+        """Texts in parts; another request may have its turn between two of them."""
         parts: list[Sequence[str]] = []
         start = n_characters = 0
         for i, text in enumerate(texts):

@@ -52,7 +52,7 @@ class Call:
 
 
 class Gone(Exception):
-    """The client has hung up; there is nobody to answer."""
+    """The client has hung up, so that no answer is needed."""
 
 
 @dataclass

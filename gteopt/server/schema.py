@@ -3,8 +3,8 @@
 Hides: how a body becomes a request and what is said of a wrong one. Refuses to know: models, HTTP
 servers, how vectors are made.
 
-Requests are those of OpenAI's embeddings API (platform documentation, "Create embeddings"), with
-the extensions that Voyage, Cohere, Jina and TEI have for input types, dtypes and truncation.
+Requests are those of OpenAI's embeddings API (platform documentation, "Create embeddings").
+Extensions for input types, dtypes and truncation are those of Voyage, Cohere, Jina and TEI.
 """
 
 from __future__ import annotations

@@ -6,8 +6,12 @@ import base64
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,18 +24,21 @@ from gteopt.corpus.ids import count_duplicates
 from gteopt.corpus.jobs import Request, prepare, working_alone
 from gteopt.corpus.options import EmbedOptions, Template, parse_long
 from gteopt.corpus.plan import read_record
+from gteopt.corpus.shard_encoder import ShardEncoder
 from gteopt.corpus.shard_files import (
     Decode,
     ShardContent,
     ShardRecord,
+    finished,
     read_footer,
     to_parquet,
     vectors_of,
 )
 from gteopt.corpus.storage import Folder
 from gteopt.corpus.verify import verify
+from gteopt.encoder.description import Description
 from gteopt.encoder.encoder import Encoder
-from gteopt.errors import InputError, IntegrityError
+from gteopt.errors import InputError, IntegrityError, UnsupportedError
 from gteopt.vectors.fit import fit
 from tests.support.embedding import (
     TEXTS,
@@ -306,6 +313,70 @@ def test_a_file_that_changes_during_the_job_stops_it(
     write_jsonl(corpus, TEXTS[:-1])
     with pytest.raises(InputError, match=r"corpus.jsonl has changed"):
         embed_with(nano, corpus, tmp_path / "out")
+
+
+def test_of_writers_of_one_name_the_first_one_s_content_stays(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        wrote = list(pool.map(lambda i: folder.create("data/a", b"%d" % i), range(8)))
+    assert sum(wrote) == 1
+    assert folder.read("data/a") == b"%d" % wrote.index(True)
+    assert not list((tmp_path / Folder.TEMPORARY).iterdir())
+
+
+def test_a_shard_that_another_worker_finished_meanwhile_stays(
+    nano: Encoder, corpus: Path, tmp_path: Path
+) -> None:
+    """On a bucket nobody holds a lock: two jobs may embed the same rows at once."""
+    out = tmp_path / "out"
+    embed_with(nano, corpus, out)
+    before = folder_bytes(out)
+    times = {path.name: path.stat().st_mtime_ns for path in (out / "data").iterdir()}
+    job = prepare(Request((str(corpus),), "nano", out, EmbedOptions(shard_rows=16)), nano)
+    with ShardEncoder(job.task, nano) as worker:
+        late = [worker.submit(shard).result() for shard in job.plan.shards.values()]
+    assert [each.name for each in late] == sorted(times)
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "data").iterdir()} == times
+    assert folder_bytes(out) == before
+
+
+def test_a_machine_that_rounds_products_otherwise_does_not_go_on_with_a_job(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights in 16 bits: in float32 machines only order sums otherwise."""
+    short = gteopt.load("nano", device="cpu", dtype="bfloat16")
+    whole = gteopt.load("nano", device="cpu", dtype="float32")
+    embed_with(short, corpus, tmp_path / "short", dtype="bfloat16")
+    embed_with(whole, corpus, tmp_path / "whole", dtype="float32")
+    monkeypatch.setattr(Description, "arithmetic", "as another processor rounds")
+    with pytest.raises(InputError, match="arithmetic is 'as another processor rounds', and was"):
+        embed_with(short, corpus, tmp_path / "short", dtype="bfloat16")
+    assert embed_with(whole, corpus, tmp_path / "whole", dtype="float32").shards_now == 0
+    looking = prepare(
+        Request((str(corpus),), "nano", tmp_path / "short", EmbedOptions(shard_rows=16)),
+        short,
+        reads_only=True,
+    )
+    assert len(finished(looking.folder, looking.plan.expected())) == 3
+    with pytest.raises(UnsupportedError, match="rounds products otherwise"):
+        replace(looking.task, source="nano", arithmetic="int8 x 9 bits").load("cpu")
+
+
+def test_events_and_report_say_what_each_worker_did(
+    nano: Encoder, corpus: Path, tmp_path: Path
+) -> None:
+    heard: list[Mapping[str, Any]] = []
+    report = gteopt.embed(
+        str(corpus), "nano", tmp_path / "out", device="cpu", devices="cpu,cpu", shard_rows=4,
+        events=lambda event, facts: heard.append({"event": event, **json.loads(json.dumps(facts))}),
+    )  # fmt: skip
+    assert {each.name for each in report.workers} <= {"0 on cpu", "1 on cpu"}
+    assert sum(each.n_shards for each in report.workers) == report.shards_now == 10
+    assert sum(each.n_texts for each in report.workers) == 40
+    shards = [each["worker"] for each in heard if each["event"] == "shard"]
+    assert [each.n_shards for each in report.workers] == [
+        max(s["n_shards"] for s in shards if s["name"] == each.name) for each in report.workers
+    ]
 
 
 def test_two_jobs_never_write_into_one_folder(nano: Encoder, corpus: Path, tmp_path: Path) -> None:

@@ -79,6 +79,66 @@ def test_a_reader_gives_the_stored_vectors_in_order(
     np.testing.assert_array_equal(read(str(out / "data")).astype(np.float32), expected)
 
 
+NEEDS = "run by hand: pip install lancedb qdrant-client pgserver 'psycopg[binary]' pgvector"
+"""Databases that are too large for the test extra."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lancedb_takes_the_rows_and_finds_a_vector_by_itself(
+    kind: tuple[Code, VectorType], folders: dict[Any, Path], tmp_path: Path
+) -> None:
+    lancedb = pytest.importorskip("lancedb", reason=NEEDS)
+    out = folders[kind]
+    rows = pq.read_table(out / "data")
+    table = lancedb.connect(tmp_path).create_table("rows", rows)
+    query = vectors(stored(out))[7].astype(np.float32)
+    (found,) = table.search(query, vector_column_name="vector").limit(1).to_list()
+    assert found["id"] == rows["id"][7].as_py()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_qdrant_takes_the_rows_and_finds_a_vector_by_itself(
+    kind: tuple[Code, VectorType], folders: dict[Any, Path]
+) -> None:
+    qdrant = pytest.importorskip("qdrant_client", reason=NEEDS)
+    out = folders[kind]
+    rows = pq.read_table(out / "data").to_pylist()
+    client = qdrant.QdrantClient(":memory:")
+    size = qdrant.models.VectorParams(size=256, distance=qdrant.models.Distance.COSINE)
+    client.create_collection("rows", vectors_config=size)
+    points = [
+        qdrant.models.PointStruct(id=i, vector=row["vector"], payload={"id": row["id"]})
+        for i, row in enumerate(rows)
+    ]
+    client.upsert("rows", points=points)
+    (found,) = client.query_points("rows", query=rows[7]["vector"], limit=1).points
+    assert found.payload == {"id": rows[7]["id"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pgvector_takes_the_rows_and_finds_a_vector_by_itself(
+    kind: tuple[Code, VectorType], folders: dict[Any, Path], tmp_path: Path
+) -> None:
+    pgserver = pytest.importorskip("pgserver", reason=NEEDS)
+    psycopg = pytest.importorskip("psycopg", reason=NEEDS)
+    pgvector = pytest.importorskip("pgvector", reason=NEEDS)
+    adapter = pytest.importorskip("pgvector.psycopg", reason=NEEDS)
+    rows = pq.read_table(folders[kind] / "data").to_pylist()
+    server = pgserver.get_server(tmp_path / "pg", cleanup_mode="delete")
+    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+        connection.execute("create extension vector")
+        adapter.register_vector(connection)
+        connection.execute("create table rows (id text, vector vector(256))")
+        for row in rows:
+            values = (row["id"], pgvector.Vector(row["vector"]))
+            connection.execute("insert into rows values (%s, %s)", values)
+        nearest = "select id from rows order by vector <=> %s limit 1"
+        query = pgvector.Vector(rows[7]["vector"])
+        found = connection.execute(nearest, (query,)).fetchone()
+    server.cleanup()
+    assert found == (rows[7]["id"],)
+
+
 @pytest.mark.parametrize("form", ["faiss-flat", "faiss-hnsw", "faiss-ivf"])
 def test_a_faiss_index_finds_each_vector_by_itself(form: Export, folders: dict[Any, Path]) -> None:
     out = folders["float32", "list"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -80,6 +81,29 @@ def test_a_bucket_holds_the_bytes_that_a_folder_would(bucket: Any, tmp_path: Pat
     there = {n: Folder("s3://bucket/vectors").read(f"data/{n}") for n in names}
     # The identity of the input differs, as its time of change does; nothing else may.
     assert [len(content or b"") for content in there.values()] == [len(c) for c in here.values()]
+
+
+@pytest.mark.parametrize("library", ["pyarrow alone", "s3fs"])
+def test_a_shard_that_another_worker_wrote_first_stays(
+    bucket: Any, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library == "s3fs":
+        pytest.importorskip("s3fs", reason="comes with the test extra")
+    folder = Folder(f"s3://bucket/first/{library.partition(' ')[0]}")
+    if library == "pyarrow alone":
+        monkeypatch.setitem(folder.__dict__, "_refusing", None)
+    assert folder.create("data/a", b"first")
+    assert not folder.create("data/a", b"second")
+    assert folder.read("data/a") == b"first"
+
+
+def test_of_writers_at_the_same_moment_one_wins(bucket: Any) -> None:
+    pytest.importorskip("s3fs", reason="comes with the test extra")
+    folder = Folder("s3://bucket/moment")
+    with ThreadPoolExecutor(8) as pool:
+        wrote = list(pool.map(lambda i: folder.create("data/a", b"%d" % i), range(8)))
+    assert sum(wrote) == 1
+    assert folder.read("data/a") == b"%d" % wrote.index(True)
 
 
 def test_a_bucket_that_is_not_there_is_told(bucket: Any) -> None:

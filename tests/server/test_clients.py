@@ -31,6 +31,20 @@ def test_langchain_gets_our_vectors_when_it_sends_text(server: Running) -> None:
     np.testing.assert_allclose(client.embed_documents(TEXTS), expected, atol=1e-5)
 
 
+def test_llama_index_gets_our_vectors(server: Running) -> None:
+    """It sends a query and documents alike, so that queries carry no instruction."""
+    llama_index = pytest.importorskip(
+        "llama_index.embeddings.openai",
+        reason="run by hand: pip install llama-index-embeddings-openai",
+    )
+    client = llama_index.OpenAIEmbedding(
+        model_name="nano", api_base=f"{server.url}/v1", api_key="none"
+    )
+    expected = server.service.models["nano"].encoder.encode(TEXTS)
+    np.testing.assert_allclose(client.get_text_embedding_batch(TEXTS), expected, atol=1e-5)
+    np.testing.assert_allclose(client.get_query_embedding(TEXTS[0]), expected[0], atol=1e-5)
+
+
 class Alphabet:
     """A tokenizer of the kind that OpenAI's are, small enough to be written here."""
 

