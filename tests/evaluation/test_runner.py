@@ -116,6 +116,25 @@ def minilm() -> Encoder:
     return gteopt.load(package.get_model_path(), device="cpu", dtype="float32")
 
 
+def test_minilm_leaves_languages_that_it_cannot_read_out_of_its_mean(minilm: Encoder) -> None:
+    mini = load_suite("mini")
+    tasks = [each for each in mini.tasks if each.task in ("MiniSTS", "MiniTopicClustering")]
+    run = run_suite(minilm, mini.model_copy(update={"tasks": tuple(tasks)}))
+    report = compare(run, run, variant_name="minilm")
+    left_out = {(each.task, each.subset) for each in report.tasks if not each.above_chance}
+    # The model reads English. Of Chinese it knows the characters, of French many words.
+    assert left_out == {
+        ("MiniSTS", "fr"),
+        ("MiniSTS", "pl"),
+        ("MiniTopicClustering", "pl"),
+    }
+    (note,) = [note for note in report.notes if note.startswith("left out of the mean")]
+    assert "MiniTopicClustering pl (0.3, chance -0.1)" in note
+    counted = [each.baseline_score for each in report.tasks if each.above_chance]
+    by_task = [counted[:2], counted[2:]]
+    assert report.baseline_score == pytest.approx(np.mean([np.mean(each) for each in by_task]))
+
+
 def test_minilm_scores_as_published(
     minilm: Encoder, shared: Path, minilm_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
