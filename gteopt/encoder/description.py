@@ -167,6 +167,16 @@ def dtype_of(checkpoint: Checkpoint, dtype: str) -> str:
     return checkpoint.manifest.base.dtype if checkpoint.manifest else "bfloat16"
 
 
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """The name of a dtype, as `parse_dtype` reads it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def device_name(device: str | int | torch.device) -> str:
+    """The name of a device, as `pick_device` reads it; a number is that of a GPU."""
+    return f"cuda:{device}" if isinstance(device, int) else str(device)
+
+
 def parse_dtype(name: str) -> torch.dtype:
     """The torch dtype of a name; "bf16" and "fp32" are understood too.
 

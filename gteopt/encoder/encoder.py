@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -31,8 +32,9 @@ from gteopt.encoder.forward import (
 )
 from gteopt.encoder.openvino import OpenVinoModel
 from gteopt.encoder.pooling import Head
+from gteopt.encoder.sentence_interface import SentenceInterface
 from gteopt.encoder.tokenization import Role, Tokens
-from gteopt.errors import NumericsError
+from gteopt.errors import InputError, NumericsError
 from gteopt.progress import Progress, quiet
 
 Padding = Literal["left", "right"]
@@ -43,13 +45,15 @@ _WINDOW_BATCHES = 64
 """On a GPU: enough texts for batches of nearly equal lengths."""
 _Batch = tuple[list[int], list[Sequence[int]]]
 """Positions of texts, and their token ids."""
+_Tokenize = Callable[[Sequence[str]], list[Tokens]]
 
 
-class Encoder(Description):
+class Encoder(SentenceInterface):
     """A loaded embedding model; callers cannot tell whether it is quantized.
 
     A batch takes three steps: `start` begins to compute and to fetch it, `embed_tokens` waits for
-    the vectors and checks them, `embed` does so for texts. `encode` shortens what `embed` returns.
+    the vectors and checks them, `embed` does so for texts. `encode` shortens what `embed` returns,
+    and takes and gives what that of Sentence Transformers does.
 
     Example:
         >>> import gteopt
@@ -110,6 +114,17 @@ class Encoder(Description):
             self.cuda_graphs = CudaGraphs(
                 lambda ids, n_tokens: head.finish(padded(self.module, ids, n_tokens)), self.device
             )
+
+    def __repr__(self) -> str:
+        """Name, dimensions, limit, and where it computes."""
+        stored = "" if self.vectors.code == "float32" else f", {self.vectors.code} when stored"
+        architecture = ", ".join(self.checkpoint.config.get("architectures") or ["embedding model"])
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"<gteopt encoder {self.name}: {architecture}, {self.dims} dimensions{stored}, "
+            f"{self.max_tokens:,} tokens at most, {self.weight_bytes / 1e6:,.1f} MB of weights, "
+            f"{dtype} by {self.backend} on {self.device}>"
+        )
 
     @property
     def pads(self) -> bool:
@@ -288,6 +303,7 @@ class Encoder(Description):
         *,
         role: Role = "document",
         instruction: str | None = None,
+        prompt: str | None = None,
         batch_size: int = 32,
         unpadded: bool = True,
         progress: Progress = quiet,
@@ -298,15 +314,22 @@ class Encoder(Description):
             texts: of any length.
             role: which prompt they get.
             instruction: of queries; None is the model's default.
+            prompt: instead of the role's.
             batch_size: texts that run together.
             unpadded: without padding where the architecture allows; otherwise padded, with the
                 sums in the order of Sentence Transformers' forward pass.
             progress: told after each batch.
 
         Raises:
-            InputError: something in the list is no string, or an unknown role or instruction.
+            InputError: something in the list is no string, an unknown role or instruction, or a
+                batch size below 1.
             NumericsError: the model produced NaN or infinity.
         """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size is {batch_size!r}, must be a whole number from 1 on")
+        tokenize = partial(
+            self.tokenization.tokenize, role=role, instruction=instruction, prompt=prompt
+        )
         out = np.empty((len(texts), self.full_dims), dtype=np.float32)
         done = 0
         waiting: tuple[list[int], Sequence[Sequence[int]], Fetch] | None = None
@@ -318,7 +341,7 @@ class Encoder(Description):
             progress(f"encoding with {self.name}", done, len(texts))
 
         # One batch is waited for after the next one is started, so that a GPU never waits.
-        for positions, batch in self._batches(texts, role, instruction, batch_size):
+        for positions, batch in self._batches(texts, tokenize, batch_size):
             started = (positions, batch, self.start(batch, unpadded=unpadded))
             if waiting is not None:
                 keep(*waiting)
@@ -327,38 +350,8 @@ class Encoder(Description):
             keep(*waiting)
         return out
 
-    def encode(
-        self,
-        texts: Sequence[str],
-        *,
-        role: Role = "document",
-        instruction: str | None = None,
-        batch_size: int = 32,
-        progress: Progress = quiet,
-    ) -> NDArray[np.float32]:
-        """Unit vectors [N, dims] float32, shortened as the artifact says.
-
-        What an index stores is `vectors.quantize` of this.
-
-        Args:
-            texts: any number of strings.
-            role: "query" texts get the instruction, "document" texts stay bare.
-            instruction: what the query is for; the family's default when None.
-            batch_size: texts computed together.
-            progress: told after each batch.
-        """
-        return self.vectors.project(
-            self.embed(
-                texts,
-                role=role,
-                instruction=instruction,
-                batch_size=batch_size,
-                progress=progress,
-            )
-        )
-
     def _batches(
-        self, texts: Sequence[str], role: Role, instruction: str | None, batch_size: int
+        self, texts: Sequence[str], tokenize: _Tokenize, batch_size: int
     ) -> Iterator[_Batch]:
         """Positions and token lists of each batch of texts.
 
@@ -367,7 +360,7 @@ class Encoder(Description):
         tokenization = self.tokenization
         size = (self.window_batches or 0) * batch_size
         if not size or len(texts) <= size:
-            tokens = tokenization.tokenize(texts, role=role, instruction=instruction)
+            tokens = tokenize(texts)
             yield from tokenization.batches(tokens, batch_size)
             return
         tokenization.check(texts)
@@ -376,9 +369,7 @@ class Encoder(Description):
 
             def tokens_from(start: int) -> Future[list[Tokens]]:
                 window = texts[start : start + size]
-                return thread.submit(
-                    tokenization.tokenize, window, role=role, instruction=instruction
-                )
+                return thread.submit(tokenize, window)
 
             coming = tokens_from(0)
             for start in starts:

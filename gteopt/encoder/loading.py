@@ -18,6 +18,8 @@ from gteopt.encoder.description import (
     Backend,
     Description,
     Runtime,
+    device_name,
+    dtype_name,
     dtype_of,
     parse_dtype,
     pick_device,
@@ -53,8 +55,8 @@ _Held = TypeVar("_Held")
 def load(
     source: str | Path,
     *,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | int | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     backend: Backend = "torch",
     kernels: str = "deterministic",
     cuda_graphs: bool = True,
@@ -67,9 +69,10 @@ def load(
 
     Args:
         source: "nano", a folder, an artifact folder, or `<org>/<name>`.
-        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1".
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", a torch.device, or
+            the number of a GPU.
         dtype: "auto" is bfloat16 for a base and the dtype it was built in for an artifact;
-            also "bfloat16", "float32", "float64".
+            also "bfloat16", "float32", "float64", or torch's own.
         backend: "torch", or "openvino", the faster one on a CPU for the architectures and layers
             that it knows; activations of quantized products are then rounded to 8 bits.
         kernels: of the torch backend's quantized layers on a CPU. "measured" takes the fastest;
@@ -95,8 +98,8 @@ def load(
     with opening(source, hub_dir=hub_dir, revision=revision, family=family) as checkpoint:
         encoder = load_checkpoint(
             checkpoint,
-            device=device,
-            dtype=dtype,
+            device=device_name(device),
+            dtype=dtype_name(dtype),
             backend=backend,
             kernels=kernels,
             cuda_graphs=cuda_graphs,

@@ -141,9 +141,18 @@ class Tokenization:
         role: Role = "document",
         instruction: str | None = None,
         max_tokens: int | None = None,
+        prompt: str | None = None,
     ) -> list[Tokens]:
-        """Token ids of each text with prompt and end token, cut to `max_tokens` or the model's."""
-        prompt, full = self._prompted(texts, role, instruction)
+        """Token ids of each text with prompt and end token, cut to `max_tokens` or the model's.
+
+        Args:
+            texts: of any length.
+            role: which prompt they get.
+            instruction: of queries; None is the model's default.
+            max_tokens: the longest input, where the model's is longer.
+            prompt: instead of the role's.
+        """
+        prompt, full = self._prompted(texts, role, instruction, prompt)
         limit = min(max_tokens or self.max_tokens, self.limit(role))
         tokens = [self._cut(ids, limit) for ids in self._whole(full)]
         long = [i for i, ids in enumerate(tokens) if ids.is_cut]
@@ -240,11 +249,16 @@ class Tokenization:
                 raise InputError(f"texts[{position}] is {type(text).__name__}, expected a string")
 
     def _prompted(
-        self, texts: Sequence[str], role: Role, instruction: str | None
+        self,
+        texts: Sequence[str],
+        role: Role,
+        instruction: str | None,
+        prompt: str | None = None,
     ) -> tuple[str, list[str]]:
         """The prompt, and the texts behind it."""
         self.check(texts)
-        prompt = self.prompt(role, instruction)
+        own = self.prompt(role, instruction)
+        prompt = own if prompt is None else prompt
         full = [prompt + text for text in texts]
         return prompt, [text.lower() for text in full] if self.checkpoint.lower_case else full
 
