@@ -1,7 +1,8 @@
 """gteopt turns a text-embedding model into the cheapest variant that still ranks like it.
 
-The public names: `gteopt.quantize` makes a variant, `gteopt.load` opens one, `gteopt.embed` embeds
-a corpus with it. Each is imported on first use, so that `import gteopt` takes no time.
+The public names: `gteopt.quantize` makes a variant, `gteopt.bench` and `gteopt.evaluate` measure
+it, `gteopt.load` opens it, `gteopt.embed` embeds a corpus with it. Each is imported on first use,
+so that `import gteopt` takes no time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from gteopt.version import __version__
 if TYPE_CHECKING:
     from gteopt.build.quantize import quantize
     from gteopt.build.truncate import truncate
+    from gteopt.commands.calls import bench, choose, evaluate
+    from gteopt.commands.compare import compare
     from gteopt.commands.embed import embed
     from gteopt.commands.inspect import inspect
     from gteopt.commands.optimize import Judges, Search, optimize
@@ -42,7 +45,11 @@ __all__ = [
     "Search",
     "UnsupportedError",
     "__version__",
+    "bench",
+    "choose",
+    "compare",
     "embed",
+    "evaluate",
     "inspect",
     "load",
     "optimize",
@@ -58,7 +65,11 @@ _MODULES = {
     "Limits": "gteopt.config.limits",
     "Recipe": "gteopt.config.recipe",
     "Search": "gteopt.commands.optimize",
+    "bench": "gteopt.commands.calls",
+    "choose": "gteopt.commands.calls",
+    "compare": "gteopt.commands.compare",
     "embed": "gteopt.commands.embed",
+    "evaluate": "gteopt.commands.calls",
     "inspect": "gteopt.commands.inspect",
     "load": "gteopt.encoder.loading",
     "optimize": "gteopt.commands.optimize",

@@ -42,6 +42,7 @@ from gteopt.cli.output import (
 )
 from gteopt.cli.own_data import check_own_data, parse_columns
 from gteopt.cli.suite_options import named_suite, within
+from gteopt.commands.names import named
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def bench(
     style = style_of(as_json, as_csv, as_markdown)
     names = workload or [default_workloads(device)]
     spec = _bench_spec(names, query_tokens, queries, repeats)
-    sources = _named([*([baseline] if baseline else []), *artifacts])
+    sources = named([*([baseline] if baseline else []), *artifacts])
     if not dummy_weights and (recipe or layers is not None):
         raise InputError("--recipe and --layers belong to --dummy-weights")
     if out is not None and out.is_file():
@@ -362,9 +363,9 @@ def evaluate(
     if instruction is not None and data is None:
         raise InputError("--instruction goes with --data; a suite's file names those of its tasks")
     loaded = named_suite(suite, protocol, languages, domain) if suite else None
-    named = [*([baseline] if baseline else []), *artifacts]
     if budget is not None:
-        loaded = within(budget, loaded, _named(named), out, hub_dir)
+        asked_for = named([*([baseline] if baseline else []), *artifacts])
+        loaded = within(budget, loaded, asked_for, out, hub_dir)
     if data is not None:
         loaded = with_data(loaded, data, instruction=instruction, columns=roles)
     if not 0 < margin < 1:
@@ -373,7 +374,7 @@ def evaluate(
         if loaded is None:
             raise InputError("--dry-run counts the texts of a suite; give --suite or --data")
         _show_estimate(
-            _named(named),
+            named([*([baseline] if baseline else []), *artifacts]),
             loaded,
             out,
             hub_dir=hub_dir,
@@ -392,7 +393,7 @@ def evaluate(
 
     if loaded is not None:
         check_suite(loaded, suite or loaded.name)
-    sources = _named([baseline or base_of(artifacts), *artifacts])
+    sources = named([baseline or base_of(artifacts), *artifacts])
     grid = parse_grid(dims, vectors) if dims or vectors else None
     options = EncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype)
     with _workers(devices, ray, device) as workers, show_progress() as progress:
@@ -470,16 +471,3 @@ def _workers(devices: str | None, ray: str | None, device: str) -> Iterator[Work
             opened = ray_workers(ray, device=device, n_threads=torch.get_num_threads())
             workers = stack.enter_context(opened)
         yield workers
-
-
-def _named(sources: list[str]) -> dict[str, str]:
-    """Short names for sources: the folder's last part, where that tells them apart."""
-    named: dict[str, str] = {}
-    for source in sources:
-        name = Path(source).name or source
-        if name in named and named[name] != source:
-            raise InputError(
-                f"two artifacts are called {name} ({named[name]}, {source}); rename one folder"
-            )
-        named[name] = source
-    return named

@@ -248,7 +248,7 @@ class SentenceInterface(Description):
             raise InputError(
                 f"precision {precision} needs ranges that are fitted once, and {self.name} stores "
                 f"{found}; make an artifact that stores int8: "
-                f'gteopt.truncate(model, out, dims={truncate_dim or self.dims}, vectors="int8")'
+                f'gteopt.truncate(artifact, out, dims={truncate_dim or self.dims}, vectors="int8")'
             )
 
     def _coded(self, rows: NDArray[np.float32], precision: Precision) -> NDArray[Any]:

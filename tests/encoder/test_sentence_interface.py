@@ -101,7 +101,8 @@ def test_signs_lie_in_bytes_as_in_sentence_transformers(pair: Pair, precision: A
 
 @pytest.mark.parametrize("code", ["int8", "binary"])
 def test_an_artifact_gives_the_codes_that_it_stores_when_asked(tmp_path: Path, code: Any) -> None:
-    gteopt.truncate("nano", tmp_path / "out", dims=64, vectors=code)
+    gteopt.quantize("nano", "bf16", tmp_path / "whole")
+    gteopt.truncate(tmp_path / "whole", tmp_path / "out", dims=64, vectors=code)
     encoder = gteopt.load(tmp_path / "out", dtype="float32")
     vectors = encoder.encode(TEXTS)
     stored = encoder.vectors.quantize(vectors)

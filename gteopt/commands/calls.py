@@ -1,0 +1,152 @@
+"""`gteopt.bench`, `evaluate` and `choose`: what the commands of these names do, as one call.
+
+Hides: names of artifacts, defaults. Refuses to know: printing, how anything is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gteopt.commands.bench import measure
+from gteopt.commands.choose import judge
+from gteopt.commands.evaluate import Setup, base_of, compare_texts, score
+from gteopt.commands.names import named
+from gteopt.commands.optimize import Judges
+from gteopt.commands.run import load_judges
+from gteopt.config.plan import BenchSpec, Plan
+from gteopt.config.policy import DEFAULT_MARGIN, Policy, load_policy
+from gteopt.encoder.description import Backend
+from gteopt.errors import InputError
+from gteopt.progress import Progress, quiet
+from gteopt.records.bench import BenchReport
+from gteopt.records.choice import Choice
+from gteopt.records.evaluation import EvalReport, FidelityReport
+
+Artifacts = str | Path | Sequence[str | Path]
+
+
+def bench(
+    artifacts: Artifacts,
+    *,
+    baseline: str | Path | None = None,
+    spec: BenchSpec | None = None,
+    out: str | Path | None = None,
+    hub_dir: Path | None = None,
+    device: str = "auto",
+    backend: Backend = "torch",
+    progress: Progress = quiet,
+) -> BenchReport:
+    """Speed and memory of artifacts, each interleaved with the baseline.
+
+    Args:
+        artifacts: one or more artifacts or bases.
+        baseline: what ratios refer to; the first artifact when None.
+        spec: what is measured; single queries and short batches when None.
+        out: results folder, whose bench.json it adds to; nothing is written when None.
+        hub_dir: see `load`.
+        device: see `load`.
+        backend: see `load`.
+        progress: told after each variant.
+
+    Raises:
+        InputError: two artifacts of one name, or see `load`.
+
+    Example:
+        >>> report = gteopt.bench("artifacts/nano-int4", baseline="nano", out="artifacts/results")
+    """
+    sources = named([*([] if baseline is None else [str(baseline)]), *_listed(artifacts)])
+    return measure(
+        sources,
+        spec or BenchSpec(),
+        None if out is None else Path(out),
+        baseline=next(iter(sources)),
+        hub_dir=hub_dir,
+        skip_too_long=spec is None,
+        device=device,
+        backend=backend,
+        progress=progress,
+    )
+
+
+def evaluate(
+    artifacts: Artifacts,
+    judges: Judges,
+    *,
+    baseline: str | Path | None = None,
+    margin: float = DEFAULT_MARGIN,
+    out: str | Path | None = None,
+    how: Setup | None = None,
+    progress: Progress = quiet,
+) -> dict[str, EvalReport] | dict[str, FidelityReport]:
+    """Scores of artifacts on labels, or their closeness to the baseline on texts, by name.
+
+    Args:
+        artifacts: one or more artifacts.
+        judges: a suite, own labels, or texts without labels.
+        baseline: the base to judge against; the artifacts' own when None.
+        margin: a difference of scores, 0 to 1, that does not matter.
+        out: results folder; given, an interrupted call resumes.
+        how: where models are encoded; this machine when None.
+        progress: told about encoding.
+
+    Raises:
+        InputError: nothing to evaluate on, data that cannot be read, or two artifacts of one name.
+
+    Example:
+        >>> judges = gteopt.Judges(data=Path("tickets.csv"))
+        >>> reports = gteopt.evaluate("artifacts/nano-int4", judges, out="artifacts/results")
+    """
+    if judges.data is None and judges.texts is None and judges.suite is None:
+        raise InputError("nothing to evaluate on; give Judges a suite, data or texts")
+    if not 0 < margin < 1:
+        raise InputError(f"margin {margin:g}: give a share of a score, between 0 and 1")
+    judges.check()
+    listed = _listed(artifacts)
+    sources = named([str(baseline) if baseline is not None else base_of(listed), *listed])
+    folder = None if out is None else Path(out)
+    how = how or Setup()
+    if judges.texts is not None:
+        columns = dict(judges.columns)
+        return compare_texts(
+            sources, judges.texts, folder, how=how, columns=columns, progress=progress
+        )
+    plan = Plan(
+        schema="gteopt.plan/1",
+        name="evaluate",
+        base=next(iter(sources.values())),
+        recipes=("none",),
+        suite=judges.suite,
+        data=judges.data,
+        columns=dict(judges.columns),
+        languages=judges.languages,
+        out=Path("unused"),
+    )
+    suite = load_judges(plan)
+    assert suite is not None
+    return score(sources, suite, folder, how=how, margin=margin, progress=progress)
+
+
+def choose(results: str | Path, policy: str | Policy = "balanced") -> Choice:
+    """The variant that a policy picks from a results folder, and why; nothing is measured anew.
+
+    Args:
+        results: folder that `bench`, `evaluate` or a plan has filled; the choice is written there.
+        policy: a shipped one, a YAML file, or an object.
+
+    Raises:
+        InputError, IntegrityError: an unknown policy, or a folder that cannot be judged.
+
+    Example:
+        >>> gteopt.choose("artifacts/results", "smallest-index").picked
+    """
+    if not isinstance(policy, Policy):
+        policy = load_policy(policy)
+    judged = judge(Path(results), policy)
+    assert judged.choice is not None
+    return judged.choice
+
+
+def _listed(artifacts: Artifacts) -> list[str]:
+    listed = [artifacts] if isinstance(artifacts, str | Path) else artifacts
+    return [str(each) for each in listed]

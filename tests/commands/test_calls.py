@@ -1,0 +1,60 @@
+"""The functions that measure and choose write and return what the commands of their names do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import gteopt
+from gteopt.config.plan import BenchSpec, Workload
+from gteopt.errors import InputError
+
+QUICK = BenchSpec(
+    query_tokens=8, n_queries=10, repeats=1, warmup=0, workloads=(Workload(batch_size=1, tokens=8),)
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a variant of nano and texts."""
+    folder = tmp_path_factory.mktemp("calls")
+    gteopt.quantize("nano", "rtn-int8", folder / "int8")
+    lines = [f"text number {i} is about {topic}" for i in range(8) for topic in ("rain", "tax")]
+    (folder / "texts.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(made: Path) -> Path:
+    judges = gteopt.Judges(texts=made / "texts.txt")
+    found = gteopt.evaluate(made / "int8", judges, out=made / "results")
+    assert {"int8"} <= set(found)
+    gteopt.bench([made / "int8"], baseline="nano", spec=QUICK, out=made / "results")
+    return made / "results"
+
+
+def test_all_lie_in_one_folder_and_the_choice_is_written_there(results: Path) -> None:
+    choice = gteopt.choose(results, "balanced")
+    assert json.loads((results / "choice.json").read_text())["reason"] == choice.reason
+    assert "int8" in {each.name for each in choice.candidates}
+
+
+def test_two_artifacts_are_compared(made: Path, results: Path) -> None:
+    found = gteopt.compare(made / "int8", made / "int8")
+    assert len(found.manifests) == 2
+    assert len(gteopt.compare(results, results).results) == 2
+
+
+def test_a_wrong_call_is_told_before_anything_is_measured(made: Path) -> None:
+    with pytest.raises(InputError, match="nothing to evaluate on"):
+        gteopt.evaluate(made / "int8", gteopt.Judges())
+    with pytest.raises(InputError, match="does not exist"):
+        gteopt.evaluate(made / "int8", gteopt.Judges(texts=made / "no.txt"))
+    with pytest.raises(InputError, match="margin 2"):
+        gteopt.evaluate(made / "int8", gteopt.Judges(texts=made / "texts.txt"), margin=2)
+    with pytest.raises(InputError, match="did you mean balanced"):
+        gteopt.choose(made, "balancd")
+    with pytest.raises(InputError, match="two artifacts are called int8"):
+        gteopt.bench([made / "int8", made / "other" / "int8"])
