@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gteopt.commands.bench import measure
+from gteopt.commands.bench import ReportFile, measure
 from gteopt.commands.choose import judge
 from gteopt.commands.evaluate import Setup, base_of, compare_texts, score
 from gteopt.commands.names import named
@@ -59,7 +59,7 @@ def bench(
     return measure(
         sources,
         spec or BenchSpec(),
-        None if out is None else Path(out),
+        ReportFile(None if out is None else Path(out)),
         baseline=next(iter(sources)),
         hub_dir=hub_dir,
         skip_too_long=spec is None,
