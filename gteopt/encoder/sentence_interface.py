@@ -197,9 +197,10 @@ class SentenceInterface(Description):
     def prompts(self) -> Mapping[str, str]:
         """The prompts that `prompt_name` names."""
         named = {name: text or "" for name, text in self.checkpoint.st.settings.prompts.items()}
-        for role in ("query", "document"):
-            named.setdefault(role, self.tokenization.prompt(role))
-        return named
+        if self.tokenization.takes_instructions and not named.get("query"):
+            named["query"] = self.tokenization.prompt("query")
+        # As there: a role without a prompt of its own gets none, not the default one.
+        return {"query": "", "document": "", **named}
 
     @property
     def max_seq_length(self) -> int:
@@ -219,8 +220,9 @@ class SentenceInterface(Description):
         return self.dims
 
     def _encode_as(self, role: Role, texts: str | Iterable[str], options: dict[str, Any]) -> Any:
-        if options.get("prompt") is None and options.get("prompt_name") is None:
-            options = {"role": role, **options}
+        given = [options.get(name) for name in ("prompt", "prompt_name", "instruction", "role")]
+        if all(each is None for each in given):
+            options = {**options, "role": role, "prompt": self.prompts[role]}
         return self.encode(texts, **options)
 
     def _named_prompt(self, name: str | None) -> str:

@@ -426,9 +426,7 @@ def _check_module(kind: str, config: Mapping[str, Any], at: Path) -> None:
 
 def prompt_of(settings: Settings, role: str) -> str:
     """What precedes a text of a role: its own prompt, else the default one, else nothing."""
-    # Sentence Transformers' `encode_document` takes the first of these that the model has.
-    names = ("document", "passage", "corpus") if role == "document" else (role,)
-    own = next((settings.prompts[each] for each in names if each in settings.prompts), None)
+    own = settings.prompts.get(role)
     if own:
         return own
     name = settings.default_prompt_name

@@ -63,7 +63,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "similarity": lambda m: m.similarity(m.encode(TEXTS), m.encode_query(TEXTS[:2])),
     "similarity of tensors": lambda m: m.similarity(*[m.encode(TEXTS, convert_to_tensor=True)] * 2),
     "similarity of one": lambda m: m.similarity(m.encode("one text"), m.encode(TEXTS)),
-    "dimension": lambda m: m.get_sentence_embedding_dimension(),
+    "dimension": lambda m: m.get_embedding_dimension(),
     "length": lambda m: m.max_seq_length,
     "similarity's name": lambda m: m.similarity_fn_name,
 }
@@ -85,7 +85,7 @@ def test_a_call_returns_what_sentence_transformers_returns(pair: Pair, call: str
     assert found.shape == wanted.shape
     assert found.dtype == wanted.dtype
     # Sums run in another order: unpadded here, padded there.
-    np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=2e-5)
+    np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["binary", "ubinary"])
@@ -175,6 +175,7 @@ def test_a_bar_is_drawn_when_asked_for(nano: Encoder, capsys: pytest.CaptureFixt
 
 
 def test_its_repr_says_what_it_is(nano: Encoder) -> None:
+    assert nano.get_sentence_embedding_dimension() == nano.dims == 256
     assert repr(nano).startswith("<gteopt encoder nano: Qwen2")
     assert "256 dimensions" in repr(nano)
     assert "bfloat16 by torch on cpu" in repr(nano)
