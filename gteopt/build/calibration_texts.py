@@ -76,9 +76,20 @@ def tokenize(
 
 
 def record(
-    spec: Calibration, texts: Sequence[CalibrationText], tokens: Sequence[Tokens]
+    spec: Calibration,
+    texts: Sequence[CalibrationText],
+    tokens: Sequence[Tokens],
+    *,
+    longest: int,
 ) -> CalibrationRecord:
-    """What the manifest says of the texts."""
+    """What the manifest says of the texts.
+
+    Args:
+        spec: what the recipe asks for.
+        texts: that were drawn.
+        tokens: of each text.
+        longest: tokens that the model takes, which may be fewer than the recipe allows.
+    """
     rows = [[each.role, each.instruction, each.text] for each in texts]
     content = json.dumps(rows, ensure_ascii=False).encode()
     name = spec.texts if spec.texts == BUILTIN else Path(spec.texts).name
@@ -86,7 +97,7 @@ def record(
         source=name,
         n_texts=len(texts),
         n_tokens=sum(len(ids) for ids in tokens),
-        max_tokens=spec.max_tokens,
+        max_tokens=min(spec.max_tokens, longest),
         n_cut=sum(ids.is_cut for ids in tokens),
         seed=spec.seed,
         sha256=hashlib.sha256(content).hexdigest(),

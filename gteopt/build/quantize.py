@@ -159,7 +159,10 @@ def _quantize(run: BuildRun) -> Manifest:
         encoder = load_checkpoint(checkpoint, device=run.device, dtype=run.dtype, later=plan.blocks)
     base = describe_base(checkpoint, encoder)
     tokens = tokenize(encoder.tokenization, texts, recipe.calibration.max_tokens)
-    calibration = record(recipe.calibration, texts, tokens) if texts else None
+    calibration = None
+    if texts:
+        longest = encoder.tokenization.max_tokens
+        calibration = record(recipe.calibration, texts, tokens, longest=longest)
     embedding = _pack_embedding_(encoder) if recipe.embedding == "int8" else None
     allocation: AllocationRecord | None = None
     if plan.choices:

@@ -150,7 +150,8 @@ def restyle(
         calibration = old.calibration
         if texts and calibration is None:
             tokens = tokenize(encoder.tokenization, texts, recipe.calibration.max_tokens)
-            calibration = record(recipe.calibration, texts, tokens)
+            longest = encoder.tokenization.max_tokens
+            calibration = record(recipe.calibration, texts, tokens, longest=longest)
         parts = Parts(
             base=old.base,
             calibration=calibration,

@@ -10,7 +10,9 @@ import typer
 from rich.filesize import decimal
 
 from gteopt.cli.options import (
+    BUILD,
     OUTPUT,
+    WHERE,
     ActivationGb,
     Artifact,
     AsJson,
@@ -22,6 +24,7 @@ from gteopt.cli.options import (
     FormatOption,
     HubDir,
     KeptDtype,
+    Kernels,
     Out,
     RecipeChoice,
     RecipeName,
@@ -44,7 +47,9 @@ def quantize(
     embed_int8: EmbedInt8 = False,
     format: FormatOption = None,
     hub_dir: HubDir = None,
-    revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="commit or tag on the Hub", rich_help_panel=BUILD)
+    ] = None,
     family: Family = None,
     dtype: KeptDtype = "bfloat16",
     activation_gb: ActivationGb = 4,
@@ -52,9 +57,9 @@ def quantize(
     devices: Annotated[
         str | None,
         typer.Option(
-            help="solve layers that read the same inputs side by side on these: cuda:0,cuda:1, or "
-            "cpu,cpu; the first one calibrates",
+            help="solve layers side by side on cuda:0,cuda:1 or cpu,cpu; the first calibrates",
             metavar="LIST",
+            rich_help_panel=WHERE,
         ),
     ] = None,
     as_json: AsJson = False,
@@ -105,30 +110,51 @@ def truncate(
     artifact: Artifact,
     out: Out,
     dims: Annotated[
-        int | None, typer.Option(min=1, help="dimensions to keep; all when left out")
+        int | None,
+        typer.Option(min=1, help="dimensions to keep; all when left out", rich_help_panel=BUILD),
     ] = None,
     method: Annotated[
-        Literal["slice", "pca", "auto"], typer.Option(help="first, principal, or what keeps more")
+        Literal["slice", "pca", "auto"],
+        typer.Option(
+            help="keep the first dimensions, the principal ones, or those that keep more",
+            rich_help_panel=BUILD,
+        ),
     ] = "slice",
     vectors: Annotated[
         Literal["float32", "int8", "int4", "binary", "rabitq", "pq"] | None,
         typer.Option(
-            help="how a vector is stored; float32 when left out, or what keeps most with --bytes"
+            help="how a vector is stored; float32 when left out, or what keeps most with --bytes",
+            rich_help_panel=BUILD,
         ),
     ] = None,
     n_bytes: Annotated[
         int | None,
         typer.Option(
-            "--bytes", min=1, help="bytes of a stored vector; chooses dimensions and code together"
+            "--bytes",
+            min=1,
+            help="bytes of a stored vector; chooses dimensions and code together",
+            rich_help_panel=BUILD,
         ),
     ] = None,
-    rescore: Annotated[int, typer.Option(min=1, help="candidates per result on codes")] = 4,
+    rescore: Annotated[
+        int,
+        typer.Option(
+            min=1, help="candidates that the codes give for each result", rich_help_panel=BUILD
+        ),
+    ] = 4,
     bits: Annotated[
-        int | None, typer.Option(min=1, max=8, help="bits a dimension, with --vectors rabitq")
+        int | None,
+        typer.Option(
+            min=1, max=8, help="bits a dimension, with --vectors rabitq", rich_help_panel=BUILD
+        ),
     ] = None,
     centred: Annotated[
         bool,
-        typer.Option("--centred", help="with --vectors binary: subtract the mean before signs"),
+        typer.Option(
+            "--centred",
+            help="with --vectors binary: subtract the mean before signs",
+            rich_help_panel=BUILD,
+        ),
     ] = False,
     hub_dir: HubDir = None,
     device: Device = "auto",
@@ -162,7 +188,9 @@ def export(
     artifact: Annotated[str, typer.Argument(help="artifact folder, or ORG/NAME")],
     out: Annotated[Path, typer.Argument(help="folder to make")],
     hub_dir: HubDir = None,
-    revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="commit or tag on the Hub", rich_help_panel=BUILD)
+    ] = None,
 ) -> None:
     """Write an artifact as a folder that Sentence Transformers opens with backend="openvino".
 
@@ -200,23 +228,28 @@ def inspect(
     layers: Annotated[
         bool,
         typer.Option(
-            "--layers", help="of an artifact: a line for each layer", rich_help_panel=OUTPUT
+            "--layers", help="show a line for each layer of an artifact", rich_help_panel=OUTPUT
         ),
     ] = False,
     effort: EffortOption = None,
     embed_int8: EmbedInt8 = False,
     format: FormatOption = None,
     hub_dir: HubDir = None,
-    revision: Annotated[str | None, typer.Option(help="commit or tag on the Hub")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="commit or tag on the Hub", rich_help_panel=BUILD)
+    ] = None,
     family: Family = None,
     dtype: KeptDtype = "bfloat16",
     activation_gb: ActivationGb = 4,
     device: Annotated[
         str,
         typer.Option(
-            help="auto, cpu, cuda or cuda:N; this machine need not have it", callback=known_device
+            help="auto, cpu, cuda or cuda:N, which this machine may lack",
+            callback=known_device,
+            rich_help_panel=WHERE,
         ),
     ] = "auto",
+    kernels: Kernels = "deterministic",
     as_json: AsJson = False,
 ) -> None:
     """Show what a model is and what every recipe would make of it, before anything is built.
@@ -242,6 +275,7 @@ def inspect(
         recipe=wanted,
         dtype=dtype,
         device=device,
+        kernels=kernels,
         activation_bytes=int(activation_gb * 2**30),
     )
     if as_json:

@@ -12,7 +12,18 @@ import typer
 from rich.filesize import decimal
 
 from gteopt.cli.errors import fail
-from gteopt.cli.options import AsJson, Device, HubDir, finite
+from gteopt.cli.options import (
+    EMBED,
+    FIND,
+    JOB,
+    OUTPUT,
+    WHERE,
+    AsJson,
+    Device,
+    HubDir,
+    Kernels,
+    finite,
+)
 from gteopt.cli.output import print_json, show_progress, stderr, stdout
 from gteopt.errors import InputError
 
@@ -36,97 +47,162 @@ def embed(
             "jsonl, csv, tsv, parquet, txt, arrow; a BEIR folder"
         ),
     ],
-    model: Annotated[str, typer.Option(help="artifact folder, 'nano', or ORG/NAME")],
+    model: Annotated[
+        str, typer.Option(help="artifact folder, 'nano', or ORG/NAME", rich_help_panel=EMBED)
+    ],
     out: Annotated[
-        str, typer.Option(help="folder of the vectors, here or s3://, gs://; goes on where it is")
+        str,
+        typer.Option(
+            help="folder of the vectors, here or on s3:// or gs://",
+            rich_help_panel=OUTPUT,
+        ),
     ],
     text: Annotated[
         str | None,
-        typer.Option(help='column, or a template of columns: "{title} {body}"; text when left out'),
+        typer.Option(
+            help='column, or a template of columns: "{title} {body}"; text when left out',
+            rich_help_panel=EMBED,
+        ),
     ] = None,
     id: Annotated[
-        str | None, typer.Option(help="column to copy as id; FILE:ROW when left out")
+        str | None,
+        typer.Option(help="column to copy as id; FILE:ROW when left out", rich_help_panel=EMBED),
     ] = None,
     keep: Annotated[
-        str | None, typer.Option(help="columns to copy beside the vector", metavar="COL,COL")
+        str | None,
+        typer.Option(
+            help="columns to copy beside the vector", metavar="COL,COL", rich_help_panel=EMBED
+        ),
     ] = None,
     role: Annotated[
-        Literal["document", "query"], typer.Option(help="which prompt the texts get")
+        Literal["document", "query"],
+        typer.Option(help="which prompt the texts get", rich_help_panel=EMBED),
     ] = "document",
-    instruction: Annotated[str | None, typer.Option(help="of --role query")] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(help="what the queries are for, with --role query", rich_help_panel=EMBED),
+    ] = None,
     long: Annotated[
         str,
         typer.Option(
             help="texts beyond the model's length: error (a dead letter), truncate, or "
-            "chunk[:TOKENS[:OVERLAP]]"
+            "chunk[:TOKENS[:OVERLAP]]",
+            rich_help_panel=EMBED,
         ),
     ] = "truncate",
     pool: Annotated[
-        Literal["none", "mean"], typer.Option(help="of chunks: one mean vector a document")
+        Literal["none", "mean"],
+        typer.Option(
+            help="mean stores one vector for all chunks of a document", rich_help_panel=EMBED
+        ),
     ] = "none",
     code: Annotated[
         Literal["artifact", "float32", "float16"],
-        typer.Option(help="of stored vectors; `gteopt truncate` fits smaller ones"),
+        typer.Option(
+            help="code of the vectors; `gteopt truncate` fits smaller ones", rich_help_panel=OUTPUT
+        ),
     ] = "artifact",
     vector_type: Annotated[
         Literal["list", "fixed_size_list"],
-        typer.Option(help="Parquet type of the vectors; every reader takes list"),
+        typer.Option(
+            help="Parquet type of the vectors; every reader takes list", rich_help_panel=OUTPUT
+        ),
     ] = "list",
     export: Annotated[
         list[str] | None,
         typer.Option(
             help="also write: npy, faiss-flat, faiss-hnsw, faiss-ivf or lance",
             metavar="FORM",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="texts computed together")] = 32,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="texts computed together", rich_help_panel=WHERE)
+    ] = 32,
     shard_rows: Annotated[
-        int, typer.Option(min=1, help="rows in a shard: what a lost machine costs at most")
+        int,
+        typer.Option(
+            min=1, help="rows in a shard; a lost machine costs one at most", rich_help_panel=OUTPUT
+        ),
     ] = 4096,
     dtype: Annotated[
-        str, typer.Option(help="the model computes in; its own when left out")
+        str,
+        typer.Option(help="number type that the model computes in", rich_help_panel=WHERE),
     ] = "auto",
     backend: Annotated[
-        Literal["torch", "openvino"], typer.Option(help="what computes the model")
+        Literal["torch", "openvino"],
+        typer.Option(help="what computes the model", rich_help_panel=WHERE),
     ] = "torch",
+    kernels: Kernels = "deterministic",
     device: Device = "auto",
     devices: Annotated[
         str | None,
-        typer.Option(help="one process a device: cuda:0,cuda:1, or cpu,cpu", metavar="LIST"),
+        typer.Option(
+            help="one process a device: cuda:0,cuda:1, or cpu,cpu",
+            metavar="LIST",
+            rich_help_panel=WHERE,
+        ),
     ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
-            help="on a Ray cluster: auto (this machine's), HOST:PORT, or local",
+            help="embed on a Ray cluster: auto (this machine's), HOST:PORT, or local",
             metavar="auto|ADDRESS",
+            rich_help_panel=WHERE,
         ),
     ] = None,
     actors: Annotated[
-        str | None, typer.Option(help="on Ray: N, or MIN-MAX as nodes come and go")
+        str | None,
+        typer.Option(
+            help="workers on Ray: N, or MIN-MAX as nodes come and go", rich_help_panel=WHERE
+        ),
     ] = None,
-    grow: Annotated[bool, typer.Option("--grow", help="add new files to a job")] = False,
+    grow: Annotated[
+        bool, typer.Option("--grow", help="add new files to a job", rich_help_panel=JOB)
+    ] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="embed shards with dead letters again")
+        bool,
+        typer.Option(
+            "--retry-failed", help="embed shards with dead letters again", rich_help_panel=JOB
+        ),
     ] = False,
     unique_ids: Annotated[
-        bool, typer.Option("--unique-ids", help="refuse ids that are there twice")
+        bool,
+        typer.Option("--unique-ids", help="refuse ids that are there twice", rich_help_panel=JOB),
     ] = False,
     max_bad: Annotated[
-        int, typer.Option(min=0, help="dead letters beyond which the exit code is 3")
+        int,
+        typer.Option(
+            min=0, help="dead letters beyond which the exit code is 3", rich_help_panel=JOB
+        ),
     ] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="tell tokens, hours, dollars and bytes; stop")
+        bool,
+        typer.Option(
+            "--dry-run", help="tell tokens, hours, dollars and bytes, and stop", rich_help_panel=JOB
+        ),
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="check a finished folder and embed 64 rows again")
+        bool,
+        typer.Option(
+            "--verify", help="check a finished folder and embed 64 rows again", rich_help_panel=JOB
+        ),
     ] = False,
     price_per_hour: Annotated[
         float | None,
-        typer.Option(min=0, callback=finite, help="of all devices together, in dollars"),
+        typer.Option(
+            min=0,
+            callback=finite,
+            help="price of all devices together in dollars",
+            rich_help_panel=JOB,
+        ),
     ] = None,
     hub_dir: HubDir = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="print events on stdout, a JSON object a line")
+        bool,
+        typer.Option(
+            "--json", help="print events on stdout, a JSON object a line", rich_help_panel=OUTPUT
+        ),
     ] = False,
 ) -> None:
     """Embed a corpus, exactly once; the same command goes on after a crash.
@@ -151,6 +227,7 @@ def embed(
         "shard_rows": shard_rows,
         "dtype": dtype,
         "backend": backend,
+        "kernels": kernels,
         "device": device,
         "devices": devices,
         "ray": ray,
@@ -198,22 +275,34 @@ def embed(
 
 
 def search(
-    folder: Annotated[str, typer.Argument(help="made by `gteopt embed`")],
+    folder: Annotated[str, typer.Argument(help="folder that `gteopt embed` has made")],
     query: Annotated[list[str] | None, typer.Argument(help="what is looked for")] = None,
     queries: Annotated[
-        Path | None, typer.Option(help="a file of queries, one a line", metavar="FILE")
+        Path | None,
+        typer.Option(help="a file of queries, one a line", metavar="FILE", rich_help_panel=FIND),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="rows a query")] = 10,
-    instruction: Annotated[str | None, typer.Option(help="of the queries")] = None,
+    top: Annotated[
+        int, typer.Option(min=1, help="rows that each query gets", rich_help_panel=FIND)
+    ] = 10,
+    instruction: Annotated[
+        str | None, typer.Option(help="what the queries are for", rich_help_panel=FIND)
+    ] = None,
     model: Annotated[
-        str | None, typer.Option(help="where the model lies now, if it has moved")
+        str | None,
+        typer.Option(help="where the model lies now, if it has moved", rich_help_panel=FIND),
     ] = None,
     index: Annotated[
-        bool, typer.Option("--index", help="search index.faiss instead of every vector")
+        bool,
+        typer.Option(
+            "--index", help="search index.faiss instead of every vector", rich_help_panel=FIND
+        ),
     ] = False,
     compare: Annotated[
         str | None,
-        typer.Option(help="another variant's folder: which rows found does it find, too"),
+        typer.Option(
+            help="folder of another variant: tell which of these rows it finds",
+            rich_help_panel=FIND,
+        ),
     ] = None,
     hub_dir: HubDir = None,
     device: Device = "auto",

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from gteopt.cli.options import (
-    JUDGES,
     AsCsv,
     AsJson,
     AsMarkdown,
@@ -17,6 +16,8 @@ from gteopt.cli.options import (
     Device,
     HubDir,
     Languages,
+    OwnData,
+    OwnTexts,
     PolicyName,
     SuiteName,
 )
@@ -27,6 +28,7 @@ from gteopt.cli.output import (
     show_list,
     show_progress,
     show_results,
+    stderr,
     stdout,
     style_of,
 )
@@ -92,15 +94,10 @@ def report(
 
 def compare(
     first: Annotated[str, typer.Argument(help="an artifact, or a results folder")],
-    second: Annotated[str, typer.Argument(help="another of the same kind")],
+    second: Annotated[str, typer.Argument(help="a second one of the same kind")],
     suite: SuiteName = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="own labels: a BEIR folder, or a table", rich_help_panel=JUDGES),
-    ] = None,
-    texts: Annotated[
-        Path | None, typer.Option(help="own texts without labels", rich_help_panel=JUDGES)
-    ] = None,
+    data: OwnData = None,
+    texts: OwnTexts = None,
     columns: Columns = None,
     languages: Languages = None,
     hub_dir: HubDir = None,
@@ -111,18 +108,19 @@ def compare(
 ) -> None:
     """Put two artifacts or two results folders side by side.
 
-    With data, the second artifact is scored against the first; differences have intervals.
+    With data, the second artifact is scored against the first. Of two results folders, variants of
+    the same name are compared item by item. Differences have intervals.
 
     Example: `gteopt compare artifacts/nano-int4 artifacts/nano-int8 --suite mini`
     """
     style = style_of(as_json, as_csv, as_markdown)
     roles = parse_columns(columns)
-    check_own_data(data, texts, suite, roles)
+    data = check_own_data(data, texts, suite, roles, hub_dir)
     say("importing torch and the evaluation library")
     from gteopt.commands.compare import compare as side_by_side
     from gteopt.commands.evaluate import Setup
     from gteopt.commands.optimize import Judges
-    from gteopt.report.compare import comparison_rows
+    from gteopt.report.compare import comparison_rows, item_rows
     from gteopt.report.terminal import eval_table, fidelity_table
 
     judges = None
@@ -138,11 +136,16 @@ def compare(
         )
     rows = comparison_rows(found.names, found.manifests, found.results)
     if style == "json":
-        measured = [*found.evals.values(), *found.fidelity.values()]
+        measured = [*found.evals.values(), *found.fidelity.values(), *found.items.values()]
         records = [json.loads(record.model_dump_json(by_alias=True)) for record in measured]
         print_json({"rows": rows, "measured": records})
         return
     show_list("side by side", rows, style)
+    if found.items:
+        title = f"{found.names[1]} against {found.names[0]}, item by item"
+        show_list(title, item_rows(found.items, found.names), style)
+    for note in found.notes:
+        stderr.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if found.evals:
         print_table(eval_table(found.evals), style)
     if found.fidelity:

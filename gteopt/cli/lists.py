@@ -78,7 +78,7 @@ def plans(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdow
 
 def init(
     kind: Annotated[
-        Literal["recipe", "policy", "plan", "suite"], typer.Argument(help="what to begin")
+        Literal["recipe", "policy", "plan", "suite"], typer.Argument(help="kind of file to write")
     ],
     out: Annotated[
         Path | None,

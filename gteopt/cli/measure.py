@@ -13,6 +13,10 @@ import typer
 
 from gteopt.cli.names import names_of
 from gteopt.cli.options import (
+    JUDGES,
+    MEASURE,
+    OUTPUT,
+    WHERE,
     Artifacts,
     AsCsv,
     AsJson,
@@ -23,7 +27,10 @@ from gteopt.cli.options import (
     Device,
     Devices,
     HubDir,
+    Kernels,
     Languages,
+    OwnData,
+    OwnTexts,
     PlanName,
     Ray,
     SuiteName,
@@ -53,10 +60,17 @@ if TYPE_CHECKING:
 
 def run(
     plan: PlanName,
-    out: Annotated[Path | None, typer.Option(help="results folder instead of the plan's")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="results folder instead of the plan's", rich_help_panel=OUTPUT),
+    ] = None,
     price_per_hour: Annotated[
         float | None,
-        typer.Option(min=0, help="of this machine in dollars, instead of the plan's"),
+        typer.Option(
+            min=0,
+            help="price of this machine in dollars, instead of the plan's",
+            rich_help_panel=MEASURE,
+        ),
     ] = None,
     hub_dir: HubDir = None,
     device: Device = "auto",
@@ -98,53 +112,77 @@ def run(
 def bench(
     artifacts: Artifacts,
     baseline: Annotated[
-        str | None, typer.Option(help="what ratios refer to; the first artifact when left out")
+        str | None,
+        typer.Option(
+            help="what ratios refer to; the first artifact when left out", rich_help_panel=MEASURE
+        ),
     ] = None,
     dummy_weights: Annotated[
         bool,
         typer.Option(
             "--dummy-weights",
-            help="build the one model named, of a published shape, with random weights, and the "
-            "recipes of it",
+            help="build the model named, of a published shape, with random weights",
+            rich_help_panel=MEASURE,
         ),
     ] = False,
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="with --dummy-weights: rtn-int8, rtn-int4 and nf4 when left out"),
+        typer.Option(
+            help="with --dummy-weights: rtn-int8, rtn-int4 and nf4 when left out",
+            rich_help_panel=MEASURE,
+        ),
     ] = None,
     layers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="with --dummy-weights: build so many blocks; all that fit when left out"
+            min=1,
+            help="with --dummy-weights: blocks to build; all that fit when left out",
+            rich_help_panel=MEASURE,
         ),
     ] = None,
     workload: Annotated[
         list[str] | None,
         typer.Option(
-            help="TEXTSxTOKENS, or TEXTSx~TOKENS for log-normal lengths of that median; or a set, "
-            "without the lengths that the model does not take: short (32x32, 32x128, 8x512; the "
-            "default on a CPU), long (128x128, 32x512, 8x2048, 2x8192, 1x32768, 128x~128; the "
-            "default on a GPU)"
+            help="TEXTSxTOKENS (8x128), lengths around a median (64x~128), or a set: short, long",
+            metavar="SHAPE",
+            rich_help_panel=MEASURE,
         ),
     ] = None,
-    query_tokens: Annotated[int, typer.Option(min=1, help="of the single query")] = 16,
-    queries: Annotated[int, typer.Option(min=10, help="single queries that are timed")] = 50,
-    repeats: Annotated[int, typer.Option(min=1, help="counted runs of each workload")] = 5,
+    query_tokens: Annotated[
+        int, typer.Option(min=1, help="length of the single query", rich_help_panel=MEASURE)
+    ] = 16,
+    queries: Annotated[
+        int, typer.Option(min=10, help="single queries that are timed", rich_help_panel=MEASURE)
+    ] = 50,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="runs of each workload that count", rich_help_panel=MEASURE)
+    ] = 5,
     price_per_hour: Annotated[
         float | None,
         typer.Option(
-            min=0, callback=finite, help="of this machine in dollars: gives cost per tokens"
+            min=0,
+            callback=finite,
+            help="price of this machine in dollars; it gives the cost of tokens",
+            rich_help_panel=MEASURE,
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="results folder: adds to its bench.json")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="results folder: adds to its bench.json", rich_help_panel=OUTPUT),
+    ] = None,
     hub_dir: HubDir = None,
     device: Device = "auto",
     backend: BackendOption = "torch",
+    kernels: Kernels = "deterministic",
     as_json: AsJson = False,
     as_csv: AsCsv = False,
     as_markdown: AsMarkdown = False,
 ) -> None:
     """Measure speed and memory, each artifact interleaved with the baseline.
+
+    The set short, the default on a CPU, is 32x32, 32x128 and 8x512. The set long, the default on a
+    GPU, is 128x128, 32x512, 8x2048, 2x8192, 1x32768 and 128x~128. A set leaves out lengths that the
+    model does not take.
 
     Example: `gteopt bench artifacts/nano-int4 --baseline nano --out artifacts/results`
     """
@@ -178,6 +216,7 @@ def bench(
                 skip_too_long=skip,
                 device=device,
                 backend=backend,
+                kernels=kernels,
             )
         else:
             report = measure(
@@ -190,6 +229,7 @@ def bench(
                 skip_too_long=skip,
                 device=device,
                 backend=backend,
+                kernels=kernels,
             )
     show_record(report, bench_table(report), style)
     if style != "table":
@@ -254,47 +294,54 @@ def evaluate(
     context: typer.Context,
     artifacts: Artifacts,
     suite: SuiteName = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="own labels as one more task: a BEIR folder, or a table of pairs or passages"
-        ),
-    ] = None,
-    texts: Annotated[
-        Path | None, typer.Option(help="own texts without labels, one a line: fidelity alone")
-    ] = None,
+    data: OwnData = None,
+    texts: OwnTexts = None,
     columns: Columns = None,
     examples: Annotated[
         bool,
         typer.Option(
             "--examples",
             help="with --texts: put the texts whose neighbours changed most, in clear, into --out",
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     languages: Languages = None,
     instruction: Annotated[
-        str | None, typer.Option(help="what the queries of --data are for")
+        str | None, typer.Option(help="what the queries of --data are for", rich_help_panel=JUDGES)
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(help="the base to judge against; the artifacts' own when left out"),
+        typer.Option(
+            help="the base to judge against; the artifacts' own when left out",
+            rich_help_panel=JUDGES,
+        ),
     ] = None,
     dims: Annotated[
         str | None,
-        typer.Option(help="lengths to score each in, from the same encodings: 256,128,64"),
+        typer.Option(
+            help="lengths to score each in, from the same encodings: 256,128,64",
+            rich_help_panel=MEASURE,
+        ),
     ] = None,
     vectors: Annotated[
-        str | None, typer.Option(help="codes to score each length in: float32,int8,binary")
+        str | None,
+        typer.Option(
+            help="codes to score each length in: float32,int8,binary", rich_help_panel=MEASURE
+        ),
     ] = None,
     margin: Annotated[
         float,
-        typer.Option(help="a difference of scores, 0 to 1, that does not matter; see policies"),
+        typer.Option(
+            help="a difference of scores, 0 to 1, that does not matter; see policies",
+            rich_help_panel=JUDGES,
+        ),
     ] = 0.01,
     per_row: Annotated[
         bool,
         typer.Option(
             "--per-row",
             help="verdicts hold for each row alone; without it, for all rows of the table together",
+            rich_help_panel=JUDGES,
         ),
     ] = False,
     protocol: Annotated[
@@ -303,26 +350,42 @@ def evaluate(
             help="score as a model's authors do: gte-authors, e5-authors, or a file",
             callback=known_file("eval/protocols"),
             autocompletion=names_of("eval/protocols"),
+            rich_help_panel=JUDGES,
         ),
     ] = None,
     domain: Annotated[
-        str | None, typer.Option(help="only tasks of one of these domains of mteb: legal,medical")
+        str | None,
+        typer.Option(
+            help="only tasks of one of these domains of mteb: legal,medical", rich_help_panel=JUDGES
+        ),
     ] = None,
     budget: Budget = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="say what would be encoded, how long it takes, and stop"),
+        typer.Option(
+            "--dry-run",
+            help="say what would be encoded, how long it takes, and stop",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     price_per_hour: Annotated[
         float | None,
-        typer.Option(min=0, callback=finite, help="with --dry-run: of this machine in dollars"),
+        typer.Option(
+            min=0,
+            callback=finite,
+            help="price of this machine in dollars, with --dry-run",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="results folder; makes runs resumable")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="results folder; makes runs resumable", rich_help_panel=OUTPUT),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
-            help="that models compute in: bfloat16 or float32; auto is bfloat16 for a base, for an "
-            "artifact what it was built in"
+            help="models compute in bfloat16 or float32; auto is that of the artifact's build",
+            rich_help_panel=WHERE,
         ),
     ] = "auto",
     cache_gb: Annotated[
@@ -330,16 +393,21 @@ def evaluate(
         typer.Option(
             min=0,
             callback=finite,
-            help="most that cached vectors take; those of earlier tasks make room first",
+            help="most disk for cached vectors; those of earlier tasks go first",
+            rich_help_panel=WHERE,
         ),
     ] = 20,
     cache_dtype: Annotated[
         Literal["float16", "float32"],
-        typer.Option(help="of cached vectors; float32 for scores to the sixth digit"),
+        typer.Option(
+            help="how vectors are cached; float32 keeps scores to the sixth digit",
+            rich_help_panel=WHERE,
+        ),
     ] = "float16",
     hub_dir: HubDir = None,
     device: Device = "auto",
     backend: BackendOption = "torch",
+    kernels: Kernels = "deterministic",
     devices: Devices = None,
     ray: Ray = None,
     as_json: AsJson = False,
@@ -354,7 +422,7 @@ def evaluate(
     roles = parse_columns(columns)
     if suite is None and data is None and texts is None:
         raise InputError("nothing to evaluate on; give --suite, --data or --texts")
-    check_own_data(data, texts, suite, roles)
+    data = check_own_data(data, texts, suite, roles, hub_dir)
     if examples and (texts is None or out is None):
         raise InputError("--examples shows texts of --texts in the results folder; give --out, too")
     from gteopt.evaluation.data_check import check_data
@@ -402,6 +470,7 @@ def evaluate(
             device=device,
             dtype=dtype,
             backend=backend,
+            kernels=kernels,
             grid=grid,
             workers=workers,
             options=options,

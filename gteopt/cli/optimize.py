@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from gteopt.cli.options import (
-    JUDGES,
     LIMITS,
     OUTPUT,
     WHERE,
@@ -21,6 +20,8 @@ from gteopt.cli.options import (
     Device,
     HubDir,
     Languages,
+    OwnData,
+    OwnTexts,
     SuiteName,
     finite,
 )
@@ -33,20 +34,8 @@ if TYPE_CHECKING:
 
 def optimize(
     model: Base,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="own labels: a BEIR folder, or a table of pairs or of queries with passages",
-            rich_help_panel=JUDGES,
-        ),
-    ] = None,
-    texts: Annotated[
-        Path | None,
-        typer.Option(
-            help="own texts without labels: closeness to the baseline decides",
-            rich_help_panel=JUDGES,
-        ),
-    ] = None,
+    data: OwnData = None,
+    texts: OwnTexts = None,
     columns: Columns = None,
     suite: SuiteName = None,
     languages: Languages = None,
@@ -68,11 +57,11 @@ def optimize(
         typer.Option(help="bulk speed beside the baseline's: 1.5x", rich_help_panel=LIMITS),
     ] = None,
     max_vector_bytes: Annotated[
-        str | None, typer.Option(help="of one stored vector: 256B", rich_help_panel=LIMITS)
+        str | None, typer.Option(help="size of one stored vector: 256B", rich_help_panel=LIMITS)
     ] = None,
     max_index: Annotated[
         str | None,
-        typer.Option(help="all vectors together, with --for: 10GB", rich_help_panel=LIMITS),
+        typer.Option(help="size of all vectors, with --for: 10GB", rich_help_panel=LIMITS),
     ] = None,
     n_vectors: Annotated[
         str | None,
@@ -89,13 +78,13 @@ def optimize(
     price_per_hour: Annotated[
         float | None,
         typer.Option(
-            min=0, callback=finite, help="of the machine, in dollars", rich_help_panel=LIMITS
+            min=0, callback=finite, help="price of the machine in dollars", rich_help_panel=LIMITS
         ),
     ] = None,
     min_quality: Annotated[
         str | None,
         typer.Option(
-            help="score kept for sure (95 % interval), or neighbours kept without labels: 99%",
+            help="score kept for sure, or neighbours kept without labels: 99%",
             rich_help_panel=LIMITS,
         ),
     ] = None,
@@ -107,11 +96,16 @@ def optimize(
     ] = "size",
     engine: Annotated[
         Literal["any", "sentence-transformers", "transformers", "vllm", "gteopt", "openvino"],
-        typer.Option(help="what has to open the pick", rich_help_panel=WHERE),
+        typer.Option(
+            help="what opens the pick: any, sentence-transformers, transformers, vllm, gteopt, "
+            "openvino",
+            metavar="ENGINE",
+            rich_help_panel=WHERE,
+        ),
     ] = "any",
     effort: Annotated[
         Literal["fast", "standard", "best"],
-        typer.Option(help="of the builds that are measured in full", rich_help_panel=WHERE),
+        typer.Option(help="effort of the builds that are measured in full", rich_help_panel=WHERE),
     ] = "fast",
     hub_dir: HubDir = None,
     device: Device = "auto",
@@ -149,7 +143,7 @@ def optimize(
     )
     limits.policy(labelled=texts is None)  # refuses wrong amounts before anything is imported
     roles = parse_columns(columns)
-    check_own_data(data, texts, suite, roles)
+    data = check_own_data(data, texts, suite, roles, hub_dir)
     say("importing torch and the evaluation library")
     from gteopt.commands.optimize import Judges, Search, carry_out, propose
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 JUDGES, LIMITS, WHERE = "What to judge on", "Limits", "Where to compute"
 MEASURE, BUILD, OUTPUT = "What to measure", "What to build", "Output"
+EMBED, JOB, FIND = "What to embed", "The job", "What to find"
+LISTEN, PUBLISH = "The server", "What to publish"
 """Groups of options in a command's help."""
 
 
@@ -62,6 +64,22 @@ Device = Annotated[
     str,
     typer.Option(help="auto, cpu, cuda or cuda:N", callback=known_device, rich_help_panel=WHERE),
 ]
+OwnData = Annotated[
+    Path | None,
+    typer.Option(
+        help="own labels: a BEIR folder, a table of pairs or passages, or ORG/NAME of a data set",
+        metavar="FILE|FOLDER|NAME",
+        rich_help_panel=JUDGES,
+    ),
+]
+OwnTexts = Annotated[
+    Path | None,
+    typer.Option(
+        help="own texts without labels, one a line: closeness to the baseline decides",
+        metavar="FILE",
+        rich_help_panel=JUDGES,
+    ),
+]
 Columns = Annotated[
     str | None,
     typer.Option(
@@ -73,7 +91,7 @@ Columns = Annotated[
 Languages = Annotated[
     str | None,
     typer.Option(
-        help="of the suite, those that are scored: en,fr",
+        help="score the suite in these languages alone: en,fr",
         metavar="CODE,...",
         rich_help_panel=JUDGES,
     ),
@@ -118,6 +136,7 @@ PolicyName = Annotated[
         help="a shipped policy (`gteopt policies`), or a file",
         callback=known_file("recipes/policies"),
         autocompletion=names_of("recipes/policies"),
+        rich_help_panel=LIMITS,
     ),
 ]
 PlanName = Annotated[
@@ -131,7 +150,7 @@ PlanName = Annotated[
 HubDir = Annotated[
     Path | None,
     typer.Option(
-        help="read models and data sets from DIR/ORG/NAME; the network is never touched",
+        help="models and data sets lie in DIR/ORG/NAME; the network is never used",
         envvar="GTEOPT_HUB_DIR",
         metavar="DIR",
         rich_help_panel=WHERE,
@@ -141,6 +160,14 @@ BackendOption = Annotated[
     Literal["torch", "openvino"],
     typer.Option(
         help="what computes the variants: openvino is faster on a CPU with VNNI or AMX",
+        rich_help_panel=WHERE,
+    ),
+]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        "--kernels",
+        help="products of quantized layers on a CPU: deterministic, measured, decoded, or a name",
         rich_help_panel=WHERE,
     ),
 ]
@@ -173,15 +200,14 @@ AsMarkdown = Annotated[
 Family = Annotated[
     str | None,
     typer.Option(
-        help="family of the base, where its files do not tell: gte-qwen, qwen3-embedding, ...",
+        help="family of the base, where its files do not tell: gte-qwen",
         rich_help_panel=BUILD,
     ),
 ]
 EffortOption = Annotated[
     Literal["fast", "standard", "best"] | None,
     typer.Option(
-        help="of GPTQ recipes: the solver alone, or tuned on top; standard takes several times "
-        "as long as fast, best four times as long again",
+        help="effort of GPTQ recipes: standard and best also tune, and take longer",
         rich_help_panel=BUILD,
     ),
 ]
@@ -194,7 +220,8 @@ EmbedInt8 = Annotated[
 FormatOption = Annotated[
     Literal["auto", "gptq", "compressed-tensors", "bitsandbytes", "gteopt"] | None,
     typer.Option(
-        help="checkpoint format of the quantized weights; the recipe's own when left out",
+        help="auto, gptq, compressed-tensors, bitsandbytes or gteopt; the recipe's when left out",
+        metavar="FORMAT",
         rich_help_panel=BUILD,
     ),
 ]
@@ -224,7 +251,9 @@ Out = Annotated[
 ]
 Base = Annotated[str, typer.Argument(help="'nano', a folder, or ORG/NAME", callback=known_model)]
 Artifact = Annotated[Path, typer.Argument(help="artifact folder", callback=existing_folder)]
-Repo = Annotated[str, typer.Option(help="ORG/NAME on the model hub", metavar="ORG/NAME")]
+Repo = Annotated[
+    str, typer.Option(help="ORG/NAME on the model hub", metavar="ORG/NAME", rich_help_panel=PUBLISH)
+]
 Artifacts = Annotated[
     list[str], typer.Argument(help="artifact folders, or bases", callback=known_model)
 ]

@@ -46,9 +46,18 @@ def parse_columns(text: str | None) -> dict[ColumnRole, str]:
 
 
 def check_own_data(
-    data: Path | None, texts: Path | None, suite: str | None, columns: dict[ColumnRole, str]
-) -> None:
-    """Refuse data that cannot be read, before large libraries are imported."""
+    data: Path | None,
+    texts: Path | None,
+    suite: str | None,
+    columns: dict[ColumnRole, str],
+    hub_dir: Path | None,
+) -> Path | None:
+    """Refuse data that cannot be read, before large libraries are imported.
+
+    Returns:
+        The file or folder of `--data`, which may have been the name of a data set.
+    """
+    from gteopt.evaluation.hub_tables import local_table
     from gteopt.evaluation.user_data import read_own, read_texts
 
     if texts is not None and (data is not None or suite is not None):
@@ -56,6 +65,8 @@ def check_own_data(
     if columns and data is None and texts is None:
         raise InputError("--columns names the columns of --data or --texts; give one of them")
     if data is not None:
+        data = local_table(data, hub_dir=hub_dir)
         read_own(data, columns)
     if texts is not None:
         read_texts(texts, columns)
+    return data

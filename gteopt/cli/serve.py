@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gteopt.cli.options import BackendOption, Device, HubDir, finite
+from gteopt.cli.options import LIMITS, LISTEN, WHERE, BackendOption, Device, HubDir, Kernels, finite
 from gteopt.cli.output import stderr, stdout
 
 if TYPE_CHECKING:
@@ -22,17 +22,32 @@ def serve(
         typer.Argument(help="artifact folders or bases; NAME=ARTIFACT to choose the model's name"),
     ],
     host: Annotated[
-        str, typer.Option(help="address to listen at; 0.0.0.0 is every network of this machine")
+        str,
+        typer.Option(
+            help="address; 0.0.0.0 is every network",
+            rich_help_panel=LISTEN,
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="port; 0 is any free one", rich_help_panel=LISTEN)
+    ] = 8000,
     api_keys: Annotated[
         Path | None,
-        typer.Option(help="file with a key a line; only these may ask", metavar="FILE"),
+        typer.Option(
+            help="file of keys, one a line; nobody else may ask",
+            metavar="FILE",
+            rich_help_panel=LISTEN,
+        ),
     ] = None,
     backend: BackendOption = "torch",
+    kernels: Kernels = "deterministic",
     device: Device = "auto",
     dtype: Annotated[
-        str, typer.Option(help="auto is what an artifact was built in, bfloat16 for a base")
+        str,
+        typer.Option(
+            help="number type; auto is that of the artifact's build, or bfloat16",
+            rich_help_panel=WHERE,
+        ),
     ] = "auto",
     hub_dir: HubDir = None,
     max_queue_seconds: Annotated[
@@ -40,30 +55,49 @@ def serve(
         typer.Option(
             min=0.1,
             callback=finite,
-            help="seconds of work that may wait; what comes then is told when to come back",
+            help="seconds of work that may wait; later requests are told to come back",
+            rich_help_panel=LIMITS,
         ),
     ] = 30,
     max_batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="tokens computed together; measured when left out")
+        int | None,
+        typer.Option(
+            min=1, help="tokens computed together; measured when left out", rich_help_panel=LIMITS
+        ),
     ] = None,
     cache_mb: Annotated[
-        int, typer.Option(min=0, help="memory for vectors of texts that were asked for before")
+        int,
+        typer.Option(
+            min=0,
+            help="memory for vectors of texts that were asked for before",
+            rich_help_panel=LIMITS,
+        ),
     ] = 0,
     decode_tokens: Annotated[
         str | None,
         typer.Option(
-            help="read token ids as this tokenizer of OpenAI's, cl100k_base say", metavar="NAME"
+            help="tokenizer of token ids, cl100k_base say",
+            metavar="NAME",
+            rich_help_panel=LISTEN,
         ),
     ] = None,
     price_per_hour: Annotated[
         float | None,
-        typer.Option(min=0, help="of this machine in dollars, for the cost in /metrics"),
+        typer.Option(
+            min=0,
+            help="price of this machine in dollars, for /metrics",
+            rich_help_panel=LISTEN,
+        ),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(help="web page that may ask from a browser", metavar="ORIGIN"),
+        typer.Option(
+            help="web page whose scripts may ask", metavar="ORIGIN", rich_help_panel=LISTEN
+        ),
     ] = None,
-    log_requests: Annotated[bool, typer.Option(help="log a line a request")] = False,
+    log_requests: Annotated[
+        bool, typer.Option(help="log a line for each request", rich_help_panel=LISTEN)
+    ] = False,
 ) -> None:
     """Serve artifacts as an OpenAI-compatible embeddings API.
 
@@ -96,7 +130,13 @@ def serve(
         )
     log_to(sys.stderr)
     place = Place(
-        host=host, port=port, device=device, dtype=dtype, backend=backend, hub_dir=hub_dir
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        kernels=kernels,
+        hub_dir=hub_dir,
     )
     stderr.print(f"loading {', '.join(artifacts)}", style="dim", markup=False, soft_wrap=True)
     code = run(artifacts, place, settings, keys, on_ready=_show_served)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gteopt.cli.options import Artifact, AsJson, Repo
+from gteopt.cli.options import OUTPUT, PUBLISH, Artifact, AsJson, Repo
 from gteopt.cli.output import show_manifest, show_publication, stderr
 from gteopt.errors import InputError
 
@@ -17,21 +17,38 @@ def publish(
     repo: Repo,
     results: Annotated[
         Path | None,
-        typer.Option(help="folder with bench.json and eval/ of this artifact, for its card"),
+        typer.Option(
+            help="results folder that measured this artifact, for its card", rich_help_panel=PUBLISH
+        ),
     ] = None,
     license: Annotated[
         str | None,
-        typer.Option(help="the base's license, where the base does not say or gteopt asks"),
+        typer.Option(
+            help="license of the base, where the base states none",
+            rich_help_panel=PUBLISH,
+        ),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="make the repository private when it is created")
+        bool,
+        typer.Option(
+            "--private",
+            help="make the repository private when it is created",
+            rich_help_panel=PUBLISH,
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="write the folder that would be sent; no network")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="write the folder that would be sent; no network",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="of --dry-run: where; ARTIFACT-published when left out"),
+        typer.Option(
+            help="folder of --dry-run; ARTIFACT-published when left out", rich_help_panel=OUTPUT
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -70,9 +87,14 @@ def publish(
 def pull(
     repo: Annotated[str, typer.Argument(help="ORG/NAME on the model hub")],
     out: Annotated[
-        Path | None, typer.Option(help="folder of the artifact; artifacts/NAME when left out")
+        Path | None,
+        typer.Option(
+            help="folder of the artifact; artifacts/NAME when left out", rich_help_panel=OUTPUT
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="branch, tag or commit", rich_help_panel=PUBLISH)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring a published artifact and check every file against its manifest.

@@ -215,7 +215,8 @@ def measure(
             hashes = {old.baseline: hashes[baseline], **_without(hashes, baseline)}
             baseline = old.baseline
         device, backend = options.get("device", "auto"), options.get("backend", "torch")
-        now = _Conditions(spec, str(pick_device(device)), backend, baseline, hashes[baseline])
+        place = str(pick_device(device)), backend, options.get("kernels", "deterministic")
+        now = _Conditions(spec, *place, baseline, hashes[baseline])
         if problems := now.differences(old):
             _replace_or_refuse(old, file, sources, problems)
             old = None
@@ -329,6 +330,7 @@ class _Conditions:
     spec: BenchSpec
     device: str
     backend: Backend
+    kernels: str
     baseline: str
     baseline_sha256: str
 
@@ -341,6 +343,7 @@ class _Conditions:
             "device": (old.device, self.device),
             "threads": (old.n_threads, torch.get_num_threads()),
             "backend": (old.versions.get("backend", "torch"), self.backend),
+            "kernels": (old.versions.get("kernels", "deterministic"), self.kernels),
             "baseline": (old.baseline, self.baseline),
             "the baseline's files": (
                 own.artifact_sha256[:12] if own else "none",

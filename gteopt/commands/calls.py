@@ -35,6 +35,7 @@ def bench(
     hub_dir: Path | None = None,
     device: str = "auto",
     backend: Backend = "torch",
+    kernels: str = "deterministic",
     progress: Progress = quiet,
 ) -> BenchReport:
     """Speed and memory of artifacts, each interleaved with the baseline.
@@ -47,6 +48,7 @@ def bench(
         hub_dir: see `load`.
         device: see `load`.
         backend: see `load`.
+        kernels: see `load`; of the variants alone.
         progress: told after each variant.
 
     Raises:
@@ -65,6 +67,7 @@ def bench(
         skip_too_long=spec is None,
         device=device,
         backend=backend,
+        kernels=kernels,
         progress=progress,
     )
 

@@ -13,10 +13,11 @@ from gteopt.commands.evaluate import Setup, compare_texts, score
 from gteopt.commands.optimize import Judges
 from gteopt.commands.run import load_judges
 from gteopt.config.plan import Plan
-from gteopt.errors import InputError
+from gteopt.errors import GteoptError, InputError
+from gteopt.evaluation.compare import compare_item_scores
 from gteopt.model.artifact import is_artifact, read_manifest
 from gteopt.progress import Progress, quiet
-from gteopt.records.evaluation import EvalReport, FidelityReport
+from gteopt.records.evaluation import EvalReport, FidelityReport, ItemComparison
 from gteopt.records.manifest import Manifest
 from gteopt.records.results_folder import Results, read_results
 
@@ -31,6 +32,9 @@ class Comparison:
         evals: scores of the second with the first as baseline: differences have paired intervals.
         fidelity: closeness of the second to the first on texts.
         results: of results folders.
+        items: variants of the same name in both folders, by name; the first folder's scores are the
+            baseline, and differences have paired intervals from the stored scores of single items.
+        notes: variants of both folders that could not be compared so, with the reason.
     """
 
     names: tuple[str, str]
@@ -38,6 +42,8 @@ class Comparison:
     evals: dict[str, EvalReport] = field(default_factory=dict)
     fidelity: dict[str, FidelityReport] = field(default_factory=dict)
     results: tuple[Results, ...] = ()
+    items: dict[str, ItemComparison] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def compare(
@@ -74,7 +80,23 @@ def compare(
         return _measured(names, manifests, named, judges, how or Setup(), progress)
     if any(is_artifact(source) for source in sources):
         raise InputError(f"{first} and {second}: one is an artifact, the other is not")
-    return Comparison(names, results=tuple(read_results(source) for source in sources))
+    items, notes = _from_items(sources[0] / "items", sources[1] / "items")
+    results = tuple(read_results(source) for source in sources)
+    return Comparison(names, results=results, items=items, notes=tuple(notes))
+
+
+def _from_items(first: Path, second: Path) -> tuple[dict[str, ItemComparison], list[str]]:
+    """Comparisons of the variants that both folders have scores of single items of."""
+    found: dict[str, ItemComparison] = {}
+    notes = []
+    for path in sorted(second.glob("*.parquet")):
+        if not (first / path.name).is_file():
+            continue
+        try:
+            found[path.stem] = compare_item_scores(first / path.name, path)
+        except GteoptError as error:
+            notes.append(f"{path.stem}: no interval, because {error}")
+    return found, notes
 
 
 def _names(sources: Sequence[Path]) -> tuple[str, str]:

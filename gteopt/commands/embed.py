@@ -270,6 +270,7 @@ def _loaded(request: Request, where: Where, wishes: Wishes) -> Encoder:
         device=where.device,
         dtype=request.options.dtype,
         backend=request.options.backend,
+        kernels=request.options.kernels,
         hub_dir=wishes.hub_dir,
     )
 

@@ -99,6 +99,7 @@ class Setup:
     Attributes:
         dtype: that models compute in, as `load` takes it.
         backend: of the variants, as `load` takes it; the baseline is torch's.
+        kernels: of the variants, as `load` takes it; those of the baseline are deterministic.
         grid: lengths and codes, each judged by itself; None is the vectors that each variant makes.
         workers: who encodes, instead of this process on `device`. A grid still needs each variant
             here, which fits its ranges.
@@ -112,6 +113,7 @@ class Setup:
     device: str = "auto"
     dtype: str = "auto"
     backend: Backend = "torch"
+    kernels: str = "deterministic"
     grid: Grid | None = None
     workers: Workers | None = None
     options: EncodeOptions = ENCODE_OPTIONS
@@ -282,6 +284,8 @@ def _check_all(sources: Mapping[str, str], folder: Path | None, how: Setup) -> N
         InputError: lists all of them; and reports of another backend that would be overwritten.
     """
     problems: list[str] = []
+    if how.workers is not None and how.kernels != "deterministic":
+        problems.append(f"kernels {how.kernels}: several processes compute with deterministic ones")
     dims: dict[str, int] = {}
     for name, source in sources.items():
         try:
@@ -336,7 +340,8 @@ def _open(
     """Open a source; `begun` is the same one, described, on which workers have begun."""
     options, notes = how.options, list[str]()
     device = how.device if how.workers is None else how.workers.device
-    here: Callable[..., Description] = load
+    kernels = "deterministic" if is_baseline else how.kernels
+    here: Callable[..., Description] = partial(load, kernels=kernels)
     if how.workers is not None and how.grid is None:
         here = describe
     encoder = here(

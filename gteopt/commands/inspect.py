@@ -27,6 +27,7 @@ from gteopt.encoder.skeleton import build_skeleton
 from gteopt.errors import HubUnreachableError, InputError
 from gteopt.kernels import kernel_name, speed_up_linears_
 from gteopt.kernels.measured import DETERMINISTIC, ways_for
+from gteopt.model.card import stated_languages
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
 from gteopt.model.families import PUBLISHED
 from gteopt.records.inspection import EstimateConditions, Inspection
@@ -43,6 +44,7 @@ def inspect(
     recipe: Recipe | None = None,
     dtype: str = "bfloat16",
     device: str = "auto",
+    kernels: str = "deterministic",
     activation_bytes: int = ACTIVATION_BYTES,
 ) -> Inspection:
     """Describe a base (with an estimate for every shipped recipe), an artifact, or what another
@@ -58,6 +60,7 @@ def inspect(
         recipe: the one to estimate; None is every shipped one.
         dtype: see `quantize`.
         device: see `quantize`; it need not be here.
+        kernels: of an artifact on a CPU; see `load`.
         activation_bytes: see `quantize`.
 
     Raises:
@@ -70,6 +73,7 @@ def inspect(
         256
     """
     kind = _kind_of(device)
+    conditions = EstimateConditions(dtype=dtype, device=kind, activation_bytes=activation_bytes)
     with _opened(str(source), hub_dir, revision, family) as checkpoint:
         manifest = checkpoint.manifest
         template, lengths = checkpoint.query_template, checkpoint.matryoshka_dims
@@ -105,17 +109,14 @@ def inspect(
             matryoshka_dims=manifest.vectors.still_trained(lengths) if manifest else lengths,
             max_tokens=checkpoint.max_tokens,
             license=checkpoint.license,
+            languages=stated_languages(checkpoint.folder),
             n_parameters=manifest.base.n_parameters if manifest else count_parameters(checkpoint),
             published_scores=dict(checkpoint.published.scores) if checkpoint.published else {},
             notes=(*checkpoint.notes, *(_expert_notes(checkpoint) if is_base else ())),
             estimates=tuple(estimates),
-            estimated_for=EstimateConditions(
-                dtype=dtype, device=kind, activation_bytes=activation_bytes
-            )
-            if is_base
-            else None,
+            estimated_for=conditions if is_base else None,
             manifest=manifest,
-            kernels=_kernels(checkpoint, device),
+            kernels=_kernels(checkpoint, device, kernels),
         )
 
 
@@ -167,7 +168,7 @@ def _expert_notes(checkpoint: Checkpoint) -> list[str]:
     return [f"{EXPERTS} are {share:.0%} of all weights; recipes leave them as they are"]
 
 
-def _kernels(checkpoint: Checkpoint, device: str) -> dict[str, int] | None:
+def _kernels(checkpoint: Checkpoint, device: str, kernels: str) -> dict[str, int] | None:
     """See `Inspection`."""
     manifest = checkpoint.manifest
     foreign = manifest is None and checkpoint.is_quantized
@@ -182,7 +183,7 @@ def _kernels(checkpoint: Checkpoint, device: str) -> dict[str, int] | None:
         if isinstance(each, nn.Linear)
     }
     layers = quantized_layers(checkpoint)
-    ways = ways_for(layers, kind, "deterministic") if where.type == "cpu" else DETERMINISTIC
+    ways = ways_for(layers, kind, kernels) if where.type == "cpu" else DETERMINISTIC
     for layer in manifest.layers if manifest else ():
         shape = layer.out_features, layer.in_features
         names[layer.name] = kernel_name(layer.scheme, *shape, device=where, dtype=kind, ways=ways)

@@ -34,6 +34,8 @@ from gteopt.config.recipe import (
 from gteopt.config.yaml_files import shipped_names
 from gteopt.cores import n_cores
 from gteopt.errors import InputError
+from gteopt.evaluation.suites import read_suite
+from gteopt.evaluation.task_facts import filter_suite
 from gteopt.evaluation.user_data import read_own, read_texts
 from gteopt.progress import Progress, quiet
 from gteopt.records.files import write_atomically
@@ -159,7 +161,8 @@ def propose(
         raise InputError(_nothing_fits(trials, limits, search))
     recipes = [trial.recipe for trial in chosen]
     held_out = judges.texts
-    notes = list(_notes(judges))
+    languages = _languages(judges, inspection)
+    notes = list(_notes(judges, languages))
     if split := _split_texts(judges):
         calibration, held_out = _write_split(split, out, dict(judges.columns).get("text", "text"))
         recipes = [_calibrated(recipe, calibration) for recipe in recipes]
@@ -178,7 +181,7 @@ def propose(
         data=judges.data,
         columns=dict(judges.columns),
         texts=held_out,
-        languages=judges.languages,
+        languages=languages,
         budget=judges.budget,
         effort=search.effort,
         screening=Screening(),
@@ -393,6 +396,22 @@ def _written(recipe: Recipe, out: Path) -> str:
     return f"recipes/{recipe.name}.yaml"
 
 
+def _languages(judges: Judges, inspection: Inspection) -> tuple[str, ...]:
+    """Languages that the suite is scored in: those asked for, else those of the model's card.
+
+    Empty is all of the suite: where own data or texts judge, where the card states none, and where
+    the suite has none of them.
+    """
+    if judges.languages or judges.data is not None or judges.texts is not None:
+        return judges.languages
+    suite = read_suite(judges.suite or "mini")
+    try:
+        part = filter_suite(suite, languages=inspection.languages)
+    except InputError:
+        return ()
+    return () if part == suite else inspection.languages
+
+
 def _split_texts(judges: Judges) -> tuple[list[str], list[str]] | None:
     """The user's texts to calibrate on and those to judge on; None where they are too few.
 
@@ -465,11 +484,16 @@ def _seconds(trials: Sequence[Trial], inspection: Inspection) -> tuple[float, fl
     return whole / UNCERTAINTY, whole * UNCERTAINTY
 
 
-def _notes(judges: Judges) -> Iterator[str]:
+def _notes(judges: Judges, languages: Sequence[str]) -> Iterator[str]:
     if judges.data is None and judges.texts is None:
         which = judges.suite or "mini, the small set that ships with gteopt"
         yield (
             f"judged on {which}: your own data decide better (--data pairs.csv, --texts texts.txt)"
         )
-    elif judges.texts is not None:
+    if languages != judges.languages:
+        yield (
+            f"scored in {', '.join(languages)}, as the model's card says; --languages chooses "
+            f"others"
+        )
+    if judges.texts is not None:
         yield "no labels: closeness to the baseline on your texts decides"

@@ -52,6 +52,7 @@ class Place:
     device: str = "auto"
     dtype: str = "auto"
     backend: Literal["torch", "openvino"] = "torch"
+    kernels: str = "deterministic"
     hub_dir: Path | None = None
 
 
@@ -122,6 +123,7 @@ def _open_service(
             device=place.device,
             dtype=place.dtype,
             backend=place.backend,
+            kernels=place.kernels,
             hub_dir=place.hub_dir,
         )
 

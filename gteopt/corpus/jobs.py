@@ -379,6 +379,7 @@ def _settings(
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "backend": encoder.backend,
         "arithmetic": _arithmetic(encoder),
+        **({} if options.kernels == "deterministic" else {"kernels": options.kernels}),
         "forward": FORWARD_SCHEMA,
         "role": options.role,
         "prompt": _prompt(encoder, options),

@@ -86,6 +86,7 @@ class EmbedOptions(Frozen):
         shard_rows: rows of the input in one shard at most.
         dtype: that the model computes in; see `gteopt.load`.
         backend: see `gteopt.load`.
+        kernels: see `gteopt.load`.
     """
 
     text: str | None = None
@@ -101,6 +102,7 @@ class EmbedOptions(Frozen):
     shard_rows: int = Field(default=SHARD_ROWS, ge=1)
     dtype: str = "auto"
     backend: Literal["torch", "openvino"] = "torch"
+    kernels: str = "deterministic"
 
     @field_validator("long", mode="before")
     @classmethod

@@ -96,6 +96,7 @@ class EmbedTask:
             device=device,
             dtype=self.options.dtype,
             backend=self.options.backend,
+            kernels=self.options.kernels,
             hub_dir=None if self.hub_dir is None else Path(self.hub_dir),
         )
         if encoder.sha256 != self.sha256:

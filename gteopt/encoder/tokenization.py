@@ -164,7 +164,7 @@ class Tokenization:
         if prompt:
             self._mark_prompt(prompt, tokens)
         self._check_vocabulary(tokens, texts)
-        self._report_cut(tokens, limit)
+        self._report_cut(tokens, limit, is_asked_for=max_tokens is not None)
         return tokens
 
     def limit(self, role: Role) -> int:
@@ -281,11 +281,11 @@ class Tokenization:
         found.is_cut = len(ids) > room
         return found
 
-    def _report_cut(self, tokens: Sequence[Tokens], limit: int) -> None:
-        """Count texts that were cut; say so the first time that the model's own limit did it."""
+    def _report_cut(self, tokens: Sequence[Tokens], limit: int, *, is_asked_for: bool) -> None:
+        """Count texts that were cut; say so the first time, where nobody asked for a limit."""
         n_cut = sum(each.is_cut for each in tokens)
         self.n_cut += n_cut
-        if n_cut and limit == self.max_tokens and not self._said_cut:
+        if n_cut and not is_asked_for and not self._said_cut:
             self._said_cut = True
             warnings.warn(
                 f"{n_cut} of {len(tokens)} texts are longer than {limit:,} tokens, the most that "

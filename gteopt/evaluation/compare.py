@@ -42,6 +42,7 @@ from gteopt.records.evaluation import (
     FailedTask,
     ItemComparison,
     TaskScore,
+    Verdict,
 )
 
 BaselineDraws = dict[SampleKey, Resampled]
@@ -252,8 +253,10 @@ def compare_item_scores(
     sure = suite_interval(in_mean, draws)
     same = ours.encoder_sha256 == theirs.encoder_sha256
     difference = sure.difference
-    if difference is not None and not same:
-        of_suite = judge({"suite": (difference, margin)}, correction)["suite"]
+    if difference is not None:
+        of_suite: Verdict = "equivalent"  # as a model is to itself
+        if not same:
+            of_suite = judge({"suite": (difference, margin)}, correction)["suite"]
         difference = difference.model_copy(update={"verdict": of_suite})
     places = [(each.header.machine, each.header.versions) for each in (theirs, ours)]
     differing = differing_conditions(places[0], places[1])

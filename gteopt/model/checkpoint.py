@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gteopt.errors import InputError, UnsupportedError, suggest
 from gteopt.model.artifact import artifact_sha256, hash_file, is_artifact, read_manifest, verifying
+from gteopt.model.card import stated_license
 from gteopt.model.config_file import (
     DECODERS,
     attention_of,
@@ -67,7 +65,6 @@ _UNCUT = 1 << 20
 """Of a table, which has no positions."""
 _NO_LIMIT = 1_000_000
 """Tokenizers state absurd lengths for "no limit"."""
-_MOST_FRONT_MATTER = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -396,7 +393,7 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
         dims=dims,
         matryoshka_dims=_matryoshka_dims(config, dims, known, manifest, published),
         max_tokens=max_tokens,
-        license=_license(folder) or (published.license if published else None),
+        license=stated_license(folder) or (published.license if published else None),
         published=published,
         weight_files=weight_files,
         tensors=tensors,
@@ -576,19 +573,3 @@ def _hash_unchanged(path: Path, n_bytes: int, ctime_ns: int) -> str:
     """A base's file is hashed once a process: a plan opens a 28 GB checkpoint several times."""
     del n_bytes, ctime_ns  # they make a changed file another key
     return hash_file(path)
-
-
-def _license(folder: Path) -> str | None:
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return None
-    with readme.open(encoding="utf-8", errors="replace") as handle:
-        match = re.match(r"---\n(.*?)\n---", handle.read(_MOST_FRONT_MATTER), re.S)
-    if match is None:
-        return None
-    try:
-        front = yaml.safe_load(match.group(1))
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return None
-    stated = front.get("license") if isinstance(front, dict) else None
-    return shorten(stated) if isinstance(stated, str) and stated else None

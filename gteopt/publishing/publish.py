@@ -45,7 +45,7 @@ from gteopt.publishing.published_card import Measured, published_card
 from gteopt.records.files import to_json
 from gteopt.records.manifest import FileRecord, Manifest
 from gteopt.records.publication import Publication, PublishedFile
-from gteopt.records.results_folder import read_measurements
+from gteopt.records.results_folder import read_results
 
 
 @dataclass(frozen=True)
@@ -250,15 +250,19 @@ def _measured(results: Path | None, hashes: set[str]) -> Measured:
     """
     if results is None:
         return Measured(None, None, "")
-    bench, evals = read_measurements(results)
+    found = read_results(results)
+    bench, evals, variants = found.bench, found.evals, found.benched
     own_evals = [report for report in evals.values() if report.artifact_sha256 in hashes]
-    variants = bench.variants if bench is not None else {}
+    own_texts = [each for each in found.fidelity.values() if each.artifact_sha256 in hashes]
     own_names = [name for name, variant in variants.items() if variant.artifact_sha256 in hashes]
     others = {name: report.artifact_sha256 for name, report in evals.items()}
+    others |= {name: report.artifact_sha256 for name, report in found.fidelity.items()}
     others |= {name: variant.artifact_sha256 for name, variant in variants.items()}
     problems = []
     if evals and not own_evals:
         problems.append("eval/ scores other artifacts; run `gteopt evaluate` on this one")
+    if found.fidelity and not own_texts:
+        problems.append("fidelity/ compares other artifacts; run `gteopt evaluate` on this one")
     if variants and not own_names:
         problems.append("bench.json measures other artifacts; run `gteopt bench` on this one")
     if problems:
@@ -270,6 +274,7 @@ def _measured(results: Path | None, hashes: set[str]) -> Measured:
         eval=own_evals[0] if own_evals else None,
         bench=bench if own_names else None,
         name=own_names[0] if own_names else "",
+        fidelity=own_texts[0] if own_texts else None,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from gteopt.build.card import card
 from gteopt.model.checkpoint import NANO, Checkpoint
 from gteopt.publishing.licenses import Terms
 from gteopt.records.bench import BenchReport
-from gteopt.records.evaluation import EvalReport, TaskScore
+from gteopt.records.evaluation import EvalReport, Fidelity, FidelityReport, TaskScore
 from gteopt.records.manifest import Manifest
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -31,6 +31,7 @@ class Measured:
     eval: EvalReport | None
     bench: BenchReport | None
     name: str
+    fidelity: FidelityReport | None = None
 
 
 def published_card(
@@ -49,8 +50,9 @@ def published_card(
         metadata["model-index"] = eval_results_to_model_index(name, entries)
     sections = [_license_section(manifest, terms)]
     sections += _quality_sections(measured.eval, repo, manifest)
+    sections += _fidelity_section(measured.fidelity, repo, manifest)
     sections += _speed_section(measured.bench, measured.name, manifest)
-    if measured.eval is None and measured.bench is None:
+    if measured.eval is None and measured.bench is None and measured.fidelity is None:
         sections.append(
             "## Measured\n\nNothing was measured: neither how close this is to the original nor "
             "how fast it runs."
@@ -98,20 +100,14 @@ def _quality_sections(report: EvalReport | None, repo: str, manifest: Manifest) 
     rows = [
         ("mean score", f"{100 * report.score:.2f}, baseline {100 * report.baseline_score:.2f}"),
         ("score kept", kept),
-        ("10 nearest neighbours kept", f"{close.neighbour_overlap:.1%}"),
-        ("rank correlation of similarities", f"{close.spearman:.4f}"),
-        (
-            "cosine to the baseline's vectors",
-            f"{close.mean_cosine:.5f}, 1st percentile {close.p1_cosine:.5f}",
-        ),
     ]
-    facts = "\n".join(f"| {name} | {text} |" for name, text in rows)
+    facts = _facts([*rows, *_closeness(close)])
     yield (
         f"## Quality\n\nSuite `{report.suite}` (SHA-256 `{report.suite_sha256[:16]}`), beside "
         f"{_baseline(report.baseline, report.baseline_sha256, manifest)}, with the same data on "
         f"the same machine ({_versions(report.versions)}). Neighbours and cosines are of "
         f"{close.n_texts:,} texts of the suite, neighbours {close.among}; cosines are before "
-        f"vectors are shortened or coded.\n\n| | |\n|---|---|\n{facts}"
+        f"vectors are shortened or coded.\n\n{facts}"
     )
     lines = "\n".join(_task_row(task) for task in report.tasks)
     text = (
@@ -125,6 +121,44 @@ def _quality_sections(report: EvalReport | None, repo: str, manifest: Manifest) 
         text += f"\n\n**Partial**: means are without what could not be scored.\n\n{failed}"
     yield text
     yield _measured_again(report, repo, manifest.base.id)
+
+
+def _closeness(found: Fidelity) -> list[tuple[str, str]]:
+    return [
+        ("10 nearest neighbours kept", f"{found.neighbour_overlap:.1%}"),
+        ("rank correlation of similarities", f"{found.spearman:.4f}"),
+        (
+            "cosine to the baseline's vectors",
+            f"{found.mean_cosine:.5f}, 1st percentile {found.p1_cosine:.5f}",
+        ),
+    ]
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> str:
+    lines = "\n".join(f"| {name} | {text} |" for name, text in rows)
+    return f"| | |\n|---|---|\n{lines}"
+
+
+def _fidelity_section(
+    report: FidelityReport | None, repo: str, manifest: Manifest
+) -> Iterator[str]:
+    """How close the artifact is to its baseline on texts without labels."""
+    if report is None:
+        return
+    baseline = _baseline(report.baseline, report.baseline_sha256, manifest)
+    yield (
+        f"## Closeness\n\nNo labels were used: these figures say how close the vectors are to "
+        f"those of {baseline}. They say nothing of how well either of them finds answers. The "
+        f"texts are {report.fidelity.n_texts:,} of the publisher's own (`{report.texts}`, SHA-256 "
+        f"`{report.texts_sha256[:16]}`), neighbours {report.fidelity.among} "
+        f"({_versions(report.versions)}).\n\n{_facts(_closeness(report.fidelity))}"
+    )
+    base = manifest.base.id
+    own = "" if base == NANO or "/" in base else f" --baseline {shlex.quote(base)}"
+    yield (
+        f"To compare it on texts of your own:\n\n```sh\ngteopt pull {repo} --out FOLDER\n"
+        f"gteopt evaluate FOLDER --texts texts.txt{own}\n```"
+    )
 
 
 def _measured_again(report: EvalReport, repo: str, base: str) -> str:
@@ -270,7 +304,9 @@ def _versions(versions: Mapping[str, str]) -> str:
 def _limits(manifest: Manifest, terms: Terms, measured: Measured) -> Iterator[str]:
     if terms.binds is not None:
         yield f"License: {terms.binds}."
-    if measured.eval is None:
+    if measured.eval is None and measured.fidelity is not None:
+        yield "Quality was not measured on labels, only closeness to the baseline on texts."
+    elif measured.eval is None:
         yield "Quality was not measured."
     elif measured.eval.partial:
         yield "Some tasks of the suite could not be scored."

@@ -59,6 +59,7 @@ class Inspection(Frozen):
         revision: commit of a model on the Hub.
         sha256: of an artifact, from its manifest; None of a base, whose weights are not read.
         query_prompt, document_prompt: what is put before a text of each role.
+        languages: ISO 639 codes that the model's card states; empty where it states none.
         notes: anything out of the ordinary, remote code that is ignored for one.
         estimates: one a recipe, for a base; empty for an artifact.
         estimated_for: None for an artifact.
@@ -84,6 +85,7 @@ class Inspection(Frozen):
     matryoshka_dims: tuple[int, ...]
     max_tokens: int
     license: str | None
+    languages: tuple[str, ...] = ()
     n_parameters: int
     published_scores: dict[str, float]
     notes: tuple[str, ...]

@@ -15,7 +15,8 @@ from gteopt.records.bench import VariantBench
 from gteopt.records.choice import BrokenLimit, Candidate, Choice
 from gteopt.records.evaluation import EvalReport
 from gteopt.records.results_folder import Results
-from gteopt.report.wording import METRIC_SOURCES, METRIC_WORDS, metric_amount, points
+from gteopt.report.rows import names_in_mean
+from gteopt.report.wording import METRIC_SOURCES, METRIC_WORDS, metric_amount, points, unknown
 
 _COSTS: tuple[Metric, ...] = ("weight_bytes", "index_bytes", "tokens_per_s")
 _FROM_EVAL: dict[Metric, Callable[[EvalReport], float]] = {
@@ -322,16 +323,29 @@ def _overlap(candidate: Candidate) -> str:
 
 def _sure(metric: Metric, report: EvalReport | None) -> str:
     """How sure a retention is, in brackets."""
-    if metric != "retention" or report is None or report.difference is None:
+    if metric != "retention" or report is None:
         return ""
-    if report.artifact_sha256 == report.baseline_sha256:
-        return ""
-    assert report.retention_low is not None
-    assert report.retention_high is not None
-    return (
-        f" (95 % interval {100 * report.retention_low:.1f} to {100 * report.retention_high:.1f} %, "
-        f"score {report.difference.verdict} against a margin of {points(report.margin)})"
-    )
+    told = [_over(report)] if report.tasks else []
+    if report.difference is not None and report.artifact_sha256 != report.baseline_sha256:
+        assert report.retention_low is not None
+        assert report.retention_high is not None
+        told.append(
+            f"95 % interval {100 * report.retention_low:.1f} to "
+            f"{100 * report.retention_high:.1f} %, score {report.difference.verdict} against a "
+            f"margin of {points(report.margin)}"
+        )
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def _over(report: EvalReport) -> str:
+    """Over how many tasks a mean and its interval are."""
+    tasks = {task.task for task in report.tasks}
+    n, n_sure = len(names_in_mean(report.tasks)), report.n_interval_tasks
+    of_all = f" of {len(tasks)}" if n < len(tasks) else ""
+    told = f"over {n}{of_all} task{'' if n == 1 and not of_all else 's'}"
+    if report.difference is not None and n_sure < n:
+        told += f", the interval over {n_sure} of these"
+    return told
 
 
 def _why_none(policy: Policy, candidates: Sequence[Candidate]) -> str:
@@ -349,8 +363,7 @@ def _why_none(policy: Policy, candidates: Sequence[Candidate]) -> str:
         side = "at least" if miss.bound == "min" else "at most"
         bound = f"{side} {metric_amount(miss.metric, miss.limit)}"
         if miss.found is None:
-            why = f"was not measured ({METRIC_SOURCES[miss.metric]})"
-            misses.append(f"{METRIC_WORDS[miss.metric]} {why} and must be {bound}")
+            misses.append(f"{unknown(miss.metric, nearest.metrics)} and must be {bound}")
         else:
             short = metric_amount(miss.metric, abs(miss.found - miss.limit))
             misses.append(

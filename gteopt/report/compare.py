@@ -5,14 +5,15 @@ Refuses to know: files, torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.filesize import decimal
 
 from gteopt.config.engines import engines_of
+from gteopt.records.evaluation import ItemComparison
 from gteopt.records.manifest import Manifest
 from gteopt.records.results_folder import Results
-from gteopt.report.rows import COLUMNS, rows
+from gteopt.report.rows import COLUMNS, names_in_mean, rows
 
 
 def comparison_rows(
@@ -32,6 +33,28 @@ def comparison_rows(
             if any(cell not in ("-", "\u2013") for cell in cells):
                 heading = f"{variant}: {column.title} {column.unit}".strip()
                 found.append({"": heading, names[0]: cells[0], names[1]: cells[1]})
+    return found
+
+
+def item_rows(items: Mapping[str, ItemComparison], names: tuple[str, str]) -> list[dict[str, str]]:
+    """One row a variant: both scores and their difference in points with its 95 % interval."""
+    found = []
+    for name, each in items.items():
+        n = len(names_in_mean(each.tasks))
+        difference = each.difference
+        row = {
+            "variant": name,
+            f"score of {names[0]}": f"{100 * each.baseline_score:.2f}",
+            f"score of {names[1]}": f"{100 * each.score:.2f}",
+            "tasks": str(n),
+            "difference, 95 % interval": "no interval",
+            "verdict": "-",
+        }
+        if difference is not None:
+            ends = f"{100 * difference.low:+.2f} to {100 * difference.high:+.2f}"
+            row["difference, 95 % interval"] = f"{100 * difference.value:+.2f} ({ends})"
+            row["verdict"] = difference.verdict
+        found.append(row)
     return found
 
 

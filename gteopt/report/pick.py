@@ -11,7 +11,7 @@ from pathlib import Path
 from gteopt.records.choice import Candidate, Choice
 from gteopt.records.results_folder import Results
 from gteopt.report.rows import Row, load_note, rows
-from gteopt.report.wording import METRIC_WORDS, metric_amount
+from gteopt.report.wording import METRIC_WORDS, metric_amount, unknown
 
 
 def speed_words(results: Results, name: str) -> str | None:
@@ -24,7 +24,8 @@ def speed_words(results: Results, name: str) -> str | None:
     variant = results.benched[name]
     ratio, ends = f"{variant.speed_ratio:.2f} x the baseline's speed", variant.speed_interval
     if ends is None:
-        return f"{ratio} (too few repeats to say how sure)"
+        seen = "slower as far as was measured, " if variant.speed_ratio < 1 else ""
+        return f"{seen}{ratio} (too few repeats to say how sure)"
     low, high = ends
     word = "SLOWER, " if high < 1 else "faster, " if low > 1 else "about as fast, "
     return f"{word}{ratio} ({low:.2f} to {high:.2f})"
@@ -57,7 +58,8 @@ def pick_lines(results: Results) -> list[str]:
 
 def _price(results: Results, row: Row, by_name: dict[str, Row]) -> Iterator[str]:
     baseline = by_name[results.baseline]
-    if (speed := speed_words(results, row.name)) is not None and is_slower(results, row.name):
+    speed = speed_words(results, row.name)
+    if speed is not None and speed.lower().startswith("slower"):
         yield speed
         speed = None
     if row.weight_bytes is not None and baseline.weight_bytes is not None:
@@ -106,10 +108,12 @@ def _runner_up(choice: Choice) -> Iterator[str]:
 def _misses(candidate: Candidate) -> str:
     words = []
     for miss in candidate.broken:
-        found = "not measured" if miss.found is None else metric_amount(miss.metric, miss.found)
+        if miss.found is None:
+            found = unknown(miss.metric, candidate.metrics)
+        else:
+            found = f"{METRIC_WORDS[miss.metric]} {metric_amount(miss.metric, miss.found)}"
         sign = "at least" if miss.bound == "min" else "at most"
-        limit = metric_amount(miss.metric, miss.limit)
-        words.append(f"{METRIC_WORDS[miss.metric]} {found}, {sign} {limit}")
+        words.append(f"{found}, {sign} {metric_amount(miss.metric, miss.limit)}")
     return "; ".join(words)
 
 

@@ -21,7 +21,7 @@ from gteopt.records.bench import (
     cost_per_million_tokens,
     index_cost_per_month,
 )
-from gteopt.records.choice import BrokenLimit
+from gteopt.records.choice import BrokenLimit, Candidate
 from gteopt.records.environment import Machine
 from gteopt.records.evaluation import (
     BesidePublished,
@@ -32,7 +32,7 @@ from gteopt.records.evaluation import (
     Verdict,
 )
 from gteopt.records.results_folder import Results
-from gteopt.report.wording import METRIC_SOURCES, METRIC_WORDS, metric_amount
+from gteopt.report.wording import METRIC_WORDS, metric_amount, unknown
 
 Status = Literal["picked", "front", "rejected", "other"]
 
@@ -405,16 +405,16 @@ def _verdict(name: str, results: Results) -> tuple[Status, str]:
     if candidate is None:
         return "other", "baseline" if name == results.baseline else "not judged"
     if candidate.broken:
-        return "rejected", "; ".join(_in_words(limit) for limit in candidate.broken)
+        return "rejected", "; ".join(_in_words(limit, candidate) for limit in candidate.broken)
     if candidate.on_pareto_front:
         return "front", "on the Pareto front"
     return "other", "keeps the limits, off the Pareto front"
 
 
-def _in_words(limit: BrokenLimit) -> str:
+def _in_words(limit: BrokenLimit, candidate: Candidate) -> str:
     word, allowed = METRIC_WORDS[limit.metric], metric_amount(limit.metric, limit.limit)
     if limit.found is None:
-        return f"{word} not measured ({METRIC_SOURCES[limit.metric]}), limit {allowed}"
+        return f"{unknown(limit.metric, candidate.metrics)}, limit {allowed}"
     sign = "<" if limit.bound == "min" else ">"
     return f"{word} {metric_amount(limit.metric, limit.found)} {sign} {allowed}"
 
@@ -538,6 +538,16 @@ def failures(evals: Mapping[str, EvalReport]) -> list[str]:
 def task_key(task: TaskScore) -> tuple[str, str, str]:
     """What tells a score from the others of its report: task, split and subset."""
     return task.task, task.split, task.subset
+
+
+def names_in_mean(tasks: Sequence[TaskScore]) -> set[str]:
+    """Tasks that a mean is over: those where the baseline is above chance, or all if it is on none.
+
+    The same as `gteopt.evaluation.chance.counted`, which made the mean.
+    """
+    return {task.task for task in tasks if task.above_chance is not False} or {
+        task.task for task in tasks
+    }
 
 
 def machine_line(machine: Machine) -> str:

@@ -373,12 +373,15 @@ def estimates_table(found: Inspection) -> Table:
                 decimal(each.build_bytes, precision=1),
                 *([decimal(each.device_bytes or 0, precision=1)] if on_gpu else []),
                 decimal(each.disk_bytes, precision=1),
-                engines_in_words(each.engines) + (f" ({each.warning})" if each.warning else ""),
+                engines_in_words(each.engines),
             )
-    table.caption = Text(
-        "build: seconds on this machine, within a factor of two, imports left out",
-        style="not italic",
-    )
+    notes = ["build: seconds on this machine, within a factor of two, imports left out"]
+    by_warning: dict[str, list[str]] = {}
+    for each in found.estimates:
+        if each.warning:
+            by_warning.setdefault(each.warning, []).append(each.recipe)
+    notes += [f"{', '.join(recipes)}: {warning}" for warning, recipes in by_warning.items()]
+    table.caption = Text("\n".join(notes), style="not italic")
     return table
 
 

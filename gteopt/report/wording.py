@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gteopt.config.policy import Metric
 
 METRIC_WORDS: dict[Metric, str] = {
@@ -34,6 +36,19 @@ METRIC_SOURCES: dict[Metric, str] = {
     "index_bytes": _BENCH,
     "cost_per_million_tokens": "`gteopt bench --price-per-hour --out` does",
 }
+
+
+def unknown(metric: Metric, measured: Mapping[Metric, float]) -> str:
+    """Why a limit on a metric cannot be judged.
+
+    Args:
+        metric: that has no value.
+        measured: the metrics of the same variant that have one.
+    """
+    if metric == "retention_low" and "retention" in measured:
+        amount = metric_amount("retention", measured["retention"])
+        return f"retention of {amount} has no interval (no task has one)"
+    return f"{METRIC_WORDS[metric]} was not measured ({METRIC_SOURCES[metric]})"
 
 
 def metric_amount(metric: Metric, value: float) -> str:

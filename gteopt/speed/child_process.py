@@ -34,6 +34,7 @@ class FootprintQuestion(Frozen):
     source: str
     device: str
     backend: Backend = "torch"
+    kernels: str = "deterministic"
     hub_dir: Path | None
     workload: Workload
 
@@ -93,6 +94,7 @@ def _footprint(question: FootprintQuestion) -> Footprint:
         question.source,
         device=question.device,
         backend=question.backend,
+        kernels=question.kernels,
         hub_dir=question.hub_dir,
     )
     encoder.vectors.quantize(encoder.encode(["the first text after the load"]))

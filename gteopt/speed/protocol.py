@@ -72,12 +72,14 @@ class BenchOptions(TypedDict, total=False):
             report's `spec` is then without them.
         device: as for `load`; "auto" where it is left out.
         backend: of the variants, as for `load`; the baseline runs on torch.
+        kernels: of the variants, as for `load`; those of the baseline are deterministic.
         hub_dir: as for `load`.
     """
 
     skip_too_long: bool
     device: str
     backend: Backend
+    kernels: str
     hub_dir: Path | None
 
 
@@ -112,6 +114,7 @@ def bench(
     """
     device, hub_dir = options.get("device", "auto"), options.get("hub_dir")
     backend, skip = options.get("backend", "torch"), options.get("skip_too_long", False)
+    kernels = options.get("kernels", "deterministic")
     pick_device(device)
     checkpoints, spec = open_all(sources, baseline, spec, hub_dir, skip, backend)
     order = [baseline, *(name for name in sources if name != baseline)]
@@ -122,6 +125,7 @@ def bench(
             source=sources[name],
             device=device,
             backend="torch" if name == baseline else backend,
+            kernels="deterministic" if name == baseline else kernels,
             hub_dir=hub_dir,
             workload=largest,
         )
@@ -129,7 +133,7 @@ def bench(
         progress("measuring load time and memory", len(footprints), len(order))
 
     reference = load_checkpoint(checkpoints[baseline], device=device, cuda_graphs=True)
-    session = _Session(spec, baseline, reference, backend)
+    session = _Session(spec, baseline, reference, backend, kernels)
     variants: dict[str, VariantBench] = {}
     for name in order:
         encoder = reference
@@ -139,7 +143,7 @@ def bench(
                 checkpoints[name],
                 device=there,
                 backend=backend,
-                kernels="deterministic",
+                kernels=kernels,
                 cuda_graphs=True,
             )
         variants[name] = session.measure(name, encoder, footprints[name], progress)
@@ -213,11 +217,16 @@ class _Session:
     """One run of `bench`: the baseline in memory, and what the device can do and consumes."""
 
     def __init__(
-        self, spec: BenchSpec, baseline: str, reference: Encoder, backend: Backend
+        self,
+        spec: BenchSpec,
+        baseline: str,
+        reference: Encoder,
+        backend: Backend,
+        kernels: str,
     ) -> None:
         """Measure the device's peaks; the load of others is counted from here on."""
         self._spec, self._baseline = spec, baseline
-        self._reference, self._backend = reference, backend
+        self._reference, self._backend, self._kernels = reference, backend, kernels
         self._peaks, self._meter = peak_gflops(reference.device), meter(reference.device)
         self._load = LoadMeter()
 
@@ -234,6 +243,7 @@ class _Session:
                 **versions(),
                 "baseline dtype": str(self._reference.dtype).removeprefix("torch."),
                 "backend": self._backend,
+                **({} if self._kernels == "deterministic" else {"kernels": self._kernels}),
             },
             peak_gflops=self._peaks,
             energy=self._meter.source,

@@ -55,16 +55,28 @@ def test_drawing_is_seeded_and_the_hash_tells_draws_apart(nano: Encoder) -> None
     other = draw_texts(Calibration(n_texts=32, seed=1))
     assert first == again != other
     tokens = tokenize(nano.tokenization, first, 512)
-    assert record(spec, first, tokens).sha256 == record(spec, again, tokens).sha256
-    assert record(spec, first, tokens).sha256 != record(spec, other, tokens).sha256
+    drawn = [record(spec, texts, tokens, longest=512) for texts in (first, again, other)]
+    assert drawn[0].sha256 == drawn[1].sha256 != drawn[2].sha256
 
 
 def test_texts_cut_at_the_recipes_length_are_counted(nano: Encoder) -> None:
     texts = [CalibrationText("bridge " * n) for n in (1, 30, 60, 90)]
     lengths = nano.tokenization.lengths([each.text for each in texts])
     for max_tokens in (4, lengths[1], lengths[2] - 1, lengths[3]):
-        found = record(Calibration(), texts, tokenize(nano.tokenization, texts, max_tokens))
+        tokens = tokenize(nano.tokenization, texts, max_tokens)
+        found = record(Calibration(), texts, tokens, longest=512)
         assert found.n_cut == sum(n > max_tokens for n in lengths)
+
+
+def test_texts_cut_at_the_models_length_are_told_once_and_with_that_length(
+    nano: Encoder, recwarn: pytest.WarningsRecorder
+) -> None:
+    texts = [CalibrationText("bridge " * 3000)]
+    tokens = tokenize(nano.tokenization, texts, 4096)
+    longest = nano.tokenization.max_tokens
+    found = record(Calibration(max_tokens=4096), texts, tokens, longest=longest)
+    assert (found.max_tokens, found.n_cut, len(tokens[0])) == (longest, 1, longest)
+    assert not recwarn.list  # the record says it
 
 
 def test_calibration_sees_prompt_and_end_token_as_the_encoder_does(nano: Encoder) -> None:

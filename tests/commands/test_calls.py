@@ -10,6 +10,7 @@ import pytest
 import gteopt
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.errors import InputError
+from gteopt.report.compare import item_rows
 
 QUICK = BenchSpec(
     query_tokens=8, n_queries=10, repeats=1, warmup=0, workloads=(Workload(batch_size=1, tokens=8),)
@@ -45,6 +46,28 @@ def test_two_artifacts_are_compared(made: Path, results: Path) -> None:
     found = gteopt.compare(made / "int8", made / "int8")
     assert len(found.manifests) == 2
     assert len(gteopt.compare(results, results).results) == 2
+
+
+def test_two_results_folders_are_compared_item_by_item(made: Path, tmp_path: Path) -> None:
+    rows = ["sentence1,sentence2,score", *(f"rain {i},rain {i * i},{i}" for i in range(24))]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    judges = gteopt.Judges(data=tmp_path / "pairs.csv")
+    for name, recipe in (("first", "rtn-int8"), ("second", "rtn-int4")):
+        gteopt.quantize("nano", recipe, tmp_path / name / "mine")
+        gteopt.evaluate(tmp_path / name / "mine", judges, out=tmp_path / name / "results")
+    folders = [tmp_path / name / "results" for name in ("first", "second")]
+    found = gteopt.compare(folders[0], folders[1])
+    assert found.names != ("results", "results")
+    assert set(found.items) == {"nano", "mine"}
+    own = found.items["mine"]
+    scores = [gteopt.compare(folder, folder).items["mine"].score for folder in folders]
+    assert (own.baseline_score, own.score) == tuple(scores)
+    assert own.difference is not None
+    assert own.difference.low <= own.score - own.baseline_score <= own.difference.high
+    told = item_rows(found.items, found.names)
+    assert [row["variant"] for row in told] == ["mine", "nano"]
+    assert told[1]["verdict"] == "equivalent"
+    assert (found.notes, told[0]["tasks"]) == ((), "1")
 
 
 def test_a_wrong_call_is_told_before_anything_is_measured(made: Path) -> None:

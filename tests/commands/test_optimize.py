@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from gteopt.config.policy import load_policy
 from gteopt.config.recipe import Calibration, load_recipe
 from gteopt.errors import InputError
 from gteopt.evaluation.user_data import read_texts
-from gteopt.paths import shipped_dir
+from gteopt.paths import ASSETS, shipped_dir
 from gteopt.records.results_folder import Results, read_results
 from gteopt.report.pick import pick_lines, use_lines
 
@@ -55,6 +56,25 @@ def test_where_all_recipes_are_too_large_the_token_table_is_quantized_too(
     assert plan.recipes
     assert all("embed-int8" in name for name in plan.recipes)
     assert all((tmp_path / name).is_file() for name in plan.recipes)
+
+
+def test_the_suite_is_scored_in_the_languages_of_the_models_card(tmp_path: Path) -> None:
+    def of(language: str, judges: Judges) -> tuple[tuple[str, ...], str]:
+        model = shutil.copytree(ASSETS / "nano", tmp_path / language)
+        card = (model / "README.md").read_text().replace("[en, fr, pl, zh]", language)
+        (model / "README.md").write_text(card)
+        found = propose(str(model), judges, Limits(), Search(), out=tmp_path / "out")
+        return found.plan.languages, " ".join(found.notes)
+
+    languages, notes = of("en", Judges())
+    assert languages == ("en",)
+    assert "scored in en, as the model's card says" in notes
+    assert of("[pl, en]", Judges())[0] == ("pl", "en")
+    assert of("fr", Judges(languages=("zh",)))[0] == ("zh",)
+    # A card that names none, none of the suite's or all of them leaves the suite whole.
+    for stated in ("multilingual", "de", "[zh, en, fr, pl]"):
+        languages, notes = of(stated, Judges())
+        assert (languages, "scored in" in notes) == ((), False)
 
 
 def test_a_limit_that_nothing_meets_names_the_smallest_recipe(tmp_path: Path, texts: Path) -> None:

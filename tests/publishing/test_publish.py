@@ -656,6 +656,25 @@ def test_a_card_without_results_says_that_nothing_was_measured(artifact: Path) -
     assert "## Quality" not in text
 
 
+def test_closeness_on_texts_without_labels_is_on_the_card_and_called_what_it_is(
+    artifact: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.txt").write_text(
+        "\n".join(f"{text} {i}" for text in TEXTS for i in range(9))
+    )
+    judges = gteopt.Judges(texts=tmp_path / "texts.txt")
+    found = gteopt.evaluate(artifact, judges, out=tmp_path / "results")["small"]
+    text = readme(artifact, results=tmp_path / "results")
+    assert f"| 10 nearest neighbours kept | {found.fidelity.neighbour_overlap:.1%} |" in text
+    assert "No labels were used" in text
+    assert "Quality was not measured on labels" in text
+    assert "--texts texts.txt" in text
+    assert "Nothing was measured" not in text
+    gteopt.quantize("nano", "rtn-int8", tmp_path / "other")
+    with pytest.raises(InputError, match="fidelity/ compares other artifacts"):
+        prepare(tmp_path / "other", REPO, results=tmp_path / "results")
+
+
 @pytest.mark.parametrize("kept", ["eval", "bench.json"])
 def test_results_of_another_artifact_are_refused_whole_or_in_part(
     artifact: Path, tmp_path: Path, kept: str

@@ -12,9 +12,11 @@ from gteopt.config.yaml_files import shipped_names
 from gteopt.errors import InputError
 from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
 from gteopt.records.environment import Machine
-from gteopt.records.evaluation import Difference, EvalReport, FailedTask, Fidelity
+from gteopt.records.evaluation import Difference, EvalReport, FailedTask, Fidelity, TaskScore
 from gteopt.records.results_folder import Results
 from gteopt.report.choose import choose, pareto_front
+from gteopt.report.pick import pick_lines
+from gteopt.report.rows import rows
 
 MACHINE = Machine(cpu="c", n_cores=2, memory_bytes=1, gpu=None, os="o", python="3")
 MB = 1_000_000
@@ -209,6 +211,49 @@ def test_an_unmeasured_metric_breaks_its_limit_with_nothing_found() -> None:
     ) in choice.reason
 
 
+def test_a_measured_retention_without_an_interval_is_not_called_unmeasured() -> None:
+    variants = {"base": bench(), "a": bench()}
+    judged = results(variants, [evaluation("a", retention=0.98)])
+    choice = choose(policy(SMALLEST, retention_low=Limit(min=0.97)), judged)
+    assert choice.picked == "base"
+    judged = judged.model_copy(update={"choice": choice})
+    for sentence in (rows(judged)[1].verdict, pick_lines(judged)[1]):
+        assert "retention of 98 % has no interval" in sentence
+        assert "not measured" not in sentence
+
+
+def test_the_reason_says_over_how_many_tasks_a_mean_is() -> None:
+    def task(name: str, above: bool) -> TaskScore:
+        return TaskScore(
+            task=name,
+            task_type="STS",
+            split="test",
+            subset="default",
+            metric="m",
+            score=0.5,
+            baseline_score=0.5,
+            n_samples=9,
+            instruction=None,
+            dataset_revision="r",
+            above_chance=above,
+        )
+
+    tasks = (task("t", True), task("u", True), task("v", False))
+    report = evaluation("a", within=(0.95, 1.01)).model_copy(
+        update={"tasks": tasks, "n_interval_tasks": 1}
+    )
+    reason = choose(policy(SMALLEST), results({"a": bench()}, [report])).reason
+    assert "over 2 of 3 tasks, the interval over 1 of these; 95 % interval 95.0 to 101.0" in reason
+
+
+def test_a_pick_that_was_measured_slower_says_so_first() -> None:
+    variants = {"base": bench(), "a": bench(weight_bytes=1, ratio=0.63)}
+    judged = results(variants, [evaluation("a")])
+    choice = choose(policy(SMALLEST), judged)
+    first = pick_lines(judged.model_copy(update={"choice": choice}))[0]
+    assert first.startswith("Pick: a: slower as far as was measured, 0.63 x the baseline's speed")
+
+
 def test_a_nan_counts_as_unmeasured() -> None:
     choice = choose(
         policy(SMALLEST, spearman=Limit(max=2)),
@@ -294,7 +339,7 @@ def test_a_retention_without_interval_keeps_no_limit_on_its_lower_end() -> None:
     found = results({"a": bench()}, [evaluation("a", retention=0.99)])
     choice = choose(policy(SMALLEST, **limits), found)
     assert choice.picked is None
-    assert "`gteopt evaluate --out` does where every task has an interval" in choice.reason
+    assert "retention of 99 % has no interval (no task has one)" in choice.reason
     own = evaluation("base", retention=1.0).model_copy(update={"artifact_sha256": "b"})
     variants = {"base": bench().model_copy(update={"artifact_sha256": "b"})}
     assert choose(policy(SMALLEST, **limits), results(variants, [own])).picked == "base"

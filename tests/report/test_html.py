@@ -116,7 +116,7 @@ def test_the_verdict_names_each_broken_limit_in_numbers(demo: Results) -> None:
     assert verdicts["int8"] == "on the Pareto front"
     assert verdicts["int8-slice64-int8"] == "retention 96.12 % < 97 %"
     assert verdicts["gptq-int4-slice128-binary"] == (
-        "retention 94.23 % < 97 %; neighbour overlap not measured (`gteopt evaluate --out` "
+        "retention 94.23 % < 97 %; neighbour overlap was not measured (`gteopt evaluate --out` "
         "does), limit 80 %"
     )
 

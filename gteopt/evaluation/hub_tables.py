@@ -1,0 +1,97 @@
+"""A data set on the Hub, or in a folder with the Hub's layout, as one table of a user's own data.
+
+Hides: where the file of a split lies. Refuses to know: what the table holds (`user_data` does).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from gteopt.errors import InputError
+from gteopt.evaluation.own_tables import FORMS
+
+_NAME = re.compile(r"(?P<set>[\w.-]+/[\w.-]+?)(?::(?P<part>[\w./-]+))?", re.ASCII)
+_SPLITS = ("test", "validation", "dev", "train")
+"""Splits in the order in which they are looked for where none is named."""
+_MOST_SHOWN = 8
+
+
+def local_table(path: Path, *, hub_dir: Path | None = None) -> Path:
+    """The file or folder that `--data` means.
+
+    Args:
+        path: a file, a folder, or the name of a data set: ORG/NAME, ORG/NAME:SPLIT, or
+            ORG/NAME:FILE.
+        hub_dir: folder in the Hub's layout; given, the network is never touched.
+
+    Returns:
+        What lies at `path`, or the file of the data set; a path that is neither stays as it is.
+
+    Raises:
+        InputError: no such data set or split, or several files that could be meant.
+    """
+    named = _NAME.fullmatch(path.as_posix())
+    if path.exists() or named is None or (path.suffix in FORMS and named["part"] is None):
+        return path
+    name, part = named["set"], named["part"]
+    if hub_dir is None:
+        return _downloaded(name, part)
+    folder = hub_dir / name
+    if not folder.is_dir():
+        raise InputError(
+            f"--data {path}: there is no such file, and no data set {folder}; to add it: hf "
+            f"download --repo-type dataset {name} --local-dir {folder}"
+        )
+    files = [each.relative_to(folder).as_posix() for each in sorted(folder.rglob("*"))]
+    return folder / _of_split(files, name, part)
+
+
+def _downloaded(name: str, part: str | None) -> Path:
+    """The file of a split from the Hub; no other file is downloaded."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        files = HfApi().list_repo_files(name, repo_type="dataset")
+        file = _of_split(files, name, part)
+        return Path(hf_hub_download(name, file, repo_type="dataset"))
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise InputError(
+            f"--data {name}: there is no such file, and the Hub gives no data set of this name "
+            f"({str(error).splitlines()[0]}); give a file, a folder, or --hub-dir"
+        ) from error
+
+
+def _of_split(files: Sequence[str], name: str, part: str | None) -> str:
+    tables = [file for file in files if PurePosixPath(file).suffix in FORMS]
+    if part in tables:
+        return part
+    wanted = _SPLITS if part is None else (part,)
+    for split in wanted:
+        own = [file for file in tables if _is_of(file, split)]
+        if len(own) == 1:
+            return own[0]
+        if own:
+            raise InputError(
+                f"data set {name} has several files of {split} ({_shown(own)}); give one: "
+                f"--data {name}:{own[0]}"
+            )
+    if part is None and len(tables) == 1:
+        return tables[0]
+    raise InputError(
+        f"data set {name} has no file of {' or '.join(wanted)} that ends in "
+        f"{', '.join(FORMS[:-1])} or {FORMS[-1]}; found {_shown(tables) or 'no such file'}"
+    )
+
+
+def _is_of(file: str, split: str) -> bool:
+    """Whether a file is one of a split, by its name or its folders."""
+    path = PurePosixPath(file)
+    return split in (*path.parent.parts, *re.split(r"[-_.]", path.name))
+
+
+def _shown(files: Sequence[str]) -> str:
+    more = f" and {len(files) - _MOST_SHOWN} more" if len(files) > _MOST_SHOWN else ""
+    return ", ".join(files[:_MOST_SHOWN]) + more

@@ -1,0 +1,50 @@
+"""What stands at the head of a model's card, its README.md: license and languages.
+
+Refuses to know: what else is in the folder.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from gteopt.model.foreign import shorten
+
+_MOST_FRONT_MATTER = 1 << 16
+
+
+def stated_languages(folder: Path) -> tuple[str, ...]:
+    """Languages that a model's card states, as ISO 639 codes; empty where it states none.
+
+    A card that names "multilingual" states none.
+    """
+    stated = _front_matter(folder).get("language")
+    listed = [stated] if isinstance(stated, str) else stated
+    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+        return ()
+    codes = tuple(each.lower() for each in listed)
+    return codes if all(re.fullmatch(r"[a-z]{2,3}", code) for code in codes) else ()
+
+
+def stated_license(folder: Path) -> str | None:
+    """The license that a model's card states; None where it states none."""
+    stated = _front_matter(folder).get("license")
+    return shorten(stated) if isinstance(stated, str) and stated else None
+
+
+def _front_matter(folder: Path) -> dict[str, object]:
+    """What stands at the head of a model's card; empty where that cannot be read."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return {}
+    with readme.open(encoding="utf-8", errors="replace") as handle:
+        match = re.match(r"---\n(.*?)\n---", handle.read(_MOST_FRONT_MATTER), re.S)
+    if match is None:
+        return {}
+    try:
+        front = yaml.safe_load(match.group(1))
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return front if isinstance(front, dict) else {}

@@ -1,0 +1,82 @@
+"""The wheel works away from the checkout: with what it ships, in an environment of its own.
+
+The environment holds the wheel alone; what it depends on comes from the running environment, since
+installing that takes minutes and gigabytes. A path file names its site-packages. Path files that
+lie there, an editable install's among them, are not read, so the checkout cannot be imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gteopt.version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs a program of the wheel's environment in an empty folder, and returns what it prints."""
+    made = tmp_path_factory.mktemp("wheel")
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(made), str(ROOT)]
+    subprocess.run([*pip, *build], check=True, env=bare)
+    (wheel,) = made.glob("gteopt-*.whl")
+    environment, folder = made / "environment", made / "folder"
+    folder.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin" / "python"
+    install = ["--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([*pip, *install], check=True, env=bare)
+    own = next((environment / "lib").glob("python*/site-packages"))
+    (own / "running.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    def program(name: str, *arguments: str) -> str:
+        ran = subprocess.run(
+            [environment / "bin" / name, *arguments],
+            cwd=folder,
+            env=bare,
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    return program
+
+
+def test_the_wheel_is_what_is_imported(run: Run) -> None:
+    found = run("python", "-c", "import gteopt; print(gteopt.__file__)").strip()
+    assert "/environment/lib/" in found
+    assert run("gteopt", "--version").strip() == f"gteopt {__version__}"
+
+
+def test_what_ships_is_found(run: Run) -> None:
+    listed = {name: run("gteopt", name, "--csv") for name in ("recipes", "suites", "plans")}
+    assert "gptq-int4," in listed["recipes"]
+    assert "mini," in listed["suites"]
+    assert "demo," in listed["plans"]
+    assert "a plan to edit" in run("gteopt", "init", "plan")
+
+
+def test_a_model_is_looked_at_planned_built_and_checked(run: Run) -> None:
+    found = json.loads(run("gteopt", "inspect", "nano", "--recipe", "rtn-int4", "--json"))
+    assert found["dims"] == 256
+    planned = run(
+        "gteopt", "optimize", "nano", "--max-weights", "13MB", "--dry-run", "--out", "out"
+    )
+    assert "Next: gteopt run out/plan.yaml" in planned
+    run("gteopt", "quantize", "nano", "--recipe", "rtn-int4", "--out", "int4")
+    assert "all as recorded" in run("gteopt", "verify", "int4")
+    script = "import gteopt; print(gteopt.load('int4').encode('a text').shape)"
+    assert run("python", "-c", script).strip() == "(256,)"
