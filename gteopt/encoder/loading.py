@@ -152,7 +152,9 @@ def load_checkpoint(
     elif checkpoint.is_quantized:
         if where.type == "cpu":
             ways = ways_for(quantized_layers(checkpoint), kind, kernels)
-        module = load_packed(checkpoint, where, kind, ways)
+        # Another library may have written them, and its config.json is as foreign as its tensors.
+        with foreign_errors(checkpoint.folder, "loading the quantized weights"):
+            module = load_packed(checkpoint, where, kind, ways)
     else:
         module, streams = _load_unquantized(checkpoint, where, kind, later)
     module.eval().requires_grad_(False)

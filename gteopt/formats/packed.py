@@ -146,10 +146,10 @@ def assemble(
 ) -> PackedWeight:
     """The packed weight that these codes and their grid are.
 
-    Packed codes are taken as they lie: to unpack and pack them again would be most of a load.
+    Packed codes are kept as they are: unpacking and packing them again would take most of a load.
 
-    Scales in bfloat16 or float32 are rounded to float16, which is exact for bfloat16 from 2^-14
-    on. A weight whose zero points all lie in the middle becomes symmetric.
+    Scales in bfloat16 or float32 are rounded to float16. This is exact for bfloat16 from 2^-14 on.
+    A weight whose zero points are all in the middle becomes symmetric.
 
     Args:
         subject: named in errors.

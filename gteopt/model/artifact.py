@@ -60,10 +60,9 @@ def stage_folder(out: Path) -> Path:
 
 @contextmanager
 def alone(stage: Path) -> Iterator[None]:
-    """A stage folder for this process only: two that worked in one would mix their hidden states.
+    """Keep a stage folder for this process: two processes in it would mix their hidden states.
 
-    The lock is the system's, so that a killed process leaves none. The folder is made, and removed
-    again where nothing was put into it.
+    The system holds the lock, so a killed process leaves none. An empty folder is removed again.
 
     Raises:
         InputError: another process works there.
@@ -179,8 +178,8 @@ def seal(stage: Path, out: Path, manifest: Manifest) -> None:
     """Make a finished stage folder the artifact `out`: write its manifest, remove what is not in
     it, sync, rename.
 
-    In this order, so that an interruption loses nothing: a stage with a manifest has all that the
-    artifact needs, and the same call ends what was begun.
+    This order loses nothing when it is interrupted: a stage with a manifest has all that the
+    artifact needs, and the same call completes it.
     """
     _sync_all(stage)
     write_record(stage / MANIFEST, manifest)
@@ -247,11 +246,11 @@ def verify(folder: Path) -> Manifest:
 
 @contextmanager
 def verifying(folder: Path) -> Iterator[Manifest]:
-    """`verify` beside the block, for who reads the weights at once: they leave the disk once.
+    """`verify` while the block reads the weights, so that they leave the disk once.
 
-    Names, sizes and all that is not weights are checked before the block, the weights' hashes while
-    it runs. It ends when they are known; damage is raised then, also in place of whatever error it
-    led to inside. Nothing that was made of the weights may leave the block before.
+    Names, sizes and small files are checked before the block. The weights are hashed while it runs,
+    and the block ends when their hashes are known. Damage is raised then, in place of any error
+    that it led to inside. The block must not hand on what it makes of the weights before it ends.
 
     Raises:
         InputError, IntegrityError: see `verify`.

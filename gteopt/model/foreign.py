@@ -18,6 +18,7 @@ from gteopt.errors import (
     InputError,
     IntegrityError,
     UnsupportedError,
+    is_out_of_memory,
     join_problems,
     visible,
 )
@@ -165,9 +166,11 @@ def foreign_errors(folder: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (GteoptError, MemoryError):
+    except GteoptError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise IntegrityError(
             f"{folder}: {what} failed ({type(error).__name__}: {shorten(error)}); the files are "
             f"damaged or belong to another model"

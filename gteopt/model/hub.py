@@ -182,9 +182,9 @@ def send(
 ) -> Sent:
     """Make a repository hold these files, in one commit on `main`; others stay but for `stale`.
 
-    What is there with the same bytes does not travel, nor what has arrived before an upload was
-    interrupted. Nobody sees any of it before the commit, which is refused where the repository has
-    changed since it was looked at.
+    Bytes that are there already do not travel, and neither do those of an interrupted upload.
+    Nobody sees any file before the commit. The commit is refused if the repository has changed
+    since it was read.
 
     Raises:
         InputError: no permission, no network, or somebody else's commit came between.
@@ -224,8 +224,8 @@ def send(
 def fetch(repository: Repository, paths: Iterable[str], into: Path) -> None:
     """Bring files of a repository into a folder; each appears there when it is whole.
 
-    Files that are there already are kept. One whose connection is cut goes on where it stopped; one
-    that a killed process was at starts anew. What the client notes lies in `into`/.cache.
+    Files that are there already are kept. A file whose connection was cut goes on where it stopped.
+    A file that a killed process left starts anew. The client keeps its notes in `into`/.cache.
 
     Raises:
         InputError: no access, no network.

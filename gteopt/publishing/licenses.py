@@ -1,7 +1,7 @@
 """What the licenses of base models say about sharing a changed version of them.
 
-Hides: the hub's names for licenses. Refuses to know: models, files. It is no legal advice: it knows
-the licenses below and asks its user about every other.
+Hides: the hub's names for licenses. Refuses to know: models, files. It is no legal advice. It knows
+the licenses below, and asks the user about any other.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Terms:
 def read_terms(base: str, stated: str | None, given: str | None = None) -> Terms:
     """The terms under which a changed version of a base may be shared.
 
-    A known license speaks for itself. One that the base does not state, or that is not known here,
-    must be given by the user, who thereby says to have read it.
+    A license that the base states and that is known here is enough. Any other license must be given
+    by the user, who has read it.
 
     Args:
         base: what to call the model in an error.

@@ -197,7 +197,7 @@ def _publishing_alone(repo: str) -> Iterator[None]:
 def pull(repo: str, out: Path, *, revision: str | None = None) -> Manifest:
     """Bring a published artifact: check every file against its hash, then rename the folder.
 
-    After an interruption the same call goes on behind the files that are whole.
+    After an interruption the same call fetches only the files that are not whole.
 
     Args:
         repo: `ORG/NAME`.

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import gteopt
 from gteopt.build.calibration_texts import draw_texts
-from gteopt.config.recipe import Calibration, load_recipe
+from gteopt.config.recipe import Calibration, Recipe, load_recipe
 from gteopt.errors import GteoptError, visible
 from gteopt.evaluation.user_data import read_own
 from gteopt.model.artifact import verify
@@ -134,6 +135,58 @@ def test_any_bytes_of_a_weight_file(base: Path, data: st.DataObject) -> None:
         encode_or_refuse(base)
     finally:
         path.write_bytes(whole)
+
+
+PACKED = {
+    "gptq": {"bits": 4, "group_size": 32, "symmetric": False},
+    "compressed-tensors": {"bits": 4, "group_size": 32, "symmetric": False},
+    "bitsandbytes": {"bits": 4, "group_size": 64, "symmetric": True, "number_format": "nf4"},
+}
+
+
+@pytest.fixture(scope="module")
+def packed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each format, as another library leaves it: without a manifest."""
+    folders = {}
+    for form, scheme in PACKED.items():
+        weights = {"method": "rtn", "scheme": scheme}
+        recipe = {"schema": "gteopt.recipe/1", "name": "packed", "format": form, "weights": weights}
+        folders[form] = tmp_path_factory.mktemp("packed") / form
+        made = Recipe.model_validate(recipe)
+        assert gteopt.quantize(base, made, folders[form], dtype="float32").format == form
+        (folders[form] / "gteopt.json").unlink()
+        encode_or_refuse(folders[form])
+    return folders
+
+
+@FUZZ
+@given(data=st.data(), form=st.sampled_from(sorted(PACKED)))
+def test_anything_that_another_library_quantized(
+    packed: dict[str, Path], data: st.DataObject, form: str
+) -> None:
+    folder = packed[form]
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    whole = {path: path.read_bytes() for path in (config, weights)}
+    try:
+        if data.draw(st.booleans()):
+            read = json.loads(whole[config])
+            said = mutated(read["quantization_config"], data)
+            config.write_text(json.dumps({**read, "quantization_config": said}))
+        else:
+            tensors = load_file(weights)
+            name = data.draw(st.sampled_from(sorted(tensors)))
+            kind = data.draw(st.sampled_from(["remove", "cut", "flatten", "type", "rename"]))
+            tensor = tensors.pop(name)
+            if kind == "rename":
+                tensors[name + data.draw(st.sampled_from(["_", ".scales", ".absmax"]))] = tensor
+            elif kind != "remove":
+                changed = {"cut": tensor[:1], "flatten": tensor.flatten(), "type": tensor.int()}
+                tensors[name] = changed[kind].contiguous()
+            save_file(tensors, weights, metadata={"format": "pt"})
+        encode_or_refuse(folder)
+    finally:
+        for path, content in whole.items():
+            path.write_bytes(content)
 
 
 @FUZZ
