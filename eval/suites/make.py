@@ -180,7 +180,10 @@ def main(reference: Path) -> None:
     suites, lites = [], []
     facts: dict[str, Any] = {}
     for each in (*BENCHMARKS, *LATER):
-        for task in mteb.get_benchmark(each.name).tasks:
+        tasks = list(mteb.get_benchmark(each.name).tasks)
+        if isinstance(each, Benchmark):
+            tasks += tasks_of_2024(each)
+        for task in tasks:
             if task.metadata.is_public:
                 _merge(facts, task)
     for name in shipped_names("eval/suites"):
@@ -196,6 +199,8 @@ def main(reference: Path) -> None:
     read_task_facts.cache_clear()
     for later in LATER:
         _write_later(later)
+    for each in BENCHMARKS:
+        _write_2024(each)
     for each in BENCHMARKS:
         tasks = {task.metadata.name: task for task in mteb.get_benchmark(each.name).tasks}
         minutes = {name: _task_minutes(task) for name, task in tasks.items()}
@@ -220,6 +225,22 @@ def main(reference: Path) -> None:
         filled = "".join(f"{row}\n" for row in rows)
         text = re.sub(rf"(<!-- {marker} -->\n\|.*\n\|.*\n)(?:\|.*\n)*", rf"\g<1>{filled}", text)
     readme.write_text(text, encoding="utf-8")
+
+
+def tasks_of_2024(each: Benchmark) -> list[Any]:
+    """The tasks that the average of 2024 is over, as the installed mteb has them."""
+    kept = [
+        task for task in mteb.get_benchmark(each.name).tasks if task.metadata.name not in each.added
+    ]
+    for name in each.missing:
+        task, _, subset = name.removesuffix(")").partition(" (")
+        whole = mteb.get_task(task)
+        splits = [split for split in whole.eval_splits if split.startswith("test")]
+        kept.append(
+            mteb.get_task(task, hf_subsets=[subset] if subset else None, eval_splits=splits)
+        )
+    assert len(kept) == each.n_published, each.suite
+    return kept
 
 
 def published_scores(path: Path) -> dict[str, dict[tuple[str, str, str], float]]:
@@ -463,6 +484,25 @@ def _write(each: Benchmark, tasks: list[Any], minutes: float) -> None:
         *(_entry(task) for task in tasks),
     ]
     (FOLDER / f"{each.suite}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_2024(each: Benchmark) -> None:
+    """The list of 2024, where mteb's definition has moved since."""
+    if not each.missing and not each.added:
+        return
+    tasks = tasks_of_2024(each)
+    minutes = sum(_task_minutes(task) for task in tasks)
+    lines = [
+        f"# Made by eval/suites/make.py from mteb {mteb.__version__}'s tasks.",
+        "schema: gteopt.suite/1",
+        f"name: {each.suite}-2024",
+        f"summary: MTEB in {each.title}, the {len(tasks)} tasks of the averages published in 2024.",
+        f"minutes: {minutes:.0f}",
+        f"published: {{n_tasks: {each.n_published}}}",
+        "tasks:",
+        *(_entry(task) for task in tasks),
+    ]
+    (FOLDER / f"{each.suite}-2024.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _write_later(each: Later) -> None:

@@ -187,7 +187,7 @@ class _AmongCandidates:
         self._k = k
         # One entry for each query and candidate, [P], query after query.
         rows = np.concatenate([np.empty(0, np.intp), *candidates])
-        self._query = np.repeat(np.arange(len(candidates)), [len(each) for each in candidates])
+        self._query = np.repeat(np.arange(len(candidates)), [len(rows) for rows in candidates])
         self._by_code = np.zeros(len(rows), np.float32)
         self._rescored = np.zeros(len(rows), np.float32)
         self._order = np.argsort(rows, kind="stable")
@@ -205,10 +205,10 @@ class _AmongCandidates:
         self._n_seen += len(codes)
 
     def rankings(self) -> list[Ranking]:
-        ends = np.cumsum([len(each) for each in self._candidates])
-        found = []
+        ends = np.cumsum([len(rows) for rows in self._candidates])
+        best_of_query = []
         for rows, end in zip(self._candidates, ends, strict=True):
             part = slice(end - len(rows), end)
             best = self._transform.best_of(self._by_code[part], self._rescored[part], self._k)
-            found.append((rows[best], self._rescored[part][best]))
-        return found
+            best_of_query.append((rows[best], self._rescored[part][best]))
+        return best_of_query

@@ -54,15 +54,15 @@ def check_data(suite: Suite, hub_dir: Path | None) -> None:
 
 def missing_data(suite: Suite, hub_dir: Path | None) -> list[tuple[str, str, str | None]]:
     """Task, data set and wanted revision of everything that would have to be downloaded."""
-    found = []
+    missing = []
     for task, data, revision in _data_sets(suite):
         if hub_dir is not None:
             is_there = (hub_dir / data).is_dir()
         else:
             is_there = _is_downloaded(data, revision)
         if not is_there:
-            found.append((task, data, revision))
-    return found
+            missing.append((task, data, revision))
+    return missing
 
 
 def fetch_command(path: str, revision: str | None, folder: Path) -> str:

@@ -71,10 +71,10 @@ def expected_columns(task: Any) -> tuple[str, ...]:
 
 
 def _missing_columns(task: Any, rows: Any) -> str | None:
-    found = list(rows.column_names)
-    if set(expected_columns(task)) <= set(found):
+    names = list(rows.column_names)
+    if set(expected_columns(task)) <= set(names):
         return None
-    return f"has the columns {', '.join(found)}; mteb expects {', '.join(expected_columns(task))}"
+    return f"has the columns {', '.join(names)}; mteb expects {', '.join(expected_columns(task))}"
 
 
 def _grade_faults(grades: Sequence[Any]) -> list[str]:

@@ -107,11 +107,13 @@ def write_sample(path: Path, sample: Sample) -> None:
     Vectors take 16 bits where these hold them exactly, as they do when they come from a cache.
     """
     tensors: dict[str, npt.NDArray[np.generic]] = {}
-    for side, each in sample.items():
-        digests = np.frombuffer(bytes.fromhex("".join(each.digests)), dtype=np.uint8)
-        tensors[f"{side}.digests"] = digests.reshape(len(each.digests), -1)
-        half = each.vectors.astype(np.float16)
-        tensors[f"{side}.vectors"] = half if (half == each.vectors).all() else each.vectors
+    for side, vectors_of_side in sample.items():
+        digests = np.frombuffer(bytes.fromhex("".join(vectors_of_side.digests)), dtype=np.uint8)
+        tensors[f"{side}.digests"] = digests.reshape(len(vectors_of_side.digests), -1)
+        half = vectors_of_side.vectors.astype(np.float16)
+        tensors[f"{side}.vectors"] = (
+            half if (half == vectors_of_side.vectors).all() else vectors_of_side.vectors
+        )
     write_atomically(path, save(tensors))
 
 

@@ -154,8 +154,8 @@ class TaskModel:
             candidates = None if top_ranked is None else self._candidates(ids, top_ranked)
             documents = _texts(self._corpus, task_metadata, PromptType.document)
             blocks = self._encoded(documents, "document")
-            found = self._search(views, projected, blocks, k, candidates)
-            return Answers(found, self._cache.counts - before)
+            rankings = self._search(views, projected, blocks, k, candidates)
+            return Answers(rankings, self._cache.counts - before)
 
         rankings, cached = self._searches.answers(key, self._view, search)
         self._cache.count_cached(cached)
@@ -189,9 +189,9 @@ class TaskModel:
         return {
             query: {
                 names[row]: score
-                for row, score in zip(found.tolist(), scores.tolist(), strict=True)
+                for row, score in zip(rows_of_query.tolist(), scores.tolist(), strict=True)
             }
-            for query, (found, scores) in zip(ids, rankings, strict=True)
+            for query, (rows_of_query, scores) in zip(ids, rankings, strict=True)
         }
 
     def _project(

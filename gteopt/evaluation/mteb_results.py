@@ -76,5 +76,7 @@ def _as_deep_as(depth: int | None, metrics: Mapping[str, Any]) -> dict[str, Any]
         return dict(metrics)
     at = {name: _DEPTH.search(name) for name in metrics if not name.startswith("nauc_")}
     return {
-        name: metrics[name] for name, found in at.items() if not found or int(found[1]) <= depth
+        name: metrics[name]
+        for name, depth_of in at.items()
+        if not depth_of or int(depth_of[1]) <= depth
     }

@@ -71,8 +71,8 @@ class Samples:
 
     def score(self) -> float:
         """The main score as mteb gives it, from the entries alone."""
-        found = float(self.scores(np.ones((1, self.n_units)))[0])
-        return found if self.digits is None else round(found, self.digits)
+        value = float(self.scores(np.ones((1, self.n_units)))[0])
+        return value if self.digits is None else round(value, self.digits)
 
     def scores(self, weights: Array) -> Floats:
         """Scores [R] of resamples given by weights [R, U]; not rounded."""
@@ -121,17 +121,17 @@ def write_samples(path: Path, samples: Mapping[tuple[str, str], Samples]) -> Non
     """Save the entries of a task by (split, subset), in one safetensors file."""
     tensors: dict[str, Array] = {}
     metadata: dict[str, str] = {}
-    for number, ((split, subset), each) in enumerate(samples.items()):
+    for number, ((split, subset), entries) in enumerate(samples.items()):
         metadata[str(number)] = "\n".join(
             (
                 split,
                 subset,
-                each.statistic,
-                each.unit,
-                "" if each.digits is None else str(each.digits),
+                entries.statistic,
+                entries.unit,
+                "" if entries.digits is None else str(entries.digits),
             )
         )
-        for name, array in each.arrays.items():
+        for name, array in entries.arrays.items():
             tensors[f"{number}.{name}"] = np.ascontiguousarray(array)
     write_atomically(path, save(tensors, metadata))
 
@@ -145,7 +145,7 @@ def read_samples(path: Path) -> dict[tuple[str, str], Samples]:
     try:
         with safe_open(path, framework="numpy") as handle:
             names = list(handle.keys())
-            found = {}
+            samples = {}
             for number, line in (handle.metadata() or {}).items():
                 split, subset, statistic, unit, digits = line.split("\n")
                 if statistic not in get_args(Statistic):
@@ -156,8 +156,8 @@ def read_samples(path: Path) -> dict[tuple[str, str], Samples]:
                     if name.startswith(f"{number}.")
                 }
                 how: Any = statistic
-                found[split, subset] = Samples(how, unit, arrays, int(digits) if digits else None)
-            return found
+                samples[split, subset] = Samples(how, unit, arrays, int(digits) if digits else None)
+            return samples
     except (SafetensorError, ValueError, OSError) as error:
         raise IntegrityError(
             f"{path}: holds no per-sample scores that gteopt wrote ({error}); delete it"
@@ -265,13 +265,13 @@ def _pairs(samples: Samples, weights: Floats) -> Floats:
             precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
             positives = np.maximum(hits[:, -1], 1)
             new = np.diff(hits, axis=1, prepend=0)
-            found = (precision * new).sum(axis=1) / positives
+            values = (precision * new).sum(axis=1) / positives
         else:
             negatives = (seen - hits)[:, -1:]
             right = hits + negatives - (seen - hits)
             # mteb sets no threshold below the last value; above the first there is none either.
-            found = right[:, :-1].max(axis=1, initial=0) / seen[:, -1]
-        best = np.maximum(best, found)
+            values = right[:, :-1].max(axis=1, initial=0) / seen[:, -1]
+        best = np.maximum(best, values)
     return best[:, None]
 
 
@@ -279,7 +279,7 @@ def _pairs_influences(samples: Samples) -> Floats:
     """At the order, similarity function and threshold that give the score."""
     gold = samples.arrays["gold"].astype(np.float64)
     n, positives = len(gold), max(gold.sum(), 1)
-    best, found = -np.inf, np.zeros(n)
+    best, influences = -np.inf, np.zeros(n)
     for similarities in samples.arrays["similarities"]:
         order, starts = _sorted_groups(-similarities)
         new = np.add.reduceat(gold[order], starts)
@@ -300,8 +300,8 @@ def _pairs_influences(samples: Samples) -> Floats:
             score = float(right[threshold]) / n if threshold >= 0 else 0.0
             own = ((rank <= threshold) == (gold == 1)) / n - score / n
         if score > best:
-            best, found = score, own
-    return found
+            best, influences = score, own
+    return influences
 
 
 def _clusterings(samples: Samples, weights: Floats) -> Floats:

@@ -34,8 +34,8 @@ def find_reference(model: str) -> Reference | None:
     path = shipped_dir("eval/reference") / f"{model.partition('/')[2]}.json"
     if not path.is_file():
         return None
-    found = read_record(path, Reference)
-    return found if found.model == model else None
+    reference = read_record(path, Reference)
+    return reference if reference.model == model else None
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def beside_published(report: EvalReport, reference: Reference) -> EvalReport:
         update={
             "tasks": tasks,
             "published": of_suite,
-            "published_average": averages.get(report.suite),
+            "published_average": averages.get(report.suite.removesuffix("-2024")),
         }
     )
 

@@ -188,25 +188,25 @@ def load_data(tasks: Sequence[ResolvedTask]) -> None:
         InputError: names every task whose data cannot be read, or lack a split or subset.
     """
     problems = []
-    for each in tasks:
+    for resolved in tasks:
         try:
-            with nullcontext() if each.local is None else each.local.reading():
-                each.task.load_data()
-                if isinstance(each.task, AbsTaskRetrieval):
-                    each.task.convert_v1_dataset_format_to_v2(num_proc=None)
-                    judge_in_order_of_queries_(each.task)
-            read_labels_at_once_(each.task)
+            with nullcontext() if resolved.local is None else resolved.local.reading():
+                resolved.task.load_data()
+                if isinstance(resolved.task, AbsTaskRetrieval):
+                    resolved.task.convert_v1_dataset_format_to_v2(num_proc=None)
+                    judge_in_order_of_queries_(resolved.task)
+            read_labels_at_once_(resolved.task)
         except InputError as error:
-            problems.append(f"{each.name}: {error}")
+            problems.append(f"{resolved.name}: {error}")
             continue
         except Exception as error:
             # datasets, huggingface_hub and the tasks' own loaders share no exception type.
-            problems.append(_unreadable(each, error))
+            problems.append(_unreadable(resolved, error))
             continue
-        where = f"{each.name}: {each.folder or each.task.metadata.dataset['path']}"
-        for split in each.splits:
-            for subset in each.subsets:
-                if split not in each.task.dataset.get(subset, each.task.dataset):
+        where = f"{resolved.name}: {resolved.folder or resolved.task.metadata.dataset['path']}"
+        for split in resolved.splits:
+            for subset in resolved.subsets:
+                if split not in resolved.task.dataset.get(subset, resolved.task.dataset):
                     problems.append(
                         f"{where} has no split '{split}' of subset '{subset}'; name what it has in "
                         f"the suite (subsets, splits)"
@@ -214,7 +214,7 @@ def load_data(tasks: Sequence[ResolvedTask]) -> None:
                     continue
                 of = f"{split}{'' if subset == 'default' else f' of {subset}'}"
                 problems += [
-                    f"{where} ({of}) {fault}" for fault in data_faults(each.task, split, subset)
+                    f"{where} ({of}) {fault}" for fault in data_faults(resolved.task, split, subset)
                 ]
     if problems:
         raise InputError(join_problems("data of the suite cannot be read", problems))
@@ -301,15 +301,15 @@ def n_samples(task: Any, split: str, subset: str) -> int:
     return len(data)
 
 
-def n_texts(each: ResolvedTask) -> int:
+def n_texts(resolved: ResolvedTask) -> int:
     """About how many texts a task asks for: documents and queries of a search, else its rows."""
-    found = 0
-    for split in each.splits:
-        for subset in each.subsets:
-            if isinstance(each.task, AbsTaskRetrieval):
-                found += len(each.task.dataset[subset][split]["corpus"])
-            found += n_samples(each.task, split, subset)
-    return found
+    n = 0
+    for split in resolved.splits:
+        for subset in resolved.subsets:
+            if isinstance(resolved.task, AbsTaskRetrieval):
+                n += len(resolved.task.dataset[subset][split]["corpus"])
+            n += n_samples(resolved.task, split, subset)
+    return n
 
 
 class OwnRetrieval(AbsTaskRetrieval):  # type: ignore[misc]
@@ -538,24 +538,24 @@ def _make_task(entry: SuiteTask) -> Any:
 
 def _suggest_task(name: str, known: Iterable[str]) -> str:
     # mteb has more than a thousand tasks: matched whatever their case, and never listed.
-    by_lower = {each.lower(): each for each in known}
+    by_lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=2)
     if near:
-        return f"did you mean {' or '.join(by_lower[each] for each in near)}?"
+        return f"did you mean {' or '.join(by_lower[name] for name in near)}?"
     return "`mteb available-tasks` lists mteb's"
 
 
-def _unreadable(each: ResolvedTask, error: Exception) -> str:
+def _unreadable(resolved: ResolvedTask, error: Exception) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:  # "an error occurred" is what `datasets` makes of it
         cause = cause.__cause__
     first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    if each.folder is not None:
-        return f"{each.name}: {each.folder} does not load ({first_line})"
-    dataset = each.task.metadata.dataset
+    if resolved.folder is not None:
+        return f"{resolved.name}: {resolved.folder} does not load ({first_line})"
+    dataset = resolved.task.metadata.dataset
     path = dataset["path"]
     fetch = fetch_command(path, dataset.get("revision"), Path("DIR", path))
     return (
-        f"{each.name}: {path} does not load from the Hub ({first_line}); to work "
+        f"{resolved.name}: {path} does not load from the Hub ({first_line}); to work "
         f"offline, run where there is a network: {fetch}, then give --hub-dir DIR"
     )

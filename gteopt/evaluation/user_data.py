@@ -235,9 +235,9 @@ def read_texts(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> l
 
 def _read_texts(path: Path, problems: list[str]) -> dict[str, dict[str, str]]:
     """Rows of id, title and text by id; none of a file that is not there."""
-    found: dict[str, dict[str, str]] = {}
+    by_id: dict[str, dict[str, str]] = {}
     if not path.is_file():
-        return found
+        return by_id
     for line, row in read_rows(path, problems):
         own_id, text, title = row.get("_id"), row.get("text"), row.get("title", "")
         if isinstance(own_id, int):
@@ -246,21 +246,21 @@ def _read_texts(path: Path, problems: list[str]) -> dict[str, dict[str, str]]:
             problems.append(f"{path}:{line}: must have an _id and a text")
         elif not isinstance(title, str | int | float | None):
             problems.append(f"{path}:{line}: title must be a text or a number")
-        elif own_id in found:
+        elif own_id in by_id:
             problems.append(f"{path}:{line}: _id '{own_id}' is there twice")
         else:
-            found[own_id] = {
+            by_id[own_id] = {
                 "id": own_id,
                 "title": "" if title is None else str(title),
                 "text": text,
             }
-    return found
+    return by_id
 
 
 def _read_qrels(
     path: Path, queries: Mapping[str, Any], corpus: Mapping[str, Any], problems: list[str]
 ) -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = {}
+    grades_by_query: dict[str, dict[str, int]] = {}
     n_before = len(problems)
     for line, content in read_lines(path, problems):
         cells = content.split("\t")
@@ -279,14 +279,14 @@ def _read_qrels(
             problems.append(f"{path}:{line}: query '{query}' is not in queries.jsonl")
         elif corpus and document not in corpus:
             problems.append(f"{path}:{line}: document '{document}' is not in corpus.jsonl")
-        elif found.setdefault(query, {}).setdefault(document, grade) != grade:
+        elif grades_by_query.setdefault(query, {}).setdefault(document, grade) != grade:
             problems.append(
                 f"{path}:{line}: document '{document}' has another grade for query '{query}' above"
             )
-    relevant = any(grade > 0 for grades in found.values() for grade in grades.values())
+    relevant = any(grade > 0 for grades in grades_by_query.values() for grade in grades.values())
     if not relevant and len(problems) == n_before:
         problems.append(f"{path}: judges no document as relevant (a grade above 0)")
-    return found
+    return grades_by_query
 
 
 def _grade(value: Any) -> int | None:

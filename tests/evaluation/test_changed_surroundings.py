@@ -8,9 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import gteopt
+from gteopt.commands.choose import judge
+from gteopt.commands.evaluate import Setup, score
+from gteopt.config.policy import load_policy
+from gteopt.config.recipe import Recipe
+from gteopt.errors import InputError
 from gteopt.evaluation.runner import run_suite
-from gteopt.evaluation.suites import Suite, read_suite
+from gteopt.evaluation.suites import Suite, read_suite, with_data
+from gteopt.progress import quiet
 
 SUITE = Suite.model_validate(
     {
@@ -59,3 +67,30 @@ def test_a_suite_of_another_revision_of_data_is_another_suite() -> None:
     task = suite.tasks[0].model_copy(update={"revision": "0" * 40})
     other = suite.model_copy(update={"tasks": (task, *suite.tasks[1:])})
     assert suite.sha256({}) != other.sha256({})
+
+
+def test_results_of_changed_data_in_one_folder_are_refused_in_words(tmp_path: Path) -> None:
+    """A report from before the change lies beside those from after it."""
+    pairs = tmp_path / "pairs.csv"
+    rows = [f"the {i}th bird,a bird number {i % 7},{i % 5}" for i in range(24)]
+    scheme = {"bits": 8, "group_size": "per_channel", "symmetric": True}
+    recipe = {
+        "schema": "gteopt.recipe/1",
+        "name": "int8",
+        "weights": {"method": "rtn", "scheme": scheme},
+    }
+    artifact = tmp_path / "int8"
+    gteopt.quantize("nano", Recipe.model_validate(recipe), artifact, device="cpu")
+    for variant, n_rows in (("before", 20), ("after", 24)):
+        pairs.write_text("\n".join(["sentence1,sentence2,score", *rows[:n_rows], ""]))
+        score(
+            {"nano": "nano", variant: str(artifact)},
+            with_data(None, pairs),
+            tmp_path / "results",
+            how=Setup(device="cpu"),
+            progress=quiet,
+        )
+    with pytest.raises(InputError) as refused:
+        judge(tmp_path / "results", load_policy("balanced"))
+    assert "the evaluations are of 2 suites: own " in str(refused.value)
+    assert "measure again what is out of date" in str(refused.value)

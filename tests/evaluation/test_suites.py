@@ -53,6 +53,27 @@ def test_a_benchmark_suite_accounts_for_the_average_of_2024(name: str) -> None:
     assert published.n_tasks == len(suite.tasks) + len(published.missing) - len(published.added)
 
 
+@pytest.mark.parametrize(
+    ("name", "n_tasks"), [("mteb-en", 56), ("c-mteb", 35), ("mteb-fr", 26), ("mteb-pl", 26)]
+)
+def test_the_list_of_2024_is_there_with_every_task_pinned(name: str, n_tasks: int) -> None:
+    """Where mteb's definition has not moved, the suite itself is that list."""
+    now = load_suite(name).published
+    assert now is not None
+    moved = bool(now.missing or now.added)
+    suite = load_suite(f"{name}-2024" if moved else name)
+    assert len(suite.tasks) == n_tasks
+    assert suite.published is not None
+    assert not suite.published.missing
+    assert not suite.published.added
+    names = {each.task for each in suite.tasks}
+    assert {each.partition(" (")[0] for each in now.missing} <= names
+    assert not set(now.added) & names
+    for each in suite.tasks:
+        assert each.revision or each.parts, each.task
+        assert each.splits
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_lite_suite_covers_every_task_type_with_tasks_of_the_whole(name: str) -> None:
     import mteb
