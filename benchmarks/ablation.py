@@ -19,7 +19,6 @@ import argparse
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -45,7 +44,7 @@ from gteopt.build.replay import (
     copy_block,
     find_blocks,
     open_blocks,
-    stages,
+    running_order,
     token_batches,
 )
 from gteopt.build.sensitivity import DEEP_BLOCKS
@@ -56,6 +55,7 @@ from gteopt.machine import machine, versions
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, pack
 from gteopt.quant.gptq import GptqOptions, solve
 from gteopt.quant.hessian import HessianAccumulator
+from gteopt.speed.clock import Stopwatch
 
 INT4 = {"bits": 4, "group_size": 128, "symmetric": False}
 NF4 = {"bits": 4, "group_size": 64, "symmetric": True, "number_format": "nf4"}
@@ -153,11 +153,11 @@ def main() -> None:
         for parts in [*recipes, *GUIDED, *rotations, *(TUNED if options.steps else ())]:
             if options.only and parts not in options.only:
                 continue
-            started = time.perf_counter()
+            watch = Stopwatch()
             if parts in recipes:
                 # Beyond so many blocks sensitivities are estimated.
                 most = 0 if parts == BY_GRADIENTS else DEEP_BLOCKS
-                with patch("gteopt.build.layer_plan.DEEP_BLOCKS", most):
+                with patch("gteopt.build.bit_budget.DEEP_BLOCKS", most):
                     encoder, bits = solved(source, recipes[parts], options.hub_dir)
                 found = encoder.encode(texts)
             elif parts in turned:
@@ -171,7 +171,7 @@ def main() -> None:
                 schedule = TUNED[parts](options.steps)
                 encoder, bits = tuned(base, recipes["GPTQ + both"], schedule, options.hub_dir)
                 found = encoder.encode(texts)
-            build_s = time.perf_counter() - started
+            build_s = watch.wall_s
             error = 1 - float((found * wanted).sum(axis=1).mean())
             rows = [each for each in rows if (each.model, each.parts) != (model, parts)]
             n_steps = options.steps if parts in TUNED else 0
@@ -278,7 +278,7 @@ def guided(
     n_bits = n_weights = 0.0
     for block in blocks:
         original = copy_block(block)
-        for names in stages(block, inputs):
+        for names in running_order(block, inputs):
             rows, rows_before = reads(block, names[0], inputs), reads(original, names[0], exact)
             statistics = HessianAccumulator(rows[0].shape[1])
             for i, (x, x0) in enumerate(zip(rows, rows_before, strict=True)):

@@ -32,7 +32,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -52,6 +51,7 @@ from gteopt.corpus.plan import write_record
 from gteopt.corpus.shard_files import DATA, ShardContent, ShardRecord, to_parquet
 from gteopt.encoder.encoder import Encoder
 from gteopt.machine import machine, versions
+from gteopt.speed.clock import Stopwatch
 
 ELSEWHERE = ("st_multi_process_save", "ray_data")
 """Ways that compute in other processes, whose processor time is not this one's."""
@@ -95,9 +95,9 @@ def share(model: str, n_texts: int, repeats: int, folder: Path) -> dict[str, Any
     beside: list[float] = []
 
     def spent(way: Callable[[], object]) -> float:
-        used = time.process_time()
+        watch = Stopwatch()
         way()
-        return round(time.process_time() - used, 3)
+        return round(watch.cpu_s, 3)
 
     def embed() -> None:
         out = folder / "vectors"
@@ -182,10 +182,10 @@ def throughput(
     st.encode(texts[:64], pool=pool)
     for _ in range(repeats):
         for name, way in ways.items():
-            began, used = time.perf_counter(), time.process_time()
+            watch = Stopwatch()
             way()
-            seconds[name].append(round(time.perf_counter() - began, 3))
-            processor[name].append(round(time.process_time() - used, 3))
+            seconds[name].append(round(watch.wall_s, 3))
+            processor[name].append(round(watch.cpu_s, 3))
             print(name, seconds[name][-1], processor[name][-1], flush=True)
     st.stop_multi_process_pool(pool)
     rates = {name: n_texts / median(each) for name, each in seconds.items()}
@@ -262,10 +262,10 @@ def one_memory(corpus: Path, out: Path) -> None:
     layers: Any = encoder.module.layers
     encoder.module.layers = layers[:1]
     encoder.module.config.num_hidden_layers = 1  # type: ignore[union-attr]
-    began = time.perf_counter()
+    watch = Stopwatch()
     with working_alone(out):
         run(job_of(encoder, corpus, out, dtype="float32", batch_size=512), embed_here(encoder))
-    seconds = time.perf_counter() - began
+    seconds = watch.wall_s
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"peak_mb": round(peak / 1000, 1), "seconds": round(seconds, 1)}))
 
@@ -314,18 +314,18 @@ def resume(n_shards: int, folder: Path) -> dict[str, Any]:
         before, after = models[len(str(shard.first))]
         (out / DATA / name).write_bytes(before + b'"first":%d,' % shard.first + after)
     write_record(job.folder, job.record)
-    began, used = time.perf_counter(), time.process_time()
+    watch = Stopwatch()
     with working_alone(out):
         planned = job_of(encoder, corpus, out, **options)
-        seconds_plan = time.perf_counter() - began
+        seconds_plan = watch.wall_s
         report = run(planned, embed_here(encoder))
-    seconds = time.perf_counter() - began
+    seconds = watch.wall_s
     assert (report.shards_now, report.shards_before) == (0, n_shards)
     return {
         "n_shards": n_shards,
         "seconds": round(seconds, 2),
         "of_them_plan": round(seconds_plan, 2),
-        "processor_seconds": round(time.process_time() - used, 2),
+        "processor_seconds": round(watch.cpu_s, 2),
     }
 
 

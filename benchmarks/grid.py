@@ -19,7 +19,6 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from time import monotonic, process_time
 from typing import Any, Literal
 
 import numpy as np
@@ -48,6 +47,7 @@ from gteopt.progress import quiet
 from gteopt.records.environment import Conditions, Machine
 from gteopt.records.evaluation import EvalReport
 from gteopt.records.files import write_record
+from gteopt.speed.clock import Stopwatch
 from gteopt.vectors.transform import VectorTransform
 
 RESULTS = Path(__file__).parent / "results" / "grid.json"
@@ -173,7 +173,7 @@ def main() -> None:
             ),
             progress=quiet,
         )
-        grid = started.timing()
+        grid = timing_of(started)
         print(f"grid: {grid.wall_s:.0f} s, {grid.cpu_s:.0f} s of CPU", flush=True)
         plain = []
         for name, source in sources.items():
@@ -214,15 +214,9 @@ def main() -> None:
     )
 
 
-class Stopwatch:
-    """Time since it was made."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = monotonic(), process_time()
-
-    def timing(self) -> Timing:
-        """So far."""
-        return Timing(wall_s=monotonic() - self._wall, cpu_s=process_time() - self._cpu)
+def timing_of(watch: Stopwatch) -> Timing:
+    """What a watch shows."""
+    return Timing(wall_s=watch.wall_s, cpu_s=watch.cpu_s)
 
 
 def plain_run(
@@ -234,7 +228,7 @@ def plain_run(
         model = Plain(encoder, vectors, {each.name: each.instruction for each in tasks})
         started = Stopwatch()
         scores = [list(plain_scores(model, each).values()) for each in tasks]
-        timing = started.timing()
+        timing = timing_of(started)
     mean = fmean(fmean(each) for each in scores)
     return PlainRun(name=name, dims=vectors.dims, code=vectors.code, score=mean, timing=timing)
 

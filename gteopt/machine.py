@@ -27,21 +27,21 @@ _LIBRARIES = (
     "safetensors",
     "numpy",
 )
-# The same processor is several times faster or slower at int8 and bf16 with or without these, and
-# a virtual machine may hide them behind the same model name.
+# They make a processor several times faster at int8 and bf16. A virtual machine may hide them, and
+# show the same model name.
 _LOW_PRECISION_FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "i8mm")
 
 
 def parse_devices(names: str) -> list[str]:
-    """A list of this machine's devices: "cuda:0,cuda:1", or "cpu" as often as wanted: "cpu,cpu".
+    """A list of this machine's devices: "cuda:0,cuda:1", or "cpu" several times: "cpu,cpu".
 
     Raises:
-        InputError: none, an unknown one, several kinds, or a GPU twice.
+        InputError: no device, an unknown one, several kinds, or a GPU twice.
         UnsupportedError: more GPUs than torch sees.
     """
     import torch
 
-    devices = [each.strip() for each in names.split(",") if each.strip()]
+    devices = [name.strip() for name in names.split(",") if name.strip()]
     kinds = set()
     for name in devices:
         try:
@@ -54,8 +54,8 @@ def parse_devices(names: str) -> list[str]:
             kinds.add("")
     if kinds not in ({"cpu"}, {"cuda"}):
         raise InputError(
-            f"--devices {names}: name GPUs, each once (cuda:0,cuda:1), or the processor as often "
-            f"as it is to work at the same time (cpu,cpu)"
+            f"--devices {names}: name GPUs, each once (cuda:0,cuda:1), or the processor once for "
+            f"each process that is to run on it (cpu,cpu)"
         )
     most = max(torch.device(name).index or 0 for name in devices)
     if kinds == {"cuda"} and (n := torch.cuda.device_count()) <= most:
@@ -64,7 +64,7 @@ def parse_devices(names: str) -> list[str]:
 
 
 def machine() -> Machine:
-    """The machine as this process sees it (container limits and affinity applied).
+    """The machine as this process may use it, within the container's limits and the affinity.
 
     Imports torch for the name of the GPU.
     """
@@ -97,9 +97,9 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    found = set(flags[1].split()).intersection(_LOW_PRECISION_FLAGS) if flags else set()
+    flags_here = set(flags[1].split()).intersection(_LOW_PRECISION_FLAGS) if flags else set()
     model = name[1].strip() if name else platform.machine()
-    return f"{model} ({', '.join(sorted(found))})" if found else model
+    return f"{model} ({', '.join(sorted(flags_here))})" if flags_here else model
 
 
 def _memory_bytes() -> int:
@@ -109,7 +109,7 @@ def _memory_bytes() -> int:
 
 
 def _gpu() -> str | None:
-    import torch  # seconds; `versions` and the report do without it
+    import torch  # takes seconds; `versions` and the report do not need it
 
     if not torch.cuda.is_available():
         return None
@@ -127,9 +127,10 @@ def gpu_name(device: str) -> str | None:
 
 
 def give_back() -> None:
-    """Return memory that was freed to the system; only glibc is known to need being told.
+    """Return freed memory to the system.
 
-    It keeps what lies between pieces in use, the more of it the more layers have gone by.
+    glibc keeps freed memory that lies between pieces in use. Without this call, a build would hold
+    more of it with every layer.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""How long steps report how far they are.
+"""How long steps report their progress.
 
 A step calls `progress(what, done, total)`; `quiet` drops the call. Bars are in `cli.progress_bars`.
 """

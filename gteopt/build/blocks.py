@@ -1,26 +1,22 @@
-"""Each block's turn: read, calibrated, solved, packed, stored, freed.
+"""Quantize a model block by block: read, calibrate, solve, pack, store and free each one.
 
-Hides: in which order a block's layers are solved and on what, where finished blocks lie so that an
-interrupted build goes on behind them, and how tuned numbers take the place of the solver's. Refuses
-to know: how codes are found (quant/), what the artifact is besides.
+Hides: the order in which layers are solved, and how tuned values replace the solver's. Finished
+blocks are stored, so that an interrupted build can resume. Refuses to know: how codes are found
+(quant/), and the rest of the artifact.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gteopt.build.calibration_texts import few_tokens
 from gteopt.build.layer_plan import LayerPlan, effort, needs_original, shortens
+from gteopt.build.layers import LayerInputs, memory_errors, solve_layers
 from gteopt.build.replay import (
     Block,
     BlockInput,
@@ -29,32 +25,31 @@ from gteopt.build.replay import (
     advance_,
     copy_block,
     replay_dtype,
-    stages,
+    running_order,
     watch_inputs,
 )
 from gteopt.build.smoothing import smooth_block_
 from gteopt.build.st_folder import WEIGHTS
 from gteopt.build.tensor_files import save_tensors
 from gteopt.build.tuning import BLOCK_SCHEDULES, SCHEDULES, Tuned, tune, tune_block
-from gteopt.config.recipe import GptqWeights, LayerScheme, NoWeights, Recipe, RtnWeights
+from gteopt.config.recipe import GptqWeights, NoWeights, Recipe, RtnWeights
+from gteopt.encoder.description import RuntimeOptions
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import empty_, fill_, load_checkpoint
 from gteopt.encoder.packed_weights import swap_linear_
-from gteopt.errors import GteoptError, NumericsError, is_out_of_memory
+from gteopt.errors import NumericsError
 from gteopt.frozen import Frozen
 from gteopt.machine import give_back
 from gteopt.progress import Progress
 from gteopt.quant import gptq
-from gteopt.quant.affine import PARTS, PackedWeight, QuantizedWeight, pack, quantize_rtn, snr_db
-from gteopt.quant.hessian import HessianAccumulator
-from gteopt.quant.inverse_factor import InverseFactor
+from gteopt.quant.affine import PARTS, PackedWeight, QuantizedWeight, pack, snr_db
 from gteopt.quant.smoothquant import Smoothing
-from gteopt.quant.static_activations import InputGrid, fit_inputs
+from gteopt.quant.static_activations import fit_inputs
 from gteopt.records.files import write_atomically
 from gteopt.records.manifest import LayerRecord, SmoothingRecord, TuningRecord
 
 SOLVED = "solved"
-"""Where the solver's blocks lie while they wait for tuning."""
+"""Folder of the solver's blocks while they wait for tuning."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class BlockBuild:
         encoder: the model that the blocks are part of.
         recipe: what is built.
         plan: says the layers' schemes.
-        devices: where layers are solved side by side; none for one after the other.
+        devices: where layers are solved side by side; empty solves one after the other.
         progress: told after each block.
     """
 
@@ -87,78 +82,110 @@ def quantize_blocks(
     Returns:
         What the manifest says of the layers, and of tuning where each block was tuned by itself.
     """
-    encoder, recipe, plan = build.encoder, build.recipe, build.plan
-    weights = recipe.weights
-    assert not isinstance(weights, NoWeights)
-    layers: list[LayerRecord] = []
-    tunings: list[TuningRecord] = []
-    dtype = replay_dtype(encoder) if inputs else encoder.dtype
-    # What the original model feeds each block, where something is to make up for the difference.
-    # Without inputs nothing is left to solve.
-    compares = bool(inputs) and needs_original(recipe, plan)
-    exact = [batch.copy() for batch in inputs] if compares else None
-    schedule = BLOCK_SCHEDULES[effort(recipe)] if plan.tune_by == "block" else None
-    what = f"quantizing {encoder.checkpoint.id} with {recipe.name}"
-    order: list[list[str]] = []
+    encoder = build.encoder
+    # The original model runs beside the quantized one only where a solver compares them. A build
+    # without inputs has nothing left to solve.
+    compares = bool(inputs) and needs_original(build.recipe, build.plan)
+    states = _States(
+        quantized=inputs,
+        original=[batch.copy() for batch in inputs] if compares else None,
+        dtype=replay_dtype(encoder) if inputs else encoder.dtype,
+    )
+    finished: list[_ShardNotes] = []
+    what = f"quantizing {encoder.checkpoint.id} with {build.recipe.name}"
     for i, block in enumerate(blocks):
         build.progress(what, i, len(blocks))
         shard = shard_path(shards, i)
-        notes = notes_path(shard)
         is_last = i + 1 == len(blocks)
         with memory_errors(block.name):
-            if notes.is_file():
-                done = _Done.model_validate_json(notes.read_bytes())
-                tensors = load_file(shard)
-                if exact is not None and not is_last:
-                    fill_(encoder, block.name, dtype)
-                    _smooth_(encoder, block, inputs, weights, plan)
-                    advance_(block, exact)
+            if notes_path(shard).is_file():
+                done, tensors = _resume_block_(build, block, states, shard, is_last)
             else:
-                fill_(encoder, block.name, dtype)
-                order = _order(block, inputs, order)
-                records, packed, original = _quantize_block_(
-                    build, block, inputs, exact, order, dtype
-                )
-                done = _Done(layers=records)
-                tensors = _shard_tensors(block, packed, encoder.dtype)
-                if exact is not None and original is not None:
-                    advance_(original, exact)
-                    if schedule is not None:
-                        start = _codes(records, tensors, encoder.device)
-                        result = tune_block(original, start, inputs, exact, schedule)
-                        whole = {n: each.weight for n, each in original.linears().items()}
-                        taken = _take_(tensors, records, whole, result)
-                        done = _Done(layers=taken, tuning=result.record)
-                del original
-                save_tensors(shard, tensors)
-                write_atomically(notes, done.model_dump_json().encode())
+                done, tensors = _make_block_(build, block, states, shard)
             if inputs and not is_last:
-                # What is stored is what later blocks see, whether made now or by an earlier run.
-                reload_block_(encoder, block, tensors, done.layers, dtype)
+                # Later blocks see what is stored, whether this run made it or an earlier one.
+                reload_block_(encoder, block, tensors, done.layers, states.dtype)
                 advance_(block, inputs)
-            if shortens(recipe):
+            if shortens(build.recipe):
                 reload_block_(encoder, block, tensors, done.layers, encoder.dtype)
             else:
                 empty_(encoder, block.name)
         del tensors
         give_back()
-        layers += done.layers
-        tunings += [] if done.tuning is None else [done.tuning]
+        finished.append(done)
     build.progress(what, len(blocks), len(blocks))
-    return tuple(layers), _mean(tunings) if tunings else None
+    tunings = [done.tuning for done in finished if done.tuning is not None]
+    layers = tuple(layer for done in finished for layer in done.layers)
+    return layers, _mean(tunings) if tunings else None
 
 
-class _Done(Frozen):
-    """Written when the shards that it speaks of are there, a block's or all tuned ones."""
+@dataclass
+class _States:
+    """What the next block is fed; both kinds of hidden states move on in place.
+
+    Attributes:
+        quantized: by the model as it is quantized so far; empty where nothing is replayed.
+        original: by the original model; None where no solver compares with it.
+        dtype: what blocks run in.
+        order: the linear layers of the latest block, see `_order`.
+    """
+
+    quantized: Sequence[BlockInput]
+    original: Sequence[BlockInput] | None
+    dtype: torch.dtype
+    order: list[list[str]] = field(default_factory=list)
+
+
+def _resume_block_(
+    build: BlockBuild, block: Block, states: _States, shard: Path, is_last: bool
+) -> tuple[_ShardNotes, dict[str, Tensor]]:
+    """Read what an earlier run made of a block; the original model's states move on."""
+    done = _ShardNotes.model_validate_json(notes_path(shard).read_bytes())
+    tensors = load_file(shard)
+    if states.original is not None and not is_last:
+        fill_(build.encoder, block.name, states.dtype)
+        _smooth_(build, block, states.quantized)
+        advance_(block, states.original)
+    return done, tensors
+
+
+def _make_block_(
+    build: BlockBuild, block: Block, states: _States, shard: Path
+) -> tuple[_ShardNotes, dict[str, Tensor]]:
+    """Quantize a block, tune it where the plan says so, and store it."""
+    encoder = build.encoder
+    fill_(encoder, block.name, states.dtype)
+    states.order = _order(block, states.quantized, states.order)
+    records, packed, original = _quantize_block_(build, block, states)
+    done = _ShardNotes(layers=records)
+    tensors = _shard_tensors(block, packed, encoder.dtype)
+    if states.original is not None and original is not None:
+        advance_(original, states.original)
+        schedule = BLOCK_SCHEDULES[effort(build.recipe)]
+        if build.plan.tune_by == "block" and schedule is not None:
+            start = _codes(records, tensors, encoder.device)
+            tuned = tune_block(original, start, states.quantized, states.original, schedule)
+            weights = {name: layer.weight for name, layer in original.linears().items()}
+            done = _ShardNotes(
+                layers=_replace_tuned_(tensors, records, weights, tuned), tuning=tuned.record
+            )
+    del original  # freed before the file is written
+    save_tensors(shard, tensors)
+    write_atomically(notes_path(shard), done.model_dump_json().encode())
+    return done, tensors
+
+
+class _ShardNotes(Frozen):
+    """The layers of one block's shard, or of all tuned shards; written after the shards."""
 
     layers: tuple[LayerRecord, ...]
     tuning: TuningRecord | None = None
 
 
 def _mean(blocks: Sequence[TuningRecord]) -> TuningRecord:
-    """One record of blocks of one shape that were tuned alike."""
+    """The mean record of blocks that have one shape and were tuned with one schedule."""
     means = {
-        field: sum(getattr(each, field) for each in blocks) / len(blocks)
+        field: sum(getattr(record, field) for record in blocks) / len(blocks)
         for field in ("error_before", "error_after", "codes_changed")
     }
     return blocks[0].model_copy(update=means)
@@ -167,232 +194,175 @@ def _mean(blocks: Sequence[TuningRecord]) -> TuningRecord:
 def _codes(
     records: Sequence[LayerRecord], tensors: Mapping[str, Tensor], device: torch.device
 ) -> dict[str, QuantizedWeight]:
-    """Codes and grid of those layers whose packed tensors are among these."""
+    """Codes and grids of the layers whose packed tensors are among these."""
     return {
-        each.name: _packed(each, tensors).unpack().to(device)
-        for each in records
-        if f"{each.name}.qweight" in tensors
+        record.name: _packed(record, tensors).unpack().to(device)
+        for record in records
+        if f"{record.name}.qweight" in tensors
     }
 
 
-def _take_(
+def _replace_tuned_(
     tensors: dict[str, Tensor],
     records: Sequence[LayerRecord],
     whole: Mapping[str, Tensor],
     tuned: Tuned,
 ) -> tuple[LayerRecord, ...]:
-    """Put what was tuned in the place of what the solver left: packed layers, norms and biases.
+    """Replace the solver's packed layers, norms and biases by the tuned ones.
 
     Args:
         tensors: of one shard; changed in place.
-        records: what the manifest says of the solver's layers.
-        whole: the weights as they were, by the layers' names.
-        tuned: what tuning found.
+        records: the manifest's records of the solver's layers.
+        whole: the original weights by layer name.
+        tuned: the result of tuning.
 
     Returns:
         The records of the layers in this shard.
     """
-    taken = []
-    for each in records:
-        if f"{each.name}.qweight" not in tensors:
+    replaced = []
+    for record in records:
+        if f"{record.name}.qweight" not in tensors:
             continue
-        codes = tuned.weights[each.name]
+        codes = tuned.weights[record.name]
         parts = pack(codes).to_tensors()
-        tensors |= {f"{each.name}.{part}": t.cpu() for part, t in parts.items()}
-        snr = snr_db(whole[each.name], codes.dequantize())
-        # What the solver had measured on the layer's output holds no longer.
+        tensors |= {f"{record.name}.{part}": t.cpu() for part, t in parts.items()}
+        snr = snr_db(whole[record.name], codes.dequantize())
+        # The solver measured the output of its own codes.
         update = {"weight_snr_db": snr, "output_snr_db": None}
-        taken.append(each.model_copy(update=update))
+        replaced.append(record.model_copy(update=update))
     for name in tensors.keys() & tuned.rest.keys():
         tensors[name] = tuned.rest[name].to(tensors[name])
-    return tuple(taken)
+    return tuple(replaced)
 
 
 def _order(block: Block, inputs: Sequence[BlockInput], known: list[list[str]]) -> list[list[str]]:
-    """The block's linear layers by their names within it, stage by stage where inputs are replayed.
+    """The block's linear layers by their names within it, see `running_order`.
 
-    Blocks of a model are alike: what is known of an earlier one holds while the names are the same,
-    which spares a forward pass.
+    Blocks of a model are alike. The order of an earlier block is used again while the names are
+    equal, which saves a forward pass.
     """
     within = len(block.name) + 1
     names = [name[within:] for name in block.linears()]
-    if sorted(names) == sorted(name for stage in known for name in stage):
+    if sorted(names) == sorted(name for group in known for name in group):
         return known
     if not inputs:
         return [names]
-    return [[name[within:] for name in stage] for stage in stages(block, inputs)]
-
-
-@contextmanager
-def memory_errors(name: str) -> Iterator[None]:
-    """Memory that ran out, on the device or off it, as an error that names the layer."""
-    try:
-        yield
-    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise GteoptError(
-            f"memory ran out at {name}; finished blocks are kept, and the same command goes on "
-            f"from there. Give it more memory (`gteopt inspect` says how much a build takes), "
-            f"another --device or less --activation-gb"
-        ) from error
+    return [[name[within:] for name in group] for group in running_order(block, inputs)]
 
 
 @torch.inference_mode()
 def _quantize_block_(
-    build: BlockBuild,
-    block: Block,
-    inputs: Sequence[BlockInput],
-    exact: Sequence[BlockInput] | None,
-    order: Sequence[Sequence[str]],
-    dtype: torch.dtype,
+    build: BlockBuild, block: Block, states: _States
 ) -> tuple[tuple[LayerRecord, ...], dict[str, dict[str, Tensor]], Block | None]:
     """Replace the block's linear layers by packed ones, in running order.
 
     Args:
         build: what all blocks have in common.
-        block: its weights are there.
-        inputs: what the model, quantized up to here, feeds the block.
-        exact: what the original model does, where something is to make up for the difference.
-        order: its linear layers as `stages` has them, by their names within the block.
-        dtype: what the block runs in.
+        block: its weights are in memory.
+        states: what the block is fed, and the order of its layers.
 
     Returns:
-        What the manifest says of each layer, each layer's packed tensors and bias, and the block as
-        it was where `exact` is given.
+        The manifest's record of each layer, each layer's packed tensors and bias, and the original
+        block if the original model runs beside the quantized one.
     """
-    encoder, plan, weights = build.encoder, build.plan, build.recipe.weights
-    assert not isinstance(weights, NoWeights)
-    linears = {name: linear for name, linear in block.linears().items() if name in plan.schemes}
+    encoder, weights = build.encoder, _weights(build)
+    linears = {n: linear for n, linear in block.linears().items() if n in build.plan.schemes}
     names = list(linears)
     records: dict[str, LayerRecord] = {}
     packed: dict[str, dict[str, Tensor]] = {}
-    chosen = _smooth_(encoder, block, inputs, weights, plan)
-    # Smoothing has moved numbers between layers by now: both blocks read the same.
-    original = copy_block(block) if exact is not None else None
+    smoothed = _smooth_(build, block, states.quantized)
+    # Copied after smoothing, which scales inputs, so that both blocks read the same features.
+    original = copy_block(block) if states.original is not None else None
     compared: Original | None = None
     if isinstance(weights, GptqWeights) and weights.gptaq_strength > 0:
         assert original is not None
-        assert exact is not None
-        compared = Original(original, exact)
-    for stage in order:
-        within_model = [f"{block.name}.{name}" for name in stage]
-        wanted = [name for name in within_model if name in linears]
+        assert states.original is not None
+        compared = Original(original, states.original)
+    for group in states.order:
+        wanted = [name for part in group if (name := f"{block.name}.{part}") in linears]
         if not wanted:
             continue
-        read, seen = None, None
+        inputs: LayerInputs | None = None
         if isinstance(weights, GptqWeights):
             with memory_errors(wanted[0]):
-                grid = None
-                if weights.scheme.activation_static:
-                    seen = watch_inputs(block, wanted[0], inputs)
-                    grid = fit_inputs(seen)
-                statistics = accumulate_hessian(
-                    block, wanted[0], inputs, compared, is_alone=len(wanted) == 1, grid=grid
-                )
-                read = LayerInputs(statistics, grid)
-                del statistics
-            give_back()  # what the block's run took, before the solve takes its own
+                inputs = _read_inputs(block, wanted, states.quantized, compared, weights)
+            give_back()  # what the block's run took, before the solver takes its own
         for name in wanted:
             if not gptq.is_finite(linears[name].weight):
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")
-        here = build.devices or [str(encoder.device)]
-        for name, record, codes in _solve(wanted, linears, plan, weights, read, here):
-            linear, records[name] = linears[name], record
-            if name in chosen:
-                records[name] = _with_smoothing(records[name], chosen[name])
+        devices = build.devices or [str(encoder.device)]
+        for name, record, codes in solve_layers(
+            {name: linears[name] for name in wanted}, build.plan, weights, inputs, devices
+        ):
+            linear = linears.pop(name)
+            records[name] = record
+            if name in smoothed:
+                records[name] = _with_smoothing(record, smoothed[name])
             packed_weight = pack(codes)
             packed[name] = packed_weight.to_tensors()
-            bias: Tensor | None = linear.bias
+            bias = _bias(linear, codes, inputs)
             if bias is not None:
-                if seen is not None and read is not None:
-                    # What rounding does to the mean output (Nagel et al. 2019, arXiv:1906.04721).
-                    meant = linear.weight.float() @ seen.mean
-                    is_now = codes.dequantize() @ read.statistics.mean
-                    bias = bias + (meant - is_now).to(bias.dtype)
                 packed[name]["bias"] = bias
-            swap_linear_(encoder.module, name, packed_weight, bias, encoder.device, dtype)
-            del linear, linears[name]  # frees the weight
+            swap_linear_(encoder.module, name, packed_weight, bias, encoder.device, states.dtype)
+            del linear  # frees the weight
     return tuple(records[name] for name in names), packed, original
 
 
-def _smooth_(
-    encoder: Encoder,
+def _weights(build: BlockBuild) -> RtnWeights | GptqWeights:
+    """How the recipe quantizes; a build without that has no blocks to quantize."""
+    weights = build.recipe.weights
+    assert not isinstance(weights, NoWeights)
+    return weights
+
+
+def _read_inputs(
     block: Block,
+    layers: Sequence[str],
     inputs: Sequence[BlockInput],
-    weights: RtnWeights | GptqWeights,
-    plan: LayerPlan,
-) -> dict[str, Smoothing]:
+    compared: Original | None,
+    weights: GptqWeights,
+) -> LayerInputs:
+    """Statistics of what these layers read, which is the same for all of them."""
+    grid, mean = None, None
+    if weights.scheme.activation_static:
+        seen = watch_inputs(block, layers[0], inputs)
+        grid, mean = fit_inputs(seen), seen.mean
+    statistics = accumulate_hessian(
+        block, layers[0], inputs, compared, is_alone=len(layers) == 1, grid=grid
+    )
+    return LayerInputs(statistics, grid, mean)
+
+
+def _bias(linear: nn.Linear, codes: QuantizedWeight, inputs: LayerInputs | None) -> Tensor | None:
+    """The layer's bias; static activations add what rounding does to the mean output.
+
+    Nagel et al. 2019, arXiv:1906.04721.
+    """
+    bias: Tensor | None = linear.bias
+    if bias is None or inputs is None or inputs.mean is None:
+        return bias
+    meant = linear.weight.float() @ inputs.mean
+    is_now = codes.dequantize() @ inputs.statistics.mean
+    return bias + (meant - is_now).to(bias.dtype)
+
+
+def _smooth_(build: BlockBuild, block: Block, inputs: Sequence[BlockInput]) -> dict[str, Smoothing]:
     """Smooth the block where the recipe says so; see `smooth_block_`."""
+    weights = build.recipe.weights
     if not isinstance(weights, GptqWeights) or not weights.smooth:
         return {}
-    model_type = str(encoder.checkpoint.config["model_type"])
-    return smooth_block_(block, inputs, plan.schemes, model_type)
+    model_type = str(build.encoder.checkpoint.config["model_type"])
+    return smooth_block_(block, inputs, build.plan.schemes, model_type)
 
 
-def _solve(
-    wanted: Sequence[str],
-    linears: Mapping[str, nn.Linear],
-    plan: LayerPlan,
-    weights: RtnWeights | GptqWeights,
-    inputs: LayerInputs | None,
-    devices: Sequence[str],
-) -> Iterator[tuple[str, LayerRecord, QuantizedWeight]]:
-    """Layers that read the same inputs, in order, each as `quantize_layer` has it.
-
-    With several devices a thread for each: layers know nothing of each other. With one, a layer is
-    solved when it is asked for, so that its weight may be freed before the next one's turn. Layers
-    on one device share the factor of their Hessian.
-    """
-    shared: dict[str, LayerInputs] = {}
-
-    @torch.inference_mode()  # which is a thread's own
-    def solve(name: str, device: str) -> tuple[LayerRecord, QuantizedWeight]:
-        weight = linears[name].weight
-        note = plan.notes.get(name)
-        with memory_errors(name):
-            if inputs is not None and device not in shared:
-                shared[device] = inputs.to(device)
-                if len(wanted) > len(devices) and isinstance(weights, GptqWeights):
-                    shared[device] = shared[device].factorised(name, weights)
-            record, codes = quantize_layer(
-                name,
-                weight.to(device).float(),
-                plan.schemes[name],
-                weights,
-                shared.get(device),
-                note,
-            )
-            return record, codes.to(weight.device)
-
-    if len(devices) == 1:
-        for name in wanted:
-            yield name, *solve(name, devices[0])
-        return
-    if inputs is not None:
-        _ = inputs.statistics.hessian  # mirrored once, before threads share it
-    for device in devices:
-        # torch loads its GPU algebra at first use, and fails where two threads do so at once
-        # (https://github.com/pytorch/pytorch/issues/90613).
-        torch.linalg.cholesky_ex(torch.eye(1, device=device))
-    with ExitStack() as stack:
-        pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in devices]
-        futures = [
-            pools[i % len(devices)].submit(solve, name, devices[i % len(devices)])
-            for i, name in enumerate(wanted)
-        ]
-        for name, future in zip(wanted, futures, strict=True):
-            yield name, *future.result()
-
-
-def _with_smoothing(record: LayerRecord, found: Smoothing) -> LayerRecord:
+def _with_smoothing(record: LayerRecord, smoothing: Smoothing) -> LayerRecord:
     """The record with what was decided on the layer's inputs."""
     return record.model_copy(
         update={
             "smoothing": SmoothingRecord(
-                strength=found.strength,
-                error_before=found.error_before,
-                error_after=found.error_after,
+                strength=smoothing.strength,
+                error_before=smoothing.error_before,
+                error_after=smoothing.error_after,
             )
         }
     )
@@ -405,19 +375,20 @@ def tune_blocks(
     tokens: Sequence[Sequence[int]],
     stage: Path,
 ) -> tuple[tuple[LayerRecord, ...], TuningRecord]:
-    """Tune what the solver left, and write it as the shards that the artifact is made from.
+    """Tune the whole model from the solver's codes, and write the shards of the artifact.
 
-    Until every one of those is there tuning starts again from the solver's.
+    An interrupted tuning starts again from the solver's shards.
     """
     encoder, recipe = build.encoder, build.recipe
     done = stage / WEIGHTS / "tuned.json"
     shards = {i: load_file(shard_path(stage / SOLVED, i)) for i in range(len(blocks))}
     if done.is_file():
-        found = _Done.model_validate_json(done.read_bytes())
+        written = _ShardNotes.model_validate_json(done.read_bytes())
     else:
         schedule = SCHEDULES[effort(recipe)]
         assert schedule is not None
-        teacher = load_checkpoint(encoder.checkpoint, device=str(encoder.device), dtype="float32")
+        options = RuntimeOptions(str(encoder.device), "float32")
+        teacher = load_checkpoint(encoder.checkpoint, options)
         start: dict[str, QuantizedWeight] = {}
         for tensors in shards.values():
             start |= _codes(solved, tensors, encoder.device)
@@ -429,17 +400,17 @@ def tune_blocks(
         }
         layers: list[LayerRecord] = []
         for i, tensors in shards.items():
-            layers += _take_(tensors, solved, whole, result)
+            layers += _replace_tuned_(tensors, solved, whole, result)
             save_tensors(shard_path(stage / WEIGHTS, i), tensors)
-        found = _Done(layers=tuple(layers), tuning=result.record)
-        write_atomically(done, found.model_dump_json().encode())
+        written = _ShardNotes(layers=tuple(layers), tuning=result.record)
+        write_atomically(done, written.model_dump_json().encode())
     if shortens(recipe):
         for i, block in enumerate(blocks):
-            records = [each for each in found.layers if each.name.startswith(f"{block.name}.")]
+            records = [layer for layer in written.layers if layer.name.startswith(f"{block.name}.")]
             tensors = load_file(shard_path(stage / WEIGHTS, i))
             reload_block_(encoder, block, tensors, records, encoder.dtype)
-    assert found.tuning is not None
-    return found.layers, found.tuning
+    assert written.tuning is not None
+    return written.layers, written.tuning
 
 
 def shard_path(folder: Path, block: int) -> Path:
@@ -447,7 +418,7 @@ def shard_path(folder: Path, block: int) -> Path:
 
 
 def notes_path(shard: Path) -> Path:
-    """Where it says that a shard is whole and what is in it."""
+    """The file that says that a shard is complete, and what it holds."""
     return shard.with_suffix(".json")
 
 
@@ -459,104 +430,10 @@ def _packed(record: LayerRecord, tensors: Mapping[str, Tensor]) -> PackedWeight:
     )
 
 
-@dataclass(frozen=True)
-class LayerInputs:
-    """What is known of the inputs of layers that read the same.
-
-    Attributes:
-        statistics: their second moment, and the cross term where the original model is compared.
-        grid: how they are rounded, where activations are static.
-        factor: of the inverse Hessian, where several layers share it.
-    """
-
-    statistics: HessianAccumulator
-    grid: InputGrid | None = None
-    factor: InverseFactor | None = None
-
-    def to(self, device: str) -> LayerInputs:
-        """The same on another device, without the factor."""
-        grid = None if self.grid is None else self.grid.to(device)
-        return LayerInputs(self.statistics.to(device), grid)
-
-    def factorised(self, name: str, weights: GptqWeights) -> LayerInputs:
-        """The same with the factor; `name` is the layer that an error speaks of."""
-        try:
-            factor = gptq.prepare(self.statistics.hessian, _options(weights))
-        except NumericsError as error:
-            raise NumericsError(f"{name}: {error}") from error
-        return replace(self, factor=factor)
-
-
-def _options(weights: GptqWeights) -> gptq.GptqOptions:
-    return gptq.GptqOptions(
-        act_order=weights.act_order,
-        damping=weights.damping,
-        clip_search=weights.clip_search,
-        gptaq_strength=weights.gptaq_strength,
-    )
-
-
-def quantize_layer(
-    name: str,
-    weight: Tensor,
-    scheme: LayerScheme,
-    weights: RtnWeights | GptqWeights,
-    inputs: LayerInputs | None,
-    note: str | None,
-) -> tuple[LayerRecord, QuantizedWeight]:
-    """Codes of one weight matrix [O, I] float32 and what the manifest says of them.
-
-    Raises:
-        NumericsError: names the layer; see `gptq.solve`.
-    """
-    notes = [note] if note else []
-    output_snr = None
-    if inputs is not None and inputs.grid is not None:  # inputs come in units of its scales
-        weight = weight * inputs.grid.scale
-    if isinstance(weights, RtnWeights):
-        codes = quantize_rtn(weight, scheme, clip_search=weights.clip_search)
-    else:
-        assert inputs is not None
-        try:
-            result = gptq.solve(
-                weight,
-                inputs.statistics.hessian,
-                scheme,
-                _options(weights),
-                cross_term=inputs.statistics.cross_term(weight),
-                factor=inputs.factor,
-            )
-        except NumericsError as error:
-            raise NumericsError(f"{name}: {error}") from error
-        # A copy: layers that read the same inputs are stored each for itself.
-        codes = replace(result.weight, inputs=copy.deepcopy(inputs.grid))
-        output_snr = result.output_snr_db
-        if result.damping > weights.damping:
-            notes.append(f"damping raised to {result.damping:g} for the factorisation")
-        if too_few := few_tokens(inputs.statistics.n_rows, weight.shape[1]):
-            notes.append(too_few)
-        if result.n_dead:
-            notes.append(f"{result.n_dead} input features never active in calibration")
-    return (
-        LayerRecord(
-            name=name,
-            out_features=weight.shape[0],
-            in_features=weight.shape[1],
-            method=weights.method,
-            scheme=scheme,
-            bits_per_weight=pack(codes).bits_per_weight,
-            weight_snr_db=snr_db(weight, codes.dequantize()),
-            output_snr_db=output_snr,
-            note="; ".join(notes) or None,
-        ),
-        codes,
-    )
-
-
 def _shard_tensors(
     block: Block, packed: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Everything of one block by its name in the model: packed layers and what stays as it is."""
+    """All tensors of a block by their names in the model: packed layers, all else unchanged."""
     tensors = {
         f"{layer}.{part}": tensor.to(dtype) if part == "bias" else tensor
         for layer, parts in packed.items()
@@ -578,12 +455,12 @@ def reload_block_(
 ) -> None:
     """Put a finished block into the model, to compute in `dtype`."""
     rest = dict(tensors)
-    for each in records:
-        own = [name for name in rest if name.startswith(f"{each.name}.")]
-        parts = {name.removeprefix(f"{each.name}."): rest.pop(name) for name in own}
+    for record in records:
+        own = [name for name in rest if name.startswith(f"{record.name}.")]
+        parts = {name.removeprefix(f"{record.name}."): rest.pop(name) for name in own}
         bias = parts.pop("bias", None)
-        packed = PackedWeight.from_tensors(each.scheme, each.in_features, parts)
-        swap_linear_(encoder.module, each.name, packed, bias, encoder.device, dtype)
+        packed = PackedWeight.from_tensors(record.scheme, record.in_features, parts)
+        swap_linear_(encoder.module, record.name, packed, bias, encoder.device, dtype)
     plain = {n.removeprefix(f"{block.name}."): t.to(dtype) for n, t in rest.items()}
     block.module.load_state_dict(plain, strict=False, assign=True)
     block.module.to(encoder.device)

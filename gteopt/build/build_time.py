@@ -1,7 +1,7 @@
 """How long a build will take: operations counted from shapes, times what one costs here.
 
-A probe of a second or two times the two kinds of work that a solver does: products of float32
-matrices and the search of grids. Hides: the counts and the rates. Refuses to know: weights, texts.
+A probe of a second or two times the solver's two kinds of work: products of float32 matrices, and
+the search of grids. Hides: the counts and the rates. Refuses to know: weights, texts.
 """
 
 from __future__ import annotations

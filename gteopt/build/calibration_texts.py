@@ -42,8 +42,8 @@ class CalibrationText:
 def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[CalibrationText, ...]:
     """The recipe's texts: read, deduplicated, drawn with its seed, in a fixed order.
 
-    Of the built-in set, short texts that were written by hand come first: they are the most varied,
-    and a small draw of all of them would hardly cover single words.
+    In the built-in set, short texts that were written by hand come first, because they are the most
+    varied. A small draw of all texts would hardly cover single words.
 
     Raises:
         InputError: the source is missing, malformed, or has no usable text.
@@ -61,18 +61,18 @@ def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[Calib
 def tokenize(
     tokenization: Tokenization, texts: Sequence[CalibrationText], max_tokens: int
 ) -> list[Tokens]:
-    """Token ids as the encoder gets them; instructions only where the model takes them."""
-    # All of a prompt at once, so that texts which are cut are told with their number.
+    """Token ids as the encoder gets them; instructions only if the model takes them."""
+    # Texts of one prompt are tokenized together, so that one warning counts those that are cut.
     prompts: dict[tuple[Role, str | None], list[int]] = {}
-    for i, each in enumerate(texts):
-        instruction = each.instruction if tokenization.takes_instructions else None
-        prompts.setdefault((each.role, instruction), []).append(i)
-    found: dict[int, Tokens] = {}
+    for i, text in enumerate(texts):
+        instruction = text.instruction if tokenization.takes_instructions else None
+        prompts.setdefault((text.role, instruction), []).append(i)
+    ids_by_place: dict[int, Tokens] = {}
     for (role, instruction), places in prompts.items():
         own = [texts[i].text for i in places]
         ids = tokenization.tokenize(own, role=role, instruction=instruction, max_tokens=max_tokens)
-        found |= zip(places, ids, strict=True)
-    return [found[i] for i in range(len(texts))]
+        ids_by_place |= zip(places, ids, strict=True)
+    return [ids_by_place[i] for i in range(len(texts))]
 
 
 def record(
@@ -82,7 +82,7 @@ def record(
     *,
     longest: int,
 ) -> CalibrationRecord:
-    """What the manifest says of the texts.
+    """The manifest's record of the texts.
 
     Args:
         spec: what the recipe asks for.
@@ -90,7 +90,7 @@ def record(
         tokens: of each text.
         longest: tokens that the model takes, which may be fewer than the recipe allows.
     """
-    rows = [[each.role, each.instruction, each.text] for each in texts]
+    rows = [[text.role, text.instruction, text.text] for text in texts]
     content = json.dumps(rows, ensure_ascii=False).encode()
     name = spec.texts if spec.texts == BUILTIN else Path(spec.texts).name
     return CalibrationRecord(
@@ -105,7 +105,7 @@ def record(
 
 
 def few_tokens(n_tokens: int, in_features: int) -> str | None:
-    """What to say of a layer that the calibration set is too small for; None where it is not."""
+    """A warning for a layer that has too few calibration tokens; None if they suffice."""
     if n_tokens >= TOKENS_AN_INPUT * in_features:
         return None
     return (
@@ -115,15 +115,15 @@ def few_tokens(n_tokens: int, in_features: int) -> str | None:
 
 
 def with_sentences(texts: Sequence[CalibrationText]) -> list[CalibrationText]:
-    """The texts and, of each document of several sentences, its sentences.
+    """The texts, and the sentences of each document that has several.
 
-    Fitting a projection needs several times more vectors than dimensions; sentences of a passage
-    are free further samples of what the model encodes.
+    A projection needs several times more vectors than dimensions. The sentences are further samples
+    of what the model encodes.
     """
     out = list(texts)
-    for each in texts:
-        if each.role == "document":
-            parts = [part.strip() for part in _SENTENCE_END.split(each.text) if part.strip()]
+    for text in texts:
+        if text.role == "document":
+            parts = [part.strip() for part in _SENTENCE_END.split(text.text) if part.strip()]
             if len(parts) > 1:
                 out += [CalibrationText(part) for part in parts]
     return list(dict.fromkeys(out))

@@ -1,6 +1,7 @@
 """The vector of one known text, computed with the weights that an artifact holds.
 
-Hides: how a model runs whose blocks the build has freed. Refuses to know: who compares the vector.
+Hides: how a model runs after the build has freed its blocks. Refuses to know: who compares the
+vector.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gteopt.build.blocks import memory_errors, reload_block_, shard_path
+from gteopt.build.blocks import reload_block_, shard_path
+from gteopt.build.layers import memory_errors
 from gteopt.build.replay import Block
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import empty_
@@ -32,22 +34,22 @@ def canary_of(
     layers: Sequence[LayerRecord],
     shards: Path,
 ) -> CanaryRecord:
-    """The record of the text whose vector whoever loads the artifact compares with its own.
+    """The record of a text and its vector, which is compared with the vector after loading.
 
     A build that shortens no vectors has freed its blocks. The forward pass then reads each finished
-    block when its turn comes, and frees it afterwards: one block is in memory at a time.
+    block in its turn and frees it, so that one block is in memory at a time.
 
     Args:
         encoder: the model of the build, whole or with its blocks freed.
-        transform: what the artifact does to a vector.
-        blocks: name of the model's list of blocks; None where none was quantized.
-        layers: what the manifest says of the quantized layers.
-        shards: where the finished blocks lie.
+        transform: the artifact's transform of vectors.
+        blocks: name of the model's list of blocks; None if none was quantized.
+        layers: the manifest's records of the quantized layers.
+        shards: folder of the finished blocks.
 
     Raises:
         GteoptError: memory ran out.
     """
-    if blocks is None or not any(each.is_meta for each in encoder.module.parameters()):
+    if blocks is None or not any(parameter.is_meta for parameter in encoder.module.parameters()):
         return CanaryRecord.of(CANARY, transform.project(encoder.embed([CANARY]))[0])
     with memory_errors("the text that is checked after loading"):
         vector = _by_block(encoder, blocks, layers, shards)
@@ -60,7 +62,7 @@ def _by_block(encoder: Encoder, blocks: str, layers: Sequence[LayerRecord], shar
     with ExitStack() as stack:
         for i, module in enumerate(encoder.module.get_submodule(blocks).children()):
             block = Block(f"{blocks}.{i}", module, ())
-            own = [each for each in layers if each.name.startswith(f"{block.name}.")]
+            own = [layer for layer in layers if layer.name.startswith(f"{block.name}.")]
 
             def read(
                 *_: Any, block: Block = block, own: Sequence[LayerRecord] = own, i: int = i

@@ -24,7 +24,7 @@ from gteopt.records.manifest import Manifest
 
 CARD = "README.md"
 _PLACE = "FOLDER"
-"""What commands call the artifact where it has no place yet."""
+"""Stands in commands for a folder that is not known yet."""
 
 _LIBRARIES: dict[FormatName, str] = {
     "gptq": "gptqmodel optimum",
@@ -35,7 +35,7 @@ _LIBRARIES: dict[FormatName, str] = {
 _TEI = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet"})
 """Architectures that Text Embeddings Inference runs in more than float16 on a GPU."""
 _MARLIN_BITS = (4, 8)
-"""What the kernels multiply that vLLM and SGLang have for packed weights."""
+"""Bits of packed weights that the kernels of vLLM and SGLang multiply."""
 _EFFORTS: tuple[Effort | None, ...] = (None, "fast", "standard", "best")
 
 
@@ -52,9 +52,9 @@ def card(
     Args:
         manifest: the artifact's; `files` is not looked at, for the card is one of them.
         checkpoint: the base, or the artifact itself: both know attention, pooling and prompts.
-        place: what its commands call the model, its name on the hub for one.
-        metadata: more of the hub's metadata, or other values of it.
-        findings: more sections, before how it was made.
+        place: name of the model in commands, such as its name on the hub.
+        metadata: further hub metadata; replaces values of the same name.
+        findings: further sections, which stand before how it was made.
     """
     sections = [
         _front_matter(manifest, metadata or {}),
@@ -88,7 +88,7 @@ def _front_matter(manifest: Manifest, more: Mapping[str, Any]) -> str:
     if manifest.format not in (None, "gteopt"):
         content["tags"].append(manifest.format)
     if bits := sorted({layer.scheme.bits for layer in manifest.layers}):
-        content["tags"] += [f"{each}-bit" for each in bits]
+        content["tags"] += [f"{n}-bit" for n in bits]
     content |= more
     return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---"
 
@@ -135,11 +135,11 @@ def _facts(manifest: Manifest, checkpoint: Checkpoint) -> str:
 def _quantized(manifest: Manifest) -> str:
     if not manifest.layers:
         return "nothing"
-    sizes = [each.out_features * each.in_features for each in manifest.layers]
-    bits = [each.bits_per_weight for each in manifest.layers]
+    sizes = [layer.out_features * layer.in_features for layer in manifest.layers]
+    bits = [layer.bits_per_weight for layer in manifest.layers]
     mean = sum(s * b for s, b in zip(sizes, bits, strict=True)) / sum(sizes)
     text = f"{len(sizes)} linear layers, {mean:.2f} bits a weight with scales"
-    if any(each.scheme.activation_bits == 8 for each in manifest.layers):
+    if any(layer.scheme.activation_bits == 8 for layer in manifest.layers):
         text += ", 8-bit activations"
     if manifest.embedding is not None:
         text += f"; the token table, {manifest.embedding.bits_per_weight:.2f} bits a weight"
@@ -147,7 +147,7 @@ def _quantized(manifest: Manifest) -> str:
 
 
 def _causal_note(checkpoint: Checkpoint) -> str:
-    """Said of decoders that attend both ways: engines that miss it give other vectors."""
+    """A note on decoders that attend both ways: an engine that ignores it gives other vectors."""
     if _runs_both_ways(checkpoint):
         return " (`is_causal: false` in config.json)"
     return ""
@@ -184,11 +184,10 @@ def _use(manifest: Manifest, checkpoint: Checkpoint) -> str:
 
 
 def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
-    """One line an engine: what opens this folder and how, or why it must not be used."""
+    """One line for each engine: how it opens this folder, or why it must not be used."""
     from gteopt.encoder.openvino import can_hold  # which imports torch
 
-    format, code, both_ways = manifest.format, manifest.vectors.code, _runs_both_ways(checkpoint)
-    model_type = str(checkpoint.config["model_type"])
+    code = manifest.vectors.code
     yield (
         '**gteopt**: `gteopt.load("FOLDER")`'
         + (f"; it makes the {code} codes too" if code != "float32" else "")
@@ -200,20 +199,26 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
             "Transformers, and other engines would pool in another way."
         )
         return
-    if can_hold(checkpoint.config, (each.scheme for each in manifest.layers)):
+    if can_hold(checkpoint.config, (layer.scheme for layer in manifest.layers)):
         yield (
             "**OpenVINO**, the fastest on CPUs: "
             '`gteopt.load("FOLDER", backend="openvino")`, or `gteopt export FOLDER NEW`, then '
             '`SentenceTransformer("NEW", backend="openvino")` without gteopt.'
         )
-    if format == "gteopt":
+    if manifest.format == "gteopt":
         yield "Nothing else opens the format `gteopt`; no `model.safetensors` is there to misread."
         return
+    yield from _libraries(manifest, checkpoint)
+    yield from _servers(manifest, checkpoint)
+
+
+def _libraries(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
+    """Sentence Transformers and transformers, with what they need beside themselves."""
     library = ""
-    if format is not None:
-        library = "".join(f" and `{each}`" for each in _LIBRARIES[format].split())
+    if manifest.format is not None:
+        library = "".join(f" and `{name}`" for name in _LIBRARIES[manifest.format].split())
     five = "`transformers` 5 or later (4.57 ignores `is_causal: false`)"
-    needs = five if both_ways else "`transformers`"
+    needs = five if _runs_both_ways(checkpoint) else "`transformers`"
     yield (
         f'**Sentence Transformers**: `SentenceTransformer("FOLDER")`, with {needs}{library}. '
         f"gteopt's tests compare its vectors with gteopt's."
@@ -224,6 +229,12 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         + (" and apply `vectors_dense`" if manifest.vectors.method != "full" else "")
         + "."
     )
+
+
+def _servers(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
+    """vLLM, Text Embeddings Inference and SGLang: how each opens the folder, or why it must not."""
+    format, both_ways = manifest.format, _runs_both_ways(checkpoint)
+    model_type = str(checkpoint.config["model_type"])
     refused = _refused_by_servers(manifest)
     if refused is not None:
         yield f"Not vLLM or SGLang: {refused}."
@@ -260,10 +271,10 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _refused_by_servers(manifest: Manifest) -> str | None:
-    """Why vLLM and SGLang do not read these packed weights; None where they do.
+    """Why vLLM and SGLang do not read these packed weights; None if they do.
 
-    Read in their sources (2026): `auto_gptq.py` and `compressed_tensors_wNa16.py` of vLLM, whose
-    pull request 38288 took other kernels than Marlin's out, and the files of SGLang made from them.
+    Their sources of 2026 say so: `auto_gptq.py` and `compressed_tensors_wNa16.py` of vLLM, and the
+    files of SGLang made from them. vLLM's pull request 38288 removed all kernels but Marlin's.
     """
     kinds = {layer.scheme for layer in manifest.layers}
     if manifest.format not in ("gptq", "compressed-tensors"):
@@ -300,7 +311,7 @@ def _pooling_words(checkpoint: Checkpoint) -> str:
 
 
 def _made(manifest: Manifest) -> str:
-    """The command that makes it again, with the recipe where it is not one that ships."""
+    """The command that builds the artifact again, and the recipe unless it ships with gteopt."""
     recipe, base = manifest.recipe, manifest.base
     flags = _shipped(recipe)
     command = ["gteopt", "quantize", base.id, "--recipe"]
@@ -338,20 +349,20 @@ def _made(manifest: Manifest) -> str:
 
 
 def _shipped(recipe: Recipe) -> list[str] | None:
-    """Name and flags that give exactly this recipe; None where it is one of the user's own."""
+    """Name and flags that give exactly this recipe; None for a recipe of the user's own."""
     if recipe.name not in shipped_names("recipes"):
         return None
     for effort, embedding, format in product(
         _EFFORTS, (False, True), (None, *get_args(FormatChoice))
     ):
         try:
-            found = load_recipe(recipe.name)
-            found = found if effort is None else found.with_effort(effort)
-            found = found.with_int8_embedding() if embedding else found
-            found = found if format is None else found.with_format(format)
+            variant = load_recipe(recipe.name)
+            variant = variant if effort is None else variant.with_effort(effort)
+            variant = variant.with_int8_embedding() if embedding else variant
+            variant = variant if format is None else variant.with_format(format)
         except InputError:
             continue
-        if found.sha256() == recipe.sha256():
+        if variant.sha256() == recipe.sha256():
             flags = [] if effort is None else ["--effort", effort]
             flags += ["--embed-int8"] if embedding else []
             flags += [] if format is None else ["--format", format]

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
 from torch import nn
 
 from gteopt.build import tuning
+from gteopt.build.bit_budget import SENSITIVITY_TEXTS
 from gteopt.build.build_time import build_seconds
 from gteopt.build.calibration_texts import draw_texts, few_tokens, tokenize
 from gteopt.build.layer_plan import (
-    SENSITIVITY_TEXTS,
     LayerPlan,
     n_latent_parameters,
     needs_original,
@@ -42,8 +43,8 @@ from gteopt.quant.grid_search import search_bytes
 from gteopt.records.inspection import RecipeEstimate
 from gteopt.vectors.codes import code_bytes
 
-# What a build holds beside tensors of the model, in bytes a weight: codes, their spread bytes and
-# the float32 weight that a portable kernel makes in each call.
+# Bytes for each weight that a build holds beside the model's tensors: the codes, their spread
+# bytes, and the float32 weight of a portable kernel.
 _DEQUANT_BYTES = 1 + 2 + 4
 _WRITE_BYTES = 2 * 256 << 20
 """Files that blocks are put together in, while they are converted."""
@@ -73,19 +74,14 @@ def estimate(
         hub_dir: where calibration data sets lie; texts that cannot be read count with the most
             tokens that the recipe allows.
     """
-    item_bytes = parse_dtype(dtype).itemsize
-    skeleton = build_skeleton(checkpoint)
-    linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
-    full_bytes = sum(p.numel() for p in skeleton.parameters()) * item_bytes
-    full_bytes += n_latent_parameters(checkpoint) * item_bytes
-    buffer_bytes = sum(b.numel() * b.element_size() for b in skeleton.buffers())
-    padded: dict[Calibration, int] = {}
+    base = _Base(checkpoint, build_skeleton(checkpoint), parse_dtype(dtype).itemsize)
+    n_tokens: dict[Calibration, int] = {}
     for recipe in recipes:
+        texts = recipe.calibration
         try:
-            plan = plan_layers(checkpoint, recipe, skeleton)
-            schemes = plan.schemes
-            if recipe.calibration not in padded:
-                padded[recipe.calibration] = _padded_tokens(checkpoint, recipe.calibration, hub_dir)
+            plan = plan_layers(checkpoint, recipe, base.skeleton)
+            if texts not in n_tokens:
+                n_tokens[texts] = _padded_tokens(checkpoint, texts, hub_dir)
             if recipe.dims is not None and recipe.dims.n > checkpoint.dims:
                 raise ValueError(f"the model has only {checkpoint.dims} dimensions")
         except (GteoptError, ValueError) as error:
@@ -99,55 +95,38 @@ def estimate(
                 problem=str(error),
             )
             continue
-        whole = sum(linears[name].weight.numel() for name in schemes)
-        packed = sum(
-            packed_bytes(linears[name].out_features, linears[name].in_features, scheme)
-            for name, scheme in schemes.items()
-        )
-        if isinstance(recipe.weights, GptqWeights) and recipe.weights.budget is not None:
-            packed = int(whole * recipe.weights.budget / 8)
-        if plan.format == "bitsandbytes":
-            packed += _wider_scale_bytes(linears, schemes)
-        saved = whole * item_bytes - packed
-        if recipe.embedding == "int8":
-            table = skeleton.get_input_embeddings().weight  # type: ignore[operator]
-            saved += table.numel() * (item_bytes - 1) - 2 * len(table)
-        solves = isinstance(recipe.weights, GptqWeights)
-        widest = max((linears[name].in_features for name in schemes), default=0)
-        sizes = _Sizes(
-            skeleton=skeleton,
-            full_bytes=full_bytes,
-            saved_bytes=saved,
-            packed_bytes=packed,
-            item_bytes=item_bytes,
-            replay_bytes=4 if item_bytes == 2 and emulates_bfloat16(device) else item_bytes,
-            activation_bytes=activation_bytes,
-            n_tokens=padded[recipe.calibration],
-            on_gpu=device == "cuda",
-        )
-        memory = _memory(checkpoint, recipe, plan, sizes)
-        yield RecipeEstimate(
-            recipe=recipe.name,
-            summary=recipe.summary,
-            weight_bytes=full_bytes - saved + buffer_bytes,
-            build_bytes=buffer_bytes + memory.host,
-            device_bytes=buffer_bytes + memory.device if sizes.on_gpu else None,
-            disk_bytes=_disk_bytes(checkpoint, recipe, plan, sizes),
-            bytes_per_vector=_vector_bytes(checkpoint, recipe),
-            build_s=build_seconds(
-                recipe,
-                schemes,
-                {name: (each.out_features, each.in_features) for name, each in linears.items()},
-                padded[recipe.calibration],
-                n_choices=max((len(each) for each in plan.choices.values()), default=1),
-                device=device,
-            ),
-            format=plan.format,
-            engines=engines_of(recipe, plan.format),
-            n_tokens=padded[recipe.calibration] if solves else None,
-            warning=few_tokens(padded[recipe.calibration], widest) if solves else None,
-            problem=None,
-        )
+        build = _Build(base, recipe, plan, device, activation_bytes, n_tokens[texts])
+        yield _estimate_build(build)
+
+
+def _estimate_build(build: _Build) -> RecipeEstimate:
+    """Size, memory, disk and time of one build that can be made."""
+    base, recipe, schemes = build.base, build.recipe, build.plan.schemes
+    memory = _memory(build)
+    solves = isinstance(recipe.weights, GptqWeights)
+    widest = max((base.linears[name].in_features for name in schemes), default=0)
+    return RecipeEstimate(
+        recipe=recipe.name,
+        summary=recipe.summary,
+        weight_bytes=base.full_bytes - build.saved_bytes + base.buffer_bytes,
+        build_bytes=base.buffer_bytes + memory.host,
+        device_bytes=base.buffer_bytes + memory.device if build.on_gpu else None,
+        disk_bytes=_disk_bytes(build),
+        bytes_per_vector=_vector_bytes(base.checkpoint, recipe),
+        build_s=build_seconds(
+            recipe,
+            schemes,
+            {name: (layer.out_features, layer.in_features) for name, layer in base.linears.items()},
+            build.n_tokens,
+            n_choices=max(map(len, build.plan.choices.values()), default=1),
+            device=build.device,
+        ),
+        format=build.plan.format,
+        engines=engines_of(recipe, build.plan.format),
+        n_tokens=build.n_tokens if solves else None,
+        warning=few_tokens(build.n_tokens, widest) if solves else None,
+        problem=None,
+    )
 
 
 def _wider_scale_bytes(linears: Mapping[str, nn.Linear], schemes: Mapping[str, LayerScheme]) -> int:
@@ -168,26 +147,105 @@ def count_parameters(checkpoint: Checkpoint) -> int:
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """What memory and disk of a build follow from, besides recipe and plan."""
+class _Base:
+    """A base without its weights.
 
+    Attributes:
+        item_bytes: bytes of a weight in the dtype of the build.
+    """
+
+    checkpoint: Checkpoint
     skeleton: nn.Module
-    full_bytes: int
-    saved_bytes: int
-    packed_bytes: int
     item_bytes: int
-    replay_bytes: int
-    activation_bytes: int
-    n_tokens: int
-    on_gpu: bool
+
+    @cached_property
+    def linears(self) -> dict[str, nn.Linear]:
+        """Linear layers by their name in the model."""
+        modules = self.skeleton.named_modules()
+        return {name: module for name, module in modules if isinstance(module, nn.Linear)}
+
+    @cached_property
+    def full_bytes(self) -> int:
+        """What all weights take unquantized."""
+        n_parameters = sum(p.numel() for p in self.skeleton.parameters())
+        return (n_parameters + n_latent_parameters(self.checkpoint)) * self.item_bytes
+
+    @cached_property
+    def buffer_bytes(self) -> int:
+        """What the model computes from its config when it is loaded."""
+        return sum(b.numel() * b.element_size() for b in self.skeleton.buffers())
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of a hidden state."""
+        return int(self.checkpoint.config["hidden_size"])
+
+    @property
+    def table(self) -> nn.Parameter:
+        """The token embedding's weight."""
+        weight: nn.Parameter = self.skeleton.get_input_embeddings().weight  # type: ignore[operator]
+        return weight
 
 
 @dataclass(frozen=True)
-class _Memory:
-    """Most that a build holds at once, in bytes; without a GPU the host has all of it."""
+class _Build:
+    """What memory and disk of a build follow from.
 
-    host: int
-    device: int = 0
+    Attributes:
+        n_tokens: of the calibration texts, padding included.
+    """
+
+    base: _Base
+    recipe: Recipe
+    plan: LayerPlan
+    device: str
+    activation_bytes: int
+    n_tokens: int
+
+    @cached_property
+    def n_quantized(self) -> int:
+        """Weights of the layers that are quantized."""
+        return sum(self.base.linears[name].weight.numel() for name in self.plan.schemes)
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        """What the packed layers take; under a budget, what it allows them."""
+        linears, schemes, weights = self.base.linears, self.plan.schemes, self.recipe.weights
+        if isinstance(weights, GptqWeights) and weights.budget is not None:
+            n_bytes = int(self.n_quantized * weights.budget / 8)
+        else:
+            n_bytes = sum(
+                packed_bytes(linears[name].out_features, linears[name].in_features, scheme)
+                for name, scheme in schemes.items()
+            )
+        if self.plan.format == "bitsandbytes":
+            n_bytes += _wider_scale_bytes(linears, schemes)
+        return n_bytes
+
+    @cached_property
+    def saved_bytes(self) -> int:
+        """How much smaller the artifact's weights are than the base's."""
+        saved = self.n_quantized * self.base.item_bytes - self.packed_bytes
+        if self.recipe.embedding == "int8":
+            table = self.base.table
+            saved += table.numel() * (self.base.item_bytes - 1) - 2 * len(table)
+        return saved
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes."""
+        return self.device == "cuda"
+
+    @property
+    def replay_bytes(self) -> int:
+        """Bytes of a number in the dtype that blocks are replayed in."""
+        item_bytes = self.base.item_bytes
+        return 4 if item_bytes == 2 and emulates_bfloat16(self.device) else item_bytes
+
+    @property
+    def n_hidden_kinds(self) -> int:
+        """2 where the original model's hidden states lie beside the quantized one's, else 1."""
+        return 2 if needs_original(self.recipe, self.plan) else 1
 
 
 def _padded_tokens(checkpoint: Checkpoint, spec: Calibration, hub_dir: Path | None) -> int:
@@ -201,58 +259,55 @@ def _padded_tokens(checkpoint: Checkpoint, spec: Calibration, hub_dir: Path | No
     return sum(len(batch) * max(map(len, batch)) for batch in token_batches(tokens))
 
 
-def _memory(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes: _Sizes) -> _Memory:
+@dataclass(frozen=True)
+class _Memory:
+    """Most that a build holds at once, in bytes; without a GPU the host has all of it."""
+
+    host: int
+    device: int = 0
+
+
+def _memory(build: _Build) -> _Memory:
     """Most that a build holds: loading, one block's work, tuning, or putting files together.
 
     What is outside the blocks (nearly all of it the token embedding) is there all the time, a
-    block's weights only in its turn. A GPU holds what is computed with, hidden states too, and the
-    host what is read and written.
+    block's weights only in its turn. A GPU holds what is computed with, hidden states too. The host
+    holds what is read and written.
     """
+    base, plan = build.base, build.plan
     blocks_name = plan.blocks
     if blocks_name is None:  # the model, and its bytes while they are written
-        full = sizes.full_bytes
-        return _Memory(full, full) if sizes.on_gpu else _Memory(2 * full)
-    module = sizes.skeleton.get_submodule(blocks_name)
-    blocks = [dict(block.named_parameters()) for block in module.children()]
-    in_blocks = sum(p.numel() for block in blocks for p in block.values())
-    frame = sizes.full_bytes - in_blocks * sizes.item_bytes
-    table = int(sizes.skeleton.get_input_embeddings().weight.numel())  # type: ignore[operator]
-    read = table * _stored_item_bytes(checkpoint)
+        full = base.full_bytes
+        return _Memory(full, full) if build.on_gpu else _Memory(2 * full)
+    modules = base.skeleton.get_submodule(blocks_name)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in modules.children()]
+    frame = base.full_bytes - sum(sizes) * base.item_bytes
+    table = base.table.numel()
+    read = table * _stored_item_bytes(base.checkpoint)
     load = frame + read
-    if recipe.embedding == "int8":
-        frame -= table * (sizes.item_bytes - 1)
-    largest = max(range(len(blocks)), key=lambda i: sum(p.numel() for p in blocks[i].values()))
-    linears = {
-        f"{blocks_name}.{largest}.{name}": each
-        for name, each in module[largest].named_modules()  # type: ignore[index]
-        if isinstance(each, nn.Linear)
-    }
-    block = _block_bytes(checkpoint, recipe, plan, linears, blocks[largest], sizes)
+    if build.recipe.embedding == "int8":
+        frame -= table * (base.item_bytes - 1)
+    largest = max(range(len(sizes)), key=lambda i: sizes[i])
+    inside = f"{blocks_name}.{largest}."
+    linears = {name: layer for name, layer in base.linears.items() if name.startswith(inside)}
     held = frame
-    if shortens(recipe):
-        held += sizes.packed_bytes
-    work = held + block
+    if shortens(build.recipe):
+        held += build.packed_bytes
+    work = held + _block_bytes(build, linears, sizes[largest])
     if plan.choices:
-        n_block = sum(p.numel() for p in blocks[largest].values())
-        measuring = _measuring_bytes(checkpoint, recipe, plan, linears, len(blocks), n_block, sizes)
+        measuring = _measuring_bytes(build, linears, len(sizes), sizes[largest])
         work = max(work, frame + measuring)
-    written = min(_WRITE_BYTES, 2 * sizes.packed_bytes) + frame
-    host = written if sizes.on_gpu else max(work, held + written)
+    written = min(_WRITE_BYTES, 2 * build.packed_bytes) + frame
+    host = written if build.on_gpu else max(work, held + written)
     host += min(_KEPT_BYTES + int(_KEPT_SHARE * host), _MOST_KEPT_BYTES)
     # A mapped file leaves nothing behind.
-    host, work = max(host, read if sizes.on_gpu else load), max(work, load)
+    host, work = max(host, read if build.on_gpu else load), max(work, load)
     if plan.tune_by == "model":
-        n_weights = sum(
-            each.weight.numel()
-            for name, each in sizes.skeleton.named_modules()
-            if isinstance(each, nn.Linear) and name in plan.schemes
-        )
-        n_other = count_parameters(checkpoint) - n_weights
-        n_layers = int(checkpoint.config["num_hidden_layers"])
-        hidden_size = int(checkpoint.config["hidden_size"])
-        tuned = frame + tuning.work_bytes(n_weights, n_other, n_layers, hidden_size)
-        work, host = max(work, tuned), host if sizes.on_gpu else max(host, tuned)
-    return _Memory(host, work if sizes.on_gpu else 0)
+        n_other = count_parameters(base.checkpoint) - build.n_quantized
+        n_layers = int(base.checkpoint.config["num_hidden_layers"])
+        tuned = frame + tuning.work_bytes(build.n_quantized, n_other, n_layers, base.hidden_size)
+        work, host = max(work, tuned), host if build.on_gpu else max(host, tuned)
+    return _Memory(host, work if build.on_gpu else 0)
 
 
 def _stored_item_bytes(checkpoint: Checkpoint) -> int:
@@ -261,24 +316,20 @@ def _stored_item_bytes(checkpoint: Checkpoint) -> int:
     return max(1, round(checkpoint.stored_bytes / n_numbers))
 
 
-def _disk_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes: _Sizes) -> int:
+def _disk_bytes(build: _Build) -> int:
     """Most that a build has on disk: at its end, or while hidden states lie there.
 
-    Finished blocks stay until the artifact is whole, beside the files that another library's format
-    makes of them, and beside the solver's where the model was tuned.
+    Finished blocks stay until the artifact is whole, beside the files of another library's format.
+    If the model was tuned, they stay beside the solver's blocks as well.
     """
-    side = sum(path.stat().st_size for path in checkpoint.side_files)
-    weights = sizes.full_bytes - sizes.saved_bytes
+    base, plan = build.base, build.plan
+    side = sum(path.stat().st_size for path in base.checkpoint.side_files)
+    weights = base.full_bytes - build.saved_bytes
     if plan.blocks is None:
         return side + weights
-    module = sizes.skeleton.get_submodule(plan.blocks)
-    in_blocks = sum(p.numel() for p in module.parameters())
-    planned = sum(
-        each.weight.numel()
-        for name, each in sizes.skeleton.named_modules()
-        if isinstance(each, nn.Linear) and name in plan.schemes
-    )
-    blocks = sizes.packed_bytes + (in_blocks - planned) * sizes.item_bytes
+    modules = base.skeleton.get_submodule(plan.blocks)
+    in_blocks = sum(p.numel() for p in modules.parameters())
+    blocks = build.packed_bytes + (in_blocks - build.n_quantized) * base.item_bytes
     at_the_end = weights + side
     if plan.format != "gteopt":
         at_the_end += blocks
@@ -286,36 +337,28 @@ def _disk_bytes(checkpoint: Checkpoint, recipe: Recipe, plan: LayerPlan, sizes: 
             at_the_end += weights - blocks  # may be put together with blocks, not just renamed
     if plan.tune_by == "model":
         at_the_end += blocks
-    if not isinstance(recipe.weights, GptqWeights):
+    if not isinstance(build.recipe.weights, GptqWeights):
         return at_the_end
-    n_kinds = 2 if needs_original(recipe, plan) else 1
-    hidden_size = int(checkpoint.config["hidden_size"])
-    hidden = n_kinds * sizes.n_tokens * hidden_size * sizes.replay_bytes
+    hidden = build.n_hidden_kinds * build.n_tokens * base.hidden_size * build.replay_bytes
     fed = 0
-    n_blocks = len(list(module.children()))
+    n_blocks = len(list(modules.children()))
     if plan.choices and n_blocks > DEEP_BLOCKS:  # all that blocks are fed, before one is finished
-        fed = n_blocks * _state_bytes(checkpoint, recipe, sizes) - sizes.activation_bytes
-    return max(at_the_end, blocks + max(0, hidden - sizes.activation_bytes), fed)
+        fed = n_blocks * _state_bytes(build) - build.activation_bytes
+    return max(at_the_end, blocks + max(0, hidden - build.activation_bytes), fed)
 
 
-def _state_bytes(checkpoint: Checkpoint, recipe: Recipe, sizes: _Sizes) -> int:
+def _state_bytes(build: _Build) -> int:
     """Hidden states between two blocks of the texts that sensitivities are found on."""
-    hidden_size = int(checkpoint.config["hidden_size"])
-    return _sensitivity_tokens(recipe, sizes) * hidden_size * sizes.replay_bytes
+    return _sensitivity_tokens(build) * build.base.hidden_size * build.replay_bytes
 
 
-def _sensitivity_tokens(recipe: Recipe, sizes: _Sizes) -> int:
-    return int(sizes.n_tokens * min(1.0, SENSITIVITY_TEXTS / recipe.calibration.n_texts))
+def _sensitivity_tokens(build: _Build) -> int:
+    share = min(1.0, SENSITIVITY_TEXTS / build.recipe.calibration.n_texts)
+    return int(build.n_tokens * share)
 
 
 def _measuring_bytes(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    plan: LayerPlan,
-    linears: Mapping[str, nn.Linear],
-    n_blocks: int,
-    n_block: int,
-    sizes: _Sizes,
+    build: _Build, linears: Mapping[str, nn.Linear], n_blocks: int, n_parameters: int
 ) -> int:
     """Most that measuring sensitivities takes: a block, and the hidden states of trials; where they
     are estimated, what is fed to each block, and gradients.
@@ -323,63 +366,47 @@ def _measuring_bytes(
     Beside them a layer is being rounded (whole, as codes, and in place), or the block runs.
 
     Args:
-        checkpoint: the base.
-        recipe: says how many texts there are.
-        plan: says how many trials.
+        build: what is built.
         linears: of the largest block.
         n_blocks: how many there are.
-        n_block: parameters of the largest.
-        sizes: of everything else.
+        n_parameters: of the largest.
     """
-    hidden_size = int(checkpoint.config["hidden_size"])
-    item = sizes.replay_bytes
-    n_tokens, state = (
-        _sensitivity_tokens(recipe, sizes),
-        _state_bytes(checkpoint, recipe, sizes),
-    )
-    counts = [len(each) for each in plan.choices.values()]
-    trials = max(min(sum(counts) * state, sizes.activation_bytes), max(counts) * state)
+    item = build.replay_bytes
+    n_tokens, state = _sensitivity_tokens(build), _state_bytes(build)
+    counts = [len(schemes) for schemes in build.plan.choices.values()]
+    trials = max(min(sum(counts) * state, build.activation_bytes), max(counts) * state)
     # The base's: at the first block, where this walk began, where it is, and moving on.
     own = 4 * state
-    widest = max(max(each.weight.shape) for each in linears.values())
-    running = min(n_tokens, BATCH_TOKENS) * (4 * widest + 4 * hidden_size) * item
-    most = max(each.weight.numel() for each in linears.values())
+    widest = max(max(layer.weight.shape) for layer in linears.values())
+    running = min(n_tokens, BATCH_TOKENS) * (4 * widest + 4 * build.base.hidden_size) * item
+    most = max(layer.weight.numel() for layer in linears.values())
     rounding = (4 + 1 + 4) * most + search_bytes(most)
     if n_blocks > DEEP_BLOCKS:
-        trials = min(n_blocks * state, sizes.activation_bytes) + N_PROBES * state
+        trials = min(n_blocks * state, build.activation_bytes) + N_PROBES * state
         own = 2 * state  # what the block gives out, as it is and with a layer rounded
         running *= 2  # kept for the way back, and on it
-    return n_block * item + trials + own + max(running + item * most, rounding)
+    return n_parameters * item + trials + own + max(running + item * most, rounding)
 
 
-def _block_bytes(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    plan: LayerPlan,
-    linears: Mapping[str, nn.Linear],
-    parameters: Mapping[str, nn.Parameter],
-    sizes: _Sizes,
-) -> int:
+def _block_bytes(build: _Build, linears: Mapping[str, nn.Linear], n_parameters: int) -> int:
     """Most that one block's turn takes: its weights, the texts' hidden states, the solver."""
-    n_parameters = sum(p.numel() for p in parameters.values())
-    planned = {name: each.weight for name, each in linears.items() if name in plan.schemes}
-    if not isinstance(recipe.weights, GptqWeights):
-        codes = max((w.numel() for w in planned.values()), default=0)
-        return n_parameters * sizes.item_bytes + 2 * codes + search_bytes(codes)
-    hidden_size = int(checkpoint.config["hidden_size"])
-    item = sizes.replay_bytes
-    uses_gptaq = recipe.weights.gptaq_strength > 0
-    n_kinds = 2 if needs_original(recipe, plan) else 1
-    hidden = min(n_kinds * sizes.n_tokens * hidden_size * item, sizes.activation_bytes)
-    widest = max(max(w.shape) for w in planned.values())
-    n_batch = min(sizes.n_tokens, BATCH_TOKENS)
+    weights, hidden_size = build.recipe.weights, build.base.hidden_size
+    planned = [layer.weight for name, layer in linears.items() if name in build.plan.schemes]
+    if not isinstance(weights, GptqWeights):
+        codes = max((w.numel() for w in planned), default=0)
+        return n_parameters * build.base.item_bytes + 2 * codes + search_bytes(codes)
+    item = build.replay_bytes
+    uses_gptaq = weights.gptaq_strength > 0
+    hidden = min(build.n_hidden_kinds * build.n_tokens * hidden_size * item, build.activation_bytes)
+    widest = max(max(w.shape) for w in planned)
+    n_batch = min(build.n_tokens, BATCH_TOKENS)
     # An MLP's gate, its activation, the other half and their product; queries, keys, values and
     # their rotations beside them.
     running = n_batch * (4 * widest + 4 * hidden_size) * item
     worst = running
-    left = n_kinds * n_parameters * item
-    readers = Counter(weight.shape[1] for weight in planned.values())
-    for weight in planned.values():
+    left = build.n_hidden_kinds * n_parameters * item
+    readers = Counter(weight.shape[1] for weight in planned)
+    for weight in planned:
         rows, columns = weight.shape
         n_cross_rows = 0
         if uses_gptaq:
@@ -388,11 +415,11 @@ def _block_bytes(
         seeing = 4 * columns * (columns + n_cross_rows) + running
         seeing += (3 if uses_gptaq else 1) * 4 * n_batch * columns
         worst = max(worst, left + solving, left + seeing)
-        left -= weight.numel() * item - packed_bytes(rows, columns, recipe.weights.scheme)
-    most = max(w.numel() for w in planned.values())
+        left -= weight.numel() * item - packed_bytes(rows, columns, weights.scheme)
+    most = max(w.numel() for w in planned)
     worst = max(worst, left + running + _DEQUANT_BYTES * most)
-    if plan.tune_by == "block":
-        n_weights = sum(w.numel() for w in planned.values())
+    if build.plan.tune_by == "block":
+        n_weights = sum(w.numel() for w in planned)
         n_other = n_parameters - n_weights
         worst = max(worst, left + tuning.block_work_bytes(n_weights, n_other, hidden_size))
     return hidden + worst

@@ -31,10 +31,10 @@ def fit_transforms(
     hub_dir: Path | None = None,
     progress: Progress = quiet,
 ) -> list[VectorTransform]:
-    """What `truncate` would make of the encoder's vectors, of every length in every code.
+    """The transforms that `truncate` would fit on the encoder, for every length in every code.
 
-    An artifact's own way to shorten (slice, PCA, whichever keeps more) and its own calibration
-    texts are used; a base is sliced. The texts are encoded once.
+    An artifact is shortened by its own method, with its own calibration texts; a base is sliced.
+    The texts are encoded once.
 
     Args:
         encoder: a base or an artifact.
@@ -62,13 +62,13 @@ def fit_transforms(
             recipe = own.model_copy(update={"dims": shorter, "vectors": vectors})
             check_vectors(recipe, encoder.checkpoint)
             recipes.append(recipe)
-    # Nothing is fitted on these rows where nothing is to be; `fit` reads their width.
+    # Recipes that fit nothing need no rows; `fit` reads their width.
     texts = np.zeros((0, encoder.full_dims), np.float32)
     if any(_is_fitted(recipe) for recipe in recipes):
         drawn = draw_texts(own.calibration, hub_dir=hub_dir)
         texts = _calibration_vectors(encoder, own, drawn, progress)
     similarity: Similarity = "cosine" if encoder.checkpoint.unit_vectors else "dot"
-    return [fit(texts, each.dims, each.vectors, similarity=similarity) for each in recipes]
+    return [fit(texts, recipe.dims, recipe.vectors, similarity=similarity) for recipe in recipes]
 
 
 def needs_texts(recipe: Recipe) -> bool:
@@ -84,7 +84,7 @@ def _is_fitted(recipe: Recipe) -> bool:
 
 
 def check_vectors(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Refuse vectors that the model cannot give, before the slow part.
+    """Refuse vectors that the model cannot give, before the slow work starts.
 
     Raises:
         InputError: more dimensions than the model has, or bytes that no code has.

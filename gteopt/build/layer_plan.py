@@ -1,47 +1,38 @@
 """What a recipe does to each linear layer of a base, decided before any work starts.
 
-Hides: which layers a recipe takes and which scheme each gets, why others stay as they are, which
-format can hold them, and how bits are chosen under a budget. Refuses to know: codes, shards.
+Hides: which layers a recipe takes and which scheme each gets, why others stay as they are, and
+which format can hold them. Refuses to know: weights, codes, shards.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import TypeAdapter
 from safetensors import safe_open
 from torch import nn
 
-from gteopt.build.replay import StateSpill, find_blocks
-from gteopt.build.sensitivity import DEEP_BLOCKS, estimate, measure
+from gteopt.build.replay import find_blocks
 from gteopt.build.tuning import MOST_WEIGHTS
-from gteopt.config.recipe import Effort, FormatName, GptqWeights, LayerScheme, NoWeights, Recipe
-from gteopt.encoder.encoder import Encoder
+from gteopt.config.recipe import (
+    Effort,
+    FormatName,
+    GptqWeights,
+    LayerScheme,
+    NoWeights,
+    Recipe,
+    RtnWeights,
+)
 from gteopt.encoder.skeleton import build_skeleton
 from gteopt.errors import InputError, UnsupportedError, join_problems
 from gteopt.formats import choose_format
 from gteopt.formats.packed import Shape
 from gteopt.model.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint
-from gteopt.progress import Progress
-from gteopt.quant.affine import packed_bytes
-from gteopt.quant.bit_allocation import allocate
 from gteopt.quant.grid import group_size_problems
-from gteopt.records.files import write_atomically
-from gteopt.records.manifest import EXPERTS, AllocationRecord, UnquantizedRecord
-
-ACTIVATIONS = "activations"
-"""Where hidden states lie in a stage folder."""
-ALLOCATION = "allocation.json"
-"""And what was measured for the choice of bits."""
-SENSITIVITY_TEXTS = 64
-"""Texts of the calibration set that sensitivities are measured on."""
-_LOSSES = TypeAdapter(dict[str, tuple[float, ...]])
+from gteopt.records.manifest import EXPERTS, UnquantizedRecord
 
 
 @dataclass(frozen=True)
@@ -50,12 +41,12 @@ class LayerPlan:
 
     Attributes:
         schemes: layer name -> scheme, in the model's order.
-        notes: layer name -> what is out of the ordinary.
-        unquantized: everything that stays as it is, with the reason.
-        format: how the packed weights will lie on disk; None without any.
-        blocks: name of the model's list of transformer blocks; None where none is quantized.
-        choices: layer name -> what its scheme is chosen from, where the recipe has a budget.
-        tune_by: what is tuned at once behind the solver; None where nothing is.
+        notes: layer name -> anything unusual.
+        unquantized: everything that is not quantized, with the reason.
+        format: format of the packed weights on disk; None without packed weights.
+        blocks: name of the model's list of transformer blocks; None if none is quantized.
+        choices: layer name -> schemes to choose from; empty unless the recipe has a budget.
+        tune_by: what is tuned at once after the solver; None tunes nothing.
     """
 
     schemes: Mapping[str, LayerScheme]
@@ -75,7 +66,8 @@ def plan_layers(
     Args:
         checkpoint: a base.
         recipe: what to make of it.
-        skeleton: of the checkpoint, where it was built already (which takes half a second of 7B).
+        skeleton: the checkpoint's modules without weights, if the caller has them. Building them
+            takes half a second for a model of 7B.
 
     Raises:
         InputError: lists every layer whose input features the group size does not divide, unless
@@ -84,88 +76,123 @@ def plan_layers(
     """
     skeleton = build_skeleton(checkpoint) if skeleton is None else skeleton
     weights = recipe.weights
-    schemes: dict[str, LayerScheme] = {}
-    notes: dict[str, str] = {}
-    reasons: dict[str, str] = {}
+    if isinstance(weights, NoWeights):
+        return LayerPlan(
+            schemes={},
+            notes={},
+            unquantized=_unquantized(checkpoint, recipe, skeleton, {}, {}),
+            format=None,
+            blocks=None,
+            choices={},
+            tune_by=None,
+        )
+    if checkpoint.is_table:
+        raise UnsupportedError(
+            f"{checkpoint.id} is a table of token vectors without a transformer: there is nothing "
+            f"to quantize but its table. Recipe bf16 with dims or vectors: int8 makes its vectors "
+            f"smaller"
+        )
+    blocks, _ = find_blocks(skeleton, checkpoint.config.get("num_hidden_layers"))
+    linears, reasons = _layers_to_quantize(skeleton, blocks, weights.skip)
+    schemes, notes, misfits = _assign_schemes(recipe.name, weights, linears)
+    tune_by = _tune_by(recipe, sum(linears[name].weight.numel() for name in schemes))
     choices: dict[str, tuple[LayerScheme, ...]] = {}
+    if isinstance(weights, GptqWeights) and weights.budget is not None:
+        choices = {
+            name: _fitting(linears[name].in_features, scheme, weights)
+            for name, scheme in schemes.items()
+        }
+    _check_embedding_and_format(checkpoint, recipe, n_layers=len(schemes))
     format: FormatName | None = None
-    prefix: str | None = None
-    tune_by: Literal["model", "block"] | None = None
-    if not isinstance(weights, NoWeights):
-        if checkpoint.is_table:
-            raise UnsupportedError(
-                f"{checkpoint.id} is a table of token vectors without a transformer: there is "
-                f"nothing to quantize but its table. Recipe bf16 with dims or vectors: int8 makes "
-                f"its vectors smaller"
-            )
-        prefix, _ = find_blocks(skeleton, checkpoint.config.get("num_hidden_layers"))
-        linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
-        sizes: dict[str, int] = {}
-        for name, linear in linears.items():
-            if not name.startswith(f"{prefix}."):
-                reasons[name] = "outside the transformer blocks"
-            elif any(fnmatch.fnmatchcase(name, pattern) for pattern in weights.skip):
-                reasons[name] = "the recipe skips it"
-            else:
-                sizes[name] = linear.in_features
-        misfits = group_size_problems(sizes, weights.scheme.group_size)
-        if misfits and weights.fallback == "error":
-            subject = (
-                f"recipe {recipe.name}: group size {weights.scheme.group_size} does not divide the "
-                f"input features of {len(misfits)} layer(s); choose another group size, or set "
-                f"weights.fallback to per_channel or skip"
-            )
-            raise InputError(join_problems(subject, misfits))
-        for name, in_features in sizes.items():
-            scheme = weights.scheme
-            if group_size_problems({name: in_features}, scheme.group_size):
-                reason = f"group size {scheme.group_size} does not divide {in_features} features"
-                if weights.fallback == "skip":
-                    reasons[name] = reason
-                    continue
-                scheme = scheme.model_copy(update={"group_size": "per_channel"})
-                notes[name] = f"{reason}: one group a row"
-            schemes[name] = scheme
+    if schemes:
         shapes = {n: Shape(linears[n].out_features, linears[n].in_features) for n in schemes}
-        n_weights = sum(linears[n].weight.numel() for n in schemes)
-        tune_by = _tune_by(recipe, n_weights)
-        if isinstance(weights, GptqWeights) and weights.budget is not None:
-            choices = {
-                name: _fitting(sizes[name], scheme, weights) for name, scheme in schemes.items()
-            }
-        if recipe.embedding == "int8" and not schemes:
-            raise InputError(
-                f"recipe {recipe.name} skips every layer; embedding: int8 goes with quantized ones"
-            )
-        if checkpoint.latent is not None and recipe.format not in ("auto", "gteopt"):
-            raise InputError(
-                f"recipe {recipe.name}: format {recipe.format} is for folders that other libraries "
-                f"open; none has the latent-attention pooling of {checkpoint.id}. Leave format out"
-            )
-        if schemes:
-            nested = checkpoint.latent is not None
-            format = "gteopt" if nested else _plan_format(recipe, schemes, choices, shapes)
+        is_nested = checkpoint.latent is not None
+        format = "gteopt" if is_nested else _plan_format(recipe, schemes, choices, shapes)
     return LayerPlan(
         schemes=schemes,
         notes=notes,
-        unquantized=tuple(
-            each
-            for each in _unquantized(skeleton, schemes, reasons)
-            if recipe.embedding == "full" or each.name != embedding_name(skeleton)
-        )
-        + _latent_record(checkpoint),
+        unquantized=_unquantized(checkpoint, recipe, skeleton, schemes, reasons | misfits),
         format=format,
-        blocks=prefix if schemes else None,
+        blocks=blocks if schemes else None,
         choices=choices,
         tune_by=tune_by,
     )
+
+
+def _layers_to_quantize(
+    skeleton: nn.Module, blocks: str, skip: Sequence[str]
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """Linear layers that a recipe takes, and why it leaves the others."""
+    linears: dict[str, nn.Linear] = {}
+    reasons: dict[str, str] = {}
+    for name, module in skeleton.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if not name.startswith(f"{blocks}."):
+            reasons[name] = "outside the transformer blocks"
+        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
+            reasons[name] = "the recipe skips it"
+        else:
+            linears[name] = module
+    return linears, reasons
+
+
+def _assign_schemes(
+    recipe_name: str, weights: RtnWeights | GptqWeights, linears: Mapping[str, nn.Linear]
+) -> tuple[dict[str, LayerScheme], dict[str, str], dict[str, str]]:
+    """Each layer's scheme, notes on those that fall back, and why some layers are skipped.
+
+    Raises:
+        InputError: the group size does not divide some layers, and the recipe has no fallback.
+    """
+    group_size = weights.scheme.group_size
+    sizes = {name: linear.in_features for name, linear in linears.items()}
+    misfits = group_size_problems(sizes, group_size)
+    if misfits and weights.fallback == "error":
+        subject = (
+            f"recipe {recipe_name}: group size {group_size} does not divide the input features of "
+            f"{len(misfits)} layer(s); choose another group size, or set weights.fallback to "
+            f"per_channel or skip"
+        )
+        raise InputError(join_problems(subject, misfits))
+    schemes: dict[str, LayerScheme] = {}
+    notes: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for name, in_features in sizes.items():
+        if not group_size_problems({name: in_features}, group_size):
+            schemes[name] = weights.scheme
+            continue
+        reason = f"group size {group_size} does not divide {in_features} features"
+        if weights.fallback == "skip":
+            skipped[name] = reason
+        else:
+            schemes[name] = weights.scheme.model_copy(update={"group_size": "per_channel"})
+            notes[name] = f"{reason}: one group a row"
+    return schemes, notes, skipped
+
+
+def _check_embedding_and_format(checkpoint: Checkpoint, recipe: Recipe, n_layers: int) -> None:
+    """Refuse what the artifact's format could not hold.
+
+    Raises:
+        InputError: an int8 embedding alone, or another library's format for a nested model.
+    """
+    if recipe.embedding == "int8" and not n_layers:
+        raise InputError(
+            f"recipe {recipe.name} skips every layer; embedding: int8 goes with quantized ones"
+        )
+    if checkpoint.latent is not None and recipe.format not in ("auto", "gteopt"):
+        raise InputError(
+            f"recipe {recipe.name}: format {recipe.format} is for folders that other libraries "
+            f"open; none has the latent-attention pooling of {checkpoint.id}. Leave format out"
+        )
 
 
 def _tune_by(recipe: Recipe, n_weights: int) -> Literal["model", "block"] | None:
     """What a recipe tunes at once in a model of so many quantized weights.
 
     Raises:
-        InputError: the whole model, which is too large for it.
+        InputError: the recipe tunes the whole model, which is too large.
     """
     weights = recipe.weights
     if not isinstance(weights, GptqWeights) or weights.effort == "fast":
@@ -208,17 +235,17 @@ def n_latent_parameters(checkpoint: Checkpoint) -> int:
 
 def embedding_name(module: nn.Module) -> str:
     table = module.get_input_embeddings()  # type: ignore[operator]
-    return next(str(name) for name, each in module.named_modules() if each is table)
+    return next(str(name) for name, part in module.named_modules() if part is table)
 
 
 def _fitting(
     in_features: int, scheme: LayerScheme, weights: GptqWeights
 ) -> tuple[LayerScheme, ...]:
-    """A layer's own scheme and those of the recipe's choices whose groups divide its features."""
+    """A layer's own scheme, and the recipe's choices whose group size divides its features."""
     offered = [
-        each
-        for each in weights.choices
-        if not group_size_problems({"": in_features}, each.group_size)
+        scheme
+        for scheme in weights.choices
+        if not group_size_problems({"": in_features}, scheme.group_size)
     ]
     return tuple(dict.fromkeys([scheme, *offered]))
 
@@ -229,12 +256,14 @@ def _plan_format(
     choices: Mapping[str, tuple[LayerScheme, ...]],
     shapes: Mapping[str, Shape],
 ) -> FormatName:
-    """The format for these layers; under a budget one that holds whatever will be chosen."""
+    """The format for these layers; with a budget, one that holds every choice."""
     if recipe.embedding == "int8":
         return "gteopt"
     if not choices:
         return choose_format(recipe.format, schemes, shapes)
-    any_scheme = {f"{name} ({i})": each for name, c in choices.items() for i, each in enumerate(c)}
+    any_scheme = {
+        f"{name} ({i})": scheme for name, c in choices.items() for i, scheme in enumerate(c)
+    }
     any_shape = {
         f"{name} ({i})": shapes[name] for name, c in choices.items() for i in range(len(c))
     }
@@ -242,22 +271,39 @@ def _plan_format(
 
 
 def _unquantized(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    skeleton: nn.Module,
+    schemes: Mapping[str, LayerScheme],
+    reasons: Mapping[str, str],
+) -> tuple[UnquantizedRecord, ...]:
+    """Everything with parameters of its own that is not quantized, with the reason."""
+    table = embedding_name(skeleton) if recipe.embedding == "int8" else None
+    modules = [
+        record
+        for record in _unquantized_modules(skeleton, schemes, reasons)
+        if record.name != table
+    ]
+    return (*modules, *_latent_record(checkpoint))
+
+
+def _unquantized_modules(
     skeleton: nn.Module, schemes: Mapping[str, LayerScheme], reasons: Mapping[str, str]
 ) -> Iterable[UnquantizedRecord]:
     """Every module with parameters of its own that no scheme covers, with the reason."""
-    total = sum(each.numel() for each in skeleton.parameters())
-    experts = sum(each.numel() for each in skeleton.parameters() if each.dim() > 2)
-    for name, each in skeleton.named_modules():
-        n = sum(p.numel() for p in each.parameters(recurse=False))
+    total = sum(p.numel() for p in skeleton.parameters())
+    experts = sum(p.numel() for p in skeleton.parameters() if p.dim() > 2)
+    for name, module in skeleton.named_modules():
+        n = sum(p.numel() for p in module.parameters(recurse=False))
         if n == 0 or name in schemes:
             continue
         if name in reasons:
             reason = reasons[name]
-        elif isinstance(each, nn.Linear):
+        elif isinstance(module, nn.Linear):
             reason = "the recipe leaves weights as they are"
-        elif isinstance(each, nn.Embedding):
+        elif isinstance(module, nn.Embedding):
             reason = "a lookup table: no product to speed up"
-        elif any(p.dim() > 2 for p in each.parameters(recurse=False)):
+        elif any(p.dim() > 2 for p in module.parameters(recurse=False)):
             reason = (
                 f"{EXPERTS}, which no format of gteopt holds: {experts / total:.0%} of "
                 f"all weights stay as they are for that"
@@ -268,86 +314,9 @@ def _unquantized(
 
 
 def shortens(recipe: Recipe) -> bool:
-    """Whether the variant's vectors are other than the model's own."""
+    """Whether the variant's vectors differ from the model's in length or code."""
     return recipe.dims is not None or recipe.vectors.code != "float32"
 
 
 def effort(recipe: Recipe) -> Effort:
     return recipe.weights.effort if isinstance(recipe.weights, GptqWeights) else "fast"
-
-
-def allocate_schemes(
-    encoder: Encoder,
-    recipe: Recipe,
-    plan: LayerPlan,
-    tokens: Sequence[Sequence[int]],
-    stage: Path,
-    state_bytes: int,
-    progress: Progress,
-) -> tuple[LayerPlan, AllocationRecord]:
-    """The plan with each layer's scheme chosen under the recipe's budget.
-
-    What was measured is on disk walk by walk; see `measure`.
-    """
-    assert isinstance(recipe.weights, GptqWeights)
-    assert recipe.weights.budget is not None
-    n_weights: dict[str, int] = {}
-    n_bytes: dict[str, list[int]] = {}
-    for name, offered in plan.choices.items():
-        linear = encoder.module.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        shape = linear.out_features, linear.in_features
-        n_weights[name] = linear.weight.numel()
-        n_bytes[name] = [packed_bytes(*shape, scheme) for scheme in offered]
-        n_bytes[name].append(2 * n_weights[name])
-    budget = int(sum(n_weights.values()) * recipe.weights.budget / 8)
-    least = sum(map(min, n_bytes.values()))
-    if least > budget:
-        raise InputError(
-            f"recipe {recipe.name}: a budget of {recipe.weights.budget:g} bits a weight cannot be "
-            f"kept: the smallest choices take {8 * least / sum(n_weights.values()):.3f}"
-        )
-    assert plan.blocks is not None
-    is_deep = len(list(encoder.module.get_submodule(plan.blocks).children())) > DEEP_BLOCKS
-    stored = stage / ALLOCATION
-    losses: dict[str, tuple[float, ...]] = {}
-    if stored.is_file():
-        losses = _LOSSES.validate_json(stored.read_bytes())
-    if left := {name: each for name, each in plan.choices.items() if name not in losses}:
-        few = tokens[:SENSITIVITY_TEXTS]
-        if is_deep:
-            spill = StateSpill(state_bytes, stage / ACTIVATIONS)
-            walks = estimate(encoder, few, left, spill=spill, progress=progress)
-        else:
-            walks = measure(encoder, few, left, state_bytes=state_bytes, progress=progress)
-        for found in walks:
-            losses |= found
-            write_atomically(stored, _LOSSES.dump_json(losses))
-        shutil.rmtree(stage / ACTIVATIONS, ignore_errors=True)
-    losses = {name: losses[name] for name in plan.choices}
-    picked = allocate([(*losses[n], 0.0) for n in losses], [n_bytes[n] for n in losses], budget)
-    chosen = dict(zip(losses, picked, strict=True))
-    schemes = {n: plan.choices[n][i] for n, i in chosen.items() if i < len(plan.choices[n])}
-    whole = tuple(
-        UnquantizedRecord(
-            name=n,
-            n_parameters=sum(p.numel() for p in encoder.module.get_submodule(n).parameters()),
-            reason="the budget allows 16 bits",
-        )
-        for n in chosen
-        if n not in schemes
-    )
-    tried = tuple(dict.fromkeys(scheme for each in plan.choices.values() for scheme in each))
-    record = AllocationRecord(
-        budget=recipe.weights.budget,
-        bits_per_weight=8 * sum(n_bytes[n][i] for n, i in chosen.items()) / sum(n_weights.values()),
-        predicted_loss=sum((*losses[n], 0.0)[i] for n, i in chosen.items()),
-        schemes=tried,
-        losses={
-            n: tuple(dict(zip(plan.choices[n], losses[n], strict=True)).get(s) for s in tried)
-            for n in losses
-        },
-        found_by="gradients" if is_deep else "runs",
-    )
-    schemes = {name: schemes[name] for name in plan.schemes if name in schemes}
-    return replace(plan, schemes=schemes, unquantized=(*plan.unquantized, *whole)), record

@@ -1,8 +1,8 @@
 """The build: recipe + base -> artifact, block by block, resumable.
 
-Hides: the order of work (plan, calibrate, solve, pack, shorten vectors, seal), what is written when
-(each finished block at once, so that an interrupted build goes on behind it) and the Sentence
-Transformers layout of the result. Refuses to know: how codes are found (quant/), how layers run.
+Hides: the order of work (plan, calibrate, solve, pack, shorten vectors, seal), and when files are
+written. A finished block is stored at once, so that an interrupted build resumes after it. Refuses
+to know: how codes are found (quant/), how layers run.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gteopt.build.bit_budget import allocate_schemes
 from gteopt.build.blocks import (
     SOLVED,
     BlockBuild,
-    memory_errors,
     notes_path,
     quantize_blocks,
     shard_path,
@@ -26,19 +26,18 @@ from gteopt.build.blocks import (
 from gteopt.build.calibration_texts import draw_texts, record, tokenize
 from gteopt.build.fit_vectors import check_vectors, needs_texts
 from gteopt.build.layer_plan import (
-    ACTIVATIONS,
     LayerPlan,
-    allocate_schemes,
     embedding_name,
     n_latent_parameters,
     needs_original,
     plan_layers,
 )
+from gteopt.build.layers import memory_errors
 from gteopt.build.replay import Block, BlockInput, StateSpill, open_blocks, replay_dtype
 from gteopt.build.st_folder import WEIGHTS, write_model
 from gteopt.build.stage import BuildRun, Parts, existing_variant, finish, open_stage, resume_seal
 from gteopt.config.recipe import GptqWeights, LayerScheme, Recipe, load_recipe
-from gteopt.encoder.description import parse_dtype
+from gteopt.encoder.description import RuntimeOptions, parse_dtype
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import load_checkpoint
 from gteopt.encoder.packed_weights import swap_embedding_
@@ -59,7 +58,7 @@ from gteopt.records.manifest import (
 )
 
 ACTIVATION_BYTES = 4 << 30
-"""Hidden states of the calibration texts that are kept in memory unless more or less is said."""
+"""Default memory for the hidden states of the calibration texts."""
 _EMBEDDING_ROWS = 8192
 
 
@@ -79,8 +78,8 @@ def quantize(
 ) -> Manifest:
     """Make the variant that `recipe` describes and put it at `out`.
 
-    Finished blocks lie in a hidden folder beside `out`; the same call after an interruption goes
-    on behind them. An `out` that already is this variant is left alone.
+    Finished blocks are kept in a hidden folder beside `out`; after an interruption, the same call
+    resumes there. An `out` that already holds this variant is not touched.
 
     Args:
         base: "nano", a model folder, or `<org>/<name>`.
@@ -90,14 +89,13 @@ def quantize(
         revision: of a base on the Hub.
         family: see `open_checkpoint`; the artifact remembers it.
         device: where calibration runs.
-        devices: where layers that read the same inputs are solved side by side (queries, keys and
-            values; an MLP's gate and the other half), as `parse_devices` has them; given, the first
-            one is where calibration runs. Changes no result among devices of a kind. Each holds
-            the Hessian and what its solve takes.
-        dtype: of everything that is not quantized, and of the computation (which is in float32
-            where a processor only emulates bfloat16).
-        activation_bytes: most memory for the hidden states of the calibration texts; what is more
-            lies in files beside `out` during the build. Changes no result.
+        devices: devices of one kind that solve layers with the same inputs side by side: queries,
+            keys and values, say. Calibration runs on the first. Each holds the Hessian and the
+            solver's memory. They change no result.
+        dtype: of everything that is not quantized, and of the computation. A processor that only
+            emulates bfloat16 computes in float32.
+        activation_bytes: most memory for the hidden states of the calibration texts; the rest lies
+            in files beside `out` during the build. It changes no result.
         progress: told after each block.
 
     Raises:
@@ -145,7 +143,7 @@ def quantize(
 
 
 def _quantize(run: BuildRun) -> Manifest:
-    """`quantize` of what was opened and checked, with the stage folder to itself."""
+    """`quantize` after its arguments were checked, with the stage folder to itself."""
     checkpoint, recipe = run.checkpoint, run.recipe
     sealed = resume_seal(run)
     if sealed is not None:
@@ -156,7 +154,8 @@ def _quantize(run: BuildRun) -> Manifest:
 
     run.progress(f"loading {checkpoint.id}", 0, 1)
     with memory_errors("what is outside the blocks"):
-        encoder = load_checkpoint(checkpoint, device=run.device, dtype=run.dtype, later=plan.blocks)
+        options = RuntimeOptions(run.device, run.dtype)
+        encoder = load_checkpoint(checkpoint, options, later=plan.blocks)
     base = describe_base(checkpoint, encoder)
     tokens = tokenize(encoder.tokenization, texts, recipe.calibration.max_tokens)
     calibration = None
@@ -167,9 +166,7 @@ def _quantize(run: BuildRun) -> Manifest:
     allocation: AllocationRecord | None = None
     if plan.choices:
         with memory_errors("the measurement of sensitivities"):
-            plan, allocation = allocate_schemes(
-                encoder, recipe, plan, tokens, stage, run.activation_bytes, run.progress
-            )
+            plan, allocation = allocate_schemes(run, encoder, plan, tokens)
     layers, tuning = _quantize_layers(run, encoder, plan, tokens)
     write_model(encoder, stage, blocks=plan.blocks, layers=layers, format=plan.format)
     parts = Parts(
@@ -198,15 +195,15 @@ def _quantize_layers(
     inputs: list[BlockInput] = []
     is_done = [notes_path(shard_path(shards, i)).is_file() for i in range(len(blocks))]
     if not all(is_done) and isinstance(run.recipe.weights, GptqWeights):
-        # What the original model feeds the blocks lies beside what the quantized one does.
+        # The original model's hidden states lie beside the quantized model's.
         n_kinds = 2 if needs_original(run.recipe, plan) else 1
-        spill = StateSpill(run.activation_bytes // n_kinds, run.stage / ACTIVATIONS)
+        spill = StateSpill(run.activation_bytes // n_kinds, run.activations)
         with memory_errors(blocks[0].name):
             blocks, inputs = open_blocks(encoder, tokens, dtype=replay_dtype(encoder), spill=spill)
     build = BlockBuild(encoder, run.recipe, plan, run.devices, run.progress)
     layers, tuning = quantize_blocks(build, blocks, inputs, shards)
     del inputs
-    shutil.rmtree(run.stage / ACTIVATIONS, ignore_errors=True)
+    shutil.rmtree(run.activations, ignore_errors=True)
     if tuned:
         with memory_errors("the tuning of the whole model"):
             layers, tuning = tune_blocks(build, blocks, layers, tokens, run.stage)
@@ -243,7 +240,7 @@ def _pack_embedding_(encoder: Encoder) -> LayerRecord:
 
 
 def describe_base(checkpoint: Checkpoint, encoder: Encoder) -> BaseRecord:
-    """What the manifest says of the source model."""
+    """The manifest's record of the base."""
     n_parameters = sum(p.numel() for p in encoder.module.parameters())
     n_parameters += n_latent_parameters(checkpoint)
     return BaseRecord(

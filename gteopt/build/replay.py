@@ -28,25 +28,30 @@ from gteopt.quant.hessian import HessianAccumulator
 from gteopt.quant.static_activations import InputGrid, SeenInputs
 
 BATCH_TOKENS = 2048
-"""Padded tokens that run through a block at once: what its widest layer gives out for them, in
-float32, is 160 MB for 18,944 features."""
+"""Padded tokens that run through a block at once. In float32, a layer's output of 18,944 features
+takes 160 MB for them."""
 
 
 @dataclass(frozen=True)
 class StateSpill:
-    """Where hidden states of the calibration texts go when memory has no room for them.
+    """How much memory hidden states of the calibration texts may take, and where the rest goes.
 
     Attributes:
-        n_bytes: most that they take in memory, over all batches.
-        folder: where the others lie, a file a batch.
+        n_bytes: most memory, over all batches.
+        folder: folder of the rest, with one file for each batch.
     """
 
     n_bytes: int
     folder: Path
 
+    def file(self, name: str) -> Path:
+        """A file of this name in the folder, which is there from now on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f"{name}.safetensors"
+
 
 class BlockInput:
-    """One padded batch on its way through the blocks; `hidden` moves on in place.
+    """One padded batch on its way through the blocks, which replace `hidden` in turn.
 
     Attributes:
         real: [N, T] bool, False on padding.
@@ -63,13 +68,13 @@ class BlockInput:
         self.hidden = hidden
 
     def copy(self) -> BlockInput:
-        """The same batch at the same place, which moves on by itself."""
+        """An independent copy of the batch, in front of the same block."""
         file = None if self._file is None else self._file.with_name(f"copy-{self._file.name}")
         return BlockInput(self.hidden, self.real, self.pooled, file)
 
     @property
     def hidden(self) -> Tensor:
-        """[N, T, D]; read from its file at each use where it has one."""
+        """[N, T, D]; a batch with a file reads it at each use."""
         if self._held is not None:
             return self._held
         assert self._file is not None
@@ -83,13 +88,13 @@ class BlockInput:
         else:
             try:
                 save_file({"hidden": value.contiguous().cpu()}, self._file)
-            except SafetensorError as error:  # a full disk, in a type of its own
+            except SafetensorError as error:  # safetensors has its own type for a full disk
                 raise OSError(f"{self._file} cannot be written: {error}") from error
 
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block with the arguments that the model's own forward gives it, a batch."""
+    """One transformer block with the arguments that the model's forward gives it for each batch."""
 
     name: str
     module: nn.Module
@@ -119,14 +124,14 @@ def find_blocks(module: nn.Module, n_layers: int | None) -> tuple[str, nn.Module
     Raises:
         UnsupportedError: the model has no list of alike blocks with linear layers.
     """
-    for name, each in module.named_modules():
+    for name, modules in module.named_modules():
         if (
-            isinstance(each, nn.ModuleList)
-            and (n_layers is None or len(each) == n_layers)
-            and len({type(block) for block in each}) == 1
-            and any(isinstance(inner, nn.Linear) for inner in each[0].modules())
+            isinstance(modules, nn.ModuleList)
+            and (n_layers is None or len(modules) == n_layers)
+            and len({type(block) for block in modules}) == 1
+            and any(isinstance(inner, nn.Linear) for inner in modules[0].modules())
         ):
-            return name, each
+            return name, modules
     raise UnsupportedError(
         f"{type(module).__name__} has no list of transformer blocks with linear layers; gteopt "
         f"cannot quantize it (recipes with method none still work)"
@@ -134,9 +139,10 @@ def find_blocks(module: nn.Module, n_layers: int | None) -> tuple[str, nn.Module
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: notes its arguments, hands the hidden states on unchanged.
+    """Stands in for a block: records its arguments, and returns the hidden states unchanged.
 
-    What the model's forward reads of a block (`attention_type` of ModernBERT's) is the block's own.
+    The model's forward may read attributes of a block, such as ModernBERT's `attention_type`. They
+    are the original block's.
     """
 
     def __init__(self, returns_tuple: bool, original: nn.Module) -> None:
@@ -167,46 +173,29 @@ def open_blocks(
     dtype: torch.dtype | None = None,
     spill: StateSpill | None = None,
 ) -> tuple[list[Block], list[BlockInput]]:
-    """Cut the model into blocks and bring the texts before the first one.
+    """Cut the model into blocks, and compute what the first block reads.
 
-    The model's own forward runs once with every block replaced by a recorder, so that each block
-    is later replayed with its own keywords: a dropped `is_causal` would calibrate causally.
+    The model's own forward runs once with a recorder in place of every block. Each block is later
+    replayed with its own keywords: a dropped `is_causal` would calibrate causally.
 
     Args:
         encoder: the model; its blocks' weights may still be in their files.
         tokens: token ids of the texts.
-        dtype: of the hidden states and of whatever else the blocks are handed; the model's own
-            when None.
+        dtype: of the hidden states and of the blocks' other arguments; None is the model's own.
         spill: for the hidden states; None keeps all of them in memory.
 
     Returns:
-        The blocks in order, and one `BlockInput` a batch of at most 2048 padded tokens.
+        The blocks in order, and a `BlockInput` for each batch of at most 2048 padded tokens.
     """
     name, block_list = find_blocks(
         encoder.module, encoder.checkpoint.config.get("num_hidden_layers")
     )
     originals = list(block_list)
     batches = list(token_batches(tokens))
-    sample = encoder.pad([batches[0][0][:4]])
-    returned: list[Any] = []
-
-    def note(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> None:
-        returned.append(out)
-        raise _Stop
-
+    dtype = dtype or encoder.dtype
     fill_(encoder, f"{name}.0")
-    hook = originals[0].register_forward_hook(note)
-    with suppress(_Stop):
-        encoder.module(input_ids=sample[0], attention_mask=sample[1])
-    hook.remove()
-    extra = returned[0][1:] if isinstance(returned[0], tuple) else ()
-    if any(isinstance(each, Tensor) for each in extra):
-        raise UnsupportedError(
-            f"{type(encoder.module).__name__}: its blocks hand on more than hidden states "
-            f"(T5's first one makes the position bias of all), so they cannot be replayed one by "
-            f"one; use a recipe that needs no calibration (rtn-int8, rtn-int4)"
-        )
-    recorders = [_Recorder(isinstance(returned[0], tuple), each) for each in originals]
+    returns_tuple = _returns_tuple(encoder, originals[0], batches[0][0][:4])
+    recorders = [_Recorder(returns_tuple, original) for original in originals]
     inputs: list[BlockInput] = []
     kept_bytes = 0
     try:
@@ -215,30 +204,52 @@ def open_blocks(
         for batch in batches:
             ids, mask = encoder.pad(batch)
             encoder.module(input_ids=ids, attention_mask=mask)
-            hidden = recorders[0].hidden.to(dtype or encoder.dtype)
+            hidden = recorders[0].hidden.to(dtype)
             n_bytes = hidden.numel() * hidden.element_size()
             file = None
             if spill is not None and kept_bytes + n_bytes > spill.n_bytes:
-                spill.folder.mkdir(parents=True, exist_ok=True)
-                file = spill.folder / f"batch-{len(inputs):05}.safetensors"
+                file = spill.file(f"batch-{len(inputs):05}")
             else:
                 kept_bytes += n_bytes
             inputs.append(BlockInput(hidden, mask.bool(), encoder.pool_mask(batch, mask), file))
     finally:
         for i, original in enumerate(originals):
             block_list[i] = original
-    calls = [recorder.calls for recorder in recorders]
-    cast: dict[int, Tensor] = {}
-    blocks = [
-        Block(
-            f"{name}.{i}",
-            original,
-            tuple(_cast(call, encoder.dtype, dtype or encoder.dtype, cast) for call in calls[i]),
-            recorders[i].returns_tuple,
-        )
-        for i, original in enumerate(originals)
-    ]
+    converted: dict[int, Tensor] = {}
+    blocks = []
+    for i, (original, recorder) in enumerate(zip(originals, recorders, strict=True)):
+        calls = tuple(_cast(call, encoder.dtype, dtype, converted) for call in recorder.calls)
+        blocks.append(Block(f"{name}.{i}", original, calls, returns_tuple))
     return blocks, inputs
+
+
+def _returns_tuple(encoder: Encoder, block: nn.Module, tokens: Sequence[int]) -> bool:
+    """Whether a block returns a tuple, of which only the first place is taken.
+
+    Raises:
+        UnsupportedError: other places hold tensors, too.
+    """
+    returned: list[Any] = []
+
+    def note(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> None:
+        returned.append(out)
+        raise _Stop
+
+    ids, mask = encoder.pad([tokens])
+    hook = block.register_forward_hook(note)
+    with suppress(_Stop):
+        encoder.module(input_ids=ids, attention_mask=mask)
+    hook.remove()
+    (out,) = returned
+    if not isinstance(out, tuple):
+        return False
+    if any(isinstance(value, Tensor) for value in out[1:]):
+        raise UnsupportedError(
+            f"{type(encoder.module).__name__}: its blocks hand on more than hidden states "
+            f"(T5's first one makes the position bias of all), so they cannot be replayed one by "
+            f"one; use a recipe that needs no calibration (rtn-int8, rtn-int4)"
+        )
+    return True
 
 
 def replay_dtype(encoder: Encoder) -> torch.dtype:
@@ -263,34 +274,35 @@ def _cast(value: Any, old: torch.dtype, new: torch.dtype, done: dict[int, Tensor
         value: the arguments, or one of them.
         old: of the tensors to change.
         new: what they become.
-        done: by the `id` of a tensor what became of it: blocks share theirs, before and after.
+        done: converted tensors by the `id` of the original, so that blocks go on sharing them.
     """
     if isinstance(value, Tensor) and value.dtype == old != new:
         if id(value) not in done:
             done[id(value)] = value.to(new)
         return done[id(value)]
     if isinstance(value, tuple | list):
-        return type(value)(_cast(each, old, new, done) for each in value)
+        return type(value)(_cast(item, old, new, done) for item in value)
     if isinstance(value, dict):
-        return {key: _cast(each, old, new, done) for key, each in value.items()}
+        return {key: _cast(item, old, new, done) for key, item in value.items()}
     return value
 
 
 def learnable(value: Any, dtype: torch.dtype) -> Any:
-    """A block's arguments, or one of them, copied with float tensors in `dtype`: fit for gradients,
-    which tensors made in inference mode are not.
+    """A copy of a block's arguments, or of one of them, with float tensors in `dtype`.
+
+    Gradients can flow through the copy; tensors from inference mode have none.
     """
     if isinstance(value, Tensor):
         return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
     if isinstance(value, tuple | list):
-        return type(value)(learnable(each, dtype) for each in value)
+        return type(value)(learnable(item, dtype) for item in value)
     if isinstance(value, dict):
-        return {key: learnable(each, dtype) for key, each in value.items()}
+        return {key: learnable(item, dtype) for key, item in value.items()}
     return value
 
 
-class _Given(nn.Module):
-    """Stands in for every block: gives out hidden states that were computed elsewhere."""
+class _FixedOutput(nn.Module):
+    """Stands in for every block: returns hidden states that were computed elsewhere."""
 
     hidden: Tensor
 
@@ -308,8 +320,9 @@ def behind_blocks(
     hidden: Sequence[Tensor],
     inputs: Sequence[BlockInput],
 ) -> Tensor:
-    """Vectors float64 [n, D] of what the last block gave out, by the model's own forward;
-    differentiable.
+    """Vectors float64 [n, D] for the last block's output, by the model's own forward.
+
+    Differentiable.
 
     Args:
         encoder: the model that `open_blocks` was given.
@@ -318,13 +331,13 @@ def behind_blocks(
         inputs: the batches, as it returned them.
     """
     _, block_list = find_blocks(encoder.module, encoder.checkpoint.config.get("num_hidden_layers"))
-    stub = _Given(blocks[0].returns_tuple)
+    stub = _FixedOutput(blocks[0].returns_tuple)
     vectors = []
     try:
         for i in range(len(block_list)):
             block_list[i] = stub
-        for each, batch in zip(hidden, inputs, strict=True):
-            stub.hidden, mask = each, batch.real.long()
+        for out, batch in zip(hidden, inputs, strict=True):
+            stub.hidden, mask = out, batch.real.long()
             out = encoder.module(input_ids=torch.zeros_like(mask), attention_mask=mask)
             vectors.append(encoder.pooled(out.last_hidden_state, batch.pooled))
     finally:
@@ -345,10 +358,10 @@ def token_batches(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int
 
 
 @torch.inference_mode()
-def stages(block: Block, inputs: Sequence[BlockInput]) -> list[list[str]]:
-    """The block's linear layers in running order; layers that read the same tensor stand together.
+def running_order(block: Block, inputs: Sequence[BlockInput]) -> list[list[str]]:
+    """The block's linear layers in running order; layers that read one tensor form a group.
 
-    Quantizing stage by stage lets each layer see what the layers before it have become
+    Quantizing group by group lets each layer read the output of the quantized layers before it
     ("true sequential" in the GPTQ code).
     """
     seen: list[tuple[str, int, tuple[int, ...]]] = []
@@ -376,7 +389,7 @@ def stages(block: Block, inputs: Sequence[BlockInput]) -> list[list[str]]:
 
 
 class _Stop(Exception):
-    """Ends a block's forward pass once the wanted input has been seen."""
+    """Ends a forward pass once the wanted tensor has been seen."""
 
 
 @dataclass(frozen=True)
@@ -409,8 +422,8 @@ def accumulate_hessian(
         layer: name of the layer in the whole model.
         inputs: what the quantized model feeds the block.
         original: given, the accumulator also compares with what the original layer reads.
-        is_alone: the statistics are for this layer only, not for others that read the same.
-        grid: given, the statistics are of the steps that it rounds the inputs to.
+        is_alone: the statistics are for this layer only, not for others with the same input.
+        grid: given, the statistics are of the steps to which it rounds the inputs.
 
     Raises:
         NumericsError: the activations hold NaN or infinity.
@@ -449,16 +462,16 @@ def _linear(block: Block, layer: str) -> nn.Linear:
 
 
 def _layer_inputs(block: Block, layer: str, i: int, batch: BlockInput) -> Tensor:
-    """What a layer of the block reads of the real tokens of batch `i`: [n, I].
+    """What a layer of the block reads for the real tokens of batch `i`: [n, I].
 
     Raises:
-        NumericsError: it holds NaN or infinity.
+        NumericsError: an input is NaN or infinite.
     """
-    found: list[Tensor] = []
+    rows: list[Tensor] = []
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         # OPT lays the tokens of a batch end to end before its MLP: [N * T, I].
-        found.append(args[0].reshape(*batch.real.shape, -1)[batch.real])
+        rows.append(args[0].reshape(*batch.real.shape, -1)[batch.real])
         raise _Stop
 
     handle = _linear(block, layer).register_forward_pre_hook(hook)
@@ -467,9 +480,9 @@ def _layer_inputs(block: Block, layer: str, i: int, batch: BlockInput) -> Tensor
             block.run(i, batch.hidden)
     finally:
         handle.remove()
-    if not is_finite(found[0]):
+    if not is_finite(rows[0]):
         raise NumericsError(f"the input of {layer} holds NaN or infinity during calibration")
-    return found[0]
+    return rows[0]
 
 
 @torch.inference_mode()

@@ -1,10 +1,10 @@
 """Sensitivity: how far the vectors move when one layer alone is quantized.
 
 Hides: two ways to find out. `measure` runs every trial to the end, from the cached input of its own
-layer's block: all together cost half as many forward passes as there are trials, which grows with
-the square of the number of blocks. `estimate` follows gradients of the vectors back to every block
-once, after which a trial is a run of its own block. Either has one block's weights in memory at
-a time. Refuses to know: what is chosen.
+layer's block. All trials cost half as many forward passes as there are trials, which grows with the
+square of the number of blocks. `estimate` follows gradients of the vectors back to every block
+once; a trial is then a run of its own block. Both have one block's weights in memory at a time.
+Refuses to know: what is chosen.
 """
 
 from __future__ import annotations
@@ -57,10 +57,9 @@ def measure(
 ) -> Iterator[dict[str, tuple[float, ...]]]:
     """Mean cosine distance to the model's own vectors with one layer rounded to nearest.
 
-    Blocks run in float32 where the processor emulates bfloat16. A model whose weights are in files
-    has one block of them in memory at a time and none afterwards; one that is in memory is as it
-    was. Hidden states of trials that `state_bytes` has no room for wait for another walk through
-    the blocks, which changes no result.
+    Blocks run in float32 if the processor emulates bfloat16. Of a model whose weights are in files,
+    one block is in memory at a time; a model in memory is left as it was. Trials whose hidden
+    states exceed `state_bytes` wait for another walk through the blocks, which changes no result.
 
     Args:
         encoder: the base; its weights may still be in their files.
@@ -79,7 +78,9 @@ def measure(
     dtype = replay_dtype(encoder)
     blocks, inputs = open_blocks(encoder, tokens, dtype=dtype)
     block_inputs = [batch.hidden for batch in inputs]
-    n_at_once = state_bytes // sum(each.numel() * each.element_size() for each in block_inputs)
+    n_at_once = state_bytes // sum(
+        states.numel() * states.element_size() for states in block_inputs
+    )
     where = {layer: at for at, block in enumerate(blocks) for layer in block.linears()}
     layers = [layer for layer in where if layer in choices]
     what = f"measuring the sensitivity of {encoder.checkpoint.id}"
@@ -112,14 +113,14 @@ def measure(
             return behind_blocks(encoder, blocks, [h.to(encoder.dtype) for h in hidden], inputs)
 
         wanted = vectors(base)
-        found: dict[str, list[float]] = {layer: [] for layer in walk}
+        losses_by_layer: dict[str, list[float]] = {layer: [] for layer in walk}
         for layer, i in list(states):
             moved = nn.functional.cosine_similarity(vectors(states.pop((layer, i))), wanted)
             distance = 1 - moved.mean().item()
-            if not math.isfinite(distance):  # which would pass for none at all below
+            if not math.isfinite(distance):  # max would turn NaN into 0
                 raise NumericsError(_not_finite(layer, choices[layer][i]))
-            found[layer].append(max(0.0, distance))
-        yield {layer: tuple(losses) for layer, losses in found.items()}
+            losses_by_layer[layer].append(max(0.0, distance))
+        yield {layer: tuple(losses) for layer, losses in losses_by_layer.items()}
 
 
 def estimate(
@@ -130,7 +131,7 @@ def estimate(
     spill: StateSpill,
     progress: Progress = quiet,
 ) -> Iterator[dict[str, tuple[float, ...]]]:
-    """What `measure` finds, to first order in what a block gives out, at a cost linear in blocks.
+    """The losses of `measure`, to first order in a block's output, at a cost linear in blocks.
 
     A small error d of a block's output moves the unit vector v by J d, orthogonally to v, and
 
@@ -157,7 +158,7 @@ def estimate(
     dtype = replay_dtype(encoder)
     blocks, inputs = open_blocks(encoder, tokens, dtype=dtype)
     if encoder.streams:
-        empty_(encoder, blocks[0].name)  # read in inference mode, which knows no gradients
+        empty_(encoder, blocks[0].name)  # read in inference mode, which has no gradients
     what = f"estimating the sensitivity of {encoder.checkpoint.id}"
     layers = {name for block in blocks for name in block.linears()} & choices.keys()
     n_passes = (2 + N_PROBES) * len(blocks) + sum(len(choices[name]) for name in layers)
@@ -176,8 +177,7 @@ def estimate(
             n_bytes += batch.hidden.numel() * batch.hidden.element_size()
             file = None
             if n_bytes > spill.n_bytes:
-                spill.folder.mkdir(parents=True, exist_ok=True)
-                file = spill.folder / f"input-{at:03}-{i:05}.safetensors"
+                file = spill.file(f"input-{at:03}-{i:05}")
             fed[-1].append(BlockInput(batch.hidden, batch.real, batch.pooled, file))
         with _filled(encoder, block, dtype):
             advance_(block, inputs)
@@ -191,12 +191,12 @@ def estimate(
     for block in reversed(blocks):
         block_inputs = fed.pop()
         with _filled(encoder, block, dtype):
-            found = _trials(block, block_inputs, slopes, choices, passed)
+            losses = _trials(block, block_inputs, slopes, choices, passed)
             for i, batch in enumerate(block_inputs):
                 slopes[i] = _before(block, i, batch.hidden, slopes[i])
             passed(1 + N_PROBES)
-        if found:
-            yield found
+        if losses:
+            yield losses
 
 
 def _slopes(
@@ -208,10 +208,10 @@ def _slopes(
         NumericsError: the vectors hold NaN or infinity.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    found = []
+    slopes_by_batch = []
     for batch in inputs:
         hidden, real, pooled = (
-            learnable(each, encoder.dtype) for each in (batch.hidden, batch.real, batch.pooled)
+            learnable(tensor, encoder.dtype) for tensor in (batch.hidden, batch.real, batch.pooled)
         )
         with torch.enable_grad():
             hidden.requires_grad_(True)
@@ -225,8 +225,8 @@ def _slopes(
             probes = torch.randn(N_PROBES, *vectors.shape, generator=generator).to(vectors)
             ends = [(vectors * probe).sum() for probe in probes]
         slopes = [torch.autograd.grad(end, hidden, retain_graph=True)[0] for end in ends]
-        found.append([slope.to(batch.hidden.dtype) for slope in slopes])
-    return found
+        slopes_by_batch.append([slope.to(batch.hidden.dtype) for slope in slopes])
+    return slopes_by_batch
 
 
 @torch.inference_mode()
@@ -246,10 +246,10 @@ def _trials(
         choices: of all layers.
         passed: told of each pass through the block.
     """
-    linears = {name: each for name, each in block.linears().items() if name in choices}
+    linears = {name: linear for name, linear in block.linears().items() if name in choices}
     n_texts = sum(len(batch.real) for batch in block_inputs)
     base = [block.run(i, batch.hidden) for i, batch in enumerate(block_inputs)] if linears else []
-    found = {}
+    losses_by_layer = {}
     for name, linear in linears.items():
         losses = []
         for scheme, _ in _each_rounded(name, linear, choices[name]):
@@ -263,12 +263,12 @@ def _trials(
                 raise NumericsError(_not_finite(name, scheme))
             losses.append(total / n_texts)
             passed(1)
-        found[name] = tuple(losses)
-    return found
+        losses_by_layer[name] = tuple(losses)
+    return losses_by_layer
 
 
 def _before(block: Block, i: int, hidden: Tensor, slopes: Sequence[Tensor]) -> list[Tensor]:
-    """Slopes of what a block is fed from those of what it gives out, for one batch."""
+    """Slopes with respect to a block's input from those of its output, for one batch."""
     args, kwargs = block.calls[i]
     kind = hidden.dtype
     alone = replace(block, calls=((learnable(args, kind), learnable(kwargs, kind)),))
@@ -304,7 +304,7 @@ def _not_finite(layer: str, scheme: LayerScheme) -> str:
 
 @contextmanager
 def _filled(encoder: Encoder, block: Block, dtype: torch.dtype) -> Iterator[None]:
-    """The block's weights in memory and in `dtype`; afterwards as they were."""
+    """Have the block's weights in memory and in `dtype` for a while."""
     fill_(encoder, block.name, dtype)
     yield
     _leave(encoder, block)
@@ -313,8 +313,8 @@ def _filled(encoder: Encoder, block: Block, dtype: torch.dtype) -> Iterator[None
 def _leave(encoder: Encoder, block: Block) -> None:
     """Put a block's weights back to what they were before `fill_`.
 
-    Hidden states that stay lie among what is freed, and the allocator would keep more of it with
-    each block (27 to 55 MB of gte-Qwen2-1.5B's).
+    Hidden states that stay lie among freed weights, so the allocator would keep more memory with
+    each block: 27 to 55 MB for gte-Qwen2-1.5B.
     """
     if encoder.streams:
         empty_(encoder, block.name)
@@ -326,7 +326,7 @@ def _leave(encoder: Encoder, block: Block) -> None:
 def _first_that_fit(
     layers: Sequence[str], choices: Mapping[str, Sequence[LayerScheme]], n_trials: int
 ) -> list[str]:
-    """The first of the layers, as many as have so many trials together; one at least."""
+    """The first layers that have at most so many trials together; at least one layer."""
     fit = [layers[0]]
     left = n_trials - len(choices[layers[0]])
     for layer in layers[1:]:
@@ -338,4 +338,4 @@ def _first_that_fit(
 
 
 def _run(block: Block, hidden: Sequence[Tensor]) -> list[Tensor]:
-    return [block.run(i, each) for i, each in enumerate(hidden)]
+    return [block.run(i, states) for i, states in enumerate(hidden)]

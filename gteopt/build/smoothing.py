@@ -1,8 +1,9 @@
-"""Smoothing inside a transformer block: which layer can absorb what another one's inputs lose.
+"""Smoothing inside a transformer block: which layer can absorb the scales of another's inputs.
 
-An input is divided feature by feature before it is rounded; the division is folded into whatever
-made the input, so that it costs nothing at run time and no file format has to know of it. Hides:
-the places where an architecture allows that. Refuses to know: how strengths are chosen, files.
+An input is divided feature by feature before it is rounded. The division is folded into the layer
+that makes the input. So it costs nothing at run time, and no file format has to know of it.
+Hides: the places where an architecture allows that. Refuses to know: how strengths are chosen,
+files.
 """
 
 from __future__ import annotations
@@ -70,13 +71,13 @@ def smooth_block_(
         assert all(isinstance(weight, Tensor) for weight in weights)
         scheme = schemes[f"{block.name}.{fold.targets[0]}"]
         tied = _shared_heads(modules, source, sample.shape[1])
-        found = choose_smoothing(sample, weights, scheme, tied)
+        smoothing = choose_smoothing(sample, weights, scheme, tied)
         for target in fold.targets:
-            chosen[f"{block.name}.{target}"] = found
-        if found.scale is not None:
+            chosen[f"{block.name}.{target}"] = smoothing
+        if smoothing.scale is not None:
             for target in targets:
-                target.weight.mul_(found.scale)
-            _divide_(source, found.scale, tied)
+                target.weight.mul_(smoothing.scale)
+            _divide_(source, smoothing.scale, tied)
     return chosen
 
 
@@ -111,7 +112,7 @@ def _watch(block: Block, inputs: Sequence[BlockInput], layers: Sequence[str]) ->
 def _shared_heads(
     modules: Mapping[str, nn.Module], source: nn.Module, n_features: int
 ) -> Tensor | None:
-    """With grouped-query attention one value feature feeds several inputs of the output layer.
+    """In grouped-query attention, a value feature feeds several inputs of the output layer.
 
     Returns:
         int64 [n_features], the row of `source` behind each input; None where they are the same.
@@ -125,7 +126,7 @@ def _shared_heads(
 
 
 def _divide_(source: nn.Module, scale: Tensor, tied: Tensor | None) -> None:
-    """Divide what `source` gives out by `scale` [I]; rows that are shared have one scale."""
+    """Divide the output of `source` by `scale` [I]; rows that are shared have one scale."""
     if tied is not None:
         rows = torch.ones(int(tied.max()) + 1, device=scale.device)
         scale = rows.scatter(0, tied, scale)

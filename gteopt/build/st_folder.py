@@ -1,8 +1,8 @@
-"""The Sentence Transformers folder that an artifact is.
+"""Write an artifact as a Sentence Transformers folder, as artifacts/README.md specifies it.
 
-Hides: which files other libraries expect (module list, pooling, prompts, a tokenizer that appends
-the end token by itself, a projection as a Dense module) and where packed weights lie among them.
-Refuses to know: how weights or projections were found. Specified in artifacts/README.md.
+Hides: which files other libraries expect, and where packed weights lie among them. Such files are a
+list of modules, pooling, prompts, a tokenizer that appends the end token, and a projection as a
+Dense module. Refuses to know: how weights or projections were found.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gteopt.build.tensor_files import _write_errors, save_tensors
+from gteopt.build.tensor_files import save_tensors, write_errors
 from gteopt.config.recipe import FormatName
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import latent_tensors
@@ -42,8 +42,8 @@ from gteopt.version import __version__
 WEIGHTS = "weights"
 _REST = "rest"
 _FILE_BYTES = 256 << 20
-"""Most that blocks put together in one file of standard weights take: it is what is in memory while
-they are converted. A block larger than this has a file of its own."""
+"""Most bytes of blocks that share a file of standard weights, which are in memory while they are
+converted. A larger block has a file of its own."""
 
 
 def write_model(
@@ -62,7 +62,7 @@ def write_model(
         blocks: name of the list of transformer blocks whose shards `stage` already holds; None
             writes all weights as transformers does.
         layers: the quantized layers in those shards.
-        format: what the shards become; "gteopt" leaves them as they are.
+        format: format of the weights; "gteopt" keeps the shards.
     """
     checkpoint = encoder.checkpoint
     config = {
@@ -86,7 +86,7 @@ def write_model(
         save_tensors(stage / WEIGHTS / f"{_REST}.safetensors", rest)
         form = FORMATS.get(format) if format is not None else None
         if form is not None:
-            schemes = {each.name: each.scheme for each in layers}
+            schemes = {layer.name: layer.scheme for layer in layers}
             linears = [n for n, m in encoder.module.named_modules() if isinstance(m, nn.Linear)]
             config["quantization_config"] = form.quantization_config(
                 schemes,
@@ -99,7 +99,7 @@ def write_model(
             _write_standard(stage, layers, form)
     else:
         # safetensors stores each tensor once; tied names are restored by the architecture
-        with _write_errors(stage / "model.safetensors"):
+        with write_errors(stage / "model.safetensors"):
             encoder.module.save_pretrained(stage)  # type: ignore[operator]
         _write_json(stage / "config.json", config)
     _write_tokenizer(checkpoint, stage)
@@ -107,20 +107,20 @@ def write_model(
 
 
 def _write_standard(stage: Path, layers: Sequence[LayerRecord], form: Format) -> None:
-    """Turn the staged shards into the files that other libraries read.
+    """Convert the staged shards to the files that other libraries read.
 
-    The shards stay: what comes next may be interrupted, and they are what a build has to show.
+    The shards stay, so that an interrupted build can resume from them.
     """
     shards = sorted((stage / WEIGHTS).glob("*.safetensors"))
     files: list[list[Path]] = []
-    room = 0
+    free_bytes = 0
     for path in shards:
         n_bytes = path.stat().st_size
-        if not files or n_bytes > room:
+        if not files or n_bytes > free_bytes:
             files.append([])
-            room = _FILE_BYTES
+            free_bytes = _FILE_BYTES
         files[-1].append(path)
-        room -= n_bytes
+        free_bytes -= n_bytes
     where: dict[str, str] = {}
     total = 0
     for i, parts in enumerate(files, start=1):
@@ -144,26 +144,26 @@ def _write_standard(stage: Path, layers: Sequence[LayerRecord], form: Format) ->
 def _standard_tensors(
     tensors: dict[str, Tensor], layers: Sequence[LayerRecord], form: Format
 ) -> dict[str, Tensor]:
-    """One shard with its packed layers in another format; biases and the rest stay."""
-    for each in layers:
-        names = {part: f"{each.name}.{part}" for part in PARTS}
+    """One shard with its packed layers in another format; biases and all else stay."""
+    for layer in layers:
+        names = {part: f"{layer.name}.{part}" for part in PARTS}
         if names["qweight"] not in tensors:
             continue
         parts = {part: tensors.pop(name) for part, name in names.items() if name in tensors}
-        packed = PackedWeight.from_tensors(each.scheme, each.in_features, parts)
-        tensors |= {f"{each.name}.{n}": t for n, t in form.to_tensors(packed).items()}
+        packed = PackedWeight.from_tensors(layer.scheme, layer.in_features, parts)
+        tensors |= {f"{layer.name}.{n}": t for n, t in form.to_tensors(packed).items()}
     return tensors
 
 
 def _write_tokenizer(checkpoint: Checkpoint, stage: Path) -> None:
-    """The tokenizer, made to append the end token by itself: other libraries rely on that."""
+    """The tokenizer, changed to append the end token itself, as other libraries expect."""
     tokenization = Tokenization(checkpoint)
     tokenizer = tokenization.tokenizer
     if tokenization.end_ids:
         ids = tokenizer("a")["input_ids"]
         starts, ends = tokenization.start_ids, tokenization.end_ids
         has_start, has_end = ids[: len(starts)] == starts, ids[-len(ends) :] == ends
-        start, end = (tokenizer.convert_ids_to_tokens(each) for each in (starts, ends))
+        start, end = (tokenizer.convert_ids_to_tokens(ids) for ids in (starts, ends))
         lacking = [*([] if has_start else start), *([] if has_end else end)]
         if lacking:
             from tokenizers.processors import Sequence as Processors
@@ -182,10 +182,10 @@ def _write_tokenizer(checkpoint: Checkpoint, stage: Path) -> None:
 
 
 def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
-    """modules.json and what it names, in the form that all Sentence Transformers releases read.
+    """modules.json and its files, in the form that all Sentence Transformers releases read.
 
-    Sentence Transformers has no module for latent attention; without a list of modules it refuses
-    the folder, where one with another pooling would give wrong vectors.
+    Sentence Transformers has no module for latent attention. Without a list of modules it refuses
+    the folder; with another pooling it would give wrong vectors.
     """
     if checkpoint.latent is not None:
         return
@@ -239,7 +239,7 @@ def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
 
 
 def _pooling_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of one mode, under the names that every release reads."""
+    """The config of a pooling of one mode, under the names that every release reads."""
     return {
         "word_embedding_dimension": hidden_dims(checkpoint.config),
         **{
@@ -266,7 +266,7 @@ def write_vectors(transform: VectorTransform, stage: Path, trained: Sequence[int
     if lengths := transform.record().still_trained(trained):
         config["matryoshka_dimensions"] = list(lengths)
     _write_json(stage / "config.json", config)
-    tensors = {name: torch.from_numpy(each) for name, each in transform.to_tensors().items()}
+    tensors = {name: torch.from_numpy(array) for name, array in transform.to_tensors().items()}
     if tensors:
         save_tensors(stage / VECTORS_FILE, tensors)
     if not (stage / "modules.json").is_file():
@@ -287,7 +287,7 @@ def write_vectors(transform: VectorTransform, stage: Path, trained: Sequence[int
 def _vector_modules(
     transform: VectorTransform, stage: Path, n_before: int
 ) -> list[dict[str, int | str]]:
-    """What modules.json says of the projection, whose files are written."""
+    """Write the projection's files; returns its entries for modules.json."""
     weight = transform.projection
     if weight is None:
         weight = np.eye(transform.dims, transform.full_dims, dtype=np.float32)

@@ -1,7 +1,7 @@
-"""The folder in which an artifact is put together: opened, resumed, completed and sealed.
+"""The stage folder, in which an artifact is put together: opened, resumed, completed and sealed.
 
-Hides: what an interrupted build left, which of its files are scraps, and when the artifact gets its
-name. Refuses to know: how the parts of the artifact are made.
+Hides: what an interrupted build left, which files are scraps, and when the artifact gets its name.
+Refuses to know: how the parts of the artifact are made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from gteopt.build.calibration_texts import CalibrationText
 from gteopt.build.canary import canary_of
 from gteopt.build.card import CARD, card
 from gteopt.build.fit_vectors import fit_vectors
-from gteopt.build.layer_plan import ALLOCATION
 from gteopt.build.st_folder import WEIGHTS, write_vectors
 from gteopt.config.recipe import FormatName, Recipe
 from gteopt.encoder.encoder import Encoder
@@ -43,6 +42,8 @@ from gteopt.records.manifest import (
     UnquantizedRecord,
 )
 
+ALLOCATION = "allocation.json"
+"""File of the losses that bits are chosen by."""
 _STATE = "build-state.json"
 
 
@@ -57,11 +58,11 @@ class _BuildState(Frozen):
 
 @dataclass(frozen=True)
 class BuildRun:
-    """What a build was asked for, after it was checked.
+    """The checked arguments of a build.
 
     Attributes:
         device: where calibration runs.
-        devices: where layers are solved side by side; none for one after the other.
+        devices: where layers are solved side by side; empty solves one after the other.
     """
 
     checkpoint: Checkpoint
@@ -78,6 +79,11 @@ class BuildRun:
     def stage(self) -> Path:
         """Where the artifact is put together."""
         return stage_folder(self.out)
+
+    @property
+    def activations(self) -> Path:
+        """Folder of the hidden states that do not fit into memory."""
+        return self.stage / "activations"
 
 
 @dataclass(frozen=True)

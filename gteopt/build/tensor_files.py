@@ -1,4 +1,4 @@
-"""Tensors to safetensors files, in shards, with an error that a user can act on.
+"""Write tensors to safetensors files, with an error that a user can act on.
 
 Hides: file sizes and disk errors. Refuses to know: what the tensors are.
 """
@@ -22,14 +22,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    with _write_errors(path):
+    with write_errors(path):
         save_file(tensors, part, metadata={"format": "pt"})
     part.replace(path)
 
 
 @contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    """A full disk, which safetensors reports in a type of its own, as the OSError that it is."""
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn safetensors' own error for a full disk into an OSError."""
     try:
         yield
     except SafetensorError as error:

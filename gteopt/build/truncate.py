@@ -1,6 +1,6 @@
-"""An artifact with shorter vectors or another code, made from one whose weights stay as they are.
+"""An artifact with shorter vectors or another code, made from one with the same weights.
 
-Hides: which files are copied and which are written anew. Refuses to know: quantization.
+Hides: which files are copied, and which are written. Refuses to know: quantization.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from gteopt.build.fit_vectors import check_vectors, needs_texts
 from gteopt.build.stage import BuildRun, Parts, existing_variant, finish, open_stage
 from gteopt.config.recipe import CodeChoice, DimsMethod, Recipe
 from gteopt.config.yaml_files import invalid
+from gteopt.encoder.description import RuntimeOptions
 from gteopt.encoder.loading import load_checkpoint
 from gteopt.errors import InputError
 from gteopt.model.artifact import alone, read_manifest, stage_folder
@@ -58,7 +59,7 @@ def truncate(
     """Make an artifact with the same weights and other vectors: fewer dimensions, smaller codes.
 
     Args:
-        artifact: the artifact to start from; its own vector settings are replaced, not stacked.
+        artifact: the artifact to start from; its own vector settings are replaced.
         out: folder of the new artifact.
         hub_dir: where calibration data sets lie.
         device: where calibration vectors are computed.
@@ -66,8 +67,8 @@ def truncate(
         settings: see `VectorSettings`.
 
     Raises:
-        InputError: not an artifact, vectors that cannot be, more dimensions than the model has, or
-            `out` is in use.
+        InputError: not an artifact, impossible vector settings, more dimensions than the model has,
+            or `out` is in use.
 
     Example:
         >>> gteopt.truncate("artifacts/nano-int8", "artifacts/nano-48", bytes=48)
@@ -110,7 +111,7 @@ def restyle(
     device: str = "auto",
     progress: Progress = quiet,
 ) -> Manifest:
-    """Make `recipe` from an artifact whose weights are already what the recipe asks for.
+    """Make `recipe` from an artifact that already has the recipe's weights.
 
     Raises:
         InputError: the artifact's weights were made by another recipe.
@@ -141,7 +142,7 @@ def restyle(
             progress=progress,
         )
         stage = open_stage(run)
-        encoder = load_checkpoint(checkpoint, device=device)
+        encoder = load_checkpoint(checkpoint, RuntimeOptions(device))
         for file in old.files:
             if not file.path.startswith(VECTOR_MODULES) and file.path != VECTORS_FILE:
                 target = stage / file.path

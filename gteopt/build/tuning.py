@@ -1,11 +1,11 @@
 """Tuning: a quantized model's codes, scales, norms and biases, learned against the original.
 
-A solver makes each layer's output right, as if every token and feature mattered alike; of an
-embedding model only the pooled vector is ever used. So the variant is trained to give the vector of
-the original: it is the teacher, no label is needed. Where a model is too large for that, each block
-is trained to give what the original's gives out. Hides: the objectives, the schedules, and how a
-few hundred texts become many batches. Refuses to know: where codes came from, how they are packed,
-files.
+A solver minimises each layer's output error, as if every token and feature mattered alike. An
+embedding model is used for its pooled vector only. So the variant is trained to reproduce the
+vectors of the original, its teacher; no label is needed. In a model that is too large for that,
+each block is trained to reproduce the original block's output. Hides: the objectives, the
+schedules, and how a few hundred texts become many batches. Refuses to know: where codes came from,
+how they are packed, files.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from gteopt.quant.learned_rounding import TunableLinear
 from gteopt.records.manifest import TuningRecord
 
 MOST_WEIGHTS = 2_000_000_000
-"""Quantized weights that are tuned at once: beyond, the optimiser's state fills a large GPU."""
+"""Most quantized weights that are tuned at once. The optimiser's state of more fills a large
+GPU."""
 _FIXED_BYTES_PER_WEIGHT = 4 + 4 + 4 + 4 + 2
-"""Teacher's weight, latent, rounded weight, its gradient, codes kept for it."""
+"""The teacher's weight, the latent, the rounded weight, its gradient, and the codes kept for it."""
 _BYTES_PER_WEIGHT = _FIXED_BYTES_PER_WEIGHT + 8
-"""And Adam's two moments of the latent."""
+"""The same with Adam's two moments of the latent."""
 _FLOATS_PER_HIDDEN = 40
 """Activations that a block keeps for its backward pass, per token, in multiples of its width."""
 _BETAS = (0.9, 0.95)
@@ -43,8 +44,8 @@ _SPLICED = 0.5
 _SUBSTITUTED = 0.7
 _MOST_SUBSTITUTION = 0.5
 _HELD_OUT = 8
-"""One text in so many is kept out of a block's tuning, to tell whether it helped; with fewer than
-twice as many none is."""
+"""One text in so many is kept out of a block's tuning, to tell whether tuning helped. With fewer
+than twice as many texts, none is."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class Schedule:
         n_steps: batches.
         batch_size: texts a batch; a block takes those of its calibration as they are.
         text_tokens: longer texts are cut here; not for a block.
-        codes_rate: Adam's rate for the codes, in steps of the grid; 0 leaves them as they are.
+        codes_rate: Adam's rate for the codes, in steps of the grid; 0 keeps them.
         scales_rate: the rate for scales, relative to the scale.
         rest_rate: the rate for norms and biases.
-        drift_weight: what the blocks' outputs weigh beside the vectors; a block has nothing else.
+        drift_weight: weight of the blocks' outputs beside the vectors; unused for a block.
         seed: of the batches.
     """
 
@@ -82,19 +83,19 @@ BLOCK_SCHEDULES: dict[Effort, Schedule | None] = {
     "standard": Schedule(n_steps=100, codes_rate=0.0, scales_rate=1e-3),
     "best": Schedule(n_steps=400, codes_rate=0.0, scales_rate=1e-3),
 }
-"""Of each block that is tuned by itself. Its codes stay: few texts teach them nothing general (a
-block of gte-nano after GPTQ, 3,900 tokens, 100 steps: error on these texts -28 %, on others +12 %;
-of scales, norms and biases alone -7 %, -3 %)."""
+"""For each block that is tuned by itself. Its codes stay, because few texts overfit them. Measured
+on a block of gte-nano after GPTQ, with 3,900 tokens and 100 steps: tuned codes change the error on
+these texts by -28 %, on others by +12 %; scales, norms and biases alone by -7 % and -3 %."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning found.
+    """The result of tuning.
 
     Attributes:
         weights: codes and grid by layer.
         rest: the blocks' norms and biases by their names, float32.
-        record: what the manifest says of it.
+        record: for the manifest.
     """
 
     weights: Mapping[str, QuantizedWeight]
@@ -117,16 +118,16 @@ def tune(
         mean(1 - s_i . t_i) + mean_{i != j} (s_i . s_j - t_i . t_j)^2
             + drift_weight * mean over blocks and tokens of |h_s - h_t|^2 / |h_t|^2
 
-    The first two are what a search sees; the drift of each block's output h gives every layer a
-    signal for every token and keeps a few thousand calibration tokens from being learned by heart.
-    For the same reason texts are spliced with one another and some of their tokens replaced by
-    random ones of the vocabulary: the teacher answers for any text.
+    A search depends on the first two terms. The drift of each block's output h gives every layer a
+    signal for every token, which prevents overfitting to a few thousand calibration tokens. For the
+    same reason, texts are spliced with one another, and random tokens replace some of theirs; the
+    teacher answers for any text.
 
-    Tuning never ends farther from the teacher than it began: where the mean cosine on the
-    calibration texts has not risen, the start is what comes back.
+    Tuning never ends farther from the teacher than it began: if the mean cosine on the calibration
+    texts has not risen, the start is returned.
 
     Args:
-        teacher: the original in float32; left as it is.
+        teacher: the original in float32; not changed.
         start: the solver's codes and grid by layer name.
         tokens: token ids of the calibration texts, special tokens included.
         schedule: see `Schedule`.
@@ -142,10 +143,10 @@ def tune(
     for step in range(schedule.n_steps):
         ids, mask = teacher.pad(texts.batch())
         with torch.no_grad():
-            wanted, wanted_hidden = _forward(teacher, teacher.module, prefix, ids, mask)
-        found, found_hidden = _forward(teacher, student.module, prefix, ids, mask)
-        loss = _distance(found, wanted)
-        loss = loss + schedule.drift_weight * _drift(found_hidden, wanted_hidden, mask.bool())
+            wanted, teacher_hidden = _forward(teacher, teacher.module, prefix, ids, mask)
+        vectors, hidden = _forward(teacher, student.module, prefix, ids, mask)
+        loss = _distance(vectors, wanted)
+        loss = loss + schedule.drift_weight * _drift(hidden, teacher_hidden, mask.bool())
         student.learn_(loss, step)
         progress("tuning against the original's vectors", step + 1, schedule.n_steps)
     return student.better("model", before, 1 - _mean_cosine(teacher, student.module, tokens))
@@ -158,15 +159,15 @@ def tune_block(
     wanted: Sequence[BlockInput],
     schedule: Schedule,
 ) -> Tuned:
-    """Learn one block's scales, norms and biases that bring the original's output back.
+    """Learn the scales, norms and biases of one block that reproduce the original's output.
 
-    Objective: the mean over tokens of |f(x) - f0(x0)|^2 / |f0(x0)|^2, f being the block as it is
-    tuned, x what the model quantized up to here feeds it, f0 and x0 those of the original model
-    (block-wise reconstruction as in BRECQ, Li et al. 2021, arXiv:2102.05426, and SignRound). One
-    text in eight is kept out; where the error on those has not fallen, the start comes back.
+    Objective: the mean over tokens of |f(x) - f0(x0)|^2 / |f0(x0)|^2. f is the tuned block and x
+    its input in the partly quantized model; f0 and x0 are those of the original model. (BRECQ, Li
+    et al. 2021, arXiv:2102.05426, and SignRound reconstruct blocks likewise.) One text in eight is
+    kept out; if the error on those has not fallen, the start is returned.
 
     Args:
-        original: the block with its weights as they were; left as it is.
+        original: the block with its original weights; not changed.
         start: the solver's codes and grid by layer name.
         inputs: x, batch by batch.
         wanted: f0(x0), batch by batch.
@@ -175,13 +176,13 @@ def tune_block(
     Raises:
         NumericsError: the objective became NaN or infinite.
     """
-    # A copy in float32 for the student to share; what was made in inference mode cannot learn.
+    # A float32 copy for the student to share, because tensors from inference mode cannot learn.
     within = len(original.name) + 1
     own = {name[within:]: codes for name, codes in start.items()}
     student = _Student(copy.deepcopy(original.module).float(), own, "", schedule)
     block = replace(original, module=student.module)
 
-    are_many = sum(len(batch.real) for batch in inputs) >= 2 * _HELD_OUT
+    holds_out = sum(len(batch.real) for batch in inputs) >= 2 * _HELD_OUT
 
     def error(i: int, is_out: bool) -> Tensor:
         """Mean drift over the tokens of one batch's texts that are kept out, or are not."""
@@ -193,7 +194,7 @@ def tune_block(
     def parts(i: int) -> dict[bool, Tensor]:
         """Texts [N, 1] that are kept out (True) and that are not."""
         rows = torch.arange(len(inputs[i].real), device=inputs[i].real.device)[:, None]
-        if not are_many:
+        if not holds_out:
             return dict.fromkeys((True, False), torch.ones_like(rows, dtype=torch.bool))
         is_out = (rows + i) % _HELD_OUT == 0
         return {True: is_out, False: ~is_out}
@@ -212,16 +213,16 @@ def tune_block(
             waiting = [i for i in range(len(inputs)) if parts(i)[False].any()]
             order.shuffle(waiting)
         student.learn_(error(waiting.pop(), False), step)
-    found = student.better("block", before, held_out())
+    tuned = student.better("block", before, held_out())
     return replace(
-        found,
-        weights={f"{original.name}.{name}": each for name, each in found.weights.items()},
-        rest={f"{original.name}.{name}": each for name, each in found.rest.items()},
+        tuned,
+        weights={f"{original.name}.{name}": weight for name, weight in tuned.weights.items()},
+        rest={f"{original.name}.{name}": tensor for name, tensor in tuned.rest.items()},
     )
 
 
 def work_bytes(n_weights: int, n_other: int, n_layers: int, hidden_size: int) -> int:
-    """Memory that tuning needs beyond the variant itself, roughly.
+    """About the memory that tuning needs beside the variant.
 
     Args:
         n_weights: weights of the layers that are tuned.
@@ -236,7 +237,7 @@ def work_bytes(n_weights: int, n_other: int, n_layers: int, hidden_size: int) ->
 
 
 def block_work_bytes(n_weights: int, n_other: int, hidden_size: int) -> int:
-    """The same where each block is tuned by itself.
+    """About the memory that tuning a block by itself needs.
 
     Args:
         n_weights: weights of the block's layers that are tuned.
@@ -248,16 +249,16 @@ def block_work_bytes(n_weights: int, n_other: int, hidden_size: int) -> int:
 
 
 class _Student:
-    """A module whose layers, norms and biases learn; it shares what stays as it is.
+    """A copy of a module whose layers, norms and biases learn; it shares all other tensors.
 
     Args:
-        original: a module; left as it is.
+        original: a module; not changed.
         start: codes and grid by name of a layer in it.
-        prefix: norms and biases whose names begin so are learned.
+        prefix: norms and biases whose names begin with this are learned.
         schedule: of the learning.
 
     Attributes:
-        module: what learns.
+        module: the copy.
     """
 
     def __init__(
@@ -289,8 +290,8 @@ class _Student:
             p.requires_grad_(True)
         layers = self._layers.values()
         groups: list[tuple[float, list[nn.Parameter]]] = [
-            (schedule.codes_rate, [each.latent for each in layers]),
-            (schedule.scales_rate, [each.log_scale for each in layers]),
+            (schedule.codes_rate, [layer.latent for layer in layers]),
+            (schedule.scales_rate, [layer.log_scale for layer in layers]),
             (schedule.rest_rate, list(self._rest.values())),
         ]
         self._optimiser = torch.optim.Adam(
@@ -315,11 +316,11 @@ class _Student:
         self._optimiser.step()
 
     def better(self, by: Literal["model", "block"], before: float, after: float) -> Tuned:
-        """What was learned where the error has fallen, and else what it began with."""
+        """What was learned if the error has fallen, else the start."""
         start, kept = self._start, after < before
-        weights = {n: each.export() for n, each in self._layers.items()} if kept else dict(start)
+        weights = {n: layer.export() for n, layer in self._layers.items()} if kept else dict(start)
         n_changed = sum(int((weights[name].codes != start[name].codes).sum()) for name in start)
-        n_codes = sum(each.codes.numel() for each in start.values())
+        n_codes = sum(weight.codes.numel() for weight in start.values())
         rest = {name: p.detach() for name, p in self._rest.items()}
         return Tuned(
             weights=weights,
@@ -353,28 +354,28 @@ def _forward(
     return teacher.pooled(hidden, mask), outputs
 
 
-def _distance(found: Tensor, wanted: Tensor) -> Tensor:
+def _distance(vectors: Tensor, wanted: Tensor) -> Tensor:
     """Mean cosine distance of unit vectors [N, D], and mean squared error of their similarities."""
-    n = len(found)
-    errors = found @ found.T - wanted @ wanted.T  # [N, N]; the diagonal is 1 - 1
-    return 1 - (found * wanted).sum(-1).mean() + errors.square().sum() / max(1, n * (n - 1))
+    n = len(vectors)
+    errors = vectors @ vectors.T - wanted @ wanted.T  # [N, N]; the diagonal is 1 - 1
+    return 1 - (vectors * wanted).sum(-1).mean() + errors.square().sum() / max(1, n * (n - 1))
 
 
-def _drift(found: Sequence[Tensor], wanted: Sequence[Tensor], real: Tensor) -> Tensor:
+def _drift(hidden: Sequence[Tensor], wanted: Sequence[Tensor], real: Tensor) -> Tensor:
     """Mean over blocks and real tokens of |h_s - h_t|^2 / |h_t|^2, of hidden states [N, T, H].
 
-    Relative to each token, as the norm before the next layer sees it: a few tokens carry outputs
-    a hundred times larger than all others.
+    The error is relative to each token, as the norm before the next layer makes it. Some tokens
+    have outputs a hundred times larger than all others.
     """
     shares = [
         ((f - w)[real].square().sum(-1) / w[real].square().sum(-1)).mean()
-        for f, w in zip(found, wanted, strict=True)
+        for f, w in zip(hidden, wanted, strict=True)
     ]
     return torch.stack(shares).mean()
 
 
 def _rate(step: int, n_steps: int) -> float:
-    """Share of the top learning rate: a short warm-up, then a cosine down to nothing."""
+    """Share of the top learning rate: a short warm-up, then a cosine down to zero."""
     return min(1.0, (step + 1) / _WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / n_steps))
 
 
@@ -402,7 +403,7 @@ class _Texts:
         self._schedule = schedule
         self._special = set(encoder.tokenization.tokenizer.all_special_ids)
         embedding = encoder.module.get_input_embeddings()  # type: ignore[operator]
-        # The table may hold rows that no token has, and the tokenizer tokens beyond the table.
+        # The table may have more rows than the tokenizer has tokens, or fewer.
         n_tokens = min(len(encoder.tokenization.tokenizer), embedding.num_embeddings)
         self._vocabulary = [i for i in range(n_tokens) if i not in self._special]
         self._texts = [self._parts(ids) for ids in tokens]
@@ -425,13 +426,13 @@ class _Texts:
         if self._random.random() < _SUBSTITUTED:
             share = self._random.uniform(0, _MOST_SUBSTITUTION)
             body = [
-                self._random.choice(self._vocabulary) if self._random.random() < share else each
-                for each in body
+                self._random.choice(self._vocabulary) if self._random.random() < share else token
+                for token in body
             ]
         return [*head, *body[: self._schedule.text_tokens], *tail]
 
     def _parts(self, ids: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-        """The text without the special tokens around it, which stay where they are."""
+        """The special tokens before the text, the text, and the special tokens after it."""
         start, end = 0, len(ids)
         while start < end and ids[start] in self._special:
             start += 1

@@ -164,7 +164,7 @@ def score(
             alone = replace(how, grid=None)
             following = _open(next_name, sources[next_name], alone, progress, is_baseline=False)
             if not _same_vectors(opened, following):  # whose vectors will be there
-                options = replace(options, afterwards=_beginning(following, suite, folder, how))
+                options = replace(options, start_next=_beginning(following, suite, folder, how))
         views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
         if baseline is None and own.sha256 not in {each.sha256 for each in views.values()}:
             views = {name: own, **views}

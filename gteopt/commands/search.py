@@ -165,7 +165,7 @@ def _by_all(
             wide = stored.astype(np.float32) if record.decode.code == "float16" else stored
             found.add(np.ascontiguousarray(wide))
         progress("searching shards", number + 1, len(names))
-    where, scores = found.found()
+    where, scores = found.nearest()
     return scores, where
 
 

@@ -1,19 +1,16 @@
 """Encode shards on actors of a Ray cluster.
 
-Hides: Ray, its nodes and their resources. Refuses to know: tasks, caches, scores.
+Hides: Ray's actors. Refuses to know: tasks, caches, scores.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
+from gteopt.corpus.ray_cluster import join_cluster
 from gteopt.corpus.shards import Shard
 from gteopt.corpus.workers import Encoded, Job, WorkerLost, Workers, _encode
-from gteopt.errors import InputError, UnsupportedError
 
 
 def ray_workers(address: str, *, device: str = "auto", n_threads: int) -> Workers:
@@ -28,60 +25,16 @@ def ray_workers(address: str, *, device: str = "auto", n_threads: int) -> Worker
         UnsupportedError: Ray is not installed, or the cluster has nothing to encode on.
         InputError: there is no such cluster.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise UnsupportedError('--ray needs Ray: pip install "gteopt[ray]"') from error
-
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        try:
-            with _asking_once():
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as error:
-            raise InputError(
-                f"--ray {address}: no Ray cluster answers there; start one with `ray start "
-                f"--head`, and `ray start --address=HOST:6379` on every other machine"
-            ) from error
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    n_gpus = sum(int(each.get("GPU", 0)) for each in resources)
-    kind = device.partition(":")[0]
-    if kind == "auto":
-        kind = "cuda" if n_gpus else "cpu"
-    n_workers = (
-        n_gpus
-        if kind == "cuda"
-        else sum(int(each.get("CPU", 0)) // n_threads for each in resources)
-    )
-    if n_workers == 0:
-        if is_ours:
-            ray.shutdown()
-        wanted = "a GPU" if kind == "cuda" else f"{n_threads} free cores (OMP_NUM_THREADS)"
-        raise UnsupportedError(f"--ray {address}: no node of the cluster has {wanted}")
+    cluster = join_cluster(address, device=device, n_threads=n_threads)
+    kind, n_workers = cluster.kind, cluster.n_places
     claim = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": n_threads}
     openers = [lambda number=number: _Actor(str(number), claim) for number in range(n_workers)]
     return Workers(
         openers,
         device=kind,
         where=f"{n_workers} Ray actors ({kind})",
-        leave=ray.shutdown if is_ours else lambda: None,
+        leave=cluster.leave,
     )
-
-
-@contextmanager
-def _asking_once() -> Iterator[None]:
-    """Ray asks 20 times, 40 s each, at an address where nothing listens: a mistyped one, or that of
-    a cluster that died, which `auto` finds in a file. Once is enough.
-    """
-    name = "RAY_gcs_server_port_wait_time_s"
-    if name in os.environ:  # the user's own patience
-        yield
-        return
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]  # clusters that are started from here need longer
 
 
 class _Actor:

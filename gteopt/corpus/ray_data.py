@@ -7,7 +7,6 @@ actor or node costs the shards that it had; Ray Data gives them to another one.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from gteopt.corpus.jobs import RunShards
-from gteopt.corpus.ray_actors import _asking_once
+from gteopt.corpus.ray_cluster import join_cluster
 from gteopt.corpus.rows import RowRange
 from gteopt.corpus.shard_encoder import Done, EmbedTask, ShardEncoder
 from gteopt.corpus.shard_files import ShardRecord, done_footer, shard_name
@@ -56,10 +55,15 @@ def embed_on_ray(
     """
 
     def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[Done]:
-        ray, is_ours = _joined(address)
-        kind, room = _room(ray, address, device, cpus)
+        try:
+            import ray.data
+        except ImportError as error:
+            raise UnsupportedError('--ray needs Ray Data: pip install "gteopt[ray]"') from error
+        joined = join_cluster(address, device=device, n_threads=cpus)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        kind = joined.kind
         claim = {"num_gpus": 1} if kind == "cuda" else {"num_cpus": cpus}
-        least, most = actors or (room, room)
+        least, most = actors or (joined.n_places, joined.n_places)
         # Fewer shards in a call where there are few: every actor gets some.
         per_call = max(1, min(_SHARDS_PER_CALL, len(shards) // most))
         per_call = max(per_call, -(-len(shards) // _MOST_BLOCKS))
@@ -88,8 +92,7 @@ def embed_on_ray(
                 f"same command goes on from there"
             ) from error
         finally:
-            if is_ours:
-                ray.shutdown()
+            joined.leave()
 
     return embed
 
@@ -106,12 +109,11 @@ def cluster(address: str, device: str = "auto") -> Iterator[Literal["cuda", "cpu
         UnsupportedError: see `embed_on_ray`.
         InputError: see `embed_on_ray`.
     """
-    ray, is_ours = _joined(address)
+    joined = join_cluster(address, device=device, n_threads=1)
     try:
-        yield "cuda" if _room(ray, address, device, 1)[0] == "cuda" else "cpu"
+        yield "cuda" if joined.kind == "cuda" else "cpu"
     finally:
-        if is_ours:
-            ray.shutdown()
+        joined.leave()
 
 
 class EmbedShards:
@@ -235,40 +237,3 @@ def _rows(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 def _last_line(error: BaseException) -> str:
     """What happened, of an error whose text is a traceback."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-
-
-def _joined(address: str) -> tuple[Any, bool]:
-    """Ray, and whether the cluster was joined here and has to be left."""
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise UnsupportedError('--ray needs Ray Data: pip install "gteopt[ray]"') from error
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        try:
-            with _asking_once():
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as error:
-            raise InputError(
-                f"--ray {address}: no Ray cluster answers there; start one with `ray start "
-                f"--head`, and `ray start --address=HOST:6379` on every other machine"
-            ) from error
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    return ray, is_ours
-
-
-def _room(ray: Any, address: str, device: str, cpus: int) -> tuple[str, int]:
-    """Kind of device, and how many actors fit."""
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    n_gpus = sum(int(each.get("GPU", 0)) for each in resources)
-    kind = device.partition(":")[0]
-    if kind == "auto":
-        kind = "cuda" if n_gpus else "cpu"
-    n_cpus = sum(int(each.get("CPU", 0)) // cpus for each in resources)
-    room = n_gpus if kind == "cuda" else n_cpus
-    if room == 0:
-        wanted = "a GPU" if kind == "cuda" else f"{cpus} cores"
-        raise UnsupportedError(f"--ray {address}: no node of the cluster has {wanted}")
-    return kind, room

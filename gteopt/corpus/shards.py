@@ -71,7 +71,7 @@ class EncodeShards(Protocol):
 
 @runtime_checkable
 class EncodeAhead(Protocol):
-    """Encodes shards, and may begin before it is asked."""
+    """Encodes shards, and may start before they are asked for."""
 
     def __call__(
         self, shards: Sequence[Shard], progress: Progress
@@ -79,16 +79,16 @@ class EncodeAhead(Protocol):
         """See `EncodeShards`."""
 
     def changed(self, max_tokens: int, *, normalize: bool) -> EncodeShards:
-        """See `EncodeShards`; the result need not begin before it is asked."""
+        """See `EncodeShards`; the result may wait until shards are asked for."""
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """These will be asked for, in this order."""
+        """Expect these shards to be asked for, in this order."""
 
     def forget(self, shards: Sequence[Shard]) -> None:
-        """Whichever of these was not asked for will not be."""
+        """Expect these shards no longer, unless they were asked for."""
 
-    def afterwards(self, begin: Callable[[], None]) -> None:
-        """`begin` what comes next, once all that is expected is being encoded."""
+    def when_all_started(self, start_next: Callable[[], None]) -> None:
+        """Call `start_next` once, when all expected shards are being encoded."""
 
 
 class LocalEncoding:

@@ -3,9 +3,9 @@
 Hides: processes, Ray, which worker is free, and what is done again when one is lost. Refuses to
 know: tasks, caches, scores.
 
-Who encodes a shard changes no bit of it: its batches are cut from its own texts, every worker
-computes with as many threads as this process, has the same versions of the libraries, and has
-loaded the very files (SHA-256). What cannot be made equal, another kind of processor, is told.
+A shard's vectors have the same bits on every worker. Batches are cut from the shard's own texts.
+Every worker computes with as many threads as this process, has the same versions of the libraries,
+and has loaded files with the same SHA-256. Another kind of processor is reported.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 
 _AHEAD_PER_WORKER = 4  # shards encoded before they are asked for: 15 MB at 3584 dimensions
-_TRIES = 3  # workers that one shard may cost
+_TRIES = 3  # workers that may be lost over one shard
 _LOSSES_PER_WORKER = 3
-_PATIENCE_S = 600.0  # without any worker, for a lost one to come back
+_PATIENCE_S = 600.0  # without any worker, until a lost one has to be back
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker has to load, and what must hold for its vectors to be ours, bit for bit.
+    """What a worker has to load, and the conditions for vectors with the same bits.
 
     Attributes:
         source: a base or an artifact, as `gteopt.load` takes it; on a cluster, readable by every
             node under the same name.
-        sha256: of the files that it must turn out to be.
+        sha256: that the files must have.
         n_threads: of torch, on a CPU.
         versions: of the libraries that decide results.
         cpu: this machine's processor.
-        gpu: the GPU that vectors are stored as those of; None where this machine has none.
+        gpu: the GPU under whose name vectors are stored; None if this machine has none.
         max_tokens: longer texts are cut there; None is the model's limit.
-        normalize: whether vectors are scaled to unit length where the model does so.
+        normalize: whether vectors get unit length, if the model normalises.
     """
 
     source: str
@@ -78,7 +78,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker gives back besides its result: an error in its place, and notes."""
+    """What a worker returns besides its result: notes, or an error in place of the result."""
 
     error: GteoptError | None = None
     notes: tuple[str, ...] = ()
@@ -86,13 +86,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Encoded(Answer):
-    """What came of a shard; exactly one of `vectors` and `error` is there."""
+    """The answer for a shard; exactly one of `vectors` and `error` is not None."""
 
     vectors: Floats | None = None
 
 
 class WorkerLost(Exception):
-    """A worker died, or can no longer be reached; what it was doing has to be done again."""
+    """A worker died, or cannot be reached; its item has to be done again."""
 
 
 _Job = TypeVar("_Job")
@@ -104,15 +104,15 @@ _AnswerOut = TypeVar("_AnswerOut", bound=Answer, covariant=True)
 
 
 class Worker(Protocol[_JobIn, _ItemIn, _AnswerOut]):
-    """A process with a device that does one item of a job at a time: encodes a shard of texts, say.
+    """A process with a device that does one item of a job at a time, such as a shard of texts.
 
-    Items are `Shard` where scores are made, and `RowRange` where a corpus is embedded.
+    Items are `Shard` for scores, and `RowRange` for a corpus that is embedded.
     """
 
     name: str
 
     def encode(self, job: _JobIn, shard: _ItemIn) -> _AnswerOut:
-        """Encode, or raise `WorkerLost`."""
+        """Encode an item, or raise `WorkerLost`."""
 
     def close(self) -> None:
         """Kill it, whatever it is doing."""
@@ -121,7 +121,7 @@ class Worker(Protocol[_JobIn, _ItemIn, _AnswerOut]):
 class WorkerPool(Generic[_Job, _Item, _Answer]):
     """Workers that share shards; a context manager, which ends them.
 
-    A lost worker is opened again, and the shard that it had goes to whichever is free.
+    A lost worker is opened again, and its shard goes to the next free one.
 
     Attributes:
         device: kind of device that all of them encode on, "cpu" or "cuda".
@@ -141,7 +141,7 @@ class WorkerPool(Generic[_Job, _Item, _Answer]):
         Args:
             openers: one a worker; called again when the worker is lost.
             device: kind of device.
-            where: what reports call them.
+            where: name of the workers in reports.
             leave: called after all workers are ended.
         """
         self._leave = leave
@@ -176,21 +176,21 @@ class WorkerPool(Generic[_Job, _Item, _Answer]):
             self._closed = True
             for worker in self._open.values():
                 worker.close()
-        # Not waited for: after Ctrl-C, a shard of a large model takes minutes.
+        # Without waiting, because a shard of a large model takes minutes after Ctrl-C.
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._leave()
 
     def opened(self) -> list[Worker[_Job, _Item, _Answer]]:
-        """Those that are open now."""
+        """The workers that are open now."""
         with self._lock:
             return list(self._open.values())
 
     def submit(self, job: _Job, shard: _Item) -> Future[_Answer]:
-        """`encode`, begun as soon as a worker is free; shards begin in the order of submission."""
+        """`encode` in the background; shards start in the order of submission."""
         return self._pool.submit(self.encode, job, shard)
 
     def encode(self, job: _Job, shard: _Item) -> _Answer:
-        """Encode one shard on the next free worker, or the one after that if it is lost.
+        """Encode one shard on the next free worker; if that is lost, on another one.
 
         Raises:
             UnsupportedError: workers are lost again and again, or none comes back.
@@ -248,7 +248,7 @@ class WorkerPool(Generic[_Job, _Item, _Answer]):
             try:
                 worker = self._openers[number]()
             except WorkerLost as lost:
-                # Without the exceptions: whoever waits for a worker says that none has come.
+                # No exception here: the caller that waits for a worker reports that none came.
                 with suppress(UnsupportedError, WorkerLost):
                     self._reopen_after(lost, number)
                 return
@@ -294,31 +294,31 @@ class Workers(WorkerPool[Job, Shard, Encoded]):
 
 
 class ShardsElsewhere:
-    """Encodes shards on workers, as many at once as there are; see `EncodeShards`.
+    """Encodes shards on all workers at once; see `EncodeShards`.
 
-    Shards that are expected are encoded ahead of being asked for, a few for each worker, so that no
-    worker waits for the end of a request, of a task, or of its scoring.
+    A few expected shards for each worker are encoded before they are asked for. So no worker waits
+    for the end of a request, a task, or its scoring.
     """
 
     def __init__(self, workers: Workers, job: Job, say: Callable[[str], None]) -> None:
         """Nothing is encoded yet.
 
         Args:
-            workers: who encodes.
+            workers: encode the shards.
             job: what they load.
-            say: told of lost workers and of whatever a worker has to say.
+            say: told of lost workers, and the workers' notes.
         """
         self._workers = workers
         self._job = job
         self._say = say
         self._expected: dict[Shard, None] = {}
-        self._begun: dict[Shard, Future[Encoded]] = {}
-        self._afterwards: Callable[[], None] | None = None
+        self._started: dict[Shard, Future[Encoded]] = {}
+        self._start_next: Callable[[], None] | None = None
 
     def __call__(
         self, shards: Sequence[Shard], progress: Progress
     ) -> Iterator[tuple[Shard, Floats]]:
-        """Each shard with its vectors [N, full_dims], in the order in which they are ready.
+        """Each shard with its vectors [N, full_dims], in the order in which they get ready.
 
         Raises:
             GteoptError: what a worker raised, or `Workers.encode`.
@@ -326,12 +326,12 @@ class ShardsElsewhere:
         n_texts, n_done = sum(len(shard.texts) for shard in shards), 0
         for shard in shards:
             self._expected.pop(shard, None)
-            if shard not in self._begun:
-                self._begin(shard)
-        asked = {self._begun.pop(shard): shard for shard in shards}
-        self._begin_expected()
+            if shard not in self._started:
+                self._start(shard)
+        asked = {self._started.pop(shard): shard for shard in shards}
+        self._start_expected()
         for future in as_completed(asked):
-            self._begin_expected()
+            self._start_expected()
             encoded, shard = future.result(), asked[future]
             for note in encoded.notes:
                 self._say(note)
@@ -348,35 +348,37 @@ class ShardsElsewhere:
         return ShardsElsewhere(self._workers, job, self._say)
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """These will be asked for, after those that are already expected."""
-        self._expected |= dict.fromkeys(shard for shard in shards if shard not in self._begun)
-        self._begin_expected()
+        """Expect these shards to be asked for, after those that are already expected."""
+        self._expected |= dict.fromkeys(shard for shard in shards if shard not in self._started)
+        self._start_expected()
 
     def forget(self, shards: Sequence[Shard]) -> None:
-        """Those of them that were not asked for are not wanted any more."""
+        """Expect these shards no longer; those that were not asked for are cancelled."""
         for shard in shards:
             self._expected.pop(shard, None)
-            if shard in self._begun:
-                self._begun.pop(shard).cancel()
+            if shard in self._started:
+                self._started.pop(shard).cancel()
 
-    def afterwards(self, begin: Callable[[], None]) -> None:
-        """See `EncodeAhead`. Workers take shards in the order in which they were begun, so that
-        what comes next, of another model, never goes before what is expected here.
+    def when_all_started(self, start_next: Callable[[], None]) -> None:
+        """See `EncodeAhead`.
+
+        Workers take shards in the order of their start. So the next model's shards never come
+        before those that are expected here.
         """
-        self._afterwards = begin
-        self._begin_expected()
+        self._start_next = start_next
+        self._start_expected()
 
-    def _begin_expected(self) -> None:
-        while self._expected and len(self._begun) < _AHEAD_PER_WORKER * len(self._workers):
+    def _start_expected(self) -> None:
+        while self._expected and len(self._started) < _AHEAD_PER_WORKER * len(self._workers):
             shard = next(iter(self._expected))
             del self._expected[shard]
-            self._begin(shard)
-        if not self._expected and self._afterwards is not None:
-            begin, self._afterwards = self._afterwards, None
-            begin()
+            self._start(shard)
+        if not self._expected and self._start_next is not None:
+            start_next, self._start_next = self._start_next, None
+            start_next()
 
-    def _begin(self, shard: Shard) -> None:
-        self._begun[shard] = self._workers.submit(self._job, shard)
+    def _start(self, shard: Shard) -> None:
+        self._started[shard] = self._workers.submit(self._job, shard)
 
 
 def local_workers(devices: Sequence[str]) -> Workers:
@@ -417,7 +419,7 @@ class _Process:
 
 
 def _serve(connection: Connection) -> None:
-    """A worker process's life: it ends with the pipe."""
+    """Serve a worker process until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     while True:
         try:
@@ -428,8 +430,8 @@ def _serve(connection: Connection) -> None:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A loaded model, by the jobs that only change how it encodes, and what it has to say."""
+class _LoadedModel:
+    """A loaded model, its variants for jobs that only change how it encodes, and its notes."""
 
     usual: LocalEncoding
     notes: list[str]
@@ -443,17 +445,17 @@ class _Held:
         return self.changed[job]
 
 
-_HELD: dict[tuple[Job, str], _Held] = {}
+_LOADED: dict[tuple[Job, str], _LoadedModel] = {}
 """The one model that a worker process has loaded; empty in every other process."""
 
 
 def _encode(job: Job, device: str, shard: Shard) -> Encoded:
     try:
         usual = replace(job, max_tokens=None, normalize=True)
-        if (usual, device) not in _HELD:
-            _HELD.clear()  # first: two models may not fit
-            _HELD[usual, device] = _load(usual, device)
-        held = _HELD[usual, device]
+        if (usual, device) not in _LOADED:
+            _LOADED.clear()  # first: two models may not fit
+            _LOADED[usual, device] = _load(usual, device)
+        held = _LOADED[usual, device]
         encode, notes = held.encoding(job), held.notes
         ((_, vectors),) = encode([shard], lambda what, done, total: None)
         told = tuple(notes)
@@ -462,7 +464,7 @@ def _encode(job: Job, device: str, shard: Shard) -> Encoded:
     except GteoptError as error:
         return Encoded(error=error)
     except Exception as error:
-        # It would end the process, and a worker that vanishes is taken for one without memory.
+        # An uncaught exception would end the process and be reported as out of memory.
         where = traceback.extract_tb(error.__traceback__)[-1]
         return Encoded(
             error=UnsupportedError(
@@ -472,7 +474,7 @@ def _encode(job: Job, device: str, shard: Shard) -> Encoded:
         )
 
 
-def _load(job: Job, device: str) -> _Held:
+def _load(job: Job, device: str) -> _LoadedModel:
     import torch
 
     from gteopt.encoder.loading import load
@@ -480,10 +482,11 @@ def _load(job: Job, device: str) -> _Held:
     notes: list[str] = []
     here = machine()
     if tuple(versions().items()) != job.versions:
-        found = [f"{k} {v}" for k, v in versions().items() if (k, v) not in job.versions]
+        differing = [f"{k} {v}" for k, v in versions().items() if (k, v) not in job.versions]
         raise UnsupportedError(
-            f"a worker has other versions of the libraries than this process ({', '.join(found)}), "
-            f"so that its vectors would differ; install the same on every machine"
+            f"a worker has other versions of the libraries than this process "
+            f"({', '.join(differing)}), so its vectors would differ; install the same versions on "
+            f"every machine"
         )
     if device == "cpu" and here.cpu != job.cpu:
         notes.append(
@@ -495,7 +498,7 @@ def _load(job: Job, device: str) -> _Held:
             f"a worker runs on {gpu}, this process has {job.gpu}: vectors may differ in their "
             f"last bits"
         )
-    # Whoever asked for the vectors counts what was cut, over all workers.
+    # The parent process counts the texts that were cut, over all workers.
     warnings.filterwarnings("ignore", message=".* and were cut there")
     torch.set_num_threads(job.n_threads)
     hub_dir = None if job.hub_dir is None else Path(job.hub_dir)
@@ -504,7 +507,7 @@ def _load(job: Job, device: str) -> _Held:
         device=device,
         dtype=job.dtype,
         backend=job.backend,
-        kernels="deterministic",  # as the parent's, whose vectors these stand for
+        kernels="deterministic",  # as in the parent process
         hub_dir=hub_dir,
     )
     if encoder.sha256 != job.sha256:
@@ -512,4 +515,4 @@ def _load(job: Job, device: str) -> _Held:
             f"{job.source} holds other files on a worker's machine (SHA-256 {encoder.sha256[:16]} "
             f"instead of {job.sha256[:16]}); copy the same there, or share the folder"
         )
-    return _Held(LocalEncoding(encoder, job.batch_size, notes.append), notes, {})
+    return _LoadedModel(LocalEncoding(encoder, job.batch_size, notes.append), notes, {})

@@ -47,6 +47,25 @@ class Runtime:
     ways: Ways = DETERMINISTIC
 
 
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """Where and how an encoder is asked to compute, as users name it; see `gteopt.load`.
+
+    Attributes:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: "auto" or a name that `parse_dtype` knows.
+        backend: the library that computes.
+        kernels: of the torch backend's quantized layers on a CPU.
+        cuda_graphs: whether a GPU records the forward pass; not for who changes the module.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: Backend = "torch"
+    kernels: str = "deterministic"
+    cuda_graphs: bool = False
+
+
 class Description:
     """What is known of an encoder without its weights.
 

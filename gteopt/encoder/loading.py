@@ -18,6 +18,7 @@ from gteopt.encoder.description import (
     Backend,
     Description,
     Runtime,
+    RuntimeOptions,
     device_name,
     dtype_name,
     dtype_of,
@@ -96,14 +97,10 @@ def load(
         (2, 256)
     """
     with opening(source, hub_dir=hub_dir, revision=revision, family=family) as checkpoint:
-        encoder = load_checkpoint(
-            checkpoint,
-            device=device_name(device),
-            dtype=dtype_name(dtype),
-            backend=backend,
-            kernels=kernels,
-            cuda_graphs=cuda_graphs,
+        options = RuntimeOptions(
+            device_name(device), dtype_name(dtype), backend, kernels, cuda_graphs
         )
+        encoder = load_checkpoint(checkpoint, options)
         if copy:
             _copy_tensors_(encoder.module)
         return encoder
@@ -111,33 +108,28 @@ def load(
 
 def load_checkpoint(
     checkpoint: Checkpoint,
+    options: RuntimeOptions = RuntimeOptions(),  # noqa: B008 - frozen
     *,
-    device: str = "auto",
-    dtype: str = "auto",
-    backend: Backend = "torch",
-    kernels: str = "deterministic",
     later: str | None = None,
-    cuda_graphs: bool = False,
 ) -> Encoder:
     """Load what `open_checkpoint` has described.
 
     Args:
         checkpoint: a base or an artifact.
-        device: see `load`.
-        dtype: see `load`.
-        backend: see `load`.
-        kernels: see `load`.
+        options: where and how it computes.
         later: a submodule of a base (its list of blocks) whose weights stay in their files until
             `fill_` asks for them; where the files name weights in another way than the
             architecture does, everything is read at once all the same.
-        cuda_graphs: see `load`; not for who changes the module.
 
     Raises:
         InputError: an unknown backend or kernel.
         UnsupportedError: a backend that cannot compute this model, or not on this device.
     """
-    where = _openvino_device(device) if backend == "openvino" else pick_device(device)
-    kind = parse_dtype(dtype_of(checkpoint, dtype))
+    backend = options.backend
+    where = (
+        _openvino_device(options.device) if backend == "openvino" else pick_device(options.device)
+    )
+    kind = parse_dtype(dtype_of(checkpoint, options.dtype))
     openvino_model, streams, ways = None, False, DETERMINISTIC
     if backend == "openvino":
         module = build_skeleton(checkpoint)
@@ -151,7 +143,7 @@ def load_checkpoint(
         )
     elif checkpoint.is_quantized:
         if where.type == "cpu":
-            ways = ways_for(quantized_layers(checkpoint), kind, kernels)
+            ways = ways_for(quantized_layers(checkpoint), kind, options.kernels)
         # Another library may have written them, and its config.json is as foreign as its tensors.
         with foreign_errors(checkpoint.folder, "loading the quantized weights"):
             module = load_packed(checkpoint, where, kind, ways)
@@ -166,7 +158,7 @@ def load_checkpoint(
         _load_head(checkpoint, where, kind),
         openvino_model=openvino_model,
         streams=streams,
-        cuda_graphs=cuda_graphs,
+        cuda_graphs=options.cuda_graphs,
     )
 
 

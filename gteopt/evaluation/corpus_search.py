@@ -168,7 +168,7 @@ class _Whole:
         self._search.add(codes)
 
     def rankings(self) -> list[Ranking]:
-        return list(zip(*self._search.found(), strict=True))
+        return list(zip(*self._search.nearest(), strict=True))
 
 
 class _AmongCandidates:

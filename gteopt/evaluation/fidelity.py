@@ -21,6 +21,7 @@ from gteopt.errors import InputError, IntegrityError
 from gteopt.records.evaluation import Fidelity
 from gteopt.records.examples import Example
 from gteopt.records.files import write_atomically
+from gteopt.records.manifest import Similarity
 from gteopt.vectors.search import search
 from gteopt.vectors.transform import VectorTransform, identity
 
@@ -193,10 +194,8 @@ def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> F
         n_documents=len(base_d),
         n_all_documents=max(len(base_d), _n_offered(documents, baseline[documents])),
         spearman=_spearman(
-            _cosines(base_q, left, base_d, right),
-            (_cosines if transform.similarity == "cosine" else _dots)(
-                stored_q, left, stored_d, right
-            ),
+            _similarities(base_q, left, base_d, right),
+            _similarities(stored_q, left, stored_d, right, transform.similarity),
         ),
     )
 
@@ -274,34 +273,28 @@ def _stored_cosines(
         codes = transform.quantize(transform.project(ours[part]))
         stored = transform.restore(transform.dequantize(codes))
         rows = np.arange(len(stored))
-        out[part] = _cosines(base[part], rows, stored, rows)
+        out[part] = _similarities(base[part], rows, stored, rows)
     return out
 
 
-def _cosines(
-    a: Floats, rows_a: npt.NDArray[np.intp], b: Floats, rows_b: npt.NDArray[np.intp]
+def _similarities(
+    a: Floats,
+    rows_a: npt.NDArray[np.intp],
+    b: Floats,
+    rows_b: npt.NDArray[np.intp],
+    similarity: Similarity = "cosine",
 ) -> npt.NDArray[np.float64]:
-    """Cosine [P] of row rows_a[i] of a [*, D] with row rows_b[i] of b [*, D], in float64."""
+    """Similarity [P] of row rows_a[i] of a [*, D] with row rows_b[i] of b [*, D], in float64."""
     out = np.empty(len(rows_a))
     for start in range(0, len(rows_a), _BLOCK_ROWS):
         part = slice(start, start + _BLOCK_ROWS)
         x, y = a[rows_a[part]].astype(np.float64), b[rows_b[part]].astype(np.float64)
         dots = np.einsum("nd,nd->n", x, y)
-        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-        # A zero vector points nowhere: it is like nothing.
-        out[part] = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
-    return out
-
-
-def _dots(
-    a: Floats, rows_a: npt.NDArray[np.intp], b: Floats, rows_b: npt.NDArray[np.intp]
-) -> npt.NDArray[np.float64]:
-    """Dot product [P] of row rows_a[i] of a [*, D] with row rows_b[i] of b [*, D], in float64."""
-    out = np.empty(len(rows_a))
-    for start in range(0, len(rows_a), _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
-        x, y = a[rows_a[part]].astype(np.float64), b[rows_b[part]].astype(np.float64)
-        out[part] = np.einsum("nd,nd->n", x, y)
+        if similarity == "cosine":
+            norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+            # A zero vector points nowhere: it is like nothing.
+            dots = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+        out[part] = dots
     return out
 
 

@@ -59,8 +59,8 @@ class EncodeOptions:
         dtype: of the cached vectors.
         encode: encodes shards of texts; None does it here, one after the other.
         encoded_on: what reports call the place where that happens.
-        afterwards: begins what comes next on the same workers, so that none waits for the end of a
-            run; called once, when all that the last task asks for is being encoded.
+        start_next: starts the next run on the same workers, so that none waits for the end of this
+            one; called once, when all texts of the last task are being encoded.
     """
 
     batch_size: int = 32
@@ -68,7 +68,7 @@ class EncodeOptions:
     dtype: CacheDtype = "float16"
     encode: EncodeShards | None = None
     encoded_on: str = "this process"
-    afterwards: Callable[[], None] | None = None
+    start_next: Callable[[], None] | None = None
 
 
 ENCODE_OPTIONS = EncodeOptions()
@@ -201,7 +201,7 @@ def begin_views(
             if TaskFolder.of(encoder, each, store, options.dtype).sample() is None:
                 load_data([each])
                 vectors = TaskVectors(encoder, store, options, lambda note: None)
-                _Ahead(options, vectors.usual(), [each], [vectors.of(each)]).look(0)
+                _TaskLookahead(options, vectors.usual(), [each], [vectors.of(each)]).look(0)
                 each.task.unload_data()
                 return
 
@@ -312,7 +312,7 @@ class _Scoring:
         caches = [self.vectors.of(task) for task in tasks]
         usual = self.vectors.usual()
         _say_what_does_not_fit({task.name: n_texts(task) for task in tasks}, usual, self.say)
-        ahead = _Ahead(self.options, usual, tasks, caches)
+        ahead = _TaskLookahead(self.options, usual, tasks, caches)
         for position, (task, cache) in enumerate(zip(tasks, caches, strict=True)):
             ahead.look(position)
             number = f"{n_all - len(tasks) + position + 1} of {n_all}"
@@ -472,7 +472,7 @@ def _say_what_does_not_fit(
         )
 
 
-class _Ahead:
+class _TaskLookahead:
     """Lets workers begin with the next task's texts while a task is scored; see `EncodeAhead`.
 
     Tasks with a cache of their own (another limit of tokens, lengths kept) are encoded once asked.
@@ -486,7 +486,7 @@ class _Ahead:
         caches: Sequence[VectorCache],
     ) -> None:
         self._encode = options.encode if isinstance(options.encode, EncodeAhead) else None
-        self._afterwards = options.afterwards
+        self._start_next = options.start_next
         self._cache = cache
         self._tasks = tasks
         self._caches = caches
@@ -513,8 +513,8 @@ class _Ahead:
             self._planned = planned - self._planned
             self._shards.append(shards)
             self._encode.expect(shards)
-        if position == len(self._tasks) - 1 and self._afterwards is not None:
-            self._encode.afterwards(self._afterwards)
+        if position == len(self._tasks) - 1 and self._start_next is not None:
+            self._encode.when_all_started(self._start_next)
 
 
 def _renamed(progress: Progress, task: str) -> Progress:

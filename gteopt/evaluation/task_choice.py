@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from gteopt.errors import InputError, IntegrityError
+from gteopt.errors import InputError
 from gteopt.evaluation.suites import StandsFor, Suite
 from gteopt.frozen import Frozen
-from gteopt.paths import shipped_dir
+from gteopt.paths import read_shipped, shipped_dir
 from gteopt.records.evaluation import SuiteForecast
 
 RATE = 0.9
@@ -85,11 +85,7 @@ def read_task_scores() -> Mapping[str, TaskScores]:
     Raises:
         IntegrityError: the installation is damaged.
     """
-    path = shipped_dir("eval/suites") / "scores.json"
-    try:
-        return _File.model_validate_json(path.read_bytes()).suites
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} cannot be read ({error}); install gteopt again") from error
+    return read_shipped(shipped_dir("eval/suites") / "scores.json", _File).suites
 
 
 def part_within(suite: Suite, seconds_by_task: Mapping[str, float], budget_s: float) -> Suite:

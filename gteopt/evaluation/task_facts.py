@@ -15,10 +15,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gteopt.errors import InputError, IntegrityError
+from gteopt.errors import InputError
 from gteopt.evaluation.suites import Protocol, Suite, SuiteTask
 from gteopt.frozen import Frozen
-from gteopt.paths import shipped_dir
+from gteopt.paths import read_shipped, shipped_dir
 
 INSTRUCTION_TOKENS = 25
 """Of the instruction on each text but the documents of a search."""
@@ -75,11 +75,7 @@ def read_task_facts() -> Mapping[str, TaskFacts]:
     Raises:
         IntegrityError: the installation is damaged.
     """
-    path = shipped_dir("eval/suites") / "tasks.json"
-    try:
-        return _File.model_validate_json(path.read_bytes()).tasks
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} cannot be read ({error}); install gteopt again") from error
+    return read_shipped(shipped_dir("eval/suites") / "tasks.json", _File).tasks
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Runtime linear layers for packed weights, and the choice between them.
 
-The choice is `KERNELS`, by what is multiplied and where.
-Every layer has a `kernel` name, `in_features`, `out_features`, holds packed buffers and no float
-copy of its weight, and maps [..., I] to [..., O] in its input's dtype.
+`KERNELS` is the choice, by product and device. Every layer has a `kernel` name, `in_features` and
+`out_features`. It holds packed buffers and no float copy of its weight, and maps [..., I] to
+[..., O] in its input's dtype.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from gteopt.quant.affine import PackedWeight
 from gteopt.quant.grid import group_width
 
 Product = Literal["int8", "int8 static", "int8 outliers", "fp8", "4-bit", "weights"]
-"""What a scheme multiplies: numbers of 8 bits on both sides, 4-bit weights, or any other weights
-with activations of 16 bits and more."""
+"""What a scheme multiplies: 8-bit numbers on both sides, 4-bit weights, or any other weights with
+activations of 16 bits and more."""
 DeviceKind = Literal["cuda 8.9", "cuda 8.0", "cpu", "any"]
-"""Where: a GPU of at least that compute capability, a CPU, or anything that torch runs on."""
+"""A GPU of at least that compute capability, a CPU, or any device of torch's."""
 _Kernel = Callable[[PackedWeight, Tensor | None], nn.Module]
 KERNELS: dict[tuple[Product, DeviceKind], _Kernel | str] = {
     ("int8", "cuda 8.0"): "Int8LinearCuda",
@@ -53,11 +53,10 @@ KERNELS: dict[tuple[Product, DeviceKind], _Kernel | str] = {
     ("4-bit", "any"): DequantLinear,
     ("weights", "any"): DequantLinear,
 }
-"""The layers, those of `kernels.cuda` by name. Which of its ways one takes is a question of the
-number of tokens in each call: `few_tokens` of a layer is the most that it multiplies from the
-codes, beyond which it decodes them first; `int8_tile` has the tiles of a GPU's int8 product.
-A comparison of recipes takes the CPU's int8 out: whether a processor rounds to 7 bits is not the
-recipe's doing."""
+"""The layers; those of `kernels.cuda` by name. A layer may choose its product by the number of
+tokens in a call: up to `few_tokens` it multiplies the codes, beyond it decodes them first.
+`int8_tile` has the tiles of a GPU's int8 product. A comparison of recipes removes the CPU's int8
+layers, because some processors round to 7 bits, which says nothing about the recipe."""
 
 
 def make_linear(
@@ -78,7 +77,7 @@ def make_linear(
         dtype: of the inputs that it will be given.
         order: int64 [I], the input feature that each column of the weight multiplies; None when
             they are in order.
-        ways: the products that were chosen for layers on a CPU.
+        ways: the chosen products of layers on a CPU.
     """
     make = choose(weight, device, dtype, ways)
     layer = make(weight, None if bias is None else bias.detach().to(dtype)).to(device)
@@ -91,8 +90,8 @@ def make_linear(
 def choose(
     weight: PackedWeight, device: torch.device, dtype: torch.dtype, ways: Ways = DETERMINISTIC
 ) -> _Kernel:
-    """What makes the layer of this weight: the first of `KERNELS` for a device that can hold it,
-    by the product that was chosen for it.
+    """The maker of this weight's layer: the first of `KERNELS` that fits, with its chosen
+    product.
     """
     kernel = _first(weight, device, dtype)
     if device.type != "cpu":
@@ -117,8 +116,8 @@ def _first(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> _K
         newer = torch.cuda.get_device_capability(device) >= (8, 9)
         places = ["cuda 8.9", "cuda 8.0"] if newer else ["cuda 8.0"]
     for place in places:
-        found = KERNELS.get((product, place))
-        kernel: Any = getattr(cuda, found) if isinstance(found, str) else found
+        entry = KERNELS.get((product, place))
+        kernel: Any = getattr(cuda, entry) if isinstance(entry, str) else entry
         if kernel is not None and kernel.fits(weight, dtype):
             return cast("_Kernel", kernel)
     return cast("_Kernel", KERNELS[product, "any"])
@@ -133,7 +132,7 @@ def kernel_name(
     dtype: torch.dtype,
     ways: Ways = DETERMINISTIC,
 ) -> str:
-    """`kernel` of the layer that a weight will have, and what decides between its ways."""
+    """The `kernel` name of the layer that a weight will get, and when it decodes codes first."""
     shape = (out_features, -(-in_features * scheme.bits // 8))
     n_groups = in_features // group_width(in_features, scheme.group_size)
     without_data = PackedWeight(
@@ -167,8 +166,8 @@ def product_of(scheme: LayerScheme) -> Product:
 def arithmetic(device: torch.device, ways: Ways = DETERMINISTIC) -> str:
     """What decides the rounding of a product on a kind of device, besides weights and dtype.
 
-    Of a CPU it is this machine's: one rounds activations to 8 bits where another rounds to 7, and
-    one decodes weights where another multiplies their codes.
+    For a CPU it describes this machine: processors differ in the bits of activations (8 or 7), and
+    in whether they decode weights or multiply their codes.
     """
     if device.type != "cpu":
         return device.type
@@ -181,7 +180,7 @@ def arithmetic(device: torch.device, ways: Ways = DETERMINISTIC) -> str:
 def gpu_kernels(device: torch.device) -> ModuleType | None:
     """`kernels.cuda` for a GPU that runs it; None elsewhere.
 
-    It wants tensor cores for short types, and Triton, which torch brings along on Linux only.
+    It needs tensor cores for short types, and Triton, which torch installs on Linux only.
     """
     if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
         return None

@@ -19,23 +19,25 @@ from gteopt.quant.affine import PackedWeight
 from gteopt.quant.packing import pack_codes
 
 _FEW_TOKENS = 96
-"""Up to here torch's 4-bit product is faster than dequantizing and multiplying densely (384 to 2048
-features, bfloat16, one core of a Zen 5 server: 2 to 3 times at 16 tokens, equal near 100)."""
+"""Up to this many tokens, torch's 4-bit product is faster than a dense product of decoded weights.
+On one core of a Zen 5 server, bfloat16, 384 to 2048 features: 2 to 3 times at 16 tokens, equal near
+100."""
 _TINY = torch.finfo(torch.float32).tiny
-"""The least scale of a token; one of nothing but zeros has codes of zero under any."""
+"""The least scale of a token; the codes of a token of zeros are zero with any scale."""
 _TILES = (64, 32)
 """Output features that torch's 4-bit layout interleaves: on AVX-512, on AVX2."""
 _LAYOUT_ROWS = 512
-"""Rows at once on their way into torch's 4-bit layout: its tiles stay whole, and they in the
-cache."""
+"""Rows that are converted to torch's 4-bit layout at once: whole tiles, which stay in the cache."""
 _WEIGHT_ROWS = 256
-"""Rows of a 16-bit weight that are widened at once for few tokens, so that they stay in the cache
-(1.3 to 4.5 times as fast as widening the whole weight, 16 tokens, one core of a Zen 3 server)."""
+"""Rows of a 16-bit weight that are converted to float32 at once for few tokens, so that they stay
+in the cache. On one core of a Zen 3 server with 16 tokens, this is 1.3 to 4.5 times as fast as
+converting the whole weight."""
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for it; without, torch's product is 10 times slower than
-    float32's.
+    """Whether this CPU has instructions for bfloat16.
+
+    Without them, torch's bfloat16 product is 10 times slower than its float32 product.
     """
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
@@ -43,9 +45,9 @@ def multiplies_bfloat16() -> bool:
 class DenseLinearCpu(nn.Linear):
     """A linear layer of a weight that is not quantized; parameters and gradients are `nn.Linear`'s.
 
-    bfloat16 weights are multiplied in float32 where the CPU has no instructions for bfloat16, a
-    few rows at a time where tokens are few. float32 goes through oneDNN on AVX-512, where MKL is
-    slow on AMD's processors.
+    On a CPU without instructions for bfloat16, such weights are multiplied in float32; for few
+    tokens, a few rows at a time. float32 uses oneDNN on AVX-512, because MKL is slow on AMD's
+    processors.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -95,17 +97,18 @@ class DenseLinearCpu(nn.Linear):
 class _Product(Protocol):
     """int8 weights of one layer, packed: whole float codes [tokens, I] to float32 [tokens, O].
 
-    What is multiplied is codes + zero, from 0 to 255, less zero again: int32 sums times the
-    weight's scales.
+    The bytes codes + zero, from 0 to 255, are multiplied; zero is subtracted again. int32 sums are
+    multiplied with the weight's scales.
     """
 
     def __call__(self, codes: Tensor, zero: int) -> Tensor: ...
 
 
 class _FbgemmPacking:
-    """While FBGEMM packs: the process-wide setting that it reads then, and no word of torch's that
-    tensors which carry their scales will go (`_OneDnn` is for then). Several threads may pack; the
-    first sets both, the last sets them back.
+    """The process-wide state in which FBGEMM packs weights.
+
+    It sets torch's engine, and silences the warning that tensors with scales are deprecated
+    (`_OneDnn` needs none). Several threads may pack; the first sets both, the last resets them.
     """
 
     def __init__(self) -> None:
@@ -135,10 +138,10 @@ _FBGEMM_PACKING = _FbgemmPacking()
 
 
 class _Fbgemm:
-    """FBGEMM's product, which converts and scales on the way.
+    """FBGEMM's product, which converts and scales in one pass.
 
-    One core of a Zen 3 server, the layers of MiniLM: 3.8 ms at 16 tokens where oneDNN's product
-    with its epilogue takes 9; about equal at 1024.
+    On one core of a Zen 3 server, the layers of MiniLM take 3.8 ms at 16 tokens. oneDNN's product
+    with its epilogue takes 9 ms. Both are about equal at 1024 tokens.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
@@ -155,7 +158,7 @@ class _Fbgemm:
 
 
 class _OneDnn:
-    """oneDNN's product, where torch comes without FBGEMM."""
+    """oneDNN's product, for builds of torch without FBGEMM."""
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
         self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
@@ -174,13 +177,13 @@ INT8_PRODUCTS: dict[str, Callable[[Tensor, Tensor], _Product]] = {
     "fbgemm": _Fbgemm,
     "onednn": _OneDnn,
 }
-"""Products of int8 weights [O, I] and their float32 scales [O] by name. Where several sum exactly,
-they give the same bits: one int32 sum times one float32 scale."""
+"""Products of int8 weights [O, I] and their float32 scales [O] by name. All that sum exactly give
+the same bits: one int32 sum times one float32 scale."""
 
 
 @lru_cache(maxsize=1)
 def _product() -> Callable[[Tensor, Tensor], _Product] | None:
-    """The first of them that this build of torch has."""
+    """The first of `INT8_PRODUCTS` that this build of torch has."""
     return next((kind for kind in INT8_PRODUCTS.values() if _runs(kind)), None)
 
 
@@ -193,7 +196,7 @@ def _runs(kind: Callable[[Tensor, Tensor], _Product]) -> bool:
 
 
 def exact_products() -> tuple[str, ...]:
-    """Names in `INT8_PRODUCTS` of those that sum exactly here, in `activation_bits` bits."""
+    """Names of the products that sum exactly here, with activations of `activation_bits` bits."""
     bits = activation_bits()
     return tuple(
         name for name, kind in INT8_PRODUCTS.items() if bits and _runs(kind) and _sums(kind, bits)
@@ -201,7 +204,7 @@ def exact_products() -> tuple[str, ...]:
 
 
 def _sums(kind: Callable[[Tensor, Tensor], _Product], bits: int) -> bool:
-    """Whether the largest products of that many bits are summed exactly."""
+    """Whether it sums the largest products of that many bits exactly."""
     layer, most = kind(torch.full((256, 256), 127, dtype=torch.int8), torch.ones(256)), 2**bits - 1
     sums = layer(torch.full((64, 256), float(most)), 0)
     return bool((sums == most * 127 * 256).all())
@@ -237,11 +240,11 @@ class Products:
 
 @lru_cache(maxsize=1)
 def activation_bits() -> int:
-    """Bits of the activations whose products with int8 weights this CPU sums exactly: 8, or 7; 0
-    where this build of torch has no such product.
+    """Bits of activations whose products with int8 weights this CPU sums exactly: 8, 7 or 0.
 
-    Without VNNI, x86 adds two products of an unsigned and a signed byte in 16 bits and saturates:
-    255 * 127 * 2 does not fit, 127 * 127 * 2 does. Found out by multiplying the extremes.
+    0 says that this build of torch has no such product. Without VNNI, x86 adds two products of an
+    unsigned and a signed byte in 16 bits and saturates: 255 * 127 * 2 does not fit, 127 * 127 * 2
+    does. A product of the extremes tells.
     """
     product = _product()
     if product is None:
@@ -251,14 +254,14 @@ def activation_bits() -> int:
 
 @dataclass(frozen=True)
 class TokenCodes:
-    """What an int8 product takes: tokens rounded by their own range, x ~ (codes - zero) * scale.
+    """The input of an int8 product: tokens rounded by their own range, x ~ (codes - zero) * scale.
 
     Attributes:
         codes: whole float32 [tokens, I], of `activation_bits` bits.
         scale: float32 [tokens, 1].
-        shift: float32 [tokens, 1], -zero * scale; None where zero is 0.
-        outliers: see `take_outliers`; None where none are taken.
-        columns: likewise, empty there.
+        shift: float32 [tokens, 1], -zero * scale; None if zero is 0.
+        outliers: see `take_outliers`; None without outliers.
+        columns: see `take_outliers`; empty without outliers.
     """
 
     codes: Tensor
@@ -273,11 +276,13 @@ class Int8LinearCpu(nn.Module):
 
     Each token's input is rounded by its own range, as `quantize_tokens` does, to as many bits as
     this CPU multiplies exactly (`activation_bits`). A token's zero point z changes every sum by z
-    times the sum of the weight's row. The weight's scale is applied with the
-    product; zero point, token scale and bias follow in float32, rounded once to x's dtype. Layers
-    of the same input may share its codes: `multiply(quantize(x))` is `forward(x)`.
-    The weight lies in the library's own order, in no buffer; `packed_bytes` counts it. Layers that
-    multiply outliers keep it in the plain order as well.
+    times the sum of the weight's row. The product applies the weight's scale; zero point, token
+    scale and bias follow in float32, and the result is rounded once to x's dtype. Layers with the
+    same input may share its codes: `multiply(quantize(x))` is `forward(x)`.
+
+    The library packs the weight in its own order, outside any buffer; `packed_bytes` counts it.
+    Layers that multiply outliers also keep it in the plain order.
+
     Buffers: scale float32 [O]; row float32 [1, O], the sum of each row of weights times its scale;
     bias float32 [O] or None; weight int8 [O, I] where there are outliers.
     """
@@ -302,7 +307,7 @@ class Int8LinearCpu(nn.Module):
         self._product = _multiplier(codes, scale, products)
         self.packed_bytes = codes.numel() * _n_copies(products)
         self.register_buffer("scale", scale)
-        # As exact as a sum of integers, and several times as fast as torch's.
+        # A product with ones is an exact sum, and several times as fast as torch's.
         self.register_buffer("row", self._product(torch.ones(1, self.in_features), 0))
         self.register_buffer("bias", None if bias is None else bias.float().cpu())
         self.register_buffer("weight", None if self.outliers is None else codes)
@@ -315,13 +320,14 @@ class Int8LinearCpu(nn.Module):
 
     @staticmethod
     def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
-        """Whether torch has an int8 product here; with outliers, one of all 8 bits: LLM.int8() is
-        there to be compared with bitsandbytes, whose activations have them.
+        """Whether torch has an int8 product here; with outliers, one of 8-bit activations.
+
+        LLM.int8() is compared with bitsandbytes, whose activations have 8 bits.
         """
         return activation_bits() >= (1 if weight.scheme.activation_outliers is None else 8)
 
     def quantize(self, x: Tensor) -> TokenCodes:
-        """[tokens, I] of any float dtype to what `multiply` takes."""
+        """[tokens, I] of any float dtype to the input of `multiply`."""
         outliers: Tensor | None = None
         columns: Tensor | tuple[()] = ()
         if self.outliers is not None:
@@ -336,13 +342,13 @@ class Int8LinearCpu(nn.Module):
         least = low.div_(scale).round_()  # the zero point, negative
         codes = (x / scale).round_().sub_(least)
         if self.bits == 8:
-            codes.clamp_max_(most)  # both ends rounded up; in 7 bits one more is exact still
+            codes.clamp_max_(most)  # both ends may round up; with 7 bits one more is still exact
         return TokenCodes(codes, scale, least.mul_(scale), outliers, columns)
 
     def multiply(self, x: TokenCodes, dtype: torch.dtype) -> Tensor:
         """[tokens, O] of a dtype."""
-        # In place and by element: with MKL's product of one column (addmm) the epilogue takes 1.1
-        # to 1.25 times as long (16 to 1024 tokens, 384, 1536 features, one core, Zen 3 server).
+        # In place and by element, because MKL's product of one column (addmm) makes this 1.1 to
+        # 1.25 times as slow (16 to 1024 tokens, 384 and 1536 features, one core, Zen 3 server).
         y = self._product(x.codes, self._middle).mul_(x.scale)
         if x.shift is not None:
             y.addcmul_(x.shift, self.row)
@@ -365,9 +371,10 @@ class Int8LinearCpu(nn.Module):
 class StaticInt8LinearCpu(nn.Module):
     """int8 weights times inputs rounded by a fixed grid (`InputGrid`), summed in int32.
 
-    Where this CPU multiplies but 7 bits of activations exactly, every second code is used. Scales
-    lie in the weight, and zero points in the bias: what is left to do beside the product is a
-    multiplication, an addition and a rounding an input.
+    If this CPU multiplies 7 bits of activations exactly, every second code is used. Scales are part
+    of the weight, and zero points of the bias. So each input needs a multiplication, an addition
+    and a rounding beside the product.
+
     Buffers: inverse, zero float32 [I], a code is round(x * inverse + zero); offset float32 [O], the
     bias less what the zero points add.
     """
@@ -424,7 +431,7 @@ def signed_codes(weight: PackedWeight) -> tuple[Tensor, Tensor]:
 
 
 def _multiplier(codes: Tensor, scale: Tensor, products: Products | None) -> _Product:
-    """The products of a layer; the first that torch has where none are named."""
+    """The products of a layer; None stands for the first one that torch has."""
     if products is None:
         product = _product()
         assert product is not None, "`fits` asks activation_bits first"
@@ -436,12 +443,12 @@ def _multiplier(codes: Tensor, scale: Tensor, products: Products | None) -> _Pro
 
 
 def _n_copies(products: Products | None) -> int:
-    """Of the weight, each in the order of its product's library."""
+    """Copies of the weight, each in the order of its product's library."""
     return 1 if products is None or products.few == products.many else 2
 
 
 def _named(kernel: str, products: Products | None) -> str:
-    """`kernel` of an int8 layer with what is not usual."""
+    """`kernel` of an int8 layer, with what is unusual."""
     notes = [] if products is None else [str(products)]
     if (bits := activation_bits()) != 8:
         notes.append(f"activations of {bits} bits: no VNNI")
@@ -449,7 +456,7 @@ def _named(kernel: str, products: Products | None) -> str:
 
 
 class DecodedLinearCpu(DenseLinearCpu):
-    """A quantized layer whose weight is decoded once, and then multiplied as an unquantized one.
+    """A quantized layer whose weight is decoded once, and then used as an unquantized one.
 
     It is as fast and as large as the unquantized layer. Activations are not rounded.
     """
@@ -474,8 +481,9 @@ class DecodedLinearCpu(DenseLinearCpu):
 class Int4LinearCpu(nn.Module):
     """4-bit weights in torch's CPU layout, bfloat16 or float32 inputs, sums in float32.
 
-    Few tokens use torch's 4-bit product of bfloat16 inputs. For many, the weight is dequantized
+    Few tokens use torch's 4-bit product of bfloat16 inputs. For many tokens, the weight is decoded
     from the same layout and multiplied densely, so that one packed copy serves both.
+
     Buffers: qweight uint8 [O, I / 2] in torch's layout; grid bfloat16 [G, O, 2], holding scale s
     and offset (8 - zero) * s of the value (code - 8) * s + offset; bias bfloat16 [O] or None.
     """
@@ -489,7 +497,7 @@ class Int4LinearCpu(nn.Module):
     def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        # Here, as torch.compile does not look into either.
+        # Asked here, because torch.compile cannot trace either.
         self._tile = torch_tile()
         self._kind = torch.bfloat16 if multiplies_bfloat16() else torch.float32
         scale = weight.scale.float()
@@ -523,9 +531,9 @@ class Int4LinearCpu(nn.Module):
         n_groups = len(self.grid)
         codes = _from_torch_layout(self.qweight, self._tile)  # [O/tile, I, tile]
         steps = codes.transpose(0, 1).reshape(n_groups, -1, self.out_features)  # [G, I/G, O]
-        # Copied side by side: torch multiplies by every other element eight times as slowly.
+        # Contiguous copies, because torch multiplies strided values eight times as slowly.
         scale, offset = (
-            each.contiguous() for each in self.grid.to(dtype).unsqueeze(1).unbind(-1)
+            part.contiguous() for part in self.grid.to(dtype).unsqueeze(1).unbind(-1)
         )  # each [G, 1, O]
         values = steps.view(torch.int8).sub_(8).to(dtype).mul_(scale).add_(offset)
         return values.view(self.in_features, self.out_features)
@@ -542,9 +550,9 @@ def int4_runs_here(weight: PackedWeight) -> bool:
 
 @lru_cache(maxsize=1)
 def torch_tile() -> int:
-    """Output features interleaved in torch's 4-bit layout here, 0 where it is not known how.
+    """Output features that torch's 4-bit layout interleaves here; 0 if the layout is unknown.
 
-    The layout depends on the machine's vector width; which it is, is found out by torch's own.
+    The layout depends on the machine's vector width, so it is compared with what torch makes.
     """
     codes = torch.arange(64 * 64).mul(7).remainder(16).to(torch.uint8).view(64, 64)
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
@@ -557,12 +565,12 @@ def torch_tile() -> int:
 def _to_torch_layout(qweight: Tensor, tile: int) -> Tensor:
     """Packed codes uint8 [O, I / 2] to torch's packed uint8 [O, I / 2].
 
-    As `_convert_weight_to_int4pack_for_cpu` does, which takes codes of four bytes and five times
-    as long. For each tile of output features and each input feature lie tile / 2 bytes; byte i
-    holds output feature i in its low half and tile / 2 + i in its high half.
+    `_convert_weight_to_int4pack_for_cpu` does the same in five times the time, from codes of four
+    bytes. Each tile of output features has tile / 2 bytes for each input feature. Byte i holds
+    output feature i in its low half, and tile / 2 + i in its high half.
     """
     packed = torch.empty_like(qweight)
-    parts = (torch.split(each, _LAYOUT_ROWS) for each in (qweight, packed))
+    parts = (torch.split(matrix, _LAYOUT_ROWS) for matrix in (qweight, packed))
     for rows, out in zip(*parts, strict=True):
         halves = rows.view(len(rows) // tile, 2, tile // 2, -1)
         low, high = halves.unbind(1)  # [O/tile, tile/2, I/2], two input features a byte

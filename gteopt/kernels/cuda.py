@@ -1,11 +1,11 @@
 """Linear layers for NVIDIA GPUs, in Triton and torch's own 8-bit float product.
 
 Hides: how packed codes become operands of a product. The kernels lie in `cuda_tokens`, `cuda_int8`
-and `cuda_int4`; this file hands on the names that callers use. It imports triton, which comes with
-torch where there is a GPU; `kernels/__init__.py` imports it only for layers that are to run on one.
-Under TRITON_INTERPRET=1 the same kernels run on the CPU; tests without a GPU use that.
+and `cuda_int4`; this file exports the names that callers use. It imports triton, which torch
+installs for GPUs, so `kernels/__init__.py` imports it only for layers on a GPU. Under
+TRITON_INTERPRET=1 the same kernels run on the CPU; tests without a GPU use that.
 
-No layer waits for the GPU or reads a number from it: all can be recorded in a CUDA graph.
+No layer waits for the GPU or reads a number from it, so all can be recorded in a CUDA graph.
 
 Shapes: T tokens, O output features, I input features, G groups.
 """
@@ -43,10 +43,11 @@ __all__ = [
 class Int8LinearCuda(nn.Module):
     """int8 weights times int8 activations on the tensor cores, summed in int32.
 
-    Arithmetic as in `Int8LinearCpu`: a token's zero point times the sum of the weight's row is
-    subtracted in int32; token scale, weight scale and bias are applied in float32 before the sum
-    leaves the registers; rounded once to x's dtype. No int32 lies in memory. Layers of the same
-    input may share its codes: `multiply(quantize(x))` is `forward(x)`.
+    The arithmetic is that of `Int8LinearCpu`. A token's zero point times the sum of the weight's
+    row is subtracted in int32. Token scale, weight scale and bias are applied in float32 before the
+    sum leaves the registers, and the result is rounded once to x's dtype. No int32 lies in memory.
+    Layers with the same input may share its codes: `multiply(quantize(x))` is `forward(x)`.
+
     Buffers: weight int8 [O, I], row_sum int32 [O] or None, scale float32 [O], bias float32 [O] or
     None.
     """
@@ -93,10 +94,11 @@ class Int8LinearCuda(nn.Module):
 class Fp8LinearCuda(nn.Module):
     """e4m3 weights times e4m3 activations through `torch._scaled_mm`; capability 8.9 and up.
 
-    One scale an output feature and one a token; sums in float32. The fast accumulation of Hopper's
-    tensor cores (14 bits between promotions) is off unless `fast` is set: over 18,944 inputs it
-    costs digits that the 8-bit operands still have; `benchmarks/gpu_layers.py` measures both.
-    Layers of the same input may share its floats.
+    Each output feature and each token has a scale; sums are in float32. The fast accumulation of
+    Hopper's tensor cores (14 bits between promotions) is off unless `fast` is set: over 18,944
+    inputs it loses digits that the 8-bit operands still have; `benchmarks/gpu_layers.py` measures
+    both. Layers with the same input may share its floats.
+
     Buffers: weight e4m3 [O, I], scale float32 [1, O], bias bfloat16 [O] or None.
     """
 

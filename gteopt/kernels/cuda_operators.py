@@ -1,7 +1,7 @@
 """What all GPU kernels share: how an operator of torch's is defined, and the size of a tile.
 
-Every launch is an operator (`torch.ops.gteopt`) that says what it returns, so that torch.compile
-takes the layers whole and a forward pass can be followed without data.
+Every launch is an operator (`torch.ops.gteopt`) that says what it returns. So torch.compile takes
+the layers whole, and a forward pass can be traced without data.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def _quantize_kernel(
     x, up, norm, codes, scale, zero, n_inputs, epsilon,
     GATED: tl.constexpr, NORMED: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a token: its range, then its codes (the second read comes from the cache)."""
+    """One program for each token: its range, then its codes, whose second read is cached."""
     row = tl.program_id(0).to(tl.int64) * n_inputs
     factor = _norm_factor(x, row, n_inputs, epsilon, NORMED, BLOCK)
     low = tl.zeros((BLOCK,), tl.float32)
@@ -231,7 +231,7 @@ def _round_kernel(
     x, up, norm, floats, scale, n_inputs, epsilon,
     GATED: tl.constexpr, NORMED: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a token: its largest value, then its 8-bit floats."""
+    """One program for each token: its largest value, then its 8-bit floats."""
     row = tl.program_id(0).to(tl.int64) * n_inputs
     factor = _norm_factor(x, row, n_inputs, epsilon, NORMED, BLOCK)
     high = tl.zeros((BLOCK,), tl.float32)

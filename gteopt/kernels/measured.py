@@ -1,7 +1,7 @@
-"""Which product each quantized layer of a model takes on this processor, found by measuring.
+"""Measure which product each quantized layer of a model should use on this processor.
 
 Hides: the workloads, the choice, the file that keeps the times. Refuses to know: models, files of
-weights. Weights are random: a product takes as long for any.
+weights. Weights are random, since the time of a product does not depend on them.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ _FEW, _MANY = 16, 1024
 """Tokens of the two workloads; a large layer is measured with fewer than the second."""
 _LEAST_MANY = 256
 _MANY_WORK = 1 << 30
-"""Products of the second workload, from which its tokens follow: a 7B model's take seconds."""
+"""Multiplications of the second workload, which limit its tokens: a 7B model takes seconds."""
 _RUNS, _RUN_S = 7, 0.1
-"""A product runs so often, or for so long where that is over sooner."""
+"""A product runs this often, or for this long, whichever ends first."""
 _SECOND_COPY = 1.5
-"""Two products keep two copies of a weight. One alone must be this much slower somewhere."""
+"""Two products keep two copies of a weight. They are used if one alone is this much slower."""
 _CLEARLY = 1.15
-"""Decoded weights take twice the memory and round differently. They must be this much faster."""
+"""Decoded weights take twice the memory and round differently. They are used if they are this much
+faster."""
 _MEMORY_SHARE = 8
 """Decoded weights, and second copies, may take this fraction of the machine's memory."""
 _LOCK_S = 120
@@ -88,11 +89,11 @@ class KernelTimes(Frozen):
 
 @dataclass(frozen=True)
 class Ways:
-    """Which product each layer takes. Layers that are not named take the first that torch has.
+    """Which product each layer uses. Layers that are not named use the first one of this torch.
 
     Attributes:
-        int8: products of int8 layers by `Layer.key`; None is for weights that are decoded once.
-        decodes: other weights than int8 and 4-bit whole numbers are decoded once too.
+        int8: products of int8 layers by `Layer.key`; None decodes the weights once.
+        decodes: whether weights other than int8 and 4-bit whole numbers are decoded once as well.
     """
 
     int8: Mapping[str, Products | None] = field(default_factory=dict)
@@ -100,13 +101,13 @@ class Ways:
 
     @property
     def rounding(self) -> str:
-        """What changes a layer's numbers: int8 products all give the same bits."""
+        """Which layers are decoded; all int8 products give the same bits."""
         decoded = sorted(key for key, products in self.int8.items() if products is None)
         return ", ".join([*decoded, *(["others"] if self.decodes else [])])
 
 
 DETERMINISTIC = Ways()
-"""Nothing is measured: a weight stays packed and takes the product that torch has everywhere."""
+"""Nothing is measured: weights stay packed, and use the product that torch has everywhere."""
 
 
 def ways_for(
@@ -115,7 +116,7 @@ def ways_for(
     """The ways of a model's layers on this CPU.
 
     Args:
-        layers: all that are quantized, equal ones as often as they occur.
+        layers: all quantized layers; equal ones as often as they occur.
         dtype: of the model.
         choice: "measured", "deterministic", "decoded", or a product of `INT8_PRODUCTS`.
         folder: where times are kept; the Hub client's folder for assets when None.
@@ -123,9 +124,9 @@ def ways_for(
     Raises:
         InputError: an unknown choice, or a product that this machine lacks.
     """
-    every = list(layers)
-    counts = Counter(each.key(dtype) for each in every if _is_int8(each.scheme))
-    int8 = {each.key(dtype): each for each in every if _is_int8(each.scheme)}
+    all_layers = list(layers)
+    counts = Counter(layer.key(dtype) for layer in all_layers if _is_int8(layer.scheme))
+    int8 = {layer.key(dtype): layer for layer in all_layers if _is_int8(layer.scheme)}
     if choice == "deterministic" or dtype == torch.float64:
         return DETERMINISTIC
     if choice == "decoded":
@@ -138,8 +139,10 @@ def ways_for(
     if not exact_products():
         int8 = {}
     times = kept_times(int8, dtype, folder) if int8 else {}
-    # Of all memory, not of what is free: every process of a machine has to choose alike.
-    decoded_bytes = dtype.itemsize * sum(each.out_features * each.in_features for each in every)
+    # All memory counts, not free memory, because all processes of a machine must choose alike.
+    decoded_bytes = dtype.itemsize * sum(
+        layer.out_features * layer.in_features for layer in all_layers
+    )
     may_grow = decoded_bytes * _MEMORY_SHARE <= machine().memory_bytes
     if may_grow and decoding_wins(counts, times):
         return Ways(dict.fromkeys(int8), decodes=True)
@@ -166,8 +169,8 @@ def pick(times: LayerTimes, *, may_grow: bool = True) -> Products:
 def decoding_wins(counts: Mapping[str, int], times: Mapping[str, LayerTimes]) -> bool:
     """Whether a model is clearly faster with all its int8 weights decoded.
 
-    It is one decision for few and many tokens and for all layers. A text's vector would otherwise
-    depend on the batch that it is in.
+    It is one decision for few and many tokens and for all layers. Otherwise, a text's vector would
+    depend on its batch.
 
     Args:
         counts: of the model's layers by their keys.
@@ -186,9 +189,9 @@ def decoding_wins(counts: Mapping[str, int], times: Mapping[str, LayerTimes]) ->
 def kept_times(
     layers: Mapping[str, Layer], dtype: torch.dtype, folder: Path | None = None
 ) -> dict[str, LayerTimes]:
-    """Times of layers by their keys: those that are kept, and new ones, which are kept then.
+    """Times of layers by their keys; layers without times are measured, and their times kept.
 
-    One process at a time measures, so that all of them choose alike.
+    One process measures at a time, so that all processes choose alike.
     """
     known = KernelTimes(
         processor=machine().cpu,
@@ -206,35 +209,37 @@ def kept_times(
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=_LOCK_S):
             kept = _read(path, known)
-            kept |= {key: _measure(each, dtype) for key, each in layers.items() if key not in kept}
+            kept |= {
+                key: _measure(layer, dtype) for key, layer in layers.items() if key not in kept
+            }
             write_record(path, known.model_copy(update={"layers": kept}))
     except (OSError, Timeout) as error:
         warnings.warn(
             f"{path}: the times of kernels cannot be kept ({error}); every load measures anew",
             stacklevel=2,
         )
-        kept |= {key: _measure(each, dtype) for key, each in layers.items() if key not in kept}
+        kept |= {key: _measure(layer, dtype) for key, layer in layers.items() if key not in kept}
     return kept
 
 
 def _read(path: Path, expected: KernelTimes) -> dict[str, LayerTimes]:
-    """The times in a file of this processor; none where it is damaged or of another one."""
+    """The times in a file; none if the file is damaged or of another processor."""
     if not path.exists():
         return {}
     try:
-        found = read_record(path, KernelTimes)
+        stored = read_record(path, KernelTimes)
     except IntegrityError as error:
         warnings.warn(f"{error}; kernels are measured anew", stacklevel=3)
         return {}
-    if found.model_copy(update={"layers": {}}) != expected:
+    if stored.model_copy(update={"layers": {}}) != expected:
         warnings.warn(
-            f"{path}: holds times of {found.processor}, torch {found.torch}, {found.n_threads} "
+            f"{path}: holds times of {stored.processor}, torch {stored.torch}, {stored.n_threads} "
             f"threads; kernels are measured anew",
             stacklevel=3,
         )
         return {}
     names = set(exact_products())
-    return {key: each for key, each in found.layers.items() if names <= each.few.keys()}
+    return {key: times for key, times in stored.layers.items() if names <= times.few.keys()}
 
 
 def _is_int8(scheme: LayerScheme) -> bool:
@@ -246,7 +251,7 @@ def _is_int8(scheme: LayerScheme) -> bool:
 
 
 def _measure(layer: Layer, dtype: torch.dtype) -> LayerTimes:
-    """Times of a layer by each product, activations rounded and results scaled."""
+    """Times of a layer by each product, with rounding of activations and scaling of results."""
     weight = _random(layer)
     kind = StaticInt8LinearCpu if layer.scheme.activation_static else Int8LinearCpu
     makers: dict[str, Callable[[], nn.Module]] = {
@@ -259,7 +264,7 @@ def _measure(layer: Layer, dtype: torch.dtype) -> LayerTimes:
         torch.randn(n, layer.in_features).to(torch.float32 if slow else dtype) for n in (_FEW, many)
     ]
     times: dict[str, list[float]] = {}
-    for name, make in makers.items():  # one after the other: a large weight is held once
+    for name, make in makers.items():  # one at a time, so that a large weight is in memory once
         module = make()
         times[name] = [_microseconds(module, x) - _saved(module, x) for x in inputs]
     return LayerTimes(
@@ -275,14 +280,15 @@ def _maker(
 
 
 def _saved(layer: nn.Module, x: Tensor) -> float:
-    """What a model saves of a layer alone: query, key and value, say, share one rounding of their
-    input. Half of it is counted.
+    """Half the time that rounding the input takes.
+
+    Layers with the same input, such as query, key and value, share it within a model.
     """
     return _microseconds(layer.quantize, x) / 2 if isinstance(layer, Int8LinearCpu) else 0.0
 
 
 def _microseconds(call: Callable[[Tensor], object], x: Tensor) -> float:
-    """The fastest of a few calls: other processes only ever make one slower."""
+    """The time of the fastest of a few calls, because other processes only make calls slower."""
     times: list[float] = []
     with torch.inference_mode():
         call(x)

@@ -83,11 +83,10 @@ class PackedEmbedding(nn.Module):
 class Int8Reference(DequantLinear):
     """The arithmetic of an int8 product, carried out in float32. Any device.
 
-    Each token's input is rounded to int8 by its own range (`quantize_tokens`), or where activations
-    are static by the weight's grid of inputs; products are summed in float32 and rounded once to
-    x's dtype. Inputs beyond the scheme's `activation_outliers` are
-    multiplied as they are. `bits` of activations may be fewer than the scheme's 8, as on a CPU that
-    multiplies no more.
+    Each token's input is rounded to int8 by its own range (`quantize_tokens`). Static activations
+    are rounded by the weight's grid of inputs. Products are summed in float32 and rounded once to
+    x's dtype. Inputs beyond the scheme's `activation_outliers` are not rounded. `bits` of
+    activations may be fewer than the scheme's 8, as on a CPU that multiplies fewer.
     """
 
     kernel = "reference.int8"
@@ -132,7 +131,7 @@ class Fp8Reference(DequantLinear):
         """[..., I] to [..., O], in x's dtype."""
         full = x.float()
         scale = token_scale(full.abs().amax(-1, keepdim=True).div_(E4M3_MAX))
-        # Division may round up to beyond the largest number, which e4m3fn turns into NaN.
+        # Division may round up beyond the largest number, which e4m3fn would turn into NaN.
         floats = (full / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         weight = self.qweight.view(torch.float8_e4m3fn).float()
         product = nn.functional.linear(floats.float(), weight).mul_(self.scale[:, 0].float())
@@ -143,16 +142,16 @@ class Fp8Reference(DequantLinear):
 def take_outliers(x: Tensor, limit: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Split inputs into those below a size and the others.
 
-    A value is an outlier by itself, whatever shares its batch or its column: a text's vector does
-    not depend on its neighbours. (bitsandbytes takes a column whole where one token needs it.)
+    A value alone decides whether it is an outlier, so a text's vector does not depend on its batch.
+    (bitsandbytes takes a whole column if one token needs it.)
 
     Args:
         x: [..., I].
-        limit: least size of an outlier; None knows none.
+        limit: least size of an outlier; None splits nothing.
 
     Returns:
-        x with zeros for outliers [..., I]; the outliers, with zeros for all else, in the K columns
-        that have any [..., K]; int64 [K], those columns.
+        x with zeros for outliers [..., I]; the outliers in the K columns that have any, with zeros
+        for all other values [..., K]; int64 [K], those columns.
     """
     if limit is None:
         return x, x[..., :0], torch.empty(0, dtype=torch.int64, device=x.device)

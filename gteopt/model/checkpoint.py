@@ -337,24 +337,15 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
     config = read_json(folder / "config.json", optional=st.table is not None)
     notes: list[str] = []
     known = _family(config, identifier, st, manifest, family)
-    remote = sorted({shorten(v) for v in _values(config.pop("auto_map", None))} | set(st.remote))
+    remote_code = {shorten(value) for value in _values(config.pop("auto_map", None))}
     config, latent = unnest(config, folder)
-    if remote and known is None:
-        raise UnsupportedError(
-            f"{identifier} needs code from its own folder ({', '.join(remote)}), which gteopt "
-            f"never runs, and belongs to no family that gteopt knows; use a model whose "
-            f"architecture ships with transformers"
-        )
-    if remote and known is not None:
-        notes.append(f"remote code ignored ({', '.join(remote)}): {known.name} runs natively")
+    _check_remote_code(identifier, remote_code | set(st.remote), known, notes)
     place = folder if st.table is None else folder / st.table.path
     weight_files, tensors, stored_bytes = _weights(found, place, manifest, notes)
     if st.table is not None:
         config = (config if manifest is not None else {}) | config_of_table(place, tensors)
     check_config(config, folder / "config.json", len(tensors))
-    if manifest is None and isinstance(quantized := config.get("quantization_config"), dict):
-        method = shorten(quantized.get("quant_method", "an unnamed method"))
-        notes.append(f"weights are already quantized by {method}; quantize the model they are from")
+    _note_quantized(config, manifest, notes)
     attention = _set_attention(config, known)
     pooling = _pooling(folder, st, known, latent is not None, notes)
     tokenizer_config = read_json(folder / "tokenizer_config.json", optional=True)
@@ -365,13 +356,9 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
     adds_end = known is not None and (
         pooling in ("lasttoken", "latent") or tokenizer_config.get("add_eos_token") is True
     )
-    if st.table is None:
-        said = notes if manifest is None else []
-        max_tokens = _max_tokens(config, st, tokenizer_config, known, said)
-    else:  # Sentence Transformers cuts its texts where the tokenizer's own file says so
-        cut = read_json(place / "tokenizer.json", optional=True).get("truncation")
-        length = cut.get("max_length") if isinstance(cut, Mapping) else None
-        max_tokens = length if isinstance(length, int) and length > 0 else _UNCUT
+    max_tokens = _table_max_tokens(place) if st.table is not None else 0
+    said = notes if manifest is None else []
+    max_tokens = max_tokens or _max_tokens(config, st, tokenizer_config, known, said)
     if found.remote is not None:
         notes.append(_remote_note(found.remote, manifest))
     return Checkpoint(
@@ -401,6 +388,34 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
         manifest=manifest,
         notes=tuple(notes),
     )
+
+
+def _check_remote_code(
+    identifier: str, remote_code: set[str], family: Family | None, notes: list[str]
+) -> None:
+    """Note that code from the folder is ignored.
+
+    Raises:
+        UnsupportedError: no known family says what the model computes without it.
+    """
+    if not remote_code:
+        return
+    names = ", ".join(sorted(remote_code))
+    if family is None:
+        raise UnsupportedError(
+            f"{identifier} needs code from its own folder ({names}), which gteopt never runs, and "
+            f"belongs to no family that gteopt knows; use a model whose architecture ships with "
+            f"transformers"
+        )
+    notes.append(f"remote code ignored ({names}): {family.name} runs natively")
+
+
+def _note_quantized(config: Mapping[str, Any], manifest: Manifest | None, notes: list[str]) -> None:
+    """Note that another library has quantized the weights."""
+    quantized = config.get("quantization_config")
+    if manifest is None and isinstance(quantized, dict):
+        method = shorten(quantized.get("quant_method", "an unnamed method"))
+        notes.append(f"weights are already quantized by {method}; quantize the model they are from")
 
 
 def _values(mapping: object) -> list[object]:
@@ -515,6 +530,13 @@ def _max_tokens(
     if not limits:
         notes.append(f"no file states a longest text; {_UNLIMITED:,} tokens are taken")
     return min(limits, default=_UNLIMITED)
+
+
+def _table_max_tokens(place: Path) -> int:
+    """Where Sentence Transformers cuts the texts of a table: where the tokenizer's file says so."""
+    cut = read_json(place / "tokenizer.json", optional=True).get("truncation")
+    length = cut.get("max_length") if isinstance(cut, Mapping) else None
+    return length if isinstance(length, int) and length > 0 else _UNCUT
 
 
 def _family(

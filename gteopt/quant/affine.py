@@ -1,6 +1,6 @@
-"""Quantized weights: as codes, as packed tensors, and how far they are from what was rounded.
+"""Quantized weights: as codes, as packed tensors, and their distance from the original.
 
-What codes stand for is in `grid`. Refuses to know: layers, models, files.
+`grid` says what codes stand for. Refuses to know: layers, models, files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PARTS = (
     *("qweight", "scale", "scale_code", "scale_largest", "scale_offset", "qzero"),
     *("input_scale", "input_zero"),
 )
-"""What the tensors of a packed weight may be called."""
+"""Names that the tensors of a packed weight may have."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class QuantizedWeight:
         scale: float16 [O, G], positive.
         zero: uint8 [O, G]; 2^(bits-1) everywhere when the scheme is symmetric.
         scheme: bits and groups.
-        double: how `scale` is stored, where the scheme has doubly quantized scales.
-        inputs: how inputs are rounded, where activations are static; codes stand for weights times
-            the inputs' scales then.
+        double: how `scale` is stored, if the scheme has doubly quantized scales.
+        inputs: how inputs are rounded, if activations are static; codes then stand for weights
+            times the inputs' scales.
     """
 
     codes: Tensor
@@ -90,8 +90,8 @@ class PackedWeight:
         scale: float16 [O, G].
         qzero: uint8 [O, ceil(G * bits / 8)], zero points packed along G; None when symmetric.
         scheme: bits and groups.
-        in_features: I, which the packed width alone does not tell.
-        double: how `scale` is stored, where the scheme has doubly quantized scales.
+        in_features: I, which does not follow from the packed width.
+        double: how `scale` is stored, if the scheme has doubly quantized scales.
         inputs: as in `QuantizedWeight`.
     """
 
@@ -126,15 +126,14 @@ class PackedWeight:
         return unpack_codes(self.qzero, self.scheme.bits, self.scale.shape[1])
 
     def unpack(self) -> QuantizedWeight:
-        """The codes again, exactly those that were packed."""
+        """The codes that were packed, exactly."""
         codes = unpack_codes(self.qweight, self.scheme.bits, self.in_features)
         return QuantizedWeight(codes, self.scale, self.zero, self.scheme, self.double, self.inputs)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The tensors by name: "qweight", "scale" and, when asymmetric, "qzero".
 
-        Doubly quantized scales are as they are stored: "scale_code", "scale_largest",
-        "scale_offset".
+        Doubly quantized scales are stored as "scale_code", "scale_largest" and "scale_offset".
         Static activations have "input_scale" and "input_zero".
         """
         if self.double is not None:
@@ -172,10 +171,11 @@ class PackedWeight:
         problems = [f"'{name}' is missing" for name in wanted if name not in tensors]
         problems += [f"'{name}' does not belong here" for name in tensors if name not in wanted]
         for name, (dtype, shape) in wanted.items():
-            found = tensors.get(name)
-            if found is not None and (found.dtype, tuple(found.shape)) != (dtype, shape):
+            tensor = tensors.get(name)
+            if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
                 problems.append(
-                    f"'{name}' is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}"
+                    f"'{name}' is {tensor.dtype} {list(tensor.shape)}, expected {dtype} "
+                    f"{list(shape)}"
                 )
         if problems:
             subject = f"packed {scheme.bits}-bit weight with {in_features} input features"
@@ -228,7 +228,7 @@ def quantize_tokens(
         x: [..., I], any float dtype; computed in float32.
         symmetric: codes -127 to 127 span -max |x| to max |x|, without a zero point; otherwise codes
             -128 to 127 span min(x, 0) to max(x, 0).
-        bits: 8, or fewer with codes -2^(bits-1) to 2^(bits-1) - 1 in the same way.
+        bits: 8; fewer bits have codes -2^(bits-1) to 2^(bits-1) - 1 in the same way.
 
     Returns:
         int8 [..., I], float32 scale [..., 1], and float32 whole zero points [..., 1] or None. A
@@ -238,7 +238,7 @@ def quantize_tokens(
     least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     high = x.amax(-1, keepdim=True).clamp_min_(0)
     low = x.amin(-1, keepdim=True).clamp_max_(0)
-    # A GPU divides by a tensor as a processor does; by a number it multiplies with its reciprocal.
+    # A tensor, because a GPU divides by a number as a product with its rounded reciprocal.
     span = torch.full((), float(most if symmetric else most - least), device=x.device)
     if symmetric:
         scale = token_scale(torch.maximum(high, -low).div_(span))
@@ -251,12 +251,12 @@ def quantize_tokens(
 
 
 def token_scale(scale: Tensor) -> Tensor:
-    """Scales to divide by: 1 where a token is nothing but zeros (or its scale is denormal)."""
+    """Scales to divide by: 1 for a token of zeros, or one whose scale is denormal."""
     return scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 1.0)
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight:
-    """Pack codes and zero points densely; `unpack` gives exactly the same back."""
+    """Pack codes and zero points densely; `unpack` returns exactly the same."""
     bits = weight.scheme.bits
     return PackedWeight(
         qweight=pack_codes(weight.codes, bits),
@@ -284,7 +284,7 @@ def packed_bytes(out_features: int, in_features: int, scheme: LayerScheme) -> in
 def snr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal-to-noise ratio 10 log10(|R|^2 / |R - A|^2) in dB, in float64; inf when equal."""
     signal = noise = 0.0
-    parts = (torch.split(each, _SNR_ROWS) for each in (reference, approximation))
+    parts = (torch.split(matrix, _SNR_ROWS) for matrix in (reference, approximation))
     for rows, other in zip(*parts, strict=True):
         signal += rows.double().square().sum().item()
         noise += (rows.double() - other.double()).square().sum().item()

@@ -1,8 +1,8 @@
 """Bits for layers: the choice with the least predicted loss that fits a byte budget.
 
-Losses of layers quantized alone are added up, as in HAWQ-V3 (Yao et al. 2021, arXiv:2011.10680),
-and the choice is an integer program that scipy solves to the optimum. Refuses to know: what
-a loss is, where it was measured.
+The losses of layers that are quantized alone are added, as in HAWQ-V3 (Yao et al. 2021,
+arXiv:2011.10680). scipy solves the integer program to the optimum. Refuses to know: what a loss is,
+where it was measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def allocate(
         budget: bytes that all layers may take together.
 
     Returns:
-        The place of the chosen one among each layer's choices.
+        For each layer, the place of the chosen one among its choices.
 
     Raises:
         InputError: even the smallest choices exceed the budget.
@@ -41,15 +41,15 @@ def allocate(
         raise InputError(
             f"a budget of {budget:,} bytes is too small: the smallest choices take {least:,}"
         )
-    layer = np.repeat(np.arange(len(losses)), [len(each) for each in losses])
-    loss = np.concatenate([np.asarray(each, dtype=np.float64) for each in losses])
-    size = np.concatenate([np.asarray(each, dtype=np.float64) for each in n_bytes])
+    layer = np.repeat(np.arange(len(losses)), [len(choices) for choices in losses])
+    loss = np.concatenate([np.asarray(choices, dtype=np.float64) for choices in losses])
+    size = np.concatenate([np.asarray(choices, dtype=np.float64) for choices in n_bytes])
     one_each = (layer == np.arange(len(losses))[:, None]).astype(np.float64)
     if not np.isfinite(loss).all():
         raise NumericsError("a layer's measured loss is NaN or infinite; bits cannot be chosen")
-    # The solver's tolerances are absolute; losses of 1e-6 would drown in them.
+    # Scaled, because the solver's tolerances are absolute, and losses can be 1e-6.
     with _prints_as_errors():
-        found = milp(
+        answer = milp(
             loss / max(loss.max(), np.finfo(np.float64).tiny),
             constraints=[
                 LinearConstraint(one_each, 1, 1),
@@ -59,17 +59,19 @@ def allocate(
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 1e-9},
         )
-    if found.x is None:
-        raise NumericsError(f"no allocation of bits was found: {found.message}")
-    picked = found.x > 0.5
+    if answer.x is None:
+        raise NumericsError(f"no allocation of bits was found: {answer.message}")
+    picked = answer.x > 0.5
     starts = np.searchsorted(layer, np.arange(len(losses)))
     return [int(i) for i in np.flatnonzero(picked) - starts]
 
 
 @contextmanager
 def _prints_as_errors() -> Iterator[None]:
-    """What a library prints goes where errors go: scipy's solver (HiGHS 1.8 and later) prints a
-    name of its own functions on some problems, and a caller's output may be JSON.
+    """Send what a library prints to the stream of errors.
+
+    scipy's solver (HiGHS 1.8 and later) prints a name of its functions on some problems, and the
+    caller's output may be JSON.
     """
     sys.stdout.flush()
     try:

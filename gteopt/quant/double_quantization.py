@@ -1,9 +1,9 @@
 """Double quantization: the scales of a weight in 8 bits, with a scale of their own.
 
-QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), section 3, as bitsandbytes does it: scales in the
-order of the weight's rows lose their mean and are cut into blocks of 256; each is stored as the
-place of a number of the "dynamic map" (Dettmers 2015, arXiv:1511.04561), which is multiplied with
-the largest absolute value of its block. Refuses to know: weights, codes, files.
+QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), section 3, as bitsandbytes implements it. The mean
+of all scales is subtracted, and scales in the order of the weight's rows are cut into blocks of
+256. Each is stored as the place of a number in the "dynamic map" (Dettmers 2015, arXiv:1511.04561),
+multiplied with the largest absolute value of its block. Refuses to know: weights, codes, files.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class DoubleQuantizedScale:
 
     Attributes:
         codes: uint8 [O, G], places in `dynamic_map`.
-        largest: float32 [ceil(O * G / 256)], what the codes of each block are multiplied with.
-        offset: float32 [1], what is added then.
+        largest: float32 [ceil(O * G / 256)], the factor of each block's codes.
+        offset: float32 [1], added after that.
     """
 
     codes: Tensor
@@ -48,7 +48,7 @@ class DoubleQuantizedScale:
     offset: Tensor
 
     def scale(self) -> Tensor:
-        """What the codes stand for: float16 [O, G], as kernels take it."""
+        """The scales that the codes stand for: float16 [O, G], as kernels take them."""
         numbers = dynamic_map().to(self.largest.device)[self.codes.int()].flatten()
         sizes = self.largest.repeat_interleave(BLOCK_SIZE)[: numbers.numel()]
         return (numbers * sizes + self.offset).view(self.codes.shape).half()
@@ -82,7 +82,7 @@ def quantize_scale(scale: Tensor) -> DoubleQuantizedScale:
     shifted = flat - offset
     padded = torch.nn.functional.pad(shifted, (0, -len(shifted) % BLOCK_SIZE))
     largest = padded.view(-1, BLOCK_SIZE).abs().amax(1)
-    # Scales that are all alike need no codes; any divisor will do.
+    # If all scales of a block are equal, any divisor will do.
     sizes = torch.where(largest > 0, largest, 1.0).repeat_interleave(BLOCK_SIZE)[: len(flat)]
     numbers = dynamic_map().to(flat.device)
     codes = torch.bucketize(shifted / sizes, (numbers[1:] + numbers[:-1]) / 2)

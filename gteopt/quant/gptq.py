@@ -1,9 +1,9 @@
 """GPTQ: round a weight column by column, correcting the columns still to come.
 
-After Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers" (arXiv:2210.17323), Algorithm 1: minimise tr(E H E^T), E the weight error [O, I] and
-H the second moment of the layer's inputs [I, I]. Hides: the order of the updates, and which of two
-roundings a row keeps. Refuses to know: where inputs come from, how codes are packed.
+Algorithm 1 of Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative
+Pre-trained Transformers" (arXiv:2210.17323). It minimises tr(E H E^T), with the weight error E [O,
+I] and the second moment H [I, I] of the layer's inputs. Hides: the order of the updates, and which
+of two roundings a row keeps. Refuses to know: where inputs come from, how codes are packed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gteopt.quant.products import (
 )
 
 _ROW_WEIGHTS = 1 << 25
-"""Weights whose errors are worked out at a time."""
+"""Weights whose errors are computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,14 @@ class GptqOptions:
 
 @dataclass(frozen=True)
 class GptqResult:
-    """What the solver found.
+    """The result of `solve`.
 
     Attributes:
         weight: the codes and their grid.
-        damping: the share that was used: the one asked for, or raised until the Hessian factorised.
+        damping: the share that was used: the option's, or a raised one with which the Hessian
+            factorised.
         n_dead: input features that were zero in every calibration row.
-        output_snr_db: as the function of that name has it.
+        output_snr_db: see the function of that name.
     """
 
     weight: QuantizedWeight
@@ -83,16 +84,16 @@ def solve(
     """Quantize one weight against the second moment of its inputs.
 
     Groups are static: scales are fitted on the original weight's column groups before the first
-    column is rounded, so that the order of rounding leaves no trace at run time. Greedy rounding
-    can lose to plain rounding on single rows. Rows are independent, so each row keeps whichever of
-    the two has the smaller output error. Input features that were always zero carry no error and
-    are rounded to nearest, which is the best guess should they ever wake.
+    column is rounded. So the order of rounding does not matter at run time. Greedy rounding
+    can be worse than rounding to nearest on single rows. Rows are independent, so each row keeps
+    the rounding with the smaller output error. Input features that were always zero carry no error;
+    they are rounded to nearest, in case other texts use them.
 
-    With `cross_term` it is GPTAQ (Li et al. 2025, arXiv:2504.02692), which solves
-    min |W x0 - Q x|^2 over the codes Q, x0 being the original model's inputs, where GPTQ has
-    min |W x - Q x|^2. Completing the square leaves GPTQ's problem for another weight:
-    W + (W dX X^T) H^-1 with dX X^T = mean (x0 - x) x^T. Few texts say little about it, so only a
-    share of the correction is taken, and H is the damped one, whose factor is there.
+    With `cross_term` it is GPTAQ (Li et al. 2025, arXiv:2504.02692). GPTQ solves min |W x - Q x|^2
+    over the codes Q; GPTAQ solves min |W x0 - Q x|^2, with the original model's inputs x0.
+    Completing the square leaves GPTQ's problem for another weight: W + (W dX X^T) H^-1 with dX X^T
+    = mean (x0 - x) x^T. Few texts estimate it poorly, so only a share of the correction is taken. H
+    is the damped Hessian, whose factor is at hand.
 
     Args:
         weight: [O, I], any float dtype; computed in float32 and left unchanged.
@@ -100,11 +101,11 @@ def solve(
         scheme: bits and groups.
         options: how to round.
         cross_term: W dX X^T, float32 [O, I]; see `HessianAccumulator.cross_term`.
-        factor: of this Hessian, order and damping, where several layers share one.
+        factor: of this Hessian, order and damping; given if several layers share one.
 
     Raises:
-        NumericsError: NaN or infinity in the weight or the Hessian, a Hessian that no damping up
-            to its mean diagonal makes positive definite, or a scale beyond float16.
+        NumericsError: the weight or the Hessian holds NaN or infinity, no damping up to the mean
+            diagonal makes the Hessian positive definite, or a scale exceeds float16.
     """
     weight = weight.detach().float()
     if factor is None:
@@ -120,7 +121,7 @@ def solve(
     solved = replace(grid, codes=_round_columns(weight, factor, grid, options.block_size))
     used, n_dead = factor.damping, int((hessian.diagonal() == 0).sum())
     del factor
-    # Doubly quantized scales of several rows hang together: both roundings must have the same.
+    # Doubly quantized scales of several rows share a block, so both roundings need the same ones.
     nearest = grid if double is not None else replace(grid, scale=grids[1][0], zero=grids[1][1])
     kept, noise = _better_rows(solved, round_to_grid(weight, nearest), weight, hessian)
     signal = _output_power(weight, hessian)
@@ -131,7 +132,7 @@ def prepare(hessian: Tensor, options: GptqOptions) -> InverseFactor:
     """The factor that `solve` works with, for several layers that read the same inputs.
 
     Raises:
-        NumericsError: as `solve`, as far as the Hessian is concerned.
+        NumericsError: see `solve`, for the Hessian.
     """
     if not is_finite(hessian):
         raise NumericsError(
@@ -144,21 +145,22 @@ def prepare(hessian: Tensor, options: GptqOptions) -> InverseFactor:
 def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; many times faster than a tensor of truth values.
 
-    NaN and infinity survive as the least or the greatest.
+    NaN and infinity show as the least or the greatest value.
     """
     return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def work_bytes(out_features: int, in_features: int, *, n_cross_rows: int = 0) -> int:
-    """Most that `solve` holds beside the weight that it is given; the statistics are counted in.
+    """Most memory that `solve` takes beside its weight, with the statistics.
 
-    First the factorisation. Then the Hessian and the factor, the corrected weight, a copy in the
-    order of rounding, the codes twice and what searching ranges takes.
+    The peak is either in the factorisation or after it. It then holds the Hessian and the factor,
+    the corrected weight, a copy in the order of rounding, the codes twice, and the search of
+    ranges.
 
     Args:
         out_features: O.
         in_features: I.
-        n_cross_rows: rows of what the accumulator summed for GPTAQ's cross term, 0 without.
+        n_cross_rows: rows of the accumulator's sum for GPTAQ's cross term; 0 without.
     """
     square, weights = in_features * in_features, out_features * in_features
     statistics = 4 * n_cross_rows * in_features
@@ -212,8 +214,8 @@ def _round_columns(
 ) -> Tensor:
     """GPTQ's loop (Algorithm 1) as a recursion over halves of the columns: uint8 codes [O, I].
 
-    A half is rounded, one product corrects the other half, and that is rounded. So nearly all of
-    the work is in large products. Errors take the place of the columns that they belong to.
+    A half is rounded, one product corrects the other half, and then the other half is rounded. So
+    nearly all of the work is in large products. Errors replace the columns that they belong to.
 
     Args:
         weight: float32 [O, I].
@@ -262,7 +264,7 @@ def _round_columns(
 def _better_rows(
     first: QuantizedWeight, second: QuantizedWeight, weight: Tensor, hessian: Tensor
 ) -> tuple[QuantizedWeight, float]:
-    """Row by row the one with the smaller output error; the first where they are equal.
+    """Row by row the rounding with the smaller output error; the first if they are equal.
 
     Returns:
         The rows, and the sum of their errors, tr(E H E^T).

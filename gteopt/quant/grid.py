@@ -27,9 +27,9 @@ NF4_LEVELS = (
 )  # fmt: skip
 """QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), appendix E."""
 SMALLEST_SCALE = 2.0**-24
-"""The least positive float16: a group too small for it keeps a scale that is not zero."""
+"""The least positive float16, so that the scale of a group of tiny weights is not zero."""
 _NF4_CELLS = 16
-"""Cells of equal width that the numbers from 0 to 1 are cut into, on the way to NF4's nearest."""
+"""Cells of equal width between 0 and 1, in which the nearest NF4 number is looked up."""
 _LARGEST: Mapping[NumberFormat, float] = {"e4m3": E4M3_MAX, "nf4": 1.0}
 
 
@@ -47,7 +47,7 @@ def encode(values: Tensor, scale: Tensor, zero: Tensor, scheme: LayerScheme) -> 
     """
     shares = values / scale
     if scheme.number_format == "e4m3":
-        # What is too large would become NaN.
+        # A value that is too large would become NaN.
         return shares.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).float()
     if scheme.number_format == "nf4":
         return _nearest_nf4(shares)
@@ -65,7 +65,7 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor, scheme: LayerScheme) -> T
 
 
 def _nearest_nf4(shares: Tensor) -> Tensor:
-    """Places among NF4's numbers, float32, of the nearest to each value; of two, the lower.
+    """Places, float32, of the NF4 number nearest to each value; the lower one of two.
 
     A value's cell of width 1/16 holds one of the 15 boundaries at most. So two look-ups and a
     comparison find what a binary search would, in a fifth of its time.
@@ -86,7 +86,7 @@ def nf4_levels(device: str, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @lru_cache
 def _nf4_cells(device: str) -> tuple[Tensor, Tensor]:
-    """Of each cell, how many boundaries lie below it, and the one within it or infinity."""
+    """For each cell, how many boundaries lie below it, and the boundary within it or infinity."""
     with torch.inference_mode(False):
         levels = nf4_levels(device)
         boundaries = (levels[1:] + levels[:-1]) / 2
@@ -140,12 +140,12 @@ def nf4_numbers(packed: Tensor, dtype: torch.dtype) -> Tensor:
     levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=packed.device)
     byte = torch.arange(256, device=packed.device)
     pairs = torch.stack([levels[byte & 15], levels[byte >> 4]], dim=-1).view(pair).flatten()
-    found = pairs.index_select(0, packed.flatten().int())
-    return found.view(dtype).view(len(packed), -1)
+    numbers = pairs.index_select(0, packed.flatten().int())
+    return numbers.view(dtype).view(len(packed), -1)
 
 
 def code_range(scheme: LayerScheme) -> tuple[int, int]:
-    """The least and greatest code; symmetric 8-bit leaves out 0, so that int8 has no -128."""
+    """The least and greatest code. Symmetric 8-bit codes omit 0, so that int8 has no -128."""
     return int(scheme.symmetric and scheme.bits == 8), (1 << scheme.bits) - 1
 
 

@@ -1,4 +1,4 @@
-"""How a grid is chosen: each group's range, as it is or searched for the least squared error.
+"""How a grid is chosen: from each group's range, or by a search for the least squared error.
 
 Refuses to know: layers, models, files.
 """
@@ -23,8 +23,7 @@ from gteopt.quant.grid import (
 )
 
 _CHUNK_WEIGHTS, _CHUNK_WEIGHTS_CPU = 1 << 21, 1 << 18
-"""Weights whose grids are searched at a time: few enough for a CPU's cache, many enough for a GPU
-to be busy with."""
+"""Weights whose grids are searched at a time: few enough for a CPU's cache, enough for a GPU."""
 _CLIP_RATIOS = tuple(i / 40 for i in range(44, 15, -1) if i != 40)
 """Candidate ranges as shares of a group's own range, 1.1 down to 0.4, without the range itself.
 Above 1 because a symmetric range [-8, 7] * s reaches a positive extreme only with a larger step."""
@@ -66,7 +65,7 @@ def fit_grids(
     *,
     clip_search: bool,
 ) -> list[Grid]:
-    """`fit_grid` for several importances in one search: each range is rounded to once."""
+    """`fit_grid` for several importances in one search, which rounds to each range once."""
     rows = [
         _fit_rows(part, scheme, importances, clip_search=clip_search)
         for _, part in row_chunks(weight)
@@ -79,14 +78,15 @@ def fit_grids(
 
 
 def search_bytes(n_weights: int) -> int:
-    """Most that fitting the grid of so many weights takes: float32 values, codes and errors of the
-    best grid so far and of the one on trial.
+    """Most memory that fitting the grid of so many weights takes.
+
+    It holds float32 values, codes and errors of the best grid so far, and of the one on trial.
     """
     return 8 * 4 * min(n_weights, _CHUNK_WEIGHTS)
 
 
 def row_chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a weight in float32, some at a time: rows do not know each other."""
+    """Rows of a weight in float32, some at a time; rows do not depend on each other."""
     most = _CHUNK_WEIGHTS_CPU if weight.device.type == "cpu" else _CHUNK_WEIGHTS
     n_rows = max(1, most // max(1, weight.shape[1]))
     for start in range(0, len(weight), n_rows):
@@ -110,7 +110,10 @@ def _fit_rows(
         raise NumericsError("the weight holds NaN or infinite values; it cannot be quantized")
     grids = [grid_of_range(low, high, scheme)] * len(importances)
     if clip_search:
-        shares = [None if each is None else each.float().view(-1, width) for each in importances]
+        shares = [
+            None if importance is None else importance.float().view(-1, width)
+            for importance in importances
+        ]
         best = _errors(grouped, grids[0], shares, scheme)
         for ratio in _CLIP_RATIOS:
             trial = grid_of_range(low * ratio, high * ratio, scheme)
@@ -132,7 +135,7 @@ def _checked(scale: Tensor, low: Tensor, high: Tensor, scheme: LayerScheme) -> T
         NumericsError: a scale exceeds float16.
     """
     if scheme.double_quantization and bool((used := high > low).any()):
-        # The 1 of a group of zeros would be an outlier among the scales that are stored with it.
+        # A group of zeros has scale 1, an outlier among the scales that are stored with it.
         scale = torch.where(used, scale, scale[used].float().mean().half())
     if not torch.isfinite(scale).all():
         raise NumericsError(
@@ -173,7 +176,7 @@ def _errors(
         squares.sum(-1) if share is None else torch.mul(squares, share, out=nearest).sum(-1)
         for share in shares
     ]
-    return [each.mul_(area) for each in sums]
+    return [error.mul_(area) for error in sums]
 
 
 @lru_cache

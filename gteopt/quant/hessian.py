@@ -17,14 +17,14 @@ from gteopt.quant.products import STRIP, add_product_, product, spans
 class HessianAccumulator:
     """The running mean of x x^T over the inputs x of one layer, in float32.
 
-    A mean, not a sum, so that its magnitude does not grow with the calibration set. Only the lower
+    It is a mean, so that its magnitude does not grow with the calibration set. Only the lower
     triangle is summed, strip by strip; the upper one is its mirror image.
 
     Args:
         in_features: I.
         device: where the sums lie.
-        through: the weight [O, I] of the layer that reads these inputs, where it is the only one.
-            With fewer outputs than inputs, the cross term is cheaper to sum behind the weight.
+        through: the weight [O, I], if only one layer reads these inputs. With fewer outputs than
+            inputs, the cross term is cheaper to sum after the weight.
 
     Attributes:
         n_rows: inputs seen so far.
@@ -67,12 +67,12 @@ class HessianAccumulator:
         return self._sum
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Count more inputs in.
+        """Add inputs to the mean.
 
         Args:
-            x: [n, I], any float dtype. Padding must not be among them.
-            original: x0 [n, I], what the original model feeds the layer in place of x; of every
-                call or of none.
+            x: [n, I], any float dtype, without padding.
+            original: x0 [n, I], the layer's inputs in the original model; given in every call or in
+                none.
         """
         if not len(x):
             return
@@ -100,10 +100,10 @@ class HessianAccumulator:
         """W dX X^T of GPTAQ: the mean of W (x0 - x) x^T, dX being the inputs' deviation x0 - x.
 
         Args:
-            weight: W, float32 [O, I]; the one that was given as `through`, where one was.
+            weight: W, float32 [O, I]; the same as `through`, if that was given.
 
         Returns:
-            float32 [O, I], not to be changed; None where `add` was told no x0.
+            float32 [O, I], not to be changed; None if `add` was given no x0.
         """
         if self._cross is None or self._through is not None:
             return self._cross

@@ -14,11 +14,11 @@ from gteopt.errors import NumericsError
 from gteopt.quant.products import STRIP, cholesky_, invert_lower_, spans
 
 _MOST_DAMPING = 1.0
-"""Past the mean of its own diagonal, what is factorised is no longer the Hessian."""
+"""With more than the mean of its diagonal added, the matrix is no longer the Hessian."""
 _FLOAT32_FEATURES = 4096
 """Input features above which float32 is tried first. Below, float64 takes less than a second."""
 _MOST_DEVIATION = 0.01
-"""How far U H U^T z may be from z: the share by which the loop misjudges an error."""
+"""Most relative distance of U H U^T z from z, by which the loop misjudges an error."""
 _N_PROBES = 4
 
 
@@ -52,11 +52,11 @@ class InverseFactor:
 def factorise_inverse(hessian: Tensor, *, act_order: bool, damping: float) -> InverseFactor:
     """Factorise the inverse of a damped Hessian.
 
-    With J reversing an axis and J H J = L L^T, U = J L^-1 J: one factorisation and one triangular
-    inverse, in the memory of one matrix and without forming H^-1. Large matrices are factorised in
-    float32, at four times the speed. The factor is kept where U H U^T z = z holds on random signs
-    z. Otherwise it is made again in float64. A step of refinement would cost as much: it needs the
-    product L L^T in float64.
+    If J reverses an axis and J H J = L L^T, then U = J L^-1 J. This takes one factorisation and one
+    triangular inverse, in the memory of one matrix, without forming H^-1. Large matrices are
+    factorised in float32, at four times the speed. The factor is kept if U H U^T z = z holds on
+    random signs z; otherwise it is computed again in float64. A step of refinement would cost as
+    much, because it needs the product L L^T in float64.
 
     Args:
         hessian: H, float32 [I, I]; not changed.
@@ -74,7 +74,7 @@ def factorise_inverse(hessian: Tensor, *, act_order: bool, damping: float) -> In
         order = torch.argsort(diagonal, descending=True, stable=True)
     mean = diagonal.double().mean().item()
     if n > _FLOAT32_FEATURES:
-        # Without any input there is nothing to scale by; every damping then gives the identity.
+        # Without inputs the mean is 0, and every damping gives the identity.
         upper = _inverse_upper(hessian, order, damping * mean if mean else 1.0, torch.float32)
         if (
             upper is not None
@@ -96,9 +96,9 @@ def factorise_inverse(hessian: Tensor, *, act_order: bool, damping: float) -> In
 
 
 def factor_bytes(in_features: int) -> int:
-    """Most that `factorise_inverse` holds, the Hessian and the factor counted in.
+    """Most memory that `factorise_inverse` takes, with the Hessian and the factor.
 
-    What the factor is made from is in float64, and a strip of it twice in float32.
+    The factor is computed from a float64 matrix, of which a strip lies twice in float32.
     """
     return (4 + 8 + 4) * in_features**2 + 2 * 4 * min(STRIP, in_features) * in_features
 
@@ -106,7 +106,7 @@ def factor_bytes(in_features: int) -> int:
 def _inverse_upper(
     hessian: Tensor, order: Tensor, added: float, dtype: torch.dtype
 ) -> Tensor | None:
-    """U float32 [I, I] from a Cholesky factor in `dtype`; None where the matrix has none."""
+    """U float32 [I, I] from a Cholesky factor in `dtype`; None if the matrix has none."""
     n = len(hessian)
     backwards = order.flip(0)
     work = torch.empty(n, n, dtype=dtype, device=hessian.device)
@@ -117,7 +117,7 @@ def _inverse_upper(
     work.diagonal().add_(added)
     if not cholesky_(work):
         return None
-    lower = work.float()  # the condition of L is the square root of H's: float32 will do from here
+    lower = work.float()  # L's condition is the square root of H's, so float32 suffices from here
     del work
     invert_lower_(lower)
     return lower.flip(0, 1)

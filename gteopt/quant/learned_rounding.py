@@ -1,9 +1,9 @@
 """A linear layer whose rounding can be learned: codes and scales as parameters.
 
-Learned rounding started from a solver's codes, after AdaRound (Nagel et al. 2020, arXiv:2004.10568)
-and SignRound (Cheng et al. 2023, arXiv:2309.05516), with the straight-through gradients of LSQ
-(Esser et al. 2020, arXiv:1902.08153). Hides: the parametrisation. Refuses to know: what is
-optimised, by what rule, on which data.
+Learning starts from a solver's codes. It follows AdaRound (Nagel et al. 2020, arXiv:2004.10568) and
+SignRound (Cheng et al. 2023, arXiv:2309.05516), with the straight-through gradients of LSQ (Esser
+et al. 2020, arXiv:1902.08153). Hides: the parametrisation. Refuses to know: what is optimised, by
+what rule, on which data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gteopt.quant.affine import QuantizedWeight
 from gteopt.quant.grid import NF4_LEVELS, SMALLEST_SCALE, code_range
 
 _INSIDE_CELL = 0.49
-"""How far from its code a start may lie, in steps: below one half, where rounding turns over."""
+"""Most steps between a code and its latent at the start; at one half, rounding would change."""
 
 
 class TunableLinear(nn.Module):
@@ -25,9 +25,9 @@ class TunableLinear(nn.Module):
 
     A code's level is code - zero, or its number of NF4; the latent interpolates between codes.
 
-    It starts as exactly the weight that it is given. The latent starts where the original weight
-    lies, but inside the code's own cell, so that a code that was wrong by rounding the other way
-    is the first to flip. Zero points stay.
+    At the start it equals the given weight exactly. The latent starts at the original weight, but
+    inside the code's own cell. So codes that lie far from the original weight change first. Zero
+    points stay.
 
     Attributes:
         latent: float32 [O, I], in codes.
@@ -77,7 +77,7 @@ class TunableLinear(nn.Module):
 
 
 def _place(shares: Tensor, levels: Tensor) -> Tensor:
-    """Where values lie among ascending levels [n], in codes; linear between two, and beyond."""
+    """Places of values among ascending levels [n], in codes; linear between two, and beyond."""
     left = (torch.bucketize(shares, levels) - 1).clamp_(0, len(levels) - 2)
     return left + (shares - levels[left]) / (levels[left + 1] - levels[left])
 
@@ -85,8 +85,8 @@ def _place(shares: Tensor, levels: Tensor) -> Tensor:
 class _Rounded(torch.autograd.Function):
     """Rounding with the identity for its derivative.
 
-    Written out because autograd would keep four float32 copies of every weight for the backward
-    pass; this keeps the codes alone.
+    Autograd would keep four float32 copies of every weight for the backward pass. This keeps the
+    codes alone.
     """
 
     @staticmethod
@@ -118,5 +118,5 @@ class _Rounded(torch.autograd.Function):
 
 
 def _numbers(codes: Tensor, zero: Tensor, levels: Tensor | None) -> Tensor:
-    """What float codes [O, G, I/G] stand for, before the scale."""
+    """The values of float codes [O, G, I/G], before the scale."""
     return codes - zero[..., None] if levels is None else levels[codes.int()]

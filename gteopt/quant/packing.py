@@ -22,7 +22,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         bits: bits a code.
 
     Returns:
-        uint8 [..., ceil(n * bits / 8)]; of 8 bits the codes themselves.
+        uint8 [..., ceil(n * bits / 8)]; codes of 8 bits are returned unchanged.
     """
     if bits == 8:
         return codes.contiguous().flatten().view(codes.shape)  # with strides that say so
@@ -50,9 +50,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 def unpack_codes(packed: Tensor, bits: int, n: int) -> Tensor:
     """Undo `pack_codes`: uint8 [..., ceil(n * bits / 8)] to uint8 [..., n].
 
-    Runs inside the forward pass of the kernels, hence the path of its own for 4 and 2 bits: each
-    byte is spread over a wider integer whose bytes, little-endian, are its codes. That touches
-    memory contiguously and is several times faster than writing codes with a stride.
+    The forward pass of the kernels calls it, so 4 and 2 bits have a path of their own. Each byte is
+    spread over a wider integer whose bytes, little-endian, are its codes. That writes memory
+    contiguously, and is several times faster than writing codes with a stride.
     """
     if bits == 8:
         return packed
@@ -84,6 +84,6 @@ def packed_width(n: int, bits: int) -> int:
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """The least number of codes that fill whole bytes, and of those bytes."""
+    """The least number of codes that fill whole bytes, and the number of those bytes."""
     n_codes = 8 // math.gcd(bits, 8)
     return n_codes, n_codes * bits // 8

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 STRIP = 1024
-"""Rows or columns of a matrix [I, I] that are worked on at a time, so that no second one is needed.
-"""
+"""Rows or columns of a matrix [I, I] that are processed at a time, so that no second matrix is
+needed."""
 
 
 def spans(n: int, width: int) -> list[tuple[int, int]]:
@@ -38,12 +38,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _readable(b: Tensor) -> Tensor:
-    """The matrix in strides that oneDNN reads fast: others cost a thousand times as much."""
+    """The matrix in strides that oneDNN reads fast; other strides cost a thousand times as much."""
     return b if b.is_contiguous() or b.T.is_contiguous() else b.contiguous()
 
 
 def _product_rows(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of a b^T at a time: results that stay in a cache are written nearly for free."""
+    """Some rows of a b^T at a time, since results that stay in a cache cost little to write."""
     b = _readable(b)
     for start, end in spans(len(a), STRIP if a.device.type == "cpu" else max(1, len(a))):
         yield slice(start, end), product(a[start:end], b)
@@ -56,8 +56,8 @@ def add_product_(target: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha
         target: [M, N]; may be a view with strides.
         a: [M, K].
         b: [N, K].
-        beta: what is left of the target.
-        alpha: how much of the product is added.
+        beta: factor of the target.
+        alpha: factor of the product.
     """
     if a.device.type != "cpu" or a.dtype != torch.float32:
         target.addmm_(a, b.T, beta=beta, alpha=alpha)
@@ -72,7 +72,7 @@ def times_inverse(values: Tensor, upper: Tensor, order: Tensor) -> Tensor:
     """X (U^T U) for an upper triangular U, in half of the dense work: float32 [O, I].
 
     Args:
-        values: X, float32 [O, I], its features in their own order, as the result's.
+        values: X, float32 [O, I]; its features and the result's are in their own order.
         upper: U, float32 [I, I].
         order: [I], which feature of X each row of U belongs to.
     """
@@ -88,7 +88,7 @@ def times_inverse(values: Tensor, upper: Tensor, order: Tensor) -> Tensor:
 
 
 def inverse_order(order: Tensor) -> Tensor:
-    """Where each feature stands in an order [I]: int64 [I]."""
+    """The place of each feature in an order [I]: int64 [I]."""
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     return places
@@ -97,7 +97,7 @@ def inverse_order(order: Tensor) -> Tensor:
 def quadratic_forms(rows: Tensor, symmetric: Tensor) -> Tensor:
     """The diagonal of E H E^T of rows E [n, I] and a symmetric H [I, I]: float32 [n].
 
-    In half the products: only the diagonal blocks of H and what lies right of them are read.
+    Only the diagonal blocks of H and what lies right of them are read, which halves the products.
     """
     sums = torch.zeros(len(rows), device=rows.device)
     for start, end in spans(len(symmetric), STRIP // 2):
@@ -109,13 +109,13 @@ def quadratic_forms(rows: Tensor, symmetric: Tensor) -> Tensor:
 
 
 def cholesky_(matrix: Tensor) -> bool:
-    """Replace a symmetric matrix [n, n] by its lower Cholesky factor; False where it has none.
+    """Replace a symmetric matrix [n, n] by its lower Cholesky factor; False if it has none.
 
-    Blocked and right-looking (Golub and Van Loan, Matrix Computations, 4.2.9): a library routine
-    would need a second matrix. The upper triangle is not read, and set to zero.
+    Blocked and right-looking (Golub and Van Loan, Matrix Computations, 4.2.9), because a library
+    routine would need a second matrix. The upper triangle is not read, and set to zero.
     """
     n = len(matrix)
-    # float64 keeps narrow panels: wide ones would leave more of the work to the slower solve.
+    # float64 uses narrow panels, because wide ones leave more work to the slower solve.
     for start, end in spans(n, STRIP if matrix.dtype == torch.float32 else STRIP // 4):
         corner, info = torch.linalg.cholesky_ex(matrix[start:end, start:end])
         if info.item():
@@ -158,5 +158,5 @@ def invert_lower_(lower: Tensor) -> None:
 
 
 def row_spans(weight: Tensor, n_weights: int) -> Sequence[tuple[int, int]]:
-    """(start, end) of as many rows of a weight [O, I] as hold about `n_weights`; one at least."""
+    """(start, end) of rows of a weight [O, I] that hold about `n_weights`; at least one row."""
     return spans(len(weight), max(1, n_weights // weight.shape[1]))

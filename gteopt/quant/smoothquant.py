@@ -1,10 +1,10 @@
 """Smoothing: give the outliers of a layer's inputs to its weights.
 
-SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): as x W^T = (x / s) (W s)^T for any positive s [I],
-s_j = rms(x_j)^a / max|w_j|^(1 - a) evens out the features of x, which share one scale a token. The
-paper's eq. 4 has max|x_j|; on gte-nano the root mean square left 4 to 8 % less error. The best of
-these is the start of a descent. Hides: which s are tried and how one is judged. Refuses to know:
-models, and who divides x.
+SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): x W^T = (x / s) (W s)^T holds for any positive
+s [I]. The features of x share one scale in each token; s_j = rms(x_j)^a / max|w_j|^(1 - a) evens
+them out. The paper's eq. 4 has max|x_j|; on gte-nano the root mean square left 4 to 8 % less
+error. A gradient descent starts from the best of these. Hides: which s are tried and how they are
+judged. Refuses to know: models, and who divides x.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from gteopt.quant.affine import quantize_rtn, quantize_tokens
 _STRENGTHS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 _MOST_OCTAVES = 6.0
 _WORTH_IT = 0.95
-"""Share of the error without smoothing that the error with it must stay below."""
+"""Smoothing is kept if its error is below this share of the error without."""
 _STEPS = 60
 _RATE = 0.05
-"""Octaves that a feature's scale moves at most in the first step."""
+"""Most octaves that a feature's scale moves in the first step."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Smoothing:
     """What was chosen for the layers that read one tensor.
 
     Attributes:
-        scale: s, float32 [I]; None where smoothing does not pay.
-        strength: a of the formula, where s was learned from; 0 without smoothing.
+        scale: s, float32 [I]; None if smoothing does not help.
+        strength: the formula's a, from which s was learned; 0 without smoothing.
         error_before: sum over the layers of |y_q - y|^2 / |y|^2 without smoothing.
         error_after: the same with it.
     """
@@ -70,23 +70,23 @@ def choose_smoothing(
         total = 0.0
         for weight, exact in zip(weights, wanted, strict=True):
             moved = weight if scale is None else weight * scale
-            found = steps @ quantize_rtn(moved, scheme).dequantize().T
-            total += ((found - exact).square().sum() / exact.square().sum()).item()
+            output = steps @ quantize_rtn(moved, scheme).dequantize().T
+            total += ((output - exact).square().sum() / exact.square().sum()).item()
         return total
 
     before = error(None)
     best = Smoothing(None, 0.0, before, before)
     for strength in _STRENGTHS:
         scale = _scale(size, weight_largest, strength)
-        found = error(scale)
-        if found < min(best.error_after, _WORTH_IT * before):
-            best = Smoothing(scale, strength, before, found)
+        after = error(scale)
+        if after < min(best.error_after, _WORTH_IT * before):
+            best = Smoothing(scale, strength, before, after)
     if best.scale is None:
         return best
-    # What is expected is not what happens: the learned scale too must show that it is better.
+    # The descent minimises an expected error, so the measured error decides.
     scale = _learned(best.scale, x, weights, wanted, scheme, tied)
-    found = error(scale)
-    return replace(best, scale=scale, error_after=found) if found < best.error_after else best
+    after = error(scale)
+    return replace(best, scale=scale, error_after=after) if after < best.error_after else best
 
 
 def _learned(
@@ -99,11 +99,11 @@ def _learned(
 ) -> Tensor:
     """The scale [I] with the least expected error, by gradient descent on log2 s from `start`.
 
-    Rounding errors taken as independent and uniform, a token's step d_t adds
-    d_t^2 / 12 sum_j s_j^2 |W_j|^2 to |y_q - y|^2 and the step d_o of a weight's row adds
-    d_o^2 / 12 sum_j |x_j|^2 / s_j^2; the steps are the ranges of x / s and of W s over the codes.
-    OmniQuant (Shao et al. 2023, arXiv:2308.13137) learns s too, through rounded products; here a
-    step needs no product, and reads x and W a few times.
+    Rounding errors are taken as independent and uniform. A token's step d_t adds
+    d_t^2 / 12 sum_j s_j^2 |W_j|^2 to |y_q - y|^2, and the step d_o of a weight's row adds
+    d_o^2 / 12 sum_j |x_j|^2 / s_j^2. Steps are the ranges of x / s and of W s over the codes.
+    OmniQuant (Shao et al. 2023, arXiv:2308.13137) learns s through rounded products. Here a step of
+    the descent needs no product, and reads x and W a few times.
     """
     sizes = [exact.square().sum() for exact in wanted]
     energy = x.square().sum(0)
@@ -113,9 +113,9 @@ def _learned(
     rows = torch.arange(len(start), device=start.device) if tied is None else tied
     octaves = start.new_zeros(int(rows.max()) + 1).scatter(0, rows, start.log2())
     with torch.inference_mode(False), torch.enable_grad():
-        # Copies, for what was recorded in inference mode has no gradients.
+        # Copies, because tensors from inference mode have no gradients.
         x, energy, importance, used, rows = (
-            each.clone() for each in (x, energy, importance, used, rows)
+            tensor.clone() for tensor in (x, energy, importance, used, rows)
         )
         pairs = [(weight.abs().clone(), size.clone()) for weight, size in pairs]
         octaves = octaves.clone().requires_grad_()
@@ -147,8 +147,8 @@ def _scale(size: Tensor, weight_largest: Tensor, strength: float) -> Tensor:
 
 def _around_one(exponent: Tensor, used: Tensor) -> Tensor:
     """The scale [I] for its logarithm; 1 for features that are not used."""
-    # Only ratios matter; around one, weights and norms stay in the range that they had. An almost
-    # dead feature must not be blown up should it ever wake.
+    # Only ratios matter; around one, weights and norms keep their range. The clamp bounds features
+    # that are almost always zero, in case other texts use them.
     exponent = (exponent - exponent[used].median()).clamp(-_MOST_OCTAVES, _MOST_OCTAVES)
     return torch.where(used, exponent, 0.0).exp2()
 

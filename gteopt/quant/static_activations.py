@@ -1,10 +1,10 @@
-"""Static activations: a layer's inputs rounded to 8 bits by a grid that calibration fixed.
+"""Static activations: a layer's inputs are rounded to 8 bits by a grid that calibration fixed.
 
 Every input feature has a scale and a zero point of its own. The weight's columns take the scales
-and the bias the zero points (SmoothQuant's division, Xiao et al. 2022, arXiv:2211.10438, and the
-shift of Outlier Suppression+, Wei et al. 2023, arXiv:2304.09145), so that what is multiplied is
-plain bytes, and nothing about a token has to be looked at first.
-Hides: how the grid is chosen. Refuses to know: models, and how the weight is rounded.
+(SmoothQuant's division, Xiao et al. 2022, arXiv:2211.10438), and the bias takes the zero points
+(the shift of Outlier Suppression+, Wei et al. 2023, arXiv:2304.09145). So the product is of plain
+bytes, and needs no pass over a token first. Hides: how the grid is chosen. Refuses to know: models,
+and how the weight is rounded.
 """
 
 from __future__ import annotations
@@ -17,11 +17,19 @@ from torch import Tensor
 
 LARGEST_CODE = 255
 _STRENGTH = 0.65
-_ROOM = 1.05
-"""Both by the vectors of texts that calibration did not see (1 - mean cosine on MiniLM, gte-nano):
-strength 0.6, room 1 0.00118, 0.00041; 0.7 and 1.1 0.00122, 0.00039; 0.5 and 1.25 0.00160, 0.00056;
-0.8 and 1 0.00169, 0.00053. Room 0.9 clips what outlying features carry: 0.021, 0.0005. Scales
-learned against the expected rounding error, which does not know of clipping: 0.00140, 0.00043."""
+_HEADROOM = 1.05
+"""Both were chosen by 1 - mean cosine of texts that calibration did not see, on MiniLM and
+gte-nano:
+
+| strength | headroom | MiniLM | gte-nano |
+|---|---|---|---|
+| 0.6 | 1 | 0.00118 | 0.00041 |
+| 0.7 | 1.1 | 0.00122 | 0.00039 |
+| 0.5 | 1.25 | 0.00160 | 0.00056 |
+| 0.8 | 1 | 0.00169 | 0.00053 |
+
+Headroom 0.9 clips outlying features: 0.021 and 0.0005. Scales that were learned against the
+expected rounding error, without clipping, gave 0.00140 and 0.00043."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class InputGrid:
         return InputGrid(tensors["input_scale"], tensors["input_zero"])
 
     def steps(self, x: Tensor) -> Tensor:
-        """What inputs [n, I] are rounded to, in units of their scales: code - zero, float32."""
+        """Rounded inputs [n, I] in units of their scales: code - zero, float32."""
         codes = x.float().mul(1 / self.scale).add_(self.zero).round_().clamp_(0, LARGEST_CODE)
         return codes.sub_(self.zero)
 
@@ -72,7 +80,7 @@ class SeenInputs:
         self.mean, self.square = (torch.zeros(in_features, device=device) for _ in range(2))
 
     def add(self, x: Tensor) -> None:
-        """Count inputs [n, I] in."""
+        """Add inputs [n, I]."""
         if not len(x):
             return
         x = x.to(self.mean)
@@ -87,17 +95,17 @@ class SeenInputs:
 def fit_inputs(seen: SeenInputs) -> InputGrid:
     """A grid for inputs like those that were seen.
 
-    With r_j a feature's range and R the widest of them, scale_j = r_j^a R^(1 - a) / 255 (times the
-    room): at a = 0 all features share a scale, which drowns the small ones; at a = 1 each uses all
-    its codes, which gives the weight's columns the sizes of the inputs and leaves no room where
-    other texts go further. In between every range but the widest has the more room the smaller it
-    is, codes lying around its middle.
+    With r_j a feature's range and R the widest range, scale_j = r_j^a R^(1 - a) / 255, times the
+    headroom. At a = 0 all features share a scale, which leaves small features few codes. At a = 1
+    each feature uses all codes, which leaves no headroom for other texts, and gives the weight's
+    columns the sizes of the inputs. In between, smaller ranges have more headroom, and codes lie
+    around their middle.
     """
     span = seen.high - seen.low
     widest = span.max().clamp_min(torch.finfo(torch.float32).tiny * 2**60)
-    # A feature that never moved has a scale too, should it ever wake.
+    # A constant feature has a scale as well, because other texts may change it.
     share = (span / widest).clamp_min(2.0**-8)
-    scale = _ROOM * widest * share**_STRENGTH / LARGEST_CODE
-    # The middle has a code of its own, so that a feature that is constant is exact.
+    scale = _HEADROOM * widest * share**_STRENGTH / LARGEST_CODE
+    # The middle has a code of its own, so that a constant feature is exact.
     middle = (seen.high + seen.low) / 2
     return InputGrid(scale, (LARGEST_CODE + 1) / 2 - middle / scale)

@@ -76,7 +76,6 @@ class TaskScore(Frozen):
         difference: from the baseline, with its interval; None where `no_interval` says why.
         unit: what the interval resamples ("query", "pair", "document").
         n_units: how many of them there are.
-        whole_suite: what the part that was scored says of the suite that it is a part of.
         chance: expected score of a model that knows nothing; None where that is not known.
         above_chance: whether the baseline's score is surely above it; where it is not, the score is
             left out of the suite's mean.
@@ -239,6 +238,8 @@ class EvalReport(Frozen):
         n_cut_texts: of these, longer than the model takes, and cut there.
         notes: anything out of the ordinary: a damaged cache, batches that did not fit the memory.
         protocol: by which the scores were made.
+        whole_suite: what the scored part of a suite says of all of it; None where nothing is left
+            out.
         published: of the baseline of a published model alone: the mean over the tasks that have a
             published score of the same data.
         published_average: the average on the model's card that the suite goes by, whatever tasks

@@ -58,6 +58,23 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
         return float(begin.elapsed_time(end)) / 1e3  # milliseconds
 
 
+class Stopwatch:
+    """Seconds since it was made: of the wall clock, and of this process's CPU time."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of the wall clock so far."""
+        return time.perf_counter() - self._wall
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of this process and its threads so far."""
+        return time.process_time() - self._cpu
+
+
 @contextlib.contextmanager
 def _garbage_collector_off() -> Iterator[None]:
     was_enabled = gc.isenabled()

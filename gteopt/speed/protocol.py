@@ -47,7 +47,7 @@ import numpy as np
 import torch
 
 from gteopt.config.plan import BenchSpec, Workload, WorkloadSet
-from gteopt.encoder.description import Backend, pick_device
+from gteopt.encoder.description import Backend, RuntimeOptions, pick_device
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import load_checkpoint
 from gteopt.encoder.openvino import refuse_unknown
@@ -132,20 +132,16 @@ def bench(
         footprints[name] = ask_child(name, question)
         progress("measuring load time and memory", len(footprints), len(order))
 
-    reference = load_checkpoint(checkpoints[baseline], device=device, cuda_graphs=True)
+    reference = load_checkpoint(checkpoints[baseline], RuntimeOptions(device, cuda_graphs=True))
     session = _Session(spec, baseline, reference, backend, kernels)
     variants: dict[str, VariantBench] = {}
     for name in order:
         encoder = reference
         if name != baseline:
-            there = str(reference.device)
-            encoder = load_checkpoint(
-                checkpoints[name],
-                device=there,
-                backend=backend,
-                kernels=kernels,
-                cuda_graphs=True,
+            runtime = RuntimeOptions(
+                str(reference.device), backend=backend, kernels=kernels, cuda_graphs=True
             )
+            encoder = load_checkpoint(checkpoints[name], runtime)
         variants[name] = session.measure(name, encoder, footprints[name], progress)
         del encoder  # before the next one is loaded
         release_memory()

@@ -1,9 +1,9 @@
-"""Codebooks of product quantization that few texts can fit: bits go where variance is.
+"""Codebooks of product quantization for few texts: dimensions with more variance get more bits.
 
 The dimensions of a PCA hardly depend on one another and are close to normally distributed. So a
 byte's 256 points are placed for the normal distribution with each dimension's measured mean and
-variance, and moved by the calibration vectors. Two numbers a dimension take a few hundred texts,
-while k-means alone wants some 39 a point (10,000 texts).
+variance, and then moved by the calibration vectors. Two numbers for each dimension take a few
+hundred texts; k-means alone needs about 39 texts for each point, 10,000 in all.
 
 Refuses to know: projections, how codes are searched.
 """
@@ -21,7 +21,8 @@ from gteopt.errors import InputError
 Doubles = npt.NDArray[np.float64]
 
 _MORE_BITS = {0: 1, 1: 2, 2: 3, 3: 4, 4: 8}
-"""Widths that fill bytes: two of 4 bits, or one alone. Of 5 to 7 bits the rest would lie idle."""
+"""The next wider code of each width. 5 to 7 bits are left out, because the rest of their byte would
+be unused."""
 _BYTE = 8
 _N_DRAWN = 4096
 _LLOYD_STEPS = 10
@@ -32,9 +33,9 @@ class Codebook:
     """What `ProductQuantizer` needs.
 
     Attributes:
-        dimensions: [D] of the given dimensions, those that get bits, in order.
+        dimensions: [D], the given dimensions that get bits, in order.
         points: float32 [M, 256, S].
-        places: int32 [D], where in a row of M * S values each of `dimensions` stands.
+        places: int32 [D], the place of each of `dimensions` in a row of M * S values.
     """
 
     dimensions: npt.NDArray[np.intp]
@@ -43,7 +44,7 @@ class Codebook:
 
 
 def fit_codebook(z: npt.NDArray[np.float32], n_bytes: int) -> Codebook:
-    """Allot bits to dimensions, put dimensions together to bytes, and place each byte's points.
+    """Allot bits to dimensions, group dimensions into bytes, and place each byte's points.
 
     Args:
         z: [N, P] calibration vectors on uncorrelated dimensions (a PCA's), not renormalised.
@@ -54,13 +55,13 @@ def fit_codebook(z: npt.NDArray[np.float32], n_bytes: int) -> Codebook:
     """
     rows = z.astype(np.float64)
     mean, std = rows.mean(axis=0), rows.std(axis=0)
-    # What varies less than float32 can tell apart does not vary.
+    # Variation below float32's precision counts as none.
     std[std < 1e-6 * np.sqrt(np.square(rows).sum(axis=1).mean())] = 0
     variance, spread = np.square(std), std.sum()
-    # An error e in a dimension moves scores by q e, so squared errors count by E[q^2]. The mean is
-    # what queries and documents share: in a narrow cone nearly all of a query. Of the rest, queries
-    # are only like the documents, so their energy is spread by its square root, half way between
-    # counting errors by the documents' variance and counting all alike.
+    # An error e in a dimension moves scores by q e, so squared errors count by E[q^2]. Queries and
+    # documents share the mean, which is nearly all of a query in a narrow cone. The rest of a query
+    # only resembles the documents. So its energy is spread by the square root of their variance,
+    # half way between their variance and equal weights.
     counts = np.square(mean) + std * (variance.sum() / spread if spread > 0 else 0.0)
     value = variance * counts
     if np.count_nonzero(value) < n_bytes:
@@ -81,14 +82,14 @@ def fit_codebook(z: npt.NDArray[np.float32], n_bytes: int) -> Codebook:
 
 
 def allot_bits(value: Doubles, n_bits: int) -> npt.NDArray[np.intp]:
-    """Bits [D] that leave the least sum of value * distortion: the next bit where it pays most.
+    """Bits [D] with the least sum of value * distortion; each further bit goes where it gains most.
 
     Distortions are those of the best scalar quantizer for a normal distribution (Max 1960,
     doi:10.1109/TIT.1960.1057548).
 
     Args:
-        value: [D], the variance of a dimension times what its error counts.
-        n_bits: in all; fewer are given where nothing pays.
+        value: [D], the variance of a dimension times the weight of its error.
+        n_bits: in all; fewer are used if no bit gains anything.
     """
     bits = np.zeros(len(value), np.intp)
     gain = value * _gain(0)
@@ -115,17 +116,17 @@ def _bytes_of(
         groups = _first_fit(bits)
         if len(groups) <= n_bytes:
             break
-        n_bits -= 1  # widths that do not fit together: fewer bits, and what is left is spent below
-    while len(groups) < n_bytes:  # all have 8 bits but those that share: part the fullest
+        n_bits -= 1  # widths that do not fill bytes: try fewer bits; the loop below spends the rest
+    while len(groups) < n_bytes:  # bytes of one dimension are full; split the fullest shared one
         fullest = max(range(len(groups)), key=lambda i: len(groups[i]))
         groups.append(groups[fullest][1:])
         groups[fullest] = groups[fullest][:1]
     for group in groups:
-        while (room := _BYTE - int(bits[group].sum())) > 0:
+        while (free_bits := _BYTE - int(bits[group].sum())) > 0:
             steps = [
                 (value[d] * _gain(int(bits[d])), d)
                 for d in group
-                if int(bits[d]) in _MORE_BITS and _MORE_BITS[int(bits[d])] - bits[d] <= room
+                if int(bits[d]) in _MORE_BITS and _MORE_BITS[int(bits[d])] - bits[d] <= free_bits
             ]
             if not steps:
                 break
@@ -135,27 +136,27 @@ def _bytes_of(
 
 
 def _first_fit(bits: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
-    """Dimensions put together to bytes, widest first, each into the first byte that has room."""
+    """Dimensions grouped into bytes, widest first, each in the first byte with enough free bits."""
     groups: list[list[int]] = []
-    room: list[int] = []
+    free_bits: list[int] = []
     for dimension in np.argsort(-bits, kind="stable"):
         width = int(bits[dimension])
         if width == 0:
             break
-        index = next((i for i, free in enumerate(room) if free >= width), len(groups))
+        index = next((i for i, free in enumerate(free_bits) if free >= width), len(groups))
         if index == len(groups):
             groups.append([])
-            room.append(_BYTE)
+            free_bits.append(_BYTE)
         groups[index].append(int(dimension))
-        room[index] -= width
+        free_bits[index] -= width
     return [np.array(group, np.intp) for group in groups]
 
 
 def _points(rows: Doubles, bits: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
     """256 points [256, S] for dimensions [N, S] that share a byte.
 
-    Lloyd's algorithm on seeded draws from the normal distribution and the vectors themselves, from
-    the grid of each dimension's own levels. A point that none is nearest to stays.
+    Lloyd's algorithm starts at the grid of each dimension's own levels. Its data are seeded draws
+    from the normal distribution, and the vectors. A point that is nearest to no vector stays.
     """
     mean, std = rows.mean(axis=0), rows.std(axis=0)
     levels = [normal_levels(int(b)) * s + m for b, s, m in zip(bits, std, mean, strict=True)]
@@ -173,7 +174,7 @@ def _points(rows: Doubles, bits: npt.NDArray[np.intp]) -> npt.NDArray[np.float32
             )
             used = counts > 0
             points[used] = sums[used] / counts[used, None]
-    # Fewer than 256 where no width filled the byte; of equally near points the first is taken.
+    # A byte that is not filled has fewer than 256 points; the first of equal points is the code.
     fill = np.repeat(points[-1:], 2**_BYTE - len(points), axis=0)
     return np.concatenate([points, fill]).astype(np.float32)
 
@@ -182,11 +183,11 @@ def _points(rows: Doubles, bits: npt.NDArray[np.intp]) -> npt.NDArray[np.float32
 def normal_levels(bits: int) -> Doubles:
     """The 2^bits levels [L] of the scalar quantizer with the least squared error on N(0, 1).
 
-    Lloyd-Max: each level is the mean of the values that it is nearest to. It starts from quantiles
-    of N(0, 3), whose density is the cube root of the normal one: the best for many levels (Panter
-    and Dite 1951, doi:10.1109/JRPROC.1951.230419).
+    Lloyd-Max: each level is the mean of the values that it is nearest to. The start is quantiles of
+    N(0, 3), whose density is the cube root of the normal density. That is the best for many levels
+    (Panter and Dite 1951, doi:10.1109/JRPROC.1951.230419).
     """
-    from scipy.stats import norm  # most of a second; only where codebooks are fitted
+    from scipy.stats import norm  # takes most of a second, and only fitting needs it
 
     n = 2**bits
     levels: Doubles = np.sqrt(3) * norm.ppf((np.arange(n) + 0.5) / n)
@@ -209,7 +210,7 @@ def distortion(bits: int) -> float:
 
 
 def _gain(bits: int) -> float:
-    """How much less distortion a further bit leaves, on average up to the next width."""
+    """How much a further bit reduces distortion, on average up to the next width."""
     if bits not in _MORE_BITS:
         return 0.0
     wider = _MORE_BITS[bits]

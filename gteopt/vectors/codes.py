@@ -1,4 +1,4 @@
-"""How a vector is stored: one class a code, each a map from float rows to bytes and back.
+"""How a vector is stored: one class for each code, a map from float rows to bytes and back.
 
 | code | bytes of D dimensions | what a code stands for |
 |---|---|---|
@@ -32,11 +32,11 @@ _FACTOR_BYTES = 2
 
 
 class Code(Protocol):
-    """A map from float rows [N, D] to what is stored, and back."""
+    """A map from float rows [N, D] to stored vectors, and back."""
 
     @property
     def dtype(self) -> npt.DTypeLike:
-        """Of a stored vector's items."""
+        """The dtype of a stored vector's items."""
 
     @property
     def width(self) -> int:
@@ -57,7 +57,7 @@ class Float32:
 
     @property
     def dtype(self) -> npt.DTypeLike:
-        """Of a stored vector's items."""
+        """The dtype of a stored vector's items."""
         return np.float32
 
     @property
@@ -84,7 +84,7 @@ class Scalar:
 
     Attributes:
         bits: 8 or 4.
-        low, high: [D], what the lowest and the highest code stand for.
+        low, high: [D], the values of the lowest and the highest code.
     """
 
     bits: int
@@ -93,7 +93,7 @@ class Scalar:
 
     @property
     def dtype(self) -> npt.DTypeLike:
-        """Of a stored vector's items."""
+        """The dtype of a stored vector's items."""
         return np.int8 if self.bits == 8 else np.uint8
 
     @property
@@ -104,7 +104,7 @@ class Scalar:
     def encode(self, rows: Floats) -> Codes:
         """Nearest level of each value; [N, width]."""
         low, step = self._low_and_step()
-        # A dimension that was constant in calibration has no step; every value gets its one code.
+        # A dimension that was constant in calibration has no step; all its values get one code.
         levels = np.divide(rows - low, step, out=np.zeros(rows.shape), where=step > 0)
         levels = np.clip(np.rint(levels), 0, 2**self.bits - 1)
         if self.bits == 8:
@@ -114,7 +114,7 @@ class Scalar:
         return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
 
     def decode(self, codes: Codes) -> Floats:
-        """Levels that codes stand for, [N, D]; not renormalised."""
+        """The levels of codes, [N, D]; not renormalised."""
         low, step = self._low_and_step()
         if self.bits == 8:
             levels = codes.astype(np.float64) + 128
@@ -134,8 +134,8 @@ class Binary:
 
     Attributes:
         dims: how many signs.
-        low, high: [D], what the bits 0 and 1 stand for where the mean was subtracted before signs
-            were taken: (low + high) / 2 is that mean. None is -1 / sqrt(D) and 1 / sqrt(D).
+        low, high: [D], the values of the bits 0 and 1, if the mean was subtracted before signs were
+            taken; (low + high) / 2 is that mean. None stands for -1 / sqrt(D) and 1 / sqrt(D).
     """
 
     dims: int
@@ -144,7 +144,7 @@ class Binary:
 
     @property
     def dtype(self) -> npt.DTypeLike:
-        """Of a stored vector's items."""
+        """The dtype of a stored vector's items."""
         return np.uint8
 
     @property
@@ -153,11 +153,11 @@ class Binary:
         return -(-self.dims // 8)
 
     def encode(self, rows: Floats) -> Codes:
-        """1 where a value is above zero, or above the mean; [N, width]."""
+        """1 for values above zero, or above the mean; [N, width]."""
         return np.packbits(rows > self.threshold, axis=1)
 
     def decode(self, codes: Codes) -> Floats:
-        """What the bits stand for, [N, D]."""
+        """The values of the bits, [N, D]."""
         bits = np.unpackbits(codes, axis=1, count=self.dims)
         if self.low is not None and self.high is not None:
             return np.where(bits == 1, self.high, self.low)
@@ -166,7 +166,7 @@ class Binary:
 
     @property
     def threshold(self) -> Floats:
-        """[D], above which a bit is 1."""
+        """[D], the values above which a bit is 1."""
         if self.low is None or self.high is None:
             return np.zeros(self.dims, np.float32)
         middle: Floats = (self.low + self.high) / np.float32(2)
@@ -181,8 +181,8 @@ class RaBitQ:
     that lies closest to r in direction: for one bit the signs of r (Gao and Long 2024,
     arXiv:2405.12497), for more bits the best over scales of the grid (Gao et al. 2025,
     arXiv:2409.09913). The factor is |r|^2 / <g, r>. Then <q, centre> + factor <q, g> estimates
-    <q, z> without bias over random rotations (equation 12 of the former); the rotation is part of
-    the projection. The factor is stored as float16 behind the bits.
+    <q, z> without bias over random rotations (equation 12 of the first paper). The rotation is part
+    of the projection. The factor is stored as float16 after the bits.
 
     Attributes:
         bits: B, 1 to 8.
@@ -194,7 +194,7 @@ class RaBitQ:
 
     @property
     def dtype(self) -> npt.DTypeLike:
-        """Of a stored vector's items."""
+        """The dtype of a stored vector's items."""
         return np.uint8
 
     @property
@@ -254,13 +254,13 @@ class RaBitQ:
 class ProductQuantizer:
     """A byte for each group of dimensions: the nearest of the group's 256 points.
 
-    Product quantization (Jégou et al. 2011, doi:10.1109/TPAMI.2010.57) over groups of unequal
-    size, so that dimensions of more variance get more bits (transform coding, Brandt 2010,
+    Product quantization (Jégou et al. 2011, doi:10.1109/TPAMI.2010.57) over groups of unequal size,
+    so that dimensions with more variance get more bits (transform coding, Brandt 2010,
     doi:10.1109/CVPR.2010.5539852).
 
     Attributes:
-        codebook: [M, 256, S]; a group of fewer than S dimensions is filled up with zeros.
-        places: int32 [D], where in a row of M * S values each dimension stands.
+        codebook: [M, 256, S]; a group of fewer than S dimensions is padded with zeros.
+        places: int32 [D], the place of each dimension in a row of M * S values.
     """
 
     codebook: Floats
@@ -268,7 +268,7 @@ class ProductQuantizer:
 
     @property
     def dtype(self) -> npt.DTypeLike:
-        """Of a stored vector's items."""
+        """The dtype of a stored vector's items."""
         return np.uint8
 
     @property
@@ -277,7 +277,7 @@ class ProductQuantizer:
         return len(self.codebook)
 
     def encode(self, rows: Floats) -> Codes:
-        """The nearest point of each group, [N, M]; of equally near ones the first."""
+        """The nearest point of each group, [N, M]; the first of equally near ones."""
         n_groups, _, size = self.codebook.shape
         codes = np.empty((len(rows), n_groups), np.uint8)
         for start in range(0, len(rows), _BLOCK_ROWS):

@@ -1,7 +1,7 @@
 """A transform and its codes as a faiss index, which opens and searches without gteopt.
 
-int8, int4 and pq are compared as `vectors.search` compares them after rescoring (float query with
-what codes stand for), binary by Hamming distance alone.
+int8, int4 and pq are compared as `vectors.search` compares them after rescoring: the float query
+with the decoded vector. binary is compared by Hamming distance alone.
 
 Refuses to know: models, files, how anything was fitted.
 """
@@ -18,7 +18,7 @@ from gteopt.vectors.codes import Binary, Code, Codes, Float32, Floats, ProductQu
 from gteopt.vectors.transform import VectorTransform
 
 WITH_COUNTERPART = ("float32", "int8", "int4", "binary", "pq")
-"""Codes that faiss can hold; its RaBitQ keeps four times the factors of ours."""
+"""Codes that faiss can hold; its RaBitQ stores four times as many factors as ours."""
 
 
 def to_faiss(
@@ -47,7 +47,7 @@ def to_faiss(
             f"{transform.code} codes have no counterpart in faiss; those that have one: "
             f"{', '.join(WITH_COUNTERPART)}"
         )
-    import faiss  # a tenth of a second, and its own threads
+    import faiss  # takes a tenth of a second, and starts threads
 
     coding = transform.coding
     index = _stored(coding, _width(coding, transform.dims))
@@ -63,14 +63,14 @@ def to_faiss(
 
 
 def _width(coding: Code, dims: int) -> int:
-    """How many values of a row the index of codes takes."""
+    """Values in a row of the index."""
     if isinstance(coding, ProductQuantizer):
         return int(coding.codebook.shape[0] * coding.codebook.shape[2])
     return dims
 
 
 def _steps(transform: VectorTransform, coding: Code, of_base: bool) -> list[Any]:
-    """What happens to a row before it is coded, in order; nothing for most codes."""
+    """The maps of a row before it is coded, in order; most codes have none."""
     import faiss
 
     steps: list[Any] = []
@@ -114,7 +114,7 @@ def _stored(coding: Code, width: int) -> Any:
                 else (faiss.ScalarQuantizer.QT_4bit)
             )
             scalar = faiss.IndexScalarQuantizer(width, kind, faiss.METRIC_INNER_PRODUCT)
-            # faiss decodes to the middle of each of 2^B cells, we to 2^B levels from low to high.
+            # faiss decodes to the middle of each of 2^B cells, gteopt to 2^B levels, low to high.
             spread = coding.high - coding.low
             low = coding.low - spread / np.float32(2 * (2**coding.bits - 1))
             faiss.copy_array_to_vector(np.concatenate([low, spread]), scalar.sq.trained)
@@ -132,7 +132,7 @@ def _stored(coding: Code, width: int) -> Any:
 
 
 def _faiss_codes(coding: Code, codes: Codes) -> npt.NDArray[np.uint8]:
-    """The bytes [N, B] by which faiss stores the same codes."""
+    """The bytes [N, B] that faiss stores for the same codes."""
     if isinstance(coding, Float32):
         return codes.view(np.uint8)
     if isinstance(coding, Scalar) and coding.bits == 8:

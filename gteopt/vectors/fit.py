@@ -1,7 +1,7 @@
 """Fit a projection and a code on vectors, judged by the neighbours that held-out vectors keep.
 
-What was measured to choose the defaults is in benchmarks/results/vector_choices.json and
-vector_codes.json. Refuses to know: torch, models, files.
+The defaults come from benchmarks/results/vector_choices.json and vector_codes.json. Refuses to
+know: torch, models, files.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _FOLDS = 4
 _MIN_HELD_OUT = 50
 _VECTORS_PER_NEIGHBOUR = 100
 _RANGE_STD = {"int8": 5.0, "int4": 2.5}
-"""Ranges are the mean -+ so many standard deviations. Clipping costs int8 more than coarse steps
-do; for 16 even levels 2.5 is the best for a normal distribution (Max 1960,
+"""Ranges are the mean -+ this many standard deviations. Clipping costs int8 more than coarse steps
+do. For 16 even levels, 2.5 is the best for a normal distribution (Max 1960,
 doi:10.1109/TIT.1960.1057548, table II)."""
 _ROTATION_STEPS = 50
 _MOST_ITQ_DIMS = 1024
 _ROTATED_CODES: tuple[VectorCode, ...] = ("binary", "int4")
 
 _Way = Literal["slice", "pca", "pca rotated"]
-"""How vectors are shortened; the last one for binary and int4 codes only."""
+"""How vectors are shortened; "pca rotated" is for binary and int4 codes only."""
 _WAYS: dict[DimsMethod, tuple[_Way, ...]] = {
     "slice": ("slice",),
     "pca": ("pca", "pca rotated"),
     "auto": ("slice", "pca", "pca rotated"),
 }
-"""What a method chooses among; of equals the first one."""
+"""What a method chooses among; the first of equally good ones."""
 
 
 def fit(
@@ -49,9 +49,9 @@ def fit(
 ) -> VectorTransform:
     """Fit projection and code on calibration vectors.
 
-    PCA projects on the leading right singular vectors of `x` as it is, not mean-centred: centring
-    changes what the cosine measures. Where there is a choice, it is made by the neighbours of
-    calibration vectors that were held out from the fit.
+    PCA projects on the leading right singular vectors of `x` without subtracting the mean, because
+    centring would change the cosine. A choice is made by the neighbours of calibration vectors that
+    were held out from the fit.
 
     Args:
         x: [N, F] unit rows of the model, in full dimension.
@@ -105,7 +105,7 @@ def check_bytes(full_dims: int, n_bytes: int) -> None:
 
 
 class _Basis:
-    """Calibration vectors and their singular value decomposition, which is made once."""
+    """Calibration vectors and their singular value decomposition, which is computed once."""
 
     def __init__(self, rows: Floats) -> None:
         """Of vectors [N, F]."""
@@ -130,18 +130,18 @@ class _Basis:
     def _directions(self) -> npt.NDArray[np.float64]:
         """Right singular vectors [min(N, F), F] in float64."""
         basis = np.linalg.svd(self.rows.astype(np.float64), full_matrices=False)[2]
-        # The sign of a singular vector is arbitrary; fixing it keeps builds equal across LAPACKs.
+        # The sign of a singular vector is arbitrary. A fixed one makes builds equal across LAPACKs.
         largest = np.take_along_axis(basis, np.abs(basis).argmax(axis=1)[:, None], axis=1)
         signed: npt.NDArray[np.float64] = basis * np.sign(largest)
         return signed
 
 
 _Fit = Callable[[_Basis], VectorTransform]
-"""Fits one of the ways that are compared on some of the calibration vectors."""
+"""Fits one of the compared ways on some of the calibration vectors."""
 
 
 def _ways(rows: Floats, dims: Dims, vectors: Vectors) -> tuple[_Way, ...]:
-    """What the method chooses among, as far as there are vectors to fit it on.
+    """The ways that the method chooses among and that there are enough vectors for.
 
     Raises:
         InputError: more dimensions than there are, or too few vectors to choose by or to fit on.
@@ -164,7 +164,7 @@ def _ways(rows: Floats, dims: Dims, vectors: Vectors) -> tuple[_Way, ...]:
     ways = _WAYS[dims.method]
     if vectors.code not in _ROTATED_CODES:
         ways = tuple(way for way in ways if way != "pca rotated")
-    # What cannot be tried on vectors held out is not chosen.
+    # A way that cannot be tried on held-out vectors is not chosen.
     return ways if enough and dims.n <= n - n_held_out else ways[:1]
 
 
@@ -175,7 +175,7 @@ def _shortened(
     vectors: Vectors,
     similarity: Similarity = "cosine",
 ) -> VectorTransform:
-    """The transform fitted on all vectors of `basis`, nothing left to choose."""
+    """The transform of one way, fitted on all vectors of `basis`."""
     if way == "slice":
         full_dims = basis.rows.shape[1]
         transform = VectorTransform(full_dims=full_dims, dims=n_dims, method="slice")
@@ -188,7 +188,7 @@ def _shortened(
 
 
 def _rotated(transform: VectorTransform, rows: Floats, code: str) -> VectorTransform:
-    """The same with its dimensions rotated: towards their signs for binary, else at random."""
+    """The transform with rotated dimensions: towards their signs for binary, else at random."""
     projection = transform.projection
     if projection is None:
         projection = np.eye(transform.dims, transform.full_dims, dtype=np.float32)
@@ -206,7 +206,7 @@ def _coded(transform: VectorTransform, rows: Floats, vectors: Vectors) -> Vector
         InputError: too few vectors for it.
     """
     code = vectors.code
-    assert code != "auto"  # these two are given their bytes
+    assert code != "auto"  # auto and pq are fitted by their bytes
     assert code != "pq"
     if code == "rabitq" and not transform.rotated:
         transform = _rotated(transform, rows, code)
@@ -268,14 +268,14 @@ class _Candidate:
         return _coded(transform, basis.rows, self.vectors)
 
     def trial(self, transform: VectorTransform, kept: float) -> CodeTrial:
-        """What is recorded of it."""
+        """The record of this way."""
         record = transform.record()
         names = CodeTrial.model_fields.keys() - {"neighbours_kept"}
         return CodeTrial(**{name: getattr(record, name) for name in names}, neighbours_kept=kept)
 
 
 def _product_coded(basis: _Basis, n_bytes: int, most_dims: int) -> VectorTransform:
-    """A PCA, of whose dimensions those are kept that get bits of a product code."""
+    """A PCA that keeps the dimensions to which the product code gives bits."""
     plain = replace(basis.principal(most_dims), similarity="dot")
     book = fit_codebook(plain.project(basis.rows), n_bytes)
     kept = basis.principal(int(book.dimensions.max()) + 1)
@@ -295,32 +295,35 @@ def _candidates(n_bytes: int, full_dims: int, n_fitted: int, vectors: Vectors) -
     """Ways to fill `n_bytes` with a code of vectors of F dimensions, fitted on so many vectors."""
     most_dims = min(full_dims, n_fitted)
     product = _Candidate("pca", min(8 * n_bytes, most_dims), Vectors(code="pq", bytes=n_bytes))
-    found = [product] if n_bytes <= most_dims else []
+    candidates = [product] if n_bytes <= most_dims else []
     if vectors.code == "pq":
-        return found
+        return candidates
     dims_of: dict[VectorCode, int] = {"int8": n_bytes, "int4": 2 * n_bytes, "binary": 8 * n_bytes}
     if n_bytes % 4 == 0:
         dims_of["float32"] = n_bytes // 4
     for code, dims in dims_of.items():
         plain = Vectors(code=code, rescore=vectors.rescore)
         if dims == full_dims:
-            found.append(_Candidate("full", dims, plain, similarity="cosine"))
+            candidates.append(_Candidate("full", dims, plain, similarity="cosine"))
         elif dims < full_dims:
-            found.append(_Candidate("slice", dims, plain, similarity="cosine"))
+            candidates.append(_Candidate("slice", dims, plain, similarity="cosine"))
         if code == "binary" and dims <= full_dims:
             centred = plain.model_copy(update={"centred": True})
-            method = found[-1].method
-            found.append(_Candidate(method, dims, centred, similarity="cosine"))
+            method = candidates[-1].method
+            candidates.append(_Candidate(method, dims, centred, similarity="cosine"))
         if dims <= most_dims and (code != "float32" or dims < full_dims):
-            found += [_Candidate("pca", dims, plain, similarity=s) for s in ("dot", "cosine")]
+            candidates += [_Candidate("pca", dims, plain, similarity=s) for s in ("dot", "cosine")]
             if code in _ROTATED_CODES and (code != "binary" or dims <= _MOST_ITQ_DIMS):
-                found.append(_Candidate("pca", dims, plain, rotated=True))
+                candidates.append(_Candidate("pca", dims, plain, rotated=True))
     for bits in range(1, 9):
-        # Two of the bytes hold the factor; a size that leaves more than a few idle is passed over.
+        # Two of the bytes hold the factor. Sizes that leave over a tenth of the bytes unused are
+        # out.
         dims = min(8 * (n_bytes - 2) // bits, most_dims)
         if dims >= bits and code_bytes("rabitq", dims, bits) >= 0.9 * n_bytes:
-            found.append(_Candidate("pca", dims, Vectors(code="rabitq", bits=bits), rotated=True))
-    return found
+            candidates.append(
+                _Candidate("pca", dims, Vectors(code="rabitq", bits=bits), rotated=True)
+            )
+    return candidates
 
 
 def _fit_bytes(
@@ -342,7 +345,7 @@ def _fit_bytes(
             f"by, found {n}; raise calibration.n_texts"
         )
     candidates = _candidates(n_bytes, full_dims, n - n_held_out, vectors)
-    if similarity == "dot":  # lengths say something, so none is normalised away
+    if similarity == "dot":  # lengths matter, so no candidate normalises them away
         dots = (replace(candidate, similarity=similarity) for candidate in candidates)
         candidates = list(dict.fromkeys(dots))
     kept = _neighbours_kept(rows, [candidate.fitted for candidate in candidates], similarity)
@@ -363,11 +366,11 @@ def _fit_bytes(
 
 
 def _towards_signs(z: Floats) -> npt.NDArray[np.float64]:
-    """The orthogonal R [D, D] for which z R lies close to the signs that are kept of it.
+    """The orthogonal R [D, D] for which z R lies close to its signs.
 
     Iterative quantization (ITQ, Gong and Lazebnik 2011, section 3.2), from a seeded random
-    rotation: B = sign(z R), then the R nearest to it (Procrustes: of z' B = U S V', R = U V'), in
-    turn. |B - z R|^2 falls at each step. Vectors are not mean-centred, as in the PCA before.
+    rotation. Two steps alternate: B = sign(z R), then the R nearest to it (Procrustes: z' B = U S
+    V' gives R = U V'). |B - z R|^2 falls at each step. As in the PCA, the mean is not subtracted.
 
     Args:
         z: [N, D] projected vectors.
@@ -391,10 +394,10 @@ def _random_rotation(n_dims: int) -> npt.NDArray[np.float64]:
 def _neighbours_kept(rows: Floats, fits: Sequence[_Fit], similarity: Similarity) -> list[float]:
     """Share of nearest neighbours that each fit keeps of vectors that it has not seen.
 
-    Each quarter of the vectors is searched among itself, as it will be stored and rescored, by what
-    was fitted on the others. One neighbour of a hundred vectors counts, as ten of a thousand do in
-    a search: how ten lie among a hundred is told by what is too coarse for that. -1 is what could
-    not be fitted.
+    Each quarter of the vectors is searched in itself, as stored and rescored by what was fitted on
+    the other three. One neighbour of a hundred vectors counts, the same share as ten of a thousand
+    in a search; ten of a hundred would favour codes that are too coarse. -1 marks a fit that
+    failed.
     """
     kept: list[list[float]] = [[] for _ in fits]
     exact = identity(rows.shape[1], similarity=similarity)
@@ -405,17 +408,17 @@ def _neighbours_kept(rows: Floats, fits: Sequence[_Fit], similarity: Similarity)
         wanted = _nearest_others(exact, held_out, k)
         for shares, fitted in zip(kept, fits, strict=True):
             try:
-                found = _nearest_others(fitted(basis), held_out, k)
+                nearest = _nearest_others(fitted(basis), held_out, k)
             except InputError:  # too few dimensions vary for this one
                 shares.append(-np.inf)
                 continue
-            pairs = zip(found, wanted, strict=True)
+            pairs = zip(nearest, wanted, strict=True)
             shares += [len(np.intersect1d(a, b)) / k for a, b in pairs]
     return [max(-1.0, float(np.mean(shares))) for shares in kept]
 
 
 def _nearest_others(transform: VectorTransform, rows: Floats, k: int) -> list[npt.NDArray[np.intp]]:
-    """The k nearest of each of `rows` [N, F] among the others, by what is stored of them."""
+    """The k nearest of each of `rows` [N, F] among the others, as they are stored."""
     z = transform.project(rows)
-    found, _ = search(transform, z, transform.quantize(z), k + 1)
-    return [neighbours[neighbours != i][:k] for i, neighbours in enumerate(found)]
+    nearest, _ = search(transform, z, transform.quantize(z), k + 1)
+    return [neighbours[neighbours != i][:k] for i, neighbours in enumerate(nearest)]

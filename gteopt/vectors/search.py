@@ -1,4 +1,4 @@
-"""The k nearest of coded vectors: exact, in blocks, on the codes as stored.
+"""Exact search for the k nearest of coded vectors, in blocks, on the codes as stored.
 
 Hides: rounding bounds, blocks, faiss for binary codes. Refuses to know: torch, models, files.
 """
@@ -14,8 +14,8 @@ from gteopt.errors import InputError
 from gteopt.vectors.transform import Codes, Floats, VectorTransform, checked_rows, paired_dot
 
 Products = Callable[[Floats], Callable[[Floats], Floats]]
-"""Takes stored vectors [N, D] and gives what multiplies queries [Q, D] with them to [Q, N], summed
-in float32 or better: where that is done, and how."""
+"""Takes stored vectors [N, D] and returns a function from queries [Q, D] to products [Q, N], summed
+in float32 or better. It decides on which device they are computed, and how."""
 
 _BLOCK_SCORES = 1 << 22
 _BLOCK_VECTORS = 1 << 14
@@ -35,11 +35,11 @@ def search(
 ) -> tuple[npt.NDArray[np.intp], Floats]:
     """The k best stored vectors of each query, best first; ties in order of their index.
 
-    float32, int4, rabitq and pq are ordered by the dot product of the float query with what each
-    code stands for. For int8 and binary the `rescore * k` best by codes alone are candidates (the
-    query is coded too): greatest dot product of what the codes stand for, or least Hamming distance
-    H, as 1 - 2 H / D. The candidates are then ordered by the dot product of the *float* query with
-    what their codes stand for (asymmetric rescoring as in BPR, Yamada et al. 2021,
+    float32, int4, rabitq and pq are ordered by the dot product of the float query with the decoded
+    vector. For int8 and binary the query is coded too, and the `rescore * k` best by codes alone
+    are candidates: those with the greatest dot product of decoded codes, or the least Hamming
+    distance H, as 1 - 2 H / D. The candidates are then ordered by the dot product of the *float*
+    query with the decoded vector (asymmetric rescoring as in BPR, Yamada et al. 2021,
     arXiv:2106.00882). With `rescore` 1 the first order stays.
 
     Memory is bounded by blocks over queries and vectors.
@@ -48,7 +48,7 @@ def search(
         transform: what made the codes.
         queries: [Q, D] projected, float.
         codes: [N, D] or packed, as `quantize` made them.
-        k: how many; all N where there are fewer.
+        k: how many; all N if there are fewer.
 
     Returns:
         Indices and scores, both [Q, min(k, N)]. Scores approximate the cosine.
@@ -59,18 +59,18 @@ def search(
     """
     blocks = Search(transform, queries, k)
     blocks.add(codes)
-    return blocks.found()
+    return blocks.nearest()
 
 
 class Search:
     """`search` over stored vectors that come block by block.
 
     Only the candidates of each query are kept between blocks, so a corpus never has to be in
-    memory. Where it is cut changes no result.
+    memory. The cuts between blocks change no result.
 
-    Scores are sums in float64, rounded to float32. Equal vectors then score equally wherever they
-    lie, which keeps ties in order; BLAS orders a float32 sum by position. Only pairs that may be
-    among the best are summed so. A float32 product in any order is within gamma_D |x| |y| of the
+    Scores are sums in float64, rounded to float32. Equal vectors then score equally at any place,
+    which keeps ties in order; BLAS orders a float32 sum by position. Only pairs that may be among
+    the best are summed like that. A float32 product in any order is within gamma_D |x| |y| of the
     dot product x y, gamma_n = n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability of
     Numerical Algorithms, 2nd ed., section 3.1, and Cauchy-Schwarz). A vector whose product is
     further than that below the n-th best so far is therefore not among the n best.
@@ -85,7 +85,7 @@ class Search:
     ) -> None:
         """Search for the k best of each query [Q, D], projected.
 
-        `products` decide who is looked at, and change no result.
+        `products` decide which pairs are scored, and change no result.
 
         Raises:
             InputError: wrong shape, or k below 1.
@@ -115,7 +115,7 @@ class Search:
         for start in range(0, len(codes), _BLOCK_VECTORS):
             self._add_block(codes[start : start + _BLOCK_VECTORS])
 
-    def found(self) -> tuple[npt.NDArray[np.intp], Floats]:
+    def nearest(self) -> tuple[npt.NDArray[np.intp], Floats]:
         """Indices and scores, both [Q, min(k, N)], as `search` returns them."""
         indices, scores = self._indices, self._scores
         if self._transform.rescores:
@@ -133,9 +133,9 @@ class Search:
         self._scores = np.pad(self._scores, ((0, 0), (0, more)), constant_values=-np.inf)
         self._rescored = np.pad(self._rescored, ((0, 0), (0, more)))
         block = max(1, _BLOCK_SCORES // len(codes))
-        # Decoded once for all queries, since decoding takes as long as some hundred queries.
+        # Decoded once for all queries, since decoding takes as long as hundreds of queries.
         stored = None if transform.code == "binary" else transform.dequantize(codes)
-        # In a small corpus, and early in a large one, too many vectors are among the best so far.
+        # In a small corpus, and early in a large one, too many vectors may be among the best.
         product = None
         if stored is not None and 2 * _PAIR_COST * self._n < self._n_seen + len(codes):
             product, longest = self._products(stored), _norms(stored).max()
@@ -143,52 +143,52 @@ class Search:
             queries = self._queries[start : start + block]
             least = self._scores[start : start + block, -1]
             if stored is None:
-                distances, found = _nearest_by_hamming(
+                distances, columns = _nearest_by_hamming(
                     transform.quantize(queries), codes, min(self._n, len(codes))
                 )
                 values = transform.of_hamming(distances)
             else:
                 queries = transform.first_compared(queries)
                 if product is None:
-                    found, values = _all_scores(queries, stored)
+                    columns, values = _all_scores(queries, stored)
                 else:
                     error = _product_error(_norms(queries) * longest, transform.dims)
                     in_play = _in_play(product(queries), error, least, self._n)
-                    found, values = _scores_of(in_play, queries, stored)
+                    columns, values = _scores_of(in_play, queries, stored)
             better = np.flatnonzero(values.max(axis=1, initial=-np.inf) > least)
-            found, best = found[better], values[better]
+            columns, best = columns[better], values[better]
             if stored is not None:
                 top, best = _top(best, min(self._n, best.shape[1]))
-                found = np.take_along_axis(found, top, axis=1)
-            self._merge(start + better, found, best, codes)
+                columns = np.take_along_axis(columns, top, axis=1)
+            self._merge(start + better, columns, best, codes)
         self._n_seen += len(codes)
 
     def _merge(
         self,
         queries: npt.NDArray[np.intp],
-        found: npt.NDArray[np.intp],
+        columns: npt.NDArray[np.intp],
         values: Floats,
         codes: Codes,
     ) -> None:
-        """Put the best of a block of codes, `found` in it by each of these queries, in place."""
+        """Put the best of a block of codes, `columns` of it by each of these queries, in place."""
         n_kept = self._scores.shape[1]
         # Earlier blocks come first, so a stable order keeps ties in order of their index.
         both = np.concatenate([self._scores[queries], values], axis=1)
         best, self._scores[queries] = _top(both, n_kept)
-        indices = np.concatenate([self._indices[queries], found + self._n_seen], axis=1)
+        indices = np.concatenate([self._indices[queries], columns + self._n_seen], axis=1)
         self._indices[queries] = np.take_along_axis(indices, best, axis=1)
         if self._transform.rescores:
             rescored = np.concatenate([self._rescored[queries], np.zeros_like(values)], axis=1)
-            rows, columns = np.nonzero(best >= n_kept)
-            places = best[rows, columns]
-            of = found[rows, places - n_kept]
+            rows, slots = np.nonzero(best >= n_kept)
+            places = best[rows, slots]
+            of = columns[rows, places - n_kept]
             rescored[rows, places] = self._rescore(queries[rows], codes, of)
             self._rescored[queries] = np.take_along_axis(rescored, best, axis=1)
 
     def _rescore(
         self, queries: npt.NDArray[np.intp], codes: Codes, of: npt.NDArray[np.intp]
     ) -> Floats:
-        """Scores [P] of float queries with what codes stand for, of corresponding indices."""
+        """Scores [P] of float queries with the decoded codes of corresponding indices."""
         return _dots_of_pairs(
             lambda part: self._queries[queries[part]],
             lambda part: self._transform.dequantize(codes[of[part]]),
@@ -203,11 +203,10 @@ def _norms(rows: Floats) -> npt.NDArray[np.float64]:
 
 
 def _product_error(norms: npt.NDArray[np.float64], dims: int) -> npt.NDArray[np.float64]:
-    """How far float32 products may lie from scores, where |x| |y| is at most `norms`; infinite
-    where a sum might overflow. See `Search`.
+    """Most distance of float32 products from scores if |x| |y| is at most `norms`; see `Search`.
 
-    gamma of two more than `dims`: a score is rounded to float32 as well, and norms are. Besides
-    what is relative, each term may underflow.
+    It is gamma of `dims` + 2, because scores and norms are rounded to float32 as well. Each term
+    may also underflow. The distance is infinite where a sum might overflow.
     """
     limits = np.finfo(np.float32)
     n_u = (dims + 2) * float(limits.eps) / 2
@@ -218,15 +217,17 @@ def _product_error(norms: npt.NDArray[np.float64], dims: int) -> npt.NDArray[np.
 def _in_play(
     products: Floats, error: npt.NDArray[np.float64], least: Floats, n: int
 ) -> npt.NDArray[np.bool_]:
-    """Of products [Q, N], each within `error` [Q] of its score, those whose score may be above
-    `least` [Q] and among the n largest of its row.
+    """Which of the products [Q, N] may have a score above `least` [Q] and among its row's n
+    largest.
+
+    Each product is within `error` [Q] of its score.
     """
-    # A product that is NaN, of an overflow, is in play.
+    # A NaN comes from an overflow, so it is in play.
     bar = least.astype(np.float64) - error
     in_play = ~(products < _below(bar)[:, None])
     crowded = np.flatnonzero(np.count_nonzero(in_play, axis=1) > n)
     if len(crowded) and n < products.shape[1]:
-        # The n-th largest product's score, and that of all n - 1 before, is above it less `error`.
+        # The scores of the n largest products are at least the n-th product less `error`.
         rows = products[crowded]
         nth = np.partition(rows, rows.shape[1] - n, axis=1)[:, rows.shape[1] - n]
         bar[crowded] = np.fmax(bar[crowded], nth - 2 * error[crowded])
@@ -242,21 +243,22 @@ def _below(values: npt.NDArray[np.float64]) -> Floats:
 def _scores_of(
     in_play: npt.NDArray[np.bool_], queries: Floats, stored: Floats
 ) -> tuple[npt.NDArray[np.intp], Floats]:
-    """Indices and scores [Q, <= N] of pairs of `queries` [Q, D] and `stored` [N, D], in each row in
-    order of their index; the rest of a row scores -inf.
+    """Indices and scores [Q, <= N] of pairs of `queries` [Q, D] and `stored` [N, D].
+
+    Each row is in order of index; the rest of a row scores -inf.
     """
     rows, columns = np.nonzero(in_play)
     if len(rows) * _PAIR_COST > in_play.size:
         return _all_scores(queries, stored)
     counts = np.count_nonzero(in_play, axis=1)
     places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    found = np.zeros((len(queries), counts.max(initial=0)), np.intp)
-    scores = np.full(found.shape, -np.inf, np.float32)
-    found[rows, places] = columns
+    indices = np.zeros((len(queries), counts.max(initial=0)), np.intp)
+    scores = np.full(indices.shape, -np.inf, np.float32)
+    indices[rows, places] = columns
     scores[rows, places] = _dots_of_pairs(
         lambda part: queries[rows[part]], lambda part: stored[columns[part]], len(rows)
     )
-    return found, scores
+    return indices, scores
 
 
 def _all_scores(queries: Floats, stored: Floats) -> tuple[npt.NDArray[np.intp], Floats]:
@@ -268,7 +270,7 @@ def _all_scores(queries: Floats, stored: Floats) -> tuple[npt.NDArray[np.intp], 
 def _dots_of_pairs(
     left: Callable[[slice], Floats], right: Callable[[slice], Floats], n: int
 ) -> Floats:
-    """`paired_dot` of n pairs, of which not all are in memory at once."""
+    """`paired_dot` of n pairs, some at a time."""
     scores = np.empty(n, np.float32)
     for start in range(0, n, _BLOCK_PAIRS):
         part = slice(start, min(start + _BLOCK_PAIRS, n))
@@ -281,9 +283,9 @@ def _nearest_by_hamming(
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.intp]]:
     """The n codes nearest to each query by Hamming distance.
 
-    faiss finds them: its distances are whole numbers, so its ranking is ours to the last tie. Float
-    and int8 codes stay with numpy, because faiss sums in float32 by position in a block, which can
-    rank equal vectors apart.
+    faiss finds them. Its distances are whole numbers, so its ranking is exact, ties included. numpy
+    searches float and int8 codes, because faiss sums float32 by position in a block, which can rank
+    equal vectors apart.
 
     Args:
         queries: codes [Q, B].
@@ -293,9 +295,9 @@ def _nearest_by_hamming(
     Returns:
         Distances and indices, both [Q, n], nearest first, ties in order of their index.
     """
-    if n == 0:  # nothing is stored, which faiss refuses to search
+    if n == 0:  # faiss refuses to search an empty index
         return np.empty((len(queries), 0), np.int32), np.empty((len(queries), 0), np.intp)
-    import faiss  # a tenth of a second, and its own threads; only where bits are searched
+    import faiss  # takes a tenth of a second and threads, and only binary codes need it
 
     index = faiss.IndexBinaryFlat(8 * codes.shape[1])
     index.add(np.ascontiguousarray(codes))

@@ -3,10 +3,10 @@
 Hides: how projections and codes are stored and applied. Refuses to know: torch, models, files, how
 anything was fitted.
 
-Everything that depends on data is fitted once, on calibration vectors, and stored; coding a vector
-never looks at the other vectors of its batch. (sentence-transformers' `quantize_embeddings` takes
-its int8 ranges from the batch at hand unless given others, so that queries and documents get
-different maps; it floors, which decodes half a step low.)
+Everything that depends on data is fitted once, on calibration vectors, and stored. The code of a
+vector never depends on the other vectors of its batch. (sentence-transformers'
+`quantize_embeddings` takes its int8 ranges from the batch by default, so that queries and documents
+get different maps. It also floors, which decodes half a step low.)
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class VectorTransform:
         >>> stored = transform.quantize(transform.project(vectors))  # int8 [N, 64]
 
     Attributes:
-        similarity: "cosine" where projected rows are normalised again; "dot" where they keep the
-            length that shortening leaves, whose dot products are closer to the model's cosines.
+        similarity: "cosine" if projected rows are normalised again. "dot" if they keep their
+            length, with which dot products are closer to the model's cosines.
         rescore: `search` fetches `rescore * k` candidates by codes and reorders them.
         explained_variance_ratio: share of the calibration vectors' variance that a PCA keeps.
         rotated: whether kept dimensions were rotated for the code; float dot products are the same.
-        neighbours_kept: what a choice among ways to shorten was made by; None without one.
-        trials: the grid that a choice by bytes was made from, best first; empty without one.
-        projection: [D, F], orthonormal rows (the weight of a linear layer F -> D); None where the
-            first dimensions are kept as they are.
-        low, high: [D], int8 and int4: what the lowest and highest code stand for; binary: what the
-            bits stand for where the mean was subtracted before.
+        neighbours_kept: by way of shortening, the share that decided; None without a choice.
+        trials: what a choice by bytes was made from, best first; empty without a choice.
+        projection: [D, F], orthonormal rows (the weight of a linear layer F -> D); None keeps the
+            first dimensions.
+        low, high: [D]. int8 and int4: the values of the lowest and highest code. binary: the values
+            of the bits, if the mean was subtracted.
         bits: rabitq only: bits a dimension.
         centre: rabitq only: [D], subtracted before coding.
         codebook: pq only: [M, 256, S] points.
@@ -112,7 +112,7 @@ class VectorTransform:
     def project(self, x: npt.ArrayLike) -> Floats:
         """Shorten vectors [N, F] to rows [N, D]: unit rows, unless `similarity` is "dot".
 
-        Sums run in float64, so that a row does not depend on the rows beside it. A row that the
+        Sums are in float64, so that a row does not depend on the rows beside it. A row that the
         projection maps to zero stays zero.
 
         Raises:
@@ -155,10 +155,10 @@ class VectorTransform:
         return np.pad(stored, ((0, 0), (0, self.full_dims - self.dims)))
 
     def first_compared(self, queries: Floats) -> Floats:
-        """What of queries [Q, D] a search multiplies with what codes stand for at first.
+        """The queries [Q, D] that a search first multiplies with decoded codes.
 
-        int8 compares codes with codes, and rescores. int4, rabitq and pq take the float query at
-        once, so that nothing is left to rescore.
+        int8 compares codes with codes, and rescores. int4, rabitq and pq take the float query, and
+        do not rescore.
         """
         return self.dequantize(self.quantize(queries)) if self.code == "int8" else queries
 
@@ -170,7 +170,7 @@ class VectorTransform:
             codes: [P, D] or packed.
 
         Returns:
-            Both [P]; the same twice where nothing is rescored.
+            Both [P]; twice the same for a code that is not rescored.
         """
         self.check_codes(codes)
         if self.code == "binary":
@@ -190,12 +190,12 @@ class VectorTransform:
         return best
 
     def n_candidates(self, k: int) -> int:
-        """How many stored vectors a search for k looks at again after the codes."""
+        """How many stored vectors a search for k keeps by their codes."""
         return k * self.rescore if self.rescores else k
 
     def of_hamming(self, distances: npt.NDArray[np.int32]) -> Floats:
         """1 - 2 H / D."""
-        # Rounded at once: what is compared later with scores of another block has been, too.
+        # Rounded here, because it is compared with rounded scores of other blocks.
         return (1 - distances * np.float32(2 / self.dims)).astype(np.float32)
 
     @property
@@ -204,7 +204,7 @@ class VectorTransform:
         return self.rescore > 1 and self.code in ("int8", "binary")
 
     def record(self) -> VectorRecord:
-        """What the manifest says of this transform."""
+        """The manifest's record of this transform."""
         return VectorRecord(
             dims=self.dims,
             method=self.method,

@@ -17,7 +17,7 @@ from gteopt.build.calibration_texts import (
     tokenize,
     with_sentences,
 )
-from gteopt.build.replay import accumulate_hessian, advance_, open_blocks, stages
+from gteopt.build.replay import accumulate_hessian, advance_, open_blocks, running_order
 from gteopt.config.recipe import Calibration
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
@@ -113,7 +113,7 @@ def test_replayed_blocks_give_the_models_own_output(
 def test_layers_that_share_an_input_stand_in_one_stage_in_running_order(nano: Encoder) -> None:
     tokens = tokenize(nano.tokenization, draw_texts(Calibration(n_texts=4)), 64)
     blocks, inputs = open_blocks(nano, tokens)
-    short = [[n.rsplit(".", maxsplit=1)[-1] for n in s] for s in stages(blocks[1], inputs)]
+    short = [[n.rsplit(".", maxsplit=1)[-1] for n in s] for s in running_order(blocks[1], inputs)]
     assert short == [
         ["q_proj", "k_proj", "v_proj"],
         ["o_proj"],

@@ -303,8 +303,8 @@ def test_a_dead_input_feature_is_recorded_and_costs_nothing(base: Path, tmp_path
 
 
 def test_a_hessian_that_no_damping_mends_names_the_layer() -> None:
-    """The real solver on a real matrix with negative curvature, through the build's own door."""
-    from gteopt.build.blocks import LayerInputs, quantize_layer
+    """The real solver on a real matrix with negative curvature, through quantize_layer."""
+    from gteopt.build.layers import LayerInputs, quantize_layer
     from gteopt.quant.hessian import HessianAccumulator
 
     weights = load_recipe("gptq-int4").weights

@@ -24,6 +24,7 @@ from gteopt.build.layer_plan import plan_layers
 from gteopt.build.replay import StateSpill
 from gteopt.build.sensitivity import DEEP_BLOCKS, estimate, measure
 from gteopt.config.recipe import Calibration, LayerScheme, Recipe, load_recipe
+from gteopt.encoder.description import RuntimeOptions
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import load_checkpoint
 from gteopt.errors import InputError, NumericsError
@@ -124,7 +125,7 @@ def test_losses_are_the_same_with_one_block_in_memory_and_room_for_few_trials() 
     tokens = tokenize(whole.tokenization, draw_texts(FEW), 48)
     choices = dict.fromkeys(list(plan.schemes)[4:10], (INT2, INT4))  # of two blocks
     wanted = losses(whole, tokens, choices)
-    streamed = load_checkpoint(checkpoint, dtype="float32", later=plan.blocks)
+    streamed = load_checkpoint(checkpoint, RuntimeOptions(dtype="float32"), later=plan.blocks)
     assert streamed.streams
     found = losses(streamed, tokens, choices)
     for name in choices:  # sums of weights that lie elsewhere may differ in their last bits
@@ -195,7 +196,7 @@ def test_estimates_are_the_same_with_one_block_in_memory_and_hidden_states_on_di
     choices = dict.fromkeys(list(plan.schemes)[4:10], (INT2, INT4))  # of two blocks
     wanted = estimated(encoder, tokens, choices, StateSpill(1 << 30, tmp_path / "unused"))
     assert not (tmp_path / "unused").exists()
-    streamed = load_checkpoint(checkpoint, dtype="float32", later=plan.blocks)
+    streamed = load_checkpoint(checkpoint, RuntimeOptions(dtype="float32"), later=plan.blocks)
     assert streamed.streams
     found = estimated(streamed, tokens, choices, StateSpill(0, tmp_path))
     for name in choices:  # sums of weights that lie elsewhere may differ in their last bits
@@ -210,7 +211,7 @@ def test_a_deep_model_is_estimated_and_the_manifest_says_so(
     """The nano counts as deep here; the estimate goes on behind the blocks that it has."""
     recipe = mixed(4.25, calibration=Calibration(n_texts=12, max_tokens=24))
     assert gteopt.quantize("nano", recipe, tmp_path / "shallow").allocation.found_by == "runs"  # type: ignore[union-attr]
-    monkeypatch.setattr("gteopt.build.layer_plan.DEEP_BLOCKS", 3)
+    monkeypatch.setattr("gteopt.build.bit_budget.DEEP_BLOCKS", 3)
     whole = gteopt.quantize("nano", recipe, tmp_path / "whole")
     assert whole.allocation is not None
     assert whole.allocation.found_by == "gradients"

@@ -186,7 +186,7 @@ class Listening(LocalEncoding):
     def forget(self, shards: Sequence[Shard]) -> None:
         assert set(shards) <= set(self.asked)
 
-    def afterwards(self, begin: Callable[[], None]) -> None:
+    def when_all_started(self, start_next: Callable[[], None]) -> None:
         raise AssertionError("nothing comes after this run")
 
 

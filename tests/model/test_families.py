@@ -427,7 +427,7 @@ def test_inspect_tells_the_familys_facts(tmp_path: Path) -> None:
 
 def test_replayed_blocks_give_the_models_own_output_however_often(published: Published3) -> None:
     """Published configs say `use_cache: true`: keys of an earlier run must not be seen."""
-    from gteopt.build.replay import advance_, behind_blocks, open_blocks, stages
+    from gteopt.build.replay import advance_, behind_blocks, open_blocks, running_order
 
     _, folder, _ = published
     assert "use_cache" not in json.loads((folder / "config.json").read_text())  # so it is true
@@ -436,7 +436,7 @@ def test_replayed_blocks_give_the_models_own_output_however_often(published: Pub
     blocks, inputs = open_blocks(encoder, tokens)
     for block in blocks:
         for _ in range(2):
-            stages(block, inputs)
+            running_order(block, inputs)
         advance_(block, inputs)
     found = behind_blocks(encoder, blocks, [batch.hidden for batch in inputs], inputs)
     np.testing.assert_allclose(found.numpy(), encoder.embed_tokens(tokens), atol=1e-5)

@@ -336,7 +336,7 @@ def test_a_search_ranks_as_float64_does_to_the_last_tie(
         decoded = transform.dequantize(stored).astype(np.float64)
         scores = (coded @ decoded.T).astype(np.float32)
         expected = np.argsort(-scores, axis=1, kind="stable")[:, :10]
-        indices, found = search.found()
+        indices, found = search.nearest()
         np.testing.assert_array_equal(indices, expected)
         np.testing.assert_array_equal(found, np.take_along_axis(scores, expected, axis=1))
 
@@ -370,7 +370,7 @@ def test_no_float32_product_within_the_bound_can_hide_a_best_one() -> None:
     search = Search(identity(64), queries, 5, worst)
     for piece in np.split(documents, [1400]):
         search.add(piece)
-    indices, _ = search.found()
+    indices, _ = search.nearest()
     scores = (queries.astype(np.float64) @ documents.astype(np.float64).T).astype(np.float32)
     np.testing.assert_array_equal(indices, np.argsort(-scores, axis=1, kind="stable")[:, :5])
 
@@ -473,7 +473,7 @@ def test_a_corpus_that_comes_in_pieces_is_searched_as_one(
     search = Search(transform, queries, 12)
     for piece in np.split(stored, cuts):
         search.add(piece)
-    whole, found = nearest(transform, queries, stored, 12), search.found()
+    whole, found = nearest(transform, queries, stored, 12), search.nearest()
     np.testing.assert_array_equal(found[0], whole[0])
     np.testing.assert_array_equal(found[1], whole[1])
     if code != "float32":
