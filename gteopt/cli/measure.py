@@ -243,7 +243,10 @@ def bench(
 
 
 _WHERE = frozenset(
-    {"hub_dir", "device", "devices", "ray", "out", "cache_gb", "as_json", "as_csv", "as_markdown"}
+    {
+        *("hub_dir", "device", "devices", "ray", "out", "cache_gb", "examples"),
+        *("as_json", "as_csv", "as_markdown"),
+    }
 )
 """Options that decide where an evaluation runs and what it keeps, not what it finds."""
 
@@ -301,7 +304,7 @@ def evaluate(
         bool,
         typer.Option(
             "--examples",
-            help="with --texts: put the texts whose neighbours changed most, in clear, into --out",
+            help="put the own texts whose neighbours changed most, in clear, into --out",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
@@ -423,8 +426,10 @@ def evaluate(
     if suite is None and data is None and texts is None:
         raise InputError("nothing to evaluate on; give --suite, --data or --texts")
     data = check_own_data(data, texts, suite, roles, hub_dir)
-    if examples and (texts is None or out is None):
-        raise InputError("--examples shows texts of --texts in the results folder; give --out, too")
+    if examples and ((texts is None and data is None) or out is None):
+        raise InputError(
+            "--examples keeps own texts in the results folder; give --texts or --data, and --out"
+        )
     from gteopt.evaluation.data_check import check_data
     from gteopt.evaluation.suites import with_data
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from gteopt.build.fit_vectors import fit_transforms
+from gteopt.commands.own_examples import OwnTexts, write_examples
 from gteopt.config.plan import ColumnRole
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.config.recipe import CODES_BY_DIMS, VectorCode
@@ -25,7 +26,7 @@ from gteopt.encoder.loading import load
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
 from gteopt.evaluation.compare import BaselineDraws, compare
 from gteopt.evaluation.data_check import check_data
-from gteopt.evaluation.fidelity import fidelity, most_changed
+from gteopt.evaluation.fidelity import digest_of, fidelity, most_changed
 from gteopt.evaluation.item_scores_file import write_item_scores
 from gteopt.evaluation.runner import (
     ENCODE_OPTIONS,
@@ -143,12 +144,13 @@ def score(
         InputError: the results folder is a file; lists every source that cannot be opened, before
             anything is encoded.
     """
-    _check_folder(folder)
+    _check_folder(folder, how)
     check_data(suite, how.hub_dir)
     _check_all(sources, folder, how)
     reports: dict[str, EvalReport] = {}
     baseline = None
     drawn: BaselineDraws = {}
+    own_texts, examples = None, dict[str, Examples]()
     following: _Opened | None = None
     for name, next_name in zip(sources, [*list(sources)[1:], None], strict=True):
         opened = following
@@ -180,6 +182,7 @@ def score(
         del opened  # two models may not fit
         if baseline is None:
             baseline = next(run for run in runs if run.encoder_sha256 == own.sha256)
+            own_texts = OwnTexts(suite, baseline) if how.examples else None
         for done, (row, run) in enumerate(zip(views, runs, strict=True)):
             progress(f"{name}: comparing with {baseline.encoder}", done, len(runs))
             noted = replace(run, notes=(*run.notes, *notes))
@@ -187,10 +190,10 @@ def score(
             if folder is not None:
                 write_item_scores(folder / "items" / f"{row}.parquet", noted, row)
             reports[row] = found.model_copy(update={"asked": how.asked})
+            examples |= own_texts.of(run, row) if own_texts else {}
     reports = settle(reports, how.correction)
     if folder is not None:
-        for name, report in reports.items():
-            write_record(folder / "eval" / f"{name}.json", report)
+        _write(folder / "eval", reports, examples)
     return reports
 
 
@@ -215,12 +218,11 @@ def compare_texts(
     Raises:
         InputError: see `score`; or examples have no folder to lie in.
     """
-    _check_folder(folder)
-    if how.examples and folder is None:
-        raise InputError("--examples writes texts into the results folder; give --out")
+    _check_folder(folder, how)
     _check_all(sources, None, how)
     texts = read_texts(file, columns)
     examples: dict[str, Examples] = {}
+    known = {digest_of(text): text for text in texts}
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     reports: dict[str, FidelityReport] = {}
     baseline = None
@@ -259,22 +261,22 @@ def compare_texts(
                     baseline=baseline[0].name,
                     baseline_sha256=baseline[0].sha256,
                     texts=file.name,
-                    examples=most_changed(baseline[1], run.fidelity_sample, view.vectors, texts),
+                    examples=most_changed(baseline[1], run.fidelity_sample, view.vectors, known),
                 )
     if folder is not None:
-        _write_fidelity(folder, reports, examples)
+        _write(folder / "fidelity", reports, examples)
     return reports
 
 
-def _write_fidelity(
-    folder: Path, reports: Mapping[str, FidelityReport], examples: Mapping[str, Examples]
+def _write(
+    place: Path,
+    reports: Mapping[str, EvalReport] | Mapping[str, FidelityReport],
+    examples: Mapping[str, Examples],
 ) -> None:
-    """Write what texts without labels gave, and remove the examples of an earlier run."""
+    """Write the reports into their folder, and examples into the one beside it."""
     for name, report in reports.items():
-        write_record(folder / "fidelity" / f"{name}.json", report)
-        (folder / "examples" / f"{name}.json").unlink(missing_ok=True)
-    for name, changed in examples.items():
-        write_record(folder / "examples" / f"{name}.json", changed)
+        write_record(place / f"{name}.json", report)
+    write_examples(place.parent, reports, examples)
 
 
 def _check_all(sources: Mapping[str, str], folder: Path | None, how: Setup) -> None:
@@ -389,9 +391,11 @@ def _beginning(
     )
 
 
-def _check_folder(folder: Path | None) -> None:
+def _check_folder(folder: Path | None, how: Setup) -> None:
     if folder is not None and folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; results need a folder")
+    if how.examples and folder is None:
+        raise InputError("--examples writes texts into the results folder; give --out")
 
 
 def _store(folder: Path | None) -> Path | None:

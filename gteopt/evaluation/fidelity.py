@@ -64,7 +64,7 @@ class Sampler:
         """Texts of one side with their vectors [N, full_dims]; `prompt` tells apart the same text
         encoded in two ways.
         """
-        self._keep(side, [_digest(text, prompt) for text in texts], vectors)
+        self._keep(side, [digest_of(text, prompt) for text in texts], vectors)
 
     def merge(self, sample: Sample) -> None:
         """Another sample's texts."""
@@ -91,7 +91,8 @@ class Sampler:
             largest = max(kept)
 
 
-def _digest(text: str, prompt: str) -> str:
+def digest_of(text: str, prompt: str = "") -> str:
+    """What a sample knows a text by; `prompt` as in `Sampler.offer`."""
     return hashlib.sha256(f"{_SEED}\0{prompt}\0{text}".encode()).hexdigest()
 
 
@@ -201,38 +202,57 @@ def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> F
 
 
 def most_changed(
-    baseline: Sample, variant: Sample, transform: VectorTransform, texts: Sequence[str]
+    baseline: Sample, variant: Sample, transform: VectorTransform, known: Mapping[str, str]
 ) -> tuple[Example, ...]:
-    """The ten texts that keep the fewest of their ten nearest others, with both lists.
+    """The ten texts that keep the fewest of their ten nearest, with both lists.
 
-    Of equals, those come first that come first in `texts`.
+    Queries are searched with among documents, and texts among one another, as in `fidelity`. Of
+    equals, those come first that come first in `known`.
 
     Args:
-        baseline: what `sample_of` made of the baseline's vectors of `texts`.
-        variant: the same of the variant's.
+        baseline: the baseline's sample.
+        variant: the variant's.
         transform: the variant's; its codes are searched.
-        texts: all of the samples' texts.
+        known: digest -> text. Texts of the samples that are not in it are left out.
     """
-    base, ours = _aligned(baseline["text"], variant["text"])
-    known = {_digest(text, ""): text for text in texts}
-    rows = set(variant["text"].digests)
-    named = [known[digest] for digest in baseline["text"].digests if digest in rows]
-    place = {text: number for number, text in enumerate(texts)}
-    exact = identity(base.shape[1])
-    projected = transform.project(ours)
-    before = _neighbours(exact, exact.project(base), exact.project(base), excluding_self=True)
-    after = _neighbours(transform, projected, transform.quantize(projected), excluding_self=True)
+    is_search = "query" in baseline and "query" in variant
+    sides: tuple[Side, Side] = ("query", "document") if is_search else ("text", "text")
+    if any(side not in baseline or side not in variant for side in sides):
+        return ()
+    (queries, base_q, ours_q), (documents, base_d, ours_d) = (
+        _known(baseline[side], variant[side], known) for side in sides
+    )
+    if not queries or len(documents) < 2:
+        return ()
+    exact = identity(base_d.shape[1])
+    before = _neighbours(
+        exact, exact.project(base_q), exact.project(base_d), excluding_self=not is_search
+    )
+    codes = transform.quantize(transform.project(ours_d))
+    after = _neighbours(transform, transform.project(ours_q), codes, excluding_self=not is_search)
     found = [
         Example(
-            text=text,
-            before=tuple(named[other] for other in theirs),
-            after=tuple(named[other] for other in mine),
+            text=known[query],
+            before=tuple(known[documents[other]] for other in theirs),
+            after=tuple(known[documents[other]] for other in mine),
         )
-        for text, theirs, mine in zip(named, before, after, strict=True)
+        for query, theirs, mine in zip(queries, before, after, strict=True)
     ]
+    place = {text: number for number, text in enumerate(known.values())}
     changed = [example for example in found if example.n_kept < len(example.before)]
     changed.sort(key=lambda example: (example.n_kept, place[example.text]))
     return tuple(changed[:N_EXAMPLES])
+
+
+def _known(
+    baseline: SideVectors, variant: SideVectors, known: Mapping[str, str]
+) -> tuple[list[str], Floats, Floats]:
+    """Digests of the texts that both have and that are known, with both models' vectors."""
+    rows = set(variant.digests)
+    shared = [digest for digest in baseline.digests if digest in rows]
+    kept = [number for number, digest in enumerate(shared) if digest in known]
+    base, ours = _aligned(baseline, variant)
+    return [shared[number] for number in kept], base[kept], ours[kept]
 
 
 def _n_offered(side: Side, sample: SideVectors) -> int:

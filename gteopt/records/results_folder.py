@@ -82,18 +82,20 @@ def read_results(folder: Path) -> Results:
         evals=evals,
         fidelity=fidelity,
         choice=read_record(choice_path, Choice) if choice_path.is_file() else None,
-        examples=_read_examples(folder, fidelity),
+        examples=_read_examples(folder, {**fidelity, **evals}),
     )
 
 
-def _read_examples(folder: Path, fidelity: Mapping[str, FidelityReport]) -> dict[str, Examples]:
+def _read_examples(
+    folder: Path, judged: Mapping[str, FidelityReport | EvalReport]
+) -> dict[str, Examples]:
     """Those of the variants as they are now: a build anew makes the former ones another's."""
     paths = sorted((folder / "examples").glob("*.json"))
     found = {path.stem: read_record(path, Examples) for path in paths}
     return {
         name: each
         for name, each in found.items()
-        if name in fidelity and fidelity[name].artifact_sha256 == each.artifact_sha256
+        if name in judged and judged[name].artifact_sha256 == each.artifact_sha256
     }
 
 

@@ -60,5 +60,5 @@ def _shown(text: str) -> str:
     return escape(short)
 
 
-_LEAD = """The ten texts that keep the fewest of their ten nearest others. These are your own texts
-in clear, so look before you pass this page on."""
+_LEAD = """The ten texts that keep the fewest of their ten nearest. A large collection is
+looked at by a sample. These are your own texts in clear, so look before you pass this page on."""

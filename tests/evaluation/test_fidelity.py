@@ -15,6 +15,7 @@ from gteopt.evaluation.fidelity import (
     Sampler,
     Side,
     SideVectors,
+    digest_of,
     fidelity,
     most_changed,
     read_sample,
@@ -252,7 +253,8 @@ def test_examples_are_the_texts_that_keep_the_fewest_neighbours() -> None:
     names = [f"text {number}" for number in range(80)]
     base = texts(4, 80)
     ours = unit(base + 0.15 * np.random.default_rng(5).normal(size=base.shape))
-    found = most_changed(sample_of(names, base), sample_of(names, ours), identity(DIMS), names)
+    known = {digest_of(name): name for name in names}
+    found = most_changed(sample_of(names, base), sample_of(names, ours), identity(DIMS), known)
 
     def nearest(vectors: npt.NDArray[np.float32], row: int) -> list[str]:
         similar = vectors @ vectors[row]
@@ -270,4 +272,22 @@ def test_examples_are_the_texts_that_keep_the_fewest_neighbours() -> None:
         assert list(example.before) == nearest(base, row)
         assert list(example.after) == nearest(ours, row)
         assert example.n_kept == kept[example.text]
-    assert most_changed(sample_of(names, base), sample_of(names, base), identity(DIMS), names) == ()
+    assert most_changed(sample_of(names, base), sample_of(names, base), identity(DIMS), known) == ()
+
+
+def test_examples_of_a_search_are_queries_with_documents_and_only_of_known_texts(
+    search: dict[Side, SideVectors],
+) -> None:
+    noise = np.random.default_rng(6).normal(size=(400, DIMS))
+    theirs = {**search, "document": side(unit(search["document"].vectors + 0.2 * noise))}
+    documents = {digest: f"document {row}" for row, digest in enumerate(search["document"].digests)}
+    # Both sides of this fixture number their rows alike, so that one name stands for two texts.
+    known = {digest: documents[digest] for digest in search["document"].digests[:200]}
+    found = most_changed(search, theirs, identity(DIMS), known)
+    assert len(found) == 10
+    for example in found:
+        row = int(example.text.removeprefix("document "))
+        similar = search["document"].vectors[:200] @ search["query"].vectors[row]
+        nearest = [f"document {other}" for other in np.argsort(-similar, kind="stable")[:10]]
+        assert list(example.before) == nearest
+    assert most_changed(search, theirs, identity(DIMS), {}) == ()

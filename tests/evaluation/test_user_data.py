@@ -15,7 +15,7 @@ import pytest
 
 import gteopt
 from gteopt.build.fit_vectors import fit_transforms
-from gteopt.commands.evaluate import Grid, Setup, compare_texts
+from gteopt.commands.evaluate import Grid, Setup, compare_texts, score
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
 from gteopt.evaluation.compare import compare
@@ -365,6 +365,28 @@ def test_examples_are_written_only_where_they_are_asked_for(
     )
     with pytest.raises(InputError, match="give --out"):
         compare_texts(sources, path, None, how=keeping, progress=quiet)
+
+
+def test_examples_of_an_own_collection_are_its_queries_with_its_documents(tmp_path: Path) -> None:
+    folder = beir(tmp_path / "mine")
+    how = Setup(device="cpu", grid=Grid((32,), ("binary",)), examples=True)
+    # Another task of the suite, whose texts nobody asked for.
+    sts = next(task for task in load_suite("mini").tasks if task.task == "MiniSTS")
+    mini = load_suite("mini").model_copy(update={"tasks": (sts,)})
+    suite = with_data(mini, folder, instruction="Find what answers the question")
+    sources = {"base": "nano", "same": "nano"}
+    score(sources, suite, tmp_path / "out", how=how, progress=quiet)
+    found = read_results(tmp_path / "out").examples
+    assert set(found) == {"base-32-binary", "same-32-binary"}
+    queries = {row["text"] for row in mini_rows("queries")}
+    documents = {row["text"] for row in mini_rows("corpus")}
+    examples = found["same-32-binary"].examples
+    assert len(examples) == 10
+    assert {example.text for example in examples} <= queries
+    for example in examples:
+        assert len(example.before) == len(example.after) == 10
+        assert {*example.before, *example.after} <= documents
+    assert found["same-32-binary"].texts == "mine"
 
 
 def test_too_few_or_broken_texts_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""A user's own texts whose neighbours changed most, kept in clear where that was asked for.
+
+Hides: by which digests a run's sample knows the texts of own data. Refuses to know: encoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from gteopt.evaluation.fidelity import digest_of, most_changed
+from gteopt.evaluation.runner import SuiteRun
+from gteopt.evaluation.suites import Suite
+from gteopt.evaluation.user_data import Collection, read_own
+from gteopt.records.examples import Examples
+from gteopt.records.files import write_record
+
+
+class OwnTexts:
+    """The texts of a suite's own data, and what their neighbours became.
+
+    Args:
+        suite: that is scored; its other tasks' texts are left out.
+        baseline: its run of the suite, which says what queries were prefixed with.
+    """
+
+    def __init__(self, suite: Suite, baseline: SuiteRun) -> None:
+        self._baseline = baseline
+        self._files = ", ".join(task.data.name for task in suite.tasks if task.data is not None)
+        instructions = {score.task: score.instruction for score in baseline.scores}
+        self._known: dict[str, str] = {}
+        for task in suite.tasks:
+            if task.data is None or task.task not in instructions:
+                continue
+            own = read_own(task.data, task.columns)
+            with_instruction = f"query\0{instructions[task.task] or ''}"
+            if isinstance(own, Collection):
+                queries = [row["text"] for row in own.queries]
+                # As mteb joins them.
+                documents = [f"{row['title']} {row['text']}".strip() for row in own.corpus]
+                self._know(documents, "document\0")
+            else:
+                queries, documents = [*own.first, *own.second], []
+            self._know([*queries, *documents], with_instruction)
+
+    def _know(self, texts: Iterable[str], prompt: str) -> None:
+        self._known |= {digest_of(text, prompt): text for text in texts}
+
+    def of(self, run: SuiteRun, row: str) -> dict[str, Examples]:
+        """The examples of one row of the table; none of the baseline itself."""
+        base = self._baseline
+        if run.encoder_sha256 == base.encoder_sha256:
+            return {}
+        changed = most_changed(base.fidelity_sample, run.fidelity_sample, run.vectors, self._known)
+        return {
+            row: Examples(
+                variant=row,
+                artifact_sha256=run.encoder_sha256,
+                baseline=base.encoder,
+                baseline_sha256=base.encoder_sha256,
+                texts=self._files,
+                examples=changed,
+            )
+        }
+
+
+def write_examples(folder: Path, rows: Iterable[str], examples: Mapping[str, Examples]) -> None:
+    """Write the examples of a run, and remove those that an earlier one left for the same rows."""
+    for row in rows:
+        (folder / "examples" / f"{row}.json").unlink(missing_ok=True)
+    for row, changed in examples.items():
+        write_record(folder / "examples" / f"{row}.json", changed)
