@@ -169,7 +169,7 @@ def foreign_errors(folder: Path, what: str) -> Iterator[None]:
     except GteoptError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
             raise
         raise IntegrityError(
             f"{folder}: {what} failed ({type(error).__name__}: {shorten(error)}); the files are "

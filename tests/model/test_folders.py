@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gteopt
-from gteopt.errors import GteoptError
+from gteopt.errors import GteoptError, IntegrityError
 from gteopt.model.checkpoint import open_checkpoint
+from gteopt.model.foreign import foreign_errors
 from tests.support.architectures import TEXTS, make, sentence_transformer
 
 
@@ -252,3 +253,22 @@ def test_names_in_a_folder_reach_no_terminal_with_control_characters(bert: Path)
         shown = ran.stdout + ran.stderr
         assert b"LOAD REPORT" in shown
         assert not {0x1B, 0x07} & set(shown)
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (ValueError("a name that says out of memory"), False),
+        (RuntimeError("size mismatch"), False),
+    ],
+)
+def test_a_device_without_memory_is_no_damaged_folder(
+    tmp_path: Path, error: Exception, passes: bool
+) -> None:
+    with (
+        pytest.raises(type(error) if passes else IntegrityError),
+        foreign_errors(tmp_path, "loading"),
+    ):
+        raise error
