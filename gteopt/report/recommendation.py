@@ -123,6 +123,7 @@ def _commands(folder: str, artifact: str) -> str:
     """The lines that load, check, serve and publish the picked artifact."""
     shell = (
         f"gteopt verify {artifact}\n"
+        f"gteopt serve {artifact}\n"
         f"gteopt publish {artifact} --repo ORG/NAME --results {folder} --dry-run\n"
         f"gteopt choose {folder} --policy fastest   # another policy, nothing measured anew"
     )

@@ -603,6 +603,7 @@ def test_the_first_lines_say_what_the_pick_costs(demo: Results) -> None:
     assert "Runner-up: gptq-int4" in header
     assert "2026-01-31, AMD EPYC 9B14" in header
     assert "gteopt.load(&quot;out/gptq-int4-pca128&quot;)" in page
+    assert "gteopt serve out/gptq-int4-pca128\n" in page
 
 
 def test_columns_that_hold_nothing_are_not_shown(demo: Results) -> None:
