@@ -283,6 +283,24 @@ def speed_makers() -> str:
     return markdown(("engine", *headings), rows)
 
 
+def solver_peers() -> str:
+    """The solver beside those of other libraries, on one problem."""
+    rows = [
+        (
+            row["solver"],
+            row["shape"].replace("x", " × "),
+            f"{row['statistics_cpu_s']:.2f} s",
+            f"{row['solve_cpu_s']:.2f} s",
+            f"{row['output_snr_db']:.2f} dB",
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
+        )
+        for row in read("solver")["peers"]["rows"]
+        if row["solver"] != "now"
+    ]
+    headings = ("solver", "outputs × inputs", "Hessian", "solve", "signal to noise", "peak memory")
+    return markdown(headings, rows)
+
+
 def peaks() -> str:
     """Operations a second of the best large product, by number type and run."""
     runs = ("minilm", "qwen2", "avx2")
@@ -957,6 +975,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-qwen2": speed("qwen2"),
     "speed-avx2": speed("avx2"),
     "speed-makers": speed_makers,
+    "solver-peers": solver_peers,
     "peaks": peaks,
     "grid": grid,
     "retention": retention,
