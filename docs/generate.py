@@ -562,14 +562,33 @@ def soaked() -> str:
     """What became of many requests, some of which hung up."""
     found = read("serving")["soak"]
     memory = found["memory_mb"]
+    after_two = next((mb for at, mb in memory if at >= 120), memory[-1][1])
+    slope = found["memory_slope_mb_per_minute"]
     row = (
-        *(f"{found[name]:,}" for name in ("answered", "wrong", "failed", "dropped")),
+        *(f"{found[name]:,}" for name in ("answered", "wrong", "lost", "failed", "dropped")),
         f"{found['seconds']:,.0f} s",
-        f"{memory[len(memory) // 4]:,.0f} MB",
-        f"{memory[-1]:,.0f} MB",
+        f"{after_two:,.0f} MB",
+        f"{memory[-1][1]:,.0f} MB",
+        "–" if slope is None else f"{slope:.2f} MB a minute",
     )
-    headings = ("answered", "wrong", "failed", "hung up on", "time", "memory after a quarter")
-    return markdown((*headings, "at the end"), [row])
+    headings = ("answered", "wrong", "lost", "failed", "hung up on", "time")
+    sizes = ("memory after two minutes", "at the end", "slope of the second half")
+    return markdown((*headings, *sizes), [row])
+
+
+def device_share() -> str:
+    """What a server costs beside the thread that computes."""
+    found = read("serving")["cpu_wide"]
+    row = (
+        found["model"],
+        f"{found['texts']:,}",
+        f"{found['bytes_per_text']:,}",
+        f"{found['device_thread_cpu_s']:.1f} s",
+        f"{found['other_threads_cpu_s']:.1f} s",
+        f"{found['share_outside_device_thread']:.1%}",
+    )
+    headings = ("model", "texts", "bytes a text in base64", "CPU of the device thread")
+    return markdown((*headings, "of the others", "share of the others"), [row])
 
 
 def embedded() -> str:
@@ -986,6 +1005,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "long-texts": long_texts,
     "serving": serving,
     "soak": soaked,
+    "device-share": device_share,
     "embedded": embedded,
     "machines": machines,
     "budget": budget,
