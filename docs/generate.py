@@ -225,6 +225,25 @@ def failures() -> str:
     )
 
 
+def static_ranges() -> str:
+    """What fixed input scales lose on a language that calibration did not see."""
+    rows = [
+        (
+            row["model"],
+            row["language"],
+            row["grid"],
+            f"{row['like']:.5f}",
+            f"{row['like'] / row['like_per_token']:.1f}",
+            f"{row['new']:.5f}",
+            f"{row['new'] / row['new_per_token']:.1f}",
+        )
+        for row in read("static_ranges")["rows"]
+    ]
+    return markdown(
+        ("model", "left out", "scales", "like texts", "ratio", "new language", "ratio"), rows
+    )
+
+
 def ablation() -> str:
     """What each part of the method is worth."""
     by_parts: dict[str, dict[str, Any]] = {}
@@ -987,6 +1006,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "minilm": minilm,
     "vector-margin": vector_margin,
     "peers-quality": peers_quality,
+    "static-ranges": static_ranges,
     "calibration": calibration,
     "failures": failures,
     "ablation": ablation,
