@@ -115,7 +115,7 @@ def _facts(manifest: Manifest, checkpoint: Checkpoint) -> str:
         ("quantized", _quantized(manifest)),
         ("format", f"`{manifest.format}`" if manifest.format else f"unquantized, {base.dtype}"),
         ("vector", f"{vectors.dims} dimensions, {vectors.code}, {vectors.bytes_per_vector} bytes"),
-        ("attention", checkpoint.attention + _causal_note(checkpoint)),
+        *([] if checkpoint.is_table else [("attention", _attention(checkpoint))]),
         ("pooling", checkpoint.pooling + (", normalised" if checkpoint.normalise else "")),
         ("longest text", f"{checkpoint.max_tokens:,} tokens"),
     ]
@@ -144,6 +144,10 @@ def _quantized(manifest: Manifest) -> str:
     if manifest.embedding is not None:
         text += f"; the token table, {manifest.embedding.bits_per_weight:.2f} bits a weight"
     return text
+
+
+def _attention(checkpoint: Checkpoint) -> str:
+    return checkpoint.attention + _causal_note(checkpoint)
 
 
 def _causal_note(checkpoint: Checkpoint) -> str:
@@ -193,6 +197,12 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         + (f"; it makes the {code} codes too" if code != "float32" else "")
         + ". Every file is checked against its hash."
     )
+    if checkpoint.is_table:
+        yield (
+            '**Sentence Transformers**: `SentenceTransformer("FOLDER")`. Nothing else opens a '
+            "table of token vectors."
+        )
+        return
     if checkpoint.latent is not None:
         yield (
             "Nothing else opens this folder: its latent-attention pooling is no module of Sentence "

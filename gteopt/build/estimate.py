@@ -122,7 +122,7 @@ def _estimate_build(build: _Build) -> RecipeEstimate:
             device=build.device,
         ),
         format=build.plan.format,
-        engines=engines_of(recipe, build.plan.format),
+        engines=engines_of(recipe, build.plan.format, is_table=base.checkpoint.is_table),
         n_tokens=build.n_tokens if solves else None,
         warning=few_tokens(build.n_tokens, widest) if solves else None,
         problem=None,

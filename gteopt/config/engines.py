@@ -29,7 +29,9 @@ left out for it; the same weights in compressed-tensors are read.
 _ONLY_GTEOPT_CODES = ("int8", "binary")
 
 
-def engines_of(recipe: Recipe, format: FormatName | None) -> tuple[Engine, ...]:
+def engines_of(
+    recipe: Recipe, format: FormatName | None, *, is_table: bool = False
+) -> tuple[Engine, ...]:
     """The engines that open what a recipe makes and give its vectors.
 
     A vector code of int8 or one bit is applied by gteopt alone; the others give the float vectors
@@ -38,8 +40,11 @@ def engines_of(recipe: Recipe, format: FormatName | None) -> tuple[Engine, ...]:
     Args:
         recipe: what is built.
         format: the checkpoint format that its weights take.
+        is_table: the base is a table of token vectors, without a transformer.
     """
     engines = OPENS[format]
+    if is_table:
+        engines = tuple(each for each in engines if each in ("gteopt", "sentence-transformers"))
     if recipe.vectors.code in _ONLY_GTEOPT_CODES:
         return tuple(engine for engine in engines if engine in ("gteopt", "openvino"))
     if recipe.dims is not None and recipe.dims.method != "slice":

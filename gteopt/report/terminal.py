@@ -393,7 +393,8 @@ def artifact_table(found: Inspection, manifest: Manifest) -> Table:
     base, vectors = manifest.base, manifest.vectors
     snr = [layer.output_snr_db for layer in manifest.layers if layer.output_snr_db is not None]
     seen, share = manifest.calibration, manifest.expert_share
-    engines = engines_of(manifest.recipe, manifest.format)
+    is_table = found.architecture == "static_embedding"
+    engines = engines_of(manifest.recipe, manifest.format, is_table=is_table)
     facts = {
         "made of": f"{base.id} by {manifest.recipe.name}, {base.n_parameters:,} parameters",
         "weights": f"{decimal(manifest.weight_bytes, precision=2)}, "

@@ -79,6 +79,9 @@ def test_an_artifact_opens_in_both_libraries(
     if dims is not None:
         out = tmp_path / "short"
         gteopt.truncate(tmp_path / "full", out, dims=dims, method="slice")
+    engines = (out / "README.md").read_text(encoding="utf-8").partition("## Engines")[2]
+    assert "Sentence Transformers" in engines
+    assert "vLLM" not in engines
     found = gteopt.load(out).encode(TEXTS[:3])
     wanted = theirs(static).encode(TEXTS[:3])[:, : dims or 64]
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
@@ -101,7 +104,9 @@ def test_int8_vectors_are_those_of_the_same_values(static: Path, tmp_path: Path)
 def test_a_recipe_for_weights_says_that_there_are_none(static: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="nothing to quantize but its table"):
         gteopt.quantize(static, "int8", tmp_path / "out")
-    problems = {each.recipe: each.problem for each in gteopt.inspect(static).estimates}
+    estimates = {each.recipe: each for each in gteopt.inspect(static).estimates}
+    assert estimates["bf16"].engines == ("sentence-transformers", "gteopt")
+    problems = {name: each.problem for name, each in estimates.items()}
     assert problems["bf16"] is None
     assert "nothing to quantize but its table" in str(problems["gptq-int4"])
 
