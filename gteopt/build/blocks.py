@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gteopt.build.kept_states import KeptStates
 from gteopt.build.layer_plan import LayerPlan, effort, needs_original, shortens
 from gteopt.build.layers import LayerInputs, memory_errors, solve_layers
 from gteopt.build.replay import (
@@ -72,7 +73,11 @@ class BlockBuild:
 
 
 def quantize_blocks(
-    build: BlockBuild, blocks: Sequence[Block], inputs: Sequence[BlockInput], shards: Path
+    build: BlockBuild,
+    blocks: Sequence[Block],
+    inputs: Sequence[BlockInput],
+    shards: Path,
+    kept: KeptStates,
 ) -> tuple[tuple[LayerRecord, ...], TuningRecord | None]:
     """Quantize block after block, each on the outputs of those before it; store each at once.
 
@@ -91,21 +96,30 @@ def quantize_blocks(
         original=[batch.copy() for batch in inputs] if compares else None,
         dtype=replay_dtype(encoder) if inputs else encoder.dtype,
     )
+    batches = [*states.quantized, *(states.original or ())]
+    first = kept.n_blocks(batches) if batches else 0
+    if not all(notes_path(shard_path(shards, i)).is_file() for i in range(first)):
+        first = 0
+    if first:
+        kept.restore_(batches)
     finished: list[_ShardNotes] = []
     what = f"quantizing {encoder.checkpoint.id} with {build.recipe.name}"
     for i, block in enumerate(blocks):
         build.progress(what, i, len(blocks))
         shard = shard_path(shards, i)
-        is_last = i + 1 == len(blocks)
+        moves = bool(inputs) and first <= i < len(blocks) - 1
+        was_made = notes_path(shard).is_file()
         with memory_errors(block.name):
-            if notes_path(shard).is_file():
-                done, tensors = _resume_block_(build, block, states, shard, is_last)
+            if was_made:
+                done, tensors = _resume_block_(build, block, states, shard, moves)
             else:
                 done, tensors = _make_block_(build, block, states, shard)
-            if inputs and not is_last:
+            if moves:
                 # Later blocks see what is stored, whether this run made it or an earlier one.
                 reload_block_(encoder, block, tensors, done.layers, states.dtype)
                 advance_(block, inputs)
+            if moves and not was_made:
+                kept.keep(i + 1, batches)
             if shortens(build.recipe):
                 reload_block_(encoder, block, tensors, done.layers, encoder.dtype)
             else:
@@ -137,12 +151,12 @@ class _States:
 
 
 def _resume_block_(
-    build: BlockBuild, block: Block, states: _States, shard: Path, is_last: bool
+    build: BlockBuild, block: Block, states: _States, shard: Path, moves: bool
 ) -> tuple[_ShardNotes, dict[str, Tensor]]:
-    """Read what an earlier run made of a block; the original model's states move on."""
+    """Read what an earlier run made of a block; the original model's states move on if asked."""
     done = _ShardNotes.model_validate_json(notes_path(shard).read_bytes())
     tensors = load_file(shard)
-    if states.original is not None and not is_last:
+    if states.original is not None and moves:
         fill_(build.encoder, block.name, states.dtype)
         _smooth_(build, block, states.quantized)
         advance_(block, states.original)

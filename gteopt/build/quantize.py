@@ -25,6 +25,7 @@ from gteopt.build.blocks import (
 )
 from gteopt.build.calibration_texts import draw_texts, record, tokenize
 from gteopt.build.fit_vectors import check_vectors, needs_texts
+from gteopt.build.kept_states import KeptStates
 from gteopt.build.layer_plan import (
     LayerPlan,
     embedding_name,
@@ -201,7 +202,11 @@ def _quantize_layers(
         with memory_errors(blocks[0].name):
             blocks, inputs = open_blocks(encoder, tokens, dtype=replay_dtype(encoder), spill=spill)
     build = BlockBuild(encoder, run.recipe, plan, run.devices, run.progress)
-    layers, tuning = quantize_blocks(build, blocks, inputs, shards)
+    # The artifact will hold the token table, so states of that size take no more disk than it.
+    table = encoder.module.get_input_embeddings()  # type: ignore[operator]
+    n_bytes = sum(tensor.nbytes for tensor in (*table.parameters(), *table.buffers()))
+    kept = KeptStates(run.activations / "kept", n_bytes)
+    layers, tuning = quantize_blocks(build, blocks, inputs, shards, kept)
     del inputs
     shutil.rmtree(run.activations, ignore_errors=True)
     if tuned:

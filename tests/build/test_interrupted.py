@@ -11,10 +11,11 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,15 @@ def in_process(
             return real(first, *args, **more)
 
         setattr(module, name, runs_out)
+    if failure.startswith("note in "):
+        run = Block.run
+
+        def noted(block: Block, *arguments: Any) -> torch.Tensor:
+            with Path(failure.removeprefix("note in ")).open("a") as file:
+                file.write(f"{block.name}\n")
+            return run(block, *arguments)
+
+        Block.run = noted  # type: ignore[method-assign, assignment]
     if failure == "kill before the name":
         artifact.place = lambda stage, out: os.kill(os.getpid(), signal.SIGKILL)
     try:
@@ -189,6 +199,35 @@ def test_killed_after_each_block_in_turn_it_ends_in_the_same_bytes(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert len(modes) == 1  # weights are as readable as the rest
+
+
+@pytest.mark.parametrize("recipe", ["gptq-int4", "int8 compensated"])
+@pytest.mark.parametrize("damage", [None, "a file is short", "a batch is missing"])
+def test_a_resumed_build_replays_no_finished_block_where_its_states_are_whole(
+    tmp_path: Path, recipe: str, damage: str | None
+) -> None:
+    """A 7B model takes minutes a block. The states are kept beside the blocks where they take less
+    than the token table, which is large here. Damaged ones are not used.
+    """
+    model = replace(MODELS[0], config={**MODELS[0].config, "vocab_size": 20_000})
+    base = tmp_path / "base" / model.name
+    publish(base, model)
+    whole = build(base, tmp_path / "whole", recipe, activation_bytes=1 << 30)
+    assert whole == Ended(0, "")
+    killed = build(base, tmp_path / "out", recipe, "kill", 2, activation_bytes=1 << 30)
+    assert killed.code == -signal.SIGKILL
+    kept = sorted((tmp_path / ".out.partial/activations/kept/2").iterdir())
+    if damage == "a file is short":
+        os.truncate(kept[0], kept[0].stat().st_size - 1)
+    elif damage == "a batch is missing":
+        kept[-1].unlink()
+    replayed = tmp_path / "replayed"
+    ended = build(base, tmp_path / "out", recipe, f"note in {replayed}", activation_bytes=1 << 30)
+    assert ended == Ended(0, "")
+    names = set(replayed.read_text().split())
+    finished = {"layers.0", "layers.1"}
+    assert names & finished == (set() if damage is None else finished)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("recipe", ["gptq-int4 shortened", "int8 shortened"])
