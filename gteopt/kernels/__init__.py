@@ -54,7 +54,7 @@ KERNELS: dict[tuple[Product, DeviceKind], _Kernel | str] = {
     ("weights", "any"): DequantLinear,
 }
 """The layers; those of `kernels.cuda` by name. A layer may choose its product by the number of
-tokens in a call: up to `few_tokens` it multiplies the codes, beyond it decodes them first.
+tokens in a call. Up to `few_tokens` it multiplies the codes; beyond, it decodes them first.
 `int8_tile` has the tiles of a GPU's int8 product. A comparison of recipes removes the CPU's int8
 layers, because some processors round to 7 bits, which says nothing about the recipe."""
 

@@ -104,8 +104,8 @@ def solve(
         factor: of this Hessian, order and damping; given if several layers share one.
 
     Raises:
-        NumericsError: the weight or the Hessian holds NaN or infinity, no damping up to the mean
-            diagonal makes the Hessian positive definite, or a scale exceeds float16.
+        NumericsError: NaN or infinity in the weight or the Hessian; a Hessian that no damping up
+            to its mean diagonal makes positive definite; or a scale beyond float16.
     """
     weight = weight.detach().float()
     if factor is None:
@@ -153,9 +153,8 @@ def is_finite(values: Tensor) -> bool:
 def work_bytes(out_features: int, in_features: int, *, n_cross_rows: int = 0) -> int:
     """Most memory that `solve` takes beside its weight, with the statistics.
 
-    The peak is either in the factorisation or after it. It then holds the Hessian and the factor,
-    the corrected weight, a copy in the order of rounding, the codes twice, and the search of
-    ranges.
+    The peak is either in the factorisation or after it. What comes after holds the Hessian, the
+    factor, the corrected weight, a reordered copy, the codes twice, and the search of ranges.
 
     Args:
         out_features: O.
