@@ -347,6 +347,13 @@ def evaluate(
             rich_help_panel=JUDGES,
         ),
     ] = False,
+    stop_when: Annotated[
+        Literal["decided"] | None,
+        typer.Option(
+            help="decided: end a variant's task once its verdict cannot change; it is then no part "
+            "of the mean"
+        ),
+    ] = None,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -482,6 +489,7 @@ def evaluate(
             asked=_asked(context),
             correction="row" if per_row else "family",
             examples=examples,
+            stops=stop_when is not None,
         )
         if texts is not None:
             close = compare_texts(sources, texts, out, how=how, columns=roles, progress=progress)

@@ -31,11 +31,13 @@ from gteopt.evaluation.item_scores_file import write_item_scores
 from gteopt.evaluation.runner import (
     ENCODE_OPTIONS,
     EncodeOptions,
+    SuiteRun,
     begin_views,
     run_texts,
     run_views,
 )
 from gteopt.evaluation.statistics import settle
+from gteopt.evaluation.stopping import StopRule
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.user_data import read_texts
 from gteopt.evaluation.views import View, own_view, view_of
@@ -108,6 +110,7 @@ class Setup:
         asked: see `EvalReport`.
         correction: what the error rate of verdicts holds for; see `settle`.
         examples: whether own texts whose neighbours changed most are kept, in clear.
+        stops: whether a variant's task ends once its verdict is certain.
     """
 
     hub_dir: Path | None = None
@@ -121,6 +124,7 @@ class Setup:
     asked: tuple[str, ...] = ()
     correction: Correction = "family"
     examples: bool = False
+    stops: bool = False
 
 
 def score(
@@ -161,7 +165,7 @@ def score(
             )
         following = None
         options = opened.options
-        if how.workers is not None and next_name is not None:
+        if how.workers is not None and next_name is not None and not how.stops:
             # Only descriptions of models, which take no memory, can be opened ahead of their turn.
             alone = replace(how, grid=None)
             following = _open(next_name, sources[next_name], alone, progress, is_baseline=False)
@@ -178,6 +182,7 @@ def score(
             store=_store(folder),
             options=options,
             progress=progress,
+            stop=_rule(baseline, how, margin, len(sources)),
         )
         del opened  # two models may not fit
         if baseline is None:
@@ -195,6 +200,16 @@ def score(
     if folder is not None:
         _write(folder / "eval", reports, examples)
     return reports
+
+
+def _rule(baseline: SuiteRun | None, how: Setup, margin: float, n_sources: int) -> StopRule | None:
+    """What ends a variant's tasks; None for the baseline, which the others need whole."""
+    if baseline is None or not how.stops:
+        return None
+    grid = how.grid
+    n_rows = n_sources - 1 if grid is None else n_sources * len(grid.codes) * max(1, len(grid.dims))
+    n_claims = n_rows * len(baseline.item_scores) if how.correction == "family" else 1
+    return StopRule(baseline.item_scores, baseline.encoder_sha256, margin, n_claims)
 
 
 def compare_texts(

@@ -32,6 +32,7 @@ from gteopt.evaluation.statistics import (
     resample,
     settle,
 )
+from gteopt.evaluation.stopping import part_of, widened
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.task_choice import foretold
 from gteopt.evaluation.task_store import SubsetScore, mean_over_tasks
@@ -81,13 +82,14 @@ def compare(
     tasks, draws = compare_scores(baseline, variant, {} if drawn is None else drawn)
     failed = _failed(baseline, variant)
     if not tasks:
-        reasons = [f"{each.task}: {each.reason}" for each in failed]
+        reasons = [f"{task.task}: {task.reason}" for task in failed]
         raise NumericsError(join_problems(f"{variant_name} has no score", reasons))
-    in_mean = counted(tasks)
-    score = mean_over_tasks((each.task, each.score) for each in in_mean)
-    baseline_score = mean_over_tasks((each.task, each.baseline_score) for each in in_mean)
+    in_mean = counted(_whole(tasks))
+    score = mean_over_tasks((task.task, task.score) for task in in_mean)
+    baseline_score = mean_over_tasks((task.task, task.baseline_score) for task in in_mean)
     has_retention = baseline_score > 0
-    sure = suite_interval(in_mean, draws)
+    stopped = _stopped_names(tasks)
+    sure = SuiteInterval() if stopped else suite_interval(in_mean, draws)
     report = EvalReport(
         schema="gteopt.eval/1",
         variant=variant_name,
@@ -98,7 +100,7 @@ def compare(
         suite_sha256=variant.suite_sha256,
         tasks=tuple(tasks),
         failed=failed,
-        partial=bool(failed),
+        partial=bool(failed or stopped),
         score=score,
         baseline_score=baseline_score,
         retention=score / baseline_score if has_retention else None,
@@ -115,7 +117,7 @@ def compare(
         n_asked_texts=variant.encodings.n_asked,
         n_encoded_texts=variant.encodings.n_encoded,
         n_cut_texts=variant.encodings.n_cut,
-        notes=(*chance_notes(tasks), *variant.notes, *sure.notes, *_elsewhere(baseline, variant)),
+        notes=_notes(baseline, variant, tasks, sure),
         fidelity=fidelity(baseline.fidelity_sample, variant.fidelity_sample, variant.vectors),
         machine=variant.machine,
         versions=variant.versions,
@@ -132,12 +134,14 @@ def _with_forecast(report: EvalReport, suite: Suite) -> EvalReport:
     if stands is None:
         return report
     by_task: dict[str, list[float]] = {}
+    stopped = _stopped_names(report.tasks)
     for task in report.tasks:
-        by_task.setdefault(task.task, []).append(task.score)
+        if task.task not in stopped:
+            by_task.setdefault(task.task, []).append(task.score)
     whole = foretold(stands, {name: float(np.mean(own)) for name, own in by_task.items()})
     if whole is None:
         missing = ", ".join(name for name in stands.weights if name not in by_task)
-        note = f"nothing is said of the whole {stands.suite}, as {missing} has no score"
+        note = f"nothing is said of the whole {stands.suite}, as {missing} has no whole score"
     else:
         note = (
             f"{whole.suite}: mean over {whole.n_tasks} tasks foretold as {100 * whole.score:.1f} "
@@ -145,6 +149,14 @@ def _with_forecast(report: EvalReport, suite: Suite) -> EvalReport:
             f"{whole.rate:.0%} of {whole.n_models} models that had no say in the choice"
         )
     return report.model_copy(update={"whole_suite": whole, "notes": (*report.notes, note)})
+
+
+def _notes(
+    baseline: SuiteRun, variant: SuiteRun, tasks: Sequence[TaskScore], sure: SuiteInterval
+) -> tuple[str, ...]:
+    """What of the scores is out of the ordinary."""
+    of_tasks = (*chance_notes(tasks), *_about_stops(tasks))
+    return (*of_tasks, *variant.notes, *sure.notes, *_elsewhere(baseline, variant))
 
 
 def _failed(baseline: SuiteRun, variant: SuiteRun) -> tuple[FailedTask, ...]:
@@ -202,7 +214,7 @@ def compare_scores(
     baseline: Scored, variant: Scored, drawn: BaselineDraws
 ) -> tuple[list[TaskScore], dict[SampleKey, Draws]]:
     """Every task, split and subset that both finished, and the draws of those with an interval."""
-    theirs = {(each.task, each.split, each.subset): each for each in baseline.scores}
+    theirs = {(score.task, score.split, score.subset): score for score in baseline.scores}
     draws: dict[SampleKey, Draws] = {}
     tasks = []
     for score in variant.scores:
@@ -214,7 +226,9 @@ def compare_scores(
             draws[key] = paired
         own = drawn[key].chance if key in drawn else None
         samples = variant.item_scores.get(key)
-        tasks.append(_task_score(score, theirs[key], paired, samples, own))
+        tasks.append(
+            _task_score(score, _of_items(baseline, theirs[key], score), paired, samples, own)
+        )
     return tasks, draws
 
 
@@ -249,8 +263,8 @@ def compare_item_scores(
     tasks, draws = compare_scores(theirs, ours, {})
     if not tasks:
         raise InputError(f"{variant} and {baseline} have no task in common; score both again")
-    in_mean = counted(tasks)
-    sure = suite_interval(in_mean, draws)
+    in_mean = counted(_whole(tasks))
+    sure = SuiteInterval() if _stopped_names(tasks) else suite_interval(in_mean, draws)
     same = ours.encoder_sha256 == theirs.encoder_sha256
     difference = sure.difference
     if difference is not None:
@@ -258,7 +272,7 @@ def compare_item_scores(
         if not same:
             of_suite = judge({"suite": (difference, margin)}, correction)["suite"]
         difference = difference.model_copy(update={"verdict": of_suite})
-    places = [(each.header.machine, each.header.versions) for each in (theirs, ours)]
+    places = [(scored.header.machine, scored.header.versions) for scored in (theirs, ours)]
     differing = differing_conditions(places[0], places[1])
     notes = [f"the baseline was scored with {differing}"] if differing else []
     return ItemComparison(
@@ -278,7 +292,7 @@ def compare_item_scores(
         n_interval_tasks=sure.n_tasks,
         margin=margin,
         correction=correction,
-        notes=(*chance_notes(tasks), *sure.notes, *notes),
+        notes=(*chance_notes(tasks), *_about_stops(tasks), *sure.notes, *notes),
     )
 
 
@@ -346,6 +360,37 @@ def suite_interval(tasks: Sequence[TaskScore], draws: Mapping[SampleKey, Draws])
     return SuiteInterval(difference_of(overall, value), low, high, len(by_task), notes)
 
 
+def _stopped_names(tasks: Sequence[TaskScore]) -> list[str]:
+    return list(dict.fromkeys(task.task for task in tasks if task.is_stopped))
+
+
+def _whole(tasks: Sequence[TaskScore]) -> list[TaskScore]:
+    """The tasks that a mean may be over: none of which any part was stopped, or all if none is."""
+    stopped = _stopped_names(tasks)
+    return [task for task in tasks if task.task not in stopped] or list(tasks)
+
+
+def _about_stops(tasks: Sequence[TaskScore]) -> list[str]:
+    """What of the tasks was scored, where some were stopped once decided."""
+    stopped = _stopped_names(tasks)
+    if not stopped:
+        return []
+    notes = []
+    for task in tasks:
+        if task.sequential is not None and task.is_stopped:
+            subset = "" if task.subset == "default" else f" {task.subset}"
+            notes.append(
+                f"{task.task}{subset}: decided and stopped after {task.sequential.n_scored:,} of "
+                f"{task.sequential.n_all:,}; both scores are over these"
+            )
+    n_tasks = len({task.task for task in tasks})
+    if len(stopped) < n_tasks:
+        rest = f"the mean is over the {n_tasks - len(stopped)} of {n_tasks} tasks scored whole"
+    else:
+        rest = "every task was stopped, so the mean is over parts of tasks"
+    return [*notes, f"{rest}; the suite has no interval and no verdict, as tasks were stopped"]
+
+
 def _about_average(report: EvalReport, suite: Suite) -> list[str]:
     """Why the average on a model's card cannot be compared, where the suite has other tasks."""
     average, changes = report.published_average, suite.published
@@ -377,17 +422,36 @@ def _paired(
         if score.no_samples is not None:
             return f"{who}: {score.no_samples}"
     key = ours.task, ours.split, ours.subset
-    samples, others = variant.item_scores[key], baseline.item_scores[key]
+    samples, others = variant.item_scores[key], _items(baseline, key, ours)
     if not samples.pairs_with(others):
         return f"the two models were scored on other {samples.unit} sets"
     if samples.n_units < MIN_UNITS:
         return f"{samples.n_units} of unit {samples.unit}; an interval needs {MIN_UNITS}"
-    if key not in draws_:
-        draws_[key] = resample(others)
     same = variant.encoder_sha256 == baseline.encoder_sha256
-    found = paired_draws(samples, draws_[key], same_model=same)
-    assert found is not None
-    return found
+    if ours.is_stopped:
+        draws = paired_draws(samples, others, same_model=same)
+    else:
+        if key not in draws_:
+            draws_[key] = resample(others)
+        draws = paired_draws(samples, draws_[key], same_model=same)
+    assert draws is not None
+    return draws if ours.sequential is None else widened(draws, ours.sequential)
+
+
+def _items(baseline: Scored, key: SampleKey, ours: SubsetScore) -> Samples:
+    """Entries of the baseline: of the same items as the variant's, where these were stopped."""
+    samples = baseline.item_scores[key]
+    if ours.sequential is None or ours.sequential.n_all != samples.n_units:
+        return samples
+    return part_of(samples, ours.sequential.n_scored)
+
+
+def _of_items(baseline: Scored, theirs: SubsetScore, ours: SubsetScore) -> SubsetScore:
+    """The baseline's score over the items that the variant was scored on."""
+    key = ours.task, ours.split, ours.subset
+    if not ours.is_stopped or key not in baseline.item_scores:
+        return theirs
+    return theirs.model_copy(update={"score": _items(baseline, key, ours).score()})
 
 
 def _task_score(
@@ -398,8 +462,11 @@ def _task_score(
     chance: Chance | None,
 ) -> TaskScore:
     has_interval = isinstance(drawn, Draws) and samples is not None
+    # Where either is of some of the items alone, the score of the two is no whole one.
+    stopped = theirs if theirs.is_stopped and not ours.is_stopped else ours
     return TaskScore(
-        **ours.model_dump(exclude={"no_samples"}),
+        **ours.model_dump(exclude={"no_samples", "sequential"}),
+        sequential=stopped.sequential,
         baseline_score=theirs.score,
         difference=difference_of(drawn, ours.score - theirs.score)
         if isinstance(drawn, Draws)

@@ -81,8 +81,8 @@ def read_predictions(task: Any, folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / task.prediction_file_name
     if not path.is_file():
         return {}
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    predictions: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return predictions
 
 
 def collect(
@@ -145,11 +145,16 @@ def _samples(
     raise UnsupportedError(f"{metric} of {task.metadata.type} is not kept text by text")
 
 
+def merges_queries(task: Any) -> bool:
+    """Whether a search scores all wordings of a query ("12_0", "12_1") as one query."""
+    return str(task.metadata.main_score).startswith("max_over_subqueries_")
+
+
 def _retrieval(task: Any, data: Any, results: Any, metric: str) -> Samples:
     qrels = data["relevant_docs"]
     if task.ignore_identical_ids:
-        for query, found in results.items():
-            found.pop(query, None)
+        for query, ranking in results.items():
+            ranking.pop(query, None)
     at = _AT.match("recall_at_1" if metric == "accuracy" else metric)
     if at is None:
         raise UnsupportedError(f"{metric} is not kept query by query")
@@ -163,7 +168,7 @@ def _retrieval(task: Any, data: Any, results: Any, metric: str) -> Samples:
         # The other depths cost nothing, and mteb's own function wants depth 1 for its summary.
         skip_first = task.skip_first_result and not over_subqueries
         scored = calculate_retrieval_scores(results, qrels, [1, depth], skip_first).all_scores
-        by_query = {query: found[f"{TREC[name]}_{depth}"] for query, found in scored.items()}
+        by_query = {query: ranking[f"{TREC[name]}_{depth}"] for query, ranking in scored.items()}
     names = sorted(by_query)
     arrays: dict[str, Array] = {"values": np.array([by_query[query] for query in names])[None]}
     n_relevant = [sum(grade > 0 for grade in qrels[query].values()) for query in names]
@@ -263,7 +268,7 @@ def _clustering_samples(metric: str, parts: Sequence[tuple[Any, Any, Any, int]])
 
 def _bitext(task: Any, data: Any, subset: str, own: Any, metric: str) -> Samples:
     pair = subset if task.parallel_subsets else "-".join(task._DEFAULT_PAIR[0])
-    predicted = np.array([found["corpus_id"] for found in own[pair]])
+    predicted = np.array([match["corpus_id"] for match in own[pair]])
     gold = np.arange(len(predicted))
     if "gold" in data:
         gold = np.array([right for _, right in data["gold"]])
@@ -315,8 +320,12 @@ def _summaries(task: Any, own: Any) -> Samples:
     with_p_values = task.evaluator is DeprecatedSummarizationEvaluator
     values = []
     for similarities, grades in zip(own["cosine_scores"], own["human_scores"], strict=True):
-        found = spearmanr(grades, similarities)
-        values.append((found.statistic + found.pvalue) / 2 if with_p_values else found.statistic)
+        correlation = spearmanr(grades, similarities)
+        values.append(
+            (correlation.statistic + correlation.pvalue) / 2
+            if with_p_values
+            else correlation.statistic
+        )
     # A correlation of nothing is 0, and its p-value is spread evenly from 0 to 1.
     chance = np.full(len(values), 1 / 4 if with_p_values else 0.0)
     return Samples("mean", "text", {"values": np.array(values)[None], "chance": chance})

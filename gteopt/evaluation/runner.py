@@ -43,6 +43,7 @@ from gteopt.vectors.transform import VectorTransform
 
 if TYPE_CHECKING:
     from gteopt.encoder.description import Description
+    from gteopt.evaluation.stopping import StopRule
     from gteopt.evaluation.tasks import ResolvedTask
 
 
@@ -126,12 +127,14 @@ class RunOptions(TypedDict, total=False):
             Without one, both lie in a temporary folder.
         options: how texts are encoded and kept.
         progress: told view and task, and how many of the task's texts are encoded.
+        stop: ends a task once its verdict is certain; None scores all of every task.
     """
 
     hub_dir: Path | None
     store: Path | None
     options: EncodeOptions
     progress: Progress
+    stop: StopRule | None
 
 
 def run_suite(encoder: Description, suite: Suite, **where: Unpack[RunOptions]) -> SuiteRun:
@@ -172,6 +175,7 @@ def run_views(
             store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gteopt-")))
         tasks = resolve(suite, hub_dir)
         scoring = _Scoring(encoder, suite, views, store, options, progress)
+        scoring.stop = where.get("stop")
         waiting = scoring.read_finished(tasks)
         load_data(waiting)
         scoring.score(waiting, len(tasks))
@@ -197,12 +201,12 @@ def begin_views(
         stack.enter_context(isolated(offline=hub_dir is not None))
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gteopt-")))
-        for each in resolve(suite, hub_dir):
-            if TaskFolder.of(encoder, each, store, options.dtype).sample() is None:
-                load_data([each])
+        for task in resolve(suite, hub_dir):
+            if TaskFolder.of(encoder, task, store, options.dtype).sample() is None:
+                load_data([task])
                 vectors = TaskVectors(encoder, store, options, lambda note: None)
-                _TaskLookahead(options, vectors.usual(), [each], [vectors.of(each)]).look(0)
-                each.task.unload_data()
+                _TaskLookahead(options, vectors.usual(), [task], [vectors.of(task)]).look(0)
+                task.task.unload_data()
                 return
 
 
@@ -261,6 +265,7 @@ class _Scoring:
         options: EncodeOptions,
         progress: Progress,
     ) -> None:
+        self.stop: StopRule | None = None
         self.encoder = encoder
         self.suite = suite
         self.views = views
@@ -284,17 +289,33 @@ class _Scoring:
     def read_finished(self, tasks: Sequence[ResolvedTask]) -> list[ResolvedTask]:
         """Read what earlier runs have finished; the tasks that some view still waits for."""
         for task in tasks:
-            place = TaskFolder.of(self.encoder, task, self.store, self.options.dtype)
-            self.places[task.name] = place
-            sample = place.sample()
-            if sample is None:
-                continue
-            self.sampler.merge(sample)
-            for view in self.views:
-                finished = place.finished(view)
-                if finished is not None:
-                    self.done[view.sha256, task.name] = finished
+            rules = [None] if self._rule(task) is None else [None, self._rule(task)]
+            for rule in rules:  # what is scored whole has no need to be stopped
+                place = TaskFolder.of(
+                    self.encoder,
+                    task,
+                    self.store,
+                    self.options.dtype,
+                    None if rule is None else rule.key(),
+                )
+                self.places[task.name] = place
+                sample = place.sample()
+                if sample is None:
+                    continue
+                self.sampler.merge(sample)
+                for view in self._waiting(task):
+                    finished = place.finished(view)
+                    if finished is not None:
+                        self.done[view.sha256, task.name] = finished
         return [task for task in tasks if self._waiting(task)]
+
+    def _rule(self, task: ResolvedTask) -> StopRule | None:
+        """What may stop a task; None where nothing can."""
+        name = task.aggregate or task.name
+        subsets = task.subsets if task.aggregate is None else (task.name,)
+        keys = [(name, split, subset) for split in task.splits for subset in subsets]
+        may_stop = self.stop is not None and any(self.stop.looks(key) for key in keys)
+        return self.stop if may_stop else None
 
     def _waiting(self, task: ResolvedTask) -> list[View]:
         return [view for view in self.views if (view.sha256, task.name) not in self.done]
@@ -312,7 +333,12 @@ class _Scoring:
         caches = [self.vectors.of(task) for task in tasks]
         usual = self.vectors.usual()
         _say_what_does_not_fit({task.name: n_texts(task) for task in tasks}, usual, self.say)
-        ahead = _TaskLookahead(self.options, usual, tasks, caches)
+        # What a task that may stop will encode is not known beforehand.
+        known = [
+            cache if self._rule(task) is None else None
+            for task, cache in zip(tasks, caches, strict=True)
+        ]
+        ahead = _TaskLookahead(self.options, usual, tasks, known)
         for position, (task, cache) in enumerate(zip(tasks, caches, strict=True)):
             ahead.look(position)
             number = f"{n_all - len(tasks) + position + 1} of {n_all}"
@@ -354,7 +380,10 @@ class _Scoring:
         """Scores of one task and view; None, and a record of why, where it fails."""
         from gteopt.evaluation.mteb_model import TaskModel
         from gteopt.evaluation.scoring import score_task
+        from gteopt.evaluation.tasks import n_texts
 
+        # Each look reads the documents again, which a full cache would encode again.
+        is_kept = cache.n_bytes(n_texts(task)) <= cache.room_bytes()
         before = cache.counts
         model = TaskModel(
             cache,
@@ -365,7 +394,9 @@ class _Scoring:
             searches=searches,
         )
         try:
-            scores, samples = score_task(model, task, self.store)
+            scores, samples = score_task(
+                model, task, self.store, self._rule(task) if is_kept else None
+            )
         except GteoptError as error:
             self.failed[view.sha256].append(FailedTask(task=task.name, reason=str(error)))
             return None
@@ -475,7 +506,8 @@ def _say_what_does_not_fit(
 class _TaskLookahead:
     """Lets workers begin with the next task's texts while a task is scored; see `EncodeAhead`.
 
-    Tasks with a cache of their own (another limit of tokens, lengths kept) are encoded once asked.
+    Tasks with a cache of their own (another limit of tokens, lengths kept) are encoded once asked,
+    and so are tasks that may stop, whose cache is None here.
     """
 
     def __init__(
@@ -483,7 +515,7 @@ class _TaskLookahead:
         options: EncodeOptions,
         cache: VectorCache,
         tasks: Sequence[ResolvedTask],
-        caches: Sequence[VectorCache],
+        caches: Sequence[VectorCache | None],
     ) -> None:
         self._encode = options.encode if isinstance(options.encode, EncodeAhead) else None
         self._start_next = options.start_next

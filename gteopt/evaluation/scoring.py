@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -17,68 +17,123 @@ from gteopt.evaluation.mteb_model import TaskModel
 from gteopt.evaluation.mteb_results import write_results
 from gteopt.evaluation.per_item_scores import Samples
 from gteopt.evaluation.predictions import TOLERANCE, collect, read_predictions, record_draws_
+from gteopt.evaluation.stopping import StopRule, rows_of
+from gteopt.evaluation.task_parts import only
 from gteopt.evaluation.task_store import SubsetScore
 from gteopt.evaluation.tasks import ResolvedTask, n_samples
 
 
 def score_task(
-    model: TaskModel, resolved: ResolvedTask, store: Path
+    model: TaskModel, resolved: ResolvedTask, store: Path, stop: StopRule | None = None
 ) -> tuple[tuple[SubsetScore, ...], Mapping[tuple[str, str], Samples]]:
     """Scores of every split and subset of one task, and what they are made of.
+
+    Args:
+        model: the encoder within this task.
+        resolved: the task, with its data.
+        store: where mteb's own result files go; those of stopped scores are not written.
+        stop: ends a split and subset as soon as its verdict is certain; None never does.
 
     Raises:
         NumericsError: vectors or a score that is not a number.
     """
-    metadata = resolved.task.metadata
-    scores = []
+    scores: list[SubsetScore] = []
     samples: dict[tuple[str, str], Samples] = {}
-    everything: dict[str, Mapping[str, Any]] = {}
+    everything: dict[str, dict[str, Any]] = {}
     started = monotonic()
     for split in resolved.splits:
-        draws = record_draws_(resolved.task)
-        with tempfile.TemporaryDirectory(prefix="gteopt-") as folder:
-            by_subset = resolved.task.evaluate(
-                model, split, encode_kwargs={"batch_size": 32}, prediction_folder=Path(folder)
-            )
-            predictions = read_predictions(resolved.task, Path(folder))
-        everything[split] = by_subset
-        entries = dict(collect(resolved.task, split, predictions, draws))
-        for subset, metrics in by_subset.items():
-            score = float(metrics["main_score"])
-            if not math.isfinite(score):
-                raise NumericsError(
-                    f"{metadata.main_score} of {split}/{subset} is {score}; the vectors of all its "
-                    f"texts may be the same"
-                )
-            found = _reproducing(entries.get(subset), score)
-            if isinstance(found, Samples):
-                samples[split, subset] = found
-            scores.append(
-                SubsetScore(
-                    task=resolved.aggregate or resolved.name,
-                    task_type=metadata.type,
-                    split=split,
-                    subset=subset if resolved.aggregate is None else resolved.name,
-                    metric=metadata.main_score,
-                    score=score,
-                    instruction=model.instruction.text,
-                    dataset_revision=resolved.revision,
-                    n_samples=n_samples(resolved.task, split, subset),
-                    no_samples=None if isinstance(found, Samples) else found,
-                )
-            )
-    write_results(store, model.mteb_model_meta, resolved, everything, monotonic() - started)
+        whole = list(resolved.subsets)
+        for subset in resolved.subsets if stop is not None else ():
+            part = _stopped(model, resolved, split, subset, stop)
+            if part is not None:
+                whole.remove(subset)
+                scores.append(part[0])
+                samples[split, subset] = part[1]
+        if not whole:
+            continue
+        for subset, score, entries, metrics in _evaluated(model, resolved, split, whole):
+            everything.setdefault(split, {})[subset] = metrics
+            if entries is not None:
+                samples[split, subset] = entries
+            if stop is not None:
+                at_end = stop.at_end((score.task, split, score.subset))
+                score = score.model_copy(update={"sequential": at_end})
+            scores.append(score)
+    if everything:
+        write_results(store, model.mteb_model_meta, resolved, everything, monotonic() - started)
     return tuple(scores), samples
 
 
-def _reproducing(found: Samples | UnsupportedError | None, score: float) -> Samples | str:
+def _stopped(
+    model: TaskModel, resolved: ResolvedTask, split: str, subset: str, stop: StopRule | None
+) -> tuple[SubsetScore, Samples] | None:
+    """Score and entries of the first items that decide; None where all have to be scored."""
+    name, of = resolved.aggregate or resolved.name, subset
+    if resolved.aggregate is not None:
+        of = resolved.name
+    for look in stop.looks((name, split, of)) if stop is not None else ():
+        assert stop is not None
+        with only(resolved.task, split, subset, rows_of(look.n_all, look.n_scored)):
+            ((_, score, entries, _),) = _evaluated(model, resolved, split, [subset])
+        if entries is None or entries.n_units != look.n_scored:
+            return None  # a task whose entries are not its items is scored whole
+        if stop.is_decided((name, split, of), entries, look):
+            return score.model_copy(update={"sequential": look}), entries
+    return None
+
+
+def _evaluated(
+    model: TaskModel, resolved: ResolvedTask, split: str, subsets: Sequence[str]
+) -> Iterator[tuple[str, SubsetScore, Samples | None, Mapping[str, Any]]]:
+    """Of each subset the score, the entries where they reproduce it, and all of mteb's metrics."""
+    metadata = resolved.task.metadata
+    draws = record_draws_(resolved.task)
+    with tempfile.TemporaryDirectory(prefix="gteopt-") as folder:
+        by_subset = resolved.task.evaluate(
+            model,
+            split,
+            None if len(subsets) == len(resolved.subsets) else list(subsets),
+            encode_kwargs={"batch_size": 32},
+            prediction_folder=Path(folder),
+        )
+        predictions = read_predictions(resolved.task, Path(folder))
+    entries = dict(collect(resolved.task, split, predictions, draws))
+    for subset, metrics in by_subset.items():
+        score = float(metrics["main_score"])
+        if not math.isfinite(score):
+            raise NumericsError(
+                f"{metadata.main_score} of {split}/{subset} is {score}; the vectors of all its "
+                f"texts may be the same"
+            )
+        entries_or_reason = _reproducing(entries.get(subset), score)
+        record = SubsetScore(
+            task=resolved.aggregate or resolved.name,
+            task_type=metadata.type,
+            split=split,
+            subset=subset if resolved.aggregate is None else resolved.name,
+            metric=metadata.main_score,
+            score=score,
+            instruction=model.instruction.text,
+            dataset_revision=resolved.revision,
+            n_samples=n_samples(resolved.task, split, subset),
+            no_samples=None if isinstance(entries_or_reason, Samples) else entries_or_reason,
+        )
+        yield (
+            subset,
+            record,
+            entries_or_reason if isinstance(entries_or_reason, Samples) else None,
+            metrics,
+        )
+
+
+def _reproducing(entries: Samples | UnsupportedError | None, score: float) -> Samples | str:
     """The entries if they make mteb's own score; else why they cannot be used.
 
     An interval around a number that is not the task's score would be worse than none.
     """
-    if not isinstance(found, Samples):
-        return str(found or "mteb names another subset")
-    again = found.score()
+    if not isinstance(entries, Samples):
+        return str(entries or "mteb names another subset")
+    again = entries.score()
     if abs(again - score) > TOLERANCE:
         return f"the entries give {again:.6f} where mteb gives {score:.6f}"
-    return found
+    return entries

@@ -49,11 +49,13 @@ class Draws:
 
     Attributes:
         freedom: degrees of freedom of the difference's standard error.
+        is_unchanged: no unit differs, so that the spread is the rule of three's.
     """
 
     variant: Floats
     baseline: Floats
     freedom: float = math.inf
+    is_unchanged: bool = False
 
     @property
     def difference(self) -> Floats:
@@ -193,7 +195,7 @@ def own_draws(
 def _draws(variant: Resampled, baseline: Resampled, *, same_model: bool) -> Draws:
     by_experiment = variant.drawn - baseline.drawn  # [R, E]
     drawn, baseline_drawn = by_experiment.mean(axis=1), baseline.drawn.mean(axis=1)
-    found = variant.whole - baseline.whole  # [E]
+    whole = variant.whole - baseline.whole  # [E]
     samples = _in_blocks(variant.samples)
     n_units = samples.n_units
     is_mean = samples.statistic == "mean"
@@ -201,8 +203,8 @@ def _draws(variant: Resampled, baseline: Resampled, *, same_model: bool) -> Draw
     of_units = _freedom(variant.without - baseline.without)
     if samples.statistic in CLUSTERINGS:
         of_units = n_units - 1
-    level = samples.arrays.get("level", np.zeros(len(found)))
-    deviation, freedom = _crossed(math.sqrt(wider) * by_experiment, found, level, of_units)
+    level = samples.arrays.get("level", np.zeros(len(whole)))
+    deviation, freedom = _crossed(math.sqrt(wider) * by_experiment, whole, level, of_units)
     spread = math.sqrt(wider) * (baseline_drawn - baseline_drawn.mean())
     n_apart: float = variant.samples.n_units  # not of the blocks
     if variant.influences is not None and baseline.influences is not None:
@@ -221,9 +223,9 @@ def _draws(variant: Resampled, baseline: Resampled, *, same_model: bool) -> Draw
     if np.ptp(drawn) == 0:  # only the runs of k-means differ, or nothing; it goes with nothing else
         normal = variant.rng.permutation(normal)
     difference = np.empty_like(drawn)
-    difference[np.argsort(drawn, kind="stable")] = found.mean() + half_width / _Z * normal
+    difference[np.argsort(drawn, kind="stable")] = whole.mean() + half_width / _Z * normal
     centred = float(baseline.whole.mean()) + spread
-    return Draws(centred + difference, centred, freedom)
+    return Draws(centred + difference, centred, freedom, deviation == 0)
 
 
 def mean_of(draws: Sequence[Draws]) -> Draws:
@@ -232,18 +234,18 @@ def mean_of(draws: Sequence[Draws]) -> Draws:
     Degrees of freedom are those of independent parts (Welch 1947, Satterthwaite 1946), less in
     proportion to how far the parts go together.
     """
-    inflated = np.array([each.difference.std(ddof=1) for each in draws])
-    freedoms = np.array([each.freedom for each in draws])
+    inflated = np.array([part.difference.std(ddof=1) for part in draws])
+    freedoms = np.array([part.freedom for part in draws])
     squares = (inflated / _t_quantile(freedoms)) ** 2
     quartic = float((squares**2 / freedoms).sum())
     freedom = math.inf
     if quartic > 0:
-        total = float(np.sum([each.difference for each in draws], axis=0).var(ddof=1))
+        total = float(np.sum([part.difference for part in draws], axis=0).var(ddof=1))
         apart = min(1.0, float((inflated**2).sum()) / total) if total > 0 else 1.0
         freedom = max(float(freedoms.min()), apart * float(squares.sum()) ** 2 / quartic)
     return Draws(
-        np.mean([each.variant for each in draws], axis=0),
-        np.mean([each.baseline for each in draws], axis=0),
+        np.mean([part.variant for part in draws], axis=0),
+        np.mean([part.baseline for part in draws], axis=0),
         freedom,
     )
 
@@ -334,11 +336,11 @@ def settle(
     }
     verdicts = judge(by_task, correction) | judge(by_suite, correction)
 
-    def decided(found: Difference | None, *key: str) -> Difference | None:
-        if found is None:
+    def decided(difference: Difference | None, *key: str) -> Difference | None:
+        if difference is None:
             return None
         # The baseline beside itself is not in a family: it equals itself.
-        return found.model_copy(update={"verdict": verdicts.get(key, "equivalent")})
+        return difference.model_copy(update={"verdict": verdicts.get(key, "equivalent")})
 
     def settled(name: str, report: EvalReport) -> EvalReport:
         tasks = [
@@ -366,11 +368,13 @@ def judge(
 ) -> dict[Key, Verdict]:
     """The verdict of each difference of one family, given with its margin; see `settle`."""
     correct: Any = holm if correction == "family" else dict
-    p_different = correct({key: each.p for key, (each, _) in claims.items()})
-    p_same = correct({key: p_equivalent(each, margin) for key, (each, margin) in claims.items()})
+    p_different = correct({key: difference.p for key, (difference, _) in claims.items()})
+    p_same = correct(
+        {key: p_equivalent(difference, margin) for key, (difference, margin) in claims.items()}
+    )
     return {
-        key: verdict(each, p_different=p_different[key], p_same=p_same[key])
-        for key, (each, _) in claims.items()
+        key: verdict(difference, p_different=p_different[key], p_same=p_same[key])
+        for key, (difference, _) in claims.items()
     }
 
 
@@ -408,8 +412,8 @@ def _crossed(
     by_documents = float(differences.mean(axis=1).var(ddof=1))
     by_both = float(differences.var(axis=0, ddof=1).sum()) / n**2
     by_experiments, of_experiments = 0.0, 0
-    for each in np.unique(level):
-        own = observed[level == each]
+    for one_level in np.unique(level):
+        own = observed[level == one_level]
         if len(own) > 1:
             by_experiments += len(own) * float(own.var(ddof=1)) / n**2
             of_experiments += len(own) - 1

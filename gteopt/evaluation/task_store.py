@@ -33,6 +33,7 @@ from gteopt.evaluation.per_item_scores import Samples, read_samples, write_sampl
 from gteopt.evaluation.views import View
 from gteopt.frozen import Frozen
 from gteopt.records.environment import Conditions, Machine
+from gteopt.records.evaluation import Sequential
 from gteopt.records.files import read_record, write_record
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class SubsetScore(Frozen):
 
     Attributes:
         no_samples: why the entries that the score is made of are not kept; None where they are.
+        sequential: see `TaskScore`.
     """
 
     task: str
@@ -60,6 +62,12 @@ class SubsetScore(Frozen):
     dataset_revision: str
     n_samples: int
     no_samples: str | None = None
+    sequential: Sequential | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the score is over a part of the items."""
+        return self.sequential is not None and self.sequential.is_part
 
 
 class StoredTask(Frozen):
@@ -100,8 +108,22 @@ class TaskFolder:
     key: dict[str, str | None]
 
     @staticmethod
-    def of(encoder: Description, task: ResolvedTask, store: Path, dtype: CacheDtype) -> TaskFolder:
-        """The folder is named by everything that scores depend on but the view, so none mix."""
+    def of(
+        encoder: Description,
+        task: ResolvedTask,
+        store: Path,
+        dtype: CacheDtype,
+        stop: str | None = None,
+    ) -> TaskFolder:
+        """The folder is named by everything that scores depend on but the view, so none mix.
+
+        Args:
+            encoder: that is scored.
+            task: with its data's revision.
+            store: of all tasks.
+            dtype: of the cached vectors.
+            stop: what decides that scoring stops before the end; None where nothing does.
+        """
         instruction = instruction_of(encoder, task)
         key = {
             **vector_identity(encoder, dtype),
@@ -117,6 +139,8 @@ class TaskFolder:
             "mteb": version("mteb"),
             "scikit-learn": version("scikit-learn"),  # k-means and logistic regression
         }
+        if stop is not None:
+            key["stop"] = stop
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return TaskFolder(store / "tasks" / f"{task.name}-{digest[:16]}", task.name, key)
 
@@ -183,4 +207,4 @@ def mean_over_tasks(scores: Iterable[tuple[str, float]]) -> float:
         by_task.setdefault(task, []).append(score)
     if not by_task:
         return math.nan
-    return sum(sum(each) / len(each) for each in by_task.values()) / len(by_task)
+    return sum(sum(own) / len(own) for own in by_task.values()) / len(by_task)

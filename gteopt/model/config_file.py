@@ -95,7 +95,8 @@ def unnest(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Mappin
 
     Raises:
         InputError: no config inside.
-        UnsupportedError: a transformer inside that is no Mistral.
+        UnsupportedError: a transformer inside that is no Mistral, or a mean that covers the
+            instruction.
     """
     if "latent_attention_config" not in config and config.get("model_type") != "nvembed":
         return config, None
@@ -108,6 +109,11 @@ def unnest(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Mappin
         raise UnsupportedError(
             f"{folder}: latent attention over a {shorten(kind)} model is not known; gteopt knows "
             f"NV-Embed's, over a Mistral"
+        )
+    if config.get("is_mask_instruction", True) is not True:
+        raise UnsupportedError(
+            f"{folder}: is_mask_instruction is {config['is_mask_instruction']!r} in config.json; "
+            f"gteopt leaves the instruction out of the mean, as NV-Embed was published"
         )
     kept = {k: v for k, v in inner.items() if k not in ("auto_map", "_name_or_path")}
     flat = {**_NESTED_DEFAULTS, **kept, "model_type": "mistral", "sliding_window": None}

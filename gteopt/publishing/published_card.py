@@ -196,6 +196,8 @@ def _task_row(task: TaskScore) -> str:
         low, high = 100 * found.low, 100 * found.high
         change = f"{100 * found.value:+.2f} ({low:+.2f} to {high:+.2f}), {found.verdict}"
     score, baseline = f"{100 * task.score:.2f}", f"{100 * task.baseline_score:.2f}"
+    if task.sequential is not None and task.is_stopped:
+        change += f", stopped after {task.sequential.n_scored:,} of {task.sequential.n_all:,}"
     cells = (task.task, task.split, task.subset, f"`{task.metric}`", score, baseline, change)
     return f"| {' | '.join(cells)} |"
 
@@ -208,6 +210,8 @@ def _model_index(report: EvalReport, datasets: Mapping[str, str]) -> Iterator[Ev
     difference's `args`.
     """
     for task in report.tasks:
+        if task.is_stopped:  # the score of some of its items is none that others can compare
+            continue
         name, subset = task.task, task.subset
         if name not in datasets and subset in datasets:
             name, subset = subset, "default"

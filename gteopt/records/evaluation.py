@@ -36,6 +36,27 @@ class Difference(Frozen):
     freedom: float | None = None
 
 
+class Sequential(Frozen):
+    """How a score came about whose difference was looked at before all items were scored.
+
+    Attributes:
+        n_scored: items that were scored: the first of a random order.
+        n_all: items that there are.
+        nominal: two-sided level of one look that makes `error_rate` over all looks.
+        error_rate: of the verdict, two-sided, over all looks together.
+    """
+
+    n_scored: int
+    n_all: int
+    nominal: float
+    error_rate: float
+
+    @property
+    def is_part(self) -> bool:
+        """Whether scoring was stopped before the end."""
+        return self.n_scored < self.n_all
+
+
 class BesidePublished(Frozen):
     """The baseline's own score beside a published one of the same model.
 
@@ -80,6 +101,8 @@ class TaskScore(Frozen):
         above_chance: whether the baseline's score is surely above it; where it is not, the score is
             left out of the suite's mean.
         published: of the baseline of a published model alone, what was published for it.
+        sequential: where `evaluate --stop-when decided` looked at the difference on the way. Both
+            scores of a task that was stopped are over the items until then.
     """
 
     task: str
@@ -99,6 +122,12 @@ class TaskScore(Frozen):
     above_chance: bool | None = None
     no_interval: str | None = None
     published: BesidePublished | None = None
+    sequential: Sequential | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the score is over a part of the items."""
+        return self.sequential is not None and self.sequential.is_part
 
 
 class FailedTask(Frozen):
@@ -224,7 +253,8 @@ class EvalReport(Frozen):
         score, baseline_score: mean over tasks (subsets averaged within a task first) without those
             where the baseline is not above chance; `notes` names these.
         retention: score / baseline_score; None where `no_retention` says why.
-        partial: some task failed; the mean is over the others and comparable only with itself.
+        partial: some task failed or was stopped once decided; the mean is over the others and
+            comparable only with itself.
         difference: of the scores, over the tasks that have an interval, which are taken as given;
             None where no task has one.
         retention_low, retention_high: 95 % interval of retention, from the same resamples.

@@ -467,7 +467,7 @@ COLUMNS = (
     Column(
         *("Score", "%", "score\n%", "score", _fixed(2, 100)),
         "Mean main score over the suite's tasks; languages are averaged within a task first. "
-        "An asterisk marks a partial score: some task failed.",
+        "An asterisk marks a partial score: some task failed, or was stopped once decided.",
     ),
     Column(
         *("Retention", "%", "kept\n%", "retention", _fixed(1, 100)),

@@ -105,6 +105,8 @@ def _task_cell(task: TaskScore | None) -> str:
     # Full tint at a loss of a quarter: beyond that a variant is of no use anyway.
     loss = min(1.0, max(0.0, (1 - retention) * 4))
     verdict = f" · {task.difference.verdict}" if task.difference else ""
+    if task.sequential is not None and task.is_stopped:
+        verdict += f" · stopped after {task.sequential.n_scored:,} of {task.sequential.n_all:,}"
     below = f"<small>{retention * 100:.1f} %{verdict}</small>"
     return _score_cell(task.score, below, f' style="--loss:{loss:.3f}"')
 

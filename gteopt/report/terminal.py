@@ -205,7 +205,11 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
         table.add_row("Verdict", *empty, *map(suite_verdict, evals), style="bold")
     table.add_section()
     scores = [
-        {task_key(task): f"{task.score * 100:.2f}{_mark(report, task)}" for task in report.tasks}
+        {
+            task_key(task): f"{task.score * 100:.2f}{'*' if task.is_stopped else ''}"
+            f"{_mark(report, task)}"
+            for task in report.tasks
+        }
         for report in evals
     ]
     for key in dict.fromkeys(key for by_key in scores for key in by_key):

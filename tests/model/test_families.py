@@ -22,7 +22,7 @@ import gteopt
 from gteopt.commands.inspect import inspect
 from gteopt.config.recipe import Calibration, LayerScheme, load_recipe
 from gteopt.encoder.encoder import Encoder
-from gteopt.errors import InputError, IntegrityError
+from gteopt.errors import InputError, IntegrityError, UnsupportedError
 from gteopt.model.artifact import read_manifest
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.model.families import FAMILIES, PUBLISHED
@@ -173,6 +173,19 @@ def test_shortened_vectors_of_a_nested_model_come_from_its_own_pooling(tmp_path:
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(short.encode(TEXTS), expected, atol=1e-6)
     assert read_manifest(tmp_path / "short").weight_bytes == full.manifest.weight_bytes  # type: ignore[union-attr]
+
+
+def test_a_mean_over_the_instruction_is_refused_instead_of_pooled_as_published(
+    tmp_path: Path,
+) -> None:
+    model = MODELS[-1]
+    folder = tmp_path / model.name
+    publish(folder, model, prefix="embedding_model.")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["is_mask_instruction"] is True
+    (folder / "config.json").write_text(json.dumps({**config, "is_mask_instruction": False}))
+    with pytest.raises(UnsupportedError, match="is_mask_instruction is False"):
+        gteopt.load(folder)
 
 
 def test_a_tensor_that_latent_pooling_needs_is_never_random(tmp_path: Path) -> None:
