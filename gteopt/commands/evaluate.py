@@ -159,10 +159,8 @@ def score(
     for name, next_name in zip(sources, [*list(sources)[1:], None], strict=True):
         opened = following
         if opened is None or how.grid is not None:  # which is fitted on a loaded model
-            is_baseline = baseline is None
-            opened = _open(
-                name, sources[name], how, progress, is_baseline=is_baseline, begun=following
-            )
+            first = baseline is None
+            opened = _open(name, sources[name], how, progress, is_baseline=first, begun=following)
         following = None
         options = opened.options
         if how.workers is not None and next_name is not None and not how.stops:
