@@ -205,7 +205,8 @@ def _quantize_layers(
     # The artifact will hold the token table, so states of that size take no more disk than it.
     table = encoder.module.get_input_embeddings()  # type: ignore[operator]
     n_bytes = sum(tensor.nbytes for tensor in (*table.parameters(), *table.buffers()))
-    kept = KeptStates(run.activations / "kept", n_bytes)
+    # States that memory has no room for lie on disk already.
+    kept = KeptStates(run.activations / "kept", min(n_bytes, run.activation_bytes))
     layers, tuning = quantize_blocks(build, blocks, inputs, shards, kept)
     del inputs
     shutil.rmtree(run.activations, ignore_errors=True)
