@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import gteopt
+from gteopt.commands.evaluate import Setup
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.errors import InputError
 from gteopt.report.compare import item_rows
@@ -46,6 +47,15 @@ def test_two_artifacts_are_compared(made: Path, results: Path) -> None:
     found = gteopt.compare(made / "int8", made / "int8")
     assert len(found.manifests) == 2
     assert len(gteopt.compare(results, results).results) == 2
+
+
+def test_kernels_are_those_that_were_asked_for_and_the_record_says_so(made: Path) -> None:
+    judges = gteopt.Judges(texts=made / "texts.txt")
+    found = gteopt.evaluate(made / "int8", judges, how=Setup(kernels="decoded"))
+    assert "decoded" in found["int8"].versions["arithmetic"]
+    assert "decoded" not in found["nano"].versions["arithmetic"]
+    with pytest.raises(InputError, match=r"unknown kernels 'nosuch'.*measured"):
+        gteopt.inspect(made / "int8", kernels="nosuch")
 
 
 def test_two_results_folders_are_compared_item_by_item(made: Path, tmp_path: Path) -> None:
