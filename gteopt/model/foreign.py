@@ -25,6 +25,7 @@ from gteopt.errors import (
 
 MOST_JSON_BYTES = 64 << 20
 """The largest index of a published model takes 20 MB."""
+_LONGEST_PATH = 1024
 _SHOWN = 200
 """Most characters of a foreign value that a message quotes."""
 
@@ -64,6 +65,12 @@ def inside(folder: Path, name: object, *, of: str) -> Path:
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name:
         raise IntegrityError(
             f"{folder}/{of} names the path {shorten(name)!r}, which leads out of the folder"
+        )
+    if len(name) > _LONGEST_PATH or any(
+        len(part.encode(errors="replace")) > 255 for part in pure.parts
+    ):
+        raise IntegrityError(
+            f"{folder}/{of} names the path {shorten(name)!r}, which is longer than a path can be"
         )
     path = folder / pure
     check_link(folder, path)
