@@ -166,9 +166,12 @@ def test_the_build_that_was_asked_for_is_predicted_before_it_starts(
     (plain,) = inspected(user, "nano", "--recipe", own)["estimates"]
     (wide,) = inspected(user, "nano", "--recipe", own, "--dtype", "float32")["estimates"]
     assert wide["weight_bytes"] > plain["weight_bytes"] > predicted["weight_bytes"]
+    on_gpu = inspected(user, "nano", *options[:-1], "cuda:3")
     in_memory = inspected(user, "nano", *options[:-4], "--device", "cuda:3")
     assert in_memory["estimated_for"]["device"] == "cuda"  # which this machine need not have
-    assert in_memory["estimates"][0]["build_bytes"] > predicted["build_bytes"]
+    (spilled,), (held,) = on_gpu["estimates"], in_memory["estimates"]
+    assert held["device_bytes"] > spilled["device_bytes"]  # hidden states
+    assert predicted["device_bytes"] is None
 
 
 @pytest.mark.parametrize(
