@@ -33,7 +33,7 @@ $(INSTALLED): $(PROGRAM)
 	@touch $@
 
 fuzz: $(INSTALLED)  ## hours: 10,000 broken inputs of every kind
-	GTEOPT_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz -q
+	GTEOPT_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz -q --timeout 0
 
 demo: $(PROGRAM)  ## build, measure and score five variants of the embedded model
 	@echo "The demo takes a few minutes on two cores, and about 100 MB in artifacts/demo"

@@ -210,10 +210,10 @@ def top(queries: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> Rows:
     return found
 
 
-Found = Iterator[tuple[str, int, Rows]]
+CodedRows = Iterator[tuple[str, int, Rows]]
 
 
-def ours(collection: Collection, n_bytes: int) -> Found:
+def ours(collection: Collection, n_bytes: int) -> CodedRows:
     """What `vectors: {bytes: N}` chooses."""
     transform = fit(collection.fitted, None, Vectors.model_validate({"bytes": n_bytes}))
     codes = transform.quantize(transform.project(collection.documents))
@@ -223,7 +223,7 @@ def ours(collection: Collection, n_bytes: int) -> Found:
     yield name, transform.bytes_per_vector, found
 
 
-def by_faiss(collection: Collection, n_bytes: int) -> Found:
+def by_faiss(collection: Collection, n_bytes: int) -> CodedRows:
     """Scalar quantizers behind a PCA, plain and rotated; PQ and OPQ; residual quantizers."""
     full_dims = collection.fitted.shape[1]
     sizes = {min(full_dims, n_bytes * k) for k in (1, 2, 4, 8)} | {full_dims}
@@ -282,7 +282,7 @@ def searched(collection: Collection, dims: int, turned: bool, index: Any) -> Row
     return found
 
 
-def st(collection: Collection, n_bytes: int) -> Found:
+def st(collection: Collection, n_bytes: int) -> CodedRows:
     """`quantize_embeddings` of the first dimensions and behind a PCA, rescored by float queries."""
     full_dims = collection.fitted.shape[1]
     basis = np.linalg.svd(collection.fitted.astype("f8"), full_matrices=False)[2]
@@ -307,7 +307,7 @@ def st(collection: Collection, n_bytes: int) -> Found:
             yield f"{way} {dims}, {kind}", n_bytes, np.take_along_axis(first, order, axis=1)
 
 
-def gaussian_limit(collection: Collection, n_bytes: int) -> Found:
+def gaussian_limit(collection: Collection, n_bytes: int) -> CodedRows:
     """What the best conceivable code keeps of vectors that only their covariance describes.
 
     Reverse water-filling (Cover and Thomas 2006, Theorem 10.3.3): with eigenvalues l_i of the
@@ -333,7 +333,7 @@ def gaussian_limit(collection: Collection, n_bytes: int) -> Found:
     yield "ideal code of normal vectors", n_bytes, top(collection.queries, decoded)
 
 
-CODES: dict[str, Callable[[Collection, int], Found]] = {
+CODES: dict[str, Callable[[Collection, int], CodedRows]] = {
     "gteopt": ours,
     "faiss": by_faiss,
     "sentence-transformers": st,

@@ -28,7 +28,7 @@ from gteopt.cli.output import print_json, show_progress, stderr, stdout
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
-    from gteopt.commands.search import Found
+    from gteopt.commands.search import SearchResult
     from gteopt.corpus.estimate import Estimate
     from gteopt.corpus.jobs import EmbedReport
     from gteopt.corpus.verify import Verified
@@ -449,7 +449,7 @@ def _show_verified(checked: Verified, *, as_json: bool) -> None:
     )
 
 
-def _show_found(found: Found) -> None:
+def _show_found(found: SearchResult) -> None:
     stdout.print(found.query, style="bold", markup=False, highlight=False, soft_wrap=True)
     for hit in found.hits:
         beside = "  ".join(str(value)[:100] for value in hit.columns.values())

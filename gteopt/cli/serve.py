@@ -103,7 +103,7 @@ def serve(
 
     Example: `gteopt serve artifacts/demo/gptq-int4`
     """
-    from gteopt.commands.serve import Place, check_installed, log_to, open_decoder
+    from gteopt.commands.serve import ServerRuntime, check_installed, log_to, open_decoder
     from gteopt.commands.serve import serve as run
 
     check_installed()
@@ -129,7 +129,7 @@ def serve(
             soft_wrap=True,
         )
     log_to(sys.stderr)
-    place = Place(
+    runtime = ServerRuntime(
         host=host,
         port=port,
         device=device,
@@ -139,7 +139,7 @@ def serve(
         hub_dir=hub_dir,
     )
     stderr.print(f"loading {', '.join(artifacts)}", style="dim", markup=False, soft_wrap=True)
-    code = run(artifacts, place, settings, keys, on_ready=_show_served)
+    code = run(artifacts, runtime, settings, keys, on_ready=_show_served)
     raise typer.Exit(code)
 
 

@@ -155,20 +155,20 @@ def score(
     baseline = None
     drawn: BaselineDraws = {}
     own_texts, examples = None, dict[str, Examples]()
-    following: _Opened | None = None
+    ahead: _Opened | None = None
     for name, next_name in zip(sources, [*list(sources)[1:], None], strict=True):
-        opened = following
+        opened = ahead
         if opened is None or how.grid is not None:  # which is fitted on a loaded model
             first = baseline is None
-            opened = _open(name, sources[name], how, progress, is_baseline=first, begun=following)
-        following = None
+            opened = _open(name, sources[name], how, progress, is_baseline=first, ahead=ahead)
+        ahead = None
         options = opened.options
         if how.workers is not None and next_name is not None and not how.stops:
             # Only descriptions of models, which take no memory, can be opened ahead of their turn.
             alone = replace(how, grid=None)
-            following = _open(next_name, sources[next_name], alone, progress, is_baseline=False)
-            if not _same_vectors(opened, following):  # whose vectors will be there
-                options = replace(options, start_next=_beginning(following, suite, folder, how))
+            ahead = _open(next_name, sources[next_name], alone, progress, is_baseline=False)
+            if not _same_vectors(opened, ahead):  # whose vectors will be there
+                options = replace(options, start_next=_beginning(ahead, suite, folder, how))
         views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
         if baseline is None and own.sha256 not in {each.sha256 for each in views.values()}:
             views = {name: own, **views}
@@ -350,9 +350,9 @@ def _open(
     progress: Progress,
     *,
     is_baseline: bool,
-    begun: _Opened | None = None,
+    ahead: _Opened | None = None,
 ) -> _Opened:
-    """Open a source; `begun` is the same one, described, on which workers have begun."""
+    """Open a source; `ahead` is the same one, described, on which workers are at work."""
     options, notes = how.options, list[str]()
     device = how.device if how.workers is None else how.workers.device
     kernels = "deterministic" if is_baseline else how.kernels
@@ -366,8 +366,8 @@ def _open(
         backend="torch" if is_baseline else how.backend,
         hub_dir=how.hub_dir,
     )
-    if begun is not None:
-        options, notes = begun.options, begun.notes
+    if ahead is not None:
+        options, notes = ahead.options, ahead.notes
     elif how.workers is not None:
         encode = how.workers.encoding(
             encoder,

@@ -40,7 +40,7 @@ class Hit(Frozen):
     columns: dict[str, Any]
 
 
-class Found(Frozen):
+class SearchResult(Frozen):
     """The best rows of a query, best first."""
 
     query: str
@@ -67,7 +67,7 @@ def search(
     instruction: str | None = None,
     progress: Progress = quiet,
     **model: Any,
-) -> list[Found]:
+) -> list[SearchResult]:
     """The nearest rows of an embedding folder to each query.
 
     Example: `gteopt.search("vectors", "how do plants make energy", top=10)`
@@ -95,7 +95,7 @@ def search(
         scores, where = _by_all(place, record, vectors, top, progress)
     rows = _rows(place, np.unique(where[where >= 0]))
     return [
-        Found(
+        SearchResult(
             query=query,
             hits=tuple(
                 Hit(score=round(float(score), 6), **rows[int(index)])
@@ -107,7 +107,7 @@ def search(
     ]
 
 
-def compare(ours: Sequence[Found], theirs: Sequence[Found]) -> Comparison:
+def compare(ours: Sequence[SearchResult], theirs: Sequence[SearchResult]) -> Comparison:
     """Which of the rows found by one variant another one finds, too, by their ids."""
     shares: list[tuple[str, float]] = []
     for a, b in zip(ours, theirs, strict=True):

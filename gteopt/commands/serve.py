@@ -38,7 +38,7 @@ log = logging.getLogger("gteopt.server")
 
 
 @dataclass(frozen=True)
-class Place:
+class ServerRuntime:
     """Where a server listens, and how artifacts get onto the device.
 
     Attributes:
@@ -64,7 +64,7 @@ class _State:
 
 def serve(
     sources: Sequence[str],
-    place: Place,
+    runtime: ServerRuntime,
     settings: Settings,
     keys: Keys | None = None,
     *,
@@ -76,7 +76,7 @@ def serve(
 
     Args:
         sources: artifacts or bases, each as SOURCE or NAME=SOURCE.
-        place: see there.
+        runtime: see there.
         settings: what is allowed and kept.
         keys: who may ask; None is everybody.
         on_ready: told the URL when everything is loaded.
@@ -93,10 +93,10 @@ def serve(
     _raise_file_limit()
     # Requests are told of texts that are too long; a warning would be for nobody.
     warnings.filterwarnings("ignore", message=".*were cut there")
-    with _listening(place) as listener, _quick_switches():
+    with _listening(runtime) as listener, _quick_switches():
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        service = _open_service(named, place, settings, keys)
+        service = _open_service(named, runtime, settings, keys)
         try:
             service.start()
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -112,7 +112,7 @@ def serve(
 
 
 def _open_service(
-    named: dict[str, str], place: Place, settings: Settings, keys: Keys | None
+    named: dict[str, str], runtime: ServerRuntime, settings: Settings, keys: Keys | None
 ) -> Service:
     from gteopt.encoder.loading import load
     from gteopt.server.service import Service
@@ -120,11 +120,11 @@ def _open_service(
     def open_encoder(source: str) -> Encoder:
         return load(
             source,
-            device=place.device,
-            dtype=place.dtype,
-            backend=place.backend,
-            kernels=place.kernels,
-            hub_dir=place.hub_dir,
+            device=runtime.device,
+            dtype=runtime.dtype,
+            backend=runtime.backend,
+            kernels=runtime.kernels,
+            hub_dir=runtime.hub_dir,
         )
 
     return Service(named, open_encoder, settings, keys)
@@ -282,21 +282,22 @@ def open_decoder(name: str) -> Decoder:
 
 
 @contextmanager
-def _listening(place: Place) -> Iterator[socket.socket]:
+def _listening(runtime: ServerRuntime) -> Iterator[socket.socket]:
     """The socket, bound before the slow part; nobody is let in before everything is loaded."""
     try:
-        found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(runtime.host, runtime.port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise InputError(f"--host {place.host}: {error.strerror or error}") from error
+        raise InputError(f"--host {runtime.host}: {error.strerror or error}") from error
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
         except OSError as error:
             raise InputError(
-                f"--port {place.port} of {place.host}: {error.strerror or error}; give another port"
+                f"--port {runtime.port} of {runtime.host}: {error.strerror or error}; "
+                "give another port"
             ) from error
         yield listener
 

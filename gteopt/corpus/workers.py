@@ -424,7 +424,7 @@ def _serve(connection: Connection) -> None:
     while True:
         try:
             job, device, shard = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the latter where the parent was killed with unread answers
             return
         connection.send(_encode(job, device, shard))
 

@@ -100,13 +100,13 @@ def test_a_device_that_dies_ends_the_process_with_70(tmp_path: Path) -> None:
     script = tmp_path / "dies.py"
     script.write_text(
         "import sys\n"
-        "from gteopt.commands.serve import Place, serve\n"
+        "from gteopt.commands.serve import ServerRuntime, serve\n"
         "from gteopt.server.settings import Settings\n"
         "def kill(url, service):\n"
         "    def die():\n"
         "        raise RuntimeError('CUDA error: unspecified launch failure')\n"
         "    service.engine.call(die)\n"
-        "sys.exit(serve(['nano'], Place(port=0), Settings(), on_ready=kill))\n"
+        "sys.exit(serve(['nano'], ServerRuntime(port=0), Settings(), on_ready=kill))\n"
     )
     assert (
         subprocess.run([sys.executable, str(script)], env=ENVIRONMENT, timeout=300).returncode == 70
