@@ -351,7 +351,8 @@ def evaluate(
         Literal["decided"] | None,
         typer.Option(
             help="decided: end a variant's task once its verdict cannot change; it is then no part "
-            "of the mean"
+            "of the mean",
+            rich_help_panel=JUDGES,
         ),
     ] = None,
     protocol: Annotated[
