@@ -394,7 +394,7 @@ def _show_embedded(report: EmbedReport) -> None:
     )
     took = max(report.seconds, 1e-9)
     stdout.print(
-        f"{report.shards_now:,} shards now, {report.shards_before:,} before; "
+        f"shards: {report.shards_now:,} now, {report.shards_before:,} before; "
         f"{report.texts_now / took:,.0f} texts/s, {report.tokens_now / took:,.0f} tokens/s"
         + ("" if report.peak_ratio is None else f", {report.peak_ratio:.0%} of the measured peak")
         + ("" if report.dollars is None else f", ${report.dollars:,.2f}"),
