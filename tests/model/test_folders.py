@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -215,11 +216,25 @@ def test_weights_that_are_no_numbers_are_named(bert: Path, tmp_path: Path) -> No
 def test_an_end_token_that_the_tokenizer_was_told_to_add_is_added(tmp_path: Path) -> None:
     folder = make("mistral", tmp_path / "mistral")
     edit(folder / "1_Pooling" / "config.json", pooling_mode="lasttoken")
+    edit(folder / "tokenizer.json", post_processor=None)
     edit(folder / "tokenizer_config.json", add_eos_token=True)
     tokenization = gteopt.load(folder).tokenization
     end = tokenization.tokenizer.eos_token_id
     assert [ids.count(end) for ids in tokenization.tokenize(TEXTS)] == [1, 1, 1]
     assert all(ids[-1] == end for ids in tokenization.tokenize([*TEXTS, "long " * 500]))
+
+
+def test_a_last_token_model_without_an_end_token_is_told_what_its_vectors_are_of(
+    tmp_path: Path,
+) -> None:
+    folder = make("mistral", tmp_path / "mistral")
+    edit(folder / "tokenizer.json", post_processor=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gteopt.load(folder).encode(TEXTS)  # the mean has no need of one
+    edit(folder / "1_Pooling" / "config.json", pooling_mode="lasttoken")
+    with pytest.warns(UserWarning, match="the vector is that of the last word"):
+        gteopt.load(folder).encode(TEXTS)
 
 
 def test_the_folders_pooling_wins_over_the_familys_and_is_said(tmp_path: Path) -> None:
