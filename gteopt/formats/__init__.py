@@ -1,4 +1,4 @@
-"""Formats of other libraries: packed weights to their tensors and back, and what config.json says.
+"""Convert packed weights to the tensors and `config.json` entries of other libraries, and back.
 
 Hides: how each library names, transposes and packs codes, scales and zero points. Refuses to know:
 models and files; tensors in, tensors out. Specified in artifacts/README.md.
@@ -21,28 +21,28 @@ __all__ = ["FORMATS", "Config", "Format", "ReadLayer", "Shape", "choose_format",
 
 
 class Format(Protocol):
-    """What each module of this package offers; its functions say more."""
+    """The functions that each format's module offers."""
 
     def problems(
         self, schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]
     ) -> list[str]:
-        """Why these layers cannot be written so; empty when they can."""
+        """Reasons why the format cannot hold these layers; empty when it can."""
 
     def to_tensors(self, weight: PackedWeight) -> dict[str, Tensor]:
-        """One layer's tensors, bias left out."""
+        """The tensors of one layer, without its bias."""
 
     def quantization_config(
-        self, schemes: Mapping[str, LayerScheme], left: Sequence[str], blocks: str, made_by: str
+        self, schemes: Mapping[str, LayerScheme], skipped: Sequence[str], blocks: str, made_by: str
     ) -> dict[str, Any]:
-        """`quantization_config` of config.json."""
+        """The `quantization_config` entry of config.json."""
 
     def layers_in(self, names: Iterable[str]) -> list[str]:
-        """The quantized layers among a checkpoint's tensor names."""
+        """Names of the quantized layers, from a checkpoint's tensor names."""
 
     def from_tensors(
         self, config: Config, name: str, shape: Shape, tensors: Mapping[str, Tensor]
     ) -> ReadLayer:
-        """One layer from its tensors, bias left out; of any maker."""
+        """Read one layer from its tensors, without its bias. Any writer of the format will do."""
 
 
 FORMATS: dict[FormatName, Format] = {
@@ -50,37 +50,41 @@ FORMATS: dict[FormatName, Format] = {
     "compressed-tensors": compressed_tensors,
     "bitsandbytes": bitsandbytes,
 }
-"""By `quant_method`; the first one that can hold a variant is what `format: auto` takes."""
+"""The formats by `quant_method`; `format: auto` takes the first one that can hold a variant."""
 
 
 def choose_format(
     wanted: FormatChoice, schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]
 ) -> FormatName:
-    """The format to write these layers in: the one asked for, or the first standard one that fits.
+    """Choose the format for these layers: `wanted`, or for `auto` the first one that can hold them.
+
+    `auto` gives `gteopt` when no other library's format can hold the layers.
 
     Raises:
-        InputError: the format asked for cannot hold the layers; lists every reason.
+        InputError: the wanted format cannot hold the layers; lists every reason.
     """
     if wanted == "auto":
-        fits = (name for name, each in FORMATS.items() if not each.problems(schemes, shapes))
+        fits = (name for name, form in FORMATS.items() if not form.problems(schemes, shapes))
         return next(fits, "gteopt")
-    found = FORMATS[wanted].problems(schemes, shapes) if wanted in FORMATS else []
-    if found:
-        subject = f"format {wanted} cannot hold this variant; choose another, or format: auto"
-        raise InputError(join_problems(subject, found))
+    problems = FORMATS[wanted].problems(schemes, shapes) if wanted in FORMATS else []
+    if problems:
+        subject = (
+            f"format {wanted} cannot hold this variant; choose another format, or format: auto"
+        )
+        raise InputError(join_problems(subject, problems))
     return wanted
 
 
 def format_of(config: Config) -> Format:
-    """The format that a `quantization_config` speaks of.
+    """The format that a `quantization_config` names.
 
     Raises:
-        UnsupportedError: another quantizer's.
+        UnsupportedError: gteopt cannot read this `quant_method`.
     """
     method = str(config.get("quant_method", "none stated"))
-    for name, each in FORMATS.items():
+    for name, form in FORMATS.items():
         if name == method:
-            return each
+            return form
     raise UnsupportedError(
         f"weights quantized by '{method}' cannot be read: {suggest(method, FORMATS)}"
     )

@@ -1,23 +1,23 @@
-"""The format of `quant_method: bitsandbytes`: transformers, vLLM.
+"""Read and write the format of `quant_method: bitsandbytes`.
 
-A layer NAME of O output and I input features is either NF4, its weights flattened and cut into
-blocks of B (two codes a byte, the first one in the high half)
+transformers and vLLM read it. A layer NAME has O output and I input features. It is either NF4:
+weights are flattened and split into blocks of B, two codes per byte, the first in the high half
 
     NAME.weight                 uint8 [O * I / 2, 1]
     NAME.weight.absmax          float32 [O * I / B], or uint8 with double quantization
     NAME.weight.quant_map       float32 [16], the numbers of NF4
-    NAME.weight.quant_state.bitsandbytes__nf4   a JSON text as uint8: block size, shape, dtype,
-                                and with double quantization those of the scales, and their mean
+    NAME.weight.quant_state.bitsandbytes__nf4   a JSON text as uint8: block size, shape, dtype;
+                                with double quantization also the scales' block size, dtype and mean
     NAME.weight.nested_absmax, NAME.weight.nested_quant_map   with double quantization only
 
-or LLM.int8(), a weight being weight * SCB / 127
+or LLM.int8(), where a weight is code * SCB / 127
 
     NAME.weight         int8 [O, I]
     NAME.SCB            float32 [O]
-    NAME.weight_format  uint8 [], 0: rows in their order
+    NAME.weight_format  uint8 [], 0: row-major order
 
-Hides: those names. Source: bitsandbytes 0.50,
-`functional.QuantState`, `nn.modules.Linear8bitLt`.
+Hides: these tensor names.
+Source: bitsandbytes 0.50, `functional.QuantState`, `nn.modules.Linear8bitLt`.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ _BLOCK_SIZES = (64, 128)
 
 
 def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:
-    """Why these layers cannot be written so; empty when they can."""
+    """Reasons why the format cannot hold these layers; empty when it can."""
     del shapes
     kinds = set(schemes.values())
-    found = []
+    reasons = []
     if any(not _is_nf4(s) and s.activation_outliers is None for s in kinds):
-        found.append("the format knows NF4 and, as LLM.int8() has it, 8 bits with outliers only")
+        reasons.append("the format holds only NF4 weights, and 8-bit weights with LLM.int8()")
     if len(kinds) > 1:
-        found.append("layers differ in bits or groups: the format has one scheme for all of them")
-    return found
+        reasons.append("layers differ in bits or groups: the format has one scheme for all layers")
+    return reasons
 
 
 def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
         "shape": [weight.out_features, weight.in_features],
     }
     tensors = {
-        "weight": packed << 4 | packed >> 4,  # ours has the first code in the low half
+        "weight": packed << 4 | packed >> 4,  # gteopt has the first code in the low half
         "weight.absmax": scale.flatten(),
         "weight.quant_map": torch.tensor(NF4_LEVELS),
     }
@@ -95,15 +95,15 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
 
 
 def quantization_config(
-    schemes: Mapping[str, LayerScheme], left: Sequence[str], blocks: str, made_by: str
+    schemes: Mapping[str, LayerScheme], skipped: Sequence[str], blocks: str, made_by: str
 ) -> dict[str, Any]:
-    """What config.json says of a model whose layers `to_tensors` wrote.
+    """The `quantization_config` entry for a model whose layers `to_tensors` wrote.
 
     Args:
-        schemes: the quantized layers, all alike.
-        left: linear layers, of the whole model, that are not quantized.
-        blocks: not needed here.
-        made_by: the format has no room for it.
+        schemes: the quantized layers; all have the same scheme.
+        skipped: all linear layers of the model that are not quantized.
+        blocks: not used here.
+        made_by: not used here; the format has no field for it.
     """
     del blocks, made_by
     scheme = next(iter(schemes.values()))
@@ -117,14 +117,14 @@ def quantization_config(
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_threshold": scheme.activation_outliers or 0.0,
-        "llm_int8_skip_modules": list(left),
+        "llm_int8_skip_modules": list(skipped),
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,
     }
 
 
 def layers_in(names: Iterable[str]) -> list[str]:
-    """The quantized layers among a checkpoint's tensor names."""
+    """Names of the quantized layers, from a checkpoint's tensor names."""
     ends = (".weight.absmax", ".SCB")
     return sorted(name.removesuffix(end) for name in names for end in ends if name.endswith(end))
 
@@ -132,7 +132,7 @@ def layers_in(names: Iterable[str]) -> list[str]:
 def from_tensors(
     config: Config, name: str, shape: Shape, tensors: Mapping[str, Tensor]
 ) -> ReadLayer:
-    """Read a layer's tensors (without its bias) of any maker.
+    """Read one layer from its tensors, without its bias. Any writer of the format will do.
 
     Raises:
         IntegrityError: tensors are missing or of another shape.
@@ -154,7 +154,7 @@ def _read_int8(
     }
     check_tensors(subject, tensors, wanted, frozenset({"weight_format"}))
     if int(tensors.get("weight_format", torch.tensor(0))) != 0:
-        raise UnsupportedError(f"{subject}: 'weight_format' is not 0 (rows in their order)")
+        raise UnsupportedError(f"{subject}: 'weight_format' is not 0 (supported: 0, row-major)")
     # Flipping the top bit of a signed code adds the zero point 128.
     qweight = tensors["weight"].contiguous().view(torch.uint8) ^ 128
     scale = tensors["SCB"][:, None] / 127
@@ -172,7 +172,7 @@ def _read_nf4(subject: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Pack
     if width not in _BLOCK_SIZES or shape.in_features % width:
         raise UnsupportedError(
             f"{subject}: blocks of {width} in rows of {shape.in_features} features (supported: "
-            f"{' and '.join(map(str, _BLOCK_SIZES))}, where they divide the features)"
+            f"{' and '.join(map(str, _BLOCK_SIZES))}, if they divide the number of features)"
         )
     n_weights = shape.out_features * shape.in_features
     n_blocks = n_weights // width
@@ -189,8 +189,8 @@ def _read_nf4(subject: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Pack
         wanted["weight.nested_absmax"] = (torch.float32, (-(-n_blocks // step),))
         wanted["weight.nested_quant_map"] = (torch.float32, (256,))
     check_tensors(subject, tensors, wanted)
-    found = tensors["weight.quant_map"]
-    if not torch.allclose(found, torch.tensor(NF4_LEVELS).to(found), rtol=0, atol=1e-6):
+    levels = tensors["weight.quant_map"]
+    if not torch.allclose(levels, torch.tensor(NF4_LEVELS).to(levels), rtol=0, atol=1e-6):
         raise IntegrityError(f"{subject}: 'weight.quant_map' does not hold the numbers of NF4")
     absmax = tensors["weight.absmax"]
     if double:
@@ -198,7 +198,7 @@ def _read_nf4(subject: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Pack
         sizes = tensors["weight.nested_absmax"].repeat_interleave(step)[:n_blocks]
         absmax = shares * sizes + float(state["nested_offset"])
     packed = tensors["weight"].reshape(shape.out_features, -1)
-    qweight = (packed >> 4).bitwise_or_(packed << 4)  # theirs has the first code in the high bits
+    qweight = (packed >> 4).bitwise_or_(packed << 4)  # the file has the first code in the high half
     scale = absmax.view(shape.out_features, -1)
     zero = torch.full_like(scale, 8, dtype=torch.uint8)
     codes = StoredCodes(qweight, shape.in_features, scale, zero, 4)

@@ -1,6 +1,7 @@
-"""The format of `quant_method: compressed-tensors`: llm-compressor, transformers, vLLM.
+"""Read and write the format of `quant_method: compressed-tensors`.
 
-A layer NAME of O output and I input features in G groups is either packed (`pack-quantized`)
+llm-compressor, transformers and vLLM use it. A layer NAME has O output and I input features in
+G groups. It is either packed (`pack-quantized`)
 
     NAME.weight_packed      int32 [O, ceil(I * bits / 32)]  codes packed densely along I
     NAME.weight_scale       [O, G], float
@@ -8,18 +9,19 @@ A layer NAME of O output and I input features in G groups is either packed (`pac
     NAME.weight_zero_point  int32 [ceil(O * bits / 32), G]  packed densely along O; asymmetric only
     NAME.weight_g_idx       int32 [I]                       older act-order checkpoints only
 
-or has a byte a weight (`int-quantized`, which 8-bit activations need)
+or has one byte per weight (`int-quantized`, which 8-bit activations need)
 
     NAME.weight             int8 [O, I]
     NAME.weight_scale       [O, G], float
     NAME.weight_zero_point  int8 [O, G]                     asymmetric only
 
-or is an 8-bit float (`float-quantized`)
+or has one 8-bit float per weight (`float-quantized`)
 
     NAME.weight             float8_e4m3fn [O, I]
     NAME.weight_scale       [O, 1], float
 
-Its integers are signed, ours unsigned: they differ by 2^(bits - 1), which packing adds back.
+Unpacked integers are signed here and unsigned in gteopt: an unsigned code is 2^(bits - 1) more.
+Packed codes are unsigned in both.
 Hides: which layer has which scheme (`config_groups`, `targets`, `ignore`).
 Source: compressed-tensors 0.20, `compressors/pack_quantized`, `compressors/naive_quantized`.
 """
@@ -55,16 +57,16 @@ _Wanted = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
 
 
 def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:
-    """Why these layers cannot be written so; empty when they can."""
+    """Reasons why the format cannot hold these layers; empty when it can."""
     del shapes
-    found = []
+    reasons = []
     if any(scheme.number_format == "nf4" for scheme in schemes.values()):
-        found.append("number_format nf4: the format knows whole numbers and 8-bit floats only")
+        reasons.append("number_format nf4: the format holds integers and 8-bit floats only")
     if any(scheme.activation_static for scheme in schemes.values()):
-        found.append("activation_static: the format has no scales of single input features")
+        reasons.append("activation_static: the format has no scale per input feature")
     if any(scheme.activation_outliers is not None for scheme in schemes.values()):
-        found.append("activation_outliers: the format quantizes all of a token")
-    return found
+        reasons.append("activation_outliers: the format quantizes every feature of a token")
+    return reasons
 
 
 def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
@@ -87,21 +89,21 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
 
 
 def quantization_config(
-    schemes: Mapping[str, LayerScheme], left: Sequence[str], blocks: str, made_by: str
+    schemes: Mapping[str, LayerScheme], skipped: Sequence[str], blocks: str, made_by: str
 ) -> dict[str, Any]:
-    """What config.json says of a model whose layers `to_tensors` wrote.
+    """The `quantization_config` entry for a model whose layers `to_tensors` wrote.
 
     Args:
         schemes: the quantized layers.
-        left: linear layers, of the whole model, that are not quantized.
-        blocks: not needed here.
-        made_by: the format has no room for it.
+        skipped: all linear layers of the model that are not quantized.
+        blocks: not used here.
+        made_by: not used here; the format has no field for it.
     """
     del blocks, made_by
     kinds = list(dict.fromkeys(schemes.values()))
     groups = {}
     for i, scheme in enumerate(kinds):
-        # A class name is what engines understand best; names are needed where schemes differ.
+        # Every engine understands a class name; layer names are needed only where schemes differ.
         targets = ["Linear"] if len(kinds) == 1 else [n for n, s in schemes.items() if s == scheme]
         groups[f"group_{i}"] = {
             "targets": targets,
@@ -113,7 +115,7 @@ def quantization_config(
                 "group_size": None if scheme.group_size == "per_channel" else scheme.group_size,
                 "dynamic": False,
             },
-            "input_activations": _tokens(scheme) if scheme.activation_bits == 8 else None,
+            "input_activations": _token_scheme(scheme) if scheme.activation_bits == 8 else None,
             "output_activations": None,
             "format": _format(scheme),
         }
@@ -123,17 +125,17 @@ def quantization_config(
         "quantization_status": "compressed",
         "format": formats[0] if len(formats) == 1 else "mixed-precision",
         "config_groups": groups,
-        "ignore": list(left),
+        "ignore": list(skipped),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        # transformers decompresses in a hook that only `model(...)` runs; sentence-transformers 6.2
-        # calls `model.forward(...)` and would multiply codes. This decompresses at load.
+        # transformers decompresses in a hook of `model(...)`. sentence-transformers 6.2 calls
+        # `model.forward(...)`, which skips the hook. `dequantize` decompresses at load.
         "dequantize": True,
     }
 
 
 def layers_in(names: Iterable[str]) -> list[str]:
-    """The quantized layers among a checkpoint's tensor names."""
+    """Names of the quantized layers, from a checkpoint's tensor names."""
     suffix = ".weight_scale"
     return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix))
 
@@ -141,11 +143,11 @@ def layers_in(names: Iterable[str]) -> list[str]:
 def from_tensors(
     config: Config, name: str, shape: Shape, tensors: Mapping[str, Tensor]
 ) -> ReadLayer:
-    """Read a layer's tensors (without its bias) of any maker.
+    """Read one layer from its tensors, without its bias. Any writer of the format will do.
 
     Raises:
         IntegrityError: tensors are missing or of another shape.
-        UnsupportedError: a scheme that gteopt's kernels do not have.
+        UnsupportedError: gteopt's kernels do not have the scheme.
     """
     subject = f"compressed-tensors layer {name}"
     group = _group_of(config, name)
@@ -174,7 +176,7 @@ def from_tensors(
 def _read_packed(
     subject: str, shape: Shape, bits: int, tensors: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes [O, B], zero points [O, G] and order [I] of a `pack-quantized` layer."""
+    """Packed codes [O, B], zero points [O, G] and feature order [I] of a `pack-quantized` layer."""
     n_groups = tensors["weight_scale"].shape[-1]
     grid = (shape.out_features, n_groups)
     zero_words = (packed_width(shape.out_features, bits) + 3) // 4
@@ -189,7 +191,7 @@ def _read_packed(
     check_tensors(subject, tensors, wanted, optional)
     qweight, order = cut(as_bytes(tensors["weight_packed"]), bits, shape.in_features), None
     groups = tensors.get("weight_g_idx")
-    if groups is not None and not bool((groups == -1).all()):  # -1: never filled in
+    if groups is not None and not bool((groups == -1).all()):  # all -1 means no order is stored
         order = feature_order(subject, groups, n_groups)
     if order is not None:
         codes = unpack_codes(qweight, bits, shape.in_features)
@@ -241,8 +243,8 @@ def _type(scheme: LayerScheme) -> str:
     return "float" if scheme.number_format == "e4m3" else "int"
 
 
-def _tokens(scheme: LayerScheme) -> dict[str, Any]:
-    """How inputs of a layer with 8-bit activations are quantized: each token when it is seen."""
+def _token_scheme(scheme: LayerScheme) -> dict[str, Any]:
+    """The entry for 8-bit activations: a dynamic scale for each token."""
     return {
         "num_bits": 8,
         "type": _type(scheme),
@@ -259,7 +261,7 @@ def _format(scheme: LayerScheme) -> str:
 
 
 def _group_of(config: Config, name: str) -> Mapping[str, Any]:
-    """The config group that covers a linear layer: one that names it before one that names all."""
+    """The config group of a linear layer. A group that names the layer goes before `Linear`."""
     groups = list((config.get("config_groups") or {}).values())
     for group in groups:
         if any(_matches(target, name) for target in group.get("targets", ())):
@@ -268,7 +270,7 @@ def _group_of(config: Config, name: str) -> Mapping[str, Any]:
         if "Linear" in group.get("targets", ()):
             return dict(group)
     raise UnsupportedError(
-        f"compressed-tensors layer {name}: no entry of config_groups has it among its targets"
+        f"compressed-tensors layer {name}: no entry of config_groups lists this layer as a target"
     )
 
 
@@ -279,16 +281,16 @@ def _matches(target: str, name: str) -> bool:
 
 
 def _activations(subject: str, activations: Mapping[str, Any] | None, kind: str) -> Activations:
-    """How the inputs are rounded; see `Activations`."""
+    """Read how the layer's inputs are quantized."""
     if activations is None:
         return Activations()
     symmetric = activations.get("symmetric", True)
     wanted = {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True}
-    found = {key: activations.get(key) for key in wanted}
-    if found != wanted or (kind == "float" and not symmetric):
+    stated = {key: activations.get(key) for key in wanted}
+    if stated != wanted or (kind == "float" and not symmetric):
         shown = ", ".join(f"{key}: {activations.get(key)}" for key in (*wanted, "symmetric"))
         raise UnsupportedError(
             f"{subject}: activations with {shown} are not supported (supported: 8 bits of the "
-            f"weights' type, each token scaled when it is seen)"
+            f"weights' type, with a dynamic scale per token)"
         )
     return Activations(8, bool(symmetric))

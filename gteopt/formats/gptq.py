@@ -1,17 +1,17 @@
-"""The format of `quant_method: gptq`, begun by AutoGPTQ; GPTQModel and optimum read it.
+"""Read and write the format of `quant_method: gptq`, which AutoGPTQ defined.
 
-vLLM and SGLang read what is symmetric in 4 or 8 bits.
+GPTQModel and optimum read it. vLLM and SGLang read its symmetric layers of 4 or 8 bits.
 
 A layer NAME of O output and I input features in G groups has
 
     NAME.qweight  int32 [I * bits / 32, O]  codes packed densely along I, lowest bits first
     NAME.qzeros   int32 [G, O * bits / 32]  zero points packed densely along O; version 1 stores
-                                            them less one, version 2 as they are
+                                            zero point - 1, version 2 the zero point
     NAME.scales   float16 [G, O]
     NAME.g_idx    int32 [I]                 the group of each input feature
-    NAME.bias     [O]                       where there is one
+    NAME.bias     [O]                       only if the layer has a bias
 
-and stands for (code - zero) * scale. Hides: packing order and what the versions do to zero points.
+and a weight is (code - zero) * scale. Hides: packing order and how versions store zero points.
 Source: GPTQModel 7.6, `nn_modules/qlinear/__init__.py` (pack_block) and `utils/model.py`.
 """
 
@@ -49,29 +49,30 @@ _VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}
 
 
 def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:
-    """Why these layers cannot be written so that every engine opens them; empty when they can."""
-    found = [
+    """Reasons why some engine could not open these layers in this format; empty when all can."""
+    reasons = [
         f"{name}: {shape.out_features} x {shape.in_features} features; both must be multiples of 32"
         for name, shape in shapes.items()
         if shape.out_features % 32 or shape.in_features % 32
     ]
     if any(scheme.activation_bits == 8 for scheme in schemes.values()):
-        found.append("8-bit activations: the format knows weights only")
-    found += [
-        f"number_format {number_format}: the format knows whole numbers only"
+        reasons.append("8-bit activations: the format quantizes weights only")
+    reasons += [
+        f"number_format {number_format}: the format holds integers only"
         for number_format in sorted({scheme.number_format for scheme in schemes.values()} - {"int"})
     ]
     if any((s.bits, s.group_size) == (4, "per_channel") for s in schemes.values()):
-        found.append("4 bits in one group a row: GPTQModel's CPU kernel needs groups of 32 to 256")
+        reasons.append("4-bit per_channel: GPTQModel's CPU kernel needs groups of 32 to 256")
     if len(set(schemes.values())) > 1:
-        found.append("layers differ in bits or groups: the format has one scheme for all of them")
-    return found
+        reasons.append("layers differ in bits or groups: the format has one scheme for all layers")
+    return reasons
 
 
 def version_of(scheme: LayerScheme) -> Version:
-    """The version a scheme is written in: 1, which every engine reads, where it is exact.
+    """The version of the format to write: 1 for symmetric schemes, 2 for asymmetric ones.
 
-    Version 1 cannot hold the zero point 0, which asymmetric groups of positive weights have.
+    Every engine reads version 1. It cannot hold the zero point 0, which an asymmetric group of
+    positive weights has.
     """
     return 1 if scheme.symmetric else 2
 
@@ -80,7 +81,7 @@ def to_tensors(weight: PackedWeight, *, version: Version | None = None) -> dict[
     """The layer's tensors without its bias; `from_tensors` gives exactly the same weight back.
 
     Raises:
-        UnsupportedError: features that are no multiples of 32; a zero point 0 in version 1.
+        UnsupportedError: the features are no multiples of 32, or version 1 has a zero point of 0.
     """
     scheme, (out_features, in_features) = weight.scheme, (weight.out_features, weight.in_features)
     version = version or version_of(scheme)
@@ -106,16 +107,15 @@ def to_tensors(weight: PackedWeight, *, version: Version | None = None) -> dict[
 
 
 def quantization_config(
-    schemes: Mapping[str, LayerScheme], left: Sequence[str], blocks: str, made_by: str
+    schemes: Mapping[str, LayerScheme], skipped: Sequence[str], blocks: str, made_by: str
 ) -> dict[str, Any]:
-    """What config.json says of a model whose layers `to_tensors` wrote.
+    """The `quantization_config` entry for a model whose layers `to_tensors` wrote.
 
     Args:
         schemes: the quantized layers.
-        left: linear layers that are not quantized; those outside the blocks need no word.
-        blocks: name of the list of transformer blocks, which optimum cannot guess for a bare
-            encoder.
-        made_by: name and version of the writer.
+        skipped: linear layers that are not quantized; only those inside the blocks are written.
+        blocks: name of the list of transformer blocks; optimum cannot guess it for a bare encoder.
+        made_by: name and version of the program that writes the checkpoint.
     """
     (scheme,) = set(schemes.values())
     version = next(name for name, v in _VERSIONS.items() if v == version_of(scheme))
@@ -132,31 +132,31 @@ def quantization_config(
         "block_name_to_quantize": blocks,
         "meta": {"quantizer": [made_by]},
     }
-    left = [name for name in left if name.startswith(f"{blocks}.")]
-    if left:
-        # optimum reads the first, GPTQModel and vLLM the second.
+    skipped = [name for name in skipped if name.startswith(f"{blocks}.")]
+    if skipped:
+        # optimum reads `modules_in_block_to_quantize`; GPTQModel and vLLM read `dynamic`.
         config["modules_in_block_to_quantize"] = [list(schemes)]
-        config["dynamic"] = {f"-:.*{re.escape(name)}$": {} for name in left}
+        config["dynamic"] = {f"-:.*{re.escape(name)}$": {} for name in skipped}
     return config
 
 
 def layers_in(names: Iterable[str]) -> list[str]:
-    """The quantized layers among a checkpoint's tensor names."""
+    """Names of the quantized layers, from a checkpoint's tensor names."""
     return sorted(name.removesuffix(".qweight") for name in names if name.endswith(".qweight"))
 
 
 def from_tensors(
     config: Config, name: str, shape: Shape, tensors: Mapping[str, Tensor]
 ) -> ReadLayer:
-    """Read a layer's tensors (without its bias) of any maker.
+    """Read one layer from its tensors, without its bias. Any writer of the format will do.
 
-    Bits and groups are read off the shapes, so that GPTQModel's `dynamic` layers are understood.
-    A checkpoint that says `sym: true` has one zero point everywhere; it is believed over the
-    version, which optimum 2.3 writes wrongly for exactly these (version 2, tensors of version 1).
+    Bits and groups follow from the shapes, because GPTQModel's `dynamic` may set them per layer.
+    With `sym: true`, all zero points are the middle code, whatever the stated version.
+    The version is not reliable there: optimum 2.3 states version 2 but writes version 1.
 
     Raises:
         IntegrityError: tensors are missing or of another shape.
-        UnsupportedError: another packing, or bits and groups that gteopt's kernels do not have.
+        UnsupportedError: another packing, or bits or groups that gteopt's kernels do not have.
     """
     label = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
     if label not in _VERSIONS:
@@ -191,7 +191,7 @@ def from_tensors(
 def _zero_points(
     qzeros: Tensor, bits: int, out_features: int, version: Version, symmetric: bool
 ) -> Tensor:
-    """uint8 [G, O] of int32 [G, O * bits / 32]."""
+    """Zero points, uint8 [G, O], from packed int32 [G, O * bits / 32]."""
     stored = unpack_codes(as_bytes(qzeros), bits, out_features)
     middle = 1 << (bits - 1)
     if symmetric and bool(((stored == middle) | (stored == middle - 1)).all()):
@@ -200,7 +200,7 @@ def _zero_points(
         return stored
     if bits == 3:
         return (stored + 1).bitwise_and_(7)
-    # GPTQModel subtracts one from all fields of a word at once: a zero point 0 borrows from its
-    # neighbour, and only the same addition gives both back.
+    # GPTQModel subtracts one from all fields of a word at once, so a zero point of 0 borrows from
+    # its neighbour. Adding one to all fields of the word at once restores both.
     ones = sum(1 << shift for shift in range(0, 32, bits))
     return unpack_codes(as_bytes(qzeros + ones), bits, out_features)

@@ -1,4 +1,4 @@
-"""What every format shares: the layer that was read, its shape, its order of input features."""
+"""Code that all formats share: check a layer's tensors, assemble its weight, order its features."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gteopt.quant.grid import middle
 from gteopt.quant.packing import pack_codes, packed_width, unpack_codes
 
 Config = Mapping[str, Any]
-"""`quantization_config` of a config.json, as it was parsed."""
+"""The parsed `quantization_config` of a config.json."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Features of a linear layer, as the architecture has them."""
+    """Output and input features of a linear layer, without padding."""
 
     out_features: int
     in_features: int
@@ -29,10 +29,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class ReadLayer:
-    """A layer as it was found in a checkpoint.
+    """A layer that was read from a checkpoint.
 
     Attributes:
-        weight: its codes and grid.
+        weight: codes, scales and zero points.
         order: int64 [I], the input feature that each column of `weight` multiplies; None when
             columns are in the order of the features.
     """
@@ -47,31 +47,31 @@ def check_tensors(
     wanted: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]],
     optional: frozenset[str] = frozenset(),
 ) -> None:
-    """Compare names, dtypes (None: any) and shapes.
+    """Check that tensors have the wanted names, dtypes (None: any) and shapes.
 
     Raises:
-        IntegrityError: lists every tensor that is missing, unknown or of another shape.
+        IntegrityError: lists every tensor that is missing, unknown or of another dtype or shape.
     """
     problems = [f"'{n}' is missing" for n in wanted if n not in tensors and n not in optional]
     problems += [f"'{name}' does not belong here" for name in tensors if name not in wanted]
     for name, (dtype, shape) in wanted.items():
-        found = tensors.get(name)
-        if found is None:
+        tensor = tensors.get(name)
+        if tensor is None:
             continue
-        if dtype not in (None, found.dtype) or tuple(found.shape) != shape:
+        if dtype not in (None, tensor.dtype) or tuple(tensor.shape) != shape:
             kind = f"{dtype} " if dtype is not None else ""
             problems.append(
-                f"'{name}' is {found.dtype} {list(found.shape)}, expected {kind}{list(shape)}"
+                f"'{name}' is {tensor.dtype} {list(tensor.shape)}, expected {kind}{list(shape)}"
             )
     if problems:
         raise IntegrityError(join_problems(subject, problems))
 
 
 def group_size_of(subject: str, in_features: int, n_groups: int) -> GroupSize:
-    """The group size that cuts `in_features` into `n_groups`.
+    """The group size that splits `in_features` into `n_groups`.
 
     Raises:
-        UnsupportedError: one that gteopt's kernels do not have.
+        UnsupportedError: gteopt's kernels have no such group size.
     """
     if n_groups == 1:
         return "per_channel"
@@ -80,20 +80,20 @@ def group_size_of(subject: str, in_features: int, n_groups: int) -> GroupSize:
             return size  # type: ignore[return-value]
     raise UnsupportedError(
         f"{subject}: {n_groups} groups of {in_features} input features are not supported "
-        f"(supported group sizes: 32, 64, 128, or one group a row)"
+        f"(supported group sizes: 32, 64, 128, or one group per row)"
     )
 
 
 def feature_order(subject: str, groups: Tensor, n_groups: int) -> Tensor | None:
-    """The order that makes groups consecutive; None when they already are.
+    """The order of input features that makes groups consecutive; None when they already are.
 
     Args:
-        subject: named in errors.
+        subject: what error messages call the layer.
         groups: integers [I], the group of each input feature (`g_idx`).
         n_groups: G; every group must have I / G features.
 
     Raises:
-        IntegrityError: groups of unequal size, or beyond G.
+        IntegrityError: groups have unequal sizes, or a group number is not below G.
     """
     groups = groups.long()
     width = len(groups) // n_groups
@@ -110,14 +110,14 @@ def feature_order(subject: str, groups: Tensor, n_groups: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class StoredCodes:
-    """Codes and grid of one layer, as a checkpoint holds them.
+    """Codes, scales and zero points of one layer of a checkpoint.
 
     Attributes:
         qweight: codes in gteopt's packing, uint8 [O, B].
-        in_features: I, which the packing may have padded.
+        in_features: I; the packing may pad it.
         scale: [O, G], any float dtype.
-        zero: uint8 [O, G].
-        bits: of a code.
+        zero: zero points, uint8 [O, G].
+        bits: bits per code.
     """
 
     qweight: Tensor
@@ -129,7 +129,7 @@ class StoredCodes:
 
 @dataclass(frozen=True)
 class Activations:
-    """How a layer's inputs are rounded; `outliers` is LLM.int8()'s threshold."""
+    """How a layer's inputs are quantized; `outliers` is LLM.int8()'s threshold."""
 
     bits: int = 16
     symmetric: bool = True
@@ -144,22 +144,22 @@ def assemble(
     number_format: NumberFormat = "int",
     group_size: GroupSize | None = None,
 ) -> PackedWeight:
-    """The packed weight that these codes and their grid are.
+    """Build the packed weight from stored codes, scales and zero points.
 
-    Packed codes are kept as they are: unpacking and packing them again would take most of a load.
+    The codes stay packed, because unpacking and packing them again would dominate the load time.
 
     Scales in bfloat16 or float32 are rounded to float16. This is exact for bfloat16 from 2^-14 on.
-    A weight whose zero points are all in the middle becomes symmetric.
+    A weight whose zero points are all 2^(bits - 1) becomes symmetric.
 
     Args:
-        subject: named in errors.
+        subject: what error messages call the layer.
         stored: see `StoredCodes`.
         activations: see `Activations`.
-        number_format: what the codes are.
-        group_size: read off the scales' shape when None.
+        number_format: the numbers that the codes stand for.
+        group_size: when None, it follows from the shape of the scales.
 
     Raises:
-        UnsupportedError: bits, groups or scales that gteopt's kernels do not have.
+        UnsupportedError: gteopt's kernels do not have these bits, groups or scales.
     """
     bits, in_features, zero = stored.bits, stored.in_features, stored.zero
     if bits not in (2, 3, 4, 8):
@@ -174,7 +174,7 @@ def assemble(
             f"{subject}: int8 activations with {bits}-bit weights in "
             f"{'one group' if group_size == 'per_channel' else f'groups of {group_size}'}"
             f"{'' if symmetric else ' with zero points'} (supported: symmetric 8-bit weights with "
-            f"one scale an output feature)"
+            f"one scale per output feature)"
         )
     scheme = LayerScheme.model_validate(
         {
@@ -192,14 +192,14 @@ def assemble(
 
 
 def cut(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Dense bytes [R, B] without those, and the bits, that are beyond `n` codes."""
+    """Dense bytes [R, B], without the bytes and bits after the first `n` codes of a row."""
     if n * bits % 8:
         return pack_codes(unpack_codes(packed, bits, n), bits)
     return packed[:, : packed_width(n, bits)].contiguous()
 
 
 def zero_points(weight: PackedWeight) -> Tensor:
-    """uint8 [O, G], also of a symmetric weight."""
+    """The zero points, uint8 [O, G]; those of a symmetric weight are filled in."""
     if weight.qzero is None:
         return torch.full_like(weight.scale, middle(weight.scheme), dtype=torch.uint8)
     return weight.unpack().zero
