@@ -1,4 +1,4 @@
-"""What happens to an embedding after the model: shorten it, code it, search the codes.
+"""Everything after the model: shorten an embedding, code it, search the codes.
 
 Refuses to know: torch, models, files.
 """

@@ -1,9 +1,9 @@
-"""Codebooks of product quantization for few texts: dimensions with more variance get more bits.
+"""Fit the codebook of a product code on few texts: dimensions with more variance get more bits.
 
-The dimensions of a PCA hardly depend on one another and are close to normally distributed. So a
-byte's 256 points are placed for the normal distribution with each dimension's measured mean and
-variance, and then moved by the calibration vectors. Two numbers for each dimension take a few
-hundred texts; k-means alone needs about 39 texts for each point, 10,000 in all.
+The dimensions of a PCA hardly depend on one another and are close to normally distributed. A byte's
+256 points are therefore placed for a normal distribution, and then moved by the calibration
+vectors. The distribution has the measured mean and variance of each dimension, which a few hundred
+texts determine. k-means alone needs about 39 texts for each point, which is 10,000 texts in all.
 
 Refuses to know: projections, how codes are searched.
 """
@@ -30,12 +30,12 @@ _LLOYD_STEPS = 10
 
 @dataclass(frozen=True)
 class Codebook:
-    """What `ProductQuantizer` needs.
+    """The points of a product code, and the dimensions that the code keeps.
 
     Attributes:
-        dimensions: [D], the given dimensions that get bits, in order.
+        dimensions: [D], which of the P dimensions get bits, in ascending order.
         points: float32 [M, 256, S].
-        places: int32 [D], the place of each of `dimensions` in a row of M * S values.
+        places: int32 [D], the position of each kept dimension in a row of M * S values.
     """
 
     dimensions: npt.NDArray[np.intp]
@@ -48,22 +48,22 @@ def fit_codebook(z: npt.NDArray[np.float32], n_bytes: int) -> Codebook:
 
     Args:
         z: [N, P] calibration vectors on uncorrelated dimensions (a PCA's), not renormalised.
-        n_bytes: M, of a code.
+        n_bytes: M, the bytes of one code.
 
     Raises:
-        InputError: so few dimensions vary that they cannot fill the bytes.
+        InputError: fewer dimensions vary than a code has bytes.
     """
     rows = z.astype(np.float64)
     mean, std = rows.mean(axis=0), rows.std(axis=0)
     # Variation below float32's precision counts as none.
     std[std < 1e-6 * np.sqrt(np.square(rows).sum(axis=1).mean())] = 0
     variance, spread = np.square(std), std.sum()
-    # An error e in a dimension moves scores by q e, so squared errors count by E[q^2]. Queries and
-    # documents share the mean, which is nearly all of a query in a narrow cone. The rest of a query
-    # only resembles the documents. So its energy is spread by the square root of their variance,
-    # half way between their variance and equal weights.
-    counts = np.square(mean) + std * (variance.sum() / spread if spread > 0 else 0.0)
-    value = variance * counts
+    # An error e in a dimension moves a score by q e, so squared errors are weighted by E[q^2].
+    # Many models' vectors lie in a narrow cone: queries and documents share a large mean. The rest
+    # of a query only resembles the documents. Its energy is spread by their standard deviation,
+    # which is half way between their variance and equal weights.
+    weight = np.square(mean) + std * (variance.sum() / spread if spread > 0 else 0.0)
+    value = variance * weight
     if np.count_nonzero(value) < n_bytes:
         raise InputError(
             f"a product code of {n_bytes} bytes needs at least {n_bytes} dimensions that vary, "
@@ -116,8 +116,10 @@ def _bytes_of(
         groups = _first_fit(bits)
         if len(groups) <= n_bytes:
             break
-        n_bits -= 1  # widths that do not fill bytes: try fewer bits; the loop below spends the rest
-    while len(groups) < n_bytes:  # bytes of one dimension are full; split the fullest shared one
+        n_bits -= (
+            1  # the widths do not fit into the bytes; the loop below spends the bits left over
+        )
+    while len(groups) < n_bytes:  # split the byte that most dimensions share
         fullest = max(range(len(groups)), key=lambda i: len(groups[i]))
         groups.append(groups[fullest][1:])
         groups[fullest] = groups[fullest][:1]
@@ -155,7 +157,7 @@ def _first_fit(bits: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
 def _points(rows: Doubles, bits: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
     """256 points [256, S] for dimensions [N, S] that share a byte.
 
-    Lloyd's algorithm starts at the grid of each dimension's own levels. Its data are seeded draws
+    Lloyd's algorithm starts at the grid of the levels of each dimension. Its data are seeded draws
     from the normal distribution, and the vectors. A point that is nearest to no vector stays.
     """
     mean, std = rows.mean(axis=0), rows.std(axis=0)
@@ -174,7 +176,7 @@ def _points(rows: Doubles, bits: npt.NDArray[np.intp]) -> npt.NDArray[np.float32
             )
             used = counts > 0
             points[used] = sums[used] / counts[used, None]
-    # A byte that is not filled has fewer than 256 points; the first of equal points is the code.
+    # Fewer than 8 bits have fewer than 256 points. Encoding takes the first of equal points.
     fill = np.repeat(points[-1:], 2**_BYTE - len(points), axis=0)
     return np.concatenate([points, fill]).astype(np.float32)
 
@@ -187,7 +189,7 @@ def normal_levels(bits: int) -> Doubles:
     N(0, 3), whose density is the cube root of the normal density. That is the best for many levels
     (Panter and Dite 1951, doi:10.1109/JRPROC.1951.230419).
     """
-    from scipy.stats import norm  # takes most of a second, and only fitting needs it
+    from scipy.stats import norm  # the import takes most of a second, and only fitting needs it
 
     n = 2**bits
     levels: Doubles = np.sqrt(3) * norm.ppf((np.arange(n) + 0.5) / n)
@@ -200,7 +202,7 @@ def normal_levels(bits: int) -> Doubles:
 
 @lru_cache
 def distortion(bits: int) -> float:
-    """Mean squared error of `normal_levels` on N(0, 1); 1 without bits."""
+    """Mean squared error of `normal_levels` on N(0, 1); 1 for no bits."""
     from scipy.stats import norm
 
     levels = normal_levels(bits)

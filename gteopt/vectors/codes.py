@@ -1,4 +1,4 @@
-"""How a vector is stored: one class for each code, a map from float rows to bytes and back.
+"""Codes that store vectors: each class maps float rows to bytes and back.
 
 | code | bytes of D dimensions | what a code stands for |
 |---|---|---|
@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[Any]
 """Stored vectors, a row each: float32 [N, D], int8 [N, D], or uint8 [N, bytes]."""
 
-_BLOCK_ROWS = 1 << 11  # bounds the float64 work of encoding to some tens of megabytes
+_BLOCK_ROWS = 1 << 11  # bounds the float64 memory of encoding to some tens of megabytes
 _RABITQ_SCALES = 48
 _FACTOR_BYTES = 2
 
@@ -175,7 +175,7 @@ class Binary:
 
 @dataclass(frozen=True, eq=False)
 class RaBitQ:
-    """B bits a dimension and one factor a vector, whose dot products are unbiased estimates.
+    """B bits a dimension and one factor a vector, which estimate dot products without bias.
 
     With r = z - centre, the code g is the point of the grid {-(2^B - 1) / 2, ..., (2^B - 1) / 2}^D
     that lies closest to r in direction: for one bit the signs of r (Gao and Long 2024,
@@ -215,8 +215,8 @@ class RaBitQ:
             aligned = (grid * residual).sum(axis=1)
             squares = np.square(residual).sum(axis=1)
             factor = np.divide(squares, aligned, out=np.zeros(len(grid)), where=aligned > 0)
-            most = float(np.finfo(np.float16).max)
-            halves = np.minimum(factor, most).astype("<f2")
+            largest_float16 = float(np.finfo(np.float16).max)
+            halves = np.minimum(factor, largest_float16).astype("<f2")
             codes[part, -_FACTOR_BYTES:] = halves[:, None].view(np.uint8)
         return codes
 
@@ -233,7 +233,7 @@ class RaBitQ:
         return points
 
     def _closest(self, residual: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Grid points [N, D] of the greatest cosine with residuals, among scales of the grid."""
+        """Grid points [N, D] with the greatest cosine to their residuals, over grid scales."""
         if self.bits == 1:
             return np.where(residual > 0, 0.5, -0.5)
         half = 2.0 ** (self.bits - 1)
@@ -260,7 +260,7 @@ class ProductQuantizer:
 
     Attributes:
         codebook: [M, 256, S]; a group of fewer than S dimensions is padded with zeros.
-        places: int32 [D], the place of each dimension in a row of M * S values.
+        places: int32 [D], the position of each dimension in a row of M * S values.
     """
 
     codebook: Floats
@@ -277,7 +277,7 @@ class ProductQuantizer:
         return len(self.codebook)
 
     def encode(self, rows: Floats) -> Codes:
-        """The nearest point of each group, [N, M]; the first of equally near ones."""
+        """The nearest point of each group, [N, M]; the first of equally near points."""
         n_groups, _, size = self.codebook.shape
         codes = np.empty((len(rows), n_groups), np.uint8)
         for start in range(0, len(rows), _BLOCK_ROWS):
@@ -308,8 +308,8 @@ def code_bytes(code: VectorCode, dims: int, bits: int = 1, n_bytes: int | None =
     Args:
         code: how it is stored.
         dims: dimensions after shortening.
-        bits: a dimension, of rabitq.
-        n_bytes: of pq, whose size does not follow from its dimensions.
+        bits: bits a dimension; rabitq only.
+        n_bytes: bytes of a vector; pq only, because its size does not follow from its dimensions.
     """
     if code == "pq":
         assert n_bytes is not None

@@ -1,7 +1,7 @@
-"""A transform and its codes as a faiss index, which opens and searches without gteopt.
+"""Turn a transform and its codes into a faiss index, which opens and searches without gteopt.
 
-int8, int4 and pq are compared as `vectors.search` compares them after rescoring: the float query
-with the decoded vector. binary is compared by Hamming distance alone.
+For int8, int4 and pq the index compares the float query with the decoded vector. `vectors.search`
+does the same when it rescores. For binary the index compares by Hamming distance alone.
 
 Refuses to know: models, files, how anything was fitted.
 """
@@ -24,14 +24,14 @@ WITH_COUNTERPART = ("float32", "int8", "int4", "binary", "pq")
 def to_faiss(
     transform: VectorTransform, codes: Codes | None = None, *, of_base: bool = False
 ) -> Any:
-    """A `faiss.Index` of stored vectors, which codes what is added and compares float queries.
+    """A `faiss.Index` of stored vectors; it codes vectors that are added and takes float queries.
 
     Args:
-        transform: what made the codes.
-        codes: stored vectors to put into it, as `quantize` made them; None leaves it empty.
-        of_base: what the index takes. False: rows [N, D] as `encode` gives them, and as Sentence
-            Transformers gives them from the artifact's folder. True: vectors [N, F] of the base
-            model, which the index shortens itself.
+        transform: the transform that made the codes.
+        codes: stored vectors from `quantize` to add to the index; None leaves it empty.
+        of_base: which vectors the index takes. False: rows [N, D] that `encode` returns, or that
+            Sentence Transformers returns from the artifact's folder. True: vectors [N, F] of the
+            base model, which the index shortens itself.
 
     Raises:
         UnsupportedError: the code has no counterpart in faiss.
@@ -44,10 +44,10 @@ def to_faiss(
     """
     if transform.code not in WITH_COUNTERPART:
         raise UnsupportedError(
-            f"{transform.code} codes have no counterpart in faiss; those that have one: "
+            f"{transform.code} codes have no counterpart in faiss; codes that have one: "
             f"{', '.join(WITH_COUNTERPART)}"
         )
-    import faiss  # takes a tenth of a second, and starts threads
+    import faiss  # the import takes a tenth of a second and starts threads
 
     coding = transform.coding
     index = _stored(coding, _width(coding, transform.dims))
@@ -70,7 +70,7 @@ def _width(coding: Code, dims: int) -> int:
 
 
 def _steps(transform: VectorTransform, coding: Code, of_base: bool) -> list[Any]:
-    """The maps of a row before it is coded, in order; most codes have none."""
+    """The maps that are applied to a row before it is coded, in order; empty for most codes."""
     import faiss
 
     steps: list[Any] = []
@@ -103,7 +103,7 @@ def _linear(weight: Floats, bias: Floats | None = None) -> Any:
 
 
 def _stored(coding: Code, width: int) -> Any:
-    """The empty index of codes."""
+    """An index for this code, without vectors."""
     import faiss
 
     match coding:
@@ -114,7 +114,7 @@ def _stored(coding: Code, width: int) -> Any:
                 else (faiss.ScalarQuantizer.QT_4bit)
             )
             scalar = faiss.IndexScalarQuantizer(width, kind, faiss.METRIC_INNER_PRODUCT)
-            # faiss decodes to the middle of each of 2^B cells, gteopt to 2^B levels, low to high.
+            # faiss decodes to the middles of 2^B cells; gteopt to 2^B levels from low to high.
             spread = coding.high - coding.low
             low = coding.low - spread / np.float32(2 * (2**coding.bits - 1))
             faiss.copy_array_to_vector(np.concatenate([low, spread]), scalar.sq.trained)

@@ -1,4 +1,4 @@
-"""Fit a projection and a code on vectors, judged by the neighbours that held-out vectors keep.
+"""Fit a projection and a code on vectors; choices keep the most neighbours of held-out vectors.
 
 The defaults come from benchmarks/results/vector_choices.json and vector_codes.json. Refuses to
 know: torch, models, files.
@@ -41,7 +41,7 @@ _WAYS: dict[DimsMethod, tuple[_Way, ...]] = {
     "pca": ("pca", "pca rotated"),
     "auto": ("slice", "pca", "pca rotated"),
 }
-"""What a method chooses among; the first of equally good ones."""
+"""The ways that a method chooses among; the first of equally good ways wins."""
 
 
 def fit(
@@ -50,8 +50,8 @@ def fit(
     """Fit projection and code on calibration vectors.
 
     PCA projects on the leading right singular vectors of `x` without subtracting the mean, because
-    centring would change the cosine. A choice is made by the neighbours of calibration vectors that
-    were held out from the fit.
+    centring would change the cosine. Where several ways are possible, some calibration vectors are
+    held out from the fit. The way that keeps the most of their nearest neighbours is chosen.
 
     Args:
         x: [N, F] unit rows of the model, in full dimension.
@@ -60,8 +60,8 @@ def fit(
         similarity: "dot" for a model whose vectors keep their length; see `VectorTransform`.
 
     Raises:
-        InputError: more dimensions than the model or the calibration vectors have, too few vectors
-            for the code, or bytes that no code has.
+        InputError: more dimensions are asked for than the model or the calibration vectors have,
+            there are too few vectors for the code, or no code has that many bytes.
         NumericsError: NaN or infinity in `x`.
 
     Example:
@@ -89,10 +89,10 @@ def fit(
 def check_bytes(full_dims: int, n_bytes: int) -> None:
     """Refuse a size that no code of vectors with F dimensions has.
 
-    Up to F bytes there is a code for each size; above, only all dimensions in float32.
+    Every size up to F bytes has a code. Above F bytes, only float32 of all dimensions is left.
 
     Raises:
-        InputError: no code has so many bytes; says the nearest.
+        InputError: no code has `n_bytes` bytes; the message names the nearest sizes.
     """
     if n_bytes > full_dims and n_bytes != 4 * full_dims:
         nearest = f"{full_dims} and {4 * full_dims}"
@@ -100,7 +100,7 @@ def check_bytes(full_dims: int, n_bytes: int) -> None:
             nearest = str(4 * full_dims)
         raise InputError(
             f"vectors.bytes is {n_bytes}, but no code of vectors with {full_dims} dimensions has "
-            f"that size; the nearest: {nearest} bytes"
+            f"that size; the nearest size: {nearest} bytes"
         )
 
 
@@ -108,11 +108,11 @@ class _Basis:
     """Calibration vectors and their singular value decomposition, which is computed once."""
 
     def __init__(self, rows: Floats) -> None:
-        """Of vectors [N, F]."""
+        """Keep the vectors [N, F]."""
         self.rows = rows
 
     def principal(self, n_dims: int) -> VectorTransform:
-        """The PCA to the leading dimensions; at most as many as there are vectors."""
+        """The PCA to the `n_dims` leading dimensions; to N if there are fewer vectors than that."""
         basis = self._directions[:n_dims]
         x = self.rows.astype(np.float64)
         centred = x - x.mean(axis=0)
@@ -130,21 +130,21 @@ class _Basis:
     def _directions(self) -> npt.NDArray[np.float64]:
         """Right singular vectors [min(N, F), F] in float64."""
         basis = np.linalg.svd(self.rows.astype(np.float64), full_matrices=False)[2]
-        # The sign of a singular vector is arbitrary. A fixed one makes builds equal across LAPACKs.
+        # Signs of singular vectors are arbitrary. A fixed sign makes builds equal across LAPACKs.
         largest = np.take_along_axis(basis, np.abs(basis).argmax(axis=1)[:, None], axis=1)
         signed: npt.NDArray[np.float64] = basis * np.sign(largest)
         return signed
 
 
 _Fit = Callable[[_Basis], VectorTransform]
-"""Fits one of the compared ways on some of the calibration vectors."""
+"""Fits one way of shortening and coding on the given calibration vectors."""
 
 
 def _ways(rows: Floats, dims: Dims, vectors: Vectors) -> tuple[_Way, ...]:
-    """The ways that the method chooses among and that there are enough vectors for.
+    """The ways that the method chooses among, if there are enough vectors for them.
 
     Raises:
-        InputError: more dimensions than there are, or too few vectors to choose by or to fit on.
+        InputError: the model has fewer dimensions, or there are too few vectors to choose or fit.
     """
     n, full_dims = rows.shape
     if dims.n > full_dims:
@@ -154,7 +154,7 @@ def _ways(rows: Floats, dims: Dims, vectors: Vectors) -> tuple[_Way, ...]:
     if dims.method == "auto" and not enough:
         raise InputError(
             f"dims.method auto needs at least {_FOLDS * _MIN_HELD_OUT} calibration texts to choose "
-            f"by, found {n}; raise calibration.n_texts, or say slice or pca"
+            f"by, found {n}; raise calibration.n_texts, or set dims.method to slice or pca"
         )
     if dims.method == "pca" and dims.n > n:
         raise InputError(
@@ -164,7 +164,7 @@ def _ways(rows: Floats, dims: Dims, vectors: Vectors) -> tuple[_Way, ...]:
     ways = _WAYS[dims.method]
     if vectors.code not in _ROTATED_CODES:
         ways = tuple(way for way in ways if way != "pca rotated")
-    # A way that cannot be tried on held-out vectors is not chosen.
+    # The first way is taken if there are too few vectors to compare ways on held-out ones.
     return ways if enough and dims.n <= n - n_held_out else ways[:1]
 
 
@@ -175,7 +175,7 @@ def _shortened(
     vectors: Vectors,
     similarity: Similarity = "cosine",
 ) -> VectorTransform:
-    """The transform of one way, fitted on all vectors of `basis`."""
+    """The transform that shortens in the given way, fitted on all vectors of `basis`."""
     if way == "slice":
         full_dims = basis.rows.shape[1]
         transform = VectorTransform(full_dims=full_dims, dims=n_dims, method="slice")
@@ -188,7 +188,7 @@ def _shortened(
 
 
 def _rotated(transform: VectorTransform, rows: Floats, code: str) -> VectorTransform:
-    """The transform with rotated dimensions: towards their signs for binary, else at random."""
+    """The transform with rotated dimensions: for binary towards the signs, otherwise at random."""
     projection = transform.projection
     if projection is None:
         projection = np.eye(transform.dims, transform.full_dims, dtype=np.float32)
@@ -203,10 +203,10 @@ def _coded(transform: VectorTransform, rows: Floats, vectors: Vectors) -> Vector
     """The transform with its code, whose ranges or centre are fitted on `rows` [N, F].
 
     Raises:
-        InputError: too few vectors for it.
+        InputError: too few vectors for the code.
     """
     code = vectors.code
-    assert code != "auto"  # auto and pq are fitted by their bytes
+    assert code != "auto"  # _fit_bytes fits auto and pq
     assert code != "pq"
     if code == "rabitq" and not transform.rotated:
         transform = _rotated(transform, rows, code)
@@ -214,10 +214,10 @@ def _coded(transform: VectorTransform, rows: Floats, vectors: Vectors) -> Vector
     if code == "float32" or (code == "binary" and not vectors.centred):
         return transform
     if len(rows) < _MIN_RANGE_VECTORS:
-        what = "mean" if code in ("binary", "rabitq") else "ranges"
+        fitted = "mean" if code in ("binary", "rabitq") else "ranges"
         raise InputError(
             f"{code} vectors need at least {_MIN_RANGE_VECTORS} calibration texts to fit their "
-            f"{what} on, found {len(rows)}; raise calibration.n_texts"
+            f"{fitted}, found {len(rows)}; raise calibration.n_texts"
         )
     z = transform.project(rows).astype(np.float64)
     centre = z.mean(axis=0)
@@ -236,7 +236,7 @@ def _coded(transform: VectorTransform, rows: Floats, vectors: Vectors) -> Vector
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One way to fill a number of bytes."""
+    """A way to shorten and code vectors to a given number of bytes."""
 
     method: Literal["full", "slice", "pca"]
     dims: int
@@ -245,7 +245,7 @@ class _Candidate:
     similarity: Similarity = "dot"
 
     def fitted(self, basis: _Basis) -> VectorTransform:
-        """The transform of this way, fitted on all vectors of `basis`.
+        """The transform of this candidate, fitted on all vectors of `basis`.
 
         Raises:
             InputError: too few vectors, or too few dimensions that vary.
@@ -268,14 +268,14 @@ class _Candidate:
         return _coded(transform, basis.rows, self.vectors)
 
     def trial(self, transform: VectorTransform, kept: float) -> CodeTrial:
-        """The record of this way."""
+        """The record of this candidate."""
         record = transform.record()
         names = CodeTrial.model_fields.keys() - {"neighbours_kept"}
         return CodeTrial(**{name: getattr(record, name) for name in names}, neighbours_kept=kept)
 
 
 def _product_coded(basis: _Basis, n_bytes: int, most_dims: int) -> VectorTransform:
-    """A PCA that keeps the dimensions to which the product code gives bits."""
+    """A product code with a PCA to the dimensions that the code gives bits to."""
     plain = replace(basis.principal(most_dims), similarity="dot")
     book = fit_codebook(plain.project(basis.rows), n_bytes)
     kept = basis.principal(int(book.dimensions.max()) + 1)
@@ -292,7 +292,7 @@ def _product_coded(basis: _Basis, n_bytes: int, most_dims: int) -> VectorTransfo
 
 
 def _candidates(n_bytes: int, full_dims: int, n_fitted: int, vectors: Vectors) -> list[_Candidate]:
-    """Ways to fill `n_bytes` with a code of vectors of F dimensions, fitted on so many vectors."""
+    """Candidates of `n_bytes` for vectors of F dimensions, if `n_fitted` vectors are fitted on."""
     most_dims = min(full_dims, n_fitted)
     product = _Candidate("pca", min(8 * n_bytes, most_dims), Vectors(code="pq", bytes=n_bytes))
     candidates = [product] if n_bytes <= most_dims else []
@@ -316,8 +316,8 @@ def _candidates(n_bytes: int, full_dims: int, n_fitted: int, vectors: Vectors) -
             if code in _ROTATED_CODES and (code != "binary" or dims <= _MOST_ITQ_DIMS):
                 candidates.append(_Candidate("pca", dims, plain, rotated=True))
     for bits in range(1, 9):
-        # Two of the bytes hold the factor. Sizes that leave over a tenth of the bytes unused are
-        # out.
+        # Two of the bytes hold the factor. A size that leaves over a tenth of the bytes unused is
+        # no candidate.
         dims = min(8 * (n_bytes - 2) // bits, most_dims)
         if dims >= bits and code_bytes("rabitq", dims, bits) >= 0.9 * n_bytes:
             candidates.append(
@@ -329,10 +329,10 @@ def _candidates(n_bytes: int, full_dims: int, n_fitted: int, vectors: Vectors) -
 def _fit_bytes(
     rows: Floats, vectors: Vectors, n_bytes: int, similarity: Similarity
 ) -> VectorTransform:
-    """The way to fill `n_bytes` that keeps the most neighbours of vectors held out from its fit.
+    """The candidate of `n_bytes` that keeps the most neighbours of held-out vectors.
 
     Raises:
-        InputError: too few vectors to choose by, or bytes that no code has.
+        InputError: too few vectors to choose by, or no code has that many bytes.
     """
     n, full_dims = rows.shape
     check_bytes(full_dims, n_bytes)
@@ -351,9 +351,10 @@ def _fit_bytes(
     kept = _neighbours_kept(rows, [candidate.fitted for candidate in candidates], similarity)
     if not candidates or max(kept) < 0:
         raise InputError(
-            f"vectors.bytes is {n_bytes}, for which {n} calibration texts are too few or too much "
-            f"alike: a code of so many bytes needs as many texts, and as many dimensions that "
-            f"differ between texts; raise calibration.n_texts or lower vectors.bytes"
+            f"vectors.bytes is {n_bytes}, but {n} calibration texts are too few or too much "
+            f"alike for a code of {n_bytes} bytes. It needs at least as many texts as bytes, and "
+            f"as many dimensions that differ between texts; raise calibration.n_texts or lower "
+            f"vectors.bytes"
         )
     basis = _Basis(rows)
     order = [int(i) for i in np.argsort([-share for share in kept], kind="stable") if kept[i] >= 0]
@@ -366,7 +367,7 @@ def _fit_bytes(
 
 
 def _towards_signs(z: Floats) -> npt.NDArray[np.float64]:
-    """The orthogonal R [D, D] for which z R lies close to its signs.
+    """The orthogonal matrix R [D, D] that brings z R close to its signs.
 
     Iterative quantization (ITQ, Gong and Lazebnik 2011, section 3.2), from a seeded random
     rotation. Two steps alternate: B = sign(z R), then the R nearest to it (Procrustes: z' B = U S
@@ -392,12 +393,12 @@ def _random_rotation(n_dims: int) -> npt.NDArray[np.float64]:
 
 
 def _neighbours_kept(rows: Floats, fits: Sequence[_Fit], similarity: Similarity) -> list[float]:
-    """Share of nearest neighbours that each fit keeps of vectors that it has not seen.
+    """Share of the nearest neighbours of held-out vectors that each fit keeps; -1 if a fit failed.
 
-    Each quarter of the vectors is searched in itself, as stored and rescored by what was fitted on
-    the other three. One neighbour of a hundred vectors counts, the same share as ten of a thousand
-    in a search; ten of a hundred would favour codes that are too coarse. -1 marks a fit that
-    failed.
+    Each quarter of the vectors is held out in turn, and the fit uses the other three. The quarter
+    is searched in itself, with stored codes and rescoring. One neighbour counts for every hundred
+    vectors, the same share as ten of a thousand. A larger share would favour codes that are too
+    coarse.
     """
     kept: list[list[float]] = [[] for _ in fits]
     exact = identity(rows.shape[1], similarity=similarity)
@@ -409,7 +410,7 @@ def _neighbours_kept(rows: Floats, fits: Sequence[_Fit], similarity: Similarity)
         for shares, fitted in zip(kept, fits, strict=True):
             try:
                 nearest = _nearest_others(fitted(basis), held_out, k)
-            except InputError:  # too few dimensions vary for this one
+            except InputError:  # too few dimensions vary for this candidate
                 shares.append(-np.inf)
                 continue
             pairs = zip(nearest, wanted, strict=True)
@@ -418,7 +419,7 @@ def _neighbours_kept(rows: Floats, fits: Sequence[_Fit], similarity: Similarity)
 
 
 def _nearest_others(transform: VectorTransform, rows: Floats, k: int) -> list[npt.NDArray[np.intp]]:
-    """The k nearest of each of `rows` [N, F] among the others, as they are stored."""
+    """The k nearest other rows of each of `rows` [N, F], by their stored codes."""
     z = transform.project(rows)
     nearest, _ = search(transform, z, transform.quantize(z), k + 1)
     return [neighbours[neighbours != i][:k] for i, neighbours in enumerate(nearest)]

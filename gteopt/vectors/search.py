@@ -1,4 +1,4 @@
-"""Exact search for the k nearest of coded vectors, in blocks, on the codes as stored.
+"""Search stored codes exactly for the k nearest vectors, block by block.
 
 Hides: rounding bounds, blocks, faiss for binary codes. Refuses to know: torch, models, files.
 """
@@ -14,18 +14,18 @@ from gteopt.errors import InputError
 from gteopt.vectors.transform import Codes, Floats, VectorTransform, checked_rows, paired_dot
 
 Products = Callable[[Floats], Callable[[Floats], Floats]]
-"""Takes stored vectors [N, D] and returns a function from queries [Q, D] to products [Q, N], summed
-in float32 or better. It decides on which device they are computed, and how."""
+"""Takes stored vectors [N, D] and returns a function from queries [Q, D] to dot products [Q, N],
+which are summed in float32 or better. An implementation chooses the device and the method."""
 
 _BLOCK_SCORES = 1 << 22
 _BLOCK_VECTORS = 1 << 14
-_BLOCK_PAIRS = 1 << 7  # a few megabytes in float64, which a core's cache holds
-# How many pairs of a float64 matrix product take as long as one pair by itself.
+_BLOCK_PAIRS = 1 << 7  # a few megabytes in float64, which fit a core's cache
+# A pair that is computed alone takes as long as this many pairs of a float64 matrix product.
 _PAIR_COST = 32
 
 
 def on_cpu(stored: Floats) -> Callable[[Floats], Floats]:
-    """`Products` by numpy."""
+    """`Products` that numpy computes on the CPU."""
     columns = stored.T
     return lambda queries: queries @ columns
 
@@ -35,20 +35,20 @@ def search(
 ) -> tuple[npt.NDArray[np.intp], Floats]:
     """The k best stored vectors of each query, best first; ties in order of their index.
 
-    float32, int4, rabitq and pq are ordered by the dot product of the float query with the decoded
-    vector. For int8 and binary the query is coded too, and the `rescore * k` best by codes alone
-    are candidates: those with the greatest dot product of decoded codes, or the least Hamming
-    distance H, as 1 - 2 H / D. The candidates are then ordered by the dot product of the *float*
-    query with the decoded vector (asymmetric rescoring as in BPR, Yamada et al. 2021,
-    arXiv:2106.00882). With `rescore` 1 the first order stays.
+    float32, int4, rabitq and pq: the score is the dot product of the float query with the decoded
+    vector. int8 and binary: the query is coded too, and a first pass compares codes alone. It
+    scores int8 by the dot product of decoded codes, and binary by 1 - 2 H / D, with H the Hamming
+    distance. The `rescore * k` best are then ordered by the dot product of the *float* query with
+    the decoded vector. This is the asymmetric rescoring of BPR (Yamada et al. 2021,
+    arXiv:2106.00882). With `rescore` 1 the order of the first pass stays.
 
-    Memory is bounded by blocks over queries and vectors.
+    Queries and vectors are processed in blocks, which bounds the memory.
 
     Args:
-        transform: what made the codes.
+        transform: the transform that made the codes.
         queries: [Q, D] projected, float.
-        codes: [N, D] or packed, as `quantize` made them.
-        k: how many; all N if there are fewer.
+        codes: [N, D] or packed, from `quantize`.
+        k: how many vectors to return a query; all N if there are fewer.
 
     Returns:
         Indices and scores, both [Q, min(k, N)]. Scores approximate the cosine.
@@ -56,24 +56,30 @@ def search(
     Raises:
         InputError: wrong shapes, or k below 1.
         NumericsError: NaN or infinity in `queries` or float32 codes.
+
+    Example:
+        >>> codes = transform.quantize(transform.project(document_vectors))
+        >>> indices, scores = search(transform, transform.project(query_vectors), codes, k=10)
     """
-    blocks = Search(transform, queries, k)
-    blocks.add(codes)
-    return blocks.nearest()
+    running = Search(transform, queries, k)
+    running.add(codes)
+    return running.nearest()
 
 
 class Search:
-    """`search` over stored vectors that come block by block.
+    """`search` over stored vectors that are added block by block.
 
-    Only the candidates of each query are kept between blocks, so a corpus never has to be in
-    memory. The cuts between blocks change no result.
+    Only the candidates of each query are kept between blocks, so a corpus need not fit into memory.
+    The sizes of the blocks do not change the result.
 
-    Scores are sums in float64, rounded to float32. Equal vectors then score equally at any place,
-    which keeps ties in order; BLAS orders a float32 sum by position. Only pairs that may be among
-    the best are summed like that. A float32 product in any order is within gamma_D |x| |y| of the
-    dot product x y, gamma_n = n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability of
-    Numerical Algorithms, 2nd ed., section 3.1, and Cauchy-Schwarz). A vector whose product is
-    further than that below the n-th best so far is therefore not among the n best.
+    Scores are summed in float64 and rounded to float32. Equal vectors then score equally at any
+    position, so ties stay in order. A float32 sum of BLAS depends on the position of the vector.
+
+    Only pairs that may be among the best are summed in float64. A float32 product, summed in any
+    order, is within gamma_D |x| |y| of the dot product x y. Here gamma_n = n u / (1 - n u) and
+    u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1, and
+    Cauchy-Schwarz). A vector is not among the n best if its product is further than this bound
+    below the n-th best score so far.
     """
 
     def __init__(
@@ -83,9 +89,13 @@ class Search:
         k: int,
         products: Products = on_cpu,
     ) -> None:
-        """Search for the k best of each query [Q, D], projected.
+        """Search for the k best of each projected query [Q, D].
 
-        `products` decide which pairs are scored, and change no result.
+        Args:
+            transform: the transform that made the codes.
+            queries: [Q, D] projected, float.
+            k: how many vectors to return a query.
+            products: select the pairs to sum in float64; they do not change the result.
 
         Raises:
             InputError: wrong shape, or k below 1.
@@ -97,15 +107,15 @@ class Search:
         self._transform = transform
         self._products = products
         self._k, self._n = k, transform.n_candidates(k)
-        self._n_seen = 0
-        # [Q, <= n], best first by codes, ties in order of their index.
+        self._n_added = 0
+        # [Q, <= n], ordered by the scores of the codes; ties in order of their index.
         self._indices = np.empty((len(self._queries), 0), np.intp)
         self._scores: Floats = np.empty((len(self._queries), 0), np.float32)
-        # The scores that the final order is by.
+        # The scores that decide the final order.
         self._rescored: Floats = self._scores.copy()
 
     def add(self, codes: Codes) -> None:
-        """The next stored vectors, [N, D] or packed.
+        """Search the next stored vectors, [N, D] or packed.
 
         Raises:
             InputError: codes of another shape or dtype than `quantize` makes.
@@ -128,16 +138,16 @@ class Search:
 
     def _add_block(self, codes: Codes) -> None:
         transform = self._transform
-        more = min(self._n, self._n_seen + len(codes)) - self._scores.shape[1]
+        more = min(self._n, self._n_added + len(codes)) - self._scores.shape[1]
         self._indices = np.pad(self._indices, ((0, 0), (0, more)))
         self._scores = np.pad(self._scores, ((0, 0), (0, more)), constant_values=-np.inf)
         self._rescored = np.pad(self._rescored, ((0, 0), (0, more)))
         block = max(1, _BLOCK_SCORES // len(codes))
-        # Decoded once for all queries, since decoding takes as long as hundreds of queries.
+        # Decoding takes as long as hundreds of queries, so it is done once for all of them.
         stored = None if transform.code == "binary" else transform.dequantize(codes)
-        # In a small corpus, and early in a large one, too many vectors may be among the best.
+        # In a small corpus, and at the start of a large one, the filter would drop few pairs.
         product = None
-        if stored is not None and 2 * _PAIR_COST * self._n < self._n_seen + len(codes):
+        if stored is not None and 2 * _PAIR_COST * self._n < self._n_added + len(codes):
             product, longest = self._products(stored), _norms(stored).max()
         for start in range(0, len(self._queries), block):
             queries = self._queries[start : start + block]
@@ -161,7 +171,7 @@ class Search:
                 top, best = _top(best, min(self._n, best.shape[1]))
                 columns = np.take_along_axis(columns, top, axis=1)
             self._merge(start + better, columns, best, codes)
-        self._n_seen += len(codes)
+        self._n_added += len(codes)
 
     def _merge(
         self,
@@ -170,28 +180,35 @@ class Search:
         values: Floats,
         codes: Codes,
     ) -> None:
-        """Put the best of a block of codes, `columns` of it by each of these queries, in place."""
+        """Merge the best vectors of a block of codes into the results of `queries`, in place.
+
+        Args:
+            queries: [R] indices of queries.
+            columns: [R, B] indices into `codes`.
+            values: [R, B] scores by codes.
+            codes: the block.
+        """
         n_kept = self._scores.shape[1]
-        # Earlier blocks come first, so a stable order keeps ties in order of their index.
+        # Earlier blocks stand first, so a stable sort keeps ties in order of their index.
         both = np.concatenate([self._scores[queries], values], axis=1)
         best, self._scores[queries] = _top(both, n_kept)
-        indices = np.concatenate([self._indices[queries], columns + self._n_seen], axis=1)
+        indices = np.concatenate([self._indices[queries], columns + self._n_added], axis=1)
         self._indices[queries] = np.take_along_axis(indices, best, axis=1)
         if self._transform.rescores:
             rescored = np.concatenate([self._rescored[queries], np.zeros_like(values)], axis=1)
             rows, slots = np.nonzero(best >= n_kept)
             places = best[rows, slots]
-            of = columns[rows, places - n_kept]
-            rescored[rows, places] = self._rescore(queries[rows], codes, of)
+            new = columns[rows, places - n_kept]
+            rescored[rows, places] = self._rescore(queries[rows], codes, new)
             self._rescored[queries] = np.take_along_axis(rescored, best, axis=1)
 
     def _rescore(
-        self, queries: npt.NDArray[np.intp], codes: Codes, of: npt.NDArray[np.intp]
+        self, queries: npt.NDArray[np.intp], codes: Codes, indices: npt.NDArray[np.intp]
     ) -> Floats:
-        """Scores [P] of float queries with the decoded codes of corresponding indices."""
+        """Scores [P] of pairs: a float query and the decoded code at the corresponding index."""
         return _dots_of_pairs(
             lambda part: self._queries[queries[part]],
-            lambda part: self._transform.dequantize(codes[of[part]]),
+            lambda part: self._transform.dequantize(codes[indices[part]]),
             len(queries),
         )
 
@@ -203,10 +220,10 @@ def _norms(rows: Floats) -> npt.NDArray[np.float64]:
 
 
 def _product_error(norms: npt.NDArray[np.float64], dims: int) -> npt.NDArray[np.float64]:
-    """Most distance of float32 products from scores if |x| |y| is at most `norms`; see `Search`.
+    """A bound on |float32 product - score| if |x| |y| is at most `norms`; see `Search`.
 
-    It is gamma of `dims` + 2, because scores and norms are rounded to float32 as well. Each term
-    may also underflow. The distance is infinite where a sum might overflow.
+    The bound uses gamma of `dims` + 2, because scores and norms are rounded to float32 too. It also
+    covers terms that underflow. It is infinite where a sum might overflow.
     """
     limits = np.finfo(np.float32)
     n_u = (dims + 2) * float(limits.eps) / 2
@@ -217,17 +234,16 @@ def _product_error(norms: npt.NDArray[np.float64], dims: int) -> npt.NDArray[np.
 def _in_play(
     products: Floats, error: npt.NDArray[np.float64], least: Floats, n: int
 ) -> npt.NDArray[np.bool_]:
-    """Which of the products [Q, N] may have a score above `least` [Q] and among its row's n
-    largest.
+    """Mask [Q, N] of pairs whose score may exceed `least` [Q] and be among the n largest of a row.
 
-    Each product is within `error` [Q] of its score.
+    Each of `products` [Q, N] is within `error` [Q] of its score.
     """
-    # A NaN comes from an overflow, so it is in play.
+    # A NaN comes from an overflow, so its pair stays.
     bar = least.astype(np.float64) - error
     in_play = ~(products < _below(bar)[:, None])
     crowded = np.flatnonzero(np.count_nonzero(in_play, axis=1) > n)
     if len(crowded) and n < products.shape[1]:
-        # The scores of the n largest products are at least the n-th product less `error`.
+        # n scores are at least the n-th largest product minus `error`.
         rows = products[crowded]
         nth = np.partition(rows, rows.shape[1] - n, axis=1)[:, rows.shape[1] - n]
         bar[crowded] = np.fmax(bar[crowded], nth - 2 * error[crowded])
@@ -236,16 +252,16 @@ def _in_play(
 
 
 def _below(values: npt.NDArray[np.float64]) -> Floats:
-    """float32 not above `values`."""
+    """The next float32 below `values` after rounding, so never above `values`."""
     return np.nextafter(values.astype(np.float32), np.float32(-np.inf))
 
 
 def _scores_of(
     in_play: npt.NDArray[np.bool_], queries: Floats, stored: Floats
 ) -> tuple[npt.NDArray[np.intp], Floats]:
-    """Indices and scores [Q, <= N] of pairs of `queries` [Q, D] and `stored` [N, D].
+    """Indices and scores [Q, <= N] of the pairs in a mask [Q, N] over queries and stored vectors.
 
-    Each row is in order of index; the rest of a row scores -inf.
+    Each row is in order of index. Unused places at the end of a row score -inf.
     """
     rows, columns = np.nonzero(in_play)
     if len(rows) * _PAIR_COST > in_play.size:
@@ -270,7 +286,7 @@ def _all_scores(queries: Floats, stored: Floats) -> tuple[npt.NDArray[np.intp], 
 def _dots_of_pairs(
     left: Callable[[slice], Floats], right: Callable[[slice], Floats], n: int
 ) -> Floats:
-    """`paired_dot` of n pairs, some at a time."""
+    """`paired_dot` of n pairs, in blocks that fit the cache."""
     scores = np.empty(n, np.float32)
     for start in range(0, n, _BLOCK_PAIRS):
         part = slice(start, min(start + _BLOCK_PAIRS, n))
@@ -283,21 +299,21 @@ def _nearest_by_hamming(
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.intp]]:
     """The n codes nearest to each query by Hamming distance.
 
-    faiss finds them. Its distances are whole numbers, so its ranking is exact, ties included. numpy
-    searches float and int8 codes, because faiss sums float32 by position in a block, which can rank
-    equal vectors apart.
+    The search is done by faiss. Hamming distances are whole numbers, so the ranking is exact, ties
+    included. Float and int8 codes do not use faiss: its float32 sums depend on the position in a
+    block, so equal vectors can get different ranks.
 
     Args:
         queries: codes [Q, B].
         codes: stored codes [N, B].
-        n: how many, at most N.
+        n: how many codes a query, at most N.
 
     Returns:
         Distances and indices, both [Q, n], nearest first, ties in order of their index.
     """
     if n == 0:  # faiss refuses to search an empty index
         return np.empty((len(queries), 0), np.int32), np.empty((len(queries), 0), np.intp)
-    import faiss  # takes a tenth of a second and threads, and only binary codes need it
+    import faiss  # the import takes a tenth of a second and starts threads
 
     index = faiss.IndexBinaryFlat(8 * codes.shape[1])
     index.add(np.ascontiguousarray(codes))

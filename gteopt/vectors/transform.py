@@ -1,12 +1,12 @@
-"""What happens to an embedding after the model: a projection, then a code.
+"""Shorten and code the vectors of a model: a fitted projection, then a code.
 
 Hides: how projections and codes are stored and applied. Refuses to know: torch, models, files, how
 anything was fitted.
 
 Everything that depends on data is fitted once, on calibration vectors, and stored. The code of a
-vector never depends on the other vectors of its batch. (sentence-transformers'
-`quantize_embeddings` takes its int8 ranges from the batch by default, so that queries and documents
-get different maps. It also floors, which decodes half a step low.)
+vector never depends on the other vectors of its batch. The function `quantize_embeddings` of
+Sentence Transformers takes its int8 ranges from the batch by default. Queries and documents then
+get different maps. It also rounds down, so values decode half a step too low.
 """
 
 from __future__ import annotations
@@ -48,20 +48,21 @@ class VectorTransform:
 
     Attributes:
         similarity: "cosine" if projected rows are normalised again. "dot" if they keep their
-            length, with which dot products are closer to the model's cosines.
+            length, which brings their dot products closer to the model's cosines.
         rescore: `search` fetches `rescore * k` candidates by codes and reorders them.
         explained_variance_ratio: share of the calibration vectors' variance that a PCA keeps.
-        rotated: whether kept dimensions were rotated for the code; float dot products are the same.
-        neighbours_kept: by way of shortening, the share that decided; None without a choice.
-        trials: what a choice by bytes was made from, best first; empty without a choice.
+        rotated: whether the code rotated the kept dimensions; float dot products are the same.
+        neighbours_kept: share of neighbours kept by each compared way of shortening; None if there
+            was no choice.
+        trials: the candidates of a choice by bytes, best first; empty if there was no choice.
         projection: [D, F], orthonormal rows (the weight of a linear layer F -> D); None keeps the
             first dimensions.
         low, high: [D]. int8 and int4: the values of the lowest and highest code. binary: the values
             of the bits, if the mean was subtracted.
-        bits: rabitq only: bits a dimension.
-        centre: rabitq only: [D], subtracted before coding.
-        codebook: pq only: [M, 256, S] points.
-        places: pq only: int32 [D], where each dimension stands among M * S.
+        bits: bits a dimension; rabitq only.
+        centre: [D], subtracted before coding; rabitq only.
+        codebook: [M, 256, S] points; pq only.
+        places: int32 [D], the position of each dimension in a row of M * S values; pq only.
     """
 
     full_dims: int
@@ -90,7 +91,7 @@ class VectorTransform:
 
     @cached_property
     def coding(self) -> Code:
-        """The code with what was fitted for it."""
+        """The code with its fitted values."""
         match self.code:
             case "float32":
                 return Float32(self.dims)
@@ -130,7 +131,7 @@ class VectorTransform:
         return (z / np.where(norm > 0, norm, 1.0)).astype(np.float32)
 
     def quantize(self, z: npt.ArrayLike) -> Codes:
-        """Code projected vectors [N, D] for storage; `vectors.codes` has the formulas.
+        """Code projected vectors [N, D] for storage; see `vectors.codes` for the formulas.
 
         Raises:
             InputError: wrong shape.
@@ -139,7 +140,7 @@ class VectorTransform:
         return self.coding.encode(checked_rows(z, self.dims, "projected vectors"))
 
     def dequantize(self, codes: Codes) -> Floats:
-        """The vectors [N, D] that codes stand for, not renormalised.
+        """Decode stored vectors to [N, D] floats, which are not renormalised.
 
         Raises:
             InputError: codes of another shape or dtype than `quantize` makes.
@@ -149,28 +150,28 @@ class VectorTransform:
         return self.coding.decode(codes)
 
     def restore(self, stored: Floats) -> Floats:
-        """Vectors [N, F] that decoded ones [N, D] stand for; dimensions left out are zero."""
+        """Map decoded vectors [N, D] back to [N, F]; dimensions that were cut are zero."""
         if self.projection is not None:
             return stored @ self.projection
         return np.pad(stored, ((0, 0), (0, self.full_dims - self.dims)))
 
     def first_compared(self, queries: Floats) -> Floats:
-        """The queries [Q, D] that a search first multiplies with decoded codes.
+        """The queries [Q, D] that the first pass of a search multiplies with decoded codes.
 
-        int8 compares codes with codes, and rescores. int4, rabitq and pq take the float query, and
-        do not rescore.
+        The first pass of int8 compares codes with codes, and a second pass rescores. The other
+        codes compare the float query with decoded codes, and do not rescore.
         """
         return self.dequantize(self.quantize(queries)) if self.code == "int8" else queries
 
     def score_pairs(self, queries: Floats, codes: Codes) -> tuple[Floats, Floats]:
-        """Scores of corresponding rows: by codes alone, and as rescored; see `vectors.search`.
+        """Scores of corresponding rows, by codes alone and after rescoring; see `vectors.search`.
 
         Args:
             queries: [P, D] projected, float.
             codes: [P, D] or packed.
 
         Returns:
-            Both [P]; twice the same for a code that is not rescored.
+            Two arrays [P]; they are the same for a code that is not rescored.
         """
         self.check_codes(codes)
         if self.code == "binary":
@@ -182,7 +183,7 @@ class VectorTransform:
         return by_code, rescored
 
     def best_of(self, by_code: Floats, rescored: Floats, k: int) -> npt.NDArray[np.intp]:
-        """The k best of candidates that `score_pairs` scored, [min(k, N)], as `search` has them."""
+        """Indices [min(k, N)] of the best pairs that `score_pairs` scored, in `search`'s order."""
         candidates = np.argsort(-by_code, kind="stable")[: self.n_candidates(k)]
         candidates.sort()
         order = np.argsort(-rescored[candidates], kind="stable")
@@ -190,12 +191,12 @@ class VectorTransform:
         return best
 
     def n_candidates(self, k: int) -> int:
-        """How many stored vectors a search for k keeps by their codes."""
+        """How many stored vectors the first pass of a search for k keeps."""
         return k * self.rescore if self.rescores else k
 
     def of_hamming(self, distances: npt.NDArray[np.int32]) -> Floats:
-        """1 - 2 H / D."""
-        # Rounded here, because it is compared with rounded scores of other blocks.
+        """Scores 1 - 2 H / D of Hamming distances H."""
+        # Scores are compared with the rounded scores of other blocks, so they are rounded here.
         return (1 - distances * np.float32(2 / self.dims)).astype(np.float32)
 
     @property
@@ -221,18 +222,18 @@ class VectorTransform:
         )
 
     def sha256(self) -> str:
-        """Identifies what the transform does to vectors and to a search, to the last bit."""
+        """A hash of everything that decides the results of the transform and of a search."""
         rescore = self.rescore if self.rescores else 1
-        about = (
+        settings = (
             f"{self.full_dims}:{self.dims}:{self.code}:{rescore}:{self.similarity}:{self.bits}\n"
         )
-        digest = hashlib.sha256(about.encode())
+        digest = hashlib.sha256(settings.encode())
         for name, array in sorted(self.to_tensors().items()):
             digest.update(f"{name}:{array.shape}\n".encode() + array.tobytes())
         return digest.hexdigest()
 
     def to_tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """The fitted arrays by name; empty where nothing was fitted."""
+        """The fitted arrays by name; empty if nothing was fitted."""
         named: dict[str, npt.NDArray[Any] | None] = {
             "projection": self.projection,
             "low": self.low,
@@ -257,7 +258,7 @@ class VectorTransform:
         if record.dims > full_dims or (record.method == "full" and record.dims != full_dims):
             problems.append(f"{record.dims} dimensions do not fit the model's {full_dims}")
         if (record.code == "rabitq") != (record.bits is not None):
-            problems.append(f"{record.code} vectors with bits {record.bits}")
+            problems.append(f"{record.code} vectors cannot have bits {record.bits}")
         if problems:
             raise IntegrityError(join_problems("the vector transform is damaged", problems))
         transform = VectorTransform(
@@ -276,16 +277,16 @@ class VectorTransform:
         )
         if transform.bytes_per_vector != record.bytes_per_vector:
             raise IntegrityError(
-                f"the vector transform is damaged: {record.bytes_per_vector} bytes a vector "
-                f"recorded, {transform.bytes_per_vector} follow from its dimensions and code"
+                f"the vector transform is damaged: its record says {record.bytes_per_vector} bytes "
+                f"a vector, but its dimensions and code take {transform.bytes_per_vector}"
             )
         return transform
 
     def check_codes(self, codes: Codes) -> None:
-        """Refuse codes that `quantize` does not make.
+        """Refuse codes that `quantize` cannot have made.
 
         Raises:
-            InputError: another shape or dtype.
+            InputError: wrong shape or dtype.
             NumericsError: NaN or infinity in float32 codes.
         """
         dtype, width = np.dtype(self.coding.dtype), self.coding.width
@@ -299,7 +300,7 @@ class VectorTransform:
 
 
 def _tensor_shapes(record: VectorRecord, full_dims: int) -> dict[str, tuple[int | None, ...]]:
-    """Names and shapes of the tensors that belong to a record; None is any length."""
+    """Names and shapes of the tensors that a record needs; None stands for any length."""
     shapes: dict[str, tuple[int | None, ...]] = {}
     if record.method == "pca" or record.rotated:
         shapes["projection"] = (record.dims, full_dims)
@@ -318,7 +319,7 @@ def _tensor_problems(
     shapes: Mapping[str, tuple[int | None, ...]],
     tensors: Mapping[str, npt.NDArray[Any]],
 ) -> list[str]:
-    """What is wrong with the tensors of a record."""
+    """Faults of the tensors of a record, as messages."""
     problems = [f"tensor '{name}' is missing" for name in sorted(shapes.keys() - tensors)]
     problems += [f"tensor '{name}' is unknown" for name in sorted(tensors.keys() - shapes)]
     for name in sorted(shapes.keys() & tensors.keys()):
@@ -350,7 +351,7 @@ def _tensor_problems(
 def identity(
     full_dims: int, *, kept: int | None = None, similarity: Similarity = "cosine"
 ) -> VectorTransform:
-    """The transform that keeps every dimension in float32."""
+    """The transform that stores float32 of all dimensions, or of the first `kept`."""
     if kept is None or kept >= full_dims:
         return VectorTransform(full_dims=full_dims, dims=full_dims, similarity=similarity)
     return VectorTransform(full_dims=full_dims, dims=kept, method="slice", similarity=similarity)
@@ -360,7 +361,7 @@ def checked_rows(x: npt.ArrayLike, width: int | None, what: str) -> Floats:
     """`x` as float32 [N, width].
 
     Raises:
-        InputError: another shape.
+        InputError: wrong shape.
         NumericsError: NaN or infinity.
     """
     rows = np.asarray(x, dtype=np.float32)
