@@ -1,8 +1,8 @@
 """gteopt turns a text-embedding model into the cheapest variant that still ranks like it.
 
 The public names: `gteopt.quantize` makes a variant, `gteopt.bench` and `gteopt.evaluate` measure
-it, `gteopt.load` opens it, `gteopt.embed` embeds a corpus with it. Each is imported on first use,
-so that `import gteopt` takes no time.
+it, `gteopt.load` opens it, `gteopt.embed` embeds a corpus with it. Each name is imported on first
+use, so that `import gteopt` takes no time.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "ray":  # `gteopt.ray.Embedder` of a user who imported gteopt alone
+    if name == "ray":  # lets `import gteopt` alone reach `gteopt.ray.Embedder`
         return import_module("gteopt.ray")
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)

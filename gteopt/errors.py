@@ -1,8 +1,8 @@
-"""The errors that a user may see, the helpers that word and show them, and which of others' are for
-memory.
+"""The errors that a user may see, and helpers that word them or recognise lack of memory.
 
-Every message says which thing, what was found, what was allowed and what to do. `cli.py` turns a
-`GteoptError` into that message and exit code 1; anything else is a bug and keeps its traceback.
+Every message names the thing, what was found, what is allowed and what to do. `gteopt.cli` prints
+the message of a `GteoptError` and exits with code 1. Any other error is a bug and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class InputError(GteoptError):
 
 
 class HubUnreachableError(InputError):
-    """The hub could not be asked: no network, or the network is forbidden."""
+    """The hub cannot be reached: there is no network, or its use is forbidden."""
 
 
 class UnsupportedError(GteoptError):
@@ -29,25 +29,26 @@ class UnsupportedError(GteoptError):
 
 
 class IntegrityError(GteoptError):
-    """Bytes on disk are not what their manifest or their format says."""
+    """Bytes on disk do not match their manifest or their format."""
 
 
 class NumericsError(GteoptError):
-    """A computation left the numbers it can work with (NaN, a factorisation that fails)."""
+    """A computation failed numerically (NaN, or a matrix that cannot be factorised)."""
 
 
 _UNSEEN = ("Cc", "Cf", "Cs")
 """Unicode's categories of control, format and surrogate characters."""
 _NO_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "not enough memory")
-"""Of GPUs and their drivers; of torch on a CPU, and of mmap; of CUDA's libraries; on Windows."""
+"""Parts of such messages: from GPU drivers; torch on a CPU and mmap; CUDA libraries; Windows."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the system had no memory left; most of those who say so have no type for
-    it.
+    """Whether an error says that a device or the system had no memory left.
+
+    Most libraries have no exception type for it, so the message is searched.
     """
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or any(each in said for each in _NO_MEMORY)
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or any(part in message for part in _NO_MEMORY)
 
 
 def visible(text: str) -> str:

@@ -9,6 +9,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Frozen(BaseModel):
-    """Immutable, refuses unknown fields; infinity and NaN survive JSON, as strings."""
+    """An immutable record that refuses unknown fields and writes infinity and NaN as strings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")

@@ -1,8 +1,8 @@
-"""Data sets that lie in a local folder, read by what the folder holds.
+"""Data sets in a local folder, identified by a hash of the folder's files.
 
-`datasets` keeps what it has read by the folder's base name. A folder whose files were replaced, and
-another folder of the same name, would therefore be answered from the old copy. Here every state of
-a folder has a cache directory of its own.
+`datasets` caches what it reads under the folder's base name. It would therefore return the old copy
+after files were replaced, and for another folder of the same name. Here every state of a folder has
+its own cache directory.
 
 Hides: hashing, the cache directory, the notes of `hf download`. Refuses to know: tasks, columns.
 """
@@ -27,9 +27,9 @@ class LocalData:
     """The state of a data folder when it was hashed.
 
     Attributes:
-        folder: where the files lie.
-        sha256: over names and bytes of the files, dot files left out.
-        stamps: name, inode, size and both times of each file; they tell that a file was replaced.
+        folder: the folder that holds the files.
+        sha256: over names and bytes of the files, without dot files.
+        stamps: name, inode, size and both times of each file; they show that a file was replaced.
         files: SHA-256 of each file, by its name relative to the folder.
     """
 
@@ -40,10 +40,9 @@ class LocalData:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Read the folder with `datasets.load_dataset` inside of this.
+        """A context in which `datasets.load_dataset` reads the folder as it was hashed.
 
-        What is read is what was hashed: the cache directory is named after it, and a file that
-        changes meanwhile is an error.
+        The cache directory is named after the hash, and a file that changes meanwhile is an error.
 
         Raises:
             InputError: the folder changed after it was hashed.
@@ -69,7 +68,7 @@ class LocalData:
 
 
 def describe_local_data(folder: Path, pattern: str = "*") -> LocalData:
-    """Hash the files of a data folder, whose names match the pattern, as they are now.
+    """Hash those files of a data folder whose names match the pattern.
 
     Example: `describe_local_data(Path("hub/mteb/banking77")).sha256`
 
@@ -78,34 +77,34 @@ def describe_local_data(folder: Path, pattern: str = "*") -> LocalData:
     """
     files = _files(folder, pattern)
     stamps = _stamps(folder, files)
-    contents = []
+    hashes = []
     for path in files:
         with path.open("rb") as handle:
-            content = hashlib.file_digest(handle, "sha256").hexdigest()
-        contents.append((path.relative_to(folder).as_posix(), content))
+            file_sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+        hashes.append((path.relative_to(folder).as_posix(), file_sha256))
     if _stamps(folder, _files(folder, pattern)) != stamps:
         raise InputError(
             f"files of {folder} changed while they were hashed; start again when nothing writes to "
             f"the folder"
         )
-    digest = hashlib.sha256("".join(f"{name}\0{each}\n" for name, each in contents).encode())
-    return LocalData(folder, digest.hexdigest(), stamps, tuple(contents))
+    listing = "".join(f"{name}\0{file_sha256}\n" for name, file_sha256 in hashes)
+    return LocalData(folder, hashlib.sha256(listing.encode()).hexdigest(), stamps, tuple(hashes))
 
 
 def downloaded_commit(data: LocalData) -> tuple[str | None, list[str]]:
-    """The commit that `hf download` noted for a folder, and the files that are not of it.
+    """The commit that `hf download` noted for a folder, and the files that differ from it.
 
     The Hub client writes `.cache/huggingface/download/<file>.metadata` with commit, etag and time.
     The etag is the SHA-256 of a large file and git's hash of a small one.
 
     Returns:
-        The one commit of all notes, or None; and each file without a note or with other bytes than
-        its note says.
+        The commit that all notes name, or None where they name several; and the files that have no
+        note or whose bytes do not match their note.
     """
     notes = data.folder / ".cache" / "huggingface" / "download"
     commits: set[str] = set()
     changed = []
-    for name, content in data.files:
+    for name, file_sha256 in data.files:
         note = notes / f"{name}.metadata"
         lines = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
         if len(lines) < 2:
@@ -113,7 +112,7 @@ def downloaded_commit(data: LocalData) -> tuple[str | None, list[str]]:
             continue
         commits.add(lines[0].strip())
         etag = lines[1].strip()
-        if etag not in (content, "" if len(etag) == 64 else _git_hash(data.folder / name)):
+        if etag not in (file_sha256, "" if len(etag) == 64 else _git_hash(data.folder / name)):
             changed.append(name)
     return (commits.pop() if len(commits) == 1 else None), changed
 
@@ -129,16 +128,16 @@ def _files(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def _stamps(folder: Path, files: Sequence[Path]) -> tuple[_Stamp, ...]:
-    found = []
+    stamps = []
     for path in files:
         stat = path.stat()
         name = str(path.relative_to(folder))
-        found.append((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    return tuple(found)
+        stamps.append((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return tuple(stamps)
 
 
 def _git_hash(path: Path) -> str:
-    """What git calls the file's content: SHA-1 of "blob", its size and its bytes."""
+    """Git's hash of a file: SHA-1 of "blob", its size and its bytes."""
     content = path.read_bytes()
     header = f"blob {len(content)}\0".encode()
     return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()

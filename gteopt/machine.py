@@ -1,4 +1,4 @@
-"""What a measurement or a build ran on: the machine and the library versions.
+"""The machine and the library versions of a measurement or a build.
 
 Hides: where an operating system keeps these facts. Refuses to know: what was measured.
 """
@@ -27,16 +27,16 @@ _LIBRARIES = (
     "safetensors",
     "numpy",
 )
-# They make a processor several times faster at int8 and bf16. A virtual machine may hide them, and
-# show the same model name.
+# A processor with these flags is several times faster at int8 and bf16. A virtual machine may hide
+# them under the same model name.
 _LOW_PRECISION_FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "i8mm")
 
 
 def parse_devices(names: str) -> list[str]:
-    """A list of this machine's devices: "cuda:0,cuda:1", or "cpu" several times: "cpu,cpu".
+    """Devices of this machine from a comma-separated list: "cuda:0,cuda:1" or "cpu,cpu".
 
     Raises:
-        InputError: no device, an unknown one, several kinds, or a GPU twice.
+        InputError: no device, an unknown device, several kinds, or a GPU named twice.
         UnsupportedError: more GPUs than torch sees.
     """
     import torch
@@ -54,17 +54,17 @@ def parse_devices(names: str) -> list[str]:
             kinds.add("")
     if kinds not in ({"cpu"}, {"cuda"}):
         raise InputError(
-            f"--devices {names}: name GPUs, each once (cuda:0,cuda:1), or the processor once for "
-            f"each process that is to run on it (cpu,cpu)"
+            f"--devices {names}: name each GPU once (cuda:0,cuda:1), or name the processor once "
+            f"for each process that should run on it (cpu,cpu)"
         )
-    most = max(torch.device(name).index or 0 for name in devices)
-    if kinds == {"cuda"} and (n := torch.cuda.device_count()) <= most:
+    highest_index = max(torch.device(name).index or 0 for name in devices)
+    if kinds == {"cuda"} and (n := torch.cuda.device_count()) <= highest_index:
         raise UnsupportedError(f"--devices {names}: torch sees {n} GPU(s)")
     return devices
 
 
 def machine() -> Machine:
-    """The machine as this process may use it, within the container's limits and the affinity.
+    """The machine within the limits of the container and the process's affinity.
 
     Imports torch for the name of the GPU.
     """
@@ -79,7 +79,7 @@ def machine() -> Machine:
 
 
 def versions() -> Conditions:
-    """Installed versions of the libraries that decide results, without importing them."""
+    """Installed versions of the libraries that results depend on, without importing them."""
     return {name: _version(name) for name in _LIBRARIES}
 
 
@@ -87,7 +87,7 @@ def _version(distribution: str) -> str:
     try:
         return version(distribution)
     except PackageNotFoundError:
-        return "not installed"  # gteopt itself, run from a source folder
+        return "not installed"  # such as gteopt itself when it runs from a source folder
 
 
 def _cpu() -> str:
@@ -109,7 +109,7 @@ def _memory_bytes() -> int:
 
 
 def _gpu() -> str | None:
-    import torch  # takes seconds; `versions` and the report do not need it
+    import torch  # takes seconds, and `versions` and the report do not need it
 
     if not torch.cuda.is_available():
         return None
@@ -118,7 +118,7 @@ def _gpu() -> str | None:
 
 
 def gpu_name(device: str) -> str | None:
-    """Name of a device of torch's ("cuda", "cuda:1"); None where this machine lacks it."""
+    """Name of the GPU behind a torch device ("cuda", "cuda:1"); None where there is none."""
     import torch
 
     if not device.startswith("cuda") or not torch.cuda.is_available():
@@ -129,8 +129,8 @@ def gpu_name(device: str) -> str | None:
 def give_back() -> None:
     """Return freed memory to the system.
 
-    glibc keeps freed memory that lies between pieces in use. Without this call, a build would hold
-    more of it with every layer.
+    glibc keeps freed memory that lies between blocks in use. Without this call, a build's process
+    would grow with every layer.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Where the files that ship with gteopt lie, in a checkout and in a wheel."""
+"""Paths of the files that ship with gteopt, in a checkout and in a wheel."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ ASSETS = _PACKAGE / "assets"
 
 
 def shipped_dir(kind: str) -> Path:
-    """Folder of shipped YAML and data: `recipes`, `eval/suites` and the like.
+    """Folder of shipped YAML and data, such as `recipes` or `eval/suites`.
 
-    A wheel holds them inside the package; a checkout has them beside it.
+    In a wheel these folders are inside the package, in a checkout beside it.
     """
     inside_wheel = _PACKAGE / "shipped" / kind
     return inside_wheel if inside_wheel.is_dir() else _PACKAGE.parent / kind
 
 
 def read_shipped(path: Path, model: type[_Shipped]) -> _Shipped:
-    """A JSON file that ships with gteopt.
+    """Read a JSON file that ships with gteopt.
 
     Raises:
         IntegrityError: the installation is damaged.

@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told how far a long step is; the command line draws a bar from it."""
+    """Receives how far a long step is; the command line draws a bar from it."""
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """`done` of `total` units of the step `what` are finished."""

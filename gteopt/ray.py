@@ -1,4 +1,4 @@
-"""For people with a Ray Data pipeline of their own: `gteopt.ray.Embedder`."""
+"""`gteopt.ray.Embedder`: embed texts inside a user's own Ray Data pipeline."""
 
 from __future__ import annotations
 

@@ -525,7 +525,7 @@ def _write_lite(each: Benchmark, tasks: list[Any], lite: Lite) -> None:
         f"# Made by eval/suites/make.py: the best of {lite.n_subsets:,} subsets; see README.md.",
         "schema: gteopt.suite/1",
         f"name: {each.suite}-lite",
-        f"summary: {len(tasks)} short tasks whose mean foretells that of {each.suite}.",
+        f"summary: {len(tasks)} short tasks whose mean predicts that of {each.suite}.",
         f"minutes: {lite.minutes:.1f}",
         "tasks:",
         *(_entry(task) for task in tasks),

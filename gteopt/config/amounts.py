@@ -1,6 +1,6 @@
 """Amounts as people type them: "40MB", "40MiB", "99%", "50M", "1.5x".
 
-Refuses to know: which option an amount belongs to beyond its name, what is limited by it.
+Refuses to know: what an amount limits. An option's name is only quoted in messages.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def parse_bytes(option: str, text: str) -> int:
     """Bytes of "40MB" (1 MB = 1,000,000 bytes) or "40MiB" (1 MiB = 1,048,576 bytes).
 
     Args:
-        option: what the user typed it after, for the message.
-        text: the amount; upper and lower case and a space before the unit do not matter.
+        option: the option that the amount was given to, for the message.
+        text: the amount; case and a space before the unit do not matter.
 
     Raises:
-        InputError: no amount, no unit, or an unknown unit.
+        InputError: not an amount, no unit, or an unknown unit.
 
     Example:
         >>> parse_bytes("--max-weights", "40MiB")
@@ -58,7 +58,7 @@ def parse_share(option: str, text: str) -> float:
     """A share of "99%" or "0.99", above 0 and at most 1.
 
     Raises:
-        InputError: no share; a number above 1 without a per cent sign.
+        InputError: not a share, or a number above 1 without a per cent sign.
     """
     allowed = "99% or 0.99"
     value, unit = _split(option, text, allowed)
@@ -67,15 +67,15 @@ def parse_share(option: str, text: str) -> float:
     share = value / 100 if unit == "%" else value
     if share > 1:
         hint = f"; did you mean {text.strip()}%?" if not unit and value <= 100 else ""
-        raise InputError(f"{option} '{text}' is more than the whole; write {allowed}{hint}")
+        raise InputError(f"{option} '{text}' is above 100 %; write {allowed}{hint}")
     return share
 
 
 def parse_ratio(option: str, text: str) -> float:
-    """How many times: "1.5" or "1.5x".
+    """The factor in "1.5" or "1.5x".
 
     Raises:
-        InputError: no such number.
+        InputError: not a factor.
     """
     value, unit = _split(option, text, "1.5x")
     if unit not in ("", "x"):
@@ -84,10 +84,10 @@ def parse_ratio(option: str, text: str) -> float:
 
 
 def parse_count(option: str, text: str) -> int:
-    """How many: "50M", "2k", "1000000".
+    """The number in "50M", "2k" or "1000000".
 
     Raises:
-        InputError: no such number.
+        InputError: not a number.
     """
     allowed = "50M, 200k or 1000000"
     value, unit = _split(option, text, allowed)
@@ -100,7 +100,7 @@ def parse_seconds(option: str, text: str) -> float:
     """Seconds of "30m", "2h" or "90s".
 
     Raises:
-        InputError: no such time, or no unit.
+        InputError: not a time, or no unit.
     """
     value, unit = _split(option, text, "30m, 2h or 90s")
     factors = {"s": 1, "m": 60, "min": 60, "h": 3600}
@@ -113,7 +113,7 @@ def parse_milliseconds(option: str, text: str) -> float:
     """Milliseconds of "20ms", "20" or "1.5s".
 
     Raises:
-        InputError: no such time.
+        InputError: not a time.
     """
     value, unit = _split(option, text, "20ms or 1.5s")
     factors = {"": 1, "ms": 1, "s": 1000}

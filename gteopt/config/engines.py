@@ -1,6 +1,6 @@
-"""Which engines open a variant: by its checkpoint format and its recipe.
+"""Which engines open a variant, given its checkpoint format and its recipe.
 
-Refuses to know: torch, files. Where each engine was tested is in docs/recipes.md.
+Refuses to know: torch, files. docs/recipes.md says where each engine was tested.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ OPENS: dict[FormatName | None, tuple[Engine, ...]] = {
 }
 """Engines by checkpoint format; None is a folder without quantized weights.
 
-vLLM's kernels for the format gptq read symmetric weights of 4 and 8 bits alone, so that format is
-left out for it; the same weights in compressed-tensors are read.
+vLLM is not listed for gptq: its kernels for that format read only symmetric weights of 4 and 8
+bits. It does read the same weights as compressed-tensors.
 """
 _ONLY_GTEOPT_CODES = ("int8", "binary")
 
@@ -32,28 +32,28 @@ _ONLY_GTEOPT_CODES = ("int8", "binary")
 def engines_of(
     recipe: Recipe, format: FormatName | None, *, is_table: bool = False
 ) -> tuple[Engine, ...]:
-    """The engines that open what a recipe makes and give its vectors.
+    """The engines that open a recipe's variant and return its vectors.
 
-    A vector code of int8 or one bit is applied by gteopt alone; the others give the float vectors
-    before it.
+    Only gteopt applies the vector codes int8 and binary; other engines return float vectors.
 
     Args:
-        recipe: what is built.
-        format: the checkpoint format that its weights take.
+        recipe: the recipe of the variant.
+        format: checkpoint format of its weights.
         is_table: the base is a table of token vectors, without a transformer.
     """
     engines = OPENS[format]
     if is_table:
-        engines = tuple(each for each in engines if each in ("gteopt", "sentence-transformers"))
+        readers = ("gteopt", "sentence-transformers")
+        engines = tuple(engine for engine in engines if engine in readers)
     if recipe.vectors.code in _ONLY_GTEOPT_CODES:
         return tuple(engine for engine in engines if engine in ("gteopt", "openvino"))
     if recipe.dims is not None and recipe.dims.method != "slice":
-        return tuple(engine for engine in engines if engine != "vllm")  # it runs no projection
+        return tuple(engine for engine in engines if engine != "vllm")  # vLLM runs no projection
     return engines
 
 
 def engines_in_words(engines: Sequence[Engine]) -> str:
-    """Engines as short as they can be named: "all engines", "all but vllm".
+    """A short list of engines, such as "all engines" or "all but vllm".
 
     Example:
         >>> engines_in_words(("gteopt", "openvino"))
@@ -66,10 +66,10 @@ def engines_in_words(engines: Sequence[Engine]) -> str:
 
 
 def format_for(recipe: Recipe, engine: EngineChoice) -> Recipe | None:
-    """The recipe in a format that an engine opens; None where there is none.
+    """The recipe in a format that an engine opens; None where no format fits.
 
-    `auto` writes the first standard format that holds the weights, which most engines open; for
-    vLLM whole-number weights go into compressed-tensors.
+    The format `auto` is the first standard format that holds the weights; most engines open it. For
+    vLLM, integer weights are written as compressed-tensors.
     """
     if engine in ("any", "gteopt", "openvino"):
         return recipe

@@ -1,6 +1,6 @@
-"""Limits in a user's words, and the policy that they make.
+"""Limits as a user states them, and the policy that follows from them.
 
-Hides: units, and which metric each word means. Refuses to know: models, recipes.
+Hides: units, and the metric behind each limit. Refuses to know: models, recipes.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ DEFAULT_NEIGHBOURS = 0.7
 
 
 class Limits(Frozen):
-    """What a variant may cost and must keep, as a user says it.
+    """What a variant may cost and must keep, as a user states it.
 
     Attributes:
-        max_weights: weights in memory: "40MB" or "40MiB".
-        max_memory: peak memory while encoding, with a unit as well.
+        max_weights: bytes of the weights in memory: "40MB" or "40MiB".
+        max_memory: peak memory while encoding: "1GB".
         max_query_ms: 95th percentile of a single query's latency: "20ms".
-        min_speedup: bulk speed beside the baseline's: "1.5x".
-        max_vector_bytes: of one stored vector: "256B".
-        max_index: of all stored vectors: "10GB"; needs `n_vectors`.
-        n_vectors: how many vectors `max_index` is for: "50M".
+        min_speedup: bulk speed over the baseline's: "1.5x".
+        max_vector_bytes: bytes of one stored vector: "256B".
+        max_index: bytes of all stored vectors: "10GB"; needs `n_vectors`.
+        n_vectors: number of vectors that `max_index` is for: "50M".
         max_cost: dollars per million tokens; needs `price_per_hour`.
-        price_per_hour: of the machine, in dollars.
-        min_quality: lower end of the retention's 95 % interval; the share of the nearest neighbours
-            that stay where there are no labels: "99%".
-        optimize: what is made as good as possible within the limits.
+        price_per_hour: price of the machine, in dollars.
+        min_quality: least lower end of retention's 95 % interval: "99%". Without labels, the least
+            share of the nearest neighbours that stay.
+        optimize: what to optimise within the limits.
 
     Example:
         >>> Limits(max_weights="40MB", min_quality="99%").policy(labelled=True).limits.keys()
@@ -64,14 +64,16 @@ class Limits(Frozen):
         if (self.max_index is None) != (self.n_vectors is None):
             raise InputError("--max-index and --for belong together: --max-index 10GB --for 50M")
         if self.max_index is not None and self.max_vector_bytes is not None:
-            raise InputError("--max-index and --max-vector-bytes limit the same thing; give one")
+            raise InputError(
+                "--max-index and --max-vector-bytes both limit a vector's bytes; give only one"
+            )
         wants_cost = self.max_cost is not None or self.optimize == "cost"
         if wants_cost and self.price_per_hour is None:
-            raise InputError("costs need the machine's price: --price-per-hour 2.50")
+            raise InputError("a cost needs the machine's price: --price-per-hour 2.50")
         return self
 
     def vector_bytes(self) -> float | None:
-        """Most bytes of one stored vector; None without a limit."""
+        """Upper limit of one stored vector's bytes; None without a limit."""
         if self.max_vector_bytes is not None:
             return parse_bytes("--max-vector-bytes", self.max_vector_bytes)
         if self.max_index is None:
@@ -80,17 +82,17 @@ class Limits(Frozen):
         return parse_bytes("--max-index", self.max_index) / parse_count("--for", self.n_vectors)
 
     def weight_bytes(self) -> int | None:
-        """Most bytes of the weights; None without a limit."""
+        """Upper limit of the weights' bytes; None without a limit."""
         return None if self.max_weights is None else parse_bytes("--max-weights", self.max_weights)
 
     def policy(self, *, labelled: bool) -> Policy:
-        """The policy that these limits make.
+        """The policy with these limits.
 
         Args:
-            labelled: whether scores will be measured; otherwise neighbours decide.
+            labelled: whether scores will be measured; otherwise nearest neighbours decide.
 
         Raises:
-            InputError: an amount without a meaning; names the option.
+            InputError: an amount cannot be read; the message names the option.
         """
         limits: dict[Metric, Limit] = {}
         if (weights := self.weight_bytes()) is not None:

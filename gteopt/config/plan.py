@@ -20,9 +20,10 @@ class Workload(Frozen):
 
     Attributes:
         batch_size: texts that are encoded together.
-        tokens: of each text, or their median.
-        lengths: "equal", or "lognormal": seeded lengths of median `tokens`, the deviation of their
-            logarithm 0.8, from an eighth to four times the median; in batches of at most 32.
+        tokens: tokens of each text, or their median.
+        lengths: "equal", or "lognormal": seeded random lengths with median `tokens` and a standard
+            deviation of 0.8 in their logarithm. They are limited to between an eighth and four
+            times the median, and encoded in batches of at most 32.
     """
 
     batch_size: Annotated[int, Field(ge=1)]
@@ -31,12 +32,12 @@ class Workload(Frozen):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text that it may have."""
+        """Most tokens that one of the texts can have."""
         return self.tokens if self.lengths == "equal" else 4 * self.tokens
 
     @property
     def name(self) -> str:
-        """As the command line takes it: "8x128", or "64x~128" for lengths around a median."""
+        """The command line's spelling: "8x128", or "64x~128" for lengths around a median."""
         return f"{self.batch_size}x{'' if self.lengths == 'equal' else '~'}{self.tokens}"
 
 
@@ -53,8 +54,10 @@ WORKLOADS: dict[WorkloadSet, tuple[Workload, ...]] = {
         Workload(batch_size=128, tokens=128, lengths="lognormal"),
     ),
 }
-"""What to measure where nobody says: "short" on a CPU; "long", 16,384 tokens a batch (one text of
-32,768), and texts of mixed lengths, on a GPU."""
+"""Default workloads: "short" on a CPU, "long" on a GPU.
+
+"long" has batches of 16,384 tokens, one text of 32,768 tokens, and texts of mixed lengths.
+"""
 
 
 class BenchSpec(Frozen):
@@ -64,9 +67,9 @@ class BenchSpec(Frozen):
         query_tokens: length of the single query whose latency is measured.
         n_queries: single queries timed per variant.
         workloads: the throughput grid; a plan may name a set of `WORKLOADS`, "short" or "long".
-        warmup: uncounted runs before each measurement.
-        repeats: counted runs of each workload, interleaved over the variants; from 6 on, ratios
-            have an interval.
+        warmup: runs before each measurement that are not counted.
+        repeats: counted runs of each workload, interleaved over the variants. With 6 or more, speed
+            ratios get an interval.
     """
 
     query_tokens: Annotated[int, Field(ge=1)] = 16
@@ -77,19 +80,19 @@ class BenchSpec(Frozen):
 
     @field_validator("workloads", mode="before")
     @classmethod
-    def _of_a_set(cls, found: object) -> object:
-        if not isinstance(found, str):
-            return found
-        if found not in WORKLOADS:
-            raise ValueError(f"no set of workloads has this name; {suggest(found, WORKLOADS)}")
-        return WORKLOADS[found]
+    def _of_a_set(cls, workloads: object) -> object:
+        if not isinstance(workloads, str):
+            return workloads
+        if workloads not in WORKLOADS:
+            raise ValueError(f"unknown set of workloads; {suggest(workloads, WORKLOADS)}")
+        return WORKLOADS[workloads]
 
 
 class PlanBench(BenchSpec):
-    """What a plan measures, and what its machine costs.
+    """What a plan measures, and the price of its machine.
 
     Attributes:
-        price_per_hour: of the machine, in dollars: gives costs, and changes no measurement.
+        price_per_hour: price of the machine in dollars, for costs; it changes no measurement.
     """
 
     price_per_hour: Annotated[FiniteFloat, Field(ge=0)] | None = None
@@ -101,15 +104,15 @@ class PlanBench(BenchSpec):
 
 
 ColumnRole = Literal["sentence1", "sentence2", "score", "query", "positive", "negative", "text"]
-"""What a column of a user's own table is."""
+"""What a column of a user's own table holds."""
 
 
 class Screening(Frozen):
-    """A first look at all variants, so that only the promising ones are measured in full.
+    """A quick comparison of all variants, so that only the promising ones are measured in full.
 
     Attributes:
         n_texts: texts on which each variant is compared with the baseline.
-        keep: variants that are measured in full at most.
+        keep: largest number of variants to measure in full.
     """
 
     n_texts: Annotated[int, Field(ge=20)] = 300
@@ -117,7 +120,7 @@ class Screening(Frozen):
 
 
 class Plan(Frozen):
-    """One base, several recipes, data to judge on, bench workloads, a policy: the main job.
+    """One base, several recipes, data to judge on, bench workloads and a policy.
 
     Attributes:
         name: small letters, digits, dots, hyphens, underscores.
@@ -125,13 +128,13 @@ class Plan(Frozen):
         base: "nano", a folder, or `<org>/<name>`.
         recipes: shipped names, or files relative to the plan's folder.
         suite: a shipped name or a file; `mini` where neither `data` nor `texts` is given.
-        data: own labelled data, as one more task; relative to the working directory.
-        columns: which column of `data` or `texts` holds what, where the names do not tell.
-        texts: own texts without labels; fidelity decides.
-        languages: of the suite, those that are scored; empty is all.
-        budget: of time for the suite ("30m"); its tasks are chosen to fit. None is all of them.
-        effort: of GPTQ recipes; the recipes' own when left out.
-        screening: the first look; none when left out.
+        data: your own labelled data, scored as one more task; relative to the working directory.
+        columns: which column of `data` or `texts` holds what; needed where names do not tell.
+        texts: your own texts without labels; fidelity is then judged instead of scores.
+        languages: languages of the suite to score; empty scores all.
+        budget: time for the suite ("30m"); tasks that fit it are chosen. None scores all tasks.
+        effort: effort of GPTQ recipes; None keeps the effort in each recipe.
+        screening: quick comparison before variants are measured in full; None leaves it out.
         bench: what is measured.
         policy: a shipped name, a file relative to the plan's folder, or the policy itself.
         out: results folder.
@@ -157,20 +160,20 @@ class Plan(Frozen):
     @model_validator(mode="after")
     def _has_one_kind_of_data(self) -> Self:
         if self.texts is not None and (self.suite is not None or self.data is not None):
-            raise ValueError("texts has no labels to score; give it without suite and data")
+            raise ValueError("texts has no labels to score; leave out suite and data")
         if self.columns and self.data is None and self.texts is None:
-            raise ValueError("columns names the columns of data or texts; give one of them")
+            raise ValueError("columns needs data or texts, whose columns it names")
         if self.languages and self.suite is None and (self.data or self.texts):
-            raise ValueError("languages chooses from a suite; give one")
+            raise ValueError("languages needs a suite to choose from")
         if self.budget is not None:
             parse_seconds("budget", self.budget)
             if self.suite is None:
-                raise ValueError("budget chooses from a suite; give one")
+                raise ValueError("budget needs a suite to choose tasks from")
         return self
 
     @property
     def suite_name(self) -> str | None:
-        """The suite that is scored; `mini` where the plan names no data at all."""
+        """The suite to score; `mini` where the plan names no data at all."""
         has_own = self.data is not None or self.texts is not None
         return self.suite or (None if has_own else "mini")
 

@@ -1,4 +1,4 @@
-"""Policies: the limits that a variant has to hold and what is optimised within them."""
+"""Policies: the limits that a variant must keep and what is optimised within them."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Limit(Frozen):
     """A bound on one metric; at least one side is given.
 
     Attributes:
-        min: the least that is allowed.
-        max: the most that is allowed.
+        min: the lowest allowed value.
+        max: the highest allowed value.
     """
 
     min: FiniteFloat | None = None
@@ -55,7 +55,7 @@ class Limit(Frozen):
         if self.min is None and self.max is None:
             raise ValueError("give min, max or both")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min {self.min:g} is above max {self.max:g}; nothing can keep both")
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}; no value can keep both")
         return self
 
 
@@ -63,8 +63,8 @@ class Objective(Frozen):
     """What to optimise among the variants that keep every limit; exactly one side is given.
 
     Attributes:
-        minimise: the metric that should be least.
-        maximise: the metric that should be most.
+        minimise: the metric that should be as low as possible.
+        maximise: the metric that should be as high as possible.
     """
 
     minimise: Metric | None = None
@@ -88,12 +88,12 @@ class Policy(Frozen):
     """The user's limits and what to optimise within them.
 
     Attributes:
-        name: as tables call it.
+        name: the name in tables.
         summary: one line for tables.
-        limits: bounds by metric; none limits nothing.
+        limits: bounds by metric; empty sets no limit.
         objective: what to optimise within them.
-        margin: a difference of scores (0 to 1) that does not matter to the user; a variant whose
-            95 % interval lies within it on both sides is called equivalent to the baseline.
+        margin: a difference of scores (0 to 1) that does not matter to the user. A variant is
+            equivalent to the baseline if its difference's 95 % interval lies within the margin.
     """
 
     schema_: Literal["gteopt.policy/1"] = Field(alias="schema")

@@ -1,6 +1,6 @@
 """Recipes: how to make one variant, from a YAML file to a frozen type.
 
-Refuses to know: torch, models, what a recipe does to a tensor.
+Refuses to know: torch, models, how a recipe changes a tensor.
 """
 
 from __future__ import annotations
@@ -19,39 +19,43 @@ from gteopt.frozen import Frozen
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128, "per_channel"]
 FormatName = Literal["gteopt", "gptq", "compressed-tensors", "bitsandbytes"]
-"""How packed weights lie on disk: our own tensors, or those of a `quant_method` of transformers."""
+"""How packed weights are stored: as gteopt's tensors, or for a `quant_method` of transformers."""
 FormatChoice = Literal["auto", "gteopt", "gptq", "compressed-tensors", "bitsandbytes"]
 VectorCode = Literal["float32", "int8", "int4", "binary", "rabitq", "pq"]
 CodeChoice = Literal["auto", "float32", "int8", "int4", "binary", "rabitq", "pq"]
 CODES_BY_DIMS: tuple[VectorCode, ...] = ("float32", "int8", "int4", "binary", "rabitq")
-"""Codes whose bytes follow from the dimensions; pq is given its bytes."""
+"""Codes whose bytes follow from the dimensions; pq takes its bytes from the recipe."""
 DimsMethod = Literal["slice", "pca", "auto"]
 NumberFormat = Literal["int", "e4m3", "nf4"]
-"""What a code is: a whole number of steps; an 8-bit float of 4 exponent and 3 mantissa bits; the
-place of a number among the 16 of NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, app. E)."""
+"""What a code stands for.
+
+"int" is a whole number of steps. "e4m3" is an 8-bit float with 4 exponent and 3 mantissa bits.
+"nf4" is an index into the 16 numbers of NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314,
+appendix E).
+"""
 TuneBy = Literal["auto", "model", "block"]
-"""What is tuned at once: the whole model, or one block after the other."""
+"""What is tuned together: the whole model, or each block in turn."""
 Effort = Literal["fast", "standard", "best"]
-"""How much time a build may take for quality: the solver alone, or tuning behind it."""
+"""How much time a build spends on quality: the solver alone, or tuning after it."""
 
 
 class LayerScheme(Frozen):
     """How one linear layer's weights are stored and how its product is computed.
 
     Attributes:
-        bits: bits a weight code.
+        bits: bits of a weight code.
         group_size: consecutive input features that share a scale; "per_channel" is all of them.
-        symmetric: zero point fixed in the middle of the code range.
-        activation_bits: 16 computes in the model's own dtype on dequantized weights; 8 quantizes
-            each token's input to the weights' kind of number and multiplies those.
-        activation_symmetric: false gives each token a zero point too, which inputs that lean to
-            one side (those behind GELU above all) need.
+        symmetric: the zero point is fixed in the middle of the code range.
+        activation_bits: 16 multiplies dequantized weights in the model's dtype. 8 quantizes each
+            token's input to the weights' number format and multiplies codes.
+        activation_symmetric: false gives each token a zero point too. Inputs that are not centred
+            on zero, such as the output of GELU, need it.
         activation_static: inputs are rounded by scales and zero points that calibration fixed for
-            each feature, instead of by each token's own range: faster, less close.
+            each feature, instead of by each token's range. This is faster and less accurate.
         activation_outliers: inputs of at least this size are multiplied in full precision, the rest
             in 8 bits (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339).
-        number_format: what weight and activation codes are.
-        double_quantization: the scales too have 8 bits (QLoRA, Dettmers et al. 2023,
+        number_format: what weight and activation codes stand for.
+        double_quantization: scales are stored in 8 bits too (QLoRA, Dettmers et al. 2023,
             arXiv:2305.14314, section 3), as the format bitsandbytes stores them.
     """
 
@@ -67,19 +71,19 @@ class LayerScheme(Frozen):
 
     @model_validator(mode="after")
     def _has_a_kernel(self) -> Self:
-        rows = (self.bits, self.group_size, self.symmetric) == (8, "per_channel", True)
-        if self.activation_bits == 8 and not rows:
+        is_8_bit_row = (self.bits, self.group_size, self.symmetric) == (8, "per_channel", True)
+        if self.activation_bits == 8 and not is_8_bit_row:
             raise ValueError(
                 "activation_bits: 8 needs bits: 8, group_size: per_channel, symmetric: true "
                 "(an integer product has one scale per output channel)"
             )
-        if self.number_format == "e4m3" and not rows:
+        if self.number_format == "e4m3" and not is_8_bit_row:
             raise ValueError(
                 "number_format: e4m3 needs bits: 8, group_size: per_channel, symmetric: true"
             )
         if self.number_format == "nf4":
-            plain = (self.bits, self.symmetric, self.activation_bits) == (4, True, 16)
-            if not plain or self.group_size not in (64, 128):
+            is_4_bit = (self.bits, self.symmetric, self.activation_bits) == (4, True, 16)
+            if not is_4_bit or self.group_size not in (64, 128):
                 raise ValueError(
                     "number_format: nf4 needs bits: 4, group_size: 64 or 128, symmetric: true"
                 )
@@ -106,7 +110,7 @@ class LayerScheme(Frozen):
 
 
 class NoWeights(Frozen):
-    """Weights stay as they are.
+    """Weights are not quantized.
 
     Attributes:
         method: "none".
@@ -116,15 +120,16 @@ class NoWeights(Frozen):
 
 
 class RtnWeights(Frozen):
-    """Round to nearest: no calibration data, each weight to its closest code.
+    """Round each weight to its nearest code, without calibration texts.
 
     Attributes:
         method: "rtn".
         scheme: how every layer is stored and computed.
-        clip_search: search each group's range for the least error instead of min and max.
-        fallback: for a layer whose input features the group size does not divide: refuse the
-            build ("error"), use one group a row ("per_channel") or leave it unquantized ("skip").
-        skip: shell patterns of layer names that stay unquantized.
+        clip_search: search the range of each group with the least error, instead of min and max.
+        fallback: what to do with a layer whose input features the group size does not divide:
+            refuse the build ("error"), use one group a row ("per_channel") or leave it unquantized
+            ("skip").
+        skip: shell patterns of the names of layers to leave unquantized.
     """
 
     method: Literal["rtn"]
@@ -148,23 +153,23 @@ class GptqWeights(Frozen):
         scheme: how layers are stored and computed.
         act_order: quantize input features in order of falling Hessian diagonal.
         damping: share of the mean Hessian diagonal that is added to the diagonal.
-        clip_search: search each group's range for the least error instead of min and max.
-        fallback: for a layer whose input features the group size does not divide: refuse the
-            build ("error"), use one group a row ("per_channel") or leave it unquantized ("skip").
-        skip: shell patterns of layer names that stay unquantized.
-        gptaq_strength: share of the error in a layer's inputs, left by the layers before it,
-            that its weights make up for (GPTAQ, Li et al. 2025, arXiv:2504.02692);
-            0 is GPTQ, which takes its inputs for the truth.
-        effort: "fast" is the solver alone; "standard" and "best" tune its codes and scales, and
-            the blocks' norms and biases, against the original.
-        tune_by: "model" tunes end to end against the original's vectors, "block" each block by
-            itself against what the original's gives out; "auto" is "model" up to 2 billion weights.
-        budget: mean bits a weight, as stored, that all layers may take together; each layer then
-            gets `scheme`, one of `choices`, or stays in 16 bits, so that the loss predicted from
-            measurements of each layer alone is least. None gives all layers `scheme`.
-        choices: further schemes; one that does not fit a layer's features is not offered to it.
+        clip_search: search the range of each group with the least error, instead of min and max.
+        fallback: what to do with a layer whose input features the group size does not divide:
+            refuse the build ("error"), use one group a row ("per_channel") or leave it unquantized
+            ("skip").
+        skip: shell patterns of the names of layers to leave unquantized.
+        gptaq_strength: share of the input error from earlier layers that a layer corrects (GPTAQ,
+            Li et al. 2025, arXiv:2504.02692). 0 is GPTQ, which assumes exact inputs.
+        effort: "fast" runs the solver alone. "standard" and "best" then tune codes, scales, and the
+            blocks' norms and biases against the original model.
+        tune_by: "model" tunes end to end against the original's vectors. "block" tunes each block
+            against the original block's output. "auto" is "model" up to 2 billion weights.
+        budget: mean stored bits per weight over all layers. Each layer gets `scheme`, one of
+            `choices` or 16 bits, so that the predicted loss is least. None gives all layers
+            `scheme`.
+        choices: further schemes for a budget; a layer is offered only those that fit its features.
         smooth: move outliers of 8-bit activations into the weights (SmoothQuant, Xiao et al. 2022,
-            arXiv:2211.10438) wherever the architecture can absorb it and the measured error falls.
+            arXiv:2211.10438), where the architecture allows it and the measured error falls.
     """
 
     method: Literal["gptq"]
@@ -189,18 +194,18 @@ class GptqWeights(Frozen):
                 "double_quantization: true are not tuned; leave effort: fast"
             )
         if self.choices and self.budget is None:
-            raise ValueError("choices are for a budget; give one, or leave them out")
-        if any(each.activation_bits == 8 or each.number_format == "e4m3" for each in self._offered):
+            raise ValueError("choices need a budget; give a budget, or leave out choices")
+        if any(s.activation_bits == 8 or s.number_format == "e4m3" for s in self._offered):
             raise ValueError("a budget chooses among schemes with activation_bits: 16, not e4m3")
-        if any(each.double_quantization for each in self._offered):
+        if any(scheme.double_quantization for scheme in self._offered):
             raise ValueError("a budget chooses among schemes without double_quantization")
         if self.smooth and (self.scheme.activation_bits != 8 or self.scheme.activation_static):
             raise ValueError(
-                "smooth: true is for activation_bits: 8 without activation_static, whose inputs "
-                "have a scale each already"
+                "smooth: true needs activation_bits: 8 and activation_static: false (static inputs "
+                "already have a scale for each feature)"
             )
         if self.scheme.activation_static and self.gptaq_strength:
-            raise ValueError("activation_static: true is built with gptaq_strength: 0")
+            raise ValueError("activation_static: true needs gptaq_strength: 0")
         return self
 
     @property
@@ -209,7 +214,7 @@ class GptqWeights(Frozen):
 
     @property
     def can_be_tuned(self) -> bool:
-        """Whether efforts above "fast" exist."""
+        """Whether the recipe allows an effort above "fast"."""
         scheme = self.scheme
         return not (
             scheme.activation_bits == 8
@@ -222,15 +227,15 @@ Weights = Annotated[NoWeights | RtnWeights | GptqWeights, Field(discriminator="m
 
 
 class Calibration(Frozen):
-    """Which texts the build looks at.
+    """The texts that a build calibrates on.
 
     Attributes:
         texts: "builtin", a .jsonl, .csv or .txt file, or a data set `<org>/<name>`.
         column: field or column that holds the text (not for .txt and builtin).
         split: split of a data set.
-        n_texts: how many are drawn at most, seeded.
-        max_tokens: longer texts are cut here during calibration.
-        seed: of the draw.
+        n_texts: largest number of texts, drawn at random.
+        max_tokens: longer texts are cut to this length for calibration.
+        seed: random seed of the draw.
     """
 
     texts: str = "builtin"
@@ -245,11 +250,10 @@ class Dims(Frozen):
     """Shorten vectors to `n` dimensions.
 
     Attributes:
-        n: how many are kept.
-        method: the first ones ("slice"), the principal ones ("pca"), or whichever of the two keeps
-            more neighbours, searched by their codes, on calibration texts that it was not fitted on
-            ("auto"). For binary and int4 codes principal dimensions are rotated where that keeps
-            more.
+        n: number of dimensions to keep.
+        method: "slice" keeps the first dimensions, "pca" the principal ones. "auto" takes the one
+            that keeps more nearest neighbours on held-out calibration texts, as stored. For binary
+            and int4 codes, principal dimensions are rotated where that keeps more neighbours.
     """
 
     n: Annotated[int, Field(ge=1)]
@@ -260,17 +264,17 @@ class Vectors(Frozen):
     """How a vector is stored in an index.
 
     Attributes:
-        code: float32; one signed byte (int8), four bits (int4) or one bit (binary) a dimension;
-            `bits` a dimension and two bytes (rabitq); a byte for each group of dimensions (pq).
-            "auto", which is what `bytes` alone means, is whichever keeps the most neighbours.
+        code: "float32"; per dimension one byte ("int8"), four bits ("int4") or one bit ("binary");
+            `bits` per dimension plus two bytes per vector ("rabitq"); a byte per group of
+            dimensions ("pq"). "auto", the default with `bytes`, keeps the most neighbours.
         rescore: a search on int8 or binary codes fetches `rescore * k` candidates and reorders them
-            with the float query; 1 keeps the order of the codes. Other codes are compared with the
-            float query at once.
-        bits: a dimension, of rabitq.
-        centred: of binary: the mean of the calibration vectors is subtracted before signs are
-            taken. It is what vectors need that all lie in a narrow cone.
-        bytes: of a stored vector. Dimensions, code and rescoring are then chosen together, by the
-            nearest neighbours that held-out calibration texts keep.
+            by the float query; 1 keeps the order of the codes. Other codes are compared with the
+            float query directly.
+        bits: bits per dimension, for rabitq.
+        centred: for binary, subtract the mean of the calibration vectors before taking signs.
+            Vectors that all lie in a narrow cone need it.
+        bytes: bytes of a stored vector. Dimensions, code and rescoring are then chosen together, so
+            that held-out calibration texts keep the most nearest neighbours.
     """
 
     code: CodeChoice = "float32"
@@ -290,14 +294,14 @@ class Vectors(Frozen):
     def _settings_fit_the_code(self) -> Self:
         if self.bytes is not None and self.code not in ("auto", "pq"):
             raise ValueError(
-                f"bytes is for code: auto or pq; the bytes of {self.code} follow from dims.n"
+                f"bytes needs code: auto or pq; the bytes of {self.code} follow from dims.n"
             )
         if self.bytes is None and self.code in ("auto", "pq"):
             raise ValueError(f"code: {self.code} needs bytes, such as bytes: 48")
         if self.bits is not None and self.code != "rabitq":
-            raise ValueError("bits is for code: rabitq")
+            raise ValueError("bits needs code: rabitq")
         if self.centred and self.code != "binary":
-            raise ValueError("centred is for code: binary")
+            raise ValueError("centred needs code: binary")
         return self
 
 
@@ -305,16 +309,16 @@ class Recipe(Frozen):
     """How to make one variant of a base.
 
     Attributes:
-        name: must equal the file's name; small letters, digits, dots, hyphens, underscores.
+        name: small letters, digits, dots, hyphens, underscores.
         summary: one line for tables.
-        weights: what happens to the linear layers' weights.
-        calibration: which texts the build looks at.
-        dims: shortens vectors; none keeps all dimensions.
+        weights: how the weights of linear layers are quantized.
+        calibration: the texts that the build calibrates on.
+        dims: shortens vectors; None keeps all dimensions.
         vectors: how vectors are stored.
-        embedding: "int8" keeps the token embedding table in 8 bits with one scale a token; no
-            standard format can hold that.
-        format: how quantized weights lie on disk; "auto" takes the first standard format that can
-            hold them exactly, which other libraries open without gteopt.
+        embedding: "int8" stores the token embedding table in 8 bits with a scale per token; no
+            standard format supports that.
+        format: how quantized weights are stored. "auto" takes the first standard format that holds
+            them exactly; other libraries open it without gteopt.
     """
 
     schema_: Literal["gteopt.recipe/1"] = Field(alias="schema")
@@ -337,10 +341,10 @@ class Recipe(Frozen):
     def _a_format_needs_packed_weights(self) -> Self:
         if self.format != "auto" and self.weights.method == "none":
             raise ValueError(
-                f"format: {self.format} is for quantized weights; weights.method is none"
+                f"format: {self.format} needs quantized weights; weights.method is none"
             )
         if self.embedding == "int8" and self.weights.method == "none":
-            raise ValueError("embedding: int8 goes with quantized weights; weights.method is none")
+            raise ValueError("embedding: int8 needs quantized weights; weights.method is none")
         if self.embedding == "int8" and self.format not in ("auto", "gteopt"):
             raise ValueError(f"embedding: int8 needs format: gteopt or auto (found {self.format})")
         return self
@@ -349,15 +353,15 @@ class Recipe(Frozen):
         """The same recipe with the token embedding table in int8.
 
         Raises:
-            InputError: the recipe leaves weights as they are, or asks for another format.
+            InputError: the recipe does not quantize weights, or asks for another format.
         """
         return self._with("embedding", "int8")
 
     def with_format(self, format: FormatChoice) -> Recipe:
-        """The same recipe with its quantized weights in another format on disk.
+        """The same recipe with its quantized weights in another checkpoint format.
 
         Raises:
-            InputError: the recipe leaves weights as they are, or only gteopt's own can hold them.
+            InputError: the recipe does not quantize weights, or only the format gteopt holds them.
         """
         return self._with("format", format)
 
@@ -369,13 +373,13 @@ class Recipe(Frozen):
         """
         if not isinstance(self.weights, GptqWeights):
             raise InputError(
-                f"recipe {self.name} has no effort to choose: only weights.method gptq is tuned "
+                f"recipe {self.name} has no efforts: only weights.method gptq is tuned "
                 f"(found {self.weights.method})"
             )
         if effort != "fast" and not self.weights.can_be_tuned:
             raise InputError(
-                f"recipe {self.name} has no effort to choose: layers with 8-bit activations, "
-                f"8-bit floats or doubly quantized scales are not tuned"
+                f"recipe {self.name} has no efforts: layers with 8-bit activations, 8-bit floats "
+                f"or double quantization are not tuned"
             )
         return self.model_copy(
             update={"weights": self.weights.model_copy(update={"effort": effort})}
@@ -389,11 +393,11 @@ class Recipe(Frozen):
             raise InputError(f"recipe {self.name}: {reason}") from error
 
     def sha256(self) -> str:
-        """Hash of everything that decides the artifact's tensors (name and summary do not)."""
+        """Hash of everything that the artifact's tensors depend on; not of name and summary."""
         return _sha256(self.model_dump(mode="json", exclude={"name", "summary", "schema_"}))
 
     def weights_sha256(self) -> str:
-        """Hash of what decides the weights alone; recipes that share it share one build."""
+        """Hash of what the weights alone depend on; recipes with equal hashes share one build."""
         include = {"weights", "embedding", "format"}
         if self.weights.method == "gptq":
             include.add("calibration")

@@ -1,7 +1,7 @@
-"""Users' files of texts: lines, JSON lines and CSV, read alike wherever they are given.
+"""Users' text files (lines, JSON lines and CSV), read the same way in every command.
 
 Hides: byte order marks, line ends inside values, long CSV fields. Refuses to know: what the texts
-are for.
+are used for.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _MOST_FIELD = 1 << 24
 
 
 def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and content of every line that is not empty; only a line feed ends one.
+    """Number (from 1) and content of every line that is not empty; only a line feed ends a line.
 
     Args:
         path: UTF-8, with or without a byte order mark.
-        problems: what is wrong is added here, with file and line.
+        problems: problems are added to this list, with file and line.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as handle:
@@ -39,9 +39,9 @@ def read_rows(
     """Line and fields of every row of a .csv, .tsv or .jsonl file.
 
     Args:
-        path: its suffix says which it is.
-        problems: what is wrong is added here, with file and line.
-        separator: of the columns of a CSV file.
+        path: its suffix tells the format.
+        problems: problems are added to this list, with file and line.
+        separator: separator of columns in a CSV file.
     """
     rows = (
         _json_rows(path, problems) if path.suffix == ".jsonl" else _csv(path, problems, separator)
@@ -51,22 +51,22 @@ def read_rows(
         if broken:
             named = repr(broken[0].encode(errors="replace").decode()[:40])
             problems.append(
-                f"{path}:{number}: {named} holds half a surrogate pair (an emoji that was cut in "
-                f"two); remove it"
+                f"{path}:{number}: {named} holds half a surrogate pair (part of an emoji, for "
+                f"example); remove it"
             )
         else:
             yield number, row
 
 
 def csv_heading(path: Path, problems: list[str], *, separator: str = ",") -> list[str]:
-    """Names of the columns of a CSV file; none of a file that cannot be read."""
+    """Names of the columns of a CSV file; empty for a file that cannot be read."""
     with _reading_csv(path, problems) as handle:
         return next(csv.reader(handle, delimiter=separator), [])
     return []
 
 
 def is_unicode(text: str) -> bool:
-    """Whether no half of a surrogate pair stands alone in a text; tokenizers take no other."""
+    """Whether a text is free of lone surrogates, which tokenizers refuse."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -81,9 +81,9 @@ def _json_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str,
         except json.JSONDecodeError as error:
             problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
         except RecursionError:
-            problems.append(f"{path}:{number}: nests deeper than JSON is read; flatten it")
+            problems.append(f"{path}:{number}: is nested too deeply to be read; flatten it")
         except ValueError:
-            problems.append(f"{path}:{number}: holds a number of more digits than are read")
+            problems.append(f"{path}:{number}: holds a number with too many digits to be read")
         else:
             if isinstance(row, dict):
                 yield number, row
@@ -102,7 +102,7 @@ def _csv(path: Path, problems: list[str], separator: str) -> Iterator[tuple[int,
 
 @contextmanager
 def _reading_csv(path: Path, problems: list[str]) -> Iterator[TextIO]:
-    """The open file, whose fields may be long; what ends the reading early is a problem."""
+    """The open file with a high limit for fields; errors while reading become problems."""
     before = csv.field_size_limit(_MOST_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
@@ -116,7 +116,7 @@ def _reading_csv(path: Path, problems: list[str]) -> Iterator[TextIO]:
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
-    """Says the line too: the error's own place counts from the start of a read buffer."""
+    """A problem with its line; the error itself counts bytes from the start of a read buffer."""
     number = 0
     with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):

@@ -1,6 +1,6 @@
-"""YAML files: where shipped ones lie, how one is read, and every problem with its line.
+"""Find YAML files, read them, and report every problem with its line.
 
-Hides: PyYAML and the wording of pydantic's errors. Refuses to know: which documents there are.
+Hides: PyYAML and the wording of pydantic's errors. Refuses to know: which documents exist.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Document = TypeVar("Document", bound=BaseModel)
 _MOST_BYTES = 1 << 20
 _MOST_DEPTH = 20
 _MOST_ALIASES = 16
-"""With so few, no nesting of aliases makes more than some hundred values."""
+"""With so few, nested aliases expand to a few hundred values at most."""
 _SHOWN = 400
-"""Most characters of one problem: a value is quoted in it."""
+"""Most characters of one problem, because a problem quotes the value."""
 
 
 def shipped_names(kind: ShippedKind) -> list[str]:
@@ -41,17 +41,17 @@ def shipped_names(kind: ShippedKind) -> list[str]:
 
 
 def find_yaml(kind: ShippedKind, name_or_file: str, *, beside: Path | None = None) -> Path:
-    """The file that a name or a path means.
+    """The YAML file behind a shipped name or a path.
 
     Args:
-        kind: what is looked for.
+        kind: the kind of file.
         name_or_file: a shipped name, or a path that ends in .yaml or .yml.
-        beside: folder that a relative path is tried against before the working directory.
+        beside: folder in which a relative path is looked for first, before the working directory.
 
     Raises:
-        InputError: no such file, or no such name (with the nearest one).
+        InputError: no such file, or no such name; the message suggests the nearest name.
     """
-    what = _KIND_WORD[kind]
+    word = _KIND_WORD[kind]
     if name_or_file.endswith((".yaml", ".yml")):
         candidates = [Path(name_or_file)]
         if beside is not None:
@@ -60,14 +60,14 @@ def find_yaml(kind: ShippedKind, name_or_file: str, *, beside: Path | None = Non
             if path.is_file():
                 return path
         raise InputError(
-            f"{what} file {name_or_file} does not exist; give an existing file or a shipped name "
+            f"{word} file {name_or_file} does not exist; give an existing file or a shipped name "
             f"({', '.join(shipped_names(kind))})"
         )
     path = shipped_dir(kind) / f"{name_or_file}.yaml"
     if path.is_file():
         return path
     raise InputError(
-        f"unknown {what} '{name_or_file}': {suggest(name_or_file, shipped_names(kind))} "
+        f"unknown {word} '{name_or_file}': {suggest(name_or_file, shipped_names(kind))} "
         f"(for a file of your own, give its path ending in .yaml)"
     )
 
@@ -80,7 +80,7 @@ def read_yaml(path: Path, document: type[Document]) -> Document:
     """
     try:
         if (n_bytes := path.stat().st_size) > _MOST_BYTES:
-            raise InputError(f"{path} has {n_bytes:,} bytes; at most {_MOST_BYTES:,} are read")
+            raise InputError(f"{path} has {n_bytes:,} bytes; at most {_MOST_BYTES:,} are allowed")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
@@ -97,18 +97,18 @@ def read_yaml(path: Path, document: type[Document]) -> Document:
         raise InputError(f"{path}: expected a mapping of fields, found {type(data).__name__}")
     problems = _repeated_fields(path, node)
     try:
-        read = document.model_validate(data)
+        content = document.model_validate(data)
     except ValidationError as error:
-        found = [dict(each) for each in error.errors()]
-        problems += [_problem(path, node, document, e) for e in found if not _is_consequence(e)]
+        errors = [dict(details) for details in error.errors()]
+        problems += [_problem(path, node, document, e) for e in errors if not _is_consequence(e)]
     if problems:
-        shown = [each if len(each) <= _SHOWN else f"{each[:_SHOWN]} ..." for each in problems[:20]]
+        shown = [text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..." for text in problems[:20]]
         raise InputError(join_problems(f"{path} has {len(problems)} problem(s)", shown))
-    return read
+    return content
 
 
 def _check_shape(path: Path, text: str) -> None:
-    """Refuse what would take memory without end: few bytes can name a list of millions.
+    """Refuse YAML that would take too much memory: aliases in a few bytes can name millions.
 
     Raises:
         InputError: nested too deeply, or too many aliases.
@@ -122,13 +122,13 @@ def _check_shape(path: Path, text: str) -> None:
         if depth > _MOST_DEPTH or n_aliases > _MOST_ALIASES:
             line = event.start_mark.line + 1 if event.start_mark is not None else 1
             raise InputError(
-                f"{path}:{line}: more than {_MOST_DEPTH} levels or "
-                f"{_MOST_ALIASES} aliases (*name); write the values out"
+                f"{path}:{line}: more than {_MOST_DEPTH} nested levels or "
+                f"{_MOST_ALIASES} aliases (*name); write out the values"
             )
 
 
 def _repeated_fields(path: Path, root: yaml.Node | None) -> list[str]:
-    """Fields written twice in one mapping; YAML would silently keep the last."""
+    """Fields given twice in one mapping; YAML would silently keep the last value."""
     problems: list[str] = []
     nodes, visited = [root], set[int]()
     while nodes:
@@ -153,14 +153,14 @@ def _repeated_fields(path: Path, root: yaml.Node | None) -> list[str]:
 
 
 def _is_consequence(error: dict[str, Any]) -> bool:
-    """A list whose items are invalid is also called too short; the items' problems are enough."""
+    """Whether an error only follows from others: a list of invalid items is also "too short"."""
     return error["type"] == "too_short" and bool(len(error["input"]) >= error["ctx"]["min_length"])
 
 
 def _problem(
     path: Path, node: yaml.Node | None, document: type[BaseModel], error: dict[str, Any]
 ) -> str:
-    """One validation problem as 'file:line: field: what was found, what is allowed'."""
+    """One validation problem as 'file:line: field: what is allowed (what was found)'."""
     kind, context, found = error["type"], error.get("ctx", {}), error.get("input")
     location = [str(part) for part in error["loc"]]
     message = str(error["msg"]).removeprefix("Value error, ")
@@ -177,11 +177,11 @@ def _problem(
         return f"{path}:{line}: unknown field '{field}': {hint}"
     if kind in ("missing", "union_tag_not_found"):
         return f"{path}:{line}: field '{'.'.join([*keys, location[-1]])}' is missing"
-    return f"{path}:{line}: {field}: {_said(message, found, options)}"
+    return f"{path}:{line}: {field}: {_worded(message, found, options)}"
 
 
-def _said(message: str, found: object, options: str) -> str:
-    """What is wrong, with what was found and the name that was probably meant."""
+def _worded(message: str, found: object, options: str) -> str:
+    """A message with the value that was found and the name that was probably meant."""
     shown = "" if isinstance(found, dict | BaseModel) else f" (found {found!r})"
     if isinstance(found, str) and options:
         hint = suggest(found, re.findall("'([^']+)'", options))
@@ -190,22 +190,23 @@ def _said(message: str, found: object, options: str) -> str:
 
 
 def invalid(subject: str, error: ValidationError) -> InputError:
-    """What a validation found, worded as `read_yaml` does where there is no file."""
+    """The problems of a validation error, worded as in `read_yaml`, but without a file."""
     problems = []
-    for found in error.errors():
-        each: dict[str, Any] = dict(found)
-        if not _is_consequence(each):
-            message = str(each["msg"]).removeprefix("Value error, ")
-            said = _said(message, each["input"], str(each.get("ctx", {}).get("expected", "")))
-            where = ".".join(str(part) for part in each["loc"])
-            problems.append(f"{where}: {said}" if where else said)
+    for details in error.errors():
+        problem: dict[str, Any] = dict(details)
+        if not _is_consequence(problem):
+            message = str(problem["msg"]).removeprefix("Value error, ")
+            options = str(problem.get("ctx", {}).get("expected", ""))
+            text = _worded(message, problem["input"], options)
+            where = ".".join(str(part) for part in problem["loc"])
+            problems.append(f"{where}: {text}" if where else text)
     return InputError(join_problems(f"{subject} has {len(problems)} problem(s)", problems))
 
 
 def _locate(node: yaml.Node | None, location: list[str]) -> tuple[int, list[str]]:
-    """Line (from 1) of the deepest part of `location` that the YAML has, and that part's keys.
+    """Line (from 1) of the deepest part of `location` in the YAML, and the keys down to it.
 
-    pydantic puts a union's tag into the location; parts that the YAML does not have are dropped.
+    pydantic adds a union's tag to the location; parts that are not in the YAML are left out.
     """
     line = node.start_mark.line + 1 if node is not None else 1
     keys: list[str] = []
@@ -236,7 +237,7 @@ def _fields_at(document: type[BaseModel], location: list[str]) -> list[str]:
         if fields:
             models = [model for field in fields for model in _models_in(field.annotation)]
         else:
-            # The tag of a union's variant, or else a list's index or a mapping's key.
+            # The part is the tag of a union's variant, a list's index or a mapping's key.
             variants = [
                 model
                 for model in models

@@ -1,1 +1,1 @@
-"""What gteopt writes: every JSON as a frozen type with a versioned schema."""
+"""Everything that gteopt writes as JSON: frozen types with versioned schemas."""

@@ -16,12 +16,12 @@ from gteopt.records.environment import Conditions, Machine
 
 
 class LatencyRecord(Frozen):
-    """Percentiles of one query's end-to-end time, in milliseconds (texts in, vector out).
+    """Percentiles of one query's end-to-end time, in milliseconds (text in, vector out).
 
     Attributes:
-        weight_gb_per_s: bytes of the blocks' weights, which a query reads once, over `p50_ms`.
-        joules: of the device a query, when they follow one another; None where nothing counts them,
-            see `BenchReport.energy`.
+        weight_gb_per_s: bytes of the blocks' weights, each read once per query, over `p50_ms`.
+        joules: energy of the device per query, with queries back to back; None where it is not
+            measured, see `BenchReport.energy`.
     """
 
     tokens: int
@@ -37,16 +37,16 @@ class ThroughputRecord(Frozen):
     """One workload of one variant: medians over the interleaved repeats.
 
     Attributes:
-        tokens: of each text, or their median where lengths differ.
+        tokens: tokens of each text, or their median where lengths differ.
         lengths: as in `Workload`.
-        tokens_per_s: real tokens, no padding counted.
+        tokens_per_s: real tokens per second; padding is not counted.
         baseline_ratio: median over repeats of variant speed / baseline speed in the same round.
-        ratios: of each repeat; their interval is `VariantBench.speed_interval`.
-        gflops: 10^9 operations a second that were done: two a weight of a linear layer and token,
-            and 4 T * d a block, head and query for attention; what the last block leaves out where
-            one token a text is pooled is not counted.
-        peak_ratio: `gflops` / the best product measured in the same run, `BenchReport.peak_gflops`.
-        joules_per_million_tokens: of the device, as in `LatencyRecord`.
+        ratios: variant speed / baseline speed of each repeat; see `VariantBench.speed_interval`.
+        gflops: 10^9 operations per second. Counted are two per linear weight and token, and 4 T * d
+            per block, head and query for attention. Work that the last block skips, where one token
+            per text is pooled, is not counted.
+        peak_ratio: `gflops` / the fastest product of the same run, `BenchReport.peak_gflops`.
+        joules_per_million_tokens: energy of the device, as in `LatencyRecord`.
     """
 
     batch_size: int
@@ -70,19 +70,19 @@ class VariantBench(Frozen):
     """Speed and memory of one variant.
 
     Attributes:
-        weight_bytes: parameters and buffers as they lie in memory at run time.
-        load_s: from path to first vector ready, in a fresh process, with its imports done and the
+        weight_bytes: bytes of parameters and buffers in memory at run time.
+        load_s: seconds from path to first vector in a fresh process, after its imports and with the
             files in the page cache.
-        imports_process_bytes: its resident set after the imports, before the load.
+        imports_process_bytes: resident set of that process after the imports, before the load.
         peak_process_bytes: its peak resident set over load and one batch, imports included.
-        peak_device_bytes: peak allocated device memory of it; None on CPU.
-        kernels: how many linear layers run on which kernel.
+        peak_device_bytes: its peak allocated device memory; None on a CPU.
+        kernels: number of linear layers by kernel.
         dims: dimensions of a stored vector.
-        code: how each of them is stored.
-        bytes_per_vector: of one stored vector code.
-        index_bytes_per_million: bytes of a million stored vectors, search structure not counted.
-        graph_bytes: device memory of the recorded forward passes of short texts (CUDA graphs); None
-            where queries ran kernel by kernel.
+        code: how each dimension is stored.
+        bytes_per_vector: bytes of one stored vector.
+        index_bytes_per_million: bytes of a million stored vectors, without a search structure.
+        graph_bytes: device memory of the CUDA graphs for short texts; None where queries ran kernel
+            by kernel.
     """
 
     artifact_sha256: str
@@ -112,11 +112,11 @@ class VariantBench(Frozen):
 
     @property
     def speed_interval(self) -> tuple[float, float] | None:
-        """95 % interval of `speed_ratio`; None with too few repeats to claim one.
+        """95 % interval of `speed_ratio`; None with too few repeats for one.
 
-        Ends are order statistics of the repeats' ratios (each the geometric mean over the
-        workloads), which hold for the median of any distribution: David and Nagaraja, Order
-        Statistics, 2003, section 7.1. They are widened to `speed_ratio` where that lies outside.
+        The ends are order statistics of the repeats' ratios, each the geometric mean over the
+        workloads. They hold for the median of any distribution: David and Nagaraja, Order
+        Statistics, 2003, section 7.1. They are widened to include `speed_ratio`.
         """
         by_repeat = [
             geometric_mean(ratios)
@@ -129,18 +129,18 @@ class VariantBench(Frozen):
 
     @property
     def peak_memory_bytes(self) -> int:
-        """The peak where the weights lie: on the device where there is one, else the process."""
+        """Peak memory of the device, or of the process where the model runs on a CPU."""
         if self.peak_device_bytes is not None:
             return self.peak_device_bytes
         return self.peak_process_bytes
 
 
 MIN_REPEATS = 6
-"""With fewer, no two order statistics enclose the median in 95 % of all cases."""
+"""With fewer repeats, no two order statistics enclose the median in 95 % of all cases."""
 
 
 def _median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Order statistics that enclose the median with 95 % confidence; None of too few values."""
+    """Order statistics that enclose the median with 95 % confidence; None for too few values."""
     n, below, rank = len(values), 0.0, 0
     for k in range(n // 2):
         below += comb(n, k) / 2**n  # P(at most k of n values are below the median)
@@ -154,11 +154,11 @@ def _median_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 class WholeModelEstimate(Frozen):
-    """What one variant of a whole model takes, calculated from two depths of it.
+    """Time and memory of a variant of the whole model, extrapolated from two depths.
 
     Attributes:
         query_ms: median time of one query.
-        tokens_per_s: geometric mean over the workloads, as `VariantBench.tokens_per_s`.
+        tokens_per_s: geometric mean over the workloads, as in `VariantBench`.
         weight_bytes: as in `VariantBench`.
     """
 
@@ -168,15 +168,15 @@ class WholeModelEstimate(Frozen):
 
 
 class DummyRecord(Frozen):
-    """The weights were random: what of the model there was.
+    """The model of a measurement with random weights.
 
     Attributes:
-        base: the published model whose shape it has.
+        base: the published model with the same shape.
         n_layers: blocks that were built and measured.
-        of_layers: blocks that the model has; where they are more, no measured figure is the whole
-            model's.
-        shallow_layers: blocks of the second depth; None where one depth was measured.
-        whole: variant -> the whole model, calculated from both depths.
+        of_layers: blocks of the published model; if there are more, the measured figures do not
+            hold for the whole model.
+        shallow_layers: blocks at the second depth; None where one depth was measured.
+        whole: estimates for the whole model by variant, extrapolated from both depths.
     """
 
     base: str
@@ -190,13 +190,13 @@ class BenchReport(Frozen):
     """Result of `bench`: every variant measured side by side with the baseline in one run.
 
     Attributes:
-        peak_gflops: by number type, 10^9 operations a second of the best large product that torch
-            offers on this device.
+        peak_gflops: by dtype, 10^9 operations per second of torch's fastest large product on this
+            device.
         dummy: None where the weights were real.
-        price_per_hour: of the machine, in dollars, as the user said.
-        energy: what counted the joules, or why nothing did.
-        other_load: share of the processor that other programs used while this was measured, 0 to
-            1; None where the system does not tell.
+        price_per_hour: price of the machine in dollars, as the user gave it.
+        energy: what measured the joules, or why nothing did.
+        other_load: share of the processor that other programs used during the measurement, 0 to 1;
+            None where the system does not report it.
     """
 
     schema_: Literal["gteopt.bench/1"] = Field(default="gteopt.bench/1", alias="schema")
@@ -215,21 +215,22 @@ class BenchReport(Frozen):
 
     @property
     def is_whole(self) -> bool:
-        """Whether figures are those of a whole model, not of some of its blocks."""
+        """Whether the figures hold for a whole model, not for some of its blocks."""
         return self.dummy is None or self.dummy.n_layers == self.dummy.of_layers
 
     @property
     def noise(self) -> float:
-        """How far the baseline's speed seems to be from itself; 0 where it was not measured."""
-        own = self.variants.get(self.baseline)
-        if own is None:
+        """Largest deviation from 1 of the baseline's ratio to itself; 0 where not measured."""
+        baseline = self.variants.get(self.baseline)
+        if baseline is None:
             return 0.0
-        ratios = [each.baseline_ratio for each in own.throughput]
-        return float(max(abs(ratio - 1) for ratio in (*ratios, *(own.speed_interval or ()))))
+        ratios = [record.baseline_ratio for record in baseline.throughput]
+        return float(max(abs(ratio - 1) for ratio in (*ratios, *(baseline.speed_interval or ()))))
 
     def cost_per_million_tokens(self, name: str) -> float | None:
-        """Dollars, over the workloads; None without a price, or where nothing is known of the
-        whole model.
+        """Dollars per million tokens at the mean speed of the workloads.
+
+        None without a price, or where only some blocks were measured at one depth.
         """
         whole = self.dummy.whole.get(name) if self.dummy else None
         if self.price_per_hour is None or not (self.is_whole or whole):
@@ -239,16 +240,16 @@ class BenchReport(Frozen):
 
 
 HOSTED_PRICE = 0.008
-"""Dollars for a million tokens at which gte-Qwen2-7B-instruct has been listed as a hosted model."""
+"""A listed price of gte-Qwen2-7B-instruct as a hosted model, in dollars per million tokens."""
 
 
 def cost_per_million_tokens(price_per_hour: float, tokens_per_s: float) -> float:
-    """Dollars, of a machine that does nothing else all the time."""
+    """Dollars per million tokens on a machine that encodes all the time."""
     return price_per_hour / 3600 / tokens_per_s * 1e6
 
 
 def break_even_price_per_hour(tokens_per_s: float, price: float = HOSTED_PRICE) -> float:
-    """Hourly price of a machine at which a million tokens cost `price` dollars."""
+    """Price per hour of a machine at which a million tokens cost `price` dollars."""
     return price * tokens_per_s * 3600 / 1e6
 
 
@@ -256,5 +257,5 @@ HOURS_A_MONTH = 730
 
 
 def index_cost_per_month(price_per_hour: float, index_bytes: int, memory_bytes: int) -> float:
-    """Dollars for the share of a machine's memory that an index takes, all the month."""
+    """Dollars per month for the share of a machine's memory that an index takes."""
     return price_per_hour * HOURS_A_MONTH * index_bytes / memory_bytes

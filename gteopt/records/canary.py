@@ -1,6 +1,6 @@
-"""A text whose vector an artifact stores, so that whoever loads it can tell that it computes right.
+"""A text and its vector, stored in an artifact to check after loading that encoding is right.
 
-Hides: how the vector is written. Refuses to know: what computes it.
+Hides: how the vector is written. Refuses to know: what computes the vector.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from gteopt.frozen import Frozen
 
 CANARY = "The quick brown fox jumps over the lazy dog; 12 wizards box 34 quick jugglers."
 LEAST_COSINE = 0.98
-"""Of the vector that another kernel or number type computes to the stored one.
+"""Least cosine of a newly computed vector with the stored one.
 
-Other roundings of the same weights stay above it; another model or tokenizer falls below it.
+Another kernel or dtype with the same weights stays above it. Another model or tokenizer falls below
+it.
 """
 Floats = NDArray[np.float32]
 
 
 class CanaryRecord(Frozen):
-    """The vector of a text as a document, computed by the build with the finished weights.
+    """A text, encoded as a document by the build with the finished weights.
 
     Attributes:
-        text: what was encoded.
+        text: the encoded text.
         vector: base64 of float16 [dims], little endian.
     """
 
@@ -39,9 +40,9 @@ class CanaryRecord(Frozen):
         try:
             numbers = np.frombuffer(base64.b64decode(vector, validate=True), "<f2")
         except ValueError as error:
-            raise ValueError(f"the canary's vector is no base64 of float16: {error}") from error
+            raise ValueError(f"the canary's vector is not base64 of float16: {error}") from error
         if not numbers.size or not np.isfinite(numbers).all():
-            raise ValueError("the canary's vector holds no numbers, or some that are not finite")
+            raise ValueError("the canary's vector is empty or holds numbers that are not finite")
         return vector
 
     @staticmethod
@@ -56,7 +57,7 @@ class CanaryRecord(Frozen):
         return np.frombuffer(base64.b64decode(self.vector), "<f2").astype(np.float32)
 
     def cosine(self, vector: Floats) -> float:
-        """Cosine of a vector to the stored one; 0 where their lengths differ or one has none."""
-        own = self.values()
-        norms = float(np.linalg.norm(own) * np.linalg.norm(vector))
-        return float(own @ vector) / norms if own.shape == vector.shape and norms > 0 else 0.0
+        """Cosine of a vector with the stored one; 0 where shapes differ or a vector is zero."""
+        stored = self.values()
+        norms = float(np.linalg.norm(stored) * np.linalg.norm(vector))
+        return float(stored @ vector) / norms if stored.shape == vector.shape and norms > 0 else 0.0

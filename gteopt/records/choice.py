@@ -11,7 +11,7 @@ from gteopt.frozen import Frozen
 
 
 class BrokenLimit(Frozen):
-    """A limit that a candidate does not keep; `found` is None where the metric is missing."""
+    """A limit that a candidate breaks; `found` is its metric, None where it was not measured."""
 
     metric: Metric
     bound: Literal["min", "max"]
@@ -20,7 +20,7 @@ class BrokenLimit(Frozen):
 
 
 class Candidate(Frozen):
-    """One variant as the policy sees it."""
+    """One variant with its metrics and the limits that it breaks."""
 
     name: str
     metrics: dict[Metric, float]
@@ -32,8 +32,8 @@ class Choice(Frozen):
     """The answer to a policy.
 
     Attributes:
-        picked: the variant to deploy; None when none keeps every limit.
-        reason: one sentence a person can read.
+        picked: the variant to deploy; None where no variant keeps every limit.
+        reason: one sentence that explains the pick.
     """
 
     schema_: Literal["gteopt.choice/1"] = Field(default="gteopt.choice/1", alias="schema")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from gteopt.frozen import Frozen
 
 Conditions = dict[str, str]
-"""What a number depends on besides the variant: library versions, thread counts, environment."""
+"""What a result depends on besides the variant: library versions, thread counts, environment."""
 
 
 class Machine(Frozen):
-    """Where something was measured or built."""
+    """The machine of a measurement or a build."""
 
     cpu: str
     n_cores: int

@@ -12,9 +12,9 @@ from gteopt.frozen import Frozen
 from gteopt.records.environment import Conditions, Machine
 
 Verdict = Literal["equivalent", "better", "worse", "undecided"]
-"""What may be said of a difference, given its interval and a margin that does not matter."""
+"""The claim about a difference, given its interval and a margin that does not matter."""
 Correction = Literal["family", "row"]
-"""What a verdict's error rate holds for: all claims of a table together, or each row alone."""
+"""What the verdicts' error rate covers: all claims of a table together, or each row alone."""
 
 
 class Difference(Frozen):
@@ -22,10 +22,10 @@ class Difference(Frozen):
 
     Attributes:
         low, high: ends of the interval.
-        verdict: "equivalent" where both one-sided tests against the margin are passed; "worse" or
-            "better" where the interval leaves out zero. Both survive the report's `correction`.
-        p: two-sided p-value of a difference of zero, not corrected.
-        freedom: degrees of freedom of the standard error; None is a normal distribution.
+        verdict: "equivalent" where both one-sided tests against the margin pass. "worse" or
+            "better" where the interval excludes zero. Both hold after the report's `correction`.
+        p: two-sided p-value of the hypothesis of no difference, not corrected.
+        freedom: degrees of freedom of the standard error; None for a normal distribution.
     """
 
     value: float
@@ -37,13 +37,13 @@ class Difference(Frozen):
 
 
 class Sequential(Frozen):
-    """How a score came about whose difference was looked at before all items were scored.
+    """A sequential test: the difference was tested before all items were scored.
 
     Attributes:
-        n_scored: items that were scored: the first of a random order.
-        n_all: items that there are.
-        nominal: two-sided level of one look that makes `error_rate` over all looks.
-        error_rate: of the verdict, two-sided, over all looks together.
+        n_scored: number of scored items, taken from the start of a random order.
+        n_all: number of all items.
+        nominal: two-sided level of a single test that gives `error_rate` over all tests.
+        error_rate: two-sided error rate of the verdict, over all tests together.
     """
 
     n_scored: int
@@ -53,25 +53,25 @@ class Sequential(Frozen):
 
     @property
     def is_part(self) -> bool:
-        """Whether scoring was stopped before the end."""
+        """Whether scoring stopped before the last item."""
         return self.n_scored < self.n_all
 
 
 class BesidePublished(Frozen):
-    """The baseline's own score beside a published one of the same model.
+    """The baseline's measured score beside a published score of the same model.
 
-    Both are of the same queries and pairs, so that no interval over these says anything of the
-    difference. What may be behind it is named instead.
+    Both scores are over the same queries and pairs, so an interval over these would not explain the
+    difference. Known causes are listed instead.
 
     Attributes:
-        score: published, 0 to 1.
-        baseline_score: ours.
-        other_conditions: what is known to be otherwise, or is not known to be the same.
-        same_data: whether both are of one data revision; False keeps the task out of means, None
-            is not known.
-        n_tasks: that both are means over.
-        source: the model's revision that was run, or "external": what its card claims; of a suite,
-            where the scores come from.
+        score: published score, 0 to 1.
+        baseline_score: measured score, 0 to 1.
+        other_conditions: conditions that differ, or that may differ.
+        same_data: whether both scores are over one data revision. False excludes the task from
+            means; None is unknown.
+        n_tasks: number of tasks in both means.
+        source: the model's revision that was run, or "external" for a claim of its card. For a
+            suite, the source of the scores.
     """
 
     score: float
@@ -83,7 +83,7 @@ class BesidePublished(Frozen):
 
     @property
     def difference(self) -> float:
-        """Ours less the published one."""
+        """Measured score minus published score."""
         return self.baseline_score - self.score
 
 
@@ -91,18 +91,19 @@ class TaskScore(Frozen):
     """One task, split and subset (language).
 
     Attributes:
-        score: the task's main score, 0 to 1 as mteb gives it.
-        baseline_score: the baseline's on the same data in the same environment.
-        instruction: what queries were prefixed with; None where the model takes none.
-        difference: from the baseline, with its interval; None where `no_interval` says why.
+        score: the task's main score as mteb computes it, 0 to 1.
+        baseline_score: the baseline's score on the same data in the same environment.
+        instruction: instruction that was put before queries; None where the model takes none.
+        difference: score minus baseline score, with its interval; None where `no_interval` says
+            why.
         unit: what the interval resamples ("query", "pair", "document").
-        n_units: how many of them there are.
-        chance: expected score of a model that knows nothing; None where that is not known.
-        above_chance: whether the baseline's score is surely above it; where it is not, the score is
-            left out of the suite's mean.
-        published: of the baseline of a published model alone, what was published for it.
-        sequential: where `evaluate --stop-when decided` looked at the difference on the way. Both
-            scores of a task that was stopped are over the items until then.
+        n_units: number of these units.
+        chance: expected score of a random model; None where it is not known.
+        above_chance: whether the baseline's score is significantly above chance. If not, the task
+            is left out of the suite's mean.
+        published: the published score, only for the baseline of a published model.
+        sequential: set where `evaluate --stop-when decided` tested the difference early. If scoring
+            stopped early, both scores are over the items scored until then.
     """
 
     task: str
@@ -126,30 +127,30 @@ class TaskScore(Frozen):
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the score is over a part of the items."""
+        """Whether the score is over only a part of the items."""
         return self.sequential is not None and self.sequential.is_part
 
 
 class FailedTask(Frozen):
-    """A task that could not be scored, and why; a report that has one is partial."""
+    """A task that could not be scored, and why; it makes a report partial."""
 
     task: str
     reason: str
 
 
 class Fidelity(Frozen):
-    """Closeness to the baseline on the suite's own texts; no labels.
+    """Closeness to the baseline on the suite's texts, without labels.
 
     Attributes:
-        mean_cosine: mean cosine of what is stored with the baseline's vector of the same text. A
-            stored vector stands for one of full length: dimensions that were left out are zero.
-        p1_cosine: its 1st percentile.
+        mean_cosine: mean cosine of stored vectors with the baseline's vectors of the same texts.
+            Dimensions that a stored vector lacks count as zero.
+        p1_cosine: 1st percentile of these cosines.
         neighbour_overlap: mean share of the baseline's 10 nearest neighbours that are among the
             variant's 10, on the vectors as stored (truncated, coded, rescored).
-        n_queries: queries whose neighbours were looked for.
-        n_documents: documents among which the neighbours were looked for.
-        n_all_documents: different documents of all tasks; where only a sample of them is looked at,
-            estimated from it, to 2 %.
+        n_queries: queries whose neighbours were searched.
+        n_documents: documents that were searched.
+        n_all_documents: distinct documents of all tasks; estimated to 2 % where only a sample of
+            them was searched.
         spearman: Spearman correlation of the variant's similarities with the baseline's, over
             pairs of texts, on the vectors as stored.
     """
@@ -165,21 +166,21 @@ class Fidelity(Frozen):
 
     @property
     def among(self) -> str:
-        """In words, which neighbours were looked for."""
-        whole = f"{self.n_documents:,}"
+        """The number of queries and searched documents, in words."""
+        documents = f"{self.n_documents:,}"
         if self.n_all_documents > self.n_documents:
-            digits = len(str(self.n_all_documents)) - 2  # as many as the estimate is good for
-            whole += f" of about {round(self.n_all_documents, -digits):,}"
-        return f"of {self.n_queries:,} queries among {whole} documents, tasks pooled"
+            digits = len(str(self.n_all_documents)) - 2  # the estimate has two correct digits
+            documents += f" of about {round(self.n_all_documents, -digits):,}"
+        return f"of {self.n_queries:,} queries among {documents} documents, tasks pooled"
 
 
 class ReferenceAverage(Frozen):
-    """An average on a model's card.
+    """An average score on a model's card.
 
     Attributes:
-        benchmark: what the card calls it.
-        suite: shipped suite of the same benchmark, whose tasks may have moved since.
-        n_tasks: that it is over.
+        benchmark: the benchmark's name on the card.
+        suite: shipped suite of the same benchmark, whose tasks may have changed since.
+        n_tasks: number of tasks in the average.
         score: 0 to 1.
     """
 
@@ -193,8 +194,8 @@ class ReferenceScore(Frozen):
     """A published main score, 0 to 1.
 
     Attributes:
-        revision: the model's, or "external" for what its card claims.
-        protocol: by which it was made: "mteb" for the results repository's own runs.
+        revision: the model's revision, or "external" for a claim of its card.
+        protocol: protocol of the run; "mteb" for the results repository's own runs.
     """
 
     task: str
@@ -207,14 +208,15 @@ class ReferenceScore(Frozen):
 
 
 class Reference(Frozen):
-    """`eval/reference/<model>.json`: what is published of one model.
+    """`eval/reference/<model>.json`: published scores of one model.
 
     Attributes:
         model: id on the Hub.
-        source: where `scores` come from, with its state.
-        averages_source: where `averages` come from.
-        authors_protocol: by which the card's figures were made.
-        authors_precision: in which its vectors were computed; None where the card does not say.
+        source: source of `scores`, with its revision.
+        averages_source: source of `averages`.
+        authors_protocol: protocol behind the card's figures.
+        authors_precision: dtype that the card's vectors were computed in; None where the card does
+            not say.
     """
 
     schema_: Literal["gteopt.reference/1"] = Field(default="gteopt.reference/1", alias="schema")
@@ -228,14 +230,14 @@ class Reference(Frozen):
 
 
 class SuiteForecast(Frozen):
-    """The mean of a whole suite, foretold from a part of its tasks.
+    """The mean of a whole suite, predicted from a part of its tasks.
 
     Attributes:
-        suite: the whole.
-        score: 0 to 1.
-        error: forecasts were at most this far off for a share `rate` of models.
-        n_tasks: whose mean is foretold.
-        n_models: that told the error, and had no say in the choice of tasks.
+        suite: name of the whole suite.
+        score: predicted mean, 0 to 1.
+        error: largest error of the prediction for a share `rate` of models.
+        n_tasks: number of tasks in the predicted mean.
+        n_models: number of models behind `error`; they were not used to choose the tasks.
     """
 
     suite: str
@@ -250,32 +252,32 @@ class EvalReport(Frozen):
     """Result of `evaluate` for one variant on one suite.
 
     Attributes:
-        score, baseline_score: mean over tasks (subsets averaged within a task first) without those
-            where the baseline is not above chance; `notes` names these.
+        score, baseline_score: mean over tasks, with subsets averaged within a task first. Tasks
+            where the baseline is not above chance are left out; `notes` names them.
         retention: score / baseline_score; None where `no_retention` says why.
-        partial: some task failed or was stopped once decided; the mean is over the others and
-            comparable only with itself.
-        difference: of the scores, over the tasks that have an interval, which are taken as given;
-            None where no task has one.
+        partial: some task failed or stopped early; the mean is over the other tasks, so it must not
+            be compared with other reports.
+        difference: difference of the scores over the tasks that have an interval; the set of tasks
+            is taken as fixed. None where no task has an interval.
         retention_low, retention_high: 95 % interval of retention, from the same resamples.
-        n_interval_tasks: how many tasks `difference` and the ends of retention are over.
-        margin: differences up to this are of no matter; what verdicts are against.
-        n_claims: how many differences were tested together (tasks x variants).
-        correction: what the error rate of the verdicts holds for (Holm where it is the family).
+        n_interval_tasks: number of tasks behind `difference` and the interval of retention.
+        margin: a difference of scores that does not matter; verdicts are tested against it.
+        n_claims: number of differences that were tested together (tasks x variants).
+        correction: what the verdicts' error rate covers; "family" uses Holm's correction.
         dims, code, bytes_per_vector: of the vectors that were scored.
-        n_asked_texts: texts whose vectors the tasks asked for, each in the run that scored it.
-        n_encoded_texts: of these, encoded; the others came from the cache.
-        n_cut_texts: of these, longer than the model takes, and cut there.
-        notes: anything out of the ordinary: a damaged cache, batches that did not fit the memory.
-        protocol: by which the scores were made.
-        whole_suite: what the scored part of a suite says of all of it; None where nothing is left
-            out.
-        published: of the baseline of a published model alone: the mean over the tasks that have a
-            published score of the same data.
-        published_average: the average on the model's card that the suite goes by, whatever tasks
-            it is over; None where there is none.
-        asked: options of `gteopt evaluate` that ask for this, files by their names without their
-            folders; empty where it was not the command line that asked.
+        n_asked_texts: texts whose vectors the tasks needed, counted in the run that scored them.
+        n_encoded_texts: those of them that were encoded; the others came from the cache.
+        n_cut_texts: those of them that were cut to the model's maximum length.
+        notes: unusual events, such as a damaged cache or batches that did not fit the memory.
+        protocol: protocol of the scores.
+        whole_suite: prediction for the whole suite from the scored part; None where all tasks were
+            scored.
+        published: mean over the tasks that have a published score of the same data; only for the
+            baseline of a published model.
+        published_average: average of the same benchmark on the model's card, over whatever tasks it
+            has; None where there is none.
+        asked: options of `gteopt evaluate` that repeat this evaluation, with file names without
+            folders; empty where it did not come from the command line.
     """
 
     schema_: Literal["gteopt.eval/1"] = Field(default="gteopt.eval/1", alias="schema")
@@ -317,7 +319,7 @@ class EvalReport(Frozen):
 
 
 class ItemComparison(Frozen):
-    """Two files of item scores beside each other; fields as in `EvalReport`."""
+    """Comparison of two files of item scores; fields as in `EvalReport`."""
 
     schema_: Literal["gteopt.item-comparison/1"] = Field(
         default="gteopt.item-comparison/1", alias="schema"
@@ -346,10 +348,10 @@ class FidelityReport(Frozen):
 
     Attributes:
         texts: name of the file; `texts_sha256` covers the texts and their order.
-        dims, code, bytes_per_vector: of what was compared.
+        dims, code, bytes_per_vector: of the vectors that were compared.
         n_asked_texts: texts whose vectors were needed.
-        n_encoded_texts: of these, encoded in this run and for this row; the others came from the
-            cache, where an earlier run or row of the same weights had put them.
+        n_encoded_texts: those of them that were encoded in this run for this row. The others came
+            from the cache, filled by an earlier run or by another row with the same weights.
         n_cut_texts: see `EvalReport`.
         notes: see `EvalReport`.
     """
@@ -374,11 +376,11 @@ class FidelityReport(Frozen):
 
 
 class TaskEstimate(Frozen):
-    """What scoring one task takes, as far as it is known beforehand.
+    """Estimated size of one task.
 
     Attributes:
-        n_texts: distinct texts; None where nothing is known of the task.
-        n_tokens: estimated from their characters.
+        n_texts: distinct texts; None where the task's size is not known.
+        n_tokens: tokens, estimated from the texts' characters.
     """
 
     task: str
@@ -387,18 +389,18 @@ class TaskEstimate(Frozen):
 
 
 class EvaluationEstimate(Frozen):
-    """Result of `evaluate --dry-run`: what would be encoded, how long, on how much disk.
+    """Result of `evaluate --dry-run`: the texts to encode, the time, the disk space.
 
     Attributes:
-        models: that would encode.
-        n_texts, n_tokens: of one model, over the tasks that are known.
-        tokens_per_s: of one model on this machine; None where nothing tells it.
-        rate_source: where the rate comes from, or why there is none.
-        seconds: for all models, encoding alone.
-        vector_bytes: of one model's cached vectors, as much as the cache may keep.
-        missing: tasks whose data are not here.
-        download_bytes: about what would be downloaded for these.
-        price_per_hour, dollars: of this machine, and for `seconds` of it.
+        models: models that would encode.
+        n_texts, n_tokens: for one model, over the tasks whose size is known.
+        tokens_per_s: speed of one model on this machine; None where it is not known.
+        rate_source: where the speed comes from, or why there is none.
+        seconds: time for all models, without the scoring.
+        vector_bytes: bytes of one model's cached vectors, up to the cache's limit.
+        missing: tasks whose data is not on this machine.
+        download_bytes: approximate download for the missing tasks.
+        price_per_hour, dollars: price of this machine, and the price of `seconds` on it.
     """
 
     schema_: Literal["gteopt.estimate/1"] = Field(default="gteopt.estimate/1", alias="schema")

@@ -1,6 +1,6 @@
 """The record of examples: a user's own texts with their neighbours before and after.
 
-Such a file holds texts in clear, so nothing writes it unless it is asked for.
+The file holds the texts themselves, so it is written only on request.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from gteopt.frozen import Frozen
 
 
 class Example(Frozen):
-    """One text and its nearest others, the nearest first.
+    """One text and its nearest neighbours, the nearest first.
 
     Attributes:
-        before: by the baseline.
-        after: by the variant, on the vectors as it stores them.
+        before: neighbours by the baseline.
+        after: neighbours by the variant, on its vectors as stored.
     """
 
     text: str
@@ -26,7 +26,7 @@ class Example(Frozen):
 
     @property
     def n_kept(self) -> int:
-        """How many of the neighbours before are among those after."""
+        """Number of neighbours before that are also neighbours after."""
         return len(set(self.before) & set(self.after))
 
 
@@ -34,8 +34,8 @@ class Examples(Frozen):
     """`RESULTS/examples/<variant>.json`: the texts whose neighbours changed most.
 
     Attributes:
-        texts: name of the file that they are of.
-        examples: those that changed most first.
+        texts: name of the file with the texts.
+        examples: the examples, those that changed most first.
     """
 
     schema_: Literal["gteopt.examples/1"] = Field(default="gteopt.examples/1", alias="schema")

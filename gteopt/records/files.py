@@ -1,4 +1,4 @@
-"""A record to a file and back: atomically, and with an error that names the file."""
+"""Write records to files atomically, and read them with errors that name the file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def to_json(record: Frozen) -> str:
 
 
 def write_record(path: Path, record: Frozen) -> None:
-    """Write a record so that a reader sees the old file or the whole new one, never half of it."""
+    """Write a record so that a reader sees either the old file or the complete new one."""
     write_atomically(path, to_json(record).encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, fsync, rename."""
+    """Write a temporary file in the same folder, fsync it, and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         dir=path.parent, prefix=f".{path.name}.", delete=False

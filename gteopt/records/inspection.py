@@ -1,4 +1,4 @@
-"""The record of what `gteopt inspect` finds and predicts."""
+"""The record of `gteopt inspect`: facts of a model, and estimates for recipes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from gteopt.records.manifest import Manifest
 
 
 class RecipeEstimate(Frozen):
-    """What a recipe would make of a base, worked out from shapes alone.
+    """Estimates for a recipe on a base, computed from shapes alone.
 
     Attributes:
-        weight_bytes: of the variant's transformer, on disk and in memory.
-        build_bytes: memory of the host that the build needs at most beyond the Python process.
-        device_bytes: of a GPU that it needs at most, beyond what CUDA itself takes; None on a CPU.
-        disk_bytes: that it takes at most, the artifact included.
-        bytes_per_vector: of one stored vector.
-        build_s: seconds that the build takes, within a factor of two or so, imports left out.
+        weight_bytes: bytes of the variant's transformer, on disk and in memory.
+        build_bytes: most host memory that the build needs, beyond the Python process.
+        device_bytes: most GPU memory that the build needs, beyond CUDA's own; None on a CPU.
+        disk_bytes: most disk space that the build needs, the artifact included.
+        bytes_per_vector: bytes of one stored vector.
+        build_s: seconds of the build without imports, to within a factor of about two.
         format: checkpoint format of the packed weights; None where no layer is quantized.
-        engines: what opens the variant; see `config.engines`.
+        engines: engines that open the variant; see `config.engines`.
         n_tokens: calibration tokens, padding included; None where no texts are read.
-        warning: what is wanting though the recipe can be built; None where nothing is.
-        problem: why this recipe cannot be built from this base; None when it can.
+        warning: a drawback of a recipe that can be built; None where there is none.
+        problem: why this recipe cannot be built from this base; None where it can be built.
     """
 
     recipe: str
@@ -45,7 +45,7 @@ class RecipeEstimate(Frozen):
 
 
 class EstimateConditions(Frozen):
-    """What estimates hold for: the options of `quantize` of the same names."""
+    """Conditions of estimates; see the options of `quantize` with the same names."""
 
     dtype: str
     device: str
@@ -53,19 +53,19 @@ class EstimateConditions(Frozen):
 
 
 class Inspection(Frozen):
-    """What `inspect` says of a base or an artifact.
+    """Facts of a base or an artifact, as `inspect` shows them.
 
     Attributes:
         revision: commit of a model on the Hub.
-        sha256: of an artifact, from its manifest; None of a base, whose weights are not read.
-        query_prompt, document_prompt: what is put before a text of each role.
-        languages: ISO 639 codes that the model's card states; empty where it states none.
-        notes: anything out of the ordinary, remote code that is ignored for one.
-        estimates: one a recipe, for a base; empty for an artifact.
-        estimated_for: None for an artifact.
-        manifest: of an artifact.
-        kernels: how many linear layers run on which kernel of the torch backend, on the device
-            that was asked for; None where this machine has none, and of other libraries' files.
+        sha256: hash of an artifact, from its manifest; None for a base, whose weights are not read.
+        query_prompt, document_prompt: texts that are put before queries and documents.
+        languages: ISO 639 codes on the model's card; empty where it states none.
+        notes: unusual facts, such as remote code that is ignored.
+        estimates: one for each recipe for a base; empty for an artifact.
+        estimated_for: conditions of the estimates; None for an artifact.
+        manifest: manifest of an artifact; None for a base.
+        kernels: number of linear layers by kernel of the torch backend, on the requested device.
+            None where this machine lacks the device, and for other libraries' files.
     """
 
     schema_: Literal["gteopt.inspection/1"] = Field("gteopt.inspection/1", alias="schema")

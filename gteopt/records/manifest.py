@@ -1,4 +1,4 @@
-"""`gteopt.json`: everything that an artifact says of itself."""
+"""`gteopt.json`: an artifact's description of itself."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class BaseRecord(Frozen):
     """The source model.
 
     Attributes:
-        id: what the user named it by: Hub id, folder name or "nano".
-        family: row of the family table.
-        revision: commit of a Hub download, where known.
+        id: the name that the user gave: Hub id, folder name or "nano".
+        family: model family, a row of the family table.
+        revision: commit of a Hub download; None where it is not known.
         sha256: hash over the base's weight, config and tokenizer files.
         dims: full embedding dimension.
         n_parameters: all parameters of the transformer.
-        weight_bytes: of the transformer in `dtype`.
-        license: as its model card states it.
-        matryoshka_dims: lengths that its vectors were trained to be cut to, longest first; empty
-            where it was not trained so.
+        weight_bytes: bytes of the transformer in `dtype`.
+        license: license on its model card.
+        matryoshka_dims: dimensions that its vectors were trained to be cut to, longest first; empty
+            without Matryoshka training.
     """
 
     id: str
@@ -43,10 +43,10 @@ class BaseRecord(Frozen):
 
 
 class CalibrationRecord(Frozen):
-    """The texts that a build looked at; `sha256` covers texts, roles, instructions and order.
+    """The calibration texts of a build; `sha256` covers texts, roles, instructions and order.
 
     Attributes:
-        n_cut: texts that were longer than `max_tokens`.
+        n_cut: texts that were cut because they were longer than `max_tokens`.
     """
 
     source: str
@@ -59,13 +59,13 @@ class CalibrationRecord(Frozen):
 
 
 class SmoothingRecord(Frozen):
-    """What smoothing did to a layer's inputs; strength 0 where it did not pay.
+    """Smoothing of a layer's inputs; strength 0 where smoothing did not reduce the error.
 
     Attributes:
-        strength: share of the outliers' size that went into the weights, 0 to 1.
-        error_before: relative squared output error, summed over the layers that read the same
-            inputs, with weights rounded to nearest and no smoothing.
-        error_after: the same with it.
+        strength: share of the outliers' magnitude that was moved into the weights, 0 to 1.
+        error_before: relative squared output error without smoothing, with weights rounded to
+            nearest, summed over the layers that read the same inputs.
+        error_after: the same error with smoothing.
     """
 
     strength: float
@@ -77,13 +77,13 @@ class LayerRecord(Frozen):
     """One quantized linear layer.
 
     Attributes:
-        method: how its codes were found.
-        bits_per_weight: as stored, scales and zero points included.
+        method: method that chose its codes.
+        bits_per_weight: stored bits, scales and zero points included.
         weight_snr_db: 10 log10(|W|^2 / |W - Wq|^2).
-        output_snr_db: 10 log10(|XW|^2 / |X(W - Wq)|^2) on the calibration tokens, where measured;
-            W is what the solver was given; with GPTAQ it is not the base's own weight.
-        smoothing: of the inputs; None where the recipe or the architecture has none.
-        note: anything out of the ordinary: a fallback, raised damping, dead input features.
+        output_snr_db: 10 log10(|XW|^2 / |X(W - Wq)|^2) on the calibration tokens, where measured. W
+            is the solver's input, which differs from the base's weight with GPTAQ.
+        smoothing: smoothing of its inputs; None where the recipe or the architecture has none.
+        note: unusual events, such as a fallback, raised damping or dead input features.
     """
 
     name: str
@@ -99,16 +99,17 @@ class LayerRecord(Frozen):
 
 
 class AllocationRecord(Frozen):
-    """Which scheme each layer got under a budget, and why.
+    """The scheme of each layer under a budget, and the losses behind the choice.
 
     Attributes:
-        budget: mean bits a weight that were allowed.
-        bits_per_weight: mean bits a weight that the choice takes; 16-bit layers counted in.
+        budget: allowed mean bits per weight.
+        bits_per_weight: mean bits per weight of the choice, 16-bit layers included.
         predicted_loss: sum of the chosen schemes' losses.
-        schemes: what was tried.
-        losses: by layer, the mean cosine distance to the base's vectors with this layer alone
-            rounded to each of `schemes`; None where a scheme does not fit the layer.
-        found_by: "runs" through all later blocks, or "gradients" of the vectors, to first order.
+        schemes: the schemes to choose from.
+        losses: by layer, the mean cosine distance to the base's vectors with only this layer
+            rounded, for each of `schemes`; None where a scheme does not fit the layer.
+        found_by: how losses were computed: "runs" through all later blocks, or a first-order
+            estimate from "gradients" of the vectors.
     """
 
     budget: float
@@ -120,17 +121,16 @@ class AllocationRecord(Frozen):
 
 
 class TuningRecord(Frozen):
-    """What tuning after the solver did.
+    """Result of tuning after the solver.
 
     Attributes:
-        by: what was tuned at once.
-        n_steps: batches; of each block where it was tuned by itself.
-        error_before: how far what the solver left is from the original on the calibration texts:
-            by "model", 1 - the mean cosine of the vectors; by "block", the mean over blocks and
-            tokens of texts that the block was not tuned on of the squared distance of its output,
-            relative to the original's.
-        error_after: the same after tuning; equal where tuning was thrown away.
-        codes_changed: share of the codes that are others than the solver's.
+        by: what was tuned together.
+        n_steps: training batches; for "block", the batches of each block.
+        error_before: error of the solver's result on the calibration texts. For "model", 1 - mean
+            cosine with the original's vectors. For "block", the squared distance of each block's
+            output relative to the original's, averaged over blocks and tokens of held-out texts.
+        error_after: the same error after tuning; equal where tuning was discarded.
+        codes_changed: share of codes that differ from the solver's.
     """
 
     by: Literal["model", "block"]
@@ -141,7 +141,7 @@ class TuningRecord(Frozen):
 
 
 class UnquantizedRecord(Frozen):
-    """One group of parameters left in full precision, and why."""
+    """A group of parameters that is left in full precision, and why."""
 
     name: str
     n_parameters: int
@@ -149,19 +149,20 @@ class UnquantizedRecord(Frozen):
 
 
 EXPERTS = "experts in one tensor"
-"""How the reason of experts that stay as they are begins."""
-
-
+"""The start of the reason for experts that are not quantized."""
 Similarity = Literal["cosine", "dot"]
-"""How stored vectors are compared: unit rows by their cosine; rows that keep the length that
-shortening left them by their dot product, whose ranking is closer to that of the full vectors."""
+"""How stored vectors are compared.
+
+Unit vectors are compared by cosine. Shortened vectors that are not normalised again are compared by
+dot product, which ranks more like the full vectors.
+"""
 
 
 class CodeTrial(Frozen):
-    """One way to store a vector that was tried for a number of bytes.
+    """One way to store a vector in a given number of bytes, with its measured quality.
 
     Attributes:
-        neighbours_kept: share of nearest neighbours in full dimension, as in `VectorRecord`.
+        neighbours_kept: share of nearest neighbours kept, as in `VectorRecord`.
     """
 
     method: Literal["full", "slice", "pca"]
@@ -177,22 +178,22 @@ class CodeTrial(Frozen):
 
 
 class VectorRecord(Frozen):
-    """What happens to an embedding after the model; the tensors lie in vectors.safetensors.
+    """What happens to a vector after the model; the tensors are in vectors.safetensors.
 
     Attributes:
         dims: dimensions after projection.
         method: "full", "slice" or "pca".
-        rotated: whether the kept dimensions were rotated so that their code keeps more of them.
+        rotated: whether the kept dimensions were rotated so that their code keeps more neighbours.
         similarity: how the vectors are compared.
-        neighbours_kept: the share of the nearest neighbours in full dimension (one of a hundred
-            vectors) that remain with each of "slice", "pca" and "pca rotated" that was tried,
-            searched as stored and rescored, on calibration texts held out from the fit, a quarter
-            at a time; None where nothing was chosen by it.
-        trials: all that was tried for `vectors.bytes`, best first; the first is what is stored.
+        neighbours_kept: share of the nearest neighbours in full dimension (the nearest 1 % of the
+            texts) that stay, for each of "slice", "pca" and "pca rotated" that was tried. Vectors
+            are searched as stored, on held-out quarters of the calibration texts. None where no
+            method was chosen this way.
+        trials: all trials for `vectors.bytes`, best first; the first is what is stored.
         explained_variance_ratio: share of the calibration vectors' variance that is kept.
-        bits: a dimension, of rabitq.
-        centred: of binary: the mean is subtracted before signs are taken.
-        bytes_per_vector: of one stored code.
+        bits: bits per dimension, for rabitq.
+        centred: for binary, whether the mean is subtracted before signs are taken.
+        bytes_per_vector: bytes of one stored vector.
     """
 
     dims: int
@@ -209,9 +210,9 @@ class VectorRecord(Frozen):
     bytes_per_vector: int
 
     def still_trained(self, lengths: Iterable[int]) -> tuple[int, ...]:
-        """Those of the base's Matryoshka lengths that these vectors can still be cut to.
+        """The base's Matryoshka dimensions that these vectors can still be cut to.
 
-        A slice keeps the shorter ones; a PCA's dimensions are others than the trained ones.
+        A slice can be cut to shorter ones. PCA and rotation mix the dimensions, so none remain.
         """
         kept = self.method != "pca" and not self.rotated
         return tuple(n for n in lengths if n <= self.dims) if kept else ()
@@ -220,15 +221,15 @@ class VectorRecord(Frozen):
 def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in parts[0]:
-        raise ValueError(f"'{path}' leads out of the artifact")
+        raise ValueError(f"path '{path}' is not inside the artifact")
     return path
 
 
 class FileRecord(Frozen):
-    """One file of an artifact; `path` is relative, with forward slashes, and leads into it.
+    """One file of an artifact; `path` is relative, with forward slashes, inside the artifact.
 
-    A manifest may come from anywhere, and its paths are read, copied and, after a failed download,
-    removed.
+    Paths are checked because a manifest may come from an untrusted source. Its files are read,
+    copied and, after a failed download, removed.
     """
 
     path: Annotated[str, AfterValidator(_inside)]
@@ -237,19 +238,19 @@ class FileRecord(Frozen):
 
 
 class Manifest(Frozen):
-    """`gteopt.json`: what an artifact is and how it came to be. Specified in artifacts/README.md.
+    """`gteopt.json`: what an artifact is and how it was made. Specified in artifacts/README.md.
 
     It holds no time and no path, so that the same build gives the same bytes.
 
     Attributes:
-        format: how the layers' packed weights lie on disk; None when no layer is quantized.
-        embedding: the token embedding table, a row a token; None where it is not quantized.
+        format: checkpoint format of the packed weights; None where no layer is quantized.
+        embedding: the token embedding table, a row per token; None where it is not quantized.
         allocation: how bits were chosen by layer; None without a budget.
-        tuning: what was learned after the solver; None at effort fast.
-        canary: a text and its vector, which `serve` compares with what it computes; None in older
+        tuning: result of tuning after the solver; None at effort fast.
+        canary: a text and its vector; `serve` encodes the text again and compares. None in older
             artifacts.
-        published_from: in a published folder, the hash of the artifact that it was made from, which
-            differs from it in README.md only; None in an artifact as it was built.
+        published_from: hash of the artifact that a published folder was made from; the two differ
+            only in README.md. None in an artifact that was not published.
     """
 
     schema_: Literal["gteopt.artifact/1"] = Field(default="gteopt.artifact/1", alias="schema")
@@ -273,6 +274,8 @@ class Manifest(Frozen):
 
     @property
     def expert_share(self) -> float:
-        """Share of the base's weights that are experts and stay as they are."""
-        stay = sum(e.n_parameters for e in self.unquantized if e.reason.startswith(EXPERTS))
-        return stay / self.base.n_parameters
+        """Share of the base's parameters that are experts and not quantized."""
+        n_in_experts = sum(
+            group.n_parameters for group in self.unquantized if group.reason.startswith(EXPERTS)
+        )
+        return n_in_experts / self.base.n_parameters

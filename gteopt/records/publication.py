@@ -10,7 +10,7 @@ from gteopt.frozen import Frozen
 
 
 class PublishedFile(Frozen):
-    """One file of a published folder; `sent` says whether it had to travel."""
+    """One file of a published folder; `sent` is false where the Hub already had its bytes."""
 
     path: str
     n_bytes: int
@@ -21,11 +21,11 @@ class Publication(Frozen):
     """What `publish` did, or would do where `commit` is None.
 
     Attributes:
-        artifact_sha256: of the published gteopt.json.
-        published_from: of the artifact's own.
-        binds: what the license asks of whoever takes it; None where little.
-        deleted: paths of an earlier version that are gone.
-        kept: paths that are in the repository beside the artifact, and stay.
+        artifact_sha256: hash of the published gteopt.json.
+        published_from: hash of the local artifact's gteopt.json.
+        binds: what the license requires of users; None for permissive licenses.
+        deleted: paths of an earlier version that were deleted.
+        kept: other paths in the repository that stay.
     """
 
     schema_: Literal["gteopt.publication/1"] = Field("gteopt.publication/1", alias="schema")

@@ -1,4 +1,4 @@
-"""A results folder: which records lie in it, and all of them read at once."""
+"""Read a results folder: all its records at once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gteopt.records.files import read_record
 
 
 class RunRecord(Frozen):
-    """What `run` last made of a results folder: the rest in it is someone else's.
+    """What `run` last wrote to a results folder; other files in it are not its own.
 
     Attributes:
-        variants: names that it wrote, the baseline's among them.
+        variants: names of the variants that it wrote, the baseline included.
     """
 
     schema_: Literal["gteopt.run/1"] = Field(default="gteopt.run/1", alias="schema")
@@ -31,15 +31,15 @@ class RunRecord(Frozen):
 
 
 class Results(Frozen):
-    """Everything measured, as it lies in a results folder; any part may be missing.
+    """All records of a results folder; any part may be missing.
 
     Attributes:
         bench: speed and memory; None before `gteopt bench --out`.
         evals: scores and fidelity on a suite, by variant.
-        fidelity: closeness on a user's own texts, by variant.
+        fidelity: closeness to the baseline on a user's own texts, by variant.
         choice: None before `gteopt choose`.
-        examples: own texts whose neighbours changed most, by variant; only where they were asked
-            for, because they are texts in clear.
+        examples: a user's own texts whose neighbours changed most, by variant. They are stored only
+            on request, because they are readable.
     """
 
     bench: BenchReport | None
@@ -57,12 +57,14 @@ class Results(Frozen):
             *self.evals.values(),
             *self.fidelity.values(),
         ]
-        own = (each.variant for each in reports if each.artifact_sha256 == each.baseline_sha256)
-        return next(own, reports[0].baseline if reports else "")
+        names = (
+            report.variant for report in reports if report.artifact_sha256 == report.baseline_sha256
+        )
+        return next(names, reports[0].baseline if reports else "")
 
     @property
     def benched(self) -> dict[str, VariantBench]:
-        """What `bench` measured, by variant; empty without it."""
+        """Speed and memory by variant; empty where `bench` did not run."""
         return {} if self.bench is None else self.bench.variants
 
 
@@ -70,7 +72,7 @@ def read_results(folder: Path) -> Results:
     """Read a results folder.
 
     Raises:
-        InputError: neither `run` nor `bench` nor `evaluate` has filled it.
+        InputError: it holds no records of `run`, `bench` or `evaluate`.
         IntegrityError: one of its files is damaged.
     """
     paths = sorted((folder / "fidelity").glob("*.json"))
@@ -89,13 +91,13 @@ def read_results(folder: Path) -> Results:
 def _read_examples(
     folder: Path, judged: Mapping[str, FidelityReport | EvalReport]
 ) -> dict[str, Examples]:
-    """Those of the variants as they are now: a build anew makes the former ones another's."""
+    """Examples of the current variants; those of a variant that was built again are left out."""
     paths = sorted((folder / "examples").glob("*.json"))
-    found = {path.stem: read_record(path, Examples) for path in paths}
+    by_variant = {path.stem: read_record(path, Examples) for path in paths}
     return {
-        name: each
-        for name, each in found.items()
-        if name in judged and judged[name].artifact_sha256 == each.artifact_sha256
+        name: examples
+        for name, examples in by_variant.items()
+        if name in judged and judged[name].artifact_sha256 == examples.artifact_sha256
     }
 
 
@@ -104,10 +106,10 @@ def _only_texts(folder: Path) -> bool:
 
 
 def read_measurements(folder: Path) -> tuple[BenchReport | None, dict[str, EvalReport]]:
-    """What a results folder says of speed and of quality, by variant; either may be missing.
+    """Speed, and quality by variant, from a results folder; either may be missing.
 
     Raises:
-        InputError: it says neither.
+        InputError: both are missing.
         IntegrityError: one of its files is damaged.
     """
     evals: dict[str, EvalReport] = {}
@@ -115,7 +117,7 @@ def read_measurements(folder: Path) -> tuple[BenchReport | None, dict[str, EvalR
         report = read_record(path, EvalReport)
         if report.variant in evals:
             raise IntegrityError(
-                f"{path}: is a second evaluation of '{report.variant}'; keep the one that counts"
+                f"{path}: is a second evaluation of '{report.variant}'; delete one of the two"
             )
         evals[report.variant] = report
     path = folder / "bench.json"

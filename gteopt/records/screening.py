@@ -1,4 +1,4 @@
-"""The record of a plan's first look at its variants."""
+"""The record of a plan's screening: a quick comparison of its variants."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from gteopt.frozen import Frozen
 
 
 class ScreenedVariant(Frozen):
-    """One variant at the first look.
+    """One variant in the screening.
 
     Attributes:
         neighbour_overlap: see `Fidelity`, on the sample of texts.
-        fast_activations: whether products run on 8-bit numbers, which is what makes bulk encoding
-            faster.
-        dropped: why it is not measured in full; None of those that are.
+        fast_activations: whether products run on 8-bit numbers, which makes bulk encoding faster.
+        dropped: why the variant is not measured in full; None where it is.
     """
 
     name: str
@@ -28,7 +27,7 @@ class ScreenedVariant(Frozen):
 
 
 class ScreeningRecord(Frozen):
-    """What the first look found; `screening.json` in a results folder."""
+    """Result of the screening; `screening.json` in a results folder."""
 
     schema_: Literal["gteopt.screening/1"] = Field(default="gteopt.screening/1", alias="schema")
     n_texts: int

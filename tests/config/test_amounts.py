@@ -60,7 +60,7 @@ def test_shares_ratios_counts_and_times() -> None:
 def test_a_share_above_the_whole_asks_for_the_per_cent_sign() -> None:
     with pytest.raises(InputError, match="did you mean 99%"):
         parse_share("--min-quality", "99")
-    with pytest.raises(InputError, match="more than the whole"):
+    with pytest.raises(InputError, match="is above 100 %"):
         parse_share("--min-quality", "120%")
 
 

@@ -50,7 +50,7 @@ def test_without_labels_quality_is_the_share_of_neighbours_that_stay() -> None:
         ({"max_memory": "2gb?"}, "--max-memory '2gb.' is not an amount"),
         ({"min_quality": "99"}, "did you mean 99%"),
         ({"max_index": "10GB"}, "--max-index 10GB --for 50M"),
-        ({"max_index": "10GB", "n_vectors": "5", "max_vector_bytes": "8B"}, "limit the same"),
+        ({"max_index": "10GB", "n_vectors": "5", "max_vector_bytes": "8B"}, "both limit a"),
         ({"max_cost": 0.1}, "--price-per-hour"),
         ({"optimize": "cost"}, "--price-per-hour"),
     ],

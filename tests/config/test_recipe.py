@@ -225,9 +225,9 @@ def test_schemes_that_no_kernel_has_are_refused(scheme: dict[str, Any], reason: 
             "number_format: e4m3 or double_quantization: true are not tuned",
         ),
         (W8A8, {"effort": "best"}, "activation_bits: 8, number_format"),
-        (W8A8 | {"activation_bits": 16}, {"smooth": True}, "smooth: true is for activation_bits"),
+        (W8A8 | {"activation_bits": 16}, {"smooth": True}, "smooth: true needs activation_bits: 8"),
         (W8A8, {"budget": 4.25}, "a budget chooses among schemes with activation_bits: 16"),
-        (W8A8, {"choices": [W8A8]}, "choices are for a budget"),
+        (W8A8, {"choices": [W8A8]}, "choices need a budget"),
     ],
 )
 def test_what_gptq_does_not_do_is_refused(
@@ -242,7 +242,7 @@ def test_what_gptq_does_not_do_is_refused(
     ("limit", "expected"),
     [
         ("{}", "give min, max or both"),
-        ("{min: 2, max: 1}", "min 2 is above max 1; nothing can keep both"),
+        ("{min: 2, max: 1}", "min 2 is above max 1; no value can keep both"),
         ("{min: .nan}", "limits.p95_ms.min: Input should be a finite number"),
     ],
 )

@@ -284,7 +284,7 @@ def test_an_encoder_that_is_only_described_knows_all_but_its_weights(nano: Encod
 
 @pytest.mark.parametrize("devices", ["", "cpu,cuda:0", "cuda,cuda", "cuda:0,cuda:0"])
 def test_devices_that_make_no_sense_are_refused(devices: str) -> None:
-    with pytest.raises(InputError, match="name GPUs, each once"):
+    with pytest.raises(InputError, match="name each GPU once"):
         parse_devices(devices)
 
 

@@ -95,9 +95,7 @@ def test_minilm_has_a_table_too(tmp_path: Path) -> None:
 
 
 def test_what_cannot_hold_it_is_refused() -> None:
-    with pytest.raises(
-        InputError, match="recipe bf16: embedding: int8 goes with quantized weights"
-    ):
+    with pytest.raises(InputError, match="recipe bf16: embedding: int8 needs quantized weights"):
         load_recipe("bf16").with_int8_embedding()
     gptq = load_recipe("gptq-int4").model_copy(update={"format": "gptq"})
     with pytest.raises(InputError, match="needs format: gteopt or auto"):

@@ -158,8 +158,8 @@ def test_one_fault_of_a_file_is_told_once(tmp_path: Path) -> None:
     [
         (b'{"_id": "d1", "text": "caf\xe9"}', "corpus.jsonl:2: is not UTF-8 text"),
         (b'{"_id": "d1", "text": "\\ud83d"}', "corpus.jsonl:2: 'text' holds half a surrogate pair"),
-        (b"[" * 100_000, "corpus.jsonl:2: nests deeper than JSON is read"),
-        (b'{"_id": ' + b"9" * 5000 + b"}", "corpus.jsonl:2: holds a number of more digits"),
+        (b"[" * 100_000, "corpus.jsonl:2: is nested too deeply to be read"),
+        (b'{"_id": ' + b"9" * 5000 + b"}", "corpus.jsonl:2: holds a number with too many digits"),
         (b'{"_id": "d1", "text": "a", "title": ["b"]}', "corpus.jsonl:2: title must be a text"),
     ],
 )

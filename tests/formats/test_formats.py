@@ -448,5 +448,5 @@ def test_bitsandbytes_checkpoints_give_the_vectors_of_our_own_layout(
 
 
 def test_a_layout_for_weights_that_stay_as_they_are_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"format: gptq is for quantized weights"):
+    with pytest.raises(ValueError, match=r"format: gptq needs quantized weights"):
         Recipe.model_validate({"schema": "gteopt.recipe/1", "name": "x", "format": "gptq"})

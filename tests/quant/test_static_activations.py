@@ -163,7 +163,7 @@ def test_a_packed_layer_reloads_with_its_grid_and_not_without() -> None:
 def test_recipes_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="needs calibration texts; use method: gptq"):
         RtnWeights(method="rtn", scheme=STATIC)
-    with pytest.raises(ValueError, match="inputs have a scale each already"):
+    with pytest.raises(ValueError, match="static inputs already have a scale for each feature"):
         GptqWeights(method="gptq", scheme=STATIC, smooth=True)
     with pytest.raises(ValueError, match="gptaq_strength: 0"):
         GptqWeights(method="gptq", scheme=STATIC, gptaq_strength=0.5)

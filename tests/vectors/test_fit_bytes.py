@@ -127,10 +127,10 @@ def test_dimensions_that_are_constant_get_no_bits() -> None:
 @pytest.mark.parametrize(
     ("vectors", "expected"),
     [
-        ({"code": "int8", "bytes": 48}, "bytes is for code: auto or pq"),
+        ({"code": "int8", "bytes": 48}, "bytes needs code: auto or pq"),
         ({"code": "pq"}, "code: pq needs bytes"),
-        ({"code": "int8", "bits": 2}, "bits is for code: rabitq"),
-        ({"code": "int4", "centred": True}, "centred is for code: binary"),
+        ({"code": "int8", "bits": 2}, "bits needs code: rabitq"),
+        ({"code": "int4", "centred": True}, "centred needs code: binary"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
