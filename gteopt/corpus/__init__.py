@@ -1,1 +1,1 @@
-"""Many texts to vectors: shards, the cache, workers that encode, and whole corpora."""
+"""Turn many texts into vectors: shards, the vector cache, workers, and whole corpora."""

@@ -1,8 +1,8 @@
-"""Long texts cut into chunks of so many tokens.
+"""Cut long texts into chunks of a given number of tokens.
 
 Hides: how tokens map to characters. Refuses to know: models, files.
 
-A chunk is a part of the text itself, so that whoever encodes `text[start:end]` gets its vector.
+A chunk is a substring of the text: encoding `text[start:end]` gives the chunk's vector.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 _SPARE_TOKENS = 2
-"""A part of a text, tokenized by itself, may take a token more at either end."""
+"""A chunk that is tokenized by itself may need one more token at either end."""
 
 
 def chunk_tokens(
     tokenization: Tokenization, role: Role, instruction: str | None, tokens: int, overlap: int
 ) -> tuple[int, int]:
-    """Tokens and overlap of a chunk; 0 tokens is as many as the model takes.
+    """Tokens and overlap of a chunk; `tokens` 0 means the most that the model takes.
 
     Raises:
-        InputError: more than the model takes.
+        InputError: `tokens` is more than the model takes.
     """
-    (around,) = tokenization.lengths([""], role=role, instruction=instruction)
-    room = tokenization.max_tokens - around - _SPARE_TOKENS
-    if tokens > room:
+    (n_added,) = tokenization.lengths([""], role=role, instruction=instruction)
+    most = tokenization.max_tokens - n_added - _SPARE_TOKENS
+    if tokens > most:
         raise InputError(
             f"--long chunk:{tokens}: {tokenization.name} takes {tokenization.max_tokens:,} tokens, "
-            f"{around} of them prompt and special tokens; give at most {room:,}"
+            f"{n_added} of them prompt and special tokens; give at most {most:,}"
         )
-    return tokens or room, overlap
+    return tokens or most, overlap
 
 
 def spans(
@@ -44,19 +44,19 @@ def spans(
     """First and last character + 1 of each chunk of each text; a short text is one chunk.
 
     Args:
-        tokenization: whose tokens are counted.
+        tokenization: its tokenizer counts the tokens.
         texts: without prompt.
-        tokens: of a chunk.
-        overlap: tokens that a chunk shares with the one before.
+        tokens: tokens of a chunk.
+        overlap: tokens that a chunk shares with the chunk before it.
     """
     if not texts:
         return []
-    found = tokenization.tokenizer(
+    offsets_of_texts = tokenization.tokenizer(
         list(texts), add_special_tokens=False, truncation=False, return_offsets_mapping=True
     )["offset_mapping"]
     return [
         _spans(len(text), offsets, tokens, overlap)
-        for text, offsets in zip(texts, found, strict=True)
+        for text, offsets in zip(texts, offsets_of_texts, strict=True)
     ]
 
 

@@ -1,10 +1,10 @@
-"""Embed a corpus in processes of this machine, one a device.
+"""Embed a corpus in processes of this machine, one process a device.
 
 Hides: how a process is kept busy: it has `AHEAD` shards at a time, so that it reads and writes
 while it computes. Refuses to know: jobs, what a shard holds.
 
-Who is free, and what is done again when a process is lost, is `workers.WorkerPool`'s. It sees a
-process as `AHEAD` workers, which are lost together.
+`workers.WorkerPool` decides which worker gets a shard, and repeats a shard when a process is lost.
+The pool sees a process as `AHEAD` workers, which are lost together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gteopt.errors import GteoptError, UnsupportedError
 
 @dataclass(frozen=True)
 class Embedded(Answer):
-    """A shard that is on disk; exactly one of `done` and `error` is there."""
+    """The answer for a shard; exactly one of `done` and `error` is not None."""
 
     done: Done | None = None
 
@@ -38,7 +38,7 @@ EmbedWorkers = WorkerPool[EmbedTask, RowRange, Embedded]
 
 
 def local_embedders(devices: Sequence[str]) -> EmbedWorkers:
-    """One process a device of this machine, as `parse_devices` has them."""
+    """One process for each device of this machine; `parse_devices` gives the devices."""
     processes = _Processes(devices)
     openers = [
         lambda number=number: _Slot(processes, number)
@@ -51,14 +51,14 @@ def local_embedders(devices: Sequence[str]) -> EmbedWorkers:
 
 
 def embed_on(workers: EmbedWorkers, say: Any = None) -> RunShards:
-    """Embeds on workers, as many shards at once as they take."""
+    """Embed on workers, as many shards at once as there are workers."""
 
     def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[Done]:
         waiting: set[Future[Embedded]] = set()
-        coming = iter(shards)
+        remaining = iter(shards)
         while True:
-            # No more than they take: of a large corpus, most shards are only a descriptor.
-            while len(waiting) < len(workers) and (shard := next(coming, None)) is not None:
+            # One shard a worker: a large corpus has too many shards to submit all at once.
+            while len(waiting) < len(workers) and (shard := next(remaining, None)) is not None:
                 waiting.add(workers.submit(task, shard))
             if not waiting:
                 return
@@ -76,7 +76,7 @@ def embed_on(workers: EmbedWorkers, say: Any = None) -> RunShards:
 
 
 class _Processes:
-    """The process of each device, begun when a worker asks for it."""
+    """The process of each device, started when a worker asks for it."""
 
     def __init__(self, devices: Sequence[str]) -> None:
         self._devices = devices
@@ -84,7 +84,7 @@ class _Processes:
         self._lock = threading.Lock()
 
     def of(self, number: int) -> _Process:
-        """The process of a device; a new one where it has died."""
+        """The process of a device; a new process if the last one died."""
         with self._lock:
             running = self._running.get(number)
             if running is None or running.lost is not None:
@@ -94,7 +94,7 @@ class _Processes:
 
 
 class _Slot:
-    """A worker: a place in the queue of a process."""
+    """A worker of the pool: one of the `AHEAD` shards that a process works on."""
 
     def __init__(self, processes: _Processes, number: int) -> None:
         self._process = processes.of(number)
@@ -115,10 +115,10 @@ class _Slot:
 
 
 class _Process:
-    """A process of this machine that answers several questions at a time.
+    """A process of this machine that embeds several shards at a time.
 
     Attributes:
-        lost: how it ended; None while it runs.
+        lost: how the process ended; None while it runs.
     """
 
     def __init__(self, name: str, device: str) -> None:
@@ -137,7 +137,7 @@ class _Process:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def ask(self, task: EmbedTask, shard: RowRange) -> Future[Embedded]:
-        """Begin a shard; the future raises `WorkerLost` when the process ends."""
+        """Start a shard; the future raises `WorkerLost` when the process ends."""
         future: Future[Embedded] = Future()
         with self._lock:
             if self.lost is not None:
@@ -170,7 +170,7 @@ class _Process:
 
 
 def _serve(connection: Connection, device: str, name: str) -> None:
-    """A worker process's life: it ends with the pipe, in the middle of a shard."""
+    """Serve a worker process until the pipe is closed, even in the middle of a shard."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and SIGTERM are the parent's to handle
     lock = threading.Lock()
     answering = ThreadPoolExecutor(AHEAD)
@@ -185,12 +185,12 @@ def _serve(connection: Connection, device: str, name: str) -> None:
 
     while True:
         try:
-            said = connection.recv()
-        except (EOFError, OSError):  # the latter where the parent was killed with unread answers
-            # Without waiting for threads: the shard at hand belongs to whoever runs the job next.
+            message = connection.recv()
+        except (EOFError, OSError):  # OSError if the parent was killed with unread answers
+            # Without waiting for threads: the next run of the job embeds the unfinished shards.
             os._exit(0)
-        if isinstance(said, EmbedTask):
-            task, worker, error = said, None, None
+        if isinstance(message, EmbedTask):
+            task, worker, error = message, None, None
             try:
                 worker = ShardEncoder(task, task.load(device), name)
             except GteoptError as failure:
@@ -198,10 +198,10 @@ def _serve(connection: Connection, device: str, name: str) -> None:
             except Exception as failure:
                 error = _worded(failure, device)
             continue
-        number, shard = said
+        number, shard = message
         # Submitted here, so that shards are read in the order in which they were sent.
-        begun = None if worker is None else worker.submit(shard)
-        answering.submit(answer, number, begun)
+        future = None if worker is None else worker.submit(shard)
+        answering.submit(answer, number, future)
 
 
 def _answer(future: Future[Done], device: str) -> Embedded:
@@ -210,7 +210,7 @@ def _answer(future: Future[Done], device: str) -> Embedded:
     except GteoptError as error:
         return Embedded(error=error)
     except Exception as error:
-        # It would end the process, and a worker that vanishes is taken for one without memory.
+        # An uncaught exception would end the process and be reported as out of memory.
         return Embedded(error=_worded(error, device))
 
 

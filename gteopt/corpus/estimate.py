@@ -1,6 +1,6 @@
-"""What a job will take, told from a sample before anything is embedded.
+"""Estimate a job's time, cost and size from a sample, before anything is embedded.
 
-Hides: the sample and its interval. Refuses to know: prices' currencies, other machines than this.
+Hides: the sample and its interval. Refuses to know: currencies, other machines.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _SAMPLE_ROWS = 2000
 _MEASURE_S = 8.0
 _BATCHES_OF_A_WINDOW = 8
 _Z = 1.96
-"""Standard errors of an interval that holds the true value 95 times of 100."""
+"""Half of a 95 % interval, in standard errors."""
 
 
 class Estimate(Frozen):
-    """What a job will take.
+    """The estimated time, cost and size of a job.
 
     Attributes:
         n_sampled: rows whose tokens were counted.
-        n_tokens: of all rows.
-        n_tokens_error: half of the 95 % interval, from the sample.
-        n_cut: rows that are longer than the model takes.
-        tokens_per_s: measured on this machine with texts of the sample, on one device.
-        hours: on one such device.
-        dollars: where a price was given.
-        n_bytes: of the vectors.
+        n_tokens: estimated tokens of all rows.
+        n_tokens_error: half of the 95 % interval of `n_tokens`.
+        n_cut: estimated rows that are longer than the model takes.
+        tokens_per_s: measured on one device of this machine, with texts of the sample.
+        hours: on all devices that share the work, each as fast as the measured one.
+        dollars: cost of these hours; None without a price.
+        n_bytes: bytes of the vectors.
     """
 
     n_rows: int
@@ -59,27 +59,27 @@ def estimate(
     n_devices: int = 1,
     progress: Progress = quiet,
 ) -> Estimate:
-    """Count the tokens of random rows, and time some of them for a few seconds.
+    """Count the tokens of random rows, and embed some of the rows to measure the speed.
 
     Args:
         job: see `prepare`.
-        encoder: the model, loaded.
-        price_per_hour: of all devices together.
-        n_devices: that will share the work.
-        progress: told of rows.
+        encoder: the loaded model.
+        price_per_hour: dollars for all devices together.
+        n_devices: devices that will share the work.
+        progress: called with the shards that were sampled, then with the seconds measured.
     """
     texts = _sample(job, progress)
     options = job.task.options
     tokens = encoder.tokenization.tokenize(
         texts, role=options.role, instruction=options.instruction
     )
-    lengths = np.array([len(each) for each in tokens], np.float64)
+    lengths = np.array([len(token_ids) for token_ids in tokens], np.float64)
     n_rows = job.plan.n_rows
     mean = float(lengths.mean()) if len(lengths) else 0.0
     error = _Z * float(lengths.std(ddof=1)) / len(lengths) ** 0.5 if len(lengths) > 1 else 0.0
     window = options.batch_size * _BATCHES_OF_A_WINDOW
-    n_done, began, counted = 0, time.monotonic(), 0.0
-    # The first window warms up, and is not counted.
+    n_done, began, seconds = 0, time.monotonic(), 0.0
+    # The first window is a warm-up: it is not counted.
     for start in range(0, len(tokens), window):
         part = tokens[start : start + window]
         for _, batch in encoder.tokenization.batches(part, options.batch_size):
@@ -88,22 +88,22 @@ def estimate(
             began = time.monotonic()
             continue
         n_done += sum(map(len, part))
-        counted = time.monotonic() - began
+        seconds = time.monotonic() - began
         progress(
-            "measuring the speed (seconds)", min(int(counted), int(_MEASURE_S)), int(_MEASURE_S)
+            "measuring the speed (seconds)", min(int(seconds), int(_MEASURE_S)), int(_MEASURE_S)
         )
-        if counted >= _MEASURE_S:
+        if seconds >= _MEASURE_S:
             break
-    rate = n_done / counted if counted else 0.0
+    rate = n_done / seconds if seconds else 0.0
     hours = n_rows * mean / rate / 3600 / n_devices if rate else 0.0
-    cut = sum(each.is_cut for each in tokens)
+    n_cut = sum(token_ids.is_cut for token_ids in tokens)
     return Estimate(
         n_rows=n_rows,
         n_shards=len(job.plan.shards),
         n_sampled=len(tokens),
         n_tokens=round(n_rows * mean),
         n_tokens_error=round(n_rows * error),
-        n_cut=round(n_rows * cut / max(1, len(tokens))),
+        n_cut=round(n_rows * n_cut / max(1, len(tokens))),
         tokens_per_s=rate,
         hours=hours,
         dollars=None if price_per_hour is None else price_per_hour * hours,
@@ -112,18 +112,18 @@ def estimate(
 
 
 def _sample(job: Job, progress: Progress) -> list[str]:
-    """Texts of random rows from a few random shards, as reading all would take too long."""
+    """Texts of random rows from a few random shards; reading all shards would take too long."""
     random = np.random.default_rng(0)
     shards = list(job.plan.shards.values())
     n_shards = min(len(shards), 32)
     drawn = sorted(random.choice(len(shards), n_shards, replace=False).tolist())
     reader = RowReader(job.task.files, job.task.columns)
-    found: list[str] = []
+    sample: list[str] = []
     for number, index in enumerate(drawn):
         texts = [text for text in reader.read(shards[index]).texts if text is not None]
         n = min(len(texts), -(-_SAMPLE_ROWS // n_shards))
-        found += [texts[i] for i in random.choice(len(texts), n, replace=False)]
+        sample += [texts[i] for i in random.choice(len(texts), n, replace=False)]
         progress("sampling shards", number + 1, n_shards)
     reader.close()
-    random.shuffle(found)
-    return found
+    random.shuffle(sample)
+    return sample

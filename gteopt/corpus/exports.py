@@ -1,7 +1,7 @@
-"""Other forms of a finished embedding folder, made of its shards: .npy, faiss, Lance.
+"""Export a finished embedding folder to .npy, a faiss index or Lance.
 
-Hides: those formats. Refuses to know: models, jobs. Rows are in the order of the shards;
-`ids.parquet` says which row of the corpus each one is.
+Hides: those formats. Refuses to know: models, jobs. Exported rows are in the order of the shards;
+`ids.parquet` maps each of them to its row of the corpus.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Export = Literal["npy", "faiss-flat", "faiss-hnsw", "faiss-ivf", "lance"]
 IDS = "ids.parquet"
 INDEX = "index.faiss"
 _TRAIN_PER_LIST = 39
-"""Vectors a list that faiss wants at least to find its centre."""
+"""The fewest training vectors for each list that faiss accepts without a warning."""
 _MOST_TRAINED = 262_144
 
 
@@ -39,7 +39,7 @@ def shards_of(folder: Folder) -> list[str]:
 def tables(
     folder: Folder, columns: Sequence[str] | None = None, progress: Progress = quiet
 ) -> Iterator[pa.Table]:
-    """The shards' tables, one in memory at a time."""
+    """The shards' tables; one table at a time is in memory."""
     names = shards_of(folder)
     for number, name in enumerate(names):
         yield read_shard(folder, name, columns)
@@ -49,16 +49,16 @@ def tables(
 def export(
     folder: Folder, record: EmbeddingRecord, wanted: Sequence[Export], progress: Progress = quiet
 ) -> list[Path]:
-    """Write each form beside the shards, whole or not at all.
+    """Write each format into the folder; a file appears there when it is complete.
 
     Args:
-        folder: of a finished job, on this machine.
+        folder: folder of a finished job, on this machine.
         record: its embedding.json.
-        wanted: which forms.
-        progress: told of shards.
+        wanted: the formats to write.
+        progress: called with the shards that were read.
 
     Raises:
-        InputError: a folder elsewhere, or nothing in it.
+        InputError: the folder is not on this machine, or holds no vector.
         UnsupportedError: a library is not installed.
     """
     if folder.local is None:
@@ -67,23 +67,23 @@ def export(
         )
     if record.n_vectors == 0:
         raise InputError(f"{folder} holds no vector to export")
-    made: list[Path] = []
-    for each in dict.fromkeys(wanted):
-        target = folder.local / {"npy": "vectors.npy", "lance": "vectors.lance"}.get(each, INDEX)
+    written: list[Path] = []
+    for kind in dict.fromkeys(wanted):
+        target = folder.local / {"npy": "vectors.npy", "lance": "vectors.lance"}.get(kind, INDEX)
         partial = target.with_name(f".{target.name}.partial")
-        if each == "lance":
+        if kind == "lance":
             _write_lance(folder, partial, progress)
-        elif each == "npy":
+        elif kind == "npy":
             _write_npy(folder, record, partial, progress)
         else:
-            _write_faiss(folder, record, each, partial, progress)
+            _write_faiss(folder, record, kind, partial, progress)
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(partial, target)
-        made.append(target)
+        written.append(target)
     if {"npy", "faiss-flat", "faiss-hnsw", "faiss-ivf"} & {*wanted}:
-        made.append(_write_ids(folder, folder.local / IDS))
-    return made
+        written.append(_write_ids(folder, folder.local / IDS))
+    return written
 
 
 def _write_ids(folder: Folder, target: Path) -> Path:
@@ -156,12 +156,12 @@ def _write_faiss(
 
 
 def _n_lists(n: int) -> int:
-    """Lists of an inverted file: 4 sqrt(N), as faiss advises, and enough vectors for each."""
+    """Lists of an inverted file: 4 sqrt(N), as faiss advises, or fewer if a list would be small."""
     return max(1, min(int(4 * n**0.5), n // _TRAIN_PER_LIST))
 
 
 def _sample(folder: Folder, n: int, rows: Any) -> npt.NDArray[Any]:
-    """Vectors from all over the corpus to find the lists' centres by."""
+    """Every n-th vector of the corpus, to train the lists' centres."""
     step = max(1, n // _MOST_TRAINED)
     return np.concatenate([rows(table)[::step] for table in tables(folder, ["vector"])])
 
@@ -181,7 +181,7 @@ def _write_lance(folder: Folder, target: Path, progress: Progress) -> None:
 
 
 def _for_lance(table: pa.Table) -> pa.Table:
-    """Vectors of a fixed size, which Lance indexes and searches."""
+    """The table with fixed-size vectors, because Lance indexes and searches no others."""
     column = table["vector"].combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks else pa.array([], column.type)

@@ -1,7 +1,8 @@
-"""Ids that are there twice, counted without holding them in memory.
+"""Count duplicate ids without holding the ids in memory.
 
-Hides: hashes of 8 bytes, and the passes over a corpus of which not even those fit. Refuses to know:
-where ids come from. Two ids of a billion share a hash with a probability of 3 in 100.
+Hides: hashes of 8 bytes, and several passes over a corpus whose hashes do not fit the memory.
+Refuses to know: where ids come from. With a billion ids, the probability that any two different ids
+share a hash is 3 in 100.
 """
 
 from __future__ import annotations
@@ -17,38 +18,38 @@ HASHES_AT_ONCE = 1 << 26
 
 
 def count_duplicates(batches: Callable[[], Iterator[Sequence[str]]], n_ids: int) -> int:
-    """How many ids were there before.
+    """How many ids repeat an earlier id.
 
     Args:
-        batches: gives all ids, each time that it is called.
-        n_ids: about how many there are.
+        batches: gives all ids each time that it is called.
+        n_ids: about how many ids there are.
     """
     n_passes = -(-n_ids // HASHES_AT_ONCE) or 1
-    found = 0
+    n_duplicates = 0
     for number in range(n_passes):
-        parts = [each[each % n_passes == number] for each in map(_hashes, batches())]
-        hashes = np.concatenate(parts) if parts else np.empty(0, np.uint64)
-        found += len(hashes) - len(np.unique(hashes))
-    return found
+        parts = [hashes[hashes % n_passes == number] for hashes in map(_hashes, batches())]
+        of_pass = np.concatenate(parts) if parts else np.empty(0, np.uint64)
+        n_duplicates += len(of_pass) - len(np.unique(of_pass))
+    return n_duplicates
 
 
 def examples(batches: Iterable[Sequence[str]], n: int = 5) -> list[str]:
-    """The first few ids that are there twice."""
-    seen: set[bytes] = set()
-    found: dict[str, None] = {}
+    """The first few ids that repeat an earlier id."""
+    digests: set[bytes] = set()
+    duplicates: dict[str, None] = {}
     for batch in batches:
-        for each in batch:
-            digest = _digest(each)
-            if digest in seen:
-                found[each] = None
-                if len(found) == n:
-                    return list(found)
-            seen.add(digest)
-    return list(found)
+        for id_ in batch:
+            digest = _digest(id_)
+            if digest in digests:
+                duplicates[id_] = None
+                if len(duplicates) == n:
+                    return list(duplicates)
+            digests.add(digest)
+    return list(duplicates)
 
 
-def _digest(said: str) -> bytes:
-    return blake2b(said.encode(), digest_size=8).digest()
+def _digest(id_: str) -> bytes:
+    return blake2b(id_.encode(), digest_size=8).digest()
 
 
 def _hashes(ids: Sequence[str]) -> npt.NDArray[np.uint64]:

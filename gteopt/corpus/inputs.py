@@ -1,4 +1,4 @@
-"""Which files a corpus is made of, and what their bytes are as a stream.
+"""Find the files of a corpus, and open them as streams of bytes.
 
 Hides: globs, folders, BEIR's layout, data set folders, the Hub's layout on disk, compression.
 Refuses to know: rows.
@@ -45,7 +45,7 @@ _FORMATS: dict[str, Format] = {
 }
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _BESIDE = frozenset({"dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json"})
-"""What `datasets` and the Hub put beside the data."""
+"""Files that `datasets` and the Hub put beside the data; they hold no rows."""
 _BUFFER_BYTES = 1 << 20
 _GLOB = re.compile(r"[*?\[]")
 
@@ -54,11 +54,11 @@ class InputFile(Frozen):
     """A file of the corpus.
 
     Attributes:
-        name: its path below what the user named; what outputs call it.
-        n_bytes: its size when the job was planned.
-        version: time of its last change, or its hash, then.
-        format: what its rows are.
-        compression: of the whole file; None without one.
+        name: path below the folder that the user gave; outputs use this name.
+        n_bytes: size when the job was planned.
+        version: time of the last change, or hash, when the job was planned.
+        format: how rows are stored.
+        compression: compression of the whole file; None if it is not compressed.
     """
 
     name: str
@@ -69,19 +69,19 @@ class InputFile(Frozen):
 
     @property
     def identity(self) -> str:
-        """Changes when the content does, and not when the corpus moves."""
-        said = f"{self.name}\0{self.n_bytes}\0{self.version}"
-        return hashlib.sha256(said.encode()).hexdigest()[:16]
+        """A hash that changes when the file changes, but not when the corpus moves."""
+        facts = f"{self.name}\0{self.n_bytes}\0{self.version}"
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files in their order, with what a layout says of their columns.
+    """Files in their order, with the columns that a known layout such as BEIR's has.
 
     Attributes:
-        places: where each file of that name lies.
-        text: template of the layout; None is a column `text`.
-        id: column of the layout; None is FILE:ROW.
+        places: path or URL of each file, by its name.
+        text: the layout's template for texts; None means a column `text`.
+        id: the layout's column of ids; None means FILE:ROW.
     """
 
     files: tuple[InputFile, ...]
@@ -93,49 +93,50 @@ class Corpus:
 def find_corpus(
     inputs: Sequence[str], *, role: str = "document", hub_dir: Path | None = None
 ) -> Corpus:
-    """The files that paths, folders, globs, URLs and data set names mean, in that order.
+    """Find the files of paths, folders, globs, URLs and data set names, in the order given.
 
     Args:
         inputs: what the user named; files of a folder or a glob are sorted by name.
-        role: which file of a BEIR folder is meant: corpus.jsonl, or queries.jsonl of queries.
-        hub_dir: folder in the Hub's layout, where ORG/NAME and hf://datasets/ORG/NAME lie then.
+        role: which file of a BEIR folder to read: "query" for queries.jsonl, else corpus.jsonl.
+        hub_dir: folder in the Hub's layout, from which ORG/NAME and hf://datasets/ORG/NAME are
+            read.
 
     Raises:
-        InputError: nothing is there, or nothing that can be read; all such inputs at once.
+        InputError: an input does not exist or has no readable file; lists all such inputs.
     """
     problems: list[str] = []
-    found: list[tuple[InputFile, str]] = []
-    text = own_id = None
-    for said in inputs:
+    located: list[tuple[InputFile, str]] = []
+    text = id_column = None
+    for name in inputs:
         try:
-            more, is_beir = _files_of(_located(said, hub_dir), role)
+            of_input, is_beir = _files_of(_located(name, hub_dir), role)
         except InputError as error:
             problems.append(str(error))
             continue
         if is_beir:
-            text, own_id = _beir_text(more[0]), "_id"
-        found += more
+            text, id_column = _beir_text(of_input[0]), "_id"
+        located += of_input
     if problems:
         raise InputError("\n".join(problems))
-    if not found:
+    if not located:
         raise InputError(f"{', '.join(inputs)}: no files to embed")
-    names = [file.name for file, _ in found]
+    names = [file.name for file, _ in located]
     files = tuple(
         replaced(file, _plain(place)) if names.count(file.name) > 1 else file
-        for file, place in found
+        for file, place in located
     )
-    places = {file.name: place for file, (_, place) in zip(files, found, strict=True)}
+    places = {file.name: place for file, (_, place) in zip(files, located, strict=True)}
     if len(places) < len(files):
         twice = sorted(
             {file.name for file in files if [f.name for f in files].count(file.name) > 1}
         )
         raise InputError(f"named twice: {', '.join(twice)}; name every file once")
-    return Corpus(files, places, text, own_id)
+    return Corpus(files, places, text, id_column)
 
 
-def _beir_text(found: tuple[InputFile, str]) -> str:
-    """Documents begin with their title, where the collection has titles; queries have none."""
-    with open_bytes(found[1]) as stream:
+def _beir_text(located: tuple[InputFile, str]) -> str:
+    """The template for a BEIR file: a title comes before the text, if the file has titles."""
+    with open_bytes(located[1]) as stream:
         return "{title} {text}" if b'"title"' in stream.readline() else "text"
 
 
@@ -148,23 +149,23 @@ def _plain(place: str) -> str:
     return place.partition("://")[2] or place.lstrip("/")
 
 
-def _located(said: str, hub_dir: Path | None) -> str:
-    """Where a data set of the Hub lies; every other name as it is."""
-    if said.startswith("hf://") and hub_dir is not None:
-        parts = said.removeprefix("hf://").removeprefix("datasets/")
+def _located(name: str, hub_dir: Path | None) -> str:
+    """The path or URL of a data set of the Hub; every other name unchanged."""
+    if name.startswith("hf://") and hub_dir is not None:
+        parts = name.removeprefix("hf://").removeprefix("datasets/")
         return str(hub_dir / parts)
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", said) is not None
-    if is_remote(said) or not is_name or Path(said).exists():
-        return said
-    if hub_dir is not None and (hub_dir / said).is_dir():
-        return str(hub_dir / said)
-    if Path(said).parent.is_dir() or Path(said).suffix:
-        return said  # a path, and nothing is there
-    return f"hf://datasets/{said}" if hub_dir is None else str(hub_dir / said)
+    is_data_set = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    if is_remote(name) or not is_data_set or Path(name).exists():
+        return name
+    if hub_dir is not None and (hub_dir / name).is_dir():
+        return str(hub_dir / name)
+    if Path(name).parent.is_dir() or Path(name).suffix:
+        return name  # a path that does not exist; the caller reports it
+    return f"hf://datasets/{name}" if hub_dir is None else str(hub_dir / name)
 
 
 def _files_of(place: str, role: str) -> tuple[list[tuple[InputFile, str]], bool]:
-    """Files with where they lie, and whether they are of a BEIR folder."""
+    """Files with their paths or URLs, and whether the place is a BEIR folder."""
     prefix = place.partition("://")[0] + "://" if is_remote(place) else ""
     with reaching(place):
         if _GLOB.search(place):
@@ -185,13 +186,13 @@ def _files_of(place: str, role: str) -> tuple[list[tuple[InputFile, str]], bool]
             if not entries:
                 where = "holds no files" if info.type != pafs.FileType.NotFound else "is not there"
                 raise InputError(f"{place} {where}; give a file, a folder, a glob or ORG/NAME")
-    under = len(root.rstrip("/")) + 1
-    named = [(entry, entry.path[under:]) for entry in entries]
-    tops = {name for _, name in named}
-    beir = "corpus.jsonl" in tops and bool({"queries.jsonl"} & tops)
-    if beir:
+    n_root = len(root.rstrip("/")) + 1
+    named = [(entry, entry.path[n_root:]) for entry in entries]
+    names = {name for _, name in named}
+    is_beir = "corpus.jsonl" in names and "queries.jsonl" in names
+    if is_beir:
         wanted = "queries.jsonl" if role == "query" else "corpus.jsonl"
-        named = [each for each in named if each[1] == wanted]
+        named = [(entry, name) for entry, name in named if name == wanted]
     data = [
         (_described(entry, name), prefix + entry.path)
         for entry, name in named
@@ -199,10 +200,11 @@ def _files_of(place: str, role: str) -> tuple[list[tuple[InputFile, str]], bool]
     ]
     if not data:
         raise InputError(
-            f"{place}: none of its {len(named)} files can be read; known are "
-            f"{', '.join(sorted(_FORMATS))}, with {', '.join(_COMPRESSIONS)} or without"
+            f"{place}: none of its {len(named)} files can be read; gteopt reads "
+            f"{', '.join(sorted(_FORMATS))}; all but Parquet and Arrow may be compressed "
+            f"({', '.join(_COMPRESSIONS)})"
         )
-    return data, beir
+    return data, is_beir
 
 
 def _is_beside(name: str) -> bool:
@@ -223,8 +225,9 @@ def _described(entry: Entry, name: str) -> InputFile:
     kind = _format_of(name)
     if kind is None:
         raise InputError(
-            f"{name}: what is in it cannot be told from its name; known are "
-            f"{', '.join(sorted(_FORMATS))}, with {', '.join(_COMPRESSIONS)} or without"
+            f"{name}: its name does not say its format; gteopt reads "
+            f"{', '.join(sorted(_FORMATS))}; all but Parquet and Arrow may be compressed "
+            f"({', '.join(_COMPRESSIONS)})"
         )
     return InputFile(
         name=name,
@@ -236,7 +239,7 @@ def _described(entry: Entry, name: str) -> InputFile:
 
 
 def open_bytes(place: str, compression: str | None = None, at: int = 0) -> io.BufferedReader:
-    """The bytes of a file, decompressed, from the offset `at` of an uncompressed one on."""
+    """Open a file and decompress it; an uncompressed file is read from the byte `at` on."""
     with reaching(place):
         if not is_remote(place):
             raw: Any = local_path(place).open("rb", buffering=0)
@@ -251,7 +254,7 @@ def open_bytes(place: str, compression: str | None = None, at: int = 0) -> io.Bu
 
 
 def open_arrow(place: str) -> Any:
-    """A file for pyarrow, to be read at any place; one of this machine is memory-mapped."""
+    """Open a file for random access by pyarrow; a file of this machine is memory-mapped."""
     with reaching(place):
         if not is_remote(place):
             return pa.memory_map(str(local_path(place)))
@@ -260,16 +263,16 @@ def open_arrow(place: str) -> Any:
 
 
 def check_unchanged(file: InputFile, place: str) -> None:
-    """Make sure that a file is the one that was planned.
+    """Check that a file has not changed since the job was planned.
 
     Raises:
-        InputError: it has another size or another time of change, or is gone.
+        InputError: the file is gone, or its size or its time of change differs.
     """
     with reaching(place):
         system, path = open_file_system(place)
         info = system.get_file_info(path)
         if info.type != pafs.FileType.File:
-            raise InputError(f"{place} is gone since the job was planned; put it back")
+            raise InputError(f"{place} was removed after the job was planned; put it back")
         now = entry_of(system, info)
     if (now.n_bytes, now.version) != (file.n_bytes, file.version):
         raise InputError(

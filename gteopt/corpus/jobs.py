@@ -1,4 +1,4 @@
-"""An embedding job: plan, embed what is missing, count that every row is accounted for.
+"""Run an embedding job: plan it, embed the missing shards, check that no row is lost.
 
 Hides: how a job goes on after it was killed, what a run reports. Refuses to know: the command line,
 how rows are read and shards written.
@@ -45,37 +45,36 @@ if TYPE_CHECKING:
     from gteopt.encoder.encoder import Encoder
 
 Events = Callable[[str, Mapping[str, Any]], None]
-"""Told what happens, by a name and facts that JSON can hold."""
+"""Called with the name of each event and its facts, which JSON can hold."""
 RunShards = Callable[[EmbedTask, Sequence[RowRange]], Iterator[Done]]
-"""Embeds shards somewhere, and gives those that are on disk, in any order."""
+"""Embeds shards, here or elsewhere, and yields each when it is on disk, in any order."""
 
 
 def unheard(event: str, facts: Mapping[str, Any]) -> None:
-    """The receiver of events that tells nobody."""
+    """Ignore an event."""
 
 
 class EmbedReport(Frozen):
     """What a run of a job did, and what its folder holds now.
 
     Attributes:
-        n_rows: of the whole corpus; each has a vector or is a dead letter.
+        n_rows: rows of the whole corpus; each has a vector or is a dead letter.
         n_embedded: rows with vectors.
-        n_vectors: more than rows where texts are cut into chunks.
-        bad: dead letters by reason.
+        n_vectors: vectors; more than `n_embedded` if texts are cut into chunks.
+        bad: number of dead letters by reason.
         n_cut: texts that were truncated.
-        n_duplicate_ids: rows whose id an earlier row has; None where no column holds ids.
-        n_bytes: of the vectors.
-        shards_before: that an earlier run had finished.
-        shards_now: that this run embedded.
+        n_duplicate_ids: rows whose id an earlier row has; None without a column of ids.
+        n_bytes: bytes of the vectors.
+        shards_before: shards that an earlier run had finished.
+        shards_now: shards that this run embedded.
         texts_now: rows that this run embedded.
-        tokens_now: that the model read in this run.
+        tokens_now: tokens that the model read in this run.
         operations_now: floating-point operations of this run.
         seconds: from the first shard to the last.
-        workers: what each worker did in this run, by name.
-        dollars: of this run, where a price was given.
-        peak_ratio: operations a second of this run / those of the best large product, of any
-            number type, on the same device;
-            None where that was not measured.
+        workers: what each worker did in this run, sorted by its name.
+        dollars: cost of this run; None without a price.
+        peak_ratio: operations a second of this run, divided by those of the fastest large matrix
+            product of any number type on the same device; None if that was not measured.
     """
 
     out: str
@@ -105,10 +104,10 @@ class EmbedReport(Frozen):
 
 @dataclass(frozen=True)
 class Job:
-    """A corpus, a model and a folder, agreed upon with what the folder holds.
+    """A planned job: a corpus, a model and a folder whose content belongs to this job.
 
     Attributes:
-        record: what embedding.json says before the run.
+        record: embedding.json as it is before the run.
     """
 
     task: EmbedTask
@@ -120,13 +119,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What decides how a job is run, and changes no vector.
+    """Options of a run that change no vector.
 
     Attributes:
         grow: whether new files may join a job.
         retry_failed: whether shards with dead letters are embedded again.
-        unique_ids: whether ids that are there twice are an error.
-        price_per_hour: of all machines together, in dollars.
+        unique_ids: whether a duplicate id is an error.
+        price_per_hour: dollars for all machines together.
+        hub_dir: folder in the Hub's layout to read models and data sets from.
     """
 
     grow: bool = False
@@ -138,13 +138,13 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Request:
-    """What is embedded, by what, into which folder.
+    """The inputs, the model and the folder of an embedding job.
 
     Attributes:
         inputs: files, folders, globs, URLs or data set names; see `find_corpus`.
-        model: as `gteopt.load` takes it.
+        model: a folder or a name that `gteopt.load` takes.
         out: folder of the job.
-        options: what decides the vectors.
+        options: everything that decides the vectors.
     """
 
     inputs: tuple[str, ...]
@@ -164,15 +164,14 @@ def prepare(
     """Find the corpus, compare it with what the folder holds, and cut it into shards.
 
     Args:
-        request: what is embedded.
+        request: inputs, model and folder.
         encoder: the model, loaded or described.
-        wishes: how it is run.
-        reads_only: whether no vector is added, so that a machine that rounds products in another
-            way may look at them.
-        progress: told of bytes whose rows are counted.
+        wishes: how the job is run.
+        reads_only: whether no vector is added; then a machine with other rounding is accepted.
+        progress: called with the bytes whose rows are counted.
 
     Raises:
-        InputError: inputs that cannot be read, or a folder of another job.
+        InputError: inputs cannot be read, or the folder belongs to another job.
     """
     options = request.options
     folder = Folder(request.out)
@@ -183,8 +182,8 @@ def prepare(
         settings["arithmetic"] = earlier.settings.get("arithmetic")
     files = agreed_files(folder, settings, corpus, grow=wishes.grow)
     template = Template(settings["text"] or "text")
-    there = [(file, corpus.places[file.name]) for file in files if file.name in corpus.places]
-    columns = Columns(template, settings["id"], options.keep, kept_schema(there, options.keep))
+    present = [(file, corpus.places[file.name]) for file in files if file.name in corpus.places]
+    columns = Columns(template, settings["id"], options.keep, kept_schema(present, options.keep))
     plan = plan_shards(folder, files, corpus, columns, settings=settings, progress=progress)
     task = EmbedTask(
         source=request.model,
@@ -208,7 +207,7 @@ def prepare(
     for shard in plan.shards.values():
         rows[shard.file] += shard.n_rows
     if not sum(rows):
-        raise InputError(f"{', '.join(request.inputs)}: {len(files)} files and no row in them")
+        raise InputError(f"{', '.join(request.inputs)}: {len(files)} files without any row")
     transform = stored_transform(encoder.vectors, stored)
     record = EmbeddingRecord(
         complete=False,
@@ -224,10 +223,10 @@ def prepare(
 
 
 def working_alone(out: str | Path) -> AbstractContextManager[None]:
-    """The folder for this job alone; half-written files of a killed one are removed.
+    """Lock the job's folder, and remove half-written files of a killed job.
 
     Raises:
-        InputError: another process embeds into it.
+        InputError: another process embeds into the folder.
     """
     local = Folder(out).local
     return nullcontext() if local is None else _alone(local / Folder.TEMPORARY)
@@ -252,7 +251,7 @@ class _alone:
         self._clear()
         self._lock.__exit__(*error)
         if self._temporary.parent.is_dir() and not any(self._temporary.parent.iterdir()):
-            self._temporary.parent.rmdir()  # nothing came of it
+            self._temporary.parent.rmdir()  # the job wrote nothing
 
     def _clear(self) -> None:
         for path in self._temporary.iterdir():
@@ -274,14 +273,14 @@ def run(
 
     Args:
         job: see `prepare`.
-        embed: who embeds.
-        wishes: how it is run.
-        progress: told of rows.
-        events: told of shards and of the end.
+        embed: embeds the shards, in this process, in others or on a cluster.
+        wishes: how the job is run.
+        progress: called with the rows that are done.
+        events: called at the start, after each shard and at the end.
 
     Raises:
-        InputError: an input file changed, or ids are there twice and must not.
-        IntegrityError: rows are not accounted for.
+        InputError: an input file changed, or ids repeat although `unique_ids` is set.
+        IntegrityError: a row has neither a vector nor a dead letter.
         GteoptError: what a worker raised.
     """
     plan, folder = job.plan, job.folder
@@ -289,7 +288,9 @@ def run(
         _refuse_duplicates(job)
     before = read_record(folder)
     done = finished(folder, plan.expected())
-    kept = {n: r for n, r in done.items() if not (wishes.retry_failed and r.n_bad)}
+    kept = {
+        name: record for name, record in done.items() if not (wishes.retry_failed and record.n_bad)
+    }
     todo = [shard for name, shard in plan.shards.items() if name not in kept]
     unchanged = before is not None and before.complete and not todo
     if not unchanged:
@@ -297,18 +298,18 @@ def run(
     _check_files(job, todo)
     facts = {"rows": plan.n_rows, "shards": len(plan.shards), "shards_done": len(kept)}
     events("start", {"out": str(folder), **facts})
-    tally = Tally(plan.n_rows, sum(r.n_rows for r in kept.values()), wishes.price_per_hour)
+    n_kept = sum(record.n_rows for record in kept.values())
+    tally = Tally(plan.n_rows, n_kept, wishes.price_per_hour)
     n_before, n_todo = tally.n_done, tally.n_rows - tally.n_done
     progress("embedding rows", 0, n_todo)
-    for each in embed(job.task, todo) if todo else ():
-        kept[each.name] = each.record
-        tally.add(each)
+    for shard in embed(job.task, todo) if todo else ():
+        kept[shard.name] = shard.record
+        tally.add(shard)
         progress("embedding rows", tally.n_done - n_before, n_todo)
-        facts = {"rows": each.record.n_rows, **tally.facts()}
-        events(
-            "shard", {"name": each.name, **facts, "worker": tally.workers[each.worker].model_dump()}
-        )
-    # The whole corpus is what was planned; a file that changed is never mixed into the folder.
+        facts = {"rows": shard.record.n_rows, **tally.facts()}
+        worker = tally.workers[shard.worker].model_dump()
+        events("shard", {"name": shard.name, **facts, "worker": worker})
+    # Checked again: a file that changed during the run must not end in a complete folder.
     _check_files(job, todo)
     record = _counted(job, kept)
     if unchanged and before is not None:
@@ -329,7 +330,7 @@ def _report(
     return EmbedReport(
         out=str(folder),
         n_rows=record.n_rows,
-        n_embedded=sum(each.n_embedded for each in record.files),
+        n_embedded=sum(file.n_embedded for file in record.files),
         n_vectors=record.n_vectors,
         bad=record.bad,
         n_cut=record.n_cut,
@@ -348,7 +349,7 @@ def _report(
 
 
 def embed_here(encoder: Encoder) -> RunShards:
-    """Embeds in this process, with the model that is loaded."""
+    """Embed in this process, with a model that is loaded."""
 
     def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[Done]:
         waiting: deque[Future[Done]] = deque()
@@ -370,7 +371,7 @@ def _stored(encoder: Description, options: EmbedOptions) -> Stored:
 def _settings(
     encoder: Description, options: EmbedOptions, corpus: Corpus, stored: Stored
 ) -> dict[str, str | None]:
-    """Everything that decides the vectors and their files, as text by the option's name."""
+    """Everything that decides the vectors and their files, as text, by the option's name."""
     transform = stored_transform(encoder.vectors, stored)
     return {
         "model": encoder.sha256,
@@ -394,7 +395,9 @@ def _settings(
 
 
 def _arithmetic(encoder: Description) -> str | None:
-    """How products are rounded, where machines differ in it; None where they only order sums."""
+    """How products are rounded, if that differs between machines; None for float32 and float64,
+    where machines differ only in the order of sums.
+    """
     exact = str(encoder.dtype) in ("torch.float32", "torch.float64")
     if exact and encoder.backend == "torch" and not encoder.checkpoint.is_quantized:
         return None
@@ -402,26 +405,27 @@ def _arithmetic(encoder: Description) -> str | None:
 
 
 def _prompt(encoder: Description, options: EmbedOptions) -> str:
-    """What is put before each text.
+    """The text that is put before each text.
 
     Raises:
-        InputError: an instruction for a model that takes none.
+        InputError: the model needs an instruction and none is given, or it takes none.
     """
     from gteopt.encoder.tokenization import Tokenization
 
-    about = encoder.checkpoint
-    if options.role == "query" and about.query_template is not None and not options.instruction:
-        if not about.default_instruction:
+    checkpoint = encoder.checkpoint
+    has_template = checkpoint.query_template is not None
+    if options.role == "query" and has_template and not options.instruction:
+        if not checkpoint.default_instruction:
             raise InputError(
-                f"{encoder.name} needs an instruction for queries and has none of its own; give "
+                f"{encoder.name} needs an instruction for queries and has no default; give "
                 f"--instruction"
             )
         warnings.warn(
             f"queries get the default instruction of {encoder.name}, "
-            f"'{about.default_instruction}'; --instruction changes it",
+            f"'{checkpoint.default_instruction}'; --instruction changes it",
             stacklevel=4,
         )
-    return Tokenization(about).prompt(options.role, options.instruction)
+    return Tokenization(checkpoint).prompt(options.role, options.instruction)
 
 
 def _n_threads() -> int:
@@ -431,11 +435,13 @@ def _n_threads() -> int:
 
 
 def _check_files(job: Job, todo: Sequence[RowRange]) -> None:
-    """The files that are read in this run are those that were planned."""
+    """Check that the files to read are there and have not changed since they were planned."""
     for number in {shard.file for shard in todo}:
         if number not in job.task.files:
             name = job.plan.files[number].name
-            raise InputError(f"{name} is not embedded to its end, and not among the inputs")
+            raise InputError(
+                f"{name} is only partly embedded, and is not among the inputs any more; name it too"
+            )
         check_unchanged(*job.task.files[number])
 
 
@@ -450,21 +456,21 @@ def _counted(job: Job, done: Mapping[str, ShardRecord]) -> EmbeddingRecord:
     n_cut = n_tokens = 0
     for name, shard in job.plan.shards.items():
         record = done[name]
-        for place, n in enumerate((record.n_embedded, record.n_vectors, record.n_bad)):
-            counts[shard.file][place] += n
+        for column, n in enumerate((record.n_embedded, record.n_vectors, record.n_bad)):
+            counts[shard.file][column] += n
         for reason, n in record.bad.items():
             bad[reason] = bad.get(reason, 0) + n
         n_cut += record.n_cut
         n_tokens += record.n_tokens
     files = tuple(
-        each.model_copy(update={"n_embedded": a, "n_vectors": b, "n_bad": c})
-        for each, (a, b, c) in zip(job.record.files, counts, strict=True)
+        file.model_copy(update={"n_embedded": n_embedded, "n_vectors": n_vectors, "n_bad": n_bad})
+        for file, (n_embedded, n_vectors, n_bad) in zip(job.record.files, counts, strict=True)
     )
-    wrong = [each.file.name for each in files if each.n_rows != each.n_embedded + each.n_bad]
+    wrong = [count.file.name for count in files if count.n_rows != count.n_embedded + count.n_bad]
     if wrong:
         raise IntegrityError(
-            f"{job.folder}: rows of {', '.join(wrong)} are missing; run --verify, remove the "
-            f"shards that it names, and run the job again"
+            f"{job.folder}: some rows of {', '.join(wrong)} have neither a vector nor a dead "
+            f"letter; run --verify, remove the shards that it names, and run the job again"
         )
     return job.record.model_copy(
         update={
@@ -478,23 +484,23 @@ def _counted(job: Job, done: Mapping[str, ShardRecord]) -> EmbeddingRecord:
 
 
 def _stored_ids(folder: Folder, plan: Plan) -> Iterator[list[str]]:
-    """Ids of the documents of each shard; a document of many chunks once."""
+    """Ids of the documents of each shard; a document with several chunks counts once."""
     for name in plan.shards:
         table = read_shard(folder, name, ["id", "row"])
         rows = table["row"].to_pylist()
         ids = table["id"].to_pylist()
-        yield [each for n, each in enumerate(ids) if n == 0 or rows[n] != rows[n - 1]]
+        yield [id_ for n, id_ in enumerate(ids) if n == 0 or rows[n] != rows[n - 1]]
 
 
 def _refuse_duplicates(job: Job) -> None:
-    """Look at the ids of the whole corpus before anything is embedded.
+    """Check the ids of the whole corpus before anything is embedded.
 
     Raises:
-        InputError: no column of ids, or ids that are there twice.
+        InputError: there is no column of ids, or an id repeats.
     """
     column = job.record.settings["id"]
     if column is None:
-        raise InputError("--unique-ids needs --id: without it, every row has an id of its own")
+        raise InputError("--unique-ids needs --id: without it, each row gets a unique id")
     columns = Columns(Template(column), column)
 
     def ids() -> Iterator[list[str]]:
@@ -508,8 +514,8 @@ def _refuse_duplicates(job: Job) -> None:
 
     n_twice = count_duplicates(ids, job.plan.n_rows)
     if n_twice:
-        shown = ", ".join(repr(each) for each in examples(ids()))
+        shown = ", ".join(repr(id_) for id_ in examples(ids()))
         raise InputError(
-            f"column {column} holds {n_twice:,} ids that an earlier row has ({shown}); make them "
+            f"column {column} repeats {n_twice:,} ids of earlier rows ({shown}); make them "
             f"unique, or leave out --unique-ids"
         )

@@ -1,4 +1,4 @@
-"""What a user asks of an embedding job, checked before anything is opened.
+"""Options of an embedding job, checked before any file is opened.
 
 Hides: how `--text`, `--long` and templates are written. Refuses to know: files, models, vectors.
 """
@@ -17,20 +17,20 @@ from gteopt.errors import InputError
 from gteopt.frozen import Frozen
 
 Code = Literal["artifact", "float32", "float16"]
-"""Of stored vectors; other codes have to be fitted, which `gteopt truncate` does."""
+"""Code of stored vectors; every other code has to be fitted by `gteopt truncate`."""
 VectorType = Literal["list", "fixed_size_list"]
 LongText = Literal["error", "truncate", "chunk"]
 SHARD_ROWS = 4096
-"""About a minute of a 7-billion model on one GPU, which is what a lost worker costs."""
+"""About a minute's work of a 7B model on one GPU: a lost worker loses that much."""
 
 
 class Long(Frozen):
     """What happens to a text that is longer than the model takes.
 
     Attributes:
-        mode: "error" makes it a dead letter, "truncate" cuts it, "chunk" cuts it into several.
-        tokens: of a chunk, without prompt and special tokens; 0 is as many as the model takes.
-        overlap: tokens that a chunk shares with the one before.
+        mode: "error" makes it a dead letter, "truncate" drops its end, "chunk" splits it.
+        tokens: tokens of a chunk, without prompt and special tokens; 0 means the model's limit.
+        overlap: tokens that a chunk shares with the chunk before it.
     """
 
     mode: LongText = "truncate"
@@ -48,23 +48,23 @@ class Long(Frozen):
         return f"{self.mode}{sizes}"
 
 
-def parse_long(said: str) -> Long:
-    """The meaning of "error", "truncate", "chunk", "chunk:TOKENS" or "chunk:TOKENS:OVERLAP".
+def parse_long(text: str) -> Long:
+    """Parse "error", "truncate", "chunk", "chunk:TOKENS" or "chunk:TOKENS:OVERLAP".
 
     Raises:
-        InputError: none of these.
+        InputError: the text is none of these.
     """
-    match = re.fullmatch(r"(error|truncate|chunk)|chunk:([1-9]\d*)(?::(\d+))?", said, re.ASCII)
+    match = re.fullmatch(r"(error|truncate|chunk)|chunk:([1-9]\d*)(?::(\d+))?", text, re.ASCII)
     if match is None:
         raise InputError(
-            f"--long {said}: write error, truncate, chunk, chunk:TOKENS or chunk:TOKENS:OVERLAP "
+            f"--long {text}: write error, truncate, chunk, chunk:TOKENS or chunk:TOKENS:OVERLAP "
             f"(chunk:512:64)"
         )
     if match[1]:
         return Long(mode=match[1])  # type: ignore[arg-type]
     tokens, overlap = int(match[2]), int(match[3] or 0)
     if overlap >= tokens:
-        raise InputError(f"--long {said}: the overlap must be smaller than the chunk")
+        raise InputError(f"--long {text}: the overlap must be smaller than the chunk")
     return Long(mode="chunk", tokens=tokens, overlap=overlap)
 
 
@@ -72,19 +72,19 @@ class EmbedOptions(Frozen):
     r"""Everything that decides which vectors a job makes and how they are stored.
 
     Attributes:
-        text: a column, or a template of columns such as "{title}\n{body}"; None is the format's
-            own ("text"; "{title} {text}" of a BEIR folder).
-        id: column that is copied as the row's id; None is the format's own, or FILE:ROW.
+        text: a column, or a template of columns such as "{title}\n{body}"; None means "text", or
+            "{title} {text}" for a BEIR folder.
+        id: column that holds the ids; None means "_id" for a BEIR folder, else FILE:ROW.
         keep: columns that are copied beside the vector.
-        role: which prompt texts get.
-        instruction: of queries; None is the model's default.
+        role: decides which prompt the texts get.
+        instruction: instruction for queries; None means the model's default.
         long: what happens to texts that are too long.
-        pool: "mean" stores one vector a document, the mean of its chunks'.
-        code: how a number is stored; "artifact" is as the artifact says.
+        pool: "mean" stores one vector a document, the mean of the vectors of its chunks.
+        code: how a number is stored; "artifact" means as in the artifact.
         vector_type: Parquet type of the vector column.
         batch_size: texts computed together.
-        shard_rows: rows of the input in one shard at most.
-        dtype: that the model computes in; see `gteopt.load`.
+        shard_rows: the most rows of the input in one shard.
+        dtype: dtype that the model computes in; see `gteopt.load`.
         backend: see `gteopt.load`.
         kernels: see `gteopt.load`.
     """
@@ -117,59 +117,61 @@ class EmbedOptions(Frozen):
     @model_validator(mode="after")
     def _fit_together(self) -> EmbedOptions:
         if self.pool == "mean" and self.long.mode != "chunk":
-            raise InputError("--pool mean pools the chunks of a document; give --long chunk")
+            raise InputError("--pool mean pools the chunks of a document; add --long chunk")
         if self.instruction is not None and self.role == "document":
-            raise InputError("--instruction goes on queries only; give --role query")
+            raise InputError("--instruction is for queries only; add --role query")
         reserved = sorted({*self.keep} & RESERVED)
         if reserved:
             raise InputError(
-                f"--keep {','.join(reserved)}: the output has columns of its own with that name "
+                f"--keep {','.join(reserved)}: the output's own columns have these names "
                 f"({', '.join(sorted(RESERVED))}); rename the column in the input"
             )
         if self.text is not None:
-            Template(self.text)  # a template that cannot be read is said before files are opened
+            Template(self.text)  # raises for a bad template, before files are opened
         return self
 
 
 RESERVED = frozenset({"id", "file", "row", "chunk", "start", "end", "vector"})
-"""Columns that the output has by itself."""
+"""Columns that every output has."""
 
 
 class Template:
-    """How the text of a row is made of its columns.
+    """How the text of a row is made from its columns.
 
     Attributes:
-        columns: that it reads.
+        columns: the columns that the template reads.
     """
 
-    def __init__(self, said: str) -> None:
-        """Read a column's name, or a template with columns in braces.
+    def __init__(self, template: str) -> None:
+        """Parse a column's name, or a template with columns in braces.
 
         Raises:
-            InputError: braces that do not match, or a conversion such as `{title!r}`.
+            InputError: braces do not match, or hold a conversion such as `{title!r}`.
         """
-        self._said = said
+        self._template = template
         try:
-            parts = list(Formatter().parse(said))
+            parts = list(Formatter().parse(template))
         except ValueError as error:
-            raise InputError(f"--text {said!r}: {error}; write columns as {{title}}") from error
+            raise InputError(f"--text {template!r}: {error}; write columns as {{title}}") from error
         fields = [field for _, field, _, _ in parts if field is not None]
         if any(form or conversion for _, _, form, conversion in parts) or "" in fields:
-            raise InputError(f"--text {said!r}: braces hold the name of a column and nothing else")
+            raise InputError(
+                f"--text {template!r}: braces must hold the name of a column and nothing else"
+            )
         self._parts = [(literal, field) for literal, field, _, _ in parts]
         self.is_column = not fields
-        self.columns: tuple[str, ...] = (said,) if self.is_column else tuple(dict.fromkeys(fields))
+        self.columns: tuple[str, ...] = tuple(dict.fromkeys(fields)) or (template,)
 
     def fill(self, row: Mapping[str, Any]) -> tuple[str | None, str]:
-        """The text of a row, or None with what is wrong with it.
+        """The text of a row, or None and the reason why the row has no text.
 
-        A template takes numbers, too, and leaves out what a row lacks.
+        A template also takes numbers, and skips columns that the row lacks.
         """
         if self.is_column:
-            value = row.get(self._said)
+            value = row.get(self._template)
             if isinstance(value, str):
                 return value, ""
-            return None, _not_text(self._said, value)
+            return None, _not_text(self._template, value)
         texts: list[str] = []
         for literal, field in self._parts:
             texts.append(literal)
@@ -186,25 +188,25 @@ class Template:
 
 
 def _not_text(column: str, value: object) -> str:
-    what = "null or missing" if value is None else type(value).__name__
-    return f"column {column} is {what}"
+    kind = "null or missing" if value is None else type(value).__name__
+    return f"column {column} is {kind}"
 
 
 def as_text(value: Any) -> str | None:
-    """An id or a kept value of a row format as text: strings as they are, others as JSON."""
+    """An id or a kept value as text: a string unchanged, any other value as JSON."""
     if value is None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def lacking(wanted: Sequence[str], there: Sequence[str], where: str) -> InputError | None:
-    """An error that lists the columns there are, where some that are wanted are not."""
-    missing = [column for column in wanted if column not in there]
+def lacking(wanted: Sequence[str], present: Sequence[str], where: str) -> InputError | None:
+    """The error for wanted columns that are missing; None if all are present."""
+    missing = [column for column in wanted if column not in present]
     if not missing:
         return None
-    shown = ", ".join(list(there)[:40]) or "none"
-    more = f" and {len(there) - 40} more" if len(there) > 40 else ""
+    shown = ", ".join(list(present)[:40]) or "none"
+    more = f" and {len(present) - 40} more" if len(present) > 40 else ""
     return InputError(
         f"{where} has no column {', '.join(missing)}; it has {shown}{more}. Name one with --text, "
         f"--id or --keep"

@@ -1,4 +1,4 @@
-"""What a job is: its settings, its files, its shards; planned once and compared ever after.
+"""Plan a job's settings, files and shards, and compare later runs with that plan.
 
 Hides: embedding.json and the plan of each file. Refuses to know: how rows are read, models, who
 does the work. A shard is done when its own footer says so; no list of finished shards is kept.
@@ -28,11 +28,11 @@ PLAN = "_plan"
 
 
 class FileCount(Frozen):
-    """A file of the corpus and what became of its rows: n_rows = n_embedded + n_bad.
+    """A file of the corpus and the counts of its rows: n_rows = n_embedded + n_bad.
 
     Attributes:
-        file: as it was when it was planned.
-        n_vectors: more than `n_embedded` where texts are cut into chunks.
+        file: the file as it was when the job was planned.
+        n_vectors: more than `n_embedded` if texts are cut into chunks.
     """
 
     file: InputFile
@@ -49,12 +49,12 @@ class EmbeddingRecord(Frozen):
         complete: whether every row has its vector or its dead letter.
         fingerprint: hash of `settings`.
         settings: everything that decides the vectors and how they are stored, by the option's name.
-        model: what `gteopt search` loads for queries.
-        decode: how vectors are read.
-        rescore: candidates per result that a search by codes looks at again.
+        model: the model that `gteopt search` loads for queries.
+        decode: how to decode stored vectors.
+        rescore: candidates for each result that a search by codes scores again.
         files: every file of the corpus, in order.
-        bad: dead letters by reason.
-        n_duplicate_ids: rows whose id an earlier row has; None where no column holds ids.
+        bad: number of dead letters by reason.
+        n_duplicate_ids: rows whose id an earlier row has; None without a column of ids.
     """
 
     schema_: Literal["gteopt.embedding/1"] = Field(default="gteopt.embedding/1", alias="schema")
@@ -74,17 +74,17 @@ class EmbeddingRecord(Frozen):
     @property
     def n_rows(self) -> int:
         """Rows of all files."""
-        return sum(each.n_rows for each in self.files)
+        return sum(file.n_rows for file in self.files)
 
     @property
     def n_vectors(self) -> int:
         """Vectors of all files."""
-        return sum(each.n_vectors for each in self.files)
+        return sum(file.n_vectors for file in self.files)
 
     @property
     def n_bad(self) -> int:
         """Dead letters of all files."""
-        return sum(each.n_bad for each in self.files)
+        return sum(file.n_bad for file in self.files)
 
 
 class _FilePlan(Frozen):
@@ -101,8 +101,8 @@ class Plan:
     """Every shard of a job.
 
     Attributes:
-        files: by number.
-        shards: by the name of their file, in the order of the input.
+        files: input files; a shard names its file by the position in this tuple.
+        shards: rows of each shard by the name of its Parquet file, in the order of the input.
     """
 
     fingerprint: str
@@ -115,7 +115,7 @@ class Plan:
         return sum(shard.n_rows for shard in self.shards.values())
 
     def expected(self) -> dict[str, tuple[str, str, RowRange]]:
-        """What the footer of each shard has to say, by the name of its file."""
+        """What the footer of each shard must say, by the name of its Parquet file."""
         identities = [file.identity for file in self.files]
         return {
             name: (self.fingerprint, identities[shard.file], shard)
@@ -129,10 +129,10 @@ def fingerprint_of(settings: dict[str, str | None]) -> str:
 
 
 def read_record(folder: Folder) -> EmbeddingRecord | None:
-    """embedding.json of a folder; None without one.
+    """Read the embedding.json of a folder; None if there is no such file.
 
     Raises:
-        IntegrityError: it cannot be read.
+        IntegrityError: the file is not valid.
     """
     content = folder.read(RECORD)
     if content is None:
@@ -155,11 +155,10 @@ def write_record(folder: Folder, record: EmbeddingRecord) -> None:
 def agreed_files(
     folder: Folder, settings: dict[str, str | None], corpus: Corpus, *, grow: bool
 ) -> tuple[InputFile, ...]:
-    """The files of the job, those of an earlier run first.
+    """The files of the job; the files of an earlier run come first.
 
     Raises:
-        InputError: the folder belongs to another job, or holds something else. Every difference is
-            named.
+        InputError: the folder belongs to another job, or holds other files. Lists every difference.
     """
     earlier = read_record(folder)
     if earlier is None:
@@ -172,12 +171,12 @@ def agreed_files(
             )
         return corpus.files
     problems = [
-        f"{name} is {_said(settings.get(name))}, and was {_said(earlier.settings.get(name))}"
+        f"{name} is {_shown(settings.get(name))}, and was {_shown(earlier.settings.get(name))}"
         for name in sorted({*settings, *earlier.settings})
         if settings.get(name) != earlier.settings.get(name)
     ]
     now = {file.name: file for file in corpus.files}
-    before = {each.file.name: each.file for each in earlier.files}
+    before = {count.file.name: count.file for count in earlier.files}
     for name, file in before.items():
         if name not in now:
             if not grow:
@@ -193,12 +192,12 @@ def agreed_files(
     if problems:
         raise InputError(
             join_problems(f"{folder} belongs to another job", problems)
-            + "\nGive another --out, or the options of that job."
+            + "\nGive another --out, or the inputs and options of that job."
         )
     return (*before.values(), *new)
 
 
-def _said(value: str | None) -> str:
+def _shown(value: str | None) -> str:
     return "not given" if value is None else repr(value)
 
 
@@ -211,10 +210,10 @@ def plan_shards(
     settings: dict[str, str | None],
     progress: Progress,
 ) -> Plan:
-    """Cut every file into shards, or read how it was cut before.
+    """Cut every file into shards; a file that was planned before keeps its shards.
 
     Raises:
-        InputError: a file that cannot be read; all such files at once.
+        InputError: a file cannot be read; lists all such files.
     """
     fingerprint = fingerprint_of(settings)
     shards: dict[str, RowRange] = {}
@@ -222,12 +221,12 @@ def plan_shards(
     n_bytes, done = sum(file.n_bytes for file in files), 0
     for number, file in enumerate(files):
         try:
-            found = _file_shards(folder, number, file, corpus, columns, settings)
+            of_file = _file_shards(folder, number, file, corpus, columns, settings)
         except InputError as error:
             problems.append(str(error))
             continue
         identity = file.identity
-        for shard in found:
+        for shard in of_file:
             shards[shard_name(fingerprint, identity, shard)] = shard
         done += file.n_bytes
         progress("counting the rows (bytes)", done, n_bytes)
@@ -249,20 +248,23 @@ def _file_shards(
     content = folder.read(name)
     if content is not None:
         try:
-            known = _FilePlan.model_validate_json(content)
+            earlier = _FilePlan.model_validate_json(content)
         except ValidationError as error:
             raise IntegrityError(
-                f"{folder}/{name} is damaged; remove it, and the file is planned again"
+                f"{folder}/{name} is damaged; remove it, and {file.name} is planned again"
             ) from error
-        if (known.file, known.shard_rows) == (file, shard_rows):
+        if (earlier.file, earlier.shard_rows) == (file, shard_rows):
             return [
                 RowRange.model_construct(file=number, first=first, n_rows=n_rows, offset=offset)
-                for first, n_rows, offset in known.shards
+                for first, n_rows, offset in earlier.shards
             ]
     if file.name not in corpus.places:
-        raise InputError(f"{file.name} was never planned, and is not among the inputs any more")
-    found = cut_rows(file, corpus.places[file.name], number, columns, shard_rows)
-    cut = tuple((each.first, each.n_rows, each.offset) for each in found)
-    plan = _FilePlan(file=file, shard_rows=shard_rows, shards=cut)
+        raise InputError(
+            f"the rows of {file.name} were never counted, and it is not among the inputs any more; "
+            f"name it too"
+        )
+    shards = cut_rows(file, corpus.places[file.name], number, columns, shard_rows)
+    ranges = tuple((shard.first, shard.n_rows, shard.offset) for shard in shards)
+    plan = _FilePlan(file=file, shard_rows=shard_rows, shards=ranges)
     folder.write(name, plan.model_dump_json(by_alias=True).encode())
-    return found
+    return shards

@@ -14,12 +14,12 @@ from gteopt.corpus.workers import Encoded, Job, WorkerLost, Workers, _encode
 
 
 def ray_workers(address: str, *, device: str = "auto", n_threads: int) -> Workers:
-    """One actor a GPU of a running Ray cluster, or one for every `n_threads` cores of a node.
+    """One actor for each GPU of a running Ray cluster, or for every `n_threads` cores of a node.
 
     Args:
         address: "auto" for the cluster that this machine belongs to, or HOST:PORT.
-        device: "cuda", "cpu", or "auto": GPUs where the cluster has any.
-        n_threads: that each actor claims without a GPU.
+        device: "cuda", "cpu", or "auto", which means GPUs if the cluster has any.
+        n_threads: cores that an actor without a GPU claims.
 
     Raises:
         UnsupportedError: Ray is not installed, or the cluster has nothing to encode on.
@@ -38,7 +38,7 @@ def ray_workers(address: str, *, device: str = "auto", n_threads: int) -> Worker
 
 
 class _Actor:
-    """An actor of a Ray cluster, which may run on any node that has what it claims."""
+    """An actor of a Ray cluster; it runs on any node that has the resources it claims."""
 
     def __init__(self, name: str, claim: dict[str, int]) -> None:
         import ray
@@ -46,12 +46,12 @@ class _Actor:
         self.name = name
         self._ray = ray
         kind: Any = ray.remote(RayEncoder)
-        # Restarted and retried by `Workers`, which knows who else is free; Ray would wait for room
-        # on the nodes that are left.
+        # `Workers` restarts and retries, because it knows which other worker is free. Ray would
+        # wait for room on the remaining nodes.
         self._actor = kind.options(
             **claim, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
         ).remote()
-        self._get(self._actor.ready.remote())  # once it has a place
+        self._get(self._actor.ready.remote())  # waits until a node has room for it
 
     def encode(self, job: Job, shard: Shard) -> Encoded:
         encoded: Encoded = self._get(self._actor.encode.remote(job, shard))
@@ -61,25 +61,25 @@ class _Actor:
         try:
             return self._ray.get(reference)
         except (self._ray.exceptions.RayError, SystemExit) as error:
-            # `RayEncoder` returns what gteopt raises; what is left is the cluster's doing. With
-            # SystemExit Ray ends the wait of a thread once this process has left the cluster.
+            # `RayEncoder` returns gteopt's own errors, so these come from the cluster. Ray raises
+            # SystemExit in a waiting thread after this process has left the cluster.
             with suppress(self._ray.exceptions.RayError):
                 self.close()
             raise WorkerLost(str(error).strip().split("\n", 1)[0]) from error
 
     def close(self) -> None:
-        # Once the cluster is left, every call to Ray would quietly join it again.
+        # After the cluster is left, any call to Ray would quietly join it again.
         if self._ray.is_initialized():
             self._ray.kill(self._actor)
 
 
 class RayEncoder:
-    """What runs inside an actor. Ray shows it only the GPU that it claimed."""
+    """The class that runs inside an actor. Ray shows it only the GPU that it claimed."""
 
     def encode(self, job: Job, shard: Shard) -> Encoded:
-        """One shard."""
+        """Encode one shard."""
         return _encode(job, job.device, shard)
 
     def ready(self) -> bool:
-        """Answered once a node has made room."""
+        """Return once the actor runs on a node."""
         return True

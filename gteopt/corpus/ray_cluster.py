@@ -1,6 +1,6 @@
-"""A Ray cluster: how it is joined and left, and how many workers have a place there.
+"""Join and leave a Ray cluster, and count the workers that it has room for.
 
-Hides: Ray's own patience, its nodes and their resources. Refuses to know: what workers do.
+Hides: Ray's time limits, its nodes and their resources. Refuses to know: what workers do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class RayCluster:
     Attributes:
         kind: the kind of device that its workers have, "cuda" or "cpu".
         n_places: how many workers it has room for.
-        is_ours: whether it was joined here, so that it has to be left.
+        is_ours: whether `join_cluster` joined it, so that `leave` has to leave it.
     """
 
     kind: str
@@ -29,7 +29,7 @@ class RayCluster:
     is_ours: bool
 
     def leave(self) -> None:
-        """Leave a cluster that was joined here."""
+        """Leave the cluster if `join_cluster` joined it."""
         if self.is_ours:
             import ray
 
@@ -40,13 +40,13 @@ def join_cluster(address: str, *, device: str, n_threads: int) -> RayCluster:
     """Join a cluster, unless this process belongs to one already, and count its places.
 
     Args:
-        address: "auto" for the cluster that this machine belongs to, HOST:PORT, or "local" for one
-            on this machine alone.
-        device: "cuda", "cpu", or "auto": GPUs where the cluster has any.
-        n_threads: cores that a worker takes without a GPU.
+        address: "auto" for the cluster that this machine belongs to, HOST:PORT, or "local" for a
+            new cluster on this machine alone.
+        device: "cuda", "cpu", or "auto", which means GPUs if the cluster has any.
+        n_threads: cores that a worker without a GPU takes.
 
     Raises:
-        UnsupportedError: Ray is not installed, or the cluster has no place for a worker.
+        UnsupportedError: Ray is not installed, or the cluster has no room for a worker.
         InputError: there is no such cluster.
     """
     try:
@@ -82,8 +82,7 @@ def join_cluster(address: str, *, device: str, n_threads: int) -> RayCluster:
 def _asking_once() -> Iterator[None]:
     """Let Ray ask an address once instead of 20 times, 40 s each.
 
-    Nothing listens at a mistyped address, or at that of a dead cluster, which `auto` finds in a
-    file.
+    Otherwise a mistyped address, or a file that names a dead cluster, would cost minutes.
     """
     name = "RAY_gcs_server_port_wait_time_s"
     if name in os.environ:  # the user has set a time
@@ -93,4 +92,4 @@ def _asking_once() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[name]  # clusters that are started from here need longer
+        del os.environ[name]  # a cluster that this process starts later needs longer

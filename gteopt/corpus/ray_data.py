@@ -1,8 +1,8 @@
 """Embed a corpus on a Ray cluster: Ray Data hands out shards, and actors write them.
 
 Hides: Ray Data. Refuses to know: jobs, what a shard holds. The rows of the Ray data set are shard
-descriptors, and only small records come back: vectors never pass through Ray's object store. A lost
-actor or node costs the shards that it had; Ray Data gives them to another one.
+descriptors, and only small records come back: vectors never pass through Ray's object store. When
+an actor or a node is lost, Ray Data gives its unfinished shards to another actor.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _SHARDS_PER_CALL = 4
-"""An actor reads and writes while it computes, within the shards of a call."""
+"""Several shards in a call, because an actor reads and writes some while it computes another."""
 _MOST_BLOCKS = 10_000
-"""Ray Data keeps an account of each block in the driver."""
+"""Ray Data keeps state for each block in the driver, so more blocks would cost memory there."""
 
 
 def embed_on_ray(
@@ -39,15 +39,14 @@ def embed_on_ray(
     actors: tuple[int, int] | None = None,
     cpus: int = 1,
 ) -> RunShards:
-    """Embeds on actors of a Ray cluster, one a GPU, or one for every `cpus` cores.
+    """Embed on actors of a Ray cluster: one for each GPU, or for every `cpus` cores.
 
     Args:
-        address: "auto" for the cluster that this machine belongs to, HOST:PORT, or "local" for one
-            on this machine alone.
-        device: "cuda", "cpu", or "auto": GPUs where the cluster has any.
-        actors: least and most of them, as nodes come and go; as many as there is room for when
-            None.
-        cpus: that each actor claims without a GPU; torch's threads there.
+        address: "auto" for the cluster that this machine belongs to, HOST:PORT, or "local" for a
+            new cluster on this machine alone.
+        device: "cuda", "cpu", or "auto", which means GPUs if the cluster has any.
+        actors: fewest and most actors, as nodes come and go; None means as many as have room now.
+        cpus: cores that an actor without a GPU claims, and torch's threads there.
 
     Raises:
         UnsupportedError: Ray is not installed, or the cluster has nothing to encode on.
@@ -64,7 +63,7 @@ def embed_on_ray(
         kind = joined.kind
         claim = {"num_gpus": 1} if kind == "cuda" else {"num_cpus": cpus}
         least, most = actors or (joined.n_places, joined.n_places)
-        # Fewer shards in a call where there are few: every actor gets some.
+        # Fewer shards in a call if there are few, so that every actor gets some.
         per_call = max(1, min(_SHARDS_PER_CALL, len(shards) // most))
         per_call = max(per_call, -(-len(shards) // _MOST_BLOCKS))
         items = [{"shard": shard.model_dump_json()} for shard in shards]
@@ -81,7 +80,7 @@ def embed_on_ray(
             for row in dataset.iter_rows():
                 if row["error"]:
                     raise UnsupportedError(row["error"])
-                # Ray runs a call again whose answer was lost; what it wrote is then found done.
+                # Ray repeats a call whose answer was lost; its shards are then reported twice.
                 if row["name"] not in names:
                     names.add(row["name"])
                     record = ShardRecord.model_validate_json(row["record"])
@@ -99,7 +98,7 @@ def embed_on_ray(
 
 @contextmanager
 def cluster(address: str, device: str = "auto") -> Iterator[Literal["cuda", "cpu"]]:
-    """Be part of a cluster, and say which kind of device embeds on it.
+    """Join a cluster for the duration of a `with` block; gives the kind of its devices.
 
     Args:
         address: see `embed_on_ray`.
@@ -117,7 +116,7 @@ def cluster(address: str, device: str = "auto") -> Iterator[Literal["cuda", "cpu
 
 
 class EmbedShards:
-    """The actor: takes shard descriptors, writes shards, gives small records."""
+    """The actor: takes shard descriptors, writes shards, returns small records."""
 
     def __init__(self, task: EmbedTask, device: str) -> None:
         """Load the model on the device that Ray shows."""
@@ -128,26 +127,28 @@ class EmbedShards:
         try:
             self._worker = ShardEncoder(task, task.load(device), self._name)
         except GteoptError as error:
-            # Raised here, it would be tried again and again by Ray.
+            # If it were raised here, Ray would start the actor again and again.
             self._failed = str(error)
 
     def __call__(self, batch: Mapping[str, NDArray[np.object_]]) -> dict[str, list[Any]]:
         """Embed the shards of a batch that are not done yet."""
-        shards = [RowRange.model_validate_json(str(each)) for each in batch["shard"]]
+        shards = [RowRange.model_validate_json(str(shard)) for shard in batch["shard"]]
         if self._failed is not None:
             return _rows([_failure(self._failed)])
-        begun: list[tuple[str, ShardRecord | Future[Done]]] = []
+        started: list[tuple[str, ShardRecord | Future[Done]]] = []
         for shard in shards:
             identity = self._task.files[shard.file][0].identity
             name = shard_name(self._task.fingerprint, identity, shard)
             expected = (self._task.fingerprint, identity, shard)
-            there = None if self._task.again else done_footer(self._folder, name, expected)
-            begun.append((name, there or self._worker.submit(shard)))
+            record = None if self._task.again else done_footer(self._folder, name, expected)
+            started.append((name, record or self._worker.submit(shard)))
         rows: list[dict[str, Any]] = []
-        for name, each in begun:
+        for name, result in started:
             try:
                 done = (
-                    each.result() if isinstance(each, Future) else Done(name, each, 0.0, self._name)
+                    result.result()
+                    if isinstance(result, Future)
+                    else Done(name, result, 0.0, self._name)
                 )
             except GteoptError as error:
                 rows.append(_failure(str(error)))
@@ -165,10 +166,10 @@ class EmbedShards:
 
 
 class Embedder:
-    """A callable class for `ray.data.Dataset.map_batches` in a pipeline of one's own.
+    """A callable class for `ray.data.Dataset.map_batches` in your own Ray Data pipeline.
 
-    It adds a column of vectors. Vectors pass through Ray's object store here; `gteopt embed --ray`
-    keeps them out of it.
+    It adds a column of vectors, which pass through Ray's object store. `gteopt embed --ray` keeps
+    vectors out of the object store.
 
     Example:
         ```
@@ -192,11 +193,11 @@ class Embedder:
         """Load the model on the device that Ray shows.
 
         Args:
-            model: as `gteopt.load` takes it; readable by every node.
+            model: a folder or a name that `gteopt.load` takes; every node must be able to read it.
             text: column of texts.
-            vector: column to add: what an index stores, coded as the artifact says.
-            role: which prompt texts get.
-            instruction: of queries; None is the model's default.
+            vector: column to add; it holds the vectors in the artifact's code, ready for an index.
+            role: decides which prompt the texts get.
+            instruction: instruction for queries; None means the model's default.
             batch_size: texts computed together.
 
         Raises:
@@ -214,19 +215,19 @@ class Embedder:
         """The batch with its vectors [N, D].
 
         Raises:
-            InputError: no such column, or something else than texts in it.
+            InputError: the column is missing, or holds values that are not texts.
         """
         if self._text not in batch:
             raise InputError(f"the batch has no column {self._text}; it has {', '.join(batch)}")
-        texts = [each.item() if hasattr(each, "item") else each for each in batch[self._text]]
+        texts = [text.item() if hasattr(text, "item") else text for text in batch[self._text]]
         vectors = self._encoder.encode(
             texts, role=self._role, instruction=self._instruction, batch_size=self._batch_size
         )
         return {**batch, self._vector: self._encoder.vectors.quantize(vectors)}
 
 
-def _failure(said: str) -> dict[str, Any]:
-    return {"name": "", "record": "", "operations": 0.0, "worker": "", "error": said}
+def _failure(message: str) -> dict[str, Any]:
+    return {"name": "", "record": "", "operations": 0.0, "worker": "", "error": message}
 
 
 def _rows(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -235,5 +236,5 @@ def _rows(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _last_line(error: BaseException) -> str:
-    """What happened, of an error whose text is a traceback."""
+    """The last line of an error's text: Ray puts a whole traceback before it."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()

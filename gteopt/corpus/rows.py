@@ -1,11 +1,11 @@
-"""Rows of a corpus file: counted and cut once, then read shard by shard in bounded memory.
+"""Read the rows of a corpus file: count and cut them once, then read one shard at a time.
 
 Hides: lines, CSV, JSON, Parquet, Arrow, and where in a file a shard begins. Refuses to know:
 models, outputs.
 
-A row that cannot be used is a fault of that row, with a reason, and never the end of the job. A row
-is a line of a text file, or a JSON value of a .jsonl file, where blank lines are none. It is a
-record of a CSV file below its heading, or a row of a table.
+A row that cannot be used becomes a fault with a reason; it never ends the job. A row is a line of
+a text file, a record of a CSV file below its heading, or a row of a table. In a .jsonl file a row
+is a JSON value, and blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from gteopt.frozen import Frozen
 
 Reason = Literal["empty", "not_text", "too_long", "not_finite", "unreadable"]
 SHARD_BYTES = 64 << 20
-"""Of the input: a shard of very long texts ends before its number of rows."""
+"""The most bytes of input in a shard: a shard of very long texts has fewer rows than usual."""
 _MAX_LINE_BYTES = 64 << 20
 _FIRST_ROWS = 100
-"""Looked at to tell whether a column exists; a row of JSON may lack it."""
+"""Rows of JSON that are searched for a column's name, because any single row may lack it."""
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -40,9 +40,9 @@ class RowRange(Frozen):
 
     Attributes:
         file: number of the file in the job.
-        first: number of its first row in the file, from 0.
-        n_rows: how many.
-        offset: byte at which it begins in a file of lines that is not compressed; else 0.
+        first: number of the first row in the file, from 0.
+        n_rows: number of rows.
+        offset: byte at which the shard begins in an uncompressed file of lines; else 0.
     """
 
     file: int
@@ -56,10 +56,10 @@ class Columns:
     """Which columns of a row are read.
 
     Attributes:
-        text: makes the text.
-        id: None gives FILE:ROW.
-        keep: copied beside the vector.
-        kept: their types: strings in formats without types.
+        text: template that makes the text.
+        id: column of ids; None means ids of the form FILE:ROW.
+        keep: columns that are copied beside the vector.
+        kept: types of these columns; strings in formats without types.
     """
 
     text: Template
@@ -69,9 +69,9 @@ class Columns:
 
     @property
     def all(self) -> list[str]:
-        """Every column that is read, once."""
-        own = [] if self.id is None else [self.id]
-        return list(dict.fromkeys([*self.text.columns, *own, *self.keep]))
+        """Every column that is read, without repetition."""
+        ids = [] if self.id is None else [self.id]
+        return list(dict.fromkeys([*self.text.columns, *ids, *self.keep]))
 
 
 @dataclass
@@ -79,9 +79,9 @@ class Rows:
     """Rows that were read.
 
     Attributes:
-        texts: None where there is a fault.
-        faults: by position, why a row cannot be embedded, and what exactly.
-        kept: as many rows.
+        texts: text of each row; may be None for a row with a fault.
+        faults: reason and detail for each row that cannot be embedded, by its position.
+        kept: the copied columns of all rows.
     """
 
     first: int
@@ -92,12 +92,16 @@ class Rows:
 
 
 class Cursor(Protocol):
-    """A file that is being read, at some row."""
+    """An open file and the row at which it is read next.
+
+    Attributes:
+        at: number of the next row.
+    """
 
     at: int
 
     def read(self, n_rows: int) -> Iterator[tuple[Mapping[str, Any] | None, str]]:
-        """The next rows, or None with what is wrong with one; of typed files see `read_table`."""
+        """The next rows; None and the reason for a row that cannot be read."""
 
 
 # ---------------------------------------------------------------------------------------- planning
@@ -106,10 +110,10 @@ class Cursor(Protocol):
 def cut_rows(
     file: InputFile, place: str, number: int, columns: Columns, shard_rows: int
 ) -> list[RowRange]:
-    """The shards of a file; reads all of it once, where it does not know its number of rows.
+    """Cut a file into shards; a format that does not store its number of rows is read once.
 
     Raises:
-        InputError: a column that the file does not have, a damaged or cut file, UTF-16.
+        InputError: the file lacks a column, is damaged or cut short, or is UTF-16.
     """
     if file.format in ("parquet", "arrow"):
         return _cut_table(file, place, number, columns, shard_rows)
@@ -119,36 +123,39 @@ def cut_rows(
         if file.compression is None:
             raise
         raise InputError(
-            f"{place} is damaged or cut short ({str(error).splitlines()[0]}); get it again"
+            f"{place} is damaged or cut short ({str(error).splitlines()[0]}); download or copy it "
+            f"again"
         ) from error
 
 
 def _cut_lines(
     file: InputFile, place: str, number: int, columns: Columns, shard_rows: int
 ) -> list[RowRange]:
-    found: list[RowRange] = []
-    known: dict[str, None] = {}
+    shards: list[RowRange] = []
+    names: dict[str, None] = {}
     with open_bytes(place, file.compression) as stream:
         if file.format == "jsonl" and stream.peek(1)[:1] == b"[":
-            raise InputError(f"{place} is one JSON array; write a value a line: jq -c '.[]' FILE")
+            raise InputError(
+                f"{place} is one JSON array; convert it to one value a line: jq -c '.[]' FILE"
+            )
         source = _records(file, place, stream)
         first, offset, row = 0, source.consumed, 0
         for record, _ in source:
             if row < _FIRST_ROWS and isinstance(record, Mapping):
-                known |= dict.fromkeys(record)
+                names |= dict.fromkeys(record)
             row += 1
             if row - first >= shard_rows or source.consumed - offset >= SHARD_BYTES:
-                found.append(RowRange(file=number, first=first, n_rows=row - first, offset=offset))
+                shards.append(RowRange(file=number, first=first, n_rows=row - first, offset=offset))
                 first, offset = row, source.consumed
         if row > first:
-            found.append(RowRange(file=number, first=first, n_rows=row - first, offset=offset))
+            shards.append(RowRange(file=number, first=first, n_rows=row - first, offset=offset))
         if isinstance(source, _CsvRecords):
-            known = dict.fromkeys(source.heading)
-    if known and (error := lacking(columns.all, list(known), place)) is not None:
+            names = dict.fromkeys(source.heading)
+    if names and (error := lacking(columns.all, list(names), place)) is not None:
         raise error
     if file.compression is not None:
-        found = [each.model_copy(update={"offset": 0}) for each in found]
-    return found
+        shards = [shard.model_copy(update={"offset": 0}) for shard in shards]
+    return shards
 
 
 def _cut_table(
@@ -160,8 +167,8 @@ def _cut_table(
     for wanted in columns.kept:
         if schema.field(wanted.name).type != wanted.type:
             raise InputError(
-                f"{place}: column {wanted.name} is {schema.field(wanted.name).type}, and "
-                f"{wanted.type} in the files before; embed them into different folders"
+                f"{place}: column {wanted.name} has type {schema.field(wanted.name).type}, but "
+                f"{wanted.type} in the first file; embed such files into different folders"
             )
     if n_rows:
         shard_rows = max(1, min(shard_rows, int(SHARD_BYTES / max(1.0, n_bytes / n_rows))))
@@ -172,31 +179,31 @@ def _cut_table(
 
 
 def _about_table(file: InputFile, place: str) -> tuple[pa.Schema, int, int]:
-    """Schema, rows, and bytes of the rows in memory."""
+    """Schema, number of rows, and bytes of the rows."""
     try:
         with open_arrow(place) as source:
             if file.format == "parquet":
-                found = pq.ParquetFile(source)
-                meta = found.metadata
+                parquet = pq.ParquetFile(source)
+                meta = parquet.metadata
                 groups = (meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-                return found.schema_arrow, meta.num_rows, sum(groups)
+                return parquet.schema_arrow, meta.num_rows, sum(groups)
             reader, n_rows = _arrow_batches(source)
             for batch in reader[1]:
                 n_rows += batch.num_rows
             return reader[0], n_rows, file.n_bytes
     except (pa.ArrowInvalid, OSError) as error:
         if file.n_bytes == 0:
-            raise InputError(f"{place} is empty (0 bytes): no {file.format} file") from error
+            raise InputError(f"{place} is empty (0 bytes): not a {file.format} file") from error
         raise InputError(
-            f"{place} is no whole {file.format} file ({str(error).splitlines()[0]})"
+            f"{place} is not a complete {file.format} file ({str(error).splitlines()[0]})"
         ) from error
 
 
 def kept_schema(files: Iterable[tuple[InputFile, str]], keep: tuple[str, ...]) -> pa.Schema:
-    """Types of the columns that are copied: as the first file has them, or text.
+    """Types of the copied columns: the types in the first file, or strings if it has no types.
 
     Raises:
-        InputError: the file has no such column.
+        InputError: the first file lacks a column.
     """
     for file, place in files:
         if keep and file.format in ("parquet", "arrow"):
@@ -212,18 +219,18 @@ def kept_schema(files: Iterable[tuple[InputFile, str]], keep: tuple[str, ...]) -
 
 
 class RowReader:
-    """Reads shards; those of one file in their order without going back.
+    """Reads the rows of shards; shards of one file are read in order without seeking back.
 
-    A compressed file, or a Parquet file of one row group, can only be read from a beginning on. The
-    file that was read last stays open where it was left.
+    A compressed file, or a Parquet file of one row group, can only be read from its beginning. So
+    the last file stays open, and the next shard is read from there.
     """
 
     def __init__(self, files: Mapping[int, tuple[InputFile, str]], columns: Columns) -> None:
         """Nothing is opened yet.
 
         Args:
-            files: by number in the job, with where they lie.
-            columns: what is read of a row.
+            files: each file and its path or URL, by its number in the job.
+            columns: the columns to read.
         """
         self._files = files
         self._columns = columns
@@ -233,7 +240,7 @@ class RowReader:
         """The rows of a shard, each with a text or a fault.
 
         Raises:
-            InputError: the file is not the one that was planned.
+            InputError: the file has changed since the job was planned.
         """
         file, place = self._files[shard.file]
         cursor = self._cursor(file, place, shard)
@@ -249,8 +256,8 @@ class RowReader:
             self.close()
             check_unchanged(file, place)
             raise InputError(
-                f"{place}: rows {shard.first:,} to {shard.first + shard.n_rows:,} were planned, "
-                f"{len(rows.texts):,} are there; embed into a new folder"
+                f"{place}: {shard.n_rows:,} rows were planned from row {shard.first:,} on, but "
+                f"only {len(rows.texts):,} are there; embed into a new folder"
             )
         return rows
 
@@ -295,10 +302,10 @@ class RowReader:
         return Rows(shard.first, texts, ids, faults, _table(arrays, self._columns, len(texts)))
 
     def _of_table(self, file: InputFile, shard: RowRange, table: pa.Table) -> Rows:
-        own = [name for name in self._columns.all if name in {*self._columns.text.columns}]
+        names = [name for name in self._columns.all if name in {*self._columns.text.columns}]
         if self._columns.id is not None:
-            own = list(dict.fromkeys([*own, self._columns.id]))
-        values = {name: _as_python(table[name]) for name in own}
+            names = list(dict.fromkeys([*names, self._columns.id]))
+        values = {name: _as_python(table[name]) for name in names}
         texts: list[str | None] = []
         ids: list[str] = []
         faults: dict[int, tuple[Reason, str]] = {}
@@ -334,8 +341,8 @@ class RowReader:
 
     def _id(self, file: InputFile, number: int, row: Mapping[str, Any]) -> str:
         value = None if self._columns.id is None else row.get(self._columns.id)
-        found = as_text(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
-        return f"{file.name}:{number}" if found is None else found
+        id_ = as_text(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
+        return f"{file.name}:{number}" if id_ is None else id_
 
 
 def _table(arrays: list[Any], columns: Columns, n_rows: int) -> pa.Table:
@@ -345,13 +352,13 @@ def _table(arrays: list[Any], columns: Columns, n_rows: int) -> pa.Table:
 
 
 def _as_python(column: pa.ChunkedArray) -> list[Any]:
-    """The values of a column; bytes where a string is not UTF-8."""
+    """The values of a column; a string that is not UTF-8 stays bytes."""
     try:
-        found: list[Any] = column.to_pylist()
+        values: list[Any] = column.to_pylist()
     except UnicodeDecodeError:
         kind = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
-        found = [_decoded(value) for value in column.cast(kind).to_pylist()]
-    return found
+        values = [_decoded(value) for value in column.cast(kind).to_pylist()]
+    return values
 
 
 def _decoded(value: bytes | None) -> str | bytes | None:
@@ -362,7 +369,7 @@ def _decoded(value: bytes | None) -> str | bytes | None:
 
 
 class _LineCursor:
-    """A file of lines at some row."""
+    """An open file of lines, and the row at which it is read next."""
 
     def __init__(self, file: InputFile, place: str, shard: RowRange) -> None:
         seeks = file.compression is None
@@ -378,7 +385,7 @@ class _LineCursor:
         self.skip(shard.first - self.at)
 
     def skip(self, n_rows: int) -> None:
-        """Pass over rows."""
+        """Skip rows."""
         for _ in islice(self._records, n_rows):
             self.at += 1
 
@@ -394,23 +401,23 @@ class _LineCursor:
 
 
 class _TableCursor:
-    """A typed file at some row."""
+    """An open Parquet or Arrow file, and the row at which it is read next."""
 
     def __init__(self, file: InputFile, place: str, names: list[str], first: int) -> None:
         self._source = open_arrow(place)
         self._names = names
         self._left: pa.Table | None = None
         if file.format == "parquet":
-            # Without pre-buffering only the pages at hand are in memory, not a whole row group.
-            found = pq.ParquetFile(self._source, pre_buffer=False, buffer_size=1 << 20)
+            # Without pre-buffering only the current pages are in memory, not a whole row group.
+            parquet = pq.ParquetFile(self._source, pre_buffer=False, buffer_size=1 << 20)
             before, group = 0, 0
-            while group < found.num_row_groups:
-                n_rows = found.metadata.row_group(group).num_rows
+            while group < parquet.num_row_groups:
+                n_rows = parquet.metadata.row_group(group).num_rows
                 if before + n_rows > first:
                     break
                 before, group = before + n_rows, group + 1
-            groups = list(range(group, found.num_row_groups))
-            self._batches = found.iter_batches(1024, row_groups=groups, columns=names)
+            groups = list(range(group, parquet.num_row_groups))
+            self._batches = parquet.iter_batches(1024, row_groups=groups, columns=names)
             self.at = before
         else:
             (_, batches), _ = _arrow_batches(self._source)
@@ -419,7 +426,7 @@ class _TableCursor:
         self.skip(first - self.at)
 
     def skip(self, n_rows: int) -> None:
-        """Pass over rows."""
+        """Skip rows."""
         while n_rows > 0:
             step = min(n_rows, 1 << 16)
             if self.table(step).num_rows < step:
@@ -427,7 +434,7 @@ class _TableCursor:
             n_rows -= step
 
     def table(self, n_rows: int) -> pa.Table:
-        """The next rows, fewer at the end of the file."""
+        """The next rows; fewer than `n_rows` at the end of the file."""
         parts: list[pa.Table] = []
         missing = n_rows
         while missing > 0:
@@ -451,7 +458,7 @@ class _TableCursor:
 
 
 def _arrow_batches(source: Any) -> tuple[tuple[pa.Schema, Iterable[pa.RecordBatch]], int]:
-    """Schema and batches of an Arrow file or stream, and 0 rows counted so far."""
+    """Schema and batches of an Arrow file or stream, and 0: no row is counted yet."""
     try:
         reader = pa.ipc.open_file(source)
     except pa.ArrowInvalid:
@@ -465,7 +472,11 @@ def _arrow_batches(source: Any) -> tuple[tuple[pa.Schema, Iterable[pa.RecordBatc
 
 
 class _Lines:
-    """Lines of a stream, None for one of more than 64 MiB; counts the bytes that they took."""
+    """Lines of a stream, with None for a line of more than 64 MiB.
+
+    Attributes:
+        consumed: bytes of the lines that were read.
+    """
 
     def __init__(self, stream: io.BufferedReader) -> None:
         self._stream = stream
@@ -500,7 +511,7 @@ def _records(
 
 
 class _Records:
-    """Records of a file of lines: a mapping, or None with what is wrong with it."""
+    """Records of a file of lines: each a value, or None and the reason why it cannot be read."""
 
     def __init__(self, lines: _Lines, *, as_json: bool = True) -> None:
         self._lines = lines
@@ -509,7 +520,7 @@ class _Records:
 
     @property
     def consumed(self) -> int:
-        """Bytes that the records so far took."""
+        """Bytes of the records that were read."""
         return self._lines.consumed
 
     def __iter__(self) -> Iterator[tuple[Any, str]]:
@@ -538,7 +549,7 @@ class _CsvRecords(_Records):
 
     Attributes:
         heading: names of the columns.
-        about: separator and heading, for whoever begins in the middle.
+        about: separator and heading, to open the file again at a later row.
     """
 
     def __init__(
@@ -549,14 +560,16 @@ class _CsvRecords(_Records):
         if about is None:
             first = next(self._source, b"") or b""
             heading = first.decode("utf-8-sig", "replace").rstrip("\r\n")
-            counts = {each: heading.count(each) for each in ",;\t|"}
+            counts = {mark: heading.count(mark) for mark in ",;\t|"}
             separator = separator or max(counts, key=counts.__getitem__)
             about = separator, next(csv.reader([heading], delimiter=separator), [])
         self.about = about
         self.heading = about[1]
         twice = sorted({name for name in self.heading if self.heading.count(name) > 1})
         if twice:
-            raise InputError(f"{place}: the heading names {', '.join(twice)} twice; rename one")
+            raise InputError(
+                f"{place}: the heading has {', '.join(twice)} more than once; rename the columns"
+            )
 
     def _all(self) -> Iterator[tuple[Any, str]]:
         csv.field_size_limit(_MAX_LINE_BYTES)
@@ -576,5 +589,5 @@ class _CsvRecords(_Records):
 
     def _texts(self) -> Iterator[str]:
         for line in self._source:
-            # Bytes that are not UTF-8 become characters that no text may hold; see `_text`.
+            # Bytes that are not UTF-8 become surrogates, for which `_text` records a fault.
             yield "" if line is None else line.decode("utf-8", "surrogateescape")

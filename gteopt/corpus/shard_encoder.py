@@ -1,9 +1,10 @@
-"""Shards of a corpus to files: read and tokenized ahead, computed, written behind.
+"""Embed shards of a corpus into files: one thread each reads, computes and writes.
 
 Hides: the three threads, the batches, what happens to a text that gives no vector. Refuses to know:
 who hands out shards, other workers.
 
-A shard's bits follow from its own rows: its batches are cut from them alone, longest texts first.
+The bits of a shard depend on its own rows alone: no batch holds texts of two shards. The longest
+texts come first.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 AHEAD = 3
-"""Shards of a worker at once: one is read, one is computed, one is written."""
+"""Shards that a worker has at once: one is read, one is computed, one is written."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ class EmbedTask:
     """What a worker needs to embed any shard of a job.
 
     Attributes:
-        source: of the model, as `gteopt.load` takes it; readable by every worker.
-        sha256: of the files that it must turn out to be.
-        n_threads: of torch, on a CPU.
-        files: by number, with where they lie.
-        out: the folder of the job.
+        source: the model, as `gteopt.load` takes it; every worker must be able to read it.
+        sha256: SHA-256 that the model's files must have.
+        n_threads: threads of torch on a CPU.
+        stored: the code of stored vectors.
+        files: each input file and its path or URL, by its number in the job.
+        out: folder of the job.
+        fingerprint: hash of the job's settings.
         again: whether shards that are done are embedded again.
-        arithmetic: how products are rounded; None where machines do not differ in it.
+        arithmetic: how products are rounded; None if that does not differ between machines.
     """
 
     source: str
@@ -78,17 +81,17 @@ class EmbedTask:
     arithmetic: str | None = None
 
     def load(self, device: str) -> Encoder:
-        """The model on a device.
+        """Load the model on a device.
 
         Raises:
-            IntegrityError: other files than those of the job.
+            IntegrityError: the model's files are not those of the job.
             UnsupportedError: this machine rounds products in another way than the job says.
         """
         import torch
 
         from gteopt.encoder.loading import load
 
-        # Truncated texts are counted in the record.
+        # No warning, because the record counts the texts that are cut.
         warnings.filterwarnings("ignore", message=".* and were cut there")
         torch.set_num_threads(self.n_threads)
         encoder = load(
@@ -101,14 +104,15 @@ class EmbedTask:
         )
         if encoder.sha256 != self.sha256:
             raise IntegrityError(
-                f"{self.source} holds other files here (SHA-256 {encoder.sha256[:16]} instead of "
-                f"{self.sha256[:16]}); copy the same to every machine, or share the folder"
+                f"{self.source} holds other files on this machine (SHA-256 {encoder.sha256[:16]} "
+                f"instead of {self.sha256[:16]}); copy the same files to every machine, or share "
+                f"the folder"
             )
         if self.arithmetic not in (None, encoder.arithmetic):
             raise UnsupportedError(
-                f"{device} of this machine rounds products otherwise ({encoder.arithmetic}) than "
-                f"the job says ({self.arithmetic}), so that its vectors would differ; use machines "
-                f"of one kind, or compute in --dtype float32 what is not quantized"
+                f"{device} of this machine rounds products in another way ({encoder.arithmetic}) "
+                f"than the job ({self.arithmetic}), so its vectors would differ; use machines of "
+                f"one kind, or --dtype float32 with a model that is not quantized"
             )
         return encoder
 
@@ -118,8 +122,10 @@ class Done:
     """A shard that is on disk.
 
     Attributes:
-        operations: floating-point operations that it took.
-        worker: who wrote it.
+        name: name of the shard's Parquet file.
+        record: the footer of the file.
+        operations: floating-point operations that the shard took.
+        worker: name of the worker that wrote it.
     """
 
     name: str
@@ -129,12 +135,12 @@ class Done:
 
 
 class Stopped(Exception):
-    """The worker was told to leave its shards as they are."""
+    """Raised in the threads when the job ends early: unfinished shards are given up."""
 
 
 @dataclass
 class _Tokenized:
-    """A shard that was read: M texts of the model (chunks, or documents)."""
+    """A shard that was read and tokenized: M texts for the model (chunks, or documents)."""
 
     shard: RowRange
     rows: Rows
@@ -147,21 +153,24 @@ class _Tokenized:
 
 
 def stored_transform(transform: VectorTransform, code: Stored) -> VectorTransform:
-    """A transform that stores vectors by another code than the artifact's."""
+    """The transform with the code `code`, if that is not the artifact's own code."""
     if code == transform.code:
         return transform
-    none: dict[str, Any] = dict.fromkeys(("low", "high", "bits", "centre", "codebook", "places"))
-    return replace(transform, code="float32", **none)
+    unfitted: dict[str, Any] = dict.fromkeys(
+        ("low", "high", "bits", "centre", "codebook", "places")
+    )
+    return replace(transform, code="float32", **unfitted)
 
 
 class ShardEncoder:
     """Embeds shards in the order in which they are submitted; a context manager.
 
-    At most `AHEAD` shards are in memory, if no more are submitted before one is done.
+    The caller keeps at most `AHEAD` submitted shards unfinished, because all of them may be in
+    memory.
     """
 
     def __init__(self, task: EmbedTask, encoder: Encoder, name: str = "this process") -> None:
-        """Three threads wait for shards; `name` tells workers of a job apart."""
+        """Start three threads that wait for shards; `name` names this worker in reports."""
         self._task = task
         self._name = name
         self._encoder = encoder
@@ -199,11 +208,13 @@ class ShardEncoder:
     def submit(self, shard: RowRange) -> Future[Done]:
         """Read, compute and write a shard.
 
-        The future raises what `gteopt.load`, a file or the model raises; a row alone never does.
+        The future raises errors of files and of the model. A bad row never raises: it becomes a
+        dead letter.
         """
         read, compute, write = self._stages
         tokenized = read.submit(self._tokenize, shard)
-        # A stage has one thread and takes shards in order: what it waits for was begun before.
+        # No deadlock: a stage has one thread and takes shards in order, so the result that it
+        # waits for was submitted earlier.
         computed = compute.submit(lambda: self._compute(tokenized.result()))
         return write.submit(lambda: self._write(*computed.result()))
 
@@ -216,33 +227,33 @@ class ShardEncoder:
         positions = [i for i, text in enumerate(rows.texts) if text is not None]
         positions = [i for i in positions if i not in rows.faults]
         texts = [rows.texts[i] or "" for i in positions]
-        whole = [[(0, len(text))] for text in texts]
+        chunks = [[(0, len(text))] for text in texts]
         if options.long.mode == "chunk":
-            whole = spans(tokenization, texts, *self._chunk)
-            texts = [text[a:b] for text, parts in zip(texts, whole, strict=True) for a, b in parts]
+            chunks = spans(tokenization, texts, *self._chunk)
+            texts = [text[a:b] for text, parts in zip(texts, chunks, strict=True) for a, b in parts]
         tokens = tokenization.tokenize(texts, role=options.role, instruction=options.instruction)
         faults = dict(rows.faults)
-        n_cut = sum(each.is_cut for each in tokens)
+        n_cut = sum(token_ids.is_cut for token_ids in tokens)
         if options.long.mode == "error" and n_cut:
-            most = f"more than {tokenization.max_tokens:,} tokens"
+            detail = f"more than {tokenization.max_tokens:,} tokens"
             faults |= {
-                i: ("too_long", most)
-                for i, each in zip(positions, tokens, strict=True)
-                if each.is_cut
+                i: ("too_long", detail)
+                for i, token_ids in zip(positions, tokens, strict=True)
+                if token_ids.is_cut
             }
             keep = [n for n, i in enumerate(positions) if i not in faults]
-            positions, whole = [positions[n] for n in keep], [whole[n] for n in keep]
+            positions, chunks = [positions[n] for n in keep], [chunks[n] for n in keep]
             texts, tokens, n_cut = [texts[n] for n in keep], [tokens[n] for n in keep], 0
-        return _Tokenized(shard, rows, positions, whole, texts, tokens, faults, n_cut)
+        return _Tokenized(shard, rows, positions, chunks, texts, tokens, faults, n_cut)
 
     # ------------------------------------------------------------------------- compute
 
     def _compute(self, read: _Tokenized) -> tuple[_Tokenized, Floats, float]:
-        """Vectors [M, full_dims] and the operations that they took; NaN where there is none."""
-        lengths = [len(each) for each in read.tokens]
+        """Vectors [M, full_dims] and the operations that they took; NaN for a text without one."""
+        lengths = [len(token_ids) for token_ids in read.tokens]
         out = np.empty((len(lengths), self._encoder.full_dims), np.float32)
         waiting: tuple[list[int], Sequence[Sequence[int]], Fetch | None] | None = None
-        # One batch is waited for after the next one is started, so that a GPU never waits.
+        # The next batch is started before the last one is fetched, so that a GPU is never idle.
         for positions, batch in self._tokenization.batches(
             read.tokens, self._task.options.batch_size
         ):
@@ -256,7 +267,7 @@ class ShardEncoder:
         return read, out, self._encoder.operations(lengths) if lengths else 0.0
 
     def _started(self, batch: Sequence[Sequence[int]]) -> Fetch | None:
-        """Vectors that are being computed; None where the batch is too large for the memory."""
+        """Start a batch; None if it is too large for the memory."""
         if len(batch) > self._batch_size:
             return None
         try:
@@ -267,22 +278,22 @@ class ShardEncoder:
             return None
 
     def _fetched(self, batch: Sequence[Sequence[int]], started: Fetch | None) -> Floats:
-        """Vectors of a batch, in halves where its memory is short; NaN for a text without one."""
+        """Vectors of a batch; computed in halves if memory is short; NaN for a text without one."""
         try:
-            found: Floats = (started or self._encoder.start(batch)).wait().numpy()
+            vectors: Floats = (started or self._encoder.start(batch)).wait().numpy()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            said = str(error).splitlines()[0]
+            message = str(error).splitlines()[0]
         else:
-            if len(batch) == 1 or np.isfinite(found).all():
-                return found
-            # Which text it was shows when each is computed alone.
-            return np.concatenate([self._fetched([each], None) for each in batch])
+            if len(batch) == 1 or np.isfinite(vectors).all():
+                return vectors
+            # One text at a time, because a bad text may spoil the vectors of its batch.
+            return np.concatenate([self._fetched([token_ids], None) for token_ids in batch])
         if len(batch) == 1:
             raise UnsupportedError(
                 f"{self._encoder.name}: a single text does not fit the memory of "
-                f"{self._encoder.device} ({said}); use a device with more"
+                f"{self._encoder.device} ({message}); use a device with more memory"
             )
         self._batch_size = max(1, len(batch) // 2)
         halves = (batch[: self._batch_size], batch[self._batch_size :])
@@ -296,9 +307,9 @@ class ShardEncoder:
         faults = dict(read.faults)
         counts = [len(parts) for parts in read.spans]
         ends = np.cumsum(counts, dtype=np.int64)
-        fine = np.isfinite(vectors).all(axis=1)
+        is_finite = np.isfinite(vectors).all(axis=1)
         documents = np.repeat(np.arange(len(counts)), counts)
-        for number in np.unique(documents[~fine]).tolist():
+        for number in np.unique(documents[~is_finite]).tolist():
             faults[read.positions[number]] = ("not_finite", "the model gave NaN or infinity")
         kept = [n for n, i in enumerate(read.positions) if i not in faults]
         if task.options.pool == "mean":
@@ -319,37 +330,36 @@ class ShardEncoder:
             n_vectors=len(content.rows),
             bad=_counted(faults),
             n_cut=read.n_cut,
-            n_tokens=sum(len(each) for each in read.tokens),
+            n_tokens=sum(len(token_ids) for token_ids in read.tokens),
             sha256=content.sha256(),
         )
         name = shard_name(task.fingerprint, record.file, shard)
-        # The dead letters first: the shard is done once its own file is there.
+        # Dead letters are written first, because the shard counts as done once its file exists.
         if faults:
             letters = [
                 DeadLetter(shard.first + i, read.rows.ids[i], reason, detail)
                 for i, (reason, detail) in sorted(faults.items())
             ]
-            content_of = dead_letters_to_parquet(content.file, letters)
-            self._out.write(f"{DEAD}/{name}", content_of)
+            self._out.write(f"{DEAD}/{name}", dead_letters_to_parquet(content.file, letters))
         elif task.again:
             self._out.remove(f"{DEAD}/{name}")
         stored = to_parquet(content, record, self._decode, task.options.vector_type)
         if task.again:
             self._out.write(f"{DATA}/{name}", stored)
         elif not self._out.create(f"{DATA}/{name}", stored):
-            there = done_footer(self._out, name, (task.fingerprint, record.file, shard))
-            if there is None:  # a file that was cut off is no shard
+            earlier = done_footer(self._out, name, (task.fingerprint, record.file, shard))
+            if earlier is None:  # the file there is cut short
                 self._out.write(f"{DATA}/{name}", stored)
             else:
-                record = there  # another worker's, which was faster
+                record = earlier  # another worker was faster
         return Done(name, record, operations, self._name)
 
     def _content(
         self, read: _Tokenized, vectors: Floats, documents: npt.NDArray[np.int64]
     ) -> ShardContent:
-        """What is stored of vectors [N, full_dims] of these documents [N]."""
+        """The shard's content: vectors [N, full_dims] and the document of each [N]."""
         task = self._task
-        places = np.array(read.positions, np.int64)[documents]
+        positions = np.array(read.positions, np.int64)[documents]
         stored: npt.NDArray[Any] = self._transform.quantize(self._transform.project(vectors))
         if task.stored == "float16":
             stored = stored.astype(np.float16)
@@ -367,11 +377,11 @@ class ShardEncoder:
             ).reshape(-1, 3)
         return ShardContent(
             file=task.files[read.shard.file][0].name,
-            rows=read.shard.first + places,
-            ids=[read.rows.ids[i] for i in places.tolist()],
+            rows=read.shard.first + positions,
+            ids=[read.rows.ids[i] for i in positions.tolist()],
             chunks=chunks,
             vectors=stored,
-            kept=read.rows.kept.take(places) if read.rows.kept.num_columns else read.rows.kept,
+            kept=read.rows.kept.take(positions) if read.rows.kept.num_columns else read.rows.kept,
         )
 
     def _check_stop(self) -> None:
@@ -380,7 +390,7 @@ class ShardEncoder:
 
 
 def _counted(faults: Mapping[int, tuple[Reason, str]]) -> dict[Reason, int]:
-    found: dict[Reason, int] = {}
+    counts: dict[Reason, int] = {}
     for reason, _ in faults.values():
-        found[reason] = found.get(reason, 0) + 1
-    return dict(sorted(found.items()))
+        counts[reason] = counts.get(reason, 0) + 1
+    return dict(sorted(counts.items()))

@@ -1,10 +1,10 @@
-"""The files of an embedding folder: a Parquet file a shard, its footer, its dead letters.
+"""Write and read an embedding folder: each shard's Parquet file, footer and dead letters.
 
-Hides: Parquet's types and settings, how a footer is found without reading the file. Refuses to
-know: models, how a corpus is cut. The format's specification: docs/embedding.md.
+Hides: Parquet's types and settings, how a footer is read without the whole file. Refuses to know:
+models, how a corpus is cut. docs/embedding.md specifies the format.
 
-The bytes of a file follow from the rows, the model and the settings alone. There is no time, no
-machine and no order of work in them, so that a job that was killed ends with the same folder.
+The bytes of a file depend on the rows, the model and the settings alone. They hold no time, no
+machine and no order of work, so a job that was killed and continued ends with the same folder.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _SHARD_KEY, _DECODE_KEY = b"gteopt.shard", b"gteopt.decode"
 _SCHEMA = "gteopt.shard/1"
 _MARK = b'{"schema":"' + _SCHEMA.encode() + b'"'
 _TAIL_BYTES = 4096
-"""Of a file: the footer's own entries stand at its end."""
+"""Bytes read from the end of a file; they hold gteopt's entries of the footer."""
 _REMOTE_READS = 32
 _LARGE = ("codebook", "places")
-"""Tensors that are larger than a shard; they are in embedding.json alone."""
+"""Tensors that may be larger than a shard; only embedding.json holds them."""
 
 
 class TensorRecord(Frozen):
@@ -67,14 +67,14 @@ class TensorRecord(Frozen):
 
 
 class Decode(Frozen):
-    """All that is needed to read vectors; `gteopt.vectors.codes` has the formulas.
+    """Everything needed to decode stored vectors; `gteopt.vectors.codes` has the formulas.
 
     Attributes:
         code: how a vector is stored; float32 and float16 are the vectors themselves.
-        dims: of a vector.
-        similarity: "cosine" where vectors have length 1, "dot" where they keep their length.
-        bits: of rabitq, a dimension.
-        tensors: what was fitted: `low` and `high`, `centre`, `codebook` and `places`.
+        dims: dimensions of a vector.
+        similarity: "cosine" if vectors have length 1, "dot" if they keep their length.
+        bits: bits for each dimension; only for the code rabitq.
+        tensors: fitted values of the code: `low` and `high`, `centre`, `codebook`, `places`.
     """
 
     code: Stored
@@ -85,7 +85,7 @@ class Decode(Frozen):
 
     @staticmethod
     def of(transform: VectorTransform, code: Stored) -> Decode:
-        """What is needed for the vectors of a transform."""
+        """Everything needed to decode the vectors of a transform."""
         fitted = transform.to_tensors()
         return Decode(
             code=code,
@@ -96,8 +96,8 @@ class Decode(Frozen):
         )
 
     def transform(self, rescore: int = 1) -> VectorTransform:
-        """A transform that reads, codes and searches such vectors, without a model."""
-        fitted: dict[str, Any] = {name: each.array() for name, each in self.tensors.items()}
+        """A transform that decodes, codes and searches such vectors without a model."""
+        fitted: dict[str, Any] = {name: record.array() for name, record in self.tensors.items()}
         return VectorTransform(
             full_dims=self.dims,
             dims=self.dims,
@@ -110,14 +110,14 @@ class Decode(Frozen):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the numbers of a stored vector."""
+        """The dtype of the numbers of a stored vector."""
         if self.code == "float16":
             return np.dtype(np.float16)
         return np.dtype(self.transform().coding.dtype)
 
     @property
     def width(self) -> int:
-        """Numbers of a stored vector."""
+        """How many numbers a stored vector has."""
         return self.dims if self.code == "float16" else self.transform().coding.width
 
     @property
@@ -130,15 +130,15 @@ class ShardRecord(Frozen):
     """What the footer of a shard says.
 
     Attributes:
-        fingerprint: of the job's settings.
+        fingerprint: hash of the job's settings.
         file: identity of the input file.
         first: number of the first row.
         n_rows: rows of the input; `n_embedded` of them have vectors, the others are dead letters.
-        n_vectors: more than `n_embedded` where texts are cut into chunks.
-        bad: how many dead letters by reason.
+        n_vectors: more than `n_embedded` if texts are cut into chunks.
+        bad: number of dead letters by reason.
         n_cut: texts that were truncated.
-        n_tokens: that the model read.
-        sha256: over vectors, ids and rows.
+        n_tokens: tokens that the model read.
+        sha256: SHA-256 of the vectors, ids and row numbers.
     """
 
     schema_: Literal["gteopt.shard/1"] = Field(default="gteopt.shard/1", alias="schema")
@@ -171,16 +171,16 @@ class DeadLetter:
 
 @dataclass(frozen=True)
 class ShardContent:
-    """What is stored of a shard; N vectors.
+    """The content of a shard with N vectors.
 
     Attributes:
         file: name of the input file.
-        rows: [N] number of the row in the file.
+        rows: int64 [N]; number of the row in the file.
         ids: [N].
-        chunks: number, first and last character + 1 of each chunk [N, 3]; None where texts are not
-            cut into chunks.
-        vectors: [N, width], as `Decode` says.
-        kept: [N] copied columns.
+        chunks: int32 [N, 3]; number, first character and last character + 1 of each chunk; None if
+            texts are not cut into chunks.
+        vectors: [N, width], in the code that `Decode` names.
+        kept: copied columns, N rows.
     """
 
     file: str
@@ -191,7 +191,7 @@ class ShardContent:
     kept: pa.Table
 
     def sha256(self) -> str:
-        """Over vectors, ids and rows."""
+        """SHA-256 of the vectors, ids and row numbers."""
         digest = hashlib.sha256(np.ascontiguousarray(self.vectors).tobytes())
         digest.update(self.rows.astype("<i8").tobytes())
         digest.update("\0".join(self.ids).encode())
@@ -199,9 +199,9 @@ class ShardContent:
 
 
 def shard_name(fingerprint: str, identity: str, shard: RowRange) -> str:
-    """The file of a shard; names sort in the order of the input."""
-    said = f"{fingerprint}\0{identity}\0{shard.first}\0{shard.n_rows}"
-    digest = hashlib.sha256(said.encode()).hexdigest()[:12]
+    """Name of a shard's file; sorted names are in the order of the input."""
+    facts = f"{fingerprint}\0{identity}\0{shard.first}\0{shard.n_rows}"
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
     return f"{shard.file:05d}-{shard.first:012d}-{digest}.parquet"
 
 
@@ -210,8 +210,8 @@ def to_parquet(
 ) -> pa.Buffer:
     """The bytes of a shard's file.
 
-    Vectors are stored plain: they do not shrink. Codes of a byte are stored through a dictionary,
-    as Parquet has no number of a byte.
+    Vectors are not compressed, because compression does not shrink them. Codes of one byte use
+    Parquet's dictionary, because Parquet has no number type of one byte.
     """
     columns: dict[str, Any] = {
         "id": pa.array(content.ids, pa.string()),
@@ -238,11 +238,11 @@ def to_parquet(
         version="2.6",
     ) as writer:
         writer.write_table(table, row_group_size=max(1, table.num_rows))
-        said = json.loads(record.model_dump_json(by_alias=True))
+        shard_entry = json.loads(record.model_dump_json(by_alias=True))
         large = {"tensors": dict.fromkeys(_LARGE, True)}
-        about = json.loads(decode.model_dump_json(exclude_none=True, exclude=large))
-        writer.add_key_value_metadata({_DECODE_KEY.decode(): _compact(about)})
-        writer.add_key_value_metadata({_SHARD_KEY.decode(): _compact(said)})
+        decode_entry = json.loads(decode.model_dump_json(exclude_none=True, exclude=large))
+        writer.add_key_value_metadata({_DECODE_KEY.decode(): _compact(decode_entry)})
+        writer.add_key_value_metadata({_SHARD_KEY.decode(): _compact(shard_entry)})
     return sink.getvalue()
 
 
@@ -251,7 +251,7 @@ def _compact(content: object) -> str:
 
 
 def _leaves(table: pa.Table, names: Iterable[str]) -> list[str]:
-    """Paths of the columns without children; Parquet's settings are by path."""
+    """Names of the columns without children: Parquet's settings apply to these only."""
     return [name for name in names if not pa.types.is_nested(table.schema.field(name).type)]
 
 
@@ -269,10 +269,10 @@ def dead_letters_to_parquet(file: str, letters: Sequence[DeadLetter]) -> pa.Buff
     table = pa.table(
         {
             "file": pa.array([file] * len(letters), pa.string()),
-            "row": pa.array([each.row for each in letters], pa.int64()),
-            "id": pa.array([each.id for each in letters], pa.string()),
-            "reason": pa.array([each.reason for each in letters], pa.string()),
-            "detail": pa.array([each.detail for each in letters], pa.string()),
+            "row": pa.array([letter.row for letter in letters], pa.int64()),
+            "id": pa.array([letter.id for letter in letters], pa.string()),
+            "reason": pa.array([letter.reason for letter in letters], pa.string()),
+            "detail": pa.array([letter.detail for letter in letters], pa.string()),
         }
     )
     sink = pa.BufferOutputStream()
@@ -281,7 +281,7 @@ def dead_letters_to_parquet(file: str, letters: Sequence[DeadLetter]) -> pa.Buff
 
 
 def read_footer(folder: Folder, name: str) -> ShardRecord | None:
-    """What the footer of a shard says; None where the file is no whole shard."""
+    """Read the footer of a shard; None if the file is not a complete shard."""
     tail = folder.tail(f"{DATA}/{name}", _TAIL_BYTES)
     if not tail.endswith(b"PAR1"):
         return None
@@ -289,20 +289,20 @@ def read_footer(folder: Folder, name: str) -> ShardRecord | None:
     if start < 0:
         return None
     try:
-        found, _ = json.JSONDecoder().raw_decode(tail[start:].decode("latin-1"))
-        # Without validation: 100,000 footers are read when a job goes on, and each has been
-        # written by the line above.
-        return ShardRecord.model_construct(**{k: v for k, v in found.items() if k != "schema"})
+        entry, _ = json.JSONDecoder().raw_decode(tail[start:].decode("latin-1"))
+        # Without validation, because a large job reads 100,000 footers when it goes on, and
+        # `to_parquet` wrote each of them.
+        return ShardRecord.model_construct(**{k: v for k, v in entry.items() if k != "schema"})
     except ValueError:
         return None
 
 
 Expected = tuple[str, str, RowRange]
-"""What the footer of a shard has to say: the job's fingerprint, the file's identity, its rows."""
+"""What the footer of a shard must say: the job's fingerprint, the file's identity, the rows."""
 
 
 def done_footer(folder: Folder, name: str, expected: Expected) -> ShardRecord | None:
-    """The footer of a shard; None where it is not there, not whole, or another job's."""
+    """The footer of a shard; None if the shard is missing, incomplete or of another job."""
     try:
         record = read_footer(folder, name)
     except FileNotFoundError:
@@ -312,35 +312,35 @@ def done_footer(folder: Folder, name: str, expected: Expected) -> ShardRecord | 
 
 def _is_of(record: ShardRecord, expected: Expected) -> bool:
     fingerprint, identity, shard = expected
-    said = (record.fingerprint, record.file, record.first, record.n_rows)
-    return said == (fingerprint, identity, shard.first, shard.n_rows)
+    actual = (record.fingerprint, record.file, record.first, record.n_rows)
+    return actual == (fingerprint, identity, shard.first, shard.n_rows)
 
 
 def finished(folder: Folder, expected: Mapping[str, Expected]) -> dict[str, ShardRecord]:
     """Footers of the shards that are done, by name.
 
     Args:
-        folder: of the job.
-        expected: by the name of each shard.
+        folder: folder of the job.
+        expected: what the footer of each shard must say, by the shard's name.
     """
-    there = [name for name in folder.names(DATA) if name in expected]
+    present = [name for name in folder.names(DATA) if name in expected]
     if folder.local is None:
         with ThreadPoolExecutor(_REMOTE_READS) as pool:
-            records = list(pool.map(lambda name: read_footer(folder, name), there))
+            records = list(pool.map(lambda name: read_footer(folder, name), present))
     else:
-        records = [read_footer(folder, name) for name in there]
-    found: dict[str, ShardRecord] = {}
-    for name, record in zip(there, records, strict=True):
+        records = [read_footer(folder, name) for name in present]
+    done: dict[str, ShardRecord] = {}
+    for name, record in zip(present, records, strict=True):
         if record is not None and _is_of(record, expected[name]):
-            found[name] = record
-    return found
+            done[name] = record
+    return done
 
 
 def read_shard(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table of a shard, its pages' checksums verified.
+    """Read the table of a shard, and verify the checksums of its pages.
 
     Raises:
-        IntegrityError: no whole Parquet file.
+        IntegrityError: the file is not a complete Parquet file, or a checksum differs.
     """
     try:
         with folder.open(f"{DATA}/{name}") as source:
@@ -365,5 +365,5 @@ def vectors_of(table: pa.Table, decode: Decode) -> npt.NDArray[Any]:
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([])
     if not len(column):
         return np.empty((0, width), dtype)
-    found: npt.NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False)
-    return found.reshape(len(column), width)
+    numbers: npt.NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False)
+    return numbers.reshape(len(column), width)

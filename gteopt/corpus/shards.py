@@ -1,6 +1,6 @@
-"""Shards of texts: where a list is cut, and who encodes a shard.
+"""Cut texts into shards, and encode shards in this process or elsewhere.
 
-Hides: the protocol between a cache and whoever encodes. Refuses to know: disks, processes.
+Hides: the protocol between the vector cache and an encoder. Refuses to know: disks, processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHARD_TEXTS = 256
 
 @dataclass(frozen=True)
 class Shard:
-    """Texts that are encoded, and then stored, together."""
+    """Texts that are encoded and stored together."""
 
     role: Role
     instruction: str | None
@@ -35,11 +35,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Encodings:
-    """Texts whose vectors were asked for.
+    """Counts of the texts whose vectors were asked for.
 
     Attributes:
-        n_encoded: of these, encoded; the others were cached.
-        n_cut: of these, longer than the model takes, cached or not.
+        n_asked: texts asked for.
+        n_encoded: texts that were encoded; the others were cached.
+        n_cut: texts that are longer than the model takes, cached or not.
     """
 
     n_asked: int = 0
@@ -58,15 +59,15 @@ class Encodings:
 
 
 class EncodeShards(Protocol):
-    """Encodes shards, here or elsewhere; the order in which they come back does not matter."""
+    """Encodes shards in this process or elsewhere, and gives them back in any order."""
 
     def __call__(
         self, shards: Sequence[Shard], progress: Progress
     ) -> Iterator[tuple[Shard, Floats]]:
-        """Each shard with its vectors [N, full_dims]; `progress` counts texts of all of them."""
+        """Each shard and its vectors [N, full_dims]; `progress` counts the texts of all shards."""
 
     def changed(self, max_tokens: int, *, normalize: bool) -> EncodeShards:
-        """The same weights, with other vectors; see `changed_encoder`."""
+        """The same weights with another token limit or normalization; see `changed_encoder`."""
 
 
 @runtime_checkable
@@ -79,27 +80,27 @@ class EncodeAhead(Protocol):
         """See `EncodeShards`."""
 
     def changed(self, max_tokens: int, *, normalize: bool) -> EncodeShards:
-        """See `EncodeShards`; the result may wait until shards are asked for."""
+        """See `EncodeShards`; the result may do nothing until shards are asked for."""
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """Expect these shards to be asked for, in this order."""
+        """Announce shards that will be asked for, in this order."""
 
     def forget(self, shards: Sequence[Shard]) -> None:
-        """Expect these shards no longer, unless they were asked for."""
+        """Withdraw announced shards, except those that were asked for already."""
 
     def when_all_started(self, start_next: Callable[[], None]) -> None:
-        """Call `start_next` once, when all expected shards are being encoded."""
+        """Call `start_next` once, when all announced shards are being encoded."""
 
 
 class LocalEncoding:
     """Encodes shards one after the other in this process.
 
-    A batch that does not fit the memory is halved and tried again; later ones stay that small.
+    If a batch does not fit the memory, the batch size is halved, also for later batches.
 
     Args:
-        encoder: what encodes.
-        batch_size: texts computed together at most.
-        say: told once what was halved.
+        encoder: the encoder to use.
+        batch_size: the most texts computed together.
+        say: called with a message when the batch size was halved.
     """
 
     def __init__(
@@ -110,8 +111,8 @@ class LocalEncoding:
         assert isinstance(encoder, Encoder), "only an encoder encodes; workers take a description"
         self._encoder = encoder
         self._batch_size = batch_size
-        # Scores are published from Sentence Transformers' float32. Among pairs that nearly tie the
-        # order of its sums decides the sixth digit.
+        # Published scores come from Sentence Transformers in float32. The order of its sums decides
+        # their sixth digit, because some pairs nearly tie.
         self._as_published = _sums_as_published(encoder)
         self._say = say
 
@@ -121,8 +122,8 @@ class LocalEncoding:
         """See `EncodeShards`."""
         n_texts, before = sum(len(shard.texts) for shard in shards), 0
 
-        def count(what: str, done: int, total: int) -> None:
-            progress(what, before + done, n_texts)
+        def count(stage: str, done: int, total: int) -> None:
+            progress(stage, before + done, n_texts)
 
         for shard in shards:
             yield shard, self._encode(shard, count)
@@ -154,23 +155,24 @@ class LocalEncoding:
                     raise UnsupportedError(
                         f"{self._encoder.name}: a single text does not fit the memory of "
                         f"{self._encoder.device} ({str(error).splitlines()[0]}); use a device "
-                        f"with more"
+                        f"with more memory"
                     ) from error
             else:
                 if self._batch_size < asked:
                     self._say(
                         f"{self._encoder.name}: batches of {asked} texts do not fit the memory of "
-                        f"{self._encoder.device}; went on with {self._batch_size}"
+                        f"{self._encoder.device}; continued with batches of {self._batch_size}"
                     )
                 return vectors
-            # Outside of the handler, whose traceback would keep the failed batch alive.
+            # Outside of the exception handler: its traceback would keep the failed batch in memory.
             self._batch_size //= 2
             _free_device_memory()
 
 
 def cut(texts: Iterable[str], role: Role, instruction: str | None) -> list[Shard]:
-    """Shards of at most `SHARD_TEXTS` texts, longest texts first, so that memory peaks early and
-    little is padded.
+    """Cut texts into shards of at most `SHARD_TEXTS`, longest texts first.
+
+    This order needs little padding, and memory peaks at the beginning.
     """
     ordered = sorted(texts, key=lambda text: (-len(text), text))
     return [

@@ -1,15 +1,15 @@
-"""Where bytes lie: folders of this machine, s3://, gs://, hf://, and whatever fsspec reads.
+"""Read and write files on this machine, s3://, gs://, hf://, and every URL that fsspec reads.
 
-Hides: which library reaches which place, how a file appears there whole or not at all. Refuses to
-know: what the bytes mean.
+Hides: which library reads which place, how a file appears complete or not at all. Refuses to know:
+what the bytes mean.
 
-A local file is written into a folder beside, synced and renamed. An object store shows an object
-once its upload is complete, and not before, so that one upload of the whole content is enough.
+A local file is written into a temporary folder, synced and renamed. An object store shows an object
+only after its upload is complete, so one upload of the whole content is enough.
 
-A file that must not replace another one is linked locally, which fails where the name is taken. An
-object store is asked to refuse (`If-None-Match: *`) where fsspec's library for it (s3fs, gcsfs) is
-installed. Elsewhere one looks first: two writers at the same moment then both write, and the later
-one's stays.
+`Folder.create` must not replace a file. Locally it makes a hard link, which fails if the name is
+taken. An object store is told to refuse (`If-None-Match: *`) if its library for fsspec (s3fs,
+gcsfs) is installed. Without it, gteopt first checks whether the file exists: if two writers do so
+at the same moment, both write, and the later file stays.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DENIED = ("ACCESS_DENIED", "AccessDenied", "403", "Forbidden", "permission")
 
 
 def is_remote(place: str) -> bool:
-    """Whether a place is named by a URL of something else than this machine's files."""
+    """Whether a place is a URL that does not name files of this machine."""
     return "://" in place and not place.startswith("file://")
 
 
@@ -43,35 +43,35 @@ def local_path(place: str) -> Path:
 
 @contextmanager
 def reaching(place: str) -> Iterator[None]:
-    """Turn what a file system says of a place that cannot be reached into an error for the user.
+    """Turn errors of a file system about `place` into an error for the user.
 
     Raises:
-        InputError: no permission, or nothing there.
+        InputError: no permission, the place does not exist, or it cannot be reached.
     """
     try:
         yield
     except PermissionError as error:
         raise InputError(f"{place}: no permission ({error.strerror or error})") from error
     except FileNotFoundError as error:
-        raise InputError(f"{place} does not exist, or lies where you may not look") from error
+        raise InputError(f"{place} does not exist, or you may not read its folder") from error
     except OSError as error:
         if not is_remote(place):
             raise
-        said = str(error).strip().split("\n", 1)[0]
-        if any(word in said for word in _DENIED):
+        message = str(error).strip().split("\n", 1)[0]
+        if any(word in message for word in _DENIED):
             raise InputError(
-                f"{place}: access denied ({said}); check the credentials and the bucket's policy"
+                f"{place}: access denied ({message}); check the credentials and the bucket's policy"
             ) from error
-        raise InputError(f"{place} cannot be reached ({said})") from error
+        raise InputError(f"{place} cannot be reached ({message})") from error
 
 
 def open_file_system(place: str) -> tuple[Any, str]:
     """The pyarrow file system of a place, and the place's path in it.
 
-    S3 asks at `AWS_ENDPOINT_URL`, as Amazon's own tools do, where that is set.
+    If `AWS_ENDPOINT_URL` is set, S3 uses that endpoint, as Amazon's own tools do.
 
     Raises:
-        InputError: no library here reaches it.
+        InputError: no installed library reads the place.
     """
     if not is_remote(place):
         return pafs.LocalFileSystem(), str(local_path(place))
@@ -82,8 +82,8 @@ def open_file_system(place: str) -> tuple[Any, str]:
             region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
             return pafs.S3FileSystem(endpoint_override=endpoint, region=region), rest
         if scheme in ("s3", "gs", "gcs"):
-            found: tuple[Any, str] = pafs.FileSystem.from_uri(place)
-            return found
+            system_and_path: tuple[Any, str] = pafs.FileSystem.from_uri(place)
+            return system_and_path
         return _by_fsspec(place)
 
 
@@ -102,7 +102,7 @@ class Entry:
     """A file of a folder.
 
     Attributes:
-        path: in its file system.
+        path: path in its file system.
         version: changes when the content does: the time of the last change, or an object's hash.
     """
 
@@ -112,17 +112,17 @@ class Entry:
 
 
 def list_files(system: Any, folder: str) -> list[Entry]:
-    """Every file under a folder, sorted by path; none of a folder that is not there."""
+    """Every file under a folder, sorted by path; an empty list if the folder does not exist."""
     selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
-    found = system.get_file_info(selector)
+    infos = system.get_file_info(selector)
     return sorted(
-        (entry_of(system, each) for each in found if each.type == pafs.FileType.File),
+        (entry_of(system, info) for info in infos if info.type == pafs.FileType.File),
         key=lambda entry: entry.path,
     )
 
 
 def entry_of(system: Any, info: Any) -> Entry:
-    """What a file system says of a file."""
+    """The entry of a file from the `FileInfo` of its file system."""
     if info.mtime_ns is not None:
         return Entry(info.path, info.size or 0, str(info.mtime_ns))
     version = ""
@@ -139,11 +139,11 @@ class Folder:
 
     Attributes:
         place: as the user named it.
-        local: its path on this machine; None elsewhere.
+        local: path on this machine; None if the folder is on an object store.
     """
 
     TEMPORARY = "_tmp"
-    """Holds half-written files of a local folder; gone when the job is finished."""
+    """Holds half-written files of a local folder; removed when the job is finished."""
 
     def __init__(self, place: str | Path) -> None:
         self.place = str(place).rstrip("/") or "/"
@@ -154,7 +154,7 @@ class Folder:
         return self.place
 
     def write(self, name: str, content: Any) -> None:
-        """Write a file so that whoever looks finds all of it or nothing.
+        """Write a file that appears complete or not at all.
 
         Raises:
             InputError: no permission.
@@ -168,7 +168,7 @@ class Folder:
             os.replace(partial, self.local / name)
 
     def create(self, name: str, content: Any) -> bool:
-        """Write a file unless there is one of that name; the module says how surely.
+        """Write a file unless one with that name exists; the module's docstring says how safely.
 
         Returns:
             Whether it was written.
@@ -194,7 +194,7 @@ class Folder:
     def _create_object(self, name: str, content: Any) -> bool:
         at = self._at(name)
         if self._refusing is not None:
-            with suppress(NotImplementedError):  # a server that knows no conditions
+            with suppress(NotImplementedError):  # a server without conditional writes
                 try:
                     self._refusing.pipe_file(at, bytes(content), mode="create")
                 except FileExistsError:
@@ -207,7 +207,7 @@ class Folder:
 
     @cached_property
     def _refusing(self) -> Any:
-        """A file system that can refuse to replace an object; None without its library."""
+        """A file system that can refuse to replace an object; None if there is none."""
         import fsspec
 
         if "?" in self.place or not self.place.startswith(("s3://", "gs://", "gcs://")):
@@ -220,7 +220,7 @@ class Folder:
 
     @contextmanager
     def _beside(self, local: Path, name: str, content: Any) -> Iterator[str]:
-        """A synced file of the content, which is gone afterwards unless it was renamed."""
+        """Write the content into a temporary file, which is removed after the `with` block."""
         (local / name).parent.mkdir(parents=True, exist_ok=True)
         beside = local / self.TEMPORARY
         beside.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ class Folder:
                 os.unlink(partial)
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file; None where there is no such file."""
+        """The content of a file; None if there is no such file."""
         if self.local is not None:
             try:
                 return (self.local / name).read_bytes()
@@ -252,14 +252,15 @@ class Folder:
                 return content
 
     def open(self, name: str) -> Any:
-        """A file, to be read at any place."""
+        """Open a file for random access."""
         with reaching(self.place):
             return self._system.open_input_file(self._at(name))
 
     def tail(self, name: str, n_bytes: int) -> bytes:
         """The last bytes of a file."""
         if self.local is not None:
-            # Without Python's file objects: 100,000 tails are read when a large job goes on.
+            # Without Python's file objects, because a large job reads 100,000 tails when it goes
+            # on.
             descriptor = os.open(f"{self.local}/{name}", os.O_RDONLY)
             try:
                 size = os.fstat(descriptor).st_size
@@ -273,8 +274,9 @@ class Folder:
             return content
 
     def names(self, under: str) -> list[str]:
-        """Sorted names of the files in a folder of it, without that folder's own name; of a local
-        folder also those of the folders in it.
+        """Sorted names in the subfolder `under`, relative to it.
+
+        On this machine: the files and folders directly in it. On an object store: all files below.
         """
         if self.local is not None:
             try:
@@ -286,7 +288,7 @@ class Folder:
             return [entry.path[len(at) + 1 :] for entry in list_files(self._system, at)]
 
     def remove(self, name: str) -> None:
-        """Remove a file that may be there."""
+        """Remove a file if it exists."""
         if self.local is not None:
             (self.local / name).unlink(missing_ok=True)
         elif self.read(name) is not None:

@@ -1,4 +1,4 @@
-"""How far a run of a job is, and what each worker has done of it.
+"""Count the progress of a run, in total and for each worker.
 
 Hides: how rates follow from counts. Refuses to know: jobs, files, who works where.
 """
@@ -17,10 +17,10 @@ class WorkerShare(Frozen):
     """What one worker did in a run.
 
     Attributes:
-        name: number and device, or machine and process on a cluster.
-        n_shards: that it wrote.
-        n_texts: that it embedded.
-        texts_per_s: from the start of the run to its last shard.
+        name: number and device; on a cluster, machine and process.
+        n_shards: shards that it wrote.
+        n_texts: texts that it embedded.
+        texts_per_s: its rate from the start of the run to its last shard.
         last_s: when it wrote its last shard, in seconds from the start of the run.
     """
 
@@ -33,14 +33,17 @@ class WorkerShare(Frozen):
 
 @dataclass
 class Tally:
-    """How far a run is.
+    """Counts of a run's progress.
 
     Attributes:
-        n_rows: of the whole job.
-        n_done: rows whose shards are written, those of earlier runs among them.
-        price_per_hour: of all machines together, in dollars.
-        n_texts: embedded in this run, like the two that follow.
-        workers: by name.
+        n_rows: rows of the whole job.
+        n_done: rows whose shards are written, by this run or an earlier one.
+        price_per_hour: dollars for all machines together.
+        n_texts: texts that this run embedded.
+        n_tokens: tokens that the model read in this run.
+        operations: floating-point operations of this run.
+        workers: what each worker did in this run, by its name.
+        began: start of the run, by `time.monotonic`.
     """
 
     n_rows: int
@@ -70,16 +73,16 @@ class Tally:
 
     @property
     def seconds(self) -> float:
-        """Since the start of the run."""
+        """Seconds since the start of the run."""
         return time.monotonic() - self.began
 
     @property
     def dollars(self) -> float | None:
-        """Of the run so far; None without a price."""
+        """Cost of the run so far; None without a price."""
         return None if self.price_per_hour is None else self.price_per_hour * self.seconds / 3600
 
     def facts(self) -> dict[str, Any]:
-        """Rates and what is left, for an event."""
+        """Rates, and the time that is left, for an event."""
         took = max(self.seconds, 1e-9)
         rate = self.n_texts / took
         left = (self.n_rows - self.n_done) / rate if rate else None

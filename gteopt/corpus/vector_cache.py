@@ -1,28 +1,25 @@
-"""Vectors of texts on disk, so that the same weights never encode a text twice.
+"""Cache the vectors of texts on disk, so that the same weights never encode a text twice.
 
-Hides: shards, their names and checks, the rounding to 16 bits, what makes room when the cache is
-full. Refuses to know: mteb, tasks, how vectors are shortened and coded.
+Hides: shards, their names and checks, the rounding to 16 bits, which shards are removed when the
+cache is full. Refuses to know: mteb, tasks, how vectors are shortened and coded.
 
     FOLDER/<weights>/<sha256 of the file>.safetensors    keys [N, 32], vectors [N, full_dims]
 
-`<weights>` stands for everything that a vector depends on besides its text. These are the files
-that are loaded, the dtype, the kind of device, which GPU, and how it rounds. Versions of torch, of
-transformers and of gteopt's own forward pass are among them. What an artifact does to vectors after
-the model is not: artifacts that differ only in dimensions and codes share the cache. A key is the
-SHA-256 of prompt and text.
+`<weights>` is a hash of everything that a vector depends on besides its text. This includes the
+loaded files, the dtype, the kind of device, the GPU and how it rounds. It also includes the
+versions of torch, transformers and gteopt's forward pass. The steps after the model are not
+included: artifacts that differ only in dimensions and codes share the cache. A key is the SHA-256
+of prompt and text.
 
-A shard is written beside and renamed, and is named by its content. A killed process leaves whole
-shards. Two processes never overwrite each other's, and every read is checked against the name.
+A shard is written to a temporary file and renamed; its name is the hash of its content. So a killed
+process leaves only complete shards, two processes never overwrite each other's shards, and every
+read is checked against the name.
 
-What is scored has always passed through the stored form, also when it was encoded a moment ago. A
-cold and a warm cache then give the same bits, and baseline and variant are rounded alike. Of the
-16-bit floats, float16 has eight times finer steps where the components of unit vectors lie, and
-bfloat16's range is of no use there. Measured as the change of Spearman's correlation from float32's
-(all-MiniLM-L6-v2 in float32 | gte-nano in bfloat16): STSBenchmark float16 +0.000003 | +0.000003,
-bfloat16 -0.000002 | +0.000006; its French translation +0.000022 | -0.000010, -0.000061 | +0.000091.
-In 5000 pairs of LCQMC very many tie with all-MiniLM, to which most Chinese characters are one
-unknown token. Either form decides ties anew there: +0.000221, -0.000058. float32 is for figures
-that are to be reproduced to the sixth digit.
+A vector is rounded to its stored form before it is scored, even if it was just encoded. So a cold
+and a warm cache give the same bits, and baseline and variant are rounded alike. The default is
+float16: for the components of unit vectors it is eight times finer than bfloat16. The rounding
+changes Spearman's correlation from the fifth digit on, more where many pairs tie. float32 is for
+scores that must be reproduced to the sixth digit.
 """
 
 from __future__ import annotations
@@ -63,23 +60,24 @@ Stored = npt.NDArray[Any]
 CacheDtype = Literal["float16", "float32"]
 
 FORWARD_SCHEMA = "1"
-"""Of the vectors that gteopt makes of a text. A change of the forward pass (masks, prompts,
-pooling, kernels) raises it, so that older vectors are not scored as newer ones. A test compares
-vectors with pinned ones, so that it is not forgotten."""
+"""Version of the vectors that gteopt makes from a text. Raise it with every change of the forward
+pass (masks, prompts, pooling, kernels), so that cached vectors of the older pass are not used. A
+test with pinned vectors fails if that is forgotten."""
 DEFAULT_BYTES = 20_000_000_000
 
-_HELD_BYTES = 1 << 30  # of shards that stay in memory after they were read
-_WRITES_PER_LOOK = 64  # other processes write, too: 117 MB each at 3584 dimensions
-_STALE_S = 86_400  # a half-written file of this age belongs to a process that was killed
+_HELD_BYTES = 1 << 30  # bytes of shards that stay in memory after they were read
+_WRITES_PER_LOOK = 64  # own writes between two looks at the size of the whole cache
+_STALE_S = 86_400  # a half-written file that is older was left by a killed process
 
 
 class VectorCache:
-    """Full-dimension vectors by (prompt, text), of one encoder.
+    """Full-dimension vectors of one encoder by (prompt, text).
 
     Attributes:
-        counts: since it was opened, each request's repetitions counted once.
-        keeps_lengths: rows are stored as long as the encoder makes them, instead of as unit rows;
-            set before anything is read or written, in a folder of its own.
+        counts: texts asked for since the cache was opened; a text that repeats within a request
+            counts once.
+        keeps_lengths: store rows with their length, instead of as unit rows; set it before anything
+            is read or written, and use a separate folder.
     """
 
     def __init__(
@@ -95,13 +93,13 @@ class VectorCache:
         """Open the cache of `encoder` in `folder`; nothing is read yet.
 
         Args:
-            encoder: names the weights; encodes by itself unless `encode` does.
-            folder: of the caches of all encoders; made when the first shard is written.
-            encode: how missing texts are encoded; None is here, in batches of 32.
-            limit_bytes: of all shards in `folder`; half of the disk's free space, where that is
-                less. Which shards make room: see `begin_task`.
-            dtype: how vectors are stored.
-            say: told of damaged shards.
+            encoder: names the weights; encodes missing texts if `encode` is None.
+            folder: folder for the caches of all encoders; made when the first shard is written.
+            encode: encodes missing texts; None means in this process, in batches of 32.
+            limit_bytes: the most bytes of all shards in `folder`. The cache grows by at most half
+                of the disk's free space. `begin_task` says which shards are removed.
+            dtype: dtype of stored vectors.
+            say: called with a message about each damaged shard.
         """
         self.encoder = encoder
         self.identity = vector_identity(encoder, dtype)
@@ -117,32 +115,31 @@ class VectorCache:
         self._where: dict[bytes, tuple[str, int]] = {}
         self._gone: set[str] = set()
         self._of_task: dict[str, None] = {}
-        self._n_unseen_writes = 0  # since all shards were looked at
-        self._n_bytes = 0  # that they took then, and were written since
+        self._n_unseen_writes = 0  # own writes since the last look at all shards
+        self._n_bytes = 0  # bytes of all shards at that look, and of own writes since then
         self._held: OrderedDict[str, Stored] = OrderedDict()
 
     def begin_task(self) -> None:
-        """What is asked for from now on belongs to another task.
+        """Start a new task: it owns the shards that are read or written from now on.
 
-        A task's own shards are the last to make room, and of them the latest first. A corpus that
-        is read again, after a stop or for another artifact of the same weights, is read from its
-        beginning. The least lately read of an overfull cache would be just what comes next. Of all
-        else, the shards that were not read for longest go first.
+        A full cache first removes shards of other tasks, the least recently read first. Shards of
+        the current task go last, and the most recently used of them first. For a corpus is read
+        again from its beginning, so the least recently used shard would be the next one needed.
         """
         self._of_task = {}
 
     def n_bytes(self, n_texts: int) -> int:
-        """What the vectors of so many texts take."""
+        """Bytes of the vectors of `n_texts` texts."""
         return n_texts * self.encoder.full_dims * self._dtype.itemsize
 
     def room_bytes(self) -> int:
-        """Most that the shards of all encoders may take."""
+        """The most bytes that the shards of all encoders may take."""
         held = sum(path.stat().st_size for path in self.folder.parent.glob("*/*.safetensors"))
         return self._room_bytes(held)
 
     def _room_bytes(self, held: int) -> int:
-        there = next(each for each in (self.folder, *self.folder.parents) if each.is_dir())
-        return min(self._limit_bytes, held + shutil.disk_usage(there).free // 2)
+        existing = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
+        return min(self._limit_bytes, held + shutil.disk_usage(existing).free // 2)
 
     def embed(
         self,
@@ -151,11 +148,11 @@ class VectorCache:
         instruction: str | None,
         progress: Progress = quiet,
     ) -> Floats:
-        """Vectors [N, full_dims], unit rows rounded as stored; encodes what is not there yet.
+        """Vectors [N, full_dims], unit rows rounded as stored; encodes texts that are missing.
 
-        Every shard is on disk before the next one is encoded. Texts are cut into shards by length
-        and then by content, so that an interrupted request goes on with the very shards that it
-        would have had.
+        Every shard is on disk before the next one is encoded. Texts are sorted by length and then
+        by content before they are cut into shards. So an interrupted request goes on with the same
+        shards.
 
         Raises:
             NumericsError: the model produced NaN or infinity.
@@ -165,30 +162,30 @@ class VectorCache:
         digests = [_digest(prompt, text) for text in texts]
         wanted = dict(zip(digests, texts, strict=True))
         self._look_for_new_shards()
-        found = self._read(wanted)
-        missing = [text for digest, text in wanted.items() if digest not in found]
+        rows = self._read(wanted)
+        missing = [text for digest, text in wanted.items() if digest not in rows]
         self.counts += Encodings(len(wanted), len(missing), self._n_cut(wanted, role, instruction))
         n_known = len(texts) - len(missing)
 
-        def count(what: str, done: int, total: int) -> None:
-            progress(what, n_known + done, len(texts))
+        def count(stage: str, done: int, total: int) -> None:
+            progress(stage, n_known + done, len(texts))
 
         for shard, vectors in self._encode(cut(missing, role, instruction), count):
             keys = [_digest(prompt, text) for text in shard.texts]
             stored = self._rounded(vectors)
             self._write(keys, stored)
-            found.update(zip(keys, stored, strict=True))
+            rows.update(zip(keys, stored, strict=True))
         progress(f"encoding with {self.encoder.name}", len(texts), len(texts))
         if not texts:
             return np.empty((0, self.encoder.full_dims), np.float32)
-        return np.stack([found[digest] for digest in digests]).astype(np.float32)
+        return np.stack([rows[digest] for digest in digests]).astype(np.float32)
 
     def count_cached(self, asked: Encodings) -> None:
-        """Count texts that were asked for and not read again, as what they gave is known."""
+        """Count texts that were asked for, but not read because their scores are known."""
         self.counts += Encodings(asked.n_asked, 0, asked.n_cut)
 
     def _n_cut(self, wanted: Mapping[bytes, str], role: Role, instruction: str | None) -> int:
-        """How many of the texts the encoder cuts, whoever encodes them and whenever it was."""
+        """How many of the texts are longer than the encoder takes, cached or not."""
         new = {key: text for key, text in wanted.items() if key not in self._is_cut}
         lengths = self.encoder.tokenization.lengths(
             list(new.values()), role=role, instruction=instruction
@@ -200,15 +197,16 @@ class VectorCache:
     def missing(
         self, texts: Sequence[str], role: Role, instruction: str | None
     ) -> dict[bytes, str]:
-        """Texts that `embed` would encode, by key; files are not checked."""
+        """Texts that `embed` would encode, by key; the hashes of shards are not checked."""
         prompt = self.encoder.tokenization.prompt(role, instruction)
         self._look_for_new_shards()
         wanted = {_digest(prompt, text): text for text in texts}
         return {key: text for key, text in wanted.items() if not self._is_there(key)}
 
     def _rounded(self, vectors: Floats) -> Stored:
-        """Unit rows in the stored dtype. Only directions are ever scored, and unit rows are where
-        float16 is finest; a zero row stays zero.
+        """Unit rows in the stored dtype; a zero row stays zero.
+
+        Only directions are scored, and float16 is finest for the components of unit rows.
         """
         if self.keeps_lengths:
             return vectors.astype(self._dtype)
@@ -216,7 +214,7 @@ class VectorCache:
         return (vectors / np.where(norm > 0, norm, 1.0)).astype(self._dtype)
 
     def _look_for_new_shards(self) -> None:
-        """Index what this or another process has written since the last look."""
+        """Index shards that this or another process has written since the last look."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in self._seen:
                 self._index(path.name, self._keys(path))
@@ -232,37 +230,37 @@ class VectorCache:
         return key in self._where and self._where[key][0] not in self._gone
 
     def _read(self, wanted: Mapping[bytes, str]) -> dict[bytes, Stored]:
-        """Stored rows by key, of those that are there and undamaged."""
+        """Stored rows by key, for the keys whose shard is present and undamaged."""
         by_shard: dict[str, list[tuple[bytes, int]]] = {}
         for key in wanted:
             if self._is_there(key):
                 name, row = self._where[key]
                 by_shard.setdefault(name, []).append((key, row))
-        found: dict[bytes, Stored] = {}
-        for name, places in by_shard.items():
+        rows: dict[bytes, Stored] = {}
+        for name, wanted_rows in by_shard.items():
             vectors = self._vectors(name)
             if vectors is None:
-                # Their keys stay: a corpus has millions, and thousands of its shards may go.
+                # The keys stay in the index: to remove those of thousands of shards takes long.
                 self._gone.add(name)
                 self._seen.discard(name)
                 continue
-            for key, row in places:
-                found[key] = vectors[row]
-        return found
+            for key, row in wanted_rows:
+                rows[key] = vectors[row]
+        return rows
 
     def _keys(self, path: Path) -> list[bytes]:
-        """Keys of a shard, a small part of it; what they lead to is checked when it is read."""
+        """Keys of a shard, read without its vectors; `_vectors` checks the shard's hash."""
         try:
             with safe_open(path, framework="numpy") as handle:
                 return [row.tobytes() for row in handle.get_tensor("keys")]
-        except FileNotFoundError:  # another process made room
+        except FileNotFoundError:  # another process removed it to make room
             return []
         except SafetensorError:
             self._discard(path)
             return []
 
     def _vectors(self, name: str) -> Stored | None:
-        """Vectors of a shard; None where another process made room, or it is damaged."""
+        """Vectors of a shard; None if another process removed the shard, or it is damaged."""
         self._of_task.setdefault(name)
         if name in self._held:
             self._held.move_to_end(name)
@@ -270,7 +268,7 @@ class VectorCache:
         path = self.folder / name
         try:
             content = path.read_bytes()
-            os.utime(path)  # read just now: the last to make room
+            os.utime(path)  # mark as recently read, so that it is removed last
         except FileNotFoundError:
             return None
         if hashlib.sha256(content).hexdigest() != path.stem:
@@ -283,20 +281,21 @@ class VectorCache:
     def _discard(self, path: Path) -> None:
         path.unlink(missing_ok=True)
         self._say(
-            f"{self.encoder.name}: the cached vectors in {path} were damaged (their SHA-256 "
-            f"differs from the file's name); the file was removed and its texts are encoded again"
+            f"{self.encoder.name}: the cached vectors in {path} were damaged (the SHA-256 differs "
+            f"from the file's name); the file was removed, and its texts are encoded again"
         )
 
     def _hold(self, name: str, vectors: Stored) -> None:
         self._held[name] = vectors
         while (
-            sum(each.nbytes for each in self._held.values()) > _HELD_BYTES and len(self._held) > 1
+            sum(vectors.nbytes for vectors in self._held.values()) > _HELD_BYTES
+            and len(self._held) > 1
         ):
             self._held.popitem(last=False)
 
     def _write(self, keys: Sequence[bytes], vectors: Stored) -> None:
         table = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
-        # One entry: safetensors writes several in an order of chance, and the name would change.
+        # One entry, because safetensors writes several in random order and the hash would change.
         about = json.dumps({"schema": "gteopt.vectors/1", **self.identity}, sort_keys=True)
         content = save({"keys": table, "vectors": vectors}, {"gteopt": about})
         name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
@@ -306,20 +305,23 @@ class VectorCache:
         self._hold(name, vectors)
         self._index(name, keys)
         self._n_bytes += len(content)
-        # A corpus has tens of thousands of shards, all of which are looked at to make room.
+        # Not at every write, because making room looks at all shards: there may be tens of
+        # thousands.
         if self._n_unseen_writes % _WRITES_PER_LOOK == 0 or self._n_bytes > self._limit_bytes:
             self._n_bytes, self._n_unseen_writes = self._make_room(name), 0
         self._n_unseen_writes += 1
 
     def _make_room(self, newest: str) -> int:
-        """Remove shards of all encoders down to the limit: see `begin_task` for the order. Returns
-        the bytes that are left.
+        """Remove shards of all encoders until the limit is met; `begin_task` has the order.
+
+        Returns:
+            The bytes of the shards that are left.
         """
         files: list[tuple[float, int, Path]] = []
         for path in self.folder.parent.glob("*/*"):
             try:
                 stat = path.stat()
-            except FileNotFoundError:  # another process made room
+            except FileNotFoundError:  # another process removed it to make room
                 continue
             if path.suffix == ".safetensors":
                 files.append((stat.st_mtime, stat.st_size, path))
@@ -329,12 +331,12 @@ class VectorCache:
         limit = self._room_bytes(total)
         if total <= limit:
             return total
-        places = {name: place for place, name in enumerate(self._of_task)}
+        order = {name: number for number, name in enumerate(self._of_task)}
 
         def first_to_go(file: tuple[float, int, Path]) -> tuple[bool, float]:
             mtime, _, path = file
-            of_task = path.parent == self.folder and path.name in places
-            return of_task, -places[path.name] if of_task else mtime
+            of_task = path.parent == self.folder and path.name in order
+            return of_task, -order[path.name] if of_task else mtime
 
         for _, size, path in sorted(files, key=first_to_go):
             if total <= limit:
@@ -346,7 +348,7 @@ class VectorCache:
 
 
 def vector_identity(encoder: Description, dtype: CacheDtype = "float16") -> dict[str, str]:
-    """What full-dimension vectors depend on besides their text."""
+    """Everything that full-dimension vectors depend on besides their text."""
     return {
         "weights": encoder.checkpoint.weights_sha256,
         "dtype": str(encoder.dtype).removeprefix("torch."),

@@ -1,4 +1,4 @@
-"""Whether an embedding folder holds what it says: bytes, counts, and vectors made again.
+"""Verify an embedding folder: its bytes, its counts, and a sample of vectors embedded again.
 
 Hides: what is compared with what. Refuses to know: how a job is run.
 """
@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 N_AGAIN = 64
 _MIN_COSINE = {"float32": 0.99, "float16": 0.99, "int8": 0.98}
 _MIN_COSINE_OF_FEW_BITS = 0.9
-"""Of a vector with that of the same text in another batch, where bfloat16 rounds differently."""
+"""Least cosine of a vector with the vector of the same text from another batch. It is below 1
+because bfloat16 rounds differently in another batch."""
 
 
 class Verified(Frozen):
-    """What was checked.
+    """Counts of a folder without a problem.
 
     Attributes:
+        n_bad: dead letters.
         n_again: rows whose text was embedded again.
-        min_cosine: least cosine of those with what is stored.
+        min_cosine: least cosine of these new vectors with the stored ones; None without rows.
     """
 
     n_shards: int
@@ -49,51 +51,52 @@ def verify(job: Job, encoder: Encoder, *, seed: int = 0, progress: Progress = qu
     """Read every shard, count the rows of every file, and embed 64 random rows again.
 
     Raises:
-        IntegrityError: lists every shard that is missing or damaged, every file whose rows do not
-            add up, and every row whose vector is another one.
+        IntegrityError: lists every missing or damaged shard, every file whose rows do not add up,
+            and every row whose new vector differs from the stored one.
     """
     done = finished(job.folder, job.plan.expected())
-    problems = [f"{name} is missing or not whole" for name in job.plan.shards if name not in done]
+    problems = [f"{name} is missing or incomplete" for name in job.plan.shards if name not in done]
     rows: dict[int, int] = {}
     n_vectors = n_bad = 0
     for number, (name, record) in enumerate(done.items()):
         try:
-            found = _counted(job, name, record.sha256)
+            counts = _counted(job, name, record.sha256)
         except IntegrityError as error:
             problems.append(str(error))
             continue
         shard = job.plan.shards[name]
-        if (found["embedded"], found["vectors"], found["bad"]) != (
+        if (counts["embedded"], counts["vectors"], counts["bad"]) != (
             record.n_embedded,
             record.n_vectors,
             record.n_bad,
         ):
             problems.append(f"{name} holds other counts than its footer says")
-        rows[shard.file] = rows.get(shard.file, 0) + found["embedded"] + found["bad"]
-        n_vectors, n_bad = n_vectors + found["vectors"], n_bad + found["bad"]
+        rows[shard.file] = rows.get(shard.file, 0) + counts["embedded"] + counts["bad"]
+        n_vectors, n_bad = n_vectors + counts["vectors"], n_bad + counts["bad"]
         progress("reading shards", number + 1, len(done))
     for number, count in enumerate(job.record.files):
         if rows.get(number, 0) != count.n_rows and not problems:
             problems.append(
-                f"{count.file.name} has {count.n_rows:,} rows, and {rows.get(number, 0):,} of "
+                f"{count.file.name} has {count.n_rows:,} rows, but only {rows.get(number, 0):,} of "
                 f"them have a vector or a dead letter"
             )
-    again = {} if problems else _again(job, encoder, seed)
+    cosines = {} if problems else _cosines_again(job, encoder, seed)
     least = _MIN_COSINE.get(job.record.decode.code, _MIN_COSINE_OF_FEW_BITS)
     problems += [
-        f"{where} was embedded again: cosine {cosine:.4f} with what is stored"
-        for where, cosine in again.items()
+        f"{row} was embedded again: its cosine with the stored vector is {cosine:.4f}, and must be "
+        f"at least {least}"
+        for row, cosine in cosines.items()
         if not cosine >= least
     ]
     if problems:
-        raise IntegrityError(join_problems(f"{job.folder} is not as it should be", problems))
+        raise IntegrityError(join_problems(f"{job.folder} fails verification", problems))
     return Verified(
         n_shards=len(done),
         n_rows=sum(rows.values()),
         n_vectors=n_vectors,
         n_bad=n_bad,
-        n_again=len(again),
-        min_cosine=min(again.values(), default=None),
+        n_again=len(cosines),
+        min_cosine=min(cosines.values(), default=None),
     )
 
 
@@ -111,8 +114,8 @@ def _counted(job: Job, name: str, sha256: str) -> Mapping[str, int]:
     return {"embedded": len(np.unique(rows)), "vectors": len(rows), "bad": n_bad}
 
 
-def _again(job: Job, encoder: Encoder, seed: int) -> dict[str, float]:
-    """Cosines of random rows' stored vectors with those of their texts, embedded now."""
+def _cosines_again(job: Job, encoder: Encoder, seed: int) -> dict[str, float]:
+    """Embed random rows again; gives the cosine of each new vector with the stored one."""
     task, options = job.task, job.task.options
     random = np.random.default_rng(seed)
     names = [name for name, shard in job.plan.shards.items() if shard.file in task.files]
@@ -122,8 +125,8 @@ def _again(job: Job, encoder: Encoder, seed: int) -> dict[str, float]:
         wanted[name] = wanted.get(name, 0) + 1
     reader = RowReader(task.files, task.columns)
     transform = stored_transform(encoder.vectors, task.stored)
-    found: dict[str, float] = {}
-    for name in (each for each in names if each in wanted):
+    cosines: dict[str, float] = {}
+    for name in (name for name in names if name in wanted):
         table, shard = read_shard(job.folder, name), job.plan.shards[name]
         if not table.num_rows:
             continue
@@ -133,13 +136,13 @@ def _again(job: Job, encoder: Encoder, seed: int) -> dict[str, float]:
         whole = [texts[row - shard.first] or "" for row in rows]
         parts = _parts(job, encoder, whole)
         if "start" in table.column_names:
-            starts, ends = (table[each].to_numpy()[picked] for each in ("start", "end"))
+            starts, ends = (table[column].to_numpy()[picked] for column in ("start", "end"))
             parts = [[text[a:b]] for text, a, b in zip(whole, starts, ends, strict=True)]
-        flat = [text for each in parts for text in each]
+        flat = [chunk for chunks in parts for chunk in chunks]
         vectors = encoder.embed(
             flat, role=options.role, instruction=options.instruction, batch_size=options.batch_size
         )
-        ends_of = np.cumsum([len(each) for each in parts])
+        ends_of = np.cumsum([len(chunks) for chunks in parts])
         pooled = np.stack(
             [vectors[b - len(p) : b].mean(axis=0) for p, b in zip(parts, ends_of, strict=True)]
         )
@@ -151,13 +154,13 @@ def _again(job: Job, encoder: Encoder, seed: int) -> dict[str, float]:
         file = task.files[shard.file][0].name
         for row, a, b in zip(rows.tolist(), now, then, strict=True):
             norm = float(np.linalg.norm(a) * np.linalg.norm(b))
-            found[f"{file} row {row}"] = float(a @ b) / norm if norm else float(not a.any())
+            cosines[f"{file} row {row}"] = float(a @ b) / norm if norm else float(not a.any())
     reader.close()
-    return found
+    return cosines
 
 
 def _parts(job: Job, encoder: Encoder, texts: list[str]) -> list[list[str]]:
-    """The chunks whose vectors are pooled; whole texts where none are."""
+    """The chunks of each text whose vectors are pooled; without pooling, the whole text."""
     options = job.task.options
     if options.pool == "none":
         return [[text] for text in texts]
@@ -168,5 +171,5 @@ def _parts(job: Job, encoder: Encoder, texts: list[str]) -> list[list[str]]:
         options.long.tokens,
         options.long.overlap,
     )
-    cut = spans(encoder.tokenization, texts, *sizes)
-    return [[text[a:b] for a, b in each] for text, each in zip(texts, cut, strict=True)]
+    chunks = spans(encoder.tokenization, texts, *sizes)
+    return [[text[a:b] for a, b in parts] for text, parts in zip(texts, chunks, strict=True)]

@@ -1,11 +1,11 @@
-"""Encode shards of texts in other processes: one a device, or actors of a Ray cluster.
+"""Encode shards of texts in other processes: one process a device, or actors of a Ray cluster.
 
-Hides: processes, Ray, which worker is free, and what is done again when one is lost. Refuses to
+Hides: processes, Ray, which worker is free, and what is repeated when a worker is lost. Refuses to
 know: tasks, caches, scores.
 
-A shard's vectors have the same bits on every worker. Batches are cut from the shard's own texts.
-Every worker computes with as many threads as this process, has the same versions of the libraries,
-and has loaded files with the same SHA-256. Another kind of processor is reported.
+A shard's vectors have the same bits on every worker. Batches hold texts of one shard only. Every
+worker computes with as many threads as this process, has the same versions of the libraries, and
+has loaded files with the same SHA-256. A worker with another processor is reported.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 
-_AHEAD_PER_WORKER = 4  # shards encoded before they are asked for: 15 MB at 3584 dimensions
-_TRIES = 3  # workers that may be lost over one shard
+_AHEAD_PER_WORKER = 4  # shards encoded before they are asked for; each takes a few MB
+_TRIES = 3  # how often a shard is tried on another worker after a loss
 _LOSSES_PER_WORKER = 3
-_PATIENCE_S = 600.0  # without any worker, until a lost one has to be back
+_PATIENCE_S = 600.0  # how long a shard waits for a worker when none is left
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Job:
     """What a worker has to load, and the conditions for vectors with the same bits.
 
     Attributes:
-        source: a base or an artifact, as `gteopt.load` takes it; on a cluster, readable by every
-            node under the same name.
-        sha256: that the files must have.
-        n_threads: of torch, on a CPU.
-        versions: of the libraries that decide results.
+        source: a base or an artifact, as `gteopt.load` takes it; on a cluster, every node must be
+            able to read it under this name.
+        sha256: SHA-256 that the files must have.
+        n_threads: threads of torch on a CPU.
+        versions: versions of the libraries that decide results.
         cpu: this machine's processor.
         gpu: the GPU under whose name vectors are stored; None if this machine has none.
-        max_tokens: longer texts are cut there; None is the model's limit.
-        normalize: whether vectors get unit length, if the model normalises.
+        max_tokens: longer texts are cut to this length; None means the model's limit.
+        normalize: whether vectors get unit length, if the model normalizes.
     """
 
     source: str
@@ -78,7 +78,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker returns besides its result: notes, or an error in place of the result."""
+    """The part of an answer besides the result: notes, and an error in place of the result."""
 
     error: GteoptError | None = None
     notes: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ class Encoded(Answer):
 
 
 class WorkerLost(Exception):
-    """A worker died, or cannot be reached; its item has to be done again."""
+    """A worker died or cannot be reached; its item must be repeated."""
 
 
 _Job = TypeVar("_Job")
@@ -104,9 +104,9 @@ _AnswerOut = TypeVar("_AnswerOut", bound=Answer, covariant=True)
 
 
 class Worker(Protocol[_JobIn, _ItemIn, _AnswerOut]):
-    """A process with a device that does one item of a job at a time, such as a shard of texts.
+    """A process with a device that works on one item of a job at a time.
 
-    Items are `Shard` for scores, and `RowRange` for a corpus that is embedded.
+    An item is a `Shard` of texts for scores, or a `RowRange` of a corpus that is embedded.
     """
 
     name: str
@@ -115,17 +115,17 @@ class Worker(Protocol[_JobIn, _ItemIn, _AnswerOut]):
         """Encode an item, or raise `WorkerLost`."""
 
     def close(self) -> None:
-        """Kill it, whatever it is doing."""
+        """Kill the worker, even in the middle of an item."""
 
 
 class WorkerPool(Generic[_Job, _Item, _Answer]):
-    """Workers that share shards; a context manager, which ends them.
+    """Workers that share shards; a context manager that ends them.
 
-    A lost worker is opened again, and its shard goes to the next free one.
+    A lost worker is opened again, and its shard goes to the next free worker.
 
     Attributes:
-        device: kind of device that all of them encode on, "cpu" or "cuda".
-        n_lost: how many died.
+        device: kind of device that all workers encode on, "cpu" or "cuda".
+        n_lost: how many workers died.
     """
 
     def __init__(
@@ -139,10 +139,10 @@ class WorkerPool(Generic[_Job, _Item, _Answer]):
         """Open every worker, all at once.
 
         Args:
-            openers: one a worker; called again when the worker is lost.
+            openers: one function for each worker, which opens it; called again when it is lost.
             device: kind of device.
             where: name of the workers in reports.
-            leave: called after all workers are ended.
+            leave: called after all workers have ended.
         """
         self._leave = leave
         self.device = device
@@ -186,14 +186,14 @@ class WorkerPool(Generic[_Job, _Item, _Answer]):
             return list(self._open.values())
 
     def submit(self, job: _Job, shard: _Item) -> Future[_Answer]:
-        """`encode` in the background; shards start in the order of submission."""
+        """Run `encode` in the background; shards start in the order of submission."""
         return self._pool.submit(self.encode, job, shard)
 
     def encode(self, job: _Job, shard: _Item) -> _Answer:
-        """Encode one shard on the next free worker; if that is lost, on another one.
+        """Encode one shard on the next free worker; if the worker is lost, on another one.
 
         Raises:
-            UnsupportedError: workers are lost again and again, or none comes back.
+            UnsupportedError: too many workers were lost, or none came back.
         """
         notes: list[str] = []
         for _ in range(_TRIES):
@@ -209,8 +209,8 @@ class WorkerPool(Generic[_Job, _Item, _Answer]):
             self._idle.put((number, worker))
             return replace(encoded, notes=(*notes, *encoded.notes))
         raise UnsupportedError(
-            f"{_TRIES} workers in a row were lost over the same texts ({self._where}); they may "
-            f"need more memory than there is"
+            f"{_TRIES} workers in a row were lost over the same texts ({self._where}); these texts "
+            f"may need more memory than the workers have"
         )
 
     def _next(self) -> tuple[int, Worker[_Job, _Item, _Answer]]:
@@ -222,7 +222,7 @@ class WorkerPool(Generic[_Job, _Item, _Answer]):
             except Empty:
                 continue
         raise UnsupportedError(
-            f"no worker was left to encode with for {_PATIENCE_S / 60:.0f} minutes "
+            f"no worker was available for {_PATIENCE_S / 60:.0f} minutes "
             f"({self._where}, {self.n_lost} lost); what is encoded is kept, and the same command "
             f"goes on from there"
         )
@@ -237,18 +237,19 @@ class WorkerPool(Generic[_Job, _Item, _Answer]):
             self.n_lost += 1
         if self.n_lost > _LOSSES_PER_WORKER * len(self._openers):
             raise UnsupportedError(
-                f"{self.n_lost} workers were lost, the last one with: {lost}; look at their memory"
+                f"{self.n_lost} workers were lost; the last reason was: {lost}; check whether the "
+                f"workers have enough memory"
             )
         self._reopen(number)
 
     def _reopen(self, number: int) -> None:
-        """Open a worker in the background: on a cluster it may wait for a node to come back."""
+        """Open a worker in the background; on a cluster, it may have to wait for a node."""
 
         def open_() -> None:
             try:
                 worker = self._openers[number]()
             except WorkerLost as lost:
-                # No exception here: the caller that waits for a worker reports that none came.
+                # No exception in this thread: `_next` reports that no worker came.
                 with suppress(UnsupportedError, WorkerLost):
                     self._reopen_after(lost, number)
                 return
@@ -274,7 +275,7 @@ class Workers(WorkerPool[Job, Shard, Encoded]):
         batch_size: int = 32,
         say: Callable[[str], None] = lambda _: None,
     ) -> ShardsElsewhere:
-        """Encodes shards for `encoder`, which was loaded or described from `source`."""
+        """An `EncodeShards` on these workers, for the `encoder` that comes from `source`."""
         import torch
 
         job = Job(
@@ -296,17 +297,17 @@ class Workers(WorkerPool[Job, Shard, Encoded]):
 class ShardsElsewhere:
     """Encodes shards on all workers at once; see `EncodeShards`.
 
-    A few expected shards for each worker are encoded before they are asked for. So no worker waits
-    for the end of a request, a task, or its scoring.
+    For each worker, a few expected shards are encoded before they are asked for. So no worker waits
+    while a request ends or a task is scored.
     """
 
     def __init__(self, workers: Workers, job: Job, say: Callable[[str], None]) -> None:
         """Nothing is encoded yet.
 
         Args:
-            workers: encode the shards.
-            job: what they load.
-            say: told of lost workers, and the workers' notes.
+            workers: the workers that encode the shards.
+            job: the model that they load.
+            say: called with messages about lost workers, and with the workers' notes.
         """
         self._workers = workers
         self._job = job
@@ -318,10 +319,10 @@ class ShardsElsewhere:
     def __call__(
         self, shards: Sequence[Shard], progress: Progress
     ) -> Iterator[tuple[Shard, Floats]]:
-        """Each shard with its vectors [N, full_dims], in the order in which they get ready.
+        """Each shard with its vectors [N, full_dims], in the order in which shards get ready.
 
         Raises:
-            GteoptError: what a worker raised, or `Workers.encode`.
+            GteoptError: what a worker or `Workers.encode` raised.
         """
         n_texts, n_done = sum(len(shard.texts) for shard in shards), 0
         for shard in shards:
@@ -348,12 +349,12 @@ class ShardsElsewhere:
         return ShardsElsewhere(self._workers, job, self._say)
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """Expect these shards to be asked for, after those that are already expected."""
+        """Announce shards that will be asked for, after those that are announced already."""
         self._expected |= dict.fromkeys(shard for shard in shards if shard not in self._started)
         self._start_expected()
 
     def forget(self, shards: Sequence[Shard]) -> None:
-        """Expect these shards no longer; those that were not asked for are cancelled."""
+        """Withdraw announced shards, and cancel those that have started but were not asked for."""
         for shard in shards:
             self._expected.pop(shard, None)
             if shard in self._started:
@@ -362,8 +363,8 @@ class ShardsElsewhere:
     def when_all_started(self, start_next: Callable[[], None]) -> None:
         """See `EncodeAhead`.
 
-        Workers take shards in the order of their start. So the next model's shards never come
-        before those that are expected here.
+        Workers take shards in the order of their submission. So shards of the next model never come
+        before those that are announced here.
         """
         self._start_next = start_next
         self._start_expected()
@@ -382,7 +383,7 @@ class ShardsElsewhere:
 
 
 def local_workers(devices: Sequence[str]) -> Workers:
-    """One process a device of this machine, as `parse_devices` has them."""
+    """One process for each device of this machine; `parse_devices` gives the devices."""
     openers = [
         lambda name=name, number=number: _Process(f"{number} on {name}", name)
         for number, name in enumerate(devices)
@@ -424,14 +425,20 @@ def _serve(connection: Connection) -> None:
     while True:
         try:
             job, device, shard = connection.recv()
-        except (EOFError, OSError):  # the latter where the parent was killed with unread answers
+        except (EOFError, OSError):  # OSError if the parent was killed with unread answers
             return
         connection.send(_encode(job, device, shard))
 
 
 @dataclass(frozen=True)
 class _LoadedModel:
-    """A loaded model, its variants for jobs that only change how it encodes, and its notes."""
+    """A loaded model.
+
+    Attributes:
+        usual: encodes with the model's own token limit and normalization.
+        notes: messages for the parent process.
+        changed: encodes with another token limit or normalization, by the job that asks for it.
+    """
 
     usual: LocalEncoding
     notes: list[str]
@@ -453,14 +460,14 @@ def _encode(job: Job, device: str, shard: Shard) -> Encoded:
     try:
         usual = replace(job, max_tokens=None, normalize=True)
         if (usual, device) not in _LOADED:
-            _LOADED.clear()  # first: two models may not fit
+            _LOADED.clear()  # before loading, because two models may not fit the memory
             _LOADED[usual, device] = _load(usual, device)
-        held = _LOADED[usual, device]
-        encode, notes = held.encoding(job), held.notes
-        ((_, vectors),) = encode([shard], lambda what, done, total: None)
-        told = tuple(notes)
-        notes.clear()
-        return Encoded(vectors=vectors, notes=told)
+        model = _LOADED[usual, device]
+        encode = model.encoding(job)
+        ((_, vectors),) = encode([shard], lambda stage, done, total: None)
+        notes = tuple(model.notes)
+        model.notes.clear()
+        return Encoded(vectors=vectors, notes=notes)
     except GteoptError as error:
         return Encoded(error=error)
     except Exception as error:
@@ -468,7 +475,7 @@ def _encode(job: Job, device: str, shard: Shard) -> Encoded:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return Encoded(
             error=UnsupportedError(
-                f"a worker on {device} failed over {job.source}: {type(error).__name__}: {error} "
+                f"a worker on {device} failed with {job.source}: {type(error).__name__}: {error} "
                 f"({Path(where.filename).name}:{where.lineno})"
             )
         )
@@ -498,7 +505,7 @@ def _load(job: Job, device: str) -> _LoadedModel:
             f"a worker runs on {gpu}, this process has {job.gpu}: vectors may differ in their "
             f"last bits"
         )
-    # The parent process counts the texts that were cut, over all workers.
+    # No warning, because the parent process counts the cut texts of all workers.
     warnings.filterwarnings("ignore", message=".* and were cut there")
     torch.set_num_threads(job.n_threads)
     hub_dir = None if job.hub_dir is None else Path(job.hub_dir)
@@ -513,6 +520,6 @@ def _load(job: Job, device: str) -> _LoadedModel:
     if encoder.sha256 != job.sha256:
         raise IntegrityError(
             f"{job.source} holds other files on a worker's machine (SHA-256 {encoder.sha256[:16]} "
-            f"instead of {job.sha256[:16]}); copy the same there, or share the folder"
+            f"instead of {job.sha256[:16]}); copy the same files there, or share the folder"
         )
     return _LoadedModel(LocalEncoding(encoder, job.batch_size, notes.append), notes, {})

@@ -79,10 +79,10 @@ def test_json_is_an_event_a_line_and_a_dry_run_embeds_nothing(call: Call, tmp_pa
     ("options", "said"),
     [
         (["--text", "body"], "no column body; it has id, text, n"),
-        (["--instruction", "find"], "--instruction goes on queries only"),
+        (["--instruction", "find"], "--instruction is for queries only"),
         (["--long", "shorten"], "--long shorten: write error, truncate"),
         (["--pool", "mean"], "--long chunk"),
-        (["--keep", "vector"], "columns of its own"),
+        (["--keep", "vector"], "the output's own columns"),
         (["--export", "npz"], "did you mean npy"),
         (["--actors", "0-2"], "MIN-MAX"),
         (["--verify"], "nothing to verify"),

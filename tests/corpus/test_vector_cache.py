@@ -351,7 +351,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_said_once(nano: Encoder, tmp_pa
     assert not run.failed
     (note,) = run.notes
     assert "batches of 32 texts do not fit" in note
-    assert "went on with 8" in note
+    assert "continued with batches of 8" in note
     assert narrow.sizes[:3] == [32, 16, 8]
     assert max(narrow.sizes[3:]) == 8
     assert run.score == pytest.approx(run_suite(nano, suite).score, abs=0.01)
