@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,16 +121,14 @@ def find_corpus(
         raise InputError("\n".join(problems))
     if not located:
         raise InputError(f"{', '.join(inputs)}: no files to embed")
-    names = [file.name for file, _ in located]
+    n_named = Counter(file.name for file, _ in located)
     files = tuple(
-        replaced(file, _plain(place)) if names.count(file.name) > 1 else file
-        for file, place in located
+        replaced(file, _plain(place)) if n_named[file.name] > 1 else file for file, place in located
     )
     places = {file.name: place for file, (_, place) in zip(files, located, strict=True)}
     if len(places) < len(files):
-        twice = sorted(
-            {file.name for file in files if [f.name for f in files].count(file.name) > 1}
-        )
+        n_named = Counter(file.name for file in files)
+        twice = sorted(name for name, n in n_named.items() if n > 1)
         raise InputError(f"named twice: {', '.join(twice)}; name every file once")
     return Corpus(files, places, text, id_column)
 
