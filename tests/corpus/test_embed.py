@@ -432,7 +432,9 @@ def test_verify_finds_vectors_of_another_text(nano: Encoder, tmp_path: Path) -> 
     os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
     request = Request((str(path),), "nano", out, EmbedOptions(shard_rows=16))
     job = prepare(request, nano)
-    with pytest.raises(IntegrityError, match="was embedded again: its cosine with the stored vector is"):
+    with pytest.raises(
+        IntegrityError, match="was embedded again: its cosine with the stored vector is"
+    ):
         verify(job, nano)
 
 
