@@ -189,7 +189,6 @@ PUBLIC = {
     "commands.inspect.inspect",
     "encoder.encoder.embed",
     "encoder.loading.load",
-    "encoder.sentence_interface.embed",
     "encoder.sentence_interface.encode",  # its names are those of Sentence Transformers
 }
 """For users of Python, keyword arguments read better than an object that holds them."""

@@ -1,4 +1,4 @@
-"""An encoder that cuts earlier or keeps its vectors' lengths, as some authors evaluate theirs.
+"""Copies an encoder with a shorter limit or without normalization; some authors evaluate so.
 
 Refuses to know: who evaluates, and why.
 """
@@ -13,11 +13,17 @@ if TYPE_CHECKING:
 
 
 _NORMALIZING = frozenset({"Normalized", "Normalize"})
-"""Modules that scale to unit length: gteopt's own, and that of Sentence Transformers."""
+"""Classes that scale vectors to unit length, in gteopt and in Sentence Transformers."""
 
 
 def changed_encoder(encoder: Description, max_tokens: int, *, normalize: bool) -> Description:
-    """The same weights, with texts cut earlier or with vectors as long as the model makes them."""
+    """A copy that shares the weights, but may cut texts earlier or not scale to unit length.
+
+    Args:
+        encoder: stays as it is.
+        max_tokens: the new limit, if it is below the encoder's.
+        normalize: False removes the modules that scale vectors to unit length.
+    """
     from gteopt.encoder.encoder import Encoder
     from gteopt.encoder.pooling import Head
 
@@ -26,7 +32,8 @@ def changed_encoder(encoder: Description, max_tokens: int, *, normalize: bool) -
     changed.tokenization.max_tokens = min(max_tokens, encoder.tokenization.max_tokens)
     if isinstance(changed, Encoder) and not normalize:
         head = changed.head
-        behind = [each for each in head.behind if type(each).__name__ not in _NORMALIZING]
-        changed.head = Head(head.pooling, behind, around=list(head.around), latent=head.latent)
-        changed.cuda_graphs = None  # recordings end with the unchanged head
+        kept = [part for part in head.final_modules if type(part).__name__ not in _NORMALIZING]
+        pooling_modules = list(head.pooling_modules)
+        changed.head = Head(head.pooling, kept, pooling_modules=pooling_modules, latent=head.latent)
+        changed.cuda_graphs = None  # recordings contain the unchanged head
     return changed

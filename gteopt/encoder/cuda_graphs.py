@@ -1,8 +1,8 @@
-"""Short texts on a GPU: the forward pass recorded once a length, then replayed with one launch.
+"""Records the forward pass of short texts on a GPU, and replays it with one launch.
 
-A text of 16 tokens keeps a GPU busy for less time than Python needs to launch the hundreds of
-kernels of a model. A CUDA graph launches them all at once, for shapes and addresses that are fixed
-when it is recorded: a text is put in the least of `LENGTHS` that holds it, with padding behind.
+A GPU computes a text of 16 tokens in less time than Python needs to launch a model's hundreds of
+kernels. A CUDA graph launches them all at once. Its shapes and addresses are fixed when it is
+recorded, so a text is padded to the smallest of `LENGTHS` that holds it.
 
 Hides: streams, recording, the memory that graphs share. Refuses to know: what is computed.
 """
@@ -21,21 +21,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LENGTHS = (16, 32, 64, 128)
-"""Beyond these a large model computes for longer than it takes to launch."""
+"""Padded lengths in tokens. Longer texts take a large model more time to compute than to launch."""
 _WARMUP = 3
-"""Passes before one is recorded: the first compiles and loads kernels and lets libraries allocate
-and choose, none of which may happen while recording."""
+"""Passes before the recording. The first compiles and loads kernels and lets libraries allocate
+and choose; all this is forbidden during a recording."""
 Forward = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class _Recording:
-    """One length: what is sent in, what runs, where the result lies.
+    """The graph of one length with its buffers.
 
     Attributes:
-        host: pinned int64 [length + 1], tokens and then their number.
+        host: pinned int64 [length + 1], the tokens and then their number.
         inputs: the same on the device.
-        graph: reads `inputs`, writes `output`.
+        graph: reads `inputs` and writes `output`.
         output: [1, D] on the device.
         result: the same, pinned on the host.
     """
@@ -48,42 +48,43 @@ class _Recording:
 
 
 class CudaGraphs:
-    """A forward pass for one short text at a time, recorded on first use of each length.
+    """The forward pass of one short text at a time, recorded on first use of each length.
 
-    What is recorded are the layers and weights of that moment: whoever changes them needs new
-    graphs. Threads take turns.
+    A recording keeps the layers and weights of its time: changed layers need new graphs. Threads
+    take turns.
 
     Attributes:
-        refused: why nothing is recorded any more; None while all goes well. What was recorded
-            before is still replayed.
-        n_bytes: device memory that the recordings took so far, the driver's part included; other
-            work on the device at the time is in it.
+        refused: why no more lengths are recorded; None while recording works. Earlier recordings
+            are still replayed.
+        n_bytes: device memory that the recordings took so far, with the driver's part. Other work
+            on the device during a recording is counted too.
     """
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Those that are recorded."""
+        """The recorded lengths in tokens."""
         return tuple(sorted(self._recordings))
 
     def __init__(self, forward: Forward, device: torch.device) -> None:
         """Record nothing yet.
 
         Args:
-            forward: (int64 ids [T], int64 n [1]) on the device -> [1, D]; reads no number back.
+            forward: (int64 ids [T], int64 n [1]) on the device -> [1, D]; it must not copy a
+                number to the host.
             device: a GPU.
         """
         self._forward, self._device = forward, device
         self._recordings: dict[int, _Recording] = {}
         self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None  # a token of the allocator
+        self._pool: Any = None  # the allocator's handle of the memory that the graphs share
         self._lock = threading.Lock()
         self.refused: str | None = None
         self.n_bytes = 0
 
     @torch.inference_mode()
     def __call__(self, ids: Sequence[int]) -> NDArray[np.float32] | None:
-        """The vector [1, D] of one text; None where it is too long, or where recording failed."""
-        length = next((each for each in LENGTHS if len(ids) <= each), None)
+        """The vector [1, D] of one text; None if the text is too long or recording failed."""
+        length = next((length for length in LENGTHS if len(ids) <= length), None)
         if length is None or not len(ids):
             return None
         with self._lock:
@@ -92,8 +93,8 @@ class CudaGraphs:
                     return None
                 try:
                     self._recordings[length] = self._record(length)
-                except RuntimeError as error:  # of CUDA, of an operator, or for want of memory
-                    # The end of a recording that was broken off fails too, and says less.
+                except RuntimeError as error:  # from CUDA or an operator, or out of memory
+                    # Closing an aborted recording fails too; the first error says more.
                     cause = error.__context__ or error
                     self.refused = (str(cause).strip() or type(cause).__name__).splitlines()[0]
                     return None
@@ -102,7 +103,7 @@ class CudaGraphs:
     def _replay(self, recording: _Recording, ids: Sequence[int]) -> NDArray[np.float32]:
         with torch.cuda.device(self._device):
             recording.host[: len(ids)] = torch.tensor(ids)
-            recording.host[-1] = len(ids)  # what a longer text left in between is never seen
+            recording.host[-1] = len(ids)  # tokens of an earlier, longer text are masked
             recording.inputs.copy_(recording.host, non_blocking=True)
             recording.graph.replay()
             recording.result.copy_(recording.output, non_blocking=True)
@@ -111,7 +112,7 @@ class CudaGraphs:
 
     def _record(self, length: int) -> _Recording:
         if self._stream is None or self._pool is None:
-            # Libraries keep workspaces by stream: all passes, warm-up included, share one.
+            # Libraries keep a workspace for each stream, so all passes share one stream.
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
         host = torch.zeros(length + 1, dtype=torch.int64).pin_memory()
@@ -119,17 +120,17 @@ class CudaGraphs:
         inputs = host.to(self._device)
         ids, n_tokens = inputs[:-1], inputs[-1:]
         with torch.cuda.device(self._device):
-            torch.cuda.synchronize()  # weights and inputs are there
-        # A recording that fails leaves its stream current: this context puts the caller's back.
+            torch.cuda.synchronize()  # until weights and inputs are on the device
+        # A failed recording leaves its stream current; this context restores the caller's.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             for _ in range(_WARMUP):
                 self._forward(ids, n_tokens)
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # recording does, so that what it takes can be seen
+            torch.cuda.empty_cache()  # recording does so too, which would hide the memory it takes
             free, _ = torch.cuda.mem_get_info()
             graph = torch.cuda.CUDAGraph()
-            # A kernel of Triton's that is collected unloads its code, which ends a recording.
-            # Other threads may allocate meanwhile ("thread_local").
+            # Garbage collection of a Triton kernel unloads its code, which aborts a recording.
+            # With "thread_local", other threads may allocate meanwhile.
             was_enabled = gc.isenabled()
             gc.disable()
             try:

@@ -1,7 +1,7 @@
-"""A `Description`: all that is known of an encoder before its weights are read.
+"""Describes an encoder without reading its weights.
 
-Caches and reports are keyed by it, and a process whose workers encode needs no more. Hides: which
-device and dtype a name means. Refuses to know: weights, how vectors are computed.
+Caches and reports use a `Description` as their key. A process whose workers encode needs no more.
+Hides: which device and dtype a name means. Refuses to know: weights, how vectors are computed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Runtime:
     """Where and how token vectors are computed.
 
     Attributes:
-        device: where the weights lie.
-        dtype: of what is not quantized.
+        device: where the weights are.
+        dtype: dtype of the layers that are not quantized.
         backend: the library that computes.
-        ways: the products of quantized layers on a CPU.
+        ways: how quantized layers multiply on a CPU.
     """
 
     device: torch.device
@@ -49,14 +49,14 @@ class Runtime:
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """Where and how an encoder is asked to compute, as users name it; see `gteopt.load`.
+    """Where and how an encoder should compute, by the names that users write; see `gteopt.load`.
 
     Attributes:
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: "auto" or a name that `parse_dtype` knows.
         backend: the library that computes.
-        kernels: of the torch backend's quantized layers on a CPU.
-        cuda_graphs: whether a GPU records the forward pass; not for who changes the module.
+        kernels: kernels of the torch backend's quantized layers on a CPU.
+        cuda_graphs: whether a GPU records the forward pass; not allowed if the module changes.
     """
 
     device: str = "auto"
@@ -73,13 +73,13 @@ class Description:
         checkpoint: what the folder says about the model.
         runtime: where and how it computes.
         vectors: what happens to an embedding after the model.
-        tokenization: the way from texts to token ids.
+        tokenization: turns texts into token ids.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, runtime: Runtime, vectors: VectorTransform | None = None
     ) -> None:
-        """Load the tokenizer and, unless they are given, the vector ranges of an artifact."""
+        """Load the tokenizer, and the vector ranges of an artifact unless `vectors` is given."""
         self.checkpoint = checkpoint
         self.runtime = runtime
         self.vectors = load_vectors(checkpoint) if vectors is None else vectors
@@ -87,7 +87,7 @@ class Description:
 
     @property
     def name(self) -> str:
-        """What progress, warnings and errors call it."""
+        """The encoder's name in progress lines, warnings and errors."""
         return self.tokenization.name
 
     @name.setter
@@ -96,12 +96,12 @@ class Description:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that computes."""
         return self.runtime.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is not quantized."""
+        """The dtype of the layers that are not quantized."""
         return self.runtime.dtype
 
     @property
@@ -111,7 +111,7 @@ class Description:
 
     @property
     def sha256(self) -> str:
-        """Identifies base files or artifact; what caches and reports are keyed by."""
+        """Hash of the base's files or of the artifact; the key of caches and reports."""
         return self.checkpoint.sha256
 
     @property
@@ -126,12 +126,12 @@ class Description:
 
     @property
     def dims(self) -> int:
-        """Dimensions of what `Encoder.encode` returns."""
+        """Dimensions of the vectors that `Encoder.encode` returns."""
         return self.vectors.dims
 
     @property
     def max_tokens(self) -> int:
-        """Longest input; longer texts are cut there."""
+        """Longest input in tokens; longer texts are cut."""
         return self.tokenization.max_tokens
 
     @property
@@ -141,14 +141,14 @@ class Description:
 
     @property
     def arithmetic(self) -> str:
-        """What decides the rounding of products besides weights and dtype."""
+        """The libraries and instructions that affect rounding, besides weights and dtype."""
         if self.backend == "openvino":
             return f"openvino {version('openvino')}, {arithmetic(self.device)}"
         return arithmetic(self.device, self.runtime.ways)
 
     @property
     def gpu(self) -> str | None:
-        """Name of the GPU that it computes on; None on a CPU, or where this machine has none."""
+        """Name of the GPU that computes; None on a CPU, or if this machine has no GPU."""
         return gpu_name(str(self.device))
 
 
@@ -164,8 +164,8 @@ def describe(
     """Describe a base or an artifact for a process whose workers encode.
 
     Args:
-        source: see `load`, as for the others.
-        device: kind of device that encodes for it, which this machine may lack.
+        source: see `load`.
+        device: kind of device that the workers use; this machine may lack it.
         dtype: see `load`.
         backend: see `load`.
         hub_dir: see `load`.
@@ -180,7 +180,7 @@ def describe(
 
 
 def dtype_of(checkpoint: Checkpoint, dtype: str) -> str:
-    """The dtype that a name means for a model: "auto" is what an artifact was built from."""
+    """The name itself; "auto" is the dtype of the base that an artifact was built from."""
     if dtype != "auto":
         return dtype
     return checkpoint.manifest.base.dtype if checkpoint.manifest else "bfloat16"
@@ -192,20 +192,20 @@ def dtype_name(dtype: str | torch.dtype) -> str:
 
 
 def device_name(device: str | int | torch.device) -> str:
-    """The name of a device, as `pick_device` reads it; a number is that of a GPU."""
+    """The name of a device, as `pick_device` reads it; a number means a GPU."""
     return f"cuda:{device}" if isinstance(device, int) else str(device)
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a name; "bf16" and "fp32" are understood too.
+    """The torch dtype of a name; "bf16" and "fp32" are allowed too.
 
     Raises:
-        InputError: unknown, or float16, which overflows in gte-Qwen2 where bfloat16 does not.
+        InputError: the name is unknown, or float16, which overflows in gte-Qwen2.
     """
     name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name)
     if name == "float16":
         raise InputError(
-            "dtype float16 is refused: activations of gte-Qwen2 overflow it; use bfloat16"
+            "dtype float16 is refused: activations of gte-Qwen2 overflow in it; use bfloat16"
         )
     if name not in _DTYPES:
         raise InputError(f"unknown dtype '{name}': {suggest(name, _DTYPES)}")
@@ -216,12 +216,12 @@ def pick_device(name: str) -> torch.device:
     """The device that "auto", "cpu", "cuda" or "cuda:N" means here.
 
     Raises:
-        InputError: no such name.
-        UnsupportedError: a GPU that torch does not see.
+        InputError: the name is unknown.
+        UnsupportedError: torch does not see the GPU.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with suppress(RuntimeError):  # a name that torch does not know either
+    with suppress(RuntimeError):  # raised by torch for a name that it does not know
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UnsupportedError(f"device {name} was asked for, but torch sees no GPU; use cpu")
@@ -233,7 +233,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_vectors(checkpoint: Checkpoint) -> VectorTransform:
-    """What happens to an embedding after the model, with the ranges that an artifact stores."""
+    """The vector transform of a checkpoint, with the ranges that an artifact stores."""
     if checkpoint.manifest is None:
         similarity: Similarity = "cosine" if checkpoint.unit_vectors else "dot"
         return identity(checkpoint.dims, kept=checkpoint.truncate_dim, similarity=similarity)

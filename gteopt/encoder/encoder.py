@@ -1,7 +1,7 @@
-"""An `Encoder`: texts in, unit vectors out.
+"""Computes vectors of texts with a loaded model: the class `Encoder`.
 
-Hides: batches on a device, padding, the order of a GPU's work, what computes token vectors.
-Refuses to know: files (`loading` does), how a variant was made, measured or judged.
+Hides: batches on a device, padding, the order of a GPU's work, which library computes token
+vectors. Refuses to know: files (`loading` reads them), how a variant was made, measured or judged.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from gteopt.progress import Progress, quiet
 
 Padding = Literal["left", "right"]
 _ALONE_TOKENS = 2048
-"""A batch with a longer text runs text by text: padding and activations of several would take too
-much memory."""
+"""A batch with a longer text runs text by text, because padding and activations of several would
+take too much memory."""
 _WINDOW_BATCHES = 64
-"""On a GPU: enough texts for batches of nearly equal lengths."""
+"""Batches that are tokenized together for a GPU; enough texts for batches of similar lengths."""
 _Batch = tuple[list[int], list[Sequence[int]]]
 """Positions of texts, and their token ids."""
 _Tokenize = Callable[[Sequence[str]], list[Tokens]]
@@ -51,9 +51,10 @@ _Tokenize = Callable[[Sequence[str]], list[Tokens]]
 class Encoder(SentenceInterface):
     """A loaded embedding model; callers cannot tell whether it is quantized.
 
-    A batch takes three steps: `start` begins to compute and to fetch it, `embed_tokens` waits for
-    the vectors and checks them, `embed` does so for texts. `encode` shortens what `embed` returns,
-    and takes and gives what that of Sentence Transformers does.
+    `start` begins to compute a batch and to copy its vectors to the host. `embed_tokens` returns
+    the checked vectors of one batch of token ids, and `embed` those of any number of texts.
+    `encode` shortens the vectors of `embed`; its arguments and results are those of Sentence
+    Transformers.
 
     Example:
         >>> import gteopt
@@ -62,15 +63,15 @@ class Encoder(SentenceInterface):
         (1, 256)
 
     Attributes:
-        module: the transformer, token ids in, token vectors out; without weights where the backend
+        module: the transformer: token ids in, token vectors out. It has no weights if the backend
             is not torch.
-        head: from token vectors to an embedding.
-        streams: whether some weights are in their files until `fill_` asks for them.
-        cuda_graphs: recordings of the forward pass of one short text; None where there is no GPU,
-            where none were asked for, or for an architecture that gteopt does not lay out itself.
-            Whoever changes `module` sets it to None.
-        window_batches: batches whose texts are tokenized at once, and sorted by length among
-            themselves, while those before them are computed; None is all of them, beforehand.
+        head: turns token vectors into an embedding.
+        streams: whether some weights stay in their files until `fill_` reads them.
+        cuda_graphs: recordings of the forward pass of one short text. None without a GPU, if none
+            were requested, or if `gteopt.encoder.forward` lacks the architecture. Code that
+            changes `module` must set it to None.
+        window_batches: number of batches whose texts are tokenized together and sorted by length,
+            while earlier batches are computed. None tokenizes all texts first.
     """
 
     def __init__(
@@ -89,9 +90,9 @@ class Encoder(SentenceInterface):
             description: its tokenization is shared, not copied.
             module: the transformer on the description's device.
             head: on the same device.
-            openvino_model: what computes token vectors instead of the module.
+            openvino_model: computes token vectors instead of the module.
             streams: see `Encoder`.
-            cuda_graphs: record short texts, where the device and the architecture allow.
+            cuda_graphs: record short texts if the device and the architecture allow it.
         """
         self.checkpoint = description.checkpoint
         self.runtime = description.runtime
@@ -102,12 +103,12 @@ class Encoder(SentenceInterface):
         self.streams = streams
         self._openvino_model = openvino_model
         config, pooling = self.checkpoint.config, self.checkpoint.pooling
-        # These read the vector of every token, or leave some out.
+        # These poolings read the vectors of all tokens, or leave out some tokens.
         reads_all = pooling in ("latent", "modules") or self.checkpoint.excludes_prompt
         is_plain = not reads_all and openvino_model is None
         self._unpadded = unpadded_forward(config, pooling, self.device) if is_plain else None
         padded = padded_forward(config, pooling) if is_plain else None
-        # On a CPU the tokenizer would take from the threads that compute.
+        # On a CPU a tokenizer thread would slow down the threads that compute.
         self.window_batches = _WINDOW_BATCHES if self.device.type == "cuda" else None
         self.cuda_graphs: CudaGraphs | None = None
         if cuda_graphs and self.device.type == "cuda" and padded is not None:
@@ -128,46 +129,50 @@ class Encoder(SentenceInterface):
 
     @property
     def pads(self) -> bool:
-        """Whether texts of a batch are filled up to the longest; otherwise they are packed."""
+        """Whether the texts of a batch are padded to the longest."""
         return self._unpadded is None
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the parameters and buffers of transformer and pooling as they lie in memory."""
-        seen: dict[int, int] = {}
+        """Bytes in memory of the parameters and buffers of transformer and pooling."""
+        by_address: dict[int, int] = {}  # tied tensors count once
         latent = self.head.latent
-        own: list[Tensor] = [] if latent is None else list(latent.buffers())
+        tensors: list[Tensor] = [] if latent is None else list(latent.buffers())
         if self._openvino_model is not None:
             return self._openvino_model.weight_bytes + sum(
-                t.numel() * t.element_size() for t in own
+                tensor.numel() * tensor.element_size() for tensor in tensors
             )
-        own += [*self.module.parameters(), *self.module.buffers()]
-        for tensor in own:
-            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        prepacked = [int(getattr(each, "packed_bytes", 0)) for each in self.module.modules()]
-        return sum(seen.values()) + sum(prepacked)
+        tensors += [*self.module.parameters(), *self.module.buffers()]
+        for tensor in tensors:
+            by_address[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        prepacked = [int(getattr(layer, "packed_bytes", 0)) for layer in self.module.modules()]
+        return sum(by_address.values()) + sum(prepacked)
 
     @property
     def block_bytes(self) -> int:
-        """`weight_bytes` without the token embeddings, of which a text reads a row a token."""
+        """`weight_bytes` without the token embeddings, since a token reads only one row of them."""
         if self._openvino_model is not None:
             return self.weight_bytes - self._openvino_model.table_bytes
         table: nn.Module = self.module.get_input_embeddings()  # type: ignore[operator]
         parts = (*table.parameters(), *table.buffers())
-        return self.weight_bytes - sum(each.numel() * each.element_size() for each in parts)
+        return self.weight_bytes - sum(part.numel() * part.element_size() for part in parts)
 
     def operations(self, lengths: Sequence[int]) -> float:
-        """Floating-point operations that it does for texts of these lengths, padding left out; see
-        `gteopt.encoder.forward.operations`.
+        """Floating-point operations for texts of these lengths in tokens, without padding.
+
+        See `gteopt.encoder.forward.operations`.
         """
-        config, other = self.checkpoint.config, self._openvino_model
-        alone = self._unpadded is not None and reads_one_token(config, self.checkpoint.pooling)
-        one_token = alone if other is None else other.pools
+        config = self.checkpoint.config
+        if self._openvino_model is None:
+            is_unpadded = self._unpadded is not None
+            one_token = is_unpadded and reads_one_token(config, self.checkpoint.pooling)
+        else:
+            one_token = self._openvino_model.pools
         return operations(self.module, config, lengths, one_token=one_token)
 
     @property
     def kernels(self) -> dict[str, int]:
-        """How many linear layers run on which kernel."""
+        """Number of linear layers by the kernel that runs them."""
         if self._openvino_model is not None:
             return self._openvino_model.kernels
         counts = Counter(
@@ -179,33 +184,33 @@ class Encoder(SentenceInterface):
 
     @property
     def number_type(self) -> str:
-        """What most of its linear layers multiply: "int8", "fp8", or a dtype's name."""
+        """Number type that most linear layers multiply: "int8", "fp8", or a dtype's name."""
         if self._openvino_model is not None:
             return self._openvino_model.number_type
         counts = self.kernels
-        most = max(counts, key=counts.__getitem__) if counts else ""
-        for short in ("int8", "fp8"):
-            if most.startswith(f"{self.device.type}.{short}"):
-                return short
-        return "float32" if "fp32" in most else str(self.dtype).removeprefix("torch.")
+        commonest = max(counts, key=counts.__getitem__) if counts else ""
+        for number_type in ("int8", "fp8"):
+            if commonest.startswith(f"{self.device.type}.{number_type}"):
+                return number_type
+        return "float32" if "fp32" in commonest else str(self.dtype).removeprefix("torch.")
 
     def pad(
         self, tokens: Sequence[Sequence[int]], *, side: Padding = "right"
     ) -> tuple[Tensor, Tensor]:
         """Token ids [N, T] int64 and attention mask [N, T] int64 of one padded batch."""
         longest = max(1, *(len(ids) for ids in tokens))
-        # By numpy: assigning a list to a row of torch's takes twice as long.
+        # numpy, because assigning a list to a row of a torch tensor takes twice as long.
         ids = np.full((len(tokens), longest), self.tokenization.pad_id, dtype=np.int64)
         mask = np.zeros((len(tokens), longest), dtype=np.int64)
-        for row, each in enumerate(tokens):
-            where = slice(0, len(each)) if side == "right" else slice(longest - len(each), longest)
-            ids[row, where] = each
-            mask[row, where] = 1
+        for row, text_ids in enumerate(tokens):
+            start = 0 if side == "right" else longest - len(text_ids)
+            ids[row, start : start + len(text_ids)] = text_ids
+            mask[row, start : start + len(text_ids)] = 1
         device = self.device
         return to_device(torch.from_numpy(ids), device), to_device(torch.from_numpy(mask), device)
 
     def pool_mask(self, tokens: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
-        """The mask [N, T] of what is pooled: `pad`'s without prompts that pooling leaves out."""
+        """The attention mask [N, T] without the prompt tokens that pooling leaves out."""
         prompts = [getattr(ids, "n_prompt", 0) for ids in tokens]
         if not any(prompts):
             return mask
@@ -216,8 +221,8 @@ class Encoder(SentenceInterface):
         """Embeddings [N, D] float32 of token vectors [N, T, D]; differentiable.
 
         Args:
-            hidden: what the transformer gave out.
-            mask: [N, T], of the tokens that count; see `pool_mask`.
+            hidden: the transformer's output.
+            mask: [N, T], which tokens are pooled; see `pool_mask`.
         """
         pooled: Tensor = self.head(hidden, mask)
         return pooled
@@ -233,25 +238,25 @@ class Encoder(SentenceInterface):
     ) -> Tensor:
         """Embeddings [N, full_dims] float32 of one batch; a GPU may still be computing them.
 
-        Long texts of different lengths run one by one: padding needs a mask, which takes memory
-        with the square of the length, and none is needed without.
+        Long texts run one by one. Padding needs a mask, whose memory grows with the square of the
+        length; a single text needs none.
 
         Args:
-            tokens: of each text, as `Tokenization.tokenize` makes them.
-            padding: where shorter texts are filled up, if they have to be.
+            tokens: token ids of each text, from `Tokenization.tokenize`.
+            padding: the side on which shorter texts are padded, if texts are padded.
             unpadded: see `embed`.
-            between_blocks: called before each block where nothing is padded; it may embed other
+            between_blocks: called before each block if nothing is padded; it may embed other
                 texts.
         """
         with _current(self.device):
             if len(tokens) > 1 and max(map(len, tokens)) > _ALONE_TOKENS:
-                alone = [
+                vectors = [
                     self.forward(
                         [ids], padding=padding, unpadded=unpadded, between_blocks=between_blocks
                     )
                     for ids in tokens
                 ]
-                return torch.cat(alone)
+                return torch.cat(vectors)
             if unpadded and padding == "right":
                 if self.cuda_graphs is not None and len(tokens) == 1:
                     replayed = self._replay(self.cuda_graphs, tokens[0])
@@ -270,7 +275,7 @@ class Encoder(SentenceInterface):
             return self.pooled(hidden, self.pool_mask(tokens, mask))
 
     def start(self, tokens: Sequence[Sequence[int]], *, unpadded: bool = True) -> Fetch:
-        """`forward` of one batch, and behind it on a GPU the copy of its vectors to the host."""
+        """Begin `forward` of one batch, and on a GPU the copy of its vectors to the host."""
         return Fetch(self.forward(tokens, unpadded=unpadded))
 
     def embed_tokens(
@@ -284,7 +289,7 @@ class Encoder(SentenceInterface):
         """Vectors [N, full_dims] float32 of one batch of token ids.
 
         Args:
-            tokens: of each text, as `Tokenization.tokenize` makes them.
+            tokens: token ids of each text, from `Tokenization.tokenize`.
             padding: see `forward`.
             unpadded: see `embed`.
             between_blocks: see `forward`.
@@ -308,25 +313,25 @@ class Encoder(SentenceInterface):
         unpadded: bool = True,
         progress: Progress = quiet,
     ) -> NDArray[np.float32]:
-        """Vectors [N, full_dims] float32 at the model's full dimension, in the order given.
+        """Vectors [N, full_dims] float32 in the order of the texts, before they are shortened.
 
         Args:
             texts: of any length.
-            role: which prompt they get.
-            instruction: of queries; None is the model's default.
-            prompt: instead of the role's.
+            role: which prompt the texts get.
+            instruction: what a query is for; None is the model's default.
+            prompt: text before each text, instead of the role's prompt.
             batch_size: texts that run together.
-            unpadded: without padding where the architecture allows; otherwise padded, with the
-                sums in the order of Sentence Transformers' forward pass.
-            progress: told after each batch.
+            unpadded: compute without padding if the architecture allows it. False pads, and sums
+                in the order of Sentence Transformers' forward pass.
+            progress: called after each batch.
 
         Raises:
-            InputError: something in the list is no string, an unknown role or instruction, or a
-                batch size below 1.
+            InputError: `texts` is not a list of strings, the role or the instruction is invalid,
+                or `batch_size` is below 1.
             NumericsError: the model produced NaN or infinity.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size is {batch_size!r}, must be a whole number from 1 on")
+            raise InputError(f"batch_size is {batch_size!r}, must be a whole number of at least 1")
         tokenize = partial(
             self.tokenization.tokenize, role=role, instruction=instruction, prompt=prompt
         )
@@ -340,7 +345,7 @@ class Encoder(SentenceInterface):
             done += len(batch)
             progress(f"encoding with {self.name}", done, len(texts))
 
-        # One batch is waited for after the next one is started, so that a GPU never waits.
+        # The next batch starts before the vectors of this one are awaited, so no GPU idles.
         for positions, batch in self._batches(texts, tokenize, batch_size):
             started = (positions, batch, self.start(batch, unpadded=unpadded))
             if waiting is not None:
@@ -355,7 +360,7 @@ class Encoder(SentenceInterface):
     ) -> Iterator[_Batch]:
         """Positions and token lists of each batch of texts.
 
-        While a GPU computes one window of many texts, a thread of the host tokenizes the next.
+        While a GPU computes one window of texts, a thread on the host tokenizes the next window.
         """
         tokenization = self.tokenization
         size = (self.window_batches or 0) * batch_size
@@ -371,16 +376,16 @@ class Encoder(SentenceInterface):
                 window = texts[start : start + size]
                 return thread.submit(tokenize, window)
 
-            coming = tokens_from(0)
+            next_tokens = tokens_from(0)
             for start in starts:
-                tokens = coming.result()
+                tokens = next_tokens.result()
                 if start + size < len(texts):
-                    coming = tokens_from(start + size)
+                    next_tokens = tokens_from(start + size)
                 for positions, batch in tokenization.batches(tokens, batch_size):
                     yield [start + i for i in positions], batch
 
     def _replay(self, cuda_graphs: CudaGraphs, ids: Sequence[int]) -> Tensor | None:
-        """The vector [1, D] of a short text by its recording; warns once where there is none."""
+        """The vector [1, D] of a short text by its recording; warns once if recording fails."""
         was_refused = cuda_graphs.refused
         replayed = cuda_graphs(ids)
         if cuda_graphs.refused != was_refused:
@@ -394,7 +399,7 @@ class Encoder(SentenceInterface):
     def _to_numpy(
         self, vectors: Tensor, tokens: Sequence[Sequence[int]], texts: Sequence[str] = ()
     ) -> NDArray[np.float32]:
-        """What `forward` has computed, once it is there and is numbers; `texts` are for errors."""
+        """The vectors of `forward` on the host, checked; an error quotes the first of `texts`."""
         array: NDArray[np.float32] = vectors.cpu().numpy()
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1)).tolist()
         if bad:
@@ -414,10 +419,10 @@ class Encoder(SentenceInterface):
             if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
         ]
         if bad:
-            return f"its weights hold some themselves ({', '.join(bad[:5])}); download it again"
+            return f"its own weights are not finite ({', '.join(bad[:5])}); download it again"
         return "verify the artifact, or load it with dtype float32"
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current GPU, wherever its operands lie."""
+    """Makes a GPU the current one: Triton launches there, wherever its operands are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,4 +1,4 @@
-"""Vectors on their way from a device to the host.
+"""Copies vectors from a device to the host while the device computes on.
 
 Hides: pinned memory and events. Refuses to know: what computed them.
 """
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class Fetch:
-    """A copy of a device's tensor that is under way behind what computes it.
+    """A copy to the host, queued on the device right after the computation of a tensor.
 
-    A plain copy would begin when it is asked for, behind all that was started in the meantime, so
-    that the host would wait for the next batch too.
+    A plain copy is queued only when its result is needed. The next batch is queued by then, so the
+    host would wait for that batch too.
 
     Args:
-        vectors: of any shape; a GPU may still be computing them. On the host there is no copy.
+        vectors: any shape; a GPU may still be computing them. A host tensor is not copied.
     """
 
     def __init__(self, vectors: Tensor) -> None:
@@ -31,7 +31,7 @@ class Fetch:
                 self._done.record()
 
     def wait(self) -> Tensor:
-        """The tensor on the host, once it is there."""
+        """Wait for the copy; return the tensor on the host."""
         if self._done is not None:
             self._done.synchronize()
         return self._vectors

@@ -1,4 +1,4 @@
-"""Files to an `Encoder`: a base or an artifact in memory, whole or block by block.
+"""Loads a base or an artifact from its files into an `Encoder`, whole or block by block.
 
 Hides: how unquantized weights are read, and which modules follow the transformer. Refuses to know:
 texts, how a variant was made, measured or judged.
@@ -70,23 +70,24 @@ def load(
 
     Args:
         source: "nano", a folder, an artifact folder, or `<org>/<name>`.
-        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", a torch.device, or
-            the number of a GPU.
-        dtype: "auto" is bfloat16 for a base and the dtype it was built in for an artifact;
-            also "bfloat16", "float32", "float64", or torch's own.
-        backend: "torch", or "openvino", the faster one on a CPU for the architectures and layers
-            that it knows; activations of quantized products are then rounded to 8 bits.
-        kernels: of the torch backend's quantized layers on a CPU. "measured" takes the fastest;
-            the first load of a shape on a machine measures, and the times are kept.
-            "deterministic" takes what every machine has and keeps weights packed. A name fixes
-            it: "fbgemm" or "onednn" for int8 products, "decoded" for weights decoded once.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", a torch.device, or the
+            number of a GPU.
+        dtype: "auto" is bfloat16 for a base, and for an artifact the dtype that it was built in.
+            Also "bfloat16", "float32", "float64", or a torch.dtype.
+        backend: "torch" or "openvino". OpenVINO is faster on a CPU for the architectures and
+            layers that it supports, and rounds activations of quantized products to 8 bits.
+        kernels: of the torch backend's quantized layers on a CPU. "deterministic" uses kernels
+            that every machine has, and keeps weights packed. "measured" uses the fastest: the
+            first load of a shape on a machine measures them, and the times are stored. A name
+            fixes the kernel: "fbgemm" or "onednn" for int8 products, "decoded" for weights that
+            are decoded once.
         cuda_graphs: on a GPU, record the forward pass of single short texts and replay it. This
             takes memory, and time for the first text of each of a few lengths.
-        hub_dir: folder in the Hub's layout; given, the network is never touched.
+        hub_dir: folder in the Hub's layout; if given, the network is never used.
         revision: commit, branch or tag on the Hub.
         family: see `open_checkpoint`.
-        copy: read the weights into memory of their own. Without it they may stay mapped from their
-            files, which must then not change while the encoder is used.
+        copy: copy the weights into memory. Otherwise they may stay mapped from their files, which
+            must then not change while the encoder is in use.
 
     Raises:
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint` and `load_checkpoint`.
@@ -112,50 +113,50 @@ def load_checkpoint(
     *,
     later: str | None = None,
 ) -> Encoder:
-    """Load what `open_checkpoint` has described.
+    """Load a model that `open_checkpoint` has described.
 
     Args:
         checkpoint: a base or an artifact.
-        options: where and how it computes.
+        options: where and how the encoder computes.
         later: a submodule of a base (its list of blocks) whose weights stay in their files until
-            `fill_` asks for them; where the files name weights in another way than the
-            architecture does, everything is read at once all the same.
+            `fill_` reads them. If the files name weights differently from the architecture,
+            everything is read at once.
 
     Raises:
-        InputError: an unknown backend or kernel.
-        UnsupportedError: a backend that cannot compute this model, or not on this device.
+        InputError: the backend or kernel is unknown.
+        UnsupportedError: the backend cannot compute this model, or not on this device.
     """
     backend = options.backend
-    where = (
+    device = (
         _openvino_device(options.device) if backend == "openvino" else pick_device(options.device)
     )
-    kind = parse_dtype(dtype_of(checkpoint, options.dtype))
+    dtype = parse_dtype(dtype_of(checkpoint, options.dtype))
     openvino_model, streams, ways = None, False, DETERMINISTIC
     if backend == "openvino":
         module = build_skeleton(checkpoint)
-        weights = openvino_weights(checkpoint, module, kind)
+        weights = openvino_weights(checkpoint, module, dtype)
         config = whole_config(checkpoint)
-        openvino_model = OpenVinoModel(config, weights, dtype=kind, reads=checkpoint.pooling)
+        openvino_model = OpenVinoModel(config, weights, dtype=dtype, reads=checkpoint.pooling)
         give_back()
     elif backend != "torch":
         raise InputError(
             f"unknown backend '{backend}': {suggest(str(backend), ['torch', 'openvino'])}"
         )
     elif checkpoint.is_quantized:
-        if where.type == "cpu":
-            ways = ways_for(quantized_layers(checkpoint), kind, options.kernels)
-        # Another library may have written them, and its config.json is as foreign as its tensors.
+        if device.type == "cpu":
+            ways = ways_for(quantized_layers(checkpoint), dtype, options.kernels)
+        # Another library may have written the files, so config.json and tensors may not fit.
         with foreign_errors(checkpoint.folder, "loading the quantized weights"):
-            module = load_packed(checkpoint, where, kind, ways)
+            module = load_packed(checkpoint, device, dtype, ways)
     else:
-        module, streams = _load_unquantized(checkpoint, where, kind, later)
+        module, streams = _load_unquantized(checkpoint, device, dtype, later)
     module.eval().requires_grad_(False)
     if openvino_model is None:
-        speed_up_linears_(module, where)
+        speed_up_linears_(module, device)
     return Encoder(
-        Description(checkpoint, Runtime(where, kind, backend, ways)),
+        Description(checkpoint, Runtime(device, dtype, backend, ways)),
         module,
-        _load_head(checkpoint, where, kind),
+        _load_head(checkpoint, device, dtype),
         openvino_model=openvino_model,
         streams=streams,
         cuda_graphs=options.cuda_graphs,
@@ -163,11 +164,11 @@ def load_checkpoint(
 
 
 def _copy_tensors_(module: nn.Module) -> None:
-    """Give every tensor of a module memory of its own; tied ones stay one."""
-    own: dict[int, Tensor] = {}
+    """Copy every tensor of a module into its own memory; tied tensors stay tied."""
+    copies: dict[int, Tensor] = {}
 
     def copied(tensor: Tensor) -> Tensor:
-        return own.setdefault(id(tensor), tensor.data.clone())
+        return copies.setdefault(id(tensor), tensor.data.clone())
 
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
@@ -180,36 +181,35 @@ def _copy_tensors_(module: nn.Module) -> None:
 
 
 def fill_(encoder: Encoder, name: str, dtype: torch.dtype | None = None) -> None:
-    """Read those weights of the submodule `name` that were left in their files.
+    """Read the weights of the submodule `name` that were left in their files.
 
     Args:
-        encoder: as `load_checkpoint` returned it, given `later`.
-        name: a block, say.
-        dtype: of all its weights from here on; the model's own when None.
+        encoder: from `load_checkpoint` with `later`.
+        name: for example a block.
+        dtype: of all its weights afterwards; None keeps the model's dtype.
     """
     part = encoder.module.get_submodule(name)
-    kind = dtype or encoder.dtype
-    wanted = [each for each, p in part.named_parameters() if p.is_meta]
-    names = {f"{name}.{each}": each for each in wanted}
-    stored = stored_names(encoder.checkpoint, encoder.module, names)
-    tensors = {each: p.to(kind) for each, p in part.named_parameters() if not p.is_meta}
+    dtype = dtype or encoder.dtype
+    short_names = {f"{name}.{short}": short for short, p in part.named_parameters() if p.is_meta}
+    stored = stored_names(encoder.checkpoint, encoder.module, short_names)
+    tensors = {short: p.to(dtype) for short, p in part.named_parameters() if not p.is_meta}
     tensors |= _read(
         encoder.checkpoint,
-        {stored[full]: each for full, each in names.items()},
+        {stored[full]: short for full, short in short_names.items()},
         encoder.device,
-        kind,
+        dtype,
     )
-    _check_finite(encoder.checkpoint, {f"{name}.{each}": t for each, t in tensors.items()})
+    _check_finite(encoder.checkpoint, {f"{name}.{short}": t for short, t in tensors.items()})
     part.load_state_dict(tensors, strict=False, assign=True)
     part.requires_grad_(False)
 
 
 def empty_(encoder: Encoder, name: str) -> None:
-    """Free the memory of the submodule `name`; shapes stay, packed layers do not."""
+    """Free the memory of the submodule `name`; shapes stay, packed layers are removed."""
     part = encoder.module.get_submodule(name)
     for parent in list(part.modules()):
         for leaf, child in list(parent.named_children()):
-            # What a library holds in an order of its own is in no buffer that could be moved.
+            # Prepacked weights are not torch buffers, so the layer is dropped.
             if hasattr(child, "kernel") and not isinstance(child, nn.Linear):
                 setattr(parent, leaf, nn.Identity())
         for leaf, parameter in list(parent.named_parameters(recurse=False)):
@@ -220,7 +220,7 @@ def _load_unquantized(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, later: str | None = None
 ) -> tuple[nn.Module, bool]:
     """The transformer, and whether the weights of `later` are still in their files."""
-    # What from_pretrained does not know.
+    # from_pretrained handles none of these cases.
     if later is not None or checkpoint.prefix or checkpoint.is_table:
         frame = _load_frame(checkpoint, device, dtype, later)
         if frame is not None:
@@ -229,21 +229,21 @@ def _load_unquantized(
 
 
 def _load_plain(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The transformer as transformers itself loads it, with its rules for names."""
+    """The transformer as the library transformers loads it, with its rules for names."""
     config = hf_config(checkpoint)
-    kind = model_class(checkpoint, config)
+    architecture = model_class(checkpoint, config)
     with foreign_errors(checkpoint.folder, "loading the weights"):
-        module, info = kind.from_pretrained(
+        module, info = architecture.from_pretrained(
             checkpoint.folder,
             config=config,
             dtype=dtype,
-            attn_implementation=attention_implementation(kind),
+            attn_implementation=attention_implementation(architecture),
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
         )
-    # A pooler head is no part of the embedding; anything else missing would be random numbers.
+    # No embedding needs the pooler head. Any other missing weight would be random numbers.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise missing_tensors(checkpoint, missing)
@@ -252,7 +252,7 @@ def _load_plain(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         checkpoint, module, [name.removeprefix(prefix) for name in info["unexpected_keys"]]
     )
     if info.get("mismatched_keys"):
-        raise missing_tensors(checkpoint, [str(each[0]) for each in info["mismatched_keys"]])
+        raise missing_tensors(checkpoint, [str(key) for key, *_ in info["mismatched_keys"]])
     loaded: nn.Module = module.to(device)
     return loaded
 
@@ -260,7 +260,7 @@ def _load_plain(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 def _load_frame(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, later: str | None
 ) -> nn.Module | None:
-    """The transformer without the weights of `later`; None where names in the files differ."""
+    """The transformer without the weights of `later`; None if the files use other names."""
     module = build_skeleton(checkpoint)
     names = [name for name, _ in module.named_parameters()]
     stored = stored_names(checkpoint, module, names)
@@ -273,10 +273,10 @@ def _load_frame(
     prefix = f"{checkpoint.prefix}{getattr(module, 'base_model_prefix', '')}."
     unused = set(checkpoint.tensors) - set(stored.values())
     check_unexpected(checkpoint, module, [name.removeprefix(prefix) for name in unused])
-    behind = f"{later}." if later is not None else None
-    now = {stored[n]: n for n in names if behind is None or not n.startswith(behind)}
+    postponed = f"{later}." if later is not None else None
+    now = {stored[n]: n for n in names if postponed is None or not n.startswith(postponed)}
     tensors = _read(checkpoint, now, device, dtype)
-    if later is not None:  # a build: its errors have to show before they are in an artifact
+    if later is not None:  # a build: bad weights must not reach an artifact
         _check_finite(checkpoint, tensors)
     ties = tied_names(module)
     with foreign_errors(checkpoint.folder, "loading the weights"):
@@ -293,9 +293,15 @@ def _load_frame(
 def _read(
     checkpoint: Checkpoint, wanted: Mapping[str, str], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Copies of some of the tensors in the weight files, under new names, one after the other.
+    """Copies of the wanted tensors of the weight files, one after the other.
 
-    Copies, so that the mapped files leave memory when the tensors do.
+    A tensor that is not copied would keep its whole file mapped.
+
+    Args:
+        checkpoint: its weight files are read.
+        wanted: new name by name in the files.
+        device: where the copies are.
+        dtype: of the copies.
     """
     tensors: dict[str, Tensor] = {}
     for path in checkpoint.weight_files:
@@ -308,16 +314,16 @@ def _read(
 
 
 def _check_finite(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse to build from weights that are no numbers.
+    """Refuse to build from weights with NaN or infinity.
 
     Raises:
-        NumericsError: the first few tensors with NaN or infinity.
+        NumericsError: names the first few of these tensors.
     """
     bad = [
         name
         for name, tensor in tensors.items()
         if tensor.is_floating_point() and tensor.numel()
-        # Both ends at once: NaN spreads to them, infinity is one of them.
+        # Minimum and maximum show both: NaN spreads to them, infinity is one of them.
         if not torch.stack(torch.aminmax(tensor)).isfinite().all()
     ]
     if bad:
@@ -334,7 +340,7 @@ def _openvino_device(name: str) -> torch.device:
 
 
 class _Once(dict[str, _Held]):
-    """Gives each value away: whoever asks for it holds the only one."""
+    """A dict that forgets each value when it is read, so that the reader alone holds it."""
 
     def __getitem__(self, name: str) -> _Held:
         return self.pop(name)
@@ -344,10 +350,10 @@ class _Once(dict[str, _Held]):
 
 
 def openvino_weights(checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> Weights:
-    """What OpenVINO's graph of a checkpoint is made of; the skeleton is `build_skeleton`'s.
+    """The weights of a checkpoint's OpenVINO model; `skeleton` comes from `build_skeleton`.
 
-    A weight is freed when the graph has its copy: packed layers are read one by one, and of the
-    others each can be read once.
+    A weight is freed when the OpenVINO model has its copy. Packed layers are read one by one, and
+    each other weight can be read once.
     """
     cpu = torch.device("cpu")
     if not checkpoint.is_quantized:
@@ -363,13 +369,9 @@ def openvino_weights(checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.d
 
 
 def latent_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of the latent-attention pooling by their published names, in `dtype`.
-
-    Raises:
-        IntegrityError: some are missing.
-    """
-    own = checkpoint.folder / LATENT_FILE
-    files = [own] if own.is_file() else checkpoint.weight_files
+    """Tensors of the latent-attention pooling by their published names, in `dtype`."""
+    latent_file = checkpoint.folder / LATENT_FILE
+    files = [latent_file] if latent_file.is_file() else checkpoint.weight_files
     tensors: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as handle:
@@ -387,30 +389,31 @@ def _load_head(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
             latent = LatentAttention(checkpoint.latent, latent_tensors(checkpoint, dtype))
         except KeyError as error:
             raise missing_tensors(checkpoint, [f"{LATENT_PREFIX}{error.args[0]}"]) from error
-    before, behind = _load_modules(checkpoint)
-    head = Head(checkpoint.pooling, behind, around=before, latent=latent)
+    pooling_modules, final_modules = _load_modules(checkpoint)
+    head = Head(checkpoint.pooling, final_modules, pooling_modules=pooling_modules, latent=latent)
     return head.to(device).eval().requires_grad_(False)
 
 
 def _load_modules(checkpoint: Checkpoint) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Sentence Transformers' modules up to the last pooling, and those behind it, in float32."""
-    poolings = [i for i, each in enumerate(checkpoint.modules) if each.kind == "Pooling"]
+    """Sentence Transformers' modules up to the last pooling, and those after it, in float32."""
+    poolings = [i for i, entry in enumerate(checkpoint.modules) if entry.kind == "Pooling"]
     if not poolings and not checkpoint.is_table:
         return [], [Normalized()] if checkpoint.normalise else []
     from sentence_transformers.base.modules import Dense, Normalize
     from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
 
-    kinds = {each.__name__: each for each in (Dense, Normalize, Dropout, LayerNorm, Pooling)}
+    classes = {kind.__name__: kind for kind in (Dense, Normalize, Dropout, LayerNorm, Pooling)}
     last = max(poolings, default=0)
     before: list[nn.Module] = []
-    behind: list[nn.Module] = []
-    for i, each in enumerate(checkpoint.modules):
-        if each.kind in ("Transformer", STATIC) or (i == last and checkpoint.pooling != "modules"):
+    after: list[nn.Module] = []
+    for i, entry in enumerate(checkpoint.modules):
+        is_replaced = i == last and checkpoint.pooling != "modules"  # by `pool`
+        if entry.kind in ("Transformer", STATIC) or is_replaced:
             continue
-        folder = checkpoint.folder / each.path
+        folder = checkpoint.folder / entry.path
         module: nn.Module = Normalized()
-        if each.kind != "Normalize" or each.config:
-            with foreign_errors(folder, f"loading the module {each.kind}"):
-                module = kinds[each.kind].load(str(folder), local_files_only=True).float()
-        (before if i <= last else behind).append(module)
-    return before, behind
+        if entry.kind != "Normalize" or entry.config:
+            with foreign_errors(folder, f"loading the module {entry.kind}"):
+                module = classes[entry.kind].load(str(folder), local_files_only=True).float()
+        (before if i <= last else after).append(module)
+    return before, after

@@ -1,12 +1,13 @@
-"""The transformer as an OpenVINO graph, its packed weights as they are: the fast backend of CPUs.
+"""Builds the transformer as an OpenVINO model with packed weights: the fast backend of CPUs.
 
-Hides: how architectures, quantized weights and 8-bit activations are said in OpenVINO's operations.
-Refuses to know: how weights are read, how texts become tokens and token vectors an embedding.
+Hides: how architectures, quantized weights and 8-bit activations are written as OpenVINO
+operations. Refuses to know: how weights are read, how texts become tokens, how token vectors become
+an embedding.
 
-Weights of 2 to 8 bits stay packed in memory. On processors with VNNI or AMX the inputs of their
-products are rounded to 8 bits while running, each `_ACTIVATION_GROUP` of a token by the largest
-value among them, which is finer than a scale a token; elsewhere weights are decompressed first.
-Static activations are rounded by what made them, and bytes are all that a product reads.
+Weights of 2 to 8 bits stay packed in memory. Processors with VNNI or AMX round the inputs of their
+products to 8 bits at run time. Each `_ACTIVATION_GROUP` values of a token share a scale, which is
+finer than one scale a token. Other processors decompress the weights first.
+Static activations are rounded by the operation that makes them, so products read bytes only.
 """
 
 from __future__ import annotations
@@ -34,22 +35,21 @@ from gteopt.quant.packing import pack_codes, unpack_codes
 from gteopt.quant.static_activations import InputGrid
 
 _ACTIVATION_GROUP = 128
-"""Of 64, 128 and 384 the one that is both fast and closer than a scale a token (MiniLM, 8 x 128
-tokens on one core with VNNI: 109, 102, 96 ms; mean cosine 0.9990, 0.9985, 0.9972)."""
+"""Values of a token that share a scale. Half as many are slower; a scale a token is less exact."""
 _MASKED = -65504.0
 """Added to the score of a padded position; the least float16, so that no precision overflows."""
 Node = Any
-"""An OpenVINO output; the library has no types."""
+"""An OpenVINO output; the library ships no types."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a graph is made of, by the names of the bare transformer.
+    """The weights of an OpenVINO model, by the names of the bare transformer.
 
     Attributes:
-        plain: tensors that are not quantized, biases of quantized layers included.
+        plain: tensors that are not quantized, with the biases of quantized layers.
         packed: quantized linear layers by module name ("layers.0.mlp.up_proj").
-        table: the token embeddings in int8; None where they are in `plain`.
+        table: the token embeddings in int8; None if they are in `plain`.
     """
 
     plain: Mapping[str, Tensor]
@@ -61,12 +61,12 @@ class OpenVinoModel:
     """Token ids to token vectors, compiled for this CPU.
 
     Attributes:
-        weight_bytes: of all weights as they are stored.
-        table_bytes: those of the token embeddings among them.
-        kernels: number of linear layers by what runs them.
-        number_type: "int8", "bfloat16" or "float32", what most linear layers multiply. Where any
-            layer's inputs are rounded by token, so are those of all whole-number weights.
-        pools: token vectors given out are of the one token a text that pooling reads.
+        weight_bytes: bytes of all weights as stored.
+        table_bytes: bytes of the token embeddings among them.
+        kernels: number of linear layers by the kernel that runs them.
+        number_type: "int8", "bfloat16" or "float32", the type that most linear layers multiply. If
+            any layer rounds its inputs at run time, all layers with integer weights do.
+        pools: whether it returns only the one token a text that pooling reads.
     """
 
     def __init__(
@@ -77,19 +77,19 @@ class OpenVinoModel:
         dtype: torch.dtype,
         reads: Pooling = "mean",
     ) -> None:
-        """Build and compile it, which takes seconds, for as many threads as torch has.
+        """Build and compile the model for torch's number of threads; this takes seconds.
 
         Args:
             config: the transformer's config.json.
             weights: of the whole transformer.
-            dtype: bfloat16 or float32, of what is computed outside quantized products; float32 in
-                any case where the processor emulates bfloat16.
-            reads: the pooling that follows. Where it reads one token a text, no other is given
-                out, and the last block computes its query, output projection and MLP alone.
+            dtype: bfloat16 or float32, for everything outside quantized products. A processor that
+                emulates bfloat16 uses float32 in any case.
+            reads: the pooling that follows. If it reads one token a text, only that token is
+                returned, and the last block computes query, output projection and MLP for it only.
 
         Raises:
-            UnsupportedError: OpenVINO is not installed, or the dtype, the architecture or a weight
-                is none of those that can be said in its operations.
+            UnsupportedError: OpenVINO is not installed, or it does not support the dtype, the
+                architecture or a weight.
         """
         if dtype not in (torch.bfloat16, torch.float32):
             raise UnsupportedError(
@@ -101,9 +101,9 @@ class OpenVinoModel:
         self.weight_bytes, self.table_bytes = builder.n_bytes, builder.table_bytes
         self.kernels = dict(sorted(builder.kernels.items()))
         self.pools = builder.pools
-        self._lent = builder.lent  # the compiled model reads them where they lie
-        most = builder.kernels.most_common(1)[0][0] if builder.kernels else ""
-        rounded = "static" in most or (builder.rounds and "openvino.int" in most)
+        self._lent = builder.lent  # the compiled model reads this memory
+        commonest = builder.kernels.most_common(1)[0][0] if builder.kernels else ""
+        rounded = "static" in commonest or (builder.rounds and "openvino.int" in commonest)
         self.number_type = "int8" if rounded else "bfloat16" if in_short else "float32"
         self._compiled = _library().compile_model(
             model,
@@ -117,18 +117,19 @@ class OpenVinoModel:
         )
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token vectors float32 of ids and mask int64 [N, T], padded on the right: [N, T, D], or
-        [N, 1, D] where it `pools`.
+        """Token vectors float32 [N, T, D], or [N, 1, D] if it `pools`.
+
+        Ids and mask are int64 [N, T], padded on the right.
         """
-        found = self._compiled({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
-        return torch.from_numpy(np.array(found, dtype=np.float32))
+        outputs = self._compiled({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        return torch.from_numpy(np.array(outputs[0], dtype=np.float32))
 
 
 def save(config: Mapping[str, Any], weights: Weights, folder: Path) -> None:
-    """Write `openvino/openvino_model.xml` and `.bin` into a Sentence Transformers folder, which
-    then opens with `backend="openvino"`.
+    """Write `openvino/openvino_model.xml` and `.bin` into a Sentence Transformers folder.
 
-    Static activations are rounded wherever it runs: a processor without VNNI may saturate.
+    The folder then opens with `backend="openvino"`. Static activations are rounded on every
+    processor; one without VNNI may saturate.
 
     Raises:
         UnsupportedError: see `OpenVinoModel`.
@@ -139,13 +140,13 @@ def save(config: Mapping[str, Any], weights: Weights, folder: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         _library().save_model(model, target, compress_to_fp16=False)
-    except RuntimeError as error:  # the library has no other type, and no words for a full disk
+    except RuntimeError as error:  # the library raises it for everything, a full disk too
         raise OSError(f"{target} cannot be written; is the disk full? ({error})") from error
-    del builder  # what it has lent to the model is read until here
+    del builder  # the model reads its arrays until here
 
 
 def can_hold(config: Mapping[str, Any], schemes: Iterable[LayerScheme]) -> bool:
-    """Whether a transformer with this config.json and these layers can be said in operations."""
+    """Whether OpenVINO supports a transformer with this config.json and these layers."""
     return _architecture_problem(config) is None and not any(map(_unknown_weights, schemes))
 
 
@@ -153,7 +154,7 @@ def refuse_unknown(config: Mapping[str, Any]) -> None:
     """Refuse an architecture by its config.json alone, before anything is built or loaded.
 
     Raises:
-        UnsupportedError: one that `OpenVinoModel` does not know.
+        UnsupportedError: `OpenVinoModel` does not support it.
     """
     if (problem := _unknown_architecture(config)) is not None:
         raise UnsupportedError(f"{problem}; use backend torch")
@@ -163,7 +164,7 @@ def _unknown_architecture(config: Mapping[str, Any]) -> str | None:
     kind, known = str(config.get("model_type")), ", ".join(_ARCHITECTURES)
     if kind in _ARCHITECTURES:
         return None
-    return f"backend openvino knows {known} models, and this is a {kind} one"
+    return f"backend openvino supports {known} models, and this is a {kind} model"
 
 
 def _architecture_problem(config: Mapping[str, Any]) -> str | None:
@@ -171,13 +172,13 @@ def _architecture_problem(config: Mapping[str, Any]) -> str | None:
     if (problem := _unknown_architecture(config)) is not None or has_known_settings(config):
         return problem
     return (
-        f"backend openvino knows {known} models with their usual settings, and this is a {kind} "
-        f"model with others"
+        f"backend openvino supports {known} models with their usual settings, and this {kind} "
+        f"model has other settings"
     )
 
 
 def _unknown_weights(scheme: LayerScheme) -> str | None:
-    """What weights are that no operation stands for."""
+    """The name of a weight format that OpenVINO lacks; None for a format that it supports."""
     if scheme.activation_outliers is not None:
         return "LLM.int8()"
     return "e4m3" if scheme.number_format == "e4m3" else None
@@ -192,15 +193,16 @@ def _model(
     builder = _Builder(weights, static=static)
     names = ("input_ids", "attention_mask")
     inputs = [builder.op.parameter([-1, -1], np.int64, name) for name in names]
-    for each, name in zip(inputs, names, strict=True):
-        each.output(0).set_names({name})
-    hidden = _ARCHITECTURES[kind](builder, config, reads, *(each.output(0) for each in inputs))
+    for parameter, name in zip(inputs, names, strict=True):
+        parameter.output(0).set_names({name})
+    ids, mask = (parameter.output(0) for parameter in inputs)
+    hidden = _ARCHITECTURES[kind](builder, config, reads, ids, mask)
     hidden.set_names({"last_hidden_state"})
     return library.Model([builder.op.result(hidden)], inputs, "gteopt"), builder
 
 
 def _library() -> Any:
-    """OpenVINO, which is imported late: it is an extra."""
+    """OpenVINO, imported late because it is an extra."""
     try:
         import openvino
     except ImportError as error:
@@ -211,7 +213,7 @@ def _library() -> Any:
 
 
 class _Builder:
-    """OpenVINO operations on named weights; inputs of static layers are rounded where `static`."""
+    """Makes OpenVINO operations on named weights; `static` rounds the inputs of static layers."""
 
     def __init__(self, weights: Weights, *, static: bool) -> None:
         from openvino import opset15
@@ -228,8 +230,10 @@ class _Builder:
     def constant(
         self, values: NDArray[Any] | Tensor, kind: str | None = None, flip: int = 0
     ) -> Node:
-        """A constant of an array, or of the bytes of one seen as `kind` with its last axis in
-        elements, the bits `flip` of each byte turned over.
+        """A constant of an array.
+
+        `kind` reads the array's bytes as elements of another type, along the last axis. `flip`
+        inverts these bits of each byte.
         """
         import openvino
 
@@ -239,41 +243,43 @@ class _Builder:
             return self.op.constant(array).output(0)
         element = getattr(openvino.Type, kind)
         shape = [*array.shape[:-1], array.shape[-1] * array.itemsize * 8 // element.bitwidth]
-        # A tensor over an array does not keep the array alive; one with memory of its own is safe.
-        own = openvino.Tensor(element, openvino.Shape(shape))
-        if flip:  # on the way, without another copy
-            target = own.data.reshape(-1).view(np.uint8)
+        # openvino.Tensor does not keep an array alive, so the bytes are copied into its memory.
+        tensor = openvino.Tensor(element, openvino.Shape(shape))
+        if flip:  # while copying, which saves a second copy
+            target = tensor.data.reshape(-1).view(np.uint8)
             np.bitwise_xor(array.reshape(-1).view(np.uint8), np.uint8(flip), out=target)
         else:
-            openvino.Tensor(array, openvino.Shape(shape), element).copy_to(own)
-        return self.op.constant(own, shared_memory=True).output(0)
+            openvino.Tensor(array, openvino.Shape(shape), element).copy_to(tensor)
+        return self.op.constant(tensor, shared_memory=True).output(0)
 
     def borrowed(self, tensor: Tensor, kind: str) -> Node:
-        """A constant in a contiguous tensor's own memory, which `lent` keeps: no copy of a table
-        that is only looked up, and that lies in a mapped file.
+        """A constant that shares the memory of a contiguous tensor; `lent` keeps it alive.
+
+        A table in a mapped file, of which only some rows are read, needs no copy.
         """
         import openvino
 
         array = tensor.numpy()
         self.n_bytes += array.nbytes
         self.lent.append(array)
-        seen = openvino.Tensor(array, openvino.Shape(array.shape), getattr(openvino.Type, kind))
-        return self.op.constant(seen, shared_memory=True).output(0)
+        element = getattr(openvino.Type, kind)
+        shared = openvino.Tensor(array, openvino.Shape(array.shape), element)
+        return self.op.constant(shared, shared_memory=True).output(0)
 
     def number(self, value: float) -> Node:
         """A scalar."""
         return self.op.constant(np.float32(value)).output(0)
 
     def shape(self, *sizes: int) -> Node:
-        """Whole numbers: a shape, axes or an order."""
+        """An int64 constant: a shape, axes or an order."""
         return self.op.constant(np.array(sizes, dtype=np.int64)).output(0)
 
     def wide(self, x: Node) -> Node:
-        """The same in float32."""
+        """`x` in float32."""
         return self.op.convert(x, "f32").output(0)
 
     def floats(self, tensor: Tensor) -> Node:
-        """A float tensor in float32, stored as it came."""
+        """A float tensor in float32; bfloat16 is stored as it is."""
         if tensor.dtype == torch.bfloat16:
             return self.wide(self.constant(tensor.contiguous().view(torch.int16), "bf16"))
         return self.constant(tensor.float())
@@ -321,21 +327,24 @@ class _Builder:
         return y
 
     def _static(self, name: str, x: Node, packed: PackedWeight, grid: InputGrid) -> Node:
-        """The product of inputs that a fixed grid rounds; plain bytes where that is fast."""
+        """The product of a layer with static activations: a fixed grid rounds its inputs.
+
+        Without `static`, inputs are not rounded.
+        """
         codes, scale = signed_codes(packed)
         bias = self._weights.plain.get(f"{name}.bias")
         offset = torch.zeros(packed.out_features) if bias is None else bias.float()
         if self._static_inputs:
             offset = offset - (codes.float() @ grid.zero) * scale
-        maker = x.get_node().get_friendly_name()  # unique in a graph, which an id is not
-        key = (maker, x.get_index(), grid.scale.numpy().tobytes())
-        if key not in self._rounded:  # once for all layers of these inputs
-            read = self.op.multiply(x, self.constant(1 / grid.scale))
+        producer = x.get_node().get_friendly_name()  # unique in a model; a Python id is not
+        key = (producer, x.get_index(), grid.scale.numpy().tobytes())
+        if key not in self._rounded:  # once for all layers that share these inputs
+            scaled = self.op.multiply(x, self.constant(1 / grid.scale))
             if self._static_inputs:
                 ends = [self.number(0.0), self.number(255.0)] * 2
-                moved = self.op.add(read, self.constant(grid.zero))
-                read = self.op.fake_quantize(moved, *ends, 256)
-            self._rounded[key] = read.output(0)
+                shifted = self.op.add(scaled, self.constant(grid.zero))
+                scaled = self.op.fake_quantize(shifted, *ends, 256)
+            self._rounded[key] = scaled.output(0)
         weight = self.op.multiply(self.wide(self.constant(codes)), self.constant(scale[:, None]))
         y = self.op.matmul(self._rounded[key], weight, False, True)
         how = "static" if self._static_inputs else "inputs as they are: no VNNI"
@@ -343,17 +352,17 @@ class _Builder:
         return self.op.add(y, self.constant(offset)).output(0)
 
     def _decoded(self, name: str, packed: PackedWeight) -> Node:
-        """(codes - zero) * scale as OpenVINO recognises it, so that codes stay packed."""
+        """(codes - zero) * scale in a form that OpenVINO recognises, so that codes stay packed."""
         scheme, n_groups = packed.scheme, packed.scale.shape[1]
-        if what := _unknown_weights(scheme):
+        if unknown := _unknown_weights(scheme):
             raise UnsupportedError(
                 f"backend openvino takes weights in NF4 or in whole numbers of 2 to 8 bits, and "
-                f"{name} is {what}; use backend torch, or build from int8, gptq-int4 or gptq-nf4"
+                f"{name} is {unknown}; use backend torch, or build from int8, gptq-int4 or gptq-nf4"
             )
         outputs, width = packed.out_features, packed.in_features // n_groups
         bits = 8 if scheme.bits == 8 else 4
         codes, zeros = packed.qweight, packed.qzero
-        if scheme.bits not in (4, 8):  # 2 and 3 bits lie in 4
+        if scheme.bits not in (4, 8):  # codes of 2 and 3 bits are stored in 4
             codes = pack_codes(unpack_codes(codes, scheme.bits, packed.in_features), 4)
         scale = packed.scale.reshape(outputs, n_groups, 1)
         grouped = codes.reshape(outputs, n_groups, width * bits // 8)
@@ -387,7 +396,7 @@ class _Builder:
         return self.op.transpose(split, self.shape(0, 2, 1, 3)).output(0)
 
     def repeated(self, x: Node, n_shared: int, n_heads: int, width: int) -> Node:
-        """[N, H', T, d] to [N, H, T, d]: each shared head as often as queries read it."""
+        """[N, H', T, d] to [N, H, T, d]: each shared head once for each query head."""
         if n_shared == n_heads:
             return x
         op = self.op
@@ -405,7 +414,7 @@ class _Builder:
         return self.op.reshape(together, self.shape(0, 0, n_heads * width), True).output(0)
 
     def place_read(self, mask: Node, config: Mapping[str, Any], reads: Pooling) -> Node | None:
-        """int64 [N, 1], of the token that pooling reads; None where all are to be computed."""
+        """int64 [N, 1], the place of the token that pooling reads; None if all are needed."""
         if not reads_one_token(config, reads):
             return None
         self.pools = True
@@ -418,7 +427,7 @@ class _Builder:
         return self.op.gather(x, place, self.shape(1), 1).output(0)
 
     def scores_mask(self, mask: Node, *, causal: bool) -> Node:
-        """What is added to the scores: float32 [N, 1, 1, T], or [N, 1, T, T] where causal."""
+        """Added to attention scores: float32 [N, 1, 1, T], or [N, 1, T, T] if causal."""
         op = self.op
         hidden = op.subtract(self.number(1.0), self.wide(mask))
         added = op.multiply(op.unsqueeze(hidden, self.shape(1, 2)), self.number(_MASKED))
@@ -436,8 +445,8 @@ class _Builder:
         op = self.op
         length = op.gather(op.shape_of(ids, "i64"), self.shape(1), self.shape(0))
         length = op.squeeze(length, self.shape(0))
-        zero, one = (op.constant(np.int64(each)) for each in (0, 1))
-        return op.range(zero, length, one, "i64").output(0)
+        start, step = op.constant(np.int64(0)), op.constant(np.int64(1))
+        return op.range(start, length, step, "i64").output(0)
 
 
 def _bert(b: _Builder, config: Mapping[str, Any], reads: Pooling, ids: Node, mask: Node) -> Node:
@@ -460,7 +469,8 @@ def _bert(b: _Builder, config: Mapping[str, Any], reads: Pooling, ids: Node, mas
     n_blocks = int(config["num_hidden_layers"])
     for i in range(n_blocks):
         at = f"encoder.layer.{i}.attention.self"
-        k, v = (b.heads(b.linear(f"{at}.{each}", x), n_heads, width) for each in ("key", "value"))
+        k = b.heads(b.linear(f"{at}.key", x), n_heads, width)
+        v = b.heads(b.linear(f"{at}.value", x), n_heads, width)
         if place is not None and i == n_blocks - 1:
             x = b.at(x, place)
         q = b.heads(b.linear(f"{at}.query", x), n_heads, width)
@@ -515,7 +525,7 @@ def _decoder(b: _Builder, config: Mapping[str, Any], reads: Pooling, ids: Node, 
             added = b.scores_mask(mask, causal=False)
             turns = op.unsqueeze(op.gather(both, place, b.shape(0)), b.shape(1)).output(0)
         q = rotated(b.heads(b.linear(f"{at}.self_attn.q_proj", h), n_heads, width), turns)
-        keys, values = (b.repeated(each, n_shared, n_heads, width) for each in (k, v))
+        keys, values = (b.repeated(heads, n_shared, n_heads, width) for heads in (k, v))
         mixed = b.attend(q, keys, values, added, n_heads, width)
         x = op.add(x, b.linear(f"{at}.self_attn.o_proj", mixed)).output(0)
         h = norm(f"{at}.post_attention_layernorm", x)

@@ -1,6 +1,6 @@
-"""Quantized weights from their files into a module, one layer after the other.
+"""Reads quantized weights from their files into a module, one layer after the other.
 
-Hides: which tensors make a layer in whose format. Refuses to know: texts, unquantized models.
+Hides: which tensors make up a layer in each format. Refuses to know: texts, unquantized models.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from gteopt.machine import give_back
 from gteopt.model.checkpoint import Checkpoint
 from gteopt.quant.affine import PackedWeight
 
-_MOST_MAKERS = 8
-"""Layers of an artifact that are made at a time: each takes some three times its packed weight."""
+_MAX_THREADS = 8
+"""Layers that are built at the same time; each takes about three times its packed weight."""
 _TRIM_BYTES = 64 << 20
-"""Packed weights after which a load returns the memory that making their layers took. The
-allocator would keep several times their own size."""
+"""After this many packed bytes, a load returns freed memory to the system. The allocator would
+keep several times as much."""
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The weights of a quantized checkpoint as they lie in its files, by the module's names.
+    """The weights of a quantized checkpoint as they are stored, by the module's names.
 
     Attributes:
-        layers: quantized linear layers, each read anew whenever it is asked for.
-        biases: of those that have one.
-        table: the token embeddings with their name; None where they are not quantized.
-        plain: everything else in the model's dtype.
+        layers: quantized linear layers; each access reads the layer from its file.
+        biases: biases of the quantized layers that have one.
+        table: name and weight of the token embeddings; None if they are not quantized.
+        plain: all other tensors in the model's dtype.
     """
 
     layers: Mapping[str, ReadLayer]
@@ -52,8 +52,10 @@ class StoredWeights:
 def read_packed(
     checkpoint: Checkpoint, module: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> StoredWeights:
-    """No full-precision copy of a quantized weight ever exists, and no second one of those that
-    are packed: a file is mapped for one layer at a time.
+    """Read the weights of a quantized checkpoint; packed layers are read on access only.
+
+    No full-precision copy of a quantized weight ever exists, and no second packed copy: a file is
+    mapped for one layer at a time.
     """
     files: dict[str, tuple[Path, str]] = {}
     for path in checkpoint.weight_files:
@@ -62,34 +64,34 @@ def read_packed(
     files = bare_names(files, module)
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
-        inside: dict[Path, list[str]] = {}
+        by_file: dict[Path, list[str]] = {}
         for name in names:
-            inside.setdefault(files[name][0], []).append(name)
+            by_file.setdefault(files[name][0], []).append(name)
         tensors: dict[str, Tensor] = {}
-        for path, own in inside.items():
+        for path, in_file in by_file.items():
             with safe_open(path, framework="pt", device=str(device)) as handle:
-                tensors |= {name: handle.get_tensor(files[name][1]) for name in own}
+                tensors |= {name: handle.get_tensor(files[name][1]) for name in in_file}
         return tensors
 
     layers = _Layers(checkpoint, module, files, read)
     embedding = checkpoint.manifest.embedding if checkpoint.manifest is not None else None
-    table, own = None, set(layers.tensors)
+    table, quantized = None, set(layers.tensors)
     if embedding is not None:
         names = [name for name in files if name.startswith(f"{embedding.name}.")]
-        parts = {n.removeprefix(f"{embedding.name}."): each for n, each in read(names).items()}
+        parts = {n.removeprefix(f"{embedding.name}."): part for n, part in read(names).items()}
         packed = PackedWeight.from_tensors(embedding.scheme, embedding.in_features, parts)
-        table, own = (embedding.name, packed), own | set(names)
-    plain = read(name for name in files if name not in own)
+        table, quantized = (embedding.name, packed), quantized | set(names)
+    plain = read(name for name in files if name not in quantized)
     biases = {name: plain.pop(f"{name}.bias") for name in layers if f"{name}.bias" in plain}
-    plain = {n: each.to(dtype) if each.is_floating_point() else each for n, each in plain.items()}
+    plain = {n: t.to(dtype) if t.is_floating_point() else t for n, t in plain.items()}
     return StoredWeights(layers, biases, table, plain)
 
 
 class _Layers(Mapping[str, ReadLayer]):
-    """Quantized linear layers by name, each read when it is asked for.
+    """Quantized linear layers by name; each access reads the layer.
 
     Attributes:
-        tensors: names of all their tensors, biases left out.
+        tensors: names of all tensors of these layers, without biases.
     """
 
     def __init__(
@@ -99,27 +101,27 @@ class _Layers(Mapping[str, ReadLayer]):
         names: Iterable[str],
         read: Callable[[Iterable[str]], dict[str, Tensor]],
     ) -> None:
-        """Find out which they are.
+        """Find the quantized layers and the names of their tensors.
 
         Args:
-            checkpoint: says how they were quantized.
+            checkpoint: says how the layers were quantized.
             module: the architecture.
-            names: of all tensors, as in the bare transformer.
-            read: those of some names.
+            names: names of all tensors, as in the bare transformer.
+            read: reads the tensors of some names.
 
         Raises:
-            IntegrityError: one is no linear layer of the architecture.
+            IntegrityError: a quantized layer is no linear layer of the architecture.
         """
         self._read, self._config = read, checkpoint.quantization
         manifest = checkpoint.manifest
-        self._records = {each.name: each for each in manifest.layers} if manifest else {}
+        self._records = {record.name: record for record in manifest.layers} if manifest else {}
         modules = dict(module.named_modules())
-        found = list(self._records)
+        layer_names = list(self._records)
         if self._config is not None:
-            found = format_of(self._config).layers_in(names)
-        self._own: dict[str, list[str]] = {name: [] for name in found}
+            layer_names = format_of(self._config).layers_in(names)
+        self._tensors_of: dict[str, list[str]] = {name: [] for name in layer_names}
         self._shapes: dict[str, Shape] = {}
-        for name in found:
+        for name in layer_names:
             linear = modules.get(name)
             if not isinstance(linear, nn.Linear):
                 raise IntegrityError(
@@ -128,18 +130,18 @@ class _Layers(Mapping[str, ReadLayer]):
                 )
             self._shapes[name] = Shape(linear.out_features, linear.in_features)
         for name in names:
-            parts = name.split(".")  # a tensor of a layer may have a dot in its own name
+            parts = name.split(".")  # the name of a layer's tensor may contain a dot
             for n in range(1, len(parts)):
-                if (layer := ".".join(parts[:n])) in self._own and parts[n:] != ["bias"]:
-                    self._own[layer].append(name)
+                if (layer := ".".join(parts[:n])) in self._tensors_of and parts[n:] != ["bias"]:
+                    self._tensors_of[layer].append(name)
 
     @property
     def tensors(self) -> list[str]:
-        return [name for own in self._own.values() for name in own]
+        return [name for names in self._tensors_of.values() for name in names]
 
     def __getitem__(self, name: str) -> ReadLayer:
-        own = self._read(self._own[name])
-        parts = {each.removeprefix(f"{name}."): tensor for each, tensor in own.items()}
+        tensors = self._read(self._tensors_of[name])
+        parts = {full.removeprefix(f"{name}."): tensor for full, tensor in tensors.items()}
         if self._config is None:
             record = self._records[name]
             return ReadLayer(PackedWeight.from_tensors(record.scheme, record.in_features, parts))
@@ -147,17 +149,17 @@ class _Layers(Mapping[str, ReadLayer]):
         return form.from_tensors(self._config, name, self._shapes[name], parts)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._own)
+        return iter(self._tensors_of)
 
     def __len__(self) -> int:
-        return len(self._own)
+        return len(self._tensors_of)
 
 
 def quantized_layers(checkpoint: Checkpoint) -> list[Layer]:
-    """What decides the speed of an artifact's quantized layers; none of other libraries' files."""
+    """Scheme and size of an artifact's quantized layers; empty for other libraries' checkpoints."""
     manifest = checkpoint.manifest
     records = manifest.layers if manifest is not None else ()
-    return [Layer(each.scheme, each.out_features, each.in_features) for each in records]
+    return [Layer(record.scheme, record.out_features, record.in_features) for record in records]
 
 
 def load_packed(
@@ -166,18 +168,18 @@ def load_packed(
     dtype: torch.dtype,
     ways: Ways = DETERMINISTIC,
 ) -> nn.Module:
-    """The transformer with packed layers in place, which multiply in the given ways."""
+    """The transformer with its packed layers, which multiply in the given ways."""
     module = build_skeleton(checkpoint)
     stored = read_packed(checkpoint, module, device, dtype)
     if stored.table is not None:
         swap_embedding_(module, *stored.table, device, dtype)
-    since = 0
-    for name, layer, n_bytes in _made(stored, device, dtype, ways):
+    bytes_since_trim = 0
+    for name, layer, n_bytes in _build_layers(stored, device, dtype, ways):
         _put_(module, name, layer)
-        since += n_bytes
-        if since > _TRIM_BYTES:
+        bytes_since_trim += n_bytes
+        if bytes_since_trim > _TRIM_BYTES:
             give_back()
-            since = 0
+            bytes_since_trim = 0
     give_back()
     plain = stored.plain
     ties = tied_names(module)
@@ -185,24 +187,25 @@ def load_packed(
     tie_(module, ties)
     buffers = {name for name, _ in module.named_buffers()}
     unexpected = [name for name in unexpected if name not in buffers]
-    left = [name for name, p in module.named_parameters() if p.is_meta]
-    if left and drop_pooler_(module, left):
-        left = []
-    if left or unexpected:
+    missing = [name for name, p in module.named_parameters() if p.is_meta]
+    if missing and drop_pooler_(module, missing):
+        missing = []
+    if missing or unexpected:
         raise IntegrityError(
             f"{checkpoint.folder}: weights do not fit the architecture (missing: "
-            f"{', '.join(left[:5]) or 'none'}; unexpected: {', '.join(unexpected[:5]) or 'none'})"
+            f"{', '.join(missing[:5]) or 'none'}; unexpected: "
+            f"{', '.join(unexpected[:5]) or 'none'})"
         )
     return module.to(device)
 
 
-def _made(
+def _build_layers(
     stored: StoredWeights, device: torch.device, dtype: torch.dtype, ways: Ways
 ) -> Iterator[tuple[str, nn.Module, int]]:
-    """Each layer by its name as it runs, and its packed bytes on disk.
+    """Name, layer and packed bytes on disk of each quantized layer.
 
-    A processor's libraries put weights into an order of their own, which takes longer than a disk
-    and works on one core: a thread a core reads and makes a layer each.
+    CPU libraries reorder the weights. This takes longer than reading them and uses one core, so
+    several threads read and build layers.
     """
 
     def make(name: str) -> tuple[str, nn.Module, int]:
@@ -212,7 +215,7 @@ def _made(
         )
         return name, layer, read.weight.n_bytes
 
-    n_threads = min(torch.get_num_threads(), _MOST_MAKERS) if device.type == "cpu" else 1
+    n_threads = min(torch.get_num_threads(), _MAX_THREADS) if device.type == "cpu" else 1
     with ThreadPoolExecutor(n_threads) as pool:
         yield from pool.map(make, stored.layers)
 
@@ -220,7 +223,7 @@ def _made(
 def swap_embedding_(
     module: nn.Module, name: str, table: PackedWeight, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Replace the embedding `name` inside `module` by its packed form."""
+    """Replace the embedding `name` inside `module` with its packed form."""
     _put_(module, name, PackedEmbedding(table, dtype).to(device))
 
 
@@ -232,13 +235,13 @@ def swap_linear_(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Replace the linear layer `name` inside `module` by its packed form; see `make_linear`."""
+    """Replace the linear layer `name` inside `module` with its packed form; see `make_linear`."""
     _put_(module, name, make_linear(packed, bias, device=device, dtype=dtype))
 
 
 def _put_(module: nn.Module, name: str, part: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     if not hasattr(part, "weight"):
-        # T5 asks for the dtype of a linear layer's weight, unless it is no tensor.
+        # T5 reads the dtype of a linear layer's `weight` if it is a tensor.
         part.register_parameter("weight", None)
     setattr(module.get_submodule(parent), leaf, part)

@@ -1,7 +1,7 @@
-"""From token vectors to one vector a text.
+"""Turns token vectors into one vector a text.
 
-Hides: where the last token is under either padding, and NV-Embed's latent attention. Refuses to
-know: which model pools how, where its tensors lie.
+Hides: the place of the last token with left or right padding, NV-Embed's latent attention. Refuses
+to know: which model uses which pooling, where its tensors are stored.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from gteopt.model.families import Pooling
 
 _CHUNK_TOKENS = 1024
-"""Tokens whose queries exist at once: 8 heads of 4096 dimensions make 32,768 numbers of each."""
+"""Tokens whose queries exist at once; 8 heads of 4096 dimensions take 32,768 numbers a token."""
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """One vector a text, [N, D], of token vectors [N, T, D] and their mask [N, T]."""
+    """One vector a text, [N, D], from token vectors [N, T, D] and their mask [N, T]."""
     if pooling == "cls":
         return hidden[:, 0]
     if pooling in ("mean", "latent"):
         weights = mask.unsqueeze(-1).to(hidden.dtype)  # [N, T, 1]
-        # A table gives a text without tokens the vector zero, as Sentence Transformers has it.
+        # A text without tokens gets the zero vector, as in Sentence Transformers.
         return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * positions).argmax(dim=1)  # the last real token under either padding side
@@ -32,29 +32,29 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 
 
 class Head(nn.Module):
-    """From token vectors [N, T, D] to embeddings [N, full_dims] float32.
+    """Turns token vectors [N, T, D] into embeddings [N, full_dims] float32.
 
     Attributes:
         pooling: how token vectors become one vector.
         latent: NV-Embed's attention before pooling; None for other models.
-        around: Sentence Transformers' modules up to the pooling where only they know the way.
-        behind: those that follow the pooling, in their order.
+        pooling_modules: Sentence Transformers' modules that pool, if `pooling` is "modules".
+        final_modules: the modules after the pooling, in their order.
     """
 
     def __init__(
         self,
         pooling: Pooling,
-        behind: Sequence[nn.Module] = (),
+        final_modules: Sequence[nn.Module] = (),
         *,
-        around: Sequence[nn.Module] = (),
+        pooling_modules: Sequence[nn.Module] = (),
         latent: LatentAttention | None = None,
     ) -> None:
-        """Put the modules together; those of Sentence Transformers take and return features."""
+        """Join the modules; each takes and returns a dict of Sentence Transformers' features."""
         super().__init__()
         self.pooling = pooling
         self.latent = latent
-        self.around = nn.ModuleList(around)
-        self.behind = nn.ModuleList(behind)
+        self.pooling_modules = nn.ModuleList(pooling_modules)
+        self.final_modules = nn.ModuleList(final_modules)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Embeddings of token vectors and their mask [N, T]; differentiable."""
@@ -64,7 +64,7 @@ class Head(nn.Module):
         if self.pooling != "modules":
             return self.finish(pool(hidden, mask, self.pooling))
         features = {"token_embeddings": hidden, "attention_mask": mask}
-        for module in self.around:
+        for module in self.pooling_modules:
             features = module(features)
         return self.finish(features["sentence_embedding"])
 
@@ -72,7 +72,7 @@ class Head(nn.Module):
         """Embeddings of pooled vectors [N, D] of any float dtype."""
         kind = torch.promote_types(pooled.dtype, torch.float32)
         features = {"sentence_embedding": pooled.to(kind)}
-        for module in self.behind:
+        for module in self.final_modules:
             features = module(features)
         return features["sentence_embedding"]
 
@@ -87,11 +87,11 @@ class Normalized(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """What NV-Embed does to each token vector before the mean.
+    """NV-Embed's latent attention, which changes each token vector before the mean.
 
-    x + Attention(LayerNorm(x), LayerNorm(latents)), then x + MLP(LayerNorm(x)) with GEGLU: each
-    token is a query, the trained latents are keys and values (Lee et al. 2024, arXiv:2405.17428,
-    section 3.1). Keys and values are the same for every text, so they are worked out once and the
+    x + Attention(LayerNorm(x), LayerNorm(latents)), then x + MLP(LayerNorm(x)) with GEGLU. Each
+    token is a query; the trained latents are keys and values (Lee et al. 2024, arXiv:2405.17428,
+    section 3.1). Keys and values are the same for every text, so they are computed once, and the
     weights that make them are not kept. Tokens do not see each other here.
 
     Buffers: key and value [H, R, K] for R latents and heads of K dimensions.
@@ -106,10 +106,10 @@ class LatentAttention(nn.Module):
         self.n_heads = int(config.get("num_cross_heads", 8))
         attend, mlp = "cross_attend_blocks.0.", "cross_attend_blocks.1."
         latents = _norm(tensors["latents"], tensors, f"{attend}norm_context.")
-        both = nn.functional.linear(latents, tensors[f"{attend}fn.to_kv.weight"])
+        keys_and_values = nn.functional.linear(latents, tensors[f"{attend}fn.to_kv.weight"])
         key, value = (
-            each.view(len(each), self.n_heads, -1).transpose(0, 1).contiguous()
-            for each in both.chunk(2, dim=-1)
+            half.view(len(half), self.n_heads, -1).transpose(0, 1).contiguous()
+            for half in keys_and_values.chunk(2, dim=-1)
         )  # [H, R, K]
         self.register_buffer("key", key)
         self.register_buffer("value", value)
@@ -125,19 +125,19 @@ class LatentAttention(nn.Module):
             "narrow.weight": f"{mlp}fn.net.2.weight",
             "narrow.bias": f"{mlp}fn.net.2.bias",
         }
-        self._of = {short: short.replace(".", "_") for short in kept}
+        self._buffer_names = {short: short.replace(".", "_") for short in kept}
         for short, name in kept.items():
-            self.register_buffer(self._of[short], tensors[name])
+            self.register_buffer(self._buffer_names[short], tensors[name])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Token vectors [N, T, D] to [N, T, D], a thousand tokens at a time."""
+        """Token vectors [N, T, D] to [N, T, D], `_CHUNK_TOKENS` at a time."""
         flat = hidden.flatten(0, 1)
         return torch.cat([self._attend(part) for part in torch.split(flat, _CHUNK_TOKENS)]).view_as(
             hidden
         )
 
     def _attend(self, x: Tensor) -> Tensor:  # [n, D]
-        parts = {short: getattr(self, name) for short, name in self._of.items()}
+        parts = {short: getattr(self, name) for short, name in self._buffer_names.items()}
         query = nn.functional.linear(_norm(x, parts, "norm."), parts["to_q"])
         query = query.view(len(x), self.n_heads, -1).transpose(0, 1)  # [H, n, K]
         mixed = nn.functional.scaled_dot_product_attention(query, self.key, self.value)

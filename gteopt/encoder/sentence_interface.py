@@ -1,14 +1,13 @@
-"""A `SentenceInterface`: the methods of `Encoder` that Sentence Transformers has under these names.
+"""Gives `Encoder` the methods of Sentence Transformers, under the same names.
 
-They behave as they do there; their tests compare with it. Hides: prompts by name, kinds of arrays.
-Refuses to know: how vectors are computed.
+They behave as in that library; their tests compare with it. Hides: prompts by name, kinds of
+arrays. Refuses to know: how vectors are computed.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
@@ -28,7 +27,7 @@ Vectors = NDArray[Any] | Tensor | list[Tensor]
 
 
 class EncodeOptions(TypedDict, total=False):
-    """What `SentenceInterface.encode` takes besides the texts and the kind of array."""
+    """Options of `SentenceInterface.encode` apart from the texts and the kind of array."""
 
     prompt_name: str | None
     prompt: str | None
@@ -43,21 +42,13 @@ class EncodeOptions(TypedDict, total=False):
 
 
 class SentenceInterface(Description):
-    """Texts to vectors by the names of Sentence Transformers."""
+    """Sentence Transformers' methods, computed by the `embed` of the subclass.
 
-    @abstractmethod
-    def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        role: Role = "document",
-        instruction: str | None = None,
-        prompt: str | None = None,
-        batch_size: int = 32,
-        unpadded: bool = True,
-        progress: Progress = quiet,
-    ) -> NDArray[np.float32]:
-        """Vectors [N, full_dims]; see `Encoder.embed`."""
+    Attributes:
+        embed: see `Encoder.embed`.
+    """
+
+    embed: Callable[..., NDArray[np.float32]]
 
     @overload
     def encode(
@@ -106,32 +97,33 @@ class SentenceInterface(Description):
         instruction: str | None = None,
         progress: Progress = quiet,
     ) -> Vectors:
-        """Vectors [N, dims] in the order given, shortened as the artifact says; [dims] of a string.
+        """Vectors [N, dims] in the order of the texts, or [dims] of one string.
 
-        Without a prompt, a name or a role, a text gets the model's default prompt, if it has one.
+        They are shortened as the artifact says. Without `prompt`, `prompt_name` and `role`, a text
+        gets the model's default prompt, if it has one.
 
         Args:
-            texts: a string, or any number of them.
-            prompt_name: of a prompt in `prompts`.
-            prompt: what stands before each text; `prompt_name` is ignored then.
+            texts: a string, or any number of strings.
+            prompt_name: name of a prompt in `prompts`.
+            prompt: text before each text; `prompt_name` is ignored then.
             batch_size: texts computed together.
-            show_progress_bar: on standard error.
-            precision: "int8" and "uint8" by the ranges that the artifact stores; "binary" and
-                "ubinary" are signs, eight a byte, by the artifact's own code where it has one.
-            convert_to_numpy: False gives a list of tensors.
-            convert_to_tensor: gives one tensor on the encoder's device.
-            normalize_embeddings: to unit length, after cutting.
-            truncate_dim: keep the first dimensions only; they are not normalised unless asked.
+            show_progress_bar: show a bar on standard error.
+            precision: "int8" and "uint8" use the ranges that the artifact stores. "binary" and
+                "ubinary" are signs, eight a byte, in the artifact's own code if it has one.
+            convert_to_numpy: False returns a list of tensors.
+            convert_to_tensor: True returns one tensor on the encoder's device.
+            normalize_embeddings: scale to unit length, after cutting.
+            truncate_dim: number of first dimensions to keep; cutting does not normalize.
             role: "query" texts get the query prompt, "document" texts the document prompt.
-            instruction: what a query is for; it makes `role` "query".
-            progress: told after each batch.
+            instruction: what a query is for; it sets `role` to "query".
+            progress: called after each batch.
 
         Raises:
-            InputError: an argument that cannot be used, or something in the list is no string.
+            InputError: an argument is invalid, or an element of the list is not a string.
             NumericsError: the model produced NaN or infinity.
         """
-        alone = isinstance(texts, str)
-        several = [str(texts)] if alone else _listed(texts)
+        is_single = isinstance(texts, str)
+        text_list = [str(texts)] if is_single else _listed(texts)
         if precision not in _PRECISIONS:
             raise InputError(
                 f"unknown precision '{precision}': {suggest(str(precision), _PRECISIONS)}"
@@ -140,14 +132,16 @@ class SentenceInterface(Description):
         if role is None or prompt is not None or prompt_name is not None:
             prompt = self._named_prompt(prompt_name) if prompt is None else prompt
         self._check_dims(truncate_dim, precision)
-        with _bar() if show_progress_bar else _same(progress) as told:
+        bar: AbstractContextManager[Progress]
+        bar = _bar() if show_progress_bar else nullcontext(progress)
+        with bar as callback:
             embedded = self.embed(
-                several,
+                text_list,
                 role=role or "document",
                 instruction=instruction,
                 prompt=prompt,
                 batch_size=batch_size,
-                progress=told,
+                progress=callback,
             )
         rows: NDArray[np.float32] = self.vectors.project(embedded)[:, :truncate_dim]
         if normalize_embeddings:
@@ -156,12 +150,12 @@ class SentenceInterface(Description):
         coded = self._coded(rows, precision)
         if convert_to_tensor:
             tensor = torch.from_numpy(np.ascontiguousarray(coded)).to(self.device)
-            return tensor[0] if alone else tensor
+            return tensor[0] if is_single else tensor
         if convert_to_numpy:
-            array: NDArray[Any] = coded[0] if alone else coded
+            array: NDArray[Any] = coded[0] if is_single else coded
             return array
         tensors = [torch.from_numpy(row) for row in coded]
-        return tensors[0] if alone else tensors
+        return tensors[0] if is_single else tensors
 
     def encode_query(self, texts: str | Iterable[str], **options: Any) -> Any:
         """`encode` with the model's query prompt, unless a prompt is given."""
@@ -175,7 +169,7 @@ class SentenceInterface(Description):
         """Scores [N, M] float32 of vectors [N, D] and [M, D] by `similarity_fn_name`.
 
         Raises:
-            InputError: vectors of different length, or codes instead of vectors.
+            InputError: the vectors differ in length, or are codes.
         """
         left, right = _matrix(a), _matrix(b)
         if left.shape[1] != right.shape[1]:
@@ -183,13 +177,13 @@ class SentenceInterface(Description):
                 f"vectors of {left.shape[1]} and of {right.shape[1]} dimensions cannot be compared"
             )
         if self.similarity_fn_name == "cosine":
-            left, right = (torch.nn.functional.normalize(each, dim=1) for each in (left, right))
+            left, right = (torch.nn.functional.normalize(rows, dim=1) for rows in (left, right))
         return left @ right.to(left.device).T
 
     @property
     def similarity_fn_name(self) -> Similarity:
-        """How its vectors are compared: "cosine" or "dot"."""
-        # Euclidean distance is taken of unit vectors only, whose order is that of the cosine.
+        """How the vectors are compared: "cosine" or "dot"."""
+        # Euclidean distance is accepted for unit vectors only; it ranks them as the cosine does.
         is_dot = "dot" in (self.vectors.similarity, self.checkpoint.similarity)
         return "dot" if is_dot else "cosine"
 
@@ -199,34 +193,34 @@ class SentenceInterface(Description):
         named = {name: text or "" for name, text in self.checkpoint.st.settings.prompts.items()}
         if self.tokenization.takes_instructions and not named.get("query"):
             named["query"] = self.tokenization.prompt("query")
-        # As there: a role without a prompt of its own gets none, not the default one.
+        # As in Sentence Transformers: a role without its own prompt gets none, not the default.
         return {"query": "", "document": "", **named}
 
     @property
     def max_seq_length(self) -> int:
-        """`max_tokens` by its other name."""
+        """Same as `max_tokens`."""
         return self.max_tokens
 
     def get_max_seq_length(self) -> int:
-        """`max_tokens` by its other name."""
+        """Same as `max_tokens`."""
         return self.max_tokens
 
     def get_embedding_dimension(self) -> int:
-        """`dims` by its other name."""
+        """Same as `dims`."""
         return self.dims
 
     def get_sentence_embedding_dimension(self) -> int:
-        """`dims` by its other name."""
+        """Same as `dims`."""
         return self.dims
 
     def _encode_as(self, role: Role, texts: str | Iterable[str], options: dict[str, Any]) -> Any:
         given = [options.get(name) for name in ("prompt", "prompt_name", "instruction", "role")]
-        if all(each is None for each in given):
+        if all(value is None for value in given):
             options = {**options, "role": role, "prompt": self.prompts[role]}
         return self.encode(texts, **options)
 
     def _named_prompt(self, name: str | None) -> str:
-        """The prompt of this name; the default one for None."""
+        """The prompt of this name; for None the default prompt."""
         if name is None:
             settings = self.checkpoint.st.settings
             return settings.prompts.get(settings.default_prompt_name or "") or ""
@@ -237,7 +231,7 @@ class SentenceInterface(Description):
         return self.prompts[name]
 
     def _check_dims(self, truncate_dim: int | None, precision: Precision) -> None:
-        """Refuse a length that there is not, and codes that were fitted for another one."""
+        """Refuse a length outside 1 to `dims`, and int8 codes that were not fitted for it."""
         if truncate_dim is not None and not 1 <= truncate_dim <= self.dims:
             raise InputError(
                 f"truncate_dim is {truncate_dim}; vectors of {self.name} have {self.dims} "
@@ -246,22 +240,22 @@ class SentenceInterface(Description):
         if precision not in ("int8", "uint8"):
             return
         if self.vectors.code != "int8" or truncate_dim not in (None, self.dims):
-            found = f"{self.vectors.code} vectors of {self.dims} dimensions"
             raise InputError(
                 f"precision {precision} needs ranges that are fitted once, and {self.name} stores "
-                f"{found}; make an artifact that stores int8: "
+                f"{self.vectors.code} vectors of {self.dims} dimensions; make an artifact that "
+                f"stores int8: "
                 f'gteopt.truncate(artifact, out, dims={truncate_dim or self.dims}, vectors="int8")'
             )
 
     def _coded(self, rows: NDArray[np.float32], precision: Precision) -> NDArray[Any]:
-        """Rows [N, D] in the precision asked for."""
+        """Rows [N, D] in the requested precision."""
         if precision == "float32":
             return rows
         if precision in ("int8", "uint8"):
             codes = self.vectors.quantize(rows)
             return codes if precision == "int8" else codes.view(np.uint8) ^ np.uint8(128)
-        own = self.vectors.code == "binary" and rows.shape[1] == self.dims
-        bits = self.vectors.quantize(rows) if own else np.packbits(rows > 0, axis=1)
+        has_code = self.vectors.code == "binary" and rows.shape[1] == self.dims
+        bits = self.vectors.quantize(rows) if has_code else np.packbits(rows > 0, axis=1)
         return bits if precision == "ubinary" else (bits ^ np.uint8(128)).view(np.int8)
 
 
@@ -275,7 +269,7 @@ def _listed(texts: Iterable[str]) -> list[str]:
 
 
 def _matrix(vectors: ArrayLike | Tensor) -> Tensor:
-    """Vectors [N, D] float32 of what a user holds: an array, a tensor, a list, a single vector."""
+    """Vectors [N, D] float32 from an array, a tensor, a list or a single vector."""
     if isinstance(vectors, (list, tuple)) and vectors and isinstance(vectors[0], Tensor):
         vectors = torch.stack(list(vectors))
     rows = vectors if isinstance(vectors, Tensor) else torch.from_numpy(np.asarray(vectors))
@@ -291,11 +285,6 @@ def _matrix(vectors: ArrayLike | Tensor) -> Tensor:
 
 
 @contextmanager
-def _same(progress: Progress) -> Iterator[Progress]:
-    yield progress
-
-
-@contextmanager
 def _bar() -> Iterator[Progress]:
     """A bar on standard error."""
     from rich.console import Console
@@ -304,7 +293,7 @@ def _bar() -> Iterator[Progress]:
     with Bars(console=Console(stderr=True)) as bars:
         task = bars.add_task("encoding", total=None)
 
-        def show(what: str, done: int, total: int) -> None:
-            bars.update(task, description=what, completed=done, total=total)
+        def show(step: str, done: int, total: int) -> None:
+            bars.update(task, description=step, completed=done, total=total)
 
         yield show

@@ -1,7 +1,7 @@
-"""The transformer of a checkpoint without weights: its class, its config, what its files may lack.
+"""Builds the transformer of a checkpoint without weights, and names its tensors in the files.
 
-Hides: which class of transformers runs an architecture, how it attends, what a checkpoint calls a
-weight. Refuses to know: how weights are read or quantized.
+Hides: which class of transformers runs an architecture, its attention, the names of weights in a
+checkpoint. Refuses to know: how weights are read or quantized.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _ENCODERS = {
     "umt5": "UMT5EncoderModel",
     "longt5": "LongT5EncoderModel",
 }
-"""Encoder-decoder architectures of which the encoder alone makes vectors."""
+"""Classes for the encoder alone of encoder-decoder architectures."""
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq", "masked_bias", "attn.bias")
-"""Ends of names that older files store and newer classes compute."""
+"""Name endings of buffers that older files store and newer classes compute."""
 
 
 def hf_config(checkpoint: Checkpoint) -> Any:
-    """The config object of transformers, with caches off.
+    """The config object of transformers, with its cache off.
 
     Raises:
-        UnsupportedError: transformers has no such architecture of its own.
-        IntegrityError: it refuses the values.
+        UnsupportedError: transformers has no such architecture without remote code.
+        IntegrityError: transformers refuses the values.
     """
     fields = {
         key: value
         for key, value in checkpoint.config.items()
-        if key not in ("model_type", "quantization_config")  # the latter is ours to apply
+        if key not in ("model_type", "quantization_config")  # gteopt applies the latter itself
     }
     window = fields.get("sliding_window")
-    halved = fields.get("use_bidirectional_attention")  # the class itself makes two sides of it
+    halved = fields.get("use_bidirectional_attention")  # the class then halves the window
     if isinstance(window, int) and window >= checkpoint.max_tokens and not halved:
-        # It is never reached; transformers would make a mask all the same.
+        # No text reaches the window, but transformers would still make a mask.
         fields["sliding_window"] = None
     kind = str(checkpoint.config["model_type"])
     transformers = import_transformers()
@@ -54,21 +54,21 @@ def hf_config(checkpoint: Checkpoint) -> Any:
         )
     with foreign_errors(checkpoint.folder / "config.json", "reading"):
         config = transformers.AutoConfig.for_model(kind, **fields)
-        # A block that is replayed would see the keys and values of its earlier runs.
+        # With a cache, a replayed block would see the keys and values of its earlier runs.
         config.use_cache = False
         return config
 
 
 def whole_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The transformer's config with what config.json leaves to defaults."""
+    """The transformer's config, with the defaults that config.json leaves out."""
     return {**checkpoint.config, **hf_config(checkpoint).to_dict()}
 
 
 def model_class(checkpoint: Checkpoint, config: Any) -> Any:
-    """The class of transformers that gives token vectors.
+    """The class of transformers that computes token vectors.
 
     Raises:
-        UnsupportedError: transformers has none for this architecture.
+        UnsupportedError: transformers has no such class for this architecture.
     """
     transformers = import_transformers()
     if (name := _ENCODERS.get(config.model_type)) is not None:
@@ -79,27 +79,26 @@ def model_class(checkpoint: Checkpoint, config: Any) -> Any:
             f"{checkpoint.folder}: transformers has no encoder of the architecture "
             f"'{shorten(config.model_type)}'"
         )
-    found = known[type(config)]
-    kind = found[0] if isinstance(found, tuple) else found
+    classes = known[type(config)]
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
-            f"{checkpoint.folder} is an encoder-decoder model ({shorten(config.model_type)}); of "
-            f"these gteopt takes {', '.join(_ENCODERS)}"
+            f"{checkpoint.folder} is an encoder-decoder model ({shorten(config.model_type)}); "
+            f"gteopt supports {', '.join(_ENCODERS)} of this kind"
         )
-    return kind
+    return classes[0] if isinstance(classes, tuple) else classes
 
 
 def attention_implementation(kind: Any) -> str:
-    """Torch's fused attention where the class has it, else its own."""
+    """Torch's fused attention if the class supports it, else the class's own."""
     return "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
 
 
 def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
-    """The transformer with every parameter on the meta device and its buffers real.
+    """The transformer with every parameter on the meta device and real buffers.
 
     Raises:
         UnsupportedError: transformers has no such architecture.
-        IntegrityError: the config does not make one.
+        IntegrityError: the config is invalid for this architecture.
     """
     from accelerate import init_empty_weights
 
@@ -107,12 +106,12 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
         with init_empty_weights():
             return StaticTable(checkpoint.config["vocab_size"], checkpoint.config["hidden_size"])
     config = hf_config(checkpoint)
-    kind = model_class(checkpoint, config)
+    architecture = model_class(checkpoint, config)
     with foreign_errors(checkpoint.folder, f"building the architecture {config.model_type}"):
-        config._attn_implementation = attention_implementation(kind)
+        config._attn_implementation = attention_implementation(architecture)
         with init_empty_weights(include_buffers=False):
-            module: nn.Module = kind(config)
-        # Moving parameters to the meta device one by one makes two of a tied one.
+            module: nn.Module = architecture(config)
+        # Parameters moved to the meta device one by one are no longer tied.
         module.tie_weights()  # type: ignore[operator]
     return module
 
@@ -130,39 +129,40 @@ def missing_tensors(checkpoint: Checkpoint, names: Sequence[str]) -> IntegrityEr
 def check_unexpected(checkpoint: Checkpoint, module: nn.Module, names: Iterable[str]) -> None:
     """Refuse tensors of the transformer's own parts that the architecture has no place for.
 
-    Heads of other tasks (`lm_head`, `cls`) lie beside these parts and are no part of a vector.
+    Heads of other tasks (`lm_head`, `cls`) are outside these parts, and no vector needs them.
 
     Args:
         checkpoint: for the error.
         module: the architecture.
-        names: as in the bare transformer, without those that were loaded.
+        names: tensors that were not loaded, named as in the bare transformer.
 
     Raises:
-        IntegrityError: config.json describes another model: one with fewer layers, say.
+        IntegrityError: config.json describes another model, for example one with fewer layers.
     """
     parts = {name for name, _ in module.named_children()} - {"pooler"}
-    odd = sorted(
+    extra = sorted(
         name for name in names if name.split(".")[0] in parts and not name.endswith(_BUFFERS)
     )
-    if odd:
-        shown = ", ".join(map(shorten, odd[:5])) + (" ..." if len(odd) > 5 else "")
+    if extra:
+        shown = ", ".join(map(shorten, extra[:5])) + (" ..." if len(extra) > 5 else "")
         raise IntegrityError(
-            f"{checkpoint.folder}: its weight files hold {len(odd)} tensors that the architecture "
-            f"of config.json has no place for ({shown}); config.json belongs to another model"
+            f"{checkpoint.folder}: its weight files hold {len(extra)} tensors that the "
+            f"architecture of config.json has no place for ({shown}); config.json belongs to "
+            f"another model"
         )
 
 
 def stored_names(checkpoint: Checkpoint, module: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """What the weight files call each parameter, as far as they have it; see `bare_names`."""
+    """The name in the weight files of each parameter that they have; see `bare_names`."""
     prefix = f"{checkpoint.prefix}{getattr(module, 'base_model_prefix', '')}."
     if not any(name.startswith(prefix) for name in checkpoint.tensors):
         prefix = checkpoint.prefix
-    stored = {name: f"{prefix}{name}" for name in names}
-    return {name: each for name, each in stored.items() if each in checkpoint.tensors}
+    candidates = {name: f"{prefix}{name}" for name in names}
+    return {name: stored for name, stored in candidates.items() if stored in checkpoint.tensors}
 
 
 def drop_pooler_(module: nn.Module, lacking: Sequence[str]) -> bool:
-    """Take out a head of other tasks where only its weights are lacking; some files have none."""
+    """Remove the pooler head if only its weights are missing; says whether it did."""
     if not all(name.startswith("pooler.") for name in lacking):
         return False
     setattr(module, "pooler", None)  # noqa: B010 - modules declare no such attribute
@@ -170,9 +170,10 @@ def drop_pooler_(module: nn.Module, lacking: Sequence[str]) -> bool:
 
 
 def bare_names(files: dict[str, _Held], module: nn.Module) -> dict[str, _Held]:
-    """What belongs to tensors, by names as in the bare transformer, where a checkpoint has it
-    inside a model with a head (`model.layers.0...` beside `lm_head`); the head is no part of the
-    embedding.
+    """The values of `files` under the names of the bare transformer.
+
+    A checkpoint with a head stores the transformer as `model.layers.0...` beside `lm_head`. The
+    head is left out, because no embedding needs it.
     """
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     inside = {n.removeprefix(prefix): t for n, t in files.items() if n.startswith(prefix)}
@@ -180,7 +181,7 @@ def bare_names(files: dict[str, _Held], module: nn.Module) -> dict[str, _Held]:
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:
-    """Second names of parameters that an architecture uses twice, with the first of each."""
+    """Second name of each parameter that an architecture uses twice, with its first name."""
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -191,7 +192,7 @@ def tied_names(module: nn.Module) -> dict[str, str]:
 
 
 def tie_(module: nn.Module, ties: Mapping[str, str]) -> None:
-    """Make parameters one again after their values were assigned."""
+    """Tie parameters again after their values were assigned; `ties` is from `tied_names`."""
     for second, name in ties.items():
         parent, _, leaf = second.rpartition(".")
         setattr(module.get_submodule(parent), leaf, module.get_parameter(name))

@@ -1,6 +1,6 @@
-"""A table of token vectors that no transformer reads: what a StaticEmbedding model is.
+"""The module of a StaticEmbedding model: a table of token vectors without a transformer.
 
-Its text vector is the mean of its tokens' rows. Refuses to know: files, tokenizers.
+The vector of a text is the mean of its tokens' rows. Refuses to know: reading files, tokenizers.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TokenVectors:
-    """What a transformer gives out, by the same name; [N, T, D]."""
+    """The output [N, T, D] under the attribute name that transformers use."""
 
     last_hidden_state: Tensor
 
 
 class StaticTable(nn.Module):
-    """Token ids in, their rows of the table out, with the interface of a transformer."""
+    """A table with the interface of a transformer: token ids in, their rows out."""
 
     def __init__(self, n_tokens: int, dims: int) -> None:
-        """Make room for a table [n_tokens, dims]."""
+        """Allocate a table [n_tokens, dims]."""
         super().__init__()
         self.embedding = nn.Embedding(n_tokens, dims)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TokenVectors:
-        """Rows of token ids [N, T]; the mask is for the pooling."""
+        """Rows of token ids [N, T]; only pooling needs the mask."""
         del attention_mask
         return TokenVectors(self.embedding(input_ids))
 

@@ -1,4 +1,4 @@
-"""A `Tokenization`: texts in, token ids out, without the model.
+"""Turns texts into token ids without the model: the class `Tokenization`.
 
 Hides: prompts, the tokens around a text, cutting, batches, how a tokenizer is loaded. Refuses to
 know: weights, devices, how ids become vectors.
@@ -37,7 +37,7 @@ class Tokens(list[int]):
 
 
 class Tokenization:
-    """The way from texts to token ids of one model.
+    """Turns texts into the token ids that one model reads.
 
     Example:
         >>> from gteopt.model.checkpoint import open_checkpoint
@@ -48,18 +48,18 @@ class Tokenization:
     Attributes:
         name: what warnings and errors call the model.
         checkpoint: what the folder says about the model.
-        tokenizer: that of transformers.
-        max_tokens: longest input; longer texts are cut there.
-        n_cut: texts so far that `tokenize` has cut.
-        pad_id: the token that fills up shorter texts of a padded batch.
-        start_ids, end_ids: what stands around each text where the tokenizer does not see to it.
+        tokenizer: the tokenizer of transformers.
+        max_tokens: longest input in tokens; longer texts are cut.
+        n_cut: number of texts that `tokenize` has cut so far.
+        pad_id: the token that pads shorter texts of a batch.
+        start_ids, end_ids: tokens that gteopt adds around each text if the tokenizer does not.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Load the tokenizer of a model.
 
         Raises:
-            InputError: the folder has no tokenizer, or that of another model.
+            InputError: the folder has no tokenizer, or the tokenizer of another model.
         """
         self.checkpoint = checkpoint
         self.name = checkpoint.manifest.recipe.name if checkpoint.manifest else checkpoint.id
@@ -70,23 +70,21 @@ class Tokenization:
         self.start_ids = _token_ids(self.tokenizer, checkpoint, checkpoint.start_token)
         self.end_ids = _token_ids(self.tokenizer, checkpoint, checkpoint.end_token)
         if not self.end_ids and not checkpoint.is_table:
-            self.start_ids, self.end_ids = self._asked_for()
+            self.start_ids, self.end_ids = self._configured_ids()
         self._said_cut = False
         self._n_rows = checkpoint.config.get("vocab_size")
         self._special_ids = frozenset(self.tokenizer.all_special_ids)
 
-    def _asked_for(self) -> tuple[list[int], list[int]]:
-        """Tokens around a text where the tokenizer's files ask for some that it does not add.
+    def _configured_ids(self) -> tuple[list[int], list[int]]:
+        """Tokens around a text, if tokenizer_config.json requests one that the tokenizer omits.
 
-        transformers 5 ignores `add_eos_token` where the tokenizer's own template says otherwise.
+        transformers 5 ignores `add_eos_token` if the tokenizer's own template says otherwise.
         """
         tokenizer, options = self.tokenizer, self.checkpoint.tokenizer_config
-        alone, whole = (
-            self._call(["a"], add_special_tokens=special)[0] for special in (False, True)
-        )
-        n = len(alone)
-        at = next((i for i in range(len(whole) - n + 1) if whole[i : i + n] == alone), 0)
-        start, end = whole[:at], whole[at + n :]
+        bare, full = (self._call(["a"], add_special_tokens=special)[0] for special in (False, True))
+        n = len(bare)
+        at = next((i for i in range(len(full) - n + 1) if full[i : i + n] == bare), 0)
+        start, end = full[:at], full[at + n :]
         lacks_start = (
             options.get("add_bos_token") is True
             and tokenizer.bos_token_id is not None
@@ -102,7 +100,7 @@ class Tokenization:
             return start, [*end, tokenizer.eos_token_id] if lacks_end else end
         if self.checkpoint.pooling == "lasttoken" and not end:
             warnings.warn(
-                f"{self.name} pools the last token, but its tokenizer puts none behind a text: the "
+                f"{self.name} pools the last token, but its tokenizer adds no end token: the "
                 f"vector is that of the last word. If the model was trained with an end token, set "
                 f"add_eos_token to true in tokenizer_config.json",
                 stacklevel=4,
@@ -115,20 +113,21 @@ class Tokenization:
         return self.checkpoint.query_template is not None
 
     def prompt(self, role: Role, instruction: str | None = None) -> str:
-        """What is put before a text of this role.
+        """The text to put before a text of this role.
 
         Raises:
-            InputError: unknown role; an instruction for a document or for a model that takes none.
+            InputError: the role is unknown, or an instruction is given for a document or for a
+                model that takes none.
         """
         if role not in ("query", "document"):
             raise InputError(f"unknown role '{role}': {suggest(str(role), ['query', 'document'])}")
         if instruction is not None and role == "document":
-            raise InputError("an instruction goes on queries only; documents are encoded bare")
+            raise InputError("an instruction goes on queries only; encode documents without one")
         template = self.checkpoint.query_template
         if instruction is None:
-            own = self.checkpoint.prompt(role)
-            if own or template is None or role == "document":
-                return own
+            role_prompt = self.checkpoint.prompt(role)
+            if role_prompt or template is None or role == "document":
+                return role_prompt
             return template.format(instruction=self.checkpoint.default_instruction)
         if template is None:
             raise InputError(f"{self.name} takes no instructions; encode without one")
@@ -143,21 +142,21 @@ class Tokenization:
         max_tokens: int | None = None,
         prompt: str | None = None,
     ) -> list[Tokens]:
-        """Token ids of each text with prompt and end token, cut to `max_tokens` or the model's.
+        """Token ids of each text with prompt and end token, cut to the limit.
 
         Args:
             texts: of any length.
-            role: which prompt they get.
-            instruction: of queries; None is the model's default.
-            max_tokens: the longest input, where the model's is longer.
-            prompt: instead of the role's.
+            role: which prompt the texts get.
+            instruction: what a query is for; None is the model's default.
+            max_tokens: a limit below the model's own.
+            prompt: text before each text, instead of the role's prompt.
         """
         prompt, full = self._prompted(texts, role, instruction, prompt)
         limit = min(max_tokens or self.max_tokens, self.limit(role))
         tokens = [self._cut(ids, limit) for ids in self._whole(full)]
         long = [i for i, ids in enumerate(tokens) if ids.is_cut]
         if long and not self.end_ids and not self.checkpoint.is_table:
-            # Only the tokenizer knows which of its special tokens have to stay.
+            # Only the tokenizer knows which of its special tokens must stay.
             short = self._call([full[i] for i in long], truncation=True, max_length=limit)
             for i, ids in zip(long, short, strict=True):
                 tokens[i][:] = ids
@@ -168,17 +167,17 @@ class Tokenization:
         return tokens
 
     def limit(self, role: Role) -> int:
-        """The longest input of a role, in tokens; longer texts are cut there."""
+        """The longest input of a role in tokens; longer texts are cut."""
         return min(self.max_tokens, self.checkpoint.limit(role))
 
     def _mark_prompt(self, prompt: str, tokens: Sequence[Tokens]) -> None:
-        """Note how many tokens of the prompt pooling leaves out, where it does."""
+        """Set how many tokens of the prompt pooling leaves out, if it does so."""
         if self.checkpoint.pooling == "latent":
-            # As its authors count: the prompt's tokens alone, from position 0 on. The start token
-            # stands there too, and the prompt's last one, a space, has become part of the text.
+            # NV-Embed's authors leave out as many tokens as the bare prompt has. These include the
+            # start token, but not the prompt's last token: a space, which merges with the text.
             n_prompt = len(self.tokenizer.tokenize(prompt))
         elif self.checkpoint.excludes_prompt:
-            # As Sentence Transformers counts: with the start token, without the one at the end.
+            # Sentence Transformers counts the start token, but no end token.
             (ids,) = self._whole([prompt])
             n_prompt = len(self.start_ids) + len(ids)
             n_prompt -= bool(ids) and not self.end_ids and ids[-1] in self._special_ids
@@ -188,10 +187,10 @@ class Tokenization:
             ids.n_prompt = min(n_prompt, len(ids) - 1)
 
     def _check_vocabulary(self, tokens: Sequence[Tokens], texts: Sequence[str]) -> None:
-        """Refuse tokens that the model's table has no row for.
+        """Refuse tokens that the model's embedding table has no row for.
 
         Raises:
-            InputError: the first such token, and its text.
+            InputError: names the first such token and its text.
         """
         if self._n_rows is None or len(self.tokenizer) <= self._n_rows:
             return
@@ -209,8 +208,8 @@ class Tokenization:
         """The tokenizer's own call.
 
         Raises:
-            InputError: a text holds half a surrogate pair, which is no Unicode text.
-            IntegrityError: the tokenizer fails otherwise.
+            InputError: a text holds half a surrogate pair, which is no valid Unicode.
+            IntegrityError: the tokenizer fails for another reason.
         """
         try:
             with foreign_errors(self.checkpoint.folder, "tokenizing"):
@@ -231,16 +230,16 @@ class Tokenization:
     def lengths(
         self, texts: Sequence[str], *, role: Role = "document", instruction: str | None = None
     ) -> list[int]:
-        """Tokens that each text has with prompt and end token before it is cut."""
+        """Number of tokens of each text, with prompt and end token, before it is cut."""
         _, full = self._prompted(texts, role, instruction)
         around = len(self.start_ids) + len(self.end_ids)
         return [len(ids) + around for ids in self._whole(full)]
 
     def check(self, texts: Sequence[str]) -> None:
-        """Refuse what is no list of strings.
+        """Refuse anything but a list of strings.
 
         Raises:
-            InputError: which position holds what.
+            InputError: says which position holds which type.
         """
         if isinstance(texts, str):
             raise InputError("texts must be a list of strings, found one string; write [text]")
@@ -255,17 +254,17 @@ class Tokenization:
         instruction: str | None,
         prompt: str | None = None,
     ) -> tuple[str, list[str]]:
-        """The prompt, and the texts behind it."""
+        """The prompt, and each text with the prompt before it."""
         self.check(texts)
-        own = self.prompt(role, instruction)
-        prompt = own if prompt is None else prompt
+        role_prompt = self.prompt(role, instruction)  # refuses a wrong role or instruction
+        prompt = role_prompt if prompt is None else prompt
         full = [prompt + text for text in texts]
         return prompt, [text.lower() for text in full] if self.checkpoint.lower_case else full
 
     def _whole(self, full: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts of any length, without start and end token where they are ours to add.
+        """Token ids of uncut texts, without the start and end tokens that gteopt adds itself.
 
-        The tokenizer's own template is bypassed then, so that they can never be there twice.
+        The tokenizer's own template is bypassed then, so that no token is added twice.
         """
         if not full:
             return []
@@ -273,17 +272,15 @@ class Tokenization:
         return self._call(full, add_special_tokens=special, truncation=False)
 
     def _cut(self, ids: Sequence[int], limit: int) -> Tokens:
-        """With start and end token, and room left for them, so that truncation can never cut off
-        what pooling reads.
-        """
+        """`ids` with start and end token, cut so that both fit: pooling may read them."""
         room = max(0, limit - len(self.start_ids) - len(self.end_ids))
-        found = Tokens((*self.start_ids, *ids[:room], *self.end_ids))
-        found.is_cut = len(ids) > room
-        return found
+        tokens = Tokens((*self.start_ids, *ids[:room], *self.end_ids))
+        tokens.is_cut = len(ids) > room
+        return tokens
 
     def _report_cut(self, tokens: Sequence[Tokens], limit: int, *, is_asked_for: bool) -> None:
-        """Count texts that were cut; say so the first time, where nobody asked for a limit."""
-        n_cut = sum(each.is_cut for each in tokens)
+        """Count texts that were cut; warn the first time, unless the caller set the limit."""
+        n_cut = sum(ids.is_cut for ids in tokens)
         self.n_cut += n_cut
         if n_cut and not is_asked_for and not self._said_cut:
             self._said_cut = True
@@ -304,11 +301,11 @@ class Tokenization:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The folder's tokenizer, without its code.
+    """The folder's tokenizer; code in the folder is not run.
 
     Raises:
-        InputError: there is none.
-        IntegrityError: its files are broken.
+        InputError: the folder has no tokenizer.
+        IntegrityError: the tokenizer's files are broken.
     """
     folder = checkpoint.tokenizer_folder
     if not any((folder / name).is_file() for name in _VOCABULARIES):
@@ -331,7 +328,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def import_transformers() -> Any:
-    """transformers, imported late (it takes seconds) and quiet about its own progress."""
+    """transformers, imported late because it takes seconds, with its progress bars off."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
@@ -348,20 +345,21 @@ def import_transformers() -> Any:
 
 
 def _escape(record: logging.LogRecord) -> bool:
-    """Show control characters in what libraries report of a folder: they could move the cursor."""
+    """Make control characters in library messages visible: they could move the cursor."""
     record.msg, record.args = visible(record.getMessage()), ()
     return True
 
 
 def _token_ids(tokenizer: Any, checkpoint: Checkpoint, token: str | None) -> list[int]:
-    """The id of a token that stands around every text, as a list; empty where there is none."""
+    """The id of a token around every text, as a list; empty if there is no such token."""
     if token is None:
         return []
-    found = tokenizer.convert_tokens_to_ids(token)
-    if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    is_unknown = token_id == tokenizer.unk_token_id and token != tokenizer.unk_token
+    if token_id is None or is_unknown:
         raise InputError(
             f"the tokenizer of {checkpoint.folder} has no token '{token}', which "
             f"{checkpoint.family.name if checkpoint.family else 'the model'} needs around every "
             f"text; its tokenizer files belong to another model"
         )
-    return [int(found)]
+    return [int(token_id)]
