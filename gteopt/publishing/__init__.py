@@ -1,1 +1,1 @@
-"""Artifacts to and from the model hub."""
+"""Send artifacts to the model hub and fetch them from it."""

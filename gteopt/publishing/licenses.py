@@ -1,7 +1,7 @@
-"""What the licenses of base models say about sharing a changed version of them.
+"""Decide whether a base model's license allows to share a changed version, and under which terms.
 
-Hides: the hub's names for licenses. Refuses to know: models, files. It is no legal advice. It knows
-the licenses below, and asks the user about any other.
+Hides: the hub's names for licenses. Refuses to know: models, files. This is no legal advice. The
+module knows the licenses below. For any other license, the user must confirm the terms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FREE = frozenset(
         *("cc0-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "odc-by", "pddl", "ecl-2.0"),
     }
 )
-"""Licenses under which changed versions may be shared if the notice is kept."""
+"""Licenses that allow to share changed versions if the license notice is kept."""
 _COPYLEFT = frozenset(
     {
         *("gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "agpl-3.0", "mpl-2.0"),
@@ -48,13 +48,13 @@ _CREATIVE_COMMONS = re.compile(r"cc-by(?P<nc>-nc)?(?:-(?P<how>sa|nd))?-[\d.]+")
 
 @dataclass(frozen=True)
 class Terms:
-    """Under which license something may be shared.
+    """The license of a changed version, with its conditions.
 
     Attributes:
-        license: the hub's name for it.
-        binds: what it asks of whoever takes the model; None where hardly anything.
-        is_stated: by the base itself; else by the user.
-        is_known: its terms are known here.
+        license: the hub's name of the license.
+        binds: conditions for users of the model; None where only the notice must be kept.
+        is_stated: True if the base states the license, False if the user gave it.
+        is_known: whether this module knows the license's terms.
     """
 
     license: str
@@ -66,31 +66,33 @@ class Terms:
 def read_terms(base: str, stated: str | None, given: str | None = None) -> Terms:
     """The terms under which a changed version of a base may be shared.
 
-    A license that the base states and that is known here is enough. Any other license must be given
-    by the user, who has read it.
+    If the base states a license of the lists above, that license holds. Otherwise the user must
+    read the license and give its name.
 
     Args:
-        base: what to call the model in an error.
-        stated: its license by its own card.
-        given: its license by the user.
+        base: name of the model, for error messages.
+        stated: license that the base's model card states.
+        given: license that the user gave.
 
     Raises:
-        InputError: none is stated or known, and none was given; or two that differ.
+        InputError: no license is stated, or an unknown one, and none is given; or the two differ.
         UnsupportedError: the license forbids to share changed versions.
     """
     license = (stated or given or "").lower()
     if not license:
         raise InputError(
-            f"{base} states no license, so nobody may share it until its owner allows it; find out "
-            f"and give it by the hub's name, as in --license apache-2.0"
+            f"{base} states no license, so nobody may share it until its owner allows it; find "
+            f"out its license and give the hub's name for it, such as --license apache-2.0"
         )
     if stated is not None and given is not None and given.lower() != license:
-        raise InputError(f"{base} is under {stated}, which --license {given} cannot change")
+        raise InputError(
+            f"{base} states the license {stated}, but --license gives {given}; leave --license out"
+        )
     creative = _CREATIVE_COMMONS.fullmatch(license)
     if creative is not None and creative["how"] == "nd":
         raise UnsupportedError(
-            f"{base} is under {license}, which forbids to share changed versions, and a quantized "
-            f"model is one; only its owner can allow it"
+            f"the license of {base}, {license}, forbids to share changed versions; a quantized "
+            f"model is a changed version, and only the owner of {base} can allow to share it"
         )
     if license in _FREE:
         binds = None
@@ -106,8 +108,8 @@ def read_terms(base: str, stated: str | None, given: str | None = None) -> Terms
         binds = "research only"
     elif given is None:
         raise InputError(
-            f"{base} is under '{license}', whose terms gteopt does not know; read them, and if "
-            f"they allow to share changed versions, give --license {license}"
+            f"gteopt does not know the terms of '{license}', the license of {base}; read them, and "
+            f"if they allow to share changed versions, give --license {license}"
         )
     else:
         binds = "terms that gteopt does not know: read them"

@@ -1,10 +1,10 @@
-"""Artifacts to and from the model hub.
+"""Publish an artifact on the model hub, and pull a published one.
 
-Hides: what a published folder has that an artifact has not. Refuses to know: torch, HTTP (`hub`
-does), what the card says, how anything was measured.
+Hides: how a published folder differs from an artifact. Refuses to know: torch, HTTP (`hub` does),
+what the card says, how anything was measured.
 
-A published folder is the artifact with a richer README.md. Its manifest carries that file's hash.
-`published_from` is the hash of the artifact that was built and measured. Nothing else differs.
+A published folder differs from its artifact in two files. README.md has more sections. The
+manifest has that README.md's hash, and in `published_from` the hash of the measured artifact.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ from gteopt.records.results_folder import read_results
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that is ready to be published, not yet written or sent.
+    """A folder that is ready to be published, but not yet written or sent.
 
     Attributes:
-        artifact: where the files come from that it shares with the artifact.
-        files: by path, everything that it holds.
+        artifact: the artifact's folder, from which unchanged files are taken.
+        files: content of all files, by path.
     """
 
     artifact: Path
@@ -73,22 +73,22 @@ def prepare(
     license: str | None = None,
     datasets: Mapping[str, str] | None = None,
 ) -> Folder:
-    """What `publish` would send, put together. Nothing is written, no network is touched.
+    """Assemble the folder that `publish` sends. It writes no file and uses no network.
 
     Args:
-        artifact: verified file by file.
+        artifact: folder of the artifact; every file is verified.
         repo: `ORG/NAME`.
         results: folder with eval/*.json and, where speed was measured, bench.json.
-        license: of the base; needed where the base states none, or one that gteopt does not know.
-        datasets: by task, its data set on the hub; tasks without one stay out of `model-index`.
+        license: license of the base; needed when its card states none or one unknown to gteopt.
+        datasets: hub data set of each task; `model-index` leaves out tasks that are not listed.
 
     Raises:
-        InputError: no artifact, a bad name, or results that are not this artifact's.
+        InputError: no artifact, a bad name, or results of another artifact.
         IntegrityError: a file of the artifact is not what its manifest says.
-        UnsupportedError: the base's license forbids it.
+        UnsupportedError: the base's license forbids to share changed versions.
     """
     hub.check_repo_name(repo)
-    read_manifest(artifact)  # a base has none, and is refused before its license is looked at
+    read_manifest(artifact)  # refuses a folder that is no artifact, before its license is read
     checkpoint = open_checkpoint(artifact)
     built = checkpoint.manifest
     assert built is not None
@@ -114,14 +114,16 @@ def prepare(
 
 
 def write_folder(folder: Folder, out: Path) -> Publication:
-    """Write exactly what would be sent. Files that the artifact has too share its disk space.
+    """Write the folder that `publish` would send. Unchanged files are hard links to the artifact's.
+
+    An earlier published folder of the same artifact at `out` is replaced.
 
     Raises:
-        InputError: `out` holds something other than an earlier one of the same artifact.
+        InputError: `out` holds anything else.
     """
     if is_artifact(out) and not out.samefile(folder.artifact):
-        there = read_manifest(out).published_from
-        if there is not None and there == folder.manifest.published_from:
+        earlier_source = read_manifest(out).published_from
+        if earlier_source is not None and earlier_source == folder.manifest.published_from:
             discard(out)
     check_free(out)
     stage = _stage(out, "publish")
@@ -139,13 +141,13 @@ def write_folder(folder: Folder, out: Path) -> Publication:
 
 
 def publish(folder: Folder, *, private: bool = False) -> Publication:
-    """Send a folder in one commit, without the files that are there; make the repository if needed.
+    """Send a folder in one commit, and create the repository if there is none.
 
-    Files that an earlier version of the artifact had and this one has not are deleted. Whatever
-    else the owner put beside them stays.
+    Files that the repository already has are not sent again. Files of an earlier version of the
+    artifact that this version lacks are deleted. All other files of the repository stay.
 
     Raises:
-        InputError: no token, no permission, no network; or the repository holds something else
+        InputError: no token, no permission, no network; or the repository holds something other
             than an earlier version of this artifact.
     """
     hub.check_token()
@@ -157,8 +159,8 @@ def _publish(folder: Folder, private: bool) -> Publication:
     repository = hub.find(folder.repo) or hub.create(folder.repo, private=private)
     if private and not repository.private:
         raise InputError(
-            f"{folder.repo} exists and is public; make it private on its page, or leave --private "
-            f"out"
+            f"{folder.repo} exists and is public; make it private on its page on the hub, or leave "
+            f"--private out"
         )
     earlier = _earlier_version(repository, folder)
     stale = {file.path for file in earlier.files} if earlier is not None else set()
@@ -169,12 +171,12 @@ def _publish(folder: Folder, private: bool) -> Publication:
 
 @contextmanager
 def _publishing_alone(repo: str) -> Iterator[None]:
-    """One publication of a repository at a time for a user of this machine.
+    """Hold a lock on publishing to a repository, for one user on this machine.
 
-    Two would each delete what the other had just sent.
+    Without the lock, two processes could each delete files that the other has just sent.
 
     Raises:
-        InputError: another process is at it.
+        InputError: another process holds the lock.
     """
     locks = Path(HF_HOME) / "gteopt"
     try:
@@ -183,9 +185,9 @@ def _publishing_alone(repo: str) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise InputError(
-            f"another process is publishing to {repo}; wait for it, then publish again"
+            f"another process is publishing to {repo}; wait until it ends, then publish again"
         ) from error
-    except OSError:  # the Hub client's folder is read-only: nobody else can hold a lock there
+    except OSError:  # the hub client's folder is read-only, so no process can hold a lock in it
         yield
         return
     try:
@@ -195,29 +197,29 @@ def _publishing_alone(repo: str) -> Iterator[None]:
 
 
 def pull(repo: str, out: Path, *, revision: str | None = None) -> Manifest:
-    """Bring a published artifact: check every file against its hash, then rename the folder.
+    """Fetch a published artifact, check every file against its hash, and put it at `out`.
 
-    After an interruption the same call fetches only the files that are not whole.
+    After an interruption, the same call fetches only missing and incomplete files.
 
     Args:
         repo: `ORG/NAME`.
-        out: folder of the artifact; must not exist yet, or hold this one.
+        out: folder of the artifact; it must not exist yet, or hold the same artifact.
         revision: branch, tag or commit; `main` when left out.
 
     Raises:
         InputError: no such repository or revision, not an artifact, no network, `out` is taken.
-        IntegrityError: what the hub holds is not what its manifest says.
+        IntegrityError: a file on the hub does not match its manifest.
     """
     hub.check_repo_name(repo)
     if not is_artifact(out):
-        check_free(out)  # before anything is asked of the network
+        check_free(out)  # before any network request
     repository = hub.find(repo, revision)
     if repository is None:
         raise InputError(hub.nothing_there(repo))
     with TemporaryDirectory() as scratch:
         wanted = _remote_manifest(repository, Path(scratch))
-        name = hash_file(Path(scratch, MANIFEST))
-    if is_artifact(out) and artifact_sha256(out) == name:
+        sha256 = hash_file(Path(scratch, MANIFEST))
+    if is_artifact(out) and artifact_sha256(out) == sha256:
         return verify(out)
     check_free(out)
     stage = _stage(out, "pull")
@@ -228,14 +230,15 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> Manifest:
         try:
             manifest = verify(stage)
         except IntegrityError as error:
-            # What is wrong must be fetched again; what is right need not.
+            # Delete the wrong files, so that the next call fetches only them.
             for record in wanted.files:
                 path = stage / record.path
                 if path.is_file() and hash_file(path) != record.sha256:
                     path.unlink()
             raise IntegrityError(
                 f"{repo} at {repository.commit[:12]}: {str(error).partition(': ')[2] or error}; "
-                f"it was changed after it was published, or damaged on its way; try once more"
+                f"the repository was changed after publishing, or the download was damaged; try "
+                f"again"
             ) from error
         shutil.rmtree(stage / ".cache", ignore_errors=True)
         place(stage, out)
@@ -243,32 +246,32 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> Manifest:
 
 
 def _measured(results: Path | None, hashes: set[str]) -> Measured:
-    """The records of the artifact with one of these hashes.
+    """Read the records of the artifact that has one of these hashes.
 
     Raises:
-        InputError: the folder holds records, but none of this artifact.
+        InputError: the folder holds records of some kind, but none of this artifact.
     """
     if results is None:
         return Measured(None, None, "")
-    found = read_results(results)
-    bench, evals, variants = found.bench, found.evals, found.benched
+    records = read_results(results)
+    bench, evals, variants = records.bench, records.evals, records.benched
     own_evals = [report for report in evals.values() if report.artifact_sha256 in hashes]
-    own_texts = [each for each in found.fidelity.values() if each.artifact_sha256 in hashes]
+    own_texts = [r for r in records.fidelity.values() if r.artifact_sha256 in hashes]
     own_names = [name for name, variant in variants.items() if variant.artifact_sha256 in hashes]
     others = {name: report.artifact_sha256 for name, report in evals.items()}
-    others |= {name: report.artifact_sha256 for name, report in found.fidelity.items()}
+    others |= {name: report.artifact_sha256 for name, report in records.fidelity.items()}
     others |= {name: variant.artifact_sha256 for name, variant in variants.items()}
     problems = []
     if evals and not own_evals:
         problems.append("eval/ scores other artifacts; run `gteopt evaluate` on this one")
-    if found.fidelity and not own_texts:
+    if records.fidelity and not own_texts:
         problems.append("fidelity/ compares other artifacts; run `gteopt evaluate` on this one")
     if variants and not own_names:
         problems.append("bench.json measures other artifacts; run `gteopt bench` on this one")
     if problems:
-        here = sorted(sha256[:12] for sha256 in hashes)
+        wanted = sorted(sha256[:12] for sha256 in hashes)
         problems += [f"it holds {name} ({sha256[:12]})" for name, sha256 in sorted(others.items())]
-        subject = f"{results} holds no record of this artifact ({', '.join(here)})"
+        subject = f"{results} holds no record of this artifact ({', '.join(wanted)})"
         raise InputError(join_problems(subject, problems))
     return Measured(
         eval=own_evals[0] if own_evals else None,
@@ -279,26 +282,26 @@ def _measured(results: Path | None, hashes: set[str]) -> Measured:
 
 
 def _earlier_version(repository: hub.Repository, folder: Folder) -> Manifest | None:
-    """The artifact of the same recipe and base that the repository holds; None where it is empty.
+    """Manifest of the repository's artifact of the same recipe and base; None if it is empty.
 
     Raises:
         InputError: the repository holds something else.
     """
     if not repository.content:
         return None
-    advice = "give another --repo, or delete that one first"
+    advice = "give another --repo, or delete that repository first"
     if MANIFEST not in repository.files:
         shown = ", ".join(repository.content[:3]) + (", ..." if len(repository.content) > 3 else "")
         raise InputError(f"{repository.id} holds other files and no artifact ({shown}); {advice}")
     with TemporaryDirectory() as scratch:
-        there = _remote_manifest(repository, Path(scratch))
-    ours, theirs = folder.manifest, there
-    if (ours.base.id, ours.recipe.name) != (theirs.base.id, theirs.recipe.name):
+        earlier = _remote_manifest(repository, Path(scratch))
+    new = folder.manifest
+    if (new.base.id, new.recipe.name) != (earlier.base.id, earlier.recipe.name):
         raise InputError(
-            f"{repository.id} holds another artifact, {theirs.recipe.name} of {theirs.base.id}; "
-            f"this is {ours.recipe.name} of {ours.base.id}; {advice}"
+            f"{repository.id} holds another artifact, {earlier.recipe.name} of {earlier.base.id}; "
+            f"this is {new.recipe.name} of {new.base.id}; {advice}"
         )
-    return theirs
+    return earlier
 
 
 def _remote_manifest(repository: hub.Repository, scratch: Path) -> Manifest:
@@ -317,14 +320,15 @@ def _remote_manifest(repository: hub.Repository, scratch: Path) -> Manifest:
 
 
 def _stage(out: Path, verb: str) -> Path:
-    """A working folder beside `out` that an interrupted build of `out` does not share."""
+    """A working folder beside `out`; a build of `out` uses another one."""
     return stage_folder(out.with_name(f"{out.name}.{verb}"))
 
 
 def _tidy(stage: Path, paths: set[str]) -> None:
-    """Remove what an earlier attempt left: unfinished pieces, and files of another commit."""
+    """Remove incomplete downloads, and files that are not among `paths`."""
     for path in stage.rglob("*"):
         relative = path.relative_to(stage)
+        # The hub client notes in `.cache` which files are complete.
         is_note = relative.parts[0] == ".cache" and path.suffix != ".incomplete"
         if path.is_file() and not is_note and relative.as_posix() not in paths:
             path.unlink()
@@ -333,7 +337,7 @@ def _tidy(stage: Path, paths: set[str]) -> None:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or a file system without hard links
         shutil.copy2(source, target)
 
 

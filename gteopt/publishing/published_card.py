@@ -1,4 +1,4 @@
-"""README.md of a published artifact: the artifact's card with its license and what was measured.
+"""Write the README.md of a published artifact: its card, its license and its measured results.
 
 Hides: the card's wording, the hub's `model-index`. Refuses to know: the network, files.
 """
@@ -26,7 +26,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Measured:
-    """What a results folder says of one artifact; None where that was not measured."""
+    """The records of one artifact; None for a record that does not exist.
+
+    Attributes:
+        name: the artifact's name in `bench`; empty where it was not measured.
+    """
 
     eval: EvalReport | None
     bench: BenchReport | None
@@ -42,7 +46,16 @@ def published_card(
     measured: Measured,
     datasets: Mapping[str, str],
 ) -> str:
-    """README.md of a repository: the artifact's card, its license and what was measured."""
+    """The text of README.md: the artifact's card, its license and its measured results.
+
+    Args:
+        manifest: the artifact's manifest.
+        checkpoint: the opened artifact.
+        repo: `ORG/NAME`, for commands and links.
+        terms: the license of the artifact.
+        measured: the artifact's records.
+        datasets: hub data set of each task; `model-index` leaves out tasks that are not listed.
+    """
     metadata = _license_metadata(manifest.base.id, terms)
     entries = list(_model_index(measured.eval, datasets)) if measured.eval else []
     if entries:
@@ -64,27 +77,25 @@ def published_card(
 
 
 def _license_metadata(base: str, terms: Terms) -> dict[str, object]:
-    """The license as the hub takes it, which is one that it knows or `other` with a name."""
+    """The hub's license metadata: a license that the hub knows, or `other` with a name."""
     if terms.is_known or (terms.is_stated and terms.license != "other"):
         return {"license": terms.license}
     name = f"{base}-license" if terms.license == "other" else terms.license
-    found = {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", name.lower())}
+    metadata = {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", name.lower())}
     if "/" in base:
-        found["license_link"] = f"https://huggingface.co/{base}"
-    return dict(found)
+        metadata["license_link"] = f"https://huggingface.co/{base}"
+    return dict(metadata)
 
 
 def _license_section(manifest: Manifest, terms: Terms) -> str:
     binds = f": **{terms.binds}**" if terms.binds else ""
-    stated = "as the base states" if terms.is_stated else "as its publisher states, not the base"
-    changed = (
-        "its linear layers are quantized" if manifest.layers else "its weights are as they were"
-    )
+    source = "stated by the base" if terms.is_stated else "stated by the publisher, not by the base"
+    changed = "its linear layers are quantized" if manifest.layers else "its weights are unchanged"
     if manifest.vectors.method != "full":
         changed += f", its vectors are cut to {manifest.vectors.dims} dimensions"
     return (
-        f"## License\n\n`{terms.license}`, {stated}{binds}. This is a changed version of "
-        f"`{manifest.base.id}`: {changed}. Its authors made the original, not this."
+        f"## License\n\n`{terms.license}`, {source}{binds}. This is a changed version of "
+        f"`{manifest.base.id}`: {changed}. The authors of the original did not make this version."
     )
 
 
@@ -96,40 +107,41 @@ def _quality_sections(report: EvalReport | None, repo: str, manifest: Manifest) 
         kept = f"{report.retention:.1%}"
     if report.retention_low is not None and report.retention_high is not None:
         kept += f" ({report.retention_low:.1%} to {report.retention_high:.1%})"
-    close = report.fidelity
+    fidelity = report.fidelity
     rows = [
         ("mean score", f"{100 * report.score:.2f}, baseline {100 * report.baseline_score:.2f}"),
         ("score kept", kept),
     ]
-    facts = _facts([*rows, *_closeness(close)])
+    facts = _facts([*rows, *_closeness(fidelity)])
     yield (
-        f"## Quality\n\nSuite `{report.suite}` (SHA-256 `{report.suite_sha256[:16]}`), beside "
-        f"{_baseline(report.baseline, report.baseline_sha256, manifest)}, with the same data on "
-        f"the same machine ({_versions(report.versions)}). Neighbours and cosines are of "
-        f"{close.n_texts:,} texts of the suite, neighbours {close.among}; cosines are before "
-        f"vectors are shortened or coded.\n\n{facts}"
+        f"## Quality\n\nScores on the suite `{report.suite}` (SHA-256 "
+        f"`{report.suite_sha256[:16]}`), compared with "
+        f"{_baseline(report.baseline, report.baseline_sha256, manifest)}. Both used the same data "
+        f"and the same machine ({_versions(report.versions)}). Neighbours and cosines are measured "
+        f"on {fidelity.n_texts:,} texts of the suite: neighbours {fidelity.among}. Cosines compare "
+        f"the vectors before they are shortened or coded.\n\n{facts}"
     )
     lines = "\n".join(_task_row(task) for task in report.tasks)
     text = (
         f"| task | split | subset | metric | score | baseline | difference |\n"
         f"|---|---|---|---|---|---|---|\n{lines}\n\n"
-        f"Scores times 100. Differences with their 95 % interval (paired bootstrap); those within "
-        f"{100 * report.margin:g} points count as equivalent."
+        f"Scores are times 100. Differences have a 95 % interval (paired bootstrap); a difference "
+        f"within {100 * report.margin:g} points counts as equivalent."
     )
     if report.partial:
         failed = "\n".join(f"- {task.task}: {task.reason}" for task in report.failed)
-        text += f"\n\n**Partial**: means are without what could not be scored.\n\n{failed}"
+        text += f"\n\n**Partial**: means leave out the tasks that could not be scored.\n\n{failed}"
     yield text
     yield _measured_again(report, repo, manifest.base.id)
 
 
-def _closeness(found: Fidelity) -> list[tuple[str, str]]:
+def _closeness(fidelity: Fidelity) -> list[tuple[str, str]]:
     return [
-        ("10 nearest neighbours kept", f"{found.neighbour_overlap:.1%}"),
-        ("rank correlation of similarities", f"{found.spearman:.4f}"),
+        ("10 nearest neighbours kept", f"{fidelity.neighbour_overlap:.1%}"),
+        ("rank correlation of similarities", f"{fidelity.spearman:.4f}"),
         (
             "cosine to the baseline's vectors",
-            f"{found.mean_cosine:.5f}, 1st percentile {found.p1_cosine:.5f}",
+            f"{fidelity.mean_cosine:.5f}, 1st percentile {fidelity.p1_cosine:.5f}",
         ),
     ]
 
@@ -142,41 +154,42 @@ def _facts(rows: Iterable[tuple[str, str]]) -> str:
 def _fidelity_section(
     report: FidelityReport | None, repo: str, manifest: Manifest
 ) -> Iterator[str]:
-    """How close the artifact is to its baseline on texts without labels."""
+    """The section on closeness to the baseline, measured on texts without labels."""
     if report is None:
         return
     baseline = _baseline(report.baseline, report.baseline_sha256, manifest)
     yield (
-        f"## Closeness\n\nNo labels were used: these figures say how close the vectors are to "
-        f"those of {baseline}. They say nothing of how well either of them finds answers. The "
-        f"texts are {report.fidelity.n_texts:,} of the publisher's own (`{report.texts}`, SHA-256 "
-        f"`{report.texts_sha256[:16]}`), neighbours {report.fidelity.among} "
+        f"## Closeness\n\nNo labels were used. The figures say how close the vectors are to the "
+        f"vectors of {baseline}. They do not say how well either model finds answers. The "
+        f"publisher compared {report.fidelity.n_texts:,} texts (`{report.texts}`, SHA-256 "
+        f"`{report.texts_sha256[:16]}`): neighbours {report.fidelity.among} "
         f"({_versions(report.versions)}).\n\n{_facts(_closeness(report.fidelity))}"
     )
     base = manifest.base.id
-    own = "" if base == NANO or "/" in base else f" --baseline {shlex.quote(base)}"
+    option = "" if base == NANO or "/" in base else f" --baseline {shlex.quote(base)}"
     yield (
-        f"To compare it on texts of your own:\n\n```sh\ngteopt pull {repo} --out FOLDER\n"
-        f"gteopt evaluate FOLDER --texts texts.txt{own}\n```"
+        f"To compare it on your own texts:\n\n```sh\ngteopt pull {repo} --out FOLDER\n"
+        f"gteopt evaluate FOLDER --texts texts.txt{option}\n```"
     )
 
 
 def _measured_again(report: EvalReport, repo: str, base: str) -> str:
-    """The commands that were given, and what they need that is not in the repository."""
+    """The commands that measure it again, and the files they need that the repository lacks."""
     if not report.asked:
-        return f"It was measured from Python, on the suite called `{report.suite}`."
+        return f"It was measured from Python, on the suite named `{report.suite}`."
     asked, needs = list(report.asked), []
     given = dict(zip(asked[::2], asked[1::2], strict=True))
     if "/" not in base and base != NANO and "--baseline" not in given:
         given["--baseline"] = base
         asked += ["--baseline", base]
     if (baseline := given.get("--baseline")) and "/" not in baseline and baseline != NANO:
-        needs.append(f"`{baseline}` is a folder, with the files of `{report.baseline_sha256[:16]}`")
+        digest = report.baseline_sha256[:16]
+        needs.append(f"`{baseline}` is the folder of the baseline (SHA-256 `{digest}`)")
     if (suite := given.get("--suite", "")).endswith((".yaml", ".yml")):
-        needs.append(f"`{suite}` is a file, of the suite named above")
+        needs.append(f"`{suite}` is the file of the suite named above")
     if data := given.get("--data"):
-        own = (task for task in report.tasks if task.task in (data, Path(data).stem))
-        digests = sorted({task.dataset_revision.removeprefix("sha256:") for task in own})
+        on_data = (task for task in report.tasks if task.task in (data, Path(data).stem))
+        digests = sorted({task.dataset_revision.removeprefix("sha256:") for task in on_data})
         hashes = ", ".join(f"SHA-256 `{digest[:16]}`" for digest in digests)
         needs.append(f"`{data}` is the publisher's own data ({hashes or 'not scored'})")
     text = (
@@ -184,7 +197,7 @@ def _measured_again(report: EvalReport, repo: str, base: str) -> str:
         f"gteopt evaluate FOLDER {shlex.join(asked)}\n```"
     )
     if needs:
-        text += f"\n\nNot in this repository, and needed: {'; '.join(needs)}."
+        text += f"\n\nThese files are needed and not in this repository: {'; '.join(needs)}."
     return text
 
 
@@ -192,9 +205,9 @@ def _task_row(task: TaskScore) -> str:
     if task.difference is None:
         change = f"{100 * (task.score - task.baseline_score):+.2f}, no interval: {task.no_interval}"
     else:
-        found = task.difference
-        low, high = 100 * found.low, 100 * found.high
-        change = f"{100 * found.value:+.2f} ({low:+.2f} to {high:+.2f}), {found.verdict}"
+        difference = task.difference
+        low, high = 100 * difference.low, 100 * difference.high
+        change = f"{100 * difference.value:+.2f} ({low:+.2f} to {high:+.2f}), {difference.verdict}"
     score, baseline = f"{100 * task.score:.2f}", f"{100 * task.baseline_score:.2f}"
     if task.sequential is not None and task.is_stopped:
         change += f", stopped after {task.sequential.n_scored:,} of {task.sequential.n_all:,}"
@@ -203,14 +216,14 @@ def _task_row(task: TaskScore) -> str:
 
 
 def _model_index(report: EvalReport, datasets: Mapping[str, str]) -> Iterator[EvalResult]:
-    """The hub's form of scores, as MTEB's own cards have them: times 100, aggregates by part.
+    """Entries of the hub's `model-index`, with scores times 100 as on MTEB's own cards.
 
-    Beside a task's score stand the baseline's and the difference. They are metrics with types of
-    their own, so that a search for `cosine_spearman` gives one. The interval is in the
+    Each task has its score, the baseline's score and the difference. Each has its own metric
+    type, so that leaderboards find one value of `cosine_spearman`. The interval is in the
     difference's `args`.
     """
     for task in report.tasks:
-        if task.is_stopped:  # the score of some of its items is none that others can compare
+        if task.is_stopped:  # a score of only some items is not comparable with other scores
             continue
         name, subset = task.task, task.subset
         if name not in datasets and subset in datasets:
@@ -232,19 +245,19 @@ def _model_index(report: EvalReport, datasets: Mapping[str, str]) -> Iterator[Ev
                 metric_name=f"{task.metric} of the baseline {report.baseline}",
                 metric_value=_points(task.baseline_score),
             )
-            if (found := task.difference) is not None:
-                low, high = _points(found.low), _points(found.high)
+            if (difference := task.difference) is not None:
+                low, high = _points(difference.low), _points(difference.high)
                 yield entry(
                     metric_type=f"{task.metric}_difference",
                     metric_name=f"difference from the baseline, 95 % interval {low:+.2f} to "
-                    f"{high:+.2f}, {found.verdict}",
-                    metric_value=_points(found.value),
+                    f"{high:+.2f}, {difference.verdict}",
+                    metric_value=_points(difference.value),
                     metric_args={
                         "confidence": 0.95,
                         "low": low,
                         "high": high,
                         "margin": _points(report.margin),
-                        "verdict": found.verdict,
+                        "verdict": difference.verdict,
                     },
                 )
 
@@ -256,40 +269,37 @@ def _points(score: float) -> float:
 def _speed_section(bench: BenchReport | None, name: str, manifest: Manifest) -> Iterator[str]:
     if bench is None:
         return
-    mine, base = bench.variants[name], bench.variants[bench.baseline]
+    variant, base = bench.variants[name], bench.variants[bench.baseline]
     rows = [
         (
-            f"{each.workload.name} tokens",
-            f"{each.tokens_per_s:,.0f} tokens/s",
-            f"{whole.tokens_per_s:,.0f} tokens/s",
-            f"{each.baseline_ratio:.2f} x",
+            f"{speed.workload.name} tokens",
+            f"{speed.tokens_per_s:,.0f} tokens/s",
+            f"{base_speed.tokens_per_s:,.0f} tokens/s",
+            f"{speed.baseline_ratio:.2f} x",
         )
-        for each, whole in zip(mine.throughput, base.throughput, strict=True)
+        for speed, base_speed in zip(variant.throughput, base.throughput, strict=True)
     ]
     for percentile in ("p50_ms", "p95_ms"):
-        ours, theirs = getattr(mine.latency, percentile), getattr(base.latency, percentile)
-        what = f"one query of {mine.latency.tokens} tokens, {percentile.removesuffix('_ms')}"
-        rows.append((what, f"{ours:.2f} ms", f"{theirs:.2f} ms", f"{theirs / ours:.2f} x"))
-    for what, ours, theirs in (
-        ("weights in memory", mine.weight_bytes, base.weight_bytes),
-        ("peak memory", mine.peak_memory_bytes, base.peak_memory_bytes),
-        ("a million vectors", mine.index_bytes_per_million, base.index_bytes_per_million),
+        ms, base_ms = getattr(variant.latency, percentile), getattr(base.latency, percentile)
+        label = f"one query of {variant.latency.tokens} tokens, {percentile.removesuffix('_ms')}"
+        rows.append((label, f"{ms:.2f} ms", f"{base_ms:.2f} ms", f"{base_ms / ms:.2f} x"))
+    for label, n_bytes, base_bytes in (
+        ("weights in memory", variant.weight_bytes, base.weight_bytes),
+        ("peak memory", variant.peak_memory_bytes, base.peak_memory_bytes),
+        ("a million vectors", variant.index_bytes_per_million, base.index_bytes_per_million),
     ):
-        cells = (f"{ours / 1e6:,.1f} MB", f"{theirs / 1e6:,.1f} MB", f"{ours / theirs:.2f}")
-        rows.append((what, *cells))
+        ratio = f"{n_bytes / base_bytes:.2f}"
+        rows.append((label, f"{n_bytes / 1e6:,.1f} MB", f"{base_bytes / 1e6:,.1f} MB", ratio))
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    legend = "TEXTSxTOKENS in one batch. "
-    if any(each.lengths == "lognormal" for each in mine.throughput):
-        legend = (
-            "TEXTSxTOKENS in one batch; TEXTSx~TOKENS are texts of log-normal lengths of that "
-            "median. "
-        )
-    where = bench.machine.gpu if bench.device != "cpu" else bench.machine.cpu
-    kernels = ", ".join(f"{count} x {kernel}" for kernel, count in sorted(mine.kernels.items()))
+    legend = "A row TEXTSxTOKENS is one batch. "
+    if any(speed.lengths == "lognormal" for speed in variant.throughput):
+        legend += "In TEXTSx~TOKENS, lengths are log-normal and TOKENS is their median. "
+    processor = bench.machine.gpu if bench.device != "cpu" else bench.machine.cpu
+    kernels = ", ".join(f"{count} x {kernel}" for kernel, count in sorted(variant.kernels.items()))
     yield (
         f"## Speed\n\n| | this | baseline | ratio |\n|---|---|---|---|\n{lines}\n\n{legend}"
         f"Measured in turns with {_baseline(bench.baseline, base.artifact_sha256, manifest)}, on "
-        f"{where or bench.device}, {bench.n_threads} threads, "
+        f"{processor or bench.device}, {bench.n_threads} threads, "
         f"{bench.machine.memory_bytes / 1e9:.0f} GB, in gteopt (kernels: {kernels or 'none'}; "
         f"{_versions(bench.versions)})."
     )
@@ -297,8 +307,8 @@ def _speed_section(bench: BenchReport | None, name: str, manifest: Manifest) -> 
 
 def _baseline(name: str, sha256: str, manifest: Manifest) -> str:
     is_base = sha256 == manifest.base.sha256
-    what = "the original, unquantized, at full dimension" if is_base else "not the original itself"
-    return f"the baseline `{name}` (`{sha256[:16]}`), {what}"
+    kind = "the original, unquantized, at full dimension" if is_base else "not the original itself"
+    return f"the baseline `{name}` (`{sha256[:16]}`), {kind}"
 
 
 def _versions(versions: Mapping[str, str]) -> str:
@@ -309,21 +319,24 @@ def _limits(manifest: Manifest, terms: Terms, measured: Measured) -> Iterator[st
     if terms.binds is not None:
         yield f"License: {terms.binds}."
     if measured.eval is None and measured.fidelity is not None:
-        yield "Quality was not measured on labels, only closeness to the baseline on texts."
+        yield "Quality was not measured on labels; only closeness to the baseline was measured."
     elif measured.eval is None:
         yield "Quality was not measured."
     elif measured.eval.partial:
         yield "Some tasks of the suite could not be scored."
     else:
-        yield f"Quality is known on the tasks of `{measured.eval.suite}` and not beyond them."
+        yield f"Quality is known only for the tasks of `{measured.eval.suite}`."
     if measured.bench is None:
         yield "Speed and memory were not measured."
     else:
-        yield "Speed holds for that machine and gteopt's kernels; other engines bring their own."
+        yield "Speed holds for that machine and gteopt's kernels; other engines use other kernels."
     if manifest.vectors.code != "float32":
         yield (
-            f"Scores and neighbours are of {manifest.vectors.code} codes, which only gteopt makes "
-            f"from this folder; other engines give float vectors."
+            f"Scores and neighbours were measured on {manifest.vectors.code} codes. Only gteopt "
+            f"makes these codes from this folder; other engines give float vectors."
         )
-    if any(each.scheme.activation_bits == 8 for each in manifest.layers):
-        yield "Engines that leave activations in full precision give slightly other vectors."
+    if any(layer.scheme.activation_bits == 8 for layer in manifest.layers):
+        yield (
+            "Engines that compute with activations in full precision give slightly different "
+            "vectors."
+        )

@@ -590,7 +590,7 @@ def test_lengths_that_differ_are_published_as_such(artifact: Path, tmp_path: Pat
     write_results(tmp_path, artifact_sha256(artifact), lengths="lognormal")
     text = readme(artifact, results=tmp_path)
     assert "| 8x~64 tokens | 6,000 tokens/s |" in text
-    assert "texts of log-normal lengths of that median" in text
+    assert "In TEXTSx~TOKENS, lengths are log-normal and TOKENS is their median" in text
 
 
 def commands_of(card: str) -> list[list[str]]:
@@ -627,7 +627,7 @@ def test_every_command_of_a_published_card_runs_as_it_stands(
         (digest,) = {each.dataset_revision for each in read_eval(results / "eval").tasks}
         assert f"`pairs.csv` is the publisher's own data (SHA-256 `{digest[7:23]}`)" in card
     else:
-        assert "`mine.yaml` is a file, of the suite named above" in card
+        assert "`mine.yaml` is the file of the suite named above" in card
     commands = commands_of(card)
     assert [each[1] for each in commands] == ["pull", "evaluate", "quantize", "export"]
     for words in commands if asked == "data" else commands[:2]:
@@ -744,7 +744,7 @@ def test_the_license_that_a_user_gives_is_on_the_card_as_the_users_word(
     text = readme(silent, license="apache-2.0")
     data: Any = ModelCard(text).data
     assert data.license == "apache-2.0"
-    assert "`apache-2.0`, as its publisher states, not the base" in text
+    assert "`apache-2.0`, stated by the publisher, not by the base" in text
     # The hub takes the names that it knows, and others beside `other` only.
     data = ModelCard(readme(silent, license="Their-License 2")).data
     assert (data.license, data.license_name) == ("other", "their-license-2")
