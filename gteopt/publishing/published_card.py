@@ -119,7 +119,7 @@ def _quality_sections(report: EvalReport | None, repo: str, manifest: Manifest) 
         f"{_baseline(report.baseline, report.baseline_sha256, manifest)}. Both used the same data "
         f"and the same machine ({_versions(report.versions)}). Neighbours and cosines are measured "
         f"on {fidelity.n_texts:,} texts of the suite: neighbours {fidelity.among}. Cosines compare "
-        f"the vectors before they are shortened or coded.\n\n{facts}"
+        f"stored vectors with the baseline's; left-out dimensions count as 0.\n\n{facts}"
     )
     lines = "\n".join(_task_row(task) for task in report.tasks)
     text = (
