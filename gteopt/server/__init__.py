@@ -1,5 +1,5 @@
-"""An OpenAI-compatible embeddings server over encoders.
+"""Serve embeddings over an API that is compatible with OpenAI's.
 
-`app` is the HTTP side, and `schema` the wire format. `engine` is the one thread that owns the
-device. `batching` decides what runs together and who goes first.
+`app` has the routes, and `schema` the wire format. `engine` is the one thread that uses the device.
+`batching` decides which texts run together and in which order.
 """

@@ -1,4 +1,4 @@
-"""Vectors to the bytes of an answer.
+"""Encode vectors as the bytes of an answer.
 
 Hides: cutting, codes, base64, JSON. Refuses to know: HTTP, models, where vectors come from.
 """
@@ -21,14 +21,14 @@ Encoding = Literal["float", "base64"]
 
 
 def shorten(rows: Floats, dims: int, *, normalise: bool = True) -> Floats:
-    """The first `dims` dimensions of vectors [N, D], as unit vectors [N, dims] again.
+    """Cut vectors [N, D] to their first `dims` dimensions and normalise them to length 1 again.
 
     Norms are summed in float64.
 
     Args:
-        rows: as `Encoder.encode` gives them.
-        dims: how many to keep; all are returned as they are.
-        normalise: false for artifacts whose vectors are compared by dot products.
+        rows: vectors as `Encoder.encode` gives them.
+        dims: dimensions to keep; if this is D, the rows are returned unchanged.
+        normalise: False for artifacts whose vectors are compared by dot products.
     """
     if dims == rows.shape[1]:
         return rows
@@ -40,17 +40,17 @@ def shorten(rows: Floats, dims: int, *, normalise: bool = True) -> Floats:
 
 
 def code(rows: Floats, dtype: OutputDtype, transform: VectorTransform) -> NDArray[Any]:
-    """Vectors [N, D] in a number type, little endian where it has several bytes.
+    """Convert vectors [N, D] to a number type; floats are little endian.
 
     int8 uses the ranges that are stored in the artifact; uint8 is int8 + 128. ubinary packs eight
-    signs a byte, the first dimension highest, behind the mean that an artifact with binary codes
-    subtracts; binary is ubinary - 128, as a signed byte.
+    signs into a byte, with the first dimension in the highest bit. Signs are taken after the mean
+    is subtracted, if the artifact has binary codes. binary is ubinary - 128, as a signed byte.
 
     Args:
-        rows: finite.
-        dtype: of the result.
-        transform: the artifact's; for int8 its code must be int8. Rows of fewer dimensions than
-            its own are coded by their signs.
+        rows: finite vectors.
+        dtype: number type of the result.
+        transform: the artifact's transform. For int8 and uint8, its code must be int8. Binary codes
+            of rows with fewer dimensions than the artifact's are signs without its mean.
     """
     if dtype == "float":
         return np.ascontiguousarray(rows, dtype="<f4")
@@ -69,17 +69,17 @@ def encode_list(
     failed: Collection[int] = (),
     about: Mapping[str, Any],
 ) -> bytes:
-    """OpenAI's list of embeddings as JSON.
+    """Encode OpenAI's list of embeddings as JSON.
 
     Args:
-        codes: [N, W], as `code` makes them.
+        codes: [N, W], the result of `code`.
         encoding: lists of numbers, or base64 of their bytes.
-        failed: rows that are answered with null.
-        about: `model`, `usage` and what else stands beside the data.
+        failed: indices of rows whose embedding is null.
+        about: `model`, `usage` and further fields beside `data`.
     """
     empty = set(failed)
     rows = []
-    # Row by row: one call for all would hold Python's lock for seconds, and everybody would wait.
+    # Row by row: one call for all rows would hold the interpreter lock for seconds.
     for i, row in enumerate(codes):
         if i in empty:
             value = b"null"
@@ -92,5 +92,5 @@ def encode_list(
 
 
 def dump(content: object) -> bytes:
-    """JSON; arrays of numbers become lists."""
+    """Encode as JSON; numpy arrays become lists."""
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

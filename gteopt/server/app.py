@@ -1,6 +1,6 @@
-"""The HTTP side: routes, keys, error answers, the log.
+"""Serve HTTP: routes, keys, error answers, the log.
 
-Hides: starlette. Refuses to know: how vectors come to be.
+Hides: starlette. Refuses to know: how vectors are computed.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ log = logging.getLogger("gteopt.server")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOOPBACK = ("127.0.0.1", "::1")
 _HUNG_UP = 499
-"""What logs and metrics say of a client that did not wait; nginx' number for it."""
+"""Status in logs and metrics when the client closed the connection, as in nginx."""
 Handler = Callable[[Request, Call], Awaitable[Response]]
 
 
 def make_app(service: Service) -> Starlette:
-    """The ASGI application of a service that has been started, or will be."""
+    """Create the ASGI application of a service, which may be started later."""
     routes = _Routes(service)
     middleware = []
     if service.settings.cors_origins:
@@ -94,7 +94,7 @@ def make_app(service: Service) -> Starlette:
 
 
 class _Routes:
-    """One method a route."""
+    """One method per route."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -103,11 +103,18 @@ class _Routes:
     async def answer(
         self, path: str, handler: Handler, is_open: bool, request: Request
     ) -> Response:
-        """Any route: key, handler, errors, counts, log."""
+        """Answer a request of any route: check the key, call the handler, count and log.
+
+        Args:
+            path: the route, for metrics and logs.
+            handler: answers the route.
+            is_open: whether the route needs no key and works while the server is draining.
+            request: the HTTP request.
+        """
         began = time.perf_counter()
         call = Call()
-        given = request.headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        client_id = request.headers.get("x-request-id", "")
+        request_id = client_id if _REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex
         try:
             if not is_open:
                 call.key = self._key(request)
@@ -123,7 +130,7 @@ class _Routes:
         except Exception:
             log.exception("a request failed", extra={"facts": {"id": request_id, "route": path}})
             response = _error_response(
-                ApiError(500, f"the server failed; its log has request {request_id}")
+                ApiError(500, f"the server failed; see request {request_id} in its log")
             )
         finally:
             if call.gone is not None:
@@ -157,11 +164,11 @@ class _Routes:
                 "You didn't provide an API key. Send it in an Authorization header: Bearer KEY",
                 code="invalid_api_key",
             )
-        found = keys.find(secret.strip())
-        if found is None:
+        key = keys.find(secret.strip())
+        if key is None:
             self._service.metrics.rejected.labels("wrong_key").inc()
             raise ApiError(401, "Incorrect API key provided", code="invalid_api_key")
-        return found
+        return key
 
     async def _body(self, request: Request, call: Call) -> bytes:
         settings = self._service.settings
@@ -207,7 +214,7 @@ class _Routes:
             dump(
                 {
                     "version": __version__,
-                    "models": [each.about for each in service.models.values()],
+                    "models": [served.about for served in service.models.values()],
                     "limits": {
                         "max_inputs": 2048,
                         "max_request_tokens": settings.max_request_tokens,
@@ -221,19 +228,28 @@ class _Routes:
         )
 
     async def reload(self, request: Request, call: Call) -> Response:
-        """Only an admin key may, or without keys this machine; a web page never."""
+        """Reload artifacts. With keys, it needs an admin key.
+
+        Without keys, only clients on this machine may reload, and no web pages.
+        """
         if self._service.keys is not None:
             if not call.key.admin:
-                raise ApiError(403, f"key '{call.key.name}' lacks admin=1", code="not_admin")
+                raise ApiError(
+                    403, f"key '{call.key.name}' may not reload; it needs admin=1", code="not_admin"
+                )
         elif (
             request.client is None
             or request.client.host not in _LOOPBACK
             or "origin" in request.headers
         ):
-            raise ApiError(403, "without API keys only this machine may reload; SIGHUP does it too")
+            raise ApiError(
+                403,
+                "without API keys, only clients on the server's machine may reload; send the "
+                "request from there, or SIGHUP to the process",
+            )
         body = await read_body(request, self._service.settings.max_body_bytes)
-        wanted = parse_body(body or b"{}", ReloadRequest)
-        return _json(dump(await self._service.reload(wanted.model)))
+        reload_request = parse_body(body or b"{}", ReloadRequest)
+        return _json(dump(await self._service.reload(reload_request.model)))
 
     async def livez(self, request: Request, call: Call) -> Response:
         del request, call
@@ -264,13 +280,13 @@ class _Routes:
         )
 
     async def unrouted(self, request: Request, error: Exception) -> Response:
-        """A path or a method that is not there."""
+        """Answer a path or a method that does not exist."""
         assert isinstance(error, HTTPException)
-        said = f"Invalid URL ({request.method} {request.url.path})"
+        message = f"Invalid URL ({request.method} {request.url.path})"
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "")
-            said = f"Not allowed to {request.method} on {request.url.path}; send {allowed}"
-        response = _error_response(ApiError(error.status_code, said, code="unknown_url"))
+            message = f"{request.url.path} does not support {request.method}; send {allowed}"
+        response = _error_response(ApiError(error.status_code, message, code="unknown_url"))
         response.headers.update(error.headers or {})
         return response
 
@@ -289,10 +305,10 @@ def _error_response(error: ApiError) -> Response:
 
 
 class JsonLines(logging.Formatter):
-    """A JSON object a line: time, level, message and facts."""
+    """Formats a log record as one line of JSON: time, level, message and facts."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
+        """Format a record."""
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             + f".{int(record.msecs):03d}Z",
@@ -306,14 +322,14 @@ class JsonLines(logging.Formatter):
 
 
 async def watch_device(service: Service, died: Callable[[], None], every_s: float = 1.0) -> None:
-    """Call `died` when the device thread ends or hangs, after everybody who waits was told."""
+    """Call `died` when the device thread ends or hangs, after all waiting requests have failed."""
     while service.engine.is_alive:
         await asyncio.sleep(every_s)
     log.critical(
         "the device failed",
-        extra={"facts": {"reason": repr(service.engine.death or "a pass that does not end")}},
+        extra={"facts": {"reason": repr(service.engine.death or "a pass does not end")}},
     )
     service.engine.fail_all(DeviceDied("the device failed"))
     with suppress(asyncio.CancelledError):
-        await asyncio.sleep(0.2)  # for the answers
+        await asyncio.sleep(0.2)  # time to send the answers
     died()

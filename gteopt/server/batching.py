@@ -1,13 +1,13 @@
-"""Which texts run together, and who goes first.
+"""Decide which texts run together, and in which order.
 
 Hides: the cost model, the two levels of fairness, the token budget. Refuses to know: threads,
-clocks, torch, HTTP. Time here is virtual: it moves by the work that was handed out.
+clocks, torch, HTTP. Time is virtual here: it advances by the work that was handed out.
 
-Between keys the queue is start-time fair (SFQ, Goyal et al. 1996, section 2). Between the requests
-of one key it shares equally: packet-by-packet generalised processor sharing (PGPS, Parekh and
-Gallager 1993, section III). A request of cost c among n others is served before (n + 1) c of its
-key's work is done, give or take one text. Start-time tags alone do not suffice between requests:
-new short ones could overtake a waiting one for ever.
+Between keys, the queue is start-time fair (SFQ, Goyal et al. 1996, section 2). Between the requests
+of a key, it shares equally by packet-by-packet generalised processor sharing (PGPS, Parekh and
+Gallager 1993, section III). A request of cost c among n others is finished before (n + 1) c of its
+key's work is done, up to the cost of one text. Start-time fairness would not do between requests:
+short new requests could overtake a waiting one for ever.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import numpy as np
 
 _LEAST_SECONDS = 1e-9
 _SMALL = 0.25
-"""Of a pass: a request of less work may be computed before the rest of it."""
+"""A request with at most this share of a pass's budget is small, and may run before the others."""
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of one pass over N texts of l tokens each.
+    """Predicts the seconds of one pass from the lengths of its texts.
 
-    t = overhead + sum over texts of (per_text + per_token l + per_square l^2)
+    t = overhead + sum over texts of l tokens of (per_text + per_token l + per_square l^2)
 
     Attributes:
-        overhead_s: of a pass, whatever is in it.
-        per_text_s: of each text.
-        per_token_s: of each token.
-        per_square_s: of each pair of tokens of one text, which attention compares.
+        overhead_s: constant seconds of a pass.
+        per_text_s: seconds per text.
+        per_token_s: seconds per token.
+        per_square_s: seconds per pair of tokens of a text, for attention.
     """
 
     overhead_s: float
@@ -44,16 +44,16 @@ class CostModel:
     per_square_s: float
 
     def text_s(self, n_tokens: int) -> float:
-        """What one text adds to a pass, in seconds."""
+        """Seconds that one text adds to a pass."""
         added = self.per_text_s + n_tokens * (self.per_token_s + n_tokens * self.per_square_s)
         return max(added, _LEAST_SECONDS)
 
     def pass_s(self, lengths: Sequence[int]) -> float:
-        """What a pass over texts of these lengths takes, in seconds."""
+        """Seconds of a pass over texts of these lengths."""
         return self.overhead_s + sum(map(self.text_s, lengths))
 
     def budget_s(self, share: float = 0.95) -> float:
-        """The smallest work of a pass, in seconds, that reaches this share of the best throughput.
+        """The least work of a pass, in seconds, that reaches this share of the best throughput.
 
         Work w takes overhead + w seconds, so the share is w / (overhead + w).
         """
@@ -61,29 +61,32 @@ class CostModel:
 
     @staticmethod
     def fit(passes: Sequence[tuple[Sequence[int], float]]) -> CostModel:
-        """The model of least relative squared error with no negative term.
+        """Fit the model to measured passes: least relative squared error, no negative term.
 
         Args:
-            passes: lengths of the texts of each, and the seconds that it took.
+            passes: for each pass, the lengths of its texts and its measured seconds.
         """
         from scipy.optimize import nnls
 
-        terms = [(1, len(n), sum(n), sum(each * each for each in n)) for n, _ in passes]
+        terms = [
+            (1, len(lengths), sum(lengths), sum(length * length for length in lengths))
+            for lengths, _ in passes
+        ]
         seconds = np.array([took for _, took in passes])
-        # Columns of like size, or the solver's tolerance would hide the small terms.
+        # Scale the columns to similar size, or the solver's tolerance would hide the small terms.
         rows = np.array(terms, dtype=np.float64) / seconds[:, None]
         scale = rows.max(axis=0)
-        found, _ = nnls(rows / scale, np.ones(len(rows)))
-        return CostModel(*(float(each) for each in found / scale))
+        scaled, _ = nnls(rows / scale, np.ones(len(rows)))
+        return CostModel(*(float(coefficient) for coefficient in scaled / scale))
 
 
 @dataclass(frozen=True, eq=False)
 class Budget:
-    """What one pass may hold; the first text is taken even where it is more.
+    """The limits of one pass. The first text is taken even if it alone exceeds them.
 
     Attributes:
-        seconds: of predicted work.
-        tokens: of all texts together.
+        seconds: most seconds of predicted work.
+        tokens: most tokens, over all texts.
     """
 
     seconds: float
@@ -95,14 +98,14 @@ class Job:
     """One request in the queue.
 
     Attributes:
-        lane: what may run together: jobs of the same lane.
-        budget: of a pass in that lane.
-        key: whose request it is.
+        lane: only jobs of the same lane may run in one pass.
+        budget: limits of a pass in that lane.
+        key: name of the caller's key.
         costs: seconds of work of each text.
         lengths: tokens of each text.
-        is_long: it has so much work that it may not use the room of short requests.
-        is_dropped: nobody waits for it any more.
-        is_small: it needs a quarter of a pass at most.
+        is_long: the job may not use the part of the queue that is kept for short requests.
+        is_dropped: the caller no longer waits for it.
+        is_small: the job needs at most a quarter of a pass's budget.
     """
 
     lane: object
@@ -118,7 +121,7 @@ class Job:
     is_small: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        """Find out whether its work is a small part of a pass."""
+        """Decide whether the job is small."""
         self.is_small = (
             sum(self.costs) <= _SMALL * self.budget.seconds
             and sum(self.lengths) <= _SMALL * self.budget.tokens
@@ -127,7 +130,7 @@ class Job:
 
 @dataclass(eq=False, slots=True)
 class Item:
-    """One text of a job; `tag` is when processor sharing would have finished it."""
+    """One text of a job; `tag` is the virtual time at which processor sharing would finish it."""
 
     job: Job
     position: int
@@ -145,10 +148,10 @@ class Item:
 
 
 class _Shares:
-    """Virtual time of jobs that share one server equally.
+    """The virtual time of jobs that share one device equally.
 
-    It advances by work / n while n jobs are served. A job leaves when the time reaches its last
-    text's finish, so that a job that was served ahead of its share counts until it is used up.
+    It advances by work / n while n jobs are active. A job stays active until the time reaches its
+    finish, even if its texts were served earlier than its share allows.
     """
 
     def __init__(self) -> None:
@@ -156,18 +159,18 @@ class _Shares:
         self._finishes: list[float] = []
 
     def enter(self, work: float) -> float:
-        """The start of a job with this much work."""
+        """Add a job with this much work, and return its start."""
         heapq.heappush(self._finishes, self.now + work)
         return self.now
 
     def leave(self, finish: float) -> None:
-        """A job that was dropped uses no share any more."""
+        """Remove a dropped job, given its finish."""
         if finish in self._finishes:
             self._finishes.remove(finish)
             heapq.heapify(self._finishes)
 
     def advance(self, work: float) -> None:
-        """Work was handed out, so much of it."""
+        """Advance the time by work that was handed out."""
         while self._finishes:
             n = len(self._finishes)
             until_next = (self._finishes[0] - self.now) * n
@@ -182,7 +185,7 @@ _Entry = tuple[float, int, Item]
 
 
 class _Key:
-    """The waiting texts of one key, by lane, in the order of their tags."""
+    """The waiting texts of one key: a heap per lane, ordered by tag."""
 
     def __init__(self, start: float, weight: float) -> None:
         self.start = start
@@ -194,66 +197,66 @@ class _Key:
         self.lanes: dict[object, list[_Entry]] = {}
 
     def add(self, work_s: float, *, is_long: bool) -> None:
-        """Count work that waits, or with a negative number does no longer."""
+        """Add to the seconds of waiting work; a negative number removes from them."""
         self.queued_s = max(0.0, self.queued_s + work_s)
         if is_long:
             self.queued_long_s = max(0.0, self.queued_long_s + work_s)
 
     def head(self, lane: object | None) -> list[_Entry] | None:
-        """The heap whose first text is next, in one lane or in all of them.
+        """The heap that has the next text, in one lane or (None) in all lanes.
 
-        Texts of dropped requests at a head are thrown away.
+        It removes texts of dropped requests from the front of the heaps.
         """
         best: list[_Entry] | None = None
-        for name in list(self.lanes) if lane is None else [lane]:
-            heap = self.lanes.get(name, [])
+        for candidate in list(self.lanes) if lane is None else [lane]:
+            heap = self.lanes.get(candidate, [])
             while heap and heap[0][2].job.is_dropped:
                 heapq.heappop(heap)
             if not heap:
-                self.lanes.pop(name, None)
+                self.lanes.pop(candidate, None)
             elif best is None or heap[0][:2] < best[0][:2]:
                 best = heap
         return best
 
 
 class FairQueue:
-    """Texts that wait for the device, fair over keys by weight, and over the requests of a key.
+    """Texts that wait for the device; fair between keys by weight, and between a key's requests.
 
-    Not safe for threads; whoever owns it holds a lock.
+    The queue is not thread-safe; its owner must hold a lock.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None, *, look_past: int = 64) -> None:
-        """An empty queue.
+        """Create an empty queue.
 
         Args:
-            weights: of keys; 1 for those left out.
-            look_past: how many texts that do not fit a batch are passed over to fill it.
+            weights: weight of each key; 1 for a key that is not listed.
+            look_past: most texts to pass over, because they do not fit, while a batch is filled.
         """
         self._weights = dict(weights or {})
         self._look_past = look_past
         self._order = itertools.count()
         self._now = 0.0
-        self._small_before = False
+        self._last_was_small = False
         self._keys: dict[str, _Key] = {}
         self._finished: dict[str, float] = {}
 
     def __len__(self) -> int:
-        """Requests that wait, in whole or in part."""
-        return sum(len(each.jobs) for each in self._keys.values())
+        """Number of requests that have at least one waiting text."""
+        return sum(len(key.jobs) for key in self._keys.values())
 
     @property
     def queued_s(self) -> float:
-        """Seconds of work that wait."""
-        return sum(each.queued_s for each in self._keys.values())
+        """Seconds of waiting work."""
+        return sum(key.queued_s for key in self._keys.values())
 
     def queued_long_s(self, key: str | None = None) -> float:
-        """Seconds of work of long requests that wait, for one key or for all of them."""
+        """Seconds of waiting work of long requests, for one key or (None) for all keys."""
         names = self._keys if key is None else self._keys.keys() & {key}
         return sum(self._keys[name].queued_long_s for name in names)
 
     @property
     def n_keys(self) -> int:
-        """Keys that have requests waiting."""
+        """Number of keys that have waiting requests."""
         return len(self._keys)
 
     def push(self, job: Job) -> None:
@@ -274,7 +277,7 @@ class FairQueue:
         key.add(job.left_s, is_long=job.is_long)
 
     def drop(self, job: Job) -> None:
-        """Forget a request; its texts that run already are not stopped."""
+        """Remove a request from the queue; its texts that already run are not stopped."""
         job.is_dropped = True
         key = self._keys.get(job.key)
         if key is not None and job in key.jobs:
@@ -284,54 +287,56 @@ class FairQueue:
             self._forget_if_idle(job.key, key)
 
     def compose(self, *, small: bool = False) -> list[Item]:
-        """Take the texts of the next pass out of the queue; empty only where nothing waits.
+        """Take the texts of the next pass out of the queue; empty only if nothing waits.
 
-        The first in order is always taken. Others follow in order while they are of its lane and
-        fit its budget; at most `look_past` that do not are passed over, and keep their turn.
+        The first text in order is always taken. Further texts of its lane follow in order while
+        they fit the budget. At most `look_past` texts that do not fit are passed over. These keep
+        their place in the order.
 
-        Where the first is of a small request, the pass holds small requests alone. They are then
-        answered before the long ones are computed. This costs one pass's overhead, and is done for
-        every other pass at most.
+        If the first text is of a small request, the pass holds only small requests. They are
+        then answered before the long requests are computed. This costs the overhead of one pass,
+        so that it is done for at most every second pass.
 
         Args:
-            small: take texts of small requests alone, of whatever stands first.
+            small: take only texts of small requests, even if a long request is first. The result
+                may then be empty although texts wait.
         """
         batch: list[Item] = []
-        aside: list[tuple[_Key, _Entry]] = []
+        passed_over: list[tuple[_Key, _Entry]] = []
         lane: object | None = None
         seconds, tokens = 0.0, 0
         small_only = False
-        while len(aside) < self._look_past and (first := self._first(lane)) is not None:
-            key, heap = first
+        while len(passed_over) < self._look_past and (head := self._first(lane)) is not None:
+            key, heap = head
             entry = heapq.heappop(heap)
             item = entry[2]
             job = item.job
-            unfit = (small or small_only) and not job.is_small
-            if unfit or (
+            is_excluded = (small or small_only) and not job.is_small
+            if is_excluded or (
                 batch
                 and (
                     seconds + item.cost_s > job.budget.seconds
                     or tokens + item.n_tokens > job.budget.tokens
                 )
             ):
-                aside.append((key, entry))
+                passed_over.append((key, entry))
                 continue
             if not batch:
                 lane = job.lane
-                small_only = job.is_small and not self._small_before
+                small_only = job.is_small and not self._last_was_small
             batch.append(item)
             seconds, tokens = seconds + item.cost_s, tokens + item.n_tokens
             self._charge(key, item)
             if seconds >= job.budget.seconds or tokens >= job.budget.tokens:
                 break
         if not small:
-            self._small_before = small_only
-        for key, entry in aside:
+            self._last_was_small = small_only
+        for key, entry in passed_over:
             heapq.heappush(key.lanes.setdefault(entry[2].job.lane, []), entry)
         return batch
 
     def _first(self, lane: object | None) -> tuple[_Key, list[_Entry]] | None:
-        """The key whose turn it is, and the heap of its next text."""
+        """The key that is next, and the heap that has its next text."""
         best: tuple[_Key, list[_Entry]] | None = None
         for key in self._keys.values():
             heap = key.head(lane)
@@ -358,7 +363,7 @@ class FairQueue:
             return
         del self._keys[name]
         self._finished[name] = key.start
-        if not self._keys:  # nobody is owed service from before
+        if not self._keys:  # nothing waits, so that past service need not be remembered
             self._finished.clear()
             self._now = 0.0
 
@@ -369,7 +374,7 @@ Text = TypeVar("Text")
 
 @dataclass(frozen=True)
 class Outcome(Generic[Row]):
-    """What a pass gave for one text: a row, or the error that this text causes by itself."""
+    """The result of a pass for one text: a row, or the error that this text causes alone."""
 
     row: Row | None = None
     error: Exception | None = None
@@ -380,14 +385,14 @@ def bisect_failures(
     texts: Sequence[Text],
     is_fatal: Callable[[Exception], bool] = lambda error: False,
 ) -> list[Outcome[Row]]:
-    """Run texts together; where that fails, find the ones that fail by themselves.
+    """Run texts together; if that fails, halve them until the texts that fail alone are found.
 
     One bad text among n costs about 2 log2(n) further passes.
 
     Args:
-        run: a pass; it returns a row a text or raises.
-        texts: at least one.
-        is_fatal: errors after which no pass can succeed; they are raised.
+        run: computes a pass; returns one row per text, or raises.
+        texts: at least one text.
+        is_fatal: whether no later pass can succeed after an error; such an error is raised.
     """
     try:
         return [Outcome(row=row) for row in run(texts)]
@@ -404,24 +409,26 @@ def bisect_failures(
 
 
 _FOR_SHORT = 0.2
+"""Share of the queue that is kept for short requests."""
 _SHORT = 0.01
+"""A request with at most this share of the queue's limit is short."""
 
 
 def is_long(work_s: float, limit_s: float) -> bool:
-    """Whether a request's work is more than a hundredth of what the queue holds."""
+    """Whether a request's work is more than a hundredth of the queue's limit."""
     return work_s > _SHORT * limit_s
 
 
 def seconds_to_wait(queue: FairQueue, job: Job, limit_s: float) -> float | None:
-    """How long a request must stay away before the queue has room for it; None: it may come in.
+    """Seconds until the queue has room for a request; None if it has room now.
 
-    A whole request is admitted or refused. Four fifths of the queue are for long requests, and one
-    more may come in as long as they are not full. The rest is for short ones alone, so that no
-    corpus locks queries out. No key's long requests take more than half while another key has some.
+    A request is admitted or refused as a whole. Long requests may use four fifths of the queue; one
+    is admitted while these are not full. The rest is kept for short requests, so that no corpus
+    locks queries out. While several keys have long requests, each may use half of the queue.
 
     Args:
-        queue: what waits already.
-        job: the request; not in the queue yet.
+        queue: the waiting requests.
+        job: the new request, which is not in the queue yet.
         limit_s: `--max-queue-seconds`.
     """
     long_s = queue.queued_long_s()
@@ -429,7 +436,7 @@ def seconds_to_wait(queue: FairQueue, job: Job, limit_s: float) -> float | None:
         excess = queue.queued_s - long_s - _FOR_SHORT * limit_s
         return excess if excess > 0 else None
     excess = long_s - (1 - _FOR_SHORT) * limit_s
-    own = queue.queued_long_s(job.key)
-    if own > 0 and long_s > own:
-        excess = max(excess, own + sum(job.costs) - limit_s / 2)
+    key_long_s = queue.queued_long_s(job.key)
+    if key_long_s > 0 and long_s > key_long_s:
+        excess = max(excess, key_long_s + sum(job.costs) - limit_s / 2)
     return excess if excess > 0 else None

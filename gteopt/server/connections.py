@@ -1,4 +1,4 @@
-"""What the HTTP server does with slow and with large requests.
+"""Limit the time and the size of requests.
 
 Hides: uvicorn's protocol class. Refuses to know: routes.
 """
@@ -18,31 +18,31 @@ BODY_TIMEOUT_S = 60.0
 
 
 class ImpatientProtocol(HttpToolsProtocol):
-    """Closes connections whose request head does not arrive in time (slowloris).
+    """Closes connections whose request head does not arrive in time (slowloris attack).
 
-    uvicorn waits for it for ever.
+    uvicorn itself has no timeout for the head.
     """
 
     head_timeout_s = HEAD_TIMEOUT_S
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the head."""
+        """Start the timer for the first head."""
         super().connection_made(transport)
         self._wait_for_head()
 
     def on_message_begin(self) -> None:
-        """The first byte of a further request on the connection is there."""
+        """Start the timer at the first byte of a further request on the connection."""
         super().on_message_begin()
         self._wait_for_head()
 
     def on_headers_complete(self) -> None:
-        """The head is there."""
+        """Stop the timer: the head has arrived."""
         self._stop_waiting()
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nobody waits any more."""
+        """Stop the timer: the connection is closed."""
         self._stop_waiting()
         super().connection_lost(exc)
 
@@ -62,11 +62,11 @@ class ImpatientProtocol(HttpToolsProtocol):
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
-    """The whole body of a request.
+    """Read the whole body of a request.
 
     Raises:
-        ApiError: it is too large, or not there in time.
-        ClientDisconnect: the client has hung up.
+        ApiError: the body is too large, or does not arrive in time.
+        ClientDisconnect: the client has closed the connection.
     """
     stated = request.headers.get("content-length", "")
     if stated.isdigit() and int(stated) > max_bytes:
@@ -83,7 +83,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TI
     except TimeoutError as error:
         raise ApiError(
             408,
-            f"the body did not arrive within {timeout_s:g} s ({n_bytes:,} bytes did); send it anew",
+            f"only {n_bytes:,} bytes of the body arrived within {timeout_s:g} s; send it again",
             code="body_timeout",
         ) from error
     return b"".join(parts)
@@ -92,14 +92,14 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TI
 def _too_large(max_bytes: int) -> ApiError:
     return ApiError(
         413,
-        f"the body has more than {max_bytes:,} bytes, the most that this server takes; send fewer "
-        f"inputs a request",
+        f"the body has more than {max_bytes:,} bytes, the limit of this server; send fewer inputs "
+        f"per request",
         code="request_too_large",
     )
 
 
 async def hung_up(receive: Any) -> None:
-    """Return when the client has closed the connection; the body must have been read."""
+    """Return when the client has closed the connection. Call it after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

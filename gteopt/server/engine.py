@@ -1,10 +1,10 @@
-"""The one thread that owns the device.
+"""Run the one thread that uses the device.
 
 Hides: threads, locks, how a failed pass is retried, how a hang is noticed. Refuses to know: HTTP,
 what texts are, how vectors are sent.
 
-Whoever wants vectors submits `Work` and waits for its future. The thread composes a pass, computes
-it, hands out the rows, and beats. An exception fails the text that caused it, nothing else.
+A caller submits `Work` and waits for its future. The thread composes a pass, computes it, and hands
+out the rows. An exception fails only the text that caused it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from gteopt.server.batching import (
     seconds_to_wait,
 )
 
-_IDLE_BEAT_S = 1.0
+_IDLE_WAIT_S = 1.0
 _HANG_S = 120.0
 _HANG_RATIO = 50.0
-"""A pass hangs when it takes this many times what was predicted, and at least `_HANG_S`."""
+"""A pass hangs when it takes this many times the predicted time, and at least `_HANG_S`."""
 _FATAL = ("cuda error", "device-side assert", "illegal memory access", "unspecified launch failure")
 _PACE_MEMORY = 0.9
+"""Weight of the past in the running mean of measured over predicted time."""
 _SLOW_S = 0.1
-"""Passes that take longer let small requests in between the model's blocks."""
+"""Predicted seconds above which a pass lets small requests run between the model's blocks."""
 Floats = NDArray[np.float32]
 
 
@@ -47,9 +48,9 @@ class Lane(Protocol):
     """A model on the device.
 
     Attributes:
-        name: for metrics.
-        cost: what passes take.
-        budget: what one may hold.
+        name: label in the metrics.
+        cost: predicts the seconds of a pass.
+        budget: limits of a pass.
     """
 
     name: str
@@ -63,32 +64,32 @@ class Lane(Protocol):
     ) -> Floats:
         """Unit vectors [N, D] of token lists, in their order; called by the engine's thread.
 
-        `between_blocks` may be called meanwhile, and computes other texts.
+        It may call `between_blocks` between two blocks of the model, which computes other texts.
         """
         ...
 
     def padding(self, lengths: Sequence[int]) -> int:
-        """Tokens of padding that `compute` adds to texts of these lengths."""
+        """Number of padding tokens that `compute` adds to texts of these lengths."""
         ...
 
 
 class Observer(Protocol):
-    """Who counts what the engine does; called by its thread."""
+    """Counts the engine's events; `dropped` is called by any thread, the others by the engine's."""
 
     def passed(self, lane: str, lengths: Sequence[int], padding: int, seconds: float) -> None:
-        """A pass was computed."""
+        """Count a computed pass."""
         ...
 
     def waited(self, seconds: float) -> None:
-        """A request waited so long for its first pass."""
+        """Count how long a request waited for its first pass."""
         ...
 
     def failed(self, kind: str) -> None:
-        """A text failed by itself: "non_finite" or "exception"."""
+        """Count a text on which the model failed; `kind` is "non_finite" or "exception"."""
         ...
 
     def dropped(self) -> None:
-        """A request was dropped before it was computed."""
+        """Count a request that was dropped before it was computed."""
         ...
 
 
@@ -96,7 +97,7 @@ class Refused(Exception):
     """The queue is full.
 
     Attributes:
-        retry_after_s: when there will be room.
+        retry_after_s: seconds until the queue has room.
     """
 
     def __init__(self, retry_after_s: float) -> None:
@@ -105,21 +106,22 @@ class Refused(Exception):
 
 
 class DeviceDied(Exception):
-    """The device thread has ended or hangs; the process has to be started anew."""
+    """The device thread has ended or hangs; the process must be restarted."""
 
 
 @dataclass(eq=False)
 class Work(Job):
-    """A request whose texts are tokenized.
+    """A request with tokenized texts.
 
     Attributes:
-        model: what computes it; its lane.
-        tokens: of each text.
-        vectors: [N, D] float32; rows of texts that failed stay NaN.
-        errors: by position, of texts that failed.
-        future: done when every text is, or the request was dropped.
-        submitted_at: when it entered the queue, by the monotonic clock.
-        queue_s: how long it waited for its first pass.
+        model: the model that computes it, which is also its lane.
+        tokens: token ids of each text.
+        vectors: [N, D] float32; rows of failed texts stay NaN.
+        errors: errors of failed texts, by position.
+        future: done when all texts are done, or when the request is dropped.
+        submitted_at: time of submission, by the monotonic clock.
+        queue_s: seconds until its first pass.
+        n_open: texts that are not done yet.
     """
 
     model: Lane = field(kw_only=True)
@@ -133,8 +135,8 @@ class Work(Job):
 
     @staticmethod
     def of(model: Lane, tokens: Sequence[Sequence[int]], *, key: str, dims: int) -> Work:
-        """Work for token lists whose vectors have `dims` dimensions."""
-        lengths = [len(each) for each in tokens]
+        """Create the work for token lists whose vectors have `dims` dimensions."""
+        lengths = [len(ids) for ids in tokens]
         costs = [model.cost.text_s(n) for n in lengths]
         work = Work(model, model.budget, key, costs, lengths, model=model, tokens=tokens)
         work.vectors = np.full((len(tokens), dims), np.nan, dtype=np.float32)
@@ -146,7 +148,7 @@ Result = TypeVar("Result")
 
 
 class Engine:
-    """Computes what is submitted, fairly, until it is stopped."""
+    """Computes submitted work in fair order, on its own thread, until it is stopped."""
 
     def __init__(
         self,
@@ -156,13 +158,13 @@ class Engine:
         weights: Mapping[str, float] | None = None,
         hang_s: float = _HANG_S,
     ) -> None:
-        """An engine that `start` sets going.
+        """Create an engine; `start` starts its thread.
 
         Args:
-            observer: is told of every pass.
+            observer: counts events.
             max_queue_s: seconds of work that may wait.
-            weights: of keys.
-            hang_s: a pass that takes longer is a hang, unless longer was predicted.
+            weights: weight of each key; 1 for a key that is not listed.
+            hang_s: a pass that takes longer is a hang, unless its predicted time is long too.
         """
         self._observer = observer
         self._max_queue_s = max_queue_s
@@ -177,32 +179,31 @@ class Engine:
         self._inside_s = 0.0
         self._device = threading.Thread(target=self._run, name="device", daemon=True)
         self.death: BaseException | None = None
-        self.beat = time.monotonic()
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the device thread."""
         self._device.start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread lives and its pass takes no longer than it may."""
+        """Whether the thread runs and its pass does not hang."""
         if self.death is not None or not self._device.is_alive():
             return False
         current = self._pass
         if current is None:
             return True
-        began, expected = current
-        return time.monotonic() - began < max(self._hang_s, _HANG_RATIO * expected)
+        began, expected_s = current
+        return time.monotonic() - began < max(self._hang_s, _HANG_RATIO * expected_s)
 
     @property
     def queued_s(self) -> float:
-        """Seconds until everything that waits is computed, at the measured pace."""
+        """Seconds until all waiting work is computed, at the measured pace."""
         with self._changed:
             return self._queue.queued_s * self._pace
 
     @property
     def n_waiting(self) -> int:
-        """Requests in the queue."""
+        """Number of requests in the queue."""
         with self._changed:
             return len(self._queue)
 
@@ -210,8 +211,8 @@ class Engine:
         """Put a whole request into the queue.
 
         Raises:
-            Refused: there is no room.
-            DeviceDied: nothing computes it any more.
+            Refused: the queue has no room.
+            DeviceDied: the device thread has ended or hangs.
         """
         with self._changed:
             if not self.is_alive or self._stopping:
@@ -227,7 +228,7 @@ class Engine:
         return work.future
 
     def drop(self, work: Work) -> None:
-        """Nobody waits for a request any more."""
+        """Drop a request, because its caller no longer waits."""
         with self._changed:
             if not work.future.done():
                 self._queue.drop(work)
@@ -235,7 +236,11 @@ class Engine:
                 work.future.cancel()
 
     def call(self, task: Callable[[], Result]) -> Future[Result]:
-        """Run a function on the device thread between two passes."""
+        """Run a function on the device thread, between two passes.
+
+        Raises:
+            DeviceDied: the device thread has ended or hangs.
+        """
         future: Future[Result] = Future()
         with self._changed:
             if not self.is_alive or self._stopping:
@@ -245,7 +250,7 @@ class Engine:
         return future
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the thread after its pass; what still waits fails."""
+        """End the thread after its current pass; waiting requests fail with `DeviceDied`."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -253,13 +258,13 @@ class Engine:
         self.fail_all(DeviceDied("the server stops"))
 
     def fail_all(self, error: Exception) -> None:
-        """Answer everybody who waits with an error."""
+        """Fail all running and waiting requests with an error."""
         with self._changed:
             waiting = [*self._running]
             while batch := self._queue.compose():
                 waiting += [item.job for item in batch if isinstance(item.job, Work)]
             tasks, self._tasks = self._tasks, []
-        for future in {each.future for each in waiting} | {each for _, each in tasks}:
+        for future in {work.future for work in waiting} | {future for _, future in tasks}:
             with suppress(InvalidStateError):
                 future.set_exception(error)
 
@@ -274,19 +279,18 @@ class Engine:
                 self.fail_all(DeviceDied(f"the device failed: {self.death}"))
 
     def _next(self) -> Callable[[], None] | None:
-        """What the thread does next; None to end."""
+        """Wait for the next step of the thread; None ends the thread."""
         with self._changed:
             while True:
-                self.beat = time.monotonic()
                 if self._stopping:
                     return None
                 if self._tasks:
                     task, future = self._tasks.pop(0)
                     return lambda: self._perform(task, future)
                 if batch := self._queue.compose():
-                    self._running = {i.job for i in batch if isinstance(i.job, Work)}
+                    self._running = {item.job for item in batch if isinstance(item.job, Work)}
                     return lambda: self._compute(batch)
-                self._changed.wait(_IDLE_BEAT_S)
+                self._changed.wait(_IDLE_WAIT_S)
 
     def _perform(self, task: Callable[[], Any], future: Future[Any]) -> None:
         try:
@@ -297,7 +301,7 @@ class Engine:
                 raise
 
     def _compute(self, batch: Sequence[Item], *, inside: bool = False) -> None:
-        """One pass; `inside` another one, between two of its blocks."""
+        """Compute one pass. `inside`: it runs between two blocks of another pass."""
         began = time.monotonic()
         works = [item.job for item in batch if isinstance(item.job, Work)]
         for work in set(works):
@@ -306,30 +310,31 @@ class Engine:
                 self._observer.waited(work.queue_s)
         model = works[0].model
         texts = [work.tokens[item.position] for work, item in zip(works, batch, strict=True)]
-        lengths = [len(each) for each in texts]
-        expected = model.cost.pass_s(lengths)
-        is_slow = expected * self._pace > _SLOW_S and not inside
-        outer, self._pass = self._pass, self._pass or (began, expected * self._pace)
+        lengths = [len(tokens) for tokens in texts]
+        predicted_s = model.cost.pass_s(lengths)
+        is_slow = predicted_s * self._pace > _SLOW_S and not inside
+        outer, self._pass = self._pass, self._pass or (began, predicted_s * self._pace)
         inside_before = self._inside_s
 
-        def run(some: Sequence[Sequence[int]]) -> list[Floats]:
-            rows = model.compute(some, self._interlude) if is_slow else model.compute(some)
+        def run(part: Sequence[Sequence[int]]) -> list[Floats]:
+            rows = model.compute(part, self._interlude) if is_slow else model.compute(part)
             return list(_finite(rows))
 
         try:
             outcomes = bisect_failures(run, texts, _is_fatal)
         finally:
             self._pass = outer
-        took = time.monotonic() - began
+        took_s = time.monotonic() - began
         if inside:
-            self._inside_s += took
+            self._inside_s += took_s
         else:
-            took -= self._inside_s - inside_before
-        self._observer.passed(model.name, lengths, model.padding(lengths), took)
-        if all(each.error is None for each in outcomes):
-            ratio = min(10.0, max(0.1, took / expected))
+            took_s -= self._inside_s - inside_before
+        self._observer.passed(model.name, lengths, model.padding(lengths), took_s)
+        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+        if not errors:
+            ratio = min(10.0, max(0.1, took_s / predicted_s))
             self._pace = _PACE_MEMORY * self._pace + (1 - _PACE_MEMORY) * ratio
-        elif any(each.error is not None and is_out_of_memory(each.error) for each in outcomes):
+        elif any(map(is_out_of_memory, errors)):
             half = max(1, model.budget.tokens // 2)
             model.budget = Budget(model.budget.seconds / 2, half)
         for item, outcome in zip(batch, outcomes, strict=True):
@@ -337,8 +342,7 @@ class Engine:
         self._running -= set(works)
 
     def _interlude(self) -> None:
-        """Between two blocks of a slow pass: small requests that wait are computed."""
-        self.beat = time.monotonic()
+        """Compute waiting small requests, between two blocks of a slow pass."""
         with self._changed:
             batch = self._queue.compose(small=True)
             self._running |= {item.job for item in batch if isinstance(item.job, Work)}
@@ -356,15 +360,15 @@ class Engine:
             work.vectors[item.position] = row
         work.n_open -= 1
         if work.n_open == 0:
-            with suppress(InvalidStateError):  # dropped meanwhile
+            with suppress(InvalidStateError):  # the request was dropped during the pass
                 work.future.set_result(work)
 
 
 def _finite(rows: Floats) -> Floats:
-    """The rows of a pass.
+    """The rows of a pass, unchanged.
 
     Raises:
-        NumericsError: some number in them is none.
+        NumericsError: a row has NaN or infinity.
     """
     if not np.isfinite(rows).all():
         raise NumericsError("the model produced NaN or infinity")
@@ -376,6 +380,6 @@ def _is_numerics(error: Exception) -> bool:
 
 
 def _is_fatal(error: Exception) -> bool:
-    """Whether no later pass can succeed."""
-    said = str(error).lower()
-    return not is_out_of_memory(error) and any(word in said for word in _FATAL)
+    """Whether no later pass can succeed after this error."""
+    message = str(error).lower()
+    return not is_out_of_memory(error) and any(word in message for word in _FATAL)

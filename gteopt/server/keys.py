@@ -1,9 +1,9 @@
-"""API keys: who may ask, how much, and with which weight.
+"""Read API keys from a file, and check a caller's key and its limits.
 
 Hides: that only SHA-256 digests are kept and that comparisons take equal time. Refuses to know:
 HTTP and queues.
 
-The file has a key a line: `[NAME] KEY [weight=2] [requests_per_minute=60]
+The file has one key per line: `[NAME] KEY [weight=2] [requests_per_minute=60]
 [tokens_per_minute=100000] [admin=1]`. KEY is the secret itself, or `sha256:` and its digest in
 hexadecimal. `#` begins a comment.
 """
@@ -27,15 +27,15 @@ _LEAST_SECRET = 16
 
 @dataclass(frozen=True)
 class Key:
-    """One caller.
+    """An API key.
 
     Attributes:
-        name: what metrics and logs call it.
+        name: name of the key in logs.
         digest: SHA-256 of the secret.
-        weight: its share of the device beside other keys.
-        requests_per_minute: None is no limit.
-        tokens_per_minute: None is no limit.
-        admin: whether it may have artifacts loaded anew, if above 0.
+        weight: share of the device, relative to other keys.
+        requests_per_minute: limit; None for no limit.
+        tokens_per_minute: limit; None for no limit.
+        admin: above 0, the key may reload artifacts.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Key:
 
 
 ANYBODY = Key("anybody", b"")
-"""Whoever asks where no keys are needed."""
+"""The key of every caller of a server without API keys."""
 
 
 class Keys:
@@ -58,24 +58,27 @@ class Keys:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Share of the device by name."""
-        return {each.name: each.weight for each in self._keys}
+        """Weight of each key, by its name."""
+        return {key.name: key.weight for key in self._keys}
 
     def find(self, secret: str) -> Key | None:
-        """Whose secret it is. All digests are compared, so that time tells nothing."""
+        """The key with this secret, or None.
+
+        All digests are compared, so that the time does not tell which key matched.
+        """
         digest = hashlib.sha256(secret.encode()).digest()
-        found = None
-        for each in self._keys:
-            if hmac.compare_digest(each.digest, digest):
-                found = each
-        return found
+        match = None
+        for key in self._keys:
+            if hmac.compare_digest(key.digest, digest):
+                match = key
+        return match
 
 
 def read_keys(path: Path) -> Keys:
-    """Read a file of keys; its form is described in this module.
+    """Read a file of keys; this module's docstring describes its format.
 
     Raises:
-        InputError: the file cannot be read, has no key, or has wrong lines; all are listed.
+        InputError: the file cannot be read, has no key, or has wrong lines; lists all of them.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -91,12 +94,12 @@ def read_keys(path: Path) -> Keys:
             keys.append(_parse(words, f"key-{number}"))
         except ValueError as error:
             problems.append(f"line {number}: {error}")
-    for what in ("name", "digest"):
-        values = [getattr(each, what) for each in keys]
-        if len(set(values)) < len(values):
-            problems.append(f"two keys have the same {'secret' if what == 'digest' else what}")
+    if len({key.name for key in keys}) < len(keys):
+        problems.append("two keys have the same name")
+    if len({key.digest for key in keys}) < len(keys):
+        problems.append("two keys have the same secret")
     if not keys and not problems:
-        problems.append("there is no key in it")
+        problems.append("the file has no key")
     if problems:
         raise InputError(join_problems(f"--api-keys {path}", problems))
     return Keys(keys)
@@ -109,15 +112,17 @@ def _parse(words: list[str], default_name: str) -> Key:
     name, secret = (default_name, plain[0]) if len(plain) == 1 else plain
     if secret.startswith("sha256:"):
         if not _DIGEST.fullmatch(secret):
-            raise ValueError("sha256: is followed by 64 hexadecimal digits")
+            raise ValueError("sha256: must be followed by 64 hexadecimal digits")
         digest = bytes.fromhex(secret.removeprefix("sha256:"))
     elif len(secret) < _LEAST_SECRET:
         raise ValueError(f"a key has at least {_LEAST_SECRET} characters")
     else:
         digest = hashlib.sha256(secret.encode()).digest()
     options: dict[str, float] = {}
-    for word in (each for each in words if "=" in each):
-        option, _, value = word.partition("=")
+    for word in words:
+        option, is_option, value = word.partition("=")
+        if not is_option:
+            continue
         if option not in _OPTIONS:
             raise ValueError(f"unknown option '{option}': {suggest(option, _OPTIONS)}")
         try:
@@ -125,12 +130,12 @@ def _parse(words: list[str], default_name: str) -> Key:
         except ValueError:
             raise ValueError(f"{option} is '{value}', expected a number") from None
         if not 0 < options[option] < float("inf"):
-            raise ValueError(f"{option} must be above 0")
+            raise ValueError(f"{option} is '{value}', expected a finite number above 0")
     return Key(name, digest, **options)
 
 
 class Allowance:
-    """A limit a minute that refills steadily (token bucket); a minute's worth may come at once."""
+    """A limit per minute, as a token bucket that holds one minute's amount and refills steadily."""
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = per_minute / 60
@@ -139,9 +144,9 @@ class Allowance:
         self._at = clock()
 
     def take(self, amount: float) -> float | None:
-        """Use some of it; None, or how many seconds to wait for it.
+        """Take an amount and return None, or return the seconds to wait for it.
 
-        An amount above a minute's worth is let through when all of that is there.
+        An amount above the bucket's size is allowed when the bucket is full.
         """
         now = self._clock()
         self._left = min(self._most, self._left + (now - self._at) * self._rate)
@@ -154,20 +159,22 @@ class Allowance:
 
 
 class Allowances:
-    """What is left of each key's limits."""
+    """The allowances of all keys."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._of: dict[tuple[str, str], Allowance] = {}
+        self._allowances: dict[tuple[str, str], Allowance] = {}
 
     def take(self, key: Key, *, requests: float = 0, tokens: float = 0) -> float | None:
-        """Use some of a key's limits; None, or how many seconds to wait."""
+        """Take from a key's limits and return None, or return the seconds to wait."""
         for kind, limit, amount in (
             ("requests", key.requests_per_minute, requests),
             ("tokens", key.tokens_per_minute, tokens),
         ):
             if limit is not None and amount:
-                own = self._of.setdefault((key.name, kind), Allowance(limit, self._clock))
-                if (wait := own.take(amount)) is not None:
+                allowance = self._allowances.setdefault(
+                    (key.name, kind), Allowance(limit, self._clock)
+                )
+                if (wait := allowance.take(amount)) is not None:
                     return wait
         return None

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus.
+"""Count requests, tokens and times for Prometheus.
 
 Hides: the registry and the names of the series. Refuses to know: HTTP.
 """
@@ -16,13 +16,13 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """The series of one server; every name begins with `gteopt_`."""
+    """The time series of one server; every name begins with `gteopt_`."""
 
     def __init__(self, price_per_hour: float | None = None) -> None:
-        """Empty series.
+        """Create the series, all at zero.
 
         Args:
-            price_per_hour: of the machine in dollars; None states no cost.
+            price_per_hour: price of the machine in dollars; None leaves out the cost.
         """
         self.registry = CollectorRegistry()
         to = self.registry
@@ -31,31 +31,33 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "gteopt_request_seconds",
-            "From request to answer",
+            "Seconds from request to answer",
             ["route"],
             buckets=_SECONDS,
             registry=to,
         )
         self.queue_seconds = Histogram(
             "gteopt_queue_seconds",
-            "From admission to the first pass",
+            "Seconds from admission to the first pass",
             buckets=_SECONDS,
             registry=to,
         )
         self.batch_tokens = Histogram(
-            "gteopt_batch_tokens", "Tokens of a pass", buckets=_TOKENS, registry=to
+            "gteopt_batch_tokens", "Tokens per pass", buckets=_TOKENS, registry=to
         )
         self.batch_texts = Histogram(
-            "gteopt_batch_texts", "Texts of a pass", buckets=_TEXTS, registry=to
+            "gteopt_batch_texts", "Texts per pass", buckets=_TEXTS, registry=to
         )
         self.tokens = Counter("gteopt_tokens", "Tokens computed", ["model"], registry=to)
-        self.padding = Counter("gteopt_padding_tokens", "Padding computed", ["model"], registry=to)
+        self.padding = Counter(
+            "gteopt_padding_tokens", "Padding tokens computed", ["model"], registry=to
+        )
         self.device_seconds = Counter(
-            "gteopt_device_seconds", "Time of the device in passes", ["model"], registry=to
+            "gteopt_device_seconds", "Seconds that the device computed", ["model"], registry=to
         )
         self.truncated = Counter("gteopt_truncated_inputs", "Texts that were cut", registry=to)
         self.failed_inputs = Counter(
-            "gteopt_failed_inputs", "Texts that failed by themselves", ["kind"], registry=to
+            "gteopt_failed_inputs", "Texts on which the model failed", ["kind"], registry=to
         )
         self.rejected = Counter("gteopt_rejected", "Requests refused", ["reason"], registry=to)
         self.dropped_requests = Counter(
@@ -71,12 +73,12 @@ class Metrics:
         if price_per_hour is not None:
             self.watch(
                 "gteopt_cost_dollars_per_million_tokens",
-                "Of the time that the device computed",
+                "Dollars per million tokens, for the time that the device computed",
                 self._cost,
             )
 
     def watch(self, name: str, about: str, value: Callable[[], float]) -> None:
-        """A gauge that is read when it is asked for."""
+        """Add a gauge whose value is computed when the metrics are read."""
         Gauge(name, about, registry=self.registry).set_function(value)
 
     def page(self) -> bytes:
@@ -84,7 +86,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def passed(self, lane: str, lengths: Sequence[int], padding: int, seconds: float) -> None:
-        """A pass was computed; see `engine.Observer`, as for the next three."""
+        """Count a computed pass; this and the next three methods are those of `engine.Observer`."""
         n_tokens = sum(lengths)
         self.batch_tokens.observe(n_tokens)
         self.batch_texts.observe(len(lengths))
@@ -95,15 +97,15 @@ class Metrics:
         self._n_tokens += n_tokens
 
     def waited(self, seconds: float) -> None:
-        """A request waited so long for its first pass."""
+        """Count how long a request waited for its first pass."""
         self.queue_seconds.observe(seconds)
 
     def failed(self, kind: str) -> None:
-        """A text failed by itself."""
+        """Count a text on which the model failed."""
         self.failed_inputs.labels(kind).inc()
 
     def dropped(self) -> None:
-        """A request was dropped."""
+        """Count a request that was dropped."""
         self.dropped_requests.inc()
 
     def _cost(self) -> float:

@@ -1,7 +1,7 @@
-"""A served artifact: its encoder, what its passes cost, what it supports.
+"""Hold a served artifact: its encoder, the cost of its passes, and what it supports.
 
-Hides: tokenization under a prompt, truncation at either end, warm-up, what an artifact's results
-say. Refuses to know: HTTP and the queue.
+Hides: tokenization with a prompt, truncation at either end, warm-up, how an artifact's results are
+read. Refuses to know: HTTP and the queue.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from gteopt.server import answers
 from gteopt.server.batching import Budget, CostModel
 
 Floats = NDArray[np.float32]
-_OWN_COSINE = 0.999
-"""Of a vector to the one that the same process computed; only the rest of the batch differs."""
+_SAME_COSINE = 0.999
+"""Least cosine of a text's two vectors in one process, computed with other texts beside it."""
 _TOKENIZE_CHARACTERS = 50_000
-"""Of texts that are tokenized before another request's turn."""
+"""Characters that are tokenized for a request before another request has its turn."""
 _HOST_S = 0.5e-3
-"""Composing a pass and handing out its rows."""
+"""Seconds of the host per pass: composing it and handing out its rows."""
 _LEAST_BUDGET_S = 0.02
 _MOST_BUDGET_S = {"cpu": 0.1, "cuda": 0.2}
-"""A query waits for about one pass, whatever throughput a longer one would gain."""
+"""Limit of a pass's budget by device; a query waits for about one pass."""
 _MOST_TOKENS = {"cpu": 8192, "cuda": 32768}
 _SIMILAR = 0.75
-"""A backend that pads computes texts together whose lengths differ by less than this ratio."""
+"""With padding, texts run together only if the shortest has this share of the longest's tokens."""
 _SHAPES = ((1, 8), (1, 32), (8, 16), (1, 128), (32, 16), (4, 128), (2, 384), (16, 64), (8, 128))
+"""Passes whose time is measured: (number of texts, tokens of each)."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is put before a text.
+    """The prompt of a text.
 
     Attributes:
-        role: as `Encoder.encode` has it.
-        instruction: of a query.
-        prefix: a further prompt of the model's folder, by its text.
+        role: the role of `Encoder.encode`.
+        instruction: instruction of a query.
+        prefix: text of a further prompt of the model's folder.
     """
 
     role: Role = "document"
@@ -57,12 +58,12 @@ class Prompt:
 
 
 class Tokenized:
-    """Texts as they go to the device.
+    """Tokenized texts of a request.
 
     Attributes:
-        tokens: of each text.
-        n_truncated: texts that were cut, as the request allowed.
-        too_long: of texts that may not be cut, by position, how many tokens they have.
+        tokens: token ids of each text.
+        n_truncated: texts that were cut, as the request allows.
+        too_long: number of tokens of each text that is too long and may not be cut, by position.
     """
 
     def __init__(self) -> None:
@@ -72,19 +73,19 @@ class Tokenized:
 
 
 class Served:
-    """An artifact in memory, under the name that requests give.
+    """An artifact in memory, with a name that requests give.
 
     Attributes:
-        name: see above.
-        source: what it was loaded from.
-        encoder: what computes it.
-        tokenization: its way from texts to tokens.
-        cost: what its passes take.
-        budget: what one of them holds.
-        tokenizer: the one thread that may use its tokenizer, whose state is shared.
-        loaded_at: Unix time.
-        canary_text: the text that readiness is checked with, as the artifact states it.
-        canary: its vector, computed right after loading.
+        name: name in requests.
+        source: folder or model that it was loaded from.
+        encoder: computes its vectors.
+        tokenization: turns texts into tokens.
+        cost: predicts the seconds of a pass.
+        budget: limits of a pass.
+        tokenizer: the only thread that may use the tokenizer, which is not thread-safe.
+        loaded_at: Unix time of loading.
+        canary_text: text that readiness is checked with; the artifact may state it.
+        canary: vector of that text, computed right after loading.
     """
 
     def __init__(self, name: str, source: str, encoder: Encoder) -> None:
@@ -107,37 +108,39 @@ class Served:
         max_batch_tokens: int | None = None,
         seconds: float = 3.0,
     ) -> None:
-        """Measure what passes cost, set the budget, and compute the canary.
+        """Measure the cost of passes, set the budget, and compute the canary.
 
         Args:
-            on_device: runs a step on the thread that computes, so that its kernels and buffers are
-                ready, and returns what the step does.
-            max_batch_tokens: of a pass; measured when None.
-            seconds: after which no further shape is measured.
+            on_device: runs a function on the device thread, so that kernels and buffers of that
+                thread are ready, and returns the function's result.
+            max_batch_tokens: most tokens of a pass; measured when None.
+            seconds: time after which no further shape is measured.
 
         Raises:
-            NumericsError: the canary's vector is no direction, or not the one that the artifact
-                stores.
+            NumericsError: the canary's vector is zero or too long, or differs from the vector that
+                the artifact stores.
         """
         self.canary = on_device(lambda: self.encoder.encode([self.canary_text])[0])
         if not 0 < float(np.linalg.norm(self.canary)) <= 1 + 1e-3:
             raise NumericsError(
-                f"{self.name}: the vector of the text that readiness is checked with has length "
-                f"{np.linalg.norm(self.canary):.3g}; verify the artifact"
+                f"{self.name}: the vector of the text for the readiness check has length "
+                f"{np.linalg.norm(self.canary):.3g}, expected above 0 and at most 1; verify the "
+                f"artifact"
             )
         cosine = self._stored.cosine(self.canary) if self._stored else 1.0
         if cosine < LEAST_COSINE:
             raise NumericsError(
-                f"{self.name}: the text that readiness is checked with has cosine {cosine:.4f} to "
-                f"the vector that the artifact stores, and {LEAST_COSINE:g} is the least; verify "
-                f"the artifact, or try another backend or number type"
+                f"{self.name}: the vector of the text for the readiness check has cosine "
+                f"{cosine:.4f} to the vector that the artifact stores, expected at least "
+                f"{LEAST_COSINE:g}; verify the artifact, or try another backend or number type"
             )
 
-        # What this thread computes, so that another process on the same cores is not measured too.
-        own_thread = (
+        # Thread time leaves out other processes on the same cores. Backends with further threads
+        # and GPUs need the wall clock.
+        on_this_thread = (
             self.encoder.runtime.device.type == "cpu" and self.encoder.runtime.backend == "torch"
         )
-        clock = time.thread_time if own_thread else time.perf_counter
+        clock = time.thread_time if on_this_thread else time.perf_counter
 
         def timed(n_texts: int, n_tokens: int) -> float:
             tokens = [self._shape_tokens(n_tokens)] * n_texts
@@ -167,26 +170,26 @@ class Served:
         tokens: Sequence[Sequence[int]],
         between_blocks: Callable[[], None] | None = None,
     ) -> Floats:
-        """Unit vectors [N, dims] of token lists, as `Encoder.encode` shortens them.
+        """Unit vectors [N, dims] of token lists, shortened as by `Encoder.encode`.
 
         Args:
-            tokens: of each text.
-            between_blocks: called between the model's blocks, where it packs texts; it may compute
-                other texts meanwhile.
+            tokens: token ids of each text.
+            between_blocks: function to call between the model's blocks; it may compute other
+                texts. It is not called where texts are padded.
         """
         if between_blocks is not None and self.encoder.runtime.device.type == "cuda":
-            between_blocks = self._behind_the_device(between_blocks)
+            between_blocks = self._after_block(between_blocks)
         order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
         rows = np.empty((len(tokens), self.encoder.dims), np.float32)
-        for group in self._groups(order, [len(each) for each in tokens]):
-            found = self.encoder.embed_tokens(
+        for group in self._groups(order, [len(ids) for ids in tokens]):
+            vectors = self.encoder.embed_tokens(
                 [tokens[i] for i in group], between_blocks=between_blocks
             )
-            rows[group] = self.encoder.vectors.project(found)
+            rows[group] = self.encoder.vectors.project(vectors)
         return rows
 
-    def _behind_the_device(self, step: Callable[[], None]) -> Callable[[], None]:
-        """The step once a GPU has computed the block; the host would hand it the whole pass."""
+    def _after_block(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Run the step when the GPU has finished the block; the host alone is ahead of the GPU."""
         import torch
 
         def wait_and_step() -> None:
@@ -196,13 +199,13 @@ class Served:
         return wait_and_step
 
     def padding(self, lengths: Sequence[int]) -> int:
-        """Tokens of padding in a pass over texts of these lengths; none where they are packed."""
+        """Number of padding tokens in a pass over texts of these lengths; 0 without padding."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         groups = self._groups(order, lengths) if self._pads else []
         return sum(lengths[group[0]] - lengths[i] for group in groups for i in group)
 
     def _groups(self, order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-        """What is computed together: all texts, or where they are padded those of like length."""
+        """Indices of texts to compute together: all texts, or with padding those of like length."""
         groups: list[list[int]] = []
         for i in order:
             if groups and (not self._pads or lengths[i] > _SIMILAR * lengths[groups[-1][0]]):
@@ -213,22 +216,22 @@ class Served:
 
     @property
     def _stored(self) -> CanaryRecord | None:
-        """What the build stored; None in older artifacts and in models that are none."""
+        """The canary that the build stored; None for base models and artifacts without one."""
         manifest = self.encoder.manifest
         return manifest.canary if manifest is not None else None
 
     def is_right(self, canary: Floats) -> bool:
-        """Whether a vector of the canary is the one computed at load, within rounding."""
+        """Whether a new vector of the canary equals the one computed at load, within rounding."""
         norms = np.linalg.norm(canary) * np.linalg.norm(self.canary)
-        return bool(canary @ self.canary >= _OWN_COSINE * norms > 0)
+        return bool(canary @ self.canary >= _SAME_COSINE * norms > 0)
 
     def shorten(self, rows: Floats, dims: int) -> Floats:
-        """Vectors [N, D] cut to a supported length, and normalised again unless by dot products."""
+        """Cut vectors [N, D] to a supported length; normalise them for artifacts with cosine."""
         normalise = self.encoder.vectors.similarity == "cosine"
         return answers.shorten(rows, dims, normalise=normalise)
 
     def has_ranges(self, dtype: str) -> bool:
-        """Whether a number type depends on what was fitted for all dimensions of the artifact."""
+        """Whether codes of a number type need ranges or a mean that the artifact stores."""
         vectors = self.encoder.vectors
         if dtype in ("binary", "ubinary"):
             return vectors.code == "binary" and vectors.low is not None
@@ -236,18 +239,18 @@ class Served:
 
     @property
     def sha256(self) -> str:
-        """Identifies weights and vectors."""
+        """Identifies weights, vector transform and arithmetic; part of the cache's keys."""
         return f"{self.encoder.sha256}:{self.encoder.vectors.sha256()}:{self.encoder.arithmetic}"
 
     @cached_property
     def supported_dims(self) -> tuple[int, ...]:
-        """Lengths that vectors can be cut to: the artifact's own and shorter trained ones."""
+        """Lengths that vectors can have: the artifact's length, and shorter trained ones."""
         checkpoint = self.encoder.checkpoint
         trained = checkpoint.matryoshka_dims
         if checkpoint.manifest is not None:
             trained = checkpoint.manifest.vectors.still_trained(trained)
-        own = self.encoder.dims
-        return (own, *sorted((n for n in set(trained) if n < own), reverse=True))
+        dims = self.encoder.dims
+        return (dims, *sorted((n for n in set(trained) if n < dims), reverse=True))
 
     def prompt(
         self,
@@ -258,12 +261,13 @@ class Served:
         """The prompt that a request's fields ask for.
 
         Raises:
-            InputError: two of them contradict each other, or the model has no such prompt.
+            InputError: two fields contradict each other, or the model has no such prompt.
+            UnsupportedError: the model's prompts cannot be used alone.
         """
         if prompt_name is not None and (input_type is not None or instruction is not None):
             raise InputError("give prompt_name, or input_type and instruction, not both")
         if instruction is not None and input_type == "document":
-            raise InputError("an instruction goes on queries only; leave out input_type document")
+            raise InputError("only queries take an instruction; leave out input_type document")
         role: Role = "query" if instruction is not None or input_type == "query" else "document"
         if prompt_name in ("query", "document"):
             return Prompt(role="query" if prompt_name == "query" else "document")
@@ -275,8 +279,8 @@ class Served:
                 raise InputError(f"unknown prompt '{prompt_name}': {suggest(prompt_name, known)}")
             if self.tokenization.prompt("document") or checkpoint.excludes_prompt:
                 raise UnsupportedError(
-                    f"{self.name} puts a prompt before every document or leaves prompts out of the "
-                    f"mean, so '{prompt_name}' cannot stand alone; use query or document"
+                    f"{self.name} has a prompt for documents or leaves prompts out of the mean, so "
+                    f"that '{prompt_name}' cannot be used alone; use query or document"
                 )
             return Prompt(prefix=prompts[prompt_name] or "")
         self.tokenization.prompt(role, instruction)
@@ -285,55 +289,56 @@ class Served:
     def tokenize(
         self, texts: Sequence[str], prompt: Prompt, truncate: str, into: Tokenized
     ) -> None:
-        """Add the tokens of more texts; on the tokenizer's thread.
+        """Tokenize further texts; runs on the tokenizer's thread.
 
         Args:
-            texts: without their prompt.
-            prompt: what goes before them.
+            texts: texts without their prompt.
+            prompt: prompt of the texts.
             truncate: "none", "start" or "end".
-            into: what they are added to.
+            into: the results are appended to it.
         """
         full = [prompt.prefix + text for text in texts] if prompt.prefix else list(texts)
-        found = self.tokenization.tokenize(full, role=prompt.role, instruction=prompt.instruction)
-        cut = [i for i, tokens in enumerate(found) if tokens.is_cut]
+        tokenized = self.tokenization.tokenize(
+            full, role=prompt.role, instruction=prompt.instruction
+        )
+        cut = [i for i, tokens in enumerate(tokenized) if tokens.is_cut]
         for i in cut:
             if truncate == "none":
                 into.too_long[len(into.tokens) + i] = self._n_tokens(full[i], prompt)
             elif truncate == "start":
                 kept = prompt.prefix + self._fitting_end(texts[i], prompt)
-                found[i] = self.tokenization.tokenize(
+                tokenized[i] = self.tokenization.tokenize(
                     [kept], role=prompt.role, instruction=prompt.instruction
                 )[0]
         if truncate != "none":
             into.n_truncated += len(cut)
-        into.tokens += found
+        into.tokens += tokenized
 
     def _n_tokens(self, text: str, prompt: Prompt) -> int:
-        return self.tokenization.lengths([text], role=prompt.role, instruction=prompt.instruction)[
-            0
-        ]
+        role, instruction = prompt.role, prompt.instruction
+        return self.tokenization.lengths([text], role=role, instruction=instruction)[0]
 
     def _fitting_end(self, text: str, prompt: Prompt) -> str:
-        """The longest end of a text that fits behind its prompt, cut between two tokens."""
+        """The longest end of a text that fits after its prompt, cut between two tokens."""
         tokenizer = self.tokenization.tokenizer
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedError(
-                f"the tokenizer of {self.name} does not say where its tokens begin in the text; "
-                f"use truncate end"
+                f"the tokenizer of {self.name} does not tell where its tokens begin in the text, "
+                f"so that the start cannot be cut; use truncate end"
             )
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = [start for start, _ in found["offset_mapping"]]
-        n_over = self._n_tokens(prompt.prefix + text, prompt) - self.tokenization.max_tokens
-        while 0 < n_over < len(starts):
-            kept = text[starts[n_over] :]
-            more = self._n_tokens(prompt.prefix + kept, prompt) - self.tokenization.max_tokens
-            if more <= 0:
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [start for start, _ in encoding["offset_mapping"]]
+        n_excess = self._n_tokens(prompt.prefix + text, prompt) - self.tokenization.max_tokens
+        while 0 < n_excess < len(starts):
+            kept = text[starts[n_excess] :]
+            still = self._n_tokens(prompt.prefix + kept, prompt) - self.tokenization.max_tokens
+            if still <= 0:
                 return kept
-            n_over += more
+            n_excess += still
         return ""
 
     def chunks(self, texts: Sequence[str]) -> list[Sequence[str]]:
-        """Texts in parts; another request may have its turn between two of them."""
+        """Split texts into parts, so that another request can be tokenized between two parts."""
         parts: list[Sequence[str]] = []
         start = n_characters = 0
         for i, text in enumerate(texts):
@@ -345,21 +350,23 @@ class Served:
         return parts
 
     def own_tokens(self, ids: Sequence[int]) -> Tokens:
-        """Token ids of the model's own tokenizer, with start and end token where they lack.
+        """Add missing start and end tokens to ids of the model's own tokenizer.
 
         Raises:
-            InputError: some are beyond its vocabulary.
+            InputError: an id is beyond the vocabulary.
         """
         n_known = len(self.tokenization.tokenizer)
         if max(ids) >= n_known:
             raise InputError(
                 f"holds {max(ids)}, but the tokenizer of {self.name} has {n_known} tokens"
             )
-        around = self.tokenization.tokenize([""])[0]
-        middle = self.tokenization.tokenize(["a"])[0]
-        differing = (i for i, (x, y) in enumerate(zip(around, middle, strict=False)) if x != y)
-        front = next(differing, len(around))
-        start, end = around[:front], around[front:]
+        # The empty text has only start and end tokens. They differ from the tokens of "a" where
+        # the end begins.
+        empty = self.tokenization.tokenize([""])[0]
+        letter = self.tokenization.tokenize(["a"])[0]
+        differing = (i for i, (x, y) in enumerate(zip(empty, letter, strict=False)) if x != y)
+        n_start = next(differing, len(empty))
+        start, end = empty[:n_start], empty[n_start:]
         if start and list(ids[: len(start)]) == start:
             start = []
         if end and list(ids[-len(end) :]) == end:
@@ -368,7 +375,7 @@ class Served:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What `/info` says of it."""
+        """The facts that `/info` answers."""
         encoder, manifest = self.encoder, self.encoder.manifest
         checkpoint = encoder.checkpoint
         return {
@@ -395,29 +402,29 @@ class Served:
 
     @property
     def output_dtypes(self) -> tuple[str, ...]:
-        """Number types that vectors can be sent in."""
+        """Number types that vectors can be sent in; int8 needs the artifact's ranges."""
         if self.encoder.vectors.code == "int8":
             return ("float", "int8", "uint8", "binary", "ubinary")
         return ("float", "binary", "ubinary")
 
     @property
     def batch_tokens(self) -> int:
-        """About how many tokens of short texts a pass holds."""
+        """Approximate number of tokens in a pass over texts of 128 tokens."""
         per_token = self.cost.text_s(128) / 128
         return min(self.budget.tokens, int(min(self.budget.seconds, 1e6) / per_token))
 
     @cached_property
     def quality(self) -> list[dict[str, Any]]:
-        """What the results folder that the artifact lies in says of it; empty without one."""
+        """Evaluations of the artifact in its results folder; empty without such a folder."""
         folder = Path(self.source).resolve().parent
         try:
             results = read_results(folder)
         except GteoptError:
             return []
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         for report in results.evals.values():
             if report.artifact_sha256 == self.encoder.sha256:
-                found.append(
+                rows.append(
                     {
                         "suite": report.suite,
                         "score": report.score,
@@ -430,15 +437,15 @@ class Served:
                         "neighbour_overlap": report.fidelity.neighbour_overlap,
                     }
                 )
-        return found
+        return rows
 
 
 def measure_cost(run: Callable[[int, int], float], seconds: float) -> CostModel:
-    """Time passes of several shapes, small ones first, and fit their cost.
+    """Time passes of several shapes, from small to large, and fit the cost model.
 
     Args:
-        run: seconds that a pass of (number of texts, tokens of each) takes.
-        seconds: after which no further shape is begun; slow machines see only the small ones.
+        run: runs a pass of (number of texts, tokens of each), and returns its seconds.
+        seconds: time after which no further shape is measured.
     """
     passes: list[tuple[list[int], float]] = []
     spent = 0.0

@@ -1,7 +1,7 @@
-"""Texts or token ids of a request to vectors: limits, tokenization, cache, queue.
+"""Turn texts or token ids of a request into vectors: limits, tokenization, cache, queue.
 
-Hides: the order of these steps, and what a client is told when one of them refuses. Refuses to
-know: which fields a request has, how vectors are sent.
+Hides: the order of these steps, and the error message of each. Refuses to know: which fields a
+request has, how vectors are sent.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ Floats = NDArray[np.float32]
 Result = TypeVar("Result")
 _OWN_IDS = 'send extra_body={"tokenizer": "model"} if they are of the served model\'s tokenizer'
 _FOREIGN_IDS = (
-    "are token ids, and nothing says of which tokenizer; another one's would give wrong vectors. "
-    "With LangChain write OpenAIEmbeddings(check_embedding_ctx_length=False), which sends text; "
-    f"{_OWN_IDS}; or start the server with --decode-tokens cl100k_base to have them read as OpenAI "
-    "does"
+    "are token ids, but the request does not name their tokenizer; ids of another tokenizer would "
+    "give wrong vectors. With LangChain, write OpenAIEmbeddings(check_embedding_ctx_length=False), "
+    f"which sends text; {_OWN_IDS}; or start the server with --decode-tokens cl100k_base, which "
+    "reads ids of OpenAI's tokenizer"
 )
 
 
 @dataclass
 class Call:
-    """One request on its way.
+    """The state of one HTTP request.
 
     Attributes:
-        key: whose it is.
-        gone: done when the client has hung up; None where nobody looks.
-        facts: what the log line says.
+        key: key of the caller.
+        gone: done when the client has closed the connection; None while nobody watches it.
+        facts: fields of the log line.
     """
 
     key: Key = ANYBODY
@@ -52,7 +52,7 @@ class Call:
 
 
 class Gone(Exception):
-    """The client has hung up, so that no answer is needed."""
+    """The client has closed the connection, so that no answer is needed."""
 
 
 @dataclass
@@ -60,9 +60,9 @@ class Embedded:
     """Vectors of a request's texts.
 
     Attributes:
-        rows: [N, D]; NaN where there is an error.
-        errors: by position.
-        n_tokens: of all texts that were computed or found.
+        rows: [N, D]; rows of failed texts are NaN.
+        errors: errors of failed texts, by position.
+        n_tokens: tokens of all texts that are not too long.
         n_truncated: texts that were cut.
     """
 
@@ -73,9 +73,9 @@ class Embedded:
 
     @property
     def usage(self) -> dict[str, int]:
-        """OpenAI's counts; texts that were cut are counted too, where there are any."""
-        found = {"prompt_tokens": self.n_tokens, "total_tokens": self.n_tokens}
-        return {**found, "truncated_inputs": self.n_truncated} if self.n_truncated else found
+        """OpenAI's counts, and the number of texts that were cut if it is not 0."""
+        counts = {"prompt_tokens": self.n_tokens, "total_tokens": self.n_tokens}
+        return {**counts, "truncated_inputs": self.n_truncated} if self.n_truncated else counts
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ class InputRules:
     """How the inputs of a request are treated.
 
     Attributes:
-        truncate: which end of a text that is too long is cut: "start", "end"; "none" refuses it.
-        partial: whether errors of single texts leave the others their vectors.
-        own_ids: whether token ids are those of the served model's tokenizer.
-        param: what the field of the inputs is called in errors.
+        truncate: the end at which long texts are cut, "start" or "end"; "none" refuses them.
+        partial: whether the other texts get vectors when some texts fail.
+        own_ids: whether token ids are of the served model's tokenizer.
+        param: name of the inputs' field, for errors.
     """
 
     truncate: str = "none"
@@ -99,10 +99,10 @@ _INPUT_RULES = InputRules()
 
 
 class Pipeline:
-    """From inputs to vectors; used by the event loop's thread.
+    """Turns inputs into vectors; only the event loop's thread may use it.
 
     Attributes:
-        cache: of vectors; None keeps none.
+        cache: the vector cache; None if it is off.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, settings: Settings) -> None:
@@ -120,31 +120,36 @@ class Pipeline:
         call: Call,
         rules: InputRules = _INPUT_RULES,
     ) -> Embedded:
-        """Vectors of texts or token lists; see `Embedded`."""
+        """Embed texts or token lists.
+
+        Raises:
+            ApiError: the request is over a limit, the queue is full, or a text fails.
+            Gone: the client has closed the connection.
+        """
         partial, param = rules.partial, rules.param
         call.facts |= {"model": served.name, "inputs": len(inputs)}
         if (wait := self._allowances.take(call.key, requests=1)) is not None:
             raise self._over_limit(call.key, "requests", wait)
         if isinstance(inputs[0], str):
             texts = cast("Sequence[str]", inputs)
-            found = await self.tokenized(served, texts, prompt, rules.truncate, call)
+            tokenized = await self.tokenized(served, texts, prompt, rules.truncate, call)
         else:
             ids = cast("Sequence[Sequence[int]]", inputs)
-            found = await self._from_ids(served, ids, prompt, call, rules)
+            tokenized = await self._from_ids(served, ids, prompt, call, rules)
         errors = {
             i: ApiError(
                 400,
-                f"'{param}[{i}]' has {n:,} tokens, and '{served.name}' takes at most "
-                f'{served.tokenization.max_tokens:,}; shorten it, or send truncate: "end"',
+                f"'{param}[{i}]' has {n:,} tokens, but '{served.name}' takes at most "
+                f'{served.tokenization.max_tokens:,}; shorten the text, or send truncate: "end"',
                 param=f"{param}[{i}]",
                 code="context_length_exceeded",
             )
-            for i, n in found.too_long.items()
+            for i, n in tokenized.too_long.items()
         }
         if errors and not partial:
             raise _first(errors)
         wanted = [i for i in range(len(inputs)) if i not in errors]
-        n_tokens = sum(len(found.tokens[i]) for i in wanted)
+        n_tokens = sum(len(tokenized.tokens[i]) for i in wanted)
         if n_tokens > self._settings.max_request_tokens:
             raise ApiError(
                 400,
@@ -154,15 +159,15 @@ class Pipeline:
                 code="max_tokens_per_request",
             )
         call.facts["tokens"] = n_tokens
-        self._metrics.truncated.inc(found.n_truncated)
+        self._metrics.truncated.inc(tokenized.n_truncated)
         if (wait := self._allowances.take(call.key, tokens=n_tokens)) is not None:
             raise self._over_limit(call.key, "tokens", wait)
         rows = np.full((len(inputs), served.encoder.dims), np.nan, np.float32)
-        failed = await self._computed(served, found.tokens, wanted, rows, call)
+        failed = await self._computed(served, tokenized.tokens, wanted, rows, call)
         errors |= {i: _as_api_error(error, f"{param}[{i}]") for i, error in failed.items()}
         if errors and not partial:
             raise _first(errors)
-        return Embedded(rows, errors, n_tokens, found.n_truncated)
+        return Embedded(rows, errors, n_tokens, tokenized.n_truncated)
 
     async def _computed(
         self,
@@ -172,21 +177,21 @@ class Pipeline:
         rows: Floats,
         call: Call,
     ) -> dict[int, Exception]:
-        """Fill the wanted rows from the cache or the device; the errors of those that failed."""
+        """Fill the wanted rows from the cache or the device, and return errors by position."""
         keys: dict[int, bytes] = {}
         if self.cache is not None:
             for i in wanted:
                 keys[i] = VectorCache.key(served.sha256, tokens[i], tokens[i].n_prompt)
-                if (known := self.cache.get(keys[i])) is not None:
-                    rows[i] = known
+                if (cached := self.cache.get(keys[i])) is not None:
+                    rows[i] = cached
             hits = [i for i in wanted if not np.isnan(rows[i, 0])]
             self._metrics.cache_lookups.labels("hit").inc(len(hits))
             self._metrics.cache_lookups.labels("miss").inc(len(wanted) - len(hits))
             wanted = [i for i in wanted if np.isnan(rows[i, 0])]
         if not wanted:
             return {}
-        own = [tokens[i] for i in wanted]
-        work = Work.of(served, own, key=call.key.name, dims=served.encoder.dims)
+        missing = [tokens[i] for i in wanted]
+        work = Work.of(served, missing, key=call.key.name, dims=served.encoder.dims)
         await self._done(work, call)
         rows[wanted] = work.vectors
         failed = {wanted[position]: error for position, error in work.errors.items()}
@@ -197,11 +202,11 @@ class Pipeline:
         return failed
 
     async def _done(self, work: Work, call: Call) -> None:
-        """Wait until the device has computed it.
+        """Submit the work and wait until the device has computed it.
 
         Raises:
-            ApiError: there is no room, or no device.
-            Gone: the client has hung up; the work is dropped.
+            ApiError: the queue is full, or the device has failed.
+            Gone: the client has closed the connection; the work is dropped.
         """
         try:
             future = self._engine.submit(work)
@@ -221,7 +226,7 @@ class Pipeline:
             self._metrics.rejected.labels("queue_full").inc()
             raise ApiError(
                 429,
-                f"the queue is full: {self._engine.queued_s:.0f} s of work wait; try again in "
+                f"the queue is full with {self._engine.queued_s:.0f} s of work; try again in "
                 f"{refused.retry_after_s:.0f} s",
                 code="queue_full",
                 retry_after_s=refused.retry_after_s,
@@ -234,12 +239,17 @@ class Pipeline:
     async def tokenized(
         self, served: Served, texts: Sequence[str], prompt: Prompt, truncate: str, call: Call
     ) -> Tokenized:
-        found = Tokenized()
+        """Tokenize texts in parts, on the tokenizer's thread.
+
+        Raises:
+            Gone: the client has closed the connection.
+        """
+        tokenized = Tokenized()
         for part in served.chunks(texts):
             if call.gone is not None and call.gone.done():
                 raise Gone
-            await on_thread(served.tokenizer, served.tokenize, part, prompt, truncate, found)
-        return found
+            await on_thread(served.tokenizer, served.tokenize, part, prompt, truncate, tokenized)
+        return tokenized
 
     async def _from_ids(
         self,
@@ -249,7 +259,7 @@ class Pipeline:
         call: Call,
         rules: InputRules,
     ) -> Tokenized:
-        """Tokens of token ids, which are the model's own or another tokenizer's."""
+        """Tokens from ids of the model's own tokenizer, or of the tokenizer of `decoder`."""
         decoder = self._settings.decoder
         if not rules.own_ids:
             if decoder is None:
@@ -259,11 +269,11 @@ class Pipeline:
         if prompt != Prompt():
             raise ApiError(
                 400,
-                "token ids carry their prompt already; leave out input_type, prompt_name and "
+                "token ids already include the prompt; leave out input_type, prompt_name and "
                 "instruction",
                 param="input",
             )
-        found, limit = Tokenized(), served.tokenization.max_tokens
+        tokenized, limit = Tokenized(), served.tokenization.max_tokens
         for i, ids in enumerate(lists):
             try:
                 tokens = served.own_tokens(ids)
@@ -272,37 +282,39 @@ class Pipeline:
             if len(tokens) > limit:
                 if rules.truncate != "none":
                     raise ApiError(
-                        400, "truncate is for texts; cut token ids yourself", param="truncate"
+                        400,
+                        "truncate works only on texts; shorten token ids yourself",
+                        param="truncate",
                     )
-                found.too_long[i] = len(tokens)
-            found.tokens.append(tokens)
-        return found
+                tokenized.too_long[i] = len(tokens)
+            tokenized.tokens.append(tokens)
+        return tokenized
 
-    def _over_limit(self, key: Key, what: str, wait: float) -> ApiError:
-        self._metrics.rejected.labels(f"key_{what}").inc()
+    def _over_limit(self, key: Key, unit: str, wait_s: float) -> ApiError:
+        self._metrics.rejected.labels(f"key_{unit}").inc()
         return ApiError(
             429,
-            f"Rate limit reached for key '{key.name}' on {what} per minute; try again in "
-            f"{wait:.1f} s",
+            f"Rate limit reached for key '{key.name}' on {unit} per minute; try again in "
+            f"{wait_s:.1f} s",
             code="rate_limit_exceeded",
-            retry_after_s=wait,
+            retry_after_s=wait_s,
         )
 
 
 def on_thread(
     pool: ThreadPoolExecutor, task: Callable[..., Result], *arguments: Any
 ) -> Awaitable[Result]:
-    """Run a task on a thread of a pool."""
+    """Run a task on a thread of a pool, and await its result."""
     return asyncio.wrap_future(pool.submit(task, *arguments))
 
 
 def _decoded(decoder: Decoder, ids: Sequence[int], i: int) -> str:
     try:
         return decoder.decode(ids)
-    except Exception as error:  # each vocabulary has its own
+    except Exception as error:  # each tokenizer library raises its own type
         raise ApiError(
             400,
-            f"'input[{i}]' holds ids that {decoder.name} does not know: {error}",
+            f"'input[{i}]' has ids that {decoder.name} does not know: {error}",
             param=f"input[{i}]",
         ) from error
 
@@ -310,26 +322,29 @@ def _decoded(decoder: Decoder, ids: Sequence[int], i: int) -> str:
 def _first(errors: Mapping[int, ApiError]) -> ApiError:
     first = errors[min(errors)]
     if len(errors) > 1:
-        first.message += f" ({len(errors)} inputs in all are refused for a reason of their own)"
+        first.message += f" ({len(errors)} inputs have an error; this is the first)"
     return first
 
 
 def _as_api_error(error: Exception, param: str) -> ApiError:
-    """What a client is told of a text that failed on the device."""
+    """The answer for a text on which the model failed."""
     if isinstance(error, NumericsError):
         return ApiError(
             500,
-            f"the model gave NaN or infinity for '{param}'; the other inputs are not at fault",
+            f"the model gave NaN or infinity for '{param}'; send the other inputs without it",
             param=param,
             code="non_finite",
         )
     if is_out_of_memory(error):
         return ApiError(
-            500, f"'{param}' does not fit the device's memory", param=param, code="out_of_memory"
+            500,
+            f"the device has too little memory for '{param}'; shorten the text",
+            param=param,
+            code="out_of_memory",
         )
     return ApiError(
         500,
-        f"the model failed on '{param}' ({type(error).__name__}); the others are not at fault",
+        f"the model failed on '{param}' ({type(error).__name__}); send the other inputs without it",
         param=param,
         code="inference_failed",
     )

@@ -1,6 +1,6 @@
-"""The wire format: requests as types, OpenAI's error object, the OpenAPI document.
+"""Define the wire format: request types, OpenAI's error object, the OpenAPI document.
 
-Hides: how a body becomes a request and what is said of a wrong one. Refuses to know: models, HTTP
+Hides: how a body is parsed, and the error messages for wrong bodies. Refuses to know: models, HTTP
 servers, how vectors are made.
 
 Requests are those of OpenAI's embeddings API (platform documentation, "Create embeddings").
@@ -25,14 +25,14 @@ Truncate = Literal["none", "start", "end"]
 
 
 class ApiError(Exception):
-    """An answer other than 200.
+    """An error that is sent to the client.
 
     Attributes:
         status: the HTTP status.
-        message: for the user: what was found, what is allowed, what to do.
-        param: the field at fault, as `input[3]`.
-        code: a word that programs can look at.
-        retry_after_s: when to come back, where that makes sense.
+        message: text for the user: what was found, what is allowed, what to do.
+        param: name of the wrong field, such as `input[3]`.
+        code: identifier of the error, for programs.
+        retry_after_s: seconds after which to try again; None if that does not help.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ApiError(Exception):
 
     @property
     def type(self) -> str:
-        """OpenAI's kind of error."""
+        """OpenAI's type of the error."""
         if self.status == 429:
             return "rate_limit_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
@@ -76,14 +76,14 @@ TokenLists = list[list[int]]
 
 
 def parse_input(value: object, *, param: str = "input") -> Texts | TokenLists:
-    """The texts, or the token lists, of a request.
+    """Parse the texts or token lists of a request.
 
     Args:
-        value: of the field: a string, strings, token ids or lists of token ids.
+        value: value of the field: a string, strings, token ids or lists of token ids.
         param: name of the field.
 
     Raises:
-        ApiError: anything else, nothing, an empty text, or more than 2,048 of them.
+        ApiError: another type, an empty list, an empty item, or more than 2,048 items.
     """
     if isinstance(value, str):
         value = [value]
@@ -91,7 +91,7 @@ def parse_input(value: object, *, param: str = "input") -> Texts | TokenLists:
         raise _wrong(param, f"is {_kind(value)}; send a string, a list of strings, or token ids")
     if not value:
         raise _wrong(param, "is an empty list; send at least one text")
-    if all(_is_token(each) for each in value):
+    if all(_is_token(item) for item in value):
         _check_tokens(value, param)
         return [value]
     if len(value) > MAX_INPUTS:
@@ -99,19 +99,22 @@ def parse_input(value: object, *, param: str = "input") -> Texts | TokenLists:
             param, f"has {len(value):,} items, at most {MAX_INPUTS:,} are allowed; split the list"
         )
     kind = type(value[0])
-    for i, each in enumerate(value):
-        where = f"{param}[{i}]"
-        if type(each) is not kind or kind not in (str, list):
+    for i, item in enumerate(value):
+        item_param = f"{param}[{i}]"
+        if type(item) is not kind or kind not in (str, list):
             raise _wrong(
-                where, f"is {_kind(each)}; all items must be strings, or all lists of token ids"
+                item_param,
+                f"is {_kind(item)}; all items must be strings, or all lists of token ids",
             )
         if kind is list:
-            wrong = next((j for j, token in enumerate(each) if not _is_token(token)), None)
+            wrong = next((j for j, token in enumerate(item) if not _is_token(token)), None)
             if wrong is not None:
-                raise _wrong(f"{where}[{wrong}]", f"is {_kind(each[wrong])}; token ids are whole")
-            _check_tokens(each, where)
-        elif not each:
-            raise _wrong(where, "is an empty string; leave it out of the list")
+                raise _wrong(
+                    f"{item_param}[{wrong}]", f"is {_kind(item[wrong])}; token ids are integers"
+                )
+            _check_tokens(item, item_param)
+        elif not item:
+            raise _wrong(item_param, "is an empty string; leave it out of the list")
     return value
 
 
@@ -119,11 +122,11 @@ def _is_token(value: object) -> bool:
     return type(value) is int
 
 
-def _check_tokens(ids: Sequence[int], where: str) -> None:
+def _check_tokens(ids: Sequence[int], param: str) -> None:
     if not ids:
-        raise _wrong(where, "has no token ids; leave it out of the list")
+        raise _wrong(param, "has no token ids; leave it out of the list")
     if (worst := min(ids)) < 0 or (worst := max(ids)) > MAX_TOKEN_ID:
-        raise _wrong(where, f"holds {worst}, which is no token id")
+        raise _wrong(param, f"has {worst}, which is no token id")
 
 
 def _wrong(param: str, message: str) -> ApiError:
@@ -188,12 +191,12 @@ class _Request(BaseModel):
 
 
 class Prompted(_Request):
-    """What decides the prompt before a text; one of the three at most, but for query instructions.
+    """Fields that choose the prompt. `prompt_name` excludes the other two fields.
 
     Attributes:
         input_type: `document`, which is the default, or `query`.
-        prompt_name: a prompt of the model's folder by its name.
-        instruction: what the queries are for; it makes `input_type` a query.
+        prompt_name: name of a prompt in the model's folder.
+        instruction: the purpose of the queries; it sets `input_type` to `query`.
     """
 
     input_type: Literal["query", "document"] | None = None
@@ -206,14 +209,14 @@ class EmbeddingRequest(Prompted):
 
     Attributes:
         model: name of a served artifact.
-        input: one text or several, as strings or as token ids.
-        dimensions: length of the vectors; one that the artifact supports.
-        encoding_format: `float` lists, or `base64` of little-endian numbers.
-        user: the caller's own mark; not looked at.
-        output_dtype: of the numbers in a vector; `embedding_dtype` is the same.
-        truncate: which end of a text that is too long is cut off; `none` makes it an error.
-        on_error: `null` answers with null for texts that fail, and names them in `errors`.
-        tokenizer: `model` says that token ids are those of the served model's own tokenizer.
+        input: one or several texts, as strings or as token ids.
+        dimensions: length of the vectors; the artifact must support it.
+        encoding_format: `float` for lists of numbers, `base64` for their little-endian bytes.
+        user: ignored.
+        output_dtype: number type of the vectors; `embedding_dtype` is the same field.
+        truncate: the end at which long texts are cut; `none` makes a long text an error.
+        on_error: `null` gives null for a text that fails, and lists its error in `errors`.
+        tokenizer: `model` states that token ids are of the served model's own tokenizer.
     """
 
     model: str
@@ -229,7 +232,7 @@ class EmbeddingRequest(Prompted):
 
 
 class TokenizeRequest(Prompted):
-    """`POST /tokenize`: the token ids that a text is computed from."""
+    """`POST /tokenize`: token ids of texts, with prompt and special tokens."""
 
     model: str
     input: TextsField
@@ -245,7 +248,7 @@ class SimilarityRequest(_Request):
 
 
 class TeiRequest(_Request):
-    """`POST /embed` of Text Embeddings Inference, for clients written for it."""
+    """`POST /embed`, for clients of Text Embeddings Inference."""
 
     inputs: TextsField
     normalize: Literal[True] = True
@@ -265,7 +268,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def parse_body(body: bytes, kind: type[Kind]) -> Kind:
-    """The request in a JSON body.
+    """Parse the request in a JSON body.
 
     Raises:
         ApiError: the body is not JSON, or a field is missing, unknown or wrong.
@@ -388,28 +391,28 @@ _ANSWERS: dict[str, dict[str, Any]] = {
     },
 }
 _ERROR_STATUSES = {
-    "400": "a field is wrong",
+    "400": "a field is missing, unknown or wrong",
     "401": "no API key, or an unknown one",
     "404": "no such model or route",
     "408": "the body did not arrive in time",
     "413": "the body is too large",
-    "429": "the queue or the key's limit is full; see Retry-After",
+    "429": "the queue is full, or a limit of the key is reached; see Retry-After",
     "500": "the model failed",
-    "503": "not ready",
+    "503": "the server is stopping, or its device has failed",
 }
 _POSTS: dict[str, tuple[str, type[BaseModel], str]] = {
     "/v1/embeddings": ("Embed texts", EmbeddingRequest, "EmbeddingList"),
     "/tokenize": ("Token ids of texts", TokenizeRequest, "TokenLists"),
     "/similarity": ("Cosines of queries and documents", SimilarityRequest, "Similarities"),
     "/embed": ("Embed texts as Text Embeddings Inference does", TeiRequest, "Vectors"),
-    "/admin/reload": ("Load artifacts anew and swap them in", ReloadRequest, "Anything"),
+    "/admin/reload": ("Reload artifacts and swap them in", ReloadRequest, "Anything"),
 }
 _GETS = {
     "/v1/models": "The served models",
     "/v1/models/{model}": "One served model",
-    "/info": "What is served and how good it is",
+    "/info": "The served artifacts, their quality, and the server's limits",
     "/livez": "Whether the device works",
-    "/readyz": "Whether requests are answered with the right vectors",
+    "/readyz": "Whether the server gives the right vectors",
 }
 
 
@@ -417,8 +420,8 @@ def openapi(version: str, *, with_keys: bool) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the server."""
     schemas: dict[str, Any] = dict(_ANSWERS)
     errors = {
-        status: _answer(said, {"$ref": "#/components/schemas/Error"})
-        for status, said in _ERROR_STATUSES.items()
+        status: _answer(description, {"$ref": "#/components/schemas/Error"})
+        for status, description in _ERROR_STATUSES.items()
     }
     paths: dict[str, Any] = {}
     for path, (summary, kind, answer) in _POSTS.items():

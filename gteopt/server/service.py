@@ -1,6 +1,6 @@
-"""What the server does with a request, from its fields to the bytes of the answer.
+"""Answer requests: from their fields to the bytes of the answer.
 
-Hides: what fields mean, how readiness is found out, how artifacts are swapped. Refuses to know:
+Hides: what fields mean, how readiness is checked, how artifacts are swapped. Refuses to know:
 routes and headers.
 """
 
@@ -35,22 +35,24 @@ from gteopt.server.settings import Settings
 
 Floats = NDArray[np.float32]
 _INLINE_BYTES = 64_000
-"""Answers above this are encoded off the event loop."""
+"""Larger answers are encoded on a thread, so that the event loop is not blocked."""
 _READY_S = 5.0
+"""Time for which a successful readiness check stays valid."""
 _CANARY_TIMEOUT_S = 20.0
 _WARM_UP_S, _RELOAD_WARM_UP_S = 3.0, 1.0
 
 
 class Service:
-    """Everything behind the routes.
+    """Answers the requests of all routes.
 
     Attributes:
-        models: served artifacts by name.
-        engine: what computes.
-        metrics: what is counted.
-        settings: what the user decided.
-        keys: None where everybody may ask.
-        is_draining: no new requests, those at work are finished.
+        sources: folder or model of each artifact, by name.
+        models: served artifacts, by name.
+        engine: computes the vectors.
+        metrics: the server's counters.
+        settings: the server's settings.
+        keys: API keys; None if no key is needed.
+        is_draining: new requests are refused, and current requests are finished.
     """
 
     def __init__(
@@ -60,13 +62,13 @@ class Service:
         settings: Settings,
         keys: Keys | None = None,
     ) -> None:
-        """A service whose artifacts `start` loads.
+        """Create a service; `start` loads its artifacts.
 
         Args:
-            sources: what to load, by the name that requests give.
-            load: source -> Encoder.
-            settings: see there.
-            keys: who may ask.
+            sources: folder or model of each artifact, by the name that requests give.
+            load: loads the Encoder of a source.
+            settings: see `Settings`.
+            keys: API keys; None if no key is needed.
         """
         self.sources = dict(sources)
         self.settings = settings
@@ -85,28 +87,30 @@ class Service:
         self._ready_at = float("-inf")
         self._checking = asyncio.Lock()
         self._reloading = asyncio.Lock()
-        self.metrics.watch("gteopt_queued_seconds", "Work that waits", lambda: self.engine.queued_s)
         self.metrics.watch(
-            "gteopt_waiting_requests", "Requests that wait", lambda: self.engine.n_waiting
+            "gteopt_queued_seconds", "Seconds of waiting work", lambda: self.engine.queued_s
         )
         self.metrics.watch(
-            "gteopt_device_alive", "Whether the device works", lambda: self.engine.is_alive
+            "gteopt_waiting_requests", "Waiting requests", lambda: self.engine.n_waiting
+        )
+        self.metrics.watch(
+            "gteopt_device_alive", "1 while the device works", lambda: self.engine.is_alive
         )
         if (cache := self._pipeline.cache) is not None:
             self.metrics.watch("gteopt_cache_bytes", "Memory of the cache", lambda: cache.n_bytes)
 
     def start(self) -> None:
-        """Start the device thread and load every artifact; takes as long as that does.
+        """Start the device thread and load every artifact; returns when all are loaded.
 
         Raises:
-            GteoptError: one cannot be loaded or gives no vectors.
+            GteoptError: an artifact cannot be loaded, or gives wrong vectors.
         """
         self.engine.start()
         for name, source in self.sources.items():
             self.models[name] = self._opened(name, source, seconds=_WARM_UP_S)
 
     def stop(self) -> None:
-        """End the threads; what still waits fails."""
+        """End the threads; waiting requests fail."""
         self.engine.stop()
         self._encoding.shutdown(wait=False, cancel_futures=True)
         for served in self.models.values():
@@ -122,42 +126,43 @@ class Service:
         return served
 
     async def reload(self, name: str | None = None) -> dict[str, Any]:
-        """Load artifacts beside those that serve, and swap them in; no request is lost.
+        """Load artifacts beside the served ones, and swap them in; no request is lost.
 
         Args:
-            name: of one; None is all.
+            name: name of one artifact; None for all.
 
         Raises:
-            ApiError: there is none of that name, or it cannot be loaded; what served goes on.
+            ApiError: there is no such artifact, or it cannot be loaded. The old one stays served.
         """
         if name is not None:
             self.find(name)
         done = {}
         async with self._reloading:
-            for each in [name] if name is not None else list(self.sources):
+            for model in [name] if name is not None else list(self.sources):
                 try:
                     new = await asyncio.to_thread(
-                        self._opened, each, self.sources[each], _RELOAD_WARM_UP_S
+                        self._opened, model, self.sources[model], _RELOAD_WARM_UP_S
                     )
                 except GteoptError as error:
                     raise ApiError(
                         500,
-                        f"'{each}' could not be loaded anew, the one before goes on: {error}",
+                        f"'{model}' could not be reloaded, and the loaded version stays served: "
+                        f"{error}",
                         code="reload_failed",
                     ) from error
-                # Requests that hold the old one end with it; it goes when the last of them does.
-                old, self.models = self.models[each], {**self.models, each: new}
-                done[each] = {"before": old.encoder.sha256, "now": new.encoder.sha256}
+                # Current requests keep a reference to the old artifact until they end.
+                old, self.models = self.models[model], {**self.models, model: new}
+                done[model] = {"before": old.encoder.sha256, "now": new.encoder.sha256}
         return {"reloaded": done}
 
     def find(self, name: str) -> Served:
-        """The artifact of a name.
+        """The artifact with this name.
 
         Raises:
             ApiError: there is none.
         """
-        found = self.models.get(name)
-        if found is None:
+        served = self.models.get(name)
+        if served is None:
             raise ApiError(
                 404,
                 f"The model `{name}` does not exist or you do not have access to it: "
@@ -165,10 +170,10 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        return found
+        return served
 
     async def not_ready(self) -> str | None:
-        """Why requests are not answered with the right vectors now; None where they are."""
+        """The reason why the server does not give the right vectors now; None if it does."""
         if self.is_draining:
             return "the server is draining"
         if not self.engine.is_alive:
@@ -193,27 +198,27 @@ class Service:
             async with asyncio.timeout(_CANARY_TIMEOUT_S):
                 await asyncio.wrap_future(self.engine.submit(work))
         except Refused:
-            return None  # busy with answers
+            return None  # the queue is full, so the server is working
         except TimeoutError:
             return f"'{served.name}' gave no vector within {_CANARY_TIMEOUT_S:g} s"
         except DeviceDied:
             return "the device does not answer"
         if work.errors or not served.is_right(work.vectors[0]):
-            return f"'{served.name}' gives another vector than right after loading"
+            return f"'{served.name}' gives another vector for a known text than after loading"
         return None
 
     async def embeddings(self, request: EmbeddingRequest, call: Call) -> bytes:
-        """`POST /v1/embeddings`.
+        """Answer `POST /v1/embeddings`.
 
         Raises:
-            ApiError: for the client.
-            Gone: there is none any more.
+            ApiError: a field is wrong, or the vectors cannot be computed.
+            Gone: the client has closed the connection.
         """
         served = self.find(request.model)
         dtype = self._dtype(request, served)
         dims = self._dims(request.dimensions, served, dtype)
         prompt = self._prompt(served, request.input_type, request.prompt_name, request.instruction)
-        found = await self._pipeline.embed(
+        embedded = await self._pipeline.embed(
             served,
             request.input,
             prompt,
@@ -224,33 +229,33 @@ class Service:
                 own_ids=request.tokenizer == "model",
             ),
         )
-        about = {"model": request.model, "usage": found.usage, **_echo(request)}
+        fields = {"model": request.model, "usage": embedded.usage, **_echo(request)}
         if request.on_error == "null":
-            about["errors"] = [
-                {"index": i, **error.body["error"]} for i, error in sorted(found.errors.items())
+            fields["errors"] = [
+                {"index": i, **error.body["error"]} for i, error in sorted(embedded.errors.items())
             ]
         encoding = request.encoding_format or "float"
 
         def encode() -> bytes:
-            rows = served.shorten(np.nan_to_num(found.rows), dims)
+            rows = served.shorten(np.nan_to_num(embedded.rows), dims)
             codes = answers.code(rows, dtype, served.encoder.vectors)
-            return answers.encode_list(codes, encoding, failed=found.errors, about=about)
+            return answers.encode_list(codes, encoding, failed=embedded.errors, about=fields)
 
-        return await self._encoded(encode, found.rows.shape[0] * dims * 4)
+        return await self._encoded(encode, embedded.rows.shape[0] * dims * 4)
 
     async def tei(self, request: TeiRequest, call: Call) -> bytes:
-        """`POST /embed`, of the one artifact that is served."""
+        """Answer `POST /embed`; the server must serve one artifact only."""
         if len(self.models) != 1:
             raise ApiError(
                 400,
-                f"/embed names no model, and this server has {len(self.models)} "
+                f"/embed names no model, but this server has {len(self.models)} "
                 f"({', '.join(self.models)}); use /v1/embeddings",
             )
         served = next(iter(self.models.values()))
         dims = self._dims(request.dimensions, served, "float")
         prompt = self._prompt(served, None, request.prompt_name, None)
         side = "start" if request.truncation_direction == "left" else "end"
-        found = await self._pipeline.embed(
+        embedded = await self._pipeline.embed(
             served,
             _texts(request.inputs, "inputs"),
             prompt,
@@ -258,34 +263,37 @@ class Service:
             InputRules(truncate=side if request.truncate else "none", param="inputs"),
         )
         return await self._encoded(
-            lambda: answers.dump(served.shorten(found.rows, dims)), found.rows.shape[0] * dims * 4
+            lambda: answers.dump(served.shorten(embedded.rows, dims)),
+            embedded.rows.shape[0] * dims * 4,
         )
 
     async def similarity(self, request: SimilarityRequest, call: Call) -> bytes:
-        """`POST /similarity`."""
+        """Answer `POST /similarity`."""
         served = self.find(request.model)
         queries = _texts(request.queries, "queries")
         documents = _texts(request.documents, "documents")
-        asked = self._prompt(served, "query", None, request.instruction)
-        left = await self._pipeline.embed(served, queries, asked, call, InputRules(param="queries"))
-        right = await self._pipeline.embed(
+        prompt = self._prompt(served, "query", None, request.instruction)
+        query_side = await self._pipeline.embed(
+            served, queries, prompt, call, InputRules(param="queries")
+        )
+        document_side = await self._pipeline.embed(
             served, documents, Prompt(), call, InputRules(param="documents")
         )
-        scores = left.rows @ right.rows.T
-        n_tokens = left.n_tokens + right.n_tokens
+        scores = query_side.rows @ document_side.rows.T
+        n_tokens = query_side.n_tokens + document_side.n_tokens
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         return answers.dump({"model": request.model, "scores": scores, "usage": usage})
 
     async def tokenize(self, request: TokenizeRequest, call: Call) -> bytes:
-        """`POST /tokenize`."""
+        """Answer `POST /tokenize`."""
         served = self.find(request.model)
         texts = _texts(request.input, "input")
         prompt = self._prompt(served, request.input_type, request.prompt_name, request.instruction)
-        found = await self._pipeline.tokenized(served, texts, prompt, "end", call)
+        tokenized = await self._pipeline.tokenized(served, texts, prompt, "end", call)
         return answers.dump(
             {
                 "model": request.model,
-                "tokens": [list(each) for each in found.tokens],
+                "tokens": [list(ids) for ids in tokenized.tokens],
                 "max_tokens": served.tokenization.max_tokens,
             }
         )
@@ -300,17 +308,17 @@ class Service:
         if dtype not in served.output_dtypes:
             raise ApiError(
                 400,
-                f"'{dtype}' needs ranges that were fitted on texts, and the artifact of "
-                f"'{served.name}' stores none; use {', '.join(served.output_dtypes)}, or make one "
-                f"that does with `gteopt truncate --vectors int8`",
+                f"'{dtype}' needs ranges that were fitted on texts, but the artifact of "
+                f"'{served.name}' stores none; use {', '.join(served.output_dtypes)}, or make an "
+                f"artifact with ranges by `gteopt truncate --vectors int8`",
                 param="output_dtype",
             )
         return dtype
 
     def _dims(self, wanted: int | None, served: Served, dtype: OutputDtype) -> int:
-        own, allowed = served.encoder.dims, served.supported_dims
+        dims, allowed = served.encoder.dims, served.supported_dims
         if wanted is None:
-            return own
+            return dims
         if wanted not in allowed:
             raise ApiError(
                 400,
@@ -318,11 +326,11 @@ class Service:
                 f"{', '.join(map(str, allowed))}",
                 param="dimensions",
             )
-        if wanted != own and served.has_ranges(dtype):
+        if wanted != dims and served.has_ranges(dtype):
             raise ApiError(
                 400,
-                f"the stored ranges of {dtype} are for {own} dimensions, and a shorter vector is "
-                f"scaled anew; leave dimensions out, or serve an artifact of {wanted} dimensions",
+                f"the stored ranges of {dtype} are for {dims} dimensions, and do not fit shorter "
+                f"vectors; leave dimensions out, or serve an artifact of {wanted} dimensions",
                 param="dimensions",
             )
         return wanted
@@ -334,7 +342,7 @@ class Service:
             return served.prompt(input_type, name, instruction)
         except GteoptError as error:
             given = {"prompt_name": name, "instruction": instruction, "input_type": input_type}
-            param = next((each for each, value in given.items() if value is not None), None)
+            param = next((field for field, value in given.items() if value is not None), None)
             raise ApiError(400, str(error), param=param) from error
 
     async def _encoded(self, encode: Callable[[], bytes], n_bytes: int) -> bytes:
@@ -342,15 +350,15 @@ class Service:
 
 
 def _texts(value: object, param: str) -> list[str]:
-    found = parse_input(value, param=param)
-    if not isinstance(found[0], str):
+    inputs = parse_input(value, param=param)
+    if not isinstance(inputs[0], str):
         raise ApiError(400, f"'{param}' must be texts, found token ids", param=param)
-    return found
+    return inputs
 
 
 def _echo(request: EmbeddingRequest) -> dict[str, Any]:
-    """The extensions that a request used, as they were understood."""
+    """The optional fields of a request, which the answer repeats."""
     names = ("dimensions", "input_type", "prompt_name", "instruction", "truncate", "tokenizer")
-    found = {n: value for n in names if (value := getattr(request, n)) is not None}
+    fields = {name: value for name in names if (value := getattr(request, name)) is not None}
     dtype = request.output_dtype or request.embedding_dtype
-    return found if dtype is None else {**found, "output_dtype": dtype}
+    return fields if dtype is None else {**fields, "output_dtype": dtype}

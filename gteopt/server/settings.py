@@ -1,4 +1,7 @@
-"""What the user of a server decides. Imports nothing heavy, so that mistakes are said at once."""
+"""The settings of a server.
+
+This module imports nothing heavy, so that wrong options are reported at once.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,30 @@ from typing import Protocol
 
 
 class Decoder(Protocol):
-    """Token ids of another tokenizer back to text."""
+    """Turns token ids of another tokenizer back into text."""
 
     name: str
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; an error of any kind where some are unknown."""
+        """The text of token ids; raises an error of any type if some ids are unknown."""
         ...
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user decides.
+    """The settings of a server.
 
     Attributes:
         max_queue_s: seconds of work that may wait.
-        max_body_bytes: of a request.
-        max_request_tokens: of all inputs of a request together.
-        max_batch_tokens: of a pass; measured when None.
-        body_timeout_s: until a body is there.
-        cache_bytes: of vectors that are kept; 0 keeps none.
-        price_per_hour: of the machine in dollars, for the cost in the metrics.
-        decoder: reads token ids as another tokenizer's.
-        log_requests: a line a request.
-        cors_origins: web pages that may ask from a browser; none.
+        max_body_bytes: largest body of a request.
+        max_request_tokens: most tokens of a request, over all its inputs.
+        max_batch_tokens: most tokens of a pass; measured when None.
+        body_timeout_s: time in which the body of a request must arrive.
+        cache_bytes: size of the vector cache; 0 turns it off.
+        price_per_hour: price of the machine in dollars, for the cost in the metrics.
+        decoder: turns token ids of another tokenizer into text; None refuses such ids.
+        log_requests: write a log line for each request.
+        cors_origins: origins of web pages that may send requests from a browser.
     """
 
     max_queue_s: float = 30.0

@@ -1,7 +1,7 @@
-"""A span of OpenTelemetry for each request, where its API is installed.
+"""Record an OpenTelemetry span for each request, if OpenTelemetry's API is installed.
 
-Hides: the library, and how a caller's own trace is continued. Refuses to know: routes, and where
-spans go: an OpenTelemetry SDK decides that, which `opentelemetry-instrument` sets up.
+Hides: the library, and how a caller's trace is continued. Refuses to know: routes, and where spans
+go. An OpenTelemetry SDK decides where spans go; `opentelemetry-instrument` sets one up.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 @contextmanager
 def span(name: str, headers: Mapping[str, str], facts: Mapping[str, Any]) -> Iterator[None]:
-    """A span of what happens inside; nothing without the API, or where nobody set up an SDK.
+    """Record a span around the `with` block; does nothing without the API or without an SDK.
 
     Args:
         name: method and route.
-        headers: of the request; `traceparent` in them names the caller's trace.
-        facts: its attributes, read at the end.
+        headers: headers of the request; `traceparent` names the caller's trace.
+        facts: attributes of the span; they are read when the block ends.
     """
     if find_spec("opentelemetry") is None:
         yield
@@ -28,8 +28,8 @@ def span(name: str, headers: Mapping[str, str], facts: Mapping[str, Any]) -> Ite
 
     tracer = trace.get_tracer("gteopt.server")
     kind, parent = trace.SpanKind.SERVER, propagate.extract(dict(headers))
-    with tracer.start_as_current_span(name, context=parent, kind=kind) as own:
+    with tracer.start_as_current_span(name, context=parent, kind=kind) as current:
         try:
             yield
         finally:
-            own.set_attributes({f"gteopt.{key}": value for key, value in facts.items()})
+            current.set_attributes({f"gteopt.{key}": value for key, value in facts.items()})
