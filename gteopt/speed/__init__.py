@@ -1,1 +1,1 @@
-"""Speed and memory of encoders, measured side by side."""
+"""Measure speed and memory of encoders side by side."""

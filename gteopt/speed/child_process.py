@@ -1,4 +1,4 @@
-"""Load time and peak memory of one variant, measured in a process of its own.
+"""Measure load time and peak memory of one variant in a separate process.
 
 `python -m gteopt.speed.child_process QUESTION` prints the answer as JSON. Hides: how a process
 reads its own peak memory. Refuses to know: what is compared with what.
@@ -29,7 +29,7 @@ from gteopt.speed.texts import workload_call
 
 
 class FootprintQuestion(Frozen):
-    """What a child process is to load and run."""
+    """The model that a child process loads, and the workload that it runs."""
 
     source: str
     device: str
@@ -40,7 +40,7 @@ class FootprintQuestion(Frozen):
 
 
 class Footprint(Frozen):
-    """What the child process answers; see `VariantBench`."""
+    """The answer of the child process; `VariantBench` describes its fields."""
 
     load_s: float
     imports_process_bytes: int
@@ -52,10 +52,10 @@ def ask_child(name: str, question: FootprintQuestion) -> Footprint:
     """Measure load time and peak memory of one variant in a fresh process.
 
     Raises:
-        GteoptError: the process died; carries its last line.
+        GteoptError: the process died; the message has the last line of its output.
     """
-    # The parent's package must be the child's, also when it is run from a source folder; -P keeps
-    # files in the user's working directory from being imported as modules.
+    # The child must import the parent's package, also from a source folder. -P keeps it from
+    # importing modules of the user's working directory.
     package_root = str(Path(__file__).resolve().parent.parent.parent)
     path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     child = subprocess.run(
@@ -83,7 +83,7 @@ def ask_child(name: str, question: FootprintQuestion) -> Footprint:
 
 
 def _footprint(question: FootprintQuestion) -> Footprint:
-    """Load and run once in this process, which has done nothing before."""
+    """Load and run once in this process, which must have done nothing before."""
     checkpoint = open_checkpoint(question.source, hub_dir=question.hub_dir)
     build_skeleton(checkpoint)  # imports the model's code and allocates no weights
     load_tokenizer(checkpoint)
@@ -110,14 +110,14 @@ def _footprint(question: FootprintQuestion) -> Footprint:
 
 
 def _resident_bytes(field: str) -> int:
-    """Resident set now ("VmRSS") or at its highest ("VmHWM") of this process."""
+    """Resident set of this process in bytes: now ("VmRSS") or at its peak ("VmHWM")."""
     with contextlib.suppress(OSError):  # not Linux
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     import resource  # not on Windows
 
-    # macOS counts in bytes and knows only the highest.
+    # macOS counts in bytes, and has only the peak.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -1,4 +1,4 @@
-"""Clocks, and turns between two encoders.
+"""Time calls, and pairs of calls that take turns.
 
 Hides: CUDA events, the garbage collector, whose turn is first. Refuses to know: encoders.
 """
@@ -19,13 +19,13 @@ def take_turns(
     device: torch.device,
     step: Callable[[], None],
 ) -> Iterator[tuple[float, float]]:
-    """Time pairs of calls by turns; which of the two is first alternates.
+    """Time pairs of calls; baseline and variant alternate in being first.
 
     Args:
         turns: (baseline, variant) pairs of calls.
-        warmup: turns at the start that are run and not counted.
-        device: where the calls compute.
-        step: told after each turn.
+        warmup: turns at the start that are run but not counted.
+        device: device that the calls compute on.
+        step: called after each turn.
 
     Yields:
         Seconds of (baseline, variant) in each counted turn.
@@ -59,7 +59,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Seconds since it was made: of the wall clock, and of this process's CPU time."""
+    """Measures wall-clock time and CPU time of this process since it was created."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
@@ -88,7 +88,7 @@ def _garbage_collector_off() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Give freed memory back, so that the next model finds room."""
+    """Return freed memory to the system, so that the next model fits."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
-"""What a GPU has consumed, where NVIDIA's management library counts it.
+"""Measure the energy of a GPU by NVIDIA's management library (NVML).
 
-Hides: NVML and how a device of torch's is found in it. Refuses to know: what the energy was for.
+Hides: NVML, and how a torch device is found in it. Refuses to know: what the energy was used for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 _COUNTED_S = 2.0
-"""How long calls are repeated: NVML's counter moves every 20 to 100 ms, a twentieth of this."""
+"""How long calls are repeated: much longer than the time between two updates of NVML's counter."""
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,19 @@ class Meter:
     """A counter of the energy of one device.
 
     Attributes:
-        joules: consumed since the driver was loaded, by everything on the device; None where
-            nothing counts.
-        source: what counts, or why nothing does.
+        joules: gives the energy that the whole device has used since its driver was loaded; None
+            if there is no counter.
+        source: name of the counter, or why there is none.
     """
 
     joules: Callable[[], float] | None
     source: str
 
     def per_call(self, call: Callable[[], object], seconds: float) -> float | None:
-        """Joules of one call when calls follow one another; None where nothing counts.
+        """Joules of one call when calls follow one another; None if there is no counter.
 
         Args:
-            call: waits for the device.
+            call: must return after the device has finished.
             seconds: about how long a call takes.
         """
         if self.joules is None:
@@ -47,8 +47,8 @@ class Meter:
 def meter(device: torch.device) -> Meter:
     """The energy counter of a device.
 
-    It is found by the device's UUID, because NVML numbers GPUs in its own order and counts those
-    that CUDA_VISIBLE_DEVICES hides.
+    NVML finds the device by its UUID, because NVML numbers GPUs in another order than torch, and
+    also numbers GPUs that CUDA_VISIBLE_DEVICES hides.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return Meter(None, f"energy is counted on NVIDIA GPUs only, this is a {device.type}")
@@ -68,7 +68,7 @@ def meter(device: torch.device) -> Meter:
             millijoules: int = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
             return millijoules / 1e3
 
-        joules()  # fails on older GPUs and on slices of one, which have no counter
+        joules()  # fails on older GPUs and on slices of a GPU (MIG), which have no counter
     except pynvml.NVMLError as error:
         return Meter(None, f"NVML counts no energy of {name}: {error}")
     return Meter(joules, "NVML's total energy of the whole GPU, idle power included")

@@ -1,6 +1,6 @@
-"""How busy other programs keep the machine while something is measured.
+"""Measure how busy other programs keep the machine.
 
-Hides: psutil's counters. Refuses to know: what is measured.
+Hides: psutil's counters. Refuses to know: what is measured at the same time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import psutil
 
 
 class LoadMeter:
-    """Counts, from its creation on, the processor time that other programs use."""
+    """Counts the processor time that other programs use from its creation on."""
 
     def __init__(self) -> None:
         self._busy, self._idle = _machine_s()
@@ -18,7 +18,7 @@ class LoadMeter:
     def of_others(self) -> float | None:
         """Share of all processor time since creation that other programs used, 0 to 1.
 
-        None where no time has passed by the system's clock.
+        None if no time has passed by the system's clock.
         """
         busy, idle = _machine_s()
         whole = (busy - self._busy) + (idle - self._idle)
@@ -32,7 +32,7 @@ def _machine_s() -> tuple[float, float]:
     """Seconds that all cores were busy and idle since the machine started."""
     times = psutil.cpu_times()
     idle = times.idle + getattr(times, "iowait", 0.0)
-    # A guest's time is counted as the user's already.
+    # User time already includes the time of virtual machines (guests).
     guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
     return sum(times) - idle - guests, idle
 

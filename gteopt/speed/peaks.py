@@ -1,6 +1,6 @@
-"""The measured peak of this machine's matrix products, per number type.
+"""Measure the peak speed of this machine's matrix products for each number type.
 
-Hides: which product of torch's is the fastest of its type. Refuses to know: models.
+Hides: which of torch's products is the fastest of its type. Refuses to know: models.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from gteopt.speed.clock import seconds_of
 
 
 def peak_gflops(device: torch.device) -> dict[str, float]:
-    """10^9 operations a second of large products, by number type; see the module."""
+    """10^9 operations a second of large matrix products, by number type."""
     kinds: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     m, k, n = (1024, 1024, 4096) if device.type == "cpu" else (8192, 8192, 8192)
     peaks: dict[str, float] = {}
     if device.type == "cuda":
         for name, product in _short_products(n, device).items():
-            seconds_of(product, device)  # libraries choose and load
+            seconds_of(product, device)  # libraries load and choose their kernels
             peaks[name] = 2 * n**3 / min(seconds_of(product, device) for _ in range(5)) / 1e9
     for name, kind in kinds.items():
         x, w = (torch.randn(shape, device=device).to(kind) for shape in ((m, k), (n, k)))
@@ -48,20 +48,20 @@ _INT8 = LayerScheme(bits=8, group_size="per_channel", symmetric=True, activation
 
 
 def _short_products(n: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """Products of n x n matrices of 8-bit numbers that torch has for a GPU of this capability."""
-    found: dict[str, Callable[[], Tensor]] = {}
+    """Products of n x n matrices of 8-bit numbers that torch has for this GPU."""
+    products: dict[str, Callable[[], Tensor]] = {}
     if torch.version.cuda is None:
-        return found
+        return products
     x = torch.randn(n, n, device=device)
     codes = (x * 40).clamp_(-127, 127).to(torch.int8)
-    found["int8"] = lambda: torch._int_mm(codes, codes.t())
+    products["int8"] = lambda: torch._int_mm(codes, codes.t())
     if torch.cuda.get_device_capability(device) >= (8, 9):
         floats, ones = x.to(torch.float8_e4m3fn), torch.ones((n, 1), device=device)
-        found["fp8"] = lambda: torch._scaled_mm(
+        products["fp8"] = lambda: torch._scaled_mm(
             *(floats, floats.t()),
             scale_a=ones,
             scale_b=ones.t(),
             out_dtype=torch.bfloat16,
-            use_fast_accum=False,  # as `Fp8LinearCuda` runs it
+            use_fast_accum=False,  # as in `Fp8LinearCuda`
         )
-    return found
+    return products

@@ -1,37 +1,39 @@
-"""Speed and memory of variants, each measured side by side with the baseline.
+"""Measure speed and memory of variants, each side by side with the baseline.
 
 Hides: child processes, clocks, texts of an exact length, interleaving. Refuses to know: whether an
-encoder is quantized, and what a number is good enough for.
+encoder is quantized, and whether a result is good enough.
 
 The protocol:
 
 - **Before anything is measured**, every source is opened and checked, and every length in the spec
   is compared with every model's limit.
-- **Load time and peak memory**: one fresh child process a variant, before this process holds any
-  weights. The child imports all that the load needs, by building the model without weights. It
-  notes its resident set, times the way from path to the first vector, and runs one batch of the
-  largest workload. `load_s` contains the verification of an artifact's hashes and no imports; the
-  files come from the page cache. The peak of the process contains interpreter, libraries
-  (`imports_process_bytes`) and mapped weight files. On Linux it is VmHWM: `ru_maxrss` survives
-  `exec` there, so a child would report its parent's peak. The device's peak is
+- **Load time and peak memory**: one fresh child process for each variant, before this process holds
+  any weights. The child builds the model without weights, which imports all libraries, and notes
+  its resident set. Then it times the load up to the first vector, and runs one batch of the largest
+  workload. `load_s` includes the verification of an artifact's hashes, but no imports; the files
+  come from the page cache. The peak of the process includes the interpreter, the libraries
+  (`imports_process_bytes`) and mapped weight files. On Linux it is VmHWM, because `ru_maxrss`
+  survives `exec` and would report the parent's peak. The device's peak is
   `torch.cuda.max_memory_allocated`.
 - **Latency**: single texts of exactly `query_tokens` tokens with the end token, all different, from
-  text to code: tokenize, encode, shorten, code. They carry no instruction, whose tokens would only
-  lengthen them. Percentiles interpolate linearly between order statistics.
-- **Throughput**: batches of texts of exactly `tokens` tokens, or of seeded log-normal lengths of
-  that median, from token ids to vectors at full dimension in this process's memory. Padding does
-  not count. Tokenization is left out: it is the same for all variants of a base, and can overlap.
-- **Side by side**: the baseline and one variant are in memory at a time and take turns, query by
-  query and round by round. The first turn changes sides, so that a machine that slows down hits
-  both. `baseline_ratio` is the median of the ratios within a round. The baseline's own row pairs it
-  with itself: its ratio's distance from 1 is the noise of the measurement.
+  text to code: tokenize, encode, shorten, code. The texts have no instruction, because it would
+  only make them longer. Percentiles interpolate linearly between order statistics.
+- **Throughput**: batches of texts of exactly `tokens` tokens, or of seeded log-normal lengths with
+  that median, from token ids to full-dimension vectors in this process's memory. Padding does not
+  count as tokens. Tokenization is not timed: it is the same for all variants of a base, and can run
+  at the same time.
+- **Side by side**: the baseline and one variant are in memory and take turns, query by query and
+  round by round. They alternate in being first, so that a machine that slows down affects both.
+  `baseline_ratio` is the median of the ratios of each round. The baseline is also measured against
+  itself: the distance of that ratio from 1 is the noise of the measurement.
 - **Load**: the share of the machine's processor time that other programs used meanwhile.
-- **Peaks**: products of 1024 x 1024 by 1024 x 4096 matrices in float32, bfloat16 and int8, the
-  fastest of five; on a GPU 8192 x 8192 by 8192 x 8192, and 8-bit floats. A variant's share is of
-  the number type that its quantized layers multiply in. Weights of fewer bits are multiplied in the
-  baseline's number type.
-- **Energy**, where the device counts it: after the timed turns a variant alone repeats queries, and
-  each workload, for two seconds or more, because the counter moves some ten times a second.
+- **Peaks**: the fastest of five products of 1024 x 1024 by 1024 x 4096 matrices in float32,
+  bfloat16 and int8; on a GPU of 8192 x 8192 matrices, also in 8-bit floats. `peak_ratio` compares a
+  variant with the peak of the number type in which its quantized layers multiply. Weights with
+  fewer bits than 8 multiply in the baseline's number type.
+- **Energy**, if the device counts it: after the timed turns, the variant alone repeats a query, and
+  then each workload, for at least two seconds, because the counter is updated only about ten times
+  a second.
 - **Clock**: the monotonic clock on a CPU, CUDA events on a GPU. Python's cyclic garbage collector
   is off while the clock runs.
 """
@@ -65,14 +67,14 @@ from gteopt.speed.texts import exact_texts, text_lengths, workload_call
 
 
 class BenchOptions(TypedDict, total=False):
-    """Where and on what `bench` measures.
+    """Options of `bench`.
 
     Attributes:
-        skip_too_long: leave out workloads beyond a model's limit, rather than refuse them; the
-            report's `spec` is then without them.
-        device: as for `load`; "auto" where it is left out.
-        backend: of the variants, as for `load`; the baseline runs on torch.
-        kernels: of the variants, as for `load`; those of the baseline are deterministic.
+        skip_too_long: skip workloads with texts longer than a model takes, instead of raising; the
+            report's `spec` then lacks them.
+        device: as for `load`; the default is "auto".
+        backend: backend of the variants, as for `load`; the baseline runs on torch.
+        kernels: kernels of the variants, as for `load`; the baseline's are deterministic.
         hub_dir: as for `load`.
     """
 
@@ -92,20 +94,21 @@ def bench(
     progress: Progress = quiet,
     **options: Unpack[BenchOptions],
 ) -> BenchReport:
-    """Measure every variant side by side with the baseline; see the module for the protocol.
+    """Measure every variant side by side with the baseline; the module describes the protocol.
 
     Args:
-        sources: variant name -> base, folder or artifact, the baseline's among them.
+        sources: base, folder or artifact of each variant by its name; includes the baseline.
         baseline: name of the variant that the others are compared with.
-        spec: what is measured, how often.
-        keep: told after each variant what has been measured so far.
-        progress: told after each child process and after each query or round.
+        spec: what is measured, and how often.
+        keep: called after each variant with the report so far.
+        progress: called after each child process, and after each query or round.
         options: see `BenchOptions`.
 
     Raises:
-        InputError: an unknown device; or an unknown baseline, a source that cannot be opened, or a
-            length beyond a model's limit; all of them at once, before anything is measured.
-        GteoptError: the child process of a variant died; carries its last line.
+        InputError: the device or the baseline is unknown, a source cannot be opened, or a length is
+            beyond a model's limit. Problems of all sources come at once, before anything is
+            measured.
+        GteoptError: the child process of a variant died; the message has its last line.
 
     Example:
         >>> report = bench({"bf16": "nano", "int8": "artifacts/nano-int8"}, baseline="bf16",
@@ -150,14 +153,14 @@ def bench(
 
 
 def default_workloads(device: str) -> WorkloadSet:
-    """The set that is measured on a device where nobody says: "long" on a GPU."""
+    """The default set of workloads on a device: "long" on a GPU, else "short"."""
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     return "long" if on_gpu else "short"
 
 
 def fitting(spec: BenchSpec, max_tokens: int) -> BenchSpec:
-    """The spec without the workloads that have texts of more tokens than this."""
-    fits = tuple(each for each in spec.workloads if each.longest <= max_tokens)
+    """The spec without workloads whose texts have more than `max_tokens` tokens."""
+    fits = tuple(workload for workload in spec.workloads if workload.longest <= max_tokens)
     return spec.model_copy(update={"workloads": fits})
 
 
@@ -169,7 +172,7 @@ def open_all(
     skip_too_long: bool,
     backend: Backend = "torch",
 ) -> tuple[dict[str, Checkpoint], BenchSpec]:
-    """The models, and what of the spec they can all be measured on; arguments as for `bench`.
+    """Open the models, and keep the workloads that all of them can run; arguments as for `bench`.
 
     Raises:
         InputError: see `bench`.
@@ -200,7 +203,7 @@ def open_all(
             for workload in spec.workloads
             if workload.longest > limit and not skip_too_long
         ]
-    shortest = min((each.max_tokens for each in checkpoints.values()), default=0)
+    shortest = min((checkpoint.max_tokens for checkpoint in checkpoints.values()), default=0)
     fits = fitting(spec, shortest)
     if skip_too_long and checkpoints and not fits.workloads:
         problems.append(f"every workload is beyond the models' limit of {shortest} tokens")
@@ -210,7 +213,7 @@ def open_all(
 
 
 class _Session:
-    """One run of `bench`: the baseline in memory, and what the device can do and consumes."""
+    """One run of `bench`: the loaded baseline, the device's peaks and its energy counter."""
 
     def __init__(
         self,
@@ -220,14 +223,14 @@ class _Session:
         backend: Backend,
         kernels: str,
     ) -> None:
-        """Measure the device's peaks; the load of others is counted from here on."""
+        """Measure the device's peaks, and start to count the load of other programs."""
         self._spec, self._baseline = spec, baseline
         self._reference, self._backend, self._kernels = reference, backend, kernels
         self._peaks, self._meter = peak_gflops(reference.device), meter(reference.device)
         self._load = LoadMeter()
 
     def report(self, variants: Mapping[str, VariantBench]) -> BenchReport:
-        """What has been measured so far, with its conditions."""
+        """The report on the variants measured so far."""
         return BenchReport(
             spec=self._spec,
             baseline=self._baseline,
@@ -249,7 +252,7 @@ class _Session:
     def measure(
         self, name: str, encoder: Encoder, footprint: Footprint, progress: Progress
     ) -> VariantBench:
-        """Latency and throughput of a variant in turns with the baseline."""
+        """Measure latency and throughput of a variant that takes turns with the baseline."""
         spec = self._spec
         n_rounds = (spec.warmup + spec.repeats) * len(spec.workloads)
         n_steps = spec.warmup + spec.n_queries + n_rounds
@@ -259,7 +262,7 @@ class _Session:
             progress(f"measuring speed of {name}", next(steps), n_steps)
 
         latency = self._latency(encoder, step)
-        throughput = tuple(self._throughput(encoder, each, step) for each in spec.workloads)
+        throughput = tuple(self._throughput(encoder, workload, step) for workload in spec.workloads)
         bytes_per_vector, recorded = encoder.vectors.bytes_per_vector, encoder.cuda_graphs
         return VariantBench(
             artifact_sha256=encoder.sha256,
@@ -286,7 +289,10 @@ class _Session:
             exact_texts(encoder, n_texts, spec.query_tokens, seed=0),
             strict=True,
         )
-        turns = [(_query(self._reference, theirs), _query(encoder, ours)) for theirs, ours in pairs]
+        turns = [
+            (_query(self._reference, baseline_text), _query(encoder, variant_text))
+            for baseline_text, variant_text in pairs
+        ]
         seconds = [variant for _, variant in take_turns(turns, spec.warmup, encoder.device, step)]
         p50, p95, p99 = np.percentile(seconds, [50, 95, 99]) * 1e3
         return LatencyRecord(
@@ -306,18 +312,18 @@ class _Session:
         turn = (workload_call(self._reference, workload), workload_call(encoder, workload))
         turns = [turn] * (spec.warmup + spec.repeats)
         seconds = list(take_turns(turns, spec.warmup, encoder.device, step))
-        once = median(variant for _, variant in seconds)
+        batch_s = median(variant for _, variant in seconds)
         lengths = text_lengths(workload)
         ratios = tuple(baseline / variant for baseline, variant in seconds)
-        gflops = encoder.operations(lengths) / once / 1e9
+        gflops = encoder.operations(lengths) / batch_s / 1e9
         peak = self._peaks.get(encoder.number_type)
-        joules = self._meter.per_call(turn[1], once)
+        joules = self._meter.per_call(turn[1], batch_s)
         return ThroughputRecord(
             batch_size=workload.batch_size,
             tokens=workload.tokens,
             lengths=workload.lengths,
-            texts_per_s=workload.batch_size / once,
-            tokens_per_s=sum(lengths) / once,
+            texts_per_s=workload.batch_size / batch_s,
+            tokens_per_s=sum(lengths) / batch_s,
             baseline_ratio=median(ratios),
             ratios=ratios,
             gflops=gflops,

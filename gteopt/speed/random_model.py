@@ -1,10 +1,9 @@
-"""A model of a published shape with random weights: speed and memory need no download.
+"""Write models of published shapes with random weights, to measure speed without a download.
 
-The result is a Sentence Transformers folder with last-token pooling and the embedded model's
-tokenizer, since the time of a token does not depend on how texts are cut into tokens. NV-Embed's
-own pooling is not timed.
+The result is a Sentence Transformers folder with last-token pooling and the tokenizer of gte-nano.
+Another tokenizer would not change the time of a token. NV-Embed's own pooling is not measured.
 
-Hides: the shapes of published models (`assets/configs/`), how a folder of random weights is made
+Hides: the shapes of published models (`assets/configs/`), how a folder of random weights is written
 without holding it in memory. Refuses to know: what is measured on it.
 """
 
@@ -50,22 +49,23 @@ _LATENT: Mapping[str, tuple[int, ...]] = {
 }
 """NV-Embed's pooling: 512 latents and 8 heads of the model's width (arXiv:2405.17428)."""
 _MEMORY_SHARE, _DISK_SHARE = 1.7, 2.5
-"""Shares of the model's bytes. A bench holds in memory the model, its largest variant (int8, with
-the token table unquantized) and a batch; on disk it has the model and three variants."""
+"""What a bench needs, in multiples of the model's bytes. In memory it has the model, its largest
+variant (int8, with the token table unquantized) and a batch. On disk it has the model and three
+variants."""
 
 
 def shapes() -> dict[str, dict[str, Any]]:
-    """Published name -> `config.json` of the models whose shape ships with gteopt.
+    """`config.json` of the models whose shape ships with gteopt, by published name.
 
-    A model that has the sizes of another shares its file.
+    Models of the same sizes share one file.
     """
-    own = {path.stem: json.loads(path.read_text()) for path in sorted(_CONFIGS.glob("*.json"))}
+    shipped = {path.stem: json.loads(path.read_text()) for path in sorted(_CONFIGS.glob("*.json"))}
     shared = {
-        name.rpartition("/")[2]: dict(own[published.shape])
+        name.rpartition("/")[2]: dict(shipped[published.shape])
         for name, published in PUBLISHED.items()
         if published.shape
     }
-    return own | shared
+    return shipped | shared
 
 
 def write_dummy(
@@ -77,32 +77,32 @@ def write_dummy(
     device: str | torch.device = "cpu",
     progress: Progress = quiet,
 ) -> tuple[int, int]:
-    """Write a model folder with random bfloat16 weights, one file a block.
+    """Write a model folder with random bfloat16 weights, one file for each block.
 
-    Linear weights are normal with deviation 0.02, those that write into the residual stream divided
-    by sqrt(2 n_layers), so that activations keep the size that they have in trained models
-    (Radford et al. 2019, section 2.3); norms are one, biases zero.
+    Linear weights are normal with deviation 0.02. Weights that write into the residual stream are
+    divided by sqrt(2 n_layers), so that activations are as large as in trained models (Radford et
+    al. 2019, section 2.3). Norms are one, biases zero.
 
     Args:
-        base: name of a published model, with or without its organisation, or a folder whose
-            `config.json` says the shape.
+        base: name of a published model, with or without its organization, or a folder with a
+            `config.json`.
         folder: where to write; must not exist.
-        n_layers: blocks to keep, counted from the first; all when None.
-        seed: of the weights.
-        device: where weights are drawn, a block at a time. A GPU is some sixty times as fast and
-            draws other weights.
-        progress: told after each block.
+        n_layers: blocks to keep, counted from the first; None keeps all.
+        seed: seed of the weights.
+        device: where weights are drawn, a block at a time. A GPU is much faster, but draws other
+            weights than a CPU.
+        progress: called after each block.
 
     Returns:
-        Blocks written and blocks of the model.
+        The number of blocks written, and the number of blocks of the model.
 
     Raises:
-        InputError: unknown name, more blocks than the model has, or more than memory holds.
-        UnsupportedError: an architecture other than Qwen2's, Qwen3's and Mistral's.
+        InputError: the name is unknown, the model has fewer blocks, or memory or disk is too small.
+        UnsupportedError: the architecture is not Qwen2, Qwen3 or Mistral.
     """
-    config, whole = shape_of(base, n_layers)
+    config, n_of_model = shape_of(base, n_layers)
     n = int(config["num_hidden_layers"])
-    _check_room(base, config, n, whole, folder.parent)
+    _check_room(base, config, n, n_of_model, folder.parent)
     write_frame(config, folder)
     generator = torch.Generator(device).manual_seed(seed)
     where: dict[str, str] = {}
@@ -116,7 +116,7 @@ def write_dummy(
         progress(f"writing random weights of {base}", part + 1, n + 1)
     index = {"metadata": {"total_size": n_bytes}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return n, whole
+    return n, n_of_model
 
 
 def shape_of(base: str, n_layers: int | None = None) -> tuple[dict[str, Any], int]:
@@ -125,17 +125,17 @@ def shape_of(base: str, n_layers: int | None = None) -> tuple[dict[str, Any], in
     Arguments and errors are those of `write_dummy`.
     """
     config = _config(base)
-    whole = int(config["num_hidden_layers"])
-    n = whole if n_layers is None else n_layers
-    if not 1 <= n <= whole:
-        raise InputError(f"--layers {n}: {base} has {whole} blocks; give 1 to {whole}")
+    n_of_model = int(config["num_hidden_layers"])
+    n = n_of_model if n_layers is None else n_layers
+    if not 1 <= n <= n_of_model:
+        raise InputError(f"--layers {n}: {base} has {n_of_model} blocks; give 1 to {n_of_model}")
     config["num_hidden_layers"] = config["max_window_layers"] = n
     config.pop("layer_types", None)
-    return config, whole
+    return config, n_of_model
 
 
 def write_frame(config: Mapping[str, Any], folder: Path) -> None:
-    """Write a model folder of a shape without its weights; `folder` must not exist."""
+    """Write a model folder of a shape without weights; `folder` must not exist."""
     nano = open_checkpoint("nano")
     shutil.copytree(nano.folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "LICENSE"))
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
@@ -147,30 +147,32 @@ def write_frame(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def write_published(name: str, config: Mapping[str, Any], folder: Path) -> None:
-    """Write what a published model's folder says, with the embedded model's tokenizer and weight
-    files that have a header only; `folder` must not exist.
+    """Write the settings of a published model's folder, for checks that need no weights.
+
+    The tokenizer is gte-nano's, and weight files have a header only.
 
     Args:
-        name: of the model, with its organisation.
-        config: of its transformer.
-        folder: where to write.
+        name: name of the model, with its organization.
+        config: config.json of its transformer.
+        folder: where to write; must not exist.
     """
     published = PUBLISHED[name]
     family = FAMILIES[published.family] if published.family else None
     pooling = published.pooling or (family.pooling if family else None)
     write_frame(config, folder)
-    for own in ("sentence_bert_config.json", "README.md"):
-        (folder / own).unlink()  # the embedded model's
+    for of_nano in ("sentence_bert_config.json", "README.md"):
+        (folder / of_nano).unlink()
     tokenizer = folder / "tokenizer_config.json"
-    said = json.loads(tokenizer.read_text())
-    said["model_max_length"] = published.max_tokens or (family.max_tokens if family else None)
-    tokenizer.write_text(json.dumps(said))
+    tokenizer_config = json.loads(tokenizer.read_text())
+    longest = published.max_tokens or (family.max_tokens if family else None)
+    tokenizer_config["model_max_length"] = longest
+    tokenizer.write_text(json.dumps(tokenizer_config))
     prompts = {"query": published.query_prompt, "document": published.document_prompt}
     settings = {"prompts": {role: text for role, text in prompts.items() if text}}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
     sizes = _sizes(config)
     if pooling == "latent" or (family is not None and family.excludes_prompt):
-        (folder / "modules.json").unlink()  # the authors publish none
+        (folder / "modules.json").unlink()  # the published folder has none
     else:
         modules: list[tuple[str, dict[str, Any]]] = [("Transformer", {})]
         width = int(config["hidden_size"])
@@ -187,7 +189,7 @@ def write_published(name: str, config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _write_modules(modules: Sequence[tuple[str, Mapping[str, Any]]], folder: Path) -> None:
-    """modules.json and what it names; Dense layers without a bias and without their numbers."""
+    """Write modules.json and the folders that it names; Dense layers have no bias or numbers."""
     rows = []
     for i, (kind, config) in enumerate(modules):
         path = f"{i}_{kind}" if i else ""
@@ -218,7 +220,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def write_hole(shapes: Mapping[str, Sequence[int]], path: Path) -> None:
-    """Write a safetensors file of bfloat16 tensors; its numbers are a hole, which takes no disk."""
+    """Write a safetensors file of bfloat16 tensors whose numbers are a hole: it takes no disk."""
     header: dict[str, Any] = {}
     at = 0
     for name, shape in shapes.items():
@@ -237,9 +239,9 @@ def random_part(
     """Names and bfloat16 weights of one block, as `write_dummy` draws them.
 
     Args:
-        config: of the model.
-        part: number of the block; the number of blocks stands for all that is outside them.
-        generator: draws on its own device.
+        config: config.json of the model.
+        part: number of the block; the number of blocks means all weights outside of the blocks.
+        generator: random numbers; weights are drawn on its device.
     """
     n = int(config["num_hidden_layers"])
     for name, shape in _parts(config, part, n):
@@ -247,18 +249,18 @@ def random_part(
 
 
 def _config(base: str) -> dict[str, Any]:
-    known = shapes()
+    shipped = shapes()
     name = base.rpartition("/")[2]
-    own = Path(base) / "config.json"
-    if own.is_file():
-        config: dict[str, Any] = json.loads(own.read_text())
+    file = Path(base) / "config.json"
+    if file.is_file():
+        config: dict[str, Any] = json.loads(file.read_text())
         config.pop("auto_map", None)
-    elif name in known:
-        config = known[name]
+    elif name in shipped:
+        config = shipped[name]
     else:
         raise InputError(
-            f"no shape is known of '{base}': {suggest(name, known)}; or give a folder with its "
-            f"config.json"
+            f"gteopt does not know the shape of '{base}': {suggest(name, shipped)}; or give a "
+            f"folder with its config.json"
         )
     if config.get("model_type") not in _DECODERS:
         raise UnsupportedError(
@@ -269,19 +271,19 @@ def _config(base: str) -> dict[str, Any]:
 
 
 def largest_depth(base: str, scratch: Path) -> int:
-    """Blocks of `base` that memory and the disk of `scratch` hold; at least 1.
+    """How many blocks of `base` fit into memory and onto the disk of `scratch`; at least 1.
 
     Raises:
         InputError, UnsupportedError: see `write_dummy`.
     """
-    config, whole = shape_of(base)
+    config, n_of_model = shape_of(base)
     frame, block = _frame_and_block_bytes(config)
     fits = min(int((free / share - frame) // block) for _, share, free in _room(scratch))
-    return max(1, min(whole, fits))
+    return max(1, min(n_of_model, fits))
 
 
 def _frame_and_block_bytes(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Bytes of what is outside the blocks, and of one block."""
+    """Bytes of the weights outside of the blocks, and bytes of one block."""
 
     def part_bytes(part: int) -> int:
         return sum(2 * torch.Size(shape).numel() for _, shape in _parts(config, part, 1))
@@ -290,34 +292,37 @@ def _frame_and_block_bytes(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _room(scratch: Path) -> tuple[tuple[str, float, int], ...]:
-    """What a bench needs of this machine: its name, multiple of the model's bytes, bytes free."""
+    """What a bench needs: the resource, a multiple of the model's bytes, and the free bytes."""
     return (
         ("memory", _MEMORY_SHARE, int(psutil.virtual_memory().available)),
         (f"disk in {scratch}", _DISK_SHARE, shutil.disk_usage(scratch).free),
     )
 
 
-def _check_room(base: str, config: Mapping[str, Any], n: int, whole: int, scratch: Path) -> None:
-    """Refuse what memory or disk cannot hold, before the slow part.
+def _check_room(
+    base: str, config: Mapping[str, Any], n: int, n_of_model: int, scratch: Path
+) -> None:
+    """Check memory and disk before the slow part.
 
     Raises:
         InputError: says what is needed, what is free and how many layers fit.
     """
     frame, block = _frame_and_block_bytes(config)
-    for what, share, free in _room(scratch):
+    for resource, share, free in _room(scratch):
         if share * (frame + n * block) > free:
             fits = int((free / share - frame) // block)
             advice = f"; --layers {fits} fits" if fits > 0 else ""
+            needed = share * (frame + n * block)
             raise InputError(
-                f"{n} of {whole} blocks of {base} take {share * (frame + n * block) / 1e9:.1f} GB "
-                f"of {what} to build and measure, {free / 1e9:.1f} GB are free{advice}"
+                f"{n} of {n_of_model} blocks of {base} take {needed / 1e9:.1f} GB of {resource} to "
+                f"build and measure, {free / 1e9:.1f} GB are free{advice}"
             )
 
 
 def _parts(
     config: Mapping[str, Any], part: int, n_layers: int
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of block `part`; of all that is outside the blocks for `n_layers`."""
+    """Names and shapes of block `part`; for `n_layers`, of the weights outside of the blocks."""
     hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
     if part == n_layers:
         yield "embed_tokens.weight", (int(config["vocab_size"]), hidden)

@@ -1,4 +1,4 @@
-"""Texts of an exact length in tokens, and batches of mixed lengths.
+"""Make texts of an exact length in tokens, and batches of mixed lengths.
 
 Hides: how words are joined until the tokenizer gives the wanted count. Refuses to know: clocks.
 """
@@ -15,11 +15,11 @@ from gteopt.errors import InputError, UnsupportedError
 
 
 def exact_texts(encoder: Description, n_texts: int, n_tokens: int, seed: int) -> list[str]:
-    """Seeded texts of English words that this encoder's tokenizer makes exactly `n_tokens` of.
+    """Seeded texts of English words with exactly `n_tokens` tokens of this encoder's tokenizer.
 
     Raises:
-        InputError: so few tokens that none is left for the text beside the model's own.
-        UnsupportedError: this tokenizer's tokens do not add up to the length.
+        InputError: the model's special tokens alone are `n_tokens` or more.
+        UnsupportedError: no text with exactly this number of tokens was found.
     """
     source = random.Random(seed)
     return [_exact_text(encoder, n_tokens, source) for _ in range(n_texts)]
@@ -29,10 +29,10 @@ def _exact_text(encoder: Description, n_tokens: int, source: random.Random) -> s
     def count(words: list[str]) -> int:
         return encoder.tokenization.lengths([" ".join(words)])[0]
 
-    if (own := count([])) >= n_tokens:
+    if (n_special := count([])) >= n_tokens:
         raise InputError(
-            f"{n_tokens} tokens are too few to measure {encoder.name} with: it adds {own} of its "
-            f"own to each text; give at least {own + 1}"
+            f"{n_tokens} tokens are too few to measure {encoder.name} with: it adds {n_special} of "
+            f"its own to each text; give at least {n_special + 1}"
         )
     words = source.choices(_PROSE.split(), k=n_tokens)  # a word is at least one token
     fits, too_long = 0, n_tokens + 1
@@ -43,9 +43,9 @@ def _exact_text(encoder: Description, n_tokens: int, source: random.Random) -> s
         else:
             too_long = middle
     words = words[:fits]
-    while (found := count(words)) < n_tokens:
+    while (n_now := count(words)) < n_tokens:
         words.append("a")  # one token in nearly every vocabulary
-    if found != n_tokens:
+    if n_now != n_tokens:
         raise UnsupportedError(
             f"no text of exactly {n_tokens} tokens was found for the tokenizer of {encoder.name}; "
             f"give another length"
@@ -54,17 +54,17 @@ def _exact_text(encoder: Description, n_tokens: int, source: random.Random) -> s
 
 
 def text_lengths(workload: Workload) -> list[int]:
-    """Tokens of each of a workload's texts; the same in each call."""
+    """Tokens of each text of a workload; the same in each call."""
     if workload.lengths == "equal":
         return [workload.tokens] * workload.batch_size
     source = random.Random(0)
     least = max(workload.tokens // 8, 4)
     drawn = [workload.tokens * source.lognormvariate(0, 0.8) for _ in range(workload.batch_size)]
-    return [min(max(round(each), least), workload.longest) for each in drawn]
+    return [min(max(round(length), least), workload.longest) for length in drawn]
 
 
 def workload_call(encoder: Encoder, workload: Workload) -> Callable[[], object]:
-    """A call that computes the vectors of one workload; its texts are tokenized before."""
+    """A call that computes the vectors of one workload, whose texts are tokenized beforehand."""
     source = random.Random(1)
     texts = [_exact_text(encoder, length, source) for length in text_lengths(workload)]
     tokens = encoder.tokenization.tokenize(texts)
@@ -76,9 +76,9 @@ def workload_call(encoder: Encoder, workload: Workload) -> Callable[[], object]:
 
 
 _MIXED = 32
-"""How many texts of mixed lengths make a batch."""
+"""Batch size for texts of mixed lengths."""
 
-# Plain prose, since tokenizers are made for it. The time of a dense model does not depend on words.
+# Plain prose, because tokenizers are made for it. The time of a model does not depend on the words.
 _PROSE = """
 every morning the ferry crosses from the old harbour to the island and brings bread letters
 newspapers and a few visitors who want to walk along the cliffs before noon while fishermen repair

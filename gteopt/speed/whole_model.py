@@ -1,4 +1,4 @@
-"""Speed of a whole model from two depths of it, where all of its blocks are too many to measure.
+"""Estimate the speed of a whole model from two depths, if it is too large to measure.
 
 Hides: the straight line through two depths. Refuses to know: how a depth was measured.
 """
@@ -12,9 +12,9 @@ from gteopt.records.bench import BenchReport, WholeModelEstimate
 
 
 def shallow_depth(n_layers: int) -> int | None:
-    """The second depth to measure beside `n_layers` blocks; None where there is none below it.
+    """The second depth to measure beside `n_layers` blocks; None if there is no smaller depth.
 
-    Half of the blocks keep both depths far apart, so that noise moves the line least.
+    It is half of the blocks: two depths far apart make the line less sensitive to noise.
 
     Example:
         >>> shallow_depth(8)
@@ -26,44 +26,45 @@ def shallow_depth(n_layers: int) -> int | None:
 def extrapolate(
     deep: BenchReport, shallow: BenchReport, depths: tuple[int, int], n_layers: int
 ) -> dict[str, WholeModelEstimate]:
-    """What each variant of the whole model takes, on the line through two depths.
+    """Time and bytes of each variant of the whole model, on the line through two depths.
 
-    Time and bytes are `a + b * depth`. The last block computes its output part for one token a
-    text, and embedding and pooling happen once: all of them are in `a`, so one depth is not enough.
+    Time and bytes are `a + b * depth`. One depth is not enough, because some work happens once:
+    embedding, pooling, and the last block, which computes the output of one token a text only.
 
     Args:
         deep: measured with `depths[0]` blocks.
-        shallow: measured with `depths[1]` blocks, by the same spec.
-        depths: the larger one first.
+        shallow: measured with `depths[1]` blocks and the same spec.
+        depths: both depths, the larger one first.
         n_layers: blocks of the whole model.
 
     Raises:
-        InputError: a variant was no slower with more blocks, so the runs were too noisy.
+        InputError: a variant was not slower with more blocks, so the runs were too noisy.
 
     Example:
         >>> extrapolate(deep, shallow, (8, 4), 28)["rtn-int4"].query_ms
         412.0
     """
-    far, near = depths
+    n_deep, n_shallow = depths
 
     def at_whole(name: str, larger: float, smaller: float) -> float:
         if larger <= smaller:
             raise InputError(
-                f"{name} was no slower with {far} blocks than with {near}: the machine was too "
-                f"busy to tell the time of a block; close other programs, or raise --repeats"
+                f"{name} was not slower with {n_deep} blocks than with {n_shallow}: the machine "
+                f"was too busy to measure the time of a block; close other programs, or raise "
+                f"--repeats"
             )
-        return larger + (n_layers - far) * (larger - smaller) / (far - near)
+        return larger + (n_layers - n_deep) * (larger - smaller) / (n_deep - n_shallow)
 
-    found = {}
-    for name, own in deep.variants.items():
-        other = shallow.variants[name]
+    estimates = {}
+    for name, of_deep in deep.variants.items():
+        of_shallow = shallow.variants[name]
         seconds_a_token = [
             at_whole(name, 1 / a.tokens_per_s, 1 / b.tokens_per_s)
-            for a, b in zip(own.throughput, other.throughput, strict=True)
+            for a, b in zip(of_deep.throughput, of_shallow.throughput, strict=True)
         ]
-        found[name] = WholeModelEstimate(
-            query_ms=at_whole(name, own.latency.p50_ms, other.latency.p50_ms),
+        estimates[name] = WholeModelEstimate(
+            query_ms=at_whole(name, of_deep.latency.p50_ms, of_shallow.latency.p50_ms),
             tokens_per_s=1 / geometric_mean(seconds_a_token),
-            weight_bytes=round(at_whole(name, own.weight_bytes, other.weight_bytes)),
+            weight_bytes=round(at_whole(name, of_deep.weight_bytes, of_shallow.weight_bytes)),
         )
-    return found
+    return estimates

@@ -252,7 +252,7 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
         assert whole[name].query_ms == pytest.approx(own.latency.p50_ms)
         assert whole[name].tokens_per_s == pytest.approx(own.tokens_per_s)
         assert whole[name].weight_bytes == own.weight_bytes
-    with pytest.raises(InputError, match="no slower with 8 blocks than with 4"):
+    with pytest.raises(InputError, match="not slower with 8 blocks than with 4"):
         extrapolate(at_depth(4), at_depth(8), (8, 4), 28)
     dummy = report.dummy.model_copy(update={"whole": whole, "shallow_layers": 4})
     known = priced.model_copy(update={"dummy": dummy})
