@@ -1,1 +1,1 @@
-"""The numerics of quantization: tensors in, tensors out; knows no model and no file."""
+"""The numerics of quantization: functions of tensors that know no model and no file."""

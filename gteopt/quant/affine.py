@@ -1,6 +1,6 @@
-"""Quantized weights: as codes, as packed tensors, and their distance from the original.
+"""Quantize weights to codes, pack the codes, and measure the distance from the original.
 
-`grid` says what codes stand for. Refuses to know: layers, models, files.
+`grid` defines the value of a code. Refuses to know: layers, models, files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight as codes, one byte each: the form that solvers produce.
+    """A weight as codes of one byte each, as solvers produce it.
 
     Attributes:
         codes: uint8 [O, I], each in `code_range(scheme)`.
@@ -43,8 +43,8 @@ class QuantizedWeight:
         zero: uint8 [O, G]; 2^(bits-1) everywhere when the scheme is symmetric.
         scheme: bits and groups.
         double: how `scale` is stored, if the scheme has doubly quantized scales.
-        inputs: how inputs are rounded, if activations are static; codes then stand for weights
-            times the inputs' scales.
+        inputs: how inputs are rounded, if activations are static. The codes then stand for the
+            weight times the inputs' scales.
     """
 
     codes: Tensor
@@ -55,7 +55,7 @@ class QuantizedWeight:
     inputs: InputGrid | None = None
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
-        """The same on another device."""
+        """The same weight on another device."""
         return QuantizedWeight(
             self.codes.to(device),
             self.scale.to(device),
@@ -66,7 +66,7 @@ class QuantizedWeight:
         )
 
     def rows(self, start: int, end: int) -> QuantizedWeight:
-        """Some of the output features, as a view."""
+        """A view of the rows `start` to `end` (output features)."""
         part = slice(start, end)
         return QuantizedWeight(self.codes[part], self.scale[part], self.zero[part], self.scheme)
 
@@ -83,14 +83,14 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight as it lies on disk and in memory.
+    """A weight as it is stored on disk and in memory.
 
     Attributes:
         qweight: uint8 [O, ceil(I * bits / 8)], codes packed along I by `pack_codes`.
         scale: float16 [O, G].
         qzero: uint8 [O, ceil(G * bits / 8)], zero points packed along G; None when symmetric.
         scheme: bits and groups.
-        in_features: I, which does not follow from the packed width.
+        in_features: I; the packed width does not determine it.
         double: how `scale` is stored, if the scheme has doubly quantized scales.
         inputs: as in `QuantizedWeight`.
     """
@@ -105,17 +105,17 @@ class PackedWeight:
 
     @property
     def out_features(self) -> int:
-        """O."""
+        """Output features O."""
         return self.qweight.shape[0]
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all tensors, scales and zero points included."""
+        """Bytes of all tensors, including scales and zero points."""
         return sum(t.numel() * t.element_size() for t in self.to_tensors().values())
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits a weight, scales and zero points included."""
+        """Bits for each weight, including scales and zero points."""
         return 8 * self.n_bytes / (self.out_features * self.in_features)
 
     @property
@@ -147,10 +147,10 @@ class PackedWeight:
     def from_tensors(
         scheme: LayerScheme, in_features: int, tensors: Mapping[str, Tensor]
     ) -> PackedWeight:
-        """Rebuild from `to_tensors()`, checking every name, dtype and shape.
+        """Undo `to_tensors`, and check every name, dtype and shape.
 
         Raises:
-            IntegrityError: the tensors do not belong to this scheme and width.
+            IntegrityError: the tensors do not fit this scheme and number of input features.
         """
         n_groups = in_features // group_width(in_features, scheme.group_size)
         rows = tensors["qweight"].shape[0] if "qweight" in tensors else 0
@@ -191,12 +191,12 @@ class PackedWeight:
 def quantize_rtn(
     weight: Tensor, scheme: LayerScheme, *, clip_search: bool = False
 ) -> QuantizedWeight:
-    """Round to nearest: each weight to the closest code of its group's grid.
+    """Round each weight to the nearest code of its group's grid (round to nearest, RTN).
 
     Args:
         weight: [O, I], any float dtype; computed in float32.
         scheme: bits and groups.
-        clip_search: search each group's range for the least squared error.
+        clip_search: search the range of each group that has the least squared error.
 
     Raises:
         NumericsError: the weight holds NaN or infinity, or a scale exceeds float16.
@@ -208,7 +208,7 @@ def quantize_rtn(
 
 
 def round_to_grid(weight: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
-    """The nearest codes of a weight [O, I] on a given grid, whose own codes are ignored."""
+    """Round a weight [O, I] to the nearest codes of a grid; the grid's own codes are ignored."""
     scheme = grid.scheme
     width = group_width(weight.shape[1], scheme.group_size)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
@@ -222,27 +222,27 @@ def round_to_grid(weight: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
 def quantize_tokens(
     x: Tensor, *, symmetric: bool, bits: int = 8
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round each token to integers by its own range, x ~ (codes - zero) * scale.
+    """Round each token to integers of its own range, so that x is about (codes - zero) * scale.
 
     Args:
         x: [..., I], any float dtype; computed in float32.
         symmetric: codes -127 to 127 span -max |x| to max |x|, without a zero point; otherwise codes
             -128 to 127 span min(x, 0) to max(x, 0).
-        bits: 8; fewer bits have codes -2^(bits-1) to 2^(bits-1) - 1 in the same way.
+        bits: at most 8. With fewer bits, 127 becomes 2^(bits-1) - 1, and -128 becomes -2^(bits-1).
 
     Returns:
-        int8 [..., I], float32 scale [..., 1], and float32 whole zero points [..., 1] or None. A
-        token of zeros (or of numbers whose scale is denormal) has scale 1.
+        Codes int8 [..., I], scales float32 [..., 1], and zero points float32 [..., 1], which are
+        whole numbers, or None. A token whose scale would be zero or denormal has scale 1.
     """
     x = x.float()
     least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     high = x.amax(-1, keepdim=True).clamp_min_(0)
     low = x.amin(-1, keepdim=True).clamp_max_(0)
-    # A tensor, because a GPU divides by a number as a product with its rounded reciprocal.
+    # A tensor, because on a GPU, torch would multiply with the rounded reciprocal of a number.
     span = torch.full((), float(most if symmetric else most - least), device=x.device)
     if symmetric:
         scale = token_scale(torch.maximum(high, -low).div_(span))
-        # No clamp: |x| / scale exceeds its bound by a rounding error at most.
+        # No clamp is needed: |x| / scale exceeds its bound by a rounding error at most.
         return (x / scale).round_().to(torch.int8), scale, None
     scale = token_scale((high - low).div_(span))
     zero = (least - low / scale).round_().clamp_(least, most)
@@ -251,12 +251,12 @@ def quantize_tokens(
 
 
 def token_scale(scale: Tensor) -> Tensor:
-    """Scales to divide by: 1 for a token of zeros, or one whose scale is denormal."""
+    """Scales to divide by: 1 instead of a scale that is zero or denormal."""
     return scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 1.0)
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight:
-    """Pack codes and zero points densely; `unpack` returns exactly the same."""
+    """Pack codes and zero points densely; `unpack` undoes it exactly."""
     bits = weight.scheme.bits
     return PackedWeight(
         qweight=pack_codes(weight.codes, bits),
@@ -277,17 +277,17 @@ def packed_bytes(out_features: int, in_features: int, scheme: LayerScheme) -> in
         codes = out_features * packed_width(in_features, scheme.bits)
         return codes + double_quantized_bytes(out_features * groups)
     input_bytes = 8 * in_features if scheme.activation_static else 0
-    a_row = packed_width(in_features, scheme.bits) + 2 * groups + zero_bytes
-    return out_features * a_row + input_bytes
+    row_bytes = packed_width(in_features, scheme.bits) + 2 * groups + zero_bytes
+    return out_features * row_bytes + input_bytes
 
 
 def snr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal-to-noise ratio 10 log10(|R|^2 / |R - A|^2) in dB, in float64; inf when equal."""
     signal = noise = 0.0
     parts = (torch.split(matrix, _SNR_ROWS) for matrix in (reference, approximation))
-    for rows, other in zip(*parts, strict=True):
+    for rows, approximate in zip(*parts, strict=True):
         signal += rows.double().square().sum().item()
-        noise += (rows.double() - other.double()).square().sum().item()
+        noise += (rows.double() - approximate.double()).square().sum().item()
     return ratio_db(signal, noise)
 
 

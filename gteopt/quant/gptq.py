@@ -1,7 +1,7 @@
-"""GPTQ: round a weight column by column, correcting the columns still to come.
+"""Quantize a weight by GPTQ: round it column by column, and correct the remaining columns.
 
 Algorithm 1 of Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative
-Pre-trained Transformers" (arXiv:2210.17323). It minimises tr(E H E^T), with the weight error E [O,
+Pre-trained Transformers" (arXiv:2210.17323). It minimizes tr(E H E^T), with the weight error E [O,
 I] and the second moment H [I, I] of the layer's inputs. Hides: the order of the updates, and which
 of two roundings a row keeps. Refuses to know: where inputs come from, how codes are packed.
 """
@@ -29,7 +29,7 @@ from gteopt.quant.products import (
 )
 
 _ROW_WEIGHTS = 1 << 25
-"""Weights whose errors are computed at a time."""
+"""How many weights have their errors computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class GptqOptions:
 
     Attributes:
         act_order: round the input features with the largest Hessian diagonal first.
-        damping: share of the mean Hessian diagonal added to the diagonal; raised tenfold while the
-            factorisation fails.
-        clip_search: search each group's range, weighing a feature's squared error by
+        damping: share of the mean Hessian diagonal that is added to the diagonal; raised tenfold
+            while the factorization fails.
+        clip_search: search the range of each group. The squared error of feature i has weight
             1 / [H^-1]_ii (see `InverseFactor.importance`).
-        gptaq_strength: share of GPTAQ's correction that is taken, 0 to 1.
-        block_size: columns that are rounded one by one before a product updates later ones. It
-            changes speed, not codes.
+        gptaq_strength: share of GPTAQ's correction that is applied, 0 to 1.
+        block_size: columns that are rounded one by one before a matrix product updates later
+            columns. It changes speed, not codes.
     """
 
     act_order: bool = True
@@ -60,10 +60,9 @@ class GptqResult:
 
     Attributes:
         weight: the codes and their grid.
-        damping: the share that was used: the option's, or a raised one with which the Hessian
-            factorised.
+        damping: the damping that was used; larger than the option's if it had to be raised.
         n_dead: input features that were zero in every calibration row.
-        output_snr_db: see the function of that name.
+        output_snr_db: see the function `output_snr_db`.
     """
 
     weight: QuantizedWeight
@@ -83,17 +82,17 @@ def solve(
 ) -> GptqResult:
     """Quantize one weight against the second moment of its inputs.
 
-    Groups are static: scales are fitted on the original weight's column groups before the first
-    column is rounded. So the order of rounding does not matter at run time. Greedy rounding
-    can be worse than rounding to nearest on single rows. Rows are independent, so each row keeps
-    the rounding with the smaller output error. Input features that were always zero carry no error;
-    they are rounded to nearest, in case other texts use them.
+    Groups are static: scales are fitted on the original weight before the first column is rounded.
+    So the order of rounding does not matter at run time. For a single row, greedy rounding can be
+    worse than rounding to nearest. Rows are independent, so each row keeps the rounding with the
+    smaller output error. Input features that were always zero carry no error; they are rounded to
+    nearest, because other texts may use them.
 
     With `cross_term` it is GPTAQ (Li et al. 2025, arXiv:2504.02692). GPTQ solves min |W x - Q x|^2
     over the codes Q; GPTAQ solves min |W x0 - Q x|^2, with the original model's inputs x0.
     Completing the square leaves GPTQ's problem for another weight: W + (W dX X^T) H^-1 with dX X^T
-    = mean (x0 - x) x^T. Few texts estimate it poorly, so only a share of the correction is taken. H
-    is the damped Hessian, whose factor is at hand.
+    = mean (x0 - x) x^T and the damped Hessian H. Few texts estimate the correction poorly, so only
+    a share of it is applied.
 
     Args:
         weight: [O, I], any float dtype; computed in float32 and left unchanged.
@@ -101,11 +100,12 @@ def solve(
         scheme: bits and groups.
         options: how to round.
         cross_term: W dX X^T, float32 [O, I]; see `HessianAccumulator.cross_term`.
-        factor: of this Hessian, order and damping; given if several layers share one.
+        factor: the result of `prepare` for this Hessian and these options, if several layers share
+            it.
 
     Raises:
-        NumericsError: NaN or infinity in the weight or the Hessian; a Hessian that no damping up
-            to its mean diagonal makes positive definite; or a scale beyond float16.
+        NumericsError: the weight or the Hessian holds NaN or infinity; no damping up to the mean
+            diagonal makes the Hessian positive definite; or a scale is beyond float16.
     """
     weight = weight.detach().float()
     if factor is None:
@@ -121,7 +121,7 @@ def solve(
     solved = replace(grid, codes=_round_columns(weight, factor, grid, options.block_size))
     used, n_dead = factor.damping, int((hessian.diagonal() == 0).sum())
     del factor
-    # Doubly quantized scales of several rows share a block, so both roundings need the same ones.
+    # Doubly quantized scales of several rows share a block, so both roundings need equal scales.
     nearest = grid if double is not None else replace(grid, scale=grids[1][0], zero=grids[1][1])
     kept, noise = _better_rows(solved, round_to_grid(weight, nearest), weight, hessian)
     signal = _output_power(weight, hessian)
@@ -129,7 +129,7 @@ def solve(
 
 
 def prepare(hessian: Tensor, options: GptqOptions) -> InverseFactor:
-    """The factor that `solve` works with, for several layers that read the same inputs.
+    """The factor that `solve` needs; layers that read the same inputs can share it.
 
     Raises:
         NumericsError: see `solve`, for the Hessian.
@@ -143,23 +143,23 @@ def prepare(hessian: Tensor, options: GptqOptions) -> InverseFactor:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; many times faster than a tensor of truth values.
+    """Whether no value is NaN or infinite.
 
-    NaN and infinity show as the least or the greatest value.
+    Reading the least and the greatest value is many times faster than `isfinite` of every value.
     """
     return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def work_bytes(out_features: int, in_features: int, *, n_cross_rows: int = 0) -> int:
-    """Most memory that `solve` takes beside its weight, with the statistics.
+    """Peak bytes of `solve` and of the statistics, without the weight.
 
-    The peak is either in the factorisation or after it. What comes after holds the Hessian, the
-    factor, the corrected weight, a reordered copy, the codes twice, and the search of ranges.
+    The peak is either in the factorization or after it. Then memory holds the Hessian, the factor,
+    the corrected weight, a reordered copy, the codes twice, and the search of ranges.
 
     Args:
         out_features: O.
         in_features: I.
-        n_cross_rows: rows of the accumulator's sum for GPTAQ's cross term; 0 without.
+        n_cross_rows: rows of the accumulator's sum for GPTAQ's cross term; 0 without GPTAQ.
     """
     square, weights = in_features * in_features, out_features * in_features
     statistics = 4 * n_cross_rows * in_features
@@ -192,7 +192,7 @@ def _relative(importance: Tensor) -> Tensor:
 
 
 def _corrected(weight: Tensor, cross_term: Tensor, factor: InverseFactor, share: float) -> Tensor:
-    """W + share * C (U^T U) with GPTAQ's cross term C: a new float32 [O, I]."""
+    """The weight W + share * C (U^T U) with GPTAQ's cross term C: a new tensor float32 [O, I]."""
     corrected = weight.clone()
     for start, end in row_spans(weight, _ROW_WEIGHTS):
         correction = times_inverse(cross_term[start:end], factor.upper, factor.order)
@@ -201,7 +201,7 @@ def _corrected(weight: Tensor, cross_term: Tensor, factor: InverseFactor, share:
 
 
 def _output_power(weight: Tensor, hessian: Tensor) -> float:
-    """tr(W H W^T), some rows at a time."""
+    """tr(W H W^T), computed for some rows at a time."""
     return sum(
         quadratic_forms(weight[start:end].float(), hessian).double().sum().item()
         for start, end in row_spans(weight, _ROW_WEIGHTS)
@@ -213,14 +213,15 @@ def _round_columns(
 ) -> Tensor:
     """GPTQ's loop (Algorithm 1) as a recursion over halves of the columns: uint8 codes [O, I].
 
-    A half is rounded, one product corrects the other half, and then the other half is rounded. So
-    nearly all of the work is in large products. Errors replace the columns that they belong to.
+    One half is rounded, a matrix product corrects the other half, and then that half is rounded. So
+    nearly all of the work is in large products. In `work`, the errors of rounded columns replace
+    the columns.
 
     Args:
         weight: float32 [O, I].
-        factor: of the inverse Hessian.
-        grid: its own codes are ignored.
-        block_size: columns below which they are rounded one by one.
+        factor: factor of the inverse Hessian.
+        grid: scales and zero points; its codes are ignored.
+        block_size: spans of at most so many columns are rounded column by column.
     """
     n_features = weight.shape[1]
     width = group_width(n_features, grid.scheme.group_size)
@@ -231,7 +232,7 @@ def _round_columns(
     upper = factor.upper
 
     def round_block(start: int, end: int) -> None:
-        """The columns one by one, each corrected for the errors of those before it."""
+        """Round columns one by one; each is corrected for the errors of the columns before it."""
         columns = work[:, start:end].T.contiguous()  # [n, O]: a column is contiguous in memory
         rounded = torch.empty_like(columns, dtype=torch.uint8)
         corner = upper[start:end, start:end].T.contiguous()
@@ -263,10 +264,10 @@ def _round_columns(
 def _better_rows(
     first: QuantizedWeight, second: QuantizedWeight, weight: Tensor, hessian: Tensor
 ) -> tuple[QuantizedWeight, float]:
-    """Row by row the rounding with the smaller output error; the first if they are equal.
+    """Take each row from the rounding with the smaller output error; from the first if equal.
 
     Returns:
-        The rows, and the sum of their errors, tr(E H E^T).
+        The weight of these rows, and the sum of their errors, tr(E H E^T).
     """
     is_second, noise = [], 0.0
     for start, end in row_spans(weight, _ROW_WEIGHTS):

@@ -1,4 +1,4 @@
-"""How a grid is chosen: from each group's range, or by a search for the least squared error.
+"""Choose a grid for each group: from its range, or by a search for the least squared error.
 
 Refuses to know: layers, models, files.
 """
@@ -23,13 +23,13 @@ from gteopt.quant.grid import (
 )
 
 _CHUNK_WEIGHTS, _CHUNK_WEIGHTS_CPU = 1 << 21, 1 << 18
-"""Weights whose grids are searched at a time: few enough for a CPU's cache, enough for a GPU."""
+"""Weights that are searched at a time: enough to use a GPU fully, few enough for a CPU's cache."""
 _CLIP_RATIOS = tuple(i / 40 for i in range(44, 15, -1) if i != 40)
-"""Candidate ranges as shares of a group's own range, 1.1 down to 0.4, without the range itself.
-Above 1 because a symmetric range [-8, 7] * s reaches a positive extreme only with a larger step."""
+"""Ranges to try, as shares of a group's own range: 1.1 down to 0.4, without 1. A share above 1
+helps, because a symmetric range [-8, 7] * s reaches a positive extreme only with a larger step."""
 _NF4_CELLS = 2048
-"""Cells that the numbers from 0 to 1 are cut into for NF4's rounding error. Within a cell's width
-of a boundary either level may be taken: their errors differ by less than that width."""
+"""Cells between 0 and 1 by which NF4's rounding error is looked up. Near a boundary, the wrong one
+of two neighbours may be taken; the error then changes by less than the width of a cell."""
 Grid = tuple[Tensor, Tensor]
 """scale float16 [O, G] and zero uint8 [O, G]."""
 
@@ -39,15 +39,16 @@ def fit_grid(
 ) -> Grid:
     """Choose each group's scale and zero point.
 
-    The scale is rounded to float16 before anything is derived from it, so that codes are fitted to
-    the grid that is stored. Every grid holds the value 0; a group of zeros gets scale 1.
+    The scale is rounded to float16 first, so that zero points and codes fit the grid that is
+    stored. Every grid holds the value 0; a group of zeros gets scale 1.
 
     Args:
         weight: [O, I], any float dtype; computed in float32.
         scheme: bits and groups.
-        clip_search: try narrower ranges than min to max and keep, for each group, the one with
-            the least sum of importance * squared error.
-        importance: [I], not negative, such as a Hessian's diagonal; None weighs all alike.
+        clip_search: try other ranges than min to max, and keep for each group the range with the
+            least sum of importance * squared error.
+        importance: [I], not negative, such as a Hessian's diagonal; None gives all features weight
+            1.
 
     Returns:
         scale float16 [O, G] and zero uint8 [O, G].
@@ -71,22 +72,22 @@ def fit_grids(
         for _, part in row_chunks(weight)
     ]
     grids = []
-    for of_one in zip(*rows, strict=True):
-        scales, zeros = zip(*of_one, strict=True)
+    for of_importance in zip(*rows, strict=True):
+        scales, zeros = zip(*of_importance, strict=True)
         grids.append((torch.cat(scales), torch.cat(zeros)))
     return grids
 
 
 def search_bytes(n_weights: int) -> int:
-    """Most memory that fitting the grid of so many weights takes.
+    """Peak bytes of fitting the grid of `n_weights` weights.
 
-    It holds float32 values, codes and errors of the best grid so far, and of the one on trial.
+    Memory holds float32 values, codes and errors of the best grid so far and of the grid on trial.
     """
     return 8 * 4 * min(n_weights, _CHUNK_WEIGHTS)
 
 
 def row_chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a weight in float32, some at a time; rows do not depend on each other."""
+    """Some rows of a weight at a time, in float32, with their slice; rows are independent."""
     most = _CHUNK_WEIGHTS_CPU if weight.device.type == "cpu" else _CHUNK_WEIGHTS
     n_rows = max(1, most // max(1, weight.shape[1]))
     for start in range(0, len(weight), n_rows):
@@ -101,7 +102,7 @@ def _fit_rows(
     *,
     clip_search: bool,
 ) -> list[Grid]:
-    """`fit_grids` of a weight float32 [O, I] at once."""
+    """`fit_grids` for a weight float32 [O, I] that is processed at once."""
     width = group_width(weight.shape[1], scheme.group_size)
     grouped = weight.reshape(len(weight), -1, width)  # [O, G, I/G]
     low = grouped.amin(-1).clamp_max(0)
@@ -129,18 +130,18 @@ def _fit_rows(
 
 
 def _checked(scale: Tensor, low: Tensor, high: Tensor, scheme: LayerScheme) -> Tensor:
-    """The scales [O, G], those of empty groups replaced where scales are stored together.
+    """The scales [O, G]; with double quantization, groups of zeros get the mean scale.
 
     Raises:
         NumericsError: a scale exceeds float16.
     """
     if scheme.double_quantization and bool((used := high > low).any()):
-        # A group of zeros has scale 1, an outlier among the scales that are stored with it.
+        # A group of zeros has scale 1, which would be an outlier in its block of scales.
         scale = torch.where(used, scale, scale[used].float().mean().half())
     if not torch.isfinite(scale).all():
         raise NumericsError(
-            f"a weight range of {(high - low).max().item():.4g} needs a scale beyond float16's "
-            f"65504; leave this layer unquantized (`skip`)"
+            f"a weight range of {(high - low).max().item():.4g} needs a scale above 65504, the "
+            f"largest float16; leave this layer unquantized (`skip`)"
         )
     return scale
 
@@ -153,12 +154,12 @@ def _errors(
     Args:
         grouped: float32 [O, G, I/G].
         grid: as `fit_grid` returns it.
-        shares: float32 [G, I/G]; None weighs all alike.
-        scheme: bounds the codes.
+        shares: float32 [G, I/G]; None gives all features weight 1.
+        scheme: the number format, and the range of codes.
     """
     scale, zero = grid
     step = scale.float()
-    steps = grouped / step[..., None]  # in steps of the grid, so that the scale enters once a group
+    steps = grouped / step[..., None]  # in units of the scale, so that it enters once a group
     if scheme.number_format == "e4m3":
         nearest = steps.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
     elif scheme.number_format == "nf4":

@@ -1,7 +1,7 @@
-"""The statistics of a layer's inputs that GPTQ and GPTAQ work from.
+"""Accumulate the statistics of a layer's inputs that GPTQ and GPTAQ need.
 
-Hides: running means in the memory of one matrix. Refuses to know: where the inputs come from, and
-what is solved with them.
+Hides: how running means are kept without a second matrix. Refuses to know: where the inputs come
+from, and what is solved with them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from gteopt.quant.products import STRIP, add_product_, product, spans
 class HessianAccumulator:
     """The running mean of x x^T over the inputs x of one layer, in float32.
 
-    It is a mean, so that its magnitude does not grow with the calibration set. Only the lower
-    triangle is summed, strip by strip; the upper one is its mirror image.
+    A mean does not grow with the calibration set, as a sum would. Only the lower triangle is
+    summed, strip by strip; the upper triangle is its mirror image.
 
     Args:
         in_features: I.
-        device: where the sums lie.
-        through: the weight [O, I], if only one layer reads these inputs. With fewer outputs than
-            inputs, the cross term is cheaper to sum after the weight.
+        device: device of the sums.
+        through: the weight [O, I], if only one layer reads these inputs. If O < I, it is cheaper to
+            multiply by the weight before the cross term is summed.
 
     Attributes:
-        n_rows: inputs seen so far.
-        mean: float32 [I], of the inputs seen so far.
+        n_rows: inputs added so far.
+        mean: float32 [I], mean of the inputs added so far.
     """
 
     def __init__(
@@ -47,20 +47,20 @@ class HessianAccumulator:
         self.n_rows = 0
 
     def to(self, device: torch.device | str) -> HessianAccumulator:
-        """The same statistics on another device; itself where they are there already."""
-        here = self.hessian
-        if here.device == torch.device(device):
+        """The same statistics on another device; returns itself if they are there already."""
+        hessian = self.hessian
+        if hessian.device == torch.device(device):
             return self
-        other = copy.copy(self)
-        other._sum = here.to(device)
-        other._cross = None if self._cross is None else self._cross.to(device)
-        return other
+        moved = copy.copy(self)
+        moved._sum = hessian.to(device)
+        moved._cross = None if self._cross is None else self._cross.to(device)
+        return moved
 
     @property
     def hessian(self) -> Tensor:
         """The mean so far, float32 [I, I]; not a copy."""
         if not self._is_mirrored:
-            with torch.inference_mode():  # the sums were most often made in it
+            with torch.inference_mode():  # the sums may be tensors of inference mode
                 for start, end in spans(len(self._sum), STRIP):
                     self._sum[start:end, end:] = self._sum[end:, start:end].T
             self._is_mirrored = True
@@ -71,15 +71,15 @@ class HessianAccumulator:
 
         Args:
             x: [n, I], any float dtype, without padding.
-            original: x0 [n, I], the layer's inputs in the original model; given in every call or in
-                none.
+            original: x0 [n, I], the layer's inputs in the original model; give it in every call or
+                in none.
         """
         if not len(x):
             return
         x = x.to(self._sum)
         total = self.n_rows + len(x)
         beta, alpha = self.n_rows / total, 1 / total
-        features = x.T  # [I, n], a view: products copy a strip of it at a time
+        features = x.T  # [I, n], a view; the products copy one strip at a time
         for start, end in spans(len(self._sum), STRIP):
             strip = self._sum[start:, start:end]
             add_product_(strip, features[start:], features[start:end], beta=beta, alpha=alpha)
@@ -97,13 +97,13 @@ class HessianAccumulator:
         self.n_rows = total
 
     def cross_term(self, weight: Tensor) -> Tensor | None:
-        """W dX X^T of GPTAQ: the mean of W (x0 - x) x^T, dX being the inputs' deviation x0 - x.
+        """GPTAQ's W dX X^T: the mean of W (x0 - x) x^T.
 
         Args:
-            weight: W, float32 [O, I]; the same as `through`, if that was given.
+            weight: W, float32 [O, I]; if `through` was given, it must be the same weight.
 
         Returns:
-            float32 [O, I], not to be changed; None if `add` was given no x0.
+            float32 [O, I], which must not be changed; None if `add` was given no x0.
         """
         if self._cross is None or self._through is not None:
             return self._cross

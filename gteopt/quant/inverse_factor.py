@@ -1,6 +1,6 @@
-"""The triangular factor of a Hessian's inverse, which GPTQ's loop reads its corrections from.
+"""Compute the triangular factor of a Hessian's inverse, which gives GPTQ its corrections.
 
-Hides: order, damping, and the precision of the factorisation. Refuses to know: weights and codes.
+Hides: order, damping, and the precision of the factorization. Refuses to know: weights and codes.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from gteopt.errors import NumericsError
 from gteopt.quant.products import STRIP, cholesky_, invert_lower_, spans
 
 _MOST_DAMPING = 1.0
-"""With more than the mean of its diagonal added, the matrix is no longer the Hessian."""
+"""Largest damping; a larger one would outweigh the Hessian."""
 _FLOAT32_FEATURES = 4096
-"""Input features above which float32 is tried first. Below, float64 takes less than a second."""
+"""With more input features, float32 is tried first; with fewer, float64 is fast enough."""
 _MOST_DEVIATION = 0.01
-"""Most relative distance of U H U^T z from z, by which the loop misjudges an error."""
+"""Largest relative distance of U H U^T z from z that is accepted. GPTQ's loop misjudges an error by
+about this share."""
 _N_PROBES = 4
 
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """U with U^T U = (H + damping * mean diagonal)^-1, H having its features in `order`.
+    """U with U^T U = (H + damping * mean diagonal)^-1, with the features of H in `order`.
 
     Attributes:
         upper: U, upper triangular float32 [I, I].
         order: [I], the input features in the order in which they are rounded.
-        damping: the share that was used: the one asked for, or raised until H factorised.
-        dtype: float32 or float64, of the factorisation.
+        damping: the damping that was used; larger than asked for if it had to be raised.
+        dtype: dtype of the factorization, float32 or float64.
     """
 
     upper: Tensor
@@ -39,9 +40,9 @@ class InverseFactor:
     dtype: torch.dtype
 
     def importance(self) -> Tensor:
-        """1 / [H^-1]_ii of each input feature in its own order: float32 [I].
+        """1 / [H^-1]_ii of each input feature i, in the original order of features: float32 [I].
 
-        It is what a feature's squared error costs after the others have compensated for it
+        It is the cost of a feature's squared error after the other features have compensated for it
         (Frantar et al. 2022, arXiv:2210.17323, eq. 2).
         """
         importance = torch.empty(len(self.order), device=self.upper.device)
@@ -50,19 +51,19 @@ class InverseFactor:
 
 
 def factorise_inverse(hessian: Tensor, *, act_order: bool, damping: float) -> InverseFactor:
-    """Factorise the inverse of a damped Hessian.
+    """Factorize the inverse of a damped Hessian.
 
-    If J reverses an axis and J H J = L L^T, then U = J L^-1 J. This takes one factorisation and one
+    If J reverses an axis and J H J = L L^T, then U = J L^-1 J. This takes one factorization and one
     triangular inverse, in the memory of one matrix, without forming H^-1. Large matrices are
-    factorised in float32, at four times the speed. The factor is kept if U H U^T z = z holds on
+    factorized in float32, at four times the speed. The factor is kept if U H U^T z = z holds for
     random signs z; otherwise it is computed again in float64. A step of refinement would cost as
     much, because it needs the product L L^T in float64.
 
     Args:
         hessian: H, float32 [I, I]; not changed.
         act_order: round the input features with the largest diagonal first.
-        damping: share of the mean diagonal added to the diagonal; raised tenfold while the
-            factorisation fails.
+        damping: share of the mean diagonal that is added to the diagonal; raised tenfold while the
+            factorization fails.
 
     Raises:
         NumericsError: no damping up to the mean diagonal makes the matrix positive definite.
@@ -74,7 +75,7 @@ def factorise_inverse(hessian: Tensor, *, act_order: bool, damping: float) -> In
         order = torch.argsort(diagonal, descending=True, stable=True)
     mean = diagonal.double().mean().item()
     if n > _FLOAT32_FEATURES:
-        # Without inputs the mean is 0, and every damping gives the identity.
+        # The mean is 0 only without inputs; then the matrix is the identity.
         upper = _inverse_upper(hessian, order, damping * mean if mean else 1.0, torch.float32)
         if (
             upper is not None
@@ -96,9 +97,9 @@ def factorise_inverse(hessian: Tensor, *, act_order: bool, damping: float) -> In
 
 
 def factor_bytes(in_features: int) -> int:
-    """Most memory that `factorise_inverse` takes, with the Hessian and the factor.
+    """Peak bytes of `factorise_inverse`, including the Hessian and the factor.
 
-    The factor is computed from a float64 matrix, of which a strip lies twice in float32.
+    The factor is computed from a float64 matrix, with two float32 copies of a strip.
     """
     return (4 + 8 + 4) * in_features**2 + 2 * 4 * min(STRIP, in_features) * in_features
 
@@ -106,7 +107,7 @@ def factor_bytes(in_features: int) -> int:
 def _inverse_upper(
     hessian: Tensor, order: Tensor, added: float, dtype: torch.dtype
 ) -> Tensor | None:
-    """U float32 [I, I] from a Cholesky factor in `dtype`; None if the matrix has none."""
+    """U float32 [I, I] from a Cholesky factor in `dtype`; None if the factorization fails."""
     n = len(hessian)
     backwards = order.flip(0)
     work = torch.empty(n, n, dtype=dtype, device=hessian.device)
@@ -124,7 +125,7 @@ def _inverse_upper(
 
 
 def _deviation(upper: Tensor, hessian: Tensor, order: Tensor, added: float) -> float:
-    """|U (H + added) U^T z - z| / |z| for random signs z; NaN where the factor holds NaN."""
+    """|U (H + added) U^T z - z| / |z| for random signs z; NaN if the factor holds NaN."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (len(order), _N_PROBES), generator=generator)
     z = (2.0 * signs - 1).to(hessian)

@@ -1,9 +1,9 @@
-"""A linear layer whose rounding can be learned: codes and scales as parameters.
+"""Learn the rounding of a linear layer: its codes and scales become parameters.
 
 Learning starts from a solver's codes. It follows AdaRound (Nagel et al. 2020, arXiv:2004.10568) and
 SignRound (Cheng et al. 2023, arXiv:2309.05516), with the straight-through gradients of LSQ (Esser
-et al. 2020, arXiv:1902.08153). Hides: the parametrisation. Refuses to know: what is optimised, by
-what rule, on which data.
+et al. 2020, arXiv:1902.08153). Hides: the parametrization. Refuses to know: the loss, the optimizer
+and the data.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from gteopt.quant.affine import QuantizedWeight
 from gteopt.quant.grid import NF4_LEVELS, SMALLEST_SCALE, code_range
 
 _INSIDE_CELL = 0.49
-"""Most steps between a code and its latent at the start; at one half, rounding would change."""
+"""Largest distance between a code and its latent at the start; at 0.5, the rounding may change."""
 
 
 class TunableLinear(nn.Module):
     """x W^T + bias with W = level(clip(round(latent))) * exp(log_scale), both learned.
 
-    A code's level is code - zero, or its number of NF4; the latent interpolates between codes.
+    The level of a code is code - zero, or its number in NF4. The latent is a code with a fraction.
 
-    At the start it equals the given weight exactly. The latent starts at the original weight, but
-    inside the code's own cell. So codes that lie far from the original weight change first. Zero
-    points stay.
+    At the start, the layer has exactly the weight of the solver's codes. The latent starts at the
+    original weight, but clipped to values that round to the solver's code. So codes that lie far
+    from the original weight change first. Zero points are not learned.
 
     Attributes:
-        latent: float32 [O, I], in codes.
+        latent: float32 [O, I], in units of codes.
         log_scale: float32 [O, G].
-        bias: the layer's own parameter, or None.
+        bias: the bias of the given layer, or None.
     """
 
     zero: Tensor
@@ -48,11 +48,11 @@ class TunableLinear(nn.Module):
         self.register_buffer("levels", torch.tensor(NF4_LEVELS).to(scale) if nf4 else None)
         shares = grouped / scale[..., None]
         if self.levels is None:
-            place = (shares + zero[..., None]).flatten(1)
+            latent = (shares + zero[..., None]).flatten(1)
         else:
-            place = _place(shares.flatten(1), self.levels)
+            latent = _index_of(shares.flatten(1), self.levels)
         codes = start.codes.float()
-        self.latent = nn.Parameter(place.clamp(codes - _INSIDE_CELL, codes + _INSIDE_CELL))
+        self.latent = nn.Parameter(latent.clamp(codes - _INSIDE_CELL, codes + _INSIDE_CELL))
         self.log_scale = nn.Parameter(scale.log())
         self.register_buffer("zero", zero)
         self.bias = linear.bias
@@ -70,23 +70,23 @@ class TunableLinear(nn.Module):
 
     @torch.no_grad()
     def export(self) -> QuantizedWeight:
-        """The codes and grid as learned; scales are rounded to the float16 that is stored."""
+        """The learned codes and grid; scales are rounded to float16, as they are stored."""
         codes = self.latent.round().clamp(*code_range(self.scheme)).to(torch.uint8)
         scale = self.log_scale.exp().clamp_min(SMALLEST_SCALE).half()
         return QuantizedWeight(codes, scale, self.zero.to(torch.uint8), self.scheme)
 
 
-def _place(shares: Tensor, levels: Tensor) -> Tensor:
-    """Places of values among ascending levels [n], in codes; linear between two, and beyond."""
+def _index_of(shares: Tensor, levels: Tensor) -> Tensor:
+    """Index with a fraction of each value among ascending levels [n], by linear interpolation."""
     left = (torch.bucketize(shares, levels) - 1).clamp_(0, len(levels) - 2)
     return left + (shares - levels[left]) / (levels[left + 1] - levels[left])
 
 
 class _Rounded(torch.autograd.Function):
-    """Rounding with the identity for its derivative.
+    """Rounding whose derivative is taken as the identity (straight-through).
 
-    Autograd would keep four float32 copies of every weight for the backward pass. This keeps the
-    codes alone.
+    Autograd would keep four float32 copies of every weight for the backward pass. This function
+    keeps only the codes.
     """
 
     @staticmethod
@@ -108,11 +108,11 @@ class _Rounded(torch.autograd.Function):
         codes, scale, zero, levels = ctx.saved_tensors
         grad = grads[0].reshape(codes.shape)  # [O, G, I/G]
         by_scale = (grad * _numbers(codes.float(), zero, levels)).sum(-1) * scale
-        if not ctx.needs_input_grad[0]:  # the codes stay
+        if not ctx.needs_input_grad[0]:  # codes are not learned
             return None, by_scale, None, None, None
         by_latent = grad * scale[..., None]
         if levels is not None:
-            # A code's step is the mean of those to its neighbours.
+            # The derivative of a level is the mean distance to the neighbouring levels.
             by_latent *= torch.gradient(levels)[0][codes.int()]
         return by_latent.flatten(1), by_scale, None, None, None
 

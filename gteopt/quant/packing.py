@@ -1,6 +1,6 @@
-"""Codes of 1 to 8 bits, packed densely into bytes.
+"""Pack codes of 1 to 8 bits densely into bytes.
 
-Refuses to know: what codes stand for.
+Refuses to know: the values of codes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack codes densely along the last axis, the first code in the lowest bits.
 
-    Code i takes bits i * bits to (i + 1) * bits - 1 of the row, bit k being bit k % 8 of byte
-    k // 8; 3-bit codes cross bytes. Unused bits of the last byte are 0.
+    Code i takes bits i * bits to (i + 1) * bits - 1 of the row. Bit k of the row is bit k % 8 of
+    byte k // 8, so 3-bit codes cross bytes. Unused bits of the last byte are 0.
 
     Args:
         codes: uint8 [..., n], each below 2^bits.
@@ -25,13 +25,14 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         uint8 [..., ceil(n * bits / 8)]; codes of 8 bits are returned unchanged.
     """
     if bits == 8:
-        return codes.contiguous().flatten().view(codes.shape)  # with strides that say so
+        # `contiguous` may keep odd strides of an axis of length 1; this gives the usual strides.
+        return codes.contiguous().flatten().view(codes.shape)
     n_codes, n_bytes = _period(bits)
     n = codes.shape[-1]
     padded = torch.nn.functional.pad(codes, (0, -n % n_codes)) if n % n_codes else codes
     if bits == 4:
         flat = padded.contiguous().flatten()
-        if flat.storage_offset() % 2:  # a wider integer cannot begin there
+        if flat.storage_offset() % 2:  # an int16 cannot begin at an odd byte
             flat = flat.clone()
         wide = flat.view(torch.int16)  # little-endian: the first code of a pair is the lower byte
         return (wide | wide >> 4).to(torch.uint8).view(*codes.shape[:-1], padded.shape[-1] // 2)
@@ -50,9 +51,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 def unpack_codes(packed: Tensor, bits: int, n: int) -> Tensor:
     """Undo `pack_codes`: uint8 [..., ceil(n * bits / 8)] to uint8 [..., n].
 
-    The forward pass of the kernels calls it, so 4 and 2 bits have a path of their own. Each byte is
-    spread over a wider integer whose bytes, little-endian, are its codes. That writes memory
-    contiguously, and is several times faster than writing codes with a stride.
+    Kernels call it in their forward pass, so 4 and 2 bits have a faster path. Each byte is spread
+    over a wider integer whose bytes, in little-endian order, are the codes. This writes memory
+    contiguously, which is several times faster than writing codes with a stride.
     """
     if bits == 8:
         return packed

@@ -1,4 +1,4 @@
-"""Products of large float32 matrices, in the memory of their result.
+"""Multiply, factorize and invert large float32 matrices with little memory beside the result.
 
 Hides: which library multiplies, and how triangular and symmetric matrices halve the work. Refuses
 to know: what the matrices mean.
@@ -17,15 +17,15 @@ needed."""
 
 
 def spans(n: int, width: int) -> list[tuple[int, int]]:
-    """0 to n cut into (start, end) pieces of at most `width`."""
+    """Cut 0 to n into (start, end) pieces of at most `width`."""
     return [(start, min(start + width, n)) for start in range(0, n, width)]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """The product a b^T of two matrices [M, K] and [N, K] of one dtype: [M, N].
 
-    On a processor with AVX-512, float32 goes through oneDNN: MKL uses half of the width on AMD's
-    processors.
+    On a processor with AVX-512, oneDNN multiplies float32, because MKL uses only half of the vector
+    width on AMD's processors.
     """
     if a.device.type != "cpu" or a.dtype != torch.float32 or not torch.cpu._is_avx512_supported():
         return a @ b.T
@@ -38,19 +38,19 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _readable(b: Tensor) -> Tensor:
-    """The matrix in strides that oneDNN reads fast; other strides cost a thousand times as much."""
+    """The matrix with strides that oneDNN reads fast; other strides are a thousand times slower."""
     return b if b.is_contiguous() or b.T.is_contiguous() else b.contiguous()
 
 
 def _product_rows(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of a b^T at a time, since results that stay in a cache cost little to write."""
+    """Some rows of a b^T at a time, because a result that fits the cache is cheap to add."""
     b = _readable(b)
     for start, end in spans(len(a), STRIP if a.device.type == "cpu" else max(1, len(a))):
         yield slice(start, end), product(a[start:end], b)
 
 
 def add_product_(target: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float) -> None:
-    """In place, target = beta * target + alpha * a b^T.
+    """Set target = beta * target + alpha * a b^T in place.
 
     Args:
         target: [M, N]; may be a view with strides.
@@ -69,12 +69,12 @@ def add_product_(target: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha
 
 
 def times_inverse(values: Tensor, upper: Tensor, order: Tensor) -> Tensor:
-    """X (U^T U) for an upper triangular U, in half of the dense work: float32 [O, I].
+    """X (U^T U) for an upper triangular U, with half of the dense work: float32 [O, I].
 
     Args:
-        values: X, float32 [O, I]; its features and the result's are in their own order.
+        values: X, float32 [O, I]; X and the result have their features in the original order.
         upper: U, float32 [I, I].
-        order: [I], which feature of X each row of U belongs to.
+        order: [I], the feature of X that each row of U belongs to.
     """
     ordered = values.index_select(1, order)
     left, both = torch.empty_like(ordered), torch.empty_like(ordered)
@@ -88,16 +88,16 @@ def times_inverse(values: Tensor, upper: Tensor, order: Tensor) -> Tensor:
 
 
 def inverse_order(order: Tensor) -> Tensor:
-    """The place of each feature in an order [I]: int64 [I]."""
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device=order.device)
-    return places
+    """The position of each feature in an order [I]: int64 [I]."""
+    positions = torch.empty_like(order)
+    positions[order] = torch.arange(len(order), device=order.device)
+    return positions
 
 
 def quadratic_forms(rows: Tensor, symmetric: Tensor) -> Tensor:
-    """The diagonal of E H E^T of rows E [n, I] and a symmetric H [I, I]: float32 [n].
+    """The diagonal of E H E^T for rows E [n, I] and a symmetric H [I, I]: float32 [n].
 
-    Only the diagonal blocks of H and what lies right of them are read, which halves the products.
+    Only the diagonal blocks of H and the blocks right of them are read, which halves the products.
     """
     sums = torch.zeros(len(rows), device=rows.device)
     for start, end in spans(len(symmetric), STRIP // 2):
@@ -111,11 +111,12 @@ def quadratic_forms(rows: Tensor, symmetric: Tensor) -> Tensor:
 def cholesky_(matrix: Tensor) -> bool:
     """Replace a symmetric matrix [n, n] by its lower Cholesky factor; False if it has none.
 
-    Blocked and right-looking (Golub and Van Loan, Matrix Computations, 4.2.9), because a library
-    routine would need a second matrix. The upper triangle is not read, and set to zero.
+    The algorithm is blocked and right-looking (Golub and Van Loan, Matrix Computations, 4.2.9),
+    because a library routine would need a second matrix. The upper triangle is not read, and is set
+    to zero.
     """
     n = len(matrix)
-    # float64 uses narrow panels, because wide ones leave more work to the slower solve.
+    # float64 uses narrow panels, because wide panels leave more work to the slower solve.
     for start, end in spans(n, STRIP if matrix.dtype == torch.float32 else STRIP // 4):
         corner, info = torch.linalg.cholesky_ex(matrix[start:end, start:end])
         if info.item():
@@ -133,8 +134,8 @@ def cholesky_(matrix: Tensor) -> bool:
 def _solve_lower(corner: Tensor, below: Tensor) -> Tensor:
     """B C^-T for a lower triangular C [w, w] and B [m, w]."""
     if corner.dtype == torch.float32 and corner.device.type == "cpu":
-        one = torch.eye(len(corner), dtype=corner.dtype)
-        return product(below, torch.linalg.solve_triangular(corner, one, upper=False))
+        identity = torch.eye(len(corner), dtype=corner.dtype)
+        return product(below, torch.linalg.solve_triangular(corner, identity, upper=False))
     solved: Tensor = torch.linalg.solve_triangular(corner, below.T, upper=False).T
     return solved
 
@@ -142,14 +143,14 @@ def _solve_lower(corner: Tensor, below: Tensor) -> Tensor:
 def invert_lower_(lower: Tensor) -> None:
     """Replace a lower triangular matrix float32 [n, n] by its inverse, the last columns first.
 
-    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]], C^-1 being there already.
+    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]], and C^-1 was computed before.
     """
     n = len(lower)
     width = STRIP // 2
     identity = torch.eye(min(n, width), dtype=lower.dtype, device=lower.device)
     for start, end in reversed(spans(n, width)):
-        one = identity[: end - start, : end - start]
-        corner = torch.linalg.solve_triangular(lower[start:end, start:end], one, upper=False)
+        unit = identity[: end - start, : end - start]
+        corner = torch.linalg.solve_triangular(lower[start:end, start:end], unit, upper=False)
         below = product(lower[end:, start:end], corner.T)
         for first, last in spans(n - end, STRIP):
             rows = lower[end + first : end + last, end : end + last]
@@ -158,5 +159,5 @@ def invert_lower_(lower: Tensor) -> None:
 
 
 def row_spans(weight: Tensor, n_weights: int) -> Sequence[tuple[int, int]]:
-    """(start, end) of rows of a weight [O, I] that hold about `n_weights`; at least one row."""
+    """Cut the rows of a weight [O, I] into (start, end) pieces of about `n_weights` weights."""
     return spans(len(weight), max(1, n_weights // weight.shape[1]))

@@ -1,10 +1,10 @@
-"""Smoothing: give the outliers of a layer's inputs to its weights.
+"""Smooth a layer's inputs: move their outliers into the layer's weights.
 
 SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): x W^T = (x / s) (W s)^T holds for any positive
 s [I]. The features of x share one scale in each token; s_j = rms(x_j)^a / max|w_j|^(1 - a) evens
-them out. The paper's eq. 4 has max|x_j|; on gte-nano the root mean square left 4 to 8 % less
-error. A gradient descent starts from the best of these. Hides: which s are tried and how they are
-judged. Refuses to know: models, and who divides x.
+them out. The paper's eq. 4 has max|x_j|; the root mean square gives a smaller error. The best of
+several strengths a is the start of a gradient descent. Hides: which s are tried, and how they are
+judged. Refuses to know: models, and which layer divides x.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from gteopt.quant.affine import quantize_rtn, quantize_tokens
 _STRENGTHS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 _MOST_OCTAVES = 6.0
 _WORTH_IT = 0.95
-"""Smoothing is kept if its error is below this share of the error without."""
+"""Smoothing is kept if its error is below this share of the error without smoothing."""
 _STEPS = 60
 _RATE = 0.05
-"""Most octaves that a feature's scale moves in the first step."""
+"""Largest change of a feature's log2 s in the first step of the descent."""
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """What was chosen for the layers that read one tensor.
+    """The smoothing of the layers that read one tensor.
 
     Attributes:
         scale: s, float32 [I]; None if smoothing does not help.
-        strength: the formula's a, from which s was learned; 0 without smoothing.
+        strength: the formula's a, at which the descent started; 0 without smoothing.
         error_before: sum over the layers of |y_q - y|^2 / |y|^2 without smoothing.
-        error_after: the same with it.
+        error_after: the same error with smoothing.
     """
 
     scale: Tensor | None
@@ -50,20 +50,20 @@ def choose_smoothing(
     scheme: LayerScheme,
     tied: Tensor | None = None,
 ) -> Smoothing:
-    """Try every strength on sample inputs, weights rounded to nearest; learn s from the best.
+    """Try every strength on sample inputs, and learn s from the best; weights are rounded by RTN.
 
     Args:
         x: float32 [n, I], sample inputs of the layers.
-        weights: [O, I] each; every layer that reads these inputs.
-        scheme: of the weights and activations, with 8-bit activations.
-        tied: int64 [I], features of one number must share one s; None ties none.
+        weights: weight [O, I] of every layer that reads these inputs.
+        scheme: how weights and activations are rounded; activations have 8 bits.
+        tied: int64 [I]; features with equal numbers must share one s. None ties no features.
     """
     weights = [weight.float() for weight in weights]
     wanted = [x @ weight.T for weight in weights]
     weight_largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
-    size = x.square().mean(0).sqrt()
+    rms = x.square().mean(0).sqrt()
     if tied is not None:
-        size, weight_largest = _tie(size, tied), _tie(weight_largest, tied)
+        rms, weight_largest = _tie(rms, tied), _tie(weight_largest, tied)
 
     def error(scale: Tensor | None) -> float:
         steps = _rounded(x if scale is None else x / scale, scheme)
@@ -77,13 +77,13 @@ def choose_smoothing(
     before = error(None)
     best = Smoothing(None, 0.0, before, before)
     for strength in _STRENGTHS:
-        scale = _scale(size, weight_largest, strength)
+        scale = _scale(rms, weight_largest, strength)
         after = error(scale)
         if after < min(best.error_after, _WORTH_IT * before):
             best = Smoothing(scale, strength, before, after)
     if best.scale is None:
         return best
-    # The descent minimises an expected error, so the measured error decides.
+    # The descent minimizes an expected error, so the measured error decides which s is kept.
     scale = _learned(best.scale, x, weights, wanted, scheme, tied)
     after = error(scale)
     return replace(best, scale=scale, error_after=after) if after < best.error_after else best
@@ -101,9 +101,9 @@ def _learned(
 
     Rounding errors are taken as independent and uniform. A token's step d_t adds
     d_t^2 / 12 sum_j s_j^2 |W_j|^2 to |y_q - y|^2, and the step d_o of a weight's row adds
-    d_o^2 / 12 sum_j |x_j|^2 / s_j^2. Steps are the ranges of x / s and of W s over the codes.
-    OmniQuant (Shao et al. 2023, arXiv:2308.13137) learns s through rounded products. Here a step of
-    the descent needs no product, and reads x and W a few times.
+    d_o^2 / 12 sum_j |x_j|^2 / s_j^2. A step is the range of x / s or W s divided by the number of
+    codes. OmniQuant (Shao et al. 2023, arXiv:2308.13137) learns s through rounded matrix products.
+    This descent needs no products; it reads x and W a few times in each step.
     """
     sizes = [exact.square().sum() for exact in wanted]
     energy = x.square().sum(0)
@@ -119,9 +119,9 @@ def _learned(
         )
         pairs = [(weight.abs().clone(), size.clone()) for weight, size in pairs]
         octaves = octaves.clone().requires_grad_()
-        optimiser = torch.optim.Adam([octaves])
+        optimizer = torch.optim.Adam([octaves])
         for step in range(_STEPS):
-            optimiser.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
+            optimizer.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
             s = torch.where(used, octaves[rows], 0.0).exp2()
             low, high = (x / s).aminmax(dim=1)
             high, low = high.clamp_min(0), low.clamp_max(0)
@@ -130,25 +130,25 @@ def _learned(
             for weight, size in pairs:
                 row = (weight * s).amax(1) / 127
                 loss = loss + row.square().sum() * (energy / s.square()).sum() / size
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.log().backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+            optimizer.step()
     return _around_one(octaves.detach()[rows], used)
 
 
-def _scale(size: Tensor, weight_largest: Tensor, strength: float) -> Tensor:
+def _scale(rms: Tensor, weight_largest: Tensor, strength: float) -> Tensor:
     """The scale s [I]; 1 for features that are never active or have no weight."""
-    used = (size > 0) & (weight_largest > 0)
+    used = (rms > 0) & (weight_largest > 0)
     if not bool(used.any()):
-        return torch.ones_like(size)
-    exponent = strength * size.log2() - (1 - strength) * weight_largest.log2()
+        return torch.ones_like(rms)
+    exponent = strength * rms.log2() - (1 - strength) * weight_largest.log2()
     return _around_one(exponent, used)
 
 
 def _around_one(exponent: Tensor, used: Tensor) -> Tensor:
-    """The scale [I] for its logarithm; 1 for features that are not used."""
-    # Only ratios matter; around one, weights and norms keep their range. The clamp bounds features
-    # that are almost always zero, in case other texts use them.
+    """2^exponent [I], scaled to a median of 1; 1 for features that are not used."""
+    # Only ratios matter; with a median of 1, weights and norms keep their range. The clamp bounds
+    # features that are almost always zero, because other texts may use them.
     exponent = (exponent - exponent[used].median()).clamp(-_MOST_OCTAVES, _MOST_OCTAVES)
     return torch.where(used, exponent, 0.0).exp2()
 
@@ -159,6 +159,6 @@ def _rounded(x: Tensor, scheme: LayerScheme) -> Tensor:
 
 
 def _tie(values: Tensor, tied: Tensor) -> Tensor:
-    """The largest of the values [I] that share a number, for each of them."""
+    """Replace each of the values [I] by the largest value with the same number in `tied`."""
     out = torch.zeros(int(tied.max()) + 1, device=values.device)
     return out.scatter_reduce(0, tied, values, "amax")[tied]

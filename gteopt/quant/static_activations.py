@@ -1,10 +1,10 @@
-"""Static activations: a layer's inputs are rounded to 8 bits by a grid that calibration fixed.
+"""Round a layer's inputs to 8 bits by a grid that calibration has fixed (static activations).
 
-Every input feature has a scale and a zero point of its own. The weight's columns take the scales
-(SmoothQuant's division, Xiao et al. 2022, arXiv:2211.10438), and the bias takes the zero points
-(the shift of Outlier Suppression+, Wei et al. 2023, arXiv:2304.09145). So the product is of plain
-bytes, and needs no pass over a token first. Hides: how the grid is chosen. Refuses to know: models,
-and how the weight is rounded.
+Every input feature has its own scale and zero point. The scales are folded into the weight's
+columns (SmoothQuant's division, Xiao et al. 2022, arXiv:2211.10438). The zero points are folded
+into the bias (the shift of Outlier Suppression+, Wei et al. 2023, arXiv:2304.09145). So a layer
+multiplies plain bytes, without measuring each token's range first. Hides: how the grid is chosen.
+Refuses to know: models, and how the weight is rounded.
 """
 
 from __future__ import annotations
@@ -18,35 +18,27 @@ from torch import Tensor
 LARGEST_CODE = 255
 _STRENGTH = 0.65
 _HEADROOM = 1.05
-"""Both were chosen by 1 - mean cosine of texts that calibration did not see, on MiniLM and
-gte-nano:
-
-| strength | headroom | MiniLM | gte-nano |
-|---|---|---|---|
-| 0.6 | 1 | 0.00118 | 0.00041 |
-| 0.7 | 1.1 | 0.00122 | 0.00039 |
-| 0.5 | 1.25 | 0.00160 | 0.00056 |
-| 0.8 | 1 | 0.00169 | 0.00053 |
-
-Headroom 0.9 clips outlying features: 0.021 and 0.0005. Scales that were learned against the
-expected rounding error, without clipping, gave 0.00140 and 0.00043."""
+"""Strength and headroom of `fit_inputs`, chosen for the mean cosine on texts that calibration did
+not see (MiniLM, gte-nano). A headroom below 1 clips outlying features."""
 
 
 @dataclass(frozen=True)
 class InputGrid:
-    """An input x_j has the code clip(round(x_j / scale_j + zero_j), 0, 255) and stands for
+    """How each input feature is rounded.
+
+    An input x_j has the code clip(round(x_j / scale_j + zero_j), 0, 255), which stands for
     (code - zero_j) scale_j.
 
     Attributes:
         scale: float32 [I], positive.
-        zero: float32 [I], not whole.
+        zero: float32 [I], not rounded to whole numbers.
     """
 
     scale: Tensor
     zero: Tensor
 
     def to(self, device: torch.device | str) -> InputGrid:
-        """The same on another device."""
+        """The same grid on another device."""
         return InputGrid(self.scale.to(device), self.zero.to(device))
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -65,11 +57,11 @@ class InputGrid:
 
 
 class SeenInputs:
-    """Ranges and moments of a layer's inputs, feature by feature.
+    """Ranges and moments of each feature of a layer's inputs.
 
     Attributes:
-        n_rows: inputs seen so far.
-        low, high: float32 [I], the extremes among them.
+        n_rows: inputs added so far.
+        low, high: float32 [I], least and greatest value of each feature.
         mean, square: float32 [I], means of x and of x^2.
     """
 
@@ -93,19 +85,19 @@ class SeenInputs:
 
 
 def fit_inputs(seen: SeenInputs) -> InputGrid:
-    """A grid for inputs like those that were seen.
+    """Fit a grid to the ranges of the inputs that were seen.
 
-    With r_j a feature's range and R the widest range, scale_j = r_j^a R^(1 - a) / 255, times the
-    headroom. At a = 0 all features share a scale, which leaves small features few codes. At a = 1
-    each feature uses all codes, which leaves no headroom for other texts, and gives the weight's
-    columns the sizes of the inputs. In between, smaller ranges have more headroom, and codes lie
-    around their middle.
+    Let r_j be the range of feature j, R the widest range and a the strength. Then scale_j =
+    headroom * r_j^a R^(1 - a) / 255. With a = 0, all features share a scale, so features of small
+    range use few codes. With a = 1, each feature uses all codes, so other texts may be clipped, and
+    the weight's columns become as uneven as the inputs. A strength in between gives smaller ranges
+    more headroom. The middle of a feature's range has the code 128.
     """
     span = seen.high - seen.low
     widest = span.max().clamp_min(torch.finfo(torch.float32).tiny * 2**60)
-    # A constant feature has a scale as well, because other texts may change it.
+    # A feature that was constant gets a range as well, because other texts may change it.
     share = (span / widest).clamp_min(2.0**-8)
     scale = _HEADROOM * widest * share**_STRENGTH / LARGEST_CODE
-    # The middle has a code of its own, so that a constant feature is exact.
+    # The middle of the range is exactly a code, so that a constant feature has no error.
     middle = (seen.high + seen.low) / 2
     return InputGrid(scale, (LARGEST_CODE + 1) / 2 - middle / scale)
