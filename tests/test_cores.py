@@ -90,4 +90,4 @@ def test_the_command_line_takes_no_more_threads_than_a_container_has_cores(
     command = [sys.executable, "-c", code, "recipes", str(tmp_path)]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "1"
-    assert ("OMP_NUM_THREADS=64 is more than the cores" in ran.stderr) == is_told
+    assert ("OMP_NUM_THREADS=64 is above the number of cores" in ran.stderr) == is_told

@@ -66,7 +66,7 @@ def test_what_ships_is_found(run: Run) -> None:
     assert "gptq-int4," in listed["recipes"]
     assert "mini," in listed["suites"]
     assert "demo," in listed["plans"]
-    assert "a plan to edit" in run("gteopt", "init", "plan")
+    assert "edit this plan" in run("gteopt", "init", "plan")
 
 
 def test_a_model_is_looked_at_planned_built_and_checked(run: Run) -> None:
@@ -77,6 +77,6 @@ def test_a_model_is_looked_at_planned_built_and_checked(run: Run) -> None:
     )
     assert "Next: gteopt run out/plan.yaml" in planned
     run("gteopt", "quantize", "nano", "--recipe", "rtn-int4", "--out", "int4")
-    assert "all as recorded" in run("gteopt", "verify", "int4")
+    assert "all match the manifest" in run("gteopt", "verify", "int4")
     script = "import gteopt; print(gteopt.load('int4').encode('a text').shape)"
     assert run("python", "-c", script).strip() == "(256,)"

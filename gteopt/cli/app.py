@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Heavy imports happen inside commands."""
+"""The command line's commands and its `main`. Heavy imports happen inside commands."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    del debug, version  # main looks for --debug itself, as it must know before anything is parsed
+    del debug, version  # main reads --debug from sys.argv, because it needs it before parsing
 
 
 for _command_function in (
@@ -72,12 +72,13 @@ for _command_function in (
 
 
 def main() -> None:
-    """The console script: one line and exit code 1 for what the user can mend, 2 for usage.
+    """Run the console script.
 
-    130 after Ctrl-C, as shells have it.
+    Errors that the user can fix print one line and exit with code 1. Usage errors exit with 2, and
+    Ctrl-C exits with 130, the code that shells use for it.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends usage reports by default
     warnings.filterwarnings("ignore", module=r"(?!gteopt)")
     warnings.showwarning = show_warning
     _limit_threads()
@@ -94,38 +95,39 @@ def main() -> None:
             raise
         from gteopt.config.yaml_files import invalid
 
-        fail(str(invalid(f"what was asked for ({error.title})", error)))
+        fail(str(invalid(f"the request ({error.title})", error)))
     except OSError as error:
         if "--debug" in sys.argv:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        full = error.errno in DISK_FULL or error.errno is None  # safetensors' have no number
+        # safetensors raises errors without a number when the disk is full.
+        is_full = error.errno in DISK_FULL or error.errno is None
         kept = what_is_kept(typed_command())
-        advice = kept if full else "; give a place that exists and may be written to"
+        advice = kept if is_full else "; give a folder that exists and is writable"
         fail(f"{error.strerror or error}{where}{advice}")
     except (RuntimeError, MemoryError) as error:
         if "--debug" in sys.argv or not is_out_of_memory(error):
             raise
-        said, kept = str(error).partition("\n")[0], what_is_kept(typed_command())
-        fail(f"memory ran out ({said}); ask for less at once, or for another --device{kept}")
+        first_line, kept = str(error).partition("\n")[0], what_is_kept(typed_command())
+        fail(f"out of memory ({first_line}); use smaller batches or another --device{kept}")
 
 
 def _limit_threads() -> None:
-    """Tell torch, before it is imported, and child processes of the cores that there are.
+    """Set the number of threads for torch, before its import, and for child processes.
 
-    With --ray the number is that of an actor, whose machine may have more cores.
+    With --ray, a given OMP_NUM_THREADS stays: it is for actors, whose machines may have more cores.
     """
     wanted = os.environ.get("OMP_NUM_THREADS")
-    if wanted is not None and any(each.startswith("--ray") for each in sys.argv):
+    if wanted is not None and any(argument.startswith("--ray") for argument in sys.argv):
         return
-    taken = str(n_threads(wanted))
-    if wanted is not None and wanted.isdigit() and int(wanted) > int(taken):
+    n = str(n_threads(wanted))
+    if wanted is not None and wanted.isdigit() and int(wanted) > int(n):
         warnings.warn(
-            f"OMP_NUM_THREADS={wanted} is more than the cores that this process may use; {taken} "
-            f"are taken",
+            f"OMP_NUM_THREADS={wanted} is above the number of cores that this process may use; "
+            f"gteopt uses {n}",
             stacklevel=1,
         )
-    os.environ["OMP_NUM_THREADS"] = taken
+    os.environ["OMP_NUM_THREADS"] = n
 
 
 if __name__ == "__main__":

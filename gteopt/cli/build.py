@@ -28,6 +28,7 @@ from gteopt.cli.options import (
     Out,
     RecipeChoice,
     RecipeName,
+    Revision,
     known_device,
     known_model,
 )
@@ -47,9 +48,7 @@ def quantize(
     embed_int8: EmbedInt8 = False,
     format: FormatOption = None,
     hub_dir: HubDir = None,
-    revision: Annotated[
-        str | None, typer.Option(help="commit or tag on the Hub", rich_help_panel=BUILD)
-    ] = None,
+    revision: Revision = None,
     family: Family = None,
     dtype: KeptDtype = "bfloat16",
     activation_gb: ActivationGb = 4,
@@ -57,7 +56,7 @@ def quantize(
     devices: Annotated[
         str | None,
         typer.Option(
-            help="solve layers side by side on cuda:0,cuda:1 or cpu,cpu; the first calibrates",
+            help="solve layers in parallel on cuda:0,cuda:1 or cpu,cpu; calibrate on the first",
             metavar="LIST",
             rich_help_panel=WHERE,
         ),
@@ -72,12 +71,12 @@ def quantize(
     from gteopt.build.quantize import quantize as build
     from gteopt.machine import parse_devices
 
-    wanted = _wanted(recipe, effort, embed_int8=embed_int8, format=format)
+    changed = _changed_recipe(recipe, effort, embed_int8=embed_int8, format=format)
     was_there = (out / "gteopt.json").is_file()
     with show_progress() as progress:
         manifest = build(
             base,
-            wanted,
+            changed,
             out,
             hub_dir=hub_dir,
             revision=revision,
@@ -88,22 +87,22 @@ def quantize(
             devices=parse_devices(devices) if devices is not None else (),
             progress=progress,
         )
-    follows = f"gteopt bench {out} --baseline {base} --out {out}-results"
-    show_manifest(manifest, out, as_json=as_json, was_there=was_there, next_command=follows)
+    next_command = f"gteopt bench {out} --baseline {base} --out {out}-results"
+    show_manifest(manifest, out, as_json=as_json, was_there=was_there, next_command=next_command)
 
 
-def _wanted(
+def _changed_recipe(
     recipe: str, effort: Effort | None, *, embed_int8: bool, format: FormatChoice | None
 ) -> Recipe:
-    """The recipe with what other options change in it."""
+    """The recipe, changed by the other options."""
     from gteopt.config.recipe import load_recipe
 
-    wanted = load_recipe(recipe)
+    changed = load_recipe(recipe)
     if effort is not None:
-        wanted = wanted.with_effort(effort)
+        changed = changed.with_effort(effort)
     if embed_int8:
-        wanted = wanted.with_int8_embedding()
-    return wanted if format is None else wanted.with_format(format)
+        changed = changed.with_int8_embedding()
+    return changed if format is None else changed.with_format(format)
 
 
 def truncate(
@@ -116,14 +115,14 @@ def truncate(
     method: Annotated[
         Literal["slice", "pca", "auto"],
         typer.Option(
-            help="keep the first dimensions, the principal ones, or those that keep more",
+            help="keep the first dimensions, the principal ones, or the better of the two",
             rich_help_panel=BUILD,
         ),
     ] = "slice",
     vectors: Annotated[
         Literal["float32", "int8", "int4", "binary", "rabitq", "pq"] | None,
         typer.Option(
-            help="how a vector is stored; float32 when left out, or what keeps most with --bytes",
+            help="how a vector is stored; float32 when left out, or the best code with --bytes",
             rich_help_panel=BUILD,
         ),
     ] = None,
@@ -138,9 +137,7 @@ def truncate(
     ] = None,
     rescore: Annotated[
         int,
-        typer.Option(
-            min=1, help="candidates that the codes give for each result", rich_help_panel=BUILD
-        ),
+        typer.Option(min=1, help="candidates to rescore for each result", rich_help_panel=BUILD),
     ] = 4,
     bits: Annotated[
         int | None,
@@ -152,7 +149,7 @@ def truncate(
         bool,
         typer.Option(
             "--centred",
-            help="with --vectors binary: subtract the mean before signs",
+            help="with --vectors binary: subtract the mean before taking signs",
             rich_help_panel=BUILD,
         ),
     ] = False,
@@ -186,11 +183,9 @@ def truncate(
 
 def export(
     artifact: Annotated[str, typer.Argument(help="artifact folder, or ORG/NAME")],
-    out: Annotated[Path, typer.Argument(help="folder to make")],
+    out: Annotated[Path, typer.Argument(help="folder to create")],
     hub_dir: HubDir = None,
-    revision: Annotated[
-        str | None, typer.Option(help="commit or tag on the Hub", rich_help_panel=BUILD)
-    ] = None,
+    revision: Revision = None,
 ) -> None:
     """Write an artifact as a folder that Sentence Transformers opens with backend="openvino".
 
@@ -218,7 +213,7 @@ def verify(artifact: Artifact, as_json: AsJson = False) -> None:
         n_bytes = sum(file.n_bytes for file in manifest.files)
         stdout.print(
             f"{artifact}: {len(manifest.files)} files, {decimal(n_bytes, precision=2)}, "
-            "all as recorded"
+            "all match the manifest"
         )
 
 
@@ -235,16 +230,14 @@ def inspect(
     embed_int8: EmbedInt8 = False,
     format: FormatOption = None,
     hub_dir: HubDir = None,
-    revision: Annotated[
-        str | None, typer.Option(help="commit or tag on the Hub", rich_help_panel=BUILD)
-    ] = None,
+    revision: Revision = None,
     family: Family = None,
     dtype: KeptDtype = "bfloat16",
     activation_gb: ActivationGb = 4,
     device: Annotated[
         str,
         typer.Option(
-            help="auto, cpu, cuda or cuda:N, which this machine may lack",
+            help="auto, cpu, cuda or cuda:N; this machine need not have it",
             callback=known_device,
             rich_help_panel=WHERE,
         ),
@@ -252,10 +245,10 @@ def inspect(
     kernels: Kernels = "deterministic",
     as_json: AsJson = False,
 ) -> None:
-    """Show what a model is and what every recipe would make of it, before anything is built.
+    """Show facts of a model, and estimates for every recipe before anything is built.
 
-    Of a model on the Hub only what describes it is downloaded, not its weights. Given the options
-    of a `gteopt quantize`, it predicts the size, the memory and the disk space of that build.
+    The weights of a model on the Hub are not downloaded. Given the options of a `gteopt quantize`,
+    it predicts the size, the memory and the disk space of that build.
 
     Example: `gteopt inspect nano --recipe gptq-int4 --effort best`
     """
@@ -264,43 +257,43 @@ def inspect(
 
     if recipe is None and (effort or embed_int8 or format):
         raise InputError("--effort, --embed-int8 and --format change a recipe; give --recipe")
-    wanted = None
+    changed = None
     if recipe is not None:
-        wanted = _wanted(recipe, effort, embed_int8=embed_int8, format=format)
-    found = look(
+        changed = _changed_recipe(recipe, effort, embed_int8=embed_int8, format=format)
+    inspection = look(
         source,
         hub_dir=hub_dir,
         revision=revision,
         family=family,
-        recipe=wanted,
+        recipe=changed,
         dtype=dtype,
         device=device,
         kernels=kernels,
         activation_bytes=int(activation_gb * 2**30),
     )
     if as_json:
-        print_json(json.loads(found.model_dump_json(by_alias=True)))
+        print_json(json.loads(inspection.model_dump_json(by_alias=True)))
         return
-    if found.manifest is None:
-        stdout.print(facts_table(found))
-        if found.estimates:
-            stdout.print(estimates_table(found))
+    if inspection.manifest is None:
+        stdout.print(facts_table(inspection))
+        if inspection.estimates:
+            stdout.print(estimates_table(inspection))
         return
-    stdout.print(artifact_table(found, found.manifest))
+    stdout.print(artifact_table(inspection, inspection.manifest))
     if layers:
-        stdout.print(layers_table(found.manifest))
-        _show_choices(found.manifest)
+        stdout.print(layers_table(inspection.manifest))
+        _show_choices(inspection.manifest)
     else:
         show_next(f"gteopt inspect {source} --layers")
 
 
 def _show_choices(manifest: Manifest) -> None:
-    """How bits were chosen and what tuning changed."""
+    """Print how bits were chosen and what tuning changed."""
     if (allocation := manifest.allocation) is not None:
         stdout.print(
-            f"bits chosen by layer: {allocation.bits_per_weight:.3f} bits a weight of "
-            f"{allocation.budget:g}, predicted loss {allocation.predicted_loss:.2g} (each "
-            f"layer's found by {allocation.found_by})"
+            f"bits chosen by layer: {allocation.bits_per_weight:.3f} of at most "
+            f"{allocation.budget:g} bits a weight, predicted loss {allocation.predicted_loss:.2g} "
+            f"(measured by {allocation.found_by})"
         )
     if (tuning := manifest.tuning) is not None:
         stdout.print(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.filesize import decimal
 
-from gteopt.cli.errors import fail
+from gteopt.cli.errors import fail, what_is_kept
 from gteopt.cli.options import (
     EMBED,
     FIND,
@@ -22,7 +22,7 @@ from gteopt.cli.options import (
     Device,
     HubDir,
     Kernels,
-    finite,
+    price_option,
 )
 from gteopt.cli.output import print_json, show_progress, stderr, stdout
 from gteopt.errors import InputError
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 BAD_LEFT = 3
 """Exit code of a finished job with more dead letters than allowed."""
 TERMINATED = 143
-"""Exit code after SIGTERM, as shells have it."""
+"""Exit code after SIGTERM, as in shells."""
 
 
 def embed(
@@ -53,20 +53,20 @@ def embed(
     out: Annotated[
         str,
         typer.Option(
-            help="folder of the vectors, here or on s3:// or gs://",
+            help="folder for the vectors: a local path, s3:// or gs://",
             rich_help_panel=OUTPUT,
         ),
     ],
     text: Annotated[
         str | None,
         typer.Option(
-            help='column, or a template of columns: "{title} {body}"; text when left out',
+            help='column, or a template like "{title} {body}"; "text" when left out',
             rich_help_panel=EMBED,
         ),
     ] = None,
     id: Annotated[
         str | None,
-        typer.Option(help="column to copy as id; FILE:ROW when left out", rich_help_panel=EMBED),
+        typer.Option(help="column that holds ids; FILE:ROW when left out", rich_help_panel=EMBED),
     ] = None,
     keep: Annotated[
         str | None,
@@ -76,16 +76,16 @@ def embed(
     ] = None,
     role: Annotated[
         Literal["document", "query"],
-        typer.Option(help="which prompt the texts get", rich_help_panel=EMBED),
+        typer.Option(help="role whose prompt the texts get", rich_help_panel=EMBED),
     ] = "document",
     instruction: Annotated[
         str | None,
-        typer.Option(help="what the queries are for, with --role query", rich_help_panel=EMBED),
+        typer.Option(help="task that queries serve, with --role query", rich_help_panel=EMBED),
     ] = None,
     long: Annotated[
         str,
         typer.Option(
-            help="texts beyond the model's length: error (a dead letter), truncate, or "
+            help="for texts above the model's length: error (a dead letter), truncate, or "
             "chunk[:TOKENS[:OVERLAP]]",
             rich_help_panel=EMBED,
         ),
@@ -105,40 +105,40 @@ def embed(
     vector_type: Annotated[
         Literal["list", "fixed_size_list"],
         typer.Option(
-            help="Parquet type of the vectors; every reader takes list", rich_help_panel=OUTPUT
+            help="Parquet type of the vectors; every reader supports list", rich_help_panel=OUTPUT
         ),
     ] = "list",
     export: Annotated[
         list[str] | None,
         typer.Option(
-            help="also write: npy, faiss-flat, faiss-hnsw, faiss-ivf or lance",
+            help="also write npy, faiss-flat, faiss-hnsw, faiss-ivf or lance",
             metavar="FORM",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="texts computed together", rich_help_panel=WHERE)
+        int, typer.Option(min=1, help="texts encoded together", rich_help_panel=WHERE)
     ] = 32,
     shard_rows: Annotated[
         int,
         typer.Option(
-            min=1, help="rows in a shard; a lost machine costs one at most", rich_help_panel=OUTPUT
+            min=1, help="rows in a shard; a crash loses one at most", rich_help_panel=OUTPUT
         ),
     ] = 4096,
     dtype: Annotated[
         str,
-        typer.Option(help="number type that the model computes in", rich_help_panel=WHERE),
+        typer.Option(help="dtype that the model computes in", rich_help_panel=WHERE),
     ] = "auto",
     backend: Annotated[
         Literal["torch", "openvino"],
-        typer.Option(help="what computes the model", rich_help_panel=WHERE),
+        typer.Option(help="library that computes the model", rich_help_panel=WHERE),
     ] = "torch",
     kernels: Kernels = "deterministic",
     device: Device = "auto",
     devices: Annotated[
         str | None,
         typer.Option(
-            help="one process a device: cuda:0,cuda:1, or cpu,cpu",
+            help="one process per device: cuda:0,cuda:1, or cpu,cpu",
             metavar="LIST",
             rich_help_panel=WHERE,
         ),
@@ -154,11 +154,12 @@ def embed(
     actors: Annotated[
         str | None,
         typer.Option(
-            help="workers on Ray: N, or MIN-MAX as nodes come and go", rich_help_panel=WHERE
+            help="workers on Ray: N, or MIN-MAX if nodes come and go", rich_help_panel=WHERE
         ),
     ] = None,
     grow: Annotated[
-        bool, typer.Option("--grow", help="add new files to a job", rich_help_panel=JOB)
+        bool,
+        typer.Option("--grow", help="add new files to an existing job", rich_help_panel=JOB),
     ] = False,
     retry_failed: Annotated[
         bool,
@@ -168,46 +169,40 @@ def embed(
     ] = False,
     unique_ids: Annotated[
         bool,
-        typer.Option("--unique-ids", help="refuse ids that are there twice", rich_help_panel=JOB),
+        typer.Option("--unique-ids", help="refuse duplicate ids", rich_help_panel=JOB),
     ] = False,
     max_bad: Annotated[
         int,
         typer.Option(
-            min=0, help="dead letters beyond which the exit code is 3", rich_help_panel=JOB
+            min=0, help="exit with code 3 above this many dead letters", rich_help_panel=JOB
         ),
     ] = 0,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="tell tokens, hours, dollars and bytes, and stop", rich_help_panel=JOB
+            "--dry-run",
+            help="only estimate tokens, hours, dollars and bytes",
+            rich_help_panel=JOB,
         ),
     ] = False,
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="check a finished folder and embed 64 rows again", rich_help_panel=JOB
+            "--verify", help="check a finished folder and re-embed 64 rows", rich_help_panel=JOB
         ),
     ] = False,
     price_per_hour: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            callback=finite,
-            help="price of all devices together in dollars",
-            rich_help_panel=JOB,
-        ),
+        float | None, price_option(JOB, "price of all devices together in dollars per hour")
     ] = None,
     hub_dir: HubDir = None,
     as_json: Annotated[
         bool,
-        typer.Option(
-            "--json", help="print events on stdout, a JSON object a line", rich_help_panel=OUTPUT
-        ),
+        typer.Option("--json", help="print events on stdout as JSON lines", rich_help_panel=OUTPUT),
     ] = False,
 ) -> None:
-    """Embed a corpus, exactly once; the same command goes on after a crash.
+    """Embed every row of a corpus exactly once; the same command resumes after a crash.
 
-    Rows without a vector are in DIR/dead with their reason. See docs/embedding.md.
+    Rows without a vector are written to OUT/dead with the reason. See docs/embedding.md.
 
     Example: `gteopt embed corpus.jsonl.gz --model artifacts/nano-int4 --id doc_id --out vectors`
     """
@@ -239,11 +234,13 @@ def embed(
         "export": _exports(export),
     }
     if dry_run and verify:
-        raise InputError("--dry-run is for before, --verify for afterwards; give one of them")
+        raise InputError(
+            "--dry-run is for before a job, --verify for after it; give only one of them"
+        )
     try:
         with show_progress() as progress:
             if dry_run:
-                told = command.dry_run(
+                estimate = command.dry_run(
                     inputs, model, out, price_per_hour=price_per_hour, progress=progress, **options
                 )
             elif verify:
@@ -259,12 +256,9 @@ def embed(
                     **options,
                 )
     except command.Terminated:
-        fail(
-            "terminated; what is finished is kept, and the same command goes on from there",
-            TERMINATED,
-        )
+        fail(f"terminated{what_is_kept('embed')}", TERMINATED)
     if dry_run:
-        _show_estimate(told, as_json=as_json)
+        _show_estimate(estimate, as_json=as_json)
     elif verify:
         _show_verified(checked, as_json=as_json)
     else:
@@ -275,21 +269,21 @@ def embed(
 
 
 def search(
-    folder: Annotated[str, typer.Argument(help="folder that `gteopt embed` has made")],
-    query: Annotated[list[str] | None, typer.Argument(help="what is looked for")] = None,
+    folder: Annotated[str, typer.Argument(help="folder that `gteopt embed` made")],
+    query: Annotated[list[str] | None, typer.Argument(help="texts to search for")] = None,
     queries: Annotated[
         Path | None,
-        typer.Option(help="a file of queries, one a line", metavar="FILE", rich_help_panel=FIND),
+        typer.Option(help="a file with a query per line", metavar="FILE", rich_help_panel=FIND),
     ] = None,
     top: Annotated[
-        int, typer.Option(min=1, help="rows that each query gets", rich_help_panel=FIND)
+        int, typer.Option(min=1, help="number of results per query", rich_help_panel=FIND)
     ] = 10,
     instruction: Annotated[
-        str | None, typer.Option(help="what the queries are for", rich_help_panel=FIND)
+        str | None, typer.Option(help="task that the queries serve", rich_help_panel=FIND)
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="where the model lies now, if it has moved", rich_help_panel=FIND),
+        typer.Option(help="new location of the model, if it moved", rich_help_panel=FIND),
     ] = None,
     index: Annotated[
         bool,
@@ -300,7 +294,7 @@ def search(
     compare: Annotated[
         str | None,
         typer.Option(
-            help="folder of another variant: tell which of these rows it finds",
+            help="folder of another variant: report how many of these rows it finds too",
             rich_help_panel=FIND,
         ),
     ] = None,
@@ -308,64 +302,63 @@ def search(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Find the nearest rows of an embedding folder: the test that everything before it worked.
+    """Find the nearest rows of an embedding folder, for example to test that it works.
 
     Example: `gteopt search vectors "how do plants make energy" --top 10`
     """
-    from gteopt.commands.search import compare as compared
-    from gteopt.commands.search import search as look
+    from gteopt.commands.search import compare as compare_results
+    from gteopt.commands.search import search as search_folder
 
-    asked = [*(query or ()), *_lines(queries)]
-    if not asked:
-        raise InputError("nothing to look for; write a query, or give --queries FILE")
-    about: dict[str, Any] = {"device": device, "hub_dir": hub_dir}
+    texts = [*(query or ()), *_lines(queries)]
+    if not texts:
+        raise InputError("nothing to search for; write a query, or give --queries FILE")
+    common: dict[str, Any] = {
+        "top": top,
+        "instruction": instruction,
+        "device": device,
+        "hub_dir": hub_dir,
+    }
+    comparison = None
     with show_progress() as progress:
-        found = look(
-            *(folder, asked),
-            top=top,
-            instruction=instruction,
-            progress=progress,
-            model=model,
-            index=index,
-            **about,
+        results = search_folder(
+            folder, texts, model=model, index=index, progress=progress, **common
         )
-        difference = None
         if compare is not None:
-            theirs = look(
-                compare, asked, top=top, instruction=instruction, progress=progress, **about
-            )
-            difference = compared(found, theirs)
+            others = search_folder(compare, texts, progress=progress, **common)
+            comparison = compare_results(results, others)
     if as_json:
-        content: dict[str, Any] = {"found": [each.model_dump() for each in found]}
-        if difference is not None:
-            content["comparison"] = difference.model_dump()
+        content: dict[str, Any] = {"found": [result.model_dump() for result in results]}
+        if comparison is not None:
+            content["comparison"] = comparison.model_dump()
         print_json(content)
         return
-    for each in found:
-        _show_found(each)
-    if difference is not None:
-        stdout.print(f"{compare} finds {difference.kept:.1%} of these rows, too", markup=False)
-        for asked_query, kept in difference.by_query[:5]:
+    for result in results:
+        _show_result(result)
+    if comparison is not None:
+        stdout.print(f"{compare} finds {comparison.kept:.1%} of these rows too", markup=False)
+        for text, kept in comparison.by_query[:5]:
             if kept < 1:
-                stdout.print(f"  {kept:5.0%}  {asked_query}", markup=False, highlight=False)
+                stdout.print(f"  {kept:5.0%}  {text}", markup=False, highlight=False)
 
 
-def _actors(said: str | None) -> tuple[int, int] | None:
-    if said is None:
+def _actors(text: str | None) -> tuple[int, int] | None:
+    """The least and the most actors of `--actors`."""
+    if text is None:
         return None
-    match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", said, re.ASCII)
+    match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", text, re.ASCII)
     if match is None or int(match[2] or match[1]) < int(match[1]):
-        raise InputError(f"--actors {said}: write a number, or MIN-MAX (2-16)")
+        raise InputError(f"--actors {text}: write a number, or MIN-MAX (2-16)")
     return int(match[1]), int(match[2] or match[1])
 
 
-def _exports(said: list[str] | None) -> tuple[str, ...]:
+def _exports(lists: list[str] | None) -> tuple[str, ...]:
+    """The names of `--export`, which may be given several times and hold lists."""
     from typing import get_args
 
     from gteopt.corpus.exports import Export
     from gteopt.errors import suggest
 
-    names = [name for each in said or () for name in each.split(",")]
+    names = [name for text in lists or () for name in text.split(",")]
     for name in names:
         if name not in get_args(Export):
             raise InputError(f"--export {name}: {suggest(name, get_args(Export))}")
@@ -376,7 +369,7 @@ def _lines(path: Path | None) -> list[str]:
     if path is None:
         return []
     if not path.is_file():
-        raise InputError(f"--queries {path} does not exist; give a file with a query a line")
+        raise InputError(f"--queries {path} does not exist; give a file with a query per line")
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -392,10 +385,10 @@ def _show_embedded(report: EmbedReport) -> None:
         f"{report.n_bad:,} dead letters; {report.n_vectors:,} vectors, {size}",
         soft_wrap=True,
     )
-    took = max(report.seconds, 1e-9)
+    seconds = max(report.seconds, 1e-9)
     stdout.print(
         f"shards: {report.shards_now:,} now, {report.shards_before:,} before; "
-        f"{report.texts_now / took:,.0f} texts/s, {report.tokens_now / took:,.0f} tokens/s"
+        f"{report.texts_now / seconds:,.0f} texts/s, {report.tokens_now / seconds:,.0f} tokens/s"
         + ("" if report.peak_ratio is None else f", {report.peak_ratio:.0%} of the measured peak")
         + ("" if report.dollars is None else f", ${report.dollars:,.2f}"),
         soft_wrap=True,
@@ -411,30 +404,32 @@ def _show_embedded(report: EmbedReport) -> None:
     if report.bad:
         notes.append(f"dead letters ({bad}) are in {report.out}/dead")
     if report.n_cut:
-        notes.append(f"{report.n_cut:,} texts were truncated; --long says what else can be done")
+        notes.append(f"{report.n_cut:,} texts were truncated; --long offers other ways")
     if report.n_duplicate_ids:
-        notes.append(f"{report.n_duplicate_ids:,} rows have an id that an earlier row has")
+        notes.append(f"{report.n_duplicate_ids:,} rows have the id of an earlier row")
     for note in notes:
         stderr.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def _show_estimate(told: Estimate, *, as_json: bool) -> None:
+def _show_estimate(estimate: Estimate, *, as_json: bool) -> None:
     if as_json:
-        print_json(told.model_dump())
+        print_json(estimate.model_dump())
         return
     stdout.print(
-        f"{told.n_rows:,} rows in {told.n_shards:,} shards, {told.n_tokens:,} tokens "
-        f"(+- {told.n_tokens_error:,}, from {told.n_sampled:,} rows)",
+        f"{estimate.n_rows:,} rows in {estimate.n_shards:,} shards, {estimate.n_tokens:,} tokens "
+        f"(+- {estimate.n_tokens_error:,}, from {estimate.n_sampled:,} rows)",
         soft_wrap=True,
     )
-    cost = "" if told.dollars is None else f", ${told.dollars:,.2f}"
+    cost = "" if estimate.dollars is None else f", ${estimate.dollars:,.2f}"
     stdout.print(
-        f"{told.hours:,.2f} hours at {told.tokens_per_s:,.0f} tokens/s{cost}; vectors take "
-        f"{decimal(told.n_bytes, precision=1)}",
+        f"{estimate.hours:,.2f} hours at {estimate.tokens_per_s:,.0f} tokens/s{cost}; vectors take "
+        f"{decimal(estimate.n_bytes, precision=1)}",
         soft_wrap=True,
     )
-    if told.n_cut:
-        stdout.print(f"about {told.n_cut:,} texts are longer than the model takes", soft_wrap=True)
+    if estimate.n_cut:
+        stdout.print(
+            f"about {estimate.n_cut:,} texts are longer than the model's maximum", soft_wrap=True
+        )
 
 
 def _show_verified(checked: Verified, *, as_json: bool) -> None:
@@ -443,14 +438,14 @@ def _show_verified(checked: Verified, *, as_json: bool) -> None:
         return
     least = "" if checked.min_cosine is None else f", cosine at least {checked.min_cosine:.4f}"
     stdout.print(
-        f"{checked.n_shards:,} shards whole; {checked.n_rows:,} rows, {checked.n_vectors:,} "
+        f"{checked.n_shards:,} shards intact; {checked.n_rows:,} rows, {checked.n_vectors:,} "
         f"vectors, {checked.n_bad:,} dead letters; {checked.n_again} rows embedded again{least}",
         soft_wrap=True,
     )
 
 
-def _show_found(found: SearchResult) -> None:
-    stdout.print(found.query, style="bold", markup=False, highlight=False, soft_wrap=True)
-    for hit in found.hits:
-        beside = "  ".join(str(value)[:100] for value in hit.columns.values())
-        stdout.print(f"  {hit.score:.4f}  {hit.id}  {beside}", markup=False, highlight=False)
+def _show_result(result: SearchResult) -> None:
+    stdout.print(result.query, style="bold", markup=False, highlight=False, soft_wrap=True)
+    for hit in result.hits:
+        columns = "  ".join(str(value)[:100] for value in hit.columns.values())
+        stdout.print(f"  {hit.score:.4f}  {hit.id}  {columns}", markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""Commands that decide by what was measured: choose, report, compare."""
+"""Commands that decide from measurements: choose, report, compare."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def choose(
     as_csv: AsCsv = False,
     as_markdown: AsMarkdown = False,
 ) -> None:
-    """Pick the variant that a policy asks for, by its limits and its margin.
+    """Pick the best variant by a policy's limits, objective and margin.
 
-    Verdicts in eval/ are settled against that margin, and report.html is written anew.
+    Verdicts in eval/ are recomputed with that margin, and report.html is written again.
 
     Example: `gteopt choose artifacts/demo --policy smallest-index`
     """
@@ -64,13 +64,13 @@ def choose(
 def report(
     results_dir: Annotated[Path, typer.Argument(help="folder with bench.json, eval/ or fidelity/")],
     other: Annotated[
-        Path | None, typer.Argument(help="another such folder: one page shows both")
+        Path | None, typer.Argument(help="another results folder, to show both on one page")
     ] = None,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
     as_markdown: AsMarkdown = False,
 ) -> None:
-    """Write report.html from what a results folder holds, and print its table.
+    """Write report.html for a results folder, and print its table.
 
     With another folder, the page shows both side by side; `gteopt compare` prints their table.
 
@@ -82,7 +82,9 @@ def report(
     style = style_of(as_json, as_csv, as_markdown)
     if other is not None:
         if style != "table":
-            raise InputError(f"a page of two has no table; `gteopt compare {results_dir} {other}`")
+            raise InputError(
+                f"a page of two folders prints no table; use `gteopt compare {results_dir} {other}`"
+            )
         stdout.print(f"Report: {write_comparison(results_dir, other)}", soft_wrap=True)
         return
     results = read_results(results_dir)
@@ -93,8 +95,8 @@ def report(
 
 
 def compare(
-    first: Annotated[str, typer.Argument(help="an artifact, or a results folder")],
-    second: Annotated[str, typer.Argument(help="a second one of the same kind")],
+    first: Annotated[str, typer.Argument(help="an artifact or a results folder")],
+    second: Annotated[str, typer.Argument(help="another artifact or results folder")],
     suite: SuiteName = None,
     data: OwnData = None,
     texts: OwnTexts = None,
@@ -106,10 +108,10 @@ def compare(
     as_csv: AsCsv = False,
     as_markdown: AsMarkdown = False,
 ) -> None:
-    """Put two artifacts or two results folders side by side.
+    """Compare two artifacts or two results folders.
 
-    With data, the second artifact is scored against the first. Of two results folders, variants of
-    the same name are compared item by item. Differences have intervals.
+    With a suite or data, the second artifact is scored against the first. In two results folders,
+    variants of the same name are compared item by item. Differences have intervals.
 
     Example: `gteopt compare artifacts/nano-int4 artifacts/nano-int8 --suite mini`
     """
@@ -117,7 +119,7 @@ def compare(
     roles = parse_columns(columns)
     data = check_own_data(data, texts, suite, roles, hub_dir)
     say("importing torch and the evaluation library")
-    from gteopt.commands.compare import compare as side_by_side
+    from gteopt.commands.compare import compare as compare_sources
     from gteopt.commands.evaluate import Setup
     from gteopt.commands.optimize import Judges
     from gteopt.report.compare import comparison_rows, item_rows
@@ -127,26 +129,26 @@ def compare(
     if data is not None or texts is not None or suite is not None:
         judges = Judges(data, texts, tuple(roles.items()), suite, parse_list(languages))
     with show_progress() as progress:
-        found = side_by_side(
+        pair = compare_sources(
             first,
             second,
             judges,
             how=Setup(hub_dir=hub_dir, device=device),
             progress=progress,
         )
-    rows = comparison_rows(found.names, found.manifests, found.results)
+    rows = comparison_rows(pair.names, pair.manifests, pair.results)
     if style == "json":
-        measured = [*found.evals.values(), *found.fidelity.values(), *found.items.values()]
+        measured = [*pair.evals.values(), *pair.fidelity.values(), *pair.items.values()]
         records = [json.loads(record.model_dump_json(by_alias=True)) for record in measured]
         print_json({"rows": rows, "measured": records})
         return
     show_list("side by side", rows, style)
-    if found.items:
-        title = f"{found.names[1]} against {found.names[0]}, item by item"
-        show_list(title, item_rows(found.items, found.names), style)
-    for note in found.notes:
+    if pair.items:
+        title = f"{pair.names[1]} against {pair.names[0]}, item by item"
+        show_list(title, item_rows(pair.items, pair.names), style)
+    for note in pair.notes:
         stderr.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    if found.evals:
-        print_table(eval_table(found.evals), style)
-    if found.fidelity:
-        print_table(fidelity_table(found.fidelity), style)
+    if pair.evals:
+        print_table(eval_table(pair.evals), style)
+    if pair.fidelity:
+        print_table(fidelity_table(pair.fidelity), style)

@@ -1,4 +1,4 @@
-"""One handler for errors and interruptions: one line on stderr and an exit code."""
+"""Print errors and interruptions as one line on stderr, and hints for unknown options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gteopt.interruption import raise_on_interrupt, was_interrupted
 
 
 class Interrupted(GteoptError):
-    """Ctrl-C."""
+    """The user pressed Ctrl-C."""
 
 
 OPTION_HINTS = {
@@ -33,12 +33,12 @@ OPTION_HINTS = {
     "--task": "tasks are named by a suite: --suite mini (`gteopt init suite`)",
     "--tasks": "tasks are named by a suite: --suite mini (`gteopt init suite`)",
 }
-"""What a user meant by an option that does not exist where it was typed."""
+"""Hints by option, for options that a command does not have."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Group(TyperGroup):
-    """Says what an unknown option should have been, and what Ctrl-C leaves behind."""
+    """The group of commands: adds hints for unknown options, and what is kept after Ctrl-C."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that `ctx` names."""
@@ -57,32 +57,34 @@ class Group(TyperGroup):
 
 
 def what_is_kept(command: str | None) -> str:
-    """What a command that was stopped in the middle has kept, as the end of a sentence."""
-    goes_on = "; what is finished is kept, and the same command goes on from there"
+    """What an interrupted command has kept, as the end of a sentence."""
+    can_resume = "; finished work is kept, and the same command resumes it"
     if command in ("optimize", "run", "quantize", "embed", "pull", "publish"):
-        return goes_on
+        return can_resume
     if command in ("bench", "evaluate"):
-        if not any(each.split("=")[0] == "--out" for each in sys.argv):
-            return "; nothing is kept, as no --out was given"
+        if not any(argument.split("=")[0] == "--out" for argument in sys.argv):
+            return "; nothing is kept, because no --out was given"
         if command == "evaluate":
-            return goes_on
+            return can_resume
         if "--dummy-weights" in sys.argv:
             return "; nothing is kept"
-        return "; variants that were measured are kept: name the others to add them"
+        return "; measured variants are kept: name the others to add them"
     return ""
 
 
 def typed_command() -> str | None:
-    return next((each for each in sys.argv[1:] if not each.startswith("-")), None)
+    """The command on the command line; None where there is none."""
+    return next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
 
 
 def show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
-    """A warning as a sentence; where in the code it came from helps no user."""
+    """Print a warning without its place in the code, which does not help users."""
     stderr.print(
         f"gteopt: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
     )
 
 
 def fail(message: str, code: int = 1) -> None:
+    """Print an error and exit with a code."""
     stderr.print(f"gteopt: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""What ships with gteopt, and how to begin a file of one's own: recipes, suites, ..., init."""
+"""Commands that list shipped files and write a template: recipes, suites, policies, plans, init."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def init(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a commented YAML file to begin with.
+    """Write a commented YAML file as a start.
 
     Example: `gteopt init recipe --out my-recipe.yaml`
     """
@@ -96,11 +96,11 @@ def init(
     if file.suffix not in (".yaml", ".yml"):
         raise InputError(f"--out {file}: the file must end in .yaml")
     if file.exists():
-        raise InputError(f"{file} exists; give another --out, or remove it")
+        raise InputError(f"{file} exists; remove it or give another --out")
     template = (ASSETS / "templates" / f"{kind}.yaml").read_text(encoding="utf-8")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(template, encoding="utf-8")
-    follows = {
+    next_commands = {
         "recipe": f"gteopt quantize nano --recipe {file} --out artifacts/mine",
         "policy": f"gteopt choose RESULTS --policy {file}",
         "plan": f"gteopt run {file}",
@@ -109,5 +109,5 @@ def init(
     if as_json:
         typer.echo(f'{{"file": "{file.as_posix()}"}}')
         return
-    stdout.print(f"{file}: a {kind} to edit", soft_wrap=True)
-    show_next(follows[kind])
+    stdout.print(f"{file}: edit this {kind}", soft_wrap=True)
+    show_next(next_commands[kind])

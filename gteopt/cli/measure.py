@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gteopt.cli.names import names_of
 from gteopt.cli.options import (
     JUDGES,
     MEASURE,
@@ -35,7 +34,8 @@ from gteopt.cli.options import (
     Ray,
     SuiteName,
     finite,
-    known_file,
+    price_option,
+    shipped_option,
 )
 from gteopt.cli.output import (
     say,
@@ -62,15 +62,11 @@ def run(
     plan: PlanName,
     out: Annotated[
         Path | None,
-        typer.Option(help="results folder instead of the plan's", rich_help_panel=OUTPUT),
+        typer.Option(help="results folder; the plan's when left out", rich_help_panel=OUTPUT),
     ] = None,
     price_per_hour: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            help="price of this machine in dollars, instead of the plan's",
-            rich_help_panel=MEASURE,
-        ),
+        price_option(MEASURE, "price of the machine in dollars per hour; the plan's when left out"),
     ] = None,
     hub_dir: HubDir = None,
     device: Device = "auto",
@@ -80,7 +76,7 @@ def run(
     as_csv: AsCsv = False,
     as_markdown: AsMarkdown = False,
 ) -> None:
-    """Build, measure, score and choose: a whole plan, or what is left of it.
+    """Carry out a plan: build, measure, score and choose. A second run does only what is missing.
 
     Example: `gteopt run recipes/plans/demo.yaml`
     """
@@ -114,21 +110,21 @@ def bench(
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="what ratios refer to; the first artifact when left out", rich_help_panel=MEASURE
+            help="baseline of ratios; the first artifact when left out", rich_help_panel=MEASURE
         ),
     ] = None,
     dummy_weights: Annotated[
         bool,
         typer.Option(
             "--dummy-weights",
-            help="build the model named, of a published shape, with random weights",
+            help="build a published model's shape with random weights",
             rich_help_panel=MEASURE,
         ),
     ] = False,
     recipe: Annotated[
         list[str] | None,
         typer.Option(
-            help="with --dummy-weights: rtn-int8, rtn-int4 and nf4 when left out",
+            help="recipes for --dummy-weights; rtn-int8, rtn-int4 and nf4 when left out",
             rich_help_panel=MEASURE,
         ),
     ] = None,
@@ -136,7 +132,7 @@ def bench(
         int | None,
         typer.Option(
             min=1,
-            help="with --dummy-weights: blocks to build; all that fit when left out",
+            help="blocks to build with --dummy-weights; all that fit when left out",
             rich_help_panel=MEASURE,
         ),
     ] = None,
@@ -149,26 +145,20 @@ def bench(
         ),
     ] = None,
     query_tokens: Annotated[
-        int, typer.Option(min=1, help="length of the single query", rich_help_panel=MEASURE)
+        int, typer.Option(min=1, help="tokens of a single query", rich_help_panel=MEASURE)
     ] = 16,
     queries: Annotated[
-        int, typer.Option(min=10, help="single queries that are timed", rich_help_panel=MEASURE)
+        int, typer.Option(min=10, help="number of single queries to time", rich_help_panel=MEASURE)
     ] = 50,
     repeats: Annotated[
-        int, typer.Option(min=1, help="runs of each workload that count", rich_help_panel=MEASURE)
+        int, typer.Option(min=1, help="counted runs of each workload", rich_help_panel=MEASURE)
     ] = 5,
     price_per_hour: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            callback=finite,
-            help="price of this machine in dollars; it gives the cost of tokens",
-            rich_help_panel=MEASURE,
-        ),
+        float | None, price_option(MEASURE, "price of the machine in dollars per hour, for costs")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="results folder: adds to its bench.json", rich_help_panel=OUTPUT),
+        typer.Option(help="results folder; its bench.json is extended", rich_help_panel=OUTPUT),
     ] = None,
     hub_dir: HubDir = None,
     device: Device = "auto",
@@ -181,8 +171,8 @@ def bench(
     """Measure speed and memory, each artifact interleaved with the baseline.
 
     The set short, the default on a CPU, is 32x32, 32x128 and 8x512. The set long, the default on a
-    GPU, is 128x128, 32x512, 8x2048, 2x8192, 1x32768 and 128x~128. A set leaves out lengths that the
-    model does not take.
+    GPU, is 128x128, 32x512, 8x2048, 2x8192, 1x32768 and 128x~128. Lengths of a set that are above
+    the model's maximum are skipped.
 
     Example: `gteopt bench artifacts/nano-int4 --baseline nano --out artifacts/results`
     """
@@ -197,11 +187,11 @@ def bench(
     spec = _bench_spec(names, query_tokens, queries, repeats)
     sources = named([*([baseline] if baseline else []), *artifacts])
     if not dummy_weights and (recipe or layers is not None):
-        raise InputError("--recipe and --layers belong to --dummy-weights")
+        raise InputError("--recipe and --layers need --dummy-weights")
     if out is not None and out.is_file():
-        raise InputError(f"--out {out} is a file; results need a folder")
+        raise InputError(f"--out {out} is a file; give a folder for results")
     if dummy_weights and len(sources) != 1:
-        raise InputError("--dummy-weights takes one model and no --baseline")
+        raise InputError("--dummy-weights needs exactly one model and no --baseline")
     skip = any(name in WORKLOADS for name in names)
     file = ReportFile(out, price_per_hour)
     with show_progress() as progress:
@@ -235,8 +225,8 @@ def bench(
     if style != "table":
         return
     stdout.print(limits_table(report))
-    if (whole := whole_model_table(report)) is not None:
-        stdout.print(whole)
+    if (estimates := whole_model_table(report)) is not None:
+        stdout.print(estimates)
     if out is not None:
         stdout.print(f"Result: {out / 'bench.json'}", soft_wrap=True)
         show_next(f"gteopt evaluate {' '.join(artifacts)} --suite mini --out {out}")
@@ -248,18 +238,18 @@ _WHERE = frozenset(
         *("as_json", "as_csv", "as_markdown"),
     }
 )
-"""Options that decide where an evaluation runs and what it keeps, not what it finds."""
+"""Options that do not change an evaluation's results, only where it runs and what it keeps."""
 
 
 def _asked(context: typer.Context) -> tuple[str, ...]:
-    """The options that were typed and decide what is found, as `EvalReport.asked` has them."""
+    """The typed options that results depend on, for `EvalReport.asked`."""
     words: list[str] = []
     for option in context.command.params:
         name, value = str(option.name), context.params.get(str(option.name))
         source = context.get_parameter_source(name)
         if source is None or source.name != "COMMANDLINE" or name in {"artifacts", *_WHERE}:
             continue
-        # Where a file lies is nobody else's business; what it is called is.
+        # A report may be published, so it names files without their folders.
         if isinstance(value, Path) or (name in ("suite", "baseline") and Path(str(value)).exists()):
             value = Path(str(value)).resolve().name
         words += [option.opts[0], str(value)]
@@ -269,17 +259,19 @@ def _asked(context: typer.Context) -> tuple[str, ...]:
 def _bench_spec(names: Sequence[str], query_tokens: int, n_queries: int, repeats: int) -> BenchSpec:
     from gteopt.config.plan import WORKLOADS, BenchSpec, Workload
 
-    found: list[Workload] = []
+    workloads: list[Workload] = []
     wrong = []
     for name in names:
         match = re.fullmatch(r"([1-9]\d*)x(~?)([1-9]\d*)", name, re.ASCII)
         if name in WORKLOADS:
-            found += WORKLOADS[name]
+            workloads += WORKLOADS[name]
         elif match is None:
             wrong.append(name)
         else:
             lengths: Literal["equal", "lognormal"] = "lognormal" if match[2] else "equal"
-            found.append(Workload(batch_size=int(match[1]), tokens=int(match[3]), lengths=lengths))
+            workloads.append(
+                Workload(batch_size=int(match[1]), tokens=int(match[3]), lengths=lengths)
+            )
     if wrong:
         raise InputError(
             f"--workload {', '.join(wrong)}: write TEXTSxTOKENS (8x128), TEXTSx~TOKENS for lengths "
@@ -289,7 +281,7 @@ def _bench_spec(names: Sequence[str], query_tokens: int, n_queries: int, repeats
         query_tokens=query_tokens,
         n_queries=n_queries,
         repeats=repeats,
-        workloads=tuple(dict.fromkeys(found)),
+        workloads=tuple(dict.fromkeys(workloads)),
     )
 
 
@@ -304,38 +296,40 @@ def evaluate(
         bool,
         typer.Option(
             "--examples",
-            help="put the own texts whose neighbours changed most, in clear, into --out",
+            help="store your texts whose neighbours changed most, readable, in --out",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
     languages: Languages = None,
     instruction: Annotated[
-        str | None, typer.Option(help="what the queries of --data are for", rich_help_panel=JUDGES)
+        str | None,
+        typer.Option(help="task that the queries of --data serve", rich_help_panel=JUDGES),
     ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="the base to judge against; the artifacts' own when left out",
+            help="base to compare with; the artifacts' own base when left out",
             rich_help_panel=JUDGES,
         ),
     ] = None,
     dims: Annotated[
         str | None,
         typer.Option(
-            help="lengths to score each in, from the same encodings: 256,128,64",
+            help="dimensions to score each artifact in, encoded once: 256,128,64",
             rich_help_panel=MEASURE,
         ),
     ] = None,
     vectors: Annotated[
         str | None,
         typer.Option(
-            help="codes to score each length in: float32,int8,binary", rich_help_panel=MEASURE
+            help="vector codes to score each artifact in: float32,int8,binary",
+            rich_help_panel=MEASURE,
         ),
     ] = None,
     margin: Annotated[
         float,
         typer.Option(
-            help="a difference of scores, 0 to 1, that does not matter; see policies",
+            help="a difference of scores (0 to 1) that does not matter to you",
             rich_help_panel=JUDGES,
         ),
     ] = 0.01,
@@ -343,31 +337,30 @@ def evaluate(
         bool,
         typer.Option(
             "--per-row",
-            help="verdicts hold for each row alone; without it, for all rows of the table together",
+            help="control the error rate of verdicts per row, not over the whole table",
             rich_help_panel=JUDGES,
         ),
     ] = False,
     stop_when: Annotated[
         Literal["decided"] | None,
         typer.Option(
-            help="decided: end a variant's task once its verdict cannot change; it is then no part "
-            "of the mean",
+            help="decided: stop a variant's task once its verdict is certain; the task is then "
+            "left out of the mean",
             rich_help_panel=JUDGES,
         ),
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(
-            help="score as a model's authors do: gte-authors, e5-authors, or a file",
-            callback=known_file("eval/protocols"),
-            autocompletion=names_of("eval/protocols"),
-            rich_help_panel=JUDGES,
+        shipped_option(
+            "eval/protocols",
+            JUDGES,
+            "score like a model's authors: gte-authors, e5-authors, or a file",
         ),
     ] = None,
     domain: Annotated[
         str | None,
         typer.Option(
-            help="only tasks of one of these domains of mteb: legal,medical", rich_help_panel=JUDGES
+            help="score only tasks of these mteb domains: legal,medical", rich_help_panel=JUDGES
         ),
     ] = None,
     budget: Budget = None,
@@ -375,18 +368,13 @@ def evaluate(
         bool,
         typer.Option(
             "--dry-run",
-            help="say what would be encoded, how long it takes, and stop",
+            help="only estimate what would be encoded, and how long it takes",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
     price_per_hour: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            callback=finite,
-            help="price of this machine in dollars, with --dry-run",
-            rich_help_panel=OUTPUT,
-        ),
+        price_option(OUTPUT, "price of the machine in dollars per hour, with --dry-run"),
     ] = None,
     out: Annotated[
         Path | None,
@@ -395,7 +383,7 @@ def evaluate(
     dtype: Annotated[
         str,
         typer.Option(
-            help="models compute in bfloat16 or float32; auto is that of the artifact's build",
+            help="dtype to compute in: bfloat16, float32, or auto (as the artifact was built)",
             rich_help_panel=WHERE,
         ),
     ] = "auto",
@@ -404,14 +392,14 @@ def evaluate(
         typer.Option(
             min=0,
             callback=finite,
-            help="most disk for cached vectors; those of earlier tasks go first",
+            help="limit of disk space for cached vectors; those of earlier tasks go first",
             rich_help_panel=WHERE,
         ),
     ] = 20,
     cache_dtype: Annotated[
         Literal["float16", "float32"],
         typer.Option(
-            help="how vectors are cached; float32 keeps scores to the sixth digit",
+            help="dtype of cached vectors; float32 keeps scores to the sixth digit",
             rich_help_panel=WHERE,
         ),
     ] = "float16",
@@ -436,21 +424,23 @@ def evaluate(
     data = check_own_data(data, texts, suite, roles, hub_dir)
     if examples and ((texts is None and data is None) or out is None):
         raise InputError(
-            "--examples keeps own texts in the results folder; give --texts or --data, and --out"
+            "--examples stores your texts in the results folder; give --texts or --data, and --out"
         )
     from gteopt.evaluation.data_check import check_data
     from gteopt.evaluation.suites import with_data
 
     if instruction is not None and data is None:
-        raise InputError("--instruction goes with --data; a suite's file names those of its tasks")
+        raise InputError(
+            "--instruction needs --data; a suite's tasks have instructions of their own"
+        )
     loaded = named_suite(suite, protocol, languages, domain) if suite else None
     if budget is not None:
-        asked_for = named([*([baseline] if baseline else []), *artifacts])
-        loaded = within(budget, loaded, asked_for, out, hub_dir)
+        candidates = named([*([baseline] if baseline else []), *artifacts])
+        loaded = within(budget, loaded, candidates, out, hub_dir)
     if data is not None:
         loaded = with_data(loaded, data, instruction=instruction, columns=roles)
     if not 0 < margin < 1:
-        raise InputError(f"--margin {margin:g}: give a share of a score, between 0 and 1")
+        raise InputError(f"--margin {margin:g}: give a difference of scores, between 0 and 1")
     if dry_run:
         if loaded is None:
             raise InputError("--dry-run counts the texts of a suite; give --suite or --data")
@@ -465,7 +455,7 @@ def evaluate(
         )
         return
     if loaded is not None:
-        check_data(loaded, hub_dir)  # before torch and mteb are imported, which takes longer
+        check_data(loaded, hub_dir)  # before the slow import of torch and mteb
     say("importing torch and the evaluation library")
     from gteopt.commands.evaluate import Setup, base_of, compare_texts, parse_grid, score
     from gteopt.evaluation.runner import EncodeOptions
@@ -493,11 +483,11 @@ def evaluate(
             stops=stop_when is not None,
         )
         if texts is not None:
-            close = compare_texts(sources, texts, out, how=how, columns=roles, progress=progress)
+            fidelity = compare_texts(sources, texts, out, how=how, columns=roles, progress=progress)
         elif loaded is not None:
             reports = score(sources, loaded, out, how=how, margin=margin, progress=progress)
     if texts is not None:
-        show_records(list(close.values()), fidelity_table(close), style)
+        show_records(list(fidelity.values()), fidelity_table(fidelity), style)
     else:
         table = eval_table(reports) if grid is None else grid_table(reports)
         show_records(list(reports.values()), table, style)
@@ -532,12 +522,14 @@ def _show_estimate(
 
 @contextmanager
 def _workers(devices: str | None, ray: str | None, device: str) -> Iterator[Workers | None]:
-    """Who encodes texts; None is this process."""
+    """The workers that encode texts; None stands for this process."""
     if devices is None and ray is None:
         yield None
         return
     if devices is not None and ray is not None:
-        raise InputError("--devices is for this machine, --ray for a cluster; give one of them")
+        raise InputError(
+            "--devices is for this machine, --ray for a cluster; give only one of them"
+        )
     import torch
 
     from gteopt.corpus.ray_actors import ray_workers
@@ -549,7 +541,7 @@ def _workers(devices: str | None, ray: str | None, device: str) -> Iterator[Work
             workers = stack.enter_context(local_workers(parse_devices(devices)))
         else:
             assert ray is not None
-            # Where --json writes, Ray tells which of a cluster's processes died.
+            # Ray prints messages on stdout, which would break the output of --json.
             stack.enter_context(redirect_stdout(sys.stderr))
             opened = ray_workers(ray, device=device, n_threads=torch.get_num_threads())
             workers = stack.enter_context(opened)

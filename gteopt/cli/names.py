@@ -1,4 +1,4 @@
-"""Names that a user types: which exist, and what was probably meant.
+"""Check names that a user types, and suggest known names.
 
 Refuses to know: torch, the network, what a name stands for.
 """
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a name that is no folder and cannot be one on the Hub.
+    """Refuse a name that is neither an existing folder nor a possible name on the Hub.
 
     Raises:
-        InputError: says whether it reads like a folder or like a name.
+        InputError: the message depends on whether the name looks like a folder.
     """
     if name == "nano" or Path(name).exists():
         return
     from gteopt.model.families import PUBLISHED
 
     if name in {published.rpartition("/")[2] for published in PUBLISHED}:
-        return  # `bench --dummy-weights` takes the name alone
-    reads_like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if reads_like_a_folder:
+        return  # `bench --dummy-weights` accepts the name without ORG/
+    looks_like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if looks_like_a_folder:
         raise InputError(f"there is no folder {name}; give an existing folder, nano or ORG/NAME")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
         raise InputError(
-            f"there is no folder {name}, and a model on the Hub is called ORG/NAME; "
+            f"there is no folder {name}, and models on the Hub are named ORG/NAME; "
             f"{suggest(name, ['nano', *PUBLISHED])}"
         )
 
 
 def names_of(kind: ShippedKind) -> Callable[[str], list[str]]:
-    """What a shell may complete: the shipped files of one kind."""
+    """A shell completion for the shipped files of one kind."""
 
     def complete(incomplete: str) -> list[str]:
         from gteopt.config.yaml_files import shipped_names

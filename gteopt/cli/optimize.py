@@ -1,4 +1,4 @@
-"""The command from a model to a decision: optimize."""
+"""The command that finds a variant within limits: optimize."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from gteopt.cli.options import (
     OwnTexts,
     SuiteName,
     finite,
+    price_option,
 )
 from gteopt.cli.output import print_json, say, show_progress, show_results, stdout, style_of
 from gteopt.cli.own_data import check_own_data, parse_columns, parse_list
@@ -54,7 +55,7 @@ def optimize(
     ] = None,
     min_speedup: Annotated[
         str | None,
-        typer.Option(help="bulk speed beside the baseline's: 1.5x", rich_help_panel=LIMITS),
+        typer.Option(help="bulk speed over the baseline's: 1.5x", rich_help_panel=LIMITS),
     ] = None,
     max_vector_bytes: Annotated[
         str | None, typer.Option(help="size of one stored vector: 256B", rich_help_panel=LIMITS)
@@ -66,7 +67,7 @@ def optimize(
     n_vectors: Annotated[
         str | None,
         typer.Option(
-            "--for", help="how many vectors --max-index is for: 50M", rich_help_panel=LIMITS
+            "--for", help="number of vectors for --max-index: 50M", rich_help_panel=LIMITS
         ),
     ] = None,
     max_cost: Annotated[
@@ -76,36 +77,33 @@ def optimize(
         ),
     ] = None,
     price_per_hour: Annotated[
-        float | None,
-        typer.Option(
-            min=0, callback=finite, help="price of the machine in dollars", rich_help_panel=LIMITS
-        ),
+        float | None, price_option(LIMITS, "price of the machine in dollars per hour, for costs")
     ] = None,
     min_quality: Annotated[
         str | None,
         typer.Option(
-            help="score kept for sure, or neighbours kept without labels: 99%",
+            help="share of the score to keep (95 % interval); of neighbours without labels: 99%",
             rich_help_panel=LIMITS,
         ),
     ] = None,
     goal: Annotated[
         Literal["size", "speed", "index", "cost", "quality"],
         typer.Option(
-            "--optimize", help="what to improve within the limits", rich_help_panel=LIMITS
+            "--optimize", help="what to optimise within the limits", rich_help_panel=LIMITS
         ),
     ] = "size",
     engine: Annotated[
         Literal["any", "sentence-transformers", "transformers", "vllm", "gteopt", "openvino"],
         typer.Option(
-            help="what opens the pick: any, sentence-transformers, transformers, vllm, gteopt, "
-            "openvino",
+            help="engine that must open the pick: any, sentence-transformers, transformers, vllm, "
+            "gteopt, openvino",
             metavar="ENGINE",
             rich_help_panel=WHERE,
         ),
     ] = "any",
     effort: Annotated[
         Literal["fast", "standard", "best"],
-        typer.Option(help="effort of the builds that are measured in full", rich_help_panel=WHERE),
+        typer.Option(help="effort of builds that are measured in full", rich_help_panel=WHERE),
     ] = "fast",
     hub_dir: HubDir = None,
     device: Device = "auto",
@@ -141,7 +139,7 @@ def optimize(
         min_quality=min_quality,
         optimize=goal,
     )
-    limits.policy(labelled=texts is None)  # refuses wrong amounts before anything is imported
+    limits.policy(labelled=texts is None)  # refuses wrong amounts before heavy imports
     roles = parse_columns(columns)
     data = check_own_data(data, texts, suite, roles, hub_dir)
     say("importing torch and the evaluation library")
@@ -157,7 +155,7 @@ def optimize(
     )
     search = Search(engine=engine, effort=effort, hub_dir=hub_dir, device=device)
     folder = out or Path("artifacts", Path(model).name)
-    say(f"looking at {model}")
+    say(f"inspecting {model}")
     proposal = propose(model, judges, limits, search, out=folder)
     if style == "table":
         _show_proposal(proposal)
@@ -179,16 +177,16 @@ def _show_proposal(proposal: Proposal) -> None:
 
     from gteopt.config.engines import engines_in_words
 
-    found = proposal.inspection
+    base = proposal.inspection
     stdout.print(
-        f"{found.id}: {found.architecture}, {found.n_parameters / 1e6:,.1f} M parameters, "
-        f"{found.dims} dimensions, at most {found.max_tokens:,} tokens",
+        f"{base.id}: {base.architecture}, {base.n_parameters / 1e6:,.1f} M parameters, "
+        f"{base.dims} dimensions, at most {base.max_tokens:,} tokens",
         soft_wrap=True,
     )
-    table = Table(title="recipes that could meet the limits", title_justify="left")
-    for name in ("recipe", "weights", "bytes a vector", "build", "disk", "opened by, or why not"):
+    table = Table(title="candidate recipes", title_justify="left")
+    for name in ("recipe", "weights", "bytes a vector", "build", "disk", "engines, or why not"):
         table.add_column(
-            name, justify="left" if name in ("recipe", "opened by, or why not") else "right"
+            name, justify="left" if name in ("recipe", "engines, or why not") else "right"
         )
     for trial in proposal.trials:
         estimate = trial.estimate
@@ -204,7 +202,7 @@ def _show_proposal(proposal: Proposal) -> None:
     stdout.print(table)
     least, most = (seconds / 60 for seconds in proposal.seconds)
     stdout.print(
-        f"about {least:.0f} to {most:.0f} minutes on {found.estimated_for.device}"  # type: ignore[union-attr]
+        f"about {least:.0f} to {most:.0f} minutes on {base.estimated_for.device}"  # type: ignore[union-attr]
         if most >= 1
         else "less than a minute"
     )

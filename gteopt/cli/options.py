@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share, each with its help."""
+"""Options and arguments that several commands share, with their help texts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -33,7 +33,7 @@ def known_device(context: typer.Context, value: str) -> str:
 
 
 def known_model(context: typer.Context, value: str | list[str] | None) -> str | list[str] | None:
-    """Refuse what can be neither a folder, "nano" nor a Hub id."""
+    """Refuse a name that is neither a folder, "nano" nor a possible Hub id."""
     if not context.resilient_parsing:
         for name in [value] if isinstance(value, str) else value or []:
             check_model_name(name)
@@ -60,6 +60,28 @@ def known_file(kind: ShippedKind) -> Callable[..., str | None]:
     return check
 
 
+def finite(value: float | None) -> float | None:
+    """Refuse infinity and NaN."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def shipped_option(kind: ShippedKind, panel: str, help: str) -> Any:
+    """An option that takes a shipped name or a YAML file, checked before the command runs."""
+    return typer.Option(
+        help=help,
+        callback=known_file(kind),
+        autocompletion=names_of(kind),
+        rich_help_panel=panel,
+    )
+
+
+def price_option(panel: str, help: str) -> Any:
+    """An option that takes a price per hour."""
+    return typer.Option(min=0, callback=finite, help=help, rich_help_panel=panel)
+
+
 Device = Annotated[
     str,
     typer.Option(help="auto, cpu, cuda or cuda:N", callback=known_device, rich_help_panel=WHERE),
@@ -67,7 +89,7 @@ Device = Annotated[
 OwnData = Annotated[
     Path | None,
     typer.Option(
-        help="own labels: a BEIR folder, a table of pairs or passages, or ORG/NAME of a data set",
+        help="your labelled data: BEIR folder, table of pairs or passages, or ORG/NAME on the Hub",
         metavar="FILE|FOLDER|NAME",
         rich_help_panel=JUDGES,
     ),
@@ -75,7 +97,7 @@ OwnData = Annotated[
 OwnTexts = Annotated[
     Path | None,
     typer.Option(
-        help="own texts without labels, one a line: closeness to the baseline decides",
+        help="your texts without labels, one per line; closeness to the baseline decides",
         metavar="FILE",
         rich_help_panel=JUDGES,
     ),
@@ -83,7 +105,7 @@ OwnTexts = Annotated[
 Columns = Annotated[
     str | None,
     typer.Option(
-        help="which column of a table is what: query=question,positive=answer",
+        help="column names by role: query=question,positive=answer",
         metavar="ROLE=NAME,...",
         rich_help_panel=JUDGES,
     ),
@@ -91,7 +113,7 @@ Columns = Annotated[
 Languages = Annotated[
     str | None,
     typer.Option(
-        help="score the suite in these languages alone: en,fr",
+        help="score the suite only in these languages: en,fr",
         metavar="CODE,...",
         rich_help_panel=JUDGES,
     ),
@@ -99,45 +121,26 @@ Languages = Annotated[
 Budget = Annotated[
     str | None,
     typer.Option(
-        help="score the tasks of the suite that fit this time and foretell its mean best: 30m",
+        help="score the tasks that fit this time and predict the suite's mean best: 30m",
         rich_help_panel=JUDGES,
     ),
 ]
 RecipeName = Annotated[
-    str,
-    typer.Option(
-        help="a shipped recipe (`gteopt recipes`), or a file",
-        callback=known_file("recipes"),
-        autocompletion=names_of("recipes"),
-        rich_help_panel=BUILD,
-    ),
+    str, shipped_option("recipes", BUILD, "a shipped recipe (`gteopt recipes`), or a file")
 ]
 RecipeChoice = Annotated[
     str | None,
-    typer.Option(
-        help="a shipped recipe, or a file; every shipped one when left out",
-        callback=known_file("recipes"),
-        autocompletion=names_of("recipes"),
-        rich_help_panel=BUILD,
+    shipped_option(
+        "recipes", BUILD, "a shipped recipe, or a file; all shipped recipes when left out"
     ),
 ]
 SuiteName = Annotated[
     str | None,
-    typer.Option(
-        help="a shipped suite (`gteopt suites`), or a file",
-        rich_help_panel=JUDGES,
-        callback=known_file("eval/suites"),
-        autocompletion=names_of("eval/suites"),
-    ),
+    shipped_option("eval/suites", JUDGES, "a shipped suite (`gteopt suites`), or a file"),
 ]
 PolicyName = Annotated[
     str,
-    typer.Option(
-        help="a shipped policy (`gteopt policies`), or a file",
-        callback=known_file("recipes/policies"),
-        autocompletion=names_of("recipes/policies"),
-        rich_help_panel=LIMITS,
-    ),
+    shipped_option("recipes/policies", LIMITS, "a shipped policy (`gteopt policies`), or a file"),
 ]
 PlanName = Annotated[
     str,
@@ -150,7 +153,7 @@ PlanName = Annotated[
 HubDir = Annotated[
     Path | None,
     typer.Option(
-        help="models and data sets lie in DIR/ORG/NAME; the network is never used",
+        help="read models and data sets from DIR/ORG/NAME, and never use the network",
         envvar="GTEOPT_HUB_DIR",
         metavar="DIR",
         rich_help_panel=WHERE,
@@ -159,7 +162,7 @@ HubDir = Annotated[
 BackendOption = Annotated[
     Literal["torch", "openvino"],
     typer.Option(
-        help="what computes the variants: openvino is faster on a CPU with VNNI or AMX",
+        help="library that computes variants; openvino is faster on CPUs with VNNI or AMX",
         rich_help_panel=WHERE,
     ),
 ]
@@ -167,14 +170,14 @@ Kernels = Annotated[
     str,
     typer.Option(
         "--kernels",
-        help="products of quantized layers on a CPU: deterministic, measured, decoded, or a name",
+        help="kernels of quantized layers on a CPU: deterministic, measured, decoded, or a name",
         rich_help_panel=WHERE,
     ),
 ]
 Devices = Annotated[
     str | None,
     typer.Option(
-        help="score with one process a device: cuda:0,cuda:1, or cpu,cpu",
+        help="score with one process per device: cuda:0,cuda:1, or cpu,cpu",
         metavar="LIST",
         rich_help_panel=WHERE,
     ),
@@ -182,7 +185,7 @@ Devices = Annotated[
 Ray = Annotated[
     str | None,
     typer.Option(
-        help="score on a Ray cluster: auto (the one that this machine is in), or HOST:PORT",
+        help="score on a Ray cluster: auto (this machine's cluster), or HOST:PORT",
         metavar="auto|ADDRESS",
         rich_help_panel=WHERE,
     ),
@@ -200,21 +203,21 @@ AsMarkdown = Annotated[
 Family = Annotated[
     str | None,
     typer.Option(
-        help="family of the base, where its files do not tell: gte-qwen",
+        help="model family, if the base's files do not tell it: gte-qwen",
         rich_help_panel=BUILD,
     ),
 ]
 EffortOption = Annotated[
     Literal["fast", "standard", "best"] | None,
     typer.Option(
-        help="effort of GPTQ recipes: standard and best also tune, and take longer",
+        help="effort of GPTQ recipes: standard and best also tune, which takes longer",
         rich_help_panel=BUILD,
     ),
 ]
 EmbedInt8 = Annotated[
     bool,
     typer.Option(
-        "--embed-int8", help="keep the token embedding table in int8 too", rich_help_panel=BUILD
+        "--embed-int8", help="store the token embedding table in int8 too", rich_help_panel=BUILD
     ),
 ]
 FormatOption = Annotated[
@@ -228,31 +231,26 @@ FormatOption = Annotated[
 KeptDtype = Annotated[
     str, typer.Option(help="dtype of the layers that are not quantized", rich_help_panel=BUILD)
 ]
-
-
-def finite(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a number that can be counted with")
-    return value
-
-
+Revision = Annotated[
+    str | None, typer.Option(help="commit or tag on the Hub", rich_help_panel=BUILD)
+]
 ActivationGb = Annotated[
     float,
     typer.Option(
         min=0,
         callback=finite,
-        help="memory for hidden states of calibration texts; the rest lies on disk meanwhile",
+        help="GiB of memory for hidden states of calibration texts; the rest goes to disk",
         rich_help_panel=WHERE,
     ),
 ]
 Out = Annotated[
     Path,
-    typer.Option(help="folder of the new artifact; must not exist yet", rich_help_panel=OUTPUT),
+    typer.Option(help="folder for the new artifact; must not exist yet", rich_help_panel=OUTPUT),
 ]
 Base = Annotated[str, typer.Argument(help="'nano', a folder, or ORG/NAME", callback=known_model)]
 Artifact = Annotated[Path, typer.Argument(help="artifact folder", callback=existing_folder)]
 Repo = Annotated[
-    str, typer.Option(help="ORG/NAME on the model hub", metavar="ORG/NAME", rich_help_panel=PUBLISH)
+    str, typer.Option(help="ORG/NAME on the Hub", metavar="ORG/NAME", rich_help_panel=PUBLISH)
 ]
 Artifacts = Annotated[
     list[str], typer.Argument(help="artifact folders, or bases", callback=known_model)

@@ -1,4 +1,4 @@
-"""What commands print: tables and JSON on stdout, notes on stderr."""
+"""Print results: tables and JSON on stdout, notes on stderr."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 class PlainConsole(Console):
-    """Prints every string as it is written: names of folders and foreign errors are no markup.
+    """Prints every string literally, because names and foreign errors may look like markup.
 
-    Control characters, which could move the cursor or change the title, are shown as escapes.
+    Control characters are shown as escapes, because they could move the cursor.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -37,16 +37,18 @@ class PlainConsole(Console):
         return super().render_str(visible(text), **{**options, "markup": False, "emoji": False})
 
 
-# Piped output has no width of its own; rich would assume 80 columns and drop some of a table's.
+# Piped output has no width. rich would assume 80 characters and drop columns of tables.
 stdout = PlainConsole(width=None if sys.stdout.isatty() else 120)
 stderr = PlainConsole(stderr=True)
 
 
 def show_progress() -> AbstractContextManager[Steps]:
+    """Progress bars on stderr."""
     return shown(stderr)
 
 
 def print_json(content: object) -> None:
+    """Print indented JSON on stdout."""
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
@@ -55,18 +57,18 @@ Style = Literal["table", "json", "csv", "markdown"]
 
 
 def style_of(as_json: bool, as_csv: bool = False, as_markdown: bool = False) -> Style:
-    """The one style that was asked for.
+    """The requested style.
 
     Raises:
-        InputError: several.
+        InputError: more than one style.
     """
     if as_json + as_csv + as_markdown > 1:
-        raise InputError("--json, --csv and --markdown exclude one another; give one of them")
+        raise InputError("--json, --csv and --markdown exclude each other; give only one")
     return "json" if as_json else "csv" if as_csv else "markdown" if as_markdown else "table"
 
 
 def print_table(table: Table, style: Style) -> None:
-    """A table for people, or its cells alone: as CSV, or as a Markdown table."""
+    """Print a table for people, or only its cells as CSV or Markdown."""
     if style == "table":
         stdout.print(table)
         return
@@ -80,13 +82,13 @@ def print_table(table: Table, style: Style) -> None:
 
 
 def _plain(cell: object) -> str:
-    """A cell's letters on one line, without markup."""
+    """A cell's text on one line, without markup."""
     text = cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain
     return " ".join(text.split())
 
 
 def show_record(record: Frozen, table: Table, style: Style) -> None:
-    """One record as JSON, or its table."""
+    """Print one record as JSON, or its table."""
     if style == "json":
         print_json(json.loads(record.model_dump_json(by_alias=True)))
     else:
@@ -94,7 +96,7 @@ def show_record(record: Frozen, table: Table, style: Style) -> None:
 
 
 def show_records(records: Sequence[Frozen], table: Table, style: Style) -> None:
-    """Several records as a JSON list, or their table."""
+    """Print several records as a JSON list, or their table."""
     if style == "json":
         print_json([json.loads(record.model_dump_json(by_alias=True)) for record in records])
     else:
@@ -102,7 +104,7 @@ def show_records(records: Sequence[Frozen], table: Table, style: Style) -> None:
 
 
 def show_results(results: Results, style: Style, *, folder: Path | None = None) -> None:
-    """The table of variants and the choice; with `folder`, how to use the pick."""
+    """Print the table of variants and the choice; with `folder`, also how to use the pick."""
     from gteopt.report.pick import pick_lines, use_lines
     from gteopt.report.terminal import fidelity_table, terminal_table
 
@@ -133,14 +135,14 @@ def _show_screening(folder: Path) -> None:
     for variant in record.variants:
         if variant.dropped is not None:
             stdout.print(
-                f"dropped after a look at {record.n_texts} texts: {variant.name} "
+                f"dropped in the screening on {record.n_texts} texts: {variant.name} "
                 f"({variant.neighbour_overlap:.0%} of neighbours kept): {variant.dropped}",
                 soft_wrap=True,
             )
 
 
 def say(sentence: str) -> None:
-    """What is done now, where a person waits and nothing else shows for some seconds."""
+    """Print on a terminal what a step of some seconds does."""
     if stderr.is_terminal:
         stderr.print(f"{sentence} ...", style="dim", markup=False, highlight=False, soft_wrap=True)
 
@@ -153,14 +155,14 @@ def show_manifest(
     was_there: bool = False,
     next_command: str | None = None,
 ) -> None:
-    """What an artifact is, where it lies, and the command that usually follows.
+    """Print an artifact's main facts, and a command to run next.
 
     Args:
-        manifest: of the artifact.
-        out: its folder.
-        as_json: print the record instead.
-        was_there: the same artifact was there before.
-        next_command: what is suggested; a measurement beside the base when left out.
+        manifest: the artifact's manifest.
+        out: the artifact's folder.
+        as_json: print the manifest instead.
+        was_there: the same artifact existed before.
+        next_command: suggested command; a measurement beside the base when left out.
     """
     if as_json:
         print_json(json.loads(manifest.model_dump_json(by_alias=True)))
@@ -173,71 +175,75 @@ def show_manifest(
         f"{' (already built)' if was_there else ''}",
         soft_wrap=True,
     )
-    seen = manifest.calibration
-    if seen is not None:
-        stdout.print(_calibrated_on(manifest, seen), soft_wrap=True)
-    if seen is not None and seen.n_cut:
+    calibration = manifest.calibration
+    if calibration is not None:
+        stdout.print(_calibrated_on(manifest, calibration), soft_wrap=True)
+    if calibration is not None and calibration.n_cut:
         stdout.print(
-            f"{seen.n_cut} of {seen.n_texts} calibration texts were longer than "
-            f"{seen.max_tokens} tokens and were cut there",
+            f"{calibration.n_cut} of {calibration.n_texts} calibration texts were longer than "
+            f"{calibration.max_tokens} tokens and were cut",
             soft_wrap=True,
         )
     command = f"gteopt bench {out} --baseline {manifest.base.id} --out {out}-results"
     show_next(next_command or command)
 
 
-def _calibrated_on(manifest: Manifest, seen: CalibrationRecord) -> str:
-    """How much the build looked at, and whether the widest solved layer saw too little of it."""
+def _calibrated_on(manifest: Manifest, calibration: CalibrationRecord) -> str:
+    """The size of the calibration texts, with a warning if they are few for the widest layer."""
     from gteopt.build.calibration_texts import few_tokens
 
-    told = f"calibrated on {seen.n_tokens:,} tokens of {seen.n_texts:,} texts ({seen.source})"
-    widest = max((each.in_features for each in manifest.layers if each.method == "gptq"), default=0)
-    too_few = few_tokens(seen.n_tokens, widest)
-    return told if too_few is None else f"{told}\nWarning: {too_few}"
+    size = (
+        f"calibrated on {calibration.n_tokens:,} tokens of {calibration.n_texts:,} texts "
+        f"({calibration.source})"
+    )
+    widths = (layer.in_features for layer in manifest.layers if layer.method == "gptq")
+    warning = few_tokens(calibration.n_tokens, max(widths, default=0))
+    return size if warning is None else f"{size}\nWarning: {warning}"
 
 
 def show_next(command: str) -> None:
-    """The command that usually follows."""
+    """Print a command to run next."""
     stdout.print(f"Next: {command}", markup=False, highlight=False, soft_wrap=True)
 
 
-def show_publication(done: Publication, out: Path | None, *, as_json: bool) -> None:
+def show_publication(publication: Publication, out: Path | None, *, as_json: bool) -> None:
+    """Print the files of a publication and where they are."""
     if as_json:
-        print_json(json.loads(done.model_dump_json(by_alias=True)))
+        print_json(json.loads(publication.model_dump_json(by_alias=True)))
         return
     from gteopt.model.artifact import is_read
 
-    table = Table(title=f"{out or done.url}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"{out or publication.url}", title_justify="left", box=None, pad_edge=False)
     table.add_column("file", overflow="fold")
     table.add_column("size", justify="right")
     table.add_column("")
-    for each in done.files:
-        state = "" if done.commit is None else "sent" if each.sent else "was there"
-        table.add_row(each.path, f"{each.n_bytes:,} bytes", state)
-    for path in done.deleted:
-        table.add_row(path, "", "deleted, of an earlier version")
-    for path in done.kept:
-        table.add_row(path, "", "kept, not of the artifact")
+    for file in publication.files:
+        state = "" if publication.commit is None else "sent" if file.sent else "already there"
+        table.add_row(file.path, f"{file.n_bytes:,} bytes", state)
+    for path in publication.deleted:
+        table.add_row(path, "", "deleted, from an earlier version")
+    for path in publication.kept:
+        table.add_row(path, "", "kept, not part of the artifact")
     stdout.print(table)
-    n_bytes = sum(each.n_bytes for each in done.files)
-    whole = f"{len(done.files)} files, {decimal(n_bytes, precision=2)}"
-    if done.commit is None:
+    n_bytes = sum(file.n_bytes for file in publication.files)
+    total = f"{len(publication.files)} files, {decimal(n_bytes, precision=2)}"
+    if publication.commit is None:
         stdout.print(
-            f"Not sent: {whole} for {done.repo}, written to {out}. The hub was not asked what is "
-            f"there: files that only an earlier version had will be deleted, others kept.",
+            f"Not sent: {total} for {publication.repo}, written to {out}. The Hub was not asked "
+            f"for its files. Publishing will delete files of an earlier version and keep others.",
             soft_wrap=True,
         )
         return
-    sent = sum(each.n_bytes for each in done.files if each.sent)
+    n_sent = sum(file.n_bytes for file in publication.files if file.sent)
     stdout.print(
-        f"{done.url} holds {whole}, {decimal(sent, precision=2)} of it sent now, "
-        f"commit {done.commit[:12]}",
+        f"{publication.url} holds {total}, of which {decimal(n_sent, precision=2)} were sent now, "
+        f"commit {publication.commit[:12]}",
         soft_wrap=True,
     )
-    if unknown := [path for path in done.kept if is_read(Path(path))]:
+    if unknown := [path for path in publication.kept if is_read(Path(path))]:
         stderr.print(
-            f"gteopt.load refuses {done.repo} while it holds {', '.join(unknown)}, which some "
-            f"loader might read and no hash covers; `gteopt pull` passes it over",
+            f"gteopt.load refuses {publication.repo} because it holds {', '.join(unknown)}: some "
+            f"loader might read it, and no hash covers it. `gteopt pull` ignores it.",
             style="yellow",
             markup=False,
             soft_wrap=True,
@@ -245,7 +251,7 @@ def show_publication(done: Publication, out: Path | None, *, as_json: bool) -> N
 
 
 def show_list(title: str, rows: list[dict[str, str]], style: Style) -> None:
-    """Names with what they stand for."""
+    """Print a list of names with their columns."""
     if style == "json":
         print_json(rows)
         return

@@ -1,6 +1,6 @@
-"""Options about a user's own data: what they say, and whether the data can be read.
+"""Parse the options for a user's own data, and check that the data can be read.
 
-Refuses to know: torch, the evaluation library; data are refused before these are imported.
+Refuses to know: torch and the evaluation library. Wrong data is refused before their import.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def parse_list(text: str | None) -> tuple[str, ...]:
-    """Names that commas separate."""
+    """The names in a comma-separated list."""
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
 def parse_columns(text: str | None) -> dict[ColumnRole, str]:
-    """Roles and names of `--columns query=question,positive=answer`.
+    """Column names by role, from `--columns query=question,positive=answer`.
 
     Raises:
-        InputError: no such form, or an unknown role.
+        InputError: not of this form, or an unknown role.
     """
     from typing import get_args
 
@@ -55,15 +55,15 @@ def check_own_data(
     """Refuse data that cannot be read, before large libraries are imported.
 
     Returns:
-        The file or folder of `--data`, which may have been the name of a data set.
+        The local file or folder of `--data`, also where `--data` names a data set.
     """
     from gteopt.evaluation.hub_tables import local_table
     from gteopt.evaluation.user_data import read_own, read_texts
 
     if texts is not None and (data is not None or suite is not None):
-        raise InputError("--texts has no labels to score; give it without --data and --suite")
+        raise InputError("--texts has no labels to score; leave out --data and --suite")
     if columns and data is None and texts is None:
-        raise InputError("--columns names the columns of --data or --texts; give one of them")
+        raise InputError("--columns needs --data or --texts, whose columns it names")
     if data is not None:
         data = local_table(data, hub_dir=hub_dir)
         read_own(data, columns)

@@ -1,4 +1,4 @@
-"""How far a long step is, on a screen or in a log.
+"""Show the progress of long steps on a terminal or in a log.
 
 Hides: rich's bars. Refuses to know: what a step is.
 """
@@ -27,7 +27,7 @@ _LINE_EVERY_S = 60.0
 
 @contextmanager
 def shown(console: Console) -> Iterator[Steps]:
-    """Steps whose progress a console shows; see `Steps`."""
+    """Steps that show their progress on a console; see `Steps`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -45,7 +45,7 @@ def shown(console: Console) -> Iterator[Steps]:
 
 
 class _Rate(ProgressColumn):
-    """Units of the step (texts, blocks) in a second."""
+    """Units of the step (texts, blocks) per second."""
 
     def render(self, task: Task) -> Text:
         """The speed of the last half minute."""
@@ -53,16 +53,16 @@ class _Rate(ProgressColumn):
 
 
 class _Left(ProgressColumn):
-    """How long the step will still take."""
+    """The remaining time of the step."""
 
     def render(self, task: Task) -> Text:
-        """Nothing where that is not known, or where the step is over."""
+        """The remaining time; empty where it is not known, or where the step is finished."""
         left = task.time_remaining
         return Text("" if not left else left_in_words(left))
 
 
 def left_in_words(seconds: float) -> str:
-    """A remaining time, as sure as it is: "about 22 s left", "about 3 min left".
+    """A remaining time, rounded: "about 22 s left", "about 3 min left".
 
     Example:
         >>> left_in_words(142)
@@ -75,15 +75,15 @@ def left_in_words(seconds: float) -> str:
 
 
 class Steps:
-    """A bar for the step at hand; a finished step leaves one line with its units and its time.
+    """A bar for the current step; a finished step leaves one line with its units and its time.
 
-    Where no terminal shows a bar (a batch job, nohup, CI), there is a line a minute instead.
+    Without a terminal (a batch job, nohup, CI), a line per minute replaces the bar.
     """
 
     def __init__(self, bars: Progress, clock: Callable[[], float] = time.monotonic) -> None:
         self._bars = bars
         self._clock = clock
-        self._said = 0.0
+        self._last_line = 0.0
         self._what: str | None = None
         self._task: TaskID | None = None
         self._since = 0.0
@@ -94,35 +94,36 @@ class Steps:
         if what != self._what:
             self.close()
             if self._bars.console.is_terminal:
-                self._bars.start()  # only now: an error before the first step leaves no empty bar
+                self._bars.start()  # not earlier: an error before any step would leave an empty bar
             self._what, self._since = what, self._clock()
-            self._said = self._since
+            self._last_line = self._since
             self._task = self._bars.add_task(what, total=total)
         assert self._task is not None
         self._total = total
         self._bars.update(self._task, completed=done, total=total)
         now = self._clock()
-        if not self._bars.console.is_terminal and now - self._said >= _LINE_EVERY_S:
-            self._said = now
+        if not self._bars.console.is_terminal and now - self._last_line >= _LINE_EVERY_S:
+            self._last_line = now
             rate = done / (now - self._since)
             is_known = rate > 0 and done < total
             left = f", {left_in_words((total - done) / rate)}" if is_known else ""
             self._line(f"{what}  {done:,}/{total:,} at {_rate(rate)}/s{left}")
 
     def close(self) -> None:
-        """The step at hand is over."""
+        """End the current step."""
         if self._task is not None:
             self._bars.remove_task(self._task)
-            took = self._clock() - self._since
-            rate = f"{self._total:,} at {_rate(self._total / took)}/s, " if self._total > 1 else ""
-            self._line(f"{self._what}  {rate}{took:.1f} s")
+            seconds = self._clock() - self._since
+            speed = _rate(self._total / seconds)
+            rate = f"{self._total:,} at {speed}/s, " if self._total > 1 else ""
+            self._line(f"{self._what}  {rate}{seconds:.1f} s")
             self._what = self._task = None
 
     def _line(self, text: str) -> None:
         self._bars.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
-        """Take the bar off the screen, also when the step at hand failed."""
+        """Remove the bar, also when the current step failed."""
         if self._bars.live.is_started:
             self._bars.stop()
 

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gteopt.cli.options import LIMITS, LISTEN, WHERE, BackendOption, Device, HubDir, Kernels, finite
+from gteopt.cli.options import (
+    LIMITS,
+    LISTEN,
+    WHERE,
+    BackendOption,
+    Device,
+    HubDir,
+    Kernels,
+    finite,
+    price_option,
+)
 from gteopt.cli.output import stderr, stdout
 
 if TYPE_CHECKING:
@@ -19,22 +29,23 @@ if TYPE_CHECKING:
 def serve(
     artifacts: Annotated[
         list[str],
-        typer.Argument(help="artifact folders or bases; NAME=ARTIFACT to choose the model's name"),
+        typer.Argument(help="artifact folders or bases; NAME=ARTIFACT sets the model's name"),
     ],
     host: Annotated[
         str,
         typer.Option(
-            help="address; 0.0.0.0 is every network",
+            help="address to listen on; 0.0.0.0 listens on every network",
             rich_help_panel=LISTEN,
         ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="port; 0 is any free one", rich_help_panel=LISTEN)
+        int,
+        typer.Option(min=0, max=65535, help="port; 0 takes any free port", rich_help_panel=LISTEN),
     ] = 8000,
     api_keys: Annotated[
         Path | None,
         typer.Option(
-            help="file of keys, one a line; nobody else may ask",
+            help="file with an API key per line; requests need one of them",
             metavar="FILE",
             rich_help_panel=LISTEN,
         ),
@@ -45,7 +56,7 @@ def serve(
     dtype: Annotated[
         str,
         typer.Option(
-            help="number type; auto is that of the artifact's build, or bfloat16",
+            help="dtype to compute in; auto is the dtype of the artifact's build, or bfloat16",
             rich_help_panel=WHERE,
         ),
     ] = "auto",
@@ -55,48 +66,46 @@ def serve(
         typer.Option(
             min=0.1,
             callback=finite,
-            help="seconds of work that may wait; later requests are told to come back",
+            help="seconds of work that may wait; further requests get an error to retry",
             rich_help_panel=LIMITS,
         ),
     ] = 30,
     max_batch_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="tokens computed together; measured when left out", rich_help_panel=LIMITS
+            min=1, help="tokens per batch; measured when left out", rich_help_panel=LIMITS
         ),
     ] = None,
     cache_mb: Annotated[
         int,
         typer.Option(
             min=0,
-            help="memory for vectors of texts that were asked for before",
+            help="MiB of memory to cache vectors of earlier texts",
             rich_help_panel=LIMITS,
         ),
     ] = 0,
     decode_tokens: Annotated[
         str | None,
         typer.Option(
-            help="tokenizer of token ids, cl100k_base say",
+            help="tokenizer that decodes requests of token ids, such as cl100k_base",
             metavar="NAME",
             rich_help_panel=LISTEN,
         ),
     ] = None,
     price_per_hour: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            help="price of this machine in dollars, for /metrics",
-            rich_help_panel=LISTEN,
-        ),
+        price_option(LISTEN, "price of the machine in dollars per hour, for /metrics"),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
-            help="web page whose scripts may ask", metavar="ORIGIN", rich_help_panel=LISTEN
+            help="origin of web pages whose scripts may send requests",
+            metavar="ORIGIN",
+            rich_help_panel=LISTEN,
         ),
     ] = None,
     log_requests: Annotated[
-        bool, typer.Option(help="log a line for each request", rich_help_panel=LISTEN)
+        bool, typer.Option(help="log a line per request", rich_help_panel=LISTEN)
     ] = False,
 ) -> None:
     """Serve artifacts as an OpenAI-compatible embeddings API.
@@ -104,10 +113,10 @@ def serve(
     Example: `gteopt serve artifacts/demo/gptq-int4`
     """
     from gteopt.commands.serve import ServerRuntime, check_installed, log_to, open_decoder
-    from gteopt.commands.serve import serve as run
+    from gteopt.commands.serve import serve as serve_until_stopped
 
     check_installed()
-    # Every pass has another shape; oneDNN keeps compiled kernels for 1,024 of them by default.
+    # Batches differ in shape, and oneDNN caches compiled kernels for 1,024 shapes by default.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     from gteopt.server.keys import read_keys
     from gteopt.server.settings import Settings
@@ -124,7 +133,7 @@ def serve(
     keys = read_keys(api_keys) if api_keys is not None else None
     if keys is None and host not in ("127.0.0.1", "::1", "localhost"):
         stderr.print(
-            f"gteopt: anybody who reaches {host} may use this server; give --api-keys FILE",
+            f"gteopt: anybody who can reach {host} may use this server; give --api-keys FILE",
             style="yellow",
             soft_wrap=True,
         )
@@ -139,7 +148,7 @@ def serve(
         hub_dir=hub_dir,
     )
     stderr.print(f"loading {', '.join(artifacts)}", style="dim", markup=False, soft_wrap=True)
-    code = run(artifacts, runtime, settings, keys, on_ready=_show_served)
+    code = serve_until_stopped(artifacts, runtime, settings, keys, on_ready=_show_served)
     raise typer.Exit(code)
 
 
@@ -147,8 +156,8 @@ def _show_served(url: str, service: Service) -> None:
     for name, served in service.models.items():
         stdout.print(
             f"{name}: {served.encoder.name}, {served.encoder.dims} dimensions, up to "
-            f"{served.tokenization.max_tokens:,} tokens a text, about {served.batch_tokens:,} a "
-            f"pass",
+            f"{served.tokenization.max_tokens:,} tokens a text, about {served.batch_tokens:,} "
+            f"tokens a batch",
             markup=False,
             highlight=False,
             soft_wrap=True,

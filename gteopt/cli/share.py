@@ -1,4 +1,4 @@
-"""Commands that move artifacts to and from the model hub: publish, pull."""
+"""Commands that send artifacts to the Hub and fetch them: publish, pull."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def publish(
     results: Annotated[
         Path | None,
         typer.Option(
-            help="results folder that measured this artifact, for its card", rich_help_panel=PUBLISH
+            help="results folder with this artifact's measurements, for its card",
+            rich_help_panel=PUBLISH,
         ),
     ] = None,
     license: Annotated[
         str | None,
         typer.Option(
-            help="license of the base, where the base states none",
+            help="license of the base model; needed when its model card states none",
             rich_help_panel=PUBLISH,
         ),
     ] = None,
@@ -40,21 +41,21 @@ def publish(
         bool,
         typer.Option(
             "--dry-run",
-            help="write the folder that would be sent; no network",
+            help="only write the folder that would be sent; no network",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="folder of --dry-run; ARTIFACT-published when left out", rich_help_panel=OUTPUT
+            help="folder for --dry-run; ARTIFACT-published when left out", rich_help_panel=OUTPUT
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send an artifact to the model hub, with a card that says what it is and what was measured.
+    """Send an artifact to the Hub, with a card that describes it and its measurements.
 
-    The access token is what `hf auth login` stored, or `HF_TOKEN`.
+    The access token comes from `hf auth login` or the variable `HF_TOKEN`.
 
     Example: `gteopt publish artifacts/nano-int4 --repo me/nano-int4 --dry-run`
     """
@@ -62,7 +63,7 @@ def publish(
     from gteopt.publishing.publish import publish as send
 
     if out is not None and not dry_run:
-        raise InputError("--out is where --dry-run writes; nothing is written without it")
+        raise InputError("--out needs --dry-run, which writes to that folder")
     datasets = None
     if results is not None:
         from gteopt.evaluation.tasks import hub_datasets
@@ -78,18 +79,18 @@ def publish(
         )
     if dry_run:
         out = out or artifact.with_name(f"{artifact.name}-published")
-        done = write_folder(folder, out)
+        publication = write_folder(folder, out)
     else:
-        done = send(folder, private=private)
-    show_publication(done, out, as_json=as_json)
+        publication = send(folder, private=private)
+    show_publication(publication, out, as_json=as_json)
 
 
 def pull(
-    repo: Annotated[str, typer.Argument(help="ORG/NAME on the model hub")],
+    repo: Annotated[str, typer.Argument(help="ORG/NAME on the Hub")],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="folder of the artifact; artifacts/NAME when left out", rich_help_panel=OUTPUT
+            help="folder for the artifact; artifacts/NAME when left out", rich_help_panel=OUTPUT
         ),
     ] = None,
     revision: Annotated[
@@ -97,15 +98,15 @@ def pull(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring a published artifact and check every file against its manifest.
+    """Download a published artifact and check every file against its manifest.
 
     Example: `gteopt pull me/nano-int4 --out artifacts/nano-int4`
     """
-    from gteopt.publishing.publish import pull as bring
+    from gteopt.publishing.publish import pull as download
 
     out = out or Path("artifacts", Path(repo).name)
     show_manifest(
-        bring(repo, out, revision=revision),
+        download(repo, out, revision=revision),
         out,
         as_json=as_json,
         next_command=f"gteopt inspect {out}",

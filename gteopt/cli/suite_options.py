@@ -1,4 +1,4 @@
-"""The suite that the options of a command leave: by language, domain, protocol and time.
+"""Filter a suite by a command's options: language, domain, protocol and time.
 
 Refuses to know: data, encoders, scores.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gteopt.cli.output import say
+from gteopt.cli.own_data import parse_list
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,21 +19,18 @@ if TYPE_CHECKING:
 def named_suite(
     name: str, protocol: str | None, languages: str | None, domain: str | None
 ) -> Suite:
-    """A suite by name or file, with what the options leave of it.
+    """A suite by name or file, filtered by the options.
 
     Raises:
-        InputError: an unknown name, or nothing is left.
+        InputError: an unknown name, or no task remains.
     """
     from gteopt.evaluation.suites import read_protocol, read_suite
     from gteopt.evaluation.task_facts import filter_suite, under_protocol
 
     suite = read_suite(name)
-    wanted = [
-        [each.strip() for each in (names or "").split(",") if each.strip()]
-        for names in (languages, domain)
-    ]
-    if any(wanted):
-        suite = filter_suite(suite, languages=wanted[0], domains=wanted[1])
+    codes, domains = parse_list(languages), parse_list(domain)
+    if codes or domains:
+        suite = filter_suite(suite, languages=codes, domains=domains)
     return suite if protocol is None else under_protocol(suite, read_protocol(protocol))
 
 
@@ -43,7 +41,7 @@ def within(
     out: Path | None,
     hub_dir: Path | None,
 ) -> Suite:
-    """The part of a suite that fits a time; says what it stands for.
+    """The part of a suite that fits a time; prints what it stands for.
 
     Raises:
         InputError: see `within_budget`.
@@ -53,7 +51,7 @@ def within(
     from gteopt.evaluation.task_choice import part_in_words
 
     if suite is None:
-        raise InputError("--budget chooses from a suite; give --suite")
+        raise InputError("--budget chooses tasks of a suite; give --suite")
     part = within_budget(sources, suite, parse_seconds("--budget", budget), out, hub_dir=hub_dir)
     say(part_in_words(part) or f"all of {suite.name} fits --budget {budget}")
     return part

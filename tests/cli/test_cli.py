@@ -102,16 +102,22 @@ def test_recipes_and_suites_list_what_ships(call: Call) -> None:
         (["quantize", "nano", "--out", "x", "--devices", "cpu,cuda:0"], "name each GPU once"),
         (["evaluate", "nano", "--suite", "mini", "--devices", "cpu", "--ray", "auto"], "one of th"),
         (["evaluate", "nano", "--suite", "mini", "--dtype", "float23"], "did you mean float32"),
-        (["evaluate", "nano", "--suite", "mini", "--out", __file__], "is a file; results need"),
+        (
+            ["evaluate", "nano", "--suite", "mini", "--out", __file__],
+            "is a file; give a folder for results",
+        ),
         (["evaluate", "nano", "--texts", "t", "--out", "x"], "t does not exist"),
-        (["evaluate", "nano", "--texts", "t", "--suite", "mini"], "without --data and --suite"),
-        (["evaluate", "nano", "--suite", "mini", "--instruction", "i"], "goes with --data"),
+        (["evaluate", "nano", "--texts", "t", "--suite", "mini"], "leave out --data and --suite"),
+        (
+            ["evaluate", "nano", "--suite", "mini", "--instruction", "i"],
+            "--instruction needs --data",
+        ),
         (["run", "dmo"], "did you mean demo"),
         (["run", "no/such/plan.yaml"], "no/such/plan.yaml does not exist"),
         (["bench", "nano", "--workload", "0x8"], "--workload 0x8: write TEXTSxTOKENS"),
         (["bench", "nano", "--workload", "lng"], "or a set: short, long"),
-        (["bench", "nano", "--recipe", "nf4"], "belong to --dummy-weights"),
-        (["publish", ".", "--repo", "a/b", "--out", "y"], "--out is where --dry-run writes"),
+        (["bench", "nano", "--recipe", "nf4"], "--recipe and --layers need --dummy-weights"),
+        (["publish", ".", "--repo", "a/b", "--out", "y"], "--out needs --dry-run"),
         (["export", "nano", "x"], "nano is not an artifact"),
         (["choose", ".", "--policy", "balanced"], "is not a results folder"),
         (["verify", "."], "is not an artifact"),
@@ -296,8 +302,8 @@ def test_memory_that_runs_out_is_one_line_and_other_errors_keep_their_traceback(
     ran = call(*command)
     assert ran.code == 1
     assert ran.err.splitlines() == [
-        "gteopt: memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB.); ask for less at "
-        "once, or for another --device"
+        "gteopt: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); use smaller "
+        "batches or another --device"
     ]
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(Encoder, "embed_tokens", fails(RuntimeError("a bug of ours")))
@@ -340,7 +346,7 @@ def test_ctrl_c_leaves_one_line_and_nothing_taken_for_whole(tmp_path: Path) -> N
     os.kill(child.pid, signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert "interrupted; what is finished is kept" in err
+    assert "interrupted; finished work is kept" in err
     assert "Traceback" not in err
     assert not out.exists()
     assert first_block.exists()
@@ -349,12 +355,12 @@ def test_ctrl_c_leaves_one_line_and_nothing_taken_for_whole(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "kept"),
     [
-        (("bench", "nano", "--out", "o"), "variants that were measured are kept"),
-        (("bench", "nano"), "nothing is kept, as no --out was given"),
+        (("bench", "nano", "--out", "o"), "measured variants are kept"),
+        (("bench", "nano"), "nothing is kept, because no --out was given"),
         (("bench", "nano", "--dummy-weights", "--out=o"), "nothing is kept"),
-        (("evaluate", "nano", "--suite", "mini"), "nothing is kept, as no --out was given"),
-        (("evaluate", "nano", "--suite", "mini", "--out=o"), "the same command goes on"),
-        (("run", "demo"), "the same command goes on"),
+        (("evaluate", "nano", "--suite", "mini"), "nothing is kept, because no --out was given"),
+        (("evaluate", "nano", "--suite", "mini", "--out=o"), "the same command resumes it"),
+        (("run", "demo"), "the same command resumes it"),
         (("verify", "."), "gteopt: interrupted\n"),
     ],
 )

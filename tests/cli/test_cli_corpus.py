@@ -46,7 +46,7 @@ def test_a_corpus_is_embedded_searched_and_verified(call: Call, tmp_path: Path) 
     assert call(*allowed)[0] == 0
     code, said, _ = call(*allowed, "--verify")
     assert code == 0
-    assert "1 shards whole; 41 rows, 40 vectors, 1 dead letters" in said
+    assert "1 shards intact; 41 rows, 40 vectors, 1 dead letters" in said
     code, said, _ = call("search", out, TEXTS[7], "--top", 2, "--device", "cpu")
     assert code == 0
     assert "  d7  7  entry 7" in said.splitlines()[1]
@@ -115,7 +115,7 @@ def test_sigterm_keeps_what_is_finished(tmp_path: Path, call: Call) -> None:
     job.send_signal(signal.SIGTERM)
     _, noted = job.communicate(timeout=120)
     assert job.returncode == 143
-    assert "what is finished is kept" in noted
+    assert "terminated; finished work is kept" in noted
     kept = folder_bytes(out / "data")
     assert 0 < len(kept) < 100
     assert not any((out / "_tmp").glob("*"))

@@ -23,7 +23,7 @@ HEAVY = ("torch", "transformers", "sentence_transformers", "mteb", "datasets", "
         (["quantize", "--base", "nano"], 2, "MODEL"),
         (["quantize", "nano", "--dims", "64"], 2, "truncate"),
         (["bench", "gte-Qwen2-7B-instruct", "--recipe"], 2, "requires an argument"),
-        (["recipes", "--csv", "--json"], 1, "exclude one another"),
+        (["recipes", "--csv", "--json"], 1, "exclude each other"),
         (["optimize", "nano", "--max-weights", "40"], 1, "write 40MB"),
         (["optimize", "nano", "--data", "no.csv"], 1, "no.csv does not exist"),
         (["optimize", "nano", "--texts", "t", "--data", "d"], 1, "has no labels to score"),

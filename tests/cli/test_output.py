@@ -42,7 +42,7 @@ def test_markdown_escapes_what_separates_cells(capsys: pytest.CaptureFixture[str
 
 def test_styles_exclude_one_another() -> None:
     assert (style_of(False), style_of(True), style_of(False, True)) == ("table", "json", "csv")
-    with pytest.raises(InputError, match="exclude one another"):
+    with pytest.raises(InputError, match="exclude each other"):
         style_of(True, True)
 
 

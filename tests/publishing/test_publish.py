@@ -319,7 +319,7 @@ def test_what_the_owner_put_beside_an_artifact_stays_and_does_not_spoil_it(
     ran = user.run("publish", newer, "--repo", REPO)
     assert ran.returncode == 0, ran.stderr
     for path in own:
-        assert re.search(rf"^{path} +kept, not of the artifact *$", ran.stdout, re.MULTILINE)
+        assert re.search(rf"^{path} +kept, not part of the artifact *$", ran.stdout, re.MULTILINE)
     assert on_hub(user.hub) == own | {
         path: data for path, data in on_hub(user.hub).items() if path in contents(newer)
     }
