@@ -1,4 +1,4 @@
-"""Judge an encoder: task scores through mteb, and fidelity to the baseline without labels.
+"""Judge an encoder: score tasks with mteb, and measure fidelity to the baseline without labels.
 
 Only this package imports mteb. Refuses to know: how a variant was made.
 """

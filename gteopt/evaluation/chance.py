@@ -1,9 +1,9 @@
-"""Whether a score says anything: what a model that knows nothing would get on the same data.
+"""Estimate the chance level of a score: the score of a model that knows nothing of the texts.
 
-Hides: what chance is for each kind of score. Refuses to know: models, tasks, mteb, files.
+Hides: how chance is computed for each kind of score. Refuses to know: models, tasks, mteb, files.
 
-A model that cannot read a language gets a score near chance there. Its variants keep that score
-whatever they lose, so that such a score belongs in no mean of what variants keep.
+A model that cannot read a language scores near chance on it. Its variants score near chance too,
+whatever quality they lose. Such scores are therefore left out of a suite's mean.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Chance:
-    """What a score is held against.
+    """The chance level of one score.
 
     Attributes:
         expected: score of a model that knows nothing, 0 to 1.
-        is_beaten: whether the score is surely above it, one-sided at 2.5 %.
+        is_beaten: whether the score is significantly above `expected`, one-sided at 2.5 %.
     """
 
     expected: float
@@ -38,16 +38,17 @@ class Chance:
 
 
 def chance_of(samples: Samples) -> Chance | None:
-    """Chance on one task, split and subset, and whether these entries beat it.
+    """The chance level of one task, split and subset, and whether these entries beat it.
 
-    Where the entries hold labels, these are shuffled 40 times among the units: the score has to be
-    above the mean of the shuffled scores by two of their standard deviations. Where the score is a
-    mean, each unit brings its own expectation: a random ranking's score of a query, the share of
-    the most frequent class of a text, 0 of a correlation. The mean excess has to be above 0 by its
-    t interval.
+    If the entries hold labels, the labels are shuffled 40 times among the units. The score must
+    then exceed the mean of the shuffled scores by two of their standard deviations.
+
+    If the score is a mean, each unit has an expected value by chance. For a query this is the score
+    of a random ranking, for a text the share of the most frequent class, for a correlation 0. The
+    t interval of the mean excess over these values must then lie above 0.
 
     Returns:
-        None where the entries do not tell what chance is.
+        None if chance cannot be computed from the entries.
     """
     if samples.statistic == "mean":
         return _of_mean(samples)
@@ -69,7 +70,7 @@ def _of_mean(samples: Samples) -> Chance | None:
 
 
 def _shuffled(samples: Samples, rng: np.random.Generator) -> Samples:
-    """The same answers with the labels of other units; a clustering keeps its own labels."""
+    """The same answers with shuffled labels; a clustering shuffles within each experiment."""
     gold = samples.arrays["gold"]
     if samples.statistic in CLUSTERINGS:
         experiment = samples.arrays["experiment"]
@@ -82,9 +83,9 @@ def _shuffled(samples: Samples, rng: np.random.Generator) -> Samples:
 
 
 def random_ranking(name: str, n_relevant: Array, n_documents: Array, depth: int) -> Floats:
-    """Expected score at `depth` of documents in random order, a value a query [Q].
+    """Expected score [Q] of each query at `depth`, if its documents are in random order.
 
-    Each place i holds a relevant document with probability R / N:
+    Each rank i holds a relevant document with probability R / N:
 
         recall      min(k, N) / N
         precision   R / N times min(k, N) / k
@@ -97,70 +98,70 @@ def random_ranking(name: str, n_relevant: Array, n_documents: Array, depth: int)
     relevant document scores 0.
 
     Args:
-        name: of the metric, as above.
-        n_relevant: R [Q].
-        n_documents: N [Q] that are ranked.
-        depth: k, the places that count.
+        name: the metric, as above.
+        n_relevant: R [Q], relevant documents.
+        n_documents: N [Q], ranked documents.
+        depth: k, how many ranks count.
     """
     relevant = np.asarray(n_relevant, np.float64)
     documents = np.maximum(np.asarray(n_documents, np.float64), 1)
-    places = np.minimum(documents, depth)
+    n_ranks = np.minimum(documents, depth)
     if name == "recall":
-        expected = np.where(relevant > 0, places / documents, 0.0)
+        expected = np.where(relevant > 0, n_ranks / documents, 0.0)
     elif name == "precision":
-        expected = relevant / documents * places / depth
+        expected = relevant / documents * n_ranks / depth
     elif name == "ndcg":
         discounts = np.r_[0.0, np.cumsum(1 / np.log2(np.arange(depth) + 2))]
         ideal = discounts[np.minimum(relevant, depth).astype(np.int64)]
-        gain = relevant / documents * discounts[places.astype(np.int64)]
+        gain = relevant / documents * discounts[n_ranks.astype(np.int64)]
         expected = np.divide(gain, ideal, out=np.zeros(len(ideal)), where=ideal > 0)
     else:
-        expected = _by_place(name, relevant, documents, depth)
+        expected = _by_rank(name, relevant, documents, depth)
     return expected
 
 
-def _by_place(name: str, relevant: Floats, documents: Floats, depth: int) -> Floats:
-    """The metrics that are sums over the places of a ranking; see `random_ranking`."""
+def _by_rank(name: str, relevant: Floats, documents: Floats, depth: int) -> Floats:
+    """The metrics that are sums over the ranks; see `random_ranking`."""
     expected = np.zeros(len(relevant))
-    none_yet = np.ones(len(relevant))  # P(no relevant document before this place)
+    none_yet = np.ones(len(relevant))  # P(no relevant document before this rank)
     others = np.maximum(documents - 1, 1)
-    for place in range(1, int(min(depth, documents.max(initial=0))) + 1):
-        left = np.maximum(documents - place + 1, 1)
-        is_ranked = place <= documents
+    for rank in range(1, int(min(depth, documents.max(initial=0))) + 1):
+        left = np.maximum(documents - rank + 1, 1)
+        is_ranked = rank <= documents
         first = none_yet * np.clip(relevant / left, 0, 1) * is_ranked
         none_yet = none_yet - first
         if name == "hit_rate":
             expected += first
         elif name == "mrr":
-            expected += first / place
+            expected += first / rank
         elif name == "map":
-            both = (place - 1) * (relevant - 1) / others
-            expected += is_ranked * (1 + both) / (documents * place)
+            both = (rank - 1) * (relevant - 1) / others
+            expected += is_ranked * (1 + both) / (documents * rank)
         else:
             raise ValueError(name)
     return np.where(relevant > 0, expected, 0.0)
 
 
 def counted(tasks: Sequence[TaskScore]) -> list[TaskScore]:
-    """The scores that a suite's mean is over: those above chance, or all where none is."""
+    """The scores that a suite's mean includes: those above chance, or all if none is."""
     above = [task for task in tasks if task.above_chance is not False]
     return above or list(tasks)
 
 
 def chance_notes(tasks: Sequence[TaskScore]) -> tuple[str, ...]:
-    """Which scores the mean leaves out; empty where it leaves out none."""
+    """Notes that name the scores that the mean leaves out; empty if it leaves out none."""
     below = [task for task in tasks if task.above_chance is False]
     if not below:
         return ()
     if len(below) == len(tasks):
         return (
-            "the baseline is above chance on no task, so these scores say nothing of what a "
-            "variant keeps; choose another suite or other languages",
+            "the baseline is above chance on no task, so these scores say nothing about the "
+            "variants; choose another suite or other languages",
         )
     named = ", ".join(_named(task) for task in below)
     return (
-        f"left out of the mean, because the baseline is not above chance there: {named}; "
-        f"--languages chooses",
+        f"left out of the mean, because the baseline is not above chance on it: {named}; "
+        f"--languages selects languages",
     )
 
 

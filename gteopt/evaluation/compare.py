@@ -1,6 +1,6 @@
-"""A variant's run beside its baseline's: differences with intervals, verdicts, fidelity.
+"""Compare a variant's run with its baseline's: differences with intervals, verdicts, fidelity.
 
-Refuses to know: how runs come about, mteb.
+Refuses to know: how runs are made, mteb.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from gteopt.records.evaluation import (
 )
 
 BaselineDraws = dict[SampleKey, Resampled]
-"""What was drawn of a baseline, which every comparison with it needs."""
+"""The resampled scores of a baseline, which every comparison with the baseline needs."""
 
 
 def compare(
@@ -58,25 +58,25 @@ def compare(
     margin: float = DEFAULT_MARGIN,
     drawn: BaselineDraws | None = None,
 ) -> EvalReport:
-    """A variant's scores beside its baseline's, with intervals, verdicts and fidelity.
+    """Compare a variant's scores with its baseline's: intervals, verdicts and fidelity.
 
-    Scores and retention are over the tasks that both finished. Verdicts are corrected for the
-    claims of this report alone; `settle` does it for those of several.
+    Scores and retention are over the tasks that both models finished. Verdicts are corrected for
+    the claims of this report alone; `settle` corrects them for the claims of several reports.
 
     Args:
-        baseline: its run of the same suite.
+        baseline: the baseline's run of the same suite.
         variant: the run that is judged.
-        variant_name: what the report calls it.
+        variant_name: name of the variant in the report.
         margin: a difference of scores (0 to 1) that does not matter.
-        drawn: what earlier comparisons with the same run drew of it; more is put in.
+        drawn: resampled scores from earlier comparisons with this baseline; new ones are added.
 
     Raises:
-        InputError: runs of different suites, or too few texts in common.
-        NumericsError: no task that both finished.
+        InputError: the runs are of different suites, or have too few texts in common.
+        NumericsError: the models finished no task in common.
     """
     if baseline.suite_sha256 != variant.suite_sha256:
         raise InputError(
-            f"{variant_name} was scored on suite {variant.suite.name}, its baseline on "
+            f"{variant_name} was scored on suite {variant.suite.name}, but its baseline on "
             f"{baseline.suite.name} with other tasks or data; score both on the same suite"
         )
     tasks, draws = compare_scores(baseline, variant, {} if drawn is None else drawn)
@@ -129,7 +129,7 @@ def compare(
 
 
 def _with_forecast(report: EvalReport, suite: Suite) -> EvalReport:
-    """The report of a part of a suite with what it says of the whole."""
+    """The report with a forecast of the whole suite's mean, if a part of a suite was scored."""
     stands = suite.stands_for
     if stands is None:
         return report
@@ -138,15 +138,16 @@ def _with_forecast(report: EvalReport, suite: Suite) -> EvalReport:
     for task in report.tasks:
         if task.task not in stopped:
             by_task.setdefault(task.task, []).append(task.score)
-    whole = foretold(stands, {name: float(np.mean(own)) for name, own in by_task.items()})
+    whole = foretold(stands, {name: float(np.mean(scores)) for name, scores in by_task.items()})
     if whole is None:
         missing = ", ".join(name for name in stands.weights if name not in by_task)
-        note = f"nothing is said of the whole {stands.suite}, as {missing} has no whole score"
+        note = f"there is no forecast for {stands.suite}, because {missing} has no whole score"
     else:
         note = (
-            f"{whole.suite}: mean over {whole.n_tasks} tasks foretold as {100 * whole.score:.1f} "
-            f"from {len(stands.weights)} of them, at most {100 * whole.error:.1f} points off for "
-            f"{whole.rate:.0%} of {whole.n_models} models that had no say in the choice"
+            f"{whole.suite}: the mean over {whole.n_tasks} tasks is forecast as "
+            f"{100 * whole.score:.1f} from {len(stands.weights)} of them; the forecast was at most "
+            f"{100 * whole.error:.1f} points off for {whole.rate:.0%} of {whole.n_models} models "
+            f"that were not used to choose the tasks"
         )
     return report.model_copy(update={"whole_suite": whole, "notes": (*report.notes, note)})
 
@@ -154,18 +155,18 @@ def _with_forecast(report: EvalReport, suite: Suite) -> EvalReport:
 def _notes(
     baseline: SuiteRun, variant: SuiteRun, tasks: Sequence[TaskScore], sure: SuiteInterval
 ) -> tuple[str, ...]:
-    """What of the scores is out of the ordinary."""
-    of_tasks = (*chance_notes(tasks), *_about_stops(tasks))
-    return (*of_tasks, *variant.notes, *sure.notes, *_elsewhere(baseline, variant))
+    """Everything unusual about the scores, as notes of the report."""
+    of_tasks = (*chance_notes(tasks), *_stop_notes(tasks))
+    return (*of_tasks, *variant.notes, *sure.notes, *_condition_notes(baseline, variant))
 
 
 def _failed(baseline: SuiteRun, variant: SuiteRun) -> tuple[FailedTask, ...]:
-    """Tasks that either of the two could not finish."""
-    own = {task.task for task in variant.failed}
+    """Tasks that the variant or the baseline could not finish."""
+    failed_names = {task.task for task in variant.failed}
     return variant.failed + tuple(
         FailedTask(task=task.task, reason=f"the baseline failed: {task.reason}")
         for task in baseline.failed
-        if task.task not in own
+        if task.task not in failed_names
     )
 
 
@@ -177,25 +178,25 @@ def _no_retention(baseline: str, score: float) -> str:
 
 
 def _with_reference(report: EvalReport, run: SuiteRun) -> EvalReport:
-    """The report of a baseline with what was published for it, where something was."""
+    """The report of a baseline with its published scores, if there are any."""
     reference = None if run.hub_id is None else find_reference(run.hub_id)
     if reference is None:
         return report
     report = beside_published(report, reference)
-    notes = (*report.notes, *_about_average(report, run.suite))
+    notes = (*report.notes, *_average_notes(report, run.suite))
     return report.model_copy(update={"notes": notes})
 
 
 class Scored(Protocol):
-    """What a comparison needs of one model: a run, or a file of item scores."""
+    """The scores of one model that a comparison needs: a run, or a file of item scores."""
 
     @property
     def encoder(self) -> str:
-        """Its name."""
+        """Name of the model."""
 
     @property
     def encoder_sha256(self) -> str:
-        """Identifies it."""
+        """Identifies the model."""
 
     @property
     def suite_sha256(self) -> str:
@@ -207,13 +208,17 @@ class Scored(Protocol):
 
     @property
     def item_scores(self) -> Mapping[SampleKey, Samples]:
-        """What each score is made of."""
+        """The entries that each score is computed from."""
 
 
 def compare_scores(
     baseline: Scored, variant: Scored, drawn: BaselineDraws
 ) -> tuple[list[TaskScore], dict[SampleKey, Draws]]:
-    """Every task, split and subset that both finished, and the draws of those with an interval."""
+    """Compare every task, split and subset that both models finished.
+
+    Returns:
+        The compared scores, and the draws of those that have an interval.
+    """
     theirs = {(score.task, score.split, score.subset): score for score in baseline.scores}
     draws: dict[SampleKey, Draws] = {}
     tasks = []
@@ -224,11 +229,10 @@ def compare_scores(
         paired = _paired(baseline, variant, theirs[key], score, drawn)
         if isinstance(paired, Draws):
             draws[key] = paired
-        own = drawn[key].chance if key in drawn else None
+        chance = drawn[key].chance if key in drawn else None
         samples = variant.item_scores.get(key)
-        tasks.append(
-            _task_score(score, _of_items(baseline, theirs[key], score), paired, samples, own)
-        )
+        baseline_score = _baseline_score(baseline, theirs[key], score)
+        tasks.append(_task_score(score, baseline_score, paired, samples, chance))
     return tasks, draws
 
 
@@ -241,24 +245,25 @@ def compare_item_scores(
 ) -> ItemComparison:
     """Differences, intervals and verdicts from two files of item scores, without a model.
 
-    Example: `compare_item_scores(Path("base/items/nano.parquet"), Path("mine/items/int8.parquet"))`
-
     Args:
         baseline: file of the baseline, from `evaluate --out`.
         variant: file of the variant, which may come from another machine.
         margin: a difference of scores (0 to 1) that does not matter.
-        correction: what the error rate of verdicts holds for; see `settle`.
+        correction: the set of claims that the error rate holds for; see `settle`.
 
     Raises:
         IntegrityError: a file that holds no item scores.
         InputError: files of different suites, data or protocols, or no task in common.
+
+    Example:
+        >>> compare_item_scores(Path("base/items/nano.parquet"), Path("mine/items/int8.parquet"))
     """
     theirs, ours = read_item_scores(baseline), read_item_scores(variant)
     if theirs.suite_sha256 != ours.suite_sha256:
         raise InputError(
-            f"{variant} was scored on suite {ours.header.suite} ({ours.suite_sha256[:12]}), "
-            f"{baseline} on {theirs.header.suite} ({theirs.suite_sha256[:12]}): other tasks, data "
-            f"or protocol; score both on the same suite"
+            f"{variant} was scored on suite {ours.header.suite} ({ours.suite_sha256[:12]}), but "
+            f"{baseline} on {theirs.header.suite} ({theirs.suite_sha256[:12]}): tasks, data or "
+            f"protocol differ; score both on the same suite"
         )
     tasks, draws = compare_scores(theirs, ours, {})
     if not tasks:
@@ -268,10 +273,10 @@ def compare_item_scores(
     same = ours.encoder_sha256 == theirs.encoder_sha256
     difference = sure.difference
     if difference is not None:
-        of_suite: Verdict = "equivalent"  # as a model is to itself
+        suite_verdict: Verdict = "equivalent"  # a model is equivalent to itself
         if not same:
-            of_suite = judge({"suite": (difference, margin)}, correction)["suite"]
-        difference = difference.model_copy(update={"verdict": of_suite})
+            suite_verdict = judge({"suite": (difference, margin)}, correction)["suite"]
+        difference = difference.model_copy(update={"verdict": suite_verdict})
     places = [(scored.header.machine, scored.header.versions) for scored in (theirs, ours)]
     differing = differing_conditions(places[0], places[1])
     notes = [f"the baseline was scored with {differing}"] if differing else []
@@ -292,14 +297,14 @@ def compare_item_scores(
         n_interval_tasks=sure.n_tasks,
         margin=margin,
         correction=correction,
-        notes=(*chance_notes(tasks), *_about_stops(tasks), *sure.notes, *notes),
+        notes=(*chance_notes(tasks), *_stop_notes(tasks), *sure.notes, *notes),
     )
 
 
 def _judged(
     tasks: Sequence[TaskScore], margin: float, correction: Correction, *, same_model: bool
 ) -> list[TaskScore]:
-    """The tasks with their verdicts; a model beside itself is equivalent."""
+    """The tasks with their verdicts; a model is equivalent to itself."""
     claims = {
         (task.task, task.split, task.subset): (task.difference, margin)
         for task in tasks
@@ -310,18 +315,18 @@ def _judged(
     for task in tasks:
         difference = task.difference
         if difference is not None:
-            of_task = verdicts.get((task.task, task.split, task.subset), "equivalent")
-            difference = difference.model_copy(update={"verdict": of_task})
+            task_verdict = verdicts.get((task.task, task.split, task.subset), "equivalent")
+            difference = difference.model_copy(update={"verdict": task_verdict})
         judged.append(task.model_copy(update={"difference": difference}))
     return judged
 
 
 @dataclass(frozen=True)
 class SuiteInterval:
-    """How sure the difference of a suite's means is; fields as in `EvalReport`.
+    """The interval of a suite's mean difference; fields as in `EvalReport`.
 
     Attributes:
-        notes: which tasks are left out, where some are.
+        notes: name the tasks that are left out; empty if none is.
     """
 
     difference: Difference | None = None
@@ -332,11 +337,11 @@ class SuiteInterval:
 
 
 def suite_interval(tasks: Sequence[TaskScore], draws: Mapping[SampleKey, Draws]) -> SuiteInterval:
-    """The interval of a suite's mean, over the tasks whose every split and subset has draws.
+    """The interval of a suite's mean, over the tasks that have draws for every split and subset.
 
     Args:
-        tasks: that both models finished.
-        draws: by task, split and subset; tasks without stay out, and a note says so.
+        tasks: scores that both models finished.
+        draws: by task, split and subset. Tasks without draws are left out, and a note names them.
     """
     names = list(dict.fromkeys(task.task for task in tasks))
     without = {task.task for task in tasks if (task.task, task.split, task.subset) not in draws}
@@ -346,7 +351,7 @@ def suite_interval(tasks: Sequence[TaskScore], draws: Mapping[SampleKey, Draws])
     by_task: dict[str, list[Draws]] = {}
     for task in known:
         by_task.setdefault(task.task, []).append(draws[task.task, task.split, task.subset])
-    overall = mean_of([mean_of(own) for own in by_task.values()])
+    overall = mean_of([mean_of(task_draws) for task_draws in by_task.values()])
     value = mean_over_tasks((task.task, task.score - task.baseline_score) for task in known)
     has_retention = mean_over_tasks((task.task, task.baseline_score) for task in known) > 0
     low, high = interval(overall.retention) if has_retention else (None, None)
@@ -355,7 +360,7 @@ def suite_interval(tasks: Sequence[TaskScore], draws: Mapping[SampleKey, Draws])
         left_out = ", ".join(name for name in names if name in without)
         notes = (
             f"the suite's interval and verdict are over {len(by_task)} of {len(names)} tasks; "
-            f"{left_out} has no interval",
+            f"tasks without an interval: {left_out}",
         )
     return SuiteInterval(difference_of(overall, value), low, high, len(by_task), notes)
 
@@ -365,13 +370,13 @@ def _stopped_names(tasks: Sequence[TaskScore]) -> list[str]:
 
 
 def _whole(tasks: Sequence[TaskScore]) -> list[TaskScore]:
-    """The tasks that a mean may be over: none of which any part was stopped, or all if none is."""
+    """The tasks of which no part was stopped; all tasks if there are none."""
     stopped = _stopped_names(tasks)
     return [task for task in tasks if task.task not in stopped] or list(tasks)
 
 
-def _about_stops(tasks: Sequence[TaskScore]) -> list[str]:
-    """What of the tasks was scored, where some were stopped once decided."""
+def _stop_notes(tasks: Sequence[TaskScore]) -> list[str]:
+    """Notes on tasks that were stopped once their verdict was decided."""
     stopped = _stopped_names(tasks)
     if not stopped:
         return []
@@ -381,33 +386,36 @@ def _about_stops(tasks: Sequence[TaskScore]) -> list[str]:
             subset = "" if task.subset == "default" else f" {task.subset}"
             notes.append(
                 f"{task.task}{subset}: decided and stopped after {task.sequential.n_scored:,} of "
-                f"{task.sequential.n_all:,}; both scores are over these"
+                f"{task.sequential.n_all:,} items; both models' scores are over these items"
             )
     n_tasks = len({task.task for task in tasks})
     if len(stopped) < n_tasks:
         rest = f"the mean is over the {n_tasks - len(stopped)} of {n_tasks} tasks scored whole"
     else:
         rest = "every task was stopped, so the mean is over parts of tasks"
-    return [*notes, f"{rest}; the suite has no interval and no verdict, as tasks were stopped"]
-
-
-def _about_average(report: EvalReport, suite: Suite) -> list[str]:
-    """Why the average on a model's card cannot be compared, where the suite has other tasks."""
-    average, changes = report.published_average, suite.published
-    if average is None or changes is None or not (changes.missing or changes.added):
-        return []
-    more = f", and has {', '.join(changes.added)} in addition" if changes.added else ""
     return [
-        f"the card's average for {average.benchmark} cannot be compared: it is over "
-        f"{average.n_tasks} tasks, of which the suite lacks {', '.join(changes.missing)}{more}"
+        *notes,
+        f"{rest}; the suite has no interval and no verdict, because tasks were stopped",
     ]
 
 
-def _elsewhere(baseline: SuiteRun, variant: SuiteRun) -> list[str]:
-    """A sentence where the two were not scored in the same environment."""
-    own = {"backend", "arithmetic", "dtype"}  # of a model, not of where it ran
+def _average_notes(report: EvalReport, suite: Suite) -> list[str]:
+    """Why the average on a model's card cannot be compared, if the suite has other tasks."""
+    average, changes = report.published_average, suite.published
+    if average is None or changes is None or not (changes.missing or changes.added):
+        return []
+    more = f", and it has {', '.join(changes.added)} in addition" if changes.added else ""
+    return [
+        f"the card's average for {average.benchmark} cannot be compared: it is over "
+        f"{average.n_tasks} tasks, and the suite lacks {', '.join(changes.missing)}{more}"
+    ]
+
+
+def _condition_notes(baseline: SuiteRun, variant: SuiteRun) -> list[str]:
+    """A note if the two models were scored in different environments."""
+    of_model = {"backend", "arithmetic", "dtype"}  # these describe the model, not the environment
     places = [
-        (run.machine, {name: each for name, each in run.versions.items() if name not in own})
+        (run.machine, {name: v for name, v in run.versions.items() if name not in of_model})
         for run in (baseline, variant)
     ]
     differing = differing_conditions(places[0], places[1])
@@ -415,38 +423,38 @@ def _elsewhere(baseline: SuiteRun, variant: SuiteRun) -> list[str]:
 
 
 def _paired(
-    baseline: Scored, variant: Scored, theirs: SubsetScore, ours: SubsetScore, draws_: BaselineDraws
+    baseline: Scored, variant: Scored, theirs: SubsetScore, ours: SubsetScore, drawn: BaselineDraws
 ) -> Draws | str:
-    """Draws of one task's scores, or why there are none."""
-    for who, score in (("the baseline", theirs), ("the variant", ours)):
+    """Draws of one task's scores, or the reason why there are none."""
+    for model, score in (("the baseline", theirs), ("the variant", ours)):
         if score.no_samples is not None:
-            return f"{who}: {score.no_samples}"
+            return f"{model}: {score.no_samples}"
     key = ours.task, ours.split, ours.subset
-    samples, others = variant.item_scores[key], _items(baseline, key, ours)
-    if not samples.pairs_with(others):
-        return f"the two models were scored on other {samples.unit} sets"
+    samples, baseline_samples = variant.item_scores[key], _items(baseline, key, ours)
+    if not samples.pairs_with(baseline_samples):
+        return f"the two models were scored on different {samples.unit} sets"
     if samples.n_units < MIN_UNITS:
         return f"{samples.n_units} of unit {samples.unit}; an interval needs {MIN_UNITS}"
     same = variant.encoder_sha256 == baseline.encoder_sha256
     if ours.is_stopped:
-        draws = paired_draws(samples, others, same_model=same)
+        draws = paired_draws(samples, baseline_samples, same_model=same)
     else:
-        if key not in draws_:
-            draws_[key] = resample(others)
-        draws = paired_draws(samples, draws_[key], same_model=same)
+        if key not in drawn:
+            drawn[key] = resample(baseline_samples)
+        draws = paired_draws(samples, drawn[key], same_model=same)
     assert draws is not None
     return draws if ours.sequential is None else widened(draws, ours.sequential)
 
 
 def _items(baseline: Scored, key: SampleKey, ours: SubsetScore) -> Samples:
-    """Entries of the baseline: of the same items as the variant's, where these were stopped."""
+    """The baseline's entries; if the variant was stopped, only those of the items it scored."""
     samples = baseline.item_scores[key]
     if ours.sequential is None or ours.sequential.n_all != samples.n_units:
         return samples
     return part_of(samples, ours.sequential.n_scored)
 
 
-def _of_items(baseline: Scored, theirs: SubsetScore, ours: SubsetScore) -> SubsetScore:
+def _baseline_score(baseline: Scored, theirs: SubsetScore, ours: SubsetScore) -> SubsetScore:
     """The baseline's score over the items that the variant was scored on."""
     key = ours.task, ours.split, ours.subset
     if not ours.is_stopped or key not in baseline.item_scores:
@@ -457,23 +465,23 @@ def _of_items(baseline: Scored, theirs: SubsetScore, ours: SubsetScore) -> Subse
 def _task_score(
     ours: SubsetScore,
     theirs: SubsetScore,
-    drawn: Draws | str,
+    draws: Draws | str,
     samples: Samples | None,
     chance: Chance | None,
 ) -> TaskScore:
-    has_interval = isinstance(drawn, Draws) and samples is not None
-    # Where either is of some of the items alone, the score of the two is no whole one.
+    has_interval = isinstance(draws, Draws) and samples is not None
+    # If either model was stopped, the comparison is over a part of the items.
     stopped = theirs if theirs.is_stopped and not ours.is_stopped else ours
     return TaskScore(
         **ours.model_dump(exclude={"no_samples", "sequential"}),
         sequential=stopped.sequential,
         baseline_score=theirs.score,
-        difference=difference_of(drawn, ours.score - theirs.score)
-        if isinstance(drawn, Draws)
+        difference=difference_of(draws, ours.score - theirs.score)
+        if isinstance(draws, Draws)
         else None,
         unit=samples.unit if samples and has_interval else None,
         n_units=samples.n_units if samples and has_interval else None,
         chance=None if chance is None else chance.expected,
         above_chance=None if chance is None else chance.is_beaten,
-        no_interval=drawn if isinstance(drawn, str) else None,
+        no_interval=draws if isinstance(draws, str) else None,
     )

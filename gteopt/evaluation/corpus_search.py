@@ -1,8 +1,8 @@
-"""The searches of one task for several views, in one reading of the corpus.
+"""Search a corpus for all views of a task at once, so that the corpus is read only once.
 
-A corpus of millions of texts fits neither the memory nor, often, the cache of vectors. While a part
-of it is in memory it is therefore coded and searched for every view, and nothing is left of it but
-each query's best.
+A corpus of millions of texts does not fit into memory, and often not into the cache of vectors.
+Each block of vectors is therefore coded and searched for every view while it is in memory. Only the
+best documents of each query are kept.
 
 Refuses to know: mteb, texts, how they are encoded.
 """
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 Ranking = tuple[npt.NDArray[np.intp], Floats]
-"""Rows of the corpus that answer one query, best first, and their scores."""
+"""Rows of the best documents of one query, best first, and their scores."""
 
 _BLOCK_PAIRS = 1 << 10
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one search found.
+    """Results of one search for all views.
 
     Attributes:
-        rankings: by SHA-256 of the view, one a query.
-        asked: texts that it took; of these, none encoded for whoever is given it afterwards.
+        rankings: by SHA-256 of the view, one ranking a query.
+        asked: texts that the search asked for. Other views that take the result encode none.
     """
 
     rankings: Mapping[str, Sequence[Ranking]]
@@ -47,42 +47,42 @@ class Answers:
 
 
 class Searches:
-    """What was found for views that are scored later, by what was asked."""
+    """Keeps the results of searches for views that are scored later."""
 
     def __init__(self, views: Sequence[View]) -> None:
-        """Searches for `views`, each of which asks for its results once."""
+        """Search for all `views` at once; each view asks for its results once."""
         self._views = views
-        self._found: dict[bytes, Answers] = {}
+        self._answers: dict[bytes, Answers] = {}
 
     def answers(
         self, key: bytes, view: View, search: Callable[[Sequence[View]], Answers]
     ) -> tuple[Sequence[Ranking], Encodings]:
-        """Results of a search and what they took, if another view's has not taken it already.
+        """A view's results of a search, and the texts that it took from an earlier search.
 
         Args:
-            key: stands for queries, corpus and depth.
-            view: whose results are wanted.
-            search: called with all views, unless an earlier view's search has found them.
+            key: identifies queries, corpus and depth.
+            view: the view whose results are returned.
+            search: called with all views, unless an earlier search has the results already.
         """
-        there = self._found.get(key)
-        is_new = there is None or view.sha256 not in there.rankings
+        answers = self._answers.get(key)
+        is_new = answers is None or view.sha256 not in answers.rankings
         if is_new:
-            there = search(self._views)
-        assert there is not None
-        # Not kept: a thousand results of each of ten thousand queries take a gigabyte.
-        rest = {sha: each for sha, each in there.rankings.items() if sha != view.sha256}
-        self._found[key] = Answers(rest, there.asked)
-        return there.rankings[view.sha256], Encodings() if is_new else there.asked
+            answers = search(self._views)
+        assert answers is not None
+        # A view's results are dropped once returned: for 10,000 queries they can take a gigabyte.
+        rest = {sha: ranking for sha, ranking in answers.rankings.items() if sha != view.sha256}
+        self._answers[key] = Answers(rest, answers.asked)
+        return answers.rankings[view.sha256], Encodings() if is_new else answers.asked
 
 
 class _Searching(Protocol):
-    """A search that is fed a corpus block by block."""
+    """A search to which a corpus is added block by block."""
 
     def add(self, codes: npt.NDArray[np.generic]) -> None:
-        """The next documents, as the view stores them."""
+        """Search the next documents, which are coded as the view stores them."""
 
     def rankings(self) -> list[Ranking]:
-        """What each query found."""
+        """The ranking of each query."""
 
 
 def search_all(
@@ -93,23 +93,24 @@ def search_all(
     candidates: Sequence[npt.NDArray[np.intp]] | None = None,
     products: Products = on_cpu,
 ) -> dict[str, list[Ranking]]:
-    """The k best documents of each query under each view; by the view's SHA-256.
+    """The k best documents of each query under each view, by the view's SHA-256.
 
     Args:
-        views: what an index would store.
+        views: the forms in which an index would store the vectors.
         queries: by the view's SHA-256, [Q, D] projected.
         blocks: vectors [N, F] of the documents at full dimension, read once.
-        k: how many.
-        candidates: of each query, the only documents that are searched; ties then keep their order.
-        products: where whole corpora are multiplied with queries; results do not depend on it.
+        k: how many documents to return a query.
+        candidates: the documents that are searched for each query; ties keep this order. None
+            searches all documents.
+        products: multiplies documents with queries; results do not depend on it.
     """
     searches: dict[str, _Searching] = {}
     for view in views:
-        own = queries[view.sha256]
+        projected = queries[view.sha256]
         searches[view.sha256] = (
-            _Whole(view.vectors, own, k, products)
+            _Whole(view.vectors, projected, k, products)
             if candidates is None
-            else _AmongCandidates(view.vectors, own, candidates, k)
+            else _AmongCandidates(view.vectors, projected, candidates, k)
         )
     for vectors in blocks:
         for view in views:
@@ -119,45 +120,46 @@ def search_all(
 
 
 def products_on(device: torch.device) -> Products:
-    """The fastest products there: by torch on a CUDA device, by numpy where this process has none
-    (workers elsewhere may encode on it) and on others.
+    """The fastest `Products` for a device: torch on a CUDA device, numpy on any other.
+
+    Workers may encode on a CUDA device that this process does not have; numpy then takes over.
     """
     import torch
 
-    there = device.type == "cuda" and torch.cuda.is_available()
-    return _by_torch(device) if there else on_cpu
+    has_cuda = device.type == "cuda" and torch.cuda.is_available()
+    return _by_torch(device) if has_cuda else on_cpu
 
 
 def _by_torch(device: torch.device) -> Products:
     import torch
 
-    # What counts on sums in float32 must not get them in TF32, which a program may allow.
+    # A program may allow TF32, whose error exceeds the bound for float32 sums; float64 is safe.
     exact = torch.get_float32_matmul_precision() == "highest"
     dtype = torch.float32 if exact else torch.float64
 
-    def of(stored: Floats) -> Callable[[Floats], Floats]:
+    def products(stored: Floats) -> Callable[[Floats], Floats]:
         columns: list[torch.Tensor] = []
 
         def product(queries: Floats) -> Floats:
             try:
                 if not columns:
                     columns.append(torch.from_numpy(stored).to(device, dtype).T)
-                there = torch.from_numpy(queries).to(device, dtype) @ columns[0]
-                found: Floats = there.to("cpu", torch.float32).numpy()
+                on_device = torch.from_numpy(queries).to(device, dtype) @ columns[0]
+                scores: Floats = on_device.to("cpu", torch.float32).numpy()
             except RuntimeError as error:
-                # The model and its batches may have left no room: slower, and just as right.
+                # The model may leave no memory on the device; the CPU is slower but exact too.
                 if not is_out_of_memory(error):
                     raise
                 return on_cpu(stored)(queries)
-            return found
+            return scores
 
         return product
 
-    return of
+    return products
 
 
 class _Whole:
-    """Every document is searched."""
+    """A search among all documents."""
 
     def __init__(
         self, transform: VectorTransform, queries: Floats, k: int, products: Products
@@ -172,7 +174,7 @@ class _Whole:
 
 
 class _AmongCandidates:
-    """Each query has its own few documents (reranking tasks)."""
+    """A search among the few candidates of each query (reranking tasks)."""
 
     def __init__(
         self,
@@ -185,24 +187,24 @@ class _AmongCandidates:
         self._queries = queries
         self._candidates = candidates
         self._k = k
-        # One entry for each query and candidate, [P], query after query.
+        # One entry for each pair of query and candidate, [P], query after query.
         rows = np.concatenate([np.empty(0, np.intp), *candidates])
         self._query = np.repeat(np.arange(len(candidates)), [len(rows) for rows in candidates])
         self._by_code = np.zeros(len(rows), np.float32)
         self._rescored = np.zeros(len(rows), np.float32)
         self._order = np.argsort(rows, kind="stable")
         self._rows = rows[self._order]
-        self._n_seen = 0
+        self._n_added = 0
 
     def add(self, codes: npt.NDArray[np.generic]) -> None:
-        first, last = np.searchsorted(self._rows, [self._n_seen, self._n_seen + len(codes)])
+        first, last = np.searchsorted(self._rows, [self._n_added, self._n_added + len(codes)])
         for start in range(int(first), int(last), _BLOCK_PAIRS):
             part = slice(start, min(start + _BLOCK_PAIRS, int(last)))
             pairs = self._order[part]
             self._by_code[pairs], self._rescored[pairs] = self._transform.score_pairs(
-                self._queries[self._query[pairs]], codes[self._rows[part] - self._n_seen]
+                self._queries[self._query[pairs]], codes[self._rows[part] - self._n_added]
             )
-        self._n_seen += len(codes)
+        self._n_added += len(codes)
 
     def rankings(self) -> list[Ranking]:
         ends = np.cumsum([len(rows) for rows in self._candidates])

@@ -105,7 +105,7 @@ def test_files_of_other_suites_and_damaged_ones_are_refused(
     base, other = tmp_path / "base.parquet", tmp_path / "other.parquet"
     write_item_scores(base, runs[0], "base")
     write_item_scores(other, replace(runs[1], suite_sha256="0" * 64), "other")
-    with pytest.raises(InputError, match="other tasks, data or protocol"):
+    with pytest.raises(InputError, match="tasks, data or protocol differ"):
         compare_item_scores(base, other)
     other.write_bytes(other.read_bytes()[:-40])
     with pytest.raises(IntegrityError, match=r"other\.parquet.*evaluate again"):
