@@ -143,5 +143,5 @@ def test_a_download_whose_file_was_replaced_is_not_of_its_commit(tmp_path: Path)
     assert loaded(tmp_path / "hub")[0].startswith("sha256:")
     pinned = [{"task": "STSBenchmark", "splits": ["test"], "revision": "a" * 40}]
     suite = Suite.model_validate({"schema": "gteopt.suite/1", "name": "test", "tasks": pinned})
-    with pytest.raises(InputError, match=r"test\.jsonl.*not as downloaded"):
+    with pytest.raises(InputError, match=r"test\.jsonl.*changed since the download"):
         resolve(suite, tmp_path / "hub")

@@ -1,7 +1,7 @@
-"""Whether the data of a suite are there: looked at before mteb, torch or a model is loaded.
+"""Check that the data of a suite are available, before mteb, torch or a model is loaded.
 
-Hides: where the Hub's client keeps downloads, and whether the Hub answers. Refuses to know: what is
-in the data; `tasks` finds that when it reads them.
+Hides: where the Hub's client keeps downloads, and whether the Hub answers. Refuses to know: the
+content of the data, which `tasks` checks when it reads them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _PATIENCE_S = 3.0
 
 
 def check_data(suite: Suite, hub_dir: Path | None) -> None:
-    """Refuse a suite whose data are neither here nor to be had.
+    """Refuse a suite whose data are not on this machine and cannot be downloaded.
 
-    Only tasks of the shipped suites are known here; `resolve` looks at the others.
+    Only tasks of the shipped suites are checked here; `resolve` checks the others.
 
     Raises:
-        InputError: every task without its folder below `hub_dir`; or, without one, every task that
-            is not downloaded while the Hub does not answer.
+        InputError: with `hub_dir`, lists every task that has no folder in it. Without `hub_dir`,
+            lists every task whose data are not downloaded, if the Hub does not answer.
     """
     missing = missing_data(suite, hub_dir)
     if not missing:
@@ -39,21 +39,21 @@ def check_data(suite: Suite, hub_dir: Path | None) -> None:
     reason = _why_no_hub()
     if reason is not None:
         problems = [
-            f"{task}: {data} is not downloaded; where there is a network: "
+            f"{task}: {data} is not downloaded; run on a machine with a network: "
             f"{fetch_command(data, revision, Path('DIR', data))}"
             for task, data, revision in missing
         ]
         raise InputError(
             join_problems(
-                f"suite {suite.name} lacks data, and the Hub cannot be reached ({reason}); give "
-                f"--hub-dir DIR with",
+                f"suite {suite.name} lacks data, and the Hub cannot be reached ({reason}); "
+                f"download the data and give --hub-dir DIR",
                 problems,
             )
         )
 
 
 def missing_data(suite: Suite, hub_dir: Path | None) -> list[tuple[str, str, str | None]]:
-    """Task, data set and wanted revision of everything that would have to be downloaded."""
+    """Task, data set and revision of all data that are not on this machine."""
     missing = []
     for task, data, revision in _data_sets(suite):
         if hub_dir is not None:
@@ -66,7 +66,7 @@ def missing_data(suite: Suite, hub_dir: Path | None) -> list[tuple[str, str, str
 
 
 def fetch_command(path: str, revision: str | None, folder: Path) -> str:
-    """The command that brings a data set of the Hub into a folder."""
+    """The command that downloads a data set from the Hub into a folder."""
     at = f" --revision {revision}" if revision else ""
     return f"hf download --repo-type dataset {path}{at} --local-dir {folder}"
 
@@ -74,30 +74,30 @@ def fetch_command(path: str, revision: str | None, folder: Path) -> str:
 def _data_sets(suite: Suite) -> Iterator[tuple[str, str, str | None]]:
     facts = read_task_facts()
     for entry in suite.tasks:
-        own = facts.get(entry.task)
-        if own is None or entry.data is not None:
+        task_facts = facts.get(entry.task)
+        if task_facts is None or entry.data is not None:
             continue
-        if own.data:
-            yield entry.task, own.data, entry.revision
-        for part in own.parts:
+        if task_facts.data:
+            yield entry.task, task_facts.data, entry.revision
+        for part in task_facts.parts:
             yield part, facts[part].data, (entry.parts or {}).get(part)
 
 
 def _is_downloaded(data: str, revision: str | None) -> bool:
-    """Whether the Hub's client has a snapshot, or `datasets` has read the data before."""
+    """Whether the Hub's client has a snapshot, or `datasets` has cached the data."""
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
-    read_before = Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME) / "datasets"))
+    datasets_cache = Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME) / "datasets"))
     snapshots = Path(HF_HUB_CACHE) / f"datasets--{data.replace('/', '--')}" / "snapshots"
     wanted = snapshots if revision is None else snapshots / revision
     return any(
         folder.is_dir() and any(folder.iterdir())
-        for folder in (wanted, read_before / data.replace("/", "___"))
+        for folder in (wanted, datasets_cache / data.replace("/", "___"))
     )
 
 
 def _why_no_hub() -> str | None:
-    """Why the Hub cannot be asked; None where it answers."""
+    """Why the Hub cannot be reached; None if it answers."""
     from huggingface_hub import constants
     from huggingface_hub.utils._http import get_session
 
@@ -106,6 +106,6 @@ def _why_no_hub() -> str | None:
     try:
         get_session().head(constants.ENDPOINT, timeout=_PATIENCE_S)
     except Exception as error:
-        # The client's HTTP library is not ours to know, nor are its errors.
+        # The client may use any HTTP library, so its error types are not known.
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None

@@ -1,7 +1,7 @@
-"""What is wrong with a task's data, found before anything is encoded.
+"""Find faults of a task's data before anything is encoded.
 
-mteb scores data that mean nothing, or fails on them after the encoding. Refuses to know: where data
-come from, encoders, scores.
+mteb gives a meaningless score to faulty data, or fails on them after the encoding. Refuses to know:
+where data come from, encoders, scores.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mteb.abstasks import (
 
 
 def data_faults(task: Any, split: str, subset: str) -> list[str]:
-    """The faults of one split and subset, in words; none where it can be scored.
+    """The faults of one split and subset, as messages; empty if it can be scored.
 
     Args:
-        task: one of mteb's, with its data.
-        split: that is scored.
-        subset: that is scored.
+        task: an mteb task with its data loaded.
+        split: the split to check.
+        subset: the subset to check.
     """
     data = task.dataset.get(subset, task.dataset)
     if isinstance(task, AbsTaskRetrieval):
@@ -47,13 +47,13 @@ def data_faults(task: Any, split: str, subset: str) -> list[str]:
         return [missing] if missing else _class_faults(train[task.label_column_name])
     if isinstance(task, AbsTaskPairClassification):
         labels = data[split][task.label_column_name]
-        # Older layouts have all pairs in one row.
+        # Older data sets hold all pairs in one row.
         return _class_faults(labels[0] if len(labels) == 1 else labels)
     return []
 
 
 def expected_columns(task: Any) -> tuple[str, ...]:
-    """The columns that a task reads; none where it is not known."""
+    """The columns that a task reads; empty if they are not known."""
     if isinstance(task, AbsTaskSTS):
         return (*task.column_names, "score")
     if isinstance(task, AbsTaskPairClassification):
@@ -81,9 +81,9 @@ def _grade_faults(grades: Sequence[Any]) -> list[str]:
     values = [math.nan if grade is None else float(grade) for grade in grades]
     n_bad = sum(not math.isfinite(value) for value in values)
     if n_bad:
-        return [f"{n_bad} of {len(values)} scores are no finite numbers (NaN); correct the data"]
+        return [f"{n_bad} of {len(values)} scores are not finite numbers (NaN); correct the data"]
     if len(set(values)) == 1:
-        return [f"every score is {values[0]:g}, so there is no order to agree with"]
+        return [f"every score is {values[0]:g}; a rank correlation needs different scores"]
     return []
 
 
@@ -91,7 +91,7 @@ def _class_faults(labels: Sequence[Any]) -> list[str]:
     classes = set(labels)
     if len(classes) > 1:
         return []
-    return [f"every label is {next(iter(classes), None)!r}; two classes are needed"]
+    return [f"every label is {next(iter(classes), None)!r}; at least two classes are needed"]
 
 
 def _search_faults(data: Any) -> list[str]:

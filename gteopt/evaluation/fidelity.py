@@ -1,7 +1,7 @@
-"""Fidelity: how close a variant's vectors and rankings are to the baseline's, without labels.
+"""Measure fidelity: how close a variant's vectors and rankings are to the baseline's.
 
-Hides: which of a suite's texts are looked at, and the blocks in which they are compared. Refuses to
-know: models, tasks, mteb.
+Fidelity needs no labels. Hides: the sample of a suite's texts, and the blocks in which vectors are
+compared. Refuses to know: models, tasks, mteb.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gteopt.vectors.search import search
 from gteopt.vectors.transform import VectorTransform, identity
 
 Side = Literal["query", "document", "text"]
-"""What a text is in its task: searched with, searched among, or compared with its like."""
+"""The role of a text in its task: a query, a document, or a text compared with other texts."""
 Floats = npt.NDArray[np.float32]
 
 N_NEIGHBOURS = 10
@@ -39,7 +39,7 @@ _BLOCK_ROWS = 4096  # rows of full vectors compared at once: 117 MB in float64 a
 
 @dataclass(frozen=True)
 class SideVectors:
-    """Full-dimension vectors [N, full_dims] of one side's texts, rows in order of their digests."""
+    """Full-dimension vectors [N, full_dims] of one side's texts, in ascending order of digests."""
 
     digests: tuple[str, ...]
     vectors: Floats
@@ -49,11 +49,11 @@ Sample = Mapping[Side, SideVectors]
 
 
 class Sampler:
-    """Keeps, of all texts that pass, a fixed pseudo-random sample of each side with its vectors.
+    """Keeps a fixed pseudo-random sample of the texts of each side, with their vectors.
 
-    The texts whose seeded SHA-256 is least are kept (a bottom-k sketch, Cohen & Kaplan 2007): every
-    text is as likely as another, no list of all texts is needed, and the sample does not depend on
-    their order, so that two models and a resumed run look at the same texts.
+    The texts with the least seeded SHA-256 are kept (a bottom-k sketch, Cohen & Kaplan 2007). Every
+    text is equally likely, and no list of all texts is needed. The sample does not depend on the
+    order of the texts, so two models and a resumed run sample the same texts.
     """
 
     def __init__(self, limits: Mapping[Side, int] = _LIMITS) -> None:
@@ -61,18 +61,19 @@ class Sampler:
         self._kept: dict[Side, dict[str, Floats]] = {side: {} for side in limits}
 
     def offer(self, side: Side, texts: Sequence[str], prompt: str, vectors: Floats) -> None:
-        """Texts of one side with their vectors [N, full_dims]; `prompt` tells apart the same text
-        encoded in two ways.
+        """Offer texts of one side with their vectors [N, full_dims].
+
+        A text that is encoded with two values of `prompt` counts as two texts.
         """
         self._keep(side, [digest_of(text, prompt) for text in texts], vectors)
 
     def merge(self, sample: Sample) -> None:
-        """Another sample's texts."""
-        for side, each in sample.items():
-            self._keep(side, each.digests, each.vectors)
+        """Offer the texts of another sample."""
+        for side, side_vectors in sample.items():
+            self._keep(side, side_vectors.digests, side_vectors.vectors)
 
     def sample(self) -> dict[Side, SideVectors]:
-        """What is kept; sides without any text are left out."""
+        """The kept texts; sides without any text are left out."""
         return {
             side: SideVectors(tuple(sorted(kept)), np.stack([kept[d] for d in sorted(kept)]))
             for side, kept in self._kept.items()
@@ -92,21 +93,26 @@ class Sampler:
 
 
 def digest_of(text: str, prompt: str = "") -> str:
-    """What a sample knows a text by; `prompt` as in `Sampler.offer`."""
+    """The digest that identifies a text in a sample; `prompt` as in `Sampler.offer`."""
     return hashlib.sha256(f"{_SEED}\0{prompt}\0{text}".encode()).hexdigest()
 
 
 def sample_of(texts: Sequence[str], vectors: Floats) -> dict[Side, SideVectors]:
-    """Texts that are compared with their like, each with its vector [N, full_dims]: all of them."""
+    """A sample of all the given texts, which are compared with one another.
+
+    Args:
+        texts: N texts.
+        vectors: [N, full_dims].
+    """
     sampler = Sampler({"text": len(texts)})
     sampler.offer("text", texts, "", vectors)
     return sampler.sample()
 
 
 def write_sample(path: Path, sample: Sample) -> None:
-    """Save a sample; a reader sees the old one or the whole new one.
+    """Save a sample; a reader sees the old file or the complete new file.
 
-    Vectors take 16 bits where these hold them exactly, as they do when they come from a cache.
+    Vectors are saved as float16 if that is exact, as it is for vectors from a float16 cache.
     """
     tensors: dict[str, npt.NDArray[np.generic]] = {}
     for side, vectors_of_side in sample.items():
@@ -123,7 +129,7 @@ def read_sample(path: Path) -> dict[Side, SideVectors]:
     """Read what `write_sample` saved.
 
     Raises:
-        IntegrityError: damaged.
+        IntegrityError: the file is damaged.
     """
     try:
         tensors = load_file(path)
@@ -144,15 +150,17 @@ def read_sample(path: Path) -> dict[Side, SideVectors]:
 def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> Fidelity:
     """Compare two models on the texts that both encoded.
 
-    Neighbours and similarities are those of queries with documents where the suite has a retrieval
-    task, else of texts with other texts. The baseline's are exact, in float at full dimension; the
-    variant's are on its vectors as stored. Cosines are over all texts, of what is stored with the
-    baseline's vector: a cut or coded vector stands for one of full length.
+    If the suite has a retrieval task, neighbours and similarities are between queries and
+    documents. Otherwise they are between texts. For the baseline they are exact, in float at full
+    dimension. For the variant they are computed from stored vectors.
+
+    Cosines are over all texts, between the baseline's vector and the variant's stored vector. A
+    shortened or coded vector is first mapped back to full dimension.
 
     Args:
         baseline: the baseline's sample.
-        variant: the variant's; texts that only one of the two has are left out.
-        transform: the variant's; its codes are searched, its ranges are never refitted.
+        variant: the variant's sample; texts that only one of the two has are left out.
+        transform: the variant's transform; its codes are searched, its ranges are not refitted.
 
     Raises:
         InputError: fewer than two texts to compare, or full vectors of different dimension.
@@ -204,16 +212,16 @@ def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> F
 def most_changed(
     baseline: Sample, variant: Sample, transform: VectorTransform, known: Mapping[str, str]
 ) -> tuple[Example, ...]:
-    """The ten texts that keep the fewest of their ten nearest, with both lists.
+    """The ten texts that keep the fewest of their ten nearest neighbours, with both lists.
 
-    Queries are searched with among documents, and texts among one another, as in `fidelity`. Of
-    equals, those come first that come first in `known`.
+    Queries are searched among documents, or texts among texts, as in `fidelity`. Ties keep the
+    order of `known`.
 
     Args:
         baseline: the baseline's sample.
-        variant: the variant's.
-        transform: the variant's; its codes are searched.
-        known: digest -> text. Texts of the samples that are not in it are left out.
+        variant: the variant's sample.
+        transform: the variant's transform; its codes are searched.
+        known: digest -> text. Sampled texts that are not in `known` are left out.
     """
     is_search = "query" in baseline and "query" in variant
     sides: tuple[Side, Side] = ("query", "document") if is_search else ("text", "text")
@@ -230,24 +238,24 @@ def most_changed(
     )
     codes = transform.quantize(transform.project(ours_d))
     after = _neighbours(transform, transform.project(ours_q), codes, excluding_self=not is_search)
-    found = [
+    examples = [
         Example(
             text=known[query],
-            before=tuple(known[documents[other]] for other in theirs),
-            after=tuple(known[documents[other]] for other in mine),
+            before=tuple(known[documents[row]] for row in rows_before),
+            after=tuple(known[documents[row]] for row in rows_after),
         )
-        for query, theirs, mine in zip(queries, before, after, strict=True)
+        for query, rows_before, rows_after in zip(queries, before, after, strict=True)
     ]
-    place = {text: number for number, text in enumerate(known.values())}
-    changed = [example for example in found if example.n_kept < len(example.before)]
-    changed.sort(key=lambda example: (example.n_kept, place[example.text]))
+    position = {text: number for number, text in enumerate(known.values())}
+    changed = [example for example in examples if example.n_kept < len(example.before)]
+    changed.sort(key=lambda example: (example.n_kept, position[example.text]))
     return tuple(changed[:N_EXAMPLES])
 
 
 def _known(
     baseline: SideVectors, variant: SideVectors, known: Mapping[str, str]
 ) -> tuple[list[str], Floats, Floats]:
-    """Digests of the texts that both have and that are known, with both models' vectors."""
+    """Digests of the known texts that both samples have, with both models' vectors."""
     rows = set(variant.digests)
     shared = [digest for digest in baseline.digests if digest in rows]
     kept = [number for number, digest in enumerate(shared) if digest in known]
@@ -256,9 +264,10 @@ def _known(
 
 
 def _n_offered(side: Side, sample: SideVectors) -> int:
-    """Different texts that a sample was drawn from; where it is full, the estimate (k - 1) / u of
-    Bar-Yossef et al. 2002, u the k-th least digest as a share of the largest: its standard error is
-    1 / sqrt(k - 2), 2 % of 2000.
+    """How many different texts a sample was drawn from; an estimate if the sample is full.
+
+    The estimate is (k - 1) / u, where u is the k-th least digest as a share of the largest digest
+    (Bar-Yossef et al. 2002). Its relative standard error is 1 / sqrt(k - 2).
     """
     k = len(sample.digests)
     if k != _LIMITS[side]:
@@ -268,25 +277,25 @@ def _n_offered(side: Side, sample: SideVectors) -> int:
 
 
 def _aligned(baseline: SideVectors, variant: SideVectors) -> tuple[Floats, Floats]:
-    """Vectors of the texts that both have, in the same order."""
+    """Vectors of the texts that both samples have, in the same order."""
     if baseline.vectors.shape[1] != variant.vectors.shape[1]:
         raise InputError(
-            f"the variant's model has {variant.vectors.shape[1]} dimensions, the baseline's "
-            f"{baseline.vectors.shape[1]}; fidelity compares a variant with its own base"
+            f"the variant's model has {variant.vectors.shape[1]} dimensions, but the baseline's "
+            f"has {baseline.vectors.shape[1]}; fidelity compares a variant with its own base"
         )
-    rows = {digest: row for row, digest in enumerate(variant.digests)}
-    shared = [digest for digest in baseline.digests if digest in rows]
-    mine = {digest: row for row, digest in enumerate(baseline.digests)}
+    variant_rows = {digest: row for row, digest in enumerate(variant.digests)}
+    shared = [digest for digest in baseline.digests if digest in variant_rows]
+    baseline_rows = {digest: row for row, digest in enumerate(baseline.digests)}
     return (
-        baseline.vectors[[mine[digest] for digest in shared]],
-        variant.vectors[[rows[digest] for digest in shared]],
+        baseline.vectors[[baseline_rows[digest] for digest in shared]],
+        variant.vectors[[variant_rows[digest] for digest in shared]],
     )
 
 
 def _stored_cosines(
     base: Floats, ours: Floats, transform: VectorTransform
 ) -> npt.NDArray[np.float64]:
-    """Cosine [N] of each of the baseline's vectors with what is stored of the variant's."""
+    """Cosines [N] of the baseline's vectors with the variant's stored vectors."""
     out = np.empty(len(base))
     for start in range(0, len(base), _BLOCK_ROWS):
         part = slice(start, start + _BLOCK_ROWS)
@@ -312,7 +321,7 @@ def _similarities(
         dots = np.einsum("nd,nd->n", x, y)
         if similarity == "cosine":
             norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-            # A zero vector points nowhere: it is like nothing.
+            # A zero vector has no direction, so its cosine counts as 0.
             dots = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
         out[part] = dots
     return out
@@ -327,23 +336,23 @@ def _neighbours(
 ) -> npt.NDArray[np.intp]:
     """Indices of the nearest stored vectors of each query: [Q, k]."""
     k = min(N_NEIGHBOURS, len(codes) - excluding_self)
-    found, _ = search(transform, queries, codes, k + excluding_self)
+    nearest, _ = search(transform, queries, codes, k + excluding_self)
     if not excluding_self:
-        return found
-    is_self = found == np.arange(len(found))[:, None]
+        return nearest
+    is_self = nearest == np.arange(len(nearest))[:, None]
     others_first = np.argsort(is_self, axis=1, kind="stable")
-    return np.take_along_axis(found, others_first[:, :k], axis=1)
+    return np.take_along_axis(nearest, others_first[:, :k], axis=1)
 
 
 def _overlap(a: npt.NDArray[np.intp], b: npt.NDArray[np.intp]) -> float:
-    """Mean share of a row of a [Q, k] that is in the same row of b [Q, k]."""
+    """Mean share of the entries in a row of a [Q, k] that are also in that row of b [Q, k]."""
     return float((a[:, :, None] == b[:, None, :]).any(axis=2).mean())
 
 
 def _random_pairs(
     n_left: int, n_right: int, *, distinct: bool
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Seeded pairs of rows, drawn with replacement; `distinct` never pairs a row with itself."""
+    """Seeded random pairs of rows, with replacement; `distinct` pairs no row with itself."""
     rng = np.random.default_rng(_SEED)
     left = rng.integers(n_left, size=N_PAIRS)
     if distinct:
@@ -352,8 +361,8 @@ def _random_pairs(
 
 
 def _spearman(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
-    """Rank correlation; 0 where one side is constant, for a constant ranks nothing."""
-    from scipy.stats import spearmanr  # most of a second; only here
+    """Spearman's rank correlation; 0 if one side is constant, because it has no ranks."""
+    from scipy.stats import spearmanr  # the import takes most of a second
 
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0

@@ -1,6 +1,6 @@
-"""A data set on the Hub, or in a folder with the Hub's layout, as one table of a user's own data.
+"""Find the file of a user's table: a path, or a data set on the Hub or in the Hub's layout.
 
-Hides: where the file of a split lies. Refuses to know: what the table holds (`user_data` does).
+Hides: where the file of a split lies. Refuses to know: what the table holds; see `user_data`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from gteopt.evaluation.own_tables import FORMS
 
 _NAME = re.compile(r"(?P<set>[\w.-]+/[\w.-]+?)(?::(?P<part>[\w./-]+))?", re.ASCII)
 _SPLITS = ("test", "validation", "dev", "train")
-"""Splits in the order in which they are looked for where none is named."""
-_MOST_SHOWN = 8
+"""Splits to look for, in this order, if none is named."""
+_MOST_SHOWN = 8  # files that a message lists
 
 
 def local_table(path: Path, *, hub_dir: Path | None = None) -> Path:
@@ -24,13 +24,13 @@ def local_table(path: Path, *, hub_dir: Path | None = None) -> Path:
     Args:
         path: a file, a folder, or the name of a data set: ORG/NAME, ORG/NAME:SPLIT, or
             ORG/NAME:FILE.
-        hub_dir: folder in the Hub's layout; given, the network is never touched.
+        hub_dir: folder in the Hub's layout. If it is given, the network is not used.
 
     Returns:
-        What lies at `path`, or the file of the data set; a path that is neither stays as it is.
+        `path` if it exists, or the file of the data set. Any other path is returned unchanged.
 
     Raises:
-        InputError: no such data set or split, or several files that could be meant.
+        InputError: no such data set or split, or several files of the split.
     """
     named = _NAME.fullmatch(path.as_posix())
     if path.exists() or named is None or (path.suffix in FORMS and named["part"] is None):
@@ -44,8 +44,8 @@ def local_table(path: Path, *, hub_dir: Path | None = None) -> Path:
             f"--data {path}: there is no such file, and no data set {folder}; to add it: hf "
             f"download --repo-type dataset {name} --local-dir {folder}"
         )
-    files = [each.relative_to(folder).as_posix() for each in sorted(folder.rglob("*"))]
-    return folder / _of_split(files, name, part)
+    files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*"))]
+    return folder / _file_of_split(files, name, part)
 
 
 def _downloaded(name: str, part: str | None) -> Path:
@@ -55,28 +55,28 @@ def _downloaded(name: str, part: str | None) -> Path:
 
     try:
         files = HfApi().list_repo_files(name, repo_type="dataset")
-        file = _of_split(files, name, part)
+        file = _file_of_split(files, name, part)
         return Path(hf_hub_download(name, file, repo_type="dataset"))
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise InputError(
-            f"--data {name}: there is no such file, and the Hub gives no data set of this name "
+            f"--data {name}: there is no such file, and the Hub returns no data set of this name "
             f"({str(error).splitlines()[0]}); give a file, a folder, or --hub-dir"
         ) from error
 
 
-def _of_split(files: Sequence[str], name: str, part: str | None) -> str:
+def _file_of_split(files: Sequence[str], name: str, part: str | None) -> str:
     tables = [file for file in files if PurePosixPath(file).suffix in FORMS]
     if part in tables:
         return part
     wanted = _SPLITS if part is None else (part,)
     for split in wanted:
-        own = [file for file in tables if _is_of(file, split)]
-        if len(own) == 1:
-            return own[0]
-        if own:
+        of_split = [file for file in tables if _is_of(file, split)]
+        if len(of_split) == 1:
+            return of_split[0]
+        if of_split:
             raise InputError(
-                f"data set {name} has several files of {split} ({_shown(own)}); give one: "
-                f"--data {name}:{own[0]}"
+                f"data set {name} has several files of {split} ({_shown(of_split)}); name one: "
+                f"--data {name}:{of_split[0]}"
             )
     if part is None and len(tables) == 1:
         return tables[0]
@@ -87,7 +87,7 @@ def _of_split(files: Sequence[str], name: str, part: str | None) -> str:
 
 
 def _is_of(file: str, split: str) -> bool:
-    """Whether a file is one of a split, by its name or its folders."""
+    """Whether a file belongs to a split, by its name or its folders."""
     path = PurePosixPath(file)
     return split in (*path.parent.parts, *re.split(r"[-_.]", path.name))
 

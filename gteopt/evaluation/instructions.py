@@ -1,13 +1,14 @@
-"""What queries are prefixed with, where the authors of gte-Qwen2 say more than mteb's metadata.
+"""Instructions of gte-Qwen2's authors for mteb tasks; a query is prefixed with its instruction.
 
-Source: `scripts/eval_mteb.py` beside the weights of Alibaba-NLP/gte-Qwen2-7B-instruct, with which
-its averages were measured. For the tasks that are not named here it has the descriptions of
-E5-mistral (Wang et al. 2023, arXiv:2401.00368, appendix), which mteb's metadata carry. Three tasks
-came to the benchmarks later, or are missing there; they have what it says of tasks of their kind.
+Source: `scripts/eval_mteb.py` beside the weights of Alibaba-NLP/gte-Qwen2-7B-instruct. The
+published averages of the model were measured with this script. For tasks that are not listed here,
+the script uses the descriptions of E5-mistral (Wang et al. 2023, arXiv:2401.00368, appendix), which
+are in mteb's metadata. Three tasks are not in the script. They have its instruction for tasks of
+the same kind.
 
-Symmetric tasks (similarity, classification, clustering, pairs) put the instruction on every text;
-the script does the same with the retrieval tasks in `SYMMETRIC`, whose documents are like queries.
-Other families that take instructions are given the same ones, on queries alone.
+Symmetric tasks (similarity, classification, clustering, pairs) put the instruction on every text.
+The script does the same for the retrieval tasks in `SYMMETRIC`, whose documents are like queries.
+Other model families that take instructions get the same instructions, on queries alone.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TaskInstruction:
-    """What the texts of one task are prefixed with.
+    """The instruction that the texts of one task are prefixed with.
 
     Attributes:
         text: None for a model that takes no instructions.
-        on_documents: whether the documents of a search carry it, too.
+        on_documents: whether the documents of a search have the instruction too.
     """
 
     text: str | None = None
@@ -88,21 +89,21 @@ INSTRUCTIONS: dict[str, str] = {
         'Classify the sentence into one of the two types: "BEZPIECZNE_POSTANOWIENIE_UMOWNE" and '
         '"KLAUZULA_ABUZYWNA"'
     ),
-    "EightTagsClustering": (  # the two spaces are the script's
+    "EightTagsClustering": (  # the script has these two spaces too
         "Identify of headlines from social media posts in Polish  into 8 categories: film, "
         "history, food, medicine, motorization, work, sport and technology"
     ),
-    "PlscClusteringS2S": _PAPERS,  # later than the script
-    "PlscClusteringP2P": f"{_PAPERS} and abstracts",  # later than the script
+    "PlscClusteringS2S": _PAPERS,  # not in the script
+    "PlscClusteringP2P": f"{_PAPERS} and abstracts",  # not in the script
 }
 
 SYMMETRIC: frozenset[str] = frozenset({"ArguAna", "QuoraRetrieval", *_CQADUPSTACK})
 
 
 def on_documents(family: str | None, task: str) -> bool:
-    """Whether a family's authors put the instruction on a search's documents, too.
+    """Whether a family's authors put the instruction on the documents of a search too.
 
-    Every ArguAna is the same task (ArguAna-PL, ArguAna-Fa): its documents are arguments as its
-    queries are.
+    This includes the translations of ArguAna (ArguAna-PL, ArguAna-Fa). Their documents and queries
+    are both arguments.
     """
     return family == "gte-qwen" and (task in SYMMETRIC or task.startswith("ArguAna"))

@@ -1,10 +1,10 @@
-"""The scores of each query, pair and document in a Parquet file that others can check.
+"""Write and read the scores of each query, pair and document as a Parquet file.
 
     RESULTS/items/<variant>.parquet
 
-A row is one array of one task, split and subset: `values` of one experiment, `gold` labels,
-`similarities`. The metadata of the schema say what was scored with what: hashes of model, suite and
-data, prompts, libraries, machine. Two such files give the intervals again, without a model.
+A row is one array of one task, split and subset: `values` of one experiment, `gold` labels or
+`similarities`. The schema's metadata record hashes of model, suite and data, prompts, library
+versions and the machine. The intervals can be computed again from two such files, without a model.
 
 Refuses to know: models, mteb, how intervals are made.
 """
@@ -50,14 +50,14 @@ _COLUMNS = pa.schema(
 
 
 class ItemHeader(Frozen):
-    """What the scores of a file are of, in the metadata of its schema.
+    """Describes the scores of a file; stored in the metadata of its schema.
 
     Attributes:
         encoder: name of the variant.
-        encoder_sha256: of its files and its vectors.
-        suite, suite_sha256, protocol: what it was scored on, and how.
+        encoder_sha256: hash of the variant's files and of its stored form of vectors.
+        suite, suite_sha256, protocol: the tasks and the protocol of the evaluation.
         scores: main scores with metric, instruction and data revision.
-        machine, versions: what it was scored on.
+        machine, versions: the environment of the evaluation.
     """
 
     schema_: Literal["gteopt.items/1"] = Field(default="gteopt.items/1", alias="schema")
@@ -73,7 +73,7 @@ class ItemHeader(Frozen):
 
 @dataclass(frozen=True)
 class ItemScores:
-    """What a file holds: the header, and entries by task, split and subset."""
+    """The content of a file: the header, and entries by task, split and subset."""
 
     header: ItemHeader
     item_scores: Mapping[tuple[str, str, str], Samples]
@@ -100,7 +100,7 @@ class ItemScores:
 
 
 def write_item_scores(path: Path, run: SuiteRun, name: str) -> None:
-    """Write what the scores of a run are made of; `name` is what reports call the variant."""
+    """Write the entries of a run's scores; `name` is the variant's name in reports."""
     rows = [row for key, samples in run.item_scores.items() for row in _rows(key, samples)]
     header = ItemHeader(
         encoder=name,
@@ -112,8 +112,8 @@ def write_item_scores(path: Path, run: SuiteRun, name: str) -> None:
         machine=run.machine,
         versions=run.versions,
     )
-    about = {_HEADER: header.model_dump_json(by_alias=True).encode()}
-    table = pa.Table.from_pylist(rows, schema=_COLUMNS.with_metadata(about))
+    metadata = {_HEADER: header.model_dump_json(by_alias=True).encode()}
+    table = pa.Table.from_pylist(rows, schema=_COLUMNS.with_metadata(metadata))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_atomically(path, sink.getvalue().to_pybytes())
@@ -123,7 +123,7 @@ def read_item_scores(path: Path) -> ItemScores:
     """Read what `write_item_scores` wrote.
 
     Raises:
-        IntegrityError: not such a file, or damaged.
+        IntegrityError: the file is damaged, or not a file of item scores.
     """
     try:
         table = pq.read_table(path)
@@ -176,9 +176,9 @@ def _samples(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], Samples]:
             facts[key]["unit"],
             {
                 name: parts[0] if name in is_flat.get(key, set()) else np.stack(parts)
-                for name, parts in own.items()
+                for name, parts in named.items()
             },
             facts[key]["digits"],
         )
-        for key, own in arrays.items()
+        for key, named in arrays.items()
     }

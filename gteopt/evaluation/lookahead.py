@@ -1,8 +1,8 @@
-"""What a task will ask to be encoded, found by running it on vectors that stand for nothing.
+"""Find the texts that a task will encode, by running the task on random vectors first.
 
-mteb's tasks decide as they go which texts they need (ten training sets, the documents of a
-clustering), but by their own generators, never by the vectors. On a few random dimensions a task
-takes little time and asks for the very texts, in the very order, that it will ask for again.
+mteb's tasks choose their texts while they run: ten training sets, the documents of a clustering.
+The choice depends on seeded generators, not on the vectors. With random vectors of a few dimensions
+a task runs quickly. It asks for the same texts in the same order as it will with the real vectors.
 
 Refuses to know: who encodes, scores.
 """
@@ -36,7 +36,7 @@ _DIMS = 8
 
 
 class _Recorder:
-    """Stands for a cache: notes the shards that it would have encoded."""
+    """Takes the place of a cache and records the shards that the cache would have encoded."""
 
     def __init__(self, cache: VectorCache, planned: set[bytes]) -> None:
         self.encoder = cache.encoder
@@ -48,12 +48,12 @@ class _Recorder:
         self._rng = np.random.default_rng(0)
 
     def count_cached(self, asked: Encodings) -> None:
-        """Nothing is counted."""
+        """Count nothing."""
 
     def embed(
         self, texts: Sequence[str], role: Role, instruction: str | None, progress: Progress
     ) -> npt.NDArray[np.float32]:
-        """Random unit vectors."""
+        """Record the texts that are not cached, and return random unit vectors [N, 8]."""
         missing = {
             digest: text
             for digest, text in self._cache.missing(texts, role, instruction).items()
@@ -67,7 +67,7 @@ class _Recorder:
 
 
 class _NoSearch(TaskModel):
-    """Encodes what a search needs, and finds the first document for every query."""
+    """Encodes the texts of a search, and returns the first document for every query."""
 
     def _search(
         self,
@@ -80,7 +80,7 @@ class _NoSearch(TaskModel):
         for _ in blocks:
             pass
         first = np.zeros(1, np.intp), np.zeros(1, np.float32)
-        return {sha256: [first] * len(each) for sha256, each in queries.items()}
+        return {sha256: [first] * len(vectors) for sha256, vectors in queries.items()}
 
 
 def upcoming_shards(
@@ -89,14 +89,13 @@ def upcoming_shards(
     instruction: TaskInstruction,
     planned: set[bytes],
 ) -> list[Shard]:
-    """Shards that scoring a task on this cache will encode, in order.
+    """The shards that scoring a task will encode, in order.
 
     Args:
-        resolved: a task with its data; its generators are left as they were.
-        cache: what it holds is not encoded again.
-        instruction: as the task will be scored with.
-        planned: keys of texts that earlier tasks will have encoded by then; those of this one are
-            added.
+        resolved: a task with its data; the state of its generators is restored.
+        cache: texts in this cache are not encoded again.
+        instruction: the instruction that the task will be scored with.
+        planned: keys of texts that earlier tasks will have encoded; this task's keys are added.
     """
     recorder: Any = _Recorder(cache, planned)
     view = View("look-ahead", "", identity(_DIMS))
@@ -105,8 +104,8 @@ def upcoming_shards(
     with isolated(offline=True):
         for split in resolved.splits:
             model = _NoSearch(recorder, view, instruction)
-            # A metric may fail on random vectors. What is then missing here is encoded when it is
-            # asked for, one request at a time.
+            # A metric may fail on random vectors. Texts that are then missing from the shards are
+            # encoded when the task asks for them.
             with suppress(Exception):
                 task.evaluate(model, split, encode_kwargs={"batch_size": 32})
     task.rng_state, task.np_rng = generators

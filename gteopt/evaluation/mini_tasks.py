@@ -1,6 +1,6 @@
-"""The mini set: five small tasks that ship with gteopt, as subclasses of mteb's own classes.
+"""Define the mini set: five small tasks that ship with gteopt, as subclasses of mteb's tasks.
 
-Hides: where its rows lie. Refuses to know: encoders, scores.
+Hides: where the rows are stored. Refuses to know: encoders, scores.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _mini(name: str, kind: str, main_score: str, languages: Any, **more: Any) ->
         type=kind,
         main_score=main_score,
         eval_langs=languages,
-        # Where the data are is known only at run time: the package may be a wheel or a checkout.
+        # The folder is known only at run time, because the package may be a wheel or a checkout.
         dataset={"path": _MINI_PATH, "revision": "shipped"},
         license="cc0-1.0",
         sample_creation="created",
@@ -49,7 +49,7 @@ def _mini(name: str, kind: str, main_score: str, languages: Any, **more: Any) ->
 
 
 class MiniRetrieval(AbsTaskRetrieval):  # type: ignore[misc]
-    """Short queries over one pool of documents in four languages; many cross a language."""
+    """Short queries over documents in four languages; many queries match another language."""
 
     metadata = _mini(
         "MiniRetrieval",
@@ -99,7 +99,7 @@ class MiniSTS(AbsTaskSTS):  # type: ignore[misc]
 
 
 class MiniIntentClassification(AbsTaskClassification):  # type: ignore[misc]
-    """Intents of messages to a library; all languages together, so that they must share a space."""
+    """Intents of messages to a library, all languages together: tests for a shared vector space."""
 
     metadata = _mini(
         "MiniIntentClassification",
@@ -132,10 +132,10 @@ class _WithoutReplacement(random.Random):
 class MiniTopicClustering(AbsTaskClustering):  # type: ignore[misc]
     """Topics of the retrieval task's documents, within each language.
 
-    Ten k-means runs over all documents of a language, in ten orders. Two of mteb's habits are for
-    large data and hide differences on 48 texts: it draws texts with replacement, and two copies of
-    a text share a cluster whatever the model (random weights then reach an AMI of 0.45 instead of
-    0.03); and V-measure, which is not corrected for chance, starts at 0.56 here.
+    k-means runs ten times over all documents of a language, in different orders. The task differs
+    from mteb's clusterings in two ways, because it has few texts. It draws without replacement: two
+    copies of a text share a cluster whatever the model, which raises the score of any model. It
+    uses adjusted mutual information, because V-measure is far above 0 by chance on few texts.
     """
 
     metadata = _mini(
@@ -157,17 +157,17 @@ class MiniTopicClustering(AbsTaskClustering):  # type: ignore[misc]
         rows = mini_rows("corpus")
         self.dataset = {}
         for language in self.hf_subsets:
-            own = _of(rows, "language", language)
+            in_language = _of(rows, "language", language)
             columns = {
-                "sentences": [row["text"] for row in own],
-                "labels": [row["topic"] for row in own],
+                "sentences": [row["text"] for row in in_language],
+                "labels": [row["topic"] for row in in_language],
             }
             self.dataset[language] = DatasetDict({"test": Dataset.from_dict(columns)})
         self.data_loaded = True
 
 
 class MiniBitextMining(AbsTaskBitextMining):  # type: ignore[misc]
-    """Find each English sentence's translation among near misses."""
+    """Find the translation of each English sentence among similar sentences."""
 
     metadata = _mini(
         "MiniBitextMining",
@@ -192,8 +192,8 @@ class MiniBitextMining(AbsTaskBitextMining):  # type: ignore[misc]
 
 
 MINI_TASKS: dict[str, type[AbsTask]] = {
-    each.metadata.name: each
-    for each in (
+    task.metadata.name: task
+    for task in (
         MiniRetrieval,
         MiniSTS,
         MiniIntentClassification,

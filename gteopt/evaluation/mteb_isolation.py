@@ -1,6 +1,6 @@
-"""Keep mteb's and datasets' habits from leaking: bars, log lines, warnings, seeds, network calls.
+"""Run mteb and datasets without progress bars, log lines, warnings, new seeds or network calls.
 
-Everything is put back on the way out. Refuses to know: what runs inside.
+The state of the process is restored at the end. Refuses to know: what runs inside.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _LOUD = ("mteb", "datasets", "huggingface_hub", "fsspec")
 def isolated(*, offline: bool) -> Iterator[None]:
     """Run mteb without side effects on this process.
 
-    mteb seeds the global generators when it is imported and whenever a task is made, and has bars
-    that no argument turns off.
+    mteb seeds the global generators when it is imported and when a task is made. It also shows
+    progress bars that no argument turns off.
 
     Args:
         offline: huggingface_hub and datasets refuse to open a connection.

@@ -1,6 +1,6 @@
-"""An `Encoder` as mteb sees it: what is scored are the vectors as an index would store them.
+"""Adapt an encoder to mteb's interfaces; the scored vectors are those that an index would store.
 
-Hides: mteb's protocols, and which text is a query. Refuses to know: suites, files, scores.
+Hides: mteb's protocols, and which texts are queries. Refuses to know: suites, files, scores.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 
 
 Floats = npt.NDArray[np.float32]
-_CHUNK_TEXTS = 8192  # encoded together, so that lengths sort well; 117 MB at 3584 dimensions
+_CHUNK_TEXTS = 8192  # encoded together and sorted by length; 117 MB at 3584 dimensions
 _SCORE_DEPTH = re.compile(r"_at_(\d+)$")  # ndcg_at_10
 
 
 class TaskModel:
-    """The encoder within one task; satisfies mteb's `EncoderProtocol` and `SearchProtocol`.
+    """An encoder within one task; satisfies mteb's `EncoderProtocol` and `SearchProtocol`.
 
-    Symmetric tasks (similarity, classification, clustering, bitext) hand over texts without a
-    prompt type: each of them is a query, as in the evaluation of gte-Qwen2 by its authors. The
-    documents of a search get none, unless they are like queries (`TaskInstruction.on_documents`).
+    Symmetric tasks (similarity, classification, clustering, bitext) pass texts without a prompt
+    type. Each of these texts gets the instruction, as in the evaluation by gte-Qwen2's authors. The
+    documents of a search get no instruction, unless `TaskInstruction.on_documents` is set.
 
     Attributes:
-        instruction: what texts are prefixed with.
-        sampler: is offered every text with its vector, where there is one.
+        instruction: the instruction that texts are prefixed with.
+        sampler: gets every text with its vector; may be None.
     """
 
     def __init__(
@@ -61,16 +61,17 @@ class TaskModel:
         *,
         searches: Searches | None = None,
     ) -> None:
-        """A model of one task.
+        """Make the model of one task.
 
         Args:
-            cache: gives vectors at full dimension.
-            view: what an index would store of them.
-            instruction: what texts are prefixed with.
-            sampler: is offered every text with its vector; None where another view's model was.
-            progress: told how many of the texts that the task has asked for are encoded; the
-                number of all grows as mteb asks for more.
-            searches: of all views that the task is scored with; None is this one alone.
+            cache: returns vectors at full dimension.
+            view: the form in which an index would store the vectors.
+            instruction: the instruction that texts are prefixed with.
+            sampler: gets every text with its vector; None if the model of another view sampled
+                the same texts already.
+            progress: told how many of the requested texts are encoded; the total grows as mteb
+                requests more.
+            searches: shared by all views of the task; None if this view is the only one.
         """
         self.instruction = instruction
         self.sampler = sampler
@@ -88,9 +89,9 @@ class TaskModel:
         )
 
     def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> Floats:
-        """What the stored codes of texts stand for, [N, dims].
+        """Encode texts to stored codes, and return the decoded vectors [N, dims].
 
-        Where the protocol keeps lengths, each is as long as the model made it.
+        If the protocol keeps lengths, each vector has the length that the model gave it.
         """
         texts = [text for batch in inputs for text in batch["text"]]
         self._n_texts += len(texts)
@@ -107,7 +108,7 @@ class TaskModel:
         return self._transform.dequantize(codes)
 
     def similarity(self, a: Any, b: Any) -> Any:
-        """Similarities [N, M]: cosines, or dot products where the vectors are made for these."""
+        """Similarities [N, M]: cosines, or dot products if the transform's similarity is "dot"."""
         return dot_score(a, b) if self._transform.similarity == "dot" else cos_sim(a, b)
 
     def similarity_pairwise(self, a: Any, b: Any) -> Any:
@@ -116,7 +117,7 @@ class TaskModel:
         return pairwise_dot_score(a, b) if is_dot else pairwise_cos_sim(a, b)
 
     def index(self, corpus: Any, **_: Any) -> None:
-        """Note the documents, which are read while queries are searched."""
+        """Keep the documents; `search` reads them."""
         self._corpus = corpus
 
     def search(
@@ -128,24 +129,24 @@ class TaskModel:
         top_ranked: Any = None,
         **_: Any,
     ) -> dict[str, dict[str, float]]:
-        """Best documents of each query on the codes, rescored as the artifact says.
+        """Best documents of each query by the codes, rescored as the artifact says.
 
-        mteb asks for a thousand results. A service that returns ten rescores `rescore * 10`
-        candidates, not `rescore * 1000`, and what the codes alone lose must show: the search is as
-        deep as the task's main score looks. With `top_ranked` (reranking tasks), only those
-        documents of each query are searched.
+        mteb asks for a thousand results, but a service that returns ten rescores only
+        `rescore * 10` candidates. Rescoring a thousand would hide the loss of the codes. The search
+        therefore returns as many results as the task's main score needs. With `top_ranked`
+        (reranking tasks), only the given documents of each query are searched.
 
-        The corpus is read once for all views: see `searches`.
+        The corpus is read once for all views; see `Searches`.
         """
         depth = search_depth(task_metadata)
-        # One more, because some tasks strike out a document with the query's own id.
+        # One more, because some tasks remove the document that has the same id as the query.
         k = top_k if depth is None else min(top_k, depth + 1)
         ids = list(queries["id"])
         texts = list(_texts(queries, task_metadata, PromptType.query))
-        # Every view's run asks for the same searches in the same order.
+        # All views request the same searches in the same order.
         self._n_searches += 1
-        about = [str(self._n_searches), str(k), str(len(self._corpus)), *ids, *texts]
-        key = hashlib.sha256("\0".join(about).encode()).digest()
+        request = [str(self._n_searches), str(k), str(len(self._corpus)), *ids, *texts]
+        key = hashlib.sha256("\0".join(request).encode()).digest()
 
         def search(views: Sequence[View]) -> Answers:
             before = self._cache.counts
@@ -173,7 +174,7 @@ class TaskModel:
         return search_all(views, queries, blocks, k, candidates, products)
 
     def _candidates(self, ids: Sequence[str], top_ranked: Any) -> list[npt.NDArray[np.intp]]:
-        """Rows of each query's candidates, in the order in which the task names them."""
+        """Rows of each query's candidates, in the order of the task."""
         rows = {document: row for row, document in enumerate(self._corpus["id"])}
         return [
             np.array([rows[document] for document in top_ranked.get(query, ())], np.intp)
@@ -183,7 +184,7 @@ class TaskModel:
     def _named(
         self, ids: Sequence[str], rankings: Sequence[Ranking]
     ) -> dict[str, dict[str, float]]:
-        """Results by the documents' names, of which only those that were found are read."""
+        """Results by the ids of the documents; only the ids of results are read."""
         rows = np.unique(np.concatenate([np.empty(0, np.intp), *(rows for rows, _ in rankings)]))
         names = dict(zip(rows.tolist(), self._corpus.select(rows)["id"], strict=True))
         return {
@@ -202,18 +203,18 @@ class TaskModel:
         for vectors in self._encoded(texts, side):
             for view in views:
                 parts[view.sha256].append(view.vectors.project(vectors))
-        return {sha256: np.concatenate(each) for sha256, each in parts.items()}
+        return {sha256: np.concatenate(chunks) for sha256, chunks in parts.items()}
 
     def _encoded(self, texts: Iterable[str], side: Side) -> Iterator[Floats]:
         """Vectors [N, full_dims] of texts, encoded and sampled in chunks; at least one chunk."""
-        bare = side == "document" and not (
+        no_instruction = side == "document" and not (
             self.instruction.on_documents and self.instruction.text is not None
         )
-        role: Role = "document" if bare else "query"
-        instruction = None if bare else self.instruction.text
+        role: Role = "document" if no_instruction else "query"
+        instruction = None if no_instruction else self.instruction.text
 
-        def count(what: str, done: int, total: int) -> None:
-            self._progress(what, self._n_done + done, self._n_texts)
+        def count(label: str, done: int, total: int) -> None:
+            self._progress(label, self._n_done + done, self._n_texts)
 
         for chunk in _chunks(texts):
             vectors = self._cache.embed(chunk, role, instruction, count)
@@ -227,7 +228,7 @@ class TaskModel:
 
 
 def search_depth(task_metadata: Any) -> int | None:
-    """How many results of a query the task's main score looks at; None where it does not say."""
+    """How many results of a query the task's main score uses; None if its name does not say."""
     depth = _SCORE_DEPTH.search(task_metadata.main_score)
     return None if depth is None else int(depth[1])
 
@@ -246,9 +247,10 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _texts(rows: Any, task_metadata: Any, prompt_type: Any) -> Iterator[str]:
-    """Texts of a corpus or of queries as every mteb model reads them (title before the text, an
-    instruction column behind the query), by mteb's own function, which it does not export. They are
-    read as they are needed.
+    """The texts that every mteb model gets for a corpus or for queries, read lazily.
+
+    mteb's own function joins the title and the text of a document, and a query and its instruction
+    column. mteb does not export this function.
     """
     loader = create_dataloader(rows, task_metadata=task_metadata, prompt_type=prompt_type)
     return chain.from_iterable(batch["text"] for batch in loader)

@@ -1,6 +1,6 @@
-"""Scores in mteb's own result layout, so that its tools and leaderboard read them.
+"""Write scores in mteb's result layout, which mteb's tools and leaderboard read.
 
-Hides: mteb's result classes, and which metrics of a search are right. Refuses to know: encoders,
+Hides: mteb's result classes, and which metrics of a search are valid. Refuses to know: encoders,
 intervals.
 
     STORE/results/<model>/<revision>/<task>.json, model_meta.json, run_settings.jsonl
@@ -38,33 +38,33 @@ def write_results(
     scores: Mapping[str, Mapping[str, Any]],
     seconds: float,
 ) -> None:
-    """Write the metrics of one task; splits and subsets that lie there already are kept.
+    """Write the metrics of one task; other splits and subsets in the file are kept.
 
-    A search is as deep as the task's main score (see `TaskModel.search`). Metrics of greater depth,
-    which mteb computes as if nothing were found below, are left out, and so are areas under
-    abstention curves ("nauc"), which look at the scores of everything that was found.
+    A search returns only as many results as the task's main score needs; see `TaskModel.search`.
+    Metrics that need more results are left out, because mteb computes them as if there were none.
+    Areas under abstention curves ("nauc") are left out too, because they use all results.
 
     Args:
         store: mteb's cache folder.
-        model: names the folder, with the encoder's hash and dtype as its revision.
-        resolved: the task, and the revision of the data that was read.
-        scores: by split and subset, as the task returned them.
-        seconds: what scoring took.
+        model: its name is the folder, and the encoder's hash and dtype are its revision.
+        resolved: the task, with the revision of its data.
+        scores: metrics by split and subset, as the task returned them.
+        seconds: how long the scoring took.
     """
     cache = ResultCache(store)
     task = copy(resolved.task)
-    # Local data have no commit; what was read is named by its hash.
+    # Local data have no commit, so their hash is the revision.
     dataset = {**task.metadata.dataset, "revision": resolved.revision}
     task.metadata = task.metadata.model_copy(update={"dataset": dataset})
     depth = search_depth(task.metadata) if isinstance(task, AbsTaskRetrieval) else None
-    right = {
+    valid = {
         split: {subset: _as_deep_as(depth, metrics) for subset, metrics in by_subset.items()}
         for split, by_subset in scores.items()
     }
-    fresh = TaskResult.from_task_results(task, right, seconds)
+    fresh = TaskResult.from_task_results(task, valid, seconds)
     try:
         old = cache.load_task_result(resolved.name, model)
-    except ValueError:  # cut short when an earlier run was killed; mteb writes it in place
+    except ValueError:  # an earlier run was killed while mteb wrote the file in place
         old = None
     if old is not None and fresh.is_mergeable(old):
         fresh = old.merge(fresh)
@@ -74,9 +74,9 @@ def write_results(
 def _as_deep_as(depth: int | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
     if depth is None:
         return dict(metrics)
-    at = {name: _DEPTH.search(name) for name in metrics if not name.startswith("nauc_")}
+    depths = {name: _DEPTH.search(name) for name in metrics if not name.startswith("nauc_")}
     return {
         name: metrics[name]
-        for name, depth_of in at.items()
-        if not depth_of or int(depth_of[1]) <= depth
+        for name, metric_depth in depths.items()
+        if not metric_depth or int(metric_depth[1]) <= depth
     }

@@ -1,7 +1,7 @@
-"""Tables of a user's own texts: CSV, TSV, JSONL and Parquet files, and what their columns hold.
+"""Read tables of a user's own texts (CSV, TSV, JSONL, Parquet) and recognise their columns.
 
-Hides: file forms, separators, and how columns are recognised. Refuses to know: mteb, encoders,
-what is done with the texts.
+Hides: file formats, separators, and how columns are recognised. Refuses to know: mteb, encoders,
+how the texts are used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gteopt.errors import InputError, suggest
 
 TableKind = Literal["pairs", "search", "texts"]
 FORMS = (".csv", ".tsv", ".jsonl", ".parquet")
-"""Endings of the files that are read."""
+"""Suffixes of the files that can be read."""
 NAMES: dict[ColumnRole, tuple[str, ...]] = {
     "sentence1": ("sentence1", "text1", "a", "sent1", "text_a", "first"),
     "sentence2": ("sentence2", "text2", "b", "sent2", "text_b", "second"),
@@ -28,7 +28,7 @@ NAMES: dict[ColumnRole, tuple[str, ...]] = {
     "negative": ("negative", "hard_negative"),
     "text": ("text", "sentence", "content", "body"),
 }
-"""Names by which each role's column is recognised, the likeliest first."""
+"""Column names that are recognised for each role, the likeliest first."""
 _NEEDED: dict[TableKind, tuple[ColumnRole, ...]] = {
     "pairs": ("sentence1", "sentence2", "score"),
     "search": ("query", "positive"),
@@ -41,17 +41,17 @@ _OPTIONAL: dict[TableKind, tuple[ColumnRole, ...]] = {
 }
 _MAX_NAMES = 12  # column names that a message lists
 _MAX_HEADING = 1 << 16
-"""Characters of a heading that the separator is found in; Python's csv reads no longer field."""
+"""Characters of a heading in which the separator is sought; Python's csv limits a field to more."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one file, with the line of each.
+    """The rows of one file with their line numbers.
 
     Attributes:
-        kind: what the columns make of it.
-        columns: which column plays which role.
-        rows: line in the file (from 1) and the roles' values.
+        kind: the kind of table that its columns make it.
+        columns: name of the column for each role.
+        rows: line in the file (from 1), and the value of each role.
     """
 
     kind: TableKind
@@ -66,29 +66,29 @@ def read_table(
     kinds: Sequence[TableKind] = ("pairs", "search"),
     columns: Mapping[ColumnRole, str] | None = None,
 ) -> Table:
-    """Read a table and find out what its columns hold.
+    """Read a table and recognise the roles of its columns.
 
     Args:
-        path: a file that ends as `FORMS` say.
-        problems: faults of single lines are added here.
-        kinds: what the table may be.
-        columns: roles that the user named; names of the others are guessed.
+        path: a file with one of the suffixes in `FORMS`.
+        problems: faults of single lines are added to this list.
+        kinds: the kinds of table that are accepted.
+        columns: columns that the user named; other columns are recognised by their names.
 
     Raises:
-        InputError: no such form of file, or columns that tell no kind: says in three lines what was
-            found, what is accepted and an example.
+        InputError: another suffix, or columns of no accepted kind. The message gives the columns of
+            the file, the accepted columns and an example.
     """
     if path.suffix not in FORMS:
         raise InputError(f"{path}: must end in {', '.join(FORMS[:-1])} or {FORMS[-1]}")
     n_before = len(problems)
     heading, rows = _read(path, problems)
-    if not rows and len(problems) > n_before:  # which say why nothing can be read
+    if not rows and len(problems) > n_before:  # the problems say why there are no rows
         return Table(kinds[0], {}, ())
     kind, chosen = _recognise(path, heading, kinds, columns or {})
-    found = tuple(
+    role_rows = tuple(
         (line, {role: row.get(name) for role, name in chosen.items()}) for line, row in rows
     )
-    return Table(kind, chosen, found)
+    return Table(kind, chosen, role_rows)
 
 
 def _recognise(
@@ -113,7 +113,7 @@ def _recognise(
     }
     roles = {**guessed, **given}
     fitting = [kind for kind in kinds if all(role in roles for role in _NEEDED[kind])]
-    # What the user named decides: --columns query=... is about a search.
+    # Roles that the user named decide first: --columns query=... means a search.
     fitting.sort(key=lambda kind: -sum(role in given for role in _NEEDED[kind]))
     if not fitting:
         raise InputError(_unrecognised(path, heading, kinds))
@@ -123,7 +123,7 @@ def _recognise(
 
 
 def _unrecognised(path: Path, heading: Sequence[str], kinds: Sequence[TableKind]) -> str:
-    """Three lines: what was found, what is accepted, an example."""
+    """A message of three lines: the columns of the file, the accepted columns, an example."""
     names = ", ".join(heading[:_MAX_NAMES]) or "nothing"
     accepted = "; ".join(", ".join(_NEEDED[kind]) for kind in kinds)
     placeholders = list(heading) + ["COLUMN"] * 3
@@ -131,14 +131,14 @@ def _unrecognised(path: Path, heading: Sequence[str], kinds: Sequence[TableKind]
         f"{role}={name}" for role, name in zip(_NEEDED[kinds[0]], placeholders, strict=False)
     )
     return (
-        f"{path}: no field tells what the columns hold; found {names}\n"
+        f"{path}: the column names are not recognised; found {names}\n"
         f"  accepted: {accepted} (first line of the file, or the fields of each JSON object)\n"
-        f"  or say which is which, for example: --columns {example}"
+        f"  or name the columns, for example: --columns {example}"
     )
 
 
 def _read(path: Path, problems: list[str]) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
-    """Column names, and the rows with their lines."""
+    """Column names, and the rows with their line numbers."""
     if path.suffix == ".parquet":
         rows = list(enumerate(_read_parquet(path), start=1))
         return list(rows[0][1]) if rows else [], rows
@@ -169,8 +169,8 @@ def _read_csv(
 
 
 def _separator(path: Path, heading: str) -> str:
-    """What separates the columns: what makes the most of the heading's names known ones."""
-    known = {name for own in NAMES.values() for name in own}
+    """The separator with which the most names of the heading are known."""
+    known = {name for names_of_role in NAMES.values() for name in names_of_role}
     names = heading.lower().partition("\r")[0][:_MAX_HEADING]
 
     def n_known(separator: str) -> tuple[int, int]:
@@ -178,4 +178,4 @@ def _separator(path: Path, heading: str) -> str:
         return len(known & {cell.strip() for cell in cells}), len(cells)
 
     first = "\t" if path.suffix == ".tsv" else ","
-    return max([first, *(each for each in ",;\t" if each != first)], key=n_known)
+    return max([first, *(separator for separator in ",;\t" if separator != first)], key=n_known)

@@ -1,11 +1,11 @@
-"""What a score is made of: one entry a query, pair or document, and the score that they give.
+"""Compute scores from entries: one entry for each query, pair or document.
 
-Hides: how each metric of mteb's is computed on a weighted sample, for many samples at once; how
+Hides: how each of mteb's metrics is computed on weighted samples, for many samples at once; how
 entries are stored. Refuses to know: models, tasks, mteb, intervals.
 
-A resample is a row of weights over units: how often each unit is drawn. The unit is what would be
-drawn anew if the data were collected again: a query, a pair, a test document (with what became of
-it in every experiment). What a query is searched in, documents or sentences, is taken as given.
+A resample is a row of weights over units: how often each unit is drawn. A unit is what would be
+drawn anew if the data were collected again: a query, a pair, or a test document with its results in
+every experiment. The documents or sentences that a query is searched in are fixed.
 Legend: U units, R resamples, E experiments, S similarities, M rows.
 """
 
@@ -32,7 +32,7 @@ CLUSTERINGS: frozenset[str] = frozenset({"v_measure", "ami"})
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
-_CHUNK_CELLS = 4_000_000  # weights looked at together: 32 MB in float64
+_CHUNK_CELLS = 4_000_000  # weights processed together: 32 MB in float64
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class Samples:
     """The entries of one task, split and subset.
 
     Attributes:
-        statistic: how they make the score, and so which arrays there are:
-            "mean": `values` [E, U], and where it is known `chance` [U]: what each is expected to be
-                of a model that knows nothing.
+        statistic: how the score is computed, which decides the arrays:
+            "mean": `values` [E, U], and if it is known `chance` [U], the expected value of each
+                entry for a model that knows nothing.
             "spearman": `similarities` [U] and `gold` [U].
             "f1_macro", "f1_weighted": `predictions` [E, U] and `gold` [U], classes from 0; the
                 mean over experiments.
-            "max_ap", "max_accuracy": `similarities` [S, U] and `gold` [U] of 0 and 1; the greatest
+            "max_ap", "max_accuracy": `similarities` [S, U] and `gold` [U] of 0 and 1; the maximum
                 over similarity functions.
             "v_measure", "ami": a row for each document of each clustering, `document` [M],
                 `experiment` [M], `gold` [M], `cluster` [M], and `level` [E] of each clustering;
                 the mean over clusterings.
-            Pairs ("spearman", "max_ap", "max_accuracy") may have `texts` [2, U], too: which texts
-            each is made of, numbered from 0.
-        unit: what is drawn anew ("query", "pair", "document", "sentence", "text").
-        digits: decimals that mteb rounds the score to; None where it does not.
+            Pairs ("spearman", "max_ap", "max_accuracy") may also have `texts` [2, U]: the numbers
+            of the two texts of each pair, from 0.
+        unit: the unit of resampling ("query", "pair", "document", "sentence", "text").
+        digits: decimals to which mteb rounds the score; None if it does not round.
     """
 
     statistic: Statistic
@@ -64,13 +64,13 @@ class Samples:
 
     @property
     def n_units(self) -> int:
-        """U."""
+        """U, the number of units."""
         if self.statistic in CLUSTERINGS:
             return int(self.arrays["document"].max(initial=-1)) + 1
         return int(self.arrays["values" if self.statistic == "mean" else "gold"].shape[-1])
 
     def score(self) -> float:
-        """The main score as mteb gives it, from the entries alone."""
+        """The main score as mteb computes it, from the entries alone."""
         value = float(self.scores(np.ones((1, self.n_units)))[0])
         return value if self.digits is None else round(value, self.digits)
 
@@ -80,9 +80,9 @@ class Samples:
         return scores
 
     def by_experiment(self, weights: Array) -> Floats:
-        """Scores [R, E] of each experiment, whose mean is the score; E is 1 without experiments.
+        """Scores [R, E] of each experiment; their mean is the score. E is 1 without experiments.
 
-        Nothing but float64 is accumulated in.
+        All sums are in float64.
         """
         step = max(1, _CHUNK_CELLS // max(1, self._n_cells()))
         parts = [
@@ -92,15 +92,15 @@ class Samples:
         return np.concatenate(parts)
 
     def influences(self) -> Floats:
-        """How fast the score of pairs changes [U] with the weight of each.
+        """The derivative [U] of a score of pairs with respect to the weight of each pair.
 
-        The derivative at weights of one; they sum to 0. A best threshold or similarity function
-        stays what it is: there, the score does not change with it to first order.
+        It is taken at weights of one, and sums to 0. The best threshold and similarity function are
+        held fixed: at the optimum, a change of them does not change the score to first order.
         """
         return _INFLUENCES[self.statistic](self)
 
     def pairs_with(self, other: Samples) -> bool:
-        """Whether both are of the same units, so that their difference can be resampled."""
+        """Whether both have the same units, so that their difference can be resampled."""
         same = (self.statistic, self.unit, self.n_units) == (
             other.statistic,
             other.unit,
@@ -114,7 +114,7 @@ class Samples:
         )
 
     def _n_cells(self) -> int:
-        return max((each.size for each in self.arrays.values()), default=1)
+        return max((array.size for array in self.arrays.values()), default=1)
 
 
 def write_samples(path: Path, samples: Mapping[tuple[str, str], Samples]) -> None:
@@ -140,7 +140,7 @@ def read_samples(path: Path) -> dict[tuple[str, str], Samples]:
     """Read what `write_samples` saved.
 
     Raises:
-        IntegrityError: damaged.
+        IntegrityError: the file is damaged.
     """
     try:
         with safe_open(path, framework="numpy") as handle:
@@ -155,8 +155,9 @@ def read_samples(path: Path) -> dict[tuple[str, str], Samples]:
                     for name in names
                     if name.startswith(f"{number}.")
                 }
-                how: Any = statistic
-                samples[split, subset] = Samples(how, unit, arrays, int(digits) if digits else None)
+                checked: Any = statistic
+                n_digits = int(digits) if digits else None
+                samples[split, subset] = Samples(checked, unit, arrays, n_digits)
             return samples
     except (SafetensorError, ValueError, OSError) as error:
         raise IntegrityError(
@@ -171,7 +172,7 @@ def _mean(samples: Samples, weights: Floats) -> Floats:
 
 
 def _spearman(samples: Samples, weights: Floats) -> Floats:
-    """Pearson correlation of midranks, each unit as often as its weight says."""
+    """Pearson correlation of midranks, in which each unit counts as often as its weight says."""
     x = _midranks(samples.arrays["similarities"], weights)  # [R, U]
     y = _midranks(samples.arrays["gold"], weights)
     total = weights.sum(axis=1, keepdims=True)
@@ -180,14 +181,15 @@ def _spearman(samples: Samples, weights: Floats) -> Floats:
     covariance = (weights * x * y).sum(axis=1)
     spread = np.sqrt((weights * x * x).sum(axis=1) * (weights * y * y).sum(axis=1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        # A resample of one value only has no correlation; it tells nothing of the model.
+        # A resample with a single value has no correlation, which counts as 0.
         return np.where(spread > 0, covariance / spread, 0.0)[:, None]
 
 
 def _spearman_influences(samples: Samples) -> Floats:
-    """Of a correlation of ranks F and G as shares of the sample: C = E[FG] - 1/4, A = E[FF] - 1/4.
+    """Influences [U] on the correlation of ranks F and G, which are shares of the sample.
 
-    A unit counts by itself, and by moving all that are ranked above it.
+    The covariance is E[FG] - 1/4, a variance E[FF] - 1/4. The weight of a unit changes its own
+    term, and the ranks of all units above it.
     """
     x, y = samples.arrays["similarities"], samples.arrays["gold"]
     n = len(x)
@@ -195,23 +197,23 @@ def _spearman_influences(samples: Samples) -> Floats:
     f, g = _midranks(x, ones)[0] / n, _midranks(y, ones)[0] / n
 
     def above(values: Array, ranks: Floats) -> Floats:
-        """Mean [U] over all units of their rank where it is above, half of it where it ties."""
-        found: Floats = _midranks(-values, ranks[None])[0] / n
-        return found
+        """Mean [U] of the ranks of the units above each unit; ties count half."""
+        means: Floats = _midranks(-values, ranks[None])[0] / n
+        return means
 
-    covariance, of_x, of_y = ((a * b).mean() - 1 / 4 for a, b in ((f, g), (f, f), (g, g)))
-    if of_x <= 0 or of_y <= 0:
+    covariance, var_x, var_y = ((a * b).mean() - 1 / 4 for a, b in ((f, g), (f, f), (g, g)))
+    if var_x <= 0 or var_y <= 0:
         return np.zeros(n)
     by_unit = f * g + above(x, g) + above(y, f) - 3 * (covariance + 1 / 4)
-    of_x_by_unit = f * f + 2 * above(x, f) - 3 * (of_x + 1 / 4)
-    of_y_by_unit = g * g + 2 * above(y, g) - 3 * (of_y + 1 / 4)
-    relative = of_x_by_unit / of_x + of_y_by_unit / of_y
-    found: Floats = (by_unit - covariance * relative / 2) / math.sqrt(of_x * of_y) / n
-    return found
+    var_x_by_unit = f * f + 2 * above(x, f) - 3 * (var_x + 1 / 4)
+    var_y_by_unit = g * g + 2 * above(y, g) - 3 * (var_y + 1 / 4)
+    relative = var_x_by_unit / var_x + var_y_by_unit / var_y
+    influences: Floats = (by_unit - covariance * relative / 2) / math.sqrt(var_x * var_y) / n
+    return influences
 
 
 def _midranks(values: Array, weights: Floats) -> Floats:
-    """Ranks [R, U] of values [U] in resamples, ties sharing the middle of their ranks."""
+    """Ranks [R, U] of values [U] in resamples; ties get the middle of their ranks."""
     order, starts = _sorted_groups(values)
     sizes = np.diff(starts, append=len(values))
     in_group = np.add.reduceat(weights[:, order], starts, axis=1)  # [R, groups]
@@ -222,14 +224,14 @@ def _midranks(values: Array, weights: Floats) -> Floats:
 
 
 def _sorted_groups(values: Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Order [U] that sorts values, and where in it each run of equal values starts."""
+    """The order [U] that sorts values, and the start of each run of equal values in it."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     return order, np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
 
 
 def _f1(samples: Samples, weights: Floats) -> Floats:
-    """F1 [R, E] over classes that a resample holds, plain ("macro") or by support ("weighted")."""
+    """F1 [R, E] over the classes in a resample: their mean, or their mean weighted by support."""
     gold = samples.arrays["gold"]
     predictions = samples.arrays["predictions"]
     n_classes = int(max(gold.max(), predictions.max())) + 1
@@ -253,60 +255,61 @@ def _sum_by(group: Array, weights: Floats, n_groups: int) -> Floats:
 
 
 def _pairs(samples: Samples, weights: Floats) -> Floats:
-    """Average precision or best accuracy, the greatest over similarity functions."""
+    """Average precision or best accuracy [R, 1], the maximum over similarity functions."""
     gold = samples.arrays["gold"].astype(np.float64)
     best = np.full(len(weights), -np.inf)
     for similarities in samples.arrays["similarities"]:
         order, starts = _sorted_groups(-similarities)
         drawn = weights[:, order]
         hits = np.cumsum(np.add.reduceat(drawn * gold[order], starts, axis=1), axis=1)
-        seen = np.cumsum(np.add.reduceat(drawn, starts, axis=1), axis=1)
+        retrieved = np.cumsum(np.add.reduceat(drawn, starts, axis=1), axis=1)
         if samples.statistic == "max_ap":
-            precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
+            precision = np.divide(hits, retrieved, out=np.zeros_like(hits), where=retrieved > 0)
             positives = np.maximum(hits[:, -1], 1)
             new = np.diff(hits, axis=1, prepend=0)
             values = (precision * new).sum(axis=1) / positives
         else:
-            negatives = (seen - hits)[:, -1:]
-            right = hits + negatives - (seen - hits)
-            # mteb sets no threshold below the last value; above the first there is none either.
-            values = right[:, :-1].max(axis=1, initial=0) / seen[:, -1]
+            negatives = (retrieved - hits)[:, -1:]
+            right = hits + negatives - (retrieved - hits)
+            # mteb puts no threshold below the last value or above the first.
+            values = right[:, :-1].max(axis=1, initial=0) / retrieved[:, -1]
         best = np.maximum(best, values)
     return best[:, None]
 
 
 def _pairs_influences(samples: Samples) -> Floats:
-    """At the order, similarity function and threshold that give the score."""
+    """Influences [U] with the order, similarity function and threshold of the score held fixed."""
     gold = samples.arrays["gold"].astype(np.float64)
     n, positives = len(gold), max(gold.sum(), 1)
     best, influences = -np.inf, np.zeros(n)
     for similarities in samples.arrays["similarities"]:
         order, starts = _sorted_groups(-similarities)
         new = np.add.reduceat(gold[order], starts)
-        hits, seen = np.cumsum(new), np.r_[starts[1:], n].astype(np.float64)
+        hits, retrieved = np.cumsum(new), np.r_[starts[1:], n].astype(np.float64)
         rank = np.empty(n, np.int64)  # of each unit's group of equal similarity
         rank[order] = np.repeat(np.arange(len(starts)), np.diff(starts, append=n))
         if samples.statistic == "max_ap":
-            precision = hits / seen
+            precision = hits / retrieved
             score = float((precision * new).sum() / positives)
             # One more hit, or one more unit, at or before each group.
-            by_hit = np.cumsum((new / seen)[::-1])[::-1]
-            by_unit = np.cumsum((new * hits / seen**2)[::-1])[::-1]
-            own = gold * (by_hit[rank] + precision[rank] - score) - by_unit[rank]
-            own /= positives
+            by_hit = np.cumsum((new / retrieved)[::-1])[::-1]
+            by_unit = np.cumsum((new * hits / retrieved**2)[::-1])[::-1]
+            derivative = gold * (by_hit[rank] + precision[rank] - score) - by_unit[rank]
+            derivative /= positives
         else:
-            right = hits + (n - positives) - (seen - hits)
+            right = hits + (n - positives) - (retrieved - hits)
             threshold = int(right[:-1].argmax()) if len(right) > 1 else -1
             score = float(right[threshold]) / n if threshold >= 0 else 0.0
-            own = ((rank <= threshold) == (gold == 1)) / n - score / n
+            derivative = ((rank <= threshold) == (gold == 1)) / n - score / n
         if score > best:
-            best, influences = score, own
+            best, influences = score, derivative
     return influences
 
 
 def _clusterings(samples: Samples, weights: Floats) -> Floats:
-    """V-measure (Rosenberg & Hirschberg 2007) or adjusted mutual information (Vinh et al. 2010),
-    [R, E], from contingency tables of which only cells that occur are kept.
+    """V-measure or adjusted mutual information [R, E] from sparse contingency tables.
+
+    Sources: Rosenberg & Hirschberg 2007 for V-measure, Vinh et al. 2010 for the other.
     """
     document, experiment, gold, cluster = (
         samples.arrays[name].astype(np.int64)
@@ -333,8 +336,8 @@ def _clusterings(samples: Samples, weights: Floats) -> Floats:
 
     def entropy(sizes: Floats, owner: Array) -> Floats:
         logs = sizes * np.log(np.maximum(sizes, 1e-300))
-        found: Floats = np.log(safe) - _sum_by(owner, logs, n_experiments) / safe
-        return found
+        entropies: Floats = np.log(safe) - _sum_by(owner, logs, n_experiments) / safe
+        return entropies
 
     of_classes, of_clusters = entropy(a, experiment_of_class), entropy(b, experiment_of_cluster)
     mutual = of_classes + of_clusters - entropy(counts, experiment_of_cell)
@@ -348,20 +351,22 @@ def _clusterings(samples: Samples, weights: Floats) -> Floats:
                 total[:, number],
             )
         mutual, mean = mutual - chance, mean - chance
-    one_group = mean < 1e-12  # everything in one class and one cluster: they agree
+    one_group = mean < 1e-12  # all documents in one class and one cluster agree
     return np.where(one_group, 1.0, mutual / np.where(one_group, 1.0, mean))
 
 
 def _expected_mutual_information(a: Floats, b: Floats, total: Floats) -> Floats:
-    """Mean mutual information [R] of partitions with class sizes a [R, L] and cluster sizes b
-    [R, K] under random assignment (Vinh et al. 2010, equation 24a), in nats.
+    """Expected mutual information [R] in nats of two random partitions of `total` [R] documents.
+
+    The partitions have class sizes a [R, L] and cluster sizes b [R, K]. Source: Vinh et al. 2010,
+    equation 24a.
     """
     logs = np.r_[0.0, np.cumsum(np.log(np.arange(1, int(total.max()) + 1)))]  # log n!
 
     def log_factorial(n: Floats) -> Floats:
-        # Impossible counts are looked up, too, and left out below.
-        found: Floats = logs[np.clip(n, 0, len(logs) - 1).astype(np.int64)]
-        return found
+        # Impossible counts are clipped to valid indices; `possible` excludes them below.
+        values: Floats = logs[np.clip(n, 0, len(logs) - 1).astype(np.int64)]
+        return values
 
     first, second, n = a[:, :, None], b[:, None, :], total[:, None, None]
     fixed = (

@@ -1,7 +1,7 @@
-"""A published model's own scores beside the published ones.
+"""Compare the scores of a published model with its published scores.
 
-Hides: which published score a task's is to be held against, and which conditions differ. Refuses to
-know: where references lie, mteb, encoders.
+Hides: which published score belongs to a task, and which conditions differ. Refuses to know: mteb,
+encoders.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def find_reference(model: str) -> Reference | None:
-    """What is published of a model on the Hub; None where nothing ships.
+    """The published scores of a model on the Hub; None if gteopt ships none for it.
 
     Raises:
         IntegrityError: the installation is damaged.
@@ -40,7 +40,7 @@ def find_reference(model: str) -> Reference | None:
 
 @dataclass(frozen=True)
 class _Whole:
-    """One task: the published score, and ours over the same data."""
+    """A task's published score, and the score here over the same data."""
 
     published: float
     score: float
@@ -48,19 +48,19 @@ class _Whole:
 
 
 def beside_published(report: EvalReport, reference: Reference) -> EvalReport:
-    """The baseline's report with what was published for the same model.
+    """The baseline's report with the published scores of the same model.
 
-    The means are over the same splits and subsets on both sides: those that have a published score
-    of the same data. A score of another data revision is shown, marked, and left out of the means.
+    Both means are over the same splits and subsets: those with a published score of the same data.
+    A published score of another data revision is shown and marked, but left out of the means.
 
     Args:
-        report: of the baseline, judged against itself.
-        reference: what is published of the model.
+        report: report of the baseline, judged against itself.
+        reference: published scores of the model.
     """
-    published = {(each.task, each.split, each.subset): each for each in reference.scores}
+    published = {(score.task, score.split, score.subset): score for score in reference.scores}
 
     def beside(task: TaskScore) -> BesidePublished | None:
-        # A part of an aggregate (CQADupstackAndroidRetrieval) is published as a task of its own.
+        # A part of an aggregate (CQADupstackAndroidRetrieval) is published as a separate task.
         known = published.get((task.task, task.split, task.subset)) or published.get(
             (task.subset, task.split, "default")
         )
@@ -69,14 +69,17 @@ def beside_published(report: EvalReport, reference: Reference) -> EvalReport:
     tasks = tuple(task.model_copy(update={"published": beside(task)}) for task in report.tasks)
     wholes = []
     for name in dict.fromkeys(task.task for task in tasks):
-        own = [task for task in tasks if task.task == name]
-        aggregate = published.get((name, own[0].split, "default"))
-        whole = _whole(own, aggregate, report, reference)
+        scores = [task for task in tasks if task.task == name]
+        aggregate = published.get((name, scores[0].split, "default"))
+        whole = _whole(scores, aggregate, report, reference)
         wholes += [] if whole is None else [whole]
     of_suite = None
     if wholes:
         conditions = [
-            each for whole in wholes for part in whole.parts for each in part.other_conditions
+            condition
+            for whole in wholes
+            for part in whole.parts
+            for condition in part.other_conditions
         ]
         of_suite = BesidePublished(
             score=float(np.mean([whole.published for whole in wholes])),
@@ -85,7 +88,7 @@ def beside_published(report: EvalReport, reference: Reference) -> EvalReport:
             n_tasks=len(wholes),
             source=reference.source,
         )
-    averages = {each.suite: each for each in reference.averages}
+    averages = {average.suite: average for average in reference.averages}
     return report.model_copy(
         update={
             "tasks": tasks,
@@ -96,23 +99,23 @@ def beside_published(report: EvalReport, reference: Reference) -> EvalReport:
 
 
 def _whole(
-    own: Sequence[TaskScore],
+    scores: Sequence[TaskScore],
     aggregate: ReferenceScore | None,
     report: EvalReport,
     reference: Reference,
 ) -> _Whole | None:
-    """A task's mean over the splits and subsets that are comparable; None where none is."""
-    parts = [(task, task.published) for task in own if task.published is not None]
-    if aggregate is not None and len(parts) < len(own):
-        beside = _beside(aggregate, own[0], report, reference, of_parts=True)
-        return _Whole(aggregate.score, float(np.mean([task.score for task in own])), (beside,))
-    alike = [(task, each) for task, each in parts if each.same_data is not False]
-    if not alike:
+    """A task's mean over the comparable splits and subsets; None if none is comparable."""
+    parts = [(task, task.published) for task in scores if task.published is not None]
+    if aggregate is not None and len(parts) < len(scores):
+        beside = _beside(aggregate, scores[0], report, reference, of_parts=True)
+        return _Whole(aggregate.score, float(np.mean([task.score for task in scores])), (beside,))
+    comparable = [(task, beside) for task, beside in parts if beside.same_data is not False]
+    if not comparable:
         return None
     return _Whole(
-        float(np.mean([each.score for _, each in alike])),
-        float(np.mean([task.score for task, _ in alike])),
-        tuple(each for _, each in alike),
+        float(np.mean([beside.score for _, beside in comparable])),
+        float(np.mean([task.score for task, _ in comparable])),
+        tuple(beside for _, beside in comparable),
     )
 
 
@@ -124,14 +127,14 @@ def _beside(
     *,
     of_parts: bool = False,
 ) -> BesidePublished:
-    """A published score beside ours, with the conditions that are not the same.
+    """A published score with the score measured here and the conditions that differ.
 
     Args:
-        known: what is published.
-        task: ours.
-        report: with the protocol and the precision of ours.
-        reference: with those of the model's authors.
-        of_parts: the published score is an aggregate's, whose own revision means nothing.
+        known: the published score.
+        task: the score measured here.
+        report: has the protocol and the precision of the score measured here.
+        reference: has the protocol and the precision of the model's authors.
+        of_parts: the published score is of an aggregate, which has no data revision.
     """
     theirs = known.protocol
     conditions = []

@@ -1,11 +1,11 @@
 """Score an encoder on a suite, or encode a user's own texts.
 
-Hides: what is done already, and how a failing task is told apart from a failing run. Refuses to
-know: how tasks find their data, how vectors become scores, what a score is compared with.
+Hides: which tasks are finished already, and how a task can fail without ending the run. Refuses to
+know: how tasks find their data, how vectors become scores, the baseline's scores.
 
-    STORE/vectors/<weights>/...    encoded texts (`cache`)
-    STORE/tasks/<task>-<key>/...   scores of one task and what they are made of (`finished`)
-    STORE/results/<model>/...      scores in mteb's layout (`results`)
+    STORE/vectors/<weights>/...    encoded texts; see `corpus.vector_cache`
+    STORE/tasks/<task>-<key>/...   scores of one task and their entries; see `task_store`
+    STORE/results/<model>/...      scores in mteb's layout; see `mteb_results`
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class EncodeOptions:
     """How texts are encoded, and how their vectors are kept.
 
     Attributes:
-        batch_size: texts computed together; halved where they do not fit the memory.
-        cache_bytes: most that the cache of vectors takes.
-        dtype: of the cached vectors.
-        encode: encodes shards of texts; None does it here, one after the other.
-        encoded_on: what reports call the place where that happens.
-        start_next: starts the next run on the same workers, so that none waits for the end of this
-            one; called once, when all texts of the last task are being encoded.
+        batch_size: texts computed together; halved if they do not fit into memory.
+        cache_bytes: the largest size of the cache of vectors.
+        dtype: dtype of the cached vectors.
+        encode: encodes shards of texts; None encodes them in this process, one after the other.
+        encoded_on: where texts are encoded, as named in reports.
+        start_next: starts the next run on the same workers, so that no worker waits for the end of
+            this run. It is called once, when all texts of the last task are being encoded.
     """
 
     batch_size: int = 32
@@ -80,19 +80,19 @@ SampleKey = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """What one encoder did on a suite.
+    """The results of one encoder on a suite.
 
     Attributes:
-        suite_sha256: see `Suite.sha256`, of the own data that were read.
-        item_scores: what each score is made of: one entry a query, pair or document.
-        failed: tasks that have no score, and why.
+        suite_sha256: see `Suite.sha256`; it includes the hash of own data.
+        item_scores: the entries of each score: one for each query, pair or document.
+        failed: tasks that have no score, with the reasons.
         fidelity_sample: full-dimension vectors of the suite's texts.
-        vectors: turns those into what the encoder stores.
-        encodings: that its tasks took, each in the run that scored it: a run that finds everything
-            finished says the same as the one that did it.
-        encodings_now: of these, in this very run.
-        notes: anything out of the ordinary that happened to the encodings.
-        hub_id: of a base that may be a published model; see `Checkpoint`.
+        vectors: the transform from these vectors to the encoder's stored codes.
+        encodings: text counts of all tasks, each from the run that scored it. A run that finds all
+            tasks finished therefore has the same counts as the run that scored them.
+        encodings_now: the part of `encodings` that belongs to this run.
+        notes: anything unusual that happened to the encodings.
+        hub_id: id of a base that may be a published model; see `Checkpoint`.
     """
 
     encoder: str
@@ -113,20 +113,20 @@ class SuiteRun:
 
     @property
     def score(self) -> float:
-        """Mean over tasks, splits and subsets averaged within a task first; NaN without any."""
-        return mean_over_tasks((each.task, each.score) for each in self.scores)
+        """Mean over tasks, averaged over splits and subsets first; NaN without any score."""
+        return mean_over_tasks((score.task, score.score) for score in self.scores)
 
 
 class RunOptions(TypedDict, total=False):
     """Where a run reads and writes.
 
     Attributes:
-        hub_dir: data sets are read from `hub_dir/<org>/<name>` and the network is not touched.
-        store: folder where encoded texts are written shard by shard and finished tasks at once; a
-            task found there, of the same weights, view, instruction and data, is not scored again.
-            Without one, both lie in a temporary folder.
+        hub_dir: data sets are read from `hub_dir/<org>/<name>`, and the network is not used.
+        store: folder for encoded texts, written shard by shard, and for finished tasks. A task in
+            it with the same weights, view, instruction and data is not scored again. None uses a
+            temporary folder.
         options: how texts are encoded and kept.
-        progress: told view and task, and how many of the task's texts are encoded.
+        progress: told the view, the task, and how many of the task's texts are encoded.
         stop: ends a task once its verdict is certain; None scores all of every task.
     """
 
@@ -138,7 +138,12 @@ class RunOptions(TypedDict, total=False):
 
 
 def run_suite(encoder: Description, suite: Suite, **where: Unpack[RunOptions]) -> SuiteRun:
-    """Score an encoder's own vectors on every task of a suite; see `run_views`."""
+    """Score an encoder's own view on every task of a suite; see `run_views`.
+
+    Example:
+        >>> run = run_suite(encoder, load_suite("mini"), store=Path("scores"))
+        >>> run.score  # 0 to 1
+    """
     return run_views(encoder, suite, [own_view(encoder)], **where)[0]
 
 
@@ -148,21 +153,21 @@ def run_views(
     views: Sequence[View],
     **where: Unpack[RunOptions],
 ) -> list[SuiteRun]:
-    """Score one encoder's texts, encoded once, on every task of a suite in several forms.
+    """Score several views of one encoder on every task of a suite; texts are encoded once.
 
-    A task that fails is recorded and the run goes on.
+    A task that fails is recorded, and the run goes on.
 
     Args:
         encoder: a base or a variant.
         suite: tasks, from `load_suite`.
-        views: what of its vectors is scored.
+        views: the forms of the encoder's vectors that are scored.
         where: see `RunOptions`.
 
     Returns:
-        One run a view.
+        One run for each view.
 
     Raises:
-        InputError: data that cannot be found or read, all of it, before anything is encoded.
+        InputError: lists all data that cannot be found or read, before anything is encoded.
     """
     from gteopt.evaluation.mteb_isolation import isolated
     from gteopt.evaluation.tasks import load_data, resolve
@@ -191,9 +196,7 @@ def begin_views(
     store: Path | None,
     options: EncodeOptions,
 ) -> None:
-    """Let workers start on the first task that has no scores yet, before `run_views` is called with
-    the same arguments.
-    """
+    """Let workers start on the first unscored task, before `run_views` gets the same arguments."""
     from gteopt.evaluation.mteb_isolation import isolated
     from gteopt.evaluation.tasks import load_data, resolve
 
@@ -212,11 +215,11 @@ def begin_views(
 
 @dataclass(frozen=True)
 class TextsRun:
-    """What one encoder made of a user's own texts.
+    """One encoder's vectors of a user's own texts.
 
     Attributes:
-        fidelity_sample: full-dimension vectors of all of them.
-        notes: anything out of the ordinary that happened to the encodings.
+        fidelity_sample: full-dimension vectors of all texts.
+        notes: anything unusual that happened to the encodings.
     """
 
     fidelity_sample: Sample
@@ -236,8 +239,8 @@ def run_texts(
 ) -> TextsRun:
     """Encode texts as documents without an instruction; see `run_views` for the arguments.
 
-    An interrupted run goes on at the shard, and what a suite has encoded alike is not encoded
-    again.
+    An interrupted run continues at its last shard. Texts that a suite has encoded in the same way
+    are not encoded again.
     """
     notes: list[str] = []
 
@@ -254,7 +257,7 @@ def run_texts(
 
 
 class _Scoring:
-    """One run: the tasks that wait, what is done, and what it took."""
+    """The state of one run: finished and failed tasks of each view, text counts and notes."""
 
     def __init__(
         self,
@@ -275,42 +278,42 @@ class _Scoring:
         self.notes: list[str] = []
         self.vectors = TaskVectors(encoder, store, options, self.say)
         self.sampler = Sampler()
-        self.places: dict[str, TaskFolder] = {}
+        self.folders: dict[str, TaskFolder] = {}
         self.done: dict[tuple[str, str], FinishedTask] = {}
         self.failed: dict[str, list[FailedTask]] = {view.sha256: [] for view in views}
         self.now: dict[tuple[str, str], Encodings] = {}
-        self.here, self.conditions = machine(), _conditions(encoder, options)
+        self.machine, self.conditions = machine(), _conditions(encoder, options)
 
     def say(self, note: str) -> None:
-        """Keep a note for the reports and show it."""
+        """Keep a note for the reports, and show it."""
         self.notes.append(note)
         self.progress(note, 1, 1)
 
     def read_finished(self, tasks: Sequence[ResolvedTask]) -> list[ResolvedTask]:
-        """Read what earlier runs have finished; the tasks that some view still waits for."""
+        """Read the tasks that earlier runs finished; return the tasks that are still unscored."""
         for task in tasks:
             rules = [None] if self._rule(task) is None else [None, self._rule(task)]
-            for rule in rules:  # what is scored whole has no need to be stopped
-                place = TaskFolder.of(
+            for rule in rules:  # whole scores come first, because they need not be stopped
+                folder = TaskFolder.of(
                     self.encoder,
                     task,
                     self.store,
                     self.options.dtype,
                     None if rule is None else rule.key(),
                 )
-                self.places[task.name] = place
-                sample = place.sample()
+                self.folders[task.name] = folder
+                sample = folder.sample()
                 if sample is None:
                     continue
                 self.sampler.merge(sample)
                 for view in self._waiting(task):
-                    finished = place.finished(view)
+                    finished = folder.finished(view)
                     if finished is not None:
                         self.done[view.sha256, task.name] = finished
         return [task for task in tasks if self._waiting(task)]
 
     def _rule(self, task: ResolvedTask) -> StopRule | None:
-        """What may stop a task; None where nothing can."""
+        """The rule that may stop a task; None if the task cannot be stopped."""
         name = task.aggregate or task.name
         subsets = task.subsets if task.aggregate is None else (task.name,)
         keys = [(name, split, subset) for split in task.splits for subset in subsets]
@@ -321,19 +324,19 @@ class _Scoring:
         return [view for view in self.views if (view.sha256, task.name) not in self.done]
 
     def score(self, tasks: Sequence[ResolvedTask], n_all: int) -> None:
-        """Score tasks, with their data loaded, one after the other."""
+        """Score tasks one after the other; their data must be loaded."""
         from gteopt.evaluation.tasks import n_texts
 
         ignored = [task.task for task in self.suite.tasks if task.instruction is not None]
         if ignored and not self.encoder.takes_instructions:
             self.say(
-                f"{self.encoder.name} takes no instructions; that of {', '.join(ignored)} is left "
-                f"out"
+                f"{self.encoder.name} takes no instructions; the suite's instructions for "
+                f"{', '.join(ignored)} are left out"
             )
         caches = [self.vectors.of(task) for task in tasks]
         usual = self.vectors.usual()
         _say_what_does_not_fit({task.name: n_texts(task) for task in tasks}, usual, self.say)
-        # What a task that may stop will encode is not known beforehand.
+        # The texts of a task that may stop are not known beforehand.
         known = [
             cache if self._rule(task) is None else None
             for task, cache in zip(tasks, caches, strict=True)
@@ -348,7 +351,7 @@ class _Scoring:
                 task.task.unload_data()
 
     def _score_task(self, task: ResolvedTask, cache: VectorCache, number: str) -> None:
-        # A task draws from generators that it owns; every view has to see the same draws.
+        # A task draws from its own generators, and every view needs the same draws.
         generators = deepcopy((task.task.rng_state, task.task.np_rng))
         cache.begin_task()
         waiting = self._waiting(task)
@@ -362,11 +365,11 @@ class _Scoring:
                 continue
             self.done[view.sha256, task.name] = finished
             if sampler is not None:
-                # Vectors first: a task whose scores are on disk has its vectors there, too.
-                self.places[task.name].write_sample(sampler.sample())
+                # Vectors are written first, so a task with scores on disk has its vectors too.
+                self.folders[task.name].write_sample(sampler.sample())
                 self.sampler.merge(sampler.sample())
                 sampler = None
-            self.places[task.name].write(view, finished)
+            self.folders[task.name].write(view, finished)
 
     def _finished(
         self,
@@ -377,7 +380,7 @@ class _Scoring:
         sampler: Sampler | None,
         progress: Progress,
     ) -> FinishedTask | None:
-        """Scores of one task and view; None, and a record of why, where it fails."""
+        """Scores of one task and view; None if the task fails, and the reason is recorded."""
         from gteopt.evaluation.mteb_model import TaskModel
         from gteopt.evaluation.scoring import score_task
         from gteopt.evaluation.tasks import n_texts
@@ -401,50 +404,52 @@ class _Scoring:
             self.failed[view.sha256].append(FailedTask(task=task.name, reason=str(error)))
             return None
         except Exception as error:
-            # A task of mteb's may fail in any way, and the others are worth having.
+            # An mteb task may raise any error; the other tasks are still scored.
             reason = f"{type(error).__name__}: {error}"
             self.failed[view.sha256].append(FailedTask(task=task.name, reason=reason))
             return None
         finally:
             self.now[view.sha256, task.name] = cache.counts - before
         took = self.now[view.sha256, task.name]
-        return FinishedTask(scores, samples, took, self.here, self.conditions)
+        return FinishedTask(scores, samples, took, self.machine, self.conditions)
 
     def run_of(self, view: View, suite_sha256: str) -> SuiteRun:
-        """What came of one view."""
-        own = {
+        """The run of one view."""
+        finished_tasks = {
             name: self.done[view.sha256, name]
-            for name in self.places
+            for name in self.folders
             if (view.sha256, name) in self.done
         }
-        own_now = {name: took for (sha256, name), took in self.now.items() if sha256 == view.sha256}
-        where, when, earlier = _measured_on(own, self.here, self.conditions)
-        took = own_now | {name: finished.encodings for name, finished in own.items()}
+        took_now = {
+            name: took for (sha256, name), took in self.now.items() if sha256 == view.sha256
+        }
+        machine_, versions_, earlier = _measured_on(finished_tasks, self.machine, self.conditions)
+        took = took_now | {name: task.encodings for name, task in finished_tasks.items()}
         return SuiteRun(
             encoder=view.name,
             encoder_sha256=view.sha256,
             suite=self.suite,
             suite_sha256=suite_sha256,
-            scores=tuple(score for finished in own.values() for score in finished.scores),
+            scores=tuple(score for task in finished_tasks.values() for score in task.scores),
             item_scores={
                 key: samples
-                for name, finished in own.items()
-                for key, samples in _by_score(name, finished)
+                for name, task in finished_tasks.items()
+                for key, samples in _by_score(name, task)
             },
             failed=tuple(self.failed[view.sha256]),
             fidelity_sample=self.sampler.sample(),
             vectors=view.vectors,
-            machine=where,
-            versions=when,
+            machine=machine_,
+            versions=versions_,
             encodings=sum(took.values(), Encodings()),
-            encodings_now=sum(own_now.values(), Encodings()),
+            encodings_now=sum(took_now.values(), Encodings()),
             notes=(*self.notes, *earlier),
             hub_id=self.encoder.checkpoint.hub_id,
         )
 
 
 def _by_score(name: str, finished: FinishedTask) -> Iterator[tuple[SampleKey, Samples]]:
-    """Entries by the names of their scores; a part of an aggregate has its own name as subset."""
+    """Entries by the key of their score; the subset of an aggregate's part is the part's name."""
     for score in finished.scores:
         subset = score.subset if score.task == name else "default"
         if (score.split, subset) in finished.samples:
@@ -455,59 +460,64 @@ def _by_score(name: str, finished: FinishedTask) -> Iterator[tuple[SampleKey, Sa
 
 
 def _measured_on(
-    tasks: Mapping[str, FinishedTask], here: Machine, conditions: Conditions
+    tasks: Mapping[str, FinishedTask], machine_now: Machine, versions_now: Conditions
 ) -> tuple[Machine, Conditions, list[str]]:
-    """Where a run's scores are from, and a sentence for each other place that some are from.
+    """The environment of a run's scores, and a note for each other environment of some scores.
 
-    It is here where any task was scored like that, else where the first one was.
+    It is the current environment if any task was scored in it, otherwise that of the first task.
     """
-    by_place: dict[str, tuple[Machine, Conditions, list[str]]] = {}
-    for name, each in tasks.items():
-        place = f"{each.machine!r} {sorted(each.versions.items())}"
-        by_place.setdefault(place, (each.machine, each.versions, []))[2].append(name)
-    found = list(by_place.values())
-    where, when = here, conditions
-    if found and (here, conditions) not in [(m, v) for m, v, _ in found]:
-        where, when, _ = found[0]
+    environments: dict[str, tuple[Machine, Conditions, list[str]]] = {}
+    for name, task in tasks.items():
+        key = f"{task.machine!r} {sorted(task.versions.items())}"
+        environments.setdefault(key, (task.machine, task.versions, []))[2].append(name)
+    chosen = machine_now, versions_now
+    known = [(machine_, versions_) for machine_, versions_, _ in environments.values()]
+    if known and chosen not in known:
+        chosen = known[0]
     notes = []
-    for other, versions_, names in found:
-        if (other, versions_) == (where, when):
+    for machine_, versions_, names in environments.values():
+        if (machine_, versions_) == chosen:
             continue
-        differing = differing_conditions((other, versions_), (where, when))
+        differing = differing_conditions((machine_, versions_), chosen)
         notes.append(f"{', '.join(names)}: scored in an earlier run, with {differing}")
-    return where, when, notes
+    return chosen[0], chosen[1], notes
 
 
-def differing_conditions(one: tuple[Machine, Conditions], other: tuple[Machine, Conditions]) -> str:
-    """What of one place is otherwise at the other, in words; "" where nothing is."""
-    facts, others = ({**dict(machine), **versions} for machine, versions in (one, other))
-    return ", ".join(f"{key} {value}" for key, value in facts.items() if others.get(key) != value)
+def differing_conditions(
+    first: tuple[Machine, Conditions], second: tuple[Machine, Conditions]
+) -> str:
+    """Names and values of the first environment that differ in the second; "" if none does."""
+    facts, other_facts = ({**dict(machine), **versions} for machine, versions in (first, second))
+    return ", ".join(
+        f"{key} {value}" for key, value in facts.items() if other_facts.get(key) != value
+    )
 
 
 def _say_what_does_not_fit(
     n_texts: Mapping[str, int], cache: VectorCache, say: Callable[[str], None]
 ) -> None:
-    """Before the first text: which tasks are larger than the cache, and what it would have to be.
+    """Name the tasks that are larger than the cache, before the first text is encoded.
 
-    A search is read once for all views, so that this costs nothing until it is read again.
+    A search reads its corpus once for all views, so this costs nothing unless it is read again.
     """
     room = cache.room_bytes()
-    tight = {name: n for name, n in n_texts.items() if cache.n_bytes(n) > room}
-    if tight:
-        tasks = ", ".join(f"{n:,} of {name}" for name, n in tight.items())
-        largest = cache.n_bytes(max(tight.values())) / 1e9
+    too_large = {name: n for name, n in n_texts.items() if cache.n_bytes(n) > room}
+    if too_large:
+        tasks = ", ".join(f"{n:,} of {name}" for name, n in too_large.items())
+        largest = cache.n_bytes(max(too_large.values())) / 1e9
         say(
-            f"{cache.encoder.name}: the vectors of {tasks} take up to {largest:,.1f} GB, the cache "
-            f"has room for {room / 1e9:,.1f} GB (--cache-gb, or half of the free disk): a stop, or "
-            f"another artifact of the same weights, encodes again what does not fit"
+            f"{cache.encoder.name}: the vectors of {tasks} take up to {largest:,.1f} GB, but the "
+            f"cache has room for {room / 1e9:,.1f} GB (--cache-gb, or half of the free disk). "
+            f"Vectors that do not fit are encoded again after an interruption, and for another "
+            f"artifact of the same weights"
         )
 
 
 class _TaskLookahead:
-    """Lets workers begin with the next task's texts while a task is scored; see `EncodeAhead`.
+    """Lets workers encode the next task's texts while a task is scored; see `EncodeAhead`.
 
-    Tasks with a cache of their own (another limit of tokens, lengths kept) are encoded once asked,
-    and so are tasks that may stop, whose cache is None here.
+    Two kinds of task are encoded only when they ask for texts. Some have a separate cache, because
+    they have another token limit or keep lengths. Others may stop; their cache is None here.
     """
 
     def __init__(
@@ -522,11 +532,11 @@ class _TaskLookahead:
         self._cache = cache
         self._tasks = tasks
         self._caches = caches
-        self._planned: set[bytes] = set()  # by the last task that was looked at
+        self._planned: set[bytes] = set()  # keys of the texts of the last planned task
         self._shards: list[list[Shard]] = []
 
     def look(self, position: int) -> None:
-        """The task at `position` is about to be scored, the one before it was."""
+        """Plan ahead: the task at `position` is scored next, and the task before it is scored."""
         from gteopt.evaluation.lookahead import upcoming_shards
 
         if self._encode is None:
@@ -534,13 +544,13 @@ class _TaskLookahead:
         if position > 0:
             self._encode.forget(self._shards[position - 1])
             self._shards[position - 1] = []
-        for each in self._tasks[len(self._shards) : position + 2]:
+        for task in self._tasks[len(self._shards) : position + 2]:
             if self._caches[len(self._shards)] is not self._cache:
                 self._shards.append([])
                 continue
             planned = set(self._planned)
             shards = upcoming_shards(
-                each, self._cache, instruction_of(self._cache.encoder, each), planned
+                task, self._cache, instruction_of(self._cache.encoder, task), planned
             )
             self._planned = planned - self._planned
             self._shards.append(shards)
@@ -550,7 +560,7 @@ class _TaskLookahead:
 
 
 def _renamed(progress: Progress, task: str) -> Progress:
-    def renamed(what: str, done: int, total: int) -> None:
+    def renamed(label: str, done: int, total: int) -> None:
         progress(task, done, total)
 
     return renamed

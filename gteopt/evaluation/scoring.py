@@ -1,6 +1,6 @@
-"""One task scored by mteb, with the entries that its scores are made of.
+"""Score one task with mteb, and collect the entries that its scores are computed from.
 
-Refuses to know: which tasks wait, stores, what a score is compared with.
+Refuses to know: other tasks, how scores are stored, the baseline's scores.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from gteopt.evaluation.tasks import ResolvedTask, n_samples
 def score_task(
     model: TaskModel, resolved: ResolvedTask, store: Path, stop: StopRule | None = None
 ) -> tuple[tuple[SubsetScore, ...], Mapping[tuple[str, str], Samples]]:
-    """Scores of every split and subset of one task, and what they are made of.
+    """Scores of every split and subset of one task, and the entries that they are computed from.
 
     Args:
         model: the encoder within this task.
         resolved: the task, with its data.
-        store: where mteb's own result files go; those of stopped scores are not written.
-        stop: ends a split and subset as soon as its verdict is certain; None never does.
+        store: folder for mteb's result files; stopped scores are not written there.
+        stop: ends a split and subset as soon as its verdict is certain; None never ends one early.
 
     Raises:
-        NumericsError: vectors or a score that is not a number.
+        NumericsError: vectors or a score are NaN or infinite.
     """
     scores: list[SubsetScore] = []
     samples: dict[tuple[str, str], Samples] = {}
@@ -67,17 +67,18 @@ def score_task(
 def _stopped(
     model: TaskModel, resolved: ResolvedTask, split: str, subset: str, stop: StopRule | None
 ) -> tuple[SubsetScore, Samples] | None:
-    """Score and entries of the first items that decide; None where all have to be scored."""
-    name, of = resolved.aggregate or resolved.name, subset
+    """Score and entries of the first items that are enough; None if all have to be scored."""
+    name, score_subset = resolved.aggregate or resolved.name, subset
     if resolved.aggregate is not None:
-        of = resolved.name
-    for look in stop.looks((name, split, of)) if stop is not None else ():
+        score_subset = resolved.name
+    key = name, split, score_subset
+    for look in stop.looks(key) if stop is not None else ():
         assert stop is not None
         with only(resolved.task, split, subset, rows_of(look.n_all, look.n_scored)):
             ((_, score, entries, _),) = _evaluated(model, resolved, split, [subset])
         if entries is None or entries.n_units != look.n_scored:
-            return None  # a task whose entries are not its items is scored whole
-        if stop.is_decided((name, split, of), entries, look):
+            return None  # the entries are not the items, so all of the task is scored
+        if stop.is_decided(key, entries, look):
             return score.model_copy(update={"sequential": look}), entries
     return None
 
@@ -85,7 +86,7 @@ def _stopped(
 def _evaluated(
     model: TaskModel, resolved: ResolvedTask, split: str, subsets: Sequence[str]
 ) -> Iterator[tuple[str, SubsetScore, Samples | None, Mapping[str, Any]]]:
-    """Of each subset the score, the entries where they reproduce it, and all of mteb's metrics."""
+    """For each subset: its score, the entries if they give the same score, and mteb's metrics."""
     metadata = resolved.task.metadata
     draws = record_draws_(resolved.task)
     with tempfile.TemporaryDirectory(prefix="gteopt-") as folder:
@@ -102,8 +103,8 @@ def _evaluated(
         score = float(metrics["main_score"])
         if not math.isfinite(score):
             raise NumericsError(
-                f"{metadata.main_score} of {split}/{subset} is {score}; the vectors of all its "
-                f"texts may be the same"
+                f"{metadata.main_score} of {split}/{subset} is {score}; perhaps all texts have "
+                f"the same vector"
             )
         entries_or_reason = _reproducing(entries.get(subset), score)
         record = SubsetScore(
@@ -127,13 +128,13 @@ def _evaluated(
 
 
 def _reproducing(entries: Samples | UnsupportedError | None, score: float) -> Samples | str:
-    """The entries if they make mteb's own score; else why they cannot be used.
+    """The entries if they give mteb's score; otherwise the reason why they cannot be used.
 
-    An interval around a number that is not the task's score would be worse than none.
+    An interval around a number that is not the task's score would mislead.
     """
     if not isinstance(entries, Samples):
-        return str(entries or "mteb names another subset")
-    again = entries.score()
-    if abs(again - score) > TOLERANCE:
-        return f"the entries give {again:.6f} where mteb gives {score:.6f}"
+        return str(entries or "mteb's predictions have no such subset")
+    recomputed = entries.score()
+    if abs(recomputed - score) > TOLERANCE:
+        return f"the entries give the score {recomputed:.6f}, but mteb gives {score:.6f}"
     return entries

@@ -1,10 +1,11 @@
-"""When the verdict on a task is certain before all of its queries or pairs are scored.
+"""Decide whether the verdict on a task is certain before all of its items are scored.
 
-The difference is looked at after an eighth, a quarter, half and three quarters of the items. More
-looks make more false claims. Each look therefore gets a share of the error rate, by the spending
-function of Lan & DeMets (1983) that resembles O'Brien & Fleming's bounds (1979). A look decides
-where its interval lies inside the margin, or outside of it. Such intervals hold the true difference
-at all looks together (repeated confidence intervals, Jennison & Turnbull 1989).
+The difference is tested after an eighth, a quarter, half and three quarters of the items. Each test
+is called a look, and more looks make more false claims. Each look therefore gets a share of the
+error rate. The shares follow the spending function of Lan & DeMets (1983) that resembles the bounds
+of O'Brien & Fleming (1979). A look decides if its interval lies inside the margin or outside of it.
+The error rate then holds for the intervals of all looks together (repeated confidence intervals,
+Jennison & Turnbull 1989).
 
 Refuses to know: tasks, mteb, models, files.
 """
@@ -25,24 +26,24 @@ from gteopt.evaluation.statistics import LEVEL, MIN_UNITS, Draws, difference_of,
 from gteopt.records.evaluation import Difference, Sequential, Verdict
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75)
-"""Of the items, at the looks before the last one."""
+"""Shares of the items at the looks before the last."""
 _SEED = 0
-_NODES = 300  # of the quadrature; more change no boundary by 1e-6
-_TAIL = 9.0  # standard deviations; beyond them lies less than 1e-18
-_MIN_ITEMS = 5 * MIN_UNITS  # the normal law of a mean of fewer is not to be had so far out
+_NODES = 300  # nodes of the quadrature; more nodes change the boundaries by less than 1e-6
+_TAIL = 9.0  # standard deviations; the probability beyond them is less than 1e-18
+_MIN_ITEMS = 5 * MIN_UNITS  # with fewer, a mean is not normal enough in the far tails
 
 
 @lru_cache
 def boundaries(fractions: tuple[float, ...], error_rate: float) -> tuple[float, ...]:
-    """How many standard errors a difference must be off at each look.
+    """By how many standard errors a difference must be off at each look, two-sided.
 
-    Two-sided. The chance that a Brownian motion B(t) leaves `boundary * sqrt(t)` at any look is
-    `error_rate`. Until t, each side may spend 2 - 2 Phi(z / sqrt(t)), where z has a quarter of the
-    rate above it (Lan & DeMets 1983). The boundaries follow one from the other by numerical
-    integration (Armitage, McPherson & Rowe 1969).
+    The probability that a Brownian motion B(t) exceeds `boundary * sqrt(t)` on either side at any
+    look is `error_rate`. Until t, each side may spend 2 - 2 Phi(z / sqrt(t)), where z is the normal
+    quantile with a quarter of the rate above it (Lan & DeMets 1983). Each boundary is computed from
+    the earlier ones by numerical integration (Armitage, McPherson & Rowe 1969).
 
     Args:
-        fractions: of all items, ascending; the last is 1.
+        fractions: shares of all items, ascending; the last is 1.
         error_rate: of all looks together.
     """
     z = -float(ndtri(error_rate / 4))
@@ -68,20 +69,20 @@ def boundaries(fractions: tuple[float, ...], error_rate: float) -> tuple[float, 
 
 
 def _excess(bound: float, *, x: Floats, mass: Floats, step: float, share: float) -> float:
-    """How much more than a share leaves the bound by the next look, of what has not left before."""
+    """By how much the probability of first exceeding the bound at the next look exceeds a share."""
     beyond = ndtr((-bound - x) / step) + ndtr((x - bound) / step)
     return float(mass @ beyond) - share
 
 
 @dataclass(frozen=True)
 class StopRule:
-    """What decides that a task need not be scored to its end.
+    """Decides whether the scoring of a task can end early.
 
     Attributes:
-        baseline: entries of the whole baseline, by task, split and subset.
-        baseline_sha256: of its files and vectors.
+        baseline: all entries of the baseline, by task, split and subset.
+        baseline_sha256: hash of the baseline's files and of its stored form of vectors.
         margin: a difference of scores (0 to 1) that does not matter.
-        n_claims: that share the error rate; 1 where each row has its own.
+        n_claims: how many claims share the error rate; 1 if each row has its own rate.
     """
 
     baseline: Mapping[tuple[str, str, str], Samples]
@@ -91,29 +92,33 @@ class StopRule:
 
     @property
     def error_rate(self) -> float:
-        """Two-sided, of one claim (Bonferroni: Holm's correction then keeps every verdict)."""
+        """Two-sided error rate of one claim.
+
+        It is Bonferroni's, which is at least as strict as Holm's correction. The correction of the
+        report therefore keeps every verdict.
+        """
         return (1 - LEVEL) / self.n_claims
 
     def key(self) -> str:
-        """What a stopped score depends on besides its task and its model."""
+        """Identifies everything that a stopped score depends on besides its task and model."""
         return f"{self.baseline_sha256} {self.margin:g} {self.n_claims} {FRACTIONS}"
 
     def looks(self, key: tuple[str, str, str]) -> list[Sequential]:
-        """The looks at a task, split and subset before its end; none where it cannot be stopped."""
+        """The looks at a task, split and subset before its end; empty if it cannot be stopped."""
         samples = self.baseline.get(key)
         if samples is None or not can_be_parted(samples):
             return []
         return _looks(samples.n_units, self.error_rate)[:-1]
 
     def at_end(self, key: tuple[str, str, str]) -> Sequential | None:
-        """How a score that was looked at before counts in the end; None without earlier looks."""
+        """The last look, at all items of a score; None if the score has no earlier looks."""
         samples = self.baseline.get(key)
         if samples is None or not self.looks(key):
             return None
         return _looks(samples.n_units, self.error_rate)[-1]
 
     def is_decided(self, key: tuple[str, str, str], part: Samples, look: Sequential) -> bool:
-        """Whether the verdict on these entries of the look's items is certain."""
+        """Whether the verdict is certain from these entries, which are of the look's items."""
         theirs = part_of(self.baseline[key], look.n_scored)
         if not part.pairs_with(theirs):
             return False
@@ -125,11 +130,11 @@ class StopRule:
 
 
 def decided(difference: Difference, margin: float, error_rate: float) -> Verdict | None:
-    """The verdict that more items would not change, at a two-sided error rate; None without one.
+    """The verdict that more items would not change, at a two-sided error rate; None if open.
 
-    An interval within the margin is "equivalent", one beyond it "worse" or "better". A difference
-    that is known to be there, and not whether it is beyond the margin, is left open: with all items
-    it may turn out equivalent.
+    An interval inside the margin is "equivalent", and an interval beyond the margin is "worse" or
+    "better". An interval that leaves out zero but crosses the margin decides nothing. With all
+    items, such a difference may turn out to be equivalent.
     """
     half_width = (difference.high - difference.low) / 2
     freedom = 1e6 if difference.freedom is None else difference.freedom
@@ -145,23 +150,24 @@ def decided(difference: Difference, margin: float, error_rate: float) -> Verdict
 
 
 def widened(draws: Draws, look: Sequential) -> Draws:
-    """Draws whose difference spreads as far as a difference of several looks must be read.
+    """Draws whose difference is spread further, to make up for several looks.
 
-    Tests of it at the look's error rate then hold for all looks together.
+    Tests of this difference at the look's error rate then hold for all looks together.
     """
     wider = widening(look, draws.freedom, is_unchanged=draws.is_unchanged)
     difference = draws.difference
-    apart = difference - difference.mean()
-    return replace(draws, variant=draws.baseline + difference.mean() + wider * apart)
+    deviations = difference - difference.mean()
+    return replace(draws, variant=draws.baseline + difference.mean() + wider * deviations)
 
 
 def widening(look: Sequential, freedom: float, *, is_unchanged: bool = False) -> float:
-    """How many times longer the interval of a look is than one of a single test.
+    """How many times longer the interval of a look is than the interval of a single test.
 
     Args:
-        look: with its nominal level.
+        look: has the nominal level.
         freedom: degrees of freedom of the standard error.
-        is_unchanged: the interval is the rule of three's, whose ends are logarithms of the level.
+        is_unchanged: the interval comes from the rule of three, so its ends are logarithms of the
+            level.
     """
     freedom = min(freedom, 1e6)
     at_rate = float(stdtrit(freedom, look.error_rate / 2))
@@ -173,17 +179,20 @@ def widening(look: Sequential, freedom: float, *, is_unchanged: bool = False) ->
 
 
 def can_be_parted(samples: Samples) -> bool:
-    """Whether some of the items have a score of the same kind as all of them.
+    """Whether a part of the items has a score of the same kind as all items.
 
-    Clusterings, translations and F1 over classes depend on what else is there.
+    In clusterings, translations and F1 over classes, the score of an item depends on the others.
     """
-    apart = samples.statistic in ("mean", "spearman", "max_ap", "max_accuracy")
+    independent = samples.statistic in ("mean", "spearman", "max_ap", "max_accuracy")
     named = samples.unit in ("query", "pair", "document") and samples.statistic not in CLUSTERINGS
-    return apart and named and samples.n_units * FRACTIONS[0] >= _MIN_ITEMS
+    return independent and named and samples.n_units * FRACTIONS[0] >= _MIN_ITEMS
 
 
 def rows_of(n_all: int, n_scored: int) -> Array:
-    """The items that are scored first, ascending [n_scored]: the beginning of one random order."""
+    """Indices [n_scored] of the items that are scored first: the start of a seeded random order.
+
+    They are returned in ascending order.
+    """
     order = np.random.default_rng((_SEED, n_all)).permutation(n_all)
     return np.sort(order[:n_scored])
 
@@ -192,7 +201,7 @@ def part_of(samples: Samples, n_scored: int) -> Samples:
     """The entries of the items that are scored first."""
     rows = rows_of(samples.n_units, n_scored)
     arrays = {name: array[..., rows] for name, array in samples.arrays.items()}
-    if "texts" in arrays:  # numbered as they come up, as if these pairs were all
+    if "texts" in arrays:  # renumbered in order of appearance, as for a data set of these pairs
         _, first, number = np.unique(arrays["texts"], return_index=True, return_inverse=True)
         rank = np.argsort(np.argsort(first))
         arrays["texts"] = rank[number].reshape(arrays["texts"].shape).astype(np.int32)

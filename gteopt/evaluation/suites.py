@@ -1,7 +1,6 @@
-"""Suites: which tasks, splits and subsets a variant is scored on.
+"""Define suites: the tasks, splits and subsets that a variant is scored on.
 
-Hides: the YAML form, and how a name is checked against mteb's tasks. Refuses to know: data,
-encoders.
+Hides: the YAML files. Refuses to know: mteb, data, encoders.
 """
 
 from __future__ import annotations
@@ -26,20 +25,21 @@ class SuiteTask(Frozen):
     """One task of a suite.
 
     Attributes:
-        task: name of one of mteb's tasks or of ours (`MiniSTS`, ...), or any other for own data.
-        data: own data that make up this task: a folder in the BEIR layout, or a .csv or .jsonl file
-            of labelled pairs.
-        columns: which column of a table of own data holds what, where its name does not tell.
-        subsets: mteb's subsets (mostly languages) to score; None is all that the task has.
-        splits: None is those that the task is evaluated on.
-        instruction: what queries are prefixed with; None is the task's own.
-        symmetric: whether the documents of a search carry the instruction, too; None is as the
-            model's authors do it (gte-Qwen in ArguAna, QuoraRetrieval and CQADupstackRetrieval).
-        revision: commit of the data on the Hub that is read; None is the one that mteb names.
-        files_sha256: hash over a local folder of the data, for folders that tell no commit.
-        parts: revisions by name of the tasks that an aggregate (CQADupstackRetrieval) is made of.
-        max_tokens: longer texts are cut there; None is the suite's.
-        normalize: whether vectors are scaled to unit length; None is the suite's.
+        task: name of an mteb task or of a mini task (`MiniSTS`, ...). A task of own data may have
+            any other name.
+        data: own data of this task: a folder in the BEIR layout, or a table of labelled pairs or
+            of queries with passages.
+        columns: the column for each role in a table of own data, if its name is not recognised.
+        subsets: mteb's subsets (mostly languages) to score; None is all subsets of the task.
+        splits: splits to score; None is mteb's evaluation splits.
+        instruction: the instruction that queries are prefixed with; None is the task's default.
+        symmetric: whether the documents of a search have the instruction too. None follows the
+            model's authors (gte-Qwen in ArguAna, QuoraRetrieval and CQADupstackRetrieval).
+        revision: commit of the data on the Hub; None is the commit that mteb names.
+        files_sha256: hash over a local folder of the data, if the folder has no known commit.
+        parts: commits by name of the tasks that make up an aggregate (CQADupstackRetrieval).
+        max_tokens: longer texts are cut to this length; None is the suite's limit.
+        normalize: whether vectors are scaled to unit length; None is the suite's setting.
     """
 
     task: Annotated[str, Field(min_length=1)]
@@ -57,14 +57,14 @@ class SuiteTask(Frozen):
 
 
 class Protocol(Frozen):
-    """How a model's authors evaluate, where that is not how gteopt does.
+    """How a model's authors evaluate, if they do not evaluate like gteopt.
 
     Attributes:
-        source: the script that says so.
-        max_tokens: longer texts are cut there; None is the model's limit.
+        source: the script of the authors.
+        max_tokens: longer texts are cut to this length; None is the model's limit.
         normalize: whether vectors are scaled to unit length.
-        not_normalized: mteb's task types whose vectors keep their length all the same.
-        precision: what its published figures were computed in.
+        not_normalized: mteb's task types whose vectors keep their length in any case.
+        precision: the precision of the published scores.
     """
 
     schema_: Literal["gteopt.protocol/1"] = Field(alias="schema")
@@ -78,12 +78,12 @@ class Protocol(Frozen):
 
 
 class PublishedAverage(Frozen):
-    """How a benchmark differs from the average that was published under its name in 2024.
+    """How a benchmark's tasks differ from the average published under its name in 2024.
 
     Attributes:
-        n_tasks: that the average was over.
-        missing: tasks of that average that the benchmark no longer has.
-        added: tasks of the benchmark that the average did not have.
+        n_tasks: number of tasks in the average.
+        missing: tasks in the average that the benchmark no longer has.
+        added: tasks of the benchmark that are not in the average.
     """
 
     n_tasks: Annotated[int, Field(ge=1)]
@@ -92,17 +92,17 @@ class PublishedAverage(Frozen):
 
 
 class StandsFor(Frozen):
-    """What a part of a suite says of the whole.
+    """How the scores of a part of a suite forecast the whole suite's mean.
 
-    The forecast of the suite's mean is the intercept and the weighted sum of the part's scores.
+    The forecast is the intercept plus the weighted sum of the part's scores.
 
     Attributes:
-        suite: the whole.
-        n_tasks: whose mean is foretold: those with published scores.
-        weights: of the part's tasks.
-        error: the forecast was at most this far off, 0 to 1, for a share `rate` of models.
-        n_models: that told the error, and had no say in the choice of tasks.
-        budget_s: the time that the part was chosen for.
+        suite: name of the whole suite.
+        n_tasks: number of tasks in the forecast mean: those with published scores.
+        weights: weight of each task of the part.
+        error: the forecast was at most this far off (0 to 1) for a share `rate` of the models.
+        n_models: number of models that the error was measured on; they did not choose the tasks.
+        budget_s: the time limit that the part was chosen for.
     """
 
     suite: str
@@ -119,10 +119,11 @@ class Suite(Frozen):
     """Tasks that together give one score.
 
     Attributes:
-        minutes: estimated for a 7B model on one H200 (eval/suites/README.md says how).
-        max_tokens, normalize: of the tasks that do not say; see `SuiteTask`.
-        protocol: whose evaluation this is, where it is not gteopt's.
-        stands_for: the suite that this is a part of, where tasks were chosen to foretell its mean.
+        minutes: estimate for a 7B model on one H200; see eval/suites/README.md.
+        max_tokens, normalize: defaults for tasks that do not set them; see `SuiteTask`.
+        protocol: name of the protocol; None is gteopt's.
+        stands_for: the suite that this suite is a part of, if its tasks were chosen to forecast
+            the mean of that suite.
     """
 
     schema_: Literal["gteopt.suite/1"] = Field(alias="schema")
@@ -140,8 +141,8 @@ class Suite(Frozen):
         """Hash of everything that decides scores (name, summary and estimates do not).
 
         Args:
-            contents: by task of own data, what stands for what was read: where they lie says
-                nothing about scores.
+            contents: for each task of own data, the hash of its files. It replaces their path,
+                which does not affect scores.
         """
         tasks = self.model_dump(mode="json", include={"tasks"})
         for task in tasks["tasks"]:
@@ -154,9 +155,9 @@ class Suite(Frozen):
 
 
 def read_suite(name_or_file: str) -> Suite:
-    """A shipped suite by name, or one from a YAML file; reads no more than that file.
+    """A shipped suite by name, or a suite from a YAML file.
 
-    `tasks.load_suite` checks the names in it as well, which takes mteb.
+    The names of tasks are not checked. `tasks.load_suite` checks them too, but imports mteb.
 
     Raises:
         InputError: no such suite, or its YAML is not valid.
@@ -165,7 +166,7 @@ def read_suite(name_or_file: str) -> Suite:
 
 
 def read_protocol(name_or_file: str) -> Protocol:
-    """A shipped protocol by name, or one from a YAML file.
+    """A shipped protocol by name, or a protocol from a YAML file.
 
     Raises:
         InputError: no such protocol, or its YAML is not valid.
@@ -180,9 +181,9 @@ def with_data(
     instruction: str | None = None,
     columns: Mapping[ColumnRole, str] | None = None,
 ) -> Suite:
-    """A suite with one more task, made of a user's own data and called by their name.
+    """A suite with one more task, which is made of a user's own data and has the name of the file.
 
-    Without a suite, the new one has that task alone.
+    Without a suite, the new suite has that task alone.
     """
     name = path.resolve().name if path.is_dir() else path.stem
     task = SuiteTask(

@@ -1,8 +1,8 @@
-"""A part of a suite that fits a time, and how far its scores foretell those of the whole suite.
+"""Choose the part of a suite that fits a time limit and best forecasts the whole suite's mean.
 
-Published scores of many models say how tasks go together. Half of the models choose the tasks; the
-other half says how far off the forecast is. Hides: the file of scores, and the search. Refuses to
-know: what a task costs, mteb, encoders.
+The published scores of many models show how tasks correlate. Half of the models are used to choose
+the tasks. The error of the forecast is measured on the other half. Hides: the file of scores, and
+the search. Refuses to know: how long a task takes, mteb, encoders.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from gteopt.paths import read_shipped, shipped_dir
 from gteopt.records.evaluation import SuiteForecast
 
 RATE = 0.9
-_LEAST_SHARE = 0.5  # of a suite's tasks that need published scores
+_LEAST_SHARE = 0.5  # the share of a suite's tasks that must have published scores
 _NOTHING_LEFT = 1e-12
 
 Floats = npt.NDArray[np.float64]
 
 
 def foretold(stands: StandsFor, scores: Mapping[str, float]) -> SuiteForecast | None:
-    """The whole suite's mean from the part's scores by task; None where one of them is missing."""
+    """The forecast of the whole suite's mean from the part's scores; None if a score is missing."""
     if not stands.weights.keys() <= scores.keys():
         return None
     return SuiteForecast(
@@ -45,22 +45,22 @@ def foretold(stands: StandsFor, scores: Mapping[str, float]) -> SuiteForecast | 
 
 
 def part_in_words(part: Suite) -> str:
-    """How much of a suite is scored, and how far its mean is then known; "" for no part."""
+    """A sentence on the tasks that are scored and the error of the forecast; "" for no part."""
     stands = part.stands_for
     if stands is None:
         return ""
     return (
-        f"{len(stands.weights)} tasks of {stands.suite} are scored; they foretell its mean over "
+        f"{len(stands.weights)} tasks of {stands.suite} are scored; they forecast its mean over "
         f"{stands.n_tasks} tasks within {100 * stands.error:.1f} points for {stands.rate:.0%} of "
-        f"{stands.n_models} models that had no say in the choice"
+        f"{stands.n_models} models that were not used to choose the tasks"
     )
 
 
 class TaskScores(Frozen):
-    """What models score on the tasks of one suite.
+    """Published scores of models on the tasks of one suite.
 
     Attributes:
-        choosing: by model, 1 where it belongs to the half that chooses tasks.
+        choosing: by model, 1 if it belongs to the half that is used to choose tasks.
         scores: by model and task, in hundredths of a point.
     """
 
@@ -71,7 +71,7 @@ class TaskScores(Frozen):
 
 
 class _File(Frozen):
-    """The file as it lies on disk."""
+    """The content of the file on disk."""
 
     schema_: Annotated[str, Field(alias="schema", pattern=r"^gteopt\.task-scores/1$")]
     source: str
@@ -89,24 +89,24 @@ def read_task_scores() -> Mapping[str, TaskScores]:
 
 
 def part_within(suite: Suite, seconds_by_task: Mapping[str, float], budget_s: float) -> Suite:
-    """The tasks of a suite that fit a time and foretell its mean best.
+    """The tasks of a suite that fit a time limit and best forecast the suite's mean.
 
     Args:
-        suite: one of those with published scores, or what a filter left of it.
-        seconds_by_task: what scoring a task takes; tasks that are not in it are not chosen.
-        budget_s: most that the chosen tasks take together.
+        suite: a suite with published scores, possibly filtered.
+        seconds_by_task: estimated time of each task; tasks that are not in it are not chosen.
+        budget_s: the time limit for the chosen tasks together.
 
     Returns:
-        The suite itself where all of it fits. Else the part, which says what it stands for.
+        The suite itself if all of it fits. Otherwise the part, with `stands_for` set.
 
     Raises:
-        InputError: no published scores, or not even one task fits.
+        InputError: too few published scores, or not even one task fits.
     """
     known = read_task_scores()
     if suite.name not in known:
         raise InputError(
-            f"--budget needs published scores of a suite's tasks, and {suite.name} has none; give "
-            f"{', '.join(sorted(known))}"
+            f"--budget needs published scores of a suite's tasks, but {suite.name} has none; "
+            f"suites that have some: {', '.join(sorted(known))}"
         )
     names = [task.task for task in suite.tasks]
     if all(name in seconds_by_task for name in names) and sum(seconds_by_task.values()) <= budget_s:
@@ -115,7 +115,7 @@ def part_within(suite: Suite, seconds_by_task: Mapping[str, float], budget_s: fl
     columns = [number for number, name in enumerate(scores.tasks) if name in names]
     if len(columns) < _LEAST_SHARE * len(names):
         raise InputError(
-            f"--budget needs published scores, and only {len(columns)} of the {len(names)} tasks "
+            f"--budget needs published scores, but only {len(columns)} of the {len(names)} tasks "
             f"of {suite.name} have them; score the suite without --budget"
         )
     tasks = [scores.tasks[number] for number in columns]
@@ -130,8 +130,8 @@ def part_within(suite: Suite, seconds_by_task: Mapping[str, float], budget_s: fl
             f"{costs[shortest]:,.0f} s"
         )
     forecast = fit(values[choosing], chosen)
-    apart = values[~choosing]
-    error = covering(np.abs(forecast.of(apart) - apart.mean(axis=1)), RATE)
+    held_out = values[~choosing]
+    error = covering(np.abs(forecast.of(held_out) - held_out.mean(axis=1)), RATE)
     stands = StandsFor(
         suite=suite.name,
         n_tasks=len(tasks),
@@ -139,7 +139,7 @@ def part_within(suite: Suite, seconds_by_task: Mapping[str, float], budget_s: fl
         intercept=forecast.intercept,
         error=error,
         rate=RATE,
-        n_models=len(apart),
+        n_models=len(held_out),
         budget_s=budget_s,
     )
     kept = tuple(task for task in suite.tasks if task.task in stands.weights)
@@ -155,11 +155,11 @@ def part_within(suite: Suite, seconds_by_task: Mapping[str, float], budget_s: fl
 
 @dataclass(frozen=True)
 class Forecast:
-    """A mean over all tasks from the scores of a few.
+    """A linear forecast of the mean over all tasks from the scores of a few.
 
     Attributes:
-        chosen: columns of the few.
-        weights: of each.
+        chosen: columns of the few tasks.
+        weights: weight of each chosen column.
     """
 
     chosen: tuple[int, ...]
@@ -167,16 +167,16 @@ class Forecast:
     intercept: float
 
     def of(self, values: Floats) -> Floats:
-        """Forecasts [M] from scores [M, tasks], of which only the chosen columns are read."""
-        found: Floats = self.intercept + values[:, list(self.chosen)] @ self.weights
-        return found
+        """Forecasts [M] from scores [M, tasks]; only the chosen columns are used."""
+        forecasts: Floats = self.intercept + values[:, list(self.chosen)] @ self.weights
+        return forecasts
 
 
 def fit(values: Floats, chosen: tuple[int, ...]) -> Forecast:
     """The linear forecast of the mean with the least expected squared error, from scores [M, n].
 
     With covariances C of the tasks and c = C 1 / n, the weights are C_SS^-1 c_S. C is shrunk
-    (Ledoit and Wolf 2004), because there are hardly more models than tasks.
+    (Ledoit and Wolf 2004), because there are only a few more models than tasks.
     """
     covariance = _covariance(values)
     few = list(chosen)
@@ -186,22 +186,22 @@ def fit(values: Floats, chosen: tuple[int, ...]) -> Forecast:
 
 
 def choose_tasks(values: Floats, costs: Floats, budget: float) -> tuple[int, ...]:
-    """Columns whose scores [M, n] foretell the mean of all best, within a budget.
+    """The columns of scores [M, n] that best forecast the mean of all columns within a budget.
 
-    Tasks are added one by one: once by what each explains of the mean for its cost, once by what it
-    explains alone. The better of the two is taken, which bounds the loss against the best choice
-    (Khuller, Moss and Naor 1999).
+    Tasks are added greedily in two ways: by the explained variance of the mean divided by the cost,
+    and by the explained variance alone. The better result is taken, which bounds the loss against
+    the best choice (Khuller, Moss and Naor 1999).
     """
     covariance = _covariance(values)
-    found = [_greedy(covariance, costs, budget, by_cost=by_cost) for by_cost in (True, False)]
-    return min(found, key=lambda each: each[0])[1]
+    choices = [_greedy(covariance, costs, budget, by_cost=by_cost) for by_cost in (True, False)]
+    return min(choices, key=lambda choice: choice[0])[1]
 
 
 def _greedy(
     covariance: Floats, costs: Floats, budget: float, *, by_cost: bool
 ) -> tuple[float, tuple[int, ...]]:
-    """What stays unexplained of the mean's variance, and the columns."""
-    left = covariance.copy()  # given the tasks that are chosen
+    """The unexplained variance of the mean, and the chosen columns."""
+    left = covariance.copy()  # conditional on the tasks that are chosen
     chosen: list[int] = []
     while True:
         spent = float(costs[chosen].sum())
@@ -220,7 +220,7 @@ def _greedy(
 
 
 def covering(errors: Floats, rate: float) -> float:
-    """What an error of one more model stays below at this rate, whatever the distribution.
+    """A bound on the error of one more model that holds at this rate for any distribution.
 
     The split-conformal quantile (Lei et al. 2018); infinite for too few models.
     """
@@ -231,5 +231,5 @@ def covering(errors: Floats, rate: float) -> float:
 def _covariance(values: Floats) -> Floats:
     from sklearn.covariance import ledoit_wolf
 
-    found: Floats = ledoit_wolf(values)[0]
-    return found
+    covariance: Floats = ledoit_wolf(values)[0]
+    return covariance

@@ -1,7 +1,7 @@
-"""What is known of mteb's tasks without mteb: kind, data, languages, domains, amount of text.
+"""Facts about mteb's tasks without importing mteb: kind, data, languages, domains, size.
 
-`eval/suites/tasks.json` holds it for the tasks of the shipped suites; `eval/suites/make.py` writes
-it from mteb's own metadata. Importing mteb takes seconds, reading this file does not.
+`eval/suites/tasks.json` has the facts for the tasks of the shipped suites. `eval/suites/make.py`
+writes this file from mteb's metadata. Importing mteb takes seconds; reading the file does not.
 
 Refuses to know: data, encoders, scores.
 """
@@ -21,17 +21,17 @@ from gteopt.frozen import Frozen
 from gteopt.paths import read_shipped, shipped_dir
 
 INSTRUCTION_TOKENS = 25
-"""Of the instruction on each text but the documents of a search."""
+"""Assumed length of the instruction, which all texts have but the documents of a search."""
 CHARACTERS_PER_TOKEN = {"eng": 4.5, "cmn": 1.5, "fra": 3.6, "pol": 2.7, "jpn": 1.5, "kor": 1.8}
-"""Assumed for Qwen2's vocabulary, by ISO 639-3 code; 3.0 for the other languages."""
+"""Assumed for Qwen2's vocabulary, by ISO 639-3 code; other languages count as 3.0."""
 
 
 class TextCount(Frozen):
     """Distinct texts of one split and subset, and their characters.
 
     Attributes:
-        n_texts, n_characters: of the texts that carry an instruction.
-        n_documents, n_document_characters: of the documents of a search.
+        n_texts, n_characters: counts of the texts that have an instruction.
+        n_documents, n_document_characters: counts of the documents of a search.
     """
 
     n_texts: int = 0
@@ -41,15 +41,15 @@ class TextCount(Frozen):
 
 
 class TaskFacts(Frozen):
-    """One of mteb's tasks.
+    """Facts about one mteb task.
 
     Attributes:
         kind: mteb's task type.
         data: the data set on the Hub; "" for an aggregate.
-        domains: mteb's names, lower-case.
-        languages: ISO 639-3 codes by subset; "*" stands for all of a task with very many.
-        sizes: by split, then subset or "*".
-        parts: the tasks that an aggregate is made of.
+        domains: mteb's names of domains, in lower case.
+        languages: ISO 639-3 codes by subset; "*" stands for all subsets of a task with very many.
+        sizes: text counts by split, then by subset or "*".
+        parts: the tasks that make up an aggregate.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class TaskFacts(Frozen):
 
 
 class _File(Frozen):
-    """The file as it lies on disk."""
+    """The content of the file on disk."""
 
     schema_: Annotated[str, Field(alias="schema", pattern=r"^gteopt\.tasks/1$")]
     mteb: str
@@ -70,7 +70,7 @@ class _File(Frozen):
 
 @functools.cache
 def read_task_facts() -> Mapping[str, TaskFacts]:
-    """Facts by task name, of every mteb task in a shipped suite.
+    """Facts by task name, for every mteb task in a shipped suite.
 
     Raises:
         IntegrityError: the installation is damaged.
@@ -80,12 +80,12 @@ def read_task_facts() -> Mapping[str, TaskFacts]:
 
 @dataclass(frozen=True)
 class Amount:
-    """Texts and tokens that scoring takes, as far as they are known beforehand.
+    """Estimated texts and tokens that scoring will encode.
 
     Attributes:
         n_texts: distinct texts.
-        n_tokens: estimated from their characters.
-        n_characters: about the bytes of a download.
+        n_tokens: estimated from the number of characters.
+        n_characters: about the size of the download in bytes.
     """
 
     n_texts: int = 0
@@ -101,18 +101,18 @@ class Amount:
 
 
 def amount_of(task: SuiteTask, max_tokens: int | None = None) -> Amount | None:
-    """Texts and tokens of one entry of a suite; None where nothing is known of it.
+    """Texts and tokens of one entry of a suite; None if the task is not known.
 
     Args:
-        task: an entry.
-        max_tokens: longest input; on average no text of a split counts more.
+        task: an entry of a suite.
+        max_tokens: the longest input; limits the average tokens a text in each split.
     """
     facts = read_task_facts().get(task.task)
     if facts is None:
         return None
     if facts.parts:
         amounts = [amount_of(SuiteTask(task=part, splits=task.splits)) for part in facts.parts]
-        return sum((each for each in amounts if each is not None), Amount())
+        return sum((amount for amount in amounts if amount is not None), Amount())
     total = Amount()
     for split in task.splits or tuple(facts.sizes):
         for subset, size in facts.sizes.get(split, {}).items():
@@ -122,7 +122,7 @@ def amount_of(task: SuiteTask, max_tokens: int | None = None) -> Amount | None:
 
 
 def _amount(size: TextCount, languages: Iterable[str], max_tokens: int | None) -> Amount:
-    rates = [CHARACTERS_PER_TOKEN.get(each, 3.0) for each in languages] or [3.0]
+    rates = [CHARACTERS_PER_TOKEN.get(code, 3.0) for code in languages] or [3.0]
     rate = sum(rates) / len(rates)
     texts = size.n_characters / rate + INSTRUCTION_TOKENS * size.n_texts
     documents = size.n_document_characters / rate
@@ -142,57 +142,56 @@ _ISO_639_3 = {
     "ko": "kor", "nl": "nld", "no": "nor", "pl": "pol", "pt": "por", "ro": "ron", "ru": "rus",
     "sv": "swe", "th": "tha", "tr": "tur", "uk": "ukr", "vi": "vie", "zh": "cmn",
 }  # fmt: skip
-"""Codes of two letters and the codes of three that mteb's tasks carry."""
+"""Two-letter language codes, and the three-letter codes that mteb uses."""
 
 
 def filter_suite(
     suite: Suite, *, languages: Iterable[str] = (), domains: Iterable[str] = ()
 ) -> Suite:
-    """The tasks and subsets of a suite that are in these languages alone, of one of these domains.
+    """The tasks and subsets of a suite in the given languages only, and of any given domain.
 
-    Own data stay. Tasks of more than 200 pairs of languages cannot be filtered by language and are
-    left out.
+    Tasks of own data are kept. Tasks with more than 200 pairs of languages cannot be filtered by
+    language and are left out.
 
     Args:
-        suite: whose tasks are mteb's.
-        languages: ISO 639 codes of two or three letters ("en", "fra"); none is all.
-        domains: mteb's names ("legal"), whatever their case; none is all.
+        suite: a suite of mteb tasks.
+        languages: ISO 639 codes of two or three letters ("en", "fra"); empty keeps all.
+        domains: mteb's names of domains ("legal"), in any case; empty keeps all.
 
     Raises:
-        InputError: no task is left; says which languages and domains the suite has.
+        InputError: no task is left; the message lists the suite's languages and domains.
     """
-    wanted = {_ISO_639_3.get(each.lower(), each.lower()) for each in languages}
-    of_domains = {each.lower() for each in domains}
+    wanted = {_ISO_639_3.get(code.lower(), code.lower()) for code in languages}
+    wanted_domains = {domain.lower() for domain in domains}
     known = read_task_facts()
     unknown = [task.task for task in suite.tasks if task.data is None and task.task not in known]
-    if unknown and (wanted or of_domains):
+    if unknown and (wanted or wanted_domains):
         raise InputError(
-            f"the languages and domains of {', '.join(unknown)} are not known, as no shipped suite "
-            f"has them; put them into a suite of their own, and score it without a filter"
+            f"the languages and domains of {', '.join(unknown)} are not known, because no shipped "
+            f"suite has these tasks; put them into another suite, and score it without a filter"
         )
     facts = {task.task: known.get(task.task, TaskFacts(kind="")) for task in suite.tasks}
     tasks = []
     for task in suite.tasks:
-        own = facts[task.task]
         if task.data is not None:
             tasks.append(task)
-        elif not of_domains or of_domains & set(own.domains):
-            kept = _in_languages(task, own, wanted)
+        elif not wanted_domains or wanted_domains & set(facts[task.task].domains):
+            kept = _in_languages(task, facts[task.task], wanted)
             tasks += [] if kept is None else [kept]
     if all(task.data is not None for task in tasks):
         short = {long: code for code, long in _ISO_639_3.items()}
         codes = {
             code
             for task in suite.tasks
-            for subset, each in facts[task.task].languages.items()
+            for subset, subset_codes in facts[task.task].languages.items()
             if task.subsets is None or subset in task.subsets
-            for code in each
+            for code in subset_codes
         }
-        there = ", ".join(sorted(short.get(code, code) for code in codes))
+        known_languages = ", ".join(sorted(short.get(code, code) for code in codes))
+        known_domains = sorted({domain for fact in facts.values() for domain in fact.domains})
         raise InputError(
             f"suite {suite.name} has no task of these languages and domains; its languages are "
-            f"{there}, its domains "
-            f"{', '.join(sorted({each for own in facts.values() for each in own.domains}))}"
+            f"{known_languages}, its domains {', '.join(known_domains)}"
         )
     if tuple(tasks) == suite.tasks:
         return suite
@@ -200,22 +199,26 @@ def filter_suite(
 
 
 def _in_languages(task: SuiteTask, facts: TaskFacts, wanted: set[str]) -> SuiteTask | None:
-    """The task with the subsets in these languages alone; None where it has none."""
+    """The task with its subsets in these languages only; None if it has none."""
     if not wanted:
         return task
-    there = {
+    languages_of = {
         subset: set(codes)
         for subset, codes in facts.languages.items()
         if task.subsets is None or subset in task.subsets or subset == "default"
     }
-    fitting = tuple(subset for subset, codes in there.items() if codes <= wanted and subset != "*")
+    fitting = tuple(
+        subset for subset, codes in languages_of.items() if codes <= wanted and subset != "*"
+    )
     if not fitting:
         return None
-    return task if len(fitting) == len(there) else task.model_copy(update={"subsets": fitting})
+    return (
+        task if len(fitting) == len(languages_of) else task.model_copy(update={"subsets": fitting})
+    )
 
 
 def under_protocol(suite: Suite, protocol: Protocol) -> Suite:
-    """The suite as a model's authors would score it; a task's own settings stay."""
+    """The suite as a model's authors would score it; settings of single tasks are kept."""
     facts = read_task_facts()
 
     def adjusted(task: SuiteTask) -> SuiteTask:

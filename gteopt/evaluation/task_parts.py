@@ -1,7 +1,7 @@
-"""A task of mteb's on some of its queries, pairs or texts.
+"""Restrict an mteb task to some of its queries, pairs or texts.
 
 Hides: where each kind of task keeps its items, and in which order their scores come. Refuses to
-know: which items are wanted and why, encoders, scores.
+know: how the items were chosen, encoders, scores.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gteopt.evaluation.predictions import merges_queries
 
 @contextmanager
 def only(task: Any, split: str, subset: str, rows: Array) -> Iterator[None]:
-    """Leave a task no other items of one split and subset inside of this.
+    """Restrict one split and subset of a task to some items inside the `with` block.
 
     Args:
-        task: with its data.
-        split: that is cut.
-        subset: that is cut.
-        rows: of the items, ascending, in the order of `Samples`.
+        task: an mteb task with its data loaded.
+        split: the split to restrict.
+        subset: the subset to restrict.
+        rows: indices of the items, ascending, in the order of `Samples`.
     """
     container = task.dataset.get(subset, task.dataset)
     whole = container[split]
@@ -46,12 +46,12 @@ def _part(task: Any, whole: Any, rows: Array) -> Any:
         return _search(task, whole, rows)
     assert isinstance(task, AbsTaskSTS | AbsTaskPairClassification | AbsTaskClassification)
     if isinstance(task, AbsTaskPairClassification) and len(whole) == 1:
-        whole = Dataset.from_dict(whole[0])  # older layouts have all pairs in one row
+        whole = Dataset.from_dict(whole[0])  # older data sets hold all pairs in one row
     return whole.select(rows)
 
 
 def _search(task: Any, whole: Any, rows: Array) -> dict[str, Any]:
-    """Some of the queries; where each has its own candidates, no other document."""
+    """Some of the queries; if queries have candidates, only the candidates of these queries."""
     judged = {query: grades for query, grades in whole["relevant_docs"].items() if grades}
     asked = [query for query in whole["queries"]["id"] if query in judged]
     merges = merges_queries(task)
@@ -66,9 +66,9 @@ def _search(task: Any, whole: Any, rows: Array) -> dict[str, Any]:
         "relevant_docs": {query: grades for query, grades in judged.items() if query in kept},
     }
     if whole.get("top_ranked"):
-        ranked = {query: own for query, own in whole["top_ranked"].items() if query in kept}
-        documents = {document for own in ranked.values() for document in own}
+        ranked = {query: ids for query, ids in whole["top_ranked"].items() if query in kept}
+        documents = {document for ids in ranked.values() for document in ids}
         corpus = whole["corpus"]
-        there = [row for row, name in enumerate(corpus["id"]) if name in documents]
-        part |= {"top_ranked": ranked, "corpus": corpus.select(there)}
+        candidates = [row for row, name in enumerate(corpus["id"]) if name in documents]
+        part |= {"top_ranked": ranked, "corpus": corpus.select(candidates)}
     return part

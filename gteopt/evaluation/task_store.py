@@ -1,14 +1,13 @@
-"""Finished tasks on disk, and where they lie.
+"""Keep finished tasks on disk, so that they are not scored again.
 
-Hides: which files a task's results are, and when they still hold. Refuses to know: how a task is
+Hides: the files of a task's results, and when they are still valid. Refuses to know: how a task is
 scored.
 
-    <task>-<key>/<view>.json, <view>.safetensors   scores, and the entries that they are made of
+    <task>-<key>/<view>.json, <view>.safetensors   scores, and the entries they are computed from
     <task>-<key>/texts.safetensors                 a sample of the task's vectors, for fidelity
 
-`<key>` stands for everything that the task's scores depend on but the view: the weights, the
-instruction, the data, mteb and what it computes with. What a suite holds besides the task is no
-part of it.
+`<key>` identifies everything that the task's scores depend on, except the view: the weights, the
+instruction, the data, mteb and its libraries. The other tasks of the suite are not part of the key.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class SubsetScore(Frozen):
     """One encoder's main score on one split and subset of one task; fields as in `TaskScore`.
 
     Attributes:
-        no_samples: why the entries that the score is made of are not kept; None where they are.
+        no_samples: why the entries of the score are not kept; None if they are.
         sequential: see `TaskScore`.
     """
 
@@ -73,11 +72,11 @@ class SubsetScore(Frozen):
 class StoredTask(Frozen):
     """A finished task on disk; `key` is everything that its scores depend on.
 
-    What the scores are made of lies beside it, in a safetensors file of the same name.
+    The entries of the scores are in a safetensors file of the same name.
 
     Attributes:
-        machine, versions: what the task was scored on, which is no part of the key: the store may
-            have been moved since.
+        machine, versions: the environment in which the task was scored. It is not part of the key,
+            because a store can be moved to another machine.
     """
 
     schema_: Literal["gteopt.task/5"] = Field(alias="schema")
@@ -90,7 +89,7 @@ class StoredTask(Frozen):
 
 @dataclass(frozen=True)
 class FinishedTask:
-    """One task's scores, what they are made of by (split, subset), what they took and where."""
+    """One task's scores, their entries by (split, subset), text counts and environment."""
 
     scores: tuple[SubsetScore, ...]
     samples: Mapping[tuple[str, str], Samples]
@@ -101,7 +100,7 @@ class FinishedTask:
 
 @dataclass(frozen=True)
 class TaskFolder:
-    """Where one task's results under one weight variant lie."""
+    """The folder of one task's results with one encoder's weights."""
 
     folder: Path
     name: str
@@ -115,14 +114,14 @@ class TaskFolder:
         dtype: CacheDtype,
         stop: str | None = None,
     ) -> TaskFolder:
-        """The folder is named by everything that scores depend on but the view, so none mix.
+        """The folder for a task; its name depends on everything that scores depend on but the view.
 
         Args:
-            encoder: that is scored.
-            task: with its data's revision.
-            store: of all tasks.
-            dtype: of the cached vectors.
-            stop: what decides that scoring stops before the end; None where nothing does.
+            encoder: the encoder that is scored.
+            task: the task with the revision of its data.
+            store: the folder of all tasks.
+            dtype: dtype of the cached vectors.
+            stop: identifies the rule that may stop the scoring early; None if there is none.
         """
         instruction = instruction_of(encoder, task)
         key = {
@@ -135,9 +134,9 @@ class TaskFolder:
             "revision": task.revision,
             "max_tokens": None if task.max_tokens is None else str(task.max_tokens),
             "normalize": str(task.normalize),
-            "aggregate": task.aggregate,  # its scores bear that name
+            "aggregate": task.aggregate,  # scores are reported under that name
             "mteb": version("mteb"),
-            "scikit-learn": version("scikit-learn"),  # k-means and logistic regression
+            "scikit-learn": version("scikit-learn"),  # for k-means and logistic regression
         }
         if stop is not None:
             key["stop"] = stop
@@ -145,7 +144,7 @@ class TaskFolder:
         return TaskFolder(store / "tasks" / f"{task.name}-{digest[:16]}", task.name, key)
 
     def sample(self) -> Sample | None:
-        """The sample of vectors; None where there is none, or it is damaged."""
+        """The sample of vectors; None if the file is missing or damaged."""
         path = self.folder / _SAMPLE_FILE
         try:
             return read_sample(path) if path.is_file() else None
@@ -153,7 +152,7 @@ class TaskFolder:
             return None
 
     def finished(self, view: View) -> FinishedTask | None:
-        """The task's scores; None where there are none, or of something else, or damaged."""
+        """The task's scores; None if they are missing, damaged or have another key."""
         path = self._file(view, "json")
         if not path.is_file():
             return None
@@ -161,7 +160,7 @@ class TaskFolder:
             record = read_record(path, StoredTask)
             samples = read_samples(self._file(view, "safetensors"))
         except IntegrityError:
-            return None  # of an older gteopt, or damaged: scored again
+            return None  # damaged, or of an older gteopt; the task is scored again
         if record.key != self._key(view):
             return None
         return FinishedTask(
@@ -169,11 +168,11 @@ class TaskFolder:
         )
 
     def write_sample(self, sample: Sample) -> None:
-        """Keep the sample of vectors."""
+        """Save the sample of vectors."""
         write_sample(self.folder / _SAMPLE_FILE, sample)
 
     def write(self, view: View, finished: FinishedTask) -> None:
-        """Keep scores; the record comes last, so that what it stands for is there."""
+        """Save scores; the record is written last, so that its entries exist when it does."""
         write_samples(self._file(view, "safetensors"), finished.samples)
         record = StoredTask(
             schema="gteopt.task/5",
@@ -202,9 +201,10 @@ def instruction_of(encoder: Description, task: ResolvedTask) -> TaskInstruction:
 
 
 def mean_over_tasks(scores: Iterable[tuple[str, float]]) -> float:
+    """The mean over tasks of (task, score) pairs, averaged within each task first; NaN if empty."""
     by_task: dict[str, list[float]] = {}
     for task, score in scores:
         by_task.setdefault(task, []).append(score)
     if not by_task:
         return math.nan
-    return sum(sum(own) / len(own) for own in by_task.values()) / len(by_task)
+    return sum(sum(values) / len(values) for values in by_task.values()) / len(by_task)

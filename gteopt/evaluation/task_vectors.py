@@ -1,7 +1,7 @@
-"""The vectors of each task: one cache for each limit of tokens and treatment of lengths.
+"""Give each task its cache of vectors: one cache for each token limit and normalization.
 
-Hides: how an encoder is made to cut earlier, or to leave its vectors as long as they are. Refuses
-to know: tasks' data, scores.
+Hides: how an encoder is changed to cut texts earlier, or to keep the lengths of its vectors.
+Refuses to know: tasks' data, scores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TaskVectors:
         options: EncodeOptions,
         say: Callable[[str], None],
     ) -> None:
-        """Nothing is opened yet; the caches lie below `store`."""
+        """Prepare for caches in folders of `store`; no cache is opened yet."""
         self._encoder = encoder
         self._store = store
         self._options = options
@@ -38,12 +38,12 @@ class TaskVectors:
         self._open: dict[tuple[int, bool], VectorCache] = {}
 
     def of(self, task: ResolvedTask) -> VectorCache:
-        """The cache for a task."""
+        """The cache with the token limit and the normalization of a task."""
         longest = self._encoder.tokenization.max_tokens
         return self._cache(min(task.max_tokens or longest, longest), normalize=task.normalize)
 
     def usual(self) -> VectorCache:
-        """The cache for tasks that change nothing."""
+        """The cache for tasks with the encoder's token limit and unit vectors."""
         return self._cache(self._encoder.tokenization.max_tokens, normalize=True)
 
     def _cache(self, max_tokens: int, *, normalize: bool) -> VectorCache:

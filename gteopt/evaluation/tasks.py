@@ -1,7 +1,7 @@
-"""The tasks that are scored: mteb's own classes, and the mini set as subclasses of them.
+"""Find the tasks of a suite and load their data: mteb's tasks, the mini set and own data.
 
-Hides: how a task finds its data (the Hub, a folder in the Hub's layout, the package) and which
-revision of it was read. Refuses to know: encoders, scores.
+Hides: where a task's data are (the Hub, a folder in the Hub's layout, the package) and which
+revision is read. Refuses to know: encoders, scores.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ from gteopt.paths import shipped_dir
 
 
 def load_suite(name_or_file: str) -> Suite:
-    """A shipped suite by name, or one from a YAML file. Imports mteb (seconds), needs no network.
+    """A shipped suite by name, or a suite from a YAML file, with checked names.
+
+    This imports mteb, which takes seconds, and needs no network.
 
     Raises:
-        InputError: no such suite; or not valid, listing every unknown task, subset and split.
+        InputError: no such suite, or it is not valid; lists every unknown task, subset and split.
     """
     path = find_yaml("eval/suites", name_or_file)
     suite = read_yaml(path, Suite)
@@ -54,7 +56,7 @@ def check_suite(suite: Suite, name: str) -> None:
     """Refuse a suite with tasks, subsets or splits that mteb does not have.
 
     Raises:
-        InputError: lists all of them; `name` is what it calls the suite.
+        InputError: lists all problems; `name` stands for the suite in the message.
     """
     with isolated(offline=True):
         problems = suite_problems(suite)
@@ -62,23 +64,23 @@ def check_suite(suite: Suite, name: str) -> None:
         raise InputError(join_problems(f"{name} has {len(problems)} problem(s)", problems))
 
 
-_CLASSES: dict[str, Any] = {each.metadata.name: each for each in TASK_LIST}
+_CLASSES: dict[str, Any] = {task.metadata.name: task for task in TASK_LIST}
 
 
 @dataclass(frozen=True)
 class ResolvedTask:
-    """One task of a suite, found but not loaded.
+    """One task of a suite; its data are found but not loaded.
 
     Attributes:
-        revision: commit of the data on the Hub, or "sha256:..." of the local files that are read.
-        folder: where local data lie; None where they come from the Hub.
+        revision: commit of the data on the Hub, or "sha256:..." of the local files.
+        folder: the folder of local data; None if the data come from the Hub.
         local: the state of a folder in the Hub's layout; None for all other data.
-        max_tokens: longer texts are cut there; None is the model's limit.
+        max_tokens: longer texts are cut to this length; None is the model's limit.
         normalize: whether vectors are scaled to unit length.
-        symmetric: whether the documents of a search carry the instruction, too; None where the
-            suite leaves it to the model's authors.
-        aggregate: name of the task that this one is a part of; its scores are reported under that
-            name, with this one as a subset.
+        symmetric: whether the documents of a search have the instruction too; None follows the
+            model's authors.
+        aggregate: name of the task that this task is a part of. Scores are reported under that
+            name, with this task as a subset.
     """
 
     task: Any
@@ -100,17 +102,17 @@ class ResolvedTask:
 
 
 def suite_problems(suite: Suite) -> list[str]:
-    """Everything that is wrong with the names in a suite: tasks, subsets, splits."""
+    """All faults of the names in a suite (tasks, subsets, splits), as messages."""
     problems = []
     classes = _CLASSES | MINI_TASKS
-    seen: set[str] = set()
+    listed: set[str] = set()
     parts = _parts_by_aggregate(suite)
     for entry in suite.tasks:
-        if entry.task in seen:
+        if entry.task in listed:
             problems.append(f"task '{entry.task}' is listed twice")
-        seen.add(entry.task)
+        listed.add(entry.task)
         problems += [
-            f"task '{entry.task}' is a part of '{aggregate}', which is listed, too; remove one"
+            f"task '{entry.task}' is a part of '{aggregate}', which is listed too; remove one"
             for aggregate, names in parts.items()
             if entry.task in names
         ]
@@ -128,12 +130,12 @@ def suite_problems(suite: Suite) -> list[str]:
             problems += _aggregate_problems(entry, [part.metadata.name for part in metadata.tasks])
             continue
         if entry.parts is not None:
-            problems.append(f"task '{entry.task}' is not made of others; remove 'parts'")
+            problems.append(f"task '{entry.task}' is not made of other tasks; remove 'parts'")
         if set(metadata.modalities) != {"text"}:
-            found = ", ".join(metadata.modalities)
-            problems.append(f"task '{entry.task}' needs {found}; gteopt encodes text only")
+            modalities = ", ".join(metadata.modalities)
+            problems.append(f"task '{entry.task}' needs {modalities}; gteopt encodes text only")
             continue
-        # Data may have splits that mteb does not score by default, so only its subsets are known.
+        # Data may have splits that mteb does not score by default, so splits are not checked here.
         for subset in entry.subsets or ():
             if subset not in metadata.hf_subsets:
                 problems.append(
@@ -144,11 +146,11 @@ def suite_problems(suite: Suite) -> list[str]:
 
 
 def resolve(suite: Suite, hub_dir: Path | None) -> list[ResolvedTask]:
-    """Find every task and its data, without loading any.
+    """Find every task of a suite and its data, without loading the data.
 
     Raises:
-        InputError: names that do not exist; or every folder below `hub_dir` that is missing, and
-            how to fetch it.
+        InputError: names that do not exist, or folders that are missing in `hub_dir`. Lists all,
+            with the commands to download missing data.
     """
     problems = suite_problems(suite)
     if problems:
@@ -163,7 +165,7 @@ def resolve(suite: Suite, hub_dir: Path | None) -> list[ResolvedTask]:
                 limit = entry.max_tokens or suite.max_tokens
                 resolved.append(replace(task, max_tokens=limit, normalize=normalize))
             except InputError as error:
-                # Own data say of which file they speak, and are there, only wrong.
+                # Own data exist but have faults, and their messages name the file already.
                 (problems if entry.data is None else own_problems).append(str(error))
     if problems:
         problems = [join_problems(f"suite {suite.name} lacks data", problems)]
@@ -173,11 +175,11 @@ def resolve(suite: Suite, hub_dir: Path | None) -> list[ResolvedTask]:
 
 
 def hub_datasets() -> dict[str, str]:
-    """By name of each mteb task that is not made of others, its data set on the hub."""
+    """The data set on the Hub of each mteb task, by name; aggregates are left out."""
     return {
-        name: str(each.metadata.dataset["path"])
-        for name, each in _CLASSES.items()
-        if not hasattr(each.metadata, "tasks")
+        name: str(task.metadata.dataset["path"])
+        for name, task in _CLASSES.items()
+        if not hasattr(task.metadata, "tasks")
     }
 
 
@@ -185,7 +187,7 @@ def load_data(tasks: Sequence[ResolvedTask]) -> None:
     """Load the data of tasks, before anything is encoded.
 
     Raises:
-        InputError: names every task whose data cannot be read, or lack a split or subset.
+        InputError: lists every task whose data cannot be read, or lack a split or subset.
     """
     problems = []
     for resolved in tasks:
@@ -208,13 +210,14 @@ def load_data(tasks: Sequence[ResolvedTask]) -> None:
             for subset in resolved.subsets:
                 if split not in resolved.task.dataset.get(subset, resolved.task.dataset):
                     problems.append(
-                        f"{where} has no split '{split}' of subset '{subset}'; name what it has in "
-                        f"the suite (subsets, splits)"
+                        f"{where} has no split '{split}' of subset '{subset}'; correct subsets "
+                        f"and splits in the suite"
                     )
                     continue
-                of = f"{split}{'' if subset == 'default' else f' of {subset}'}"
+                part = f"{split}{'' if subset == 'default' else f' of {subset}'}"
                 problems += [
-                    f"{where} ({of}) {fault}" for fault in data_faults(resolved.task, split, subset)
+                    f"{where} ({part}) {fault}"
+                    for fault in data_faults(resolved.task, split, subset)
                 ]
     if problems:
         raise InputError(join_problems("data of the suite cannot be read", problems))
@@ -223,8 +226,8 @@ def load_data(tasks: Sequence[ResolvedTask]) -> None:
 def judge_in_order_of_queries_(task: Any) -> None:
     """Put the judgments of a search in the order of its queries.
 
-    mteb reads them in an order that differs from one reading to the next. Where a score merges
-    queries (MindSmallReranking), the last of them decides which documents are relevant.
+    mteb reads judgments in an order that varies between runs. If a score merges queries
+    (MindSmallReranking), the last of the merged queries decides which documents are relevant.
     """
     for splits in task.dataset.values():
         for data in splits.values():
@@ -234,7 +237,7 @@ def judge_in_order_of_queries_(task: Any) -> None:
 
 
 class _Labelled:
-    """A data set as drawing training texts sees it, its labels in a list."""
+    """A data set with its labels in a list, from which training texts are drawn."""
 
     def __init__(self, dataset: Any, column: str) -> None:
         self._dataset = dataset
@@ -247,22 +250,22 @@ class _Labelled:
         return list(self._labels)
 
     def select(self, rows: Sequence[int]) -> Any:
-        """Those rows of the data set."""
+        """The given rows of the data set."""
         return self._dataset.select(rows)
 
 
 def read_labels_at_once_(task: Any) -> None:
-    """Make a classification read its labels column by column.
+    """Make a classification read all labels of a column at once.
 
-    `datasets` looks up one cell at a time where mteb draws ten training sets and computes seven
-    metrics of each: several times what the regressions take. The scores are the same bits.
+    mteb draws ten training sets and computes seven metrics of each, and `datasets` looks up one
+    cell at a time. This takes several times as long as the regressions. Scores keep their bits.
     """
     names = ("_undersample_data", "_calculate_scores")
     plain = isinstance(task, AbsTaskClassification) and all(
         getattr(type(task), name) is getattr(AbsTaskClassification, name) for name in names
     )
     if not plain:
-        return  # of several labels a text, say, which draws and scores otherwise
+        return  # tasks with several labels a text, for example, draw and score in other ways
     undersample, calculate = (getattr(task, name) for name in names)
 
     def drawing(dataset: Any, number: int, rows: list[int] | None = None) -> Any:
@@ -275,25 +278,25 @@ def read_labels_at_once_(task: Any) -> None:
 
 
 def task_instruction(task: AbsTask) -> str:
-    """What a task's queries are prefixed with, for models that take instructions.
+    """The instruction for a task's queries, for models that take instructions.
 
-    What gte-Qwen2's authors evaluate with (`instructions`), else the task's own prompt in mteb,
-    which is E5-mistral's. Where there is neither, its type's counts ("Retrieve text based on user
-    query.").
+    The first of these that exists: the instruction of gte-Qwen2's authors (see `instructions`), the
+    task's prompt in mteb, which is E5-mistral's, and the prompt of the task type ("Retrieve text
+    based on user query.").
     """
-    own = INSTRUCTIONS.get(task.metadata.name)
+    by_authors = INSTRUCTIONS.get(task.metadata.name)
     prompt = task.metadata.prompt
     if isinstance(prompt, dict):
         prompt = prompt.get("query")
-    return str(own or prompt or task.abstask_prompt)
+    return str(by_authors or prompt or task.abstask_prompt)
 
 
 def n_samples(task: Any, split: str, subset: str) -> int:
-    """How many queries, pairs or texts the score of one split and subset is over."""
+    """How many queries, pairs or texts the score of one split and subset includes."""
     data = task.dataset.get(subset, task.dataset)[split]
     if isinstance(task, AbsTaskRetrieval):
         return len(data["queries"])
-    # Older layouts have all pairs in one row, or a set of texts to cluster in each.
+    # Older data sets hold all pairs in one row, or a set of texts to cluster in each row.
     if isinstance(task, AbsTaskPairClassification) and len(data) == 1:
         return len(data[task.label_column_name][0])
     if isinstance(task, AbsTaskClusteringLegacy):
@@ -302,7 +305,7 @@ def n_samples(task: Any, split: str, subset: str) -> int:
 
 
 def n_texts(resolved: ResolvedTask) -> int:
-    """About how many texts a task asks for: documents and queries of a search, else its rows."""
+    """About how many texts a task encodes: documents and queries of a search, otherwise rows."""
     n = 0
     for split in resolved.splits:
         for subset in resolved.subsets:
@@ -320,7 +323,7 @@ class OwnRetrieval(AbsTaskRetrieval):  # type: ignore[misc]
         self._own = own
 
     def load_data(self, *args: Any, **kwargs: Any) -> None:
-        """Hand over what was read; each split has the queries that it judges."""
+        """Set the data that were read; each split has the queries that it judges."""
         corpus = Dataset.from_list([dict(row) for row in self._own.corpus])
         splits: dict[str, Any] = {}
         for split, relevant in self._own.qrels.items():
@@ -343,7 +346,7 @@ class OwnSTS(AbsTaskSTS):  # type: ignore[misc]
         self._own = own
 
     def load_data(self, *args: Any, **kwargs: Any) -> None:
-        """Hand over what was read."""
+        """Set the data that were read."""
         columns = {
             "sentence1": list(self._own.first),
             "sentence2": list(self._own.second),
@@ -354,7 +357,7 @@ class OwnSTS(AbsTaskSTS):  # type: ignore[misc]
 
 
 def _own_task(name: str, own: Collection | Pairs) -> Any:
-    """A task of a user's own data. mteb keeps metadata on the class, so each has a class."""
+    """A task of a user's own data; each has a new class, because mteb keeps metadata on it."""
     is_search = isinstance(own, Collection)
     prompt = "Given a web search query, retrieve relevant passages that answer the query"
     metadata = TaskMetadata(
@@ -371,26 +374,26 @@ def _own_task(name: str, own: Collection | Pairs) -> Any:
 
 
 def _parts(entry: SuiteTask) -> list[tuple[SuiteTask, str | None]]:
-    """What an entry scores: itself, or each part of an aggregate with the aggregate's name."""
+    """The tasks that an entry scores, with the name of their aggregate; None if there is none."""
     if entry.data is not None or entry.task in MINI_TASKS:
         return [(entry, None)]
     if not hasattr(_CLASSES[entry.task].metadata, "tasks"):
         return [(entry, None)]
     names = [part.metadata.name for part in _CLASSES[entry.task].metadata.tasks]
-    own = entry.model_dump(exclude={"task", "parts", "revision", "files_sha256"})
+    settings = entry.model_dump(exclude={"task", "parts", "revision", "files_sha256"})
     pins = entry.parts or {}
-    return [(SuiteTask(task=name, revision=pins.get(name), **own), entry.task) for name in names]
+    return [
+        (SuiteTask(task=name, revision=pins.get(name), **settings), entry.task) for name in names
+    ]
 
 
 def _parts_by_aggregate(suite: Suite) -> dict[str, list[str]]:
-    """Names of the tasks that each aggregate of a suite is made of."""
-    metadata = {
-        each.task: _CLASSES[each.task].metadata for each in suite.tasks if each.task in _CLASSES
-    }
+    """Names of the tasks that make up each aggregate of a suite."""
+    names = [entry.task for entry in suite.tasks if entry.task in _CLASSES]
     return {
-        name: [part.metadata.name for part in each.tasks]
-        for name, each in metadata.items()
-        if hasattr(each, "tasks")
+        name: [part.metadata.name for part in _CLASSES[name].metadata.tasks]
+        for name in names
+        if hasattr(_CLASSES[name].metadata, "tasks")
     }
 
 
@@ -402,14 +405,16 @@ def _aggregate_problems(entry: SuiteTask, names: Sequence[str]) -> list[str]:
     ]
     if entry.parts and set(names) - set(entry.parts):
         missing = ", ".join(name for name in names if name not in entry.parts)
-        problems.append(f"task '{entry.task}' is pinned in part only; 'parts' lacks {missing}")
+        problems.append(
+            f"task '{entry.task}' pins only some of its parts; add {missing} to 'parts'"
+        )
     problems += [
-        f"task '{entry.task}' is made of others; pin their revisions in 'parts', not '{field}'"
+        f"task '{entry.task}' is made of other tasks; pin their revisions in 'parts', not '{field}'"
         for field in ("revision", "files_sha256")
         if getattr(entry, field) is not None
     ]
     if entry.subsets is not None:
-        problems.append(f"task '{entry.task}' is made of others and has no subsets")
+        problems.append(f"task '{entry.task}' is made of other tasks and has no subsets")
     return problems
 
 
@@ -427,19 +432,19 @@ def _resolve_own(entry: SuiteTask, path: Path) -> ResolvedTask:
     """Read a user's own data.
 
     Raises:
-        InputError: lists everything that is wrong with them.
+        InputError: lists all faults of the data.
     """
     own = read_own(path, entry.columns)
     task = _own_task(entry.task, own)
-    has = tuple(own.qrels) if isinstance(own, Collection) else ("test",)
-    unknown = [split for split in entry.splits or () if split not in has]
+    splits = tuple(own.qrels) if isinstance(own, Collection) else ("test",)
+    unknown = [split for split in entry.splits or () if split not in splits]
     if unknown:
         raise InputError(
-            f"{entry.task}: {path} has no split {', '.join(unknown)}; it has {', '.join(has)}"
+            f"{entry.task}: {path} has no split {', '.join(unknown)}; it has {', '.join(splits)}"
         )
     return ResolvedTask(
         task=task,
-        splits=entry.splits or (("test",) if "test" in has else has),
+        splits=entry.splits or (("test",) if "test" in splits else splits),
         subsets=("default",),
         instruction=entry.instruction or task_instruction(task),
         revision=f"sha256:{own.sha256}",
@@ -452,7 +457,7 @@ def _resolve(entry: SuiteTask, aggregate: str | None, hub_dir: Path | None) -> R
     """Find the data of one task.
 
     Raises:
-        InputError: no folder; or data of another revision than pinned.
+        InputError: the folder is missing, or its data are not of the pinned revision.
     """
     if entry.data is not None:
         return _resolve_own(entry, entry.data)
@@ -500,12 +505,12 @@ def _resolve(entry: SuiteTask, aggregate: str | None, hub_dir: Path | None) -> R
 def _check_pin(entry: SuiteTask, data: LocalData, path: str) -> str | None:
     """Refuse local data that are known to be of another revision than the suite's.
 
-    A folder that `hf download --local-dir` made tells its commit, which holds as long as its files
-    have the bytes that were downloaded. Of other folders, only the bytes can be compared; where the
-    suite pins none, the report records their hash.
+    A folder made by `hf download --local-dir` has a known commit, as long as its files still have
+    the downloaded bytes. For other folders, only a hash of the files can be compared. If the suite
+    pins no hash, the report records the hash.
 
     Returns:
-        The commit that the folder's files are of; None where nothing says.
+        The commit of the folder's files; None if it is not known.
     """
     commit, changed = downloaded_commit(data)
     if commit is not None and entry.revision is not None:
@@ -517,14 +522,14 @@ def _check_pin(entry: SuiteTask, data: LocalData, path: str) -> str | None:
             )
         if changed:
             raise InputError(
-                f"{entry.task}: {', '.join(changed[:3])} in {data.folder} are not as downloaded "
-                f"at revision {commit}; fetch them again with: "
+                f"{entry.task}: {', '.join(changed[:3])} in {data.folder} changed since the "
+                f"download of revision {commit}; fetch them again with: "
                 f"{fetch_command(path, entry.revision, data.folder)}, or remove the suite's pin"
             )
     elif entry.files_sha256 is not None and data.sha256 != entry.files_sha256:
         raise InputError(
             f"{entry.task}: the files of {data.folder} have sha256 {data.sha256}, but the suite "
-            f"pins {entry.files_sha256}; they are other data, and their scores are not comparable"
+            f"pins {entry.files_sha256}; the data differ, so their scores are not comparable"
         )
     return None if changed else commit
 
@@ -537,7 +542,7 @@ def _make_task(entry: SuiteTask) -> Any:
 
 
 def _suggest_task(name: str, known: Iterable[str]) -> str:
-    # mteb has more than a thousand tasks: matched whatever their case, and never listed.
+    # mteb has more than a thousand tasks, too many to list. The match ignores case.
     by_lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=2)
     if near:
@@ -547,7 +552,7 @@ def _suggest_task(name: str, known: Iterable[str]) -> str:
 
 def _unreadable(resolved: ResolvedTask, error: Exception) -> str:
     cause: BaseException = error
-    while cause.__cause__ is not None:  # "an error occurred" is what `datasets` makes of it
+    while cause.__cause__ is not None:  # `datasets` wraps the cause in "an error occurred"
         cause = cause.__cause__
     first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     if resolved.folder is not None:

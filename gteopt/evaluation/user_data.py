@@ -1,6 +1,6 @@
-"""A user's own data: a collection in the BEIR layout, a file of labelled pairs, or plain texts.
+"""Read a user's own data: a collection in the BEIR layout, a table of pairs, or plain texts.
 
-Hides: the file forms, and how their faults are found, all of them at once. Refuses to know: mteb,
+Hides: the file formats, and how all faults of a file are collected. Refuses to know: mteb,
 encoders, scores.
 """
 
@@ -19,23 +19,23 @@ from gteopt.config.text_files import read_lines, read_rows
 from gteopt.errors import InputError, join_problems
 from gteopt.evaluation.own_tables import FORMS, Table, read_table
 
-_MAX_SHOWN = 20  # problems listed of one data set; a wrong separator breaks every line
+_MAX_SHOWN = 20  # problems that a message lists; a wrong separator breaks every line
 _MIN_PAIRS = 3
 _MIN_DOCUMENTS = 2
 _MOST_GRADE = 1000
-"""The metric library keeps a counter for every grade up to the highest, and ends the process where
-memory lacks."""
+"""The metric library keeps a counter for every grade up to the highest, and ends the process if
+memory runs out."""
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Documents, queries, and which documents answer which query.
+    """Documents, queries, and the documents that are relevant for each query.
 
     Attributes:
         corpus: rows of id, title and text.
         queries: rows of id and text.
-        qrels: by split (a file of `qrels/`), then query, the grade of each judged document.
-        sha256: over the files that were read.
+        qrels: the grade of each judged document, by split (a file of `qrels/`) and query.
+        sha256: hash over the files.
     """
 
     corpus: tuple[Mapping[str, str], ...]
@@ -58,11 +58,11 @@ def read_own(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> Col
     """Read a folder in the BEIR layout, or a table of pairs or of queries with their passages.
 
     Args:
-        path: the folder, or a file that ends as `own_tables.FORMS` say.
-        columns: which column of a table holds what; those left out are guessed by their names.
+        path: the folder, or a file with one of the suffixes in `own_tables.FORMS`.
+        columns: the column for each role; roles that are left out are recognised by name.
 
     Raises:
-        InputError: nothing of the kind; or lists every fault with its file and line.
+        InputError: no such file or folder, or faulty data; lists every fault with file and line.
     """
     if path.is_dir():
         if columns:
@@ -87,11 +87,11 @@ def read_own(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> Col
 def read_collection(folder: Path) -> Collection:
     """Read `corpus.jsonl` (_id, title, text), `queries.jsonl` (_id, text) and `qrels/*.tsv`.
 
-    A line of a qrels file is query id, document id and grade, separated by tabs, below an optional
-    heading. Grades above 0 are relevant. Queries that no line judges are not searched.
+    A qrels file has an optional heading. Each line has a query id, a document id and a grade,
+    separated by tabs. Grades above 0 are relevant. Queries without any grade are not searched.
 
     Raises:
-        InputError: lists every missing file, broken line and id that is nowhere.
+        InputError: lists every missing file, broken line and unknown id.
     """
     problems: list[str] = []
     for name in ("corpus.jsonl", "queries.jsonl"):
@@ -108,7 +108,7 @@ def read_collection(folder: Path) -> Collection:
     judged = {query for by_query in qrels.values() for query in by_query}
     return Collection(
         corpus=tuple(corpus.values()),
-        queries=tuple(row for each, row in queries.items() if each in judged),
+        queries=tuple(row for query, row in queries.items() if query in judged),
         qrels=qrels,
         sha256=_sha256([folder / "corpus.jsonl", folder / "queries.jsonl", *qrels_files]),
     )
@@ -120,8 +120,8 @@ def _as_pairs(path: Path, table: Table, problems: list[str]) -> Pairs:
     second: list[str] = []
     scores: list[float] = []
     for line, row in table.rows:
-        if (lacking := _lacking(table, row, ("sentence1", "sentence2", "score"))) is not None:
-            problems.append(f"{path}:{line}: {lacking}")
+        if (missing := _missing(table, row, ("sentence1", "sentence2", "score"))) is not None:
+            problems.append(f"{path}:{line}: {missing}")
             continue
         grade = _number(row["score"])
         if grade is None:
@@ -137,24 +137,27 @@ def _as_pairs(path: Path, table: Table, problems: list[str]) -> Pairs:
     if not problems and len(scores) < _MIN_PAIRS:
         problems.append(f"{path}: {len(scores)} pairs; a rank correlation needs {_MIN_PAIRS}")
     if not problems and len(set(scores)) == 1:
-        problems.append(f"{path}: every score is {scores[0]:g}; there is no order to agree with")
+        problems.append(
+            f"{path}: every score is {scores[0]:g}; a rank correlation needs different scores"
+        )
     return Pairs(tuple(first), tuple(second), tuple(scores), _table_sha256(path, table))
 
 
 def _as_collection(path: Path, table: Table, problems: list[str]) -> Collection:
-    """Each query's passages are relevant, its negatives are not; all passages are searched.
+    """A collection of all passages, in which each query's positive passages are relevant.
 
-    With a score, a whole number above 0 makes a passage relevant, and is its grade.
+    If the table has scores, a passage with a whole score above 0 is relevant, and the score is its
+    grade.
     """
     documents: dict[str, str] = {}
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
     for line, row in table.rows:
-        lacking = _lacking(table, row, ("query", "positive"))
+        missing = _missing(table, row, ("query", "positive"))
         texts = [row[role] for role in ("query", "positive", "negative") if row.get(role)]
         grade = 1 if "score" not in table.columns else _grade(row["score"])
-        if lacking is not None:
-            problems.append(f"{path}:{line}: {lacking}")
+        if missing is not None:
+            problems.append(f"{path}:{line}: {missing}")
         elif not all(isinstance(text, str) for text in texts):
             problems.append(f"{path}:{line}: queries and passages must be texts")
         elif grade is None:
@@ -178,7 +181,7 @@ def _as_collection(path: Path, table: Table, problems: list[str]) -> Collection:
         )
     return Collection(
         corpus=tuple(
-            {"id": own_id, "title": "", "text": text} for text, own_id in documents.items()
+            {"id": document, "title": "", "text": text} for text, document in documents.items()
         ),
         queries=tuple({"id": q, "text": text} for text, q in queries.items() if q in qrels),
         qrels={"test": qrels},
@@ -186,22 +189,22 @@ def _as_collection(path: Path, table: Table, problems: list[str]) -> Collection:
     )
 
 
-def _lacking(
+def _missing(
     table: Table, row: Mapping[ColumnRole, Any], roles: Sequence[ColumnRole]
 ) -> str | None:
-    """Which columns have no value in a row; None where all have one."""
-    lacking = [table.columns[role] for role in roles if row[role] is None]
-    if not lacking:
+    """A message that names the columns without a value in a row; None if all have one."""
+    missing = [table.columns[role] for role in roles if row[role] is None]
+    if not missing:
         return None
-    there = [table.columns[role] for role, value in row.items() if value is not None]
-    return f"no field {' and '.join(lacking)}; found {', '.join(there) or 'nothing'}"
+    present = [table.columns[role] for role, value in row.items() if value is not None]
+    return f"no field {' and '.join(missing)}; found {', '.join(present) or 'nothing'}"
 
 
 def read_texts(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> list[str]:
-    """Distinct texts: a line each of a text file, or the column `text` of a table.
+    """Distinct texts: the lines of a text file, or the column `text` of a table.
 
     Args:
-        path: a text file, or a table that ends as `own_tables.FORMS` say.
+        path: a text file, or a table with one of the suffixes in `own_tables.FORMS`.
         columns: `text` names the column that holds the texts.
 
     Raises:
@@ -220,7 +223,7 @@ def read_texts(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> l
             if isinstance(row["text"], str):
                 texts.append(row["text"].strip())
             else:
-                problems.append(f"{path}:{line}: no field {table.columns['text']} that is a text")
+                problems.append(f"{path}:{line}: field {table.columns['text']} must be a text")
     elif columns:
         raise InputError(f"--columns is for a table; each line of {path} is one text")
     else:
@@ -234,23 +237,23 @@ def read_texts(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> l
 
 
 def _read_texts(path: Path, problems: list[str]) -> dict[str, dict[str, str]]:
-    """Rows of id, title and text by id; none of a file that is not there."""
+    """Rows of id, title and text by id; empty if the file does not exist."""
     by_id: dict[str, dict[str, str]] = {}
     if not path.is_file():
         return by_id
     for line, row in read_rows(path, problems):
-        own_id, text, title = row.get("_id"), row.get("text"), row.get("title", "")
-        if isinstance(own_id, int):
-            own_id = str(own_id)
-        if not isinstance(own_id, str) or not isinstance(text, str):
+        row_id, text, title = row.get("_id"), row.get("text"), row.get("title", "")
+        if isinstance(row_id, int):
+            row_id = str(row_id)
+        if not isinstance(row_id, str) or not isinstance(text, str):
             problems.append(f"{path}:{line}: must have an _id and a text")
         elif not isinstance(title, str | int | float | None):
             problems.append(f"{path}:{line}: title must be a text or a number")
-        elif own_id in by_id:
-            problems.append(f"{path}:{line}: _id '{own_id}' is there twice")
+        elif row_id in by_id:
+            problems.append(f"{path}:{line}: _id '{row_id}' occurs twice")
         else:
-            by_id[own_id] = {
-                "id": own_id,
+            by_id[row_id] = {
+                "id": row_id,
                 "title": "" if title is None else str(title),
                 "text": text,
             }
@@ -274,14 +277,15 @@ def _read_qrels(
             )
             continue
         query, document, _ = cells
-        # Ids of a file that is missing or broken cannot be looked up; that is said already.
+        # A missing or broken file has no ids to compare with, and is reported already.
         if queries and query not in queries:
             problems.append(f"{path}:{line}: query '{query}' is not in queries.jsonl")
         elif corpus and document not in corpus:
             problems.append(f"{path}:{line}: document '{document}' is not in corpus.jsonl")
         elif grades_by_query.setdefault(query, {}).setdefault(document, grade) != grade:
             problems.append(
-                f"{path}:{line}: document '{document}' has another grade for query '{query}' above"
+                f"{path}:{line}: document '{document}' has another grade for query '{query}' "
+                f"in an earlier line"
             )
     relevant = any(grade > 0 for grades in grades_by_query.values() for grade in grades.values())
     if not relevant and len(problems) == n_before:
@@ -290,7 +294,7 @@ def _read_qrels(
 
 
 def _grade(value: Any) -> int | None:
-    """A whole grade of relevance; None of anything else."""
+    """A grade of relevance, which must be a whole number; None for any other value."""
     number = _number(value)
     if number is None or number != int(number) or abs(number) > _MOST_GRADE:
         return None
@@ -322,7 +326,7 @@ def _sha256(paths: Iterable[Path]) -> str:
 
 
 def _table_sha256(path: Path, table: Table) -> str:
-    """Hash of the file and of what its columns are taken for."""
+    """Hash of the file and of the roles of its columns."""
     digest = hashlib.sha256(_sha256([path]).encode())
     digest.update(json.dumps(dict(table.columns), sort_keys=True).encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What is scored of one encoder: its own vectors, or other lengths and codes of the same encodings.
+"""Define views: the forms of one encoder's vectors that are scored, from the same encodings.
 
 Refuses to know: how a transform was fitted, tasks, scores.
 """
@@ -19,9 +19,9 @@ class View:
     """Vectors of an encoder as an index would store them.
 
     Attributes:
-        name: what reports call it.
-        sha256: identifies encoder and vectors together.
-        vectors: from full dimension to what is stored.
+        name: name of the view in reports.
+        sha256: identifies the encoder and the transform together.
+        vectors: the transform from full dimension to stored codes.
     """
 
     name: str
@@ -30,12 +30,12 @@ class View:
 
 
 def own_view(encoder: Description, name: str | None = None) -> View:
-    """The vectors that the base or artifact makes itself."""
+    """The view with the transform of the base or artifact itself."""
     return View(name or encoder.name, encoder.sha256, encoder.vectors)
 
 
 def view_of(encoder: Description, vectors: VectorTransform, name: str) -> View:
-    """Other vectors of the same encodings."""
+    """The view of the same encodings with another transform."""
     if vectors.sha256() == encoder.vectors.sha256():
         return own_view(encoder, name)
     both = f"{encoder.checkpoint.weights_sha256}:{vectors.sha256()}"

@@ -50,13 +50,13 @@ def write(folder: Path, configs: dict[str, dict[str, Rows]]) -> None:
             "STSBenchmark",
             "mteb/stsbenchmark-sts",
             {"default": {"test": NAN}},
-            "1 of 4 scores are no finite numbers",
+            "1 of 4 scores are not finite numbers",
         ),
         (
             "STSBenchmark",
             "mteb/stsbenchmark-sts",
             {"default": {"test": SAME}},
-            "every score is 2, so there is no order",
+            "every score is 2; a rank correlation needs different scores",
         ),
         (
             "STSBenchmark",
@@ -68,7 +68,7 @@ def write(folder: Path, configs: dict[str, dict[str, Rows]]) -> None:
             "Banking77Classification",
             "mteb/banking77",
             {"default": {"train": ONE_CLASS, "test": INTENTS}},
-            "every label is 3; two classes are needed",
+            "every label is 3; at least two classes are needed",
         ),
         (
             "Banking77Classification",
@@ -80,7 +80,7 @@ def write(folder: Path, configs: dict[str, dict[str, Rows]]) -> None:
             "SprintDuplicateQuestions",
             "mteb/sprintduplicatequestions-pairclassification",
             {"default": {"test": NO_POSITIVE}},
-            "every label is 0; two classes are needed",
+            "every label is 0; at least two classes are needed",
         ),
         (
             "NFCorpus",

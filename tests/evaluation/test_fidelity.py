@@ -179,7 +179,7 @@ def test_only_texts_that_both_encoded_are_compared(alike: dict[Side, SideVectors
 
 def test_models_of_different_width_are_refused(alike: dict[Side, SideVectors]) -> None:
     narrow: dict[Side, SideVectors] = {"text": side(alike["text"].vectors[:, :16])}
-    with pytest.raises(InputError, match=r"16 dimensions, the baseline's 32"):
+    with pytest.raises(InputError, match=r"16 dimensions, but the baseline's has 32"):
         fidelity(alike, narrow, identity(16))
 
 

@@ -161,7 +161,7 @@ def test_wrong_pins_of_a_suite_are_named_at_once(tmp_path: Path) -> None:
     assert "pin their revisions in 'parts', not 'revision'" in message
     assert "'CQADupstackAndroidRetrieval' is a part of 'CQADupstackRetrieval'" in message
     assert "'MiniSTS' ships with gteopt; remove 'revision'" in message
-    assert "'STSBenchmark' is not made of others" in message
+    assert "'STSBenchmark' is not made of other tasks" in message
 
 
 def test_the_offline_data_are_as_pinned(shared: Path) -> None:

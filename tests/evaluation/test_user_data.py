@@ -126,7 +126,7 @@ def test_every_fault_of_a_collection_is_named_with_its_line(tmp_path: Path) -> N
     message = str(caught.value)
     assert "has 10 problem(s)" in message
     for expected in (
-        "corpus.jsonl:2: _id 'd1' is there twice",
+        "corpus.jsonl:2: _id 'd1' occurs twice",
         "corpus.jsonl:3: not JSON",
         "corpus.jsonl:4: must be a JSON object",
         "queries.jsonl:2: must have an _id and a text",
@@ -230,7 +230,7 @@ def test_missing_files_of_a_collection_are_named_together(tmp_path: Path) -> Non
         ("sentence1,sentence2,score\na,b,1\nc,d,x\n", "pairs.csv:3: score is 'x', must be"),
         (
             "one,two,score\na,b,1\n",
-            "pairs.csv: no field tells what the columns hold; found one, two",
+            "pairs.csv: the column names are not recognised; found one, two",
         ),
         ("sentence1,sentence2,score\na,b,1\nc,d,1\ne,f,1\n", "every score is 1"),
         ("sentence1,sentence2,score\na,b,1\n", "1 pairs; a rank correlation needs 3"),
@@ -394,7 +394,7 @@ def test_too_few_or_broken_texts_are_refused(tmp_path: Path) -> None:
     path.write_text('{"text": "a"}\n{"body": "b"}\nnonsense\n')
     with pytest.raises(InputError) as caught:
         read_texts(path)
-    assert "texts.jsonl:2: no field text that is a text" in str(caught.value)
+    assert "texts.jsonl:2: field text must be a text" in str(caught.value)
     assert "texts.jsonl:3: not JSON" in str(caught.value)
     one = tmp_path / "one.txt"
     one.write_text("a\na\n")
