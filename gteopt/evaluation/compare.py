@@ -370,7 +370,7 @@ def _stopped_names(tasks: Sequence[TaskScore]) -> list[str]:
 
 
 def _whole(tasks: Sequence[TaskScore]) -> list[TaskScore]:
-    """The tasks of which no part was stopped; all tasks if there are none."""
+    """The tasks without a stopped part; all tasks if every task has one."""
     stopped = _stopped_names(tasks)
     return [task for task in tasks if task.task not in stopped] or list(tasks)
 
@@ -434,7 +434,7 @@ def _paired(
     if not samples.pairs_with(baseline_samples):
         return f"the two models were scored on different {samples.unit} sets"
     if samples.n_units < MIN_UNITS:
-        return f"{samples.n_units} of unit {samples.unit}; an interval needs {MIN_UNITS}"
+        return f"{samples.n_units} units ({samples.unit}); an interval needs at least {MIN_UNITS}"
     same = variant.encoder_sha256 == baseline.encoder_sha256
     if ours.is_stopped:
         draws = paired_draws(samples, baseline_samples, same_model=same)
@@ -447,7 +447,7 @@ def _paired(
 
 
 def _items(baseline: Scored, key: SampleKey, ours: SubsetScore) -> Samples:
-    """The baseline's entries; if the variant was stopped, only those of the items it scored."""
+    """The baseline's entries; if the variant was stopped, only the entries of its scored items."""
     samples = baseline.item_scores[key]
     if ours.sequential is None or ours.sequential.n_all != samples.n_units:
         return samples

@@ -3,9 +3,9 @@
 Hides: how each of mteb's metrics is computed on weighted samples, for many samples at once; how
 entries are stored. Refuses to know: models, tasks, mteb, intervals.
 
-A resample is a row of weights over units: how often each unit is drawn. A unit is what would be
-drawn anew if the data were collected again: a query, a pair, or a test document with its results in
-every experiment. The documents or sentences that a query is searched in are fixed.
+A resample is a row of weights over units: how often each unit is drawn. A unit is a query, a pair,
+or a test document with its results in every experiment. New units would be drawn if the data were
+collected again. The documents or sentences that a query is searched in stay fixed.
 Legend: U units, R resamples, E experiments, S similarities, M rows.
 """
 
@@ -48,9 +48,9 @@ class Samples:
                 mean over experiments.
             "max_ap", "max_accuracy": `similarities` [S, U] and `gold` [U] of 0 and 1; the maximum
                 over similarity functions.
-            "v_measure", "ami": a row for each document of each clustering, `document` [M],
-                `experiment` [M], `gold` [M], `cluster` [M], and `level` [E] of each clustering;
-                the mean over clusterings.
+            "v_measure", "ami": `document`, `experiment`, `gold` and `cluster`, all [M], with a row
+                for each document of each clustering; `level` [E] of each clustering; the mean over
+                clusterings.
             Pairs ("spearman", "max_ap", "max_accuracy") may also have `texts` [2, U]: the numbers
             of the two texts of each pair, from 0.
         unit: the unit of resampling ("query", "pair", "document", "sentence", "text").

@@ -136,8 +136,8 @@ def paired_draws(
     percentile, BCa, studentised and Hall's intervals do not.
 
     If no unit differs, resampling cannot estimate a spread. The rule of three is used instead
-    (Hanley & Lippman-Hand 1983, at 2.5 % on each side): up to 3.7 of n units may change, each to
-    the score of another unit.
+    (Hanley & Lippman-Hand 1983, at 2.5 % on each side). It says that up to 3.7 of n units may
+    change. Each of them is assumed to change to the score of another unit.
 
     Two data sets with the same number of units get the same draws in all tasks. Translations of a
     text, and tasks with the same texts (MassiveIntent and MassiveScenario), are therefore not
@@ -260,8 +260,8 @@ def p_value(difference: float, draws: Draws) -> float:
     """The two-sided p-value of a true difference of zero, from the spread of the draws.
 
     The correction for many claims needs p-values below 1 / R, so draws are not counted. The value
-    is read from the tail of Student's t instead. Draws are normal with the width of the t interval,
-    so the number of standard errors is converted from the normal scale to the t scale.
+    is read from the tail of Student's t instead. Draws are normal with the width of the t interval.
+    The number of standard errors is therefore converted from the normal scale to the t scale.
     """
     spread = float(draws.difference.std(ddof=1))
     if spread <= 1e-12:

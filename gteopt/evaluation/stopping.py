@@ -38,9 +38,9 @@ def boundaries(fractions: tuple[float, ...], error_rate: float) -> tuple[float, 
     """By how many standard errors a difference must be off at each look, two-sided.
 
     The probability that a Brownian motion B(t) exceeds `boundary * sqrt(t)` on either side at any
-    look is `error_rate`. Until t, each side may spend 2 - 2 Phi(z / sqrt(t)), where z is the normal
-    quantile with a quarter of the rate above it (Lan & DeMets 1983). Each boundary is computed from
-    the earlier ones by numerical integration (Armitage, McPherson & Rowe 1969).
+    look is `error_rate`. Until t, each side may spend 2 - 2 Phi(z / sqrt(t)) of it (Lan & DeMets
+    1983). Here z is the normal quantile with a quarter of the rate above it. Each boundary is
+    computed from the earlier ones by numerical integration (Armitage, McPherson & Rowe 1969).
 
     Args:
         fractions: shares of all items, ascending; the last is 1.

@@ -280,9 +280,9 @@ def read_labels_at_once_(task: Any) -> None:
 def task_instruction(task: AbsTask) -> str:
     """The instruction for a task's queries, for models that take instructions.
 
-    The first of these that exists: the instruction of gte-Qwen2's authors (see `instructions`), the
-    task's prompt in mteb, which is E5-mistral's, and the prompt of the task type ("Retrieve text
-    based on user query.").
+    It is the instruction of gte-Qwen2's authors, if they have one for the task; see `instructions`.
+    Otherwise it is the task's prompt in mteb, which is E5-mistral's. If there is none, it is the
+    prompt of the task type ("Retrieve text based on user query.").
     """
     by_authors = INSTRUCTIONS.get(task.metadata.name)
     prompt = task.metadata.prompt
@@ -562,5 +562,5 @@ def _unreadable(resolved: ResolvedTask, error: Exception) -> str:
     fetch = fetch_command(path, dataset.get("revision"), Path("DIR", path))
     return (
         f"{resolved.name}: {path} does not load from the Hub ({first_line}); to work "
-        f"offline, run where there is a network: {fetch}, then give --hub-dir DIR"
+        f"offline, run on a machine with a network: {fetch}; then give --hub-dir DIR"
     )

@@ -135,7 +135,9 @@ def _as_pairs(path: Path, table: Table, problems: list[str]) -> Pairs:
             second.append(row["sentence2"])
             scores.append(grade)
     if not problems and len(scores) < _MIN_PAIRS:
-        problems.append(f"{path}: {len(scores)} pairs; a rank correlation needs {_MIN_PAIRS}")
+        problems.append(
+            f"{path}: {len(scores)} pairs; a rank correlation needs at least {_MIN_PAIRS}"
+        )
     if not problems and len(set(scores)) == 1:
         problems.append(
             f"{path}: every score is {scores[0]:g}; a rank correlation needs different scores"
@@ -177,7 +179,7 @@ def _as_collection(path: Path, table: Table, problems: list[str]) -> Collection:
         problems.append(f"{path}: marks no passage as relevant (a score above 0)")
     if not problems and len(documents) < _MIN_DOCUMENTS:
         problems.append(
-            f"{path}: {len(documents)} different passages; a search needs {_MIN_DOCUMENTS}"
+            f"{path}: {len(documents)} different passages; a search needs at least {_MIN_DOCUMENTS}"
         )
     return Collection(
         corpus=tuple(

@@ -82,9 +82,11 @@ def fit_codebook(z: npt.NDArray[np.float32], n_bytes: int) -> Codebook:
 
 
 def allot_bits(value: Doubles, n_bits: int) -> npt.NDArray[np.intp]:
-    """Bits [D] with the least sum of value * distortion; each further bit goes where it gains most.
+    """Bits [D] with the least sum of value * distortion.
 
-    Distortions are those of the best scalar quantizer for a normal distribution (Max 1960,
+    The bits are allotted one by one, each to the dimension that gains most from it.
+
+    The best scalar quantizer for a normal distribution gives the distortions (Max 1960,
     doi:10.1109/TIT.1960.1057548).
 
     Args:

@@ -134,8 +134,8 @@ class Binary:
 
     Attributes:
         dims: how many signs.
-        low, high: [D], the values of the bits 0 and 1, if the mean was subtracted before signs were
-            taken; (low + high) / 2 is that mean. None stands for -1 / sqrt(D) and 1 / sqrt(D).
+        low, high: [D], the values of the bits 0 and 1, if the mean was subtracted before the signs
+            were taken. (low + high) / 2 is that mean. None stands for -1 / sqrt(D) and 1 / sqrt(D).
     """
 
     dims: int
@@ -254,8 +254,8 @@ class RaBitQ:
 class ProductQuantizer:
     """A byte for each group of dimensions: the nearest of the group's 256 points.
 
-    Product quantization (Jégou et al. 2011, doi:10.1109/TPAMI.2010.57) over groups of unequal size,
-    so that dimensions with more variance get more bits (transform coding, Brandt 2010,
+    This is product quantization (Jégou et al. 2011, doi:10.1109/TPAMI.2010.57) over groups of
+    unequal size. Dimensions with more variance get more bits, as in transform coding (Brandt 2010,
     doi:10.1109/CVPR.2010.5539852).
 
     Attributes:

@@ -60,8 +60,8 @@ def fit(
         similarity: "dot" for a model whose vectors keep their length; see `VectorTransform`.
 
     Raises:
-        InputError: more dimensions are asked for than the model or the calibration vectors have,
-            there are too few vectors for the code, or no code has that many bytes.
+        InputError: the model or the calibration vectors have fewer dimensions than asked for, there
+            are too few vectors for the code, or no code has that many bytes.
         NumericsError: NaN or infinity in `x`.
 
     Example:
@@ -100,7 +100,7 @@ def check_bytes(full_dims: int, n_bytes: int) -> None:
             nearest = str(4 * full_dims)
         raise InputError(
             f"vectors.bytes is {n_bytes}, but no code of vectors with {full_dims} dimensions has "
-            f"that size; the nearest size: {nearest} bytes"
+            f"that size; nearest: {nearest} bytes"
         )
 
 

@@ -45,8 +45,6 @@ def test_bytes_of_a_recipe_choose_a_code_that_every_library_compares_alike(tmp_p
     np.testing.assert_allclose(np.linalg.norm(full_rows, axis=1), 1, atol=1e-5)
     again = SentenceTransformer(str(tmp_path / "full"))
     np.testing.assert_allclose(again.encode(TEXTS), full_rows, atol=1e-5)
-    with pytest.raises(
-        InputError, match=r"no code of vectors with 256 .* nearest size: 256 and 1024"
-    ):
+    with pytest.raises(InputError, match=r"no code of vectors with 256 .* nearest: 256 and 1024"):
         gteopt.truncate(tmp_path / "small", tmp_path / "x", bytes=300)
     assert not (tmp_path / "x").exists()

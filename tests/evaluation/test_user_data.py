@@ -233,7 +233,7 @@ def test_missing_files_of_a_collection_are_named_together(tmp_path: Path) -> Non
             "pairs.csv: the column names are not recognised; found one, two",
         ),
         ("sentence1,sentence2,score\na,b,1\nc,d,1\ne,f,1\n", "every score is 1"),
-        ("sentence1,sentence2,score\na,b,1\n", "1 pairs; a rank correlation needs 3"),
+        ("sentence1,sentence2,score\na,b,1\n", "1 pairs; a rank correlation needs at least 3"),
         ("sentence1,sentence2,score\na,b,nan\n", "must be a number"),
     ],
 )

@@ -94,8 +94,8 @@ def test_all_bytes_of_float32_are_the_vectors_themselves() -> None:
 @pytest.mark.parametrize(
     ("n_texts", "n_bytes", "expected"),
     [
-        (300, 100, "no code of vectors with 64 dimensions .* the nearest size: 64 and 256 bytes"),
-        (300, 999, "the nearest size: 256 bytes"),
+        (300, 100, "no code of vectors with 64 dimensions .* nearest: 64 and 256 bytes"),
+        (300, 999, "nearest: 256 bytes"),
         (120, 8, "needs at least 200 calibration texts to choose by, found 120"),
     ],
 )
