@@ -1,7 +1,7 @@
-"""The artifact folder: staged, hashed, sealed, verified.
+"""Stages, hashes, seals and verifies artifact folders.
 
 Hides: atomicity (everything is written into a hidden folder beside the target, which is renamed
-when whole) and the hash chain (`gteopt.json` hashes every other file; its own hash names the
+when complete) and the hash chain (`gteopt.json` hashes every other file; its own hash names the
 artifact). Refuses to know: what the files mean. The format's specification: artifacts/README.md.
 """
 
@@ -23,15 +23,15 @@ from gteopt.records.manifest import FileRecord, Manifest
 
 MANIFEST = "gteopt.json"
 _HUB_FILE, _HUB_FOLDER = ".gitattributes", (".cache", "huggingface")
-"""What the model hub and its client leave in a folder that they make; no part of the artifact."""
+"""Files of the model hub and its client in a downloaded folder; no part of the artifact."""
 _UNREAD = frozenset(
     {".md", ".rst", ".pdf", ".ipynb", ".csv", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"}
 )
 _UNREAD_NAMES = frozenset({".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt"})
-"""What the owner of a repository may put beside an artifact: no loader looks at it."""
+"""The owner of a repository may add these files to an artifact: no loader reads them."""
 _CHUNK_BYTES = 1 << 22
 _HASH_THREADS = 4
-"""A disk reads faster than a core hashes (1.7 GB/s with SHA instructions)."""
+"""A disk reads faster than one core hashes (1.7 GB/s with SHA instructions)."""
 
 
 def is_artifact(folder: Path) -> bool:
@@ -40,7 +40,7 @@ def is_artifact(folder: Path) -> bool:
 
 
 def artifact_sha256(folder: Path) -> str:
-    """The hash that names an artifact: of its `gteopt.json`, which hashes everything else."""
+    """The hash that names an artifact: that of `gteopt.json`, which hashes every other file."""
     return hash_file(folder / MANIFEST)
 
 
@@ -54,20 +54,21 @@ def hash_file(path: Path) -> str:
 
 
 def stage_folder(out: Path) -> Path:
-    """Where the artifact `out` is put together; kept after an interruption to go on from."""
+    """The folder where the artifact `out` is built; a build that was stopped resumes from it."""
     return out.parent / f".{out.name}.partial"
 
 
 @contextmanager
 def alone(stage: Path) -> Iterator[None]:
-    """Keep a stage folder for this process: two processes in it would mix their hidden states.
+    """Lock a stage folder for this process: two processes in it would mix their hidden states.
 
-    The system holds the lock, so a killed process leaves none. An empty folder is removed again.
+    The system drops the lock when the process ends, even if it is killed. An empty folder is
+    removed again.
 
     Raises:
         InputError: another process works there.
     """
-    import fcntl  # Unix has it, and syncs folders; artifacts are read elsewhere too
+    import fcntl  # Unix only: other systems can read artifacts, but not build them
 
     stage.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(stage, os.O_RDONLY)
@@ -84,14 +85,14 @@ def alone(stage: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # it has its name by now, or is not empty
+            with suppress(OSError):  # it was renamed, or is not empty
                 stage.rmdir()
     finally:
         os.close(descriptor)
 
 
 def clear(folder: Path) -> None:
-    """Remove what is in a folder, which stays."""
+    """Remove everything in a folder; the folder itself stays."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -100,14 +101,14 @@ def clear(folder: Path) -> None:
 
 
 def check_free(out: Path) -> None:
-    """Refuse a target that holds something else, or that no folder can be put at.
+    """Refuse a target that is not empty, or that a finished folder cannot replace.
 
-    An artifact is put together beside its place and renamed, so both must be possible: a folder is
-    made beside `out` and removed again.
+    An artifact is built beside its target and renamed. To test this, a folder is made beside `out`
+    and removed again.
 
     Raises:
-        InputError: `out` is a file, a link, a mount point, the folder that the process is in, or
-            holds something; or nothing can be written beside it.
+        InputError: `out` is a file, a link, a mount point, the current folder or not empty; or
+            nothing can be written beside it.
     """
     if out.is_symlink():
         raise InputError(f"--out {out} is a link; give the folder itself: {os.path.realpath(out)}")
@@ -115,38 +116,38 @@ def check_free(out: Path) -> None:
         raise InputError(f"--out {out} is a file; give a folder that does not exist yet")
     if out.is_dir():
         _check_empty(out)
-    there = out.parent
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise InputError(f"--out {out}: {there} is no folder, so nothing can be put into it")
+    parent = out.parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"--out {out}: {parent} is no folder, so nothing can be put into it")
     try:
-        with TemporaryDirectory(prefix=".gteopt-", dir=there):
+        with TemporaryDirectory(prefix=".gteopt-", dir=parent):
             pass
     except OSError as error:
         raise InputError(
-            f"--out {out}: no folder can be made in {there} ({error.strerror}); give a place that "
+            f"--out {out}: no folder can be made in {parent} ({error.strerror}); give a place that "
             f"you may write to"
         ) from error
 
 
 def _check_empty(out: Path) -> None:
     if any(out.iterdir()):
-        what = "another artifact" if is_artifact(out) else "other files"
+        content = "another artifact" if is_artifact(out) else "other files"
         raise InputError(
-            f"--out {out} exists and holds {what}; give another folder or remove it first"
+            f"--out {out} exists and holds {content}; give another folder or remove it first"
         )
     is_mount = out.resolve().is_mount()
     if is_mount or out.name in ("", "..") or out.resolve() == Path.cwd():
-        what = "a mount point" if is_mount else "the folder that gteopt runs in, or above it"
+        place = "a mount point" if is_mount else "the folder that gteopt runs in, or above it"
         raise InputError(
-            f"--out {out} is {what}, which cannot be replaced by a finished folder; give a folder "
+            f"--out {out} is {place}, which cannot be replaced by a finished folder; give a folder "
             f"inside of it, as {out / 'variant'}"
         )
 
 
 def hash_files(paths: Iterable[Path]) -> list[str]:
-    """`hash_file` of each, several at a time."""
+    """`hash_file` of each path, several at a time."""
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         return list(pool.map(hash_file, paths))
 
@@ -154,7 +155,7 @@ def hash_files(paths: Iterable[Path]) -> list[str]:
 def file_records(
     folder: Path, *, only: str = "**/*", scraps: Collection[Path] = ()
 ) -> tuple[FileRecord, ...]:
-    """Every file under `folder` but the manifest, sorted by path, with size and hash.
+    """Path, size and hash of every file under `folder` except the manifest, sorted by path.
 
     Args:
         folder: an artifact, or the stage of one.
@@ -168,60 +169,59 @@ def file_records(
     ]
     return tuple(
         FileRecord(
-            path=path.relative_to(folder).as_posix(), n_bytes=path.stat().st_size, sha256=found
+            path=path.relative_to(folder).as_posix(), n_bytes=path.stat().st_size, sha256=sha256
         )
-        for path, found in zip(paths, hash_files(paths), strict=True)
+        for path, sha256 in zip(paths, hash_files(paths), strict=True)
     )
 
 
 def seal(stage: Path, out: Path, manifest: Manifest) -> None:
-    """Make a finished stage folder the artifact `out`: write its manifest, remove what is not in
-    it, sync, rename.
+    """Turn a finished stage folder into the artifact `out`.
 
-    This order loses nothing when it is interrupted: a stage with a manifest has all that the
-    artifact needs, and the same call completes it.
+    Writes the manifest, removes files that it does not list, syncs and renames. Nothing is lost if
+    this is interrupted: a stage with a manifest is complete, and the same call finishes it.
     """
     _sync_all(stage)
     write_record(stage / MANIFEST, manifest)
     known = {stage / record.path for record in manifest.files} | {stage / MANIFEST}
-    for path in sorted(stage.rglob("*"), reverse=True):  # what is in a folder before the folder
+    for path in sorted(stage.rglob("*"), reverse=True):  # files before their folder
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
         elif not path.is_dir() and path not in known:
             path.unlink()
-    # safetensors 0.8 lets nobody but the owner read what it writes, whatever the umask says.
+    # safetensors 0.8 ignores the umask: only the owner may read the files that it writes.
     mode = stat.S_IMODE((stage / MANIFEST).stat().st_mode)
     for path in known:
         if stat.S_IMODE(path.stat().st_mode) != mode:
-            with suppress(PermissionError):  # a link to somebody else's file
+            with suppress(PermissionError):  # a link to a file of another user
                 path.chmod(mode)
     place(stage, out)
 
 
 def place(stage: Path, out: Path) -> None:
-    """Give a stage folder that has its manifest the artifact's name: sync, rename."""
+    """Sync a stage folder that has its manifest, and rename it to `out`."""
     _sync_all(stage)
     if out.is_dir():
-        out.rmdir()  # check_free allowed it only when empty
+        out.rmdir()  # check_free allows only an empty folder
     os.replace(stage, out)
     _sync(out.parent)
 
 
 def discard(folder: Path) -> None:
-    """Remove an artifact or a stage folder, never seen half removed under its own name."""
+    """Remove an artifact or a stage folder; it is renamed first, so none is ever half removed."""
     if folder.is_dir():
-        doomed = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        renamed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(renamed, ignore_errors=True)
+        os.replace(folder, renamed)
+        shutil.rmtree(renamed)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an artifact, without looking at the other files.
+    """The manifest of an artifact; its other files are not checked.
 
     Raises:
-        InputError: not an artifact.
-        IntegrityError: the manifest itself is damaged.
+        InputError: the folder is not an artifact.
+        IntegrityError: the manifest is damaged.
     """
     if not is_artifact(folder):
         raise InputError(f"{folder} is not an artifact: it has no {MANIFEST}")
@@ -229,12 +229,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Compare every file with the manifest's size and hash.
+    """Compare the size and hash of every file with the manifest.
 
-    Licenses, notes and pictures beside them are nobody's input, and passed over.
+    Added licenses, notes and pictures are ignored, because no loader reads them.
 
     Raises:
-        InputError: not an artifact.
+        InputError: the folder is not an artifact.
         IntegrityError: lists each changed, missing or extra file.
 
     Example:
@@ -246,17 +246,17 @@ def verify(folder: Path) -> Manifest:
 
 @contextmanager
 def verifying(folder: Path) -> Iterator[Manifest]:
-    """`verify` while the block reads the weights, so that they leave the disk once.
+    """`verify` while the `with` block reads the weights, so that the disk is read only once.
 
-    Names, sizes and small files are checked before the block. The weights are hashed while it runs,
-    and the block ends when their hashes are known. Damage is raised then, in place of any error
-    that it led to inside. The block must not hand on what it makes of the weights before it ends.
+    Names, sizes and small files are checked before the block. The weights are hashed while the
+    block runs, and damage is raised at its end, in place of any error that it caused inside. Until
+    then the block must not pass on anything that it made from the weights.
 
     Raises:
         InputError, IntegrityError: see `verify`.
     """
     manifest = read_manifest(folder)
-    problems, whole = [], []
+    problems, right_size = [], []
     for record in manifest.files:
         path = folder / record.path
         if not path.is_file():
@@ -266,25 +266,27 @@ def verifying(folder: Path) -> Iterator[Manifest]:
                 f"{record.path} has {path.stat().st_size} bytes, the manifest says {record.n_bytes}"
             )
         else:
-            whole.append(record)
+            right_size.append(record)
     known = {record.path for record in manifest.files} | {MANIFEST}
     present = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     names = {
-        each.as_posix()
-        for each in present
-        if each.parts[:2] != _HUB_FOLDER and each.as_posix() != _HUB_FILE and is_read(each)
+        path.as_posix()
+        for path in present
+        if path.parts[:2] != _HUB_FOLDER and path.as_posix() != _HUB_FILE and is_read(path)
     }
     problems += [f"{path} is not in the manifest" for path in sorted(names - known)]
-    large = [record for record in whole if record.path.endswith(".safetensors")]
-    small = [record for record in whole if record not in large]
+    large = [record for record in right_size if record.path.endswith(".safetensors")]
+    small = [record for record in right_size if record not in large]
     problems += _changed(small, (hash_file(folder / record.path) for record in small))
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         hashes = pool.map(hash_file, [folder / record.path for record in large])
 
         def check() -> None:
-            found = problems + _changed(large, hashes)
-            if found:
-                raise IntegrityError(join_problems(f"{folder} is damaged; do not use it", found))
+            all_problems = problems + _changed(large, hashes)
+            if all_problems:
+                raise IntegrityError(
+                    join_problems(f"{folder} is damaged; do not use it", all_problems)
+                )
 
         if problems:
             check()
@@ -293,7 +295,7 @@ def verifying(folder: Path) -> Iterator[Manifest]:
         except Exception:
             check()
             raise
-        except BaseException:  # an interruption does not wait for files that are not begun
+        except BaseException:  # an interruption does not wait for the remaining files
             pool.shutdown(cancel_futures=True)
             raise
         check()
@@ -308,9 +310,7 @@ def _changed(records: Sequence[FileRecord], hashes: Iterable[str]) -> list[str]:
 
 
 def is_read(path: PurePath) -> bool:
-    """Whether some loader might look at a file of this name; one that the manifest does not list is
-    then refused.
-    """
+    """Whether a loader might read a file of this name, so that an unlisted one is refused."""
     return path.suffix.lower() not in _UNREAD and path.name not in _UNREAD_NAMES
 
 

@@ -1,7 +1,7 @@
-"""A base model or an artifact as a folder: what it is, learned without loading its weights.
+"""Describes the folder of a base model or an artifact without loading its weights.
 
-What the folder says is what happens; a family's row fills what it leaves out, and a contradiction
-is noted. Refuses to know: torch. Code named by a folder is never imported; pickled weights are
+The folder's own files decide. A family's row fills in what they leave out, and `notes` names each
+contradiction. Refuses to know: torch. Code named by a folder is never imported; pickled weights are
 never opened.
 """
 
@@ -55,16 +55,16 @@ from gteopt.records.manifest import Manifest
 __all__ = ["NANO", "VECTOR_MODULES", "Checkpoint", "open_checkpoint", "opening"]
 VECTORS_FILE = "vectors.safetensors"
 LATENT_FILE = "pooling.safetensors"
-"""Where an artifact keeps the tensors of a latent-attention pooling."""
+"""The file of an artifact with the tensors of a latent-attention pooling."""
 LATENT_PREFIX = "latent_attention_model."
 _NESTED_PREFIX = "embedding_model."
 _READ_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 _UNLIMITED = 32_768
-"""Longest text of a model that states no limit anywhere."""
+"""Longest text in tokens of a model whose files state no limit."""
 _UNCUT = 1 << 20
-"""Of a table, which has no positions."""
+"""Longest text in tokens of a table of token vectors, which has no positions."""
 _NO_LIMIT = 1_000_000
-"""Tokenizers state absurd lengths for "no limit"."""
+"""A longer model_max_length means "no limit"."""
 
 
 @dataclass(frozen=True)
@@ -72,25 +72,24 @@ class Checkpoint:
     """A model folder, described.
 
     Attributes:
-        id: what it was asked for by.
+        id: the name that the caller gave.
+        revision: commit of a download from the Hub; otherwise the requested revision.
         config: the transformer's part of `config.json`, without remote-code entries and with the
             attention direction set.
-        latent: what `config.json` says of a latent-attention pooling; None without one.
-        pooling: how token vectors become one; "modules" is whatever only the modules say.
+        pooling: how token vectors become one; with "modules", Sentence Transformers' modules pool.
         normalise: whether the modules end in unit vectors.
-        st: what the Sentence Transformers files say.
-        tokenizer_config: what `tokenizer_config.json` says.
-        start_token: put before each text once, where there is an `end_token`.
+        st: content of the Sentence Transformers files.
+        tokenizer_config: content of `tokenizer_config.json`.
+        latent: config of a latent-attention pooling; None without one.
+        start_token: put before each text once, if there is an `end_token`.
         end_token: appended to each text once; None leaves special tokens to the tokenizer.
         query_template: prefix of a query, with `{instruction}`; None takes no instruction.
-        dims: dimensions of the model's output, before an artifact's own vectors are made.
-        matryoshka_dims: shorter lengths that the model was trained for, longest first.
-        revision: commit of a download from the Hub; else what was asked for.
-        weight_files: safetensors files of the transformer; none where only their headers were
-            fetched.
-        tensors: name -> shape of everything in them.
-        stored_bytes: that these tensors take in their files.
-        notes: what a reader of `inspect` should know.
+        dims: dimensions of the model's output, before an artifact shortens its vectors.
+        matryoshka_dims: lengths that the model was trained for, longest first.
+        weight_files: safetensors files of the transformer; empty if only headers were fetched.
+        tensors: name -> shape of every tensor in the weight files.
+        stored_bytes: bytes of these tensors in their files.
+        notes: facts that `inspect` shows to its reader.
     """
 
     id: str
@@ -121,17 +120,17 @@ class Checkpoint:
 
     @property
     def modules(self) -> tuple[ModuleEntry, ...]:
-        """What Sentence Transformers runs, in its order; none where the family alone says."""
+        """Sentence Transformers' modules in their order; empty without a modules.json."""
         return self.st.modules
 
     @property
     def is_table(self) -> bool:
-        """Whether it has a table of token vectors in place of a transformer."""
+        """Whether the model is a table of token vectors instead of a transformer."""
         return self.st.table is not None
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where the tokenizer's files lie."""
+        """The folder of the tokenizer's files."""
         return self.folder / (self.st.table.path if self.st.table is not None else "")
 
     @property
@@ -141,25 +140,25 @@ class Checkpoint:
 
     @property
     def unit_vectors(self) -> bool:
-        """Whether vectors have unit length; those that are compared by dot product may not."""
+        """Whether vectors have unit length, by the modules or for comparison by cosine."""
         return self.normalise or self.similarity == "cosine"
 
     @property
     def truncate_dim(self) -> int | None:
-        """The length that the folder cuts its own vectors to."""
+        """The length to which the folder's own settings cut vectors."""
         stated = self.st.settings.truncate_dim
         return stated if self.manifest is None and stated and stated < self.dims else None
 
     @property
     def lower_case(self) -> bool:
-        """Whether texts are lowered before they are tokenized."""
+        """Whether texts are put in lower case before they are tokenized."""
         return self.st.transformer.do_lower_case
 
     def prompt(self, role: str) -> str:
-        """What the folder puts before a text of a role."""
-        own = prompt_of(self.st.settings, role)
-        if own or role != "document" or self.family is None:
-            return own
+        """The text that the folder puts before a text of a role."""
+        prompt = prompt_of(self.st.settings, role)
+        if prompt or role != "document" or self.family is None:
+            return prompt
         return self.family.document_prompt
 
     @property
@@ -170,15 +169,16 @@ class Checkpoint:
 
     def limit(self, role: str) -> int:
         """The longest input of a role, in tokens."""
-        own = self.st.transformer.query_length
+        of_role = self.st.transformer.query_length
         if role == "document":
-            own = self.st.transformer.document_length
-        return min(own or self.max_tokens, self.max_tokens)
+            of_role = self.st.transformer.document_length
+        return min(of_role or self.max_tokens, self.max_tokens)
 
     @property
     def hub_id(self) -> str | None:
-        """`<org>/<name>`, where it was asked for by that, or lies where `hf download --local-dir
-        <org>/<name>` puts it; what is published of a model is looked up by it.
+        """`<org>/<name>`, the key of published facts; None for an artifact and for "nano".
+
+        For a folder these are its last two parts, as in `hf download --local-dir <org>/<name>`.
         """
         if self.manifest is not None or self.id == NANO:
             return None
@@ -186,28 +186,29 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Identifies the content: an artifact's own hash, else over weights, configs, tokenizer."""
+        """Hash of the content: an artifact's own, else that of weights, configs and tokenizer."""
         if self.manifest is not None:
             return artifact_sha256(self.folder)
         assert self.weight_files, "only headers were fetched"
         digest = hashlib.sha256()
         for path in sorted([*self.weight_files, *self.side_files]):
             check_link(self.folder, path)
-            known = path.stat()
-            found = _hash_unchanged(path.resolve(), known.st_size, known.st_ctime_ns)
-            digest.update(f"{path.relative_to(self.folder).as_posix()}:{found}\n".encode())
+            stat = path.stat()
+            sha256 = _hash_unchanged(path.resolve(), stat.st_size, stat.st_ctime_ns)
+            digest.update(f"{path.relative_to(self.folder).as_posix()}:{sha256}\n".encode())
         return digest.hexdigest()
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Identifies what the vectors at full dimension depend on; artifacts that differ only in
-        what happens to vectors after the model share it.
+        """Hash of everything that vectors at full dimension depend on.
+
+        Artifacts that differ only in what happens to vectors after the model share it.
         """
         if self.manifest is None:
             config = json.dumps(dict(self.config), sort_keys=True)
             family = self.family.name if self.family else ""
             return hashlib.sha256(f"{self.sha256}\n{config}\n{family}".encode()).hexdigest()
-        # The card, too, says how vectors are stored, and config.json what they may be cut to.
+        # The card and config.json also describe how vectors are stored and cut.
         settings = "config_sentence_transformers.json"
         after = (VECTORS_FILE, VECTOR_MODULES, "modules.json", "README.md", "config.json", settings)
         kept = {k: v for k, v in self.config.items() if k != "matryoshka_dimensions"}
@@ -223,24 +224,24 @@ class Checkpoint:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any layer is packed, by us or by another library."""
-        ours = self.manifest is not None and bool(self.manifest.layers)
-        return ours or bool(self.quantization)
+        """Whether any layer is packed, by gteopt or by another library."""
+        by_gteopt = self.manifest is not None and bool(self.manifest.layers)
+        return by_gteopt or bool(self.quantization)
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """What config.json says of weights that are quantized in another library's format."""
-        found: Mapping[str, Any] | None = self.config.get("quantization_config")
-        return found
+        """The `quantization_config` of another library's format in config.json."""
+        quantization: Mapping[str, Any] | None = self.config.get("quantization_config")
+        return quantization
 
     @property
     def prefix(self) -> str:
-        """What stands before the transformer's names in the weight files of a nested model."""
+        """Prefix of the transformer's tensor names in the weight files of a nested model."""
         return _NESTED_PREFIX if self.latent is not None and self.manifest is None else ""
 
     @property
     def artifact_config(self) -> dict[str, Any]:
-        """`config.json` of an artifact: nested where the model is, and nothing else opens it."""
+        """`config.json` for an artifact; nested for NV-Embed, which only gteopt then opens."""
         if self.latent is None:
             return dict(self.config)
         return {
@@ -251,7 +252,7 @@ class Checkpoint:
 
     @property
     def side_files(self) -> list[Path]:
-        """Every file beside the weights that could decide a vector: configs, tokenizer, modules."""
+        """Every other file that could change a vector: configs, tokenizer, modules."""
         weights = set(self.weight_files)
         folders = [self.folder, *(self.folder / m.path for m in self.modules if m.path)]
         return sorted(
@@ -275,25 +276,26 @@ def open_checkpoint(
     family: str | None = None,
     headers_only: bool = False,
 ) -> Checkpoint:
-    """Describe the model that `source` means; an artifact is verified file by file first.
+    """Describe the model that `source` names; every file of an artifact is verified.
 
     Args:
         source: "nano" (the embedded model), a folder, or `<org>/<name>`.
-        hub_dir: where `<org>/<name>` lies on disk; given, the network is never touched.
+        hub_dir: folder with `<org>/<name>` inside; if given, the network is never used.
         revision: commit, branch or tag on the Hub.
-        family: name of the family that it belongs to, where neither its files nor its name tell
-            (see `family_of`); an artifact has it in its manifest.
-        headers_only: of a model on the Hub whose weights are not here, fetch no weights but only
-            what describes them; `notes` says so. Such a checkpoint cannot be loaded or hashed.
+        family: name of the model's family, if neither its files nor its name show it (see
+            `family_of`). An artifact's manifest states the family.
+        headers_only: for a model on the Hub, fetch only the headers of weights that are not on
+            this machine; `notes` says so. Such a checkpoint cannot be loaded or hashed.
 
     Raises:
-        InputError: no such model or family, or the folder is not a Sentence Transformers model.
+        InputError: there is no such model or family, or the folder is not a Sentence Transformers
+            model.
         IntegrityError: weights are truncated or missing, or an artifact was altered.
-        UnsupportedError: it needs remote code, pickled weights or modules that gteopt lacks.
+        UnsupportedError: the model needs remote code, pickled weights or modules that gteopt lacks.
     """
-    found = resolve(str(source), hub_dir, revision, headers_only)
-    with _checked(found) as manifest:
-        return _describe(found, manifest, family)
+    location = resolve(str(source), hub_dir, revision, headers_only)
+    with _checked(location) as manifest:
+        return _describe(location, manifest, family)
 
 
 @contextmanager
@@ -304,10 +306,10 @@ def opening(
     revision: str | None = None,
     family: str | None = None,
 ) -> Iterator[Checkpoint]:
-    """`open_checkpoint` for a block that reads the weights; see `artifact.verifying`.
+    """`open_checkpoint` for a `with` block that reads the weights; see `artifact.verifying`.
 
     Args:
-        source: see `open_checkpoint`, as for the others.
+        source: see `open_checkpoint`.
         hub_dir: see `open_checkpoint`.
         revision: see `open_checkpoint`.
         family: see `open_checkpoint`.
@@ -315,24 +317,24 @@ def opening(
     Raises:
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
     """
-    found = resolve(str(source), hub_dir, revision, headers_only=False)
-    with _checked(found) as manifest:
-        yield _describe(found, manifest, family)
+    location = resolve(str(source), hub_dir, revision, headers_only=False)
+    with _checked(location) as manifest:
+        yield _describe(location, manifest, family)
 
 
-def _checked(found: Source) -> AbstractContextManager[Manifest | None]:
-    """An artifact's manifest; its files, where they are here, are whole when the block ends."""
-    if not is_artifact(found.folder):
+def _checked(source: Source) -> AbstractContextManager[Manifest | None]:
+    """An artifact's manifest; files on this machine are verified when the block ends."""
+    if not is_artifact(source.folder):
         return nullcontext()
-    if found.remote is not None:
-        return nullcontext(read_manifest(found.folder))
-    return verifying(found.folder)
+    if source.remote is not None:
+        return nullcontext(read_manifest(source.folder))
+    return verifying(source.folder)
 
 
-def _describe(found: Source, manifest: Manifest | None, family: str | None) -> Checkpoint:
-    folder, identifier = found.folder, found.id
+def _describe(source: Source, manifest: Manifest | None, family: str | None) -> Checkpoint:
+    folder, identifier = source.folder, source.id
     if (folder / "adapter_config.json").is_file():
-        find_weight_files(folder, None)  # says how an adapter is merged
+        find_weight_files(folder, None)  # its error says how to merge an adapter
     st = read_st_folder(folder)
     config = read_json(folder / "config.json", optional=st.table is not None)
     notes: list[str] = []
@@ -340,10 +342,10 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
     remote_code = {shorten(value) for value in _values(config.pop("auto_map", None))}
     config, latent = unnest(config, folder)
     _check_remote_code(identifier, remote_code | set(st.remote), known, notes)
-    place = folder if st.table is None else folder / st.table.path
-    weight_files, tensors, stored_bytes = _weights(found, place, manifest, notes)
+    weights_folder = folder if st.table is None else folder / st.table.path
+    weight_files, tensors, stored_bytes = _weights(source, weights_folder, manifest, notes)
     if st.table is not None:
-        config = (config if manifest is not None else {}) | config_of_table(place, tensors)
+        config = (config if manifest is not None else {}) | config_of_table(weights_folder, tensors)
     check_config(config, folder / "config.json", len(tensors))
     _note_quantized(config, manifest, notes)
     attention = _set_attention(config, known)
@@ -356,15 +358,15 @@ def _describe(found: Source, manifest: Manifest | None, family: str | None) -> C
     adds_end = known is not None and (
         pooling in ("lasttoken", "latent") or tokenizer_config.get("add_eos_token") is True
     )
-    max_tokens = _table_max_tokens(place) if st.table is not None else 0
-    said = notes if manifest is None else []
-    max_tokens = max_tokens or _max_tokens(config, st, tokenizer_config, known, said)
-    if found.remote is not None:
-        notes.append(_remote_note(found.remote, manifest))
+    max_tokens = _table_max_tokens(weights_folder) if st.table is not None else 0
+    limit_notes = notes if manifest is None else []  # an artifact's limit is as intended
+    max_tokens = max_tokens or _max_tokens(config, st, tokenizer_config, known, limit_notes)
+    if source.remote is not None:
+        notes.append(_remote_note(source.remote, manifest))
     return Checkpoint(
         id=identifier,
         folder=folder,
-        revision=found.revision,
+        revision=source.revision,
         config=config,
         family=known,
         attention=attention,
@@ -396,7 +398,7 @@ def _check_remote_code(
     """Note that code from the folder is ignored.
 
     Raises:
-        UnsupportedError: no known family says what the model computes without it.
+        UnsupportedError: the model belongs to no family that gteopt computes without this code.
     """
     if not remote_code:
         return
@@ -423,35 +425,36 @@ def _values(mapping: object) -> list[object]:
 
 
 def _weights(
-    found: Source, place: Path, manifest: Manifest | None, notes: list[str]
+    source: Source, folder: Path, manifest: Manifest | None, notes: list[str]
 ) -> tuple[tuple[Path, ...], dict[str, tuple[int, ...]], int]:
-    """Weight files, the shapes in them and their bytes; no files where those are not here."""
-    if found.remote is None:
-        files = find_weight_files(place, manifest)
-        if files == (place / SINGLE,) and (place / INDEX).is_file():
+    """Weight files, the shapes in them and their bytes; remote weights have no files."""
+    if source.remote is None:
+        files = find_weight_files(folder, manifest)
+        if files == (folder / SINGLE,) and (folder / INDEX).is_file():
             notes.append(f"the folder holds two sets of weights: {SINGLE} is read, {INDEX} is not")
         return files, read_headers(files), sum(path.stat().st_size for path in files)
-    return (), dict(found.remote.shapes), found.remote.n_bytes
+    return (), dict(source.remote.shapes), source.remote.n_bytes
 
 
 def _remote_note(remote: RemoteTensors, manifest: Manifest | None) -> str:
     unchecked = "" if manifest is None else "; files are not checked against their hashes"
     return (
-        f"the weights are not here ({remote.n_bytes / 1e9:.2f} GB to download): only their headers "
-        f"were read{unchecked}"
+        f"the weights are not on this machine ({remote.n_bytes / 1e9:.2f} GB to download): only "
+        f"their headers were read{unchecked}"
     )
 
 
 def _set_attention(config: dict[str, Any], family: Family | None) -> Attention:
-    """Write the direction that a family was trained with into the config, and name it.
+    """Write the attention direction of a family into the config, and return the direction.
 
-    transformers 5 reads `is_causal`; a cache of keys and values is read by no encoder.
+    transformers 5 reads `is_causal`. The cache of keys and values is turned off, because no encoder
+    reads it.
     """
     if family is not None and family.attention is not None:
         config.pop("is_causal", None)
         if family.attention == "bidirectional":
             config["is_causal"] = False
-            if config.get("model_type") == "mistral":  # the authors' code has no window then
+            if config.get("model_type") == "mistral":  # the authors' code then has no window
                 config["sliding_window"] = None
     attention = attention_of(config)
     if config["model_type"] in DECODERS or "use_cache" in config:
@@ -462,7 +465,7 @@ def _set_attention(config: dict[str, Any], family: Family | None) -> Attention:
 def _pooling(
     folder: Path, st: StFolder, family: Family | None, is_latent: bool, notes: list[str]
 ) -> Pooling:
-    """What the modules say, else the family; the latent attention of config.json is a module."""
+    """The pooling by config.json's latent attention, by the modules, or by the family."""
     if is_latent:
         return "latent"
     stated = st.pooling
@@ -478,7 +481,7 @@ def _pooling(
         modes = [m for e in st.modules if e.kind == "Pooling" for m in pooling_modes(e.config)]
         notes.append(
             f"the folder pools by {' + '.join(modes)}, other models of {family.name} by "
-            f"{family.pooling}; the folder's way is taken"
+            f"{family.pooling}; gteopt follows the folder"
         )
     return stated
 
@@ -509,33 +512,33 @@ def _max_tokens(
     family: Family | None,
     notes: list[str],
 ) -> int:
-    """The folder's limit, within what the positions allow; the family's where no file states one.
+    """The folder's limit, or the family's if no file states one; the positions may lower it.
 
-    Sentence Transformers' own limit stands in place of the tokenizer's.
+    A limit in Sentence Transformers' files overrides the tokenizer's.
     """
-    own = st.transformer.max_length or st.transformer.max_seq_length
-    if own is None:
+    st_limit = st.transformer.max_length or st.transformer.max_seq_length
+    if st_limit is None:
         stated = tokenizer_config.get("model_max_length")
         limits = [stated] if isinstance(stated, int) and 0 < stated < _NO_LIMIT else []
         limits += [family.max_tokens] if family else []
     else:
-        limits = [own]
-        if family is not None and own < family.max_tokens:
+        limits = [st_limit]
+        if family is not None and st_limit < family.max_tokens:
             notes.append(
-                f"the folder cuts texts at {own:,} tokens, though {family.name} was trained for "
-                f"{family.max_tokens:,}"
+                f"the folder cuts texts at {st_limit:,} tokens, though {family.name} was trained "
+                f"for {family.max_tokens:,}"
             )
     limit = position_limit(config)
     limits += [limit] if limit is not None and limit > 0 else []
     if not limits:
-        notes.append(f"no file states a longest text; {_UNLIMITED:,} tokens are taken")
+        notes.append(f"no file states a longest text; {_UNLIMITED:,} tokens are assumed")
     return min(limits, default=_UNLIMITED)
 
 
-def _table_max_tokens(place: Path) -> int:
-    """Where Sentence Transformers cuts the texts of a table: where the tokenizer's file says so."""
-    cut = read_json(place / "tokenizer.json", optional=True).get("truncation")
-    length = cut.get("max_length") if isinstance(cut, Mapping) else None
+def _table_max_tokens(folder: Path) -> int:
+    """Longest text in tokens of a table: the truncation in tokenizer.json, if there is one."""
+    truncation = read_json(folder / "tokenizer.json", optional=True).get("truncation")
+    length = truncation.get("max_length") if isinstance(truncation, Mapping) else None
     return length if isinstance(length, int) and length > 0 else _UNCUT
 
 
@@ -544,21 +547,19 @@ def _family(
     identifier: str,
     st: StFolder,
     manifest: Manifest | None,
-    asked: str | None,
+    requested: str | None,
 ) -> Family | None:
-    """The family that was asked for, that the manifest or a published name tells, or that the files
-    show.
-    """
-    if asked is not None:
-        if asked not in FAMILIES:
-            raise InputError(f"unknown family '{asked}': {suggest(asked, FAMILIES)}")
+    """The family by request, by the manifest, by a published name, or by the model's files."""
+    if requested is not None:
+        if requested not in FAMILIES:
+            raise InputError(f"unknown family '{requested}': {suggest(requested, FAMILIES)}")
         is_nested = "latent_attention_config" in config or config.get("model_type") == "nvembed"
-        if (FAMILIES[asked].pooling == "latent") != is_nested:
+        if (FAMILIES[requested].pooling == "latent") != is_nested:
             raise InputError(
-                f"{identifier} is no {asked} model: its config.json "
+                f"{identifier} is no {requested} model: its config.json "
                 f"{'has' if is_nested else 'lacks'} a latent_attention_config"
             )
-        return FAMILIES[asked]
+        return FAMILIES[requested]
     if manifest is not None and manifest.base.family in FAMILIES:
         return FAMILIES[manifest.base.family]
     if (published := PUBLISHED.get(identifier)) is not None and published.family is not None:
@@ -574,9 +575,10 @@ def _matryoshka_dims(
     manifest: Manifest | None,
     published: Published | None,
 ) -> tuple[int, ...]:
-    """The lengths that config.json or the authors state, or halves down to the family's least.
+    """Trained lengths: by config.json, by the authors, or halves down to the family's least.
 
-    An artifact's config.json states those that its own vectors still have; the manifest the base's.
+    An artifact's manifest states the base's lengths; its config.json lists only those that its own
+    vectors can still be cut to.
     """
     if manifest is not None and manifest.base.matryoshka_dims:
         return manifest.base.matryoshka_dims
@@ -592,6 +594,6 @@ def _matryoshka_dims(
 
 @lru_cache(maxsize=256)
 def _hash_unchanged(path: Path, n_bytes: int, ctime_ns: int) -> str:
-    """A base's file is hashed once a process: a plan opens a 28 GB checkpoint several times."""
-    del n_bytes, ctime_ns  # they make a changed file another key
+    """Hash a base's file once a process, since a plan opens a large checkpoint several times."""
+    del n_bytes, ctime_ns  # part of the cache key: a changed file is hashed again
     return hash_file(path)

@@ -1,7 +1,7 @@
-"""`config.json` of a transformer: what gteopt reads of it, checked before anything is built.
+"""Reads and checks the `config.json` of a transformer before anything is built.
 
 Hides: the names that architectures give to a size, a limit or an attention direction. Refuses to
-know: torch, weights, families' rows.
+know: torch, weights, the table of families.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from gteopt.errors import InputError, UnsupportedError, join_problems
 from gteopt.model.families import Attention
 from gteopt.model.foreign import shorten
 
-# What NV-Embed's config.json may leave out: the defaults of its classes.
 _NESTED_DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
@@ -25,6 +24,7 @@ _NESTED_DEFAULTS: Mapping[str, Any] = {
     "max_position_embeddings": 32_768,
     "rms_norm_eps": 1e-5,
 }
+"""Defaults of NV-Embed's classes, which its config.json may leave out."""
 DECODERS = frozenset(
     {
         *("qwen2", "qwen3", "mistral", "llama", "gemma", "gemma2", "phi", "phi3"),
@@ -44,29 +44,29 @@ _OFFSET_POSITIONS = frozenset(
         *("layoutlmv3", "lilt", "mluke", "jina_embeddings_v3"),
     }
 )
-"""Architectures whose first token stands at position padding_idx + 1 of a learned table."""
+"""Architectures whose first token has position padding_idx + 1 in a learned table."""
 _ROTARY_INSTEAD = frozenset({"jina_embeddings_v3", "esm"})
-"""Of these, the ones that need no table where config.json asks for rotary positions."""
+"""Architectures among `_OFFSET_POSITIONS` without a table if config.json sets rotary positions."""
 STATIC_TABLE = "static_embedding"
-"""What stands for the architecture of a model that is a table of token vectors."""
+"""The architecture name of a model that is a table of token vectors."""
 _MOST_SIZE = 1 << 24
 _MOST_ROWS = 1 << 27
 
 
 def check_config(config: Mapping[str, Any], path: Path, n_tensors: int) -> None:
-    """Refuse numbers that no model has, which would take memory or time without end.
+    """Refuse numbers that no model has, because they would take endless memory or time.
 
     Args:
-        config: of the transformer.
+        config: the transformer's config.
         path: the file, for errors.
-        n_tensors: in the weight files; a layer has at least one.
+        n_tensors: number of tensors in the weight files; a layer has at least one.
 
     Raises:
         InputError: all wrong fields at once.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
-        raise InputError(f"{path} names no model_type; it is no config of a transformer")
+        raise InputError(f"{path} names no model_type; it is not the config of a transformer")
     problems = []
     for name, value in config.items():
         is_count = name.startswith(("num_", "n_", "max_")) or name.endswith(("_size", "_dim"))
@@ -88,15 +88,14 @@ def check_config(config: Mapping[str, Any], path: Path, n_tensors: int) -> None:
 
 
 def unnest(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
-    """The transformer's config inside NV-Embed's, and that of its pooling; else the config alone.
+    """The configs of transformer and pooling inside NV-Embed's config; else `config` and None.
 
-    The transformer is a Mistral whose code calls itself `bidir_mistral`; its attention sees every
-    token, so a sliding window that the config still names does not apply.
+    The transformer is a Mistral under the name `bidir_mistral`. Its attention sees every token, so
+    a sliding window in the config does not apply.
 
     Raises:
-        InputError: no config inside.
-        UnsupportedError: a transformer inside that is no Mistral, or a mean that covers the
-            instruction.
+        InputError: NV-Embed's config has no transformer's config inside.
+        UnsupportedError: the transformer is not a Mistral, or the mean includes the instruction.
     """
     if "latent_attention_config" not in config and config.get("model_type") != "nvembed":
         return config, None
@@ -107,8 +106,8 @@ def unnest(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Mappin
     kind = inner.get("model_type", "bidir_mistral")
     if kind not in ("bidir_mistral", "mistral"):
         raise UnsupportedError(
-            f"{folder}: latent attention over a {shorten(kind)} model is not known; gteopt knows "
-            f"NV-Embed's, over a Mistral"
+            f"{folder}: latent attention over a {shorten(kind)} model is not supported; gteopt "
+            f"supports NV-Embed's, over a Mistral"
         )
     if config.get("is_mask_instruction", True) is not True:
         raise UnsupportedError(
@@ -124,7 +123,7 @@ def hidden_dims(config: Mapping[str, Any]) -> int:
     """Dimensions of a token vector.
 
     Raises:
-        UnsupportedError: the config names none.
+        UnsupportedError: the config states no dimensions.
     """
     for name in _WIDTHS:
         if isinstance(size := config.get(name), int):
@@ -133,7 +132,7 @@ def hidden_dims(config: Mapping[str, Any]) -> int:
 
 
 def position_limit(config: Mapping[str, Any]) -> int | None:
-    """The longest text that the positions of the architecture allow; None where none is stated."""
+    """The longest text in tokens that the positions allow; None if the config states no limit."""
     stated = next((config[n] for n in _LIMITS if isinstance(config.get(n), int)), None)
     kind = str(config["model_type"])
     if stated is None or kind not in _OFFSET_POSITIONS:
@@ -145,7 +144,7 @@ def position_limit(config: Mapping[str, Any]) -> int | None:
 
 
 def attention_of(config: Mapping[str, Any]) -> Attention:
-    """The direction in which the architecture attends as this config sets it."""
+    """The attention direction of the architecture under this config."""
     stated = config.get("is_causal")
     if stated is False or config.get("use_bidirectional_attention"):
         return "bidirectional"
@@ -154,10 +153,10 @@ def attention_of(config: Mapping[str, Any]) -> Attention:
 
 
 def config_of_table(place: Path, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What a transformer's config.json would say of a table of token vectors.
+    """A config for a table of token vectors, with the keys of a transformer's config.json.
 
     Raises:
-        UnsupportedError: a table under another name.
+        UnsupportedError: the table has another name or shape.
     """
     shape = tensors.get("embedding.weight", ())
     if len(shape) != 2:

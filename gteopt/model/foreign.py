@@ -1,6 +1,6 @@
-"""Files that others wrote: read with limits, found inside their folder, never trusted.
+"""Reads files that other libraries wrote, with limits and checked paths, without trust.
 
-Hides: what a broken file or another library may raise. Refuses to know: what the files mean.
+Hides: which errors a broken file or another library raises. Refuses to know: what the files mean.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from gteopt.errors import (
 )
 
 MOST_JSON_BYTES = 64 << 20
-"""The largest index of a published model takes 20 MB."""
+"""Larger JSON files are refused; the largest index of a published model has 20 MB."""
 _LONGEST_PATH = 1024
 _SHOWN = 200
 """Most characters of a foreign value that a message quotes."""
 
 
 class ForeignFile(BaseModel):
-    """A JSON object that another library wrote: known fields have a type, others are refused.
+    """A JSON object that another library wrote: known fields are typed, others are refused.
 
-    Fields that are not known are let through only where they say nothing (null, false, empty).
+    `parse` accepts an unknown field only if it says nothing (null, false, empty).
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
@@ -43,7 +43,7 @@ _File = TypeVar("_File", bound=ForeignFile)
 
 
 def shorten(value: object) -> str:
-    """A value as a message quotes it: one line, no control characters, at most 200 characters."""
+    """A value for a message: one line, no control characters, at most 200 characters."""
     text = visible(" ".join(str(value).split()))
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
 
@@ -54,10 +54,10 @@ def inside(folder: Path, name: object, *, of: str) -> Path:
     Args:
         folder: the model folder.
         name: relative, with forward slashes; "" is the folder itself.
-        of: the file that names it, for the error.
+        of: the file that contains the name, for the error.
 
     Raises:
-        IntegrityError: it is no relative path, or leads out of the folder, also by a link.
+        IntegrityError: the path is not relative, or leads out of the folder (also by a link).
     """
     if not isinstance(name, str) or "\0" in name:
         raise IntegrityError(f"{folder}/{of} names a path that is no text: {shorten(name)!r}")
@@ -78,14 +78,14 @@ def inside(folder: Path, name: object, *, of: str) -> Path:
 
 
 def check_link(folder: Path, path: Path) -> None:
-    """Refuse a link that leads out of a model folder; those of the Hub's own cache are followed.
+    """Refuse a link that leads out of a model folder; links of the Hub's cache are followed.
 
     Raises:
-        IntegrityError: where it leads.
+        IntegrityError: says where the link leads.
     """
     try:
         target, root = path.resolve(), folder.resolve()
-    except (OSError, RuntimeError) as error:  # too long a name, or a circle of links
+    except (OSError, RuntimeError) as error:  # a name too long, or links in a circle
         raise IntegrityError(f"{shorten(path)} cannot be followed ({error})") from error
     if target.is_relative_to(root):
         return
@@ -97,11 +97,11 @@ def check_link(folder: Path, path: Path) -> None:
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """The JSON object in a file; {} where it is optional and absent.
+    """The JSON object in a file; {} if the file is optional and absent.
 
     Raises:
         InputError: there is no such file.
-        IntegrityError: too large, or no JSON object.
+        IntegrityError: the file is too large, or holds no JSON object.
     """
     if not path.is_file():
         if optional:
@@ -117,10 +117,10 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
 
 
 def read_any_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
-        IntegrityError: too large, or no JSON.
+        IntegrityError: the file is too large, or is not JSON.
     """
     try:
         if (n_bytes := path.stat().st_size) > MOST_JSON_BYTES:
@@ -139,15 +139,16 @@ def parse(kind: type[_File], content: Mapping[str, Any], path: Path) -> _File:
     """Foreign JSON as a typed object.
 
     Raises:
-        InputError: a field of another type than the library writes.
-        UnsupportedError: an option that gteopt does not know and that says something.
+        InputError: a field has another type than the library writes.
+        UnsupportedError: gteopt does not know an option that is set.
     """
     try:
         read = kind.model_validate(dict(content))
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, each['loc']))}: {each['msg']}, found {shorten(each['input'])}"
-            for each in error.errors(include_url=False)[:10]
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, "
+            f"found {shorten(problem['input'])}"
+            for problem in error.errors(include_url=False)[:10]
         ]
         raise InputError(join_problems(f"{path} is wrong", problems)) from error
     unknown = [name for name, value in (read.model_extra or {}).items() if value]
@@ -161,15 +162,15 @@ def parse(kind: type[_File], content: Mapping[str, Any], path: Path) -> _File:
 
 
 @contextmanager
-def foreign_errors(folder: Path, what: str) -> Iterator[None]:
-    """Turn whatever another library raises into one line that names the folder.
+def foreign_errors(folder: Path, action: str) -> Iterator[None]:
+    """Turn any error of another library into one line that names the folder.
 
     Args:
         folder: the model folder, or a file in it.
-        what: what is being done, as "reading the tokenizer".
+        action: what the block does, for example "reading the tokenizer".
 
     Raises:
-        IntegrityError: in place of any error of the library; ours and those of memory pass.
+        IntegrityError: instead of the library's error. gteopt's own errors and lack of memory pass.
     """
     try:
         yield
@@ -179,10 +180,10 @@ def foreign_errors(folder: Path, what: str) -> Iterator[None]:
         if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
             raise
         raise IntegrityError(
-            f"{folder}: {what} failed ({type(error).__name__}: {shorten(error)}); the files are "
+            f"{folder}: {action} failed ({type(error).__name__}: {shorten(error)}); the files are "
             f"damaged or belong to another model"
         ) from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what Rust code raises on broken input
+        if type(error).__name__ != "PanicException":  # raised by Rust code on broken input
             raise
-        raise IntegrityError(f"{folder}: {what} failed ({shorten(error)})") from error
+        raise IntegrityError(f"{folder}: {action} failed ({shorten(error)})") from error

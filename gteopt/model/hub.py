@@ -1,10 +1,10 @@
-"""The model hub: what lies in a repository, sending files there, bringing them here.
+"""Lists, uploads and downloads files of the model hub.
 
-Hides: huggingface_hub and its many errors, the access token, which files need to travel at all.
+Hides: huggingface_hub and its many errors, the access token, which files need to be transferred.
 Refuses to know: what the files mean.
 
-The token is read by huggingface_hub (`HF_TOKEN`, or what `hf auth login` stored). It is never kept
-here, and taken out of every message, should a server repeat it.
+huggingface_hub reads the token (`HF_TOKEN`, or the one that `hf auth login` stored). It is never
+kept here, and is removed from every message, because a server might repeat it.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from gteopt.errors import GteoptError, HubUnreachableError, InputError
 
 _MADE_BY_THE_HUB = frozenset({".gitattributes"})
-"""What a repository holds from its creation; nobody's content."""
+"""Files that the hub adds when it creates a repository; no user's content."""
 _STEP_BYTES = 8 << 20
-"""After how many bytes what was sent is settled, so that it never travels again. A Xet upload that
-is interrupted before it is settled is lost; each settling takes a few requests."""
-_AGAIN = "run the same command again: what has arrived is not sent twice"
-_READ_AGAIN = "run the same command again: what has arrived is not fetched twice"
+"""Bytes of an upload step. A Xet upload that stops within a step is sent again; each step takes a
+few requests."""
+_AGAIN = "run the same command again: files that have arrived are not sent twice"
+_READ_AGAIN = "run the same command again: files that have arrived are not fetched twice"
 
 
 @dataclass(frozen=True)
 class Content:
-    """One file to send: where its bytes are, their number and their SHA-256."""
+    """A file to send: its path or bytes, its size and its SHA-256."""
 
     source: Path | bytes
     n_bytes: int
@@ -51,11 +51,11 @@ class Content:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a repository, as the hub describes it.
+    """A file of a repository, as the hub describes it.
 
     Attributes:
-        git_sha1: git's name of its bytes (of a pointer to them, for a large file).
-        sha256: of a large file's bytes; None of a small one.
+        git_sha1: git's hash of the bytes; for a large file, of the pointer to them.
+        sha256: hash of a large file's bytes; None for a small file.
     """
 
     n_bytes: int
@@ -63,7 +63,7 @@ class RemoteFile:
     sha256: str | None
 
     def holds(self, content: Content) -> bool:
-        """Whether these are the same bytes."""
+        """Whether the file has the bytes of `content`."""
         if self.n_bytes != content.n_bytes:
             return False
         if self.sha256 is not None:
@@ -84,16 +84,16 @@ class Repository:
 
     @property
     def content(self) -> list[str]:
-        """Paths of what people put there."""
+        """Paths of the files that users put there."""
         return sorted(set(self.files) - _MADE_BY_THE_HUB)
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What an upload did; paths in the repository.
+    """The result of an upload, as paths in the repository.
 
     Attributes:
-        kept: what people had put there that the upload has nothing to do with.
+        kept: files of users that the upload did not touch.
     """
 
     url: str
@@ -104,10 +104,10 @@ class Sent:
 
 
 def check_repo_name(repo: str) -> None:
-    """Refuse what no repository can be called.
+    """Refuse a name that no repository can have.
 
     Raises:
-        InputError: not `ORG/NAME` in the hub's alphabet.
+        InputError: the name is not `ORG/NAME` in the characters that the hub allows.
     """
     try:
         validate_repo_id(repo)
@@ -118,7 +118,7 @@ def check_repo_name(repo: str) -> None:
 
 
 def check_token() -> None:
-    """Refuse to begin what the hub would turn down at the end.
+    """Refuse to start without an access token; the hub would only refuse at the end.
 
     Raises:
         InputError: there is no access token.
@@ -131,10 +131,10 @@ def check_token() -> None:
 
 
 def find(repo: str, revision: str | None = None) -> Repository | None:
-    """The repository at a branch, tag or commit; None where there is none that the token may see.
+    """The repository at a branch, tag or commit; None if the token can see no such repository.
 
     Raises:
-        InputError: no such revision, no access, no network.
+        InputError: there is no such revision, no access, or no network.
     """
     with _plainly(repo):
         try:
@@ -148,29 +148,29 @@ def find(repo: str, revision: str | None = None) -> Repository | None:
         commit=str(info.sha),
         private=bool(info.private),
         files={
-            each.rfilename: RemoteFile(
-                n_bytes=int(each.size or 0),
-                git_sha1=str(each.blob_id),
-                sha256=each.lfs.sha256 if each.lfs is not None else None,
+            file.rfilename: RemoteFile(
+                n_bytes=int(file.size or 0),
+                git_sha1=str(file.blob_id),
+                sha256=file.lfs.sha256 if file.lfs is not None else None,
             )
-            for each in info.siblings or ()
+            for file in info.siblings or ()
         },
     )
 
 
 def create(repo: str, *, private: bool) -> Repository:
-    """Make an empty repository.
+    """Create an empty repository.
 
     Raises:
-        InputError: the token may not, or no network.
+        InputError: the token may not create it, or there is no network.
     """
     with _plainly(repo, "write to"):
-        # exist_ok: one that the token may write but not see, or that came to be a moment ago.
+        # exist_ok: the token may write to it but not see it, or it was created a moment ago.
         HfApi().create_repo(repo, private=private, exist_ok=True)
-    found = find(repo)
-    if found is None:
+    created = find(repo)
+    if created is None:
         raise InputError(f"{repo} was created, but the hub does not show it; {_AGAIN}")
-    return found
+    return created
 
 
 def send(
@@ -180,21 +180,27 @@ def send(
     stale: Collection[str] = (),
     message: str,
 ) -> Sent:
-    """Make a repository hold these files, in one commit on `main`; others stay but for `stale`.
+    """Upload files to a repository in one commit on `main`; only `stale` files are deleted.
 
-    Bytes that are there already do not travel, and neither do those of an interrupted upload.
-    Nobody sees any file before the commit. The commit is refused if the repository has changed
-    since it was read.
+    Bytes that the hub already has are not sent again, also after an interrupted upload. No file is
+    visible before the commit. The hub refuses the commit if the repository has changed since it
+    was read.
+
+    Args:
+        repository: as it was read.
+        files: content by path in the repository.
+        stale: paths to delete if they exist and are not in `files`.
+        message: of the commit.
 
     Raises:
-        InputError: no permission, no network, or somebody else's commit came between.
+        InputError: there is no permission, no network, or another commit came first.
     """
     new = sorted(path for path in files if not _is_there(repository, path, files[path]))
     others = set(repository.content) - set(files)
-    gone = sorted(others & set(stale))
+    deleted = sorted(others & set(stale))
     commit = repository.commit
-    if new or gone:
-        deletions = [CommitOperationDelete(path_in_repo=path) for path in gone]
+    if new or deleted:
+        deletions = [CommitOperationDelete(path_in_repo=path) for path in deleted]
         additions = []
         with _plainly(repository.id, "write to"):
             for paths in _steps(new, files):
@@ -216,19 +222,19 @@ def send(
         url=f"{HfApi().endpoint}/{repository.id}",
         commit=commit,
         sent=tuple(new),
-        deleted=tuple(gone),
-        kept=tuple(sorted(others - set(gone))),
+        deleted=tuple(deleted),
+        kept=tuple(sorted(others - set(deleted))),
     )
 
 
 def fetch(repository: Repository, paths: Iterable[str], into: Path) -> None:
-    """Bring files of a repository into a folder; each appears there when it is whole.
+    """Download files of a repository into a folder; each file appears there when it is complete.
 
-    Files that are there already are kept. A file whose connection was cut goes on where it stopped.
-    A file that a killed process left starts anew. The client keeps its notes in `into`/.cache.
+    Files that are already there are kept. After a broken connection a download continues; after a
+    killed process the file is downloaded from its start. The client's records are in `into`/.cache.
 
     Raises:
-        InputError: no access, no network.
+        InputError: there is no access or no network.
     """
     with _plainly(repository.id):
         HfApi().snapshot_download(
@@ -241,19 +247,20 @@ def fetch(repository: Repository, paths: Iterable[str], into: Path) -> None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Files of a repository in the client's own cache, as they are at one commit."""
+    """Files of a repository at one commit, in the client's own cache."""
 
     folder: Path
     commit: str
 
 
 def snapshot(repo: str, patterns: Iterable[str], revision: str | None = None) -> Snapshot:
-    """Bring the files that match into the client's cache; what is there already does not travel.
+    """Download the files that match into the client's cache, except those that are there.
 
-    Without a network, what an earlier call brought is taken.
+    Without a network, the files of an earlier call are used.
 
     Raises:
-        InputError: no such repository or revision, no access, or neither network nor cache.
+        InputError: there is no such repository or revision, no access, or neither network nor
+            cache.
     """
     with _plainly(repo):
         folder = Path(
@@ -264,17 +271,17 @@ def snapshot(repo: str, patterns: Iterable[str], revision: str | None = None) ->
 
 @dataclass(frozen=True)
 class RemoteTensors:
-    """Tensors of safetensors files that are not here: their shapes, and their bytes together."""
+    """Tensors of safetensors files on the hub: their shapes, and the bytes of all."""
 
     shapes: Mapping[str, tuple[int, ...]]
     n_bytes: int
 
 
 def read_headers(repo: str, paths: Iterable[str], commit: str) -> RemoteTensors:
-    """What lies in safetensors files of a repository, by a range request or two a file.
+    """The tensors in safetensors files of a repository, by one or two range requests a file.
 
     Raises:
-        InputError: a file is missing or is no safetensors file; no access, no network.
+        InputError: a file is missing or is no safetensors file, or there is no access or network.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     n_bytes = 0
@@ -294,11 +301,11 @@ def read_headers(repo: str, paths: Iterable[str], commit: str) -> RemoteTensors:
 
 
 def _steps(paths: Iterable[str], files: Mapping[str, Content]) -> Iterator[list[str]]:
-    """The paths, largest file first, in groups that are settled together."""
+    """The paths, largest file first, in groups that are uploaded together."""
     step: list[str] = []
-    for path in sorted(paths, key=lambda each: (-files[each].n_bytes, each)):
+    for path in sorted(paths, key=lambda path: (-files[path].n_bytes, path)):
         step.append(path)
-        if sum(files[each].n_bytes for each in step) >= _STEP_BYTES:
+        if sum(files[path].n_bytes for path in step) >= _STEP_BYTES:
             yield step
             step = []
     if step:
@@ -306,37 +313,39 @@ def _steps(paths: Iterable[str], files: Mapping[str, Content]) -> Iterator[list[
 
 
 def _is_there(repository: Repository, path: str, content: Content) -> bool:
-    found = repository.files.get(path)
-    return found is not None and found.holds(content)
+    file = repository.files.get(path)
+    return file is not None and file.holds(content)
 
 
 def _check_arrived(repo: str, commit: str, files: Mapping[str, Content]) -> None:
-    now = find(repo, commit)
+    after = find(repo, commit)
     wrong = [
-        path for path, content in files.items() if now is None or not _is_there(now, path, content)
+        path
+        for path, content in files.items()
+        if after is None or not _is_there(after, path, content)
     ]
     if wrong:
         raise InputError(
-            f"{repo} does not hold what was sent ({', '.join(sorted(wrong))}); {_AGAIN}"
+            f"{repo} does not hold the files that were sent ({', '.join(sorted(wrong))}); {_AGAIN}"
         )
 
 
 @contextmanager
 def _plainly(repo: str, verb: str = "read") -> Iterator[None]:
-    """Turn what the client raises into words; a bug of ours passes through.
+    """Turn the client's errors into a plain message; gteopt's own bugs pass through.
 
-    The cause is dropped on purpose: a traceback would show what the server said, unedited.
+    The cause is dropped, because a traceback would show the server's answer with the token.
     """
     try:
         yield
     except GteoptError:
         raise
     except Exception as error:
-        words = _explanation(repo, verb, error)
-        if words is None:
+        message = _explanation(repo, verb, error)
+        if message is None:
             raise
         kind = HubUnreachableError if _is_unreachable(error) else InputError
-        raise kind(_without_token(words)) from None
+        raise kind(_without_token(message)) from None
 
 
 def _is_unreachable(error: Exception) -> bool:
@@ -352,19 +361,19 @@ def _is_unreachable(error: Exception) -> bool:
 
 
 def _explanation(repo: str, verb: str, error: Exception) -> str | None:
-    """What happened and what to do; None where the hub has no part in it."""
+    """What happened and what to do; None if the error does not come from the hub."""
     chain = list(_causes(error))
     again = _READ_AGAIN if verb == "read" else _AGAIN
-    for each in chain:
-        if isinstance(each, HfHubHTTPError):
-            return _of_status(repo, verb, each)
-    for each in chain:
-        if isinstance(each, OfflineModeIsEnabled):
+    for cause in chain:
+        if isinstance(cause, HfHubHTTPError):
+            return _of_status(repo, verb, cause)
+    for cause in chain:
+        if isinstance(cause, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE forbids the network; unset it"
-        if type(each).__module__.partition(".")[0] in ("httpx", "httpx2"):
+        if type(cause).__module__.partition(".")[0] in ("httpx", "httpx2"):
             host = HfApi().endpoint
             return (
-                f"{host} cannot be reached ({_first_line(each)}); check the network, then {again}"
+                f"{host} cannot be reached ({_first_line(cause)}); check the network, then {again}"
             )
     if isinstance(error, RuntimeError | ValueError | OSError):
         return f"{repo}: {_first_line(chain[-1])}; {again}"
@@ -372,7 +381,7 @@ def _explanation(repo: str, verb: str, error: Exception) -> str | None:
 
 
 def nothing_there(repo: str) -> str:
-    """What to say of a repository that is missing, or private: the hub does not tell which."""
+    """The message for a missing or private repository; the hub does not tell which it is."""
     return (
         f"there is no repository {repo} that you may see; check the name, and for a private one "
         f"log in (`hf auth login`, or HF_TOKEN)"
@@ -381,8 +390,8 @@ def nothing_there(repo: str) -> str:
 
 def _of_status(repo: str, verb: str, error: HfHubHTTPError) -> str:
     status = error.response.status_code
-    said = (error.server_message or "").strip().splitlines()
-    reason = f" (the hub says: {said[0]})" if said else ""
+    answer = (error.server_message or "").strip().splitlines()
+    reason = f" (the hub says: {answer[0]})" if answer else ""
     if isinstance(error, RevisionNotFoundError):
         return f"{repo} has no such revision; give a branch, a tag or a commit"
     if isinstance(error, RemoteEntryNotFoundError):
@@ -399,22 +408,22 @@ def _of_status(repo: str, verb: str, error: HfHubHTTPError) -> str:
     if status in (403, 404):
         return f"the access token may not {verb} {repo}{reason}; use one that may"
     if status in (409, 412):
-        return f"somebody else changed {repo} just now{reason}; look at it, then {_AGAIN}"
+        return f"another user changed {repo} just now{reason}; look at it, then {_AGAIN}"
     return f"the hub answered {status}{reason}; {_READ_AGAIN if verb == 'read' else _AGAIN}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from, outermost first."""
-    at: BaseException | None = error
-    while at is not None:
-        yield at
-        at = at.__cause__ or at.__context__
+    """The error and its causes, outermost first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _without_token(words: str) -> str:
+def _without_token(message: str) -> str:
     token = get_token()
-    return re.sub(r"hf_\w{8,}", "hf_***", words.replace(token, "hf_***") if token else words)
+    return re.sub(r"hf_\w{8,}", "hf_***", message.replace(token, "hf_***") if token else message)

@@ -1,4 +1,4 @@
-"""Where the name of a model leads: the embedded model, a folder, a hub directory, the Hub.
+"""Finds the folder of a model by its name: the embedded model, a folder, a hub directory, the Hub.
 
 Refuses to know: what the files there mean.
 """
@@ -19,17 +19,17 @@ from gteopt.paths import ASSETS
 
 NANO = "nano"
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.md", "*.jinja")
-"""What describes a model on the Hub."""
+"""Files of a model on the Hub that describe it; they are fetched before its weights."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a name leads to.
+    """The folder that a name means.
 
     Attributes:
         id: the name to record.
         revision: as in `Checkpoint`.
-        remote: what is known of weights that are not in the folder; None where they are.
+        remote: the headers of weights that are not in the folder; None if the weights are there.
     """
 
     folder: Path
@@ -76,13 +76,14 @@ def resolve(source: str, hub_dir: Path | None, revision: str | None, headers_onl
 
 
 def _download(hub_id: str, revision: str | None, headers_only: bool) -> Source:
-    """What describes the model, and then the rest: all that an artifact's manifest lists, or a
-    base's safetensors.
+    """Fetch the files that describe a model, then its weights or their headers.
+
+    Of an artifact, every file in its manifest is fetched.
     """
     described = hub.snapshot(hub_id, _SIDE_FILES, revision)
     folder, commit = described.folder, described.commit
     if is_artifact(folder):
-        wanted = [each.path for each in read_manifest(folder).files]
+        wanted = [record.path for record in read_manifest(folder).files]
     elif not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
         wanted = index_files(folder)
     else:

@@ -1,7 +1,7 @@
-"""The files of Sentence Transformers: modules, prompts, similarity, lengths, each with its type.
+"""Reads the files of Sentence Transformers: modules, prompts, similarity, lengths.
 
-What a folder says is kept whole, so that an artifact says it again. Hides: file names and options
-of older releases. Refuses to know: torch, families, how modules run.
+Every setting is kept, so that an artifact can repeat it. Hides: file names and options of older
+releases. Refuses to know: torch, families, how modules run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from gteopt.model.foreign import ForeignFile, inside, parse, read_any_json, read
 SETTINGS_FILE = "config_sentence_transformers.json"
 MODULES_FILE = "modules.json"
 VECTOR_MODULES = "vectors_"
-"""Folders of an artifact whose name starts so are the Sentence Transformers form of what
-`vectors.safetensors` says; gteopt itself applies the latter."""
+"""Prefix of an artifact's module folders that repeat `vectors.safetensors` for Sentence
+Transformers; gteopt itself reads `vectors.safetensors`."""
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 _TRANSFORMER_FILES = (
     "sentence_bert_config.json",
@@ -40,12 +40,12 @@ _LEGACY_MODES = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-"""In the order in which Sentence Transformers concatenates them."""
+"""Older names of pooling modes, in the order in which Sentence Transformers concatenates them."""
 STATIC = "StaticEmbedding"
-"""A table of token vectors, which stands in place of the transformer and its pooling."""
-_RUN = ("Transformer", STATIC, "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")
+"""A table of token vectors, used instead of a transformer and its pooling."""
+_SUPPORTED = ("Transformer", STATIC, "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")
 _REFUSED = {
-    "WeightedLayerPooling": "it reads every layer's output, which no kernel of gteopt gives out",
+    "WeightedLayerPooling": "it reads every layer's output, which no kernel of gteopt returns",
     "Router": "it sends queries and documents through different modules; quantize each route's "
     "folder by itself",
     "Asym": "it sends queries and documents through different modules; quantize each route's "
@@ -54,7 +54,7 @@ _REFUSED = {
 
 
 class Settings(ForeignFile):
-    """`config_sentence_transformers.json`: what holds for the whole model."""
+    """`config_sentence_transformers.json`: settings of the whole model."""
 
     prompts: dict[str, str | None] = Field(default_factory=dict)
     default_prompt_name: str | None = None
@@ -66,12 +66,12 @@ class Settings(ForeignFile):
 
     @property
     def similarity(self) -> Similarity:
-        """How vectors of this model are compared."""
+        """How vectors of this model are compared; cosine if the file states nothing."""
         return self.similarity_fn_name or "cosine"
 
 
 class TransformerSettings(ForeignFile):
-    """`sentence_bert_config.json`: how texts reach the transformer."""
+    """`sentence_bert_config.json`: how texts are prepared for the transformer."""
 
     max_seq_length: int | None = Field(default=None, ge=1)
     do_lower_case: bool = False
@@ -104,7 +104,7 @@ class TransformerSettings(ForeignFile):
 
     @property
     def max_length(self) -> int | None:
-        """The length that `processing_kwargs` cuts texts to."""
+        """The limit in tokens that `processing_kwargs` states."""
         stated: int | None = self.processing_kwargs.get("text", {}).get("max_length")
         return stated
 
@@ -162,13 +162,13 @@ class DropoutFile(ForeignFile):
 
 @dataclass(frozen=True)
 class ModuleEntry:
-    """One line of `modules.json`.
+    """An entry of `modules.json`.
 
     Attributes:
-        kind: the class, as "Pooling".
-        type: its full name, as the file writes it.
-        path: its folder inside the model's, "" where it has none.
-        config: what its config.json says.
+        kind: the name of the class, for example "Pooling".
+        type: the full name of the class, as in the file.
+        path: the module's folder inside the model folder; "" without one.
+        config: content of the module's config.json.
     """
 
     kind: str
@@ -179,10 +179,10 @@ class ModuleEntry:
 
 @dataclass(frozen=True)
 class StFolder:
-    """What the Sentence Transformers files of a folder say.
+    """The content of a folder's Sentence Transformers files.
 
     Attributes:
-        modules: in the order in which they run; none where there is no modules.json.
+        modules: in the order in which they run; empty without a modules.json.
         remote: types of modules whose code is not Sentence Transformers' own.
     """
 
@@ -193,14 +193,14 @@ class StFolder:
 
     @property
     def pooling(self) -> Pooling | None:
-        """How token vectors become one vector; None where no module says.
+        """How token vectors become one vector; None if no module says it.
 
-        "modules" is whatever gteopt has no forward pass of its own for.
+        "modules" means that gteopt has no pooling of its own for these modules.
         """
-        kinds = [each.kind for each in self.modules if each.kind != "Dropout"]
+        kinds = [module.kind for module in self.modules if module.kind != "Dropout"]
         if STATIC in kinds:
             return "mean"
-        poolings = [each for each in self.modules if each.kind == "Pooling"]
+        poolings = [module for module in self.modules if module.kind == "Pooling"]
         if not poolings:
             return None
         modes = pooling_modes(poolings[0].config)
@@ -225,21 +225,21 @@ class StFolder:
 
     @property
     def table(self) -> ModuleEntry | None:
-        """The table of token vectors that stands in place of a transformer."""
-        return next((each for each in self.modules if each.kind == STATIC), None)
+        """The table of token vectors, if the model has one instead of a transformer."""
+        return next((module for module in self.modules if module.kind == STATIC), None)
 
     @property
     def normalises(self) -> bool:
-        """Whether vectors have unit length behind the last module that changes it."""
-        behind = [each.kind for each in self.modules if each.kind != "Dropout"]
-        return bool(behind) and behind[-1] == "Normalize"
+        """Whether the last module that changes vectors scales them to unit length."""
+        kinds = [module.kind for module in self.modules if module.kind != "Dropout"]
+        return bool(kinds) and kinds[-1] == "Normalize"
 
     @property
     def excludes_prompt(self) -> bool:
         """Whether pooling leaves out the tokens of the prompt."""
         return any(
-            each.kind == "Pooling" and each.config.get("include_prompt") is False
-            for each in self.modules
+            module.kind == "Pooling" and module.config.get("include_prompt") is False
+            for module in self.modules
         )
 
 
@@ -256,9 +256,9 @@ def read_st_folder(folder: Path) -> StFolder:
     """Read and check every Sentence Transformers file of a model folder.
 
     Raises:
-        InputError: a field of a wrong type, or a default prompt that is not among the prompts.
-        IntegrityError: no JSON, or a module path that leads out of the folder.
-        UnsupportedError: a module or option that gteopt would run otherwise.
+        InputError: a field has a wrong type, or the default prompt is not among the prompts.
+        IntegrityError: a file is not JSON, or a module path leads out of the folder.
+        UnsupportedError: gteopt does not support a module or an option.
     """
     path = folder / SETTINGS_FILE
     settings = parse(Settings, read_json(path, optional=True), path)
@@ -285,26 +285,27 @@ def _read_transformer_settings(folder: Path) -> TransformerSettings:
             continue
         content = read_json(path)
         settings = parse(TransformerSettings, content, path)
-        odd = [
-            f"{key}.{inner}"
-            for key, inner in _options(settings)
-            if (key, inner) not in _KNOWN_OPTIONS and inner != "trust_remote_code"
+        unknown = [
+            f"{group}.{option}"
+            for group, option in _options(settings)
+            if (group, option) not in _KNOWN_OPTIONS and option != "trust_remote_code"
         ]
         if settings.transformer_task != "feature-extraction":
-            odd.append("transformer_task")
+            unknown.append("transformer_task")
         if settings.module_output_name not in (None, "token_embeddings"):
-            odd.append("module_output_name")
+            unknown.append("module_output_name")
         text = (settings.modality_config or {}).get("text")
         if settings.modality_config and (
             not isinstance(text, dict)
             or text.get("method") != "forward"
             or text.get("method_output_name") not in ("last_hidden_state", ["last_hidden_state"])
         ):
-            odd.append("modality_config")
-        if odd:
+            unknown.append("modality_config")
+        if unknown:
             raise UnsupportedError(
-                f"{path} has options that gteopt does not know: {', '.join(map(shorten, odd))}; a "
-                f"model that needs them would get other vectors"
+                f"{path} has options that gteopt does not know: "
+                f"{', '.join(map(shorten, unknown))}; a model that needs them would get other "
+                f"vectors"
             )
         return settings
     return TransformerSettings()
@@ -324,17 +325,17 @@ _KNOWN_OPTIONS = {
 
 
 def _options(settings: TransformerSettings) -> list[tuple[str, str]]:
-    """Every option of the nested groups that says something."""
+    """Every option of the nested groups that is set, with its group."""
     groups: dict[str, Any] = {
         name: getattr(settings, name)
         for name in ("model_kwargs", "model_args", "processor_kwargs", "tokenizer_args")
     }
-    for name, inner in settings.processing_kwargs.items():
-        groups[f"processing_kwargs.{name}"] = inner
+    for name, options in settings.processing_kwargs.items():
+        groups[f"processing_kwargs.{name}"] = options
     return [
         (group, option)
-        for group, inner in groups.items()
-        for option, value in inner.items()
+        for group, options in groups.items()
+        for option, value in options.items()
         if value is not None
     ]
 
@@ -350,33 +351,34 @@ def _read_modules(folder: Path) -> tuple[tuple[ModuleEntry, ...], tuple[str, ...
         raise InputError(f"{path} lists no modules")
     modules, remote = [], []
     for row in rows:
-        kind_name, where = row.get("type"), row.get("path", "")
-        if not isinstance(kind_name, str):
+        full_name, place = row.get("type"), row.get("path", "")
+        if not isinstance(full_name, str):
             raise InputError(f"{path}: a module without a type: {shorten(row)}")
-        at = inside(folder, where, of=MODULES_FILE)
-        if str(where).startswith(VECTOR_MODULES):
+        module_folder = inside(folder, place, of=MODULES_FILE)
+        if str(place).startswith(VECTOR_MODULES):
             continue
-        kind = kind_name.rsplit(".", maxsplit=1)[-1]
-        if not kind_name.startswith("sentence_transformers."):
-            remote.append(shorten(kind_name))
+        kind = full_name.rsplit(".", maxsplit=1)[-1]
+        if not full_name.startswith("sentence_transformers."):
+            remote.append(shorten(full_name))
             continue
-        if kind not in _RUN:
-            why = _REFUSED.get(kind, "gteopt would give other vectors without it")
+        if kind not in _SUPPORTED:
+            reason = _REFUSED.get(kind, "gteopt would give other vectors without it")
             raise UnsupportedError(
-                f"{folder}: module {shorten(kind_name)} is not supported: {why} (supported: "
-                f"{', '.join(_RUN)})"
+                f"{folder}: module {shorten(full_name)} is not supported: {reason} (supported: "
+                f"{', '.join(_SUPPORTED)})"
             )
-        if kind == "Transformer" and where not in ("", "."):
+        if kind == "Transformer" and place not in ("", "."):
             raise UnsupportedError(
-                f"{folder} has its transformer in {shorten(where)}, as old releases saved it; "
-                f"write it anew: SentenceTransformer('{folder}').save('NEW_FOLDER')"
+                f"{folder} has its transformer in {shorten(place)}, as old releases saved it; "
+                f"save it again: SentenceTransformer('{folder}').save('NEW_FOLDER')"
             )
         config = {}
         if kind not in ("Transformer", STATIC):
-            config = read_json(at / "config.json", optional=kind in ("Normalize", "Dropout"))
-            _check_module(kind, config, at)
-        modules.append(ModuleEntry(kind, kind_name, str(where), config))
-    kinds = [each.kind for each in modules]
+            is_optional = kind in ("Normalize", "Dropout")
+            config = read_json(module_folder / "config.json", optional=is_optional)
+            _check_module(kind, config, module_folder)
+        modules.append(ModuleEntry(kind, full_name, str(place), config))
+    kinds = [module.kind for module in modules]
     if not remote and STATIC in kinds:
         if kinds[0] != STATIC or {"Transformer", "Pooling"} & {*kinds} or kinds.count(STATIC) > 1:
             raise UnsupportedError(
@@ -385,7 +387,7 @@ def _read_modules(folder: Path) -> tuple[tuple[ModuleEntry, ...], tuple[str, ...
         return tuple(modules), ()
     if not remote and kinds.count("Transformer") != 1:
         raise UnsupportedError(f"{path} should name one Transformer module")
-    if not remote and not any(each.kind == "Pooling" for each in modules):
+    if not remote and "Pooling" not in kinds:
         raise UnsupportedError(f"{folder}: modules.json names no Pooling module")
     return tuple(modules), tuple(remote)
 
@@ -401,36 +403,41 @@ _MODULE_FILES: dict[str, type[ForeignFile]] = {
 }
 
 
-def _check_module(kind: str, config: Mapping[str, Any], at: Path) -> None:
-    """Refuse what a module's config says and its class would not do, or not safely."""
-    read = parse(_MODULE_FILES[kind], config, at / "config.json")
+def _check_module(kind: str, config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a module's config that its class does not support or that is not safe."""
+    settings = parse(_MODULE_FILES[kind], config, folder / "config.json")
     if kind == "Pooling":
         modes = pooling_modes(config)
         if not set(modes) <= _MODES or not modes:
             raise UnsupportedError(
-                f"{at}: pooling {shorten(' + '.join(modes) or 'none')} is not supported "
+                f"{folder}: pooling {shorten(' + '.join(modes) or 'none')} is not supported "
                 f"(supported: {', '.join(sorted(_MODES))})"
             )
         if config.get("include_prompt") is False and "weightedmean" in modes:
-            raise UnsupportedError(f"{at}: weightedmean without the prompt's tokens is no option")
-    if isinstance(read, DenseFile) and not read.activation_function.startswith(_SAFE_ACTIVATIONS):
+            raise UnsupportedError(
+                f"{folder}: weightedmean without the prompt's tokens is not supported"
+            )
+    if isinstance(settings, DenseFile):
+        activation = settings.activation_function
+        if not activation.startswith(_SAFE_ACTIVATIONS):
+            raise UnsupportedError(
+                f"{folder}: activation function {shorten(activation)} is none of torch's own"
+            )
+    if kind in ("Dense", "LayerNorm") and not (folder / "model.safetensors").is_file():
         raise UnsupportedError(
-            f"{at}: activation function {shorten(read.activation_function)} is none of torch's own"
-        )
-    if kind in ("Dense", "LayerNorm") and not (at / "model.safetensors").is_file():
-        raise UnsupportedError(
-            f"{at} has no model.safetensors. Weights in a pickle (pytorch_model.bin) can run code "
-            f"when opened and are never read; save the model anew with sentence-transformers"
+            f"{folder} has no model.safetensors. Weights in a pickle (pytorch_model.bin) can run "
+            f"code when opened and are never read; save the model again with "
+            f"sentence-transformers"
         )
 
 
 def prompt_of(settings: Settings, role: str) -> str:
-    """What precedes a text of a role: its own prompt, else the default one, else nothing."""
-    own = settings.prompts.get(role)
-    if own:
-        return own
+    """The text before a text of a role: the role's prompt, else the default one, else nothing."""
+    prompt = settings.prompts.get(role)
+    if prompt:
+        return prompt
     name = settings.default_prompt_name
-    # A default that is the other role's prompt stays with that role.
+    # A default prompt that belongs to the other role is not used for this one.
     if name is None or name in ("query", "document", "passage", "corpus"):
         return ""
     return settings.prompts.get(name) or ""

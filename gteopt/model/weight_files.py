@@ -1,4 +1,4 @@
-"""Which files hold a model's weights, by the rule of transformers, and what their headers say.
+"""Finds a model's weight files, by the rule of transformers, and reads their headers.
 
 Refuses to know: torch. Pickles are never opened.
 """
@@ -21,15 +21,15 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def index_files(folder: Path) -> list[str]:
-    """The files that a sharded checkpoint's index names, sorted.
+    """The files that a sharded checkpoint's index lists, sorted.
 
     Raises:
-        IntegrityError: the index is broken or names a path outside of the folder.
+        IntegrityError: the index is broken, or names a path outside of the folder.
     """
-    found = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(found, Mapping) or not found:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
         raise IntegrityError(f"{folder / INDEX} has no weight_map from tensors to files")
-    for name in (names := set(map(str, found.values()))):
+    for name in (names := set(map(str, weight_map.values()))):
         inside(folder, name, of=INDEX)
     return sorted(names)
 
@@ -37,11 +37,12 @@ def index_files(folder: Path) -> list[str]:
 def find_weight_files(folder: Path, manifest: Manifest | None) -> tuple[Path, ...]:
     """The safetensors files of the transformer.
 
-    The rule is that of transformers: `model.safetensors` where it is there, else the index's.
+    As in transformers, these are `model.safetensors` if it exists, else the files of the index.
 
     Raises:
-        InputError, IntegrityError, UnsupportedError: none, incomplete, or in a format that is not
-            read; the message says what the folder is and what to do.
+        InputError: the folder has no weights.
+        IntegrityError: files of the index are missing.
+        UnsupportedError: gteopt does not read the format; the message says what to do.
     """
     if manifest is not None and manifest.format == "gteopt":
         listed = sorted(
@@ -64,7 +65,7 @@ def find_weight_files(folder: Path, manifest: Manifest | None) -> tuple[Path, ..
 
 
 def _without_weights(folder: Path) -> InputError | UnsupportedError:
-    """What a folder without weights that gteopt reads is, and what to do."""
+    """The error for a folder without safetensors weights: what it holds, and what to do."""
     if (folder / "adapter_config.json").is_file():
         return UnsupportedError(
             f"{folder} is an adapter (LoRA), not a whole model; merge it into its base first: "
@@ -74,7 +75,7 @@ def _without_weights(folder: Path) -> InputError | UnsupportedError:
 
     def some(*patterns: str) -> str:
         return ", ".join(
-            shorten(path.name) for each in patterns for path in sorted(folder.glob(each))[:3]
+            shorten(path.name) for pattern in patterns for path in sorted(folder.glob(pattern))[:3]
         )
 
     if names := some("*.gguf"):
@@ -103,7 +104,7 @@ def _without_weights(folder: Path) -> InputError | UnsupportedError:
 
 
 def read_headers(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in safetensors files.
+    """Name and shape of every tensor in safetensors files.
 
     Raises:
         IntegrityError: a file is broken or truncated.

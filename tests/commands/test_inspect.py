@@ -66,7 +66,9 @@ def test_a_base_is_described_in_full_before_its_weights_are_fetched(
     assert 0 < weight_bytes(user.hub.served) <= n_shards * 100_001
     assert weight_bytes({path: len(data) for path, data in files.items()}) > 5_000_000
     assert (found["sha256"], found["revision"]) == (None, COMMIT)
-    assert found["notes"][-1].startswith("the weights are not here (0.01 GB to download)")
+    assert found["notes"][-1].startswith(
+        "the weights are not on this machine (0.01 GB to download)"
+    )
     differs = ("sha256", "revision", "notes")
     for estimate in (*found["estimates"], *whole["estimates"]):
         estimate.pop("build_s")  # from a probe of this machine, timed anew in each process

@@ -248,7 +248,7 @@ def test_the_folders_pooling_wins_over_the_familys_and_is_said(tmp_path: Path) -
         "mean",
         "bidirectional",
     )
-    assert any("the folder's way is taken" in note for note in found.notes)
+    assert any("gteopt follows the folder" in note for note in found.notes)
 
 
 def test_names_in_a_folder_reach_no_terminal_with_control_characters(bert: Path) -> None:
