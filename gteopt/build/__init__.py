@@ -1,1 +1,1 @@
-"""A recipe and a base model to an artifact, block by block."""
+"""Build an artifact from a recipe and a base model, block by block."""

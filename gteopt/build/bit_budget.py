@@ -1,7 +1,7 @@
-"""The schemes of a recipe with a budget: which bits each layer gets.
+"""Choose the scheme of each layer for a recipe with a bit budget.
 
-Hides: what is measured for the choice, and where an interrupted measurement goes on. Refuses to
-know: how a choice is optimised (quant/), how layers are quantized.
+Hides: what is measured for the choice, and how an interrupted measurement resumes. Refuses to know:
+how a choice is optimized (quant/), how layers are quantized.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from gteopt.records.files import write_atomically
 from gteopt.records.manifest import AllocationRecord, UnquantizedRecord
 
 SENSITIVITY_TEXTS = 64
-"""Texts of the calibration set that sensitivities are measured on."""
+"""How many calibration texts sensitivities are measured on."""
 _LOSSES = TypeAdapter(dict[str, tuple[float, ...]])
 
 
 def allocate_schemes(
     run: BuildRun, encoder: Encoder, plan: LayerPlan, tokens: Sequence[Sequence[int]]
 ) -> tuple[LayerPlan, AllocationRecord]:
-    """The plan with each layer's scheme chosen under the recipe's budget.
+    """Choose each layer's scheme under the recipe's budget; returns the changed plan.
 
     Args:
-        run: the build; measured losses lie in its stage folder, so that it can be resumed.
+        run: the build; its stage folder stores measured losses, so that the build can resume.
         encoder: the base.
-        plan: its `choices` are what is chosen from.
+        plan: its `choices` are the schemes to choose from.
         tokens: token ids of the calibration texts.
 
     Raises:
@@ -53,8 +53,8 @@ def allocate_schemes(
     least = sum(map(min, sizes.n_bytes.values()))
     if least > n_bytes:
         raise InputError(
-            f"recipe {run.recipe.name}: a budget of {weights.budget:g} bits a weight cannot be "
-            f"kept: the smallest choices take {8 * least / sizes.total_weights:.3f}"
+            f"recipe {run.recipe.name}: a budget of {weights.budget:g} bits a weight is too small: "
+            f"the smallest choices take {8 * least / sizes.total_weights:.3f}"
         )
     is_deep = len(list(encoder.module.get_submodule(plan.blocks).children())) > DEEP_BLOCKS
     losses = _sensitivities(run, encoder, plan.choices, tokens, is_deep)
@@ -83,11 +83,11 @@ def allocate_schemes(
 
 @dataclass(frozen=True)
 class _ChoiceSizes:
-    """What each layer's choices take.
+    """The size of each layer by its choice.
 
     Attributes:
-        n_weights: of a layer.
-        n_bytes: of a layer by its choices; the last one is to leave it at 16 bits.
+        n_weights: weights of each layer, by its name.
+        n_bytes: bytes of each choice of a layer; the last choice is to leave it at 16 bits.
     """
 
     n_weights: Mapping[str, int]
@@ -95,7 +95,7 @@ class _ChoiceSizes:
 
     @property
     def total_weights(self) -> int:
-        """Of all layers that have a choice."""
+        """Weights of all layers that have a choice."""
         return sum(self.n_weights.values())
 
 
@@ -119,19 +119,19 @@ def _sensitivities(
     tokens: Sequence[Sequence[int]],
     is_deep: bool,
 ) -> dict[str, tuple[float, ...]]:
-    """Losses of each layer's choices; each walk through the blocks is stored as it ends."""
+    """Losses of each layer's choices; they are stored after each walk through the blocks."""
     stored = run.stage / ALLOCATION
     losses: dict[str, tuple[float, ...]] = {}
     if stored.is_file():
         losses = _LOSSES.validate_json(stored.read_bytes())
-    if left := {name: offered for name, offered in choices.items() if name not in losses}:
+    if missing := {name: offered for name, offered in choices.items() if name not in losses}:
         few = tokens[:SENSITIVITY_TEXTS]
         if is_deep:
             spill = StateSpill(run.activation_bytes, run.activations)
-            walks = estimate(encoder, few, left, spill=spill, progress=run.progress)
+            walks = estimate(encoder, few, missing, spill=spill, progress=run.progress)
         else:
             n_bytes = run.activation_bytes
-            walks = measure(encoder, few, left, state_bytes=n_bytes, progress=run.progress)
+            walks = measure(encoder, few, missing, state_bytes=n_bytes, progress=run.progress)
         for measured in walks:
             losses |= measured
             write_atomically(stored, _LOSSES.dump_json(losses))
@@ -140,7 +140,7 @@ def _sensitivities(
 
 
 def _with_choices(encoder: Encoder, plan: LayerPlan, chosen: Mapping[str, int]) -> LayerPlan:
-    """The plan with the chosen schemes; a layer whose choice is the last one stays as it is."""
+    """The plan with the chosen schemes; a layer with the last choice is not quantized."""
     picked = {n: plan.choices[n][i] for n, i in chosen.items() if i < len(plan.choices[n])}
     unquantized = tuple(
         UnquantizedRecord(

@@ -1,8 +1,8 @@
-"""Quantize a model block by block: read, calibrate, solve, pack, store and free each one.
+"""Quantize a model block by block: read, calibrate, solve, pack, store and free each block.
 
-Hides: the order in which layers are solved, and how tuned values replace the solver's. Finished
-blocks are stored, so that an interrupted build can resume. Refuses to know: how codes are found
-(quant/), and the rest of the artifact.
+Hides: the order in which layers are solved, and how tuned values replace the solver's values.
+Finished blocks are stored, so that an interrupted build can resume. Refuses to know: how codes are
+found (quant/), and the rest of the artifact.
 """
 
 from __future__ import annotations
@@ -50,19 +50,20 @@ from gteopt.records.files import write_atomically
 from gteopt.records.manifest import LayerRecord, SmoothingRecord, TuningRecord
 
 SOLVED = "solved"
-"""Folder of the solver's blocks while they wait for tuning."""
+"""Folder of the solver's blocks before the whole model is tuned."""
 
 
 @dataclass(frozen=True)
 class BlockBuild:
-    """What all blocks of a build have in common.
+    """The arguments that all blocks of a build share.
 
     Attributes:
         encoder: the model that the blocks are part of.
-        recipe: what is built.
-        plan: says the layers' schemes.
-        devices: where layers are solved side by side; empty solves one after the other.
-        progress: told after each block.
+        recipe: the recipe of the build.
+        plan: the scheme of each layer.
+        devices: devices that solve layers at the same time; if empty, the encoder's device solves
+            one after the other.
+        progress: called after each block.
     """
 
     encoder: Encoder
@@ -79,16 +80,16 @@ def quantize_blocks(
     shards: Path,
     kept: KeptStates,
 ) -> tuple[tuple[LayerRecord, ...], TuningRecord | None]:
-    """Quantize block after block, each on the outputs of those before it; store each at once.
+    """Quantize one block after the other on the outputs of the quantized blocks before it.
 
-    A block's weights are read when its turn comes and freed after it, unless the finished model is
-    needed to fit vectors.
+    A block is stored as soon as it is finished. Its weights are read when its turn comes, and freed
+    afterwards, unless fitting vectors needs the finished model.
 
     Returns:
-        What the manifest says of the layers, and of tuning where each block was tuned by itself.
+        The manifest's records of the layers, and of tuning if each block was tuned by itself.
     """
     encoder = build.encoder
-    # The original model runs beside the quantized one only where a solver compares them. A build
+    # The original model runs beside the quantized model only if a solver compares them. A build
     # without inputs has nothing left to solve.
     compares = bool(inputs) and needs_original(build.recipe, build.plan)
     states = _States(
@@ -103,22 +104,22 @@ def quantize_blocks(
     if first:
         kept.restore_(batches)
     finished: list[_ShardNotes] = []
-    what = f"quantizing {encoder.checkpoint.id} with {build.recipe.name}"
+    activity = f"quantizing {encoder.checkpoint.id} with {build.recipe.name}"
     for i, block in enumerate(blocks):
-        build.progress(what, i, len(blocks))
+        build.progress(activity, i, len(blocks))
         shard = shard_path(shards, i)
-        moves = bool(inputs) and first <= i < len(blocks) - 1
-        was_made = notes_path(shard).is_file()
+        feeds_next = bool(inputs) and first <= i < len(blocks) - 1
+        is_stored = notes_path(shard).is_file()
         with memory_errors(block.name):
-            if was_made:
-                done, tensors = _resume_block_(build, block, states, shard, moves)
+            if is_stored:
+                done, tensors = _resume_block_(build, block, states, shard, feeds_next)
             else:
                 done, tensors = _make_block_(build, block, states, shard)
-            if moves:
-                # Later blocks see what is stored, whether this run made it or an earlier one.
+            if feeds_next:
+                # The next block reads outputs of the stored block, whichever run has made it.
                 reload_block_(encoder, block, tensors, done.layers, states.dtype)
                 advance_(block, inputs)
-            if moves and not was_made:
+            if feeds_next and not is_stored:
                 kept.keep(i + 1, batches)
             if shortens(build.recipe):
                 reload_block_(encoder, block, tensors, done.layers, encoder.dtype)
@@ -127,7 +128,7 @@ def quantize_blocks(
         del tensors
         give_back()
         finished.append(done)
-    build.progress(what, len(blocks), len(blocks))
+    build.progress(activity, len(blocks), len(blocks))
     tunings = [done.tuning for done in finished if done.tuning is not None]
     layers = tuple(layer for done in finished for layer in done.layers)
     return layers, _mean(tunings) if tunings else None
@@ -135,12 +136,12 @@ def quantize_blocks(
 
 @dataclass
 class _States:
-    """What the next block is fed; both kinds of hidden states move on in place.
+    """The hidden states that the next block reads; they are replaced in place.
 
     Attributes:
-        quantized: by the model as it is quantized so far; empty where nothing is replayed.
-        original: by the original model; None where no solver compares with it.
-        dtype: what blocks run in.
+        quantized: from the partly quantized model; empty if no block is replayed.
+        original: from the original model; None if no solver compares with it.
+        dtype: dtype in which blocks run.
         order: the linear layers of the latest block, see `_order`.
     """
 
@@ -151,12 +152,15 @@ class _States:
 
 
 def _resume_block_(
-    build: BlockBuild, block: Block, states: _States, shard: Path, moves: bool
+    build: BlockBuild, block: Block, states: _States, shard: Path, feeds_next: bool
 ) -> tuple[_ShardNotes, dict[str, Tensor]]:
-    """Read what an earlier run made of a block; the original model's states move on if asked."""
+    """Read a block that an earlier run stored; if it feeds the next block, the original block runs.
+
+    The original block advances the original model's hidden states.
+    """
     done = _ShardNotes.model_validate_json(notes_path(shard).read_bytes())
     tensors = load_file(shard)
-    if states.original is not None and moves:
+    if states.original is not None and feeds_next:
         fill_(build.encoder, block.name, states.dtype)
         _smooth_(build, block, states.quantized)
         advance_(block, states.original)
@@ -166,7 +170,7 @@ def _resume_block_(
 def _make_block_(
     build: BlockBuild, block: Block, states: _States, shard: Path
 ) -> tuple[_ShardNotes, dict[str, Tensor]]:
-    """Quantize a block, tune it where the plan says so, and store it."""
+    """Quantize a block, tune it if the plan says so, and store it."""
     encoder = build.encoder
     fill_(encoder, block.name, states.dtype)
     states.order = _order(block, states.quantized, states.order)
@@ -183,14 +187,17 @@ def _make_block_(
             done = _ShardNotes(
                 layers=_replace_tuned_(tensors, records, weights, tuned), tuning=tuned.record
             )
-    del original  # freed before the file is written
+    del original  # frees its memory before the file is written
     save_tensors(shard, tensors)
     write_atomically(notes_path(shard), done.model_dump_json().encode())
     return done, tensors
 
 
 class _ShardNotes(Frozen):
-    """The layers of one block's shard, or of all tuned shards; written after the shards."""
+    """The records of one block's layers, or of all tuned blocks' layers.
+
+    The file is written after the shards, so it also says that they are complete.
+    """
 
     layers: tuple[LayerRecord, ...]
     tuning: TuningRecord | None = None
@@ -208,7 +215,7 @@ def _mean(blocks: Sequence[TuningRecord]) -> TuningRecord:
 def _codes(
     records: Sequence[LayerRecord], tensors: Mapping[str, Tensor], device: torch.device
 ) -> dict[str, QuantizedWeight]:
-    """Codes and grids of the layers whose packed tensors are among these."""
+    """Codes and grids of the layers whose packed tensors are in `tensors`."""
     return {
         record.name: _packed(record, tensors).unpack().to(device)
         for record in records
@@ -219,15 +226,15 @@ def _codes(
 def _replace_tuned_(
     tensors: dict[str, Tensor],
     records: Sequence[LayerRecord],
-    whole: Mapping[str, Tensor],
+    originals: Mapping[str, Tensor],
     tuned: Tuned,
 ) -> tuple[LayerRecord, ...]:
     """Replace the solver's packed layers, norms and biases by the tuned ones.
 
     Args:
-        tensors: of one shard; changed in place.
+        tensors: tensors of one shard; changed in place.
         records: the manifest's records of the solver's layers.
-        whole: the original weights by layer name.
+        originals: the original weights by layer name.
         tuned: the result of tuning.
 
     Returns:
@@ -240,8 +247,8 @@ def _replace_tuned_(
         codes = tuned.weights[record.name]
         parts = pack(codes).to_tensors()
         tensors |= {f"{record.name}.{part}": t.cpu() for part, t in parts.items()}
-        snr = snr_db(whole[record.name], codes.dequantize())
-        # The solver measured the output of its own codes.
+        snr = snr_db(originals[record.name], codes.dequantize())
+        # The output's ratio becomes None, because the solver measured it for its own codes.
         update = {"weight_snr_db": snr, "output_snr_db": None}
         replaced.append(record.model_copy(update=update))
     for name in tensors.keys() & tuned.rest.keys():
@@ -249,19 +256,19 @@ def _replace_tuned_(
     return tuple(replaced)
 
 
-def _order(block: Block, inputs: Sequence[BlockInput], known: list[list[str]]) -> list[list[str]]:
-    """The block's linear layers by their names within it, see `running_order`.
+def _order(block: Block, inputs: Sequence[BlockInput], earlier: list[list[str]]) -> list[list[str]]:
+    """The block's linear layers in running order, by their names within the block.
 
-    Blocks of a model are alike. The order of an earlier block is used again while the names are
-    equal, which saves a forward pass.
+    Blocks of a model are alike. If the names are those of an earlier block, its order is used
+    again, which saves a forward pass.
     """
-    within = len(block.name) + 1
-    names = [name[within:] for name in block.linears()]
-    if sorted(names) == sorted(name for group in known for name in group):
-        return known
+    n_prefix = len(block.name) + 1
+    names = [name[n_prefix:] for name in block.linears()]
+    if sorted(names) == sorted(name for group in earlier for name in group):
+        return earlier
     if not inputs:
         return [names]
-    return [[name[within:] for name in group] for group in running_order(block, inputs)]
+    return [[name[n_prefix:] for name in group] for group in running_order(block, inputs)]
 
 
 @torch.inference_mode()
@@ -271,13 +278,13 @@ def _quantize_block_(
     """Replace the block's linear layers by packed ones, in running order.
 
     Args:
-        build: what all blocks have in common.
-        block: its weights are in memory.
-        states: what the block is fed, and the order of its layers.
+        build: the arguments that all blocks share.
+        block: the block, with its weights in memory.
+        states: the hidden states that the block reads, and the order of its layers.
 
     Returns:
-        The manifest's record of each layer, each layer's packed tensors and bias, and the original
-        block if the original model runs beside the quantized one.
+        The manifest's record of each layer; each layer's packed tensors and bias; and a copy of the
+        original block, if the original model runs beside the quantized model.
     """
     encoder, weights = build.encoder, _weights(build)
     linears = {n: linear for n, linear in block.linears().items() if n in build.plan.schemes}
@@ -285,7 +292,7 @@ def _quantize_block_(
     records: dict[str, LayerRecord] = {}
     packed: dict[str, dict[str, Tensor]] = {}
     smoothed = _smooth_(build, block, states.quantized)
-    # Copied after smoothing, which scales inputs, so that both blocks read the same features.
+    # Copied after smoothing, because smoothing scales the inputs that both blocks must read.
     original = copy_block(block) if states.original is not None else None
     compared: Original | None = None
     if isinstance(weights, GptqWeights) and weights.gptaq_strength > 0:
@@ -300,7 +307,7 @@ def _quantize_block_(
         if isinstance(weights, GptqWeights):
             with memory_errors(wanted[0]):
                 inputs = _read_inputs(block, wanted, states.quantized, compared, weights)
-            give_back()  # what the block's run took, before the solver takes its own
+            give_back()  # the memory of the block's run, before the solver needs memory
         for name in wanted:
             if not gptq.is_finite(linears[name].weight):
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")
@@ -323,7 +330,7 @@ def _quantize_block_(
 
 
 def _weights(build: BlockBuild) -> RtnWeights | GptqWeights:
-    """How the recipe quantizes; a build without that has no blocks to quantize."""
+    """The recipe's settings of quantization; a recipe without them has no blocks to quantize."""
     weights = build.recipe.weights
     assert not isinstance(weights, NoWeights)
     return weights
@@ -336,11 +343,11 @@ def _read_inputs(
     compared: Original | None,
     weights: GptqWeights,
 ) -> LayerInputs:
-    """Statistics of what these layers read, which is the same for all of them."""
+    """Statistics of the inputs of these layers, which all read the same tensor."""
     grid, mean = None, None
     if weights.scheme.activation_static:
-        seen = watch_inputs(block, layers[0], inputs)
-        grid, mean = fit_inputs(seen), seen.mean
+        ranges = watch_inputs(block, layers[0], inputs)
+        grid, mean = fit_inputs(ranges), ranges.mean
     statistics = accumulate_hessian(
         block, layers[0], inputs, compared, is_alone=len(layers) == 1, grid=grid
     )
@@ -348,20 +355,20 @@ def _read_inputs(
 
 
 def _bias(linear: nn.Linear, codes: QuantizedWeight, inputs: LayerInputs | None) -> Tensor | None:
-    """The layer's bias; static activations add what rounding does to the mean output.
+    """The layer's bias; with static activations, it corrects the shift of the mean output.
 
-    Nagel et al. 2019, arXiv:1906.04721.
+    Rounding causes that shift (Nagel et al. 2019, arXiv:1906.04721).
     """
     bias: Tensor | None = linear.bias
     if bias is None or inputs is None or inputs.mean is None:
         return bias
-    meant = linear.weight.float() @ inputs.mean
-    is_now = codes.dequantize() @ inputs.statistics.mean
-    return bias + (meant - is_now).to(bias.dtype)
+    exact_mean = linear.weight.float() @ inputs.mean
+    quantized_mean = codes.dequantize() @ inputs.statistics.mean
+    return bias + (exact_mean - quantized_mean).to(bias.dtype)
 
 
 def _smooth_(build: BlockBuild, block: Block, inputs: Sequence[BlockInput]) -> dict[str, Smoothing]:
-    """Smooth the block where the recipe says so; see `smooth_block_`."""
+    """Smooth the block if the recipe says so; see `smooth_block_`."""
     weights = build.recipe.weights
     if not isinstance(weights, GptqWeights) or not weights.smooth:
         return {}
@@ -370,7 +377,7 @@ def _smooth_(build: BlockBuild, block: Block, inputs: Sequence[BlockInput]) -> d
 
 
 def _with_smoothing(record: LayerRecord, smoothing: Smoothing) -> LayerRecord:
-    """The record with what was decided on the layer's inputs."""
+    """The record with the smoothing of the layer's inputs."""
     return record.model_copy(
         update={
             "smoothing": SmoothingRecord(
@@ -407,14 +414,14 @@ def tune_blocks(
         for tensors in shards.values():
             start |= _codes(solved, tensors, encoder.device)
         result = tune(teacher, start, tokens, schedule, progress=build.progress)
-        whole = {
+        originals = {
             name: module.weight
             for name, module in teacher.module.named_modules()
             if isinstance(module, nn.Linear)
         }
         layers: list[LayerRecord] = []
         for i, tensors in shards.items():
-            layers += _replace_tuned_(tensors, solved, whole, result)
+            layers += _replace_tuned_(tensors, solved, originals, result)
             save_tensors(shard_path(stage / WEIGHTS, i), tensors)
         written = _ShardNotes(layers=tuple(layers), tuning=result.record)
         write_atomically(done, written.model_dump_json().encode())
@@ -432,22 +439,21 @@ def shard_path(folder: Path, block: int) -> Path:
 
 
 def notes_path(shard: Path) -> Path:
-    """The file that says that a shard is complete, and what it holds."""
+    """The file that marks a shard as complete and holds the records of its layers."""
     return shard.with_suffix(".json")
 
 
 def _packed(record: LayerRecord, tensors: Mapping[str, Tensor]) -> PackedWeight:
-    """One layer's packed weight among the tensors of its shard."""
-    own = {part: f"{record.name}.{part}" for part in PARTS if f"{record.name}.{part}" in tensors}
-    return PackedWeight.from_tensors(
-        record.scheme, record.in_features, {part: tensors[name] for part, name in own.items()}
-    )
+    """One layer's packed weight, from the tensors of its shard."""
+    names = {part: f"{record.name}.{part}" for part in PARTS}
+    parts = {part: tensors[name] for part, name in names.items() if name in tensors}
+    return PackedWeight.from_tensors(record.scheme, record.in_features, parts)
 
 
 def _shard_tensors(
     block: Block, packed: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """All tensors of a block by their names in the model: packed layers, all else unchanged."""
+    """All tensors of a block by their names in the model: packed layers, and the rest unchanged."""
     tensors = {
         f"{layer}.{part}": tensor.to(dtype) if part == "bias" else tensor
         for layer, parts in packed.items()
@@ -467,11 +473,11 @@ def reload_block_(
     records: Sequence[LayerRecord],
     dtype: torch.dtype,
 ) -> None:
-    """Put a finished block into the model, to compute in `dtype`."""
+    """Put a finished block into the model, so that it computes in `dtype`."""
     rest = dict(tensors)
     for record in records:
-        own = [name for name in rest if name.startswith(f"{record.name}.")]
-        parts = {name.removeprefix(f"{record.name}."): rest.pop(name) for name in own}
+        of_layer = [name for name in rest if name.startswith(f"{record.name}.")]
+        parts = {name.removeprefix(f"{record.name}."): rest.pop(name) for name in of_layer}
         bias = parts.pop("bias", None)
         packed = PackedWeight.from_tensors(record.scheme, record.in_features, parts)
         swap_linear_(encoder.module, record.name, packed, bias, encoder.device, dtype)

@@ -1,7 +1,8 @@
-"""How long a build will take: operations counted from shapes, times what one costs here.
+"""Estimate how long a build takes from its operations and this machine's speed.
 
-A probe of a second or two times the solver's two kinds of work: products of float32 matrices, and
-the search of grids. Hides: the counts and the rates. Refuses to know: weights, texts.
+Shapes give the number of operations. A probe of a second or two measures the speed of the solver's
+two kinds of work: products of float32 matrices, and the search of grids. Hides: the counts and the
+rates. Refuses to know: weights, texts.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ from gteopt.cores import n_cores
 from gteopt.quant.grid_search import fit_grids
 from gteopt.quant.products import product
 
-# Rates of one core, fitted to builds of all-MiniLM-L6-v2 (README.md says how long they took).
+# Rates of one core, fitted to builds of all-MiniLM-L6-v2.
 _ROUNDED_PER_S = 1.0e7  # weights rounded to nearest
-_TRIED_PER_S = 3.2e5  # weights rounded to one of a budget's choices, its loss measured
+_TRIED_PER_S = 3.2e5  # weights whose loss is measured for one of a budget's choices
 _TUNED_PER_S = 6.4e6  # weights in one step of tuning
 _STEPS = {"fast": 0, "standard": 400, "best": 1600}
-_GPU_CORES = 400  # an H100's products beside one core's; not measured
+_GPU_CORES = 400  # CPU cores that multiply as fast as an H100; not measured
 _TRIES = 5
 _SUSTAINED = 0.5
-"""Share of the probe's rate that whole builds keep: large matrices leave the cache, and results
-are copied."""
+"""Share of the probe's rate that a whole build reaches: its matrices do not fit the cache, and
+results are copied."""
 _START_S = 3.0
 UNCERTAINTY = 2.0
-"""The time may be this many times shorter or longer."""
+"""The real time may be this many times shorter or longer than the estimate."""
 
 Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one core of this machine does in a second of its own time.
+    """What one core of this machine does in a second of CPU time.
 
     Attributes:
-        flops: floating-point operations of a float32 product, as the solver multiplies.
+        flops: floating-point operations of the solver's float32 products.
         searched: weights whose grid is searched.
     """
 
@@ -50,7 +51,7 @@ class Rates:
 
 @lru_cache
 def measure_rates() -> Rates:
-    """Time the solver's kinds of work, once a process; the best of some tries, on one thread."""
+    """Measure the speed of the solver's work on one thread; the result is cached."""
     n_threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(1024, 1024, generator=generator) for _ in range(2))
@@ -83,14 +84,14 @@ def build_seconds(
     n_choices: int = 1,
     device: str = "cpu",
 ) -> float:
-    """Seconds that a build of one variant takes, imports left out.
+    """Seconds that a build of one variant takes, without imports.
 
     Args:
-        recipe: what is built.
+        recipe: the recipe of the build.
         schemes: the layers that are quantized.
         shapes: output and input features [O, I] of each layer.
-        n_tokens: of the calibration texts, padding included.
-        n_choices: schemes among which a budget chooses for a layer.
+        n_tokens: tokens of the calibration texts, including padding.
+        n_choices: schemes from which a budget chooses for each layer.
         device: "cpu" or "cuda".
     """
     n_weights = sum(shapes[name][0] * shapes[name][1] for name in schemes)
@@ -104,7 +105,7 @@ def build_seconds(
     work = n_passes * 2 * n_weights * n_tokens
     for name in schemes:
         rows, columns = shapes[name]
-        # The Hessian; its factor and the factor's inverse; the columns, two errors and the signal.
+        # The Hessian; its factor and the factor's inverse; rounding, two errors and the signal.
         work += n_tokens * columns**2 + 2 * columns**3 // 3 + 4 * rows * columns**2
         if weights.gptaq_strength:  # the correction, by two triangular products
             work += 2 * rows * columns**2

@@ -1,6 +1,6 @@
-"""Calibration texts: where they come from, which are drawn, and their tokens.
+"""Read, draw and tokenize calibration texts.
 
-Hides: file forms and the seeded draw. Refuses to know: what is done with the texts.
+Hides: file formats and the seeded draw. Refuses to know: what is done with the texts.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from gteopt.records.manifest import CalibrationRecord
 
 BUILTIN = "builtin"
 TOKENS_AN_INPUT = 4
-"""Calibration tokens for each input feature of a layer, below which its Hessian says little."""
+"""Calibration tokens that a layer needs for each input feature: with fewer, its Hessian is a poor
+estimate."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """One text with the role that it plays."""
+    """One text with its role."""
 
     text: str
     role: Role = "document"
@@ -40,10 +41,10 @@ class CalibrationText:
 
 
 def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[CalibrationText, ...]:
-    """The recipe's texts: read, deduplicated, drawn with its seed, in a fixed order.
+    """Read the recipe's texts, remove duplicates, and draw with the recipe's seed.
 
     In the built-in set, short texts that were written by hand come first, because they are the most
-    varied. A small draw of all texts would hardly cover single words.
+    varied. A small draw from all texts would hardly contain single words.
 
     Raises:
         InputError: the source is missing, malformed, or has no usable text.
@@ -61,18 +62,22 @@ def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[Calib
 def tokenize(
     tokenization: Tokenization, texts: Sequence[CalibrationText], max_tokens: int
 ) -> list[Tokens]:
-    """Token ids as the encoder gets them; instructions only if the model takes them."""
-    # Texts of one prompt are tokenized together, so that one warning counts those that are cut.
+    """Token ids of the texts with their prompts; an instruction is used if the model takes one."""
+    # Texts with equal prompts are tokenized together, so that one warning counts all cut texts.
     prompts: dict[tuple[Role, str | None], list[int]] = {}
     for i, text in enumerate(texts):
         instruction = text.instruction if tokenization.takes_instructions else None
         prompts.setdefault((text.role, instruction), []).append(i)
-    ids_by_place: dict[int, Tokens] = {}
-    for (role, instruction), places in prompts.items():
-        own = [texts[i].text for i in places]
-        ids = tokenization.tokenize(own, role=role, instruction=instruction, max_tokens=max_tokens)
-        ids_by_place |= zip(places, ids, strict=True)
-    return [ids_by_place[i] for i in range(len(texts))]
+    ids_by_position: dict[int, Tokens] = {}
+    for (role, instruction), positions in prompts.items():
+        ids = tokenization.tokenize(
+            [texts[i].text for i in positions],
+            role=role,
+            instruction=instruction,
+            max_tokens=max_tokens,
+        )
+        ids_by_position |= zip(positions, ids, strict=True)
+    return [ids_by_position[i] for i in range(len(texts))]
 
 
 def record(
@@ -85,10 +90,10 @@ def record(
     """The manifest's record of the texts.
 
     Args:
-        spec: what the recipe asks for.
-        texts: that were drawn.
-        tokens: of each text.
-        longest: tokens that the model takes, which may be fewer than the recipe allows.
+        spec: the recipe's calibration settings.
+        texts: the drawn texts.
+        tokens: token ids of each text.
+        longest: the most tokens that the model takes; the recipe may allow more.
     """
     rows = [[text.role, text.instruction, text.text] for text in texts]
     content = json.dumps(rows, ensure_ascii=False).encode()
@@ -117,8 +122,8 @@ def few_tokens(n_tokens: int, in_features: int) -> str | None:
 def with_sentences(texts: Sequence[CalibrationText]) -> list[CalibrationText]:
     """The texts, and the sentences of each document that has several.
 
-    A projection needs several times more vectors than dimensions. The sentences are further samples
-    of what the model encodes.
+    Sentences are further samples, because fitting a projection needs several times more vectors
+    than dimensions.
     """
     out = list(texts)
     for text in texts:
@@ -130,7 +135,7 @@ def with_sentences(texts: Sequence[CalibrationText]) -> list[CalibrationText]:
 
 
 def _read_builtin() -> tuple[list[CalibrationText], list[CalibrationText]]:
-    """The built-in set: short texts that were written by hand, and all others."""
+    """The built-in set: the short texts that were written by hand, and all other texts."""
     first: list[CalibrationText] = []
     others: list[CalibrationText] = []
     for line in (ASSETS / "calibration.jsonl").read_text(encoding="utf-8").splitlines():
@@ -155,7 +160,7 @@ def _read_file(path: Path, column: str) -> list[CalibrationText]:
     """Lines of a .txt, or rows with `column` and optionally `role` and `instruction`.
 
     Raises:
-        InputError: all bad lines at once.
+        InputError: lists all bad lines.
     """
     problems: list[str] = []
     texts: list[CalibrationText] = []

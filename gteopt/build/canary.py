@@ -1,7 +1,7 @@
-"""The vector of one known text, computed with the weights that an artifact holds.
+"""Compute the vector of one fixed text (the canary) with the weights of an artifact.
 
-Hides: how a model runs after the build has freed its blocks. Refuses to know: who compares the
-vector.
+Loading the artifact compares its own vector of this text with the recorded one. Hides: how a model
+runs after the build has freed its blocks. Refuses to know: who compares the vectors.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def canary_of(
     layers: Sequence[LayerRecord],
     shards: Path,
 ) -> CanaryRecord:
-    """The record of a text and its vector, which is compared with the vector after loading.
+    """The record of the canary text and its vector.
 
-    A build that shortens no vectors has freed its blocks. The forward pass then reads each finished
-    block in its turn and frees it, so that one block is in memory at a time.
+    If the build has freed its blocks, the forward pass reads each finished block and frees it
+    again, so that one block is in memory at a time.
 
     Args:
-        encoder: the model of the build, whole or with its blocks freed.
+        encoder: the model of the build; its blocks may be freed.
         transform: the artifact's transform of vectors.
         blocks: name of the model's list of blocks; None if none was quantized.
         layers: the manifest's records of the quantized layers.
@@ -58,17 +58,17 @@ def canary_of(
 
 @torch.inference_mode()
 def _by_block(encoder: Encoder, blocks: str, layers: Sequence[LayerRecord], shards: Path) -> Tensor:
-    """The vector [1, D] of the text, by the model's own forward pass."""
+    """The vector [1, D] of the text, by the model's own forward pass, one block at a time."""
     with ExitStack() as stack:
         for i, module in enumerate(encoder.module.get_submodule(blocks).children()):
             block = Block(f"{blocks}.{i}", module, ())
-            own = [layer for layer in layers if layer.name.startswith(f"{block.name}.")]
+            records = [layer for layer in layers if layer.name.startswith(f"{block.name}.")]
 
             def read(
-                *_: Any, block: Block = block, own: Sequence[LayerRecord] = own, i: int = i
+                *_: Any, block: Block = block, records: Sequence[LayerRecord] = records, i: int = i
             ) -> None:
                 tensors = load_file(shard_path(shards, i))
-                reload_block_(encoder, block, tensors, own, encoder.dtype)
+                reload_block_(encoder, block, tensors, records, encoder.dtype)
 
             def free(*_: Any, block: Block = block) -> None:
                 empty_(encoder, block.name)

@@ -1,8 +1,8 @@
-"""The card of an artifact: the README.md that says what it is and how each engine opens it.
+"""Write the card of an artifact: a README.md with its facts and how each engine opens it.
 
 Hides: the model hub's metadata, and which engine reads which format. Refuses to know: torch, files,
-how anything was measured. It says nothing that the manifest and the folder's configs do not: the
-same artifact always has the same card.
+how anything was measured. All facts come from the manifest and the folder's configs, so the same
+artifact always has the same card.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from gteopt.records.manifest import Manifest
 
 CARD = "README.md"
 _PLACE = "FOLDER"
-"""Stands in commands for a folder that is not known yet."""
+"""Placeholder in commands for a folder that is not known yet."""
 
 _LIBRARIES: dict[FormatName, str] = {
     "gptq": "gptqmodel optimum",
     "compressed-tensors": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",
 }
-"""What transformers needs to read a format."""
+"""Libraries that transformers needs to read a format."""
 _TEI = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet"})
-"""Architectures that Text Embeddings Inference runs in more than float16 on a GPU."""
+"""Architectures that Text Embeddings Inference runs on a GPU in other dtypes than float16."""
 _MARLIN_BITS = (4, 8)
-"""Bits of packed weights that the kernels of vLLM and SGLang multiply."""
+"""Bits of packed weights for which vLLM and SGLang have kernels."""
 _EFFORTS: tuple[Effort | None, ...] = (None, "fast", "standard", "best")
 
 
@@ -50,11 +50,11 @@ def card(
     """The text of README.md: hub metadata, facts, engines with their commands, how it was made.
 
     Args:
-        manifest: the artifact's; `files` is not looked at, for the card is one of them.
-        checkpoint: the base, or the artifact itself: both know attention, pooling and prompts.
+        manifest: the artifact's manifest; `files` is not read, because the card is one of them.
+        checkpoint: the base or the artifact: both know attention, pooling and prompts.
         place: name of the model in commands, such as its name on the hub.
-        metadata: further hub metadata; replaces values of the same name.
-        findings: further sections, which stand before how it was made.
+        metadata: more hub metadata; replaces values of the same name.
+        findings: more sections, placed before the section on how it was made.
     """
     sections = [
         _front_matter(manifest, metadata or {}),
@@ -73,7 +73,7 @@ def card(
 
 
 def _front_matter(manifest: Manifest, more: Mapping[str, Any]) -> str:
-    """Model card metadata; `base_model` only where it names a model of the Hub."""
+    """Model card metadata; `base_model` only if the base is a model of the Hub."""
     content: dict[str, Any] = {
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
@@ -151,15 +151,15 @@ def _attention(checkpoint: Checkpoint) -> str:
 
 
 def _causal_note(checkpoint: Checkpoint) -> str:
-    """A note on decoders that attend both ways: an engine that ignores it gives other vectors."""
+    """A note on bidirectional decoders: an engine that ignores the setting gives other vectors."""
     if _runs_both_ways(checkpoint):
         return " (`is_causal: false` in config.json)"
     return ""
 
 
 def _runs_both_ways(checkpoint: Checkpoint) -> bool:
-    decoder = checkpoint.config["model_type"] in DECODERS
-    return decoder and checkpoint.attention == "bidirectional"
+    is_decoder = checkpoint.config["model_type"] in DECODERS
+    return is_decoder and checkpoint.attention == "bidirectional"
 
 
 def _use(manifest: Manifest, checkpoint: Checkpoint) -> str:
@@ -223,14 +223,14 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _libraries(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
-    """Sentence Transformers and transformers, with what they need beside themselves."""
-    library = ""
+    """How Sentence Transformers and transformers open it, with the libraries that they need."""
+    libraries = ""
     if manifest.format is not None:
-        library = "".join(f" and `{name}`" for name in _LIBRARIES[manifest.format].split())
+        libraries = "".join(f" and `{name}`" for name in _LIBRARIES[manifest.format].split())
     five = "`transformers` 5 or later (4.57 ignores `is_causal: false`)"
     needs = five if _runs_both_ways(checkpoint) else "`transformers`"
     yield (
-        f'**Sentence Transformers**: `SentenceTransformer("FOLDER")`, with {needs}{library}. '
+        f'**Sentence Transformers**: `SentenceTransformer("FOLDER")`, with {needs}{libraries}. '
         f"gteopt's tests compare its vectors with gteopt's."
     )
     yield (
@@ -242,7 +242,7 @@ def _libraries(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _servers(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
-    """vLLM, Text Embeddings Inference and SGLang: how each opens the folder, or why it must not."""
+    """How vLLM, Text Embeddings Inference and SGLang open the folder, or why they must not."""
     format, both_ways = manifest.format, _runs_both_ways(checkpoint)
     model_type = str(checkpoint.config["model_type"])
     refused = _refused_by_servers(manifest)
@@ -263,15 +263,15 @@ def _servers(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         )
     elif model_type in DECODERS:
         yield (
-            "Not Text Embeddings Inference without a trial: it runs decoders in float16, in which "
-            "some of them overflow."
+            "Not Text Embeddings Inference without a trial: it runs decoders in float16, and some "
+            "models overflow in float16."
         )
     if refused is not None:
         return
     if both_ways:
         yield (
-            "Not SGLang without a trial: the versions that we read attend causally whatever "
-            "config.json says, which gives other vectors."
+            "Not SGLang without a trial: its known versions ignore `is_causal` in config.json and "
+            "attend causally, which gives other vectors."
         )
     elif model_type in DECODERS and format in (None, "gptq", "compressed-tensors"):
         yield (
@@ -283,14 +283,14 @@ def _servers(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
 def _refused_by_servers(manifest: Manifest) -> str | None:
     """Why vLLM and SGLang do not read these packed weights; None if they do.
 
-    Their sources of 2026 say so: `auto_gptq.py` and `compressed_tensors_wNa16.py` of vLLM, and the
-    files of SGLang made from them. vLLM's pull request 38288 removed all kernels but Marlin's.
+    Source: their code of 2026, `auto_gptq.py` and `compressed_tensors_wNa16.py` in vLLM, and the
+    copies of these files in SGLang. vLLM's pull request 38288 removed all kernels but Marlin's.
     """
     kinds = {layer.scheme for layer in manifest.layers}
     if manifest.format not in ("gptq", "compressed-tensors"):
         return None
     if len(kinds) > 1:
-        return "they make one layer of queries, keys and values, which may differ in bits here"
+        return "they join queries, keys and values into one layer, but here their bits may differ"
     (scheme,) = kinds
     if scheme.activation_bits == 8:
         return None
@@ -298,16 +298,16 @@ def _refused_by_servers(manifest: Manifest) -> str | None:
         return f"they read 4 and 8 bits, not {scheme.bits}"
     if manifest.format == "gptq" and not scheme.symmetric:
         return (
-            "of this format they read symmetric weights only; built with "
-            "`--format compressed-tensors` they read these too"
+            "in this format they read symmetric weights only; they read these weights if they are "
+            "built with `--format compressed-tensors`"
         )
     return None
 
 
 def _unproven(manifest: Manifest) -> str:
-    note = "; by its documentation, gteopt's tests do not run it"
+    note = "; according to its documentation (gteopt's tests do not run it)"
     if manifest.vectors.method != "full":
-        note += ": see that it applies `vectors_dense`, or cut and normalise its vectors"
+        note += ": check that it applies `vectors_dense`, or cut and normalise its vectors"
     return f"{note}."
 
 
@@ -344,22 +344,22 @@ def _made(manifest: Manifest) -> str:
     if base.id != NANO and "/" not in base.id:
         text += f"\n\n`{base.id}` was a folder."
     if manifest.calibration is not None:
-        seen = manifest.calibration
+        texts = manifest.calibration
         text += (
-            f"\n\nCalibration: {seen.n_texts} texts of `{seen.source}`, {seen.n_tokens:,} tokens"
-            + (f" ({seen.n_cut} were cut at {seen.max_tokens})" if seen.n_cut else "")
-            + f", SHA-256 `{seen.sha256[:16]}`; no labels."
+            f"\n\nCalibration: {texts.n_texts} texts of `{texts.source}`, {texts.n_tokens:,} tokens"
+            + (f" ({texts.n_cut} were cut at {texts.max_tokens})" if texts.n_cut else "")
+            + f", SHA-256 `{texts.sha256[:16]}`; no labels."
         )
     used = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
     text += (
-        f"\n\n`gteopt.json` holds the rest: every layer with its scheme and error, everything left "
-        f"as it was, the hash of every file. Versions: {used}."
+        f"\n\n`gteopt.json` has the rest: every layer with its scheme and error, everything that "
+        f"is not quantized, the hash of every file. Versions: {used}."
     )
-    return text + (f" The base's license, {base.license}, holds." if base.license else "")
+    return text + (f" The base's license, {base.license}, applies." if base.license else "")
 
 
 def _shipped(recipe: Recipe) -> list[str] | None:
-    """Name and flags that give exactly this recipe; None for a recipe of the user's own."""
+    """The shipped name and the flags that give exactly this recipe; None if there are none."""
     if recipe.name not in shipped_names("recipes"):
         return None
     for effort, embedding, format in product(

@@ -1,4 +1,4 @@
-"""What a build will take: memory, disk, and the size of the artifact.
+"""Estimate memory, disk and time of a build, and the size of the artifact.
 
 Hides: how sizes follow from shapes and from a recipe. Refuses to know: weights; it reads
 configs and headers only.
@@ -43,15 +43,14 @@ from gteopt.quant.grid_search import search_bytes
 from gteopt.records.inspection import RecipeEstimate
 from gteopt.vectors.codes import code_bytes
 
-# Bytes for each weight that a build holds beside the model's tensors: the codes, their spread
-# bytes, and the float32 weight of a portable kernel.
+# Bytes for each weight that a kernel without packed products needs: the codes, the unpacked codes,
+# and the float32 weight.
 _DEQUANT_BYTES = 1 + 2 + 4
 _WRITE_BYTES = 2 * 256 << 20
-"""Files that blocks are put together in, while they are converted."""
+"""Memory for a file of several blocks while it is converted to another format."""
 _KEPT_BYTES, _KEPT_SHARE, _MOST_KEPT_BYTES = 40_000_000, 0.36, 220_000_000
-"""What libraries hold for themselves, and freed memory that the allocator keeps (the C library
-returns only what is larger than 32 MB at once): grows with the peak up to a limit. Measured, not
-derived: benchmarks/results/scale.json."""
+"""Memory of libraries, and freed memory that the C library's allocator keeps. It grows with the
+peak up to a limit. The numbers were measured: benchmarks/results/scale.json."""
 
 
 def estimate(
@@ -63,16 +62,16 @@ def estimate(
     activation_bytes: int = ACTIVATION_BYTES,
     hub_dir: Path | None = None,
 ) -> Iterable[RecipeEstimate]:
-    """Size, build memory and disk of each recipe applied to this base.
+    """Size, memory, disk and time of a build with each recipe on this base.
 
     Args:
         checkpoint: the base.
-        recipes: what to estimate.
+        recipes: the recipes to estimate.
         dtype: see `quantize`.
-        device: "cpu" or "cuda": whether bfloat16 is computed in float32 depends on it.
+        device: "cpu" or "cuda".
         activation_bytes: see `quantize`.
-        hub_dir: where calibration data sets lie; texts that cannot be read count with the most
-            tokens that the recipe allows.
+        hub_dir: folder in the Hub's layout with calibration data sets. If texts cannot be read, the
+            estimate uses the most tokens that the recipe allows.
     """
     base = _Base(checkpoint, build_skeleton(checkpoint), parse_dtype(dtype).itemsize)
     n_tokens: dict[Calibration, int] = {}
@@ -130,7 +129,7 @@ def _estimate_build(build: _Build) -> RecipeEstimate:
 
 
 def _wider_scale_bytes(linears: Mapping[str, nn.Linear], schemes: Mapping[str, LayerScheme]) -> int:
-    """Bytes that bitsandbytes' scales of NF4 take beyond ours: it stores float32, not float16."""
+    """More bytes that NF4's scales take in bitsandbytes' format, in float32 instead of float16."""
     return sum(
         2
         * linears[name].weight.numel()
@@ -141,7 +140,7 @@ def _wider_scale_bytes(linears: Mapping[str, nn.Linear], schemes: Mapping[str, L
 
 
 def count_parameters(checkpoint: Checkpoint) -> int:
-    """Parameters of the encoder; a head that files may also hold, such as `lm_head`, is no part."""
+    """Parameters of the encoder, without a head such as `lm_head` that the files may hold."""
     n_parameters = sum(p.numel() for p in build_skeleton(checkpoint).parameters())
     return n_parameters + n_latent_parameters(checkpoint)
 
@@ -166,13 +165,13 @@ class _Base:
 
     @cached_property
     def full_bytes(self) -> int:
-        """What all weights take unquantized."""
+        """Bytes of all weights without quantization."""
         n_parameters = sum(p.numel() for p in self.skeleton.parameters())
         return (n_parameters + n_latent_parameters(self.checkpoint)) * self.item_bytes
 
     @cached_property
     def buffer_bytes(self) -> int:
-        """What the model computes from its config when it is loaded."""
+        """Bytes of buffers, which the model computes from its config when it is loaded."""
         return sum(b.numel() * b.element_size() for b in self.skeleton.buffers())
 
     @property
@@ -189,10 +188,10 @@ class _Base:
 
 @dataclass(frozen=True)
 class _Build:
-    """What memory and disk of a build follow from.
+    """The facts that determine memory and disk of a build.
 
     Attributes:
-        n_tokens: of the calibration texts, padding included.
+        n_tokens: tokens of the calibration texts, including padding.
     """
 
     base: _Base
@@ -209,7 +208,7 @@ class _Build:
 
     @cached_property
     def packed_bytes(self) -> int:
-        """What the packed layers take; under a budget, what it allows them."""
+        """Bytes of the packed layers; with a budget, the bytes that it allows."""
         linears, schemes, weights = self.base.linears, self.plan.schemes, self.recipe.weights
         if isinstance(weights, GptqWeights) and weights.budget is not None:
             n_bytes = int(self.n_quantized * weights.budget / 8)
@@ -224,7 +223,7 @@ class _Build:
 
     @cached_property
     def saved_bytes(self) -> int:
-        """How much smaller the artifact's weights are than the base's."""
+        """How many bytes smaller the artifact's weights are than the base's."""
         saved = self.n_quantized * self.base.item_bytes - self.packed_bytes
         if self.recipe.embedding == "int8":
             table = self.base.table
@@ -233,23 +232,23 @@ class _Build:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU computes."""
+        """Whether the build runs on a GPU."""
         return self.device == "cuda"
 
     @property
     def replay_bytes(self) -> int:
-        """Bytes of a number in the dtype that blocks are replayed in."""
+        """Bytes of a number in the dtype in which blocks are replayed."""
         item_bytes = self.base.item_bytes
         return 4 if item_bytes == 2 and emulates_bfloat16(self.device) else item_bytes
 
     @property
     def n_hidden_kinds(self) -> int:
-        """2 where the original model's hidden states lie beside the quantized one's, else 1."""
+        """2 if the original model's hidden states are kept beside the quantized model's, else 1."""
         return 2 if needs_original(self.recipe, self.plan) else 1
 
 
 def _padded_tokens(checkpoint: Checkpoint, spec: Calibration, hub_dir: Path | None) -> int:
-    """Tokens of the calibration texts, padding included."""
+    """Tokens of the calibration texts, including padding."""
     try:
         tokens = tokenize(
             Tokenization(checkpoint), draw_texts(spec, hub_dir=hub_dir), spec.max_tokens
@@ -261,22 +260,22 @@ def _padded_tokens(checkpoint: Checkpoint, spec: Calibration, hub_dir: Path | No
 
 @dataclass(frozen=True)
 class _Memory:
-    """Most that a build holds at once, in bytes; without a GPU the host has all of it."""
+    """Peak memory of a build in bytes; without a GPU, all of it is on the host."""
 
     host: int
     device: int = 0
 
 
 def _memory(build: _Build) -> _Memory:
-    """Most that a build holds: loading, one block's work, tuning, or putting files together.
+    """Peak memory of a build: loading, one block's work, tuning, or writing files.
 
-    What is outside the blocks (nearly all of it the token embedding) is there all the time, a
-    block's weights only in its turn. A GPU holds what is computed with, hidden states too. The host
-    holds what is read and written.
+    Weights outside of the blocks, mostly the token embedding, are in memory all the time; a block's
+    weights only in its turn. A GPU holds weights and hidden states in use. The host holds tensors
+    that are read and written.
     """
     base, plan = build.base, build.plan
     blocks_name = plan.blocks
-    if blocks_name is None:  # the model, and its bytes while they are written
+    if blocks_name is None:  # the model, and a copy of it while it is written
         full = base.full_bytes
         return _Memory(full, full) if build.on_gpu else _Memory(2 * full)
     modules = base.skeleton.get_submodule(blocks_name)
@@ -300,7 +299,7 @@ def _memory(build: _Build) -> _Memory:
     written = min(_WRITE_BYTES, 2 * build.packed_bytes) + frame
     host = written if build.on_gpu else max(work, held + written)
     host += min(_KEPT_BYTES + int(_KEPT_SHARE * host), _MOST_KEPT_BYTES)
-    # A mapped file leaves nothing behind.
+    # Without the allocator's share, because a mapped file leaves no freed memory behind.
     host, work = max(host, read if build.on_gpu else load), max(work, load)
     if plan.tune_by == "model":
         n_other = count_parameters(base.checkpoint) - build.n_quantized
@@ -311,16 +310,16 @@ def _memory(build: _Build) -> _Memory:
 
 
 def _stored_item_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of a number in the weight files: a table is mapped from them while it is converted."""
+    """Bytes of a number in the weight files; the token table is mapped from them when it loads."""
     n_numbers = sum(prod(shape) for shape in checkpoint.tensors.values())
     return max(1, round(checkpoint.stored_bytes / n_numbers))
 
 
 def _disk_bytes(build: _Build) -> int:
-    """Most that a build has on disk: at its end, or while hidden states lie there.
+    """Peak disk of a build: at its end, or while hidden states are on disk.
 
-    Finished blocks stay until the artifact is whole, beside the files of another library's format.
-    If the model was tuned, they stay beside the solver's blocks as well.
+    Finished blocks stay until the artifact is complete, beside the files of another library's
+    format. If the model was tuned, the solver's blocks stay as well.
     """
     base, plan = build.base, build.plan
     side = sum(path.stat().st_size for path in base.checkpoint.side_files)
@@ -334,7 +333,7 @@ def _disk_bytes(build: _Build) -> int:
     if plan.format != "gteopt":
         at_the_end += blocks
         if weights - blocks <= _WRITE_BYTES // 2:
-            at_the_end += weights - blocks  # may be put together with blocks, not just renamed
+            at_the_end += weights - blocks  # may be copied into a file with blocks, not renamed
     if plan.tune_by == "model":
         at_the_end += blocks
     if not isinstance(build.recipe.weights, GptqWeights):
@@ -342,13 +341,13 @@ def _disk_bytes(build: _Build) -> int:
     hidden = build.n_hidden_kinds * build.n_tokens * base.hidden_size * build.replay_bytes
     fed = 0
     n_blocks = len(list(modules.children()))
-    if plan.choices and n_blocks > DEEP_BLOCKS:  # all that blocks are fed, before one is finished
+    if plan.choices and n_blocks > DEEP_BLOCKS:  # the inputs of all blocks, before any is finished
         fed = n_blocks * _state_bytes(build) - build.activation_bytes
     return max(at_the_end, blocks + max(0, hidden - build.activation_bytes), fed)
 
 
 def _state_bytes(build: _Build) -> int:
-    """Hidden states between two blocks of the texts that sensitivities are found on."""
+    """Bytes of the hidden states between two blocks, for the texts that measure sensitivities."""
     return _sensitivity_tokens(build) * build.base.hidden_size * build.replay_bytes
 
 
@@ -360,36 +359,38 @@ def _sensitivity_tokens(build: _Build) -> int:
 def _measuring_bytes(
     build: _Build, linears: Mapping[str, nn.Linear], n_blocks: int, n_parameters: int
 ) -> int:
-    """Most that measuring sensitivities takes: a block, and the hidden states of trials; where they
-    are estimated, what is fed to each block, and gradients.
+    """Peak bytes of measuring sensitivities: a block, and the hidden states of trials.
 
-    Beside them a layer is being rounded (whole, as codes, and in place), or the block runs.
+    If sensitivities are estimated, memory holds the input of each block and gradients instead of
+    trials. At the same time a layer is rounded (original, codes and rounded weight), or the block
+    runs.
 
     Args:
-        build: what is built.
-        linears: of the largest block.
-        n_blocks: how many there are.
-        n_parameters: of the largest.
+        build: the build.
+        linears: linear layers of the largest block.
+        n_blocks: number of blocks.
+        n_parameters: parameters of the largest block.
     """
     item = build.replay_bytes
     n_tokens, state = _sensitivity_tokens(build), _state_bytes(build)
     counts = [len(schemes) for schemes in build.plan.choices.values()]
     trials = max(min(sum(counts) * state, build.activation_bytes), max(counts) * state)
-    # The base's: at the first block, where this walk began, where it is, and moving on.
-    own = 4 * state
+    # The base's hidden states: at the first block, at the start of this walk, and at the current
+    # block before and after it runs.
+    base_states = 4 * state
     widest = max(max(layer.weight.shape) for layer in linears.values())
     running = min(n_tokens, BATCH_TOKENS) * (4 * widest + 4 * build.base.hidden_size) * item
     most = max(layer.weight.numel() for layer in linears.values())
     rounding = (4 + 1 + 4) * most + search_bytes(most)
     if n_blocks > DEEP_BLOCKS:
         trials = min(n_blocks * state, build.activation_bytes) + N_PROBES * state
-        own = 2 * state  # what the block gives out, as it is and with a layer rounded
-        running *= 2  # kept for the way back, and on it
-    return n_parameters * item + trials + own + max(running + item * most, rounding)
+        base_states = 2 * state  # the block's output, original and with a rounded layer
+        running *= 2  # activations that are kept for the backward pass, and their gradients
+    return n_parameters * item + trials + base_states + max(running + item * most, rounding)
 
 
 def _block_bytes(build: _Build, linears: Mapping[str, nn.Linear], n_parameters: int) -> int:
-    """Most that one block's turn takes: its weights, the texts' hidden states, the solver."""
+    """Peak bytes of one block's turn: its weights, the texts' hidden states, the solver."""
     weights, hidden_size = build.recipe.weights, build.base.hidden_size
     planned = [layer.weight for name, layer in linears.items() if name in build.plan.schemes]
     if not isinstance(weights, GptqWeights):
@@ -400,11 +401,11 @@ def _block_bytes(build: _Build, linears: Mapping[str, nn.Linear], n_parameters: 
     hidden = min(build.n_hidden_kinds * build.n_tokens * hidden_size * item, build.activation_bytes)
     widest = max(max(w.shape) for w in planned)
     n_batch = min(build.n_tokens, BATCH_TOKENS)
-    # An MLP's gate, its activation, the other half and their product; queries, keys, values and
-    # their rotations beside them.
+    # An MLP's gate, its activation, the up projection and their product; beside them queries, keys,
+    # values and their rotations.
     running = n_batch * (4 * widest + 4 * hidden_size) * item
-    worst = running
-    left = build.n_hidden_kinds * n_parameters * item
+    peak = running
+    loaded = build.n_hidden_kinds * n_parameters * item  # weights that are not packed yet
     readers = Counter(weight.shape[1] for weight in planned)
     for weight in planned:
         rows, columns = weight.shape
@@ -412,17 +413,17 @@ def _block_bytes(build: _Build, linears: Mapping[str, nn.Linear], n_parameters: 
         if uses_gptaq:
             n_cross_rows = min(rows, columns) if readers[columns] == 1 else columns
         solving = gptq.work_bytes(rows, columns, n_cross_rows=n_cross_rows)
-        seeing = 4 * columns * (columns + n_cross_rows) + running
-        seeing += (3 if uses_gptaq else 1) * 4 * n_batch * columns
-        worst = max(worst, left + solving, left + seeing)
-        left -= weight.numel() * item - packed_bytes(rows, columns, weights.scheme)
+        accumulating = 4 * columns * (columns + n_cross_rows) + running
+        accumulating += (3 if uses_gptaq else 1) * 4 * n_batch * columns
+        peak = max(peak, loaded + solving, loaded + accumulating)
+        loaded -= weight.numel() * item - packed_bytes(rows, columns, weights.scheme)
     most = max(w.numel() for w in planned)
-    worst = max(worst, left + running + _DEQUANT_BYTES * most)
+    peak = max(peak, loaded + running + _DEQUANT_BYTES * most)
     if build.plan.tune_by == "block":
         n_weights = sum(w.numel() for w in planned)
         n_other = n_parameters - n_weights
-        worst = max(worst, left + tuning.block_work_bytes(n_weights, n_other, hidden_size))
-    return hidden + worst
+        peak = max(peak, loaded + tuning.block_work_bytes(n_weights, n_other, hidden_size))
+    return hidden + peak
 
 
 def _vector_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:

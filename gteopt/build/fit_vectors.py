@@ -1,6 +1,6 @@
 """Fit projections and code ranges of a variant on vectors of its calibration texts.
 
-Hides: which vectors a fit needs. Refuses to know: weights, how a fit works (`vectors.fit` does).
+Hides: which vectors a fit needs. Refuses to know: weights, how a fit works (see `vectors.fit`).
 """
 
 from __future__ import annotations
@@ -31,48 +31,50 @@ def fit_transforms(
     hub_dir: Path | None = None,
     progress: Progress = quiet,
 ) -> list[VectorTransform]:
-    """The transforms that `truncate` would fit on the encoder, for every length in every code.
+    """Fit the transforms that `truncate` would fit on the encoder, for each length in each code.
 
-    An artifact is shortened by its own method, with its own calibration texts; a base is sliced.
-    The texts are encoded once.
+    An artifact uses the method and the calibration texts of its recipe; a base is sliced. The texts
+    are encoded once.
 
     Args:
         encoder: a base or an artifact.
-        dims: lengths; none is the model's full one alone.
-        codes: how a vector is stored.
-        hub_dir: where calibration data sets lie.
-        progress: told how many calibration texts are encoded.
+        dims: numbers of dimensions; an empty list means all dimensions.
+        codes: codes of stored vectors.
+        hub_dir: folder in the Hub's layout with calibration data sets.
+        progress: called with the calibration texts that are encoded.
 
     Returns:
-        One transform for each length and code, codes innermost.
+        One transform for each length and code; the codes of one length follow each other.
 
     Raises:
         InputError: more dimensions than the model has, or too few calibration texts.
     """
     manifest = encoder.manifest
-    own = manifest.recipe if manifest else Recipe(schema="gteopt.recipe/1", name="base")
-    method = own.dims.method if own.dims else "slice"
+    source = manifest.recipe if manifest else Recipe(schema="gteopt.recipe/1", name="base")
+    method = source.dims.method if source.dims else "slice"
     recipes = []
     for n in dims or [encoder.full_dims]:
         shorter = Dims(n=n, method=method) if n != encoder.full_dims else None
         for code in codes:
-            vectors = own.vectors
+            vectors = source.vectors
             if vectors.code != code:
-                vectors = Vectors(code=code, rescore=own.vectors.rescore)
-            recipe = own.model_copy(update={"dims": shorter, "vectors": vectors})
+                vectors = Vectors(code=code, rescore=source.vectors.rescore)
+            recipe = source.model_copy(update={"dims": shorter, "vectors": vectors})
             check_vectors(recipe, encoder.checkpoint)
             recipes.append(recipe)
-    # Recipes that fit nothing need no rows; `fit` reads their width.
-    texts = np.zeros((0, encoder.full_dims), np.float32)
+    # If nothing is fitted, `fit` reads only the width of this array, so no rows are needed.
+    fitted_on = np.zeros((0, encoder.full_dims), np.float32)
     if any(_is_fitted(recipe) for recipe in recipes):
-        drawn = draw_texts(own.calibration, hub_dir=hub_dir)
-        texts = _calibration_vectors(encoder, own, drawn, progress)
+        texts = draw_texts(source.calibration, hub_dir=hub_dir)
+        fitted_on = _calibration_vectors(encoder, source, texts, progress)
     similarity: Similarity = "cosine" if encoder.checkpoint.unit_vectors else "dot"
-    return [fit(texts, recipe.dims, recipe.vectors, similarity=similarity) for recipe in recipes]
+    return [
+        fit(fitted_on, recipe.dims, recipe.vectors, similarity=similarity) for recipe in recipes
+    ]
 
 
 def needs_texts(recipe: Recipe) -> bool:
-    """Whether a build of the recipe looks at calibration texts."""
+    """Whether a build of the recipe needs calibration texts."""
     return recipe.weights.method == "gptq" or _is_fitted(recipe)
 
 
@@ -84,10 +86,10 @@ def _is_fitted(recipe: Recipe) -> bool:
 
 
 def check_vectors(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Refuse vectors that the model cannot give, before the slow work starts.
+    """Check before the slow work that the model can give the recipe's vectors.
 
     Raises:
-        InputError: more dimensions than the model has, or bytes that no code has.
+        InputError: the recipe has more dimensions than the model, or bytes that no code has.
     """
     dims, n_bytes = recipe.dims, recipe.vectors.bytes
     if dims is not None and dims.n > checkpoint.dims:
@@ -103,10 +105,10 @@ def check_vectors(recipe: Recipe, checkpoint: Checkpoint) -> None:
 def fit_vectors(
     encoder: Encoder, recipe: Recipe, texts: Sequence[CalibrationText], progress: Progress
 ) -> VectorTransform:
-    """The recipe's vector transform, fitted on the variant's own vectors of the texts.
+    """Fit the recipe's vector transform on the variant's own vectors of the texts.
 
     Raises:
-        InputError: too few texts for what is to be fitted.
+        InputError: there are too few texts for the fit.
     """
     kept = encoder.checkpoint.truncate_dim
     similarity: Similarity = "cosine" if encoder.checkpoint.unit_vectors else "dot"

@@ -1,4 +1,4 @@
-"""Hidden states behind the latest finished block, so that a resumed build replays none before it.
+"""Store the hidden states after the latest finished block, so that a resumed build starts there.
 
 Hides: the files. Refuses to know: blocks and texts.
 """
@@ -21,19 +21,19 @@ _BEGUN = "begun"
 
 @dataclass(frozen=True)
 class KeptStates:
-    """Files of hidden states, one for each batch.
+    """Files of hidden states, one file for each batch.
 
     Attributes:
         folder: folder of the files.
-        n_bytes: most disk that they may take. Larger states are not kept, and a resumed build
-            replays the finished blocks.
+        n_bytes: the most bytes that the files may take. Larger states are not stored, and a resumed
+            build replays the finished blocks.
     """
 
     folder: Path
     n_bytes: int
 
     def keep(self, n_blocks: int, batches: Sequence[BlockInput]) -> None:
-        """Store the states behind the first `n_blocks` blocks; they replace those kept before."""
+        """Store the states after the first `n_blocks` blocks; earlier states are removed."""
         hidden = batches[0].hidden
         n_tokens = sum(batch.real.numel() for batch in batches)
         if n_tokens * hidden.shape[-1] * hidden.element_size() > self.n_bytes:
@@ -45,7 +45,7 @@ class KeptStates:
         begun.rename(self.folder / str(n_blocks))
 
     def n_blocks(self, batches: Sequence[BlockInput]) -> int:
-        """How many blocks the kept states lie behind; 0 where none fit these batches."""
+        """After how many blocks the stored states were taken; 0 if none fit these batches."""
         kept = [path for path in self.folder.glob("*") if path.name.isdigit()]
         if len(kept) != 1 or len(list(kept[0].glob("*"))) != len(batches):
             return 0
@@ -60,7 +60,7 @@ class KeptStates:
         return int(kept[0].name)
 
     def restore_(self, batches: Sequence[BlockInput]) -> None:
-        """Move batches behind the blocks that `n_blocks` counts."""
+        """Read the stored states into the batches; they are then after `n_blocks` blocks."""
         folder = self.folder / str(self.n_blocks(batches))
         for i, batch in enumerate(batches):
             batch.hidden = load_file(_file(folder, i))["hidden"].to(batch.real.device)

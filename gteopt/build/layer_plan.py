@@ -1,7 +1,7 @@
-"""What a recipe does to each linear layer of a base, decided before any work starts.
+"""Plan what a recipe does to each linear layer of a base, before any work starts.
 
-Hides: which layers a recipe takes and which scheme each gets, why others stay as they are, and
-which format can hold them. Refuses to know: weights, codes, shards.
+Hides: which layers are quantized and by which scheme, why other layers are not, and which format
+can hold them. Refuses to know: weights, codes, shards.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ from gteopt.records.manifest import EXPERTS, UnquantizedRecord
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a recipe does to each linear layer, decided before any work starts.
+    """What a recipe does to each linear layer.
 
     Attributes:
-        schemes: layer name -> scheme, in the model's order.
-        notes: layer name -> anything unusual.
+        schemes: scheme of each layer by its name, in the model's order.
+        notes: notes on unusual layers, by name.
         unquantized: everything that is not quantized, with the reason.
         format: format of the packed weights on disk; None without packed weights.
-        blocks: name of the model's list of transformer blocks; None if none is quantized.
-        choices: layer name -> schemes to choose from; empty unless the recipe has a budget.
-        tune_by: what is tuned at once after the solver; None tunes nothing.
+        blocks: name of the model's list of transformer blocks; None if no block is quantized.
+        choices: schemes to choose from, by layer name; empty unless the recipe has a budget.
+        tune_by: whether tuning after the solver takes the whole model or one block at a time; None
+            means no tuning.
     """
 
     schemes: Mapping[str, LayerScheme]
@@ -65,13 +66,13 @@ def plan_layers(
 
     Args:
         checkpoint: a base.
-        recipe: what to make of it.
+        recipe: the recipe.
         skeleton: the checkpoint's modules without weights, if the caller has them. Building them
-            takes half a second for a model of 7B.
+            takes half a second for a 7B model.
 
     Raises:
-        InputError: lists every layer whose input features the group size does not divide, unless
-            the recipe names a fallback; or the recipe's format cannot hold these layers.
+        InputError: the group size does not divide the input features of some layers (lists them)
+            and the recipe has no fallback; or the recipe's format cannot hold these layers.
         UnsupportedError: the architecture has no transformer blocks.
     """
     skeleton = build_skeleton(checkpoint) if skeleton is None else skeleton
@@ -88,9 +89,9 @@ def plan_layers(
         )
     if checkpoint.is_table:
         raise UnsupportedError(
-            f"{checkpoint.id} is a table of token vectors without a transformer: there is nothing "
-            f"to quantize but its table. Recipe bf16 with dims or vectors: int8 makes its vectors "
-            f"smaller"
+            f"{checkpoint.id} is a table of token vectors without a transformer, so it has no "
+            f"layers to quantize. To make its vectors smaller, use recipe bf16 with dims or "
+            f"vectors: int8"
         )
     blocks, _ = find_blocks(skeleton, checkpoint.config.get("num_hidden_layers"))
     linears, reasons = _layers_to_quantize(skeleton, blocks, weights.skip)
@@ -122,7 +123,7 @@ def plan_layers(
 def _layers_to_quantize(
     skeleton: nn.Module, blocks: str, skip: Sequence[str]
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """Linear layers that a recipe takes, and why it leaves the others."""
+    """The linear layers that a recipe quantizes, and the reasons why it does not take others."""
     linears: dict[str, nn.Linear] = {}
     reasons: dict[str, str] = {}
     for name, module in skeleton.named_modules():
@@ -140,7 +141,7 @@ def _layers_to_quantize(
 def _assign_schemes(
     recipe_name: str, weights: RtnWeights | GptqWeights, linears: Mapping[str, nn.Linear]
 ) -> tuple[dict[str, LayerScheme], dict[str, str], dict[str, str]]:
-    """Each layer's scheme, notes on those that fall back, and why some layers are skipped.
+    """Each layer's scheme, notes on layers with the fallback, and reasons for skipped layers.
 
     Raises:
         InputError: the group size does not divide some layers, and the recipe has no fallback.
@@ -172,27 +173,27 @@ def _assign_schemes(
 
 
 def _check_embedding_and_format(checkpoint: Checkpoint, recipe: Recipe, n_layers: int) -> None:
-    """Refuse what the artifact's format could not hold.
+    """Check that the artifact's format can hold the model.
 
     Raises:
-        InputError: an int8 embedding alone, or another library's format for a nested model.
+        InputError: only the embedding is int8, or a nested model has another library's format.
     """
     if recipe.embedding == "int8" and not n_layers:
         raise InputError(
-            f"recipe {recipe.name} skips every layer; embedding: int8 goes with quantized ones"
+            f"recipe {recipe.name} skips every layer; embedding: int8 needs quantized layers"
         )
     if checkpoint.latent is not None and recipe.format not in ("auto", "gteopt"):
         raise InputError(
-            f"recipe {recipe.name}: format {recipe.format} is for folders that other libraries "
-            f"open; none has the latent-attention pooling of {checkpoint.id}. Leave format out"
+            f"recipe {recipe.name}: no library that reads format {recipe.format} has the "
+            f"latent-attention pooling of {checkpoint.id}; leave format out"
         )
 
 
 def _tune_by(recipe: Recipe, n_weights: int) -> Literal["model", "block"] | None:
-    """What a recipe tunes at once in a model of so many quantized weights.
+    """Whether a model with `n_weights` quantized weights is tuned as a whole or by block.
 
     Raises:
-        InputError: the recipe tunes the whole model, which is too large.
+        InputError: the recipe asks to tune the whole model, but it is too large.
     """
     weights = recipe.weights
     if not isinstance(weights, GptqWeights) or weights.effort == "fast":
@@ -203,13 +204,13 @@ def _tune_by(recipe: Recipe, n_weights: int) -> Literal["model", "block"] | None
     if weights.tune_by == "model" and is_large:
         raise InputError(
             f"recipe {recipe.name}: tune_by: model takes up to {MOST_WEIGHTS / 1e9:g} billion "
-            f"quantized weights, found {n_weights / 1e9:.2g} billion; say auto or block"
+            f"quantized weights, found {n_weights / 1e9:.2g} billion; use auto or block"
         )
     return weights.tune_by
 
 
 def needs_original(recipe: Recipe, plan: LayerPlan) -> bool:
-    """Whether each block's original runs beside the quantized one."""
+    """Whether the original of each block runs beside the quantized block."""
     uses_gptaq = isinstance(recipe.weights, GptqWeights) and recipe.weights.gptaq_strength > 0
     return uses_gptaq or plan.tune_by == "block"
 
@@ -224,11 +225,11 @@ def _latent_record(checkpoint: Checkpoint) -> tuple[UnquantizedRecord, ...]:
 
 
 def n_latent_parameters(checkpoint: Checkpoint) -> int:
-    """Parameters of a latent-attention pooling; 0 without one."""
+    """Parameters of a latent-attention pooling; 0 if the model has none."""
     shapes = dict(checkpoint.tensors)
-    own = checkpoint.folder / LATENT_FILE
-    if own.is_file():
-        with safe_open(own, framework="numpy") as handle:
+    file = checkpoint.folder / LATENT_FILE
+    if file.is_file():
+        with safe_open(file, framework="numpy") as handle:
             shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
     return sum(math.prod(s) for name, s in shapes.items() if name.startswith(LATENT_PREFIX))
 
@@ -256,7 +257,7 @@ def _plan_format(
     choices: Mapping[str, tuple[LayerScheme, ...]],
     shapes: Mapping[str, Shape],
 ) -> FormatName:
-    """The format for these layers; with a budget, one that holds every choice."""
+    """The format for these layers; with a budget, a format that can hold every choice."""
     if recipe.embedding == "int8":
         return "gteopt"
     if not choices:
@@ -277,7 +278,7 @@ def _unquantized(
     schemes: Mapping[str, LayerScheme],
     reasons: Mapping[str, str],
 ) -> tuple[UnquantizedRecord, ...]:
-    """Everything with parameters of its own that is not quantized, with the reason."""
+    """Every module with its own parameters that is not quantized, with the reason."""
     table = embedding_name(skeleton) if recipe.embedding == "int8" else None
     modules = [
         record
@@ -290,7 +291,7 @@ def _unquantized(
 def _unquantized_modules(
     skeleton: nn.Module, schemes: Mapping[str, LayerScheme], reasons: Mapping[str, str]
 ) -> Iterable[UnquantizedRecord]:
-    """Every module with parameters of its own that no scheme covers, with the reason."""
+    """Every module with its own parameters that has no scheme, with the reason."""
     total = sum(p.numel() for p in skeleton.parameters())
     experts = sum(p.numel() for p in skeleton.parameters() if p.dim() > 2)
     for name, module in skeleton.named_modules():
@@ -314,7 +315,7 @@ def _unquantized_modules(
 
 
 def shortens(recipe: Recipe) -> bool:
-    """Whether the variant's vectors differ from the model's in length or code."""
+    """Whether the recipe changes the vectors' dimensions or code."""
     return recipe.dims is not None or recipe.vectors.code != "float32"
 
 

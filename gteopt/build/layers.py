@@ -1,7 +1,7 @@
-"""Quantize one linear layer: its weight and what it reads become codes and a record.
+"""Quantize linear layers: a weight and the statistics of its inputs become codes and a record.
 
-Hides: what the manifest says of a layer, how layers share a factor, and how they are solved side by
-side. Refuses to know: blocks, files, in which order layers are solved.
+Hides: what the manifest says about a layer, how layers share a factor, and how layers are solved at
+the same time. Refuses to know: blocks, files, in which order layers are solved.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from gteopt.records.manifest import LayerRecord
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What is known of the inputs of layers that read the same.
+    """Statistics of a tensor that one or more layers read.
 
     Attributes:
-        statistics: their second moment, and the cross term where the original model is compared.
-        grid: how they are rounded, where activations are static.
-        mean: their mean [I] float32 before rounding, where activations are static.
-        factor: of the inverse Hessian, where several layers share it.
+        statistics: second moment of the inputs, and the cross term if the original model runs too.
+        grid: how inputs are rounded, if activations are static.
+        mean: mean of the inputs before rounding, float32 [I], if activations are static.
+        factor: factor of the inverse Hessian, if several layers share it.
     """
 
     statistics: HessianAccumulator
@@ -45,12 +45,12 @@ class LayerInputs:
     factor: InverseFactor | None = None
 
     def to(self, device: str) -> LayerInputs:
-        """What solving takes, on another device, without the factor."""
+        """The statistics and the grid on another device, without the factor."""
         grid = None if self.grid is None else self.grid.to(device)
         return LayerInputs(self.statistics.to(device), grid)
 
     def factorised(self, name: str, weights: GptqWeights) -> LayerInputs:
-        """The same with the factor; an error names the layer `name`."""
+        """A copy with the factor; `name` names the layer in errors."""
         try:
             factor = gptq.prepare(self.statistics.hessian, _options(weights))
         except NumericsError as error:
@@ -75,14 +75,14 @@ def quantize_layer(
     inputs: LayerInputs | None,
     note: str | None,
 ) -> tuple[LayerRecord, QuantizedWeight]:
-    """Codes of one weight matrix [O, I] float32 and what the manifest says of them.
+    """The codes of one weight, float32 [O, I], and the manifest's record of the layer.
 
     Raises:
         NumericsError: names the layer; see `gptq.solve`.
     """
     notes = [note] if note else []
     output_snr = None
-    if inputs is not None and inputs.grid is not None:  # inputs are in units of its scales
+    if inputs is not None and inputs.grid is not None:  # the inputs are in units of these scales
         weight = weight * inputs.grid.scale
     if isinstance(weights, RtnWeights):
         codes = quantize_rtn(weight, scheme, clip_search=weights.clip_search)
@@ -99,11 +99,11 @@ def quantize_layer(
             )
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
-        # A copy, because each layer stores a grid of its own.
+        # A copy, because each layer stores its own grid.
         codes = replace(result.weight, inputs=copy.deepcopy(inputs.grid))
         output_snr = result.output_snr_db
         if result.damping > weights.damping:
-            notes.append(f"damping raised to {result.damping:g} for the factorisation")
+            notes.append(f"damping raised to {result.damping:g} for the factorization")
         if too_few := few_tokens(inputs.statistics.n_rows, weight.shape[1]):
             notes.append(too_few)
         if result.n_dead:
@@ -133,22 +133,22 @@ def solve_layers(
 ) -> Iterator[tuple[str, LayerRecord, QuantizedWeight]]:
     """Quantize layers that read the same inputs, in their order; see `quantize_layer`.
 
-    Several devices have a thread each, since layers do not depend on each other. On one device, a
-    layer is solved when the caller asks for it. Layers on one device share the factor of their
-    Hessian.
+    With several devices, each has a thread, because layers do not depend on each other. On one
+    device, a layer is solved when the caller asks for it. Layers on one device share the factor of
+    their Hessian.
 
     Args:
-        linears: the layers by name; each leaves the dictionary when it is solved, so that the
-            caller can free its weight.
-        plan: says the layers' schemes.
-        weights: how the recipe quantizes.
-        inputs: what the layers read; None for a method that looks at weights alone.
-        devices: where layers are solved.
+        linears: the layers by name; a layer is removed when it is solved, so that the caller can
+            free its weight.
+        plan: the scheme of each layer.
+        weights: the recipe's settings of quantization.
+        inputs: statistics of the layers' inputs; None for a method that needs only weights.
+        devices: devices that solve layers.
     """
     names = list(linears)
     shared: dict[str, LayerInputs] = {}
 
-    @torch.inference_mode()  # each thread has a mode of its own
+    @torch.inference_mode()  # the mode of the main thread does not hold in other threads
     def solve(name: str, device: str) -> tuple[LayerRecord, QuantizedWeight]:
         weight = linears.pop(name).weight
         note = plan.notes.get(name)
@@ -174,8 +174,8 @@ def solve_layers(
     if inputs is not None:
         _ = inputs.statistics.hessian  # mirrored once, before threads share it
     for device in devices:
-        # torch loads its GPU algebra at first use, and fails where two threads do so at once
-        # (https://github.com/pytorch/pytorch/issues/90613).
+        # torch loads its GPU linear algebra at first use, and fails if two threads do so at the
+        # same time (https://github.com/pytorch/pytorch/issues/90613).
         torch.linalg.cholesky_ex(torch.eye(1, device=device))
     with ExitStack() as stack:
         pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in devices]
@@ -189,7 +189,7 @@ def solve_layers(
 
 @contextmanager
 def memory_errors(name: str) -> Iterator[None]:
-    """Turn errors about memory, on the device or off it, into one that names the layer."""
+    """Turn out-of-memory errors of host or device into an error that names the layer."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""The build: recipe + base -> artifact, block by block, resumable.
+"""Build an artifact from a recipe and a base, block by block, so that a build can resume.
 
 Hides: the order of work (plan, calibrate, solve, pack, shorten vectors, seal), and when files are
 written. A finished block is stored at once, so that an interrupted build resumes after it. Refuses
@@ -77,32 +77,33 @@ def quantize(
     activation_bytes: int = ACTIVATION_BYTES,
     progress: Progress = quiet,
 ) -> Manifest:
-    """Make the variant that `recipe` describes and put it at `out`.
+    """Make the variant that `recipe` describes, and write it to `out`.
 
     Finished blocks are kept in a hidden folder beside `out`; after an interruption, the same call
-    resumes there. An `out` that already holds this variant is not touched.
+    resumes there. If `out` already holds this variant, nothing changes.
 
     Args:
         base: "nano", a model folder, or `<org>/<name>`.
         recipe: a recipe, a shipped name, or a YAML file.
         out: folder of the artifact; must not exist, or be empty.
-        hub_dir: models and data sets are read from here and the network is never touched.
-        revision: of a base on the Hub.
-        family: see `open_checkpoint`; the artifact remembers it.
-        device: where calibration runs.
-        devices: devices of one kind that solve layers with the same inputs side by side: queries,
-            keys and values, say. Calibration runs on the first. Each holds the Hessian and the
-            solver's memory. They change no result.
-        dtype: of everything that is not quantized, and of the computation. A processor that only
-            emulates bfloat16 computes in float32.
-        activation_bytes: most memory for the hidden states of the calibration texts; the rest lies
-            in files beside `out` during the build. It changes no result.
-        progress: told after each block.
+        hub_dir: folder in the Hub's layout. Models and data sets are read from it, and the network
+            is not used.
+        revision: revision of a base on the Hub.
+        family: see `open_checkpoint`; the artifact records it.
+        device: device of the build.
+        devices: devices of one kind that solve layers with the same inputs at the same time, such
+            as queries, keys and values. Calibration runs on the first device. Each device needs
+            memory for the Hessian and the solver. The devices change no result.
+        dtype: dtype of weights that are not quantized, and of the computation. A processor that
+            only emulates bfloat16 computes in float32.
+        activation_bytes: the most memory for hidden states of the calibration texts. Larger states
+            are written to files beside `out` during the build. It changes no result.
+        progress: called after each block.
 
     Raises:
-        InputError: base, recipe, calibration texts or `out` cannot be used; before any work.
+        InputError: base, recipe, calibration texts or `out` cannot be used; raised before any work.
         IntegrityError: the base's files are damaged.
-        NumericsError: weights or activations hold NaN, or a factorisation failed.
+        NumericsError: weights or activations hold NaN, or a factorization failed.
 
     Example:
         >>> manifest = gteopt.quantize("nano", "gptq-int4", "artifacts/nano-int4")
@@ -144,7 +145,7 @@ def quantize(
 
 
 def _quantize(run: BuildRun) -> Manifest:
-    """`quantize` after its arguments were checked, with the stage folder to itself."""
+    """The rest of `quantize`, with checked arguments and a lock on the stage folder."""
     checkpoint, recipe = run.checkpoint, run.recipe
     sealed = resume_seal(run)
     if sealed is not None:
@@ -154,7 +155,7 @@ def _quantize(run: BuildRun) -> Manifest:
     stage = open_stage(run)
 
     run.progress(f"loading {checkpoint.id}", 0, 1)
-    with memory_errors("what is outside the blocks"):
+    with memory_errors("the weights outside of the blocks"):
         options = RuntimeOptions(run.device, run.dtype)
         encoder = load_checkpoint(checkpoint, options, later=plan.blocks)
     base = describe_base(checkpoint, encoder)
@@ -186,7 +187,7 @@ def _quantize(run: BuildRun) -> Manifest:
 def _quantize_layers(
     run: BuildRun, encoder: Encoder, plan: LayerPlan, tokens: Sequence[Sequence[int]]
 ) -> tuple[tuple[LayerRecord, ...], TuningRecord | None]:
-    """Quantize all blocks, and tune the whole model where the plan says so."""
+    """Quantize all blocks, and tune the whole model if the plan says so."""
     if plan.blocks is None:
         return (), None
     tuned = plan.tune_by == "model"
@@ -196,16 +197,17 @@ def _quantize_layers(
     inputs: list[BlockInput] = []
     is_done = [notes_path(shard_path(shards, i)).is_file() for i in range(len(blocks))]
     if not all(is_done) and isinstance(run.recipe.weights, GptqWeights):
-        # The original model's hidden states lie beside the quantized model's.
+        # With the original model's hidden states, each kind gets half of the memory.
         n_kinds = 2 if needs_original(run.recipe, plan) else 1
         spill = StateSpill(run.activation_bytes // n_kinds, run.activations)
         with memory_errors(blocks[0].name):
             blocks, inputs = open_blocks(encoder, tokens, dtype=replay_dtype(encoder), spill=spill)
     build = BlockBuild(encoder, run.recipe, plan, run.devices, run.progress)
-    # The artifact will hold the token table, so states of that size take no more disk than it.
+    # States of at most the token table's size never raise the peak disk of the build, because the
+    # table is written only at the end.
     table = encoder.module.get_input_embeddings()  # type: ignore[operator]
     n_bytes = sum(tensor.nbytes for tensor in (*table.parameters(), *table.buffers()))
-    # States that memory has no room for lie on disk already.
+    # States above `activation_bytes` are on disk already; a second copy would double their size.
     kept = KeptStates(run.activations / "kept", min(n_bytes, run.activation_bytes))
     layers, tuning = quantize_blocks(build, blocks, inputs, shards, kept)
     del inputs
@@ -218,7 +220,7 @@ def _quantize_layers(
 
 @torch.inference_mode()
 def _pack_embedding_(encoder: Encoder) -> LayerRecord:
-    """Replace the token embedding table by int8 rows, a few thousand at a time."""
+    """Replace the token embedding table by int8 rows; a few thousand rows at a time."""
     name = embedding_name(encoder.module)
     table = encoder.module.get_submodule(name)
     assert isinstance(table, nn.Embedding)

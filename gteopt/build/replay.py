@@ -1,4 +1,4 @@
-"""The blocks of a transformer, run one after the other on stored inputs.
+"""Run the blocks of a transformer one after the other on stored inputs.
 
 Hides: how a transformer is cut into blocks and replayed with exactly the arguments that its own
 forward pass gives each block (mask, positions, attention direction). Padding is never counted.
@@ -28,34 +28,34 @@ from gteopt.quant.hessian import HessianAccumulator
 from gteopt.quant.static_activations import InputGrid, SeenInputs
 
 BATCH_TOKENS = 2048
-"""Padded tokens that run through a block at once. In float32, a layer's output of 18,944 features
-takes 160 MB for them."""
+"""Padded tokens that run through a block at once. For so many tokens, a wide layer's output takes
+160 MB in float32 (18,944 features)."""
 
 
 @dataclass(frozen=True)
 class StateSpill:
-    """How much memory hidden states of the calibration texts may take, and where the rest goes.
+    """How much memory hidden states of the calibration texts may take, and where others are stored.
 
     Attributes:
-        n_bytes: most memory, over all batches.
-        folder: folder of the rest, with one file for each batch.
+        n_bytes: the most memory of all batches together.
+        folder: folder for the other batches, with one file for each batch.
     """
 
     n_bytes: int
     folder: Path
 
     def file(self, name: str) -> Path:
-        """A file of this name in the folder, which is there from now on."""
+        """The path of a file in the folder; makes the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{name}.safetensors"
 
 
 class BlockInput:
-    """One padded batch on its way through the blocks, which replace `hidden` in turn.
+    """One padded batch on its way through the blocks; each block replaces `hidden`.
 
     Attributes:
         real: [N, T] bool, False on padding.
-        pooled: [N, T], the tokens that a text's vector is made of.
+        pooled: [N, T], the tokens whose hidden states are pooled.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class BlockInput:
         self.hidden = hidden
 
     def copy(self) -> BlockInput:
-        """An independent copy of the batch, in front of the same block."""
+        """An independent copy of the batch with the same hidden states."""
         file = None if self._file is None else self._file.with_name(f"copy-{self._file.name}")
         return BlockInput(self.hidden, self.real, self.pooled, file)
 
     @property
     def hidden(self) -> Tensor:
-        """[N, T, D]; a batch with a file reads it at each use."""
+        """The hidden states [N, T, D]; if they are in a file, each use reads the file."""
         if self._held is not None:
             return self._held
         assert self._file is not None
@@ -88,7 +88,7 @@ class BlockInput:
         else:
             try:
                 save_file({"hidden": value.contiguous().cpu()}, self._file)
-            except SafetensorError as error:  # safetensors has its own type for a full disk
+            except SafetensorError as error:  # how safetensors reports a full disk
                 raise OSError(f"{self._file} cannot be written: {error}") from error
 
 
@@ -105,7 +105,7 @@ class Block:
         """The block's output [N, T, D] for one batch."""
         args, kwargs = self.calls[batch]
         on_gpu = torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext()
-        with on_gpu:  # Triton launches on the current one
+        with on_gpu:  # Triton launches kernels on the current GPU
             out = self.module(hidden, *args, **kwargs)
         return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
@@ -119,10 +119,10 @@ class Block:
 
 
 def find_blocks(module: nn.Module, n_layers: int | None) -> tuple[str, nn.ModuleList]:
-    """The list of transformer blocks inside a model and its name.
+    """Find the list of transformer blocks inside a model; returns its name and the list.
 
     Raises:
-        UnsupportedError: the model has no list of alike blocks with linear layers.
+        UnsupportedError: the model has no list of blocks of one type with linear layers.
     """
     for name, modules in module.named_modules():
         if (
@@ -139,15 +139,15 @@ def find_blocks(module: nn.Module, n_layers: int | None) -> tuple[str, nn.Module
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: records its arguments, and returns the hidden states unchanged.
+    """Replaces a block: records its arguments, and returns the hidden states unchanged.
 
-    The model's forward may read attributes of a block, such as ModernBERT's `attention_type`. They
-    are the original block's.
+    The model's forward may read attributes of a block, such as ModernBERT's `attention_type`. The
+    recorder takes them from the original block.
     """
 
     def __init__(self, returns_tuple: bool, original: nn.Module) -> None:
         super().__init__()
-        self._original = (original,)  # in a tuple, so that it is no submodule
+        self._original = (original,)  # in a tuple, so that torch does not register a submodule
         self.returns_tuple = returns_tuple
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.hidden: Tensor
@@ -175,14 +175,16 @@ def open_blocks(
 ) -> tuple[list[Block], list[BlockInput]]:
     """Cut the model into blocks, and compute what the first block reads.
 
-    The model's own forward runs once with a recorder in place of every block. Each block is later
-    replayed with its own keywords: a dropped `is_causal` would calibrate causally.
+    The model's own forward runs once with a recorder in place of every block. Later each block is
+    replayed with its recorded keywords. Without the keyword `is_causal`, a block would attend
+    causally.
 
     Args:
         encoder: the model; its blocks' weights may still be in their files.
         tokens: token ids of the texts.
-        dtype: of the hidden states and of the blocks' other arguments; None is the model's own.
-        spill: for the hidden states; None keeps all of them in memory.
+        dtype: dtype of the hidden states and of the blocks' other arguments; None means the
+            model's.
+        spill: where hidden states are stored; None keeps all in memory.
 
     Returns:
         The blocks in order, and a `BlockInput` for each batch of at most 2048 padded tokens.
@@ -224,10 +226,10 @@ def open_blocks(
 
 
 def _returns_tuple(encoder: Encoder, block: nn.Module, tokens: Sequence[int]) -> bool:
-    """Whether a block returns a tuple, of which only the first place is taken.
+    """Whether a block returns a tuple whose only tensor is the first item.
 
     Raises:
-        UnsupportedError: other places hold tensors, too.
+        UnsupportedError: other items are tensors, too.
     """
     returned: list[Any] = []
 
@@ -245,15 +247,15 @@ def _returns_tuple(encoder: Encoder, block: nn.Module, tokens: Sequence[int]) ->
         return False
     if any(isinstance(value, Tensor) for value in out[1:]):
         raise UnsupportedError(
-            f"{type(encoder.module).__name__}: its blocks hand on more than hidden states "
-            f"(T5's first one makes the position bias of all), so they cannot be replayed one by "
-            f"one; use a recipe that needs no calibration (rtn-int8, rtn-int4)"
+            f"{type(encoder.module).__name__}: its blocks hand on more than hidden states (such as "
+            f"T5's position bias), so they cannot be replayed one by one; use a recipe that needs "
+            f"no calibration (rtn-int8, rtn-int4)"
         )
     return True
 
 
 def replay_dtype(encoder: Encoder) -> torch.dtype:
-    """What a build replays blocks in: the model's dtype, or float32 where bfloat16 is emulated.
+    """The dtype in which a build replays blocks: float32 if bfloat16 is emulated, else the model's.
 
     A processor without bfloat16 instructions multiplies float32 several times faster.
     """
@@ -268,13 +270,13 @@ def emulates_bfloat16(device: str) -> bool:
 
 
 def _cast(value: Any, old: torch.dtype, new: torch.dtype, done: dict[int, Tensor]) -> Any:
-    """A block's arguments with every tensor of dtype `old` in `new`.
+    """Convert every tensor of dtype `old` in a block's arguments to `new`.
 
     Args:
         value: the arguments, or one of them.
-        old: of the tensors to change.
-        new: what they become.
-        done: converted tensors by the `id` of the original, so that blocks go on sharing them.
+        old: dtype of the tensors to convert.
+        new: the dtype that they get.
+        done: converted tensors by the `id` of the original, so that blocks still share them.
     """
     if isinstance(value, Tensor) and value.dtype == old != new:
         if id(value) not in done:
@@ -288,9 +290,9 @@ def _cast(value: Any, old: torch.dtype, new: torch.dtype, done: dict[int, Tensor
 
 
 def learnable(value: Any, dtype: torch.dtype) -> Any:
-    """A copy of a block's arguments, or of one of them, with float tensors in `dtype`.
+    """A copy of a block's arguments, or of one argument, with float tensors in `dtype`.
 
-    Gradients can flow through the copy; tensors from inference mode have none.
+    Gradients can flow through the copy, but not through tensors from inference mode.
     """
     if isinstance(value, Tensor):
         return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
@@ -302,7 +304,7 @@ def learnable(value: Any, dtype: torch.dtype) -> Any:
 
 
 class _FixedOutput(nn.Module):
-    """Stands in for every block: returns hidden states that were computed elsewhere."""
+    """Replaces every block: returns hidden states that were computed elsewhere."""
 
     hidden: Tensor
 
@@ -325,10 +327,10 @@ def behind_blocks(
     Differentiable.
 
     Args:
-        encoder: the model that `open_blocks` was given.
-        blocks: as it returned them.
+        encoder: the model that was given to `open_blocks`.
+        blocks: the blocks that `open_blocks` returned.
         hidden: the last block's output [N, T, D], batch by batch.
-        inputs: the batches, as it returned them.
+        inputs: the batches that `open_blocks` returned.
     """
     _, block_list = find_blocks(encoder.module, encoder.checkpoint.config.get("num_hidden_layers"))
     stub = _FixedOutput(blocks[0].returns_tuple)
@@ -347,7 +349,7 @@ def behind_blocks(
 
 
 def token_batches(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Texts sorted by length, cut so that a padded batch stays within the token budget."""
+    """Batches of texts of similar length, each of at most `BATCH_TOKENS` padded tokens."""
     batch: list[Sequence[int]] = []
     for ids in sorted(tokens, key=len):
         if batch and (len(batch) + 1) * len(ids) > BATCH_TOKENS:
@@ -359,18 +361,18 @@ def token_batches(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int
 
 @torch.inference_mode()
 def running_order(block: Block, inputs: Sequence[BlockInput]) -> list[list[str]]:
-    """The block's linear layers in running order; layers that read one tensor form a group.
+    """The block's linear layers in running order; layers that read the same tensor form a group.
 
     Quantizing group by group lets each layer read the output of the quantized layers before it
     ("true sequential" in the GPTQ code).
     """
-    seen: list[tuple[str, int, tuple[int, ...]]] = []
-    alive: list[Tensor] = []  # inputs are kept alive, or a freed address could be used again
+    runs: list[tuple[str, int, tuple[int, ...]]] = []
+    alive: list[Tensor] = []  # inputs stay alive, because a freed address could be used again
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             alive.append(args[0])
-            seen.append((name, args[0].data_ptr(), tuple(args[0].shape)))
+            runs.append((name, args[0].data_ptr(), tuple(args[0].shape)))
 
         return hook
 
@@ -383,25 +385,25 @@ def running_order(block: Block, inputs: Sequence[BlockInput]) -> list[list[str]]
         for handle in handles:
             handle.remove()
     groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-    for name, address, shape in seen:
+    for name, address, shape in runs:
         groups.setdefault((address, shape), []).append(name)
     return list(groups.values())
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the wanted tensor has been seen."""
+    """Ends a forward pass after a hook has the tensor that it needs."""
 
 
 @dataclass(frozen=True)
 class Original:
-    """A block as it was before it was quantized, with what the original model feeds it."""
+    """A block before quantization, and its inputs in the original model."""
 
     block: Block
     inputs: Sequence[BlockInput]
 
 
 def copy_block(block: Block) -> Block:
-    """The block with weights of its own."""
+    """A copy of the block with its own weights."""
     return replace(block, module=copy.deepcopy(block.module))
 
 
@@ -415,15 +417,15 @@ def accumulate_hessian(
     is_alone: bool = False,
     grid: InputGrid | None = None,
 ) -> HessianAccumulator:
-    """Statistics of what one linear layer reads, over all real tokens of all batches.
+    """Statistics of the inputs of one linear layer, over all real tokens of all batches.
 
     Args:
-        block: partly quantized.
+        block: the partly quantized block.
         layer: name of the layer in the whole model.
-        inputs: what the quantized model feeds the block.
-        original: given, the accumulator also compares with what the original layer reads.
-        is_alone: the statistics are for this layer only, not for others with the same input.
-        grid: given, the statistics are of the steps to which it rounds the inputs.
+        inputs: the block's inputs in the quantized model.
+        original: if given, the cross term with the inputs in the original model is summed, too.
+        is_alone: whether no other layer reads the same inputs.
+        grid: if given, the statistics are of the inputs after rounding to this grid, in its steps.
 
     Raises:
         NumericsError: the activations hold NaN or infinity.
@@ -443,16 +445,16 @@ def accumulate_hessian(
 
 
 def watch_inputs(block: Block, layer: str, inputs: Sequence[BlockInput]) -> SeenInputs:
-    """Ranges and moments of what one linear layer reads, over all real tokens of all batches.
+    """Ranges and moments of the inputs of one linear layer, over all real tokens of all batches.
 
     Raises:
         NumericsError: the activations hold NaN or infinity.
     """
     linear = _linear(block, layer)
-    seen = SeenInputs(linear.in_features, linear.weight.device)
+    ranges = SeenInputs(linear.in_features, linear.weight.device)
     for i, batch in enumerate(inputs):
-        seen.add(_layer_inputs(block, layer, i, batch))
-    return seen
+        ranges.add(_layer_inputs(block, layer, i, batch))
+    return ranges
 
 
 def _linear(block: Block, layer: str) -> nn.Linear:
@@ -462,7 +464,7 @@ def _linear(block: Block, layer: str) -> nn.Linear:
 
 
 def _layer_inputs(block: Block, layer: str, i: int, batch: BlockInput) -> Tensor:
-    """What a layer of the block reads for the real tokens of batch `i`: [n, I].
+    """The inputs of a layer for the real tokens of batch `i`: [n, I].
 
     Raises:
         NumericsError: an input is NaN or infinite.
@@ -470,7 +472,7 @@ def _layer_inputs(block: Block, layer: str, i: int, batch: BlockInput) -> Tensor
     rows: list[Tensor] = []
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # OPT lays the tokens of a batch end to end before its MLP: [N * T, I].
+        # Reshaped, because OPT flattens a batch to [N * T, I] before its MLP.
         rows.append(args[0].reshape(*batch.real.shape, -1)[batch.real])
         raise _Stop
 
@@ -487,6 +489,6 @@ def _layer_inputs(block: Block, layer: str, i: int, batch: BlockInput) -> Tensor
 
 @torch.inference_mode()
 def advance_(block: Block, inputs: Sequence[BlockInput]) -> None:
-    """Move every batch through the block; the inputs become the next block's."""
+    """Run the block on every batch; the batches are then the inputs of the next block."""
     for i, batch in enumerate(inputs):
         batch.hidden = block.run(i, batch.hidden)

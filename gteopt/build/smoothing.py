@@ -1,8 +1,8 @@
-"""Smoothing inside a transformer block: which layer can absorb the scales of another's inputs.
+"""Smooth the inputs of layers inside a transformer block.
 
-An input is divided feature by feature before it is rounded. The division is folded into the layer
-that makes the input. So it costs nothing at run time, and no file format has to know of it.
-Hides: the places where an architecture allows that. Refuses to know: how strengths are chosen,
+Each feature of an input is divided by a scale before it is rounded. The division is folded into the
+layer that computes the input. So it costs nothing at run time, and no file format has to know of
+it. Hides: in which layers an architecture allows that. Refuses to know: how strengths are chosen,
 files.
 """
 
@@ -23,7 +23,7 @@ _SAMPLE_TOKENS = 2048
 
 @dataclass(frozen=True)
 class _Fold:
-    """`source` makes what `targets` read; dividing its weight (and bias) divides their input."""
+    """`source` computes the input of `targets`; dividing its weight and bias divides that input."""
 
     source: str
     targets: tuple[str, ...]
@@ -35,7 +35,8 @@ _DECODER = (
     _Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     _Fold("mlp.up_proj", ("mlp.down_proj",)),
 )
-# Its norms stand behind the residual sum and feed the next sum too; its MLP is not linear.
+# BERT's norms come after the residual sum, so their output also feeds the next sum, and the
+# activation in its MLP is not linear. Neither can absorb a scale.
 _BERT = (_Fold("attention.self.value", ("attention.output.dense",)),)
 _FOLDS: dict[str, tuple[_Fold, ...]] = {
     **dict.fromkeys(("qwen2", "qwen3", "mistral", "llama"), _DECODER),
@@ -50,10 +51,10 @@ def smooth_block_(
     schemes: Mapping[str, LayerScheme],
     model_type: str,
 ) -> dict[str, Smoothing]:
-    """Smooth, in place, the inputs of those layers of a block that have 8-bit activations.
+    """Smooth the inputs of a block's quantized layers in place, where the architecture allows it.
 
     Returns:
-        What was chosen, by the name of each layer that was looked at.
+        The smoothing of each layer that was considered, by its name.
     """
     modules = dict(block.module.named_modules())
     folds = [
@@ -62,9 +63,9 @@ def smooth_block_(
         if all(f"{block.name}.{target}" in schemes for target in fold.targets)
         and fold.source in modules
     ]
-    seen = _watch(block, inputs, [fold.targets[0] for fold in folds])
+    samples = _watch(block, inputs, [fold.targets[0] for fold in folds])
     chosen: dict[str, Smoothing] = {}
-    for fold, sample in zip(folds, seen, strict=True):
+    for fold, sample in zip(folds, samples, strict=True):
         targets = [modules[target] for target in fold.targets]
         source = modules[fold.source]
         weights = [target.weight for target in targets]
@@ -112,10 +113,12 @@ def _watch(block: Block, inputs: Sequence[BlockInput], layers: Sequence[str]) ->
 def _shared_heads(
     modules: Mapping[str, nn.Module], source: nn.Module, n_features: int
 ) -> Tensor | None:
-    """In grouped-query attention, a value feature feeds several inputs of the output layer.
+    """The row of `source` that computes each input of the output layer.
+
+    In grouped-query attention, one value feature feeds several inputs of the output layer.
 
     Returns:
-        int64 [n_features], the row of `source` behind each input; None where they are the same.
+        int64 [n_features]; None if each row computes exactly one input.
     """
     if not isinstance(source, nn.Linear) or source.out_features == n_features:
         return None
@@ -126,7 +129,7 @@ def _shared_heads(
 
 
 def _divide_(source: nn.Module, scale: Tensor, tied: Tensor | None) -> None:
-    """Divide the output of `source` by `scale` [I]; rows that are shared have one scale."""
+    """Divide the output of `source` by `scale` [I]; inputs of one row have equal scales."""
     if tied is not None:
         rows = torch.ones(int(tied.max()) + 1, device=scale.device)
         scale = rows.scatter(0, tied, scale)

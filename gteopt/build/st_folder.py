@@ -1,8 +1,8 @@
 """Write an artifact as a Sentence Transformers folder, as artifacts/README.md specifies it.
 
-Hides: which files other libraries expect, and where packed weights lie among them. Such files are a
-list of modules, pooling, prompts, a tokenizer that appends the end token, and a projection as a
-Dense module. Refuses to know: how weights or projections were found.
+Hides: which files other libraries expect, and how packed weights are stored. The files are a list
+of modules, pooling, prompts, a tokenizer that appends the end token, and a projection as a Dense
+module. Refuses to know: how weights or projections were computed.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from gteopt.version import __version__
 WEIGHTS = "weights"
 _REST = "rest"
 _FILE_BYTES = 256 << 20
-"""Most bytes of blocks that share a file of standard weights, which are in memory while they are
-converted. A larger block has a file of its own."""
+"""The most bytes of blocks in one file of standard weights, because a file is in memory while it is
+converted. A larger block gets its own file."""
 
 
 def write_model(
@@ -54,7 +54,7 @@ def write_model(
     layers: Sequence[LayerRecord],
     format: FormatName | None,
 ) -> None:
-    """Config, weights, tokenizer and the Sentence Transformers module files.
+    """Write config, weights, tokenizer and the Sentence Transformers module files.
 
     Args:
         encoder: the loaded model, quantized or not.
@@ -90,7 +90,7 @@ def write_model(
             linears = [n for n, m in encoder.module.named_modules() if isinstance(m, nn.Linear)]
             config["quantization_config"] = form.quantization_config(
                 schemes,
-                # A build that was resumed need not have put its packed layers into the model.
+                # Filtered, because the model of a resumed build may still have plain layers.
                 [name for name in linears if name not in schemes],
                 blocks,
                 f"gteopt:{__version__}",
@@ -98,7 +98,7 @@ def write_model(
             _write_json(stage / "config.json", config)
             _write_standard(stage, layers, form)
     else:
-        # safetensors stores each tensor once; tied names are restored by the architecture
+        # safetensors stores each tensor once; the architecture restores tied names.
         with write_errors(stage / "model.safetensors"):
             encoder.module.save_pretrained(stage)  # type: ignore[operator]
         _write_json(stage / "config.json", config)
@@ -130,7 +130,7 @@ def _write_standard(stage: Path, layers: Sequence[LayerRecord], form: Format) ->
         name = f"model-{i:05}-of-{len(files):05}.safetensors"
         if len(files) == 1:
             name = "model.safetensors"
-        if [path.stem for path in parts] == [_REST]:  # nothing in it changes
+        if [path.stem for path in parts] == [_REST]:  # it has no packed layers to convert
             parts[0].replace(stage / name)
         else:
             save_tensors(stage / name, tensors)
@@ -144,7 +144,7 @@ def _write_standard(stage: Path, layers: Sequence[LayerRecord], form: Format) ->
 def _standard_tensors(
     tensors: dict[str, Tensor], layers: Sequence[LayerRecord], form: Format
 ) -> dict[str, Tensor]:
-    """One shard with its packed layers in another format; biases and all else stay."""
+    """The tensors of a shard with its packed layers in another format; others are unchanged."""
     for layer in layers:
         names = {part: f"{layer.name}.{part}" for part in PARTS}
         if names["qweight"] not in tensors:
@@ -156,7 +156,7 @@ def _standard_tensors(
 
 
 def _write_tokenizer(checkpoint: Checkpoint, stage: Path) -> None:
-    """The tokenizer, changed to append the end token itself, as other libraries expect."""
+    """Write the tokenizer; it is changed to append the end token, as other libraries expect."""
     tokenization = Tokenization(checkpoint)
     tokenizer = tokenization.tokenizer
     if tokenization.end_ids:
@@ -164,15 +164,15 @@ def _write_tokenizer(checkpoint: Checkpoint, stage: Path) -> None:
         starts, ends = tokenization.start_ids, tokenization.end_ids
         has_start, has_end = ids[: len(starts)] == starts, ids[-len(ends) :] == ends
         start, end = (tokenizer.convert_ids_to_tokens(ids) for ids in (starts, ends))
-        lacking = [*([] if has_start else start), *([] if has_end else end)]
-        if lacking:
+        missing = [*([] if has_start else start), *([] if has_end else end)]
+        if missing:
             from tokenizers.processors import Sequence as Processors
             from tokenizers.processors import TemplateProcessing
 
             parts = [*([] if has_start else start), "$A", *([] if has_end else end)]
             template = TemplateProcessing(
                 single=" ".join(parts),
-                special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in lacking],
+                special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in missing],
             )
             backend = tokenizer.backend_tokenizer
             before = backend.post_processor
@@ -182,10 +182,10 @@ def _write_tokenizer(checkpoint: Checkpoint, stage: Path) -> None:
 
 
 def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
-    """modules.json and its files, in the form that all Sentence Transformers releases read.
+    """Write modules.json and its files, in the form that all Sentence Transformers releases read.
 
-    Sentence Transformers has no module for latent attention. Without a list of modules it refuses
-    the folder; with another pooling it would give wrong vectors.
+    A model with latent attention gets no modules.json, because Sentence Transformers has no module
+    for it. Then it refuses the folder; with another pooling it would give wrong vectors.
     """
     if checkpoint.latent is not None:
         return
@@ -213,7 +213,7 @@ def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
         prompts = {**prompts, "query": query, "document": checkpoint.prompt("document")}
     default = settings.default_prompt_name
     if default is None and checkpoint.family and checkpoint.family.document_prompt:
-        default = "document"  # a document without its prompt would get another vector
+        default = "document"  # so that Sentence Transformers uses the prompt for documents, too
         prompts["document"] = checkpoint.prompt("document")
     _write_json(
         stage / "config_sentence_transformers.json",
@@ -239,7 +239,7 @@ def _write_modules(checkpoint: Checkpoint, stage: Path) -> None:
 
 
 def _pooling_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config of a pooling of one mode, under the names that every release reads."""
+    """The config of a pooling with one mode, with the names that every release reads."""
     return {
         "word_embedding_dimension": hidden_dims(checkpoint.config),
         **{
@@ -252,14 +252,14 @@ def _pooling_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def write_vectors(transform: VectorTransform, stage: Path, trained: Sequence[int]) -> None:
-    """vectors.safetensors, and the projection as modules that Sentence Transformers applies.
+    """Write vectors.safetensors, and the projection as modules for Sentence Transformers.
 
-    config.json gets the lengths that engines may cut these vectors to.
+    config.json gets the dimensions to which engines may cut these vectors.
 
     Args:
-        transform: what happens to the model's vectors.
-        stage: the folder, with everything else in it.
-        trained: the base's Matryoshka lengths.
+        transform: how the model's vectors are shortened and coded.
+        stage: the folder, which holds everything else already.
+        trained: the base's Matryoshka dimensions.
     """
     config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
     config.pop("matryoshka_dimensions", None)
@@ -287,7 +287,7 @@ def write_vectors(transform: VectorTransform, stage: Path, trained: Sequence[int
 def _vector_modules(
     transform: VectorTransform, stage: Path, n_before: int
 ) -> list[dict[str, int | str]]:
-    """Write the projection's files; returns its entries for modules.json."""
+    """Write the projection's files; returns their entries for modules.json."""
     weight = transform.projection
     if weight is None:
         weight = np.eye(transform.dims, transform.full_dims, dtype=np.float32)

@@ -1,7 +1,7 @@
-"""The stage folder, in which an artifact is put together: opened, resumed, completed and sealed.
+"""Open, resume, complete and seal the stage folder, in which an artifact is put together.
 
-Hides: what an interrupted build left, which files are scraps, and when the artifact gets its name.
-Refuses to know: how the parts of the artifact are made.
+Hides: what an interrupted build left, which files are removed at the end, and when the artifact
+gets its name. Refuses to know: how the parts of the artifact are made.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from gteopt.records.manifest import (
 )
 
 ALLOCATION = "allocation.json"
-"""File of the losses that bits are chosen by."""
+"""File of the measured losses by which bits are chosen."""
 _STATE = "build-state.json"
 
 
 class _BuildState(Frozen):
-    """The build that a half-finished stage folder belongs to; another build clears the folder."""
+    """Identifies the build of a half-finished stage folder; any other build clears the folder."""
 
     recipe_sha256: str
     base_sha256: str
@@ -61,8 +61,9 @@ class BuildRun:
     """The checked arguments of a build.
 
     Attributes:
-        device: where calibration runs.
-        devices: where layers are solved side by side; empty solves one after the other.
+        device: device of the build.
+        devices: devices that solve layers at the same time; if empty, `device` solves one after the
+            other.
     """
 
     checkpoint: Checkpoint
@@ -77,18 +78,18 @@ class BuildRun:
 
     @property
     def stage(self) -> Path:
-        """Where the artifact is put together."""
+        """The folder in which the artifact is put together."""
         return stage_folder(self.out)
 
     @property
     def activations(self) -> Path:
-        """Folder of the hidden states that do not fit into memory."""
+        """The folder for hidden states that do not fit into memory."""
         return self.stage / "activations"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The manifest's records of an artifact's parts; its vectors are not among them."""
+    """The manifest's records of an artifact's parts, without the record of its vectors."""
 
     base: BaseRecord
     calibration: CalibrationRecord | None
@@ -101,10 +102,10 @@ class Parts:
 
 
 def existing_variant(out: Path, recipe: Recipe, base_sha256: str, dtype: str) -> Manifest | None:
-    """The manifest of `out` if it already is this variant, else None.
+    """The manifest of `out` if `out` already is this variant, else None.
 
     Raises:
-        InputError: something else lies at `out`.
+        InputError: `out` holds something else.
     """
     if is_artifact(out):
         manifest = read_manifest(out)
@@ -116,7 +117,7 @@ def existing_variant(out: Path, recipe: Recipe, base_sha256: str, dtype: str) ->
 
 
 def resume_seal(run: BuildRun) -> Manifest | None:
-    """Seal a stage folder that an interrupted build had completed; None if it is not complete."""
+    """Seal a stage folder that an interrupted build had completed; None if it is incomplete."""
     if not is_artifact(run.stage):
         return None
     manifest = read_manifest(run.stage)
@@ -128,7 +129,7 @@ def resume_seal(run: BuildRun) -> Manifest | None:
 
 
 def open_stage(run: BuildRun) -> Path:
-    """The stage folder, with the blocks that an earlier run of the same build has finished."""
+    """Open the stage folder; it keeps the blocks that an earlier run of this build has finished."""
     stage = run.stage
     state = _BuildState(
         recipe_sha256=run.recipe.sha256(),
@@ -140,13 +141,13 @@ def open_stage(run: BuildRun) -> Path:
     if state_path.is_file():
         try:
             if _BuildState.model_validate_json(state_path.read_bytes()) == state:
-                # A killed process leaves files under the names that they have before their rename.
+                # Files that a killed process had not renamed yet.
                 for path in list(stage.rglob("*")):
                     if path.is_file() and (path.name.startswith(".") or path.suffix == ".part"):
                         path.unlink()
                 return stage
         except ValueError:
-            pass  # unreadable state belongs to no build; start afresh
+            pass  # the state cannot be read, so the build starts afresh
     clear(stage)
     write_record(state_path, state)
     return stage
@@ -159,14 +160,14 @@ def finish(
     texts: Sequence[CalibrationText],
     blocks: str | None = None,
 ) -> Manifest:
-    """Fit and write the vectors, then seal.
+    """Fit and write the vectors, then seal the artifact.
 
     Args:
-        run: what was asked for.
+        run: the arguments of the build.
         encoder: the model with its finished weights; its `blocks` may be freed.
-        parts: what the manifest says of it.
-        texts: that vectors are fitted on.
-        blocks: name of the list of blocks whose shards the stage holds; None without any.
+        parts: the manifest's records of the other parts.
+        texts: the texts on which vectors are fitted.
+        blocks: name of the list of blocks whose shards the stage holds; None without shards.
     """
     stage = run.stage
     transform = fit_vectors(encoder, run.recipe, texts, run.progress)

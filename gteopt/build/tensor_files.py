@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write safetensors so that a half-written file never carries the final name.
+    """Write a safetensors file that gets its name only when it is complete.
 
     Raises:
-        OSError: the file cannot be written (a full disk).
+        OSError: the file cannot be written, for example because the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")

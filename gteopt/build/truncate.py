@@ -1,4 +1,4 @@
-"""An artifact with shorter vectors or another code, made from one with the same weights.
+"""Make an artifact with shorter vectors or another code from an artifact with the same weights.
 
 Hides: which files are copied, and which are written. Refuses to know: quantization.
 """
@@ -26,16 +26,16 @@ from gteopt.records.manifest import Manifest
 
 
 class VectorSettings(TypedDict, total=False):
-    """How `truncate` is to shorten and store vectors.
+    """How `truncate` shortens and stores vectors.
 
     Attributes:
-        dims: dimensions to keep; all where it is left out.
+        dims: dimensions to keep; the default is all.
         method: "slice" (the first dimensions), "pca", or "auto" (whichever keeps more).
-        vectors: the code, as `Vectors.code`; "float32" where it is left out.
-        rescore: as in `Vectors`.
-        bits: a dimension, of rabitq.
-        centred: of binary, subtract the mean before signs are taken.
-        bytes: of a vector: dimensions and code are then chosen together.
+        vectors: the code, see `Vectors.code`; the default is "float32".
+        rescore: see `Vectors`.
+        bits: bits for each dimension; only for the code rabitq.
+        centred: whether the mean is subtracted before signs are taken; only for the code binary.
+        bytes: bytes of a vector; if given, dimensions and code are chosen together.
     """
 
     dims: int | None
@@ -60,15 +60,15 @@ def truncate(
 
     Args:
         artifact: the artifact to start from; its own vector settings are replaced.
-        out: folder of the new artifact.
-        hub_dir: where calibration data sets lie.
-        device: where calibration vectors are computed.
-        progress: told how far the step is.
+        out: folder of the new artifact; must not exist, or be empty.
+        hub_dir: folder in the Hub's layout with calibration data sets.
+        device: device that computes vectors of the calibration texts.
+        progress: called with the calibration texts that are encoded.
         settings: see `VectorSettings`.
 
     Raises:
-        InputError: not an artifact, impossible vector settings, more dimensions than the model has,
-            or `out` is in use.
+        InputError: `artifact` is not an artifact, the vector settings are impossible, the model has
+            fewer dimensions, or `out` is in use.
 
     Example:
         >>> gteopt.truncate("artifacts/nano-int8", "artifacts/nano-48", bytes=48)
@@ -98,7 +98,7 @@ def truncate(
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise invalid(f"what to make of {source}", error) from error
+        raise invalid(f"the vector settings for {source}", error) from error
     return restyle(source, recipe, out, hub_dir=hub_dir, device=device, progress=progress)
 
 
@@ -111,7 +111,7 @@ def restyle(
     device: str = "auto",
     progress: Progress = quiet,
 ) -> Manifest:
-    """Make `recipe` from an artifact that already has the recipe's weights.
+    """Make the variant of `recipe` from an artifact that already has the recipe's weights.
 
     Raises:
         InputError: the artifact's weights were made by another recipe.

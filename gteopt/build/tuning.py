@@ -1,8 +1,8 @@
-"""Tuning: a quantized model's codes, scales, norms and biases, learned against the original.
+"""Tune a quantized model: learn codes, scales, norms and biases against the original.
 
-A solver minimises each layer's output error, as if every token and feature mattered alike. An
-embedding model is used for its pooled vector only. So the variant is trained to reproduce the
-vectors of the original, its teacher; no label is needed. In a model that is too large for that,
+A solver minimizes each layer's output error, as if all tokens and features were equally important.
+But an embedding model is used for its pooled vector only. So the variant is trained to reproduce
+the vectors of the original, its teacher; no label is needed. If the model is too large for that,
 each block is trained to reproduce the original block's output. Hides: the objectives, the
 schedules, and how a few hundred texts become many batches. Refuses to know: where codes came from,
 how they are packed, files.
@@ -30,12 +30,12 @@ from gteopt.quant.learned_rounding import TunableLinear
 from gteopt.records.manifest import TuningRecord
 
 MOST_WEIGHTS = 2_000_000_000
-"""Most quantized weights that are tuned at once. The optimiser's state of more fills a large
-GPU."""
+"""The most quantized weights that are tuned at once. With more, the optimizer's state does not fit
+a large GPU."""
 _FIXED_BYTES_PER_WEIGHT = 4 + 4 + 4 + 4 + 2
-"""The teacher's weight, the latent, the rounded weight, its gradient, and the codes kept for it."""
+"""The teacher's weight, the latent, the rounded weight, its gradient, and the saved codes."""
 _BYTES_PER_WEIGHT = _FIXED_BYTES_PER_WEIGHT + 8
-"""The same with Adam's two moments of the latent."""
+"""Also Adam's two moments of the latent."""
 _FLOATS_PER_HIDDEN = 40
 """Activations that a block keeps for its backward pass, per token, in multiples of its width."""
 _BETAS = (0.9, 0.95)
@@ -44,23 +44,23 @@ _SPLICED = 0.5
 _SUBSTITUTED = 0.7
 _MOST_SUBSTITUTION = 0.5
 _HELD_OUT = 8
-"""One text in so many is kept out of a block's tuning, to tell whether tuning helped. With fewer
-than twice as many texts, none is."""
+"""One text in eight is held out of a block's tuning, to see whether tuning helps. With fewer than
+16 texts, none is held out."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long tuning goes on and how fast.
+    """The number of steps and the learning rates of tuning.
 
     Attributes:
-        n_steps: batches.
-        batch_size: texts a batch; a block takes those of its calibration as they are.
-        text_tokens: longer texts are cut here; not for a block.
-        codes_rate: Adam's rate for the codes, in steps of the grid; 0 keeps them.
-        scales_rate: the rate for scales, relative to the scale.
-        rest_rate: the rate for norms and biases.
-        drift_weight: weight of the blocks' outputs beside the vectors; unused for a block.
-        seed: of the batches.
+        n_steps: number of steps, each with one batch.
+        batch_size: texts of a batch; unused for a block, which takes its calibration batches.
+        text_tokens: longer texts are cut to this length; unused for a block.
+        codes_rate: Adam's learning rate for codes, in steps of the grid; 0 keeps the codes.
+        scales_rate: learning rate for scales, relative to the scale.
+        rest_rate: learning rate for norms and biases.
+        drift_weight: weight of the blocks' outputs in the objective; unused for a block.
+        seed: seed of the batches.
     """
 
     n_steps: int
@@ -83,9 +83,8 @@ BLOCK_SCHEDULES: dict[Effort, Schedule | None] = {
     "standard": Schedule(n_steps=100, codes_rate=0.0, scales_rate=1e-3),
     "best": Schedule(n_steps=400, codes_rate=0.0, scales_rate=1e-3),
 }
-"""For each block that is tuned by itself. Its codes stay, because few texts overfit them. Measured
-on a block of gte-nano after GPTQ, with 3,900 tokens and 100 steps: tuned codes change the error on
-these texts by -28 %, on others by +12 %; scales, norms and biases alone by -7 % and -3 %."""
+"""Schedules for a block that is tuned by itself. Codes are not tuned, because they overfit to few
+texts: the error then falls on these texts, but rises on others."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,9 @@ class Tuned:
     """The result of tuning.
 
     Attributes:
-        weights: codes and grid by layer.
+        weights: codes and grid of each layer, by name.
         rest: the blocks' norms and biases by their names, float32.
-        record: for the manifest.
+        record: the manifest's record.
     """
 
     weights: Mapping[str, QuantizedWeight]
@@ -111,7 +110,7 @@ def tune(
     *,
     progress: Progress = quiet,
 ) -> Tuned:
-    """Learn codes, scales, norms and biases that bring the teacher's vectors back.
+    """Learn codes, scales, norms and biases that reproduce the teacher's vectors.
 
     Objective, over the N texts of a batch with the teacher's unit vectors t and the variant's s:
 
@@ -119,19 +118,19 @@ def tune(
             + drift_weight * mean over blocks and tokens of |h_s - h_t|^2 / |h_t|^2
 
     A search depends on the first two terms. The drift of each block's output h gives every layer a
-    signal for every token, which prevents overfitting to a few thousand calibration tokens. For the
-    same reason, texts are spliced with one another, and random tokens replace some of theirs; the
-    teacher answers for any text.
+    signal from every token, which prevents overfitting to a few thousand calibration tokens. For
+    the same reason, texts are spliced together, and some tokens are replaced by random ones. This
+    is possible because the teacher has a vector for any text.
 
-    Tuning never ends farther from the teacher than it began: if the mean cosine on the calibration
-    texts has not risen, the start is returned.
+    If the mean cosine on the calibration texts has not risen, the start is returned. So tuning
+    never ends farther from the teacher than it began.
 
     Args:
         teacher: the original in float32; not changed.
         start: the solver's codes and grid by layer name.
-        tokens: token ids of the calibration texts, special tokens included.
+        tokens: token ids of the calibration texts, including special tokens.
         schedule: see `Schedule`.
-        progress: told after each step.
+        progress: called after each step.
 
     Raises:
         NumericsError: the objective became NaN or infinite.
@@ -162,9 +161,10 @@ def tune_block(
     """Learn the scales, norms and biases of one block that reproduce the original's output.
 
     Objective: the mean over tokens of |f(x) - f0(x0)|^2 / |f0(x0)|^2. f is the tuned block and x
-    its input in the partly quantized model; f0 and x0 are those of the original model. (BRECQ, Li
-    et al. 2021, arXiv:2102.05426, and SignRound reconstruct blocks likewise.) One text in eight is
-    kept out; if the error on those has not fallen, the start is returned.
+    its input in the partly quantized model; f0 is the original block and x0 its input in the
+    original model. BRECQ (Li et al. 2021, arXiv:2102.05426) and SignRound also reconstruct blocks.
+    One text in eight is held out; if the error on these texts has not fallen, the start is
+    returned.
 
     Args:
         original: the block with its original weights; not changed.
@@ -176,23 +176,23 @@ def tune_block(
     Raises:
         NumericsError: the objective became NaN or infinite.
     """
-    # A float32 copy for the student to share, because tensors from inference mode cannot learn.
-    within = len(original.name) + 1
-    own = {name[within:]: codes for name, codes in start.items()}
-    student = _Student(copy.deepcopy(original.module).float(), own, "", schedule)
+    # The student gets a float32 copy, because tensors from inference mode cannot have gradients.
+    n_prefix = len(original.name) + 1
+    start_in_block = {name[n_prefix:]: codes for name, codes in start.items()}
+    student = _Student(copy.deepcopy(original.module).float(), start_in_block, "", schedule)
     block = replace(original, module=student.module)
 
     holds_out = sum(len(batch.real) for batch in inputs) >= 2 * _HELD_OUT
 
     def error(i: int, is_out: bool) -> Tensor:
-        """Mean drift over the tokens of one batch's texts that are kept out, or are not."""
+        """Mean drift over the tokens of one batch, either of held-out texts or of the others."""
         batch, (args, kwargs) = inputs[i], original.calls[i]
         call = learnable(args, torch.float32), learnable(kwargs, torch.float32)
         out = replace(block, calls=(call,)).run(0, learnable(batch.hidden, torch.float32))
         return _drift([out], [wanted[i].hidden.float()], batch.real & parts(i)[is_out])
 
     def parts(i: int) -> dict[bool, Tensor]:
-        """Texts [N, 1] that are kept out (True) and that are not."""
+        """Masks [N, 1] of the texts that are held out (True) and of the others (False)."""
         rows = torch.arange(len(inputs[i].real), device=inputs[i].real.device)[:, None]
         if not holds_out:
             return dict.fromkeys((True, False), torch.ones_like(rows, dtype=torch.bool))
@@ -222,13 +222,13 @@ def tune_block(
 
 
 def work_bytes(n_weights: int, n_other: int, n_layers: int, hidden_size: int) -> int:
-    """About the memory that tuning needs beside the variant.
+    """Estimated bytes that tuning needs beside the variant.
 
     Args:
         n_weights: weights of the layers that are tuned.
-        n_other: every other parameter.
+        n_other: number of all other parameters.
         n_layers: transformer blocks.
-        hidden_size: features a token.
+        hidden_size: features of a hidden state.
     """
     widest = Schedule(n_steps=0)
     n_tokens = widest.batch_size * widest.text_tokens
@@ -237,25 +237,25 @@ def work_bytes(n_weights: int, n_other: int, n_layers: int, hidden_size: int) ->
 
 
 def block_work_bytes(n_weights: int, n_other: int, hidden_size: int) -> int:
-    """About the memory that tuning a block by itself needs.
+    """Estimated bytes that tuning one block needs.
 
     Args:
         n_weights: weights of the block's layers that are tuned.
-        n_other: every other parameter of the block.
-        hidden_size: features a token.
+        n_other: number of the block's other parameters.
+        hidden_size: features of a hidden state.
     """
     activations = 4 * BATCH_TOKENS * hidden_size * _FLOATS_PER_HIDDEN
     return n_weights * _FIXED_BYTES_PER_WEIGHT + 4 * n_other + activations
 
 
 class _Student:
-    """A copy of a module whose layers, norms and biases learn; it shares all other tensors.
+    """A copy of a module whose layers, norms and biases are learned; it shares all other tensors.
 
     Args:
-        original: a module; not changed.
-        start: codes and grid by name of a layer in it.
+        original: the module to copy; not changed.
+        start: codes and grid of its layers, by name.
         prefix: norms and biases whose names begin with this are learned.
-        schedule: of the learning.
+        schedule: number of steps and learning rates.
 
     Attributes:
         module: the copy.
@@ -294,13 +294,13 @@ class _Student:
             (schedule.scales_rate, [layer.log_scale for layer in layers]),
             (schedule.rest_rate, list(self._rest.values())),
         ]
-        self._optimiser = torch.optim.Adam(
+        self._optimizer = torch.optim.Adam(
             [{"params": parameters, "top": rate} for rate, parameters in groups if rate > 0],
             betas=_BETAS,
         )
 
     def learn_(self, loss: Tensor, step: int) -> None:
-        """One step down the gradient.
+        """Make one step of the optimizer.
 
         Raises:
             NumericsError: the loss is NaN or infinite.
@@ -309,14 +309,14 @@ class _Student:
             raise NumericsError(
                 f"tuning diverged in step {step + 1}; build with effort fast, and report the model"
             )
-        for group in self._optimiser.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = group["top"] * _rate(step, self._schedule.n_steps)
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self._optimiser.step()
+        self._optimizer.step()
 
     def better(self, by: Literal["model", "block"], before: float, after: float) -> Tuned:
-        """What was learned if the error has fallen, else the start."""
+        """The learned values if the error has fallen, else the start."""
         start, kept = self._start, after < before
         weights = {n: layer.export() for n, layer in self._layers.items()} if kept else dict(start)
         n_changed = sum(int((weights[name].codes != start[name].codes).sum()) for name in start)
@@ -364,8 +364,8 @@ def _distance(vectors: Tensor, wanted: Tensor) -> Tensor:
 def _drift(hidden: Sequence[Tensor], wanted: Sequence[Tensor], real: Tensor) -> Tensor:
     """Mean over blocks and real tokens of |h_s - h_t|^2 / |h_t|^2, of hidden states [N, T, H].
 
-    The error is relative to each token, as the norm before the next layer makes it. Some tokens
-    have outputs a hundred times larger than all others.
+    The error is relative to each token's size, because the norm before the next layer removes the
+    size. The outputs of some tokens are a hundred times larger than all others.
     """
     shares = [
         ((f - w)[real].square().sum(-1) / w[real].square().sum(-1)).mean()
@@ -375,13 +375,13 @@ def _drift(hidden: Sequence[Tensor], wanted: Sequence[Tensor], real: Tensor) -> 
 
 
 def _rate(step: int, n_steps: int) -> float:
-    """Share of the top learning rate: a short warm-up, then a cosine down to zero."""
+    """Factor of the learning rate: a short warm-up, then a cosine down to zero."""
     return min(1.0, (step + 1) / _WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / n_steps))
 
 
 @torch.no_grad()
 def _mean_cosine(teacher: Encoder, student: nn.Module, tokens: Sequence[Sequence[int]]) -> float:
-    """Mean cosine between the vectors of both over the texts."""
+    """Mean cosine between the teacher's and the student's vectors of the texts."""
     total = 0.0
     for _, batch in teacher.tokenization.batches(tokens, 32):
         ids, mask = teacher.pad(batch)
@@ -394,7 +394,7 @@ def _mean_cosine(teacher: Encoder, student: nn.Module, tokens: Sequence[Sequence
 
 
 class _Texts:
-    """An endless supply of texts made from few; the same seed gives the same batches."""
+    """Makes endless batches from a few texts; the same seed gives the same batches."""
 
     def __init__(
         self, encoder: Encoder, tokens: Sequence[Sequence[int]], schedule: Schedule

@@ -225,7 +225,7 @@ def test_a_model_too_large_to_tune_at_once_is_refused_only_where_that_was_asked_
     monkeypatch.setattr("gteopt.build.layer_plan.MOST_WEIGHTS", 1_000_000)
     weights = guided.weights.model_copy(update={"tune_by": "model"})
     whole = guided.model_copy(update={"weights": weights})
-    with pytest.raises(InputError, match=r"takes up to 0\.001 billion.*say auto or block"):
+    with pytest.raises(InputError, match=r"takes up to 0\.001 billion.*use auto or block"):
         gteopt.quantize("nano", whole, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

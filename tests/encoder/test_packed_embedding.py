@@ -102,7 +102,9 @@ def test_what_cannot_hold_it_is_refused() -> None:
         gptq.with_int8_embedding()
     nothing = load_recipe("rtn-int4").with_int8_embedding()
     weights = nothing.weights.model_copy(update={"skip": ("*",)})
-    with pytest.raises(InputError, match="skips every layer; embedding: int8 goes with"):
+    with pytest.raises(
+        InputError, match="skips every layer; embedding: int8 needs quantized layers"
+    ):
         plan_layers(open_checkpoint("nano"), nothing.model_copy(update={"weights": weights}))
     plain = Recipe.model_validate({"schema": "gteopt.recipe/1", "name": "x"})
     assert plain.embedding == "full"

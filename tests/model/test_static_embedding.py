@@ -102,13 +102,13 @@ def test_int8_vectors_are_those_of_the_same_values(static: Path, tmp_path: Path)
 
 
 def test_a_recipe_for_weights_says_that_there_are_none(static: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="nothing to quantize but its table"):
+    with pytest.raises(UnsupportedError, match="has no layers to quantize"):
         gteopt.quantize(static, "int8", tmp_path / "out")
     estimates = {each.recipe: each for each in gteopt.inspect(static).estimates}
     assert estimates["bf16"].engines == ("sentence-transformers", "gteopt")
     problems = {name: each.problem for name, each in estimates.items()}
     assert problems["bf16"] is None
-    assert "nothing to quantize but its table" in str(problems["gptq-int4"])
+    assert "has no layers to quantize" in str(problems["gptq-int4"])
 
 
 def test_a_table_under_another_name_and_a_pickle_are_refused(static: Path, tmp_path: Path) -> None:
