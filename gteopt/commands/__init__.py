@@ -1,1 +1,1 @@
-"""What each command of gteopt does, as functions."""
+"""The functions behind the commands of gteopt."""

@@ -1,6 +1,7 @@
-"""What `gteopt bench` does: open every source, measure each beside the baseline, write the record.
+"""`gteopt bench`: measure every source beside the baseline, and keep the report in a file.
 
-Hides: which variants share a process and what a run leaves out. Refuses to know: clocks, printing.
+Hides: what a report keeps of an earlier run, and models with random weights. Refuses to know:
+clocks, printing.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ BASELINE = "bf16"
 
 @dataclass(frozen=True)
 class ReportFile:
-    """Where a report is kept, and what of an earlier one stays in it.
+    """Where a report is kept, and how an earlier report in that file is treated.
 
     Attributes:
         folder: results folder, whose bench.json is read and written; None keeps nothing.
-        price_per_hour: of the machine; None keeps the price that the file holds.
-        skip_measured: take variants from a report that still holds, instead of measuring again. A
-            report that no longer holds is replaced; otherwise it is an error.
+        price_per_hour: price of the machine in dollars; None keeps the price in the file.
+        skip_measured: keep measured variants of an earlier report instead of measuring again, and
+            replace a report of other conditions. If false, such a report is an error.
     """
 
     folder: Path | None = None
@@ -53,10 +54,10 @@ class ReportFile:
         return None if self.folder is None else self.folder / "bench.json"
 
     def read(self) -> BenchReport | None:
-        """The report that lies there, if any.
+        """The report in the file, if any.
 
         Raises:
-            IntegrityError: the file is damaged, and is not to be replaced.
+            IntegrityError: the file is damaged, and `skip_measured` does not replace it.
         """
         if self.path is None or not self.path.is_file():
             return None
@@ -78,32 +79,31 @@ def bench_dummy(
     progress: Progress = quiet,
     **options: Unpack[BenchOptions],
 ) -> BenchReport:
-    """Measure what recipes would make of a published model, on random weights of its shape.
+    """Measure recipes on random weights with the shape of a published model.
 
-    Nothing is downloaded; the model and its variants lie in a temporary folder while they are
-    measured. Where fewer blocks are built than the model has, half of them are measured too, and
-    `DummyRecord.whole` has the whole model on the line through both depths.
+    Nothing is downloaded; the model and its variants are built in a temporary folder. If fewer
+    blocks are built than the model has, half as many are measured too. `DummyRecord.whole` then
+    extrapolates linearly to the whole model.
 
     Args:
         base: see `write_dummy`.
         recipes: names of recipes that need no calibration, in the order of the report.
-        spec: what is measured, how often.
+        spec: what to measure.
         n_layers: blocks to build; as many as memory and disk hold when None.
-        keep: told after each variant what has been measured so far.
-        progress: told about writing, building and measuring.
+        keep: called after each variant with the report so far.
+        progress: receives the progress of writing, building and measuring.
         options: see `BenchOptions`.
 
     Raises:
-        InputError: see `write_dummy` and `bench`; a recipe that needs calibration.
-        UnsupportedError: a backend that does not know this architecture.
+        InputError: a recipe needs calibration; or see `write_dummy` and `bench`.
+        UnsupportedError: the backend does not support this architecture.
     """
     pick_device(options.get("device", "auto"))
     wanted = {name: load_recipe(name) for name in recipes}
-    if learned := [name for name, each in wanted.items() if each.weights.method == "gptq"]:
+    if solved := [name for name, recipe in wanted.items() if recipe.weights.method == "gptq"]:
         raise InputError(
-            f"recipes that need calibration learn nothing from random weights "
-            f"({', '.join(learned)}); take their rounded relatives, which run on the same kernels "
-            f"(rtn-int8, rtn-fp8, rtn-int4, nf4)"
+            f"random weights cannot be calibrated, as {', '.join(solved)} would need; use recipes "
+            f"with rounding, which run on the same kernels: rtn-int8, rtn-fp8, rtn-int4 or nf4"
         )
     if options.get("backend", "torch") == "openvino":
         refuse_unknown(shape_of(base, n_layers)[0])
@@ -111,16 +111,16 @@ def bench_dummy(
     dummy_bench = _DummyBench(base, wanted, spec, progress, options)
     deep = dummy_bench.measure(n, keep)
     assert deep.dummy is not None
-    near = shallow_depth(n)
-    if deep.is_whole or near is None:
+    n_shallow = shallow_depth(n)
+    if deep.is_whole or n_shallow is None:
         return deep
-    shallow = dummy_bench.measure(near, lambda report: None)
+    shallow = dummy_bench.measure(n_shallow, lambda report: None)
     try:
-        whole = extrapolate(deep, shallow, (n, near), deep.dummy.of_layers)
+        whole = extrapolate(deep, shallow, (n, n_shallow), deep.dummy.of_layers)
     except InputError as noise:
-        warnings.warn(f"nothing is said of the whole model: {noise}", stacklevel=2)
+        warnings.warn(f"no estimate for the whole model: {noise}", stacklevel=2)
         return deep
-    dummy = deep.dummy.model_copy(update={"shallow_layers": near, "whole": whole})
+    dummy = deep.dummy.model_copy(update={"shallow_layers": n_shallow, "whole": whole})
     report = deep.model_copy(update={"dummy": dummy})
     keep(report)
     return report
@@ -128,7 +128,7 @@ def bench_dummy(
 
 @dataclass(frozen=True)
 class _DummyBench:
-    """What `bench_dummy` measures, at whatever depth."""
+    """The measurement of `bench_dummy` at one depth or another."""
 
     base: str
     recipes: Mapping[str, Recipe]
@@ -137,33 +137,33 @@ class _DummyBench:
     options: BenchOptions
 
     def measure(self, n_layers: int, keep: Callable[[BenchReport], object]) -> BenchReport:
-        """Build and measure a model of so many blocks."""
+        """Build and measure a model with `n_layers` blocks."""
         device = self.options.get("device", "auto")
         with tempfile.TemporaryDirectory(prefix="gteopt-") as scratch:
             folder = Path(scratch) / BASELINE
             on_gpu = device != "cpu" and torch.cuda.is_available()
-            n, whole = write_dummy(
+            n, of_layers = write_dummy(
                 self.base,
                 folder,
                 n_layers=n_layers,
                 device="cuda" if on_gpu else "cpu",
                 progress=self.progress,
             )
-            dummy = DummyRecord(base=self.base, n_layers=n, of_layers=whole)
+            dummy = DummyRecord(base=self.base, n_layers=n, of_layers=of_layers)
             sources = {BASELINE: str(folder)}
             for name, recipe in self.recipes.items():
                 sources[name] = str(Path(scratch) / f"variant-{len(sources)}")
                 quantize(folder, recipe, sources[name], device=device, progress=self.progress)
 
-            def named(report: BenchReport) -> BenchReport:
+            def with_dummy(report: BenchReport) -> BenchReport:
                 return report.model_copy(update={"dummy": dummy})
 
-            return named(
+            return with_dummy(
                 bench(
                     sources,
                     baseline=BASELINE,
                     spec=self.spec,
-                    keep=lambda report: keep(named(report)),
+                    keep=lambda report: keep(with_dummy(report)),
                     progress=self.progress,
                     **self.options,
                 )
@@ -181,10 +181,10 @@ def measure(
 ) -> BenchReport:
     """Measure variants beside the baseline and add them to the report in a file.
 
-    The file is written after each variant, so that what was measured before an interruption stays.
-    Variants of several calls lie in one report only where all that a speed depends on is the same:
-    spec, machine, versions, device, threads, backend and the baseline's files, which keep the name
-    that they have in the report.
+    The file is written after each variant, so that an interruption loses only one. Variants of
+    several calls share a report only if everything that speed depends on is the same: spec,
+    machine, versions, device, threads, backend and the baseline's files. The baseline keeps the
+    name that it has in the report.
 
     Args:
         sources: see `bench`.
@@ -195,8 +195,8 @@ def measure(
         options: see `bench`.
 
     Raises:
-        InputError: see `bench`; or the file's report was measured under other conditions, and
-            which; before anything is measured.
+        InputError: the file's report was measured under other conditions, which are listed before
+            anything is measured; or see `bench`.
     """
     path = file.path
     if path is None:
@@ -207,16 +207,18 @@ def measure(
     hashes = {name: checkpoint.sha256 for name, checkpoint in checkpoints.items()}
     old = file.read()
     if old is not None:
-        # A plan calls its baseline otherwise than a command does.
-        own = old.variants.get(old.baseline)
-        is_same = own is not None and own.artifact_sha256 == hashes[baseline]
+        # A plan names its baseline differently than a command does.
+        old_baseline = old.variants.get(old.baseline)
+        is_same = old_baseline is not None and old_baseline.artifact_sha256 == hashes[baseline]
         if is_same and old.baseline not in sources:
             sources = {old.baseline: sources[baseline], **_without(sources, baseline)}
             hashes = {old.baseline: hashes[baseline], **_without(hashes, baseline)}
             baseline = old.baseline
         device, backend = options.get("device", "auto"), options.get("backend", "torch")
-        place = str(pick_device(device)), backend, options.get("kernels", "deterministic")
-        now = _Conditions(spec, *place, baseline, hashes[baseline])
+        kernels = options.get("kernels", "deterministic")
+        now = _Conditions(
+            spec, str(pick_device(device)), backend, kernels, baseline, hashes[baseline]
+        )
         if problems := now.differences(old):
             _replace_or_refuse(old, file, sources, problems)
             old = None
@@ -243,19 +245,19 @@ def measure(
 def _replace_or_refuse(
     old: BenchReport, file: ReportFile, sources: Mapping[str, str], problems: list[str]
 ) -> None:
-    """Warn of what is lost where a report of other conditions is replaced; else raise."""
+    """Warn of lost variants if a report of other conditions is replaced; otherwise raise."""
     if not file.skip_measured:
         raise InputError(
             join_problems(
-                f"{file.path} was measured under other conditions, so that variants cannot be "
-                f"added to it; give another --out, or move it away and measure all of them again",
+                f"{file.path} was measured under other conditions, so variants cannot be added "
+                f"to it; give another --out, or move the file away and measure all variants again",
                 problems,
             )
         )
     if others := old.variants.keys() - sources.keys():
         warnings.warn(
-            f"{file.path} was measured under other conditions ({'; '.join(problems)}) and is "
-            f"replaced, without {', '.join(sorted(others))}",
+            f"{file.path} was measured under other conditions ({'; '.join(problems)}); it is "
+            f"replaced, and {', '.join(sorted(others))} is lost",
             stacklevel=3,
         )
 
@@ -267,7 +269,7 @@ def _merged(
     order: Mapping[str, str],
     price_per_hour: float | None,
 ) -> BenchReport:
-    """The new report with the variants of an old one, those of `order` first."""
+    """The new report with the variants of an old report added; names in `order` come first."""
     merged = {**(old.variants if old is not None else {}), **new.variants}
     if price_per_hour is None and old is not None:
         price_per_hour = old.price_per_hour
@@ -275,8 +277,8 @@ def _merged(
     return new.model_copy(update={"variants": ordered, "price_per_hour": price_per_hour})
 
 
-def _without(named: Mapping[str, str], name: str) -> dict[str, str]:
-    return {key: value for key, value in named.items() if key != name}
+def _without(by_name: Mapping[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in by_name.items() if key != name}
 
 
 def measure_dummy(
@@ -289,18 +291,18 @@ def measure_dummy(
     progress: Progress,
     **options: Unpack[BenchOptions],
 ) -> BenchReport:
-    """`bench_dummy`, into a folder whose bench.json it replaces after each variant.
+    """Call `bench_dummy` and write the report to a folder's bench.json after each variant.
 
     Raises:
-        InputError: that file holds what this call would lose.
+        InputError: the file holds variants that would be lost.
     """
     old = file.read()
     if old is not None:
-        theirs = old.dummy.base if old.dummy else "real weights"
-        if old.dummy is None or theirs != base or old.variants.keys() - {BASELINE, *recipes}:
+        old_base = old.dummy.base if old.dummy else "real weights"
+        if old.dummy is None or old_base != base or old.variants.keys() - {BASELINE, *recipes}:
             raise InputError(
-                f"{file.path} holds {', '.join(old.variants)} of {theirs}, which this would "
-                f"replace; give another --out, or move it away"
+                f"{file.path} holds {', '.join(old.variants)} of {old_base}, which would be lost; "
+                f"give another --out, or move the file away"
             )
 
     def priced(report: BenchReport) -> BenchReport:
@@ -325,7 +327,7 @@ def measure_dummy(
 
 @dataclass(frozen=True)
 class _Conditions:
-    """What a speed depends on besides the variant."""
+    """Conditions that speed depends on, besides the variant."""
 
     spec: BenchSpec
     device: str
@@ -335,10 +337,10 @@ class _Conditions:
     baseline_sha256: str
 
     def differences(self, old: BenchReport) -> list[str]:
-        """What was otherwise when `old` was measured, one a line; empty where nothing was."""
-        own = old.variants.get(old.baseline)
+        """A line for each condition that differs from those of `old`."""
+        baseline = old.variants.get(old.baseline)
         then_now: dict[str, tuple[object, object]] = {
-            "what is measured": (_in_short(old.spec), _in_short(self.spec)),
+            "spec": (_in_short(old.spec), _in_short(self.spec)),
             "machine": (machine_line(old.machine), machine_line(machine())),
             "device": (old.device, self.device),
             "threads": (old.n_threads, torch.get_num_threads()),
@@ -346,12 +348,12 @@ class _Conditions:
             "kernels": (old.versions.get("kernels", "deterministic"), self.kernels),
             "baseline": (old.baseline, self.baseline),
             "the baseline's files": (
-                own.artifact_sha256[:12] if own else "none",
+                baseline.artifact_sha256[:12] if baseline else "none",
                 self.baseline_sha256[:12],
             ),
             "weights": ("random" if old.dummy else "real", "real"),
         }
-        # The report also notes the baseline's number type and the backend.
+        # The report's versions also hold the baseline's dtype and the backend.
         then_now |= {
             name: (old.versions.get(name, "none"), version) for name, version in versions().items()
         }

@@ -1,4 +1,4 @@
-"""`gteopt.bench`, `evaluate` and `choose`: what the commands of these names do, as one call.
+"""`gteopt.bench`, `evaluate` and `choose`: the commands of these names as Python calls.
 
 Hides: names of artifacts, defaults. Refuses to know: printing, how anything is measured.
 """
@@ -42,17 +42,17 @@ def bench(
 
     Args:
         artifacts: one or more artifacts or bases.
-        baseline: what ratios refer to; the first artifact when None.
-        spec: what is measured; single queries and short batches when None.
-        out: results folder, whose bench.json it adds to; nothing is written when None.
+        baseline: baseline of the ratios; the first artifact when None.
+        spec: what to measure; single queries and short batches when None.
+        out: results folder, whose bench.json is extended; nothing is written when None.
         hub_dir: see `load`.
         device: see `load`.
         backend: see `load`.
-        kernels: see `load`; of the variants alone.
-        progress: told after each variant.
+        kernels: kernels of the variants, see `load`; the baseline's are deterministic.
+        progress: receives the progress of each variant.
 
     Raises:
-        InputError: two artifacts of one name, or see `load`.
+        InputError: two artifacts have the same name; or see `load`.
 
     Example:
         >>> report = gteopt.bench("artifacts/nano-int4", baseline="nano", out="artifacts/results")
@@ -86,12 +86,12 @@ def evaluate(
 
     Args:
         artifacts: one or more artifacts.
-        judges: a suite, own labels, or texts without labels.
-        baseline: the base to judge against; the artifacts' own when None.
-        margin: a difference of scores, 0 to 1, that does not matter.
-        out: results folder; given, an interrupted call resumes.
-        how: where models are encoded; this machine when None.
-        progress: told about encoding.
+        judges: a suite, labelled data, or texts without labels.
+        baseline: the base to compare with; the artifacts' own base when None.
+        margin: a difference of scores (0 to 1) that does not matter.
+        out: results folder; with one, an interrupted call can be resumed.
+        how: how texts are encoded; on this machine when None.
+        progress: receives the progress of encoding.
 
     Raises:
         InputError: nothing to evaluate on, data that cannot be read, or two artifacts of one name.
@@ -103,7 +103,7 @@ def evaluate(
     if judges.data is None and judges.texts is None and judges.suite is None:
         raise InputError("nothing to evaluate on; give Judges a suite, data or texts")
     if not 0 < margin < 1:
-        raise InputError(f"margin {margin:g}: give a share of a score, between 0 and 1")
+        raise InputError(f"margin {margin:g}: give a difference of scores, between 0 and 1")
     judges.check()
     listed = _listed(artifacts)
     sources = named([str(baseline) if baseline is not None else base_of(listed), *listed])
@@ -131,14 +131,15 @@ def evaluate(
 
 
 def choose(results: str | Path, policy: str | Policy = "balanced") -> Choice:
-    """The variant that a policy picks from a results folder, and why; nothing is measured anew.
+    """The variant that a policy picks from a results folder, and why, without new measurements.
 
     Args:
-        results: folder that `bench`, `evaluate` or a plan has filled; the choice is written there.
-        policy: a shipped one, a YAML file, or an object.
+        results: results folder of `bench`, `evaluate` or a plan; the choice is written to it.
+        policy: a shipped name, a YAML file, or a policy.
 
     Raises:
-        InputError, IntegrityError: an unknown policy, or a folder that cannot be judged.
+        InputError: an unknown policy, or a folder without measurements.
+        IntegrityError: a damaged record.
 
     Example:
         >>> gteopt.choose("artifacts/results", "smallest-index").picked
@@ -152,4 +153,4 @@ def choose(results: str | Path, policy: str | Policy = "balanced") -> Choice:
 
 def _listed(artifacts: Artifacts) -> list[str]:
     listed = [artifacts] if isinstance(artifacts, str | Path) else artifacts
-    return [str(each) for each in listed]
+    return [str(artifact) for artifact in listed]

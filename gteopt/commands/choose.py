@@ -1,4 +1,4 @@
-"""What `gteopt choose` does: read a results folder, apply a policy, write the choice."""
+"""`gteopt choose` and `report`: apply a policy to a results folder, and write its page."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from gteopt.report.html import comparison_page, write_report
 
 
 def judge(folder: Path, policy: Policy) -> Results:
-    """Judge what a results folder holds by a policy; nothing is measured anew.
+    """Apply a policy to a results folder, without new measurements.
 
-    Verdicts are settled again, against the policy's margin and over all that the folder holds. The
-    evaluations are written with them, then the choice, and the page where there is one.
+    Verdicts are computed again with the policy's margin, over all evaluations in the folder. The
+    evaluations and the choice are written, and the page where the folder has one.
 
     Raises:
         InputError, IntegrityError: see `read_results` and `choose`.
     """
-    found = read_results(folder)
-    results = judged(found, policy)
+    measured = read_results(folder)
+    results = judged(measured, policy)
     for path in (folder / "eval").glob("*.json"):
         report = results.evals[read_record(path, EvalReport).variant]
-        if report.variant in found.evals and report != found.evals[report.variant]:
+        if report.variant in measured.evals and report != measured.evals[report.variant]:
             write_record(path, report)
     assert results.choice is not None
     write_record(folder / "choice.json", results.choice)
@@ -37,26 +37,26 @@ def judge(folder: Path, policy: Policy) -> Results:
     return results
 
 
-def judged(found: Results, policy: Policy) -> Results:
-    """What was measured, with the choice of a policy and verdicts against its margin.
+def judged(measured: Results, policy: Policy) -> Results:
+    """The results with a policy's choice, and with verdicts for its margin.
 
     Raises:
         InputError: see `choose`.
     """
-    corrections = {report.correction for report in found.evals.values()}
+    corrections = {report.correction for report in measured.evals.values()}
     evals = settle(
         {
             name: report.model_copy(update={"margin": policy.margin})
-            for name, report in found.evals.items()
+            for name, report in measured.evals.items()
         },
         "row" if corrections == {"row"} else "family",
     )
-    results = found.model_copy(update={"evals": evals, "choice": None})
+    results = measured.model_copy(update={"evals": evals, "choice": None})
     return results.model_copy(update={"choice": choose(policy, results)})
 
 
 def write_page(folder: Path, results: Results) -> Path:
-    """Write report.html with the answer of every shipped policy, and return its path."""
+    """Write report.html with the pick of every shipped policy, and return its path."""
     others: dict[str, Results | str] = {}
     for name in shipped_names("recipes/policies"):
         try:
@@ -72,7 +72,9 @@ def write_comparison(first: Path, second: Path) -> Path:
     Raises:
         InputError, IntegrityError: see `read_results`.
     """
-    from gteopt.evaluation.compare import compare_item_scores  # imports torch; only pairs need it
+    from gteopt.evaluation.compare import (
+        compare_item_scores,
+    )  # imports torch, which one folder does not need
 
     folders = (first, second)
     both = [read_results(folder) for folder in folders]
@@ -91,7 +93,7 @@ def write_comparison(first: Path, second: Path) -> Path:
 
 
 def title_of(folder: Path) -> str:
-    """What the page of a results folder is called: after the plan that filled it."""
+    """The title of a results folder's page: the plan's name, or the folder's."""
     if (folder / "run.json").is_file():
         ran = read_record(folder / "run.json", RunRecord)
         return f"gteopt: {ran.plan} ({ran.base})"

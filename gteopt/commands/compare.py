@@ -1,6 +1,6 @@
-"""What `gteopt compare` does: two artifacts, or two results folders, side by side.
+"""`gteopt compare`: compare two artifacts or two results folders.
 
-Hides: which of them a source is. Refuses to know: printing.
+Hides: which of the two kinds a source is. Refuses to know: printing.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from gteopt.records.results_folder import Results, read_results
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two things side by side; what does not apply is empty.
+    """Two artifacts or two results folders side by side; fields that do not apply are empty.
 
     Attributes:
-        names: of the two.
-        manifests: of artifacts.
-        evals: scores of the second with the first as baseline: differences have paired intervals.
-        fidelity: closeness of the second to the first on texts.
-        results: of results folders.
-        items: variants of the same name in both folders, by name; the first folder's scores are the
-            baseline, and differences have paired intervals from the stored scores of single items.
-        notes: variants of both folders that could not be compared so, with the reason.
+        names: names of the two.
+        manifests: manifests of two artifacts.
+        evals: scores of the second artifact with the first as baseline; differences have paired
+            intervals.
+        fidelity: closeness of the second artifact to the first on texts.
+        results: results of two folders.
+        items: comparisons of variants with the same name in both folders, with the first folder as
+            baseline; differences have paired intervals from the stored item scores.
+        notes: variants of both folders that could not be compared this way, with the reason.
     """
 
     names: tuple[str, str]
@@ -54,15 +55,15 @@ def compare(
     how: Setup | None = None,
     progress: Progress = quiet,
 ) -> Comparison:
-    """Put two artifacts or two results folders side by side.
+    """Compare two artifacts or two results folders.
 
     Args:
         first: an artifact folder or a results folder.
-        second: of the same kind.
-        judges: what two artifacts are scored on, the second against the first; sizes alone are
+        second: another one of the same kind.
+        judges: data on which the second artifact is scored against the first; only sizes are
             compared when left out.
-        how: where artifacts are encoded.
-        progress: told about encoding.
+        how: how texts are encoded.
+        progress: receives the progress of encoding.
 
     Raises:
         InputError: neither two artifacts nor two results folders; data that cannot be read.
@@ -76,27 +77,30 @@ def compare(
         manifests = tuple(read_manifest(source) for source in sources)
         if judges is None:
             return Comparison(names, manifests)
-        named = {name: str(source) for name, source in zip(names, sources, strict=True)}
-        return _measured(names, manifests, named, judges, how or Setup(), progress)
+        by_name = {name: str(source) for name, source in zip(names, sources, strict=True)}
+        return _measured(names, manifests, by_name, judges, how or Setup(), progress)
     if any(is_artifact(source) for source in sources):
-        raise InputError(f"{first} and {second}: one is an artifact, the other is not")
+        raise InputError(
+            f"{first} and {second}: only one is an artifact; give two artifacts or two results "
+            f"folders"
+        )
     items, notes = _from_items(sources[0] / "items", sources[1] / "items")
     results = tuple(read_results(source) for source in sources)
     return Comparison(names, results=results, items=items, notes=tuple(notes))
 
 
 def _from_items(first: Path, second: Path) -> tuple[dict[str, ItemComparison], list[str]]:
-    """Comparisons of the variants that both folders have scores of single items of."""
-    found: dict[str, ItemComparison] = {}
+    """Comparisons of the variants whose item scores both folders hold, and notes of failures."""
+    comparisons: dict[str, ItemComparison] = {}
     notes = []
     for path in sorted(second.glob("*.parquet")):
         if not (first / path.name).is_file():
             continue
         try:
-            found[path.stem] = compare_item_scores(first / path.name, path)
+            comparisons[path.stem] = compare_item_scores(first / path.name, path)
         except GteoptError as error:
             notes.append(f"{path.stem}: no interval, because {error}")
-    return found, notes
+    return comparisons, notes
 
 
 def _names(sources: Sequence[Path]) -> tuple[str, str]:

@@ -1,7 +1,4 @@
-"""What `gteopt embed` does: a corpus to vectors, exactly once, wherever there are devices.
-
-`gteopt.embed` is this function, for Python.
-"""
+"""`gteopt embed` and `gteopt.embed`: turn a corpus into vectors, on one device or many."""
 
 from __future__ import annotations
 
@@ -49,10 +46,10 @@ class Where:
     """The devices that embed.
 
     Attributes:
-        device: of this process; see `gteopt.load`.
-        devices: one process each: "cuda:0,cuda:1", or "cpu,cpu".
+        device: device of this process; see `gteopt.load`.
+        devices: devices with one process each: "cuda:0,cuda:1", or "cpu,cpu".
         ray: address of a Ray cluster: "auto", HOST:PORT, or "local".
-        actors: least and most actors on the cluster; None is as many as there is room for.
+        actors: least and most actors on the cluster; None is as many as fit.
     """
 
     device: str = "auto"
@@ -62,11 +59,11 @@ class Where:
 
 
 _WORTH_MEASURING_S = 60.0
-"""A shorter run is not worth the second that the device's peak takes to measure."""
+"""Seconds of a run from which on the device's peak is measured, which takes a second."""
 
 
 class Terminated(Exception):
-    """SIGTERM: a spot machine is taken away, or a scheduler's time is over."""
+    """The process received SIGTERM, for example from a scheduler or before a spot machine ends."""
 
 
 def embed(
@@ -78,22 +75,22 @@ def embed(
     events: Events = unheard,
     **options: Any,
 ) -> EmbedReport:
-    """Embed a corpus into a folder; the same call goes on with a job that was stopped.
+    """Embed a corpus into a folder; the same call resumes a job that was stopped.
 
     Example: `gteopt.embed("corpus.jsonl.gz", "artifacts/gptq-int4", "vectors", text="body")`
 
     Args:
         inputs: files, folders, globs, URLs or data set names.
-        model: as `gteopt.load` takes it.
-        out: folder of the job, here or s3://, gs://.
-        progress: told of rows.
-        events: told of shards and of the end.
-        options: fields of `EmbedOptions`, `Where` and `Wishes`, and `export`, by their names.
+        model: see `gteopt.load`.
+        out: folder of the job: a local path, s3:// or gs://.
+        progress: receives the number of finished rows.
+        events: receives an event for each shard and one at the end.
+        options: fields of `EmbedOptions`, `Where` and `Wishes` by name, and `export`.
 
     Raises:
-        InputError: an unknown option, inputs that cannot be read, a folder of another job.
-        IntegrityError: rows are not accounted for.
-        GteoptError: what loading or computing the model raises.
+        InputError: an unknown option, inputs that cannot be read, or a folder of another job.
+        IntegrityError: some rows have neither a vector nor a dead letter.
+        GteoptError: see `gteopt.load`.
     """
     exports = tuple(options.pop("export", ()))
     settings, where, wishes = parse_options(options)
@@ -110,7 +107,7 @@ def embed(
 
 
 def _peak_ratio(report: EmbedReport, device: str) -> float | None:
-    """Operations a second of a run / those of the best large product on the same device."""
+    """Operations per second of a run, over those of the device's fastest large product."""
     if report.seconds < _WORTH_MEASURING_S:
         return None
     fastest = max(peak_gflops(pick_device(device)).values())
@@ -118,10 +115,10 @@ def _peak_ratio(report: EmbedReport, device: str) -> float | None:
 
 
 def parse_options(options: dict[str, Any]) -> tuple[EmbedOptions, Where, Wishes]:
-    """Options by name, each where it belongs.
+    """Sort options by name into the three objects that hold them.
 
     Raises:
-        InputError: an unknown one.
+        InputError: an unknown option.
     """
     from dataclasses import fields
 
@@ -149,10 +146,10 @@ def parse_options(options: dict[str, Any]) -> tuple[EmbedOptions, Where, Wishes]
 def requested(
     inputs: str | Sequence[str], model: str | Path, out: str | Path, options: EmbedOptions
 ) -> Request:
-    """A request; a model's folder is named so that every worker finds it."""
-    named = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+    """A request with an absolute path to the model, so that every worker finds it."""
+    names = (inputs,) if isinstance(inputs, str) else tuple(inputs)
     source = str(Path(model).absolute()) if Path(model).is_dir() else str(model)
-    return Request(named, source, out, options)
+    return Request(names, source, out, options)
 
 
 @contextmanager
@@ -164,24 +161,26 @@ def prepared(
     *,
     reads_only: bool = False,
 ) -> Iterator[tuple[Job, RunShards]]:
-    """A job in a folder that is this process's alone, and who embeds it; see `jobs.prepare`."""
+    """A job and the function that runs it, with the folder locked; see `jobs.prepare`."""
     if where.devices is not None and where.ray is not None:
-        raise InputError("--devices is for this machine, --ray for a cluster; give one of them")
+        raise InputError(
+            "--devices is for this machine, --ray for a cluster; give only one of them"
+        )
     with ExitStack() as stack:
         stack.enter_context(working_alone(request.out))
         stack.enter_context(_terminating())
-        loaded = None
-        described: Description
+        encoder = None
+        description: Description
         if where.devices is None and where.ray is None:
-            described = loaded = _loaded(request, where, wishes)
+            description = encoder = _loaded(request, where, wishes)
         else:
             kind: Literal["cuda", "cpu"] = "cpu"
             if where.ray is not None:
                 kind = stack.enter_context(cluster(where.ray, where.device))
             elif (where.devices or "").startswith("cuda"):
                 kind = "cuda"
-            described = _described(request, kind, wishes)
-        job = prepare(request, described, wishes=wishes, reads_only=reads_only, progress=progress)
+            description = _described(request, kind, wishes)
+        job = prepare(request, description, wishes=wishes, reads_only=reads_only, progress=progress)
         runner: RunShards
         if where.devices is not None:
             workers = stack.enter_context(local_embedders(parse_devices(where.devices)))
@@ -191,8 +190,8 @@ def prepared(
                 where.ray, device=where.device, actors=where.actors, cpus=job.task.n_threads
             )
         else:
-            assert loaded is not None
-            runner = embed_here(loaded)
+            assert encoder is not None
+            runner = embed_here(encoder)
         yield job, runner
 
 
@@ -205,16 +204,16 @@ def dry_run(
     progress: Progress = quiet,
     **options: Any,
 ) -> Estimate:
-    """What a job would take: tokens, hours, dollars, bytes; nothing is embedded for good.
+    """Estimate the tokens, hours, dollars and bytes of a job; no vectors are written.
 
-    The rows are counted, and how the files are cut is kept in the folder of the job.
+    The rows are counted, and the split of the files into shards is kept in the job's folder.
 
     Args:
         inputs: see `embed`.
         model: see `embed`.
         out: see `embed`.
-        price_per_hour: of all devices together, in dollars.
-        progress: told of bytes and shards.
+        price_per_hour: price of all devices together, in dollars.
+        progress: receives the number of bytes and shards.
         options: see `embed`.
 
     Raises:
@@ -246,18 +245,18 @@ def verify(
         inputs: see `embed`.
         model: see `embed`.
         out: see `embed`.
-        progress: told of shards.
+        progress: receives the number of shards.
         options: see `embed`.
 
     Raises:
-        IntegrityError: lists what is not as it should be.
+        IntegrityError: lists every fault of the folder.
         GteoptError: see `embed`.
     """
     options.pop("export", None)
     settings, where, wishes = parse_options(options)
     request = requested(inputs, model, out, settings)
     if read_record(Folder(out)) is None:
-        raise InputError(f"{out} holds no embedding.json; there is nothing to verify")
+        raise InputError(f"{out} has no embedding.json; there is nothing to verify")
     here = Where(device=where.device if where.devices is None else where.devices.split(",")[0])
     with prepared(request, here, wishes, progress, reads_only=True) as (job, _):
         encoder = _loaded(request, here, wishes)
@@ -287,9 +286,9 @@ def _described(request: Request, kind: Literal["cuda", "cpu"], wishes: Wishes) -
 
 @contextmanager
 def _terminating() -> Iterator[None]:
-    """SIGTERM abandons the shards at hand, and ends the job as Ctrl-C does."""
+    """Let SIGTERM end the job like Ctrl-C, without the shards that are being embedded."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread hears signals
+        yield  # only the main thread can handle signals
         return
 
     def stop(number: int, frame: object) -> None:

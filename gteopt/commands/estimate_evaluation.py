@@ -1,7 +1,7 @@
-"""What `gteopt evaluate --dry-run` does: say what an evaluation would take, without starting it.
+"""`gteopt evaluate --dry-run`: estimate the time and disk space of an evaluation.
 
-Neither torch nor mteb is imported, so that the answer is there in seconds. Hides: where the rate of
-this machine comes from. Refuses to know: how anything is encoded or scored.
+It imports neither torch nor mteb, so that it answers in seconds. Hides: where the speed of this
+machine comes from. Refuses to know: how anything is encoded or scored.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from gteopt.records.evaluation import EvaluationEstimate, TaskEstimate
 from gteopt.records.files import read_record, write_record
 
 PROBE_S = 0.5
-_CACHED_BYTES = 2  # of a number in the cache: float16
-_SHARE_OF_PEAK = 0.4  # of a large float32 product's speed that a small encoder reaches
+_CACHED_BYTES = 2  # bytes of a float16 number in the cache
+_SHARE_OF_PEAK = 0.4  # speed of a small encoder over the speed of a large float32 product
 
 
 def estimate_evaluation(
@@ -38,42 +38,42 @@ def estimate_evaluation(
     price_per_hour: float | None = None,
     cache_bytes: int | None = None,
 ) -> EvaluationEstimate:
-    """What scoring these models on a suite takes on this machine.
+    """Estimate the time and disk space to score models on a suite on this machine.
 
-    The rate is that of `bench.json` in the results folder. Without one it is worked out from a
-    float32 product of half a second and the baseline's number of weights, which is a rough guess.
-    Search, k-means and regressions come on top.
+    The speed comes from `bench.json` in the results folder. Without it, the speed is a rough guess
+    from a float32 product of half a second and the baseline's number of weights. The time of
+    search, k-means and regressions is not included.
 
     Args:
-        sources: baseline first, by name.
-        suite: tasks without sizes of their own (own data) are counted as unknown.
-        folder: results folder that may hold a bench.
-        hub_dir: where data sets are looked for.
-        price_per_hour: of this machine, in dollars.
-        cache_bytes: most that cached vectors take; None is all of them.
+        sources: models by name, the baseline first.
+        suite: the suite; tasks without known sizes (own data) count as unknown.
+        folder: results folder that may hold a bench.json.
+        hub_dir: folder of data sets.
+        price_per_hour: price of this machine, in dollars.
+        cache_bytes: limit for cached vectors; None keeps all of them.
 
     Raises:
-        InputError: a source that cannot be opened.
+        InputError: a source cannot be opened.
     """
     names = list(sources)
     checkpoint = open_checkpoint(sources[names[0]], hub_dir=hub_dir)
     amounts = {
         task.task: amount_of(task, _longest(task, suite, checkpoint)) for task in suite.tasks
     }
-    total = sum((each for each in amounts.values() if each is not None), Amount())
+    total = sum((amount for amount in amounts.values() if amount is not None), Amount())
     rate, rate_source = _rate(names, checkpoint, folder)
     seconds = None if rate is None else len(names) * total.n_tokens / rate
-    missing = {task: _of(suite, task) for task, _, _ in missing_data(suite, hub_dir)}
-    download = sum(each.n_characters for each in missing.values() if each is not None)
+    missing = {task: _amount_of(suite, task) for task, _, _ in missing_data(suite, hub_dir)}
+    download = sum(amount.n_characters for amount in missing.values() if amount is not None)
     needed = total.n_texts * checkpoint.dims * _CACHED_BYTES
     return EvaluationEstimate(
         suite=suite.name,
         models=tuple(names),
         tasks=tuple(
             TaskEstimate(task=name)
-            if each is None
-            else TaskEstimate(task=name, n_texts=each.n_texts, n_tokens=each.n_tokens)
-            for name, each in amounts.items()
+            if amount is None
+            else TaskEstimate(task=name, n_texts=amount.n_texts, n_tokens=amount.n_tokens)
+            for name, amount in amounts.items()
         ),
         n_texts=total.n_texts,
         n_tokens=total.n_tokens,
@@ -99,44 +99,46 @@ def within_budget(
     hub_dir: Path | None = None,
     n_models: int | None = None,
 ) -> Suite:
-    """The part of a suite that these models can be scored on in a time, encoding alone.
+    """The part of a suite whose texts these models can encode within a time.
 
-    The choice is kept in `FOLDER/part.json`. The same suite and budget get the same tasks again, so
+    The choice is kept in `FOLDER/part.json`. The same suite and budget then get the same tasks, so
     that all scores in a folder can be compared.
 
     Args:
-        sources: baseline first, by name.
-        suite: with published scores; see `part_within`.
-        budget_s: for all models together.
-        folder: results folder that may hold a bench and an earlier choice.
-        hub_dir: tasks without their data there are not chosen.
-        n_models: that encode; None is all of `sources`, and the base of an artifact.
+        sources: models by name, the baseline first.
+        suite: a suite with published scores; see `part_within`.
+        budget_s: seconds for all models together.
+        folder: results folder that may hold a bench.json and an earlier choice.
+        hub_dir: folder of data sets; tasks whose data is missing there are not chosen.
+        n_models: number of models that encode; None is all of `sources`, plus the base if the first
+            is an artifact.
 
     Raises:
-        InputError: no speed is known, or see `part_within`.
+        InputError: the speed is not known; or see `part_within`.
     """
     kept = None if folder is None else folder / "part.json"
     if kept is not None and kept.is_file():
         part = read_record(kept, Suite)
-        stands = part.stands_for
-        known = {task.task: task for task in suite.tasks}
-        alike = "protocol", "max_tokens", "normalize"
-        same = all(getattr(part, name) == getattr(suite, name) for name in alike)
-        same = same and all(known.get(task.task) == task for task in part.tasks)
-        if same and stands and (stands.suite, stands.budget_s) == (suite.name, budget_s):
+        stands_for = part.stands_for
+        tasks = {task.task: task for task in suite.tasks}
+        settings = "protocol", "max_tokens", "normalize"
+        is_same = all(getattr(part, name) == getattr(suite, name) for name in settings)
+        is_same = is_same and all(tasks.get(task.task) == task for task in part.tasks)
+        wanted = suite.name, budget_s
+        if is_same and stands_for and (stands_for.suite, stands_for.budget_s) == wanted:
             return part
     names = list(sources)
     checkpoint = open_checkpoint(sources[names[0]], hub_dir=hub_dir)
     rate, why = _rate(names, checkpoint, folder)
     if rate is None:
         raise InputError(f"--budget needs the speed of this machine, which is {why}")
-    without = {task for task, _, _ in missing_data(suite, hub_dir)} if hub_dir is not None else ()
+    missing = {task for task, _, _ in missing_data(suite, hub_dir)} if hub_dir is not None else ()
     if n_models is None:
         n_models = len(names) + (checkpoint.manifest is not None)
     seconds = {}
     for task in suite.tasks:
         amount = amount_of(task, _longest(task, suite, checkpoint))
-        if amount is not None and not {task.task, *_parts_of(task)} & set(without):
+        if amount is not None and not {task.task, *_parts_of(task)} & set(missing):
             seconds[task.task] = n_models * amount.n_tokens / rate
     part = part_within(suite, seconds, budget_s)
     if kept is not None and part.stands_for is not None:
@@ -154,8 +156,8 @@ def _longest(task: SuiteTask, suite: Suite, checkpoint: Checkpoint) -> int:
     return min(longest, checkpoint.max_tokens)
 
 
-def _of(suite: Suite, name: str) -> Amount | None:
-    """The amount of an entry, or of a part of one."""
+def _amount_of(suite: Suite, name: str) -> Amount | None:
+    """The amount of a suite's task, or of a part of a task."""
     entries = [task for task in suite.tasks if task.task == name]
     return amount_of(entries[0] if entries else SuiteTask(task=name))
 
@@ -163,26 +165,29 @@ def _of(suite: Suite, name: str) -> Amount | None:
 def _rate(
     names: list[str], checkpoint: Checkpoint, folder: Path | None
 ) -> tuple[float | None, str]:
-    """Tokens a second of one model here, and where that is from."""
+    """Tokens per second of one model on this machine, and the source of this figure."""
     path = None if folder is None else folder / "bench.json"
     if path is not None and path.is_file():
         with suppress(IntegrityError):
             bench = read_record(path, BenchReport)
-            known = [bench.variants[name].tokens_per_s for name in names if name in bench.variants]
-            if known:  # models take turns: their times add up
-                return len(known) / sum(1 / each for each in known), f"{path}"
+            rates = [bench.variants[name].tokens_per_s for name in names if name in bench.variants]
+            if rates:  # models encode one after the other, so their times add up
+                return len(rates) / sum(1 / rate for rate in rates), f"{path}"
     if Path("/dev/nvidia0").exists():
-        return None, "unknown; run gteopt bench on this GPU with the same --out first"
+        return None, "unknown; first run gteopt bench on this GPU with the same --out"
     operations = 2 * _n_weights(checkpoint)
     rate = _SHARE_OF_PEAK * probe_operations_per_s() / operations
-    return rate, f"a float32 product of {PROBE_S:g} s on this processor; gteopt bench is more exact"
+    return (
+        rate,
+        f"a float32 product of {PROBE_S:g} s on this processor; gteopt bench is more accurate",
+    )
 
 
 def _n_weights(checkpoint: Checkpoint) -> int:
-    """Weights that each token is multiplied with: all matrices but the token embeddings."""
+    """Weights that each token is multiplied with: all matrices except the token embeddings."""
     shapes = checkpoint.tensors
     if checkpoint.manifest is not None:
-        # Packed weights have other shapes; every block of the architecture has these products.
+        # Packed weights have other shapes, so the products follow from the config.
         config = checkpoint.config
         hidden = int(config["hidden_size"])
         wide = int(config.get("intermediate_size", 4 * hidden))
@@ -198,7 +203,7 @@ def _n_weights(checkpoint: Checkpoint) -> int:
 
 
 def probe_operations_per_s() -> float:
-    """Operations a second of float32 products here, the fastest of half a second."""
+    """Operations per second of the fastest float32 product within half a second."""
     x, w = np.ones((256, 1024), np.float32), np.ones((1024, 1024), np.float32)
     operations = 2 * x.shape[0] * w.size
     best, deadline = math.inf, time.perf_counter() + PROBE_S

@@ -1,6 +1,6 @@
-"""What `gteopt evaluate` does: check every source, score each on a suite or on texts, compare.
+"""`gteopt evaluate`: score every source on a suite or on texts, and compare with the baseline.
 
-Hides: what a store folder holds and which sources give the same vectors. Refuses to know: mteb,
+Hides: the files of a results folder, and sources that give the same vectors. Refuses to know: mteb,
 printing.
 """
 
@@ -51,10 +51,10 @@ from gteopt.records.files import read_record, write_record
 
 @dataclass(frozen=True)
 class Grid:
-    """Lengths and codes that every variant is scored in, each from the same encodings.
+    """Dimensions and codes in which every variant is scored, encoded once.
 
     Attributes:
-        dims: none is the model's full length alone.
+        dims: numbers of dimensions; empty is only the full number.
         codes: how a vector is stored.
     """
 
@@ -63,54 +63,57 @@ class Grid:
 
 
 def parse_grid(dims: str | None, codes: str | None) -> Grid:
-    """A grid from lists separated by commas; what is left out stays full, or float32.
+    """A grid from comma-separated lists; the defaults are full dimensions and float32.
 
     Raises:
-        InputError: a length that is no positive whole number, or an unknown code.
+        InputError: a number of dimensions that is not a positive integer, or an unknown code.
     """
     problems = []
     lengths = _listed(dims)
     problems += [
-        f"--dims: '{each}' is no number of dimensions; write 256,128,64"
-        for each in lengths
-        if not each.isdecimal() or int(each) == 0
+        f"--dims: '{n}' is not a number of dimensions; write 256,128,64"
+        for n in lengths
+        if not n.isdecimal() or int(n) == 0
     ]
     known = CODES_BY_DIMS
     wanted = _listed(codes) or ["float32"]
     problems += [
-        f"--vectors: unknown code '{each}': {suggest(each, known)}"
-        for each in wanted
-        if each not in known
+        f"--vectors: unknown code '{code}': {suggest(code, known)}"
+        for code in wanted
+        if code not in known
     ]
     if problems:
         raise InputError(join_problems("the grid cannot be scored", problems))
     return Grid(
-        dims=tuple(int(each) for each in lengths),
+        dims=tuple(int(n) for n in lengths),
         codes=tuple(code for code in known if code in wanted),
     )
 
 
 def _listed(names: str | None) -> list[str]:
-    parts = [each.strip() for each in (names or "").split(",")]
-    return list(dict.fromkeys(each for each in parts if each))
+    """The distinct names in a comma-separated list, in their order."""
+    parts = [part.strip() for part in (names or "").split(",")]
+    return list(dict.fromkeys(part for part in parts if part))
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how variants are encoded, and what of their vectors is judged.
+    """How variants are encoded, and which of their vectors are judged.
 
     Attributes:
-        dtype: that models compute in, as `load` takes it.
-        backend: of the variants, as `load` takes it; the baseline is torch's.
-        kernels: of the variants, as `load` takes it; those of the baseline are deterministic.
-        grid: lengths and codes, each judged by itself; None is the vectors that each variant makes.
-        workers: who encodes, instead of this process on `device`. A grid still needs each variant
-            here, which fits its ranges.
-        options: of the vectors' cache.
+        hub_dir: see `load`.
+        device: see `load`.
+        dtype: dtype of the computation; see `load`.
+        backend: backend of the variants, see `load`; the baseline uses torch.
+        kernels: kernels of the variants, see `load`; the baseline's are deterministic.
+        grid: dimensions and codes to judge; None judges the vectors that each variant makes.
+        workers: processes that encode instead of this process on `device`. With a grid, this
+            process still loads each variant to fit its transforms.
+        options: how texts are encoded and cached.
         asked: see `EvalReport`.
-        correction: what the error rate of verdicts holds for; see `settle`.
-        examples: whether own texts whose neighbours changed most are kept, in clear.
-        stops: whether a variant's task ends once its verdict is certain.
+        correction: what the verdicts' error rate covers; see `settle`.
+        examples: whether a user's own texts whose neighbours changed most are stored, readable.
+        stops: whether a variant's task stops once its verdict is certain.
     """
 
     hub_dir: Path | None = None
@@ -136,17 +139,17 @@ def score(
     margin: float = DEFAULT_MARGIN,
     progress: Progress,
 ) -> dict[str, EvalReport]:
-    """Scores of every variant beside the first's, which is the baseline.
+    """Scores of every source, compared with the first source, the baseline.
 
-    Verdicts are against `margin` and corrected for all tasks of all variants together. With a
-    grid, there is a report for each variant, length and code, named by the three; the baseline is
-    then the first source's own vectors.
+    Verdicts use `margin` and are corrected over all tasks of all variants. With a grid, each
+    variant, number of dimensions and code has a report, which is named by the three. The baseline
+    is then the first source with its own vectors.
 
-    With a results folder, finished tasks are stored in it and not done twice.
+    With a results folder, finished tasks are stored in it and not scored again.
 
     Raises:
-        InputError: the results folder is a file; lists every source that cannot be opened, before
-            anything is encoded.
+        InputError: the results folder is a file, or sources cannot be opened. All of them are
+            listed before anything is encoded.
     """
     _check_folder(folder, how)
     check_data(suite, how.hub_dir)
@@ -158,19 +161,19 @@ def score(
     ahead: _Opened | None = None
     for name, next_name in zip(sources, [*list(sources)[1:], None], strict=True):
         opened = ahead
-        if opened is None or how.grid is not None:  # which is fitted on a loaded model
-            first = baseline is None
-            opened = _open(name, sources[name], how, progress, is_baseline=first, ahead=ahead)
+        if opened is None or how.grid is not None:  # a grid is fitted on a loaded model
+            is_first = baseline is None
+            opened = _open(name, sources[name], how, progress, is_baseline=is_first, ahead=ahead)
         ahead = None
         options = opened.options
         if how.workers is not None and next_name is not None and not how.stops:
-            # Only descriptions of models, which take no memory, can be opened ahead of their turn.
-            alone = replace(how, grid=None)
-            ahead = _open(next_name, sources[next_name], alone, progress, is_baseline=False)
-            if not _same_vectors(opened, ahead):  # whose vectors will be there
+            # Without a grid, only a model's description is opened, which takes no memory.
+            without_grid = replace(how, grid=None)
+            ahead = _open(next_name, sources[next_name], without_grid, progress, is_baseline=False)
+            if not _same_vectors(opened, ahead):  # the same vectors come from the cache
                 options = replace(options, start_next=_beginning(ahead, suite, folder, how))
         views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
-        if baseline is None and own.sha256 not in {each.sha256 for each in views.values()}:
+        if baseline is None and own.sha256 not in {view.sha256 for view in views.values()}:
             views = {name: own, **views}
         runs = run_views(
             opened.encoder,
@@ -182,17 +185,17 @@ def score(
             progress=progress,
             stop=_rule(baseline, how, margin, len(sources)),
         )
-        del opened  # two models may not fit
+        del opened  # two models may not fit into memory
         if baseline is None:
             baseline = next(run for run in runs if run.encoder_sha256 == own.sha256)
             own_texts = OwnTexts(suite, baseline) if how.examples else None
         for done, (row, run) in enumerate(zip(views, runs, strict=True)):
             progress(f"{name}: comparing with {baseline.encoder}", done, len(runs))
-            noted = replace(run, notes=(*run.notes, *notes))
-            found = compare(baseline, noted, variant_name=row, margin=margin, drawn=drawn)
+            noted_run = replace(run, notes=(*run.notes, *notes))
+            report = compare(baseline, noted_run, variant_name=row, margin=margin, drawn=drawn)
             if folder is not None:
-                write_item_scores(folder / "items" / f"{row}.parquet", noted, row)
-            reports[row] = found.model_copy(update={"asked": how.asked})
+                write_item_scores(folder / "items" / f"{row}.parquet", noted_run, row)
+            reports[row] = report.model_copy(update={"asked": how.asked})
             examples |= own_texts.of(run, row) if own_texts else {}
     reports = settle(reports, how.correction)
     if folder is not None:
@@ -201,7 +204,7 @@ def score(
 
 
 def _rule(baseline: SuiteRun | None, how: Setup, margin: float, n_sources: int) -> StopRule | None:
-    """What ends a variant's tasks; None for the baseline, which the others need whole."""
+    """The rule that stops a variant's tasks; None for the baseline, which is scored fully."""
     if baseline is None or not how.stops:
         return None
     grid = how.grid
@@ -219,17 +222,17 @@ def compare_texts(
     columns: Mapping[ColumnRole, str] | None = None,
     progress: Progress,
 ) -> dict[str, FidelityReport]:
-    """Fidelity of every variant to the first, which is the baseline, on a user's own texts.
+    """Fidelity of every source to the first source, the baseline, on a user's own texts.
 
-    Texts are encoded as documents, without an instruction, and into the same cache as a suite's;
-    with a grid, there is a report for each variant, length and code, against the first source's
-    vectors at full dimension, as always.
+    Texts are encoded as documents without an instruction, into the same cache as a suite's texts.
+    With a grid, each variant, number of dimensions and code has a report. The baseline is always
+    the first source at full dimensions.
 
-    With examples, `examples/` of the results folder gets the texts whose neighbours changed most,
-    in clear. Without, a run removes those that an earlier one left.
+    With `how.examples`, the texts whose neighbours changed most are stored, readable, in
+    `examples/` of the results folder. Otherwise, examples of an earlier run are removed.
 
     Raises:
-        InputError: see `score`; or examples have no folder to lie in.
+        InputError: examples without a results folder; or see `score`.
     """
     _check_folder(folder, how)
     _check_all(sources, None, how)
@@ -245,7 +248,7 @@ def compare_texts(
         run = run_texts(
             opened.encoder, texts, store=_store(folder), options=opened.options, progress=progress
         )
-        del opened  # two models may not fit
+        del opened  # two models may not fit into memory
         baseline = baseline or (own, run.fidelity_sample)
         for done, (row, view) in enumerate(views.items()):
             progress(f"{name}: comparing with {baseline[0].name}", done, len(views))
@@ -282,25 +285,25 @@ def compare_texts(
 
 
 def _write(
-    place: Path,
+    reports_folder: Path,
     reports: Mapping[str, EvalReport] | Mapping[str, FidelityReport],
     examples: Mapping[str, Examples],
 ) -> None:
-    """Write the reports into their folder, and examples into the one beside it."""
+    """Write reports to their folder, and examples to the folder beside it."""
     for name, report in reports.items():
-        write_record(place / f"{name}.json", report)
-    write_examples(place.parent, reports, examples)
+        write_record(reports_folder / f"{name}.json", report)
+    write_examples(reports_folder.parent, reports, examples)
 
 
 def _check_all(sources: Mapping[str, str], folder: Path | None, how: Setup) -> None:
-    """Open every source: what is damaged or misspelt must not be found after days of encoding.
+    """Open every source, so that a damaged or misspelt one is refused before a long evaluation.
 
     Raises:
-        InputError: lists all of them; and reports of another backend that would be overwritten.
+        InputError: lists all problems, including reports of another backend that would be lost.
     """
     problems: list[str] = []
     if how.workers is not None and how.kernels != "deterministic":
-        problems.append(f"kernels {how.kernels}: several processes compute with deterministic ones")
+        problems.append(f"kernels {how.kernels}: several processes need deterministic kernels")
     dims: dict[str, int] = {}
     for name, source in sources.items():
         try:
@@ -309,19 +312,19 @@ def _check_all(sources: Mapping[str, str], folder: Path | None, how: Setup) -> N
             problems.append(f"{name} ({source}): {error}")
     baseline = next(iter(sources))
     problems += [
-        f"{name}: has {n} dimensions, the baseline {baseline} {dims[baseline]}; a variant is "
-        f"judged against its own base"
+        f"{name} has {n} dimensions, the baseline {baseline} has {dims[baseline]}; compare a "
+        f"variant with its own base"
         for name, n in dims.items()
         if baseline in dims and n != dims[baseline]
     ]
     for path in sorted((folder / "eval").glob("*.json")) if folder else ():
-        with suppress(IntegrityError):  # of an older gteopt, or damaged: written anew
+        with suppress(IntegrityError):  # of an older gteopt, or damaged: it is written again
             old = read_record(path, EvalReport)
-            found = old.versions.get("backend", how.backend)
+            backend = old.versions.get("backend", how.backend)
             row = re.sub(rf"-\d+-({'|'.join(CODES_BY_DIMS)})$", "", old.variant)
-            if {row, old.variant} & set(list(sources)[1:]) and found != how.backend:
+            if {row, old.variant} & set(list(sources)[1:]) and backend != how.backend:
                 problems.append(
-                    f"{path} holds scores of {old.variant} with backend {found}; remove it, or "
+                    f"{path} holds scores of {old.variant} with backend {backend}; remove it, or "
                     f"give another --out for backend {how.backend}"
                 )
     if problems:
@@ -333,8 +336,8 @@ class _Opened:
     """One source, ready to be judged.
 
     Attributes:
-        views: what of its vectors is judged, by row of the result.
-        notes: what its workers have had to say so far.
+        views: views of its vectors to judge, by row of the result.
+        notes: notes of its workers so far.
     """
 
     encoder: Description
@@ -352,14 +355,14 @@ def _open(
     is_baseline: bool,
     ahead: _Opened | None = None,
 ) -> _Opened:
-    """Open a source; `ahead` is the same one, described, on which workers are at work."""
+    """Open a source; `ahead` is its description, if workers already encode with it."""
     options, notes = how.options, list[str]()
     device = how.device if how.workers is None else how.workers.device
     kernels = "deterministic" if is_baseline else how.kernels
-    here: Callable[..., Description] = partial(load, kernels=kernels)
+    opener: Callable[..., Description] = partial(load, kernels=kernels)
     if how.workers is not None and how.grid is None:
-        here = describe
-    encoder = here(
+        opener = describe
+    encoder = opener(
         source,
         device=device,
         dtype=how.dtype,
@@ -377,7 +380,7 @@ def _open(
             say=notes.append,
         )
         options = replace(options, encode=encode, encoded_on=str(how.workers))
-    encoder.name = name  # one name for one thing, in every line of progress and every note
+    encoder.name = name  # the name in every line of progress and every note
     views = {name: own_view(encoder, name)}
     if how.grid is not None:
         assert isinstance(encoder, Encoder)
@@ -385,10 +388,10 @@ def _open(
     return _Opened(encoder, options, views, notes)
 
 
-def _same_vectors(one: _Opened, other: _Opened) -> bool:
-    mine, theirs = one.encoder, other.encoder
-    same_files = mine.checkpoint.weights_sha256 == theirs.checkpoint.weights_sha256
-    return same_files and mine.arithmetic == theirs.arithmetic
+def _same_vectors(first: _Opened, second: _Opened) -> bool:
+    a, b = first.encoder, second.encoder
+    same_files = a.checkpoint.weights_sha256 == b.checkpoint.weights_sha256
+    return same_files and a.arithmetic == b.arithmetic
 
 
 def _beginning(
@@ -406,9 +409,9 @@ def _beginning(
 
 def _check_folder(folder: Path | None, how: Setup) -> None:
     if folder is not None and folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; results need a folder")
+        raise InputError(f"{folder} is a file; give a folder for results")
     if how.examples and folder is None:
-        raise InputError("--examples writes texts into the results folder; give --out")
+        raise InputError("--examples writes texts to the results folder; give --out")
 
 
 def _store(folder: Path | None) -> Path | None:
@@ -419,15 +422,15 @@ def _grid_views(
     encoder: Encoder, name: str, grid: Grid, *, hub_dir: Path | None, progress: Progress
 ) -> dict[str, View]:
     transforms = fit_transforms(encoder, grid.dims, grid.codes, hub_dir=hub_dir, progress=progress)
-    named = {f"{name}-{each.dims}-{each.code}": each for each in transforms}
-    return {row: view_of(encoder, each, row) for row, each in named.items()}
+    rows = {f"{name}-{transform.dims}-{transform.code}": transform for transform in transforms}
+    return {row: view_of(encoder, transform, row) for row, transform in rows.items()}
 
 
 def base_of(sources: Sequence[str]) -> str:
-    """The one base that artifacts were made from, as something that `load` takes.
+    """The base that all artifacts were made from, as a source for `load`.
 
     Raises:
-        InputError: they have several bases, or one that only its owner can name (a folder).
+        InputError: they have several bases, or the base was a folder whose path is not known.
     """
     bases = set()
     for source in sources:
@@ -436,9 +439,9 @@ def base_of(sources: Sequence[str]) -> str:
     if len(bases) > 1:
         raise InputError(
             f"the artifacts have different bases ({', '.join(sorted(bases))}); evaluate them "
-            f"apart, or give --baseline"
+            f"separately, or give --baseline"
         )
     base = bases.pop()
     if base != NANO and "/" not in base and not Path(base).is_dir():
-        raise InputError(f"the base was a folder called {base}; say where it is with --baseline")
+        raise InputError(f"the base was a folder named {base}; give its path with --baseline")
     return base

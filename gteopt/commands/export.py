@@ -1,4 +1,4 @@
-"""What `gteopt export` does: write an artifact as an OpenVINO model."""
+"""`gteopt export`: write an artifact as an OpenVINO model."""
 
 from __future__ import annotations
 
@@ -20,52 +20,54 @@ def export_openvino(
 ) -> None:
     """Write a folder that Sentence Transformers opens with `backend="openvino"`, without gteopt.
 
-    It has the artifact's tokenizer, pooling and prompts, and its packed weights as they are inside
-    an OpenVINO graph.
+    It holds the artifact's tokenizer, pooling and prompts, and an OpenVINO model with the packed
+    weights. Its vectors are float32; gteopt's vector codes are not part of it.
 
     Args:
-        artifact: its folder, or `<org>/<name>`; its vectors are not shortened by a code of gteopt's
-            own.
-        out: folder to make.
-        hub_dir: as for `load`.
-        revision: as for `load`.
+        artifact: artifact folder, or `<org>/<name>`.
+        out: folder to create.
+        hub_dir: see `load`.
+        revision: see `load`.
 
     Raises:
-        InputError: no artifact, or `out` exists.
+        InputError: not an artifact, or `out` exists.
         IntegrityError: see `open_checkpoint`.
-        UnsupportedError: OpenVINO is missing or cannot say this model; see
+        UnsupportedError: OpenVINO is missing or cannot express this model; see
             `gteopt.encoder.openvino.OpenVinoModel`.
-        OSError: the folder cannot be written (a full disk).
+        OSError: the folder cannot be written, for example because the disk is full.
     """
     if out.exists():
-        raise InputError(f"{out} exists; name a new folder, or remove it")
-    # A base on the Hub is refused before its weights are fetched.
+        raise InputError(f"{out} exists; give a new folder, or remove it")
+    # A base on the Hub is refused before its weights are downloaded.
     checkpoint = open_checkpoint(artifact, hub_dir=hub_dir, revision=revision, headers_only=True)
     manifest = checkpoint.manifest
     if manifest is None:
-        raise InputError(f"{artifact} is not an artifact; build one, `--recipe bf16` for a base")
+        raise InputError(
+            f"{artifact} is not an artifact; build one with `gteopt quantize`, which keeps all "
+            f"weights with `--recipe bf16`"
+        )
     if not checkpoint.weight_files:
         checkpoint = open_checkpoint(artifact, hub_dir=hub_dir, revision=revision)
     if checkpoint.latent is not None:
-        raise UnsupportedError("latent-attention pooling is not part of an OpenVINO graph")
-    stage = out.with_name(f".{out.name}.part")
-    shutil.rmtree(stage, ignore_errors=True)
-    not_taken = {path.name for path in checkpoint.weight_files}
-    not_taken |= {MANIFEST, VECTORS_FILE, "README.md", "model.safetensors.index.json"}
+        raise UnsupportedError("latent-attention pooling is not supported in an OpenVINO model")
+    unfinished = out.with_name(f".{out.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    not_copied = {path.name for path in checkpoint.weight_files}
+    not_copied |= {MANIFEST, VECTORS_FILE, WEIGHTS, "README.md", "model.safetensors.index.json"}
 
-    def left_out(folder: str, names: list[str]) -> list[str]:
-        inside = Path(folder) != checkpoint.folder
-        return [] if inside else [name for name in names if name in not_taken or name == WEIGHTS]
+    def ignored(folder: str, names: list[str]) -> list[str]:
+        is_top = Path(folder) == checkpoint.folder
+        return [name for name in names if name in not_copied] if is_top else []
 
     try:
-        shutil.copytree(checkpoint.folder, stage, ignore=left_out)
+        shutil.copytree(checkpoint.folder, unfinished, ignore=ignored)
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        _write_json(stage / "config.json", config)
+        _write_json(unfinished / "config.json", config)
         kind = parse_dtype(manifest.base.dtype)
         weights = openvino_weights(checkpoint, build_skeleton(checkpoint), kind)
-        save(whole_config(checkpoint), weights, stage)
-        stage.replace(out)
-    except shutil.Error as error:  # a list of files and reasons, which is no sentence
+        save(whole_config(checkpoint), weights, unfinished)
+        unfinished.replace(out)
+    except shutil.Error as error:  # its message is a list of files and reasons
         raise OSError(f"{out} cannot be written: {error.args[0][0][2]}") from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)

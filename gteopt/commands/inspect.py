@@ -1,7 +1,7 @@
-"""What a base or an artifact is, and what every recipe would make of it, before anything is built.
+"""`gteopt inspect`: facts of a base or an artifact, and estimates for every recipe.
 
-Hides: how sizes follow from shapes. Refuses to know: weights; only headers and configs are read,
-and of a model on the Hub nothing else is fetched.
+Hides: how sizes follow from shapes. Refuses to know: weights; only headers and configs are read and
+downloaded.
 """
 
 from __future__ import annotations
@@ -47,29 +47,30 @@ def inspect(
     kernels: str = "deterministic",
     activation_bytes: int = ACTIVATION_BYTES,
 ) -> Inspection:
-    """Describe a base (with an estimate for every shipped recipe), an artifact, or what another
-    library quantized.
+    """Describe a base, an artifact, or a model that another library quantized.
 
-    Of a model on the Hub whose weights are not here, only what describes them is downloaded.
+    A base gets an estimate for every shipped recipe. The weights of a model on the Hub are not
+    downloaded.
 
     Args:
         source: see `open_checkpoint`.
         hub_dir: see `open_checkpoint`.
         revision: see `open_checkpoint`.
         family: see `open_checkpoint`.
-        recipe: the one to estimate; None is every shipped one.
+        recipe: the recipe to estimate; None estimates every shipped recipe.
         dtype: see `quantize`.
-        device: see `quantize`; it need not be here.
-        kernels: of an artifact on a CPU; see `load`.
+        device: see `quantize`; this machine need not have it.
+        kernels: kernels of an artifact on a CPU; see `load`.
         activation_bytes: see `quantize`.
 
     Raises:
-        InputError: no base to apply the recipe to, or an unknown device; and see `open_checkpoint`.
+        InputError: a recipe for a model that is not a base, an unknown device, or see
+            `open_checkpoint`.
         IntegrityError, UnsupportedError: see `open_checkpoint`.
 
     Example:
-        >>> found = gteopt.inspect("nano")
-        >>> found.dims
+        >>> inspection = gteopt.inspect("nano")
+        >>> inspection.dims
         256
     """
     kind = _kind_of(device)
@@ -80,7 +81,7 @@ def inspect(
         is_base = manifest is None and not checkpoint.is_quantized
         if recipe is not None and not is_base:
             raise InputError(
-                f"{source} is quantized or an artifact; recipe {recipe.name} is applied to a base"
+                f"{source} is quantized or an artifact; recipe {recipe.name} needs a base"
             )
         recipes = [recipe] if recipe else [load_recipe(name) for name in shipped_names("recipes")]
         estimates = estimate(
@@ -124,10 +125,10 @@ def inspect(
 def _opened(
     source: str, hub_dir: Path | None, revision: str | None, family: str | None
 ) -> Iterator[Checkpoint]:
-    """The model, of which no weight is read.
+    """The model's checkpoint, without reading weights.
 
     A published name without an organisation stands for the shape that ships with gteopt. So does a
-    whole name where `hub_dir` lacks the model or the hub gives no answer.
+    full name where `hub_dir` lacks the model or the Hub cannot be reached.
     """
     name = source.rpartition("/")[2]
     is_shape = name in shapes() and not Path(source).exists() and revision is None
@@ -144,9 +145,9 @@ def _opened(
             return
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
-        full_id = next(each for each in PUBLISHED if each.rpartition("/")[2] == name)
+        full_id = next(hub_id for hub_id in PUBLISHED if hub_id.rpartition("/")[2] == name)
         write_published(full_id, shapes()[name], folder)
-        note = "sizes are those of the shape that ships with gteopt; its weights were not looked at"
+        note = "sizes are computed from the shape that ships with gteopt; weights were not read"
         published = PUBLISHED[full_id]
         checkpoint = open_checkpoint(folder, family=family or published.family, headers_only=True)
         yield replace(
@@ -160,27 +161,27 @@ def _opened(
 
 
 def _expert_notes(checkpoint: Checkpoint) -> list[str]:
-    """Which share of a base no recipe makes smaller."""
+    """A note on the share of a base that no recipe quantizes."""
     sizes = [(p.dim(), p.numel()) for p in build_skeleton(checkpoint).parameters()]
     share = sum(n for n_axes, n in sizes if n_axes > 2) / sum(n for _, n in sizes)
     if not share:
         return []
-    return [f"{EXPERTS} are {share:.0%} of all weights; recipes leave them as they are"]
+    return [f"{EXPERTS} are {share:.0%} of all weights; no recipe quantizes them"]
 
 
 def _kernels(checkpoint: Checkpoint, device: str, kernels: str) -> dict[str, int] | None:
-    """See `Inspection`."""
+    """The number of linear layers by kernel; see `Inspection`."""
     manifest = checkpoint.manifest
-    foreign = manifest is None and checkpoint.is_quantized
-    if foreign or (_kind_of(device) == "cuda" and not torch.cuda.is_available()):
+    is_foreign = manifest is None and checkpoint.is_quantized
+    if is_foreign or (_kind_of(device) == "cuda" and not torch.cuda.is_available()):
         return None
     where, kind = pick_device(device), parse_dtype(dtype_of(checkpoint, "auto"))
     module = build_skeleton(checkpoint).to(kind)
     speed_up_linears_(module, where)
     names = {
-        name: str(getattr(each, "kernel", "torch.linear"))
-        for name, each in module.named_modules()
-        if isinstance(each, nn.Linear)
+        name: str(getattr(child, "kernel", "torch.linear"))
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear)
     }
     layers = quantized_layers(checkpoint)
     ways = ways_for(layers, kind, kernels) if where.type == "cpu" else DETERMINISTIC
@@ -191,7 +192,7 @@ def _kernels(checkpoint: Checkpoint, device: str, kernels: str) -> dict[str, int
 
 
 def _kind_of(device: str) -> str:
-    """What kind of device ("cpu", "cuda") this is; the machine need not have it."""
+    """The kind of a device, "cpu" or "cuda"; the machine need not have it."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:

@@ -1,4 +1,4 @@
-"""What artifacts are called in results: their folders' names. Imports no large library."""
+"""Names of artifacts in results: their folders' names. Imports no large library."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from gteopt.errors import InputError
 
 
 def named(sources: Sequence[str]) -> dict[str, str]:
-    """Short names for sources: the folder's last part, where that tells them apart.
+    """Sources by short name, the last part of their path.
 
     Raises:
-        InputError: two of them have the same last part.
+        InputError: two sources have the same last part.
     """
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for source in sources:
         name = Path(source).name or source
-        if name in found and found[name] != source:
+        if name in by_name and by_name[name] != source:
             raise InputError(
-                f"two artifacts are called {name} ({found[name]}, {source}); rename one folder"
+                f"two artifacts are named {name} ({by_name[name]}, {source}); rename one folder"
             )
-        found[name] = source
-    return found
+        by_name[name] = source
+    return by_name

@@ -1,7 +1,7 @@
-"""What `gteopt optimize` does: a model, data and limits in; a plan, and what it measured, out.
+"""`gteopt optimize`: plan which variants of a model to try within limits, and run the plan.
 
-Hides: which recipes are worth trying for which limits, and what a plan's folder is called. Refuses
-to know: how anything is built or measured (`commands.run` carries the plan out), printing.
+Hides: which recipes are worth trying for which limits, and the files of a plan. Refuses to know:
+how anything is built or measured (`commands.run` runs the plan), printing.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from gteopt.report.wording import metric_amount
 _FAST = ("gptq-int4", "gptq-nf4", "int8", "int8-weight")
 _THOROUGH = ("mixed-nf4", "mixed-4.25")
 _SMALLER = ("mixed-3.5", "gptq-int3")
-"""Recipes worth trying: always; at efforts above fast; where the others are too large."""
+"""Recipes to try always; at efforts above fast; and where the others are too large."""
 _ON_GPU = ("fp8",)
 _PLAN_FILE = "plan.yaml"
 _ENOUGH_TO_SPLIT = 200
-"""Own texts from which on some are calibrated on: the others still tell variants apart."""
+"""Number of own texts from which on some calibrate; the rest is enough to tell variants apart."""
 _MOST_CALIBRATED = 128
-"""Own texts among those of calibration; the built-in ones keep other kinds of text close."""
+"""Most own texts in a calibration set; built-in texts keep other kinds of text close."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,16 @@ class Judges:
 
 @dataclass(frozen=True)
 class Search:
-    """Where and how variants are looked for.
+    """How variants are searched.
 
     Attributes:
-        engine: what has to open the pick.
-        effort: of the builds that are measured in full; the first look is at effort fast.
+        engine: engine that must open the pick.
+        effort: effort of builds that are measured in full; screening uses effort fast.
         hub_dir: see `open_checkpoint`.
-        device: where everything runs.
+        device: device that everything runs on.
+
+    Example:
+        >>> gteopt.Search(engine="vllm", effort="standard")
     """
 
     engine: EngineChoice = "any"
@@ -106,11 +109,11 @@ class Search:
 
 @dataclass(frozen=True)
 class Trial:
-    """A recipe that was considered.
+    """A candidate recipe.
 
     Attributes:
-        estimate: what it would make.
-        dropped: why it is not tried; None of those that are.
+        estimate: estimate of its variant.
+        dropped: why it is not tried; None where it is.
     """
 
     recipe: Recipe
@@ -120,11 +123,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A plan with what led to it.
+    """A plan and the facts behind it.
 
     Attributes:
-        seconds: least and most that the job should take.
-        notes: what the user should know before it starts.
+        seconds: least and most seconds that the job should take.
+        notes: notes for the user before the job starts.
     """
 
     plan: Plan
@@ -143,18 +146,20 @@ def propose(
     *,
     out: Path,
 ) -> Proposal:
-    """Look at a model and plan which variants to try; writes `plan.yaml` and its recipes to `out`.
+    """Plan which variants of a model to try; writes `plan.yaml` and its recipes to `out`.
 
     Raises:
-        InputError: data or limits that cannot be; or no recipe can meet the limits, with the
-            smallest that any can reach.
+        InputError: data or limits that cannot be read; or no recipe can meet the limits, with the
+            smallest size that a recipe can reach.
     """
     judges.check()
     labelled = judges.texts is None
     policy = limits.policy(labelled=labelled)
     inspection = inspect(model, hub_dir=search.hub_dir, device=search.device)
     if inspection.estimated_for is None:
-        raise InputError(f"{model} is quantized already; optimize takes the model it was made from")
+        raise InputError(
+            f"{model} is already quantized; give the original model that it was made from"
+        )
     trials = tuple(_trials(model, inspection, limits, search))
     chosen = [trial for trial in trials if trial.dropped is None]
     if not chosen:
@@ -167,8 +172,8 @@ def propose(
         calibration, held_out = _write_split(split, out, dict(judges.columns).get("text", "text"))
         recipes = [_calibrated(recipe, calibration) for recipe in recipes]
         notes.append(
-            f"calibrated on {len(split[0])} of your texts beside built-in ones; judged on the "
-            f"{len(split[1])} others"
+            f"calibrated on {len(split[0])} of your texts and on built-in texts; judged on your "
+            f"{len(split[1])} other texts"
         )
     names = tuple(_written(recipe, out) for recipe in recipes)
     plan = Plan(
@@ -201,7 +206,7 @@ def propose(
 
 
 def carry_out(proposal: Proposal, search: Search, *, progress: Progress = quiet) -> Results:
-    """Build, screen, measure and judge what a proposal plans; see `commands.run.run`."""
+    """Build, screen, measure and judge the variants of a proposal; see `commands.run.run`."""
     return run(
         proposal.plan,
         beside=proposal.file.parent,
@@ -227,12 +232,12 @@ def optimize(
         judges: your own data, texts or a suite; shipped texts when left out.
         limits: what a variant may cost and must keep.
         search: engine, effort and device.
-        out: results folder; the plan, the variants, the records and the page lie there. What is
-            finished in it is not done twice.
-        progress: told how far each step is.
+        out: results folder for the plan, the variants, the records and the page. Finished work in
+            it is not repeated.
+        progress: receives the progress of each step.
 
     Returns:
-        Everything measured; `choice.picked` is the variant to deploy, which lies in
+        All measurements. `choice.picked` is the variant to deploy; its folder is in
         `out/variants/`.
 
     Raises:
@@ -249,7 +254,7 @@ def optimize(
 
 
 def _trials(model: str, inspection: Inspection, limits: Limits, search: Search) -> Iterator[Trial]:
-    """Recipes with their estimates; those that cannot meet the limits say why."""
+    """Candidate recipes with estimates; those that cannot meet the limits have a reason."""
     names = [*_FAST, *(_THOROUGH if search.effort != "fast" else ())]
     if inspection.estimated_for is not None and inspection.estimated_for.device == "cuda":
         names += _ON_GPU
@@ -280,26 +285,26 @@ def _with_int8_table(recipe: Recipe) -> Recipe:
 
 
 def _with_vectors(recipe: Recipe, inspection: Inspection, limits: Limits) -> list[Recipe]:
-    """The recipe with the vectors that an index limit asks for; as it is without one."""
+    """The recipe with the ways to store vectors within an index limit; unchanged without one."""
     most, dims = limits.vector_bytes(), inspection.dims
     if most is None and limits.optimize != "index":
         return [recipe]
     lengths = sorted({dims, *inspection.matryoshka_dims, dims // 2, dims // 4}, reverse=True)
     sizes: dict[VectorCode, float] = {"float32": 4, "int8": 1}
-    found = []
+    recipes = []
     if most is None:
         sizes["binary"] = 1 / 8
     elif most < 4 * dims:
-        found.append(_filling(recipe, min(int(most), dims)))
+        recipes.append(_filling(recipe, min(int(most), dims)))
     for code, n_bytes in sizes.items():
         fitting = [n for n in lengths if n > 1 and (most is None or n * n_bytes <= most)]
         if fitting:
-            found.append(_shortened(recipe, fitting[0], code, inspection))
-    return found
+            recipes.append(_shortened(recipe, fitting[0], code, inspection))
+    return recipes
 
 
 def _filling(recipe: Recipe, n_bytes: int) -> Recipe:
-    """The recipe with the vectors that keep the most neighbours in so many bytes."""
+    """The recipe with vectors of `n_bytes` bytes that keep the most neighbours."""
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-{n_bytes}-bytes",
@@ -310,7 +315,7 @@ def _filling(recipe: Recipe, n_bytes: int) -> Recipe:
 
 
 def _shortened(recipe: Recipe, n: int, code: VectorCode, inspection: Inspection) -> Recipe:
-    """The recipe with vectors of `n` dimensions, each stored as `code` says."""
+    """The recipe with vectors of `n` dimensions, stored as `code`."""
     is_trained = n in inspection.matryoshka_dims
     dims = None if n == inspection.dims else Dims(n=n, method="slice" if is_trained else "auto")
     if dims is None and code == "float32":
@@ -328,20 +333,20 @@ def _shortened(recipe: Recipe, n: int, code: VectorCode, inspection: Inspection)
 def _trial(
     model: str, recipe: Recipe, inspection: Inspection, limits: Limits, search: Search
 ) -> Trial:
-    """One recipe in a format that the engine opens, with what it would make."""
-    made = format_for(recipe, search.engine)
+    """A recipe in a format that the engine opens, with its estimate."""
+    opened = format_for(recipe, search.engine)
     known = {estimate.recipe: estimate for estimate in inspection.estimates}
-    if made == load_shipped(recipe.name) and recipe.name in known:
+    if opened == load_shipped(recipe.name) and recipe.name in known:
         estimate = known[recipe.name]
     else:
         estimate = inspect(
-            model, hub_dir=search.hub_dir, device=search.device, recipe=made or recipe
+            model, hub_dir=search.hub_dir, device=search.device, recipe=opened or recipe
         ).estimates[0]
-    return Trial(made or recipe, estimate, _why_not(made, estimate, limits, search))
+    return Trial(opened or recipe, estimate, _why_not(opened, estimate, limits, search))
 
 
 def load_shipped(name: str) -> Recipe | None:
-    """A shipped recipe; None where none has this name."""
+    """The shipped recipe of this name; None where there is none."""
     return load_recipe(name) if name in shipped_names("recipes") else None
 
 
@@ -352,19 +357,19 @@ def _why_not(
     if estimate.problem is not None:
         return estimate.problem
     if search.engine != "any" and (recipe is None or search.engine not in estimate.engines):
-        return f"{search.engine} does not open it"
+        return f"{search.engine} cannot open it"
     assert estimate.weight_bytes is not None
     assert estimate.bytes_per_vector is not None
     if most is not None and estimate.weight_bytes > most:
-        return f"{metric_amount('weight_bytes', estimate.weight_bytes)} of weights are too many"
+        return f"weights of {metric_amount('weight_bytes', estimate.weight_bytes)} are too large"
     if vector is not None and estimate.bytes_per_vector > vector and recipe is not None:
-        # Its vectors can be shortened.
-        return None if recipe.dims is None and recipe.vectors.code == "float32" else "long vectors"
+        can_be_shortened = recipe.dims is None and recipe.vectors.code == "float32"
+        return None if can_be_shortened else "vectors are too long"
     return None
 
 
 def _nothing_fits(trials: Sequence[Trial], limits: Limits, search: Search) -> str:
-    """Which limit no recipe can meet, and how near one comes."""
+    """A message about the limit that no recipe can meet, with the nearest recipe."""
     opened = [
         trial
         for trial in trials
@@ -379,15 +384,15 @@ def _nothing_fits(trials: Sequence[Trial], limits: Limits, search: Search) -> st
     amount = metric_amount("weight_bytes", least.estimate.weight_bytes)
     hint = ""
     if least.recipe.embedding != "int8":
-        hint = "; the int8 token table, which gteopt alone opens, would make it smaller"
+        hint = "; an int8 token table would make it smaller, but only gteopt opens that"
     return (
-        f"no recipe can be below {limits.max_weights}: the smallest is {least.recipe.name} with "
-        f"{amount}{hint}. Give --max-weights {amount.replace(' ', '')} or more, or a smaller model"
+        f"no recipe meets --max-weights {limits.max_weights}: the smallest is {least.recipe.name} "
+        f"with {amount}{hint}. Give --max-weights {amount.replace(' ', '')} or a smaller model"
     )
 
 
 def _written(recipe: Recipe, out: Path) -> str:
-    """The name that a plan calls a recipe by; what ships is not written again."""
+    """The recipe's name in a plan; a recipe that does not ship is written to a file."""
     if load_shipped(recipe.name) == recipe:
         return recipe.name
     file = out / "recipes" / f"{recipe.name}.yaml"
@@ -397,10 +402,10 @@ def _written(recipe: Recipe, out: Path) -> str:
 
 
 def _languages(judges: Judges, inspection: Inspection) -> tuple[str, ...]:
-    """Languages that the suite is scored in: those asked for, else those of the model's card.
+    """Languages to score the suite in: the requested ones, else those of the model's card.
 
-    Empty is all of the suite: where own data or texts judge, where the card states none, and where
-    the suite has none of them.
+    Empty stands for all languages of the suite. It is returned for own data or texts, and where the
+    card states no language or none of the suite.
     """
     if judges.languages or judges.data is not None or judges.texts is not None:
         return judges.languages
@@ -413,7 +418,7 @@ def _languages(judges: Judges, inspection: Inspection) -> tuple[str, ...]:
 
 
 def _split_texts(judges: Judges) -> tuple[list[str], list[str]] | None:
-    """The user's texts to calibrate on and those to judge on; None where they are too few.
+    """The user's texts to calibrate on and to judge on; None where there are too few.
 
     A variant is closest on the texts that it was calibrated on, so no text is in both.
     """
@@ -422,23 +427,23 @@ def _split_texts(judges: Judges) -> tuple[list[str], list[str]] | None:
     texts = read_texts(judges.texts, dict(judges.columns))
     if len(texts) < _ENOUGH_TO_SPLIT:
         return None
-    n_own = min(_MOST_CALIBRATED, len(texts) // 4)
-    chosen = set(random.Random(0).sample(range(len(texts)), n_own))
-    own = [text for i, text in enumerate(texts) if i in chosen]
-    return own, [text for i, text in enumerate(texts) if i not in chosen]
+    n_calibrated = min(_MOST_CALIBRATED, len(texts) // 4)
+    chosen = set(random.Random(0).sample(range(len(texts)), n_calibrated))
+    calibrated = [text for i, text in enumerate(texts) if i in chosen]
+    return calibrated, [text for i, text in enumerate(texts) if i not in chosen]
 
 
 def _write_split(
     split: tuple[list[str], list[str]], out: Path, column: str
 ) -> tuple[Calibration, Path]:
-    """Both parts as files in `out`, the first one among built-in texts."""
-    own, held_out = split
-    n_builtin = Calibration().n_texts - len(own)
+    """Write both parts to files in `out`, the first part together with built-in texts."""
+    calibrated, held_out = split
+    n_builtin = Calibration().n_texts - len(calibrated)
     builtin = draw_texts(Calibration(n_texts=n_builtin))
-    rows = [{"text": text} for text in own]
+    rows = [{"text": text} for text in calibrated]
     rows += [
-        {"text": each.text, "role": each.role, "instruction": each.instruction or ""}
-        for each in builtin
+        {"text": text.text, "role": text.role, "instruction": text.instruction or ""}
+        for text in builtin
     ]
     calibration, judged = out / "calibration.jsonl", out / "held-out.jsonl"
     out.mkdir(parents=True, exist_ok=True)
@@ -452,7 +457,7 @@ def _write_split(
 
 
 def _calibrated(recipe: Recipe, calibration: Calibration) -> Recipe:
-    """The recipe with other calibration texts, where its weights are solved with any."""
+    """The recipe with other calibration texts, if it uses calibration texts."""
     if not isinstance(recipe.weights, GptqWeights):
         return recipe
     return recipe.model_copy(update={"calibration": calibration})
@@ -476,24 +481,26 @@ _BENCH_S, _TOKENS_PER_BENCH, _FLOPS = 15.0, 170_000, 50e9
 
 
 def _seconds(trials: Sequence[Trial], inspection: Inspection) -> tuple[float, float]:
-    """Least and most seconds of the whole job; evaluation on large data comes on top."""
+    """Least and most seconds of the whole job, without the evaluation on large data."""
     builds = sum(trial.estimate.build_s or 0 for trial in trials)
     n_measured = min(len(trials), Screening().keep) + 1
     per_bench = _TOKENS_PER_BENCH * 2 * inspection.n_parameters / (_FLOPS * n_cores())
-    whole = builds + n_measured * (_BENCH_S + per_bench)
-    return whole / UNCERTAINTY, whole * UNCERTAINTY
+    total = builds + n_measured * (_BENCH_S + per_bench)
+    return total / UNCERTAINTY, total * UNCERTAINTY
 
 
 def _notes(judges: Judges, languages: Sequence[str]) -> Iterator[str]:
+    """Notes on what judges the variants."""
     if judges.data is None and judges.texts is None:
-        which = judges.suite or "mini, the small set that ships with gteopt"
+        suite = judges.suite or "mini, the small suite that ships with gteopt"
         yield (
-            f"judged on {which}: your own data decide better (--data pairs.csv, --texts texts.txt)"
+            f"judged on {suite}; your own data is a better judge (--data pairs.csv, --texts "
+            f"texts.txt)"
         )
     if languages != judges.languages:
         yield (
-            f"scored in {', '.join(languages)}, as the model's card says; --languages chooses "
-            f"others"
+            f"scored in {', '.join(languages)}, the languages of the model's card; --languages "
+            f"chooses others"
         )
     if judges.texts is not None:
         yield "no labels: closeness to the baseline on your texts decides"

@@ -1,6 +1,6 @@
-"""A user's own texts whose neighbours changed most, kept in clear where that was asked for.
+"""Examples on request: a user's own texts whose neighbours changed most.
 
-Hides: by which digests a run's sample knows the texts of own data. Refuses to know: encoders.
+Hides: the digests that identify texts in a run's sample. Refuses to know: encoders.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from gteopt.records.files import write_record
 
 
 class OwnTexts:
-    """The texts of a suite's own data, and what their neighbours became.
+    """The texts of a suite's own data, and the change of their neighbours.
 
     Args:
-        suite: that is scored; its other tasks' texts are left out.
-        baseline: its run of the suite, which says what queries were prefixed with.
+        suite: the scored suite; texts of tasks without own data are left out.
+        baseline: the baseline's run of the suite, with the instructions of queries.
     """
 
     def __init__(self, suite: Suite, baseline: SuiteRun) -> None:
@@ -36,7 +36,7 @@ class OwnTexts:
             with_instruction = f"query\0{instructions[task.task] or ''}"
             if isinstance(own, Collection):
                 queries = [row["text"] for row in own.queries]
-                # As mteb joins them.
+                # mteb joins title and text this way.
                 documents = [f"{row['title']} {row['text']}".strip() for row in own.corpus]
                 self._know(documents, "document\0")
             else:
@@ -47,7 +47,7 @@ class OwnTexts:
         self._known |= {digest_of(text, prompt): text for text in texts}
 
     def of(self, run: SuiteRun, row: str) -> dict[str, Examples]:
-        """The examples of one row of the table; none of the baseline itself."""
+        """The examples of one row of the table; empty for the baseline itself."""
         base = self._baseline
         if run.encoder_sha256 == base.encoder_sha256:
             return {}
@@ -65,7 +65,7 @@ class OwnTexts:
 
 
 def write_examples(folder: Path, rows: Iterable[str], examples: Mapping[str, Examples]) -> None:
-    """Write the examples of a run, and remove those that an earlier one left for the same rows."""
+    """Write the examples of a run, and remove those of an earlier run for the same rows."""
     for row in rows:
         (folder / "examples" / f"{row}.json").unlink(missing_ok=True)
     for row, changed in examples.items():

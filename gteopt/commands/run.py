@@ -1,16 +1,16 @@
-"""A whole plan: build, bench, evaluate, choose, report; what is already done is not done twice.
+"""`gteopt run`: carry out a plan, and skip the steps that are already done.
 
-Hides: the layout of a plan's folder and when a finished step is still valid. Refuses to know: how
+Hides: the files of a plan's folder, and when a finished step is still valid. Refuses to know: how
 any step works.
 
     OUT/variants/<recipe>/       artifacts
-    OUT/screening/, .json        the first look at all variants, and which went on
+    OUT/screening/, .json        variants of the screening, and its result
     OUT/bench.json               speed and memory
     OUT/eval/<variant>.json      scores and fidelity
     OUT/fidelity/<variant>.json  fidelity alone, on a user's own texts
-    OUT/scores/                  encoded texts and finished tasks: an evaluation goes on from there
-    OUT/choice.json              the answer to the policy
-    OUT/run.json                 what of this the plan wrote
+    OUT/scores/                  encoded texts and finished tasks, to resume an evaluation
+    OUT/choice.json              the policy's choice
+    OUT/run.json                 the variants that the plan wrote
     OUT/report.html
 """
 
@@ -62,18 +62,19 @@ def run(
     workers: Workers | None = None,
     progress: Progress = quiet,
 ) -> Results:
-    """Carry out a plan, or what is left of it, and return everything measured.
+    """Carry out the steps of a plan that are not done yet, and return all measurements.
 
     Args:
-        plan: what to do.
-        beside: folder that the plan's relative file names are tried against.
-        hub_dir: models and data sets are read from here and the network is never touched.
-        device: where everything runs.
-        workers: who encodes the suite's texts instead.
-        progress: told how far each step is.
+        plan: the plan.
+        beside: folder that relative file names in the plan refer to.
+        hub_dir: folder of models and data sets; with it, the network is never used.
+        device: device that everything runs on.
+        workers: processes that encode the suite's texts instead of `device`.
+        progress: receives the progress of each step.
 
     Raises:
-        InputError: lists every problem of the plan before anything slow starts; an unknown device.
+        InputError: an unknown device, or problems of the plan; all are listed before the first slow
+            step.
     """
     resolved = _resolve(plan, beside, hub_dir)
     if resolved.suite is not None:
@@ -94,9 +95,9 @@ def run(
     write_record(folder / "run.json", ran)
     report = _benched(plan, sources, where)
     evals, fidelity = _judged(plan, resolved, sources, where, workers)
-    own = {name: variant for name, variant in report.variants.items() if name in sources}
+    variants = {name: variant for name, variant in report.variants.items() if name in sources}
     results = Results(
-        bench=report.model_copy(update={"variants": own}),
+        bench=report.model_copy(update={"variants": variants}),
         evals=evals,
         fidelity=fidelity,
         choice=None,
@@ -110,7 +111,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Where:
-    """Where a plan runs and who is told how far it is."""
+    """Where a plan runs, and what receives its progress."""
 
     hub_dir: Path | None
     device: str
@@ -119,7 +120,7 @@ class _Where:
 
 @dataclass(frozen=True)
 class _Resolved:
-    """Everything that a plan names; the suite is None where own texts without labels decide."""
+    """The objects that a plan names; the suite is None where own texts without labels decide."""
 
     recipes: list[Recipe]
     suite: Suite | None
@@ -129,9 +130,9 @@ class _Resolved:
 def _screened(
     plan: Plan, resolved: _Resolved, where: _Where, workers: Workers | None
 ) -> ScreeningRecord:
-    """The first look, on variants at effort fast.
+    """Screen the variants at effort fast.
 
-    A variant whose recipe is at effort fast anyway is built where the plan wants it, once.
+    A variant whose recipe has effort fast is built in its final folder, so it is built only once.
     """
     artifacts: dict[str, Path] = {}
     for parent, is_final in ((plan.out / "variants", True), (plan.out / "screening", False)):
@@ -155,7 +156,7 @@ def _screened(
 
 
 def _benched(plan: Plan, sources: dict[str, str], where: _Where) -> BenchReport:
-    """Speed and memory of every variant."""
+    """The speed and memory of every variant."""
     spec = plan.bench.spec
     names_no_workload = "workloads" not in plan.bench.model_fields_set
     if names_no_workload:
@@ -180,8 +181,8 @@ def _judged(
     workers: Workers | None,
 ) -> tuple[dict[str, EvalReport], dict[str, FidelityReport]]:
     """Scores on the plan's suite and data, or fidelity on its texts."""
-    asked = [("--suite", plan.suite_name), ("--data", plan.data)]
-    words = tuple(word for option, name in asked if name for word in (option, Path(name).name))
+    options = [("--suite", plan.suite_name), ("--data", plan.data)]
+    words = tuple(word for option, name in options if name for word in (option, Path(name).name))
     how = Setup(hub_dir=where.hub_dir, device=where.device, workers=workers, asked=words)
     if resolved.suite is None:
         assert plan.texts is not None
@@ -200,18 +201,18 @@ def _judged(
 
 
 def _at_effort(recipe: Recipe, effort: Effort | None) -> Recipe:
-    """The recipe at another effort, where its method has any."""
-    tunable = isinstance(recipe.weights, GptqWeights) and recipe.weights.can_be_tuned
-    return recipe.with_effort(effort) if effort is not None and tunable else recipe
+    """The recipe at another effort, if it has efforts."""
+    is_tunable = isinstance(recipe.weights, GptqWeights) and recipe.weights.can_be_tuned
+    return recipe.with_effort(effort) if effort is not None and is_tunable else recipe
 
 
 def _forget_former(folder: Path, sources: Iterable[str]) -> None:
-    """Remove what an earlier run of the plan wrote of variants that it no longer names.
+    """Remove results of an earlier run of the plan for variants that it no longer names.
 
-    Everything else in the folder is the user's, and is said to be left.
+    Everything else in the folder belongs to the user; a warning names results that stay.
     """
     path, written = folder / "run.json", set[str]()
-    with suppress(IntegrityError):  # missing, or of another version: nothing is known to be ours
+    with suppress(IntegrityError):  # a missing or foreign file names no variants of this plan
         written = set(read_record(path, RunRecord).variants)
     former = written - set(sources)
     for name in former:
@@ -221,13 +222,13 @@ def _forget_former(folder: Path, sources: Iterable[str]) -> None:
     if former and bench_path.is_file():
         with suppress(IntegrityError):
             old = read_record(bench_path, BenchReport)
-            kept = {name: each for name, each in old.variants.items() if name not in former}
+            kept = {name: bench for name, bench in old.variants.items() if name not in former}
             write_record(bench_path, old.model_copy(update={"variants": kept}))
-    left = {each.stem for each in (folder / "eval").glob("*.json")} - set(sources)
-    if left:
+    others = {file.stem for file in (folder / "eval").glob("*.json")} - set(sources)
+    if others:
         warnings.warn(
-            f"{folder / 'eval'} also holds {', '.join(sorted(left))}, which no run of this plan "
-            f"wrote: left there and out of this plan's choice",
+            f"{folder / 'eval'} also holds {', '.join(sorted(others))}, which no run of this plan "
+            f"wrote; these files stay, and the plan's choice ignores them",
             stacklevel=2,
         )
 
@@ -241,14 +242,14 @@ def build_variants(
     device: str,
     progress: Progress,
 ) -> dict[str, Path]:
-    """One artifact a recipe; recipes that differ only in their vectors share one build."""
+    """Build an artifact for each recipe; recipes that differ only in vectors share one build."""
     built: dict[str, Path] = {}
     by_weights: dict[str, Path] = {}
     base_sha256 = open_checkpoint(base, hub_dir=hub_dir).sha256
     for recipe in recipes:
         out = folder / recipe.name
         if is_artifact(out) and not _is_current(out, recipe, base_sha256):
-            discard(out)  # the plan owns this folder; its recipe or base has changed
+            discard(out)  # the folder belongs to the plan, and its recipe or base changed
         twin = by_weights.get(recipe.weights_sha256())
         if twin is not None:
             restyle(twin, recipe, out, hub_dir=hub_dir, device=device, progress=progress)
@@ -260,7 +261,11 @@ def build_variants(
 
 
 def _resolve(plan: Plan, beside: Path | None, hub_dir: Path | None) -> _Resolved:
-    """Everything that the plan names; all problems at once."""
+    """Load everything that the plan names.
+
+    Raises:
+        InputError: lists all problems.
+    """
     problems: list[str] = []
     recipes: list[Recipe] = []
     for name in plan.recipes:
@@ -273,7 +278,7 @@ def _resolve(plan: Plan, beside: Path | None, hub_dir: Path | None) -> _Resolved
         f"recipe {n} is named twice" for n in sorted({n for n in names if names.count(n) > 1})
     ]
     if BASELINE in names:
-        problems.append(f"recipe {BASELINE} is the baseline, which every plan measures anyway")
+        problems.append(f"recipe {BASELINE} is the baseline, which every plan measures; remove it")
     suite: Suite | None = None
     policy: Policy | None = None
     try:
@@ -294,9 +299,9 @@ def _resolve(plan: Plan, beside: Path | None, hub_dir: Path | None) -> _Resolved
 
 
 def load_judges(plan: Plan, *, hub_dir: Path | None = None) -> Suite | None:
-    """The plan's suite with its own data as one more task; None where texts decide.
+    """The plan's suite with own data as one more task; None where texts without labels decide.
 
-    With a budget, it is the part of the suite that fits.
+    With a budget, only the tasks that fit it are kept.
 
     Raises:
         InputError: an unknown suite or language, or own data that cannot be read.
@@ -315,7 +320,7 @@ def load_judges(plan: Plan, *, hub_dir: Path | None = None) -> Suite | None:
             n_models=1 + n_variants,
         )
     if plan.data is not None:
-        read_own(plan.data, plan.columns)  # its faults, before anything is built
+        read_own(plan.data, plan.columns)  # finds faults of the data before anything is built
         suite = with_data(suite, plan.data, columns=plan.columns)
     if plan.texts is not None:
         read_texts(plan.texts, plan.columns)

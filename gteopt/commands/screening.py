@@ -1,6 +1,6 @@
-"""The first look at a plan's variants: which are worth measuring in full.
+"""Screen a plan's variants: compare them quickly, and choose those to measure in full.
 
-Hides: the rules, and the folder of the first look. Refuses to know: clocks, labels, printing.
+Hides: the rules and the folder of the screening. Refuses to know: clocks, labels, printing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gteopt.records.screening import ScreenedVariant, ScreeningRecord
 from gteopt.report.wording import METRIC_WORDS, metric_amount
 
 _N_NEIGHBOURS = 10
-_SURE = 3  # standard errors by which a limit must be missed before a variant is dropped
+_SURE = 3  # a variant is dropped if it misses a limit by this many standard errors
 
 
 def screen(
@@ -35,18 +35,18 @@ def screen(
     how: Setup,
     progress: Progress,
 ) -> ScreeningRecord:
-    """Compare every variant with the base on a sample of texts and say which go on.
+    """Compare every variant with the base on a sample of texts, and choose which go on.
 
     Args:
-        plan: says how many texts are looked at, how many variants are kept, and whose texts.
-        policy: its limits on sizes and neighbours are applied.
-        recipes: the plan's.
-        artifacts: where each recipe's variant lies.
-        how: where texts are encoded.
-        progress: told about encoding.
+        plan: the plan with its texts and the settings of the screening.
+        policy: the policy whose limits on sizes and neighbours apply.
+        recipes: the plan's recipes.
+        artifacts: folder of each recipe's variant.
+        how: how texts are encoded.
+        progress: receives the progress of encoding.
 
     Raises:
-        InputError: texts that cannot be read.
+        InputError: texts cannot be read.
     """
     assert plan.screening is not None
     folder = plan.out / "screening"
@@ -55,7 +55,7 @@ def screen(
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(texts) + "\n", encoding="utf-8")
     sources = {"bf16": plan.base, **{name: str(path) for name, path in artifacts.items()}}
-    close = compare_texts(sources, file, folder, how=how, progress=progress)
+    reports = compare_texts(sources, file, folder, how=how, progress=progress)
     variants = []
     for recipe in recipes:
         manifest = read_manifest(artifacts[recipe.name])
@@ -65,7 +65,7 @@ def screen(
                 name=recipe.name,
                 weight_bytes=manifest.weight_bytes,
                 bytes_per_vector=manifest.vectors.bytes_per_vector,
-                neighbour_overlap=close[recipe.name].fidelity.neighbour_overlap,
+                neighbour_overlap=reports[recipe.name].fidelity.neighbour_overlap,
                 fast_activations=scheme is not None and scheme.activation_bits == 8,
             )
         )
@@ -77,7 +77,7 @@ def screen(
 
 
 def sample_texts(plan: Plan, n_texts: int) -> list[str]:
-    """Texts of the plan's own data, evenly drawn from the file; shipped ones without any."""
+    """Texts of the plan's own data at even steps through the file; shipped texts without data."""
     if plan.texts is not None:
         texts = read_texts(plan.texts, plan.columns)
     elif plan.data is not None:
@@ -101,7 +101,7 @@ class _Bound:
     limit: float
 
     def reason(self) -> str:
-        """In words, what is missed."""
+        """The missed limit, in words."""
         return (
             f"{METRIC_WORDS[self.metric]} {metric_amount(self.metric, self.value)}, limit "
             f"{metric_amount(self.metric, self.limit)}"
@@ -111,33 +111,33 @@ class _Bound:
 def judge(
     variants: Sequence[ScreenedVariant], policy: Policy, n_texts: int, keep: int
 ) -> tuple[ScreenedVariant, ...]:
-    """The same variants, each with the reason why it is dropped, where it is.
+    """The same variants, with a reason for those that are dropped.
 
-    A variant is dropped where it surely breaks a limit, where another that is kept is as small and
-    as close, or where more than `keep` are left: then the best by the policy's objective and the
-    closest go on in turns.
+    A variant is dropped if it surely breaks a limit, or if another variant is no larger and surely
+    closer. If more than `keep` remain, the best by the policy's objective and the closest are kept
+    in turns.
     """
     reasons: dict[str, str] = {}
     for variant in variants:
         if (bound := _broken(variant, policy, n_texts)) is not None:
             reasons[variant.name] = bound.reason()
-    left = [variant for variant in variants if variant.name not in reasons]
-    for variant in left:
-        better = next((other for other in left if _dominates(other, variant, n_texts)), None)
+    remaining = [variant for variant in variants if variant.name not in reasons]
+    for variant in remaining:
+        better = next((other for other in remaining if _dominates(other, variant, n_texts)), None)
         if better is not None:
             reasons[variant.name] = f"{better.name} is no larger and closer to the base"
-    left = [variant for variant in left if variant.name not in reasons]
-    chosen = {variant.name for variant in _in_turns(left, policy)[:keep]}
-    for variant in left:
+    remaining = [variant for variant in remaining if variant.name not in reasons]
+    chosen = {variant.name for variant in _in_turns(remaining, policy)[:keep]}
+    for variant in remaining:
         if variant.name not in chosen:
-            reasons[variant.name] = f"{keep} others promise more for this goal"
+            reasons[variant.name] = f"{keep} other variants look better for this objective"
     return tuple(
         variant.model_copy(update={"dropped": reasons.get(variant.name)}) for variant in variants
     )
 
 
 def _broken(variant: ScreenedVariant, policy: Policy, n_texts: int) -> _Bound | None:
-    """The first limit that a variant surely breaks."""
+    """The first limit that a variant surely breaks; None where there is none."""
     sizes: dict[Metric, float] = {
         "weight_bytes": variant.weight_bytes,
         "index_bytes": variant.bytes_per_vector * 1e6,
@@ -154,22 +154,23 @@ def _broken(variant: ScreenedVariant, policy: Policy, n_texts: int) -> _Bound | 
 
 
 def _overlap_error(overlap: float, n_texts: int) -> float:
-    """Standard error of an overlap, each neighbour counted as one draw."""
+    """Standard error of an overlap, with each neighbour counted as one draw."""
     return math.sqrt(overlap * (1 - overlap) / (_N_NEIGHBOURS * n_texts))
 
 
 def _dominates(other: ScreenedVariant, variant: ScreenedVariant, n_texts: int) -> bool:
-    """Whether `other` is smaller or as small, surely closer, and may be as fast."""
+    """Whether `other` is no larger, is surely closer, and has the same kind of activations."""
     if other.fast_activations != variant.fast_activations:
         return False
-    sizes = other.weight_bytes <= variant.weight_bytes
-    vectors = other.bytes_per_vector <= variant.bytes_per_vector
+    no_larger = other.weight_bytes <= variant.weight_bytes
+    no_longer = other.bytes_per_vector <= variant.bytes_per_vector
     error = _overlap_error(variant.neighbour_overlap, n_texts)
-    return sizes and vectors and other.neighbour_overlap > variant.neighbour_overlap + error
+    is_closer = other.neighbour_overlap > variant.neighbour_overlap + error
+    return no_larger and no_longer and is_closer
 
 
 def _in_turns(variants: Sequence[ScreenedVariant], policy: Policy) -> list[ScreenedVariant]:
-    """The best by the objective, then the closest, then the next best by the objective, ..."""
+    """The variants in turns: the best by the objective, the closest, the next best, ..."""
     metric = policy.objective.metric
 
     def promise(variant: ScreenedVariant) -> tuple[float, float]:

@@ -1,7 +1,7 @@
-"""What `gteopt search` does: nearest rows of an embedding folder, to see whether it worked.
+"""`gteopt search`: find the nearest rows of an embedding folder, to test that it works.
 
-Codes are searched as they are stored, and rescored by the float query as the artifact says. It is
-the smoke test of everything before it, not a database.
+Codes are searched as stored, and rescored by the float query where the artifact rescores. It is a
+test of the folder, not a database.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Floats = npt.NDArray[np.float32]
 
 
 class Hit(Frozen):
-    """A row that was found.
+    """A row near a query.
 
     Attributes:
-        columns: that were kept beside the vector, and of a chunk where it stands.
+        columns: columns that were kept beside the vector, and the position of a chunk.
     """
 
     score: float
@@ -41,18 +41,18 @@ class Hit(Frozen):
 
 
 class SearchResult(Frozen):
-    """The best rows of a query, best first."""
+    """The nearest rows of a query, nearest first."""
 
     query: str
     hits: tuple[Hit, ...]
 
 
 class Comparison(Frozen):
-    """What another variant's vectors change in the same searches.
+    """How many rows another variant's vectors find too, in the same searches.
 
     Attributes:
-        kept: share of the rows found that the other finds, too.
-        by_query: the same for each query, those that lose most first.
+        kept: share of the rows that the other variant finds too.
+        by_query: this share for each query, lowest first.
     """
 
     kept: float
@@ -73,58 +73,59 @@ def search(
     Example: `gteopt.search("vectors", "how do plants make energy", top=10)`
 
     Args:
-        folder: made by `gteopt embed`.
+        folder: folder that `gteopt embed` made.
         queries: one or more texts.
-        top: rows a query.
-        instruction: of the queries; None is the model's default.
-        progress: told of shards.
-        model: `model` for the query encoder, where it lies elsewhere by now; `device`, `hub_dir`;
-            `index` to search index.faiss instead of every vector.
+        top: number of rows per query.
+        instruction: task of the queries; None is the model's default.
+        progress: receives the number of searched shards.
+        model: `model`, the query encoder's new location if it moved; `device`; `hub_dir`; `index`
+            to search index.faiss instead of every vector.
 
     Raises:
-        InputError: no embedding folder, or another model.
+        InputError: not an embedding folder, or another model.
     """
-    asked = [queries] if isinstance(queries, str) else list(queries)
-    place = Folder(folder)
-    record = _record(place)
+    texts = [queries] if isinstance(queries, str) else list(queries)
+    opened = Folder(folder)
+    record = _record(opened)
     by_index = bool(model.pop("index", False))
-    vectors = _encoded(record, asked, instruction, **model)
+    vectors = _encoded(record, texts, instruction, **model)
     if by_index:
-        scores, where = _by_index(place, record, vectors, top)
+        scores, numbers = _by_index(opened, record, vectors, top)
     else:
-        scores, where = _by_all(place, record, vectors, top, progress)
-    rows = _rows(place, np.unique(where[where >= 0]))
+        scores, numbers = _by_all(opened, record, vectors, top, progress)
+    rows = _rows(opened, np.unique(numbers[numbers >= 0]))
     return [
         SearchResult(
             query=query,
             hits=tuple(
-                Hit(score=round(float(score), 6), **rows[int(index)])
-                for score, index in zip(scores[n], where[n], strict=True)
-                if index >= 0
+                Hit(score=round(float(score), 6), **rows[int(number)])
+                for score, number in zip(scores[n], numbers[n], strict=True)
+                if number >= 0
             ),
         )
-        for n, query in enumerate(asked)
+        for n, query in enumerate(texts)
     ]
 
 
 def compare(ours: Sequence[SearchResult], theirs: Sequence[SearchResult]) -> Comparison:
-    """Which of the rows found by one variant another one finds, too, by their ids."""
+    """The share of one variant's rows that another variant finds too, matched by id."""
     shares: list[tuple[str, float]] = []
-    for a, b in zip(ours, theirs, strict=True):
-        there = {(hit.id, hit.row) for hit in b.hits}
-        kept = sum((hit.id, hit.row) in there for hit in a.hits)
-        shares.append((a.query, kept / max(1, len(a.hits))))
+    for our_result, their_result in zip(ours, theirs, strict=True):
+        their_rows = {(hit.id, hit.row) for hit in their_result.hits}
+        n_kept = sum((hit.id, hit.row) in their_rows for hit in our_result.hits)
+        shares.append((our_result.query, n_kept / max(1, len(our_result.hits))))
     mean = sum(share for _, share in shares) / max(1, len(shares))
-    return Comparison(kept=mean, by_query=tuple(sorted(shares, key=lambda each: each[1])))
+    by_query = sorted(shares, key=lambda query_and_share: query_and_share[1])
+    return Comparison(kept=mean, by_query=tuple(by_query))
 
 
 def _record(folder: Folder) -> EmbeddingRecord:
     record = read_record(folder)
     if record is None:
-        raise InputError(f"{folder} is no embedding folder; it has no embedding.json")
+        raise InputError(f"{folder} is not an embedding folder; it has no embedding.json")
     if record.n_vectors == 0:
         raise InputError(
-            f"{folder} holds no finished job; run its `gteopt embed` command to its end"
+            f"{folder} holds an unfinished job; run its `gteopt embed` command to the end"
         )
     return record
 
@@ -138,18 +139,17 @@ def _encoded(
     device: str = "auto",
     hub_dir: Path | None = None,
 ) -> Floats:
-    """Vectors [Q, D] of the queries, by the model that made the folder's."""
+    """Vectors [Q, D] of the queries, by the model that made the folder's vectors."""
     if not all(query.strip() for query in queries):
-        raise InputError("a query is empty; write what is looked for")
-    own_dir = None if record.hub_dir is None else Path(record.hub_dir)
+        raise InputError("a query is empty; write a text to search for")
+    recorded_dir = None if record.hub_dir is None else Path(record.hub_dir)
     dtype = record.settings["dtype"] or "auto"
     source = str(model or record.model)
-    encoder = load(source, device=device, dtype=dtype, hub_dir=hub_dir or own_dir)
+    encoder = load(source, device=device, dtype=dtype, hub_dir=hub_dir or recorded_dir)
     if encoder.sha256 != record.settings["model"]:
         raise InputError(
-            f"{source} is another model than the one that made these vectors (SHA-256 "
-            f"{encoder.sha256[:16]} instead of {str(record.settings['model'])[:16]}); name that "
-            f"one with --model"
+            f"{source} did not make these vectors (its SHA-256 is {encoder.sha256[:16]}, not "
+            f"{str(record.settings['model'])[:16]}); name the right model with --model"
         )
     return encoder.encode(queries, role="query", instruction=instruction)
 
@@ -157,46 +157,51 @@ def _encoded(
 def _by_all(
     folder: Folder, record: EmbeddingRecord, queries: Floats, top: int, progress: Progress
 ) -> tuple[Floats, npt.NDArray[np.intp]]:
-    found = Search(record.decode.transform(record.rescore), queries, top)
+    """Scores and numbers [Q, top] of the nearest vectors, by a search of every shard."""
+    searched = Search(record.decode.transform(record.rescore), queries, top)
     names = shards_of(folder)
     for number, name in enumerate(names):
         stored = vectors_of(read_shard(folder, name, ["vector"]), record.decode)
         if len(stored):
-            wide = stored.astype(np.float32) if record.decode.code == "float16" else stored
-            found.add(np.ascontiguousarray(wide))
+            codes = stored.astype(np.float32) if record.decode.code == "float16" else stored
+            searched.add(np.ascontiguousarray(codes))
         progress("searching shards", number + 1, len(names))
-    where, scores = found.nearest()
-    return scores, where
+    numbers, scores = searched.nearest()
+    return scores, numbers
 
 
 def _by_index(
     folder: Folder, record: EmbeddingRecord, queries: Floats, top: int
 ) -> tuple[Floats, npt.NDArray[np.intp]]:
-    """By index.faiss, mapped into memory where its kind allows."""
+    """The same by index.faiss, memory-mapped where its kind allows it."""
     import faiss
 
     index: Any
     if folder.local is None or not (folder.local / INDEX).is_file():
-        raise InputError(f"{folder} has no {INDEX} here; `gteopt embed ... --export faiss-flat`")
+        raise InputError(
+            f"{folder} has no local {INDEX}; write it with `gteopt embed ... --export faiss-flat`"
+        )
     path = str(folder.local / INDEX)
     if record.decode.code == "binary":
         index = faiss.read_index_binary(path)
         codes = record.decode.transform().quantize(queries)
-        distances, where = index.search(np.ascontiguousarray(codes), top)
-        return record.decode.transform().of_hamming(distances), where
+        distances, numbers = index.search(np.ascontiguousarray(codes), top)
+        return record.decode.transform().of_hamming(distances), numbers
     try:
         index = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
     except (RuntimeError, AttributeError):
         index = faiss.read_index(path)
     if index.d != queries.shape[1]:
-        raise UnsupportedError(f"{path} has {index.d} dimensions, the queries {queries.shape[1]}")
-    scores, where = index.search(queries, top)
-    return scores, where
+        raise UnsupportedError(
+            f"{path} has {index.d} dimensions, but queries have {queries.shape[1]}"
+        )
+    scores, numbers = index.search(queries, top)
+    return scores, numbers
 
 
 def _rows(folder: Folder, wanted: npt.NDArray[np.intp]) -> dict[int, dict[str, Any]]:
-    """What stands beside the vectors of these numbers, counted over all shards."""
-    found: dict[int, dict[str, Any]] = {}
+    """The other columns of the vectors with these numbers, which count over all shards."""
+    rows: dict[int, dict[str, Any]] = {}
     before = 0
     for name in shards_of(folder):
         footer = read_footer(folder, name)
@@ -206,7 +211,7 @@ def _rows(folder: Folder, wanted: npt.NDArray[np.intp]) -> dict[int, dict[str, A
             table = read_shard(folder, name).drop_columns(["vector"])
             for number in here.tolist():
                 row = table.slice(number - before, 1).to_pylist()[0]
-                own = {key: row.pop(key) for key in ("id", "file", "row")}
-                found[number] = {**own, "columns": row}
+                place = {key: row.pop(key) for key in ("id", "file", "row")}
+                rows[number] = {**place, "columns": row}
         before += n_vectors
-    return found
+    return rows

@@ -1,7 +1,7 @@
-"""`gteopt serve`: load artifacts, listen, answer until told to stop.
+"""`gteopt serve`: load artifacts, and answer requests until a signal stops the server.
 
 Hides: sockets, signals, uvicorn's settings, which extra is needed. Refuses to know: routes, how
-vectors come to be.
+vectors are computed.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 _DRAIN_S = 25
 _SWITCH_S = 0.5e-3
-"""Between threads; Python's own 5 ms are as long as a whole pass over a short query."""
+"""Interval of thread switches; Python's default of 5 ms is as long as encoding a short query."""
 _DEVICE_DIED = 70
-"""Exit code by which a supervisor knows that a new process is all that helps (EX_SOFTWARE)."""
+"""Exit code (EX_SOFTWARE) that tells a supervisor to start a new process."""
 log = logging.getLogger("gteopt.server")
 
 
 @dataclass(frozen=True)
 class ServerRuntime:
-    """Where a server listens, and how artifacts get onto the device.
+    """Where a server listens, and how it loads artifacts.
 
     Attributes:
         host: an address of this machine.
-        port: 0 is any free one.
-        device: see `gteopt.load`, as for the others.
+        port: the port; 0 takes any free port.
+        device: see `gteopt.load`, as for the other fields.
     """
 
     host: str = "127.0.0.1"
@@ -70,33 +70,33 @@ def serve(
     *,
     on_ready: Callable[[str, Service], None] = lambda url, service: None,
 ) -> int:
-    """Serve artifacts until SIGTERM or Ctrl-C; what is at work then is finished.
+    """Serve artifacts until SIGTERM or Ctrl-C; requests that already run are finished.
 
-    SIGHUP loads all artifacts anew and swaps them in.
+    SIGHUP loads all artifacts again and replaces the old ones.
 
     Args:
         sources: artifacts or bases, each as SOURCE or NAME=SOURCE.
-        runtime: see there.
-        settings: what is allowed and kept.
-        keys: who may ask; None is everybody.
-        on_ready: told the URL when everything is loaded.
+        runtime: address and device.
+        settings: limits, caches and logging.
+        keys: API keys; None accepts everybody.
+        on_ready: called with the URL when everything is loaded.
 
     Returns:
-        The exit code: 0, or 70 where the device died.
+        The exit code: 0, or 70 where the device failed.
 
     Raises:
-        GteoptError: a source, the port or the installation is wrong; before anything is loaded
-            where that can be known.
+        GteoptError: a source, the port or the installation is wrong, if possible before anything is
+            loaded.
     """
     check_installed()
-    named = parse_sources(sources)
+    by_name = parse_sources(sources)
     _raise_file_limit()
-    # Requests are told of texts that are too long; a warning would be for nobody.
+    # Responses report texts that are too long; nobody would see a warning.
     warnings.filterwarnings("ignore", message=".*were cut there")
     with _listening(runtime) as listener, _quick_switches():
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        service = _open_service(named, runtime, settings, keys)
+        service = _open_service(by_name, runtime, settings, keys)
         try:
             service.start()
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -107,12 +107,12 @@ def serve(
         if code == _DEVICE_DIED:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)  # a thread that hangs in a driver lets no process end in order
+            os._exit(code)  # a thread that hangs in a driver would block a normal exit
     return code
 
 
 def _open_service(
-    named: dict[str, str], runtime: ServerRuntime, settings: Settings, keys: Keys | None
+    sources: dict[str, str], runtime: ServerRuntime, settings: Settings, keys: Keys | None
 ) -> Service:
     from gteopt.encoder.loading import load
     from gteopt.server.service import Service
@@ -127,11 +127,11 @@ def _open_service(
             hub_dir=runtime.hub_dir,
         )
 
-    return Service(named, open_encoder, settings, keys)
+    return Service(sources, open_encoder, settings, keys)
 
 
 def configure(service: Service) -> uvicorn.Config:
-    """How uvicorn serves it."""
+    """The settings with which uvicorn runs a service."""
     import uvicorn
 
     from gteopt.server.app import make_app
@@ -159,7 +159,7 @@ async def _run(service: Service, listener: socket.socket, on_ready: Callable[[],
     state = _State()
 
     class Server(uvicorn.Server):
-        """uvicorn without its own signals, which would end the process with their number."""
+        """uvicorn without its signal handlers, which would set the exit code."""
 
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -174,23 +174,23 @@ async def _run(service: Service, listener: socket.socket, on_ready: Callable[[],
 
     def drain() -> None:
         log.info("draining", extra={"facts": {"waiting": service.engine.n_waiting}})
-        server.force_exit = service.is_draining  # asked twice
+        server.force_exit = service.is_draining  # a second signal stops at once
         service.is_draining = True
         server.should_exit = True
 
-    def died() -> None:
+    def stop_now() -> None:
         state.exit_code = _DEVICE_DIED
         server.should_exit = server.force_exit = True
 
-    def spawn(task: Any) -> None:
-        own = loop.create_task(task)
-        state.tasks.add(own)
-        own.add_done_callback(state.tasks.discard)
+    def spawn(coroutine: Any) -> None:
+        task = loop.create_task(coroutine)
+        state.tasks.add(task)
+        task.add_done_callback(state.tasks.discard)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, drain)
     loop.add_signal_handler(signal.SIGHUP, lambda: spawn(_reload(service)))
-    spawn(watch_device(service, died))
+    spawn(watch_device(service, stop_now))
     await server.serve(sockets=[listener])
     for task in list(state.tasks):
         task.cancel()
@@ -209,17 +209,17 @@ async def _reload(service: Service) -> None:
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop
-    except ImportError:  # it does not exist for Windows
+    except ImportError:  # uvloop does not exist for Windows
         return None
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
     return factory
 
 
 def check_installed() -> None:
-    """Refuse early where the extra is missing.
+    """Refuse early where the extra is not installed.
 
     Raises:
-        UnsupportedError: with the line that installs it.
+        UnsupportedError: the message holds the line that installs it.
     """
     try:
         import httptools  # noqa: F401
@@ -234,35 +234,35 @@ def check_installed() -> None:
 
 
 def parse_sources(sources: Sequence[str]) -> dict[str, str]:
-    """What is served by name: NAME=SOURCE, or SOURCE, whose last part is its name.
+    """Sources by name, from NAME=SOURCE, or from SOURCE, whose last part is the name.
 
     Raises:
-        InputError: none, an empty name, or two of one name.
+        InputError: no source, an empty name, or two sources of one name.
     """
-    named: dict[str, str] = {}
-    for each in sources:
-        name, equals, source = each.partition("=")
-        if not equals or Path(each).exists():
-            name, source = Path(each).name, each
+    by_name: dict[str, str] = {}
+    for text in sources:
+        name, equals, source = text.partition("=")
+        if not equals or Path(text).exists():
+            name, source = Path(text).name, text
         if not name or not source:
-            raise InputError(f"'{each}': write NAME=ARTIFACT, or an artifact's folder")
-        if name in named:
+            raise InputError(f"'{text}': write NAME=ARTIFACT, or an artifact's folder")
+        if name in by_name:
             raise InputError(
-                f"two artifacts are called '{name}' ({named[name]}, {source}); write "
+                f"two artifacts are named '{name}' ({by_name[name]}, {source}); write "
                 f"OTHERNAME={source}"
             )
-        named[name] = source
-    if not named:
+        by_name[name] = source
+    if not by_name:
         raise InputError("name an artifact to serve: gteopt serve artifacts/demo/gptq-int4")
-    return named
+    return by_name
 
 
 def open_decoder(name: str) -> Decoder:
-    """What reads token ids of OpenAI's tokenizers, `cl100k_base` for one.
+    """A decoder of token ids of an OpenAI tokenizer, such as `cl100k_base`.
 
     Raises:
-        InputError: there is no such tokenizer, or its vocabulary is not here.
-        UnsupportedError: tiktoken is missing.
+        InputError: there is no such tokenizer, or its vocabulary cannot be fetched.
+        UnsupportedError: tiktoken is not installed.
     """
     try:
         import tiktoken
@@ -272,21 +272,21 @@ def open_decoder(name: str) -> Decoder:
     if name not in known:
         raise InputError(f"--decode-tokens {name}: unknown; {suggest(name, known)}")
     try:
-        found: Decoder = tiktoken.get_encoding(name)
-    except Exception as error:  # tiktoken fetches it, with whatever may go wrong
+        decoder: Decoder = tiktoken.get_encoding(name)
+    except Exception as error:  # tiktoken downloads the vocabulary, which may fail in many ways
         raise InputError(
             f"--decode-tokens {name}: tiktoken cannot fetch its vocabulary "
             f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it"
         ) from error
-    return found
+    return decoder
 
 
 @contextmanager
 def _listening(runtime: ServerRuntime) -> Iterator[socket.socket]:
-    """The socket, bound before the slow part; nobody is let in before everything is loaded."""
+    """The socket, bound before artifacts are loaded; it accepts connections only afterwards."""
     try:
-        found = socket.getaddrinfo(runtime.host, runtime.port, type=socket.SOCK_STREAM)
-        family, kind, protocol, _, address = found[0]
+        addresses = socket.getaddrinfo(runtime.host, runtime.port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = addresses[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise InputError(f"--host {runtime.host}: {error.strerror or error}") from error
@@ -304,6 +304,7 @@ def _listening(runtime: ServerRuntime) -> Iterator[socket.socket]:
 
 @contextmanager
 def _quick_switches() -> Iterator[None]:
+    """Switch threads more often, so that short requests need not wait."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_S)
     try:
@@ -313,7 +314,7 @@ def _quick_switches() -> Iterator[None]:
 
 
 def _raise_file_limit() -> None:
-    """A connection is a file; the soft limit is often 1,024."""
+    """Raise the soft limit of open files, often 1,024, because each connection needs one."""
     with suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -322,7 +323,7 @@ def _raise_file_limit() -> None:
 
 
 def log_to(stream: Any) -> None:
-    """Write the server's log, and what uvicorn has to say, as JSON lines."""
+    """Write the logs of the server and of uvicorn as JSON lines."""
     from gteopt.server.app import JsonLines
 
     handler = logging.StreamHandler(stream)

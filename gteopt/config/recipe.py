@@ -125,7 +125,7 @@ class RtnWeights(Frozen):
     Attributes:
         method: "rtn".
         scheme: how every layer is stored and computed.
-        clip_search: search the range of each group with the least error, instead of min and max.
+        clip_search: choose each group's range for the least error, instead of min and max.
         fallback: what to do with a layer whose input features the group size does not divide:
             refuse the build ("error"), use one group a row ("per_channel") or leave it unquantized
             ("skip").
@@ -153,7 +153,7 @@ class GptqWeights(Frozen):
         scheme: how layers are stored and computed.
         act_order: quantize input features in order of falling Hessian diagonal.
         damping: share of the mean Hessian diagonal that is added to the diagonal.
-        clip_search: search the range of each group with the least error, instead of min and max.
+        clip_search: choose each group's range for the least error, instead of min and max.
         fallback: what to do with a layer whose input features the group size does not divide:
             refuse the build ("error"), use one group a row ("per_channel") or leave it unquantized
             ("skip").

@@ -161,14 +161,14 @@ def _problem(
     path: Path, node: yaml.Node | None, document: type[BaseModel], error: dict[str, Any]
 ) -> str:
     """One validation problem as 'file:line: field: what is allowed (what was found)'."""
-    kind, context, found = error["type"], error.get("ctx", {}), error.get("input")
+    kind, context, value = error["type"], error.get("ctx", {}), error.get("input")
     location = [str(part) for part in error["loc"]]
     message = str(error["msg"]).removeprefix("Value error, ")
     options = str(context.get("expected", ""))
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         location.append(context["discriminator"].strip("'"))
         if kind == "union_tag_invalid":
-            found, options = context["tag"], context["expected_tags"]
+            value, options = context["tag"], context["expected_tags"]
             message = f"Input should be one of {options}"
     line, keys = _locate(node, location)
     field = ".".join(keys) or "(file)"
@@ -177,14 +177,14 @@ def _problem(
         return f"{path}:{line}: unknown field '{field}': {hint}"
     if kind in ("missing", "union_tag_not_found"):
         return f"{path}:{line}: field '{'.'.join([*keys, location[-1]])}' is missing"
-    return f"{path}:{line}: {field}: {_worded(message, found, options)}"
+    return f"{path}:{line}: {field}: {_worded(message, value, options)}"
 
 
-def _worded(message: str, found: object, options: str) -> str:
+def _worded(message: str, value: object, options: str) -> str:
     """A message with the value that was found and the name that was probably meant."""
-    shown = "" if isinstance(found, dict | BaseModel) else f" (found {found!r})"
-    if isinstance(found, str) and options:
-        hint = suggest(found, re.findall("'([^']+)'", options))
+    shown = "" if isinstance(value, dict | BaseModel) else f" (found {value!r})"
+    if isinstance(value, str) and options:
+        hint = suggest(value, re.findall("'([^']+)'", options))
         shown += f"; {hint}" if hint.startswith("did you mean") else ""
     return f"{message}{shown}"
 

@@ -89,5 +89,5 @@ def test_a_wrong_call_is_told_before_anything_is_measured(made: Path) -> None:
         gteopt.evaluate(made / "int8", gteopt.Judges(texts=made / "texts.txt"), margin=2)
     with pytest.raises(InputError, match="did you mean balanced"):
         gteopt.choose(made, "balancd")
-    with pytest.raises(InputError, match="two artifacts are called int8"):
+    with pytest.raises(InputError, match="two artifacts are named int8"):
         gteopt.bench([made / "int8", made / "other" / "int8"])

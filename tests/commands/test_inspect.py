@@ -115,7 +115,7 @@ def test_an_artifact_is_described_by_its_manifest_alone(user: User, tmp_path: Pa
     assert found["sha256"] == artifact_sha256(out)
     assert "not checked against their hashes" in found["notes"][-1]
     assert (found["estimates"], found["estimated_for"]) == ([], None)
-    with pytest.raises(InputError, match="recipe int8 is applied to a base"):
+    with pytest.raises(InputError, match="recipe int8 needs a base"):
         inspect(out, recipe=load_recipe("int8"))
     n_files = sum(path.endswith(".safetensors") for path in contents(out))
     assert weight_bytes(user.hub.served) <= n_files * 100_001

@@ -68,7 +68,7 @@ def test_the_suite_is_scored_in_the_languages_of_the_models_card(tmp_path: Path)
 
     languages, notes = of("en", Judges())
     assert languages == ("en",)
-    assert "scored in en, as the model's card says" in notes
+    assert "scored in en, the languages of the model's card" in notes
     assert of("[pl, en]", Judges())[0] == ("pl", "en")
     assert of("fr", Judges(languages=("zh",)))[0] == ("zh",)
     # A card that names none, none of the suite's or all of them leaves the suite whole.
@@ -80,7 +80,7 @@ def test_the_suite_is_scored_in_the_languages_of_the_models_card(tmp_path: Path)
 def test_a_limit_that_nothing_meets_names_the_smallest_recipe(tmp_path: Path, texts: Path) -> None:
     with pytest.raises(InputError) as caught:
         proposed(tmp_path, texts, max_weights="2MB")
-    assert "no recipe can be below 2MB: the smallest is" in str(caught.value)
+    assert "no recipe meets --max-weights 2MB: the smallest is" in str(caught.value)
     assert "Give --max-weights" in str(caught.value)
 
 

@@ -194,7 +194,7 @@ def test_all_that_cannot_be_measured_is_told_before_a_folder_is_looked_at(tmp_pa
         ("n_threads", 77, "threads: 77 there"),
         ("device", "cuda:0", "device: cuda:0 there, cpu now"),
         ("versions", {"backend": "openvino"}, "backend: openvino there, torch now"),
-        ("spec", BenchSpec(), "what is measured: 32x32, 32x128, 8x512; 50 queries"),
+        ("spec", BenchSpec(), "spec: 32x32, 32x128, 8x512; 50 queries"),
     ],
 )
 def test_variants_are_not_added_to_a_benchmark_under_other_conditions(

@@ -61,4 +61,4 @@ def test_of_many_the_smallest_and_the_closest_go_on() -> None:
     many = [variant(f"v{i}", 20 + i, 0.5 + i / 20) for i in range(8)]
     found = reasons(*many, keep=3)
     assert {name for name, reason in found.items() if reason is None} == {"v0", "v7", "v1"}
-    assert found["v4"] == "3 others promise more for this goal"
+    assert found["v4"] == "3 other variants look better for this objective"

@@ -185,5 +185,5 @@ def test_search_finds_a_document_by_its_text_with_and_without_an_index(
 
 
 def test_search_refuses_a_folder_without_vectors(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no embedding folder"):
+    with pytest.raises(InputError, match="is not an embedding folder"):
         gteopt.search(tmp_path, "anything")
