@@ -1,6 +1,6 @@
 "use strict";
-// Tables: click a heading to sort, type to filter, choose columns, save as CSV. Nothing is asked of
-// the network: the file is made of what the table holds.
+// Tables: click a heading to sort, type to filter, choose columns, save as CSV. The CSV file is made
+// from the table, without the network.
 for (const tools of document.querySelectorAll(".tools")) {
   const table = document.getElementById(tools.dataset.table);
   const body = table.tBodies[0];
@@ -23,9 +23,9 @@ for (const tools of document.querySelectorAll(".tools")) {
       headings.forEach((other) => other.removeAttribute("aria-sort"));
       heading.setAttribute("aria-sort", falling ? "descending" : "ascending");
       const rows = [...body.rows].sort((a, b) => {
-        const [one, other] = [valueOf(a, column), valueOf(b, column)];
-        // What was not measured stays at the end in both orders.
-        return (falling && one !== "" && other !== "" ? -1 : 1) * compare(one, other);
+        const [first, second] = [valueOf(a, column), valueOf(b, column)];
+        // Cells without a measurement stay at the end in both orders.
+        return (falling && first !== "" && second !== "" ? -1 : 1) * compare(first, second);
       });
       body.append(...rows);
     }
@@ -36,10 +36,11 @@ for (const tools of document.querySelectorAll(".tools")) {
   const word = tools.querySelector("input[type=search]");
   const language = tools.querySelector("select");
   function filter() {
+    const wanted = language ? language.value : "";
     for (const row of body.rows) {
       const hasWord = row.innerText.toLowerCase().includes(word.value.toLowerCase());
-      const own = row.dataset.language;
-      row.hidden = !hasWord || Boolean(language && language.value && own && own !== language.value);
+      const spoken = row.dataset.language;
+      row.hidden = !hasWord || Boolean(wanted && spoken && spoken !== wanted);
     }
   }
   word.addEventListener("input", filter);
@@ -63,9 +64,9 @@ for (const tools of document.querySelectorAll(".tools")) {
   });
 }
 
-// Charts are drawn while the page is still being read, when the grid has not its final width yet.
-// The observer reports only when a frame is painted, which a page in the background never is, so
-// the end of loading fits every chart once.
+// Charts are drawn while the page loads, before the grid has its final width. The observer reports
+// only when a frame is painted. A page in the background paints none, so the end of loading fits
+// every chart once.
 function fit(figure) {
   Plotly.Plots.resize(figure.querySelector(".js-plotly-plot"));
 }
@@ -76,7 +77,7 @@ const observer = new ResizeObserver((entries) => {
 for (const figure of figures) observer.observe(figure);
 window.addEventListener("load", () => figures.forEach(fit));
 
-// Another policy: its answer lies on the page as a template, made by the rule of `gteopt choose`.
+// Another policy: the page has its answer as a template, chosen as by `gteopt choose`.
 const policies = document.getElementById("policy");
 function mark(statuses) {
   const isPicked = (name) => (statuses[name] || [""])[0].startsWith("picked");

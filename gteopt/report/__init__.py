@@ -1,1 +1,1 @@
-"""Numbers to a decision: rows, tables, the choice and a page."""
+"""Turn measurements into tables, a choice and a report page."""

@@ -1,7 +1,6 @@
-"""One page of two results folders: every figure of both beside each other, and the change.
+"""Compare two results folders on one page: figures side by side, with their change.
 
-Hides: which conditions have to be equal for a comparison. Refuses to know: how anything was
-measured.
+Hides: which conditions must be equal for a comparison. Refuses to know: how anything was measured.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ NO_PAIRS: Mapping[str, ItemComparison] = {}
 
 
 def merged(names: Names, both: Sequence[Results]) -> tuple[Results, list[Row]]:
-    """Both runs as one, for charts and tasks; the name of a variant begins with its run."""
+    """Both runs as one, for charts and tasks; a variant's name starts with its run's name."""
     lines: list[Row] = []
     evals: dict[str, EvalReport] = {}
     for name, results in zip(names, both, strict=True):
@@ -34,24 +33,25 @@ def merged(names: Names, both: Sequence[Results]) -> tuple[Results, list[Row]]:
 
 
 def differences(names: Names, both: Sequence[Results]) -> list[str]:
-    """Sentences on what differs between the runs, and what that means for their figures."""
+    """Sentences on conditions that differ between the runs, and their effect on the figures."""
     facts = [_facts(results) for results in both]
     return [
-        f"{what} differ: {facts[0][what] or 'none'} in {names[0]}, {facts[1][what] or 'none'} in "
-        f"{names[1]}; {_MEANS[what]}"
-        for what in _MEANS
-        if facts[0][what] != facts[1][what]
+        f"{fact} differ: {facts[0][fact] or 'none'} in {names[0]}, {facts[1][fact] or 'none'} in "
+        f"{names[1]}; {effect}"
+        for fact, effect in _EFFECTS.items()
+        if facts[0][fact] != facts[1][fact]
     ]
 
 
-_MEANS = {
+_EFFECTS = {
     "machines": "compare speeds only with the same baseline's",
     "devices": "compare speeds only with the same baseline's",
     "workloads": "throughputs are of different work",
-    "suites": "scores do not compare",
-    "texts": "neighbours kept do not compare",
+    "suites": "scores are not comparable",
+    "texts": "neighbours kept are not comparable",
     "baselines": "retention and speed are ratios to different models",
 }
+"""Conditions that should be equal, with the effect of a difference."""
 
 
 def _facts(results: Results) -> dict[str, str]:
@@ -75,16 +75,16 @@ def _facts(results: Results) -> dict[str, str]:
 
 
 def header(names: Names, both: Sequence[Results]) -> str:
-    """What each run recommends, and what makes them hard to compare."""
+    """What each run recommends, and which conditions differ."""
     answers = "".join(
         f'<p class="answer"><b>{escape(name)}</b>: {escape(_answer(results))}</p>'
         for name, results in zip(names, both, strict=True)
     )
-    found = differences(names, both)
-    if not found:
+    sentences = differences(names, both)
+    if not sentences:
         return answers
-    items = "".join(f"<li>{escape(line)}</li>" for line in found)
-    alert = f"<strong>Not measured alike.</strong><ul>{items}</ul>"
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    alert = f"<strong>Measured under different conditions.</strong><ul>{items}</ul>"
     return f'{answers}<aside class="alert">{alert}</aside>'
 
 
@@ -98,12 +98,12 @@ def _answer(results: Results) -> str:
 def sections(
     names: Names, both: Sequence[Results], pairs: Mapping[str, ItemComparison] = NO_PAIRS
 ) -> Iterator[str]:
-    """The tables of figures.
+    """The page's tables of figures.
 
     Args:
-        names: of the two runs.
-        both: what they hold.
-        pairs: variant -> the second run's item scores against the first's, where both kept them.
+        names: names of the two runs.
+        both: results of the two runs.
+        pairs: comparison of item scores by variant, if both runs kept item scores.
     """
     yield section("figures", "Figures side by side", _FIGURES, _figures(names, both))
     if pairs:
@@ -112,10 +112,10 @@ def sections(
 
 def _figures(names: Names, both: Sequence[Results]) -> str:
     """A table with a block for each variant and a line for each figure that differs."""
-    one, other = ({row.name: row for row in rows(results)} for results in both)
+    before, after = ({row.name: row for row in rows(results)} for results in both)
     blocks = ""
-    for variant in dict.fromkeys([*one, *other]):
-        pair = (one.get(variant), other.get(variant))
+    for variant in dict.fromkeys([*before, *after]):
+        pair = (before.get(variant), after.get(variant))
         lines = "".join(
             _line(column, pair)
             for column in COLUMNS
@@ -154,10 +154,10 @@ _SHARES = frozenset({"score", "retention", "neighbour_overlap"})
 _UNITLESS = frozenset({"mean_cosine", "p1_cosine", "spearman"})
 
 
-def change(column: Column, one: Row | None, other: Row | None) -> str:
-    """The change from the first run to the second: shares in points, other figures in per cent."""
-    before = None if one is None else getattr(one, column.attribute)
-    after = None if other is None else getattr(other, column.attribute)
+def change(column: Column, first: Row | None, second: Row | None) -> str:
+    """The change from the first run to the second: shares in points, most others in per cent."""
+    before = None if first is None else getattr(first, column.attribute)
+    after = None if second is None else getattr(second, column.attribute)
     if before is None or after is None:
         return MISSING
     if column.attribute in _SHARES:
@@ -171,29 +171,28 @@ def change(column: Column, one: Row | None, other: Row | None) -> str:
 
 def _paired(names: Names, pairs: Mapping[str, ItemComparison]) -> str:
     body = ""
-    for variant, found in pairs.items():
-        sure = MISSING
-        verdict = MISSING
-        if found.difference is not None:
-            low, high = 100 * found.difference.low, 100 * found.difference.high
-            sure = f"{100 * found.difference.value:+.2f} [{low:+.2f}, {high:+.2f}]"
-            verdict = found.difference.verdict
+    for variant, pair in pairs.items():
+        span, verdict = MISSING, MISSING
+        if pair.difference is not None:
+            low, high = 100 * pair.difference.low, 100 * pair.difference.high
+            span = f"{100 * pair.difference.value:+.2f} [{low:+.2f}, {high:+.2f}]"
+            verdict = pair.difference.verdict
         body += (
-            f'<tr><th scope="row">{escape(variant)}</th><td>{100 * found.baseline_score:.2f}</td>'
-            f"<td>{100 * found.score:.2f}</td><td>{sure}</td><td>{verdict}</td></tr>"
+            f'<tr><th scope="row">{escape(variant)}</th><td>{100 * pair.baseline_score:.2f}</td>'
+            f"<td>{100 * pair.score:.2f}</td><td>{span}</td><td>{verdict}</td></tr>"
         )
     head = "".join(f'<th scope="col">{escape(name)}, %</th>' for name in names)
-    margins = {points(found.margin) for found in pairs.values()}
+    margins = {points(pair.margin) for pair in pairs.values()}
     table = (
         f'<table><thead><tr><th scope="col">Variant</th>{head}<th scope="col">Difference, points'
         f'</th><th scope="col">Verdict</th></tr></thead><tbody>{body}</tbody></table>'
     )
-    note = f"<p>Verdicts are against a margin of {', '.join(sorted(margins))}.</p>"
+    note = f"<p>Verdicts use a margin of {', '.join(sorted(margins))}.</p>"
     return scrolled("Paired scores", table) + note
 
 
 _FIGURES = (
     """The change is from the first run to the second. Figures that are equal are left out."""
 )
-_PAIRED = """Both runs kept the score of every query, pair or document. The difference is paired
-over these, with its 95 % interval."""
+_PAIRED = """Both runs kept the score of every query, pair or document. The difference pairs these
+scores, and has a 95 % interval."""

@@ -1,8 +1,8 @@
-"""The charts of the report page, as HTML that plotly.js draws.
+"""Draw the charts of the report page, as HTML for plotly.js.
 
 Hides: plotly. Refuses to know: torch, files, the rest of the page.
 
-Charts have no colours of their own for text and lines: report.css gives them the page's.
+Charts set no colours for text and lines, because report.css sets the page's colours.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from gteopt.records.evaluation import EvalReport, FidelityReport
 from gteopt.records.results_folder import Results
 from gteopt.report.rows import Row
 
-# Mid-tones, readable on the light and on the dark page (contrast at least 3:1 on both).
+# Mid-tones with a contrast of at least 3:1 on the light and on the dark page.
 _GREY, _GREEN, _BLUE = "#8a939e", "#1f9d74", "#4f83cc"
 _COLOURS = (_BLUE, "#c9772b", "#9b6dd1", "#c4518f", "#3d97a8", "#a8842c", "#cf5b4e", "#6f8f3a")
 _SYMBOLS = ("circle", "square", "cross", "triangle-up", "x")
-# Above the plot: below it, the legend would lie on the axis title where it takes several lines.
+# The legend is above the plot, because a long legend below it would cover the axis title.
 _LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
 _SIZE, _PICKED_SIZE = 11, 15
 _LEAST_DISTANCE = 1e-6
-"""All that float32 cannot tell from zero."""
+"""Smaller distances are within the rounding of float32, and are drawn as this one."""
 _LEAST_FRONTIER = 3
-"""Different sizes of a vector from which on their neighbours are drawn."""
+"""Least number of vector sizes for the chart of neighbours kept by size."""
 _MOST_NAMED = 10
-"""Beyond so many variants a legend names only the baseline, the pick and the Pareto front."""
+"""With more variants, the legend names only the baseline, the pick and the Pareto front."""
 FIDELITY_CHARTS = {
     "mean_cosine": ("1 − mean cosine to the baseline (left is closer)", True),
     "p1_cosine": ("1 − 1st-percentile cosine (left is closer)", True),
     "neighbour_overlap": ("Overlap of the 10 nearest neighbours, %", False),
     "spearman": ("1 − Spearman correlation of similarities (left is closer)", True),
 }
-"""By attribute of `Row`: the caption, and whether its distance from 1 is drawn."""
+"""Caption by attribute of `Row`, and whether the chart shows the distance from 1."""
 
 
 def quality_of(lines: Sequence[Row]) -> str:
-    """The attribute of quality that charts show: retention, or neighbours without scores."""
+    """The attribute that charts show as quality: retention, or without scores neighbours kept."""
     scored = any(row.retention is not None for row in lines if not row.is_baseline)
     return "retention" if scored else "neighbour_overlap"
 
@@ -58,8 +58,8 @@ def trade_chart(
 ) -> str:
     """A chart of quality against a cost, with one trace for each variant.
 
-    The step line joins the Pareto front of the intervals' lower ends, which policies limit. A
-    variant far below the others is an arrow at the lower edge, so that the others keep apart.
+    The dotted line is the Pareto front of the intervals' lower ends, which policies can limit. A
+    variant far below the others is an arrow at the lower edge, so that the others stay apart.
     """
     quality = quality_of(lines)
     points = [
@@ -69,19 +69,19 @@ def trade_chart(
     ]
     floor = axis_floor([y for _, y, _ in points])
     spans = [_span(row, quality) for *_, row in points]
-    near = [(y, *span) for (_, y, _), span in zip(points, spans, strict=True) if y >= floor]
-    y_axis = _axis(value for values in near for value in values)
+    inside = [(y, *span) for (_, y, _), span in zip(points, spans, strict=True) if y >= floor]
+    y_axis = _axis(value for values in inside for value in values)
     low, high = y_axis["range"]
     edge = low + 0.03 * (high - low)
-    sure = [(x, span[0]) for (x, *_), span in zip(points, spans, strict=True)]
-    front = pareto_line(sure, larger_is_better=larger_is_better)
+    lower_ends = [(x, span[0]) for (x, *_), span in zip(points, spans, strict=True)]
+    front = pareto_line(lower_ends, larger_is_better=larger_is_better)
     figure = go.Figure(
         go.Scatter(
             x=[x for x, _ in front],
             y=[max(y, edge) for _, y in front],
             mode="lines",
-            name="surely not beaten",
-            # Between two points of the front the one that costs less is the best to be had.
+            name="Pareto front of lower ends",
+            # Between two points of the front, the cheaper one is the best choice: draw steps.
             line={"color": _GREY, "width": 1.5, "dash": "dot", "shape": "hv"},
             hoverinfo="skip",
         )
@@ -99,8 +99,8 @@ def trade_chart(
         figure.update_xaxes(tickvals=ticks, ticktext=[f"{x:,}" for x in ticks])
     else:
         figure.update_xaxes(title=x_title, **_axis(x for x, *_ in points))
-    words = "Retention, %" if quality == "retention" else "10 nearest kept, %"
-    figure.update_yaxes(title=words, **y_axis)
+    y_title = "Retention, %" if quality == "retention" else "10 nearest kept, %"
+    figure.update_yaxes(title=y_title, **y_axis)
     return _html(figure, key)
 
 
@@ -117,10 +117,10 @@ def _point(
     floor: float,
     edge: float,
 ) -> Any:
-    """One variant: its marker, and its interval where it lies in the picture."""
+    """The marker of a variant, with its interval; below the floor, an arrow at the edge."""
     x, y = at
     below = y < floor
-    sure = f" ({span[0]:.1f}–{span[1]:.1f})" if span[0] < span[1] else ""
+    interval = f" ({span[0]:.1f}–{span[1]:.1f})" if span[0] < span[1] else ""
     colour, symbol = _COLOURS[number % len(_COLOURS)], _SYMBOLS[number % len(_SYMBOLS)]
     if row.is_baseline:
         colour, symbol = _GREY, "diamond"
@@ -132,7 +132,7 @@ def _point(
     return go.Scatter(
         x=[x],
         y=[shown],
-        # The page's script draws one of the two, as the policy picks the variant or not.
+        # The page's script draws `picked` if the policy picks the variant, and `own` otherwise.
         meta={"variant": row.name, "own": own, "picked": picked},
         error_y={
             "type": "data",
@@ -144,7 +144,7 @@ def _point(
             "color": _GREY,
         },
         name=escape(row.name) + (f" ({y:.1f} %)" if below else ""),
-        text=[f"<b>{escape(row.name)}</b><br>{x:,.4g}<br>{y:.2f} %{sure}"],
+        text=[f"<b>{escape(row.name)}</b><br>{x:,.4g}<br>{y:.2f} %{interval}"],
         hovertemplate="%{text}<extra></extra>",
         mode="markers",
         marker={
@@ -158,7 +158,7 @@ def _point(
 def pareto_line(
     points: Iterable[tuple[float, float]], *, larger_is_better: bool
 ) -> list[tuple[float, float]]:
-    """The points (cost, quality) that no other beats on both, from the best cost on."""
+    """The Pareto front of points (cost, quality), starting at the best cost."""
     sign = -1 if larger_is_better else 1
     front: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda p: (sign * p[0], -p[1])):
@@ -168,10 +168,10 @@ def pareto_line(
 
 
 def axis_floor(values: Sequence[float]) -> float:
-    """The least quality (in %) that an axis has to reach.
+    """The least quality, in %, that an axis must include.
 
-    It leaves out a variant that loses over five points and over three times the median loss. Among
-    variants at 97 to 100 %, one at 65 % would make all others one point.
+    A variant is below it if it loses more than five points and more than three times the median
+    loss. On an axis that includes such a variant, the others would fall on one point.
     """
     losses = sorted(100 - value for value in values if value < 100)
     typical = losses[len(losses) // 2] if losses else 0.0
@@ -179,7 +179,7 @@ def axis_floor(values: Sequence[float]) -> float:
 
 
 def latency_chart(lines: Sequence[Row]) -> str:
-    """Percentiles of one query's time, three bars a variant."""
+    """A chart of percentiles of one query's time, with three bars per variant."""
     shown = [row for row in lines if row.p50_ms is not None]
     names = [escape(row.name) for row in shown]
     figure = go.Figure(
@@ -203,10 +203,9 @@ def latency_chart(lines: Sequence[Row]) -> str:
 
 
 def frontier_chart(results: Results) -> str | None:
-    """A chart of neighbours kept by bytes a vector, with one trace for each code.
+    """A chart of neighbours kept by bytes of a vector, with one trace for each code.
 
-    The dotted line joins the points that no other beats at as many bytes or fewer. None is returned
-    where fewer than three sizes of vectors were scored.
+    The dotted line is the Pareto front. The result is None if fewer than three sizes were measured.
     """
     reports: list[EvalReport | FidelityReport] = [*results.evals.values()]
     reports += results.fidelity.values()
@@ -224,26 +223,26 @@ def frontier_chart(results: Results) -> str | None:
             x=[x for x, _ in front],
             y=[y for _, y in front],
             mode="lines",
-            name="the most kept",
+            name="Pareto front",
             line={"color": _GREY, "width": 1.5, "dash": "dot", "shape": "hv"},
             hoverinfo="skip",
         )
     )
     codes = dict.fromkeys(report.code for *_, report in points.values())
     for number, code in enumerate(codes):
-        own = [point for point in points.values() if point[2].code == code]
-        words = [
+        coded = [point for point in points.values() if point[2].code == code]
+        texts = [
             f"<b>{escape(report.variant)}</b><br>{n_bytes:,} bytes<br>{kept:.1f} %"
             + (f"<br>score {100 * report.score:.2f}" if isinstance(report, EvalReport) else "")
-            for n_bytes, kept, report in own
+            for n_bytes, kept, report in coded
         ]
         figure.add_trace(
             go.Scatter(
-                x=[n_bytes for n_bytes, *_ in own],
-                y=[kept for _, kept, _ in own],
+                x=[n_bytes for n_bytes, *_ in coded],
+                y=[kept for _, kept, _ in coded],
                 mode="markers",
                 name=code,
-                text=words,
+                text=texts,
                 hovertemplate="%{text}<extra></extra>",
                 marker={
                     "size": _SIZE,
@@ -268,7 +267,7 @@ def frontier_chart(results: Results) -> str | None:
 
 
 def spread(ticks: Sequence[int]) -> list[int]:
-    """The ticks whose labels keep apart on a logarithmic axis: each is 1.5 times the last."""
+    """The ticks whose labels do not overlap on a logarithmic axis: each is 1.5 times the last."""
     shown: list[int] = []
     for tick in ticks:
         if not shown or tick >= 1.5 * shown[-1]:
@@ -277,21 +276,21 @@ def spread(ticks: Sequence[int]) -> list[int]:
 
 
 def fidelity_chart(lines: Sequence[Row], attribute: str) -> str:
-    """One measure of fidelity, a line a variant."""
+    """A chart of one measure of fidelity, with one line per variant."""
     is_distance = FIDELITY_CHARTS[attribute][1]
     shown = [row for row in lines if getattr(row, attribute) is not None and not row.is_baseline]
     measured = [getattr(row, attribute) for row in shown]
-    # Distances of two variants differ by a factor, which only a logarithmic axis shows.
+    # Distances differ by factors, which need a logarithmic axis.
     values = [max(1 - value, _LEAST_DISTANCE) if is_distance else 100 * value for value in measured]
     colours = [_GREEN if row.status == "picked" else _BLUE for row in shown]
     names = [escape(row.name) for row in shown]
     trace = _distances(names, values, colours) if is_distance else _bars(names, values, colours)
-    figure = go.Figure(trace.update(meta=_own_names(shown)))
+    figure = go.Figure(trace.update(meta=_recolouring(shown)))
     figure.update_layout(**_layout(height=70 + 26 * max(1, len(shown))), bargap=0.35)
     if is_distance:
         figure.update_xaxes(**_powers_of_ten(values))
     else:
-        # A bar's length is its value, so the axis starts at zero.
+        # The length of a bar shows its value, so the axis starts at zero.
         figure.update_xaxes(range=[0, 116], tickvals=[0, 50, 100])
     figure.update_yaxes(
         autorange="reversed", automargin=True, ticks="", showgrid=is_distance, type="category"
@@ -299,21 +298,21 @@ def fidelity_chart(lines: Sequence[Row], attribute: str) -> str:
     return _html(figure, attribute)
 
 
-def _own_names(shown: Sequence[Row]) -> dict[str, Any]:
-    """What the page's script needs to colour the pick of another policy."""
+def _recolouring(shown: Sequence[Row]) -> dict[str, Any]:
+    """Names and colours with which the page's script marks the pick of another policy."""
     return {"variants": [row.name for row in shown], "own": _BLUE, "picked": _GREEN}
 
 
 def _distances(names: list[str], values: list[float], colours: list[str]) -> Any:
     least = _LEAST_DISTANCE
-    words = [f"  {v:.2g}" if v > least else f"  below {least:g}" for v in values]
+    texts = [f"  {value:.2g}" if value > least else f"  below {least:g}" for value in values]
     marker = {"color": colours, "size": 9}
     return go.Scatter(
         x=values,
         y=names,
         mode="markers+text",
         marker=marker,
-        text=words,
+        text=texts,
         textposition="middle right",
         cliponaxis=False,
         hoverinfo="skip",
@@ -334,15 +333,15 @@ def _bars(names: list[str], values: list[float], colours: list[str]) -> Any:
 
 
 def _powers_of_ten(values: Sequence[float]) -> dict[str, Any]:
-    """A logarithmic axis with a tick a power of ten, and room for text on the right."""
+    """A logarithmic axis with a tick at each power of ten, and space for text on the right."""
     exponents = [math.log10(value) for value in values] or [0.0]
     low, high = math.floor(min(exponents)), math.ceil(max(exponents))
-    room = max(1, high - low)
+    width = max(1, high - low)
     powers = range(low, high + 1)
     raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
     return {
         "type": "log",
-        "range": [low - 0.05 * room, low + 1.25 * room],
+        "range": [low - 0.05 * width, low + 1.25 * width],
         "tickvals": [10.0**exponent for exponent in powers],
         "ticktext": [f"10{str(exponent).translate(raised)}" for exponent in powers],
         "tickangle": 0,
@@ -350,7 +349,7 @@ def _powers_of_ten(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _span(row: Row, quality: str) -> tuple[float, float]:
-    """Ends of the interval of retention in %; the value itself where there is none."""
+    """Ends of the interval of retention in %; without an interval, the value twice."""
     value = 100 * getattr(row, quality)
     if quality != "retention" or row.retention_low is None or row.retention_high is None:
         return value, value
@@ -371,11 +370,11 @@ def _layout(height: int, legend: bool = False) -> dict[str, Any]:
 
 
 def _axis(values: Iterable[float]) -> dict[str, Any]:
-    """A range with room for markers around the values."""
+    """An axis with a margin for markers around the values."""
     shown = list(values)
     low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
-    room = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
-    return {"range": [low - room, high + room], "automargin": True, "zeroline": False}
+    margin = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
+    return {"range": [low - margin, high + margin], "automargin": True, "zeroline": False}
 
 
 def _html(figure: Any, key: str) -> str:

@@ -1,6 +1,6 @@
-"""Turns a policy and what was measured into a choice and its reason.
+"""Choose a variant by a policy, and state the reason.
 
-Hides: where each metric lies in the reports, what a broken limit is, how admissible variants are
+Hides: where each metric is in the records, what a broken limit is, how admissible variants are
 ordered. Refuses to know: torch, files, how anything was measured.
 """
 
@@ -39,44 +39,46 @@ _FROM_BENCH: dict[Metric, Callable[[VariantBench], float]] = {
 
 
 def choose(policy: Policy, results: Results) -> Choice:
-    """Pick the variant that is best in the policy's objective among those that keep its limits.
+    """Pick the variant with the best objective among those that keep the policy's limits.
 
-    Every measured variant is a candidate, and so is the baseline. Compared with itself it has
-    retention, cosine, overlap and correlation 1. A metric that was not measured breaks each limit
-    on it. A candidate without the objective's metric is not picked.
+    Candidates are all measured variants and the baseline. The baseline's retention, cosine, overlap
+    and correlation are 1. A metric that was not measured breaks each limit on it. A candidate
+    without the objective's metric is not picked.
 
-    Speeds and costs are compared by their ratio to the baseline's, measured in turns with them,
-    because tokens a second depend on whatever else the machine does. Candidates tie where the
-    objective is equal. Speeds also tie where they differ by no more than the baseline's from
-    itself. Ties are broken by, in this order:
+    Speeds and costs are compared as ratios to the baseline's, measured in turns, because absolute
+    speeds depend on other load. Candidates tie if their objectives are equal. Speeds also tie if
+    they differ by at most the noise, which is the difference of the baseline from itself. Ties are
+    broken in this order:
 
-    1. lying on the Pareto front;
-    2. an interval of retention that does not lie wholly below another's;
-    3. more neighbours kept, because retentions of close variants differ by noise;
-    4. retention, the objective, the name.
+    1. a candidate on the Pareto front goes first;
+    2. then one whose interval of retention does not lie wholly below another's;
+    3. then one that keeps more neighbours, because close retentions differ by noise;
+    4. then by retention, the objective and the name.
 
-    The Pareto front is drawn among the candidates that keep every limit. One is on it where no
-    other is at least as good on every axis and better on one. The axes are score, neighbours kept,
-    weight bytes, index bytes, tokens a second and the objective. The score is the lower end of
-    retention's interval where the policy limits that, and retention otherwise. It does not count
-    where an evaluation is partial or the baseline's score is not above 0. An axis that was measured
-    for no candidate does not count either. A candidate that alone lacks one is not on the front.
+    The Pareto front is among the candidates that keep every limit. A candidate is on it if no other
+    is at least as good on every axis and better on one. The axes are score, neighbours kept, weight
+    bytes, index bytes, tokens a second and the objective. The score is the lower end of retention's
+    interval if the policy limits that, and retention otherwise. The score is left out if an
+    evaluation is partial or the baseline's score is not above 0. An axis that no candidate has is
+    left out too. A candidate that lacks an axis which another has is not on the front.
 
-    Where only texts without labels were compared, fidelity decides. Limits on retention then leave
-    the policy, because nothing can keep or break them, and the reason says so.
+    If only texts without labels were compared, fidelity decides. Limits on retention are then
+    removed from the policy, because they cannot be judged, and the reason says that no labels were
+    used.
 
     Raises:
-        InputError: nothing was measured; the reports do not belong together (other bytes of the
-            same variant, another suite, another baseline); or the objective needs labels and there
-            are none.
+        InputError: nothing was measured; the records differ in a variant's bytes, in the suite or
+            in the baseline; or the objective needs labels, but there are none.
     """
     _check_belong_together(results)
     policy = _for_unlabelled(policy) if results.fidelity and not results.evals else policy
     names = sorted(results.benched.keys() | results.evals.keys() | results.fidelity.keys())
     metrics = {name: _metrics(name, results) for name in names}
-    fair = {name: found | _in_turns(name, found, results) for name, found in metrics.items()}
+    relative = {
+        name: values | _relative_speeds(name, values, results) for name, values in metrics.items()
+    }
     broken = {name: _broken_limits(policy, metrics[name]) for name in names}
-    front = _front(policy, {name: fair[name] for name in names if not broken[name]}, results)
+    front = _front(policy, {name: relative[name] for name in names if not broken[name]}, results)
     candidates = tuple(
         Candidate(
             name=name,
@@ -91,7 +93,7 @@ def choose(policy: Policy, results: Results) -> Choice:
         return Choice(
             policy=policy, picked=None, reason=_why_none(policy, candidates), candidates=candidates
         )
-    best, *tied = _best_first(policy, admissible, fair, results)
+    best, *tied = _best_first(policy, admissible, relative, results)
     reason = _why(policy, best, tied, len(admissible), len(candidates), results)
     return Choice(policy=policy, picked=best.name, reason=reason, candidates=candidates)
 
@@ -104,67 +106,68 @@ def _for_unlabelled(policy: Policy) -> Policy:
     limits = {metric: limit for metric, limit in policy.limits.items() if metric not in _LABELLED}
     if policy.objective.metric in _LABELLED:
         raise InputError(
-            f"policy {policy.name} asks for the best {METRIC_WORDS[policy.objective.metric]}, "
-            f"which needs labels; these results have none. Maximise neighbour_overlap, or "
-            f"evaluate with --data or --suite"
+            f"policy {policy.name} optimises {METRIC_WORDS[policy.objective.metric]}, which needs "
+            f"labels, but these results have none; maximise neighbour_overlap, or evaluate with "
+            f"--data or --suite"
         )
     return policy.model_copy(update={"limits": limits})
 
 
 def _front(policy: Policy, judged: dict[str, dict[Metric, float]], results: Results) -> set[str]:
-    """Names on the Pareto front of those that keep every limit; see `choose`."""
+    """Names on the Pareto front of the judged candidates; see `choose`."""
     axes: set[Metric] = {"neighbour_overlap", policy.objective.metric, *_COSTS}
     evals = results.evals.values()
     if not any(report.partial or report.retention is None for report in evals):
         axes.add("retention_low" if "retention_low" in policy.limits else "retention")
-    measured = {metric for found in judged.values() for metric in found}
+    measured = {metric for values in judged.values() for metric in values}
     return pareto_front(judged, axes & measured)
 
 
 def _best_first(
     policy: Policy,
     admissible: Sequence[Candidate],
-    fair: Mapping[str, Mapping[Metric, float]],
+    relative: Mapping[str, Mapping[Metric, float]],
     results: Results,
 ) -> list[Candidate]:
-    """The candidates that tie for the best, the one to pick first; see `choose`.
+    """The candidates that tie for the best, with the pick first; see `choose`.
 
-    `fair` are their metrics with speeds as `_in_turns` has them.
+    `relative` has their metrics, with the speeds of `_relative_speeds`.
     """
     metric = policy.objective.metric
     sign = -1 if policy.objective.maximise is not None else 1
-    best = min(sign * fair[c.name][metric] for c in admissible)
+    best = min(sign * relative[c.name][metric] for c in admissible)
     within = abs(best) * _noise(metric, results)
-    tied = [c for c in admissible if sign * fair[c.name][metric] <= best + within]
-    least = max(c.metrics.get("retention_low", 0.0) for c in tied)
+    tied = [c for c in admissible if sign * relative[c.name][metric] <= best + within]
+    greatest_low = max(c.metrics.get("retention_low", 0.0) for c in tied)
 
     def order(candidate: Candidate) -> tuple[bool, bool, float, float, float, str]:
         report = results.evals.get(candidate.name)
         high = report.retention_high if report is not None else None
-        found = candidate.metrics
         return (
             not candidate.on_pareto_front,
-            high is not None and high < least,
-            -found.get("neighbour_overlap", 0.0),
-            -found.get("retention", 0.0),
-            sign * fair[candidate.name][metric],
+            high is not None and high < greatest_low,
+            -candidate.metrics.get("neighbour_overlap", 0.0),
+            -candidate.metrics.get("retention", 0.0),
+            sign * relative[candidate.name][metric],
             candidate.name,
         )
 
     return sorted(tied, key=order)
 
 
-def _in_turns(name: str, found: Mapping[Metric, float], results: Results) -> dict[Metric, float]:
-    """Speed and cost of a variant as shares of the baseline's, where they were measured."""
+def _relative_speeds(
+    name: str, measured: Mapping[Metric, float], results: Results
+) -> dict[Metric, float]:
+    """Speed and cost of a variant as ratios to the baseline's; only metrics that were measured."""
     if results.bench is None or name not in results.bench.variants:
         return {}
     ratio = 1.0 if name == results.bench.baseline else results.bench.variants[name].speed_ratio
-    shares: dict[Metric, float] = {"tokens_per_s": ratio, "cost_per_million_tokens": 1 / ratio}
-    return {metric: share for metric, share in shares.items() if metric in found}
+    ratios: dict[Metric, float] = {"tokens_per_s": ratio, "cost_per_million_tokens": 1 / ratio}
+    return {metric: value for metric, value in ratios.items() if metric in measured}
 
 
 def _noise(metric: Metric, results: Results) -> float:
-    """How much of a metric is noise of the measurement, as a share."""
+    """Relative noise of a metric; 0 for metrics that are not speeds."""
     speeds = ("tokens_per_s", "speed_ratio", "cost_per_million_tokens")
     if results.bench is None or metric not in speeds:
         return 0.0
@@ -172,18 +175,17 @@ def _noise(metric: Metric, results: Results) -> float:
 
 
 def pareto_front(metrics: dict[str, dict[Metric, float]], axes: set[Metric]) -> set[str]:
-    """Names that no other dominates on `axes`; names that lack an axis are left out."""
+    """Names that no other name dominates on `axes`; names that lack an axis are left out."""
     points = {
-        name: [found[a] if a in HIGHER_IS_BETTER else -found[a] for a in sorted(axes)]
-        for name, found in metrics.items()
-        if axes <= found.keys()
+        name: [values[a] if a in HIGHER_IS_BETTER else -values[a] for a in sorted(axes)]
+        for name, values in metrics.items()
+        if axes <= values.keys()
     }
     return {
         name
         for name, point in points.items()
         if not any(
-            other != point
-            and all(theirs >= ours for theirs, ours in zip(other, point, strict=True))
+            other != point and all(b >= a for a, b in zip(point, other, strict=True))
             for other in points.values()
         )
     }
@@ -194,70 +196,70 @@ def _check_belong_together(results: Results) -> None:
     if not bench and not evals and not results.fidelity:
         raise InputError("the results hold no variant; run `gteopt bench` and `gteopt evaluate`")
     problems = [
-        f"'{name}': bench measured {bench[name].artifact_sha256[:12]}, the evaluation scored "
+        f"'{name}': bench measured {bench[name].artifact_sha256[:12]}, but the evaluation scored "
         f"{evals[name].artifact_sha256[:12]}"
         for name in sorted(bench.keys() & evals.keys())
         if bench[name].artifact_sha256 != evals[name].artifact_sha256
     ]
     problems += [
-        f"'{name}': bench measured {bench[name].artifact_sha256[:12]}, the texts were compared "
+        f"'{name}': bench measured {bench[name].artifact_sha256[:12]}, but the texts were compared "
         f"with {report.artifact_sha256[:12]}"
         for name, report in sorted(results.fidelity.items())
         if name in bench and bench[name].artifact_sha256 != report.artifact_sha256
     ]
-    # A grid names its baseline in another way than an artifact's evaluation; its content decides.
-    for what, found in (
+    # A grid gives its baseline another name than an artifact's evaluation, so hashes are compared.
+    for kind, names in (
         ("suites", {r.suite_sha256: r.suite for r in evals.values()}),
         ("baselines", {r.baseline_sha256: r.baseline for r in evals.values()}),
     ):
-        if len(found) > 1:
-            each = sorted(f"{name} {sha256[:12]}" for sha256, name in found.items())
-            problems.append(f"the evaluations are of {len(found)} {what}: {', '.join(each)}")
+        if len(names) > 1:
+            listed = sorted(f"{name} {sha256[:12]}" for sha256, name in names.items())
+            problems.append(f"the evaluations are of {len(names)} {kind}: {', '.join(listed)}")
     if problems:
         raise InputError(
             join_problems(
-                "the results do not belong together; measure again what is out of date", problems
+                "the results do not belong together; repeat the outdated measurements", problems
             )
         )
 
 
 def _metrics(name: str, results: Results) -> dict[Metric, float]:
-    """Every metric that was measured for one variant, finite."""
-    found: dict[Metric, float] = {}
+    """All finite metrics that were measured for one variant."""
+    metrics: dict[Metric, float] = {}
     report = results.evals.get(name)
     if report is not None:
-        found |= {metric: float(read(report)) for metric, read in _FROM_EVAL.items()}
+        metrics |= {metric: float(read(report)) for metric, read in _FROM_EVAL.items()}
         if report.artifact_sha256 == report.baseline_sha256:
-            found["retention_low"] = 1.0  # needs no resampling
-        found["index_bytes"] = report.bytes_per_vector * 1e6
+            metrics["retention_low"] = 1.0  # the baseline's ratio to itself is exact
+        metrics["index_bytes"] = report.bytes_per_vector * 1e6
     elif (close := results.fidelity.get(name)) is not None:
-        found |= {
+        metrics |= {
             "mean_cosine": close.fidelity.mean_cosine,
             "neighbour_overlap": close.fidelity.neighbour_overlap,
             "spearman": close.fidelity.spearman,
             "index_bytes": close.bytes_per_vector * 1e6,
         }
     elif name == results.baseline and (results.evals or len(results.benched) == 1):
-        # Beside unevaluated variants it would win by default, so it gets no score there.
-        found |= dict.fromkeys(_FROM_EVAL, 1.0)
+        # If no variant was evaluated, a score would let the baseline win, so it gets none.
+        metrics |= dict.fromkeys(_FROM_EVAL, 1.0)
     elif name == results.baseline and results.fidelity:
-        found |= {"mean_cosine": 1.0, "neighbour_overlap": 1.0, "spearman": 1.0}
+        metrics |= {"mean_cosine": 1.0, "neighbour_overlap": 1.0, "spearman": 1.0}
     if results.bench is not None and (variant := results.bench.variants.get(name)) is not None:
-        found |= {metric: float(read(variant)) for metric, read in _FROM_BENCH.items()}
+        metrics |= {metric: float(read(variant)) for metric, read in _FROM_BENCH.items()}
         cost = results.bench.cost_per_million_tokens(name)
-        found |= {} if cost is None else {"cost_per_million_tokens": cost}
-    return {metric: value for metric, value in found.items() if math.isfinite(value)}
+        metrics |= {} if cost is None else {"cost_per_million_tokens": cost}
+    return {metric: value for metric, value in metrics.items() if math.isfinite(value)}
 
 
 def _broken_limits(policy: Policy, metrics: dict[Metric, float]) -> tuple[BrokenLimit, ...]:
-    """The limits that are not kept; a value exactly at its limit keeps it."""
+    """The broken limits; a value exactly at its limit keeps it."""
     broken = []
     for metric, limit in policy.limits.items():
-        found = metrics.get(metric)
-        if limit.min is not None and (found is None or found < limit.min):
-            broken.append(BrokenLimit(metric=metric, bound="min", limit=limit.min, found=found))
-        if limit.max is not None and (found is None or found > limit.max):
-            broken.append(BrokenLimit(metric=metric, bound="max", limit=limit.max, found=found))
+        value = metrics.get(metric)
+        if limit.min is not None and (value is None or value < limit.min):
+            broken.append(BrokenLimit(metric=metric, bound="min", limit=limit.min, found=value))
+        if limit.max is not None and (value is None or value > limit.max):
+            broken.append(BrokenLimit(metric=metric, bound="max", limit=limit.max, found=value))
     return tuple(broken)
 
 
@@ -273,14 +275,14 @@ def _why(
     word = "lowest" if policy.objective.minimise is not None else "highest"
     report = results.evals.get(best.name)
     quality = [
-        f"{METRIC_WORDS[m]} {metric_amount(m, best.metrics[m])}{_sure(m, report)}"
+        f"{METRIC_WORDS[m]} {metric_amount(m, best.metrics[m])}{_certainty(m, report)}"
         for m in _SHOWN_QUALITY
         if m in best.metrics and m != metric
     ]
     noise = _noise(metric, results)
     best_amount = metric_amount(metric, best.metrics[metric])
-    if share := _in_turns(best.name, best.metrics, results).get(metric):
-        best_amount += f", {share:.2f} times the baseline's in turns with it"
+    if ratio := _relative_speeds(best.name, best.metrics, results).get(metric):
+        best_amount += f", {ratio:.2f} times the baseline's, measured in turns"
     reason = (
         f"{best.name} has the {word} {METRIC_WORDS[metric]} ({best_amount}"
         f"{f', within the noise of {noise:.1%}' if tied and noise else ''}) of the "
@@ -321,42 +323,42 @@ def _overlap(candidate: Candidate) -> str:
     return f"{METRIC_WORDS['neighbour_overlap']} {overlap}"
 
 
-def _sure(metric: Metric, report: EvalReport | None) -> str:
-    """How sure a retention is, in brackets."""
+def _certainty(metric: Metric, report: EvalReport | None) -> str:
+    """The number of tasks and the interval of a retention, in brackets; empty for other metrics."""
     if metric != "retention" or report is None:
         return ""
-    told = [_over(report)] if report.tasks else []
+    parts = [_task_counts(report)] if report.tasks else []
     if report.difference is not None and report.artifact_sha256 != report.baseline_sha256:
         assert report.retention_low is not None
         assert report.retention_high is not None
-        told.append(
+        parts.append(
             f"95 % interval {100 * report.retention_low:.1f} to "
             f"{100 * report.retention_high:.1f} %, score {report.difference.verdict} against a "
             f"margin of {points(report.margin)}"
         )
-    return f" ({'; '.join(told)})" if told else ""
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
-def _over(report: EvalReport) -> str:
-    """Over how many tasks a mean and its interval are."""
+def _task_counts(report: EvalReport) -> str:
+    """The number of tasks in the mean, and of those with an interval if it is smaller."""
     tasks = {task.task for task in report.tasks}
-    n, n_sure = len(names_in_mean(report.tasks)), report.n_interval_tasks
+    n, n_with_interval = len(names_in_mean(report.tasks)), report.n_interval_tasks
     of_all = f" of {len(tasks)}" if n < len(tasks) else ""
-    told = f"over {n}{of_all} task{'' if n == 1 and not of_all else 's'}"
-    if report.difference is not None and n_sure < n:
-        told += f", the interval over {n_sure} of these"
-    return told
+    words = f"over {n}{of_all} task{'' if n == 1 and not of_all else 's'}"
+    if report.difference is not None and n_with_interval < n:
+        words += f", the interval over {n_with_interval} of these"
+    return words
 
 
 def _why_none(policy: Policy, candidates: Sequence[Candidate]) -> str:
-    """Name the candidate that misses least, as shares of the limits, and what it misses."""
+    """Name the candidate that is nearest to keeping all limits, and say what it misses."""
     nearest = min(candidates, key=lambda c: (*_distance(c), c.name))
     if not nearest.broken:
         return (
-            f"No variant can be picked: those that keep every limit of policy '{policy.name}' "
-            f"({', '.join(c.name for c in candidates if not c.broken)}) have no "
-            f"{METRIC_WORDS[policy.objective.metric]} measured "
-            f"({METRIC_SOURCES[policy.objective.metric]})."
+            f"No variant can be picked: {METRIC_WORDS[policy.objective.metric]} was not measured "
+            f"for the variants that keep every limit of policy '{policy.name}' "
+            f"({', '.join(c.name for c in candidates if not c.broken)}); "
+            f"{METRIC_SOURCES[policy.objective.metric]}."
         )
     misses = []
     for miss in nearest.broken:
@@ -377,7 +379,7 @@ def _why_none(policy: Policy, candidates: Sequence[Candidate]) -> str:
 
 
 def _distance(candidate: Candidate) -> tuple[int, float]:
-    """How many limits cannot be judged, and the sum of the others' misses relative to the limit."""
+    """The number of limits that cannot be judged, and the sum of relative misses of the others."""
     unknown = sum(miss.found is None for miss in candidate.broken)
     relative = sum(
         abs(miss.found - miss.limit) / (abs(miss.limit) or 1.0)

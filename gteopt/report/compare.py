@@ -1,4 +1,4 @@
-"""Two artifacts or two results folders as rows of one table.
+"""Compare two artifacts or two results folders, as rows of one table.
 
 Refuses to know: files, torch.
 """
@@ -19,12 +19,18 @@ from gteopt.report.rows import COLUMNS, names_in_mean, rows
 def comparison_rows(
     names: tuple[str, str], manifests: Sequence[Manifest], results: Sequence[Results]
 ) -> list[dict[str, str]]:
-    """One row a fact; the two columns are called by the names."""
+    """One row per fact that both artifacts have, or per figure of either folder.
+
+    Args:
+        names: headings of the two columns.
+        manifests: manifests of two artifacts; empty for results folders.
+        results: contents of two results folders.
+    """
     if manifests:
         facts = [_artifact_facts(manifest) for manifest in manifests]
         return [{"": fact, names[0]: facts[0][fact], names[1]: facts[1][fact]} for fact in facts[0]]
-    found: list[dict[str, str]] = []
-    lines = [{row.name: row for row in rows(of_folder)} for of_folder in results]
+    compared: list[dict[str, str]] = []
+    lines = [{row.name: row for row in rows(folder)} for folder in results]
     for variant in dict.fromkeys(name for by_name in lines for name in by_name):
         for column in COLUMNS:
             cells = [
@@ -32,21 +38,20 @@ def comparison_rows(
             ]
             if any(cell not in ("-", "\u2013") for cell in cells):
                 heading = f"{variant}: {column.title} {column.unit}".strip()
-                found.append({"": heading, names[0]: cells[0], names[1]: cells[1]})
-    return found
+                compared.append({"": heading, names[0]: cells[0], names[1]: cells[1]})
+    return compared
 
 
 def item_rows(items: Mapping[str, ItemComparison], names: tuple[str, str]) -> list[dict[str, str]]:
-    """One row a variant: both scores and their difference in points with its 95 % interval."""
-    found = []
-    for name, each in items.items():
-        n = len(names_in_mean(each.tasks))
-        difference = each.difference
+    """One row per variant: both scores, and their difference in points with its 95 % interval."""
+    compared = []
+    for name, comparison in items.items():
+        difference = comparison.difference
         row = {
             "variant": name,
-            f"score of {names[0]}": f"{100 * each.baseline_score:.2f}",
-            f"score of {names[1]}": f"{100 * each.score:.2f}",
-            "tasks": str(n),
+            f"score of {names[0]}": f"{100 * comparison.baseline_score:.2f}",
+            f"score of {names[1]}": f"{100 * comparison.score:.2f}",
+            "tasks": str(len(names_in_mean(comparison.tasks))),
             "difference, 95 % interval": "no interval",
             "verdict": "-",
         }
@@ -54,8 +59,8 @@ def item_rows(items: Mapping[str, ItemComparison], names: tuple[str, str]) -> li
             ends = f"{100 * difference.low:+.2f} to {100 * difference.high:+.2f}"
             row["difference, 95 % interval"] = f"{100 * difference.value:+.2f} ({ends})"
             row["verdict"] = difference.verdict
-        found.append(row)
-    return found
+        compared.append(row)
+    return compared
 
 
 def _artifact_facts(manifest: Manifest) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The report page's last section: machines, versions, data and how things were measured."""
+"""Make the report page's last section: machines, versions, data and how figures were measured."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _speed_conditions(bench: BenchReport) -> str:
         "Baseline": bench.baseline,
         "Latency": (
             f"{spec.n_queries} single queries of {spec.query_tokens} tokens, in turns with the "
-            f"baseline, after {spec.warmup} uncounted ones"
+            f"baseline, after {spec.warmup} warm-up queries"
         ),
         "Throughput": "; ".join(f"{w.name} tokens" for w in spec.workloads)
         + f"; {spec.repeats} rounds each, in turns with the baseline, after {spec.warmup} "
-        f"uncounted ones; medians{lengths_note(bench)}{noise_note(bench)}{load_note(bench)}",
+        f"warm-up rounds; medians{lengths_note(bench)}{noise_note(bench)}{load_note(bench)}",
         "Peak memory": (
-            f"process peaks include {megabytes(min(imports))} to {megabytes(max(imports))} MB of "
+            f"process peaks include {megabytes(min(imports))} to {megabytes(max(imports))} MB for "
             "interpreter and libraries"
         ),
         "Kernels": "; ".join(
@@ -50,14 +50,14 @@ def _speed_conditions(bench: BenchReport) -> str:
 def _quality_conditions(evals: Sequence[EvalReport], texts: Sequence[FidelityReport]) -> str:
     html = ""
     if texts:
-        own = {
+        facts = {
             "Texts": "; ".join(
-                dict.fromkeys(f"{e.texts} (sha256 {e.texts_sha256})" for e in texts)
+                dict.fromkeys(f"{report.texts} (sha256 {report.texts_sha256})" for report in texts)
             ),
-            "Machine": "; ".join(dict.fromkeys(machine_line(each.machine) for each in texts)),
-            "Versions": "; ".join(dict.fromkeys(_pairs(each.versions) for each in texts)),
+            "Machine": "; ".join(dict.fromkeys(machine_line(report.machine) for report in texts)),
+            "Versions": "; ".join(dict.fromkeys(_pairs(report.versions) for report in texts)),
         }
-        html = f"<h3>Own texts</h3>{description(own)}"
+        html = f"<h3>Own texts</h3>{description(facts)}"
     if not evals:
         return f"{html}<h3>Quality</h3><p>No variant was evaluated.</p>"
     suites = dict.fromkeys(f"{report.suite} (sha256 {report.suite_sha256})" for report in evals)
@@ -71,7 +71,7 @@ def _quality_conditions(evals: Sequence[EvalReport], texts: Sequence[FidelityRep
         "Suite": "; ".join(suites),
         "Machine": "; ".join(machines),
         "Versions": "; ".join(versions),
-        "Fidelity": f"over {'; '.join(fidelity_texts)} of the suite, no labels",
+        "Fidelity": f"on {'; '.join(fidelity_texts)} of the suite, without labels",
     }
     tasks = {task.task: task for report in evals for task in report.tasks}
     body = "".join(
@@ -84,7 +84,7 @@ def _quality_conditions(evals: Sequence[EvalReport], texts: Sequence[FidelityRep
         f"{html}<h3>Quality</h3>{description(quality)}"
         '<div class="scroll words" tabindex="0" role="region" aria-label="Data sets"><table><thead>'
         '<tr><th scope="col">Task</th><th scope="col">Type</th><th scope="col">Data set revision'
-        '</th><th scope="col">Instruction (a search: of its queries)</th></tr></thead>'
+        '</th><th scope="col">Instruction (searches: for queries only)</th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

@@ -1,4 +1,4 @@
-"""What an evaluation would take, as a table.
+"""Show the estimated cost of an evaluation as a table.
 
 Refuses to know: how it was estimated.
 """
@@ -15,7 +15,7 @@ _MOST_TASKS = 60
 
 
 def estimate_table(estimate: EvaluationEstimate) -> Table:
-    """The tasks with their texts and tokens, and below them time, disk, download and dollars."""
+    """A table of tasks with their texts and tokens; time, disk, download and dollars are below."""
     table = Table(title=f"{estimate.suite}: what would be encoded", title_style="bold")
     table.add_column("task")
     for heading in ("texts", "tokens"):
@@ -33,7 +33,7 @@ def estimate_table(estimate: EvaluationEstimate) -> Table:
 
 
 def estimate_lines(estimate: EvaluationEstimate) -> list[str]:
-    """Time, disk, download and dollars in sentences."""
+    """Time, disk, download and dollars, one line each."""
     n = len(estimate.models)
     models = f"{n} model{'s' if n > 1 else ''} ({', '.join(estimate.models)})"
     lines = []
@@ -51,7 +51,7 @@ def estimate_lines(estimate: EvaluationEstimate) -> list[str]:
     )
     if estimate.missing:
         lines.append(
-            f"not here yet: data of {len(estimate.missing)} tasks, about "
+            f"to download: data of {len(estimate.missing)} tasks, about "
             f"{decimal(estimate.download_bytes)} of text ({', '.join(estimate.missing[:5])}"
             f"{', ...' if len(estimate.missing) > 5 else ''})"
         )

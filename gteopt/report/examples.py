@@ -1,4 +1,4 @@
-"""The report page's examples: own texts whose neighbours changed most, before and after.
+"""Show the user's texts whose neighbours changed most, before and after, on the report page.
 
 Refuses to know: how neighbours are found.
 """
@@ -14,30 +14,30 @@ from gteopt.report.markup import section
 _MOST_CHARACTERS = 240
 
 
-def examples_section(found: Mapping[str, Examples], picked: str | None) -> str:
-    """One fold for each variant, the pick's first and open; empty without examples."""
-    if not found:
+def examples_section(examples: Mapping[str, Examples], picked: str | None) -> str:
+    """A section with one fold for each variant, the pick's first and open; may be empty."""
+    if not examples:
         return ""
-    names = sorted(found, key=lambda name: name != picked)
+    names = sorted(examples, key=lambda name: name != picked)
     body = "".join(
         f"<details{' open' if number == 0 else ''}><summary>{escape(name)}</summary>"
-        f"{_all(found[name])}</details>"
+        f"{_all(examples[name])}</details>"
         for number, name in enumerate(names)
     )
     return section("examples", "Neighbours that changed most", _LEAD, body)
 
 
-def _all(found: Examples) -> str:
-    if not found.examples:
-        return "<p>Every text keeps its ten nearest others.</p>"
-    return "".join(_example(each, found.baseline) for each in found.examples)
+def _all(examples: Examples) -> str:
+    if not examples.examples:
+        return "<p>Every text keeps its ten nearest neighbours.</p>"
+    return "".join(_example(example, examples.baseline) for example in examples.examples)
 
 
 def _example(example: Example, baseline: str) -> str:
     before, after = set(example.before), set(example.after)
     return (
         f'<article class="example"><h3>{_shown(example.text)}</h3>'
-        f"<p>{example.n_kept} of {len(example.before)} nearest kept</p>"
+        f"<p>{example.n_kept} of {len(example.before)} nearest neighbours kept</p>"
         f'<div class="sides"><div><h4>{escape(baseline)}</h4>'
         f"{_listed(example.before, after, 'lost')}</div>"
         f"<div><h4>variant</h4>{_listed(example.after, before, 'new')}</div></div></article>"
@@ -45,7 +45,7 @@ def _example(example: Example, baseline: str) -> str:
 
 
 def _listed(texts: Sequence[str], others: set[str], word: str) -> str:
-    """A list that marks what the other side lacks."""
+    """A list of texts that marks those that the other side lacks."""
     items = "".join(
         f"<li>{_shown(text)}</li>"
         if text in others
@@ -60,5 +60,6 @@ def _shown(text: str) -> str:
     return escape(short)
 
 
-_LEAD = """The ten texts that keep the fewest of their ten nearest. A large collection is
-looked at by a sample. These are your own texts in clear, so look before you pass this page on."""
+_LEAD = """The ten texts that keep the fewest of their ten nearest neighbours. Of a large
+collection, only a sample is compared. The page shows your texts in plain text: check them before
+you share it."""

@@ -1,4 +1,4 @@
-"""A table that drops its least important columns until it fits the terminal."""
+"""Print a table that drops its least important columns until it fits the terminal."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from rich.text import Text
 
 
 class FittedTable(Table):
-    """A table that leaves out whole columns where room is short, and cuts no figure or name.
+    """A table that leaves out whole columns if they do not fit, and cuts no figure or name.
 
-    It names what it leaves out below. Its caption is as wide as the terminal, not as the table.
+    A line below the table names the missing columns. The caption is as wide as the terminal.
 
     Args:
         names: first cells of the rows.
-        heading: of the first column.
+        heading: heading of the first column.
         marked: whether a column of marks comes first.
-        stacked: columns that find no room stand in a further table below, instead of being left
-            out.
+        stacked: whether columns that do not fit go into a further table below.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class FittedTable(Table):
         super().__init__(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, caption_justify="left")
         if marked:
             self.add_column("")
-        # The one column that may wrap where room is short.
+        # Only this column may wrap.
         longest = max(map(len, names), default=0)
         self.add_column(heading, overflow="fold", min_width=min(16, longest))
         self._n_fixed = len(self.columns)
@@ -50,16 +49,17 @@ class FittedTable(Table):
         """Add a column of figures.
 
         Args:
-            heading: in the table.
-            title: in the note that names what was left out.
-            importance: columns with the highest one are left out first; of equals, later ones.
-            left: align to the left.
+            heading: heading in the table.
+            title: name of the column in the note on missing columns.
+            importance: rank, 0 for the most important; columns of the highest rank are left out
+                first, and of equal ranks the last column.
+            left: whether to align to the left.
         """
         self.add_column(heading, justify="left" if left else "right", no_wrap=True)
         self._figures.append((importance, title))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Print the columns that there is room for, then the caption."""
+        """Print the columns that fit, then the caption."""
         figures = range(self._n_fixed, len(self.columns))
         hidden: list[int] = []
         if self._stacked:
@@ -71,15 +71,15 @@ class FittedTable(Table):
                 block.append(column)
             yield self._part(block)
         else:
-            leaving = sorted(figures, key=lambda i: (self._figures[i - self._n_fixed][0], i))
+            ranked = sorted(figures, key=lambda i: (self._figures[i - self._n_fixed][0], i))
             shown = list(figures)
             while len(shown) > 1 and not self._fits(shown, console, options):
-                hidden.append(leaving.pop())
+                hidden.append(ranked.pop())
                 shown.remove(hidden[-1])
             yield self._part(shown)
         if hidden:
             titles = ", ".join(self._figures[i - self._n_fixed][1] for i in sorted(hidden))
-            yield Text(f"no room for: {titles} (a wider terminal or --json shows them)")
+            yield Text(f"columns that do not fit: {titles} (use a wider terminal, or --json)")
         if self.caption:
             yield self.caption
 
@@ -97,7 +97,7 @@ class FittedTable(Table):
 
 
 def _whole(column: Column) -> Column:
-    """A copy of a column that is never narrower than its widest line."""
+    """A copy of a column that is at least as wide as its widest line."""
     whole = copy(column)
     lines = [line for cell in [column.header, *column.cells] for line in str(cell).split("\n")]
     whole.min_width = max(map(cell_len, lines), default=0)

@@ -1,10 +1,10 @@
-"""One self-contained HTML page of what was measured.
+"""Write the report: one self-contained HTML page of all measurements.
 
 Hides: the page's layout, HTML. Refuses to know: torch, the network, how a number was measured, and
-how the picked variant was chosen (the page repeats what `Choice` says).
+how the picked variant was chosen (the page repeats `Choice`).
 
-The page carries plotly.js, its style and its script inside itself. Its content security policy
-forbids every request, so that it opens the same from a disk, an attachment or a CI artifact.
+The page includes plotly.js, its style and its script. Its content security policy forbids every
+request, so that it opens alike from a disk, an attachment or a CI artifact.
 """
 
 from __future__ import annotations
@@ -65,28 +65,28 @@ def html_page(
     date: str = "",
     others: Mapping[str, Results | str] = NO_OTHERS,
 ) -> str:
-    """One HTML page that needs no other file and no network.
+    """Make an HTML page that needs no other file and no network.
 
     Args:
         results: at least the baseline; a variant without an evaluation is shown without scores.
         title: heading of the page, as plain text.
-        folder: where the results lie, for the commands on the page.
-        artifacts: variant -> the folder that it lies in, for the same.
-        date: of the last measurement; empty where nobody knows.
-        others: policy -> the same results as it judges them, or why it cannot. The page switches
-            between them.
+        folder: the results folder, for the commands on the page.
+        artifacts: folders of variants by name, for the commands on the page.
+        date: date of the last measurement; empty if unknown.
+        others: by policy, the same results judged by it, or why it cannot judge them. The page
+            switches between them.
     """
     lines = rows(results)
-    own = answer_of(results, folder, artifacts or {})
+    answer = answer_of(results, folder, artifacts or {})
     return _PAGE.format(
         title=escape(title),
         measured=escape(_measured(results, date)),
         css=(ASSETS / "report.css").read_text(encoding="utf-8"),
         js=(ASSETS / "report.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
-        header=menu(results, others) + part("headline", own["headline"]) + _alert(results),
-        sections=part("limits", own["limits"])
-        + part("use", own["use"])
+        header=menu(results, others) + part("headline", answer["headline"]) + _alert(results),
+        sections=part("limits", answer["limits"])
+        + part("use", answer["use"])
         + "".join(_sections(results, lines)),
         answers=answers(results, others, folder, artifacts or {}),
     )
@@ -95,17 +95,17 @@ def html_page(
 def write_report(
     folder: Path, results: Results, title: str, *, others: Mapping[str, Results | str] = NO_OTHERS
 ) -> Path:
-    """Write `report.html` into `folder` (whole or not at all) and return its path.
+    """Write `report.html` atomically into `folder`, and return its path.
 
     Args:
-        folder: of the results.
-        results: what it holds.
+        folder: the results folder.
+        results: contents of the folder.
         title: heading of the page.
         others: see `html_page`.
     """
     path = folder / "report.html"
-    places = [*folder.glob("variants/*/gteopt.json"), *folder.glob("*/gteopt.json")]
-    artifacts = {place.parent.name: str(place.parent) for place in places}
+    manifests = [*folder.glob("variants/*/gteopt.json"), *folder.glob("*/gteopt.json")]
+    artifacts = {manifest.parent.name: str(manifest.parent) for manifest in manifests}
     records = [folder / "bench.json", *folder.glob("eval/*.json"), *folder.glob("fidelity/*.json")]
     times = [record.stat().st_mtime for record in records if record.is_file()]
     date = f"{datetime.fromtimestamp(max(times), UTC):%Y-%m-%d}" if times else ""
@@ -122,20 +122,20 @@ def comparison_page(
     *,
     pairs: Mapping[str, ItemComparison] = beside.NO_PAIRS,
 ) -> str:
-    """One HTML page of two results folders, which needs no other file and no network.
+    """Make an HTML page of two results folders that needs no other file and no network.
 
     Args:
-        names: of the two runs.
-        both: what they hold.
+        names: names of the two runs.
+        both: results of the two runs.
         pairs: see `beside.sections`.
     """
     results, lines = beside.merged(names, both)
-    drawn = [*beside.sections(names, both, pairs), *_trade_section(results, lines)]
+    sections = [*beside.sections(names, both, pairs), *_trade_section(results, lines)]
     if results.evals:
-        drawn.append(section("tasks", "Scores by task", _TASKS, tasks_table(results, lines)))
-    for name, own in zip(names, both, strict=True):
-        key = f"conditions-{len(drawn)}"
-        drawn.append(section(key, f"Conditions of {escape(name)}", "", conditions(own)))
+        sections.append(section("tasks", "Scores by task", _TASKS, tasks_table(results, lines)))
+    for name, run in zip(names, both, strict=True):
+        key = f"conditions-{len(sections)}"
+        sections.append(section(key, f"Conditions of {escape(name)}", "", conditions(run)))
     return _PAGE.format(
         title=escape(" beside ".join(names)),
         measured="",
@@ -143,23 +143,23 @@ def comparison_page(
         js=(ASSETS / "report.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
         header=beside.header(names, both) + _alert(results),
-        sections="".join(drawn),
+        sections="".join(sections),
         answers="",
     )
 
 
 def _measured(results: Results, date: str) -> str:
-    """When and where, in one line."""
+    """Date and machines of the measurements, in one line."""
     machines = [report.machine for report in results.evals.values()]
     machines += [report.machine for report in results.fidelity.values()]
     if results.bench is not None:
         machines.insert(0, results.bench.machine)
-    said = dict.fromkeys(machine_line(machine) for machine in machines)
-    return ", ".join(filter(None, [date, "; ".join(said)]))
+    described = dict.fromkeys(machine_line(machine) for machine in machines)
+    return ", ".join(filter(None, [date, "; ".join(described)]))
 
 
 def _sections(results: Results, lines: Sequence[Row]) -> Iterator[str]:
-    """The sections that have something to show."""
+    """The sections for which there are measurements."""
     if results.benched or results.evals:
         policy = results.choice.policy if results.choice else None
         yield section("variants", "Variants", "", _variants_table(lines, policy) + _glossary())
@@ -167,7 +167,10 @@ def _sections(results: Results, lines: Sequence[Row]) -> Iterator[str]:
     if results.bench is not None:
         yield section("cost", "Speed and cost", _COST, _cost_table(results.bench))
     if any(row.mean_cosine is not None for row in lines if not row.is_baseline):
-        drawn = [(escape(FIDELITY_CHARTS[a][0]), fidelity_chart(lines, a)) for a in FIDELITY_CHARTS]
+        drawn = [
+            (escape(caption), fidelity_chart(lines, attribute))
+            for attribute, (caption, _) in FIDELITY_CHARTS.items()
+        ]
         yield section("fidelity", "Fidelity to the baseline", _FIDELITY, charts(*drawn))
     if results.fidelity:
         table = _fidelity_table(results.fidelity)
@@ -179,12 +182,14 @@ def _sections(results: Results, lines: Sequence[Row]) -> Iterator[str]:
 
 
 def _trade_section(results: Results, lines: Sequence[Row]) -> Iterator[str]:
-    """The charts of quality against cost and of latency, as far as these were measured."""
+    """The charts of quality against cost, and of latency, for which there are measurements."""
     quality = quality_of(lines)
     variants = [row for row in lines if getattr(row, quality) is not None]
     drawn: list[tuple[str, str]] = []
     if any(row.weight_bytes is not None for row in variants):
-        chart = trade_chart(lines, "size", "Weights, MB", lambda r: in_megabytes(r.weight_bytes))
+        chart = trade_chart(
+            lines, "size", "Weights, MB", lambda row: in_megabytes(row.weight_bytes)
+        )
         drawn.append(("Quality against size (up and left is better)", chart))
     if any(row.tokens_per_s is not None for row in variants):
         chart = trade_chart(
@@ -224,29 +229,29 @@ def _alert(results: Results) -> str:
     items = "".join(f"<li>{escape(failure)}</li>" for failure in failed)
     return (
         '<aside class="alert"><strong>Partial evaluation.</strong> Scores marked * are means over '
-        f"the remaining tasks and compare only with themselves.<ul>{items}</ul></aside>"
+        f"the other tasks; do not compare them with other scores.<ul>{items}</ul></aside>"
     )
 
 
 _DECIDING = ("retention", "weight_bytes", "speed_ratio", "neighbour_overlap", "vector_bytes")
 _SHOWN_AS: dict[str, str] = {"retention_low": "retention", "index_bytes": "vector_bytes"}
-"""Metrics of policies -> the column that shows them."""
+"""The column that shows a metric of policies, where the names differ."""
 
 
 def _deciding(policy: Policy | None) -> list[str]:
-    """Attributes of the columns that decide: first those that the policy names."""
-    asked = [] if policy is None else [policy.objective.metric, *policy.limits]
-    named = [_SHOWN_AS.get(metric, metric) for metric in asked]
+    """Attributes of the columns that matter most; first those that the policy names."""
+    metrics = [] if policy is None else [policy.objective.metric, *policy.limits]
+    named = [_SHOWN_AS.get(metric, metric) for metric in metrics]
     return list(dict.fromkeys([*named, *_DECIDING]))
 
 
 def _variants_table(lines: Sequence[Row], policy: Policy | None) -> str:
-    """Every number of every variant, those that decide first; no column is empty."""
+    """All figures of all variants; columns that matter most are first, empty ones left out."""
     first = _deciding(policy)
     places = {attribute: place for place, attribute in enumerate(first)}
     columns = [
         column
-        for column in sorted(COLUMNS, key=lambda each: places.get(each.attribute, len(first)))
+        for column in sorted(COLUMNS, key=lambda column: places.get(column.attribute, len(first)))
         if column.attribute != "retention_low"
         and any(getattr(row, column.attribute) is not None for row in lines)
     ]
@@ -260,21 +265,21 @@ def _variants_table(lines: Sequence[Row], policy: Policy | None) -> str:
     for row in lines:
         cells = ""
         for column in columns:
-            sure = column.attribute == "retention" and row.retention_low is not None
-            below = f"<small>{interval(row)}</small>" if sure else ""
+            has_interval = column.attribute == "retention" and row.retention_low is not None
+            below = f"<small>{interval(row)}</small>" if has_interval else ""
             value = getattr(row, column.attribute)
-            own = "" if value is None else f"{value:.10g}"
-            cells += f'<td data-value="{own}">{escape(column.text(row))}{below}</td>'
+            sort_key = "" if value is None else f"{value:.10g}"
+            cells += f'<td data-value="{sort_key}">{escape(column.text(row))}{below}</td>'
         verdict = escape(mark(row))
         body += (
             f'<tr class="{kind(row)}"><th scope="row" data-value="{escape(row.name)}">'
             f"<div>{escape(row.name)}<small>{verdict}</small></div></th>{cells}</tr>"
         )
-    chosen = "".join(
+    boxes = "".join(
         f'<label><input type="checkbox" value="{place}" checked> {escape(column.title)}</label>'
         for place, column in enumerate(columns, 1)
     )
-    tools = f"<details><summary>columns</summary><div>{chosen}</div></details>"
+    tools = f"<details><summary>columns</summary><div>{boxes}</div></details>"
     return table_tools("table-variants", "variants", tools) + scrolled(
         "Table of variants",
         '<table id="table-variants" class="variants sortable"><thead><tr><th scope="col" '
@@ -284,18 +289,20 @@ def _variants_table(lines: Sequence[Row], policy: Policy | None) -> str:
 
 
 def _cost_table(bench: BenchReport) -> str:
-    """A table with one line for each variant and workload."""
-    cells_of = [(line.name, line.cells()) for line in limits(bench)]
+    """A table with one line for each variant and workload, without empty columns."""
+    lines = [(record.name, record.cells()) for record in limits(bench)]
     shown = [
-        column for column in range(len(LIMITS)) if any(c[column] != MISSING for _, c in cells_of)
+        column
+        for column in range(len(LIMITS))
+        if any(cells[column] != MISSING for _, cells in lines)
     ]
     head = "".join(f'<th scope="col">{escape(LIMITS[column])}</th>' for column in shown)
-    body, former = "", ""
-    for name, cells in cells_of:
-        heading = "" if name == former else _cost_heading(bench, name)
-        own = "".join(f"<td>{escape(cells[column])}</td>" for column in shown)
-        body += f"<tr>{heading}{own}</tr>"
-        former = name
+    body, previous = "", ""
+    for name, cells in lines:
+        heading = "" if name == previous else _cost_heading(bench, name)
+        row = "".join(f"<td>{escape(cells[column])}</td>" for column in shown)
+        body += f"<tr>{heading}{row}</tr>"
+        previous = name
     table = (
         f'<table class="cost"><thead><tr><th scope="col">Variant</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table>"
@@ -305,13 +312,13 @@ def _cost_table(bench: BenchReport) -> str:
 
 
 def _cost_heading(bench: BenchReport, name: str) -> str:
-    """A variant's name over its workloads, with what all of them share."""
+    """A variant's heading beside its workloads, with the figures that are equal for all of them."""
     variant = bench.variants[name]
     read = variant.latency.weight_gb_per_s
     query = f"one query reads {read:.1f} GB/s, " if read is not None else ""
     rent = index_rent(bench, name)
     monthly = "" if rent is None else f", ${rent:.2f} a month in memory"
-    size = f"{variant.index_bytes_per_million / 1e9:.2f} GB a million documents"
+    size = f"{variant.index_bytes_per_million / 1e9:.2f} GB per million documents"
     return (
         f'<th scope="rowgroup" rowspan="{len(variant.throughput)}">{escape(name)}'
         f"<small>{query}{size}{monthly}</small></th>"
@@ -324,7 +331,7 @@ def _fidelity_table(reports: Mapping[str, FidelityReport]) -> str:
     for name, report in reports.items():
         cells = "".join(f"<td>{cell}</td>" for cell in fidelity_cells(report))
         body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-    notes = "".join(f"<p>{escape(each)}</p>" for each in fidelity_notes(reports))
+    notes = "".join(f"<p>{escape(note)}</p>" for note in fidelity_notes(reports))
     table = (
         f'<table><thead><tr><th scope="col">Variant</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table>"
@@ -333,17 +340,17 @@ def _fidelity_table(reports: Mapping[str, FidelityReport]) -> str:
 
 
 _TRADE = """Quality is the share of the baseline’s score that a variant keeps, with its 95 %
-interval. Without scores it is the share of nearest neighbours. The baseline is a diamond, the pick
-a star. An arrow at the edge is a variant far below the others; the legend has its value. The dotted
-line joins the lower ends of intervals: no variant surely beats those on it. Point at a marker for
-its figures. Click a name in the legend to hide it."""
-_COST = """Throughput counts real tokens, from token ids to vectors. The share of peak is of the
-fastest matrix product that was measured on this device. The last column is the hourly price at
-which a million tokens cost as much as with the hosted model."""
-_FIDELITY = """How close a variant’s vectors and rankings stay to the baseline’s. These figures need
-no labels, and they move before the scores of tasks do."""
-_TASKS = """Main score, %; below it the share of the baseline’s score that is kept. The more a
-variant loses, the darker its cell."""
+interval. Without scores, it is the share of nearest neighbours kept. The baseline is a diamond, and
+the pick is a star. An arrow at the edge is a variant far below the others; its value is in the
+legend. The dotted line is the Pareto front of the intervals’ lower ends. Point at a marker to see
+its figures. Click a name in the legend to hide the variant."""
+_COST = """Throughput counts tokens without padding, from token ids to vectors. The share of peak
+is relative to the fastest matrix product that was measured on this device. The last column is the
+hourly price at which a million tokens cost as much as with the hosted model."""
+_FIDELITY = """How close a variant’s vectors and rankings are to the baseline’s. These figures need
+no labels, and they change earlier than task scores."""
+_TASKS = """Each cell has the main score in %, and below it the share of the baseline’s score that
+is kept. Darker cells lose more."""
 
 _PAGE = """<!doctype html>
 <html lang="en">

@@ -1,4 +1,4 @@
-"""Pieces of HTML that several parts of the report page use."""
+"""Make the pieces of HTML that several parts of the report page use."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ def charts(*charts: tuple[str, str]) -> str:
 
 
 def description(facts: dict[str, str]) -> str:
-    items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(f)}</dd>" for term, f in facts.items())
+    items = "".join(
+        f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in facts.items()
+    )
     return f"<dl>{items}</dl>"
 
 
 def table_tools(table: str, name: str, more: str = "") -> str:
-    """What stands above a table that can be sorted, filtered and saved."""
+    """The controls above a table that can be sorted, filtered and saved."""
     return (
         f'<div class="tools" data-table="{table}"><input type="search" placeholder="filter" '
         f'aria-label="Filter {name}">{more}<a href="#" download="{name}.csv">CSV</a>'
@@ -40,7 +42,7 @@ def table_tools(table: str, name: str, more: str = "") -> str:
 
 
 def interval(row: Row) -> str:
-    """The 95 % interval of a retention that has one."""
+    """The 95 % interval of a row's retention, which must have one."""
     assert row.retention_low is not None
     assert row.retention_high is not None
     return f"{row.retention_low * 100:.1f}–{row.retention_high * 100:.1f}"

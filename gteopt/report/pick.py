@@ -1,4 +1,4 @@
-"""A choice in a few lines: what the pick gains and costs, the runner-up, and how to use the pick.
+"""Sum up a choice in a few lines: the pick's gains and costs, the runner-up, and how to use it.
 
 Refuses to know: torch, files beyond their names, how anything was measured.
 """
@@ -15,24 +15,24 @@ from gteopt.report.wording import METRIC_WORDS, metric_amount, unknown
 
 
 def speed_words(results: Results, name: str) -> str | None:
-    """A variant's speed beside the baseline's, with its interval; None where it was not measured.
+    """A variant's speed relative to the baseline's, with its interval; None if not measured.
 
-    "slower" and "faster" are said only where the interval leaves out 1.
+    It says "slower" or "faster" only if the interval excludes 1.
     """
     if results.bench is None or name not in results.benched or name == results.baseline:
         return None
     variant = results.benched[name]
     ratio, ends = f"{variant.speed_ratio:.2f} x the baseline's speed", variant.speed_interval
     if ends is None:
-        seen = "slower as far as was measured, " if variant.speed_ratio < 1 else ""
-        return f"{seen}{ratio} (too few repeats to say how sure)"
+        word = "slower in this measurement, " if variant.speed_ratio < 1 else ""
+        return f"{word}{ratio} (too few repeats for an interval)"
     low, high = ends
     word = "SLOWER, " if high < 1 else "faster, " if low > 1 else "about as fast, "
     return f"{word}{ratio} ({low:.2f} to {high:.2f})"
 
 
 def is_slower(results: Results, name: str) -> bool:
-    """Whether a variant is surely slower than the baseline."""
+    """Whether a variant's interval of speed lies wholly below the baseline's speed."""
     variant = results.benched.get(name)
     if variant is None or name == results.baseline:
         return False
@@ -41,7 +41,7 @@ def is_slower(results: Results, name: str) -> bool:
 
 
 def pick_lines(results: Results) -> list[str]:
-    """The pick with its price, and the runner-up with why not; one line each."""
+    """One line each: the pick with its gains and costs, the runner-up with its reason, a note."""
     choice = results.choice
     assert choice is not None
     if choice.picked is None:
@@ -49,14 +49,14 @@ def pick_lines(results: Results) -> list[str]:
     by_name = {row.name: row for row in rows(results)}
     row = by_name[choice.picked]
     if row.is_baseline:
-        lines = [f"Pick: {row.name}, the model as it is; no variant does better within the limits."]
+        lines = [f"Pick: {row.name}, the unchanged model; no variant within the limits is better."]
     else:
-        lines = [f"Pick: {row.name}: {', '.join(_price(results, row, by_name))}."]
-    busy = load_note(results.bench).removeprefix("; ") if results.bench is not None else ""
-    return [*lines, *_runner_up(choice), *([f"Note: {busy}."] if busy else [])]
+        lines = [f"Pick: {row.name}: {', '.join(_changes(results, row, by_name))}."]
+    load = load_note(results.bench).removeprefix("; ") if results.bench is not None else ""
+    return [*lines, *_runner_up(choice), *([f"Note: {load}."] if load else [])]
 
 
-def _price(results: Results, row: Row, by_name: dict[str, Row]) -> Iterator[str]:
+def _changes(results: Results, row: Row, by_name: dict[str, Row]) -> Iterator[str]:
     baseline = by_name[results.baseline]
     speed = speed_words(results, row.name)
     if speed is not None and speed.lower().startswith("slower"):
@@ -88,20 +88,20 @@ def _price(results: Results, row: Row, by_name: dict[str, Row]) -> Iterator[str]
 def _runner_up(choice: Choice) -> Iterator[str]:
     metric = choice.policy.objective.metric
     others = [candidate for candidate in choice.candidates if candidate.name != choice.picked]
-    kept = [each for each in others if not each.broken and metric in each.metrics]
+    admissible = [c for c in others if not c.broken and metric in c.metrics]
     sign = -1 if choice.policy.objective.maximise is not None else 1
-    if kept:
-        second = min(kept, key=lambda each: sign * each.metrics[metric])
-        own = next(each for each in choice.candidates if each.name == choice.picked)
-        amounts = [metric_amount(metric, each.metrics[metric]) for each in (second, own)]
-        if amounts[0] == amounts[1] and {"neighbour_overlap"} <= second.metrics.keys():
+    if admissible:
+        second = min(admissible, key=lambda c: sign * c.metrics[metric])
+        picked = next(c for c in choice.candidates if c.name == choice.picked)
+        amounts = [metric_amount(metric, c.metrics[metric]) for c in (second, picked)]
+        if amounts[0] == amounts[1] and "neighbour_overlap" in second.metrics:
             metric = "neighbour_overlap"
-            amounts = [metric_amount(metric, each.metrics[metric]) for each in (second, own)]
+            amounts = [metric_amount(metric, c.metrics[metric]) for c in (second, picked)]
         yield (
             f"Runner-up: {second.name}: {METRIC_WORDS[metric]} {amounts[0]} against {amounts[1]}."
         )
     elif others:
-        nearest = min(others, key=lambda each: len(each.broken))
+        nearest = min(others, key=lambda c: len(c.broken))
         yield f"Runner-up: none; {nearest.name} breaks a limit: {_misses(nearest)}."
 
 
@@ -109,16 +109,16 @@ def _misses(candidate: Candidate) -> str:
     words = []
     for miss in candidate.broken:
         if miss.found is None:
-            found = unknown(miss.metric, candidate.metrics)
+            measured = unknown(miss.metric, candidate.metrics)
         else:
-            found = f"{METRIC_WORDS[miss.metric]} {metric_amount(miss.metric, miss.found)}"
-        sign = "at least" if miss.bound == "min" else "at most"
-        words.append(f"{found}, {sign} {metric_amount(miss.metric, miss.limit)}")
+            measured = f"{METRIC_WORDS[miss.metric]} {metric_amount(miss.metric, miss.found)}"
+        side = "at least" if miss.bound == "min" else "at most"
+        words.append(f"{measured}, {side} {metric_amount(miss.metric, miss.limit)}")
     return "; ".join(words)
 
 
 def use_lines(results: Results, folder: Path) -> list[str]:
-    """The exact commands and Python lines to load, serve and publish the pick."""
+    """The commands and the Python line that load, serve and publish the pick."""
     choice = results.choice
     if choice is None or choice.picked is None or choice.picked == results.baseline:
         return []

@@ -1,7 +1,7 @@
-"""The report page's choice of a policy: every answer is on the page, and a menu shows one.
+"""Let the report page switch between policies: it holds every answer, and a menu shows one.
 
-Hides: how the page stores the answers. Refuses to know: how a pick is chosen; `choose` has done
-that for each policy.
+Hides: how the page stores the answers. Refuses to know: how a pick is chosen; `choose` did that
+for each policy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def part(name: str, html: str) -> str:
 
 
 def menu(results: Results, others: Mapping[str, Results | str]) -> str:
-    """The menu of policies; empty where it would have one line."""
+    """The menu of policies; empty if there is only one."""
     options = _options(results, others)
     if len(options) < 2:
         return ""
@@ -53,8 +53,8 @@ def answers(
     html = ""
     for number, judged in enumerate(options.values()):
         if isinstance(judged, str):
-            refused = f'<p class="answer none">This policy cannot be applied: {escape(judged)}</p>'
-            parts, lines = {"headline": refused, "limits": "", "use": ""}, rows(_unjudged(results))
+            reason = f'<p class="answer none">This policy cannot be applied: {escape(judged)}</p>'
+            parts, lines = {"headline": reason, "limits": "", "use": ""}, rows(_unjudged(results))
         else:
             parts, lines = answer_of(judged, folder, artifacts), rows(judged)
         statuses = json.dumps({row.name: [kind(row), mark(row)] for row in lines})
@@ -67,7 +67,7 @@ def answers(
 
 
 def kind(row: Row) -> str:
-    """Class of a variant's line in the table."""
+    """CSS class of a variant's line in the table."""
     return f"{row.status} baseline" if row.is_baseline else row.status
 
 
@@ -79,8 +79,8 @@ def mark(row: Row) -> str:
 def _options(results: Results, others: Mapping[str, Results | str]) -> dict[str, Results | str]:
     """The lines of the menu, with the applied policy first."""
     applied = results.choice.policy if results.choice else None
-    found: dict[str, Results | str] = {}
-    found["none" if applied is None else f"{applied.name} (applied)"] = results
+    options: dict[str, Results | str] = {}
+    options["none" if applied is None else f"{applied.name} (applied)"] = results
     for name, judged in others.items():
         is_applied = (
             isinstance(judged, Results)
@@ -88,8 +88,8 @@ def _options(results: Results, others: Mapping[str, Results | str]) -> dict[str,
             and judged.choice.policy == applied
         )
         if not is_applied:
-            found[name] = judged
-    return found
+            options[name] = judged
+    return options
 
 
 def _unjudged(results: Results) -> Results:

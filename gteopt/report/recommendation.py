@@ -1,4 +1,4 @@
-"""The report page's recommendation: what to use, its price, the limits, the commands.
+"""Make the report page's recommendation: what to use, its gains and costs, limits and commands.
 
 Hides: which figures of the pick are shown. Refuses to know: how the pick was chosen.
 """
@@ -17,19 +17,19 @@ from gteopt.report.wording import METRIC_WORDS, metric_amount
 
 
 def headline(results: Results, lines: Sequence[Row]) -> str:
-    """What to use, what it gains and what it costs."""
+    """The recommended variant, with its gains and costs."""
     choice = results.choice
     if choice is None:
         return (
             '<p class="answer">No policy was applied, so nothing is recommended; '
-            "<code>gteopt choose</code> does that.</p>"
+            "apply one with <code>gteopt choose</code>.</p>"
         )
     baseline, row = lines[0], next((row for row in lines if row.status == "picked"), None)
     reason = f'<p class="runner">{escape(choice.reason)}</p>'
     if row is None:
         return f'<p class="answer none">Nothing can be recommended.</p>{reason}'
     if row.is_baseline:
-        return f'<p class="answer">Keep {escape(row.name)}, the model as it is.</p>{reason}'
+        return f'<p class="answer">Keep {escape(row.name)}, the unchanged model.</p>{reason}'
     tiles = "".join(
         f'<li class="{kind}"><b>{value}</b> {words}</li>'
         for kind, value, words in _tiles(results, baseline, row)
@@ -44,7 +44,7 @@ def headline(results: Results, lines: Sequence[Row]) -> str:
 
 
 def _tiles(results: Results, baseline: Row, row: Row) -> Iterator[tuple[str, str, str]]:
-    """Kind ("gain", "cost" or neither), figure and words of what the pick changes."""
+    """What the pick changes: kind ("gain", "cost" or ""), figure and words of each tile."""
     if row.weight_ratio is not None:
         kind = "gain" if row.weight_ratio < 1 else "cost"
         yield kind, f"{row.weight_ratio:.2f}×", f"of the weights: {_megabytes_of(row, baseline)}"
@@ -53,7 +53,7 @@ def _tiles(results: Results, baseline: Row, row: Row) -> Iterator[tuple[str, str
         yield "gain", f"{row.vector_bytes / baseline.vector_bytes:.2g}×", words
     if row.speed_ratio is not None:
         ends = results.benched[row.name].speed_interval
-        kind, words = "", "too few repeats to say how sure" if ends is None else "about as fast"
+        kind, words = "", "too few repeats for an interval" if ends is None else "about as fast"
         if ends is not None and (ends[0] > 1 or ends[1] < 1):
             kind, words = ("gain", "faster") if ends[0] > 1 else ("cost", "slower")
         sure = "" if ends is None else f" ({ends[0]:.2f}–{ends[1]:.2f})"
@@ -74,7 +74,7 @@ def _megabytes_of(row: Row, baseline: Row) -> str:
 
 
 def limits_section(choice: Choice | None) -> str:
-    """The policy's limits beside what each candidate has; empty where it has none."""
+    """The policy's limits with the figures of each candidate; empty without limits."""
     if choice is None or not choice.policy.limits:
         return ""
     title = f"Limits of the policy {escape(choice.policy.name)}"
@@ -82,12 +82,12 @@ def limits_section(choice: Choice | None) -> str:
 
 
 def use_section(choice: Choice | None, folder: str, artifacts: Mapping[str, str]) -> str:
-    """The commands that use the pick; empty where nothing was picked.
+    """The commands that use the pick; empty if nothing was picked.
 
     Args:
         choice: the decision.
-        folder: where the results lie.
-        artifacts: variant -> the folder that it was built in, where that is known.
+        folder: the results folder.
+        artifacts: folders of variants by name, as far as they are known.
     """
     if choice is None or choice.picked is None:
         return ""
@@ -97,12 +97,14 @@ def use_section(choice: Choice | None, folder: str, artifacts: Mapping[str, str]
 
 def _limits_table(choice: Choice) -> str:
     """A table with one line for each limit and one column for each candidate, the pick first."""
-    candidates = sorted(choice.candidates, key=lambda each: each.name != choice.picked)
-    head = "".join(f'<th scope="col">{escape(each.name)}</th>' for each in candidates)
+    candidates = sorted(choice.candidates, key=lambda candidate: candidate.name != choice.picked)
+    head = "".join(f'<th scope="col">{escape(candidate.name)}</th>' for candidate in candidates)
     body = ""
     for metric, limit in choice.policy.limits.items():
         bounds = [("at least", limit.min), ("at most", limit.max)]
-        words = " and ".join(f"{w} {metric_amount(metric, v)}" for w, v in bounds if v is not None)
+        words = " and ".join(
+            f"{side} {metric_amount(metric, bound)}" for side, bound in bounds if bound is not None
+        )
         cells = ""
         for candidate in candidates:
             value = candidate.metrics.get(metric)
@@ -125,11 +127,11 @@ def _commands(folder: str, artifact: str) -> str:
         f"gteopt verify {artifact}\n"
         f"gteopt serve {artifact}\n"
         f"gteopt publish {artifact} --repo ORG/NAME --results {folder} --dry-run\n"
-        f"gteopt choose {folder} --policy fastest   # another policy, nothing measured anew"
+        f"gteopt choose {folder} --policy fastest   # another policy, from the same measurements"
     )
     python = f'import gteopt\nvectors = gteopt.load("{artifact}").encode(["a text"])'
     where = (
-        "<p><code>ARTIFACT</code> is the folder that you built it in.</p>"
+        "<p><code>ARTIFACT</code> is the folder of the built variant.</p>"
         if artifact == UNKNOWN
         else ""
     )
@@ -137,4 +139,4 @@ def _commands(folder: str, artifact: str) -> str:
 
 
 UNKNOWN = "ARTIFACT"
-"""Stands for the folder of an artifact where nobody knows it."""
+"""Placeholder for the unknown folder of an artifact."""

@@ -1,4 +1,4 @@
-"""One row for each variant: what the terminal's tables and the report show.
+"""Collect the figures of each variant in one row, for the terminal's tables and the report.
 
 Hides: which columns there are, and the wording of limits and verdicts. Refuses to know: torch,
 HTML, rich.
@@ -44,19 +44,19 @@ MARKS: dict[Status, str] = {"picked": "✓", "front": "◦", "rejected": "✗", 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant as the tables show it; None where it was not measured.
+    """The figures of one variant; a figure is None if it was not measured.
 
     Attributes:
-        weight_ratio: its weight bytes / the baseline's.
-        vector_bytes: of one stored vector.
-        retention: its score / the baseline's.
-        retention_low, retention_high: ends of its 95 % interval; None of the baseline itself.
-        score_verdict: what may be said of the score's difference from the baseline's.
-        tokens_per_s: geometric mean over the workloads, as is `speed_ratio`.
-        speed_ratio: its speed / the baseline's, interleaved with it.
-        status: what the policy made of it; "rejected" breaks a limit.
-        verdict: the same in words, with the limits that it breaks.
-        partial: some task failed; the score is the mean over the others.
+        weight_ratio: weight bytes / the baseline's weight bytes.
+        vector_bytes: bytes of one stored vector.
+        retention: score / the baseline's score.
+        retention_low, retention_high: ends of the 95 % interval; None for the baseline itself.
+        score_verdict: verdict on the difference of the scores.
+        tokens_per_s: geometric mean over the workloads.
+        speed_ratio: speed / the baseline's speed, measured in turns; geometric mean too.
+        status: the policy's decision; "rejected" means that a limit is broken.
+        verdict: the status in words, with the broken limits.
+        partial: whether a task failed or was stopped; the score is the mean over the others.
     """
 
     name: str
@@ -87,13 +87,13 @@ class Row:
 
 
 def rows(results: Results) -> list[Row]:
-    """The baseline's row, then the variants' in the order they were measured."""
+    """The row of the baseline, then the rows of the variants in the order of measurement."""
     names = [results.baseline, *results.benched, *results.evals, *results.fidelity]
     return [_row(name, results) for name in dict.fromkeys(names)]
 
 
 def kernels_note(report: BenchReport) -> str:
-    """Which kernels every variant ran on."""
+    """The number of layers per kernel, for each variant."""
     return "; ".join(
         f"{name}: " + ", ".join(f"{n} {kernel}" for kernel, n in variant.kernels.items())
         for name, variant in report.variants.items()
@@ -101,48 +101,49 @@ def kernels_note(report: BenchReport) -> str:
 
 
 def lengths_note(report: BenchReport) -> str:
-    """How lengths of mixed workloads are drawn; empty where there is none."""
-    if all(each.lengths == "equal" for each in report.spec.workloads):
+    """How lengths of mixed workloads are drawn; empty if there is no such workload."""
+    if all(workload.lengths == "equal" for workload in report.spec.workloads):
         return ""
     return (
-        "; ~: log-normal lengths around that median (the deviation of their logarithm is 0.8), "
-        "from an eighth of it to four times"
+        "; ~: log-normal lengths with that median (the deviation of their logarithm is 0.8), "
+        "from an eighth of the median to four times the median"
     )
 
 
 def noise_note(report: BenchReport) -> str:
-    """How far ratios may be off; with few repeats, that nobody knows."""
+    """The noise of ratios; with few repeats, a note that it is unknown."""
     if report.spec.repeats < MIN_REPEATS:
         return (
-            f"; {report.spec.repeats} repeats are too few to say how sure a ratio is, give "
+            f"; {report.spec.repeats} repeats are too few to say how sure a ratio is; give "
             f"--repeats {MIN_REPEATS} or more"
         )
-    return f", and {report.baseline} against itself differs by up to {report.noise:.0%}"
+    return f"; two timings of {report.baseline} differ by up to {report.noise:.0%}"
 
 
 def load_note(report: BenchReport) -> str:
-    """What other programs did meanwhile; empty where that was little."""
+    """A note on the load by other programs; empty if it was small."""
     if report.other_load is None or report.other_load < BUSY_MACHINE:
         return ""
     return (
-        f"; other programs used {report.other_load:.0%} of the processor meanwhile, so speeds and "
-        f"latencies are lower than those of an idle machine"
+        f"; other programs used {report.other_load:.0%} of the processor during the measurement, "
+        f"so an idle machine would be faster"
     )
 
 
 BUSY_MACHINE = 0.1
-"""Share of the processor from which on other programs are said to disturb a measurement."""
+"""Other programs disturb a measurement if they use at least this share of the processor."""
 _NOISE_ABOVE_PEAK = 1.1
+"""Largest share of the measured peak that noise explains."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How near a variant comes to what the device can do on one workload, and what that costs.
+    """How much of the device's peak a variant reaches on one workload, and what tokens cost.
 
     Attributes:
         gflops, peak_ratio, joules: see `ThroughputRecord`.
-        dollars: for a million tokens at the price of the machine; None where it was not said.
-        even: dollars an hour at which a million tokens cost what the hosted model's do.
+        dollars: cost of a million tokens at the machine's price; None if no price was given.
+        even: hourly price of the machine at which tokens cost as much as the hosted model's.
     """
 
     name: str
@@ -156,7 +157,7 @@ class Limits:
     even: float | None
 
     def cells(self) -> tuple[str, ...]:
-        """As `LIMITS` heads them."""
+        """The cells of a table's line, under the headings `LIMITS`."""
         return (
             self.workload,
             f"{self.tokens_per_s:,.0f}",
@@ -177,7 +178,7 @@ LIMITS = (
 
 
 def limits(report: BenchReport) -> list[Limits]:
-    """One record for each variant and workload."""
+    """The limits of each variant on each workload."""
     price = report.price_per_hour
     return [
         Limits(
@@ -199,7 +200,7 @@ def limits(report: BenchReport) -> list[Limits]:
 
 
 def index_rent(report: BenchReport, name: str) -> float | None:
-    """Dollars a month for a million vectors of a variant; None where no price was said."""
+    """Dollars a month for a million vectors of a variant; None if no price was given."""
     if report.price_per_hour is None:
         return None
     n_bytes = report.variants[name].index_bytes_per_million
@@ -207,40 +208,44 @@ def index_rent(report: BenchReport, name: str) -> float | None:
 
 
 def limits_note(report: BenchReport) -> str:
-    """What shares, prices and joules are of."""
+    """The basis of the table of limits: peaks, prices and energy."""
     peaks = ", ".join(f"{kind} {value:,.0f}" for kind, value in report.peak_gflops.items())
     price_note = (
-        "no price said (--price-per-hour)"
+        "no costs without a price (--price-per-hour)"
         if report.price_per_hour is None
-        else f"at ${report.price_per_hour:g} an hour, of which an index of a million vectors in "
-        f"memory takes its share of {decimal(report.machine.memory_bytes, precision=1)}, "
+        else f"costs at ${report.price_per_hour:g} an hour; an index of a million vectors costs "
+        f"its share of {decimal(report.machine.memory_bytes, precision=1)} of memory, for "
         f"{HOURS_A_MONTH} hours a month"
     )
-    shares = [each.peak_ratio or 0 for v in report.variants.values() for each in v.throughput]
-    busy = (
-        "; more than the peak: other work slowed the device while the peak was measured, so do "
-        "not trust these shares"
+    shares = [
+        record.peak_ratio or 0
+        for variant in report.variants.values()
+        for record in variant.throughput
+    ]
+    warning = (
+        "; shares are more than the peak, so other work slowed the device while the peak was "
+        "measured; do not trust them"
         if max(shares, default=0) > _NOISE_ABOVE_PEAK
         else ""
     )
     return (
-        f"measured peaks in GFLOP/s: {peaks or 'none'}{busy}; {price_note}; hosted price: "
+        f"measured peaks in GFLOP/s: {peaks or 'none'}{warning}; {price_note}; hosted price: "
         f"${HOSTED_PRICE} per million tokens; {report.energy or 'energy was not counted'}"
     )
 
 
 def is_own_baseline(report: EvalReport) -> bool:
-    """Whether it is the baseline itself that was scored."""
+    """Whether the scored artifact is the baseline itself."""
     return report.artifact_sha256 == report.baseline_sha256
 
 
 def suite_span(report: EvalReport) -> str:
-    """Difference of the scores, in points, with its interval."""
+    """The difference of mean scores from the baseline's, in points, with its interval."""
     return MISSING if is_own_baseline(report) else _span(report.difference)
 
 
 def suite_verdict(report: EvalReport) -> str:
-    """What may be said of that difference."""
+    """The verdict on that difference."""
     if is_own_baseline(report):
         return "baseline"
     return report.difference.verdict if report.difference else MISSING
@@ -250,63 +255,61 @@ def _span(difference: Difference | None) -> str:
     """A difference of scores in points, with its interval."""
     if difference is None:
         return MISSING
-    value, low, high = (
-        f"{each * 100:+.2f}" for each in (difference.value, difference.low, difference.high)
-    )
-    return f"{value} [{low}, {high}]"
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def encodings_note(reports: Sequence[EvalReport | FidelityReport]) -> str:
-    """How many texts were encoded, how many encodings the cache saved, and what was cut."""
+    """The numbers of texts that were encoded, taken from the cache, and cut."""
     asked = sum(report.n_asked_texts for report in reports)
     encoded = sum(report.n_encoded_texts for report in reports)
     cut = {report.variant: report.n_cut_texts for report in reports if report.n_cut_texts}
-    said = f"texts encoded: {encoded:,}; encodings saved: {asked - encoded:,}"
+    note = f"texts encoded: {encoded:,}; encodings saved: {asked - encoded:,}"
     if cut:
-        said += "; cut at the model's most tokens: " + ", ".join(
-            f"{n:,} of {name}" for name, n in cut.items()
+        note += "; texts cut at the model's token limit: " + ", ".join(
+            f"{n:,} by {name}" for name, n in cut.items()
         )
-    return said
+    return note
 
 
-def published_text(found: BesidePublished | None) -> str:
-    """A published score, marked where it is of another revision of the data."""
-    if found is None:
+def published_text(published: BesidePublished | None) -> str:
+    """A published score; a mark tells that it is for another revision of the data."""
+    if published is None:
         return MISSING
-    return f"{_OTHER_DATA if found.same_data is False else ''}{found.score * 100:.2f}"
+    return f"{_OTHER_DATA if published.same_data is False else ''}{published.score * 100:.2f}"
 
 
 def beside_published(report: EvalReport) -> list[str]:
-    """What the baseline's scores say beside those that are published for the same model."""
-    found, average = report.published, report.published_average
+    """Sentences that compare the baseline's scores with published scores of the same model."""
+    published, average = report.published, report.published_average
     sentences = []
-    if found is not None:
+    if published is not None:
         sentences.append(
-            f"published for {report.baseline}: {found.score * 100:.2f} over {found.n_tasks} of the "
-            f"tasks; here {found.baseline_score * 100:.2f}, {found.difference * 100:+.2f} "
-            f"({found.source})"
+            f"published for {report.baseline}: {published.score * 100:.2f} over "
+            f"{published.n_tasks} of the tasks; here {published.baseline_score * 100:.2f}, "
+            f"{published.difference * 100:+.2f} ({published.source})"
         )
-        if found.other_conditions:
+        if published.other_conditions:
             sentences.append(
-                f"not the same as what was published: {'; '.join(found.other_conditions)}"
+                f"conditions that differ from the published ones: "
+                f"{'; '.join(published.other_conditions)}"
             )
     if average is not None:
         sentences.append(
-            f"its card's average for {average.benchmark}: {average.score * 100:.2f} over "
-            f"{average.n_tasks} tasks, as they were then"
+            f"average for {average.benchmark} on the model's card: {average.score * 100:.2f} over "
+            f"{average.n_tasks} tasks, which may have changed since"
         )
-    other = [task.task for task in report.tasks if task.published and not _is_alike(task.published)]
+    other = [
+        task.task
+        for task in report.tasks
+        if task.published is not None and task.published.same_data is False
+    ]
     if other:
-        named = ", ".join(dict.fromkeys(other))
+        names = ", ".join(dict.fromkeys(other))
         sentences.append(
-            f"{_OTHER_DATA} published for another revision of the data, and not in the mean: "
-            f"{named}"
+            f"{_OTHER_DATA} published for another revision of the data, so not in the mean: {names}"
         )
     return sentences
-
-
-def _is_alike(found: BesidePublished) -> bool:
-    return found.same_data is not False
 
 
 FIDELITY = ("vector bytes", "cosine", "p1 cosine", "neighbours kept", "rank correlation")
@@ -314,23 +317,26 @@ FIDELITY = ("vector bytes", "cosine", "p1 cosine", "neighbours kept", "rank corr
 
 
 def fidelity_cells(report: FidelityReport) -> list[str]:
-    found = report.fidelity
-    figures = (found.mean_cosine, found.p1_cosine, found.neighbour_overlap, found.spearman)
+    fidelity = report.fidelity
+    figures = (
+        *(fidelity.mean_cosine, fidelity.p1_cosine),
+        *(fidelity.neighbour_overlap, fidelity.spearman),
+    )
     return [f"{report.bytes_per_vector:,}", *(f"{figure:.4f}" for figure in figures)]
 
 
 def fidelity_notes(reports: Mapping[str, FidelityReport]) -> list[str]:
-    """Which texts these are, and what happened to them."""
-    rows = list(reports.values())
+    """The texts that were compared, notes on them, and the number of encodings."""
+    records = list(reports.values())
     texts = dict.fromkeys(
-        f"{row.fidelity.n_texts:,} texts of {row.texts}, against {row.baseline}; neighbours and "
-        f"ranks on the vectors as stored"
-        for row in rows
+        f"{report.fidelity.n_texts:,} texts of {report.texts}, against {report.baseline}; "
+        f"neighbours and ranks are of stored vectors"
+        for report in records
     )
     return [
         *texts,
-        *dict.fromkeys(note for row in rows for note in row.notes),
-        encodings_note(rows),
+        *dict.fromkeys(note for report in records for note in report.notes),
+        encodings_note(records),
     ]
 
 
@@ -369,8 +375,8 @@ def _row(name: str, results: Results) -> Row:
             spearman=close.fidelity.spearman,
         )
     elif is_baseline and results.evals:
-        # Every evaluation repeats the baseline's score over the tasks that it covers itself; one
-        # that is not partial covers them all.
+        # An evaluation has the baseline's score over its own tasks. An evaluation that is not
+        # partial has all tasks.
         fullest = min(results.evals.values(), key=lambda report: report.partial)
         row = replace(
             row, score=fullest.baseline_score, retention=None if fullest.retention is None else 1.0
@@ -379,15 +385,17 @@ def _row(name: str, results: Results) -> Row:
 
 
 def with_scores(row: Row, evaluation: EvalReport) -> Row:
-    own = is_own_baseline(evaluation)
+    """The row with the figures of an evaluation."""
+    is_baseline = is_own_baseline(evaluation)
+    verdict = evaluation.difference.verdict if evaluation.difference is not None else None
     return replace(
         row,
         partial=evaluation.partial,
         score=evaluation.score,
         retention=evaluation.retention,
-        retention_low=None if own else evaluation.retention_low,
-        retention_high=None if own else evaluation.retention_high,
-        score_verdict=evaluation.difference.verdict if evaluation.difference and not own else None,
+        retention_low=None if is_baseline else evaluation.retention_low,
+        retention_high=None if is_baseline else evaluation.retention_high,
+        score_verdict=None if is_baseline else verdict,
         mean_cosine=evaluation.fidelity.mean_cosine,
         p1_cosine=evaluation.fidelity.p1_cosine,
         neighbour_overlap=evaluation.fidelity.neighbour_overlap,
@@ -408,7 +416,7 @@ def _verdict(name: str, results: Results) -> tuple[Status, str]:
         return "rejected", "; ".join(_in_words(limit, candidate) for limit in candidate.broken)
     if candidate.on_pareto_front:
         return "front", "on the Pareto front"
-    return "other", "keeps the limits, off the Pareto front"
+    return "other", "keeps the limits, not on the Pareto front"
 
 
 def _in_words(limit: BrokenLimit, candidate: Candidate) -> str:
@@ -434,7 +442,7 @@ def in_megabytes(n_bytes: int | None) -> float | None:
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a variant; `terminal` is its heading on the terminal, where room is short."""
+    """A column of figures; `terminal` is the short heading for tables on the terminal."""
 
     title: str
     unit: str
@@ -452,7 +460,7 @@ class Column:
 COLUMNS = (
     Column(
         *("Weights", "MB", "weights\nMB", "weight_bytes", megabytes),
-        "Parameters and buffers of the transformer as they lie in memory (1 MB = 1,000,000 bytes).",
+        "Memory of the transformer's parameters and buffers (1 MB = 1,000,000 bytes).",
     ),
     Column(
         *("Size", "× baseline", "size\n×", "weight_ratio", _fixed(2)),
@@ -461,37 +469,36 @@ COLUMNS = (
     Column(*("Dims", "", "dims", "dims", _fixed(0)), "Dimensions of a stored vector."),
     Column(
         *("Vector", "bytes", "vector\nbytes", "vector_bytes", _fixed(0)),
-        "Bytes of one stored vector, which is also megabytes of a million of them; the search "
+        "Bytes of one stored vector, which equals the megabytes of a million vectors; the search "
         "structure is not counted.",
     ),
     Column(
         *("Score", "%", "score\n%", "score", _fixed(2, 100)),
         "Mean main score over the suite's tasks; languages are averaged within a task first. "
-        "An asterisk marks a partial score: some task failed, or was stopped once decided.",
+        "An asterisk marks a partial score: a task failed, or was stopped once it was decided.",
     ),
     Column(
         *("Retention", "%", "kept\n%", "retention", _fixed(1, 100)),
-        "Score divided by the baseline's score on the same data in the same environment; below it "
-        "the 95 % interval.",
+        "Score divided by the baseline's score on the same data in the same environment. The "
+        "95 % interval is below it.",
     ),
     Column(
         *("At least", "%", "at least\n%", "retention_low", _fixed(1, 100)),
-        "Lower end of retention's 95 % paired bootstrap interval, which policies limit.",
+        "Lower end of retention's 95 % paired bootstrap interval; policies can limit it.",
     ),
     Column(
         *("Cosine", "mean", "mean\ncos", "mean_cosine", _fixed(3)),
-        "Mean cosine between what is stored of a text and the baseline's vector of it. Dimensions "
-        "that were left out count as zero, so that cutting is not free.",
+        "Mean cosine of a text's stored vector with the baseline's vector of the same text. "
+        "Left-out dimensions count as zero.",
     ),
     Column(
         *("NN@10", "%", "nn@10\n%", "neighbour_overlap", _fixed(1, 100)),
-        "Share of the baseline's 10 nearest neighbours that are among the variant's 10, on the "
-        "vectors as stored.",
+        "Share of the baseline's 10 nearest neighbours that are among the variant's 10, for stored "
+        "vectors.",
     ),
     Column(
         *("Spearman", "ρ", "ρ", "spearman", _fixed(3)),
-        "Rank correlation of the variant's similarities with the baseline's, on the vectors as "
-        "stored.",
+        "Rank correlation of the variant's similarities with the baseline's, for stored vectors.",
     ),
     Column(
         *("p50", "ms", "p50\nms", "p50_ms", _fixed(2)),
@@ -511,17 +518,18 @@ COLUMNS = (
     ),
     Column(
         *("Speed", "× baseline", "speed\n×", "speed_ratio", _fixed(2)),
-        "Throughput divided by the baseline's, measured in turns with it; above 1 is faster. In "
-        "the baseline's own row: two timings of the same model, which shows the noise.",
+        "Throughput divided by the baseline's, measured in turns with it; above 1 is faster. The "
+        "baseline's row compares two timings of the same model, which shows the noise.",
     ),
     Column(
         *("Peak", "MB", "peak\nMB", "peak_memory_bytes", megabytes),
-        "Memory. On a GPU: the peak of allocated device memory. On a CPU: the peak resident "
-        "memory of a fresh process, interpreter and libraries included.",
+        "Peak memory. On a GPU: allocated device memory. On a CPU: resident memory of a new "
+        "process, with interpreter and libraries.",
     ),
     Column(
         *("Load", "s", "load\ns", "load_s", _fixed(2)),
-        "From path to first vector in a fresh process, imports excluded, files in the page cache.",
+        "Seconds from path to first vector in a new process, without imports; files are in the "
+        "page cache.",
     ),
 )
 
@@ -536,14 +544,14 @@ def failures(evals: Mapping[str, EvalReport]) -> list[str]:
 
 
 def task_key(task: TaskScore) -> tuple[str, str, str]:
-    """What tells a score from the others of its report: task, split and subset."""
+    """Task, split and subset, which identify a score in its report."""
     return task.task, task.split, task.subset
 
 
 def names_in_mean(tasks: Sequence[TaskScore]) -> set[str]:
-    """Tasks that a mean is over: those where the baseline is above chance, or all if it is on none.
+    """Names of the tasks in the mean: those where the baseline is above chance, or all if none.
 
-    The same as `gteopt.evaluation.chance.counted`, which made the mean.
+    This repeats the rule of `gteopt.evaluation.chance.counted`, which makes the mean.
     """
     return {task.task for task in tasks if task.above_chance is not False} or {
         task.task for task in tasks
@@ -551,7 +559,7 @@ def names_in_mean(tasks: Sequence[TaskScore]) -> set[str]:
 
 
 def machine_line(machine: Machine) -> str:
-    """A machine in one line."""
+    """The facts of a machine in one line."""
     parts = [
         machine.cpu,
         f"{machine.n_cores} cores",

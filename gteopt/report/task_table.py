@@ -1,6 +1,6 @@
-"""The report page's heat map: one line for each task and language, one column for each variant.
+"""Make the report page's heat map: a line for each task and language, a column for each variant.
 
-Hides: its layout. Refuses to know: how a task is scored.
+Hides: the layout. Refuses to know: how a task is scored.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ def tasks_table(results: Results, lines: Sequence[Row]) -> str:
         row.name: {task_key(task): task for task in results.evals[row.name].tasks} for row in shown
     }
     tasks = {key: task for by_key in scores.values() for key, task in by_key.items()}
-    own = results.evals.get(results.baseline)
-    if own is not None:
-        tasks = {task_key(task): task for task in own.tasks} | tasks
-    known = {task_key(task): task.published for task in own.tasks} if own else {}
+    baseline = results.evals.get(results.baseline)
+    if baseline is not None:
+        tasks = {task_key(task): task for task in baseline.tasks} | tasks
+    published = {task_key(task): task.published for task in baseline.tasks} if baseline else {}
     body = ""
     if shown:
-        means = [results.evals[row.name] for row in shown]
-        cells = "".join(_mean_cell(report) for report in means)
+        reports = [results.evals[row.name] for row in shown]
+        cells = "".join(_mean_cell(report) for report in reports)
         body = (
             f'<tr><th scope="row" data-value="Mean">Mean<small>difference, 95 % interval, verdict'
-            f"</small></th>{_score_cell(means[0].baseline_score)}{cells}</tr>"
+            f"</small></th>{_score_cell(reports[0].baseline_score)}{cells}</tr>"
         )
     for key, task in tasks.items():
         cells = "".join(_task_cell(scores[row.name].get(key)) for row in shown)
-        below = _published_cell(known.get(key))
+        below = _published_cell(published.get(key))
         body += (
             f'<tr data-language="{escape(task.subset)}">'
             f'<th scope="row" data-value="{escape(f"{task.task} {task.subset}")}">'
@@ -56,8 +56,8 @@ def tasks_table(results: Results, lines: Sequence[Row]) -> str:
     head = "".join(
         f'<th scope="col" data-title="{escape(row.name)}">{escape(row.name)}</th>' for row in shown
     )
-    notes = beside_published(own) if own else []
-    notes = [*dict.fromkeys(n for each in results.evals.values() for n in each.notes), *notes]
+    notes = list(dict.fromkeys(n for report in results.evals.values() for n in report.notes))
+    notes += beside_published(baseline) if baseline else []
     if shown:
         notes.insert(0, _about_means(results.evals[shown[0].name]))
     table = (
@@ -81,19 +81,19 @@ def _score_cell(score: float, below: str = "", style: str = "") -> str:
 
 def _mean_cell(report: EvalReport) -> str:
     value, _, span = suite_span(report).partition(" ")
-    spans = "".join(f"<small>{each}</small>" for each in (value, span, suite_verdict(report)))
-    return _score_cell(report.score, spans)
+    lines = (value, span, suite_verdict(report))
+    return _score_cell(report.score, "".join(f"<small>{line}</small>" for line in lines))
 
 
 def _about_means(report: EvalReport) -> str:
     return (
-        f"Of the means: difference from the baseline in points, its 95 % paired bootstrap interval "
-        f"and the verdict against a margin of {points(report.margin)}."
+        f"The line of means has the difference from the baseline in points, its 95 % paired "
+        f"bootstrap interval, and the verdict for a margin of {points(report.margin)}."
     )
 
 
-def _published_cell(found: BesidePublished | None) -> str:
-    return "" if found is None else f"<small>published {published_text(found)}</small>"
+def _published_cell(published: BesidePublished | None) -> str:
+    return "" if published is None else f"<small>published {published_text(published)}</small>"
 
 
 def _task_cell(task: TaskScore | None) -> str:
@@ -102,7 +102,7 @@ def _task_cell(task: TaskScore | None) -> str:
     if task.baseline_score <= 0:
         return _score_cell(task.score)
     retention = task.score / task.baseline_score
-    # Full tint at a loss of a quarter: beyond that a variant is of no use anyway.
+    # A loss of a quarter has the full tint, because variants that lose more are of no use.
     loss = min(1.0, max(0.0, (1 - retention) * 4))
     verdict = f" · {task.difference.verdict}" if task.difference else ""
     if task.sequential is not None and task.is_stopped:

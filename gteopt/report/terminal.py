@@ -1,4 +1,4 @@
-"""Tables for the terminal.
+"""Make the tables for the terminal.
 
 Hides: which columns fit, rich. Refuses to know: how a number was measured.
 """
@@ -51,9 +51,9 @@ from gteopt.report.wording import points
 
 
 def terminal_table(results: Results) -> Table:
-    """The results as a table 105 columns wide (for names of up to 24 letters), or less.
+    """A table of the results, at most 105 characters wide for names of up to 24 letters.
 
-    Below the table stand the limits that each rejected variant breaks and the tasks that failed.
+    Its caption lists the broken limits of rejected variants, and failed tasks.
     """
     lines = rows(results)
     table = FittedTable([row.name for row in lines], marked=True)
@@ -75,7 +75,7 @@ def terminal_table(results: Results) -> Table:
 
 
 def bench_table(report: BenchReport) -> Table:
-    """Speed and memory of each variant, the throughput of each workload in tokens/s."""
+    """A table of speed and memory of each variant, with its throughput on each workload."""
     lines = rows(Results(bench=report, evals={}, choice=None))
     table = FittedTable([row.name for row in lines])
     columns = [column for column in COLUMNS if column.attribute in _IN_BENCH]
@@ -102,11 +102,13 @@ def bench_table(report: BenchReport) -> Table:
 
 def _backend_note(report: BenchReport) -> str:
     backend = report.versions.get("backend", "torch")
-    return "" if backend == "torch" else f"; the variants run on {backend}, it on torch"
+    if backend == "torch":
+        return ""
+    return f"; the variants run on {backend}, {report.baseline} on torch"
 
 
 def _part_note(report: BenchReport) -> str:
-    """What must be said of figures of random weights."""
+    """A note on figures of random weights; empty for real weights."""
     dummy = report.dummy
     if dummy is None:
         return ""
@@ -114,12 +116,12 @@ def _part_note(report: BenchReport) -> str:
         return f"; random weights in the shape of {dummy.base}"
     return (
         f"; random weights, {dummy.n_layers} of the {dummy.of_layers} blocks of {dummy.base}: no "
-        f"figure here is that of the whole model"
+        f"figure in this table is for the whole model"
     )
 
 
 def whole_model_table(report: BenchReport) -> Table | None:
-    """What the whole model would take, where two depths of it were measured."""
+    """A table of calculated figures of the whole model; None unless two depths were measured."""
     dummy = report.dummy
     if dummy is None or not dummy.whole:
         return None
@@ -137,17 +139,17 @@ def whole_model_table(report: BenchReport) -> Table | None:
             MISSING if cost is None else f"{cost:.4f}",
         )
     table.caption = Text(
-        f"calculated, not measured: all {dummy.of_layers} blocks of {dummy.base}, on the line "
-        f"through {dummy.shallow_layers} and {dummy.n_layers} blocks",
+        f"calculated, not measured: figures for all {dummy.of_layers} blocks of {dummy.base}, on a "
+        f"straight line through {dummy.shallow_layers} and {dummy.n_layers} blocks",
         style="not italic",
     )
     return table
 
 
 def limits_table(report: BenchReport) -> Table:
-    """`limits`, and what a query reads and an index takes, which are the same on all workloads.
+    """A table of `limits`, with the bandwidth of a query and the size and cost of an index.
 
-    An index costs its share of the memory of this machine, where a price was said.
+    The last three are the same on all workloads. An index costs its share of the machine's memory.
     """
     table = FittedTable(list(report.variants))
     importance = {"workload": 0, "$/M tokens": 1, LIMITS[-1]: 2, "of peak": 3, "GFLOP/s": 4}
@@ -158,7 +160,7 @@ def limits_table(report: BenchReport) -> Table:
             table.add_figures(lines, heading, importance=importance.get(heading, 9))
     table.add_figures("query\nGB/s", "GB/s that a query reads", importance=8)
     table.add_figures("index\nGB/M", "GB of a million vectors", importance=7)
-    table.add_figures("index\n$/month", "$ a month of a million vectors in memory", importance=5)
+    table.add_figures("index\n$/month", "$ a month for a million vectors in memory", importance=5)
     for line in limits(report):
         variant = report.variants[line.name]
         read = variant.latency.weight_gb_per_s
@@ -175,31 +177,32 @@ def limits_table(report: BenchReport) -> Table:
     return table
 
 
-_IN_BENCH_ANYWAY = ("tokens/s", "× baseline")  # the table above has them
+_IN_BENCH_ANYWAY = ("tokens/s", "× baseline")
+"""Columns that `limits_table` leaves out, because `bench_table` has them."""
 
 
 def eval_table(reports: Mapping[str, EvalReport]) -> Table:
-    """Score, fidelity and every task, with one column for each variant."""
+    """A table of score, fidelity and all tasks, with one column for each variant."""
     evals = list(reports.values())
     names = [task.task for report in evals for task in report.tasks]
     table = FittedTable(names, heading="", stacked=True)
-    known = {
+    published = {
         task_key(task): task.published
         for report in evals
         for task in report.tasks
         if task.published is not None
     }
-    if known:
+    if published:
         table.add_figures("published", "published")
     for name in reports:
         table.add_figures(Text(name), name)
     lines = [with_scores(Row(name, False, "other", ""), reports[name]) for name in reports]
     for column in COLUMNS:
         if column.attribute in _IN_EVAL:
-            cells = [*([""] if known else []), *(column.text(row) for row in lines)]
+            cells = [*([""] if published else []), *(column.text(row) for row in lines)]
             table.add_row(Text(f"{column.title} {column.unit}"), *cells, style="bold")
     if any(not is_own_baseline(report) for report in evals):
-        empty = [""] if known else []
+        empty = [""] if published else []
         spans = [suite_span(report).replace(" [", "\n[") for report in evals]
         table.add_row("Difference", *empty, *spans, style="bold")
         table.add_row("Verdict", *empty, *map(suite_verdict, evals), style="bold")
@@ -215,13 +218,13 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
     for key in dict.fromkeys(key for by_key in scores for key in by_key):
         task, split, subset = key
         heading = Text(f"{task} {subset} {split}".replace(" default ", " "))
-        cells = [published_text(known.get(key))] if known else []
+        cells = [published_text(published.get(key))] if published else []
         cells += [by_key.get(key, MISSING) for by_key in scores]
         table.add_row(heading, *cells)
-    suites = dict.fromkeys(f"suite {r.suite}, against {r.baseline}" for r in evals)
-    suites |= dict.fromkeys(f"no retention: {r.no_retention}" for r in evals if r.no_retention)
-    suites |= dict.fromkeys(f"neighbours: {r.fidelity.among}" for r in evals)
-    notes = [*suites, *_about_verdicts(evals), *(f"* {each}" for each in failures(reports))]
+    about = dict.fromkeys(f"suite {r.suite}, against {r.baseline}" for r in evals)
+    about |= dict.fromkeys(f"no retention: {r.no_retention}" for r in evals if r.no_retention)
+    about |= dict.fromkeys(f"neighbours: {r.fidelity.among}" for r in evals)
+    notes = [*about, *_about_verdicts(evals), *(f"* {failure}" for failure in failures(reports))]
     notes += [
         *dict.fromkeys(note for report in evals for note in report.notes),
         encodings_note(evals),
@@ -232,7 +235,7 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
 
 
 def grid_table(reports: Mapping[str, EvalReport]) -> Table:
-    """A table with one line for each variant, length and code."""
+    """A table with one line for each combination of variant, length and code."""
     evals = list(reports.values())
     table = FittedTable(list(reports))
     headings = ("vector\nbytes", "score\n%", "difference\n95 %", "nn@10\n%", "ρ")
@@ -240,23 +243,23 @@ def grid_table(reports: Mapping[str, EvalReport]) -> Table:
         table.add_figures(heading, heading.replace("\n", " "), importance=importance)
     table.add_figures("verdict", "verdict", importance=2, left=True)
     for name, report in reports.items():
-        found = report.fidelity
+        fidelity = report.fidelity
         table.add_row(
             Text(name),
             f"{report.bytes_per_vector:,}",
             f"{report.score * 100:.2f}{'*' if report.partial else ''}",
             suite_span(report),
-            f"{found.neighbour_overlap * 100:.1f}",
-            f"{found.spearman:.3f}",
+            f"{fidelity.neighbour_overlap * 100:.1f}",
+            f"{fidelity.spearman:.3f}",
             suite_verdict(report),
             style="dim" if is_own_baseline(report) else "",
         )
     first = evals[0]
     n_rows = sum(not is_own_baseline(report) for report in evals)
     notes = [
-        f"suite {first.suite}, against {first.baseline}; differences in points with their 95 % "
+        f"suite {first.suite}, against {first.baseline}; differences are in points, with a 95 % "
         f"paired bootstrap interval",
-        f"verdicts against a margin of {points(first.margin)}; they hold for "
+        f"verdicts use a margin of {points(first.margin)} and hold for "
         f"{f'all {n_rows} lines together (Holm)' if first.correction == 'family' else 'each line'}",
     ]
     notes += [f"* {failure}" for failure in failures(reports)]
@@ -277,23 +280,24 @@ _VERDICT_MARKS: dict[Verdict, str] = {
 
 
 def _mark(report: EvalReport, task: TaskScore) -> str:
-    """The verdict on a task as one character, so that numbers stay aligned."""
+    """The verdict on a task as one character, which keeps the numbers aligned."""
     if is_own_baseline(report):
         return ""
     return f" {_VERDICT_MARKS[task.difference.verdict] if task.difference else ' '}"
 
 
 def _about_verdicts(reports: Sequence[EvalReport]) -> list[str]:
-    """How verdicts are to be read, and which tasks have none for what reason."""
+    """How to read the verdicts, and why some tasks have no interval."""
     judged = [report for report in reports if not is_own_baseline(report)]
     if not judged:
         return []
     marks = ", ".join(f"{mark} {verdict}" for verdict, mark in _VERDICT_MARKS.items())
     notes = [
-        f"differences in points with their 95 % paired bootstrap interval; verdicts against a "
-        f"margin of {points(judged[0].margin)}: {marks}; they hold for "
+        f"differences are in points, with a 95 % paired bootstrap interval; verdicts use a margin "
+        f"of {points(judged[0].margin)}: {marks}; verdicts hold for "
         + (
-            f"all {judged[0].n_claims} tasks together, and for all {len(judged)} means (Holm)"
+            f"all {judged[0].n_claims} tasks together, and for all {len(judged)} means together "
+            f"(Holm)"
             if judged[0].correction == "family"
             else "each task and each mean alone"
         )
@@ -309,7 +313,7 @@ def _about_verdicts(reports: Sequence[EvalReport]) -> list[str]:
 
 
 def fidelity_table(reports: Mapping[str, FidelityReport]) -> Table:
-    """Closeness to the baseline on a user's own texts, with one line for each variant."""
+    """A table of closeness to the baseline on the user's texts, with one line per variant."""
     table = FittedTable(list(reports))
     for heading, importance in zip(FIDELITY, (2, 1, 4, 0, 3), strict=True):
         table.add_figures(heading.replace(" ", "\n"), heading, importance=importance)
@@ -319,96 +323,100 @@ def fidelity_table(reports: Mapping[str, FidelityReport]) -> Table:
     return table
 
 
-def facts_table(found: Inspection) -> Table:
-    """What a base is."""
-    table = Table(title=found.id, title_justify="left", show_header=False)
+def facts_table(inspection: Inspection) -> Table:
+    """A table of facts about a base."""
+    table = Table(title=inspection.id, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     facts = {
-        "family": found.family or "Sentence Transformers encoder",
-        "architecture": f"{found.architecture}, {found.attention} attention",
-        "parameters": f"{found.n_parameters:,}",
-        "dimensions": str(found.dims),
-        "trained lengths": ", ".join(map(str, found.matryoshka_dims)) or "none stated",
-        "longest input": f"{found.max_tokens:,} tokens",
-        "pooling": f"{found.pooling}{', normalised' if found.normalised else ''}",
-        "around a text": " ... ".join([found.start_token or "", found.end_token]).strip()
-        if found.end_token
-        else "as the tokenizer does",
-        "query prompt": repr(found.query_prompt),
-        "document prompt": repr(found.document_prompt),
-        "license": found.license or "not stated",
-        "published": ", ".join(f"{k} {v}" for k, v in found.published_scores.items()) or "-",
-        "revision": found.revision or "-",
+        "family": inspection.family or "Sentence Transformers encoder",
+        "architecture": f"{inspection.architecture}, {inspection.attention} attention",
+        "parameters": f"{inspection.n_parameters:,}",
+        "dimensions": str(inspection.dims),
+        "trained lengths": ", ".join(map(str, inspection.matryoshka_dims)) or "none stated",
+        "longest input": f"{inspection.max_tokens:,} tokens",
+        "pooling": f"{inspection.pooling}{', normalised' if inspection.normalised else ''}",
+        "around a text": " ... ".join([inspection.start_token or "", inspection.end_token]).strip()
+        if inspection.end_token
+        else "what the tokenizer adds",
+        "query prompt": repr(inspection.query_prompt),
+        "document prompt": repr(inspection.document_prompt),
+        "license": inspection.license or "not stated",
+        "published": ", ".join(f"{k} {v}" for k, v in inspection.published_scores.items()) or "-",
+        "revision": inspection.revision or "-",
     }
-    if found.sha256 is not None:
-        facts["sha256"] = found.sha256
-    if found.kernels is not None:
-        facts["linear layers"] = ", ".join(f"{n} {name}" for name, n in found.kernels.items())
+    if inspection.sha256 is not None:
+        facts["sha256"] = inspection.sha256
+    if inspection.kernels is not None:
+        facts["linear layers"] = ", ".join(f"{n} {name}" for name, n in inspection.kernels.items())
     for name, value in facts.items():
         table.add_row(name, value)
-    for note in found.notes:
+    for note in inspection.notes:
         table.add_row("note", note)
     return table
 
 
-def estimates_table(found: Inspection) -> Table:
-    """What recipes would make of a base, and what that takes."""
-    title = "what each recipe would make of it"
-    if (how := found.estimated_for) is not None:
-        room = decimal(how.activation_bytes, precision=1)
-        title += f", on {how.device} in {how.dtype}, at most {room} of hidden states in memory"
+def estimates_table(inspection: Inspection) -> Table:
+    """A table of the estimated artifact and the estimated build of each recipe."""
+    title = "estimates for each recipe"
+    if (target := inspection.estimated_for) is not None:
+        hidden = decimal(target.activation_bytes, precision=1)
+        title += (
+            f", built on {target.device} in {target.dtype}, with at most {hidden} of hidden states "
+            f"in memory"
+        )
     table = Table(title=title, title_justify="left")
-    on_gpu = how is not None and how.device == "cuda"
+    on_gpu = target is not None and target.device == "cuda"
     memory = ("memory", "GPU memory") if on_gpu else ("memory",)
     for name in ("recipe", "weights", "bytes a vector", "build", *memory, "disk", "opened by"):
         is_text = name in ("recipe", "opened by")
         table.add_column(name, justify="left" if is_text else "right", no_wrap=name == "recipe")
-    for each in found.estimates:
-        if each.weight_bytes is None or each.build_bytes is None or each.disk_bytes is None:
-            problem = f"cannot be built: {each.problem}"
-            table.add_row(each.recipe, *["-"] * (4 + len(memory)), problem)
+    for row in inspection.estimates:
+        if row.weight_bytes is None or row.build_bytes is None or row.disk_bytes is None:
+            problem = f"cannot be built: {row.problem}"
+            table.add_row(row.recipe, *["-"] * (4 + len(memory)), problem)
         else:
             table.add_row(
-                each.recipe,
-                decimal(each.weight_bytes, precision=2),
-                str(each.bytes_per_vector),
-                "-" if each.build_s is None else _duration(each.build_s),
-                decimal(each.build_bytes, precision=1),
-                *([decimal(each.device_bytes or 0, precision=1)] if on_gpu else []),
-                decimal(each.disk_bytes, precision=1),
-                engines_in_words(each.engines),
+                row.recipe,
+                decimal(row.weight_bytes, precision=2),
+                str(row.bytes_per_vector),
+                "-" if row.build_s is None else _duration(row.build_s),
+                decimal(row.build_bytes, precision=1),
+                *([decimal(row.device_bytes or 0, precision=1)] if on_gpu else []),
+                decimal(row.disk_bytes, precision=1),
+                engines_in_words(row.engines),
             )
-    notes = ["build: seconds on this machine, within a factor of two, imports left out"]
+    notes = ["build: time on this machine without imports, exact to a factor of two"]
     by_warning: dict[str, list[str]] = {}
-    for each in found.estimates:
-        if each.warning:
-            by_warning.setdefault(each.warning, []).append(each.recipe)
+    for row in inspection.estimates:
+        if row.warning:
+            by_warning.setdefault(row.warning, []).append(row.recipe)
     notes += [f"{', '.join(recipes)}: {warning}" for warning, recipes in by_warning.items()]
     table.caption = Text("\n".join(notes), style="not italic")
     return table
 
 
-def artifact_table(found: Inspection, manifest: Manifest) -> Table:
-    """An artifact in ten lines."""
-    table = Table(title=found.id, title_justify="left", show_header=False)
+def artifact_table(inspection: Inspection, manifest: Manifest) -> Table:
+    """A table of facts about an artifact."""
+    table = Table(title=inspection.id, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     base, vectors = manifest.base, manifest.vectors
     snr = [layer.output_snr_db for layer in manifest.layers if layer.output_snr_db is not None]
-    seen, share = manifest.calibration, manifest.expert_share
-    is_table = found.architecture == "static_embedding"
+    calibration, share = manifest.calibration, manifest.expert_share
+    is_table = inspection.architecture == "static_embedding"
     engines = engines_of(manifest.recipe, manifest.format, is_table=is_table)
     facts = {
         "made of": f"{base.id} by {manifest.recipe.name}, {base.n_parameters:,} parameters",
         "weights": f"{decimal(manifest.weight_bytes, precision=2)}, "
         f"{manifest.weight_bytes / base.weight_bytes:.0%} of {base.dtype}",
-        "layers": f"{len(manifest.layers)} quantized, {len(manifest.unquantized)} groups left as "
-        f"they are" + (f", {share:.0%} of all weights in experts" if share else ""),
+        "layers": f"{len(manifest.layers)} quantized, {len(manifest.unquantized)} groups not "
+        f"quantized" + (f", {share:.0%} of all weights in experts" if share else ""),
         "output SNR": f"{min(snr):.1f} to {max(snr):.1f} dB" if snr else "not measured",
         "vectors": f"{vectors.dims} dimensions as {vectors.code}, {vectors.bytes_per_vector} bytes",
-        "calibration": f"{seen.n_texts} texts, {seen.n_tokens:,} tokens of {seen.source}"
-        if seen
+        "calibration": f"{calibration.n_texts} texts, {calibration.n_tokens:,} tokens of "
+        f"{calibration.source}"
+        if calibration
         else "none",
         "format": manifest.format or "not quantized",
         "opened by": engines_in_words(engines),
@@ -421,14 +429,14 @@ def artifact_table(found: Inspection, manifest: Manifest) -> Table:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds up to two minutes, then minutes, then hours."""
+    """A time in seconds up to two minutes, then in minutes, then in hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def layers_table(manifest: Manifest) -> Table:
-    """The layers of an artifact, one line for each."""
+    """A table of the layers of an artifact."""
     recipe = manifest.recipe
     title = (
         f"{recipe.name} of {manifest.base.id}: weights "
@@ -438,7 +446,7 @@ def layers_table(manifest: Manifest) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("layer", "shape", "method", "bits", "weight SNR dB", "output SNR dB", "note"):
         right = name in ("shape", "bits", "weight SNR dB", "output SNR dB")
-        # Names differ at their ends, which must not be cut off.
+        # Layer names differ at their ends, so they are wrapped instead of cut.
         overflow: OverflowMethod = "fold" if name == "layer" else "ellipsis"
         table.add_column(name, justify="right" if right else "left", overflow=overflow)
     for layer in manifest.layers:
@@ -458,12 +466,12 @@ def layers_table(manifest: Manifest) -> Table:
         shape = f"{embedding.out_features} x {embedding.in_features}"
         bits, snr = f"{embedding.bits_per_weight:.2f}", f"{embedding.weight_snr_db:.1f}"
         table.add_row(embedding.name, shape, embedding.method, bits, snr, "-", "token embeddings")
-    for left in manifest.unquantized:
-        table.add_row(left.name, f"{left.n_parameters:,}", "-", "", "", "", left.reason)
+    for group in manifest.unquantized:
+        table.add_row(group.name, f"{group.n_parameters:,}", "-", "", "", "", group.reason)
     return table
 
 
-# Which of them the tables on the terminal show, those that find room longest first.
+# Attributes of `COLUMNS` in each table, the most important first; narrow terminals drop the last.
 _IN_TERMINAL = (
     *("weight_bytes", "retention", "neighbour_overlap", "speed_ratio", "retention_low"),
     *("vector_bytes", "p95_ms", "dims", "score", "peak_memory_bytes", "weight_ratio"),

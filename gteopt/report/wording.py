@@ -1,4 +1,4 @@
-"""How metrics and shares are worded, in tables and in the report."""
+"""Word metrics and their amounts, for tables and the report."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ METRIC_WORDS: dict[Metric, str] = {
     "peak_memory_bytes": "peak memory",
     "p95_ms": "p95 latency",
     "tokens_per_s": "throughput",
-    "speed_ratio": "speed beside the baseline's",
+    "speed_ratio": "speed relative to the baseline's",
     "index_bytes": "index size per million vectors",
     "cost_per_million_tokens": "cost per million tokens",
 }
 
-_EVALUATE, _BENCH = "`gteopt evaluate --out` does", "`gteopt bench --out` does"
+_EVALUATE, _BENCH = "`gteopt evaluate --out` measures it", "`gteopt bench --out` measures it"
 METRIC_SOURCES: dict[Metric, str] = {
     "retention": _EVALUATE,
     "retention_low": f"{_EVALUATE} where every task has an interval",
@@ -34,16 +34,17 @@ METRIC_SOURCES: dict[Metric, str] = {
     "tokens_per_s": _BENCH,
     "speed_ratio": _BENCH,
     "index_bytes": _BENCH,
-    "cost_per_million_tokens": "`gteopt bench --price-per-hour --out` does",
+    "cost_per_million_tokens": "`gteopt bench --price-per-hour --out` measures it",
 }
+"""The command that measures a metric, in words."""
 
 
 def unknown(metric: Metric, measured: Mapping[Metric, float]) -> str:
-    """Why a limit on a metric cannot be judged.
+    """Say why a limit on a metric cannot be judged.
 
     Args:
-        metric: that has no value.
-        measured: the metrics of the same variant that have one.
+        metric: the metric without a value.
+        measured: the measured metrics of the same variant.
     """
     if metric == "retention_low" and "retention" in measured:
         amount = metric_amount("retention", measured["retention"])
@@ -72,5 +73,5 @@ def metric_amount(metric: Metric, value: float) -> str:
 
 
 def points(share: float) -> str:
-    """A difference of scores (0 to 1) as it is spoken of."""
+    """A difference of scores, given from 0 to 1, in points."""
     return f"{100 * share:g} point{'' if share == 0.01 else 's'}"

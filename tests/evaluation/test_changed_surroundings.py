@@ -93,4 +93,4 @@ def test_results_of_changed_data_in_one_folder_are_refused_in_words(tmp_path: Pa
     with pytest.raises(InputError) as refused:
         judge(tmp_path / "results", load_policy("balanced"))
     assert "the evaluations are of 2 suites: own " in str(refused.value)
-    assert "measure again what is out of date" in str(refused.value)
+    assert "repeat the outdated measurements" in str(refused.value)

@@ -246,7 +246,7 @@ def test_what_differs_from_a_published_score_is_named_and_not_tested_by_the_quer
     assert whole.other_conditions == ("data revision not known",)
     notes = str(eval_table({"b": beside_published(report, reference)}).caption)
     assert "here 55.00, -2.25" in notes
-    assert "70.00 over 56 tasks, as they were then" in notes
+    assert "70.00 over 56 tasks, which may have changed since" in notes
 
 
 def test_scores_of_other_data_are_marked_and_left_out_of_the_mean() -> None:

@@ -117,7 +117,7 @@ def test_the_verdict_names_each_broken_limit_in_numbers(demo: Results) -> None:
     assert verdicts["int8-slice64-int8"] == "retention 96.12 % < 97 %"
     assert verdicts["gptq-int4-slice128-binary"] == (
         "retention 94.23 % < 97 %; neighbour overlap was not measured (`gteopt evaluate --out` "
-        "does), limit 80 %"
+        "measures it), limit 80 %"
     )
 
 
@@ -159,7 +159,7 @@ def test_a_narrow_terminal_loses_whole_columns_which_are_named_and_no_digit(
 ) -> None:
     text = rendered(demo, width)
     assert max(map(len, text.splitlines())) <= width
-    note = " ".join(text.split()).partition("no room for: ")[2].partition(" (a wider")[0]
+    note = " ".join(text.split()).partition("do not fit: ")[2].partition(" (use a wider")[0]
     missing = set(note.split(", ")) - {""}
     assert bool(missing) == (width < 200)
     shown = [c for c in COLUMNS if c.attribute in _IN_TERMINAL and c.title not in missing]
@@ -299,7 +299,7 @@ def test_what_tokens_cost_is_on_the_page(demo: Results) -> None:
     # int8: 31,000 * 1.42 tokens/s at 2 dollars an hour; 0.008 dollars a million tokens.
     cells = ("64x~128", "44,020", "1.42", "260", "62%", "0.0126", "1.268")
     assert "".join(f"<td>{cell}</td>" for cell in cells) in page
-    assert "float32 420; at $2 an hour, of which an index" in page
+    assert "float32 420; costs at $2 an hour; an index of a million vectors costs" in page
     assert "hosted price: $0.008 per million tokens" in page
     rent = index_rent(priced, priced.baseline)
     assert rent is not None
@@ -562,7 +562,7 @@ def test_two_runs_alike_have_nothing_that_differs(folder: Path, tmp_path: Path) 
     both = [read_results(folder)] * 2
     assert beside.differences(("a", "b"), both) == []
     page = comparison_page(("a", "b"), both)
-    assert "Not measured alike" not in page
+    assert "Measured under different conditions" not in page
     assert "Every figure is the same." in page
 
 
