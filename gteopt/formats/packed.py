@@ -88,7 +88,7 @@ def feature_order(subject: str, groups: Tensor, n_groups: int) -> Tensor | None:
     """The order of input features that makes groups consecutive; None when they already are.
 
     Args:
-        subject: what error messages call the layer.
+        subject: name of the layer in error messages.
         groups: integers [I], the group of each input feature (`g_idx`).
         n_groups: G; every group must have I / G features.
 
@@ -152,7 +152,7 @@ def assemble(
     A weight whose zero points are all 2^(bits - 1) becomes symmetric.
 
     Args:
-        subject: what error messages call the layer.
+        subject: name of the layer in error messages.
         stored: see `StoredCodes`.
         activations: see `Activations`.
         number_format: the numbers that the codes stand for.

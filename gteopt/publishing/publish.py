@@ -320,7 +320,7 @@ def _remote_manifest(repository: hub.Repository, scratch: Path) -> Manifest:
 
 
 def _stage(out: Path, verb: str) -> Path:
-    """A working folder beside `out`; a build of `out` uses another one."""
+    """A working folder next to `out`, which a build of `out` does not use."""
     return stage_folder(out.with_name(f"{out.name}.{verb}"))
 
 

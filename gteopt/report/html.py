@@ -312,7 +312,7 @@ def _cost_table(bench: BenchReport) -> str:
 
 
 def _cost_heading(bench: BenchReport, name: str) -> str:
-    """A variant's heading beside its workloads, with the figures that are equal for all of them."""
+    """A variant's heading, with the figures that are equal for all its workloads."""
     variant = bench.variants[name]
     read = variant.latency.weight_gb_per_s
     query = f"one query reads {read:.1f} GB/s, " if read is not None else ""

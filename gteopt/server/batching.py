@@ -6,8 +6,8 @@ clocks, torch, HTTP. Time is virtual here: it advances by the work that was hand
 Between keys, the queue is start-time fair (SFQ, Goyal et al. 1996, section 2). Between the requests
 of a key, it shares equally by packet-by-packet generalised processor sharing (PGPS, Parekh and
 Gallager 1993, section III). A request of cost c among n others is finished before (n + 1) c of its
-key's work is done, up to the cost of one text. Start-time fairness would not do between requests:
-short new requests could overtake a waiting one for ever.
+key's work is done. The bound is exact up to the cost of one text. Start-time fairness would not do
+between requests: short new requests could overtake a waiting one for ever.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ENTRY_BYTES = 300
-"""Bytes per vector beside its numbers: the dictionary's entry, the key and the array's header."""
+"""Overhead of a vector in bytes: the dictionary's entry, the key and the array's header."""
 
 
 class VectorCache:

@@ -27,7 +27,7 @@ from gteopt.server.batching import Budget, CostModel
 
 Floats = NDArray[np.float32]
 _SAME_COSINE = 0.999
-"""Least cosine of a text's two vectors in one process, computed with other texts beside it."""
+"""Least cosine of two vectors of a text, computed by one process in different batches."""
 _TOKENIZE_CHARACTERS = 50_000
 """Characters that are tokenized for a request before another request has its turn."""
 _HOST_S = 0.5e-3
