@@ -1,8 +1,8 @@
 """Runtime linear layers for packed weights, and the choice between them.
 
-`KERNELS` is the choice, by product and device. Every layer has a `kernel` name, `in_features` and
-`out_features`. It holds packed buffers and no float copy of its weight, and maps [..., I] to
-[..., O] in its input's dtype.
+`KERNELS` lists the layers by product and device. Every layer has a `kernel` name, `in_features` and
+`out_features`, and maps [..., I] to [..., O] in its input's dtype. Except for `DecodedLinearCpu`,
+it holds packed buffers and no float copy of its weight.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Product = Literal["int8", "int8 static", "int8 outliers", "fp8", "4-bit", "weigh
 """What a scheme multiplies: 8-bit numbers on both sides, 4-bit weights, or any other weights with
 activations of 16 bits and more."""
 DeviceKind = Literal["cuda 8.9", "cuda 8.0", "cpu", "any"]
-"""A GPU of at least that compute capability, a CPU, or any device of torch's."""
+"""A GPU of at least that compute capability, a CPU, or any device of torch."""
 _Kernel = Callable[[PackedWeight, Tensor | None], nn.Module]
 KERNELS: dict[tuple[Product, DeviceKind], _Kernel | str] = {
     ("int8", "cuda 8.0"): "Int8LinearCuda",
@@ -53,8 +53,8 @@ KERNELS: dict[tuple[Product, DeviceKind], _Kernel | str] = {
     ("4-bit", "any"): DequantLinear,
     ("weights", "any"): DequantLinear,
 }
-"""The layers; those of `kernels.cuda` by name. A layer may choose its product by the number of
-tokens in a call. Up to `few_tokens` it multiplies the codes; beyond, it decodes them first.
+"""The layer classes; those of `kernels.cuda` by name. A layer may choose its product by the number
+of tokens in a call: up to `few_tokens` it multiplies the codes, beyond that it decodes them first.
 `int8_tile` has the tiles of a GPU's int8 product. A comparison of recipes removes the CPU's int8
 layers, because some processors round to 7 bits, which says nothing about the recipe."""
 
@@ -73,9 +73,9 @@ def make_linear(
     Args:
         weight: packed codes and grid, on any device.
         bias: [O] or None, any float dtype.
-        device: where the layer is to run.
-        dtype: of the inputs that it will be given.
-        order: int64 [I], the input feature that each column of the weight multiplies; None when
+        device: where the layer will run.
+        dtype: dtype of its inputs.
+        order: int64 [I], the input feature that each column of the weight multiplies; None if
             they are in order.
         ways: the chosen products of layers on a CPU.
     """
@@ -90,9 +90,7 @@ def make_linear(
 def choose(
     weight: PackedWeight, device: torch.device, dtype: torch.dtype, ways: Ways = DETERMINISTIC
 ) -> _Kernel:
-    """The maker of this weight's layer: the first of `KERNELS` that fits, with its chosen
-    product.
-    """
+    """The constructor of a weight's layer: the first of `KERNELS` that fits, with its product."""
     kernel = _first(weight, device, dtype)
     if device.type != "cpu":
         return kernel
@@ -132,7 +130,7 @@ def kernel_name(
     dtype: torch.dtype,
     ways: Ways = DETERMINISTIC,
 ) -> str:
-    """The `kernel` name of the layer that a weight will get, and when it decodes codes first."""
+    """The `kernel` name of a weight's layer, with the most tokens for which it multiplies codes."""
     shape = (out_features, -(-in_features * scheme.bits // 8))
     n_groups = in_features // group_width(in_features, scheme.group_size)
     without_data = PackedWeight(
@@ -164,7 +162,7 @@ def product_of(scheme: LayerScheme) -> Product:
 
 
 def arithmetic(device: torch.device, ways: Ways = DETERMINISTIC) -> str:
-    """What decides the rounding of a product on a kind of device, besides weights and dtype.
+    """A name for everything that decides the rounding of a product, besides weights and dtype.
 
     For a CPU it describes this machine: processors differ in the bits of activations (8 or 7), and
     in whether they decode weights or multiply their codes.
@@ -178,9 +176,10 @@ def arithmetic(device: torch.device, ways: Ways = DETERMINISTIC) -> str:
 
 @lru_cache
 def gpu_kernels(device: torch.device) -> ModuleType | None:
-    """`kernels.cuda` for a GPU that runs it; None elsewhere.
+    """`kernels.cuda` for a GPU that supports it; None otherwise.
 
-    It needs tensor cores for short types, and Triton, which torch installs on Linux only.
+    It needs tensor cores for 8-bit and 16-bit types, and Triton, which torch installs on Linux
+    only.
     """
     if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
         return None
@@ -190,7 +189,7 @@ def gpu_kernels(device: torch.device) -> ModuleType | None:
 
 
 def speed_up_linears_(module: nn.Module, device: torch.device) -> None:
-    """Replace the plain linear layers inside `module` by those of this device, weights shared."""
+    """Replace plain linear layers inside `module` with those of this device; weights are shared."""
     if device.type != "cpu":
         return
     for name, linear in list(module.named_modules()):

@@ -20,8 +20,7 @@ from gteopt.quant.packing import pack_codes
 
 _FEW_TOKENS = 96
 """Up to this many tokens, torch's 4-bit product is faster than a dense product of decoded weights.
-On one core of a Zen 5 server, bfloat16, 384 to 2048 features: 2 to 3 times at 16 tokens, equal near
-100."""
+On one core of a Zen 5 server it is at least twice as fast at 16 tokens, and equal near 100."""
 _TINY = torch.finfo(torch.float32).tiny
 """The least scale of a token; the codes of a token of zeros are zero with any scale."""
 _TILES = (64, 32)
@@ -43,11 +42,11 @@ def multiplies_bfloat16() -> bool:
 
 
 class DenseLinearCpu(nn.Linear):
-    """A linear layer of a weight that is not quantized; parameters and gradients are `nn.Linear`'s.
+    """An unquantized linear layer with the parameters and gradients of `nn.Linear`.
 
-    On a CPU without instructions for bfloat16, such weights are multiplied in float32; for few
-    tokens, a few rows at a time. float32 uses oneDNN on AVX-512, because MKL is slow on AMD's
-    processors.
+    On a CPU without instructions for bfloat16, bfloat16 weights are multiplied in float32. Few
+    tokens multiply a few rows at a time. float32 weights use oneDNN on AVX-512, because MKL is slow
+    on AMD's processors.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -95,10 +94,10 @@ class DenseLinearCpu(nn.Linear):
 
 
 class _Product(Protocol):
-    """int8 weights of one layer, packed: whole float codes [tokens, I] to float32 [tokens, O].
+    """Packed int8 weights of a layer: codes [tokens, I] to float32 products [tokens, O].
 
-    The bytes codes + zero, from 0 to 255, are multiplied; zero is subtracted again. int32 sums are
-    multiplied with the weight's scales.
+    Codes are integers in float32. The bytes codes + zero, from 0 to 255, are multiplied, and the
+    part of zero is subtracted again. The int32 sums are multiplied by the weight's scales.
     """
 
     def __call__(self, codes: Tensor, zero: int) -> Tensor: ...
@@ -108,7 +107,8 @@ class _FbgemmPacking:
     """The process-wide state in which FBGEMM packs weights.
 
     It sets torch's engine, and silences the warning that tensors with scales are deprecated
-    (`_OneDnn` needs none). Several threads may pack; the first sets both, the last resets them.
+    (`_OneDnn` needs no such tensor). Several threads may pack: the first one sets this state, and
+    the last one resets it.
     """
 
     def __init__(self) -> None:
@@ -140,8 +140,8 @@ _FBGEMM_PACKING = _FbgemmPacking()
 class _Fbgemm:
     """FBGEMM's product, which converts and scales in one pass.
 
-    On one core of a Zen 3 server, the layers of MiniLM take 3.8 ms at 16 tokens. oneDNN's product
-    with its epilogue takes 9 ms. Both are about equal at 1024 tokens.
+    At 16 tokens, it takes less than half the time of oneDNN's product with its epilogue. Both are
+    about equal at 1024 tokens (MiniLM's layers on one core of a Zen 3 server).
     """
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
@@ -177,8 +177,8 @@ INT8_PRODUCTS: dict[str, Callable[[Tensor, Tensor], _Product]] = {
     "fbgemm": _Fbgemm,
     "onednn": _OneDnn,
 }
-"""Products of int8 weights [O, I] and their float32 scales [O] by name. All that sum exactly give
-the same bits: one int32 sum times one float32 scale."""
+"""Products of int8 weights [O, I] and their float32 scales [O] by name. All products that sum
+exactly give the same bits: one int32 sum times one float32 scale."""
 
 
 @lru_cache(maxsize=1)
@@ -204,7 +204,7 @@ def exact_products() -> tuple[str, ...]:
 
 
 def _sums(kind: Callable[[Tensor, Tensor], _Product], bits: int) -> bool:
-    """Whether it sums the largest products of that many bits exactly."""
+    """Whether the product sums the largest values of that many bits exactly."""
     layer, most = kind(torch.full((256, 256), 127, dtype=torch.int8), torch.ones(256)), 2**bits - 1
     sums = layer(torch.full((64, 256), float(most)), 0)
     return bool((sums == most * 127 * 256).all())
@@ -225,8 +225,8 @@ class Products:
     """The products of an int8 layer, by their names in `INT8_PRODUCTS`.
 
     Attributes:
-        few: up to `_FEW_TOKENS` tokens in a call.
-        many: beyond.
+        few: for up to `_FEW_TOKENS` tokens in a call.
+        many: for more tokens.
     """
 
     few: str
@@ -242,9 +242,9 @@ class Products:
 def activation_bits() -> int:
     """Bits of activations whose products with int8 weights this CPU sums exactly: 8, 7 or 0.
 
-    0 says that this build of torch has no such product. Without VNNI, x86 adds two products of an
+    0 means that this build of torch has no such product. Without VNNI, x86 adds two products of an
     unsigned and a signed byte in 16 bits and saturates: 255 * 127 * 2 does not fit, 127 * 127 * 2
-    does. A product of the extremes tells.
+    does. Multiplying the extreme values shows which case applies.
     """
     product = _product()
     if product is None:
@@ -257,7 +257,7 @@ class TokenCodes:
     """The input of an int8 product: tokens rounded by their own range, x ~ (codes - zero) * scale.
 
     Attributes:
-        codes: whole float32 [tokens, I], of `activation_bits` bits.
+        codes: integers in float32 [tokens, I], of `activation_bits` bits.
         scale: float32 [tokens, 1].
         shift: float32 [tokens, 1], -zero * scale; None if zero is 0.
         outliers: see `take_outliers`; None without outliers.
@@ -272,7 +272,7 @@ class TokenCodes:
 
 
 class Int8LinearCpu(nn.Module):
-    """int8 weights times rounded activations, summed in int32 (VNNI or AMX where present).
+    """int8 weights times rounded activations, summed in int32 (by VNNI or AMX if present).
 
     Each token's input is rounded by its own range, as `quantize_tokens` does, to as many bits as
     this CPU multiplies exactly (`activation_bits`). A token's zero point z changes every sum by z
@@ -284,7 +284,7 @@ class Int8LinearCpu(nn.Module):
     Layers that multiply outliers also keep it in the plain order.
 
     Buffers: scale float32 [O]; row float32 [1, O], the sum of each row of weights times its scale;
-    bias float32 [O] or None; weight int8 [O, I] where there are outliers.
+    bias float32 [O] or None; weight int8 [O, I], or None without outliers.
     """
 
     kernel = "cpu.int8"
@@ -320,7 +320,7 @@ class Int8LinearCpu(nn.Module):
 
     @staticmethod
     def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
-        """Whether torch has an int8 product here; with outliers, one of 8-bit activations.
+        """Whether torch has an int8 product here; with outliers, it must take 8-bit activations.
 
         LLM.int8() is compared with bitsandbytes, whose activations have 8 bits.
         """
@@ -347,8 +347,8 @@ class Int8LinearCpu(nn.Module):
 
     def multiply(self, x: TokenCodes, dtype: torch.dtype) -> Tensor:
         """[tokens, O] of a dtype."""
-        # In place and by element, because MKL's product of one column (addmm) makes this 1.1 to
-        # 1.25 times as slow (16 to 1024 tokens, 384 and 1536 features, one core, Zen 3 server).
+        # In place and by element, because MKL's product of one column (addmm) makes this up to
+        # 1.25 times as slow on one core of a Zen 3 server.
         y = self._product(x.codes, self._middle).mul_(x.scale)
         if x.shift is not None:
             y.addcmul_(x.shift, self.row)
@@ -371,12 +371,12 @@ class Int8LinearCpu(nn.Module):
 class StaticInt8LinearCpu(nn.Module):
     """int8 weights times inputs rounded by a fixed grid (`InputGrid`), summed in int32.
 
-    If this CPU multiplies 7 bits of activations exactly, every second code is used. Scales are part
-    of the weight, and zero points of the bias. So each input needs a multiplication, an addition
-    and a rounding beside the product.
+    If this CPU is exact for 7 bits of activations only, every second code is used. Scales are
+    folded into the weight, and zero points into the bias. So an input needs one multiplication,
+    one addition and one rounding before the product.
 
     Buffers: inverse, zero float32 [I], a code is round(x * inverse + zero); offset float32 [O], the
-    bias less what the zero points add.
+    bias minus the zero points' part of the sums.
     """
 
     kernel = "cpu.int8 static"
@@ -393,7 +393,7 @@ class StaticInt8LinearCpu(nn.Module):
         codes, scale = signed_codes(weight)
         bits = activation_bits()
         self.kernel = self.name_here(products)
-        steps = 1 << (8 - bits)  # of the grid between two codes
+        steps = 1 << (8 - bits)  # grid steps between two codes
         self._product = _multiplier(codes, scale * steps, products)
         self._most = (1 << bits) - 1
         self.packed_bytes = codes.numel() * _n_copies(products)
@@ -431,7 +431,7 @@ def signed_codes(weight: PackedWeight) -> tuple[Tensor, Tensor]:
 
 
 def _multiplier(codes: Tensor, scale: Tensor, products: Products | None) -> _Product:
-    """The products of a layer; None stands for the first one that torch has."""
+    """The product of a layer; None means the first one that torch has."""
     if products is None:
         product = _product()
         assert product is not None, "`fits` asks activation_bits first"
@@ -448,7 +448,7 @@ def _n_copies(products: Products | None) -> int:
 
 
 def _named(kernel: str, products: Products | None) -> str:
-    """`kernel` of an int8 layer, with what is unusual."""
+    """`kernel` of an int8 layer, with notes on chosen products and on activations below 8 bits."""
     notes = [] if products is None else [str(products)]
     if (bits := activation_bits()) != 8:
         notes.append(f"activations of {bits} bits: no VNNI")
@@ -497,7 +497,7 @@ class Int4LinearCpu(nn.Module):
     def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        # Asked here, because torch.compile cannot trace either.
+        # Queried here, because torch.compile can trace neither call.
         self._tile = torch_tile()
         self._kind = torch.bfloat16 if multiplies_bfloat16() else torch.float32
         scale = weight.scale.float()
@@ -552,7 +552,7 @@ def int4_runs_here(weight: PackedWeight) -> bool:
 def torch_tile() -> int:
     """Output features that torch's 4-bit layout interleaves here; 0 if the layout is unknown.
 
-    The layout depends on the machine's vector width, so it is compared with what torch makes.
+    The layout depends on the machine's vector width, so each known layout is compared with torch's.
     """
     codes = torch.arange(64 * 64).mul(7).remainder(16).to(torch.uint8).view(64, 64)
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)

@@ -1,6 +1,6 @@
 """Linear layers for NVIDIA GPUs, in Triton and torch's own 8-bit float product.
 
-Hides: how packed codes become operands of a product. The kernels lie in `cuda_tokens`, `cuda_int8`
+Hides: how packed codes become operands of a product. The kernels are in `cuda_tokens`, `cuda_int8`
 and `cuda_int4`; this file exports the names that callers use. It imports triton, which torch
 installs for GPUs, so `kernels/__init__.py` imports it only for layers on a GPU. Under
 TRITON_INTERPRET=1 the same kernels run on the CPU; tests without a GPU use that.
@@ -45,7 +45,7 @@ class Int8LinearCuda(nn.Module):
 
     The arithmetic is that of `Int8LinearCpu`. A token's zero point times the sum of the weight's
     row is subtracted in int32. Token scale, weight scale and bias are applied in float32 before the
-    sum leaves the registers, and the result is rounded once to x's dtype. No int32 lies in memory.
+    sum leaves the registers, and the result is rounded once to x's dtype. No int32 sum is stored.
     Layers with the same input may share its codes: `multiply(quantize(x))` is `forward(x)`.
 
     Buffers: weight int8 [O, I], row_sum int32 [O] or None, scale float32 [O], bias float32 [O] or
@@ -95,8 +95,8 @@ class Fp8LinearCuda(nn.Module):
     """e4m3 weights times e4m3 activations through `torch._scaled_mm`; capability 8.9 and up.
 
     Each output feature and each token has a scale; sums are in float32. The fast accumulation of
-    Hopper's tensor cores (14 bits between promotions) is off unless `fast` is set: over 18,944
-    inputs it loses digits that the 8-bit operands still have; `benchmarks/gpu_layers.py` measures
+    Hopper's tensor cores (14 bits between promotions) is off unless `fast` is set. Over 18,944
+    inputs it loses digits that the 8-bit operands still have. `benchmarks/gpu_layers.py` measures
     both. Layers with the same input may share its floats.
 
     Buffers: weight e4m3 [O, I], scale float32 [1, O], bias bfloat16 [O] or None.
@@ -179,7 +179,7 @@ class Int4LinearCuda(nn.Module):
 
     @staticmethod
     def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
-        """Whether groups are whole steps of a tensor core."""
+        """Whether a group is a whole number of tensor-core steps."""
         width = group_width(weight.in_features, weight.scheme.group_size)
         step = min(128, width)
         return weight.scheme.bits == 4 and step >= 16 and not step & (step - 1) and not width % step
@@ -194,7 +194,7 @@ class Int4LinearCuda(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def multiply(self, x: Tensor, tile: Tile = INT4_TILE) -> Tensor:
-        """Map contiguous [T, I] to [T, O] straight from the codes; for few tokens."""
+        """Map contiguous [T, I] to [T, O] directly from the codes; for few tokens."""
         own = (self.qweight, self.scale, self.zero, self.levels, self.bias, self.middle)
         y: Tensor = torch.ops.gteopt.int4_product(x, *own, tile)
         return y

@@ -18,9 +18,9 @@ the layer lives for one call; otherwise each tile of tokens would decode the who
 
 
 _PROGRAMS = 528
-"""Blocks of work of a 4-bit product: four for each of the 132 multiprocessors of an H100. Each has
-three steps of 2 KB of weights under way. That makes 24 KB, about what 4.8 TB/s need at 0.7 us of
-latency (25 KB). The number is calculated, not yet measured."""
+"""Programs of a 4-bit product: four for each of the 132 multiprocessors of an H100 or H200. Their
+loads under way are 24 KB a multiprocessor, about bandwidth times latency of an H200. The number is
+calculated, not yet measured."""
 
 
 INT4_TILE = Tile(16, 32, 128, 4, 4)

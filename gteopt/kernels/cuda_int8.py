@@ -63,10 +63,10 @@ def int8_product(
         zero: int32 [T] or None.
         weight: int8 [O, I].
         scale: float32 [O].
-        row_sum: int32 [O], sums of the weight's rows; with `zero`.
+        row_sum: int32 [O], sums of the weight's rows; needed with `zero`.
         bias: float32 [O] or None.
-        dtype: of the result.
-        tile: see `Tile`; None is the fastest.
+        dtype: dtype of the result.
+        tile: see `Tile`; None uses the fastest.
     """
     y: Tensor = torch.ops.gteopt.int8_product(
         *(codes, token_scale, zero, weight, scale, row_sum, bias, dtype),
@@ -168,7 +168,7 @@ define_operator(
 @triton.jit
 def _int8_tile_origin(n_tokens, n_outputs, TOKENS, OUTPUTS, TOGETHER: tl.constexpr):
     """First token and output of this program's tile."""
-    # Programs that run together share rows of weight: TOGETHER tiles of tokens, then the next.
+    # Programs that run together share rows of weight: TOGETHER tiles of tokens, then other rows.
     n_down = tl.cdiv(n_tokens, TOKENS)
     n_across = tl.cdiv(n_outputs, OUTPUTS)
     program = tl.program_id(0)
@@ -183,7 +183,7 @@ def _int8_store(
     sums, t, o, y, token_scale, zero, scale, row_sum, bias, n_tokens, n_outputs,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Scales, zero points and bias on the sums of a tile, and the tile to memory."""
+    """Apply scales, zero points and bias to the sums of a tile, and store the tile."""
     if HAS_ZERO:
         zeros = tl.load(zero + t, mask=t < n_tokens, other=0)
         row_sums = tl.load(row_sum + o, mask=o < n_outputs, other=0)
@@ -232,7 +232,7 @@ def _int8_copy_kernel(
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
     TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """`_int8_kernel` with operands from Hopper's copy engine, which gives zeros outside."""
+    """`_int8_kernel` with operands from Hopper's copy engine, which pads them with zeros."""
     first_t, first_o = _int8_tile_origin(n_tokens, n_outputs, TOKENS, OUTPUTS, TOGETHER)
     sums = tl.zeros((TOKENS, OUTPUTS), tl.int32)
     for start in range(0, n_inputs, INPUTS):

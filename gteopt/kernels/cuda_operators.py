@@ -1,7 +1,7 @@
-"""What all GPU kernels share: how an operator of torch's is defined, and the size of a tile.
+"""Defines operators of torch and the size of a tile for all GPU kernels.
 
-Every launch is an operator (`torch.ops.gteopt`) that says what it returns. So torch.compile takes
-the layers whole, and a forward pass can be traced without data.
+Every launch is an operator (`torch.ops.gteopt`) that declares what it returns. So torch.compile
+accepts the layers as they are, and a forward pass can be traced without data.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class Tile(NamedTuple):
 
     Attributes:
         n_stages: steps of inputs that are loaded at once.
-        copies: 1 where Hopper's copy engine fetches the inputs, else 0. It can where the int8
-            product's number of inputs is a multiple of 16.
+        copies: 1 if Hopper's copy engine fetches the inputs, else 0. It needs an int8 product whose
+            number of inputs is a multiple of 16.
     """
 
     tokens: int
@@ -33,7 +33,7 @@ _LIBRARY = torch.library.Library("gteopt", "FRAGMENT")  # type: ignore[no-untype
 
 
 def define_operator(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
-    """Define `torch.ops.gteopt.NAME`: `run` launches it, `fake` gives tensors without data."""
+    """Define `torch.ops.gteopt.NAME`: `run` launches it, `fake` returns tensors without data."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     for device in ("CUDA", "CPU"):  # on CPU in Triton's interpreter

@@ -1,6 +1,6 @@
 """GPU kernels that handle one token at a time: rounding, gated activations, rotary angles.
 
-Hides: how a norm or a gate is computed inside the rounding, so that it never lies in memory.
+Hides: how a norm or a gate is computed inside the rounding, so that its result is never stored.
 
 Shapes: T tokens, I input features, H heads, d numbers of a head.
 """
@@ -20,7 +20,7 @@ from gteopt.quant.grid import E4M3_MAX
 
 @dataclass(frozen=True)
 class Before:
-    """What a rounding kernel computes first, in float32, so that it never lies in memory.
+    """A step that a rounding kernel computes first, in float32, without storing the result.
 
     Attributes:
         up: the other half of a gated MLP, contiguous [T, I]; x becomes silu(x) * up.
@@ -68,7 +68,7 @@ def _token_codes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
-    # An operator returns no None.
+    # An operator cannot return None.
     zero = torch.empty(0 if symmetric else len(x), dtype=torch.int32, device=x.device)
     return codes, scale, zero
 
@@ -121,7 +121,7 @@ define_operator(
 
 
 def gate_(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, both contiguous [T, I], in place of `gate`; rounded once."""
+    """silu(gate) * up of contiguous [T, I], rounded once; it overwrites `gate`."""
     torch.ops.gteopt.gate_(gate, up)
     return gate
 
@@ -177,7 +177,7 @@ def _norm_factor(x, row, n_inputs, epsilon, NORMED: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _prepared(x, up, norm, row, at, n_inputs, factor, GATED: tl.constexpr, NORMED: tl.constexpr):
-    """Numbers of a token after `Before`."""
+    """The values of a token after the step of `Before`."""
     values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
     if GATED:
         others = tl.load(up + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
@@ -193,7 +193,7 @@ def _quantize_kernel(
     x, up, norm, codes, scale, zero, n_inputs, epsilon,
     GATED: tl.constexpr, NORMED: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for each token: its range, then its codes, whose second read is cached."""
+    """One program for each token: its range, then its codes; the second read of x is cached."""
     row = tl.program_id(0).to(tl.int64) * n_inputs
     factor = _norm_factor(x, row, n_inputs, epsilon, NORMED, BLOCK)
     low = tl.zeros((BLOCK,), tl.float32)

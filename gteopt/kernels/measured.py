@@ -1,7 +1,7 @@
-"""Measure which product each quantized layer of a model should use on this processor.
+"""Measures which product each quantized layer of a model should use on this processor.
 
-Hides: the workloads, the choice, the file that keeps the times. Refuses to know: models, files of
-weights. Weights are random, since the time of a product does not depend on them.
+Hides: the workloads, the choice, the file with the times. Refuses to know: models, files of
+weights. Weights are random, because the time of a product does not depend on them.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ _MANY_WORK = 1 << 30
 _RUNS, _RUN_S = 7, 0.1
 """A product runs this often, or for this long, whichever ends first."""
 _SECOND_COPY = 1.5
-"""Two products keep two copies of a weight. They are used if one alone is this much slower."""
+"""Two products keep two copies of a weight. They are used if one alone is so many times slower."""
 _CLEARLY = 1.15
-"""Decoded weights take twice the memory and round differently. They are used if they are this much
-faster."""
+"""Decoded weights take twice the memory and round differently. They are used if they are so many
+times faster."""
 _MEMORY_SHARE = 8
-"""Decoded weights, and second copies, may take this fraction of the machine's memory."""
+"""Decoded weights and second copies may take one part in so many of the machine's memory."""
 _LOCK_S = 120
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What decides how fast a quantized layer is."""
+    """The properties of a quantized layer that decide its speed."""
 
     scheme: LayerScheme
     out_features: int
     in_features: int
 
     def key(self, dtype: torch.dtype) -> str:
-        """Its name among the times that are kept."""
+        """The layer's key in the stored times."""
         rounding = "static" if self.scheme.activation_static else "by token"
         zeros = "" if self.scheme.activation_symmetric else " with zero points"
         kind = str(dtype).removeprefix("torch.")
@@ -78,7 +78,7 @@ class LayerTimes(Frozen):
 
 
 class KernelTimes(Frozen):
-    """What was measured on one processor, with one version of torch and one number of threads."""
+    """Times measured on one processor, with one version of torch and one number of threads."""
 
     schema_: Literal["gteopt.kernels/1"] = "gteopt.kernels/1"
     processor: str
@@ -93,7 +93,7 @@ class Ways:
 
     Attributes:
         int8: products of int8 layers by `Layer.key`; None decodes the weights once.
-        decodes: whether weights other than int8 and 4-bit whole numbers are decoded once as well.
+        decodes: whether weights other than 8-bit and 4-bit integers are decoded once too.
     """
 
     int8: Mapping[str, Products | None] = field(default_factory=dict)
@@ -101,13 +101,13 @@ class Ways:
 
     @property
     def rounding(self) -> str:
-        """Which layers are decoded; all int8 products give the same bits."""
+        """The decoded layers; all int8 products give the same bits."""
         decoded = sorted(key for key, products in self.int8.items() if products is None)
         return ", ".join([*decoded, *(["others"] if self.decodes else [])])
 
 
 DETERMINISTIC = Ways()
-"""Nothing is measured: weights stay packed, and use the product that torch has everywhere."""
+"""Nothing is measured: weights stay packed, and use the first product that torch has."""
 
 
 def ways_for(
@@ -116,13 +116,13 @@ def ways_for(
     """The ways of a model's layers on this CPU.
 
     Args:
-        layers: all quantized layers; equal ones as often as they occur.
-        dtype: of the model.
+        layers: all quantized layers of the model, with repetitions.
+        dtype: dtype of the model.
         choice: "measured", "deterministic", "decoded", or a product of `INT8_PRODUCTS`.
-        folder: where times are kept; the Hub client's folder for assets when None.
+        folder: where times are stored; None uses the Hub client's folder for assets.
 
     Raises:
-        InputError: an unknown choice, or a product that this machine lacks.
+        InputError: the choice is unknown, or this machine lacks the product.
     """
     all_layers = list(layers)
     counts = Counter(layer.key(dtype) for layer in all_layers if _is_int8(layer.scheme))
@@ -153,7 +153,7 @@ def pick(times: LayerTimes, *, may_grow: bool = True) -> Products:
     """The fastest products of an int8 layer.
 
     Args:
-        times: measured, with one product at least.
+        times: the layer's times, with at least one product.
         may_grow: whether the layer may keep a copy of its weight for each of two products.
     """
     names = [name for name in times.few if name != _DECODED]
@@ -169,12 +169,12 @@ def pick(times: LayerTimes, *, may_grow: bool = True) -> Products:
 def decoding_wins(counts: Mapping[str, int], times: Mapping[str, LayerTimes]) -> bool:
     """Whether a model is clearly faster with all its int8 weights decoded.
 
-    It is one decision for few and many tokens and for all layers. Otherwise, a text's vector would
-    depend on its batch.
+    There is one decision for few and many tokens and for all layers. Otherwise, a text's vector
+    would depend on its batch.
 
     Args:
-        counts: of the model's layers by their keys.
-        times: of each of these keys.
+        counts: number of the model's layers by key.
+        times: times of a layer by key.
     """
     packed_few = packed_many = decoded_few = decoded_many = 0.0
     for key, n in counts.items():
@@ -189,7 +189,7 @@ def decoding_wins(counts: Mapping[str, int], times: Mapping[str, LayerTimes]) ->
 def kept_times(
     layers: Mapping[str, Layer], dtype: torch.dtype, folder: Path | None = None
 ) -> dict[str, LayerTimes]:
-    """Times of layers by their keys; layers without times are measured, and their times kept.
+    """Times of layers by key; layers without stored times are measured, and their times stored.
 
     One process measures at a time, so that all processes choose alike.
     """
@@ -223,7 +223,7 @@ def kept_times(
 
 
 def _read(path: Path, expected: KernelTimes) -> dict[str, LayerTimes]:
-    """The times in a file; none if the file is damaged or of another processor."""
+    """The times in a file; empty if the file is damaged or belongs to another processor."""
     if not path.exists():
         return {}
     try:

@@ -1,6 +1,6 @@
 """Linear layers on packed weights that run on any device: the oracles of the fast kernels.
 
-They hold only packed tensors; a float weight exists for the length of one call.
+They hold only packed tensors; a float weight exists during a call only.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DequantLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """An embedding table with packed rows; the rows that are looked up are dequantized.
+    """An embedding table with packed rows; only rows that are looked up are dequantized.
 
     Buffers: qweight uint8 [V, D], scale float16 [V, 1].
     """
@@ -85,8 +85,8 @@ class Int8Reference(DequantLinear):
 
     Each token's input is rounded to int8 by its own range (`quantize_tokens`). Static activations
     are rounded by the weight's grid of inputs. Products are summed in float32 and rounded once to
-    x's dtype. Inputs beyond the scheme's `activation_outliers` are not rounded. `bits` of
-    activations may be fewer than the scheme's 8, as on a CPU that multiplies fewer.
+    x's dtype. Inputs beyond the scheme's `activation_outliers` are not rounded. Activations have
+    `bits` bits: 8, or fewer to imitate a CPU that multiplies fewer exactly.
     """
 
     kernel = "reference.int8"
@@ -140,10 +140,10 @@ class Fp8Reference(DequantLinear):
 
 
 def take_outliers(x: Tensor, limit: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Split inputs into those below a size and the others.
+    """Split inputs into small values and outliers.
 
-    A value alone decides whether it is an outlier, so a text's vector does not depend on its batch.
-    (bitsandbytes takes a whole column if one token needs it.)
+    Whether a value is an outlier depends on that value only, so a text's vector does not depend on
+    its batch. (bitsandbytes takes a whole column if one token needs it.)
 
     Args:
         x: [..., I].
