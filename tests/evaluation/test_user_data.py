@@ -135,7 +135,7 @@ def test_every_fault_of_a_collection_is_named_with_its_line(tmp_path: Path) -> N
         "test.tsv:5: query 'q9' is not in queries.jsonl",
         "test.tsv:6: must be query id",
         "train.tsv:1: must be query id",
-        "train.tsv:3: document 'd1' has another grade for query 'q1' above",
+        "train.tsv:3: document 'd1' has another grade for query 'q1' in an earlier line",
     ):
         assert expected in message
 
