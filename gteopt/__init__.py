@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from gteopt.commands.compare import compare
     from gteopt.commands.embed import embed
     from gteopt.commands.inspect import inspect
-    from gteopt.commands.optimize import Judges, Search, optimize
+    from gteopt.commands.judges import Judges
+    from gteopt.commands.optimize import Search, optimize
     from gteopt.commands.search import search
     from gteopt.config.limits import Limits
     from gteopt.config.recipe import Recipe
@@ -61,7 +62,7 @@ __all__ = [
 
 _MODULES = {
     "Encoder": "gteopt.encoder.encoder",
-    "Judges": "gteopt.commands.optimize",
+    "Judges": "gteopt.commands.judges",
     "Limits": "gteopt.config.limits",
     "Recipe": "gteopt.config.recipe",
     "Search": "gteopt.commands.optimize",

@@ -121,7 +121,7 @@ def compare(
     say("importing torch and the evaluation library")
     from gteopt.commands.compare import compare as compare_sources
     from gteopt.commands.evaluate import Setup
-    from gteopt.commands.optimize import Judges
+    from gteopt.commands.judges import Judges
     from gteopt.report.compare import comparison_rows, item_rows
     from gteopt.report.terminal import eval_table, fidelity_table
 

@@ -143,7 +143,8 @@ def optimize(
     roles = parse_columns(columns)
     data = check_own_data(data, texts, suite, roles, hub_dir)
     say("importing torch and the evaluation library")
-    from gteopt.commands.optimize import Judges, Search, carry_out, propose
+    from gteopt.commands.judges import Judges
+    from gteopt.commands.optimize import Search, carry_out, propose
 
     judges = Judges(
         data=data,

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from gteopt.commands.bench import ReportFile, measure
 from gteopt.commands.choose import judge
-from gteopt.commands.evaluate import Setup, base_of, compare_texts, score
+from gteopt.commands.evaluate import Setup, base_of
+from gteopt.commands.judges import Judges, evaluate_on
 from gteopt.commands.names import named
-from gteopt.commands.optimize import Judges
-from gteopt.commands.run import load_judges
-from gteopt.config.plan import BenchSpec, Plan
+from gteopt.config.plan import BenchSpec
 from gteopt.config.policy import DEFAULT_MARGIN, Policy, load_policy
 from gteopt.encoder.description import Backend
 from gteopt.errors import InputError
@@ -104,30 +103,14 @@ def evaluate(
         raise InputError("nothing to evaluate on; give Judges a suite, data or texts")
     if not 0 < margin < 1:
         raise InputError(f"margin {margin:g}: give a difference of scores, between 0 and 1")
-    judges.check()
+    judges.check()  # before the artifacts are read
     listed = _listed(artifacts)
     sources = named([str(baseline) if baseline is not None else base_of(listed), *listed])
     folder = None if out is None else Path(out)
-    how = how or Setup()
-    if judges.texts is not None:
-        columns = dict(judges.columns)
-        return compare_texts(
-            sources, judges.texts, folder, how=how, columns=columns, progress=progress
-        )
-    plan = Plan(
-        schema="gteopt.plan/1",
-        name="evaluate",
-        base=next(iter(sources.values())),
-        recipes=("none",),
-        suite=judges.suite,
-        data=judges.data,
-        columns=dict(judges.columns),
-        languages=judges.languages,
-        out=Path("unused"),
+    evals, fidelity = evaluate_on(
+        judges, sources, folder, how=how or Setup(), margin=margin, progress=progress
     )
-    suite = load_judges(plan)
-    assert suite is not None
-    return score(sources, suite, folder, how=how, margin=margin, progress=progress)
+    return evals if judges.texts is None else fidelity
 
 
 def choose(results: str | Path, policy: str | Policy = "balanced") -> Choice:

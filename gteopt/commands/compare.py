@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gteopt.commands.evaluate import Setup, compare_texts, score
-from gteopt.commands.optimize import Judges
-from gteopt.commands.run import load_judges
-from gteopt.config.plan import Plan
+from gteopt.commands.evaluate import Setup
+from gteopt.commands.judges import Judges, evaluate_on
 from gteopt.errors import GteoptError, InputError
 from gteopt.evaluation.compare import compare_item_scores
 from gteopt.model.artifact import is_artifact, read_manifest
@@ -78,7 +76,8 @@ def compare(
         if judges is None:
             return Comparison(names, manifests)
         by_name = {name: str(source) for name, source in zip(names, sources, strict=True)}
-        return _measured(names, manifests, by_name, judges, how or Setup(), progress)
+        evals, fidelity = evaluate_on(judges, by_name, None, how=how or Setup(), progress=progress)
+        return Comparison(names, manifests, evals=evals, fidelity=fidelity)
     if any(is_artifact(source) for source in sources):
         raise InputError(
             f"{first} and {second}: only one is an artifact; give two artifacts or two results "
@@ -106,35 +105,3 @@ def _from_items(first: Path, second: Path) -> tuple[dict[str, ItemComparison], l
 def _names(sources: Sequence[Path]) -> tuple[str, str]:
     first, second = (source.resolve().name for source in sources)
     return (first, second) if first != second else (str(sources[0]), str(sources[1]))
-
-
-def _measured(
-    names: tuple[str, str],
-    manifests: tuple[Manifest, ...],
-    sources: dict[str, str],
-    judges: Judges,
-    how: Setup,
-    progress: Progress,
-) -> Comparison:
-    judges.check()
-    if judges.texts is not None:
-        close = compare_texts(
-            sources, judges.texts, None, how=how, columns=dict(judges.columns), progress=progress
-        )
-        return Comparison(names, manifests, fidelity=close)
-    plan = Plan(
-        schema="gteopt.plan/1",
-        name="compare",
-        base=sources[names[0]],
-        recipes=("none",),
-        suite=judges.suite,
-        data=judges.data,
-        columns=dict(judges.columns),
-        languages=judges.languages,
-        out=Path("unused"),
-    )
-    suite = load_judges(plan)
-    assert suite is not None
-    return Comparison(
-        names, manifests, evals=score(sources, suite, None, how=how, progress=progress)
-    )

@@ -17,10 +17,11 @@ import yaml
 from gteopt.build.build_time import UNCERTAINTY
 from gteopt.build.calibration_texts import draw_texts
 from gteopt.commands.inspect import inspect
+from gteopt.commands.judges import Judges
 from gteopt.commands.run import run
 from gteopt.config.engines import EngineChoice, format_for
 from gteopt.config.limits import Limits
-from gteopt.config.plan import ColumnRole, Plan, PlanBench, Screening
+from gteopt.config.plan import Plan, PlanBench, Screening
 from gteopt.config.recipe import (
     Calibration,
     Dims,
@@ -36,7 +37,7 @@ from gteopt.cores import n_cores
 from gteopt.errors import InputError
 from gteopt.evaluation.suites import read_suite
 from gteopt.evaluation.task_facts import filter_suite
-from gteopt.evaluation.user_data import read_own, read_texts
+from gteopt.evaluation.user_data import read_texts
 from gteopt.progress import Progress, quiet
 from gteopt.records.files import write_atomically
 from gteopt.records.inspection import Inspection, RecipeEstimate
@@ -53,38 +54,6 @@ _ENOUGH_TO_SPLIT = 200
 """Number of own texts from which on some calibrate; the rest is enough to tell variants apart."""
 _MOST_CALIBRATED = 128
 """Most own texts in a calibration set; built-in texts keep other kinds of text close."""
-
-
-@dataclass(frozen=True)
-class Judges:
-    """What variants are judged on; with nothing given, texts that ship with gteopt.
-
-    Attributes:
-        data: labelled pairs, queries with passages, or a BEIR folder.
-        texts: texts without labels.
-        columns: which column holds what, where the names do not tell.
-        suite: a shipped suite, or a file.
-        languages: of the suite.
-        budget: of time for the suite ("30m"); None is all of its tasks.
-    """
-
-    data: Path | None = None
-    texts: Path | None = None
-    columns: tuple[tuple[ColumnRole, str], ...] = ()
-    suite: str | None = None
-    languages: tuple[str, ...] = ()
-    budget: str | None = None
-
-    def check(self) -> None:
-        """Read the data once, so that their faults are told before anything slow.
-
-        Raises:
-            InputError: lists what is wrong with them.
-        """
-        if self.data is not None:
-            read_own(self.data, dict(self.columns))
-        if self.texts is not None:
-            read_texts(self.texts, dict(self.columns))
 
 
 @dataclass(frozen=True)

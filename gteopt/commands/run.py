@@ -26,10 +26,9 @@ from gteopt.build.quantize import quantize
 from gteopt.build.truncate import restyle
 from gteopt.commands.bench import BASELINE, ReportFile, measure
 from gteopt.commands.choose import write_page
-from gteopt.commands.estimate_evaluation import within_budget
 from gteopt.commands.evaluate import Setup, compare_texts, score
+from gteopt.commands.judges import Judges
 from gteopt.commands.screening import screen
-from gteopt.config.amounts import parse_seconds
 from gteopt.config.plan import WORKLOADS, Plan
 from gteopt.config.policy import Policy, load_policy
 from gteopt.config.recipe import Effort, GptqWeights, Recipe, load_recipe
@@ -37,10 +36,7 @@ from gteopt.corpus.workers import Workers
 from gteopt.encoder.description import pick_device
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems
 from gteopt.evaluation.data_check import check_data
-from gteopt.evaluation.suites import Suite, with_data
-from gteopt.evaluation.task_facts import filter_suite
-from gteopt.evaluation.tasks import load_suite
-from gteopt.evaluation.user_data import read_own, read_texts
+from gteopt.evaluation.suites import Suite
 from gteopt.model.artifact import discard, is_artifact, read_manifest
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.progress import Progress, quiet
@@ -282,7 +278,7 @@ def _resolve(plan: Plan, beside: Path | None, hub_dir: Path | None) -> _Resolved
     suite: Suite | None = None
     policy: Policy | None = None
     try:
-        suite = load_judges(plan, hub_dir=hub_dir)
+        suite = _load_suite(plan, hub_dir)
     except GteoptError as error:
         problems.append(str(error))
     try:
@@ -298,33 +294,20 @@ def _resolve(plan: Plan, beside: Path | None, hub_dir: Path | None) -> _Resolved
     return _Resolved(recipes, suite, policy)
 
 
-def load_judges(plan: Plan, *, hub_dir: Path | None = None) -> Suite | None:
-    """The plan's suite with own data as one more task; None where texts without labels decide.
-
-    With a budget, only the tasks that fit it are kept.
-
-    Raises:
-        InputError: an unknown suite or language, or own data that cannot be read.
-    """
-    suite = load_suite(plan.suite_name) if plan.suite_name is not None else None
-    if suite is not None and plan.languages:
-        suite = filter_suite(suite, languages=plan.languages)
-    if suite is not None and plan.budget is not None:
-        n_variants = min(len(plan.recipes), plan.screening.keep if plan.screening else 10**6)
-        suite = within_budget(
-            {BASELINE: plan.base},
-            suite,
-            parse_seconds("budget", plan.budget),
-            plan.out,
-            hub_dir=hub_dir,
-            n_models=1 + n_variants,
-        )
-    if plan.data is not None:
-        read_own(plan.data, plan.columns)  # finds faults of the data before anything is built
-        suite = with_data(suite, plan.data, columns=plan.columns)
-    if plan.texts is not None:
-        read_texts(plan.texts, plan.columns)
-    return suite
+def _load_suite(plan: Plan, hub_dir: Path | None) -> Suite | None:
+    """See `Judges.load_suite`."""
+    judges = Judges(
+        data=plan.data,
+        texts=plan.texts,
+        columns=tuple(plan.columns.items()),
+        suite=plan.suite,
+        languages=plan.languages,
+        budget=plan.budget,
+    )
+    n_variants = min(len(plan.recipes), plan.screening.keep if plan.screening else 10**6)
+    return judges.load_suite(
+        {BASELINE: plan.base}, plan.out, hub_dir=hub_dir, n_models=1 + n_variants
+    )
 
 
 def _is_current(out: Path, recipe: Recipe, base_sha256: str) -> bool:

@@ -85,6 +85,11 @@ def test_a_wrong_call_is_told_before_anything_is_measured(made: Path) -> None:
         gteopt.evaluate(made / "int8", gteopt.Judges())
     with pytest.raises(InputError, match="does not exist"):
         gteopt.evaluate(made / "int8", gteopt.Judges(texts=made / "no.txt"))
+    both = gteopt.Judges(texts=made / "texts.txt", suite="mini")
+    with pytest.raises(InputError, match="leave out suite and data"):
+        gteopt.evaluate(made / "int8", both)
+    with pytest.raises(InputError, match="budget '1': write the unit"):
+        gteopt.evaluate(made / "int8", gteopt.Judges(suite="mini", budget="1"))
     with pytest.raises(InputError, match="margin 2"):
         gteopt.evaluate(made / "int8", gteopt.Judges(texts=made / "texts.txt"), margin=2)
     with pytest.raises(InputError, match="did you mean balanced"):

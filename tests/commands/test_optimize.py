@@ -10,7 +10,8 @@ import pytest
 
 from gteopt.build.calibration_texts import draw_texts
 from gteopt.commands.choose import judge
-from gteopt.commands.optimize import Judges, Search, propose
+from gteopt.commands.judges import Judges
+from gteopt.commands.optimize import Search, propose
 from gteopt.commands.run import run
 from gteopt.config.limits import Limits
 from gteopt.config.plan import Plan, PlanBench, Screening, Workload, load_plan

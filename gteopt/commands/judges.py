@@ -1,0 +1,126 @@
+"""The data that variants are judged on: a suite, a user's own data, or texts without labels.
+
+Hides: how a suite is filtered and extended. Refuses to know: encoders, printing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gteopt.commands.estimate_evaluation import within_budget
+from gteopt.commands.evaluate import Setup, compare_texts, score
+from gteopt.config.amounts import parse_seconds
+from gteopt.config.plan import ColumnRole
+from gteopt.config.policy import DEFAULT_MARGIN
+from gteopt.errors import InputError
+from gteopt.evaluation.suites import Suite, with_data
+from gteopt.evaluation.task_facts import filter_suite
+from gteopt.evaluation.tasks import load_suite
+from gteopt.evaluation.user_data import read_own, read_texts
+from gteopt.progress import Progress
+from gteopt.records.evaluation import EvalReport, FidelityReport
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The data that variants are judged on; without any, texts that ship with gteopt.
+
+    Attributes:
+        data: labelled pairs, queries with passages, or a BEIR folder.
+        texts: texts without labels, instead of a suite and data.
+        columns: role and name of columns, where names do not tell their roles.
+        suite: a shipped suite, or a file.
+        languages: languages of the suite to score; empty scores all.
+        budget: time for the suite ("30m"); None scores all of its tasks.
+
+    Example:
+        >>> gteopt.Judges(data=Path("pairs.csv"))
+        >>> gteopt.Judges(suite="mteb-en", languages=("en",), budget="30m")
+    """
+
+    data: Path | None = None
+    texts: Path | None = None
+    columns: tuple[tuple[ColumnRole, str], ...] = ()
+    suite: str | None = None
+    languages: tuple[str, ...] = ()
+    budget: str | None = None
+
+    def check(self) -> None:
+        """Read the data once, so that its faults are reported before slow steps.
+
+        Raises:
+            InputError: lists the faults of the data; or texts are given with a suite or data.
+        """
+        if self.texts is not None and (self.suite is not None or self.data is not None):
+            raise InputError("texts has no labels to score; leave out suite and data")
+        if self.data is not None:
+            read_own(self.data, dict(self.columns))
+        if self.texts is not None:
+            read_texts(self.texts, dict(self.columns))
+
+    def load_suite(
+        self,
+        sources: Mapping[str, str],
+        folder: Path | None,
+        *,
+        hub_dir: Path | None = None,
+        n_models: int | None = None,
+    ) -> Suite | None:
+        """The suite with own data as one more task; None where texts without labels decide.
+
+        With a budget, only the tasks that fit it are kept.
+
+        Args:
+            sources: models by name, the baseline first; their speed decides what fits a budget.
+            folder: results folder, see `within_budget`.
+            hub_dir: see `within_budget`.
+            n_models: see `within_budget`.
+
+        Raises:
+            InputError: an unknown suite or language, or own data that cannot be read.
+        """
+        has_own = self.data is not None or self.texts is not None
+        name = self.suite or (None if has_own else "mini")
+        suite = load_suite(name) if name is not None else None
+        if suite is not None and self.languages:
+            suite = filter_suite(suite, languages=self.languages)
+        if self.budget is not None:
+            budget_s = parse_seconds("budget", self.budget)
+            if suite is None:
+                raise InputError("budget needs a suite to choose tasks from")
+            suite = within_budget(
+                sources, suite, budget_s, folder, hub_dir=hub_dir, n_models=n_models
+            )
+        if self.data is not None:
+            read_own(self.data, dict(self.columns))  # finds faults before anything is built
+            suite = with_data(suite, self.data, columns=dict(self.columns))
+        if self.texts is not None:
+            read_texts(self.texts, dict(self.columns))
+        return suite
+
+
+def evaluate_on(
+    judges: Judges,
+    sources: Mapping[str, str],
+    folder: Path | None,
+    *,
+    how: Setup,
+    margin: float = DEFAULT_MARGIN,
+    progress: Progress,
+) -> tuple[dict[str, EvalReport], dict[str, FidelityReport]]:
+    """Scores of sources on a suite and data, or their fidelity on texts; one of the two is empty.
+
+    Raises:
+        InputError: see `Judges.check`, `Judges.load_suite` and `score`.
+    """
+    judges.check()
+    if judges.texts is not None:
+        columns = dict(judges.columns)
+        return {}, compare_texts(
+            sources, judges.texts, folder, how=how, columns=columns, progress=progress
+        )
+    suite = judges.load_suite(sources, folder, hub_dir=how.hub_dir)
+    assert suite is not None
+    return score(sources, suite, folder, how=how, margin=margin, progress=progress), {}
