@@ -55,7 +55,7 @@ def fit_codebook(z: npt.NDArray[np.float32], n_bytes: int) -> Codebook:
     """
     rows = z.astype(np.float64)
     mean, std = rows.mean(axis=0), rows.std(axis=0)
-    # Variation below float32's precision counts as none.
+    # Variation below float32's precision counts as zero.
     std[std < 1e-6 * np.sqrt(np.square(rows).sum(axis=1).mean())] = 0
     variance, spread = np.square(std), std.sum()
     # An error e in a dimension moves a score by q e, so squared errors are weighted by E[q^2].

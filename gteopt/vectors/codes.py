@@ -177,9 +177,9 @@ class Binary:
 class RaBitQ:
     """B bits a dimension and one factor a vector, which estimate dot products without bias.
 
-    With r = z - centre, the code g is the point of the grid {-(2^B - 1) / 2, ..., (2^B - 1) / 2}^D
-    that lies closest to r in direction: for one bit the signs of r (Gao and Long 2024,
-    arXiv:2405.12497), for more bits the best over scales of the grid (Gao et al. 2025,
+    Let r = z - centre. The code g is a point of the grid {-(2^B - 1) / 2, ..., (2^B - 1) / 2}^D,
+    the closest to r in direction. For one bit it has the signs of r (Gao and Long 2024,
+    arXiv:2405.12497). For more bits it is the best over scales of the grid (Gao et al. 2025,
     arXiv:2409.09913). The factor is |r|^2 / <g, r>. Then <q, centre> + factor <q, g> estimates
     <q, z> without bias over random rotations (equation 12 of the first paper). The rotation is part
     of the projection. The factor is stored as float16 after the bits.

@@ -18,7 +18,7 @@ from gteopt.vectors.codes import Binary, Code, Codes, Float32, Floats, ProductQu
 from gteopt.vectors.transform import VectorTransform
 
 WITH_COUNTERPART = ("float32", "int8", "int4", "binary", "pq")
-"""Codes that faiss can hold; its RaBitQ stores four times as many factors as ours."""
+"""Codes that faiss can hold; its RaBitQ stores four times as many factors as gteopt's."""
 
 
 def to_faiss(

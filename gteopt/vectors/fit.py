@@ -27,8 +27,8 @@ _FOLDS = 4
 _MIN_HELD_OUT = 50
 _VECTORS_PER_NEIGHBOUR = 100
 _RANGE_STD = {"int8": 5.0, "int4": 2.5}
-"""Ranges are the mean -+ this many standard deviations. Clipping costs int8 more than coarse steps
-do. For 16 even levels, 2.5 is the best for a normal distribution (Max 1960,
+"""A range is the mean plus and minus this many standard deviations. Clipping costs int8 more than
+coarse steps do. For 16 even levels, 2.5 is the best for a normal distribution (Max 1960,
 doi:10.1109/TIT.1960.1057548, table II)."""
 _ROTATION_STEPS = 50
 _MOST_ITQ_DIMS = 1024
