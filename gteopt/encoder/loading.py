@@ -282,7 +282,7 @@ def _load_frame(
     with foreign_errors(checkpoint.folder, "loading the weights"):
         module.load_state_dict(tensors, strict=False, assign=True)
     tie_(module, ties)
-    if any(parameter.is_meta for name, parameter in module.named_parameters() if name in now):
+    if any(parameter.is_meta for name, parameter in module.named_parameters() if name in tensors):
         return None
     for name, buffer in module.named_buffers():
         parent, _, leaf = name.rpartition(".")
