@@ -140,7 +140,7 @@ class Checkpoint:
 
     @property
     def unit_vectors(self) -> bool:
-        """Whether vectors have unit length, by the modules or for comparison by cosine."""
+        """Whether vectors have unit length: modules normalise them, or the cosine compares them."""
         return self.normalise or self.similarity == "cosine"
 
     @property
