@@ -13,7 +13,14 @@ from collections.abc import Iterable
 
 
 class GteoptError(Exception):
-    """Something the user can act on; its text is complete and needs no traceback."""
+    """An error that the user can fix; its message is complete and needs no traceback.
+
+    Example:
+        >>> try:
+        ...     model = gteopt.load("no-such-folder")
+        ... except gteopt.GteoptError as error:
+        ...     print(error)
+    """
 
 
 class InputError(GteoptError):

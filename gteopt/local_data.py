@@ -98,8 +98,8 @@ def downloaded_commit(data: LocalData) -> tuple[str | None, list[str]]:
     The etag is the SHA-256 of a large file and git's hash of a small one.
 
     Returns:
-        The commit that all notes name, or None where they name several; and the files that have no
-        note or whose bytes do not match their note.
+        The commit that all notes name, or None where they name several. The second value lists
+        files without a note, and files whose bytes differ from their note.
     """
     notes = data.folder / ".cache" / "huggingface" / "download"
     commits: set[str] = set()

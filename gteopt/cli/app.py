@@ -115,7 +115,7 @@ def main() -> None:
 def _limit_threads() -> None:
     """Set the number of threads for torch, before its import, and for child processes.
 
-    With --ray, a given OMP_NUM_THREADS stays: it is for actors, whose machines may have more cores.
+    With --ray, a given OMP_NUM_THREADS stays, because the machines of actors may have more cores.
     """
     wanted = os.environ.get("OMP_NUM_THREADS")
     if wanted is not None and any(argument.startswith("--ray") for argument in sys.argv):

@@ -142,7 +142,7 @@ def truncate(
     bits: Annotated[
         int | None,
         typer.Option(
-            min=1, max=8, help="bits a dimension, with --vectors rabitq", rich_help_panel=BUILD
+            min=1, max=8, help="bits per dimension, with --vectors rabitq", rich_help_panel=BUILD
         ),
     ] = None,
     centred: Annotated[

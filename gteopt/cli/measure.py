@@ -296,7 +296,7 @@ def evaluate(
         bool,
         typer.Option(
             "--examples",
-            help="store your texts whose neighbours changed most, readable, in --out",
+            help="store your texts whose neighbours changed most, as plain text, in --out",
             rich_help_panel=OUTPUT,
         ),
     ] = False,

@@ -82,7 +82,7 @@ def optimize(
     min_quality: Annotated[
         str | None,
         typer.Option(
-            help="share of the score to keep (95 % interval); of neighbours without labels: 99%",
+            help="share of the score to keep at 95 % confidence; of neighbours without labels: 99%",
             rich_help_panel=LIMITS,
         ),
     ] = None,

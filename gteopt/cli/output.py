@@ -142,7 +142,7 @@ def _show_screening(folder: Path) -> None:
 
 
 def say(sentence: str) -> None:
-    """Print on a terminal what a step of some seconds does."""
+    """Tell a person at a terminal what happens in the next seconds."""
     if stderr.is_terminal:
         stderr.print(f"{sentence} ...", style="dim", markup=False, highlight=False, soft_wrap=True)
 

@@ -257,7 +257,7 @@ def _replace_or_refuse(
     if others := old.variants.keys() - sources.keys():
         warnings.warn(
             f"{file.path} was measured under other conditions ({'; '.join(problems)}); it is "
-            f"replaced, and {', '.join(sorted(others))} is lost",
+            f"replaced, without {', '.join(sorted(others))}",
             stacklevel=3,
         )
 

@@ -112,7 +112,7 @@ class Setup:
         options: how texts are encoded and cached.
         asked: see `EvalReport`.
         correction: what the verdicts' error rate covers; see `settle`.
-        examples: whether a user's own texts whose neighbours changed most are stored, readable.
+        examples: whether own texts whose neighbours changed most are stored as plain text.
         stops: whether a variant's task stops once its verdict is certain.
     """
 
@@ -228,7 +228,7 @@ def compare_texts(
     With a grid, each variant, number of dimensions and code has a report. The baseline is always
     the first source at full dimensions.
 
-    With `how.examples`, the texts whose neighbours changed most are stored, readable, in
+    With `how.examples`, the texts whose neighbours changed most are stored as plain text in
     `examples/` of the results folder. Otherwise, examples of an earlier run are removed.
 
     Raises:

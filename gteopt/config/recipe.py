@@ -126,9 +126,8 @@ class RtnWeights(Frozen):
         method: "rtn".
         scheme: how every layer is stored and computed.
         clip_search: choose each group's range for the least error, instead of min and max.
-        fallback: what to do with a layer whose input features the group size does not divide:
-            refuse the build ("error"), use one group a row ("per_channel") or leave it unquantized
-            ("skip").
+        fallback: for layers whose input features the group size does not divide. "error" refuses
+            the build, "per_channel" uses one group a row, "skip" leaves them unquantized.
         skip: shell patterns of the names of layers to leave unquantized.
     """
 
@@ -154,9 +153,8 @@ class GptqWeights(Frozen):
         act_order: quantize input features in order of falling Hessian diagonal.
         damping: share of the mean Hessian diagonal that is added to the diagonal.
         clip_search: choose each group's range for the least error, instead of min and max.
-        fallback: what to do with a layer whose input features the group size does not divide:
-            refuse the build ("error"), use one group a row ("per_channel") or leave it unquantized
-            ("skip").
+        fallback: for layers whose input features the group size does not divide. "error" refuses
+            the build, "per_channel" uses one group a row, "skip" leaves them unquantized.
         skip: shell patterns of the names of layers to leave unquantized.
         gptaq_strength: share of the input error from earlier layers that a layer corrects (GPTAQ,
             Li et al. 2025, arXiv:2504.02692). 0 is GPTQ, which assumes exact inputs.
@@ -319,6 +317,11 @@ class Recipe(Frozen):
             standard format supports that.
         format: how quantized weights are stored. "auto" takes the first standard format that holds
             them exactly; other libraries open it without gteopt.
+
+    Example:
+        >>> from gteopt.config.recipe import load_recipe
+        >>> load_recipe("gptq-int4").with_effort("standard").weights.effort
+        'standard'
     """
 
     schema_: Literal["gteopt.recipe/1"] = Field(alias="schema")
@@ -373,13 +376,13 @@ class Recipe(Frozen):
         """
         if not isinstance(self.weights, GptqWeights):
             raise InputError(
-                f"recipe {self.name} has no efforts: only weights.method gptq is tuned "
+                f"recipe {self.name} does not support effort: only weights.method gptq is tuned "
                 f"(found {self.weights.method})"
             )
         if effort != "fast" and not self.weights.can_be_tuned:
             raise InputError(
-                f"recipe {self.name} has no efforts: layers with 8-bit activations, 8-bit floats "
-                f"or double quantization are not tuned"
+                f"recipe {self.name} does not support effort: layers with 8-bit activations, 8-bit "
+                f"floats or double quantization are not tuned"
             )
         return self.model_copy(
             update={"weights": self.weights.model_copy(update={"effort": effort})}

@@ -266,8 +266,8 @@ class EvalReport(Frozen):
         correction: what the verdicts' error rate covers; "family" uses Holm's correction.
         dims, code, bytes_per_vector: of the vectors that were scored.
         n_asked_texts: texts whose vectors the tasks needed, counted in the run that scored them.
-        n_encoded_texts: those of them that were encoded; the others came from the cache.
-        n_cut_texts: those of them that were cut to the model's maximum length.
+        n_encoded_texts: number of these texts that were encoded; the others came from the cache.
+        n_cut_texts: number of these texts that were cut to the model's maximum length.
         notes: unusual events, such as a damaged cache or batches that did not fit the memory.
         protocol: protocol of the scores.
         whole_suite: prediction for the whole suite from the scored part; None where all tasks were
@@ -350,8 +350,8 @@ class FidelityReport(Frozen):
         texts: name of the file; `texts_sha256` covers the texts and their order.
         dims, code, bytes_per_vector: of the vectors that were compared.
         n_asked_texts: texts whose vectors were needed.
-        n_encoded_texts: those of them that were encoded in this run for this row. The others came
-            from the cache, filled by an earlier run or by another row with the same weights.
+        n_encoded_texts: number of these texts that were encoded in this run for this row. The
+            others came from the cache of an earlier run or of another row with the same weights.
         n_cut_texts: see `EvalReport`.
         notes: see `EvalReport`.
     """

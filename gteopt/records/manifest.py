@@ -185,10 +185,9 @@ class VectorRecord(Frozen):
         method: "full", "slice" or "pca".
         rotated: whether the kept dimensions were rotated so that their code keeps more neighbours.
         similarity: how the vectors are compared.
-        neighbours_kept: share of the nearest neighbours in full dimension (the nearest 1 % of the
-            texts) that stay, for each of "slice", "pca" and "pca rotated" that was tried. Vectors
-            are searched as stored, on held-out quarters of the calibration texts. None where no
-            method was chosen this way.
+        neighbours_kept: share of nearest neighbours (1 % of the texts, in full dimensions) that
+            stay, by tried method: "slice", "pca" or "pca rotated". Vectors are searched as stored,
+            on held-out quarters of the calibration texts. None where no method was chosen so.
         trials: all trials for `vectors.bytes`, best first; the first is what is stored.
         explained_variance_ratio: share of the calibration vectors' variance that is kept.
         bits: bits per dimension, for rabitq.

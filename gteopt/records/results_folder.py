@@ -39,7 +39,7 @@ class Results(Frozen):
         fidelity: closeness to the baseline on a user's own texts, by variant.
         choice: None before `gteopt choose`.
         examples: a user's own texts whose neighbours changed most, by variant. They are stored only
-            on request, because they are readable.
+            on request, because they are plain text.
     """
 
     bench: BenchReport | None

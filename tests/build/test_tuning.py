@@ -212,9 +212,9 @@ def test_a_shortened_variant_is_fitted_on_the_tuned_weights(guided: Recipe, tmp_
 
 
 def test_effort_is_for_gptq_recipes_only() -> None:
-    with pytest.raises(InputError, match="recipe rtn-int8 has no efforts: only weights"):
+    with pytest.raises(InputError, match="recipe rtn-int8 does not support effort: only weights"):
         load_recipe("rtn-int8").with_effort("best")
-    with pytest.raises(InputError, match="recipe int8 has no efforts: layers with 8-bit"):
+    with pytest.raises(InputError, match="recipe int8 does not support effort: layers with 8-bit"):
         load_recipe("int8").with_effort("best")
     assert load_recipe("int8").with_effort("fast") == load_recipe("int8")
 
