@@ -202,7 +202,7 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path: Path, begun: boo
         why = f"no folder can be made in {place} (Permission denied)"
         assert line.startswith(f"gteopt: --out {place / 'out'}: {why}")
     assert str(place) in line
-    assert "goes on" not in child.stderr
+    assert "finished work is kept" not in child.stderr
     assert "Traceback" not in child.stderr
 
 
@@ -382,10 +382,11 @@ def test_ctrl_c_promises_what_the_command_keeps(
 
 
 def test_prices_and_margins_that_cannot_be_are_refused(call: Call) -> None:
-    for command in (("bench", "nano"), ("run", "demo")):
-        ran = call(*command, "--price-per-hour", "-1")
-        assert ran.code == 2
-        assert "--price-per-hour" in ran.err
+    for command in (("bench", "nano"), ("run", "demo"), ("serve", "nano")):
+        for price in ("-1", "inf"):
+            ran = call(*command, "--price-per-hour", price)
+            assert ran.code == 2
+            assert "--price-per-hour" in ran.err
     for margin in ("0", "1", "-0.1"):
         ran = call("evaluate", "nano", "--suite", "mini", "--margin", margin)
         assert ran.code == 1
