@@ -795,6 +795,7 @@ UNITS = {
     "damping": "share of the mean diagonal",
     "gptaq_strength": "share of the error",
     "budget": "bits a weight, mean",
+    "Plan.budget": "time",
     "n_texts": "texts",
     "keep": "variants",
     "max_tokens": "tokens",

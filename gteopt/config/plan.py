@@ -132,9 +132,10 @@ class Plan(Frozen):
         columns: which column of `data` or `texts` holds what; needed where names do not tell.
         texts: your own texts without labels; fidelity is then judged instead of scores.
         languages: languages of the suite to score; empty scores all.
-        budget: time for the suite ("30m"); tasks that fit it are chosen. None scores all tasks.
-        effort: effort of GPTQ recipes; None keeps the effort in each recipe.
-        screening: quick comparison before variants are measured in full; None leaves it out.
+        budget: time for the suite ("30m"); tasks that fit it are chosen. All tasks are scored when
+            left out.
+        effort: effort of GPTQ recipes; each recipe's own when left out.
+        screening: quick comparison before variants are measured in full; not done when left out.
         bench: what is measured.
         policy: a shipped name, a file relative to the plan's folder, or the policy itself.
         out: results folder.

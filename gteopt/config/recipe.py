@@ -163,8 +163,8 @@ class GptqWeights(Frozen):
         tune_by: "model" tunes end to end against the original's vectors. "block" tunes each block
             against the original block's output. "auto" is "model" up to 2 billion weights.
         budget: mean stored bits per weight over all layers. Each layer gets `scheme`, one of
-            `choices` or 16 bits, so that the predicted loss is least. None gives all layers
-            `scheme`.
+            `choices` or 16 bits, so that the predicted loss is least. All layers get `scheme` when
+            left out.
         choices: further schemes for a budget; a layer is offered only those that fit its features.
         smooth: move outliers of 8-bit activations into the weights (SmoothQuant, Xiao et al. 2022,
             arXiv:2211.10438), where the architecture allows it and the measured error falls.
@@ -311,7 +311,7 @@ class Recipe(Frozen):
         summary: one line for tables.
         weights: how the weights of linear layers are quantized.
         calibration: the texts that the build calibrates on.
-        dims: shortens vectors; None keeps all dimensions.
+        dims: shortens vectors; all dimensions are kept when left out.
         vectors: how vectors are stored.
         embedding: "int8" stores the token embedding table in 8 bits with a scale per token; no
             standard format supports that.
