@@ -80,7 +80,9 @@ def embed(
     ] = "document",
     instruction: Annotated[
         str | None,
-        typer.Option(help="task that queries serve, with --role query", rich_help_panel=EMBED),
+        typer.Option(
+            help="instruction to put before queries, with --role query", rich_help_panel=EMBED
+        ),
     ] = None,
     long: Annotated[
         str,
@@ -279,7 +281,7 @@ def search(
         int, typer.Option(min=1, help="number of results per query", rich_help_panel=FIND)
     ] = 10,
     instruction: Annotated[
-        str | None, typer.Option(help="task that the queries serve", rich_help_panel=FIND)
+        str | None, typer.Option(help="instruction to put before the queries", rich_help_panel=FIND)
     ] = None,
     model: Annotated[
         str | None,

@@ -303,7 +303,9 @@ def evaluate(
     languages: Languages = None,
     instruction: Annotated[
         str | None,
-        typer.Option(help="task that the queries of --data serve", rich_help_panel=JUDGES),
+        typer.Option(
+            help="instruction to put before the queries of --data", rich_help_panel=JUDGES
+        ),
     ] = None,
     baseline: Annotated[
         str | None,

@@ -76,7 +76,7 @@ def search(
         folder: folder that `gteopt embed` made.
         queries: one or more texts.
         top: number of rows per query.
-        instruction: task of the queries; None is the model's default.
+        instruction: instruction to put before queries; None is the model's default.
         progress: receives the number of searched shards.
         model: `model`, the query encoder's new location if it moved; `device`; `hub_dir`; `index`
             to search index.faiss instead of every vector.
