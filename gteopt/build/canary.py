@@ -37,7 +37,7 @@ def canary_of(
     """The record of the canary text and its vector.
 
     If the build has freed its blocks, the forward pass reads each finished block and frees it
-    again, so that one block is in memory at a time.
+    again. So one block is in memory at a time.
 
     Args:
         encoder: the model of the build; its blocks may be freed.

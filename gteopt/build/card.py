@@ -72,7 +72,7 @@ def card(
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(manifest: Manifest, more: Mapping[str, Any]) -> str:
+def _front_matter(manifest: Manifest, metadata: Mapping[str, Any]) -> str:
     """Model card metadata; `base_model` only if the base is a model of the Hub."""
     content: dict[str, Any] = {
         "library_name": "sentence-transformers",
@@ -89,17 +89,17 @@ def _front_matter(manifest: Manifest, more: Mapping[str, Any]) -> str:
         content["tags"].append(manifest.format)
     if bits := sorted({layer.scheme.bits for layer in manifest.layers}):
         content["tags"] += [f"{n}-bit" for n in bits]
-    content |= more
+    content |= metadata
     return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---"
 
 
 def _summary(manifest: Manifest) -> str:
     base = manifest.base
     name = f"[{base.id}](https://huggingface.co/{base.id})" if "/" in base.id else f"`{base.id}`"
-    made = manifest.recipe.summary.strip().rstrip(".")
+    summary = manifest.recipe.summary.strip().rstrip(".")
     return (
         f"A variant of {name}, made by gteopt with recipe `{manifest.recipe.name}`"
-        + (f": {made}." if made else ".")
+        + (f": {summary}." if summary else ".")
         + f" Its weights take {_megabytes(manifest.weight_bytes)}, "
         f"{manifest.weight_bytes / base.weight_bytes:.2f} of the original's "
         f"{_megabytes(base.weight_bytes)} in {base.dtype}."

@@ -289,15 +289,15 @@ def _memory(build: _Build) -> _Memory:
     largest = max(range(len(sizes)), key=lambda i: sizes[i])
     inside = f"{blocks_name}.{largest}."
     linears = {name: layer for name, layer in base.linears.items() if name.startswith(inside)}
-    held = frame
+    resident = frame
     if shortens(build.recipe):
-        held += build.packed_bytes
-    work = held + _block_bytes(build, linears, sizes[largest])
+        resident += build.packed_bytes
+    work = resident + _block_bytes(build, linears, sizes[largest])
     if plan.choices:
         measuring = _measuring_bytes(build, linears, len(sizes), sizes[largest])
         work = max(work, frame + measuring)
     written = min(_WRITE_BYTES, 2 * build.packed_bytes) + frame
-    host = written if build.on_gpu else max(work, held + written)
+    host = written if build.on_gpu else max(work, resident + written)
     host += min(_KEPT_BYTES + int(_KEPT_SHARE * host), _MOST_KEPT_BYTES)
     # Without the allocator's share, because a mapped file leaves no freed memory behind.
     host, work = max(host, read if build.on_gpu else load), max(work, load)

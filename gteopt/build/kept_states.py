@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from gteopt.build.replay import BlockInput
 from gteopt.build.tensor_files import save_tensors
 
-_BEGUN = "begun"
+_PARTIAL = "begun"
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class KeptStates:
         if n_tokens * hidden.shape[-1] * hidden.element_size() > self.n_bytes:
             return
         shutil.rmtree(self.folder, ignore_errors=True)
-        begun = self.folder / _BEGUN
+        partial = self.folder / _PARTIAL
         for i, batch in enumerate(batches):
-            save_tensors(_file(begun, i), {"hidden": batch.hidden.contiguous().cpu()})
-        begun.rename(self.folder / str(n_blocks))
+            save_tensors(_file(partial, i), {"hidden": batch.hidden.contiguous().cpu()})
+        partial.rename(self.folder / str(n_blocks))
 
     def n_blocks(self, batches: Sequence[BlockInput]) -> int:
         """After how many blocks the stored states were taken; 0 if none fit these batches."""

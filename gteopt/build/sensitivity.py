@@ -1,6 +1,6 @@
 """Measure sensitivity: how far the vectors move when only one layer is quantized.
 
-Hides: two methods. `measure` runs the model from the layer's block to the end for each trial, so
+Hides: two methods. `measure` runs the model from the layer's block to the end for each trial. So
 its cost grows with the square of the number of blocks. `estimate` computes gradients of the vectors
 at every block once; a trial then runs only its own block. Both have one block's weights in memory
 at a time. Refuses to know: what is chosen.

@@ -419,10 +419,10 @@ class _Texts:
             self._random.shuffle(self._waiting)
         head, body, tail = self._texts[self._waiting.pop()]
         if self._random.random() < _SPLICED and body:
-            _, other, _ = self._random.choice(self._texts)
-            longest = max(len(body), len(other))
+            _, second, _ = self._random.choice(self._texts)
+            longest = max(len(body), len(second))
             cut = self._random.randint(1, len(body))
-            body = (body[:cut] + other[self._random.randint(0, len(other)) :])[:longest]
+            body = (body[:cut] + second[self._random.randint(0, len(second)) :])[:longest]
         if self._random.random() < _SUBSTITUTED:
             share = self._random.uniform(0, _MOST_SUBSTITUTION)
             body = [

@@ -206,8 +206,8 @@ def lacking(wanted: Sequence[str], present: Sequence[str], where: str) -> InputE
     if not missing:
         return None
     shown = ", ".join(list(present)[:40]) or "none"
-    more = f" and {len(present) - 40} more" if len(present) > 40 else ""
+    rest = f" and {len(present) - 40} more" if len(present) > 40 else ""
     return InputError(
-        f"{where} has no column {', '.join(missing)}; it has {shown}{more}. Name one with --text, "
+        f"{where} has no column {', '.join(missing)}; it has {shown}{rest}. Name one with --text, "
         f"--id or --keep"
     )

@@ -85,12 +85,12 @@ class Tally:
         """Rates, and the time that is left, for an event."""
         took = max(self.seconds, 1e-9)
         rate = self.n_texts / took
-        left = (self.n_rows - self.n_done) / rate if rate else None
+        seconds_left = (self.n_rows - self.n_done) / rate if rate else None
         return {
             "rows_done": self.n_done,
             "rows_total": self.n_rows,
             "texts_per_s": round(rate, 2),
             "tokens_per_s": round(self.n_tokens / took, 1),
-            "seconds_left": None if left is None else round(left, 1),
+            "seconds_left": None if seconds_left is None else round(seconds_left, 1),
             "dollars": None if self.dollars is None else round(self.dollars, 4),
         }

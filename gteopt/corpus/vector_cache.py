@@ -134,12 +134,12 @@ class VectorCache:
 
     def room_bytes(self) -> int:
         """The most bytes that the shards of all encoders may take."""
-        held = sum(path.stat().st_size for path in self.folder.parent.glob("*/*.safetensors"))
-        return self._room_bytes(held)
+        n_bytes = sum(path.stat().st_size for path in self.folder.parent.glob("*/*.safetensors"))
+        return self._room_bytes(n_bytes)
 
-    def _room_bytes(self, held: int) -> int:
+    def _room_bytes(self, n_bytes: int) -> int:
         existing = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
-        return min(self._limit_bytes, held + shutil.disk_usage(existing).free // 2)
+        return min(self._limit_bytes, n_bytes + shutil.disk_usage(existing).free // 2)
 
     def embed(
         self,
@@ -240,7 +240,7 @@ class VectorCache:
         for name, wanted_rows in by_shard.items():
             vectors = self._vectors(name)
             if vectors is None:
-                # The keys stay in the index: to remove those of thousands of shards takes long.
+                # The keys stay in the index, because removing keys of many shards takes long.
                 self._gone.add(name)
                 self._seen.discard(name)
                 continue

@@ -133,11 +133,11 @@ def _cosines_again(job: Job, encoder: Encoder, seed: int) -> dict[str, float]:
         picked = random.choice(table.num_rows, min(wanted[name], table.num_rows), replace=False)
         texts = reader.read(shard).texts
         rows = table["row"].to_numpy()[picked]
-        whole = [texts[row - shard.first] or "" for row in rows]
-        parts = _parts(job, encoder, whole)
+        documents = [texts[row - shard.first] or "" for row in rows]
+        parts = _parts(job, encoder, documents)
         if "start" in table.column_names:
             starts, ends = (table[column].to_numpy()[picked] for column in ("start", "end"))
-            parts = [[text[a:b]] for text, a, b in zip(whole, starts, ends, strict=True)]
+            parts = [[text[a:b]] for text, a, b in zip(documents, starts, ends, strict=True)]
         flat = [chunk for chunks in parts for chunk in chunks]
         vectors = encoder.embed(
             flat, role=options.role, instruction=options.instruction, batch_size=options.batch_size

@@ -2,8 +2,8 @@
 
 QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), section 3, as bitsandbytes implements it. The mean
 of all scales is subtracted. Then the scales, in the order of the weight's rows, are cut into blocks
-of 256 and divided by the largest absolute value of their block. Each result is stored as the index
-of the nearest number in the "dynamic map" (Dettmers 2015, arXiv:1511.04561). Refuses to know:
+of 256. Each is divided by the largest absolute value of its block. The quotient is stored as the
+index of the nearest number in the "dynamic map" (Dettmers 2015, arXiv:1511.04561). Refuses to know:
 weights, codes, files.
 """
 

@@ -90,9 +90,9 @@ def solve(
 
     With `cross_term` it is GPTAQ (Li et al. 2025, arXiv:2504.02692). GPTQ solves min |W x - Q x|^2
     over the codes Q; GPTAQ solves min |W x0 - Q x|^2, with the original model's inputs x0.
-    Completing the square leaves GPTQ's problem for another weight: W + (W dX X^T) H^-1 with dX X^T
-    = mean (x0 - x) x^T and the damped Hessian H. Few texts estimate the correction poorly, so only
-    a share of it is applied.
+    Completing the square leaves GPTQ's problem for another weight: W + (W dX X^T) H^-1. Here dX X^T
+    is the mean of (x0 - x) x^T, and H the damped Hessian. Few texts estimate the correction poorly,
+    so only a share of it is applied.
 
     Args:
         weight: [O, I], any float dtype; computed in float32 and left unchanged.

@@ -100,7 +100,7 @@ def _learned(
     """The scale [I] with the least expected error, by gradient descent on log2 s from `start`.
 
     Rounding errors are taken as independent and uniform. A token's step d_t adds
-    d_t^2 / 12 sum_j s_j^2 |W_j|^2 to |y_q - y|^2, and the step d_o of a weight's row adds
+    d_t^2 / 12 sum_j s_j^2 |W_j|^2 to |y_q - y|^2. The step d_o of a weight's row adds
     d_o^2 / 12 sum_j |x_j|^2 / s_j^2. A step is the range of x / s or W s divided by the number of
     codes. OmniQuant (Shao et al. 2023, arXiv:2308.13137) learns s through rounded matrix products.
     This descent needs no products; it reads x and W a few times in each step.

@@ -84,7 +84,7 @@ class SeenInputs:
         self.square.lerp_(x.square().mean(0), share)
 
 
-def fit_inputs(seen: SeenInputs) -> InputGrid:
+def fit_inputs(inputs: SeenInputs) -> InputGrid:
     """Fit a grid to the ranges of the inputs that were seen.
 
     Let r_j be the range of feature j, R the widest range and a the strength. Then scale_j =
@@ -93,11 +93,11 @@ def fit_inputs(seen: SeenInputs) -> InputGrid:
     the weight's columns become as uneven as the inputs. A strength in between gives smaller ranges
     more headroom. The middle of a feature's range has the code 128.
     """
-    span = seen.high - seen.low
+    span = inputs.high - inputs.low
     widest = span.max().clamp_min(torch.finfo(torch.float32).tiny * 2**60)
     # A feature that was constant gets a range as well, because other texts may change it.
     share = (span / widest).clamp_min(2.0**-8)
     scale = _HEADROOM * widest * share**_STRENGTH / LARGEST_CODE
     # The middle of the range is exactly a code, so that a constant feature has no error.
-    middle = (seen.high + seen.low) / 2
+    middle = (inputs.high + inputs.low) / 2
     return InputGrid(scale, (LARGEST_CODE + 1) / 2 - middle / scale)

@@ -21,11 +21,11 @@ class LoadMeter:
         None if no time has passed by the system's clock.
         """
         busy, idle = _machine_s()
-        whole = (busy - self._busy) + (idle - self._idle)
-        if whole <= 0:
+        total = (busy - self._busy) + (idle - self._idle)
+        if total <= 0:
             return None
         others = (busy - self._busy) - (_own_s() - self._own)
-        return min(1.0, max(0.0, others / whole))
+        return min(1.0, max(0.0, others / total))
 
 
 def _machine_s() -> tuple[float, float]:

@@ -19,9 +19,9 @@ The protocol:
   text to code: tokenize, encode, shorten, code. The texts have no instruction, because it would
   only make them longer. Percentiles interpolate linearly between order statistics.
 - **Throughput**: batches of texts of exactly `tokens` tokens, or of seeded log-normal lengths with
-  that median, from token ids to full-dimension vectors in this process's memory. Padding does not
-  count as tokens. Tokenization is not timed: it is the same for all variants of a base, and can run
-  at the same time.
+  that median. The time is from token ids to full-dimension vectors in this process's memory.
+  Padding does not count as tokens. Tokenization is not timed: it is the same for all variants of a
+  base, and can run at the same time.
 - **Side by side**: the baseline and one variant are in memory and take turns, query by query and
   round by round. They alternate in being first, so that a machine that slows down affects both.
   `baseline_ratio` is the median of the ratios of each round. The baseline is also measured against
@@ -32,8 +32,8 @@ The protocol:
   variant with the peak of the number type in which its quantized layers multiply. Weights with
   fewer bits than 8 multiply in the baseline's number type.
 - **Energy**, if the device counts it: after the timed turns, the variant alone repeats a query, and
-  then each workload, for at least two seconds, because the counter is updated only about ten times
-  a second.
+  then each workload. Each takes at least two seconds, because the counter is updated only about ten
+  times a second.
 - **Clock**: the monotonic clock on a CPU, CUDA events on a GPU. Python's cyclic garbage collector
   is off while the clock runs.
 """

@@ -80,8 +80,8 @@ def write_dummy(
     """Write a model folder with random bfloat16 weights, one file for each block.
 
     Linear weights are normal with deviation 0.02. Weights that write into the residual stream are
-    divided by sqrt(2 n_layers), so that activations are as large as in trained models (Radford et
-    al. 2019, section 2.3). Norms are one, biases zero.
+    divided by sqrt(2 n_layers) (Radford et al. 2019, section 2.3). So activations are as large as
+    in trained models. Norms are one, biases zero.
 
     Args:
         base: name of a published model, with or without its organization, or a folder with a

@@ -29,7 +29,7 @@ def extrapolate(
     """Time and bytes of each variant of the whole model, on the line through two depths.
 
     Time and bytes are `a + b * depth`. One depth is not enough, because some work happens once:
-    embedding, pooling, and the last block, which computes the output of one token a text only.
+    embedding, pooling, and a last block that computes only the pooled token of each text.
 
     Args:
         deep: measured with `depths[0]` blocks.
