@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 
 _AHEAD_PER_WORKER = 4  # shards encoded before they are asked for; each takes a few MB
-_TRIES = 3  # how often a shard is tried on another worker after a loss
+_TRIES = 3  # workers on which a shard is tried, before it is given up
 _LOSSES_PER_WORKER = 3
 _PATIENCE_S = 600.0  # how long a shard waits for a worker when none is left
 
