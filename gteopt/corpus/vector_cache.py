@@ -30,7 +30,8 @@ import os
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -134,8 +135,14 @@ class VectorCache:
 
     def room_bytes(self) -> int:
         """The most bytes that the shards of all encoders may take."""
-        n_bytes = sum(path.stat().st_size for path in self.folder.parent.glob("*/*.safetensors"))
-        return self._room_bytes(n_bytes)
+        files = self._files()
+        return self._room_bytes(sum(stat.st_size for path, stat in files if _is_shard(path)))
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Files of all encoders, without those that another process removes meanwhile."""
+        for path in self.folder.parent.glob("*/*"):
+            with suppress(FileNotFoundError):
+                yield path, path.stat()
 
     def _room_bytes(self, n_bytes: int) -> int:
         existing = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
@@ -318,12 +325,8 @@ class VectorCache:
             The bytes of the shards that are left.
         """
         files: list[tuple[float, int, Path]] = []
-        for path in self.folder.parent.glob("*/*"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:  # another process removed it to make room
-                continue
-            if path.suffix == ".safetensors":
+        for path, stat in self._files():
+            if _is_shard(path):
                 files.append((stat.st_mtime, stat.st_size, path))
             elif time.time() - stat.st_mtime > _STALE_S:
                 path.unlink(missing_ok=True)
@@ -361,6 +364,10 @@ def vector_identity(encoder: Description, dtype: CacheDtype = "float16") -> dict
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
+
+
+def _is_shard(path: Path) -> bool:
+    return path.suffix == ".safetensors"
 
 
 def _short_hash(content: Mapping[str, str]) -> str:

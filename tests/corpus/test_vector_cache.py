@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,24 @@ def test_the_oldest_shards_make_room_and_what_is_returned_stays_right(
         cache.embed(texts_of(12, "a"), "document", None), nano.embed(texts_of(12, "a")), atol=2**-11
     )
     assert cache.counts.n_encoded == 12
+
+
+def test_a_shard_that_another_process_removes_is_not_counted(
+    nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for salt in "ab":
+        VectorCache(nano, tmp_path).embed(texts_of(12, salt), "document", None)
+    removed, left = shards(tmp_path)
+    n_bytes, listed = left.stat().st_size, Path.glob
+
+    def remove_after_listing(folder: Path, pattern: str) -> list[Path]:
+        paths = list(listed(folder, pattern))
+        removed.unlink(missing_ok=True)
+        return paths
+
+    monkeypatch.setattr(Path, "glob", remove_after_listing)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    assert VectorCache(nano, tmp_path).room_bytes() == n_bytes
 
 
 def test_a_corpus_beyond_the_cache_is_kept_from_its_beginning(
@@ -553,7 +572,7 @@ def test_whoever_changes_the_forward_pass_raises_its_schema(model: str, tmp_path
     found = both @ np.random.default_rng(0).standard_normal((both.shape[1], 3))
     assert np.abs(found - FORWARD[FORWARD_SCHEMA][model]).max() < 0.001, (
         "the forward pass gives other vectors than those that users have cached; if that is meant, "
-        "raise FORWARD_SCHEMA in gteopt/evaluation/cache.py and add these under it to FORWARD: "
+        "raise FORWARD_SCHEMA in gteopt/corpus/vector_cache.py and add these under it to FORWARD: "
         f"{np.round(found, 4).tolist()}"
     )
 
