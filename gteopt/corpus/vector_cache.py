@@ -20,10 +20,14 @@ and a warm cache give the same bits, and baseline and variant are rounded alike.
 float16: for the components of unit vectors it is eight times finer than bfloat16. The rounding
 changes Spearman's correlation from the fifth digit on, more where many pairs tie. float32 is for
 scores that must be reproduced to the sixth digit.
+
+A cache without write permission is read as any other. New vectors are then kept only in memory, and
+a message says so once.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -68,6 +72,7 @@ DEFAULT_BYTES = 20_000_000_000
 
 _HELD_BYTES = 1 << 30  # bytes of shards that stay in memory after they were read
 _WRITES_PER_LOOK = 64  # own writes between two looks at the size of the whole cache
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _STALE_S = 86_400  # a half-written file that is older was left by a killed process
 
 
@@ -100,7 +105,7 @@ class VectorCache:
             limit_bytes: the most bytes of all shards in `folder`. The cache grows by at most half
                 of the disk's free space. `begin_task` says which shards are removed.
             dtype: dtype of stored vectors.
-            say: called with a message about each damaged shard.
+            say: called with a message about each damaged shard, and if shards cannot be written.
         """
         self.encoder = encoder
         self.identity = vector_identity(encoder, dtype)
@@ -115,6 +120,8 @@ class VectorCache:
         self._seen: set[str] = set()
         self._where: dict[bytes, tuple[str, int]] = {}
         self._gone: set[str] = set()
+        self._damaged: set[str] = set()  # damaged shards that could not be removed
+        self._is_writable = True
         self._of_task: dict[str, None] = {}
         self._n_unseen_writes = 0  # own writes since the last look at all shards
         self._n_bytes = 0  # bytes of all shards at that look, and of own writes since then
@@ -249,7 +256,8 @@ class VectorCache:
             if vectors is None:
                 # The keys stay in the index, because removing keys of many shards takes long.
                 self._gone.add(name)
-                self._seen.discard(name)
+                if name not in self._damaged:
+                    self._seen.discard(name)
                 continue
             for key, row in wanted_rows:
                 rows[key] = vectors[row]
@@ -275,9 +283,10 @@ class VectorCache:
         path = self.folder / name
         try:
             content = path.read_bytes()
-            os.utime(path)  # mark as recently read, so that it is removed last
         except FileNotFoundError:
             return None
+        with suppress(OSError):  # needs write permission
+            os.utime(path)  # mark as recently read, so that it is removed last
         if hashlib.sha256(content).hexdigest() != path.stem:
             self._discard(path)
             return None
@@ -286,10 +295,14 @@ class VectorCache:
         return vectors
 
     def _discard(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
+        if path.name in self._damaged:
+            return
+        if (reason := _remove(path)) is not None:
+            self._damaged.add(path.name)
+        result = "was removed" if reason is None else f"cannot be removed ({reason})"
         self._say(
             f"{self.encoder.name}: the cached vectors in {path} were damaged (the SHA-256 differs "
-            f"from the file's name); the file was removed, and its texts are encoded again"
+            f"from the file's name); the file {result}, and its texts are encoded again"
         )
 
     def _hold(self, name: str, vectors: Stored) -> None:
@@ -306,17 +319,33 @@ class VectorCache:
         about = json.dumps({"schema": "gteopt.vectors/1", **self.identity}, sort_keys=True)
         content = save({"keys": table, "vectors": vectors}, {"gteopt": about})
         name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        write_atomically(self.folder / name, content)
+        self._store(name, content)
         self._seen.add(name)
         self._of_task.setdefault(name)
         self._hold(name, vectors)
         self._index(name, keys)
+        if not self._is_writable:
+            return
         self._n_bytes += len(content)
         # Not at every write, because making room looks at all shards: there may be tens of
         # thousands.
         if self._n_unseen_writes % _WRITES_PER_LOOK == 0 or self._n_bytes > self._limit_bytes:
             self._n_bytes, self._n_unseen_writes = self._make_room(name), 0
         self._n_unseen_writes += 1
+
+    def _store(self, name: str, content: bytes) -> None:
+        if not self._is_writable:
+            return
+        try:
+            write_atomically(self.folder / name, content)
+        except OSError as error:
+            if error.errno not in _NO_PERMISSION:
+                raise
+            self._is_writable = False
+            self._say(
+                f"{self.encoder.name}: new vectors are not stored, because {self.folder} cannot be "
+                f"written ({error.strerror}); a later run encodes these texts again"
+            )
 
     def _make_room(self, newest: str) -> int:
         """Remove shards of all encoders until the limit is met; `begin_task` has the order.
@@ -329,7 +358,7 @@ class VectorCache:
             if _is_shard(path):
                 files.append((stat.st_mtime, stat.st_size, path))
             elif time.time() - stat.st_mtime > _STALE_S:
-                path.unlink(missing_ok=True)
+                _remove(path)
         total = sum(size for _, size, _ in files)
         limit = self._room_bytes(total)
         if total <= limit:
@@ -344,8 +373,7 @@ class VectorCache:
         for _, size, path in sorted(files, key=first_to_go):
             if total <= limit:
                 break
-            if path.name != newest:
-                path.unlink(missing_ok=True)
+            if path.name != newest and _remove(path) is None:
                 total -= size
         return total
 
@@ -368,6 +396,17 @@ def vector_identity(encoder: Description, dtype: CacheDtype = "float16") -> dict
 
 def _is_shard(path: Path) -> bool:
     return path.suffix == ".safetensors"
+
+
+def _remove(path: Path) -> str | None:
+    """Remove a file; returns the reason if the permission is missing."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in _NO_PERMISSION:
+            raise
+        return error.strerror
+    return None
 
 
 def _short_hash(content: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -225,6 +226,58 @@ def test_a_shard_that_another_process_removes_is_not_counted(
     monkeypatch.setattr(Path, "glob", remove_after_listing)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
     assert VectorCache(nano, tmp_path).room_bytes() == n_bytes
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_cache_without_write_permission_is_read_and_says_once_that_it_stores_nothing(
+    nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    VectorCache(nano, tmp_path).embed(texts_of(12, "a"), "document", None)
+    (shard,) = shards(tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))  # the tests may run as root, who may write anywhere
+
+    for name in ("os.utime", "tempfile.NamedTemporaryFile", "pathlib.Path.unlink"):
+        monkeypatch.setattr(name, refuse)
+    said: list[str] = []
+    cache = VectorCache(nano, tmp_path, say=said.append)
+    cache.embed(texts_of(12, "a"), "document", None)
+    assert (cache.counts.n_encoded, said) == (0, [])
+    for _ in range(2):
+        for salt in "bc":
+            found = cache.embed(texts_of(12, salt), "document", None)
+            np.testing.assert_allclose(found, nano.embed(texts_of(12, salt)), atol=2**-11)
+    assert cache.counts.n_encoded == 24
+    assert shards(tmp_path) == [shard]
+    (note,) = said
+    assert f"{shard.parent} cannot be written ({os.strerror(code)})" in note
+
+    # A damaged shard stays where it is, and its texts are encoded.
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    said.clear()
+    cache = VectorCache(nano, tmp_path, say=said.append)
+    for _ in range(2):
+        cache.embed(texts_of(12, "a"), "document", None)
+        cache.embed(texts_of(3, "a"), "document", None)
+    assert cache.counts.n_encoded == 12
+    assert [f"cannot be removed ({os.strerror(code)})" in note for note in said] == [True, False]
+
+
+def test_shards_that_may_not_be_removed_count_as_used_room(
+    nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)
+    for salt in "ab":
+        cache = VectorCache(nano, tmp_path, limit_bytes=1)
+        cache.embed(texts_of(12, salt), "document", None)
+    assert len(shards(tmp_path)) == 2
+    assert cache._n_bytes == sum(path.stat().st_size for path in shards(tmp_path))
 
 
 def test_a_corpus_beyond_the_cache_is_kept_from_its_beginning(
