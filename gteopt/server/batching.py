@@ -29,6 +29,8 @@ _SMALL = 0.25
 class CostModel:
     """Predicts the seconds of one pass from the lengths of its texts.
 
+    Seconds are those of the wall clock where no other process uses the device.
+
     t = overhead + sum over texts of l tokens of (per_text + per_token l + per_square l^2)
 
     Attributes:

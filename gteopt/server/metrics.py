@@ -22,7 +22,8 @@ class Metrics:
         """Create the series, all at zero.
 
         Args:
-            price_per_hour: price of the machine in dollars; None leaves out the cost.
+            price_per_hour: price of the machine in dollars; None leaves out the cost. An hour is
+                one of the wall clock, as in `passed`.
         """
         self.registry = CollectorRegistry()
         to = self.registry
@@ -86,7 +87,10 @@ class Metrics:
         return generate_latest(self.registry)
 
     def passed(self, lane: str, lengths: Sequence[int], padding: int, seconds: float) -> None:
-        """Count a computed pass; this and the next three methods are those of `engine.Observer`."""
+        """Count a computed pass; this and the next three methods are those of `engine.Observer`.
+
+        Seconds are those of the wall clock, also while other processes use the device.
+        """
         n_tokens = sum(lengths)
         self.batch_tokens.observe(n_tokens)
         self.batch_texts.observe(len(lengths))

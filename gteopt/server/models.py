@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gteopt.cores import n_cores
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.tokenization import Role, Tokens
 from gteopt.errors import GteoptError, InputError, NumericsError, UnsupportedError, suggest
@@ -135,25 +136,13 @@ class Served:
                 f"{LEAST_COSINE:g}; verify the artifact, or try another backend or number type"
             )
 
-        # Thread time leaves out other processes on the same cores. Backends with further threads
-        # and GPUs need the wall clock.
-        on_this_thread = (
-            self.encoder.runtime.device.type == "cpu" and self.encoder.runtime.backend == "torch"
-        )
-        clock = time.thread_time if on_this_thread else time.perf_counter
+        device = self.encoder.runtime.device.type
 
         def timed(n_texts: int, n_tokens: int) -> float:
             tokens = [self._shape_tokens(n_tokens)] * n_texts
-
-            def step() -> float:
-                began = clock()
-                self.compute(tokens)
-                return clock() - began
-
-            return float(on_device(step))
+            return float(on_device(lambda: pass_seconds(lambda: self.compute(tokens), device)))
 
         self.cost = measure_cost(timed, seconds)
-        device = self.encoder.runtime.device.type
         if max_batch_tokens is not None:
             self.budget = Budget(float("inf"), max_batch_tokens)
             return
@@ -438,6 +427,28 @@ class Served:
                     }
                 )
         return rows
+
+
+def pass_seconds(run: Callable[[], object], device: str) -> float:
+    """Seconds that a call takes where no other process uses the CPU.
+
+    On a CPU, this is the CPU time of all threads divided by the cores that they share. It is at
+    least the CPU time of the calling thread, which alone computes some of the steps. It is at most
+    the time of the wall clock, because threads that wait for each other use CPU time too. On a GPU,
+    it is the time of the wall clock.
+    """
+    clocks = (time.perf_counter, time.process_time, time.thread_time)
+    began = [clock() for clock in clocks]
+    run()
+    wall_s, all_threads_s, this_thread_s = (
+        clock() - start for clock, start in zip(clocks, began, strict=True)
+    )
+    if device != "cpu":
+        return wall_s
+    import torch
+
+    n_shared = min(torch.get_num_threads(), n_cores())
+    return min(wall_s, max(this_thread_s, all_threads_s / n_shared))
 
 
 def measure_cost(run: Callable[[int, int], float], seconds: float) -> CostModel:

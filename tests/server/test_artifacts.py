@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +196,52 @@ def test_the_warm_up_ends_in_time_on_a_slow_device() -> None:
     cost = measure_cost(run, seconds=2.0)
     assert len(shapes) <= 6
     assert cost.text_s(100) > 0
+
+
+@pytest.mark.parametrize(
+    ("n_threads", "n_cores", "this_thread_s", "wall_s", "alone_s"),
+    [
+        pytest.param(1, 2, 1.0, 1.0, 1.0, id="one thread"),
+        pytest.param(1, 2, 1.0, 3.0, 1.0, id="one thread, busy cores"),
+        pytest.param(2, 2, 0.5, 0.5, 0.5, id="two threads"),
+        pytest.param(2, 2, 0.5, 2.0, 0.5, id="two threads, busy cores"),
+        pytest.param(4, 2, 0.25, 0.5, 0.5, id="more threads than cores"),
+        pytest.param(4, 2, 0.25, 2.0, 0.5, id="more threads than cores, busy cores"),
+        pytest.param(4, 4, 0.0, 0.25, 0.25, id="only other threads compute"),
+        pytest.param(4, 4, 0.7, 0.7, 0.7, id="mostly one thread computes"),
+        pytest.param(1, 2, 0.0, 0.5, 0.5, id="more threads than torch says"),
+    ],
+)
+def test_the_cost_of_a_pass_is_its_time_on_idle_cores(
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    n_threads: int,
+    n_cores: int,
+    this_thread_s: float,
+    wall_s: float,
+    alone_s: float,
+) -> None:
+    """Of a pass that takes 1 ms of CPU time for each token; clocks are in these milliseconds."""
+    served = Served("a", str(artifact), gteopt.load(artifact, device="cpu"))
+    now = {"perf_counter": 0.0, "process_time": 0.0, "thread_time": 0.0}
+
+    def compute(tokens: Sequence[Sequence[int]]) -> None:
+        work_s = 1e-3 * sum(map(len, tokens))
+        for clock, share in zip(now, (wall_s, 1.0, this_thread_s), strict=True):
+            now[clock] += work_s * share
+
+    monkeypatch.setattr(served, "compute", compute)
+    monkeypatch.setattr("torch.get_num_threads", lambda: n_threads)
+    monkeypatch.setattr("gteopt.cores.n_cores", lambda: n_cores)
+    monkeypatch.setattr("gteopt.server.models.n_cores", lambda: n_cores, raising=False)
+    for clock in now:
+        monkeypatch.setattr(f"time.{clock}", lambda clock=clock: now[clock])
+    served.warm_up()
+    assert served.cost.pass_s([100, 50]) == pytest.approx(0.15 * alone_s)
+    # A pass of the budget's seconds holds as many tokens as the server says.
+    budget = served.budget
+    assert budget.seconds == pytest.approx(0.02)
+    assert served.batch_tokens == pytest.approx(budget.seconds / (1e-3 * alone_s), abs=1)
 
 
 def test_what_is_padded_is_computed_in_groups_of_like_length(
