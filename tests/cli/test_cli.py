@@ -64,8 +64,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "int8"
-    few = Calibration(n_texts=24, max_tokens=32)
-    gteopt.quantize("nano", load_recipe("int8").model_copy(update={"calibration": few}), out)
+    calibration = Calibration(n_texts=24, max_tokens=32)
+    gteopt.quantize(
+        "nano", load_recipe("int8").model_copy(update={"calibration": calibration}), out
+    )
     return out
 
 
@@ -75,7 +77,7 @@ def test_every_command_has_help_with_a_worked_example(call: Call, command: str) 
     assert ran.code == 0
     shown = " ".join(ran.out.replace("│", " ").split())
     assert f"Example: gteopt {command}" in shown
-    # The help is rendered as markup, which swallows a <name>.
+    # The help is rendered as markup. A name that markup swallowed leaves '//' or ' or / '.
     assert not re.search(r"(?<!:)//| or / ", shown)
     assert "--json" in ran.out
 
@@ -139,7 +141,7 @@ def test_a_wrong_name_gives_one_message_and_exit_code_1(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mistyped_folder_is_called_one_before_the_hub_is_blamed(
+def test_a_mistyped_folder_is_reported_as_a_missing_folder_and_not_as_a_hub_error(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -155,7 +157,7 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_one_at_the_end() -> Non
     written = io.StringIO()
     console = Console(file=written, width=40)
     steps = Steps(Progress(console=console), clock=lambda: next(times))
-    for done in (0, 300, 400, 610, 800):  # of which the first asks for the time twice
+    for done in (0, 300, 400, 610, 800):  # the first step reads the clock twice
         steps("variant: task (1 of 2)", done, 1000)
     steps.close()
     assert written.getvalue().splitlines() == [
@@ -165,7 +167,7 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_one_at_the_end() -> Non
     ]
 
 
-def test_what_a_library_refuses_is_worded_as_a_files_problems_are(
+def test_errors_of_a_python_call_are_worded_like_errors_in_a_file(
     artifact: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError) as caught:
@@ -181,7 +183,7 @@ def test_what_a_library_refuses_is_worded_as_a_files_problems_are(
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_folder_that_may_not_be_written_to_is_named(tmp_path: Path, begun: bool) -> None:
-    """Nothing was begun there, so nothing is said of going on."""
+    """The message does not say that finished work is kept, because none is."""
     as_nobody = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     if as_nobody and shutil.which("setpriv") is None:
         pytest.skip("root may write everywhere; needs setpriv to give that up")
@@ -240,13 +242,13 @@ def test_debug_shows_where_an_error_came_from(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_inspect_predicts_the_size_that_the_build_then_has(call: Call, artifact: Path) -> None:
-    found = json.loads(call("inspect", "nano", "--json").out)
-    assert (found["attention"], found["pooling"]) == ("bidirectional", "lasttoken")
-    assert found["end_token"] == "<|endoftext|>"
-    assert found["matryoshka_dims"] == [256, 128, 64, 32]
-    estimates = {each["recipe"]: each for each in found["estimates"]}
+    description = json.loads(call("inspect", "nano", "--json").out)
+    assert (description["attention"], description["pooling"]) == ("bidirectional", "lasttoken")
+    assert description["end_token"] == "<|endoftext|>"
+    assert description["matryoshka_dims"] == [256, 128, 64, 32]
+    estimates = {estimate["recipe"]: estimate for estimate in description["estimates"]}
     built = gteopt.load(artifact).weight_bytes
-    # The kernel keeps 4 bytes an output feature more, the sums that token zero points need.
+    # The kernel also keeps 4 bytes for each output feature: sums for token zero points.
     assert estimates["int8"]["weight_bytes"] == pytest.approx(built, rel=0.006)
     plain = gteopt.load("nano").weight_bytes
     assert estimates["bf16"]["weight_bytes"] == pytest.approx(plain, rel=1e-6)
@@ -262,8 +264,8 @@ def test_inspect_shows_a_base_and_an_artifact_in_words(call: Call, artifact: Pat
     assert "layers.0.self_attn.q_proj" in variant.out
     assert "lookup table" in variant.out
     assert "28 torch.linear" in base.out
-    found = json.loads(call("inspect", artifact, "--json").out)
-    assert found["kernels"] == gteopt.load(artifact).kernels
+    description = json.loads(call("inspect", artifact, "--json").out)
+    assert description["kernels"] == gteopt.load(artifact).kernels
     assert "made of" in variant.out
     short = call("inspect", artifact).out
     assert len(short.splitlines()) <= 16
@@ -271,7 +273,7 @@ def test_inspect_shows_a_base_and_an_artifact_in_words(call: Call, artifact: Pat
 
 
 def test_inspect_cuts_no_layers_name_and_says_which_numbers_it_has(artifact: Path) -> None:
-    """In 80 columns too: BERT's names differ at their ends only."""
+    """Names stay whole in 80 columns, because BERT's names differ only at their ends."""
     manifest = read_manifest(artifact)
     nf4 = LayerScheme(bits=4, group_size=64, symmetric=True, number_format="nf4")
     layers = tuple(
@@ -334,7 +336,7 @@ def quantize_in_child(
     )
 
 
-def test_ctrl_c_leaves_one_line_and_nothing_taken_for_whole(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_one_line_and_no_folder_that_looks_complete(tmp_path: Path) -> None:
     out = tmp_path / "int4"
     child = quantize_in_child(out)
     first_block = tmp_path / ".int4.partial" / "weights" / "block-000.json"
@@ -353,7 +355,7 @@ def test_ctrl_c_leaves_one_line_and_nothing_taken_for_whole(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kept"),
+    ("arguments", "promise"),
     [
         (("bench", "nano", "--out", "o"), "measured variants are kept"),
         (("bench", "nano"), "nothing is kept, because no --out was given"),
@@ -365,7 +367,7 @@ def test_ctrl_c_leaves_one_line_and_nothing_taken_for_whole(tmp_path: Path) -> N
     ],
 )
 def test_ctrl_c_promises_what_the_command_keeps(
-    call: Call, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], kept: str
+    call: Call, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], promise: str
 ) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -378,7 +380,7 @@ def test_ctrl_c_promises_what_the_command_keeps(
     monkeypatch.setattr("gteopt.model.artifact.verify", stop)
     ran = call(*arguments)
     assert ran.code == 130
-    assert kept in ran.err
+    assert promise in ran.err
 
 
 def test_prices_and_margins_that_cannot_be_are_refused(call: Call) -> None:
@@ -393,7 +395,7 @@ def test_prices_and_margins_that_cannot_be_are_refused(call: Call) -> None:
         assert "between 0 and 1" in ran.err
 
 
-def test_a_disk_that_is_full_is_named_and_nothing_is_taken_for_whole(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_leaves_no_folder_that_looks_complete(tmp_path: Path) -> None:
     """A file size limit of 200 kB makes the real write of the first block fail half way."""
     out = tmp_path / "int4"
 

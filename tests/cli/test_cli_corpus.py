@@ -37,46 +37,46 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def test_a_corpus_is_embedded_searched_and_verified(call: Call, tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [*TEXTS, ""])
     out = tmp_path / "vectors"
-    asked = ("embed", corpus, "--model", "nano", "--out", out, "--id", "id", "--device", "cpu")
-    code, said, noted = call(*asked, "--keep", "n,text")
+    command = ("embed", corpus, "--model", "nano", "--out", out, "--id", "id", "--device", "cpu")
+    code, stdout, stderr = call(*command, "--keep", "n,text")
     assert code == 3
-    assert "41 rows = 40 embedded + 1 dead letters" in said
-    assert "dead letters (1 empty)" in noted
-    allowed = (*asked, "--keep", "n,text", "--max-bad", 1)
+    assert "41 rows = 40 embedded + 1 dead letters" in stdout
+    assert "dead letters (1 empty)" in stderr
+    allowed = (*command, "--keep", "n,text", "--max-bad", 1)
     assert call(*allowed)[0] == 0
-    code, said, _ = call(*allowed, "--verify")
+    code, stdout, _ = call(*allowed, "--verify")
     assert code == 0
-    assert "1 shards intact; 41 rows, 40 vectors, 1 dead letters" in said
-    code, said, _ = call("search", out, TEXTS[7], "--top", 2, "--device", "cpu")
+    assert "1 shards intact; 41 rows, 40 vectors, 1 dead letters" in stdout
+    code, stdout, _ = call("search", out, TEXTS[7], "--top", 2, "--device", "cpu")
     assert code == 0
-    assert "  d7  7  entry 7" in said.splitlines()[1]
-    found = json.loads(
+    assert "  d7  7  entry 7" in stdout.splitlines()[1]
+    result = json.loads(
         call("search", out, TEXTS[7], "--compare", out, "--json", "--device", "cpu")[1]
     )
-    assert found["comparison"]["kept"] == 1.0
-    assert len(found["found"][0]["hits"]) == 10
+    assert result["comparison"]["kept"] == 1.0
+    assert len(result["found"][0]["hits"]) == 10
 
 
 def test_json_is_an_event_a_line_and_a_dry_run_embeds_nothing(call: Call, tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl")
-    asked = ("embed", corpus, "--model", "nano", "--out", tmp_path / "v", "--device", "cpu")
-    code, said, _ = call(*asked, "--dry-run", "--price-per-hour", 3, "--json")
-    told = json.loads(said)
+    command = ("embed", corpus, "--model", "nano", "--out", tmp_path / "v", "--device", "cpu")
+    code, stdout, _ = call(*command, "--dry-run", "--price-per-hour", 3, "--json")
+    estimate = json.loads(stdout)
     nano = gteopt.load("nano", device="cpu")
     assert code == 0
-    assert told["n_tokens"] == sum(nano.tokenization.lengths(TEXTS))
-    assert told["dollars"] == pytest.approx(3 * told["hours"])
-    assert told["n_bytes"] == len(TEXTS) * nano.dims * 4
+    assert estimate["n_tokens"] == sum(nano.tokenization.lengths(TEXTS))
+    assert estimate["dollars"] == pytest.approx(3 * estimate["hours"])
+    assert estimate["n_bytes"] == len(TEXTS) * nano.dims * 4
     assert not (tmp_path / "v" / "data").exists()
-    code, said, _ = call(*asked, "--json", "--shard-rows", 16, "--price-per-hour", 3)
-    events = [json.loads(line) for line in said.splitlines()]
-    assert [each["event"] for each in events] == ["start", "shard", "shard", "shard", "end"]
+    code, stdout, _ = call(*command, "--json", "--shard-rows", 16, "--price-per-hour", 3)
+    events = [json.loads(line) for line in stdout.splitlines()]
+    assert [event["event"] for event in events] == ["start", "shard", "shard", "shard", "end"]
     assert events[3]["rows_done"] == events[0]["rows"] == 40
     assert events[-1]["dollars"] > 0
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--text", "body"], "no column body; it has id, text, n"),
         (["--instruction", "find"], "--instruction is for queries only"),
@@ -92,32 +92,32 @@ def test_json_is_an_event_a_line_and_a_dry_run_embeds_nothing(call: Call, tmp_pa
     ],
 )
 def test_what_cannot_be_done_is_one_message_and_exit_code_1(
-    options: list[str], said: str, call: Call, tmp_path: Path
+    options: list[str], message: str, call: Call, tmp_path: Path
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl")
-    asked = ("embed", corpus, "--model", "nano", "--out", tmp_path / "v", "--device", "cpu")
-    code, _, noted = call(*asked, *options)
+    command = ("embed", corpus, "--model", "nano", "--out", tmp_path / "v", "--device", "cpu")
+    code, _, stderr = call(*command, *options)
     assert code == 1
-    assert said in " ".join(noted.split())
+    assert message in " ".join(stderr.split())
 
 
 def test_sigterm_keeps_what_is_finished(tmp_path: Path, call: Call) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [f"{text} {i}" for i, text in enumerate(TEXTS * 20)])
     out = tmp_path / "v"
-    asked = ["embed", str(corpus), "--model", "nano", "--out", str(out), "--shard-rows", "8"]
-    asked += ["--device", "cpu"]
+    command = ["embed", str(corpus), "--model", "nano", "--out", str(out), "--shard-rows", "8"]
+    command += ["--device", "cpu"]
     job = subprocess.Popen(
-        [sys.executable, "-m", "gteopt", *asked], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "gteopt", *command], stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not any((out / "data").glob("*")):
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
-    _, noted = job.communicate(timeout=120)
+    _, stderr = job.communicate(timeout=120)
     assert job.returncode == 143
-    assert "terminated; finished work is kept" in noted
-    kept = folder_bytes(out / "data")
-    assert 0 < len(kept) < 100
+    assert "terminated; finished work is kept" in stderr
+    shards_before = folder_bytes(out / "data")
+    assert 0 < len(shards_before) < 100
     assert not any((out / "_tmp").glob("*"))
-    assert call(*asked)[0] == 0
-    assert kept.items() <= folder_bytes(out / "data").items()
+    assert call(*command)[0] == 0
+    assert shards_before.items() <= folder_bytes(out / "data").items()

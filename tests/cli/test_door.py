@@ -1,4 +1,4 @@
-"""What answers at once: lists, help and refusals compute nothing and import no large library."""
+"""Lists, help and refusals answer at once: they compute nothing and import no large library."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ def test_every_option_is_in_a_group_and_takes_two_lines(command: str) -> None:
     for line in shown.splitlines():
         if line.startswith("╭"):
             panel, option = line.strip("╭─╮ "), ""
-        elif (found := OPTION.match(line)) is not None:
-            option = found[1]
+        elif (match := OPTION.match(line)) is not None:
+            option = match[1]
             assert not re.search(r"  <[^>]*$", line), f"the choices of {option} are broken"
             n_lines[option] = 1
             assert (option == "--help") == (panel == "Options"), f"{option} is in {panel}"
         elif option and line.startswith("│"):
-            # The default, the variable and whether it is required stand on lines of their own.
+            # The default, the variable and whether it is required have lines of their own.
             n_lines[option] += not line.strip("│ ").startswith("[")
     assert {"--help"} < set(n_lines) or command == "export"
-    assert [each for each, n in n_lines.items() if n > 2] == []
+    assert [name for name, n in n_lines.items() if n > 2] == []

@@ -1,4 +1,4 @@
-"""Ctrl-C in the first seconds ends the process at once: no traceback, and the code of shells."""
+"""Ctrl-C in the first seconds ends the process at once, without a traceback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 def started(preexec: str = "") -> subprocess.Popen[str]:
-    """`gteopt inspect` of a shape, seconds of work, once Python itself has started."""
+    """Start `gteopt inspect` of a shape, which takes seconds, and wait until Python is up."""
     script = (
         f"import sys\n{preexec}\nfrom gteopt.__main__ import main\n"
         "sys.argv = ['gteopt', 'inspect', 'gte-Qwen2-7B-instruct']\n"
@@ -39,7 +39,7 @@ def test_ctrl_c_while_gteopt_starts_is_quiet(delay_s: float) -> None:
 
 
 def test_a_parents_wish_to_ignore_ctrl_c_is_kept() -> None:
-    """As a shell has it for what it starts with `&`."""
+    """A shell sets this for a process that it starts with `&`."""
     child = started("import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)")
     child.send_signal(signal.SIGINT)
     out, _ = child.communicate(timeout=120)

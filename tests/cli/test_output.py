@@ -51,7 +51,7 @@ def test_styles_exclude_one_another() -> None:
     [(0.2, "about 1 s left"), (22, "about 22 s left"), (89, "about 89 s left"),
      (142, "about 2 min left"), (9000, "about 2 h left")],
 )  # fmt: skip
-def test_a_remaining_time_is_as_sure_as_it_is(seconds: float, words: str) -> None:
+def test_a_remaining_time_is_rounded_to_a_readable_unit(seconds: float, words: str) -> None:
     assert left_in_words(seconds) == words
 
 

@@ -1,4 +1,4 @@
-"""The functions that measure and choose write and return what the commands of their names do."""
+"""The Python functions write and return what the commands with the same names do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK = BenchSpec(
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a variant of nano and texts."""
     folder = tmp_path_factory.mktemp("calls")
     gteopt.quantize("nano", "rtn-int8", folder / "int8")
@@ -29,36 +29,36 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(made: Path) -> Path:
-    judges = gteopt.Judges(texts=made / "texts.txt")
-    found = gteopt.evaluate(made / "int8", judges, out=made / "results")
-    assert {"int8"} <= set(found)
-    gteopt.bench([made / "int8"], baseline="nano", spec=QUICK, out=made / "results")
-    return made / "results"
+def results(workspace: Path) -> Path:
+    judges = gteopt.Judges(texts=workspace / "texts.txt")
+    reports = gteopt.evaluate(workspace / "int8", judges, out=workspace / "results")
+    assert {"int8"} <= set(reports)
+    gteopt.bench([workspace / "int8"], baseline="nano", spec=QUICK, out=workspace / "results")
+    return workspace / "results"
 
 
 def test_all_lie_in_one_folder_and_the_choice_is_written_there(results: Path) -> None:
     choice = gteopt.choose(results, "balanced")
     assert json.loads((results / "choice.json").read_text())["reason"] == choice.reason
-    assert "int8" in {each.name for each in choice.candidates}
+    assert "int8" in {candidate.name for candidate in choice.candidates}
 
 
-def test_two_artifacts_are_compared(made: Path, results: Path) -> None:
-    found = gteopt.compare(made / "int8", made / "int8")
-    assert len(found.manifests) == 2
+def test_two_artifacts_are_compared(workspace: Path, results: Path) -> None:
+    comparison = gteopt.compare(workspace / "int8", workspace / "int8")
+    assert len(comparison.manifests) == 2
     assert len(gteopt.compare(results, results).results) == 2
 
 
-def test_kernels_are_those_that_were_asked_for_and_the_record_says_so(made: Path) -> None:
-    judges = gteopt.Judges(texts=made / "texts.txt")
-    found = gteopt.evaluate(made / "int8", judges, how=Setup(kernels="decoded"))
-    assert "decoded" in found["int8"].versions["arithmetic"]
-    assert "decoded" not in found["nano"].versions["arithmetic"]
+def test_kernels_are_those_that_were_asked_for_and_the_record_says_so(workspace: Path) -> None:
+    judges = gteopt.Judges(texts=workspace / "texts.txt")
+    reports = gteopt.evaluate(workspace / "int8", judges, how=Setup(kernels="decoded"))
+    assert "decoded" in reports["int8"].versions["arithmetic"]
+    assert "decoded" not in reports["nano"].versions["arithmetic"]
     with pytest.raises(InputError, match=r"unknown kernels 'nosuch'.*measured"):
-        gteopt.inspect(made / "int8", kernels="nosuch")
+        gteopt.inspect(workspace / "int8", kernels="nosuch")
 
 
-def test_two_results_folders_are_compared_item_by_item(made: Path, tmp_path: Path) -> None:
+def test_two_results_folders_are_compared_item_by_item(workspace: Path, tmp_path: Path) -> None:
     rows = ["sentence1,sentence2,score", *(f"rain {i},rain {i * i},{i}" for i in range(24))]
     (tmp_path / "pairs.csv").write_text("\n".join(rows))
     judges = gteopt.Judges(data=tmp_path / "pairs.csv")
@@ -66,33 +66,33 @@ def test_two_results_folders_are_compared_item_by_item(made: Path, tmp_path: Pat
         gteopt.quantize("nano", recipe, tmp_path / name / "mine")
         gteopt.evaluate(tmp_path / name / "mine", judges, out=tmp_path / name / "results")
     folders = [tmp_path / name / "results" for name in ("first", "second")]
-    found = gteopt.compare(folders[0], folders[1])
-    assert found.names != ("results", "results")
-    assert set(found.items) == {"nano", "mine"}
-    own = found.items["mine"]
+    comparison = gteopt.compare(folders[0], folders[1])
+    assert comparison.names != ("results", "results")
+    assert set(comparison.items) == {"nano", "mine"}
+    mine = comparison.items["mine"]
     scores = [gteopt.compare(folder, folder).items["mine"].score for folder in folders]
-    assert (own.baseline_score, own.score) == tuple(scores)
-    assert own.difference is not None
-    assert own.difference.low <= own.score - own.baseline_score <= own.difference.high
-    told = item_rows(found.items, found.names)
-    assert [row["variant"] for row in told] == ["mine", "nano"]
-    assert told[1]["verdict"] == "equivalent"
-    assert (found.notes, told[0]["tasks"]) == ((), "1")
+    assert (mine.baseline_score, mine.score) == tuple(scores)
+    assert mine.difference is not None
+    assert mine.difference.low <= mine.score - mine.baseline_score <= mine.difference.high
+    table_rows = item_rows(comparison.items, comparison.names)
+    assert [row["variant"] for row in table_rows] == ["mine", "nano"]
+    assert table_rows[1]["verdict"] == "equivalent"
+    assert (comparison.notes, table_rows[0]["tasks"]) == ((), "1")
 
 
-def test_a_wrong_call_is_told_before_anything_is_measured(made: Path) -> None:
+def test_a_wrong_call_is_told_before_anything_is_measured(workspace: Path) -> None:
     with pytest.raises(InputError, match="nothing to evaluate on"):
-        gteopt.evaluate(made / "int8", gteopt.Judges())
+        gteopt.evaluate(workspace / "int8", gteopt.Judges())
     with pytest.raises(InputError, match="does not exist"):
-        gteopt.evaluate(made / "int8", gteopt.Judges(texts=made / "no.txt"))
-    both = gteopt.Judges(texts=made / "texts.txt", suite="mini")
+        gteopt.evaluate(workspace / "int8", gteopt.Judges(texts=workspace / "no.txt"))
+    texts_and_suite = gteopt.Judges(texts=workspace / "texts.txt", suite="mini")
     with pytest.raises(InputError, match="leave out suite and data"):
-        gteopt.evaluate(made / "int8", both)
+        gteopt.evaluate(workspace / "int8", texts_and_suite)
     with pytest.raises(InputError, match="budget '1': write the unit"):
-        gteopt.evaluate(made / "int8", gteopt.Judges(suite="mini", budget="1"))
+        gteopt.evaluate(workspace / "int8", gteopt.Judges(suite="mini", budget="1"))
     with pytest.raises(InputError, match="margin 2"):
-        gteopt.evaluate(made / "int8", gteopt.Judges(texts=made / "texts.txt"), margin=2)
+        gteopt.evaluate(workspace / "int8", gteopt.Judges(texts=workspace / "texts.txt"), margin=2)
     with pytest.raises(InputError, match="did you mean balanced"):
-        gteopt.choose(made, "balancd")
+        gteopt.choose(workspace, "balancd")
     with pytest.raises(InputError, match="two artifacts are named int8"):
-        gteopt.bench([made / "int8", made / "other" / "int8"])
+        gteopt.bench([workspace / "int8", workspace / "other" / "int8"])

@@ -1,4 +1,4 @@
-"""A dry run says what an evaluation takes; missing data are said before a model is loaded."""
+"""A dry run says what an evaluation takes; missing data are reported before a model is loaded."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def test_a_dry_run_of_56_tasks_loads_neither_torch_nor_mteb(tmp_path: Path) -> None:
-    found = cli(
+    ran = cli(
         "evaluate",
         *("nano", "--suite", "mteb-en", "--dry-run", "--price-per-hour", "2", "--json"),
         HF_HOME=str(tmp_path),
     )
-    assert found.returncode == 0, found.stderr
-    assert "HEAVY []" in found.stderr
-    estimate = json.loads(found.stdout)
+    assert ran.returncode == 0, ran.stderr
+    assert "HEAVY []" in ran.stderr
+    estimate = json.loads(ran.stdout)
     assert len(estimate["tasks"]) == 56
     assert estimate["n_texts"] == sum(task["n_texts"] for task in estimate["tasks"])
     assert len(estimate["missing"]) == 67  # CQADupstack is twelve data sets
@@ -55,15 +55,15 @@ def test_a_dry_run_of_56_tasks_loads_neither_torch_nor_mteb(tmp_path: Path) -> N
 
 
 def test_a_suite_without_its_data_offline_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
-    for more in ((), ("--hub-dir", str(tmp_path))):
-        found = cli(
-            *("evaluate", "nano", "--suite", "mteb-fr", *more),
+    for options in ((), ("--hub-dir", str(tmp_path))):
+        ran = cli(
+            *("evaluate", "nano", "--suite", "mteb-fr", *options),
             HF_HOME=str(tmp_path / "home"),
             HF_HUB_OFFLINE="1",
         )
-        assert found.returncode == 1
-        assert "HEAVY []" in found.stderr
-        assert found.stderr.count("hf download") == 25
+        assert ran.returncode == 1
+        assert "HEAVY []" in ran.stderr
+        assert ran.stderr.count("hf download") == 25
 
 
 def test_what_is_downloaded_is_not_missing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `inspect` says of a model on the hub, and what it brings from there to say it."""
+"""What `inspect` says of a model on the Hub, and which bytes it downloads for that."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def user(hub: Hub, tmp_path: Path) -> User:
 def inspected(user: User, *arguments: object) -> dict[str, Any]:
     ran = user.run("inspect", *arguments, "--json")
     assert ran.returncode == 0, ran.stderr
-    found: dict[str, Any] = json.loads(ran.stdout)
-    return found
+    description: dict[str, Any] = json.loads(ran.stdout)
+    return description
 
 
-def as_json(found: Inspection) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(found.model_dump_json(by_alias=True))
+def as_json(inspection: Inspection) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(inspection.model_dump_json(by_alias=True))
     return content
 
 
@@ -53,68 +53,68 @@ def weight_bytes(served: dict[str, int]) -> int:
 def test_a_base_is_described_in_full_before_its_weights_are_fetched(
     user: User, tmp_path: Path
 ) -> None:
-    """As its whole folder is: two shards of 2.6 MB, of which headers travel."""
+    """The description equals that of the whole folder. Of its two shards only headers are sent."""
     model = replace(MODELS[0], config={**MODELS[0].config, "vocab_size": 20_000})
     folder = tmp_path / REPO
     publish(folder, model)
     files = contents(folder)
     user.hub.repos[REPO] = Repo(private=False, commits=[(COMMIT, files)])
-    whole = as_json(inspect(REPO, hub_dir=tmp_path))
+    local = as_json(inspect(REPO, hub_dir=tmp_path))
 
-    found = inspected(user, REPO)
+    remote = inspected(user, REPO)
     n_shards = sum(path.endswith(".safetensors") for path in files)
     assert 0 < weight_bytes(user.hub.served) <= n_shards * 100_001
     assert weight_bytes({path: len(data) for path, data in files.items()}) > 5_000_000
-    assert (found["sha256"], found["revision"]) == (None, COMMIT)
-    assert found["notes"][-1].startswith(
+    assert (remote["sha256"], remote["revision"]) == (None, COMMIT)
+    assert remote["notes"][-1].startswith(
         "the weights are not on this machine (0.01 GB to download)"
     )
     differs = ("sha256", "revision", "notes")
-    for estimate in (*found["estimates"], *whole["estimates"]):
+    for estimate in (*remote["estimates"], *local["estimates"]):
         estimate.pop("build_s")  # from a probe of this machine, timed anew in each process
-    assert {k: v for k, v in found.items() if k not in differs} == {
-        k: v for k, v in whole.items() if k not in differs
+    assert {k: v for k, v in remote.items() if k not in differs} == {
+        k: v for k, v in local.items() if k not in differs
     }
-    assert whole["notes"] == found["notes"][:-1]
+    assert local["notes"] == remote["notes"][:-1]
     ran = user.run("quantize", REPO, "--recipe", "bf16", "--out", tmp_path / "out")
     assert ran.returncode == 0, ran.stderr
     manifest = read_manifest(tmp_path / "out")
     assert manifest.base.revision == COMMIT
     user.hub.forget_traffic()
-    again = inspected(user, REPO)  # now they are here
-    assert again["notes"] == whole["notes"]
+    again = inspected(user, REPO)  # now the weights are on this machine
+    assert again["notes"] == local["notes"]
     assert weight_bytes(user.hub.served) == 0
 
 
-def test_of_weights_that_are_here_the_headers_alone_are_read(tmp_path: Path) -> None:
+def test_only_the_headers_of_local_weights_are_read(tmp_path: Path) -> None:
     """A 7B model's 30 GB would take minutes to read."""
     counts = Path("/proc/self/io")
     if not counts.exists():
         pytest.skip("only Linux counts the bytes that a process reads")
 
-    def n_read() -> int:
+    def n_bytes_read() -> int:
         return int(counts.read_text().split()[1])
 
     rows = 40_000
     publish(tmp_path / "model", replace(MODELS[0], config={**MODELS[0].config, "vocab_size": rows}))
     int8 = load_recipe("rtn-int8")
-    inspect("nano", recipe=int8)  # the imports
-    before = n_read()
-    found = inspect(tmp_path / "model", recipe=int8)
-    n_weights = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
-    assert found.sha256 is None
-    assert n_read() - before < n_weights / 2
+    inspect("nano", recipe=int8)  # imports modules, which reads files
+    before = n_bytes_read()
+    description = inspect(tmp_path / "model", recipe=int8)
+    n_weight_bytes = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    assert description.sha256 is None
+    assert n_bytes_read() - before < n_weight_bytes / 2
 
 
 def test_an_artifact_is_described_by_its_manifest_alone(user: User, tmp_path: Path) -> None:
     out = tmp_path / "int4"
     gteopt.quantize("nano", "rtn-int4", out)
     user.hub.repos["me/int4"] = Repo(private=False, commits=[(COMMIT, contents(out))])
-    found = inspected(user, "me/int4")
-    assert found["manifest"] == as_json(inspect(out))["manifest"]
-    assert found["sha256"] == artifact_sha256(out)
-    assert "not checked against their hashes" in found["notes"][-1]
-    assert (found["estimates"], found["estimated_for"]) == ([], None)
+    description = inspected(user, "me/int4")
+    assert description["manifest"] == as_json(inspect(out))["manifest"]
+    assert description["sha256"] == artifact_sha256(out)
+    assert "not checked against their hashes" in description["notes"][-1]
+    assert (description["estimates"], description["estimated_for"]) == ([], None)
     with pytest.raises(InputError, match="recipe int8 needs a base"):
         inspect(out, recipe=load_recipe("int8"))
     n_files = sum(path.endswith(".safetensors") for path in contents(out))
@@ -138,41 +138,45 @@ def test_what_cannot_be_described_is_named(user: User, tmp_path: Path) -> None:
     ):
         ran = user.run("inspect", name)
         assert ran.returncode == 1
-        assert [each for each in messages if each not in ran.stderr] == []
+        assert [message for message in messages if message not in ran.stderr] == []
         assert "Traceback" not in ran.stderr
 
 
 def test_the_build_that_was_asked_for_is_predicted_before_it_starts(
     user: User, tmp_path: Path
 ) -> None:
-    """A recipe of one's own with every option of `quantize` that changes a size."""
-    own = tmp_path / "mine.yaml"
-    own.write_text(
+    """The recipe is the user's, with every option of `quantize` that changes a size."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
         "schema: gteopt.recipe/1\nname: mine\n"
         "weights: {method: gptq, scheme: {bits: 3, group_size: 64, symmetric: false}}\n"
         "calibration: {n_texts: 48, max_tokens: 64}\nformat: gteopt\n"
     )
-    options = ["--recipe", own, "--embed-int8", "--effort", "fast", "--dtype", "float32"]
+    options = ["--recipe", recipe, "--embed-int8", "--effort", "fast", "--dtype", "float32"]
     options += ["--activation-gb", "0", "--device", "cpu"]
     out = tmp_path / "out"
-    found = inspected(user, "nano", *options)
-    (predicted,) = found["estimates"]
+    description = inspected(user, "nano", *options)
+    (predicted,) = description["estimates"]
     assert predicted["recipe"] == "mine"
-    assert found["estimated_for"] == {"dtype": "float32", "device": "cpu", "activation_bytes": 0}
+    assert description["estimated_for"] == {
+        "dtype": "float32",
+        "device": "cpu",
+        "activation_bytes": 0,
+    }
     ran = user.run("quantize", "nano", *options, "--out", out)
     assert ran.returncode == 0, ran.stderr
     assert predicted["weight_bytes"] == pytest.approx(read_manifest(out).weight_bytes, rel=0.01)
     on_disk = sum(len(data) for data in contents(out).values())
     assert on_disk == pytest.approx(predicted["disk_bytes"], rel=0.02)
-    # Each option is heard: what the plain call predicts is another build.
-    (plain,) = inspected(user, "nano", "--recipe", own)["estimates"]
-    (wide,) = inspected(user, "nano", "--recipe", own, "--dtype", "float32")["estimates"]
+    # Every option has an effect: the prediction without options differs.
+    (plain,) = inspected(user, "nano", "--recipe", recipe)["estimates"]
+    (wide,) = inspected(user, "nano", "--recipe", recipe, "--dtype", "float32")["estimates"]
     assert wide["weight_bytes"] > plain["weight_bytes"] > predicted["weight_bytes"]
     on_gpu = inspected(user, "nano", *options[:-1], "cuda:3")
     in_memory = inspected(user, "nano", *options[:-4], "--device", "cuda:3")
-    assert in_memory["estimated_for"]["device"] == "cuda"  # which this machine need not have
+    assert in_memory["estimated_for"]["device"] == "cuda"  # this machine need not have one
     (spilled,), (held,) = on_gpu["estimates"], in_memory["estimates"]
-    assert held["device_bytes"] > spilled["device_bytes"]  # hidden states
+    assert held["device_bytes"] > spilled["device_bytes"]  # holds the hidden states
     assert predicted["device_bytes"] is None
 
 
@@ -196,18 +200,22 @@ def test_what_cannot_be_predicted_is_one_sentence(
 
 
 def test_a_published_name_is_described_from_its_shape_without_a_network(tmp_path: Path) -> None:
-    """Short, or with its organisation where the hub's folder lacks it; the head does not count."""
+    """The name may include its organisation. The head's parameters are not counted."""
     recipe = load_recipe("gptq-int4")
     for name, hub_dir in (("gte-Qwen2-7B-instruct", None), (REPO, tmp_path)):
-        found = inspect(name, hub_dir=hub_dir, recipe=recipe)
-        assert found.id == name
-        assert found.n_parameters == 7_069_121_024
-        assert (found.dims, found.family, found.sha256) == (3584, "gte-qwen", None)
-        assert any("shape that ships with gteopt" in note for note in found.notes)
-        (estimate,) = found.estimates
+        description = inspect(name, hub_dir=hub_dir, recipe=recipe)
+        assert description.id == name
+        assert description.n_parameters == 7_069_121_024
+        assert (description.dims, description.family, description.sha256) == (
+            3584,
+            "gte-qwen",
+            None,
+        )
+        assert any("shape that ships with gteopt" in note for note in description.notes)
+        (estimate,) = description.estimates
         assert estimate.problem is None
         assert estimate.build_s is not None
-        # 4 bits, a float16 scale and a zero point for 128: 4.156 bits; the table in bfloat16.
+        # A weight has 4 bits and its part of a scale and a zero point. The table is bfloat16.
         in_blocks = 28 * (2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 18944 * 3584)
         table = 151_646 * 3584
         assert estimate.weight_bytes is not None

@@ -1,4 +1,4 @@
-"""From a model, data and limits to a plan and a pick; nothing is recommended unmeasured."""
+"""`optimize` turns a model, data and limits into a plan and a pick. The pick is measured."""
 
 from __future__ import annotations
 
@@ -60,21 +60,21 @@ def test_where_all_recipes_are_too_large_the_token_table_is_quantized_too(
 
 
 def test_the_suite_is_scored_in_the_languages_of_the_models_card(tmp_path: Path) -> None:
-    def of(language: str, judges: Judges) -> tuple[tuple[str, ...], str]:
+    def scored_languages(language: str, judges: Judges) -> tuple[tuple[str, ...], str]:
         model = shutil.copytree(ASSETS / "nano", tmp_path / language)
         card = (model / "README.md").read_text().replace("[en, fr, pl, zh]", language)
         (model / "README.md").write_text(card)
-        found = propose(str(model), judges, Limits(), Search(), out=tmp_path / "out")
-        return found.plan.languages, " ".join(found.notes)
+        proposal = propose(str(model), judges, Limits(), Search(), out=tmp_path / "out")
+        return proposal.plan.languages, " ".join(proposal.notes)
 
-    languages, notes = of("en", Judges())
+    languages, notes = scored_languages("en", Judges())
     assert languages == ("en",)
     assert "scored in en, the languages of the model's card" in notes
-    assert of("[pl, en]", Judges())[0] == ("pl", "en")
-    assert of("fr", Judges(languages=("zh",)))[0] == ("zh",)
-    # A card that names none, none of the suite's or all of them leaves the suite whole.
+    assert scored_languages("[pl, en]", Judges())[0] == ("pl", "en")
+    assert scored_languages("fr", Judges(languages=("zh",)))[0] == ("zh",)
+    # The suite stays whole if the card names no language, none of the suite's, or all of them.
     for stated in ("multilingual", "de", "[zh, en, fr, pl]"):
-        languages, notes = of(stated, Judges())
+        languages, notes = scored_languages(stated, Judges())
         assert (languages, "scored in" in notes) == ((), False)
 
 
@@ -101,18 +101,18 @@ def test_an_index_limit_shortens_vectors(tmp_path: Path, texts: Path) -> None:
 
 
 def test_many_own_texts_are_calibrated_on_and_judged_on_and_none_is_both(tmp_path: Path) -> None:
-    own = [f"Order {i} left the warehouse in {i % 7 + 2} boxes." for i in range(240)]
-    (tmp_path / "own.txt").write_text("\n".join(own))
+    own_texts = [f"Order {i} left the warehouse in {i % 7 + 2} boxes." for i in range(240)]
+    (tmp_path / "own.txt").write_text("\n".join(own_texts))
     plan = proposed(tmp_path / "out", tmp_path / "own.txt", max_weights="13MB")
     assert plan.texts is not None
     judged = set(read_texts(plan.texts))
     recipe = load_recipe(str(tmp_path / "out" / plan.recipes[0]))
-    drawn = {each.text for each in draw_texts(recipe.calibration)}
-    assert judged | (drawn & set(own)) == set(own)
+    drawn = {entry.text for entry in draw_texts(recipe.calibration)}
+    assert judged | (drawn & set(own_texts)) == set(own_texts)
     assert not judged & drawn
-    assert len(drawn & set(own)) == 60
-    builtin = drawn - set(own)
-    assert builtin <= {each.text for each in draw_texts(Calibration())}
+    assert len(drawn & set(own_texts)) == 60
+    builtin = drawn - set(own_texts)
+    assert builtin <= {entry.text for entry in draw_texts(Calibration())}
     assert len(builtin) == Calibration().n_texts - 60
 
 
@@ -144,8 +144,12 @@ def test_without_labels_the_pick_is_measured_and_is_no_unquantized_base(
     assert picked in results.fidelity
     assert picked in results.benched
     assert "retention" not in results.choice.reason
-    assert not [each for each in results.choice.candidates if each.name == picked and each.broken]
-    assert set(results.benched) == {"bf16", picked}  # one went on from the first look
+    assert not [
+        candidate
+        for candidate in results.choice.candidates
+        if candidate.name == picked and candidate.broken
+    ]
+    assert set(results.benched) == {"bf16", picked}  # one variant passed screening
 
 
 def test_the_last_lines_say_the_price_and_the_commands(unlabelled: tuple[Plan, Results]) -> None:
@@ -162,14 +166,14 @@ def test_the_last_lines_say_the_price_and_the_commands(unlabelled: tuple[Plan, R
 
 
 def test_a_second_run_finds_everything_done(unlabelled: tuple[Plan, Results]) -> None:
-    plan, first = unlabelled
-    seen: list[str] = []
+    plan, first_results = unlabelled
+    steps: list[str] = []
 
     def note(what: str, done: int, total: int) -> None:
-        seen.append(what)
+        steps.append(what)
 
-    assert run(plan, progress=note).fidelity.keys() == first.fidelity.keys()
-    assert not [what for what in seen if what.startswith(("quantizing", "measuring"))]
+    assert run(plan, progress=note).fidelity.keys() == first_results.fidelity.keys()
+    assert not [step for step in steps if step.startswith(("quantizing", "measuring"))]
 
 
 def test_another_policy_can_judge_what_has_no_labels(unlabelled: tuple[Plan, Results]) -> None:

@@ -1,4 +1,4 @@
-"""A plan is carried out once; what is done is recognised, what changed is done again."""
+"""A second run of a plan skips finished work and repeats the parts that changed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ dims: {n: 64, method: slice}
 vectors: {code: int8}
 calibration: {n_texts: 24, max_tokens: 16}
 """
-"""The weights of rtn-int8."""
+"""A recipe with the weights of rtn-int8."""
 SPEC = PlanBench(
     query_tokens=8,
     n_queries=10,
@@ -53,11 +53,11 @@ class Steps:
     """Notes the name of every step that reports progress."""
 
     def __init__(self) -> None:
-        self.seen: list[str] = []
+        self.names: list[str] = []
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if what not in self.seen:
-            self.seen.append(what)
+        if what not in self.names:
+            self.names.append(what)
 
 
 def plan(folder: Path, *recipes: str, policy: str = "balanced") -> Plan:
@@ -82,23 +82,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(folder: Path) -> tuple[Results, list[str]]:
+def first_run(folder: Path) -> tuple[Results, list[str]]:
     steps = Steps()
-    return run(plan(folder, "rtn-int4", "rtn-int8"), progress=steps), steps.seen
+    return run(plan(folder, "rtn-int4", "rtn-int8"), progress=steps), steps.names
 
 
 def test_a_plan_builds_measures_scores_chooses_and_reports(
-    folder: Path, first: tuple[Results, list[str]]
+    folder: Path, first_run: tuple[Results, list[str]]
 ) -> None:
-    results, steps = first
+    results, steps = first_run
     names = {"bf16", "rtn-int4", "rtn-int8"}
     assert set(results.benched) == set(results.evals) == names
     assert results.choice is not None
-    assert {each.name for each in results.choice.candidates} == names
+    assert {candidate.name for candidate in results.choice.candidates} == names
     assert results.evals["bf16"].retention == 1.0
     assert results.evals["bf16"].fidelity.mean_cosine == pytest.approx(1.0, abs=1e-6)
-    eight, four = (results.evals[name].fidelity for name in ("rtn-int8", "rtn-int4"))
-    assert eight.mean_cosine > four.mean_cosine
+    int8, int4 = (results.evals[name].fidelity for name in ("rtn-int8", "rtn-int4"))
+    assert int8.mean_cosine > int4.mean_cosine
     page = (folder / "out" / "report.html").read_text(encoding="utf-8")
     assert all(name in page for name in names)
     assert read_results(folder / "out") == results
@@ -107,33 +107,36 @@ def test_a_plan_builds_measures_scores_chooses_and_reports(
 
 
 def test_a_second_run_does_nothing_again_and_says_the_same(
-    folder: Path, first: tuple[Results, list[str]]
+    folder: Path, first_run: tuple[Results, list[str]]
 ) -> None:
     steps = Steps()
     again = run(plan(folder, "rtn-int4", "rtn-int8"), progress=steps)
-    assert again == first[0]
-    assert sum(each.n_encoded_texts for each in again.evals.values()) > 0  # by the first run
-    assert steps.seen == [f"{name}: comparing with bf16" for name in again.evals]
+    assert again == first_run[0]
+    # The first run has counted these texts.
+    assert sum(report.n_encoded_texts for report in again.evals.values()) > 0
+    assert steps.names == [f"{name}: comparing with bf16" for name in again.evals]
 
 
 def test_a_price_gives_costs_and_is_no_reason_to_measure_again(
-    folder: Path, first: tuple[Results, list[str]]
+    folder: Path, first_run: tuple[Results, list[str]]
 ) -> None:
-    del first
+    del first_run
     steps = Steps()
     priced = SPEC.model_copy(update={"price_per_hour": 2.0})
     again = run(
         plan(folder, "rtn-int4", "rtn-int8").model_copy(update={"bench": priced}), progress=steps
     )
-    assert not any(step.startswith("measuring") for step in steps.seen)
+    assert not any(step.startswith("measuring") for step in steps.names)
     assert again.bench is not None
     assert again.bench.price_per_hour == 2.0
     assert again.choice is not None
-    assert all("cost_per_million_tokens" in each.metrics for each in again.choice.candidates)
+    assert all(
+        "cost_per_million_tokens" in candidate.metrics for candidate in again.choice.candidates
+    )
 
 
 def test_only_what_a_changed_plan_touches_is_done_again(
-    folder: Path, first: tuple[Results, list[str]]
+    folder: Path, first_run: tuple[Results, list[str]]
 ) -> None:
     steps = Steps()
     before = artifact_sha256(folder / "out" / "variants" / "rtn-int8")
@@ -141,26 +144,27 @@ def test_only_what_a_changed_plan_touches_is_done_again(
     results = run(changed, beside=folder, progress=steps)
     assert artifact_sha256(folder / "out" / "variants" / "rtn-int8") == before
     assert set(results.evals) == {"bf16", "rtn-int8", "short"}
-    assert not any(step.startswith("quantizing") for step in steps.seen)  # shares the weights
-    assert not any(step.startswith("rtn-int8: MiniSTS") for step in steps.seen)
-    assert any(step.startswith("short: MiniSTS") for step in steps.seen)
-    assert results.evals["short"].n_encoded_texts == 0  # nor is any text encoded again
-    assert not any(step == "measuring speed of rtn-int8" for step in steps.seen)
-    assert any(step == "measuring speed of short" for step in steps.seen)
+    # short.yaml has the weights of rtn-int8.
+    assert not any(step.startswith("quantizing") for step in steps.names)
+    assert not any(step.startswith("rtn-int8: MiniSTS") for step in steps.names)
+    assert any(step.startswith("short: MiniSTS") for step in steps.names)
+    assert results.evals["short"].n_encoded_texts == 0  # no text is encoded again
+    assert not any(step == "measuring speed of rtn-int8" for step in steps.names)
+    assert any(step == "measuring speed of short" for step in steps.names)
     assert not (folder / "out" / "eval" / "rtn-int4.json").exists()
-    assert read_results(folder / "out") == results  # of rtn-int4 nothing is left
+    assert read_results(folder / "out") == results  # nothing of rtn-int4 is left
 
 
 def test_evaluations_that_no_run_wrote_are_left_and_said(
-    folder: Path, first: tuple[Results, list[str]]
+    folder: Path, first_run: tuple[Results, list[str]]
 ) -> None:
-    del first
+    del first_run
     out = folder / "out" / "eval"
-    own = read_record(out / "rtn-int8.json", EvalReport).model_copy(update={"variant": "mine"})
-    write_record(out / "mine.json", own)
+    foreign = read_record(out / "rtn-int8.json", EvalReport).model_copy(update={"variant": "mine"})
+    write_record(out / "mine.json", foreign)
     with pytest.warns(UserWarning, match="also holds mine, which no run of this plan wrote"):
         results = run(plan(folder, "rtn-int8"), beside=folder)
-    assert read_record(out / "mine.json", EvalReport) == own
+    assert read_record(out / "mine.json", EvalReport) == foreign
     assert set(results.evals) == {"bf16", "rtn-int8"}
     (out / "mine.json").unlink()
 
@@ -199,36 +203,36 @@ def test_all_that_cannot_be_measured_is_told_before_a_folder_is_looked_at(tmp_pa
 )
 def test_variants_are_not_added_to_a_benchmark_under_other_conditions(
     folder: Path,
-    first: tuple[Results, list[str]],
+    first_run: tuple[Results, list[str]],
     tmp_path: Path,
     field: str,
     value: object,
     differs: str,
 ) -> None:
-    del first
-    own = read_record(folder / "out" / "bench.json", BenchReport)
+    del first_run
+    report = read_record(folder / "out" / "bench.json", BenchReport)
     if isinstance(value, dict):
-        value = {**own.versions, **value}
-    named = {"nano": own.variants["bf16"]}
-    old = own.model_copy(update={"baseline": "nano", "variants": named, field: value})
+        value = {**report.versions, **value}
+    named = {"nano": report.variants["bf16"]}
+    old = report.model_copy(update={"baseline": "nano", "variants": named, field: value})
     write_record(tmp_path / "bench.json", old)
     with pytest.raises(InputError, match="under other conditions") as caught:
         bench_into(tmp_path, "nano")
     assert differs in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 2  # and nothing else does
+    assert len(str(caught.value).splitlines()) == 2  # only that differs
     assert read_record(tmp_path / "bench.json", BenchReport) == old
 
 
 def test_a_run_measures_again_what_was_measured_with_other_threads(
-    folder: Path, first: tuple[Results, list[str]]
+    folder: Path, first_run: tuple[Results, list[str]]
 ) -> None:
-    del first
+    del first_run
     path = folder / "out" / "bench.json"
     old = read_record(path, BenchReport)
     write_record(path, old.model_copy(update={"n_threads": 77}))
     steps = Steps()
     again = run(plan(folder, "rtn-int8"), beside=folder, progress=steps)
-    assert "measuring speed of rtn-int8" in steps.seen
+    assert "measuring speed of rtn-int8" in steps.names
     assert again.bench is not None
     assert again.bench.n_threads == torch.get_num_threads()
 
@@ -236,7 +240,7 @@ def test_a_run_measures_again_what_was_measured_with_other_threads(
 def bench_into(
     folder: Path, *sources: str, progress: Steps | None = None, price: float | None = None
 ) -> BenchReport:
-    named = {Path(each).name: each for each in sources}
+    named = {Path(source).name: source for source in sources}
     return measure(
         named,
         SPEC.spec,
@@ -261,17 +265,17 @@ class Stops(Steps):
 
 
 def test_variants_benched_later_lie_beside_the_earlier_and_survive_an_interruption(
-    folder: Path, first: tuple[Results, list[str]], tmp_path: Path
+    folder: Path, first_run: tuple[Results, list[str]], tmp_path: Path
 ) -> None:
-    del first
-    one, two = str(folder / "out" / "variants" / "rtn-int8"), str(tmp_path / "short")
-    gteopt.quantize("nano", str(folder / "short.yaml"), two, device="cpu")
+    del first_run
+    int8, short = str(folder / "out" / "variants" / "rtn-int8"), str(tmp_path / "short")
+    gteopt.quantize("nano", str(folder / "short.yaml"), short, device="cpu")
     with pytest.raises(KeyboardInterrupt):
-        bench_into(tmp_path, "nano", one, progress=Stops("measuring speed of rtn-int8"))
+        bench_into(tmp_path, "nano", int8, progress=Stops("measuring speed of rtn-int8"))
     assert set(read_record(tmp_path / "bench.json", BenchReport).variants) == {"nano"}
-    before = bench_into(tmp_path, "nano", one, price=2.0)
+    before = bench_into(tmp_path, "nano", int8, price=2.0)
     after = measure(
-        {"mine": "nano", "short": two},
+        {"mine": "nano", "short": short},
         SPEC.spec,
         ReportFile(tmp_path),
         baseline="mine",
@@ -284,13 +288,13 @@ def test_variants_benched_later_lie_beside_the_earlier_and_survive_an_interrupti
     assert after.price_per_hour == 2.0
     assert read_record(tmp_path / "bench.json", BenchReport) == after
     with pytest.raises(InputError, match="baseline: nano there, short now"):
-        bench_into(tmp_path, two)
+        bench_into(tmp_path, short)
 
 
 def test_a_policys_margin_settles_the_verdicts_again_and_the_page_follows(
-    folder: Path, first: tuple[Results, list[str]]
+    folder: Path, first_run: tuple[Results, list[str]]
 ) -> None:
-    del first
+    del first_run
     out = folder / "out"
     for margin, verdict in ((0.9, "equivalent"), (1e-9, None)):
         policy = Policy(
@@ -328,9 +332,9 @@ def test_every_problem_of_a_plan_is_told_before_anything_is_built(tmp_path: Path
 
 
 def test_the_baseline_of_artifacts_is_their_common_base(
-    folder: Path, first: tuple[Results, list[str]]
+    folder: Path, first_run: tuple[Results, list[str]]
 ) -> None:
-    del first
+    del first_run
     assert base_of([str(folder / "out" / "variants" / "rtn-int8")]) == "nano"
     with pytest.raises(InputError, match="different bases"):
         base_of([str(folder / "out" / "variants" / "rtn-int8"), "some/other"])

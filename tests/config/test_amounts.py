@@ -1,4 +1,4 @@
-"""Amounts with units, as users type them, and what a wrong one is told."""
+"""Amounts with units as users type them, and the messages for wrong amounts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user may write in YAML, what it means, and what is said where it is wrong."""
+"""What a user may write in YAML, what it means, and the messages for mistakes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def problems(tmp_path: Path, text: str, document: type[BaseModel] = Recipe) -> list[str]:
-    """What is said of a YAML file, one problem an item, without the folder."""
+    """The problems that are reported for a YAML file, without the path of its folder."""
     path = tmp_path / "f.yaml"
     path.write_text(text)
     with pytest.raises(InputError) as caught:
@@ -75,7 +75,7 @@ vectors:
         ("{method: gptqq}", "weights.method: Input should be one of 'none', 'rtn', 'gptq'"),
         ("{method: gptqq}", "(found 'gptqq'); did you mean gptq?"),
         ("{scheme: {bits: 4}}", "field 'weights.method' is missing"),
-        # act_order is a field of gptq, so it must not be suggested to itself.
+        # act_order is a field of gptq, so it must not be suggested for itself.
         ("{method: none, act_order: true}", "unknown field 'weights.act_order': known: method"),
     ],
 )
@@ -327,10 +327,10 @@ def test_a_recipe_comes_back_from_its_json_equal() -> None:
 def test_every_shipped_file_is_valid_and_named_as_its_file(
     kind: ShippedKind, document: type[BaseModel], path: Path
 ) -> None:
-    read = read_yaml(path, document)
-    assert isinstance(read, Recipe | Plan | Policy)
-    assert read.name == path.stem
-    assert read.summary
+    content = read_yaml(path, document)
+    assert isinstance(content, Recipe | Plan | Policy)
+    assert content.name == path.stem
+    assert content.summary
     assert path.stem in shipped_names(kind)
 
 
@@ -338,8 +338,8 @@ def test_every_shipped_file_is_valid_and_named_as_its_file(
 def test_every_shipped_plan_names_recipes_and_a_policy_that_exist(name: str) -> None:
     plan = load_plan(name)
     folder = shipped_dir("recipes/plans")
-    recipes = [load_recipe(each, beside=folder) for each in plan.recipes]
-    assert len({each.sha256() for each in recipes}) == len(recipes)
+    recipes = [load_recipe(recipe_name, beside=folder) for recipe_name in plan.recipes]
+    assert len({loaded.sha256() for loaded in recipes}) == len(recipes)
     assert isinstance(plan.policy, str)
     load_policy(plan.policy, beside=folder)
 
@@ -352,14 +352,14 @@ def test_an_unknown_name_gets_the_nearest_shipped_one() -> None:
 def test_a_relative_file_is_found_beside_the_plan_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beside, here = tmp_path / "plans", tmp_path / "here"
-    for folder in (beside, here):
+    beside, current = tmp_path / "plans", tmp_path / "here"
+    for folder in (beside, current):
         folder.mkdir()
         (folder / "r.yaml").touch()
-    monkeypatch.chdir(here)
+    monkeypatch.chdir(current)
     assert find_yaml("recipes", "r.yaml", beside=beside) == beside / "r.yaml"
     (beside / "r.yaml").unlink()
-    assert find_yaml("recipes", "r.yaml", beside=beside).resolve() == (here / "r.yaml").resolve()
+    assert find_yaml("recipes", "r.yaml", beside=beside).resolve() == (current / "r.yaml").resolve()
 
 
 def test_a_file_that_does_not_exist_is_refused_with_the_shipped_names() -> None:
