@@ -1,4 +1,4 @@
-"""An embedding job stores what the encoder makes, row for row, and says what it could not embed."""
+"""An embedding job stores the encoder's vector of each row, and lists the rows that it lacks."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def test_rows_that_cannot_be_embedded_are_dead_letters_with_reasons(
     with path.open("ab") as handle:
         handle.write(b"{not json}\n\n" + b'{"text": "\xff\xfe"}\n')
     report = embed_with(nano, path, tmp_path / "out", id="id")
-    found = [(each["row"], each["id"], each["reason"]) for each in dead(tmp_path / "out")]
-    assert found == [
+    reasons = [(letter["row"], letter["id"], letter["reason"]) for letter in dead(tmp_path / "out")]
+    assert reasons == [
         (1, "d1", "empty"),
         (2, "d2", "not_text"),
         (3, "d3", "not_text"),
@@ -116,7 +116,7 @@ def test_rows_that_cannot_be_embedded_are_dead_letters_with_reasons(
     assert report.n_rows == report.n_embedded + report.n_bad == 9
 
 
-def test_a_text_of_which_the_model_makes_no_numbers_is_a_dead_letter_and_its_batch_is_not(
+def test_a_text_whose_vector_is_not_finite_is_a_dead_letter_and_its_batch_is_not(
     tmp_path: Path,
 ) -> None:
     encoder = gteopt.load("nano", device="cpu")
@@ -138,8 +138,8 @@ def test_retry_failed_embeds_again_what_the_model_could_not(tmp_path: Path, nano
     report = embed_with(nano, path, tmp_path / "out", retry_failed=True)
     assert (report.n_bad, report.shards_now) == (0, 1)
     embed_with(nano, path, tmp_path / "never_sick")
-    ours, theirs = folder_bytes(tmp_path / "out"), folder_bytes(tmp_path / "never_sick")
-    assert ours == theirs
+    retried, never_failed = folder_bytes(tmp_path / "out"), folder_bytes(tmp_path / "never_sick")
+    assert retried == never_failed
 
 
 @pytest.mark.parametrize("mode", ["error", "truncate"])
@@ -203,14 +203,14 @@ def test_codes_are_stored_as_the_artifact_fits_them_and_decode_from_the_files_ow
     )
     np.testing.assert_array_equal(vectors(table), expected)
     path = sorted((tmp_path / "out" / "data").iterdir())[0]
-    about = json.loads(pq.read_metadata(path).metadata[b"gteopt.decode"])
+    decoding = json.loads(pq.read_metadata(path).metadata[b"gteopt.decode"])
     low, high = (
-        np.frombuffer(base64.b64decode(about["tensors"][end]["base64"]), "<f4")
+        np.frombuffer(base64.b64decode(decoding["tensors"][end]["base64"]), "<f4")
         for end in ("low", "high")
     )
     decoded = low + (vectors(table) + 128) * (high.astype(float) - low) / 255
     np.testing.assert_allclose(decoded, encoder.vectors.dequantize(expected), rtol=1e-6)
-    # A byte a number, though Parquet has no type of a byte.
+    # A number takes about one byte, although Parquet has no type of one byte.
     column = pq.read_metadata(path).row_group(0)
     sizes = {
         column.column(i).path_in_schema: column.column(i).total_compressed_size
@@ -260,7 +260,7 @@ def test_another_jobs_folder_is_refused_with_every_difference(
 ) -> None:
     embed_with(nano, corpus, tmp_path / "out")
     write_jsonl(tmp_path / "new.jsonl")
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         embed_with(
             nano,
             [str(corpus), str(tmp_path / "new.jsonl")],
@@ -268,10 +268,10 @@ def test_another_jobs_folder_is_refused_with_every_difference(
             shard_rows=8,
             role="query",
         )
-    said = str(told.value)
-    assert "role is 'query', and was 'document'" in said
-    assert "shard_rows is '8', and was '16'" in said
-    assert "1 files are new (new.jsonl); --grow adds them" in said
+    message = str(caught.value)
+    assert "role is 'query', and was 'document'" in message
+    assert "shard_rows is '8', and was '16'" in message
+    assert "1 files are new (new.jsonl); --grow adds them" in message
 
 
 def test_grow_adds_new_files_and_leaves_the_shards_of_the_others(
@@ -315,7 +315,7 @@ def test_a_file_that_changes_during_the_job_stops_it(
         embed_with(nano, corpus, tmp_path / "out")
 
 
-def test_of_writers_of_one_name_the_first_one_s_content_stays(tmp_path: Path) -> None:
+def test_the_content_of_the_first_of_several_writers_stays(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         wrote = list(pool.map(lambda i: folder.create("data/a", b"%d" % i), range(8)))
@@ -335,7 +335,7 @@ def test_a_shard_that_another_worker_finished_meanwhile_stays(
     job = prepare(Request((str(corpus),), "nano", out, EmbedOptions(shard_rows=16)), nano)
     with ShardEncoder(job.task, nano) as worker:
         late = [worker.submit(shard).result() for shard in job.plan.shards.values()]
-    assert [each.name for each in late] == sorted(times)
+    assert [done.name for done in late] == sorted(times)
     assert {path.name: path.stat().st_mtime_ns for path in (out / "data").iterdir()} == times
     assert folder_bytes(out) == before
 
@@ -343,23 +343,23 @@ def test_a_shard_that_another_worker_finished_meanwhile_stays(
 def test_a_machine_that_rounds_products_otherwise_does_not_go_on_with_a_job(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of weights in 16 bits: in float32 machines only order sums otherwise."""
-    short = gteopt.load("nano", device="cpu", dtype="bfloat16")
-    whole = gteopt.load("nano", device="cpu", dtype="float32")
-    embed_with(short, corpus, tmp_path / "short", dtype="bfloat16")
-    embed_with(whole, corpus, tmp_path / "whole", dtype="float32")
+    """This holds for 16-bit weights. In float32, machines differ only in the order of sums."""
+    half = gteopt.load("nano", device="cpu", dtype="bfloat16")
+    full = gteopt.load("nano", device="cpu", dtype="float32")
+    embed_with(half, corpus, tmp_path / "short", dtype="bfloat16")
+    embed_with(full, corpus, tmp_path / "whole", dtype="float32")
     monkeypatch.setattr(Description, "arithmetic", "as another processor rounds")
     with pytest.raises(InputError, match="arithmetic is 'as another processor rounds', and was"):
-        embed_with(short, corpus, tmp_path / "short", dtype="bfloat16")
-    assert embed_with(whole, corpus, tmp_path / "whole", dtype="float32").shards_now == 0
-    looking = prepare(
+        embed_with(half, corpus, tmp_path / "short", dtype="bfloat16")
+    assert embed_with(full, corpus, tmp_path / "whole", dtype="float32").shards_now == 0
+    read_only = prepare(
         Request((str(corpus),), "nano", tmp_path / "short", EmbedOptions(shard_rows=16)),
-        short,
+        half,
         reads_only=True,
     )
-    assert len(finished(looking.folder, looking.plan.expected())) == 3
+    assert len(finished(read_only.folder, read_only.plan.expected())) == 3
     with pytest.raises(UnsupportedError, match="rounds products in another way"):
-        replace(looking.task, source="nano", arithmetic="int8 x 9 bits").load("cpu")
+        replace(read_only.task, source="nano", arithmetic="int8 x 9 bits").load("cpu")
 
 
 def test_events_and_report_say_what_each_worker_did(
@@ -370,12 +370,12 @@ def test_events_and_report_say_what_each_worker_did(
         str(corpus), "nano", tmp_path / "out", device="cpu", devices="cpu,cpu", shard_rows=4,
         events=lambda event, facts: heard.append({"event": event, **json.loads(json.dumps(facts))}),
     )  # fmt: skip
-    assert {each.name for each in report.workers} <= {"0 on cpu", "1 on cpu"}
-    assert sum(each.n_shards for each in report.workers) == report.shards_now == 10
-    assert sum(each.n_texts for each in report.workers) == 40
-    shards = [each["worker"] for each in heard if each["event"] == "shard"]
-    assert [each.n_shards for each in report.workers] == [
-        max(s["n_shards"] for s in shards if s["name"] == each.name) for each in report.workers
+    assert {worker.name for worker in report.workers} <= {"0 on cpu", "1 on cpu"}
+    assert sum(worker.n_shards for worker in report.workers) == report.shards_now == 10
+    assert sum(worker.n_texts for worker in report.workers) == 40
+    shards = [event["worker"] for event in heard if event["event"] == "shard"]
+    assert [worker.n_shards for worker in report.workers] == [
+        max(s["n_shards"] for s in shards if s["name"] == worker.name) for worker in report.workers
     ]
 
 
@@ -423,7 +423,7 @@ def test_verify_accepts_a_sound_folder_and_names_what_is_wrong(
 
 
 def test_verify_finds_vectors_of_another_text(nano: Encoder, tmp_path: Path) -> None:
-    """The right bytes and counts, of a corpus that was changed behind the job's back."""
+    """Bytes and counts are right, but the corpus has changed without the job's knowledge."""
     path = write_jsonl(tmp_path / "c.jsonl", [f"alpha {i}" for i in range(20)])
     out = tmp_path / "out"
     known = path.stat()
@@ -460,10 +460,10 @@ def test_the_folder_does_not_depend_on_where_the_corpus_lies(
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
 
 
-@pytest.mark.parametrize("said", ["cut", "chunk:0", "chunk:10:10", "chunk:1:2:3"])
-def test_long_is_told_how_it_is_written(said: str) -> None:
+@pytest.mark.parametrize("value", ["cut", "chunk:0", "chunk:10:10", "chunk:1:2:3"])
+def test_a_malformed_long_option_is_refused(value: str) -> None:
     with pytest.raises(InputError, match="--long"):
-        parse_long(said)
+        parse_long(value)
 
 
 def test_a_template_takes_numbers_and_leaves_out_what_is_missing() -> None:

@@ -1,4 +1,4 @@
-"""A job that is killed at any moment ends with the very bytes of one that never was."""
+"""A job that is killed at any moment ends with the bytes of a job that was never killed."""
 
 from __future__ import annotations
 

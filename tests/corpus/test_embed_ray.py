@@ -1,4 +1,4 @@
-"""A real Ray cluster of two nodes, of which one is killed, embeds to the bytes of one process."""
+"""A real Ray cluster of two nodes loses one and still writes the bytes of one process."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def test_a_cluster_that_loses_a_node_leaves_the_bytes_of_one_process(
 
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [*TEXTS, ""])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    second = cluster.add_node(num_cpus=1)
+    second_node = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
     encoder = describe("nano", device="cpu")
-    seen: list[str] = []
+    embedded: list[str] = []
 
     def losing_a_node() -> RunShards:
         run = embed_on_ray(cluster.address, device="cpu", actors=(1, 2))
 
         def embed(*arguments: Any) -> Any:
             for done in run(*arguments):
-                seen.append(done.name)
-                if len(seen) == 3:
-                    cluster.remove_node(second, allow_graceful=False)
+                embedded.append(done.name)
+                if len(embedded) == 3:
+                    cluster.remove_node(second_node, allow_graceful=False)
                 yield done
 
         return embed
@@ -46,7 +46,7 @@ def test_a_cluster_that_loses_a_node_leaves_the_bytes_of_one_process(
     try:
         report = embed_with(encoder, corpus, tmp_path / "ray", shard_rows=2, runner=losing_a_node())
         assert (report.n_embedded, report.n_bad) == (40, 1)
-        assert len(seen) == len(set(seen)) == 21
+        assert len(embedded) == len(set(embedded)) == 21
 
         dataset = ray.data.from_items([{"body": text} for text in TEXTS[:6]])
         rows = dataset.map_batches(
@@ -60,8 +60,8 @@ def test_a_cluster_that_loses_a_node_leaves_the_bytes_of_one_process(
         ray.shutdown()
         cluster.shutdown()
     nano = gteopt.load("nano", device="cpu")
-    found = {row["body"]: row["vector"] for row in rows}
+    vectors = {row["body"]: row["vector"] for row in rows}
     expected = nano.encode(TEXTS[:6])
-    np.testing.assert_allclose([found[text] for text in TEXTS[:6]], expected, atol=2e-2)
+    np.testing.assert_allclose([vectors[text] for text in TEXTS[:6]], expected, atol=2e-2)
     embed_with(nano, corpus, tmp_path / "here", shard_rows=2)
     assert folder_bytes(tmp_path / "ray") == folder_bytes(tmp_path / "here")

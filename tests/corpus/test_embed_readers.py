@@ -41,13 +41,13 @@ def nano() -> Encoder:
 def folders(nano: Encoder, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
     root = tmp_path_factory.mktemp("readers")
     corpus = write_jsonl(root / "c.jsonl", [*TEXTS[:20], ""])
-    made = {}
+    paths = {}
     for code, vector_type in KINDS:
-        made[code, vector_type] = root / f"{code}-{vector_type}"
+        paths[code, vector_type] = root / f"{code}-{vector_type}"
         embed_with(
-            nano, corpus, made[code, vector_type], code=code, vector_type=vector_type, id="id"
+            nano, corpus, paths[code, vector_type], code=code, vector_type=vector_type, id="id"
         )
-    return made
+    return paths
 
 
 def by_pandas(data: str) -> npt.NDArray[Any]:
@@ -59,14 +59,14 @@ def by_polars(data: str) -> npt.NDArray[Any]:
 
 
 def by_duckdb(data: str) -> npt.NDArray[Any]:
-    found = duckdb.sql(f"select vector from '{data}/*.parquet' order by file, row").fetchall()
-    return np.array([row[0] for row in found])
+    rows = duckdb.sql(f"select vector from '{data}/*.parquet' order by file, row").fetchall()
+    return np.array([row[0] for row in rows])
 
 
 def by_datasets(data: str) -> npt.NDArray[Any]:
     cache = f"{data}/../../cache"
-    found = datasets.load_dataset("parquet", data_dir=data, split="train", cache_dir=cache)
-    return np.array(found["vector"][:])
+    dataset = datasets.load_dataset("parquet", data_dir=data, split="train", cache_dir=cache)
+    return np.array(dataset["vector"][:])
 
 
 @pytest.mark.parametrize("read", [by_pandas, by_polars, by_duckdb, by_datasets])
@@ -92,8 +92,8 @@ def test_lancedb_takes_the_rows_and_finds_a_vector_by_itself(
     rows = pq.read_table(out / "data")
     table = lancedb.connect(tmp_path).create_table("rows", rows)
     query = vectors(stored(out))[7].astype(np.float32)
-    (found,) = table.search(query, vector_column_name="vector").limit(1).to_list()
-    assert found["id"] == rows["id"][7].as_py()
+    (nearest,) = table.search(query, vector_column_name="vector").limit(1).to_list()
+    assert nearest["id"] == rows["id"][7].as_py()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,8 +111,8 @@ def test_qdrant_takes_the_rows_and_finds_a_vector_by_itself(
         for i, row in enumerate(rows)
     ]
     client.upsert("rows", points=points)
-    (found,) = client.query_points("rows", query=rows[7]["vector"], limit=1).points
-    assert found.payload == {"id": rows[7]["id"]}
+    (nearest,) = client.query_points("rows", query=rows[7]["vector"], limit=1).points
+    assert nearest.payload == {"id": rows[7]["id"]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,11 +132,11 @@ def test_pgvector_takes_the_rows_and_finds_a_vector_by_itself(
         for row in rows:
             values = (row["id"], pgvector.Vector(row["vector"]))
             connection.execute("insert into rows values (%s, %s)", values)
-        nearest = "select id from rows order by vector <=> %s limit 1"
+        select_nearest = "select id from rows order by vector <=> %s limit 1"
         query = pgvector.Vector(rows[7]["vector"])
-        found = connection.execute(nearest, (query,)).fetchone()
+        nearest_row = connection.execute(select_nearest, (query,)).fetchone()
     server.cleanup()
-    assert found == (rows[7]["id"],)
+    assert nearest_row == (rows[7]["id"],)
 
 
 @pytest.mark.parametrize("form", ["faiss-flat", "faiss-hnsw", "faiss-ivf"])
@@ -147,9 +147,9 @@ def test_a_faiss_index_finds_each_vector_by_itself(form: Export, folders: dict[A
     index_path, ids_path = export(Folder(out), record, [form])
     index = faiss.read_index(str(index_path), faiss.IO_FLAG_MMAP_IFC)
     rows = vectors(stored(out)).astype(np.float32)
-    _, found = index.search(rows, 1)
+    _, positions = index.search(rows, 1)
     ids = pq.read_table(ids_path)["id"].to_pylist()
-    assert [ids[i] for i in found[:, 0]] == [f"d{i}" for i in range(20)]
+    assert [ids[i] for i in positions[:, 0]] == [f"d{i}" for i in range(20)]
 
 
 def test_npy_and_lance_hold_the_same_rows(folders: dict[Any, Path]) -> None:
@@ -162,9 +162,9 @@ def test_npy_and_lance_hold_the_same_rows(folders: dict[Any, Path]) -> None:
     expected = vectors(stored(out))
     assert np.load(array, mmap_mode="r").dtype == np.float16
     np.testing.assert_array_equal(np.load(array), expected)
-    lancing = lance.dataset(str(table)).to_table()
-    assert lancing["id"].to_pylist() == pq.read_table(ids)["id"].to_pylist()
-    np.testing.assert_array_equal(np.array(lancing["vector"].to_pylist()), expected)
+    lance_table = lance.dataset(str(table)).to_table()
+    assert lance_table["id"].to_pylist() == pq.read_table(ids)["id"].to_pylist()
+    np.testing.assert_array_equal(np.array(lance_table["vector"].to_pylist()), expected)
 
 
 def test_search_finds_a_document_by_its_text_with_and_without_an_index(
@@ -174,13 +174,13 @@ def test_search_finds_a_document_by_its_text_with_and_without_an_index(
     record = read_record(Folder(out))
     assert record is not None
     export(Folder(out), record, ["faiss-flat"])
-    (found,) = gteopt.search(out, TEXTS[13], top=3, device="cpu")
-    assert found.hits[0].id == "d13"
-    assert len(found.hits) == 3
+    (by_scan,) = gteopt.search(out, TEXTS[13], top=3, device="cpu")
+    assert by_scan.hits[0].id == "d13"
+    assert len(by_scan.hits) == 3
     (by_index,) = gteopt.search(out, TEXTS[13], top=3, device="cpu", index=True)
-    assert [hit.id for hit in by_index.hits] == [hit.id for hit in found.hits]
+    assert [hit.id for hit in by_index.hits] == [hit.id for hit in by_scan.hits]
     np.testing.assert_allclose(
-        [hit.score for hit in by_index.hits], [hit.score for hit in found.hits], atol=1e-5
+        [hit.score for hit in by_index.hits], [hit.score for hit in by_scan.hits], atol=1e-5
     )
 
 

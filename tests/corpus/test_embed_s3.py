@@ -77,10 +77,10 @@ def test_a_bucket_holds_the_bytes_that_a_folder_would(bucket: Any, tmp_path: Pat
     again = embed_with(nano, ["s3://bucket/in/*.jsonl"], "s3://bucket/vectors", id="id")
     assert (again.shards_now, again.shards_before) == (1, 2)
     embed_with(nano, corpus, tmp_path / "out", id="id")
-    here = folder_bytes(tmp_path / "out" / "data")
-    there = {n: Folder("s3://bucket/vectors").read(f"data/{n}") for n in names}
-    # The identity of the input differs, as its time of change does; nothing else may.
-    assert [len(content or b"") for content in there.values()] == [len(c) for c in here.values()]
+    local = folder_bytes(tmp_path / "out" / "data")
+    remote = {n: Folder("s3://bucket/vectors").read(f"data/{n}") for n in names}
+    # Only the input's identity differs, because it holds the time of the last change.
+    assert [len(content or b"") for content in remote.values()] == [len(c) for c in local.values()]
 
 
 @pytest.mark.parametrize("library", ["pyarrow alone", "s3fs"])
@@ -97,7 +97,7 @@ def test_a_shard_that_another_worker_wrote_first_stays(
     assert folder.read("data/a") == b"first"
 
 
-def test_of_writers_at_the_same_moment_one_wins(bucket: Any) -> None:
+def test_one_of_several_writers_at_the_same_moment_wins(bucket: Any) -> None:
     pytest.importorskip("s3fs", reason="comes with the test extra")
     folder = Folder("s3://bucket/moment")
     with ThreadPoolExecutor(8) as pool:

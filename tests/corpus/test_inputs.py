@@ -1,4 +1,4 @@
-"""Every input format gives the same rows; what cannot be read is told with what can."""
+"""Every input format gives the same rows. Errors for other inputs say what can be read."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 def read_in_shards(
     path: Path, role: str = "document", own_id: str | None = "id"
 ) -> list[tuple[str, str | None]]:
-    """Ids and texts, read shard by shard from the last to the first: each has to find its place."""
+    """Ids and texts by shard. Reading from the last shard to the first must give the same."""
     corpus = find_corpus([str(path)], role=role)
     files = {n: (file, corpus.places[file.name]) for n, file in enumerate(corpus.files)}
     columns = Columns(Template(corpus.text or "text"), corpus.id or own_id)
@@ -66,14 +66,16 @@ def read_in_shards(
         for shard in cut_rows(file, place, n, columns, 8)
     ]
     forward = RowReader(files, columns)
-    read = {shard: forward.read(shard) for shard in shards}
+    contents = {shard: forward.read(shard) for shard in shards}
     backward = RowReader(files, columns)
     for shard in reversed(shards):
-        assert backward.read(shard) == read[shard]
+        assert backward.read(shard) == contents[shard]
     forward.close()
     backward.close()
     return [
-        pair for shard in shards for pair in zip(read[shard].ids, read[shard].texts, strict=True)
+        pair
+        for shard in shards
+        for pair in zip(contents[shard].ids, contents[shard].texts, strict=True)
     ]
 
 
@@ -123,7 +125,7 @@ def test_lines_of_text_are_documents_named_by_file_and_line(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", b'{"body": "x", "id": 1}\n', "no column text; it has body, id"),
         ("a.csv", b"id,body\n1,x\n", "no column text; it has id, body"),
@@ -136,17 +138,17 @@ def test_lines_of_text_are_documents_named_by_file_and_line(tmp_path: Path) -> N
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_why(
-    name: str, content: bytes, said: str, tmp_path: Path
+    name: str, content: bytes, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read_in_shards(tmp_path / name)
 
 
 def test_all_inputs_that_are_not_there_are_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"")
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         find_corpus([f"{tmp_path}/a.jsonl", f"{tmp_path}/*.csv", f"{tmp_path}/image.png"])
-    assert "a.jsonl is not there" in str(told.value)
-    assert "no file matches" in str(told.value)
-    assert "image.png" in str(told.value)
+    assert "a.jsonl is not there" in str(caught.value)
+    assert "no file matches" in str(caught.value)
+    assert "image.png" in str(caught.value)

@@ -72,18 +72,18 @@ def shards(folder: Path) -> list[Path]:
 def test_a_cold_and_a_warm_cache_give_the_same_bits(nano: Encoder, tmp_path: Path) -> None:
     texts = texts_of(40)
     cold = VectorCache(nano, tmp_path)
-    first = cold.embed(texts, "query", "Find it.")
+    from_cold = cold.embed(texts, "query", "Find it.")
     warm = VectorCache(nano, tmp_path)
-    again = warm.embed(texts[::-1], "query", "Find it.")[::-1]
-    np.testing.assert_array_equal(first, again)
+    from_warm = warm.embed(texts[::-1], "query", "Find it.")[::-1]
+    np.testing.assert_array_equal(from_cold, from_warm)
     assert (cold.counts, warm.counts) == (Encodings(40, 40), Encodings(40, 0))
     plain = nano.embed(texts, role="query", instruction="Find it.")
     # Half a unit in the last place of float16, relative to the value.
-    assert np.abs(first - plain).max() <= 2**-11 * np.abs(plain).max()
+    assert np.abs(from_cold - plain).max() <= 2**-11 * np.abs(plain).max()
     # The same text behind another prompt is another vector.
-    other = warm.embed(texts, "document", None)
+    as_document = warm.embed(texts, "document", None)
     assert warm.counts.n_encoded == 40
-    assert np.abs(other - first).max() > 0.01
+    assert np.abs(as_document - from_cold).max() > 0.01
 
 
 def test_texts_that_the_model_cuts_are_counted_also_where_nothing_is_encoded(
@@ -111,9 +111,9 @@ def test_scores_are_the_same_bits_with_and_without_a_store(nano: Encoder, tmp_pa
     n_texts = cold.encodings.n_asked
     assert (cold.encodings, warm.encodings) == (Encodings(n_texts, n_texts), Encodings(n_texts, 0))
     assert without.scores == cold.scores == warm.scores
-    for side, each in cold.fidelity_sample.items():
-        np.testing.assert_array_equal(each.vectors, warm.fidelity_sample[side].vectors)
-        np.testing.assert_array_equal(each.vectors, without.fidelity_sample[side].vectors)
+    for side, sample in cold.fidelity_sample.items():
+        np.testing.assert_array_equal(sample.vectors, warm.fidelity_sample[side].vectors)
+        np.testing.assert_array_equal(sample.vectors, without.fidelity_sample[side].vectors)
 
 
 def test_the_sample_of_cached_vectors_is_stored_in_16_bits_without_loss(
@@ -121,10 +121,11 @@ def test_the_sample_of_cached_vectors_is_stored_in_16_bits_without_loss(
 ) -> None:
     run = run_suite(nano, suite_of(TASKS[0]), store=tmp_path)
     (path,) = tmp_path.glob("tasks/*/texts.safetensors")
-    for side, each in read_sample(path).items():
-        np.testing.assert_array_equal(each.vectors, run.fidelity_sample[side].vectors)
+    for side, sample in read_sample(path).items():
+        np.testing.assert_array_equal(sample.vectors, run.fidelity_sample[side].vectors)
     assert path.stat().st_size < 1.2 * sum(
-        each.vectors.size * 2 + 32 * len(each.digests) for each in run.fidelity_sample.values()
+        sample.vectors.size * 2 + 32 * len(sample.digests)
+        for sample in run.fidelity_sample.values()
     )
     exact = dict(run.fidelity_sample.items())
     side = next(iter(exact))
@@ -138,10 +139,10 @@ def test_artifacts_that_differ_only_in_their_vectors_share_one_cache(
 ) -> None:
     short = tmp_path / "short"
     gteopt.truncate(artifact, short, dims=64, vectors="binary", device="cpu")
-    whole, shortened = (gteopt.load(each, device="cpu") for each in (artifact, short))
+    int8, shortened = (gteopt.load(source, device="cpu") for source in (artifact, short))
     store = tmp_path / "store"
     suite = suite_of(TASKS[0])
-    assert run_suite(whole, suite, store=store).encodings.n_encoded > 0
+    assert run_suite(int8, suite, store=store).encodings.n_encoded > 0
     assert run_suite(shortened, suite, store=store).encodings.n_encoded == 0
     assert run_suite(nano, suite, store=store).encodings.n_encoded > 0  # other weights
     full = gteopt.load(artifact, device="cpu", dtype="float32")
@@ -156,22 +157,22 @@ def test_a_damaged_shard_is_told_and_its_texts_are_encoded_again(
     sound = run_suite(nano, suite, store=tmp_path)
     for path in (tmp_path / "tasks").glob("*/*"):
         path.unlink()
-    shard, *others = shards(tmp_path / "vectors")
+    shard, *other_shards = shards(tmp_path / "vectors")
     n_texts = len(load_file(shard)["keys"])
     assert 0 < n_texts < sound.encodings.n_encoded
     content = shard.read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     shard.write_bytes({"flip": bytes(flipped), "cut": content[:-9], "empty": b""}[damage])
-    told: list[str] = []
-    run = run_suite(nano, suite, store=tmp_path, progress=lambda what, *_: told.append(what))
+    shown: list[str] = []
+    run = run_suite(nano, suite, store=tmp_path, progress=lambda what, *_: shown.append(what))
     assert run.encodings.n_encoded == n_texts
-    assert shards(tmp_path / "vectors") == [shard, *others]  # whole again
+    assert shards(tmp_path / "vectors") == [shard, *other_shards]  # whole again
     assert run.scores == sound.scores
     (note,) = run.notes
     assert str(shard) in note
     assert "damaged" in note
-    assert note in told
+    assert note in shown
     assert run_suite(nano, suite_of(*TASKS[:2]), store=tmp_path).notes == ()
 
 
@@ -182,27 +183,27 @@ def test_the_oldest_shards_make_room_and_what_is_returned_stays_right(
     for salt in "abc":  # three requests of one shard each
         VectorCache(nano, tmp_path).embed(texts_of(12, salt), "document", None)
         sizes = [path.stat().st_size for path in shards(tmp_path)]
-        time.sleep(0.02)  # other times of writing
+        time.sleep(0.02)  # so that modification times differ
     assert len(sizes) == 3
     room_for_three = sum(sizes) + 100
     cache = VectorCache(nano, tmp_path, limit_bytes=room_for_three)
-    oldest = {path: path.stat().st_mtime_ns for path in shards(tmp_path)}
+    mtimes = {path: path.stat().st_mtime_ns for path in shards(tmp_path)}
     cache.embed(texts_of(12, "a"), "document", None)
     assert cache.counts.n_encoded == 0
-    # What was read is no longer the oldest, what was only looked through still is.
-    (read,) = (p for p in shards(tmp_path) if p.stat().st_mtime_ns != oldest[p])
-    least = sorted(oldest, key=lambda path: path.stat().st_mtime_ns)
+    # A shard whose vectors were used is no longer the oldest. A shard without a hit still is.
+    (used,) = (p for p in shards(tmp_path) if p.stat().st_mtime_ns != mtimes[p])
+    oldest_first = sorted(mtimes, key=lambda path: path.stat().st_mtime_ns)
     VectorCache(nano, tmp_path, limit_bytes=room_for_three).embed(
         texts_of(12, "e"), "document", None
     )
-    assert read in shards(tmp_path)
-    assert least[0] not in shards(tmp_path)
+    assert used in shards(tmp_path)
+    assert oldest_first[0] not in shards(tmp_path)
     expected = nano.embed(texts_of(12, "d"))
     small = VectorCache(nano, tmp_path, limit_bytes=1)  # room for nothing but the newest
-    found = small.embed(texts_of(12, "d"), "document", None)
-    np.testing.assert_allclose(found, expected, atol=2**-11)
+    vectors = small.embed(texts_of(12, "d"), "document", None)
+    np.testing.assert_allclose(vectors, expected, atol=2**-11)
     assert len(shards(tmp_path)) == 1
-    # Gone from under a cache that has indexed it, and from its memory: encoded again.
+    # The cache has indexed these texts. They are encoded again, as disk and memory lack them.
     cache._held.clear()
     np.testing.assert_allclose(
         cache.embed(texts_of(12, "a"), "document", None), nano.embed(texts_of(12, "a")), atol=2**-11
@@ -283,26 +284,26 @@ def test_shards_that_may_not_be_removed_count_as_used_room(
 def test_a_corpus_beyond_the_cache_is_kept_from_its_beginning(
     nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was read least lately would be just what a second reading comes to next."""
+    """Dropping the least recently used shard would drop the one that a second pass needs next."""
     monkeypatch.setattr("gteopt.corpus.shards.SHARD_TEXTS", 8)
     monkeypatch.setattr("gteopt.corpus.vector_cache._HELD_BYTES", 0)
     corpus = [[f"{part} text {i}" for i in range(8)] for part in range(10)]
     VectorCache(nano, tmp_path).embed(texts_of(8), "document", None)  # of an earlier task
-    (other,) = shards(tmp_path)
-    room = 6 * other.stat().st_size + 100
+    (old_shard,) = shards(tmp_path)
+    room = 6 * old_shard.stat().st_size + 100
 
-    def read() -> int:
+    def encode_corpus() -> int:
         cache = VectorCache(nano, tmp_path, limit_bytes=room)
         for texts in corpus:
             cache.embed(texts, "document", None)
         assert sum(path.stat().st_size for path in shards(tmp_path)) <= room
         return cache.counts.n_encoded
 
-    assert read() == 80
-    assert other not in shards(tmp_path)
+    assert encode_corpus() == 80
+    assert old_shard not in shards(tmp_path)
     # Six shards fit, one of which is always the newest.
-    assert [read(), read()] == [80 - 5 * 8] * 2
-    # Another task's texts are not worth less than a finished one's.
+    assert [encode_corpus(), encode_corpus()] == [80 - 5 * 8] * 2
+    # Texts of a new task may replace those of a finished task.
     cache = VectorCache(nano, tmp_path, limit_bytes=room)
     cache.embed(corpus[0], "document", None)
     cache.begin_task()
@@ -339,7 +340,7 @@ def test_a_search_beyond_the_cache_encodes_its_corpus_once_for_all_views(
         assert "--cache-gb" in note
         assert expected.notes == ()
     assert [run.encodings.n_encoded for run in narrow] == [n_texts] + [0] * 5
-    # Each view alone, as its artifact would be scored.
+    # Each view scores the same alone, as its artifact would.
     for view, run in zip(views, narrow, strict=True):
         (alone,) = run_views(nano, suite, [view])
         assert alone.scores == run.scores
@@ -370,7 +371,7 @@ def test_shards_are_cut_alike_whatever_was_encoded_before_a_stop(
 
 
 def test_two_processes_fill_one_cache_at_once(nano: Encoder, tmp_path: Path) -> None:
-    """Another process and this one, which begins when the other is ready."""
+    """This process begins when the other process is ready."""
     code = (
         "import sys, gteopt\n"
         "from pathlib import Path\n"
@@ -393,15 +394,16 @@ def test_two_processes_fill_one_cache_at_once(nano: Encoder, tmp_path: Path) -> 
     reader = VectorCache(nano, tmp_path, say=lambda note: pytest.fail(note))
     for part in range(12):
         texts = [f"{part} Text {i} of both." for i in range(20)]
-        found = reader.embed(texts, "document", None)
-        np.testing.assert_allclose(found, nano.embed(texts), atol=2**-8)
+        vectors = reader.embed(texts, "document", None)
+        np.testing.assert_allclose(vectors, nano.embed(texts), atol=2**-8)
     assert reader.counts.n_encoded == 0
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
 
 
 class Narrow(Encoder):
-    """The same encoder, on a device with room for `room` texts: a larger batch asks the allocator
-    for more than there is, and what it then raises is real.
+    """The same encoder on a device with room for `room` texts.
+
+    A larger batch asks the allocator for too much memory, so the error is a real one.
     """
 
     def __init__(self, encoder: Encoder, room: int) -> None:
@@ -409,11 +411,11 @@ class Narrow(Encoder):
         self.room = room
         self.sizes: list[int] = []
 
-    def forward(self, tokens: Sequence[Sequence[int]], **how: Any) -> Any:
+    def forward(self, tokens: Sequence[Sequence[int]], **options: Any) -> Any:
         self.sizes.append(len(tokens))
         if len(tokens) > self.room:
             torch.empty(1 << 60, dtype=torch.uint8)
-        return super().forward(tokens, **how)
+        return super().forward(tokens, **options)
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_said_once(nano: Encoder, tmp_path: Path) -> None:
@@ -433,8 +435,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_said_once(nano: Encoder, tmp_pa
         )
 
 
-def asked_again(nano: Encoder, store: Path, *tasks: dict[str, Any]) -> tuple[int, int]:
-    """Texts that the tasks scored now ask for, and how many of them are encoded."""
+def count_texts(nano: Encoder, store: Path, *tasks: dict[str, Any]) -> tuple[int, int]:
+    """Score the tasks. Gives how many texts this run asks for, and how many of them it encodes."""
     run = run_suite(nano, suite_of(*tasks), store=store)
     assert not run.failed
     return run.encodings_now.n_asked, run.encodings_now.n_encoded
@@ -444,37 +446,37 @@ def test_a_change_invalidates_exactly_what_it_touches(
     nano: Encoder, artifact: Path, tmp_path: Path
 ) -> None:
     sts, bitext, translation = TASKS
-    asked, encoded = asked_again(nano, tmp_path, sts, bitext)
-    assert asked == encoded > 0
-    assert asked_again(nano, tmp_path, sts, bitext) == (0, 0)
-    # What is reported is what the scores took, whichever run it was.
+    n_asked, n_encoded = count_texts(nano, tmp_path, sts, bitext)
+    assert n_asked == n_encoded > 0
+    assert count_texts(nano, tmp_path, sts, bitext) == (0, 0)
+    # The report counts the texts that the scores took, in whichever run that was.
     again = run_suite(nano, suite_of(sts, bitext), store=tmp_path)
-    assert again.encodings == Encodings(asked, encoded)
-    # The suite: another order, a task less, a task more, which alone is run.
-    assert asked_again(nano, tmp_path, bitext, sts) == (0, 0)
-    assert asked_again(nano, tmp_path, bitext) == (0, 0)
-    asked, encoded = asked_again(nano, tmp_path, sts, translation)
-    assert asked == encoded > 0
-    # Subsets of one task: its new subset is encoded, its old one read from the cache.
-    both = {**sts, "subsets": ["en", "fr"]}
-    asked, encoded = asked_again(nano, tmp_path, both, bitext)
-    assert 0 < encoded < asked
-    # The instruction of one task: that task, all of its texts.
-    other = {**sts, "instruction": "Compare."}
-    asked, encoded = asked_again(nano, tmp_path, other, bitext)
-    assert asked == encoded > 0
-    # Another artifact: everything.
+    assert again.encodings == Encodings(n_asked, n_encoded)
+    # A changed suite: another order, a task fewer, a task more. Only the new task is run.
+    assert count_texts(nano, tmp_path, bitext, sts) == (0, 0)
+    assert count_texts(nano, tmp_path, bitext) == (0, 0)
+    n_asked, n_encoded = count_texts(nano, tmp_path, sts, translation)
+    assert n_asked == n_encoded > 0
+    # Changed subsets of a task: the new subset is encoded, the old one is in the cache.
+    two_subsets = {**sts, "subsets": ["en", "fr"]}
+    n_asked, n_encoded = count_texts(nano, tmp_path, two_subsets, bitext)
+    assert 0 < n_encoded < n_asked
+    # A changed instruction of a task: all texts of that task are encoded.
+    instructed = {**sts, "instruction": "Compare."}
+    n_asked, n_encoded = count_texts(nano, tmp_path, instructed, bitext)
+    assert n_asked == n_encoded > 0
+    # Another artifact: everything is encoded.
     variant = gteopt.load(artifact, device="cpu")
     run = run_suite(variant, suite_of(sts, bitext), store=tmp_path)
     assert run.encodings_now.n_encoded == run.encodings_now.n_asked > 0
     # And the first state is still there.
-    assert asked_again(nano, tmp_path, sts, bitext) == (0, 0)
+    assert count_texts(nano, tmp_path, sts, bitext) == (0, 0)
 
 
-def test_every_field_of_a_finished_task_s_key_is_of_its_place(
+def test_every_field_of_a_finished_tasks_key_changes_its_folder(
     nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each alone gives another place, and only what it says of the task does."""
+    """A change of any single field gives another folder. No other change does."""
     from gteopt.evaluation import task_store as finished
     from gteopt.evaluation.tasks import resolve
 
@@ -483,8 +485,9 @@ def test_every_field_of_a_finished_task_s_key_is_of_its_place(
     def place(changed: Any = task, *, dtype: Any = "float16") -> Path:
         return finished.TaskFolder.of(nano, changed, tmp_path, dtype).folder
 
-    own = place()
-    assert place(replace(task, folder=tmp_path)) == own  # where the same data lie is no matter
+    unchanged = place()
+    # The location of the data does not matter.
+    assert place(replace(task, folder=tmp_path)) == unchanged
     changed = {
         "splits": replace(task, splits=("validation",)),
         "subsets": replace(task, subsets=("fr",)),
@@ -495,69 +498,69 @@ def test_every_field_of_a_finished_task_s_key_is_of_its_place(
         "max_tokens": replace(task, max_tokens=64),
         "normalize": replace(task, normalize=False),
     }
-    others = {name: place(each) for name, each in changed.items()}
-    others["stored"] = place(dtype="float32")
+    folders = {name: place(changed_task) for name, changed_task in changed.items()}
+    folders["stored"] = place(dtype="float32")
     for library in ("mteb", "scikit-learn"):
-        with monkeypatch.context() as other:
-            other.setattr(
+        with monkeypatch.context() as patch:
+            patch.setattr(
                 VERSION_IN_KEYS, lambda name, at=library: version(name) + at * (name == at)
             )
-            others[library] = place()
-    assert len({own, *others.values()}) == 1 + len(others)
+            folders[library] = place()
+    assert len({unchanged, *folders.values()}) == 1 + len(folders)
     fields = set(finished.TaskFolder.of(nano, task, tmp_path, "float16").key)
     encodings = set(vector_identity(nano))
-    assert fields - encodings == (set(others) - encodings) | {"task"}
+    assert fields - encodings == (set(folders) - encodings) | {"task"}
 
 
 def test_another_scikit_learn_scores_again_and_encodes_nothing(
     nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sts = TASKS[0]
-    asked, _ = asked_again(nano, tmp_path, sts)
-    with monkeypatch.context() as other:
-        other.setattr(VERSION_IN_KEYS, lambda name: version(name) + "+" * (name == "scikit-learn"))
-        assert asked_again(nano, tmp_path, sts) == (asked, 0)
-        assert asked_again(nano, tmp_path, sts) == (0, 0)
-    assert asked_again(nano, tmp_path, sts) == (0, 0)
+    n_asked, _ = count_texts(nano, tmp_path, sts)
+    with monkeypatch.context() as patch:
+        patch.setattr(VERSION_IN_KEYS, lambda name: version(name) + "+" * (name == "scikit-learn"))
+        assert count_texts(nano, tmp_path, sts) == (n_asked, 0)
+        assert count_texts(nano, tmp_path, sts) == (0, 0)
+    assert count_texts(nano, tmp_path, sts) == (0, 0)
 
 
 def test_a_part_of_an_aggregate_is_scored_apart_from_the_task_by_itself(
     nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their scores bear other names; their vectors are the same."""
+    """Their scores have other names; their vectors are the same."""
     from gteopt.evaluation import tasks
 
     resolve = tasks.resolve
     sts = TASKS[0]
-    asked, _ = asked_again(nano, tmp_path, sts)
-    with monkeypatch.context() as other:
+    n_asked, _ = count_texts(nano, tmp_path, sts)
+    with monkeypatch.context() as patch:
 
         def as_part(*arguments: Any) -> list[Any]:
-            return [replace(each, aggregate="MiniAll") for each in resolve(*arguments)]
+            return [replace(task, aggregate="MiniAll") for task in resolve(*arguments)]
 
-        other.setattr(tasks, "resolve", as_part)
+        patch.setattr(tasks, "resolve", as_part)
         run = run_suite(nano, suite_of(sts), store=tmp_path)
-        assert (run.encodings_now.n_asked, run.encodings_now.n_encoded) == (asked, 0)
-        assert {(each.task, each.subset) for each in run.scores} == {("MiniAll", "MiniSTS")}
-        assert asked_again(nano, tmp_path, sts) == (0, 0)
-    assert asked_again(nano, tmp_path, sts) == (0, 0)
+        assert (run.encodings_now.n_asked, run.encodings_now.n_encoded) == (n_asked, 0)
+        assert {(score.task, score.subset) for score in run.scores} == {("MiniAll", "MiniSTS")}
+        assert count_texts(nano, tmp_path, sts) == (0, 0)
+    assert count_texts(nano, tmp_path, sts) == (0, 0)
 
 
 def test_entries_of_an_older_format_are_scored_again(nano: Encoder, tmp_path: Path) -> None:
-    """Pairs without their texts would pass for independent ones."""
+    """Pairs that are stored without their texts would look independent."""
     sts = TASKS[0]
-    asked, _ = asked_again(nano, tmp_path, sts)
+    n_asked, _ = count_texts(nano, tmp_path, sts)
     (record,) = (tmp_path / "tasks").glob("*/*.json")
     record.write_text(record.read_text().replace("gteopt.task/5", "gteopt.task/4"))
-    assert asked_again(nano, tmp_path, sts) == (asked, 0)
-    assert asked_again(nano, tmp_path, sts) == (0, 0)
+    assert count_texts(nano, tmp_path, sts) == (n_asked, 0)
+    assert count_texts(nano, tmp_path, sts) == (0, 0)
 
 
-def test_what_is_read_from_a_moved_store_is_said_to_be_from_where_it_was_made(
+def test_scores_of_a_moved_store_name_the_machine_that_made_them(
     nano: Encoder, tmp_path: Path
 ) -> None:
     suite = suite_of(*TASKS[:2])
-    here = run_suite(nano, suite, store=tmp_path)
+    local = run_suite(nano, suite, store=tmp_path)
     records = sorted(tmp_path.glob("tasks/*/*.json"))
     assert len(records) == 2
 
@@ -569,7 +572,7 @@ def test_what_is_read_from_a_moved_store_is_said_to_be_from_where_it_was_made(
 
     move(records[0])  # of MiniBitextMining
     mixed = run_suite(nano, suite, store=tmp_path)
-    assert (mixed.machine, mixed.versions) == (here.machine, here.versions)
+    assert (mixed.machine, mixed.versions) == (local.machine, local.versions)
     (note,) = mixed.notes
     assert note.startswith("MiniBitextMining: scored in an earlier run, with gpu NVIDIA H100")
     assert note.endswith("numpy 1.9")
@@ -578,10 +581,10 @@ def test_what_is_read_from_a_moved_store_is_said_to_be_from_where_it_was_made(
     assert moved.machine.gpu == "NVIDIA H100 80GB HBM3"
     assert moved.versions["numpy"] == "1.9"
     assert moved.notes == ()
-    # A baseline from elsewhere is said in the variant's report.
-    (note,) = compare(moved, here, variant_name="here").notes
+    # The variant's report says that the baseline was scored on another machine.
+    (note,) = compare(moved, local, variant_name="here").notes
     assert note.startswith("the baseline was scored with gpu NVIDIA H100")
-    assert compare(here, here, variant_name="here").notes == ()
+    assert compare(local, local, variant_name="here").notes == ()
 
 
 def test_vectors_of_another_forward_pass_are_encoded_again(
@@ -608,25 +611,25 @@ FORWARD = {
         ],
     },
 }
-"""By FORWARD_SCHEMA: four texts' vectors as queries and as documents, in float32, in three
+"""By FORWARD_SCHEMA: float32 vectors of four texts as queries and as documents, in three
 directions."""
 
 
 @pytest.mark.parametrize("model", ["nano", "rtn-int4"])
 def test_whoever_changes_the_forward_pass_raises_its_schema(model: str, tmp_path: Path) -> None:
-    """Sums in another order differ by less than 0.0001 here, mean pooling by 0.6 and more."""
+    """Another order of sums changes the values by less than 0.0001, mean pooling by 0.6 or more."""
     texts = ["A short one.", "Zażółć gęślą jaźń", "今天的天气很好，我们去公园散步吧。 " * 30]
     texts.insert(1, "Photosynthesis turns light into chemical energy that a plant stores as sugar.")
     if model != "nano":
         gteopt.quantize("nano", model, tmp_path / model)
     encoder = gteopt.load("nano" if model == "nano" else tmp_path / model, dtype="float32")
     queries = encoder.embed(texts, role="query", instruction="Find the answer")
-    both = np.concatenate([queries, encoder.embed(texts, role="document")])
-    found = both @ np.random.default_rng(0).standard_normal((both.shape[1], 3))
-    assert np.abs(found - FORWARD[FORWARD_SCHEMA][model]).max() < 0.001, (
+    vectors = np.concatenate([queries, encoder.embed(texts, role="document")])
+    projected = vectors @ np.random.default_rng(0).standard_normal((vectors.shape[1], 3))
+    assert np.abs(projected - FORWARD[FORWARD_SCHEMA][model]).max() < 0.001, (
         "the forward pass gives other vectors than those that users have cached; if that is meant, "
-        "raise FORWARD_SCHEMA in gteopt/corpus/vector_cache.py and add these under it to FORWARD: "
-        f"{np.round(found, 4).tolist()}"
+        "raise FORWARD_SCHEMA in gteopt/corpus/vector_cache.py and add these values to FORWARD: "
+        f"{np.round(projected, 4).tolist()}"
     )
 
 
@@ -641,10 +644,10 @@ def test_other_data_are_scored_again_but_known_texts_are_not_encoded_again(
 
     task = {"task": "pairs", "data": str(path)}
     write()
-    assert asked_again(nano, store, task, TASKS[0])[1] > 0
+    assert count_texts(nano, store, task, TASKS[0])[1] > 0
     rows[3]["sentence2"] = "another text"
     write()
-    assert asked_again(nano, store, task, TASKS[0]) == (60, 1)
+    assert count_texts(nano, store, task, TASKS[0]) == (60, 1)
 
 
 def test_a_killed_run_goes_on_at_the_last_shard(
@@ -653,7 +656,7 @@ def test_a_killed_run_goes_on_at_the_last_shard(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """SIGKILL in the middle of an encode, of the command itself."""
+    """The command itself gets SIGKILL while it encodes."""
     pairs = tmp_path / "pairs.jsonl"
     n_pairs = SHARD_TEXTS + 60  # two shards for each side
     rows = (
@@ -678,7 +681,7 @@ def test_a_killed_run_goes_on_at_the_last_shard(
     child.wait(timeout=60)
     n_kept = sum(len(load_file(path)["keys"]) for path in shards(vectors))
     assert SHARD_TEXTS <= n_kept < 2 * n_pairs
-    # The same command again, in this process, which has imported everything.
+    # The same command runs again in this process, which has imported everything.
     monkeypatch.setattr(sys, "argv", ["gteopt", *command])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -686,5 +689,5 @@ def test_a_killed_run_goes_on_at_the_last_shard(
     (report,) = json.loads(capsys.readouterr().out)
     assert report["n_asked_texts"] == 2 * n_pairs
     assert report["n_encoded_texts"] == 2 * n_pairs - n_kept
-    whole = run_suite(nano, suite_of({"task": "pairs", "data": str(pairs)}))
-    assert report["score"] == whole.score
+    uninterrupted = run_suite(nano, suite_of({"task": "pairs", "data": str(pairs)}))
+    assert report["score"] == uninterrupted.score

@@ -1,4 +1,4 @@
-"""Other processes and a real Ray cluster encode to the same bits, also when a worker is killed."""
+"""Other processes and a Ray cluster encode to the same bits, even when a worker is killed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SUITE = Suite.model_validate(
 
 @pytest.fixture(scope="module", autouse=True)
 def small_shards() -> Iterator[None]:
-    """Several shards a request, and one thread, which every worker then has as well."""
+    """Each request has several shards. This process and every worker use one thread."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD_TEXTS", 6)
         n_threads = torch.get_num_threads()
@@ -63,19 +63,19 @@ def alone(nano: Encoder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Suit
 
 def cached(store: Path) -> dict[bytes, bytes]:
     """Bytes of every vector on disk, by the key of its text."""
-    found: dict[bytes, bytes] = {}
+    vectors: dict[bytes, bytes] = {}
     for path in (store / "vectors").rglob("*.safetensors"):
         shard = load_file(path)
         assert len(shard["keys"]) <= 6
         pairs = zip(shard["keys"], shard["vectors"], strict=True)
-        found |= {key.tobytes(): vector.tobytes() for key, vector in pairs}
-    return found
+        vectors |= {key.tobytes(): vector.tobytes() for key, vector in pairs}
+    return vectors
 
 
 def run_killing(
     workers: Workers, store: Path, kill: Callable[[], None]
 ) -> tuple[SuiteRun, list[str]]:
-    """A run of which one worker is killed after its first shard but one."""
+    """Run the suite and kill one worker after the second shard."""
     killed: list[str] = []
     notes: list[str] = []
 
@@ -92,16 +92,16 @@ def run_killing(
     return run, notes
 
 
-def assert_same_bits(found: SuiteRun, store: Path, alone: tuple[SuiteRun, Path]) -> None:
-    run, of_run = alone
-    assert found.failed == ()
-    assert found.scores == run.scores
-    assert cached(store) == cached(of_run)
-    for key, samples in run.item_scores.items():
+def assert_same_bits(run: SuiteRun, store: Path, alone: tuple[SuiteRun, Path]) -> None:
+    expected, expected_store = alone
+    assert run.failed == ()
+    assert run.scores == expected.scores
+    assert cached(store) == cached(expected_store)
+    for key, samples in expected.item_scores.items():
         for name, array in samples.arrays.items():
-            np.testing.assert_array_equal(found.item_scores[key].arrays[name], array)
-    for side, each in run.fidelity_sample.items():
-        np.testing.assert_array_equal(found.fidelity_sample[side].vectors, each.vectors)
+            np.testing.assert_array_equal(run.item_scores[key].arrays[name], array)
+    for side, sample in expected.fidelity_sample.items():
+        np.testing.assert_array_equal(run.fidelity_sample[side].vectors, sample.vectors)
 
 
 def test_two_processes_of_which_one_is_killed_give_the_bits_of_one(
@@ -150,15 +150,15 @@ def test_a_ray_cluster_of_which_one_node_is_killed_gives_the_bits_of_one_process
             assert len(workers) == 2
 
             def kill() -> None:
-                # Not the node through which this process talks to the cluster.
-                own = ray.get_runtime_context().get_node_id()
-                other = next(node for node in nodes if node.node_id != own)
-                (raylet,) = other.all_processes["raylet"]
-                # With all that runs there, as when its power goes: an actor outlives its raylet by
-                # up to a second, in which it may finish all that is left.
+                # Keep the node through which this process talks to the cluster.
+                own_node = ray.get_runtime_context().get_node_id()
+                other_node = next(node for node in nodes if node.node_id != own_node)
+                (raylet,) = other_node.all_processes["raylet"]
+                # Kill all processes of the node, as a power failure would. An actor outlives its
+                # raylet by up to a second, in which it may finish all remaining shards.
                 for process in psutil.Process(raylet.process.pid).children(recursive=True):
                     process.kill()
-                cluster.remove_node(other, allow_graceful=False)
+                cluster.remove_node(other_node, allow_graceful=False)
 
             run, notes = run_killing(workers, tmp_path, kill)
             assert workers.n_lost >= 1
@@ -169,7 +169,7 @@ def test_a_ray_cluster_of_which_one_node_is_killed_gives_the_bits_of_one_process
 
 
 class Listening(LocalEncoding):
-    """Encodes here, and keeps what it was told to expect and asked for."""
+    """Encodes in this process. Keeps the shards that it was told to expect or asked for."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__(encoder, 32)
@@ -190,10 +190,10 @@ class Listening(LocalEncoding):
         raise AssertionError("nothing comes after this run")
 
 
-def test_what_tasks_will_ask_for_is_known_before_and_leaves_their_scores_alone(
+def test_the_texts_of_tasks_are_known_in_advance_and_scores_stay_the_same(
     nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a task of every type; some of their texts are those of an earlier one."""
+    """The suite has a task of every type. Some texts occur in two tasks."""
     monkeypatch.setattr(shards, "SHARD_TEXTS", 24)
     tasks: list[dict[str, Any]] = [
         {"task": "MiniRetrieval"},
@@ -208,7 +208,7 @@ def test_what_tasks_will_ask_for_is_known_before_and_leaves_their_scores_alone(
     assert not run.failed
     assert listening.expected == listening.asked
     assert len(set(listening.asked)) == len(listening.asked) > 40
-    # Scored anew from the same vectors, without looking ahead.
+    # The same vectors are scored again without looking ahead.
     shutil.rmtree(tmp_path / "tasks")
     again = run_suite(nano, suite, store=tmp_path)
     assert again.encodings.n_encoded == 0
@@ -235,19 +235,19 @@ def test_the_next_variant_is_begun_before_the_last_one_is_scored(
 
     monkeypatch.setattr(Workers, "submit", noting)
     with local_workers(["cpu"]) as workers:
-        how = Setup(device="cpu", workers=workers, grid=grid)
-        found = score(sources, SUITE, tmp_path / "there", how=how, progress=progress)
-    # Every shard once, the second model's behind the first one's, as many as are encoded ahead.
+        setup = Setup(device="cpu", workers=workers, grid=grid)
+        with_workers = score(sources, SUITE, tmp_path / "there", how=setup, progress=progress)
+    # Every shard is begun once. The second model's shards follow those of the first model.
     n_shards = begun.count("nano")
     assert begun == ["nano"] * n_shards + [sources["eight"]] * n_shards
     assert set(at_comparison) == {4}
-    alone = Setup(device="cpu", grid=grid)
-    here = score(sources, SUITE, tmp_path / "here", how=alone, progress=quiet)
+    setup_alone = Setup(device="cpu", grid=grid)
+    without_workers = score(sources, SUITE, tmp_path / "here", how=setup_alone, progress=quiet)
     assert cached(tmp_path / "there" / "scores") == cached(tmp_path / "here" / "scores")
-    for name, report in here.items():
-        assert found[name].tasks == report.tasks
-        assert found[name].n_encoded_texts == report.n_encoded_texts
-    assert sum(report.n_encoded_texts for report in here.values()) > 0
+    for name, report in without_workers.items():
+        assert with_workers[name].tasks == report.tasks
+        assert with_workers[name].n_encoded_texts == report.n_encoded_texts
+    assert sum(report.n_encoded_texts for report in without_workers.values()) > 0
 
 
 def test_what_a_worker_raises_is_raised_here_and_it_lives_on(nano: Encoder, tmp_path: Path) -> None:
@@ -262,11 +262,11 @@ def test_what_a_worker_raises_is_raised_here_and_it_lives_on(nano: Encoder, tmp_
         encoder = describe(folder, device="cpu")
         with pytest.raises(NumericsError, match="NaN"):
             list(workers.encoding(encoder, str(folder), hub_dir=None)([shard], quiet))
-        # Another model's hash than its files have: what a node with other files would send.
+        # The expected hash is another model's, as on a node with other files.
         elsewhere = workers.encoding(encoder, "nano", hub_dir=None)
         with pytest.raises(IntegrityError, match="holds other files"):
             list(elsewhere([shard], quiet))
-        # What no code of ours foresees: torch refuses to compute without a thread.
+        # An error that gteopt does not foresee: torch refuses to compute without a thread.
         unforeseen = workers.encoding(nano, "nano", hub_dir=None)
         unforeseen._job = replace(unforeseen._job, n_threads=0)
         with pytest.raises(UnsupportedError, match=r"RuntimeError: set_num_threads expects"):
@@ -277,9 +277,15 @@ def test_what_a_worker_raises_is_raised_here_and_it_lives_on(nano: Encoder, tmp_
 
 
 def test_an_encoder_that_is_only_described_knows_all_but_its_weights(nano: Encoder) -> None:
-    found = describe("nano", device="cpu")
-    assert (found.sha256, found.full_dims, found.dtype) == (nano.sha256, 256, torch.bfloat16)
-    assert found.tokenization.prompt("query", "Find.") == nano.tokenization.prompt("query", "Find.")
+    description = describe("nano", device="cpu")
+    assert (description.sha256, description.full_dims, description.dtype) == (
+        nano.sha256,
+        256,
+        torch.bfloat16,
+    )
+    assert description.tokenization.prompt("query", "Find.") == nano.tokenization.prompt(
+        "query", "Find."
+    )
 
 
 @pytest.mark.parametrize("devices", ["", "cpu,cuda:0", "cuda,cuda", "cuda:0,cuda:0"])
