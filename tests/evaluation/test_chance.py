@@ -1,4 +1,4 @@
-"""Chance is what random answers get, and a suite's mean leaves out what is not above it."""
+"""Chance is the score of random answers. A suite's mean leaves out tasks at or below it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ N = 120
 
 
 def clusters(seed: int, *, knows: float) -> Samples:
-    """One clustering of 120 documents in 6 topics; `knows` is the share put where it belongs."""
+    """One clustering of 120 documents in 6 topics. The share `knows` is in its own topic."""
     rng = np.random.default_rng(seed)
     gold = np.arange(N) % 6
-    found = np.where(rng.random(N) < knows, gold, rng.integers(6, size=N))
+    cluster = np.where(rng.random(N) < knows, gold, rng.integers(6, size=N))
     arrays = {
         "document": np.arange(N, dtype=np.int32),
         "experiment": np.zeros(N, np.int32),
         "gold": gold.astype(np.int32),
-        "cluster": found.astype(np.int32),
+        "cluster": cluster.astype(np.int32),
         "level": np.zeros(1, np.int32),
     }
     return Samples("v_measure", "document", arrays)
@@ -33,19 +33,19 @@ def clusters(seed: int, *, knows: float) -> Samples:
 def similarities(seed: int, *, knows: float) -> Samples:
     rng = np.random.default_rng(seed)
     gold = rng.normal(size=N)
-    found = knows * gold + rng.normal(size=N)
-    return Samples("spearman", "pair", {"similarities": found, "gold": gold})
+    similarity = knows * gold + rng.normal(size=N)
+    return Samples("spearman", "pair", {"similarities": similarity, "gold": gold})
 
 
 def pairs(seed: int, *, knows: float) -> Samples:
     rng = np.random.default_rng(seed)
     gold = (np.arange(N) % 4 == 0).astype(np.int8)
-    found = 2 * knows * gold + rng.normal(size=N)
-    return Samples("max_ap", "pair", {"similarities": found[None], "gold": gold})
+    similarity = 2 * knows * gold + rng.normal(size=N)
+    return Samples("max_ap", "pair", {"similarities": similarity[None], "gold": gold})
 
 
 def answers(seed: int, *, knows: float) -> Samples:
-    """Texts of two classes of which one has 70 %; what is not known is always the larger one."""
+    """Texts of two classes, one with 70 %. An unknown text gets the larger class."""
     rng = np.random.default_rng(seed)
     is_small = np.arange(N) % 10 < 3
     right = ~is_small | (rng.random(N) < knows)
@@ -54,20 +54,21 @@ def answers(seed: int, *, knows: float) -> Samples:
 
 
 @pytest.mark.parametrize("make", [clusters, similarities, pairs, answers])
-def test_what_knows_nothing_is_rarely_above_chance_and_what_knows_something_is(make: Any) -> None:
-    nothing = [chance_of(make(seed, knows=0)) for seed in range(40)]
-    assert all(each is not None for each in nothing)
-    assert sum(each.is_beaten for each in nothing if each is not None) <= 5  # 2.5 % of 40 is 1
-    knows = [chance_of(make(seed, knows=0.8)) for seed in range(10)]
-    assert all(each is not None and each.is_beaten for each in knows)
+def test_random_answers_are_rarely_above_chance_and_informed_answers_always_are(make: Any) -> None:
+    uninformed = [chance_of(make(seed, knows=0)) for seed in range(40)]
+    assert all(chance is not None for chance in uninformed)
+    # One of 40 is expected, as the rate is 2.5 %.
+    assert sum(chance.is_beaten for chance in uninformed if chance is not None) <= 5
+    informed = [chance_of(make(seed, knows=0.8)) for seed in range(10)]
+    assert all(chance is not None and chance.is_beaten for chance in informed)
 
 
 def test_v_measure_of_random_clusters_is_above_zero_and_chance_says_how_far() -> None:
-    found = chance_of(clusters(0, knows=0))
-    assert found is not None
+    chance = chance_of(clusters(0, knows=0))
+    assert chance is not None
     scores = [clusters(seed, knows=0).score() for seed in range(30)]
-    assert found.expected == pytest.approx(np.mean(scores), abs=0.02)
-    assert found.expected > 0.03
+    assert chance.expected == pytest.approx(np.mean(scores), abs=0.02)
+    assert chance.expected > 0.03
 
 
 @pytest.mark.parametrize("metric", ["ndcg", "recall", "precision", "map", "mrr", "hit_rate"])
@@ -90,10 +91,10 @@ def test_chance_of_a_ranking_is_the_mean_of_what_mteb_gives_many_shuffles(
     else:
         name = TREC[metric]
         scored = calculate_retrieval_scores(results, qrels, [1, 10], False).all_scores
-        drawn = np.array([found[f"{name}_10"] for found in scored.values()])
+        drawn = np.array([metrics[f"{name}_10"] for metrics in scored.values()])
     error = 4 * np.std(drawn) / np.sqrt(n_shuffles) + 1e-5  # mteb rounds
-    found = random_ranking(metric, np.array([relevant]), np.array([documents]), 10)
-    assert found[0] == pytest.approx(drawn.mean(), abs=error)
+    expected = random_ranking(metric, np.array([relevant]), np.array([documents]), 10)
+    assert expected[0] == pytest.approx(drawn.mean(), abs=error)
 
 
 @pytest.mark.parametrize("metric", ["ndcg", "recall", "precision", "map", "mrr", "hit_rate"])
@@ -124,11 +125,11 @@ def task(name: str, *, above: bool | None) -> TaskScore:
 
 def test_the_mean_is_over_what_is_above_chance_and_the_rest_is_named() -> None:
     tasks = [task("A", above=True), task("B", above=False), task("C", above=None)]
-    assert [each.task for each in counted(tasks)] == ["A", "C"]
+    assert [score.task for score in counted(tasks)] == ["A", "C"]
     (note,) = chance_notes(tasks)
     assert "B (1.2, chance 0.0)" in note
     assert "A" not in note.replace("--languages", "")
-    # With nothing above chance there is no better mean; the note says what it is worth.
+    # If no task is above chance, the mean is over all. The note says that it means nothing.
     assert counted([task("B", above=False)]) == [task("B", above=False)]
     assert "say nothing" in chance_notes([task("B", above=False)])[0]
     assert chance_notes([task("A", above=True)]) == ()

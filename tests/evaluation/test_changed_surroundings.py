@@ -35,16 +35,16 @@ from gteopt.evaluation.runner import run_suite
 from gteopt.evaluation.suites import Suite
 suite = Suite.model_validate_json(sys.argv[1])
 run = run_suite(gteopt.load("nano", device="cpu"), suite, store=Path(sys.argv[2]))
-print(json.dumps([[each.score for each in run.scores], run.encodings_now.n_encoded]))
+print(json.dumps([[row.score for row in run.scores], run.encodings_now.n_encoded]))
 """
 
 
 def test_another_clock_locale_and_time_zone_change_no_score_and_encode_nothing(
     tmp_path: Path,
 ) -> None:
-    """Files are from the future for the second run, which speaks ASCII alone."""
-    first = run_suite(gteopt.load("nano", device="cpu"), SUITE, store=tmp_path)
-    assert first.encodings_now.n_encoded > 0
+    """In the second run, files have times in the future, and the locale is ASCII."""
+    first_run = run_suite(gteopt.load("nano", device="cpu"), SUITE, store=tmp_path)
+    assert first_run.encodings_now.n_encoded > 0
     for path in tmp_path.rglob("*"):
         os.utime(path, (4e9, 4e9))
     surroundings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "NZ"}
@@ -57,20 +57,20 @@ def test_another_clock_locale_and_time_zone_change_no_score_and_encode_nothing(
         timeout=300,
     )
     scores, n_encoded = json.loads(again.stdout.splitlines()[-1])
-    assert scores == [each.score for each in first.scores]
+    assert scores == [row.score for row in first_run.scores]
     assert n_encoded == 0
 
 
 def test_a_suite_of_another_revision_of_data_is_another_suite() -> None:
-    """Results of both in one folder are then refused by `choose`, which compares this hash."""
+    """`choose` compares this hash, so it refuses results of both in one folder."""
     suite = read_suite("mteb-fr")
     task = suite.tasks[0].model_copy(update={"revision": "0" * 40})
-    other = suite.model_copy(update={"tasks": (task, *suite.tasks[1:])})
-    assert suite.sha256({}) != other.sha256({})
+    changed = suite.model_copy(update={"tasks": (task, *suite.tasks[1:])})
+    assert suite.sha256({}) != changed.sha256({})
 
 
 def test_results_of_changed_data_in_one_folder_are_refused_in_words(tmp_path: Path) -> None:
-    """A report from before the change lies beside those from after it."""
+    """One folder holds reports from before and from after the change."""
     pairs = tmp_path / "pairs.csv"
     rows = [f"the {i}th bird,a bird number {i % 7},{i % 5}" for i in range(24)]
     scheme = {"bits": 8, "group_size": "per_channel", "symmetric": True}
@@ -90,7 +90,7 @@ def test_results_of_changed_data_in_one_folder_are_refused_in_words(tmp_path: Pa
             how=Setup(device="cpu"),
             progress=quiet,
         )
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(InputError) as caught:
         judge(tmp_path / "results", load_policy("balanced"))
-    assert "the evaluations are of 2 suites: own " in str(refused.value)
-    assert "repeat the outdated measurements" in str(refused.value)
+    assert "the evaluations are of 2 suites: own " in str(caught.value)
+    assert "repeat the outdated measurements" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Data that mean nothing are named before anything is encoded."""
+"""Faulty data are named before anything is encoded."""
 
 from __future__ import annotations
 

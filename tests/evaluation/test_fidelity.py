@@ -1,4 +1,4 @@
-"""Fidelity agrees with brute force, and with what is known of rotated and shuffled vectors."""
+"""Fidelity agrees with brute force, and with known results for rotated and shuffled vectors."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def alike() -> dict[Side, SideVectors]:
 @pytest.mark.parametrize("suite", ["search", "alike"])
 def test_identical_vectors_score_one_everywhere(suite: str, request: pytest.FixtureRequest) -> None:
     sample = request.getfixturevalue(suite)
-    found = fidelity(sample, sample, identity(DIMS))
-    assert found.mean_cosine == pytest.approx(1, abs=1e-6)
-    assert found.p1_cosine == pytest.approx(1, abs=1e-6)
-    assert found.neighbour_overlap == 1
-    assert found.spearman == pytest.approx(1, abs=1e-6)
-    assert found.n_texts == sum(len(each.digests) for each in sample.values())
+    result = fidelity(sample, sample, identity(DIMS))
+    assert result.mean_cosine == pytest.approx(1, abs=1e-6)
+    assert result.p1_cosine == pytest.approx(1, abs=1e-6)
+    assert result.neighbour_overlap == 1
+    assert result.spearman == pytest.approx(1, abs=1e-6)
+    assert result.n_texts == sum(len(vectors.digests) for vectors in sample.values())
 
 
 def test_a_rotation_keeps_neighbours_and_ranks_but_not_the_cosine(
@@ -69,22 +69,22 @@ def test_a_rotation_keeps_neighbours_and_ranks_but_not_the_cosine(
 ) -> None:
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(DIMS, DIMS)))[0]
     rotated: dict[Side, SideVectors] = {
-        name: SideVectors(each.digests, unit(each.vectors @ rotation))
-        for name, each in search.items()
+        name: SideVectors(sample.digests, unit(sample.vectors @ rotation))
+        for name, sample in search.items()
     }
-    found = fidelity(search, rotated, identity(DIMS))
-    assert found.neighbour_overlap > 0.999  # float32 may swap two neighbours at the border
-    assert found.spearman > 0.99999
-    assert abs(found.mean_cosine) < 0.3
+    result = fidelity(search, rotated, identity(DIMS))
+    assert result.neighbour_overlap > 0.999  # float32 may swap two neighbours at the border
+    assert result.spearman > 0.99999
+    assert abs(result.mean_cosine) < 0.3
 
 
 def test_shuffled_vectors_share_neighbours_only_by_chance() -> None:
     x = texts(4, 500, n_clusters=500)
     shuffled = x[np.random.default_rng(5).permutation(len(x))]
-    found = fidelity({"text": side(x)}, {"text": side(shuffled)}, identity(DIMS))
+    result = fidelity({"text": side(x)}, {"text": side(shuffled)}, identity(DIMS))
     chance = 10 / (len(x) - 1)
-    assert found.neighbour_overlap == pytest.approx(chance, abs=0.01)
-    assert abs(found.spearman) < 0.05
+    assert result.neighbour_overlap == pytest.approx(chance, abs=0.01)
+    assert abs(result.spearman) < 0.05
 
 
 @pytest.mark.parametrize("code", ["float32", "int8", "binary"])
@@ -93,15 +93,15 @@ def test_search_fidelity_equals_brute_force_on_the_stored_codes(
 ) -> None:
     rng = np.random.default_rng(6)
     variant: dict[Side, SideVectors] = {
-        name: SideVectors(each.digests, unit(each.vectors + 0.05 * rng.normal(size=(1, DIMS))))
-        for name, each in search.items()
+        name: SideVectors(sample.digests, unit(sample.vectors + 0.05 * rng.normal(size=(1, DIMS))))
+        for name, sample in search.items()
     }
     vectors = Vectors.model_validate({"code": code, "rescore": 4})
     transform = fit(texts(7, 500), Dims(n=16), vectors)
-    found = fidelity(search, variant, transform)
+    result = fidelity(search, variant, transform)
 
-    base_q, base_d = (search[each].vectors.astype(np.float64) for each in ("query", "document"))
-    z_q, z_d = (transform.project(variant[each].vectors) for each in ("query", "document"))
+    base_q, base_d = (search[name].vectors.astype(np.float64) for name in ("query", "document"))
+    z_q, z_d = (transform.project(variant[name].vectors) for name in ("query", "document"))
     stored_q, stored_d = (
         transform.dequantize(transform.quantize(z)).astype(np.float64) for z in (z_q, z_d)
     )
@@ -124,57 +124,57 @@ def test_search_fidelity_equals_brute_force_on_the_stored_codes(
         exact = set(np.argsort(-(base_d @ base_q[row]), kind="stable")[:10])
         nearest = np.argsort(-scored(row), kind="stable")[:10]
         overlap.append(len(exact & set(nearest)) / 10)
-    assert found.neighbour_overlap == pytest.approx(np.mean(overlap))
+    assert result.neighbour_overlap == pytest.approx(np.mean(overlap))
 
-    own = np.pad(np.concatenate([stored_q, stored_d]), ((0, 0), (0, DIMS - 16)))
-    own /= np.linalg.norm(own, axis=1, keepdims=True)
-    theirs = np.concatenate([search[each].vectors for each in ("query", "document")])
-    cosines = np.sum(own * theirs, axis=1)
-    assert found.mean_cosine == pytest.approx(cosines.mean(), abs=1e-6)
-    assert found.p1_cosine == pytest.approx(np.percentile(cosines, 1), abs=1e-6)
+    stored = np.pad(np.concatenate([stored_q, stored_d]), ((0, 0), (0, DIMS - 16)))
+    stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+    original = np.concatenate([search[name].vectors for name in ("query", "document")])
+    cosines = np.sum(stored * original, axis=1)
+    assert result.mean_cosine == pytest.approx(cosines.mean(), abs=1e-6)
+    assert result.p1_cosine == pytest.approx(np.percentile(cosines, 1), abs=1e-6)
 
     norm_q, norm_d = (np.linalg.norm(x, axis=1, keepdims=True) for x in (stored_q, stored_d))
     exact_similarity = base_q @ base_d.T
     stored_similarity = (stored_q / norm_q) @ (stored_d / norm_d).T
     ranks = [rankdata(x.ravel()) for x in (exact_similarity, stored_similarity)]
-    # 20,000 drawn pairs stand for all 24,000.
-    assert found.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=0.01)
+    # The result draws 20,000 of the 24,000 pairs.
+    assert result.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=0.01)
 
 
 def test_cutting_a_vector_costs_the_cosine_that_its_other_dimensions_hold(
     alike: dict[Side, SideVectors],
 ) -> None:
     x = alike["text"].vectors
-    kept = np.linalg.norm(x[:, :8], axis=1)  # of unit vectors: the cosine with their first 8
-    found = fidelity(alike, alike, identity(DIMS, kept=8))
-    assert found.mean_cosine == pytest.approx(kept.mean(), abs=1e-6)
-    assert found.p1_cosine == pytest.approx(np.percentile(kept, 1), abs=1e-6)
-    assert found.mean_cosine < 0.7
+    cosines = np.linalg.norm(x[:, :8], axis=1)  # a unit vector's cosine with its part
+    result = fidelity(alike, alike, identity(DIMS, kept=8))
+    assert result.mean_cosine == pytest.approx(cosines.mean(), abs=1e-6)
+    assert result.p1_cosine == pytest.approx(np.percentile(cosines, 1), abs=1e-6)
+    assert result.mean_cosine < 0.7
 
 
 def test_a_text_is_never_its_own_neighbour() -> None:
-    # Each text has one twin: with itself left out, its twin is the nearest, so that separating the
-    # twins in the variant costs exactly one neighbour of ten.
+    # Each text has one twin. A text is not its own neighbour, so its twin is the nearest.
+    # The variant separates the twins.
     x = texts(8, 100, n_clusters=100)
     twins = np.concatenate([x, x])
-    found = fidelity({"text": side(twins)}, {"text": side(twins)}, identity(DIMS))
-    assert found.neighbour_overlap == 1
+    result = fidelity({"text": side(twins)}, {"text": side(twins)}, identity(DIMS))
+    assert result.neighbour_overlap == 1
     apart = np.concatenate([x, -x])
-    found = fidelity({"text": side(twins)}, {"text": side(apart)}, identity(DIMS))
-    assert found.neighbour_overlap < 0.6
+    result = fidelity({"text": side(twins)}, {"text": side(apart)}, identity(DIMS))
+    assert result.neighbour_overlap < 0.6
 
 
 def test_collapsed_vectors_have_no_rank_correlation(alike: dict[Side, SideVectors]) -> None:
-    same = np.tile(alike["text"].vectors[:1], (300, 1))
-    found = fidelity(alike, {"text": side(same)}, identity(DIMS))
-    assert found.spearman == 0
+    collapsed = np.tile(alike["text"].vectors[:1], (300, 1))
+    result = fidelity(alike, {"text": side(collapsed)}, identity(DIMS))
+    assert result.spearman == 0
 
 
 def test_only_texts_that_both_encoded_are_compared(alike: dict[Side, SideVectors]) -> None:
     half = SideVectors(alike["text"].digests[100:][::-1], alike["text"].vectors[100:][::-1])
-    found = fidelity(alike, {"text": half}, identity(DIMS))
-    assert found.n_texts == 200
-    assert found.mean_cosine == pytest.approx(1, abs=1e-6)
+    result = fidelity(alike, {"text": half}, identity(DIMS))
+    assert result.n_texts == 200
+    assert result.mean_cosine == pytest.approx(1, abs=1e-6)
 
 
 def test_models_of_different_width_are_refused(alike: dict[Side, SideVectors]) -> None:
@@ -200,34 +200,34 @@ def test_the_sample_depends_on_the_texts_alone() -> None:
             sampler.offer("text", [names[i] for i in part], "", x[part])
         return sampler.sample()
 
-    first, second = sampled(np.arange(300), 300), sampled(order, 7)
-    assert first["text"].digests == second["text"].digests
-    np.testing.assert_array_equal(first["text"].vectors, second["text"].vectors)
-    assert len(first["text"].digests) == 50
-    # Merged from two halves: as if all had passed at once.
+    in_order, shuffled = sampled(np.arange(300), 300), sampled(order, 7)
+    assert in_order["text"].digests == shuffled["text"].digests
+    np.testing.assert_array_equal(in_order["text"].vectors, shuffled["text"].vectors)
+    assert len(in_order["text"].digests) == 50
+    # Merging the samples of two halves gives the sample of all texts.
     merged = Sampler({"text": 50})
     merged.merge(sampled(order[:150], 150))
     merged.merge(sampled(order[150:], 150))
-    assert merged.sample()["text"].digests == first["text"].digests
+    assert merged.sample()["text"].digests == in_order["text"].digests
 
 
 def test_the_record_says_among_how_many_texts_neighbours_were_looked_for() -> None:
     small, n_all = 30, 40_000
     sampler = Sampler()
     sampler.offer("query", [f"query {i}" for i in range(small)], "", texts(11, small))
-    each = texts(12, 1)
-    documents = np.broadcast_to(each, (n_all, DIMS))
+    document = texts(12, 1)
+    documents = np.broadcast_to(document, (n_all, DIMS))
     sampler.offer("document", [f"document {i}" for i in range(n_all)], "", documents)
     sampler.offer("document", [f"document {i}" for i in range(n_all)], "", documents)  # again
-    found = fidelity(sampler.sample(), sampler.sample(), identity(DIMS))
-    assert (found.n_queries, found.n_documents) == (small, 2000)
+    result = fidelity(sampler.sample(), sampler.sample(), identity(DIMS))
+    assert (result.n_queries, result.n_documents) == (small, 2000)
     # Four standard errors of the estimate from 2000 digests.
-    assert found.n_all_documents == pytest.approx(n_all, rel=4 / np.sqrt(1998))
-    assert found.among.startswith("of 30 queries among 2,000 of about 4")
+    assert result.n_all_documents == pytest.approx(n_all, rel=4 / np.sqrt(1998))
+    assert result.among.startswith("of 30 queries among 2,000 of about 4")
     alone = Sampler()
     alone.offer("text", [f"text {i}" for i in range(small)], "", texts(13, small))
-    whole = fidelity(alone.sample(), alone.sample(), identity(DIMS))
-    assert whole.among == "of 30 queries among 30 documents, tasks pooled"
+    alone_result = fidelity(alone.sample(), alone.sample(), identity(DIMS))
+    assert alone_result.among == "of 30 queries among 30 documents, tasks pooled"
 
 
 def test_a_sample_survives_the_disk_bit_for_bit(
@@ -236,9 +236,9 @@ def test_a_sample_survives_the_disk_bit_for_bit(
     write_sample(tmp_path / "texts.safetensors", search)
     back = read_sample(tmp_path / "texts.safetensors")
     assert back.keys() == search.keys()
-    for name, each in search.items():
-        assert back[name].digests == each.digests
-        np.testing.assert_array_equal(back[name].vectors, each.vectors)
+    for name, sample in search.items():
+        assert back[name].digests == sample.digests
+        np.testing.assert_array_equal(back[name].vectors, sample.vectors)
 
 
 def test_a_cut_sample_is_refused(tmp_path: Path, search: dict[Side, SideVectors]) -> None:
@@ -252,26 +252,28 @@ def test_a_cut_sample_is_refused(tmp_path: Path, search: dict[Side, SideVectors]
 def test_examples_are_the_texts_that_keep_the_fewest_neighbours() -> None:
     names = [f"text {number}" for number in range(80)]
     base = texts(4, 80)
-    ours = unit(base + 0.15 * np.random.default_rng(5).normal(size=base.shape))
+    changed = unit(base + 0.15 * np.random.default_rng(5).normal(size=base.shape))
     known = {digest_of(name): name for name in names}
-    found = most_changed(sample_of(names, base), sample_of(names, ours), identity(DIMS), known)
+    examples = most_changed(
+        sample_of(names, base), sample_of(names, changed), identity(DIMS), known
+    )
 
     def nearest(vectors: npt.NDArray[np.float32], row: int) -> list[str]:
         similar = vectors @ vectors[row]
         similar[row] = -np.inf
-        return [names[other] for other in np.argsort(-similar, kind="stable")[:10]]
+        return [names[neighbour] for neighbour in np.argsort(-similar, kind="stable")[:10]]
 
-    kept = {
-        name: len(set(nearest(base, row)) & set(nearest(ours, row)))
+    n_kept = {
+        name: len(set(nearest(base, row)) & set(nearest(changed, row)))
         for row, name in enumerate(names)
     }
-    fewest = sorted(names, key=lambda name: (kept[name], names.index(name)))[:10]
-    assert [example.text for example in found] == fewest
-    for example in found:
+    fewest = sorted(names, key=lambda name: (n_kept[name], names.index(name)))[:10]
+    assert [example.text for example in examples] == fewest
+    for example in examples:
         row = names.index(example.text)
         assert list(example.before) == nearest(base, row)
-        assert list(example.after) == nearest(ours, row)
-        assert example.n_kept == kept[example.text]
+        assert list(example.after) == nearest(changed, row)
+        assert example.n_kept == n_kept[example.text]
     assert most_changed(sample_of(names, base), sample_of(names, base), identity(DIMS), known) == ()
 
 
@@ -279,15 +281,17 @@ def test_examples_of_a_search_are_queries_with_documents_and_only_of_known_texts
     search: dict[Side, SideVectors],
 ) -> None:
     noise = np.random.default_rng(6).normal(size=(400, DIMS))
-    theirs = {**search, "document": side(unit(search["document"].vectors + 0.2 * noise))}
+    changed = {**search, "document": side(unit(search["document"].vectors + 0.2 * noise))}
     documents = {digest: f"document {row}" for row, digest in enumerate(search["document"].digests)}
-    # Both sides of this fixture number their rows alike, so that one name stands for two texts.
+    # Both sides of this fixture have the same row numbers, so one name stands for two texts.
     known = {digest: documents[digest] for digest in search["document"].digests[:200]}
-    found = most_changed(search, theirs, identity(DIMS), known)
-    assert len(found) == 10
-    for example in found:
+    examples = most_changed(search, changed, identity(DIMS), known)
+    assert len(examples) == 10
+    for example in examples:
         row = int(example.text.removeprefix("document "))
         similar = search["document"].vectors[:200] @ search["query"].vectors[row]
-        nearest = [f"document {other}" for other in np.argsort(-similar, kind="stable")[:10]]
+        nearest = [
+            f"document {neighbour}" for neighbour in np.argsort(-similar, kind="stable")[:10]
+        ]
         assert list(example.before) == nearest
-    assert most_changed(search, theirs, identity(DIMS), {}) == ()
+    assert most_changed(search, changed, identity(DIMS), {}) == ()

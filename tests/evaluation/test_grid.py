@@ -39,7 +39,7 @@ TOPICS = (
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
-    """A search among short texts, pairs, and k-means: what takes vectors in three ways."""
+    """A search among short texts, and k-means: two uses of vectors."""
     folder = tmp_path_factory.mktemp("grid") / "library"
     (folder / "qrels").mkdir(parents=True)
     documents = [
@@ -47,12 +47,16 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
         for i, topic in enumerate(TOPICS)
         for j, word in enumerate(("seen", "bought", "lost", "drawn", "loved"))
     ]
-    corpus = [{"_id": own_id, "text": text} for own_id, text in documents]
+    corpus = [{"_id": document_id, "text": text} for document_id, text in documents]
     queries = [{"_id": f"q{i}", "text": f"all about {topic}"} for i, topic in enumerate(TOPICS)]
     for name, rows in (("corpus", corpus), ("queries", queries)):
         content = "".join(f"{json.dumps(row)}\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(content)
-    lines = [f"q{own_id[1]}\t{own_id}\t1\n" for own_id, _ in documents if own_id[2] != "4"]
+    lines = [
+        f"q{document_id[1]}\t{document_id}\t1\n"
+        for document_id, _ in documents
+        if document_id[2] != "4"
+    ]
     (folder / "qrels" / "test.tsv").write_text("".join(lines))
     tasks = [
         {"task": "library", "data": str(folder)},
@@ -72,13 +76,13 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "dims": {"n": 16, "method": "pca"},
         },
     }
-    few = {"n_texts": 24, "max_tokens": 16}
-    made = {}
+    calibration = {"n_texts": 24, "max_tokens": 16}
+    folders = {}
     for name, recipe in recipes.items():
-        full = {"schema": "gteopt.recipe/1", "name": name, "calibration": few, **recipe}
-        made[name] = tmp_path_factory.mktemp("grid") / name
-        gteopt.quantize("nano", Recipe.model_validate(full), made[name], device="cpu")
-    return made
+        full = {"schema": "gteopt.recipe/1", "name": name, "calibration": calibration, **recipe}
+        folders[name] = tmp_path_factory.mktemp("grid") / name
+        gteopt.quantize("nano", Recipe.model_validate(full), folders[name], device="cpu")
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +117,7 @@ def test_a_row_scores_as_the_truncated_artifact_does_alone(
 
 
 def test_a_grid_encodes_each_text_once_for_all_rows(reports: dict[str, EvalReport]) -> None:
-    # The baseline's own vectors, and six rows each of the baseline and of the variant.
+    # The baseline's own vectors, and six rows for each of the two models.
     assert next(iter(reports)) == "base"
     assert len(reports) == 1 + 2 * 6
     encoded = {name: report.n_encoded_texts for name, report in reports.items()}
@@ -134,7 +138,7 @@ def test_a_grid_judges_all_rows_against_the_baselines_own_vectors(
     n_claims = {report.n_claims for report in reports.values()}
     assert n_claims == {12 * len(reports["base"].tasks)}
     assert reports["base"].retention == 1
-    # What is stored decides: fewer dimensions and fewer bits are farther from the base.
+    # The stored vectors decide: fewer dimensions and fewer bits are farther from the base.
     cosines = [
         reports[name].fidelity.mean_cosine for name in ("base", "base-16-float32", "base-16-binary")
     ]
@@ -150,34 +154,33 @@ def test_the_command_scores_a_grid_and_goes_on_where_it_was(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def evaluate(*more: str) -> list[EvalReport]:
+    def evaluate(*options: str) -> list[EvalReport]:
         data = str(suite.tasks[0].data)
         base, pca = (str(artifacts[name]) for name in ("base", "pca"))
-        command = ["gteopt", "evaluate", pca, "--baseline", base, "--data", data, *more]
+        command = ["gteopt", "evaluate", pca, "--baseline", base, "--data", data, *options]
         command += ["--device", "cpu", "--out", str(tmp_path), "--json"]
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as stopped:
             main()
         assert not stopped.value.code
-        return [EvalReport.model_validate(each) for each in json.loads(capsys.readouterr().out)]
+        return [EvalReport.model_validate(report) for report in json.loads(capsys.readouterr().out)]
 
-    first = evaluate("--dims", "256,16", "--vectors", "binary,float32")
-    assert [report.variant for report in first] == [
+    before = evaluate("--dims", "256,16", "--vectors", "binary,float32")
+    assert [report.variant for report in before] == [
         *("base-256-float32", "base-256-binary", "base-16-float32", "base-16-binary"),
         *("pca-256-float32", "pca-256-binary", "pca-16-float32", "pca-16-binary"),
     ]
-    assert {report.baseline for report in first} == {"base-256-float32"}
-    assert read_record(tmp_path / "eval" / "pca-16-binary.json", EvalReport) == first[-1]
-    # Another code of the same encodings: its rows encode nothing, and the others say what they
-    # took before.
-    second = evaluate("--dims", "256,16", "--vectors", "float32,binary,int8")
-    took = {each.variant: (each.n_asked_texts, each.n_encoded_texts) for each in first}
+    assert {report.baseline for report in before} == {"base-256-float32"}
+    assert read_record(tmp_path / "eval" / "pca-16-binary.json", EvalReport) == before[-1]
+    # Another code needs no new encodings. The other rows report the counts of the first run.
+    after = evaluate("--dims", "256,16", "--vectors", "float32,binary,int8")
+    took = {report.variant: (report.n_asked_texts, report.n_encoded_texts) for report in before}
     n_texts, _ = took["pca-16-binary"]
     new = {f"{name}-{dims}-int8": (n_texts, 0) for name in artifacts for dims in (256, 16)}
-    assert {e.variant: (e.n_asked_texts, e.n_encoded_texts) for e in second} == took | new
+    assert {e.variant: (e.n_asked_texts, e.n_encoded_texts) for e in after} == took | new
 
 
-def test_what_cannot_be_scored_is_told_whole_before_anything_is_encoded(
+def test_all_that_cannot_be_scored_is_told_before_anything_is_encoded(
     artifacts: dict[str, Path], suite: Suite, tmp_path: Path
 ) -> None:
     flipped = tmp_path / "flipped"
@@ -188,13 +191,13 @@ def test_what_cannot_be_scored_is_told_whole_before_anything_is_encoded(
     weights.write_bytes(content)
     sources = {"base": "nano", "flipped": str(flipped), "lost": "./nowhere"}
 
-    def refused(sources: dict[str, str], **how: Any) -> str:
+    def refused(sources: dict[str, str], **settings: Any) -> str:
         with pytest.raises(InputError, match="cannot start") as caught:
             score(
                 sources,
                 suite,
                 tmp_path,
-                how=Setup(device="cpu", **how),
+                how=Setup(device="cpu", **settings),
                 progress=lambda what, *_: pytest.fail(what),
             )
         return str(caught.value)
@@ -205,16 +208,16 @@ def test_what_cannot_be_scored_is_told_whole_before_anything_is_encoded(
     assert "lost (./nowhere)" in message
     # Scores of one backend are not written over those of another.
     sources = {"base": "nano", "pca": str(artifacts["pca"])}
-    few = SUITE_OF_PAIRS
-    found = score(sources, few, tmp_path, how=Setup(device="cpu"), progress=quiet)
-    assert {report.versions["backend"] for report in found.values()} == {"torch"}
+    pairs = SUITE_OF_PAIRS
+    written = score(sources, pairs, tmp_path, how=Setup(device="cpu"), progress=quiet)
+    assert {report.versions["backend"] for report in written.values()} == {"torch"}
     assert "pca.json holds scores of pca with backend torch" in refused(sources, backend="openvino")
 
 
 def test_a_baseline_below_zero_leaves_differences_and_fidelity(
     artifacts: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Grades that run against any sense: the more alike, the lower."""
+    """The grades are reversed: the more alike two texts are, the lower is their grade."""
     rows = [("a cat", "a cat", 0), ("a cat", "the cats", 1), ("a cat", "a dog", 2)]
     rows += [("a cat", "tax law", 3), ("rain", "quantum field theory", 4)]
     path = tmp_path / "pairs.jsonl"
@@ -222,17 +225,17 @@ def test_a_baseline_below_zero_leaves_differences_and_fidelity(
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     sources = {"base": "nano", "mine": str(artifacts["pca"])}
     out, steps = tmp_path / "out", set[str]()
-    found = score(
+    results = score(
         sources,
         with_data(None, path),
         out,
         how=Setup(device="cpu"),
         progress=lambda what, *_: steps.add(what),
     )
-    # Rows have one name everywhere, not also that of the recipe or of the base.
+    # A row has one name everywhere. It never has the name of the recipe or of the base.
     assert {step.partition(":")[0] for step in steps} == {"base", "mine"}
     report = read_record(out / "eval" / "mine.json", EvalReport)
-    assert report == found["mine"]
+    assert report == results["mine"]
     assert report.baseline == "base"
     assert report.baseline_score < 0
     assert report.retention is None
@@ -240,8 +243,8 @@ def test_a_baseline_below_zero_leaves_differences_and_fidelity(
     assert 0 < report.fidelity.mean_cosine < 0.9  # its recipe cuts the vectors
     assert report.no_retention is not None
     assert "the baseline base scores -" in report.no_retention
-    assert report.no_retention in str(eval_table(found).caption)
-    assert grid_table(found).row_count == 2
+    assert report.no_retention in str(eval_table(results).caption)
+    assert grid_table(results).row_count == 2
 
 
 def test_wrong_grids_are_told_before_anything_is_encoded(artifacts: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""`--data` takes the name of a data set: one file of one split is what it means."""
+"""`--data` takes the name of a data set, which means one file of one split."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def hub_dir(tmp_path: Path) -> Path:
     ],
 )
 def test_a_name_means_one_file(hub_dir: Path, name: str, file: str) -> None:
-    found = local_table(Path(name), hub_dir=hub_dir)
-    assert found == hub_dir / file
-    own = read_own(found)
-    assert isinstance(own, Pairs)
-    assert own.scores == (0, 1, 2, 3)
+    table = local_table(Path(name), hub_dir=hub_dir)
+    assert table == hub_dir / file
+    pairs = read_own(table)
+    assert isinstance(pairs, Pairs)
+    assert pairs.scores == (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_name_means_one_file(hub_dir: Path, name: str, file: str) -> None:
         ("org/nosuch", "hf download --repo-type dataset org/nosuch"),
     ],
 )
-def test_what_it_cannot_mean_is_said(hub_dir: Path, name: str, message: str) -> None:
+def test_an_ambiguous_or_unknown_name_is_refused(hub_dir: Path, name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         local_table(Path(name), hub_dir=hub_dir)
 

@@ -44,14 +44,17 @@ def test_a_comparison_of_files_is_that_of_the_runs(
     write_item_scores(tmp_path / "base.parquet", base, "base")
     write_item_scores(tmp_path / "short.parquet", variant, "short")
     report = compare(base, variant, variant_name="short")
-    found = compare_item_scores(tmp_path / "base.parquet", tmp_path / "short.parquet")
-    assert found.tasks == report.tasks
-    assert found.difference == report.difference
-    assert (found.retention_low, found.retention_high) == (
+    comparison = compare_item_scores(tmp_path / "base.parquet", tmp_path / "short.parquet")
+    assert comparison.tasks == report.tasks
+    assert comparison.difference == report.difference
+    assert (comparison.retention_low, comparison.retention_high) == (
         report.retention_low,
         report.retention_high,
     )
-    assert (found.variant, found.baseline) == ("short", base.encoder) or found.baseline == "base"
+    assert (comparison.variant, comparison.baseline) == (
+        "short",
+        base.encoder,
+    ) or comparison.baseline == "base"
 
 
 def test_a_page_of_two_runs_pairs_their_item_scores(
@@ -62,16 +65,16 @@ def test_a_page_of_two_runs_pairs_their_item_scores(
         report = compare(runs[0], run, variant_name="mine")
         write_record(folder / "eval" / "mine.json", report)
         write_item_scores(folder / "items" / "mine.parquet", run, "mine")
-    found = compare_item_scores(*(folder / "items" / "mine.parquet" for folder in folders))
+    items = compare_item_scores(*(folder / "items" / "mine.parquet" for folder in folders))
     page = write_comparison(*folders).read_text(encoding="utf-8")
     paired = page.split('id="paired"')[1].split("</table>")[0]
-    assert found.difference is not None
+    assert items.difference is not None
     value, low, high = (
-        f"{100 * each:+.2f}"
-        for each in (found.difference.value, found.difference.low, found.difference.high)
+        f"{100 * number:+.2f}"
+        for number in (items.difference.value, items.difference.low, items.difference.high)
     )
-    assert f"<td>{value} [{low}, {high}]</td><td>{found.difference.verdict}</td>" in paired
-    assert f"<td>{100 * found.baseline_score:.2f}</td><td>{100 * found.score:.2f}</td>" in paired
+    assert f"<td>{value} [{low}, {high}]</td><td>{items.difference.verdict}</td>" in paired
+    assert f"<td>{100 * items.baseline_score:.2f}</td><td>{100 * items.score:.2f}</td>" in paired
     (folders[1] / "items" / "mine.parquet").unlink()
     assert 'id="paired"' not in write_comparison(*folders).read_text(encoding="utf-8")
 
@@ -86,17 +89,17 @@ def test_a_file_says_what_was_scored_with_what(
     assert header["suite_sha256"] == runs[0].suite_sha256
     assert header["versions"]["torch"]
     assert all(score["dataset_revision"] for score in header["scores"])
-    found = read_item_scores(path)
+    stored = read_item_scores(path)
     for key, samples in runs[0].item_scores.items():
-        again = found.item_scores[key]
-        assert (again.statistic, again.unit, again.digits) == (
+        stored_samples = stored.item_scores[key]
+        assert (stored_samples.statistic, stored_samples.unit, stored_samples.digits) == (
             samples.statistic,
             samples.unit,
             samples.digits,
         )
         for name, array in samples.arrays.items():
-            np.testing.assert_array_equal(again.arrays[name], array)
-            assert again.arrays[name].dtype == array.dtype
+            np.testing.assert_array_equal(stored_samples.arrays[name], array)
+            assert stored_samples.arrays[name].dtype == array.dtype
 
 
 def test_files_of_other_suites_and_damaged_ones_are_refused(

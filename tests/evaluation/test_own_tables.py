@@ -1,4 +1,4 @@
-"""Tables of a user's own: which forms are read, how columns are recognised, what is said if not."""
+"""A user's tables: the formats that are read, the columns that are known, and the errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAIRS = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "score": float(i)} for i
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
-    """One file of the form that its ending says."""
+    """Write one file in the format of its ending."""
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".jsonl":
@@ -31,10 +31,10 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 def test_the_same_pairs_are_read_from_every_form(tmp_path: Path, ending: str) -> None:
-    own = read_own(write(tmp_path / f"pairs.{ending}", list(PAIRS)))
-    assert isinstance(own, Pairs)
-    assert own.first == ("a 0", "a 1", "a 2", "a 3")
-    assert own.scores == (0, 1, 2, 3)
+    pairs = read_own(write(tmp_path / f"pairs.{ending}", list(PAIRS)))
+    assert isinstance(pairs, Pairs)
+    assert pairs.first == ("a 0", "a 1", "a 2", "a 3")
+    assert pairs.scores == (0, 1, 2, 3)
 
 
 def test_triplets_are_a_search_among_all_their_passages(tmp_path: Path) -> None:
@@ -43,16 +43,16 @@ def test_triplets_are_a_search_among_all_their_passages(tmp_path: Path) -> None:
         {"anchor": "q1", "positive": "p2", "negative": "p3"},
         {"anchor": "q2", "positive": "p3", "negative": "n1"},
     ]
-    own = read_own(write(tmp_path / "triplets.jsonl", rows))
-    assert isinstance(own, Collection)
-    texts = {row["id"]: row["text"] for row in own.corpus}
+    collection = read_own(write(tmp_path / "triplets.jsonl", rows))
+    assert isinstance(collection, Collection)
+    texts = {row["id"]: row["text"] for row in collection.corpus}
     assert sorted(texts.values()) == ["n1", "p1", "p2", "p3"]
-    queries = {row["id"]: row["text"] for row in own.queries}
-    found = {
+    queries = {row["id"]: row["text"] for row in collection.queries}
+    relevant = {
         queries[query]: {texts[document] for document in grades}
-        for query, grades in own.qrels["test"].items()
+        for query, grades in collection.qrels["test"].items()
     }
-    assert found == {"q1": {"p1", "p2"}, "q2": {"p3"}}
+    assert relevant == {"q1": {"p1", "p2"}, "q2": {"p3"}}
 
 
 def test_a_score_grades_the_passages_of_a_query(tmp_path: Path) -> None:
@@ -60,10 +60,10 @@ def test_a_score_grades_the_passages_of_a_query(tmp_path: Path) -> None:
         {"question": "q", "passage": "good", "label": 2},
         {"question": "q", "passage": "bad", "label": 0},
     ]
-    own = read_own(write(tmp_path / "graded.csv", rows))
-    assert isinstance(own, Collection)
-    assert list(own.qrels["test"].values()) == [{"d0": 2}]
-    assert len(own.corpus) == 2
+    collection = read_own(write(tmp_path / "graded.csv", rows))
+    assert isinstance(collection, Collection)
+    assert list(collection.qrels["test"].values()) == [{"d0": 2}]
+    assert len(collection.corpus) == 2
 
 
 def test_columns_of_any_name_can_be_said(tmp_path: Path) -> None:
@@ -71,9 +71,9 @@ def test_columns_of_any_name_can_be_said(tmp_path: Path) -> None:
         {"left": f"a{i}", "right": f"b{i}", "gold": i} for i in range(3)
     ]
     path = write(tmp_path / "mine.csv", rows)
-    own = read_own(path, {"sentence1": "left", "sentence2": "right"})
-    assert isinstance(own, Pairs)
-    assert own.second == ("b0", "b1", "b2")
+    pairs = read_own(path, {"sentence1": "left", "sentence2": "right"})
+    assert isinstance(pairs, Pairs)
+    assert pairs.second == ("b0", "b1", "b2")
     search = read_own(path, {"query": "left", "positive": "right", "score": "gold"})
     assert isinstance(search, Collection)
 
@@ -82,8 +82,8 @@ def test_unknown_columns_get_three_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "odd.csv", [{"x": 1, "y": 2}])
     with pytest.raises(InputError) as caught:
         read_own(path)
-    found, accepted, example = str(caught.value).splitlines()
-    assert "found x, y" in found
+    columns, accepted, example = str(caught.value).splitlines()
+    assert "found x, y" in columns
     assert "sentence1, sentence2, score; query, positive" in accepted
     assert "--columns sentence1=x,sentence2=y" in example
 

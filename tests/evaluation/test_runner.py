@@ -41,16 +41,16 @@ QUICK = ("MiniSTS", "MiniBitextMining")
 
 
 def suite_of(*tasks: str | dict[str, Any], name: str = "test") -> Suite:
-    entries = [{"task": each} if isinstance(each, str) else each for each in tasks]
+    entries = [{"task": task} if isinstance(task, str) else task for task in tasks]
     return Suite.model_validate({"schema": "gteopt.suite/1", "name": name, "tasks": entries})
 
 
 def by_task(run: SuiteRun) -> dict[tuple[str, str], float]:
-    return {(each.task, each.subset): each.score for each in run.scores}
+    return {(score.task, score.subset): score.score for score in run.scores}
 
 
 class Counting(Encoder):
-    """The same encoder; keeps what it was asked to encode."""
+    """The same encoder. Keeps the texts that it was asked to encode."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.__dict__.update(encoder.__dict__)
@@ -79,9 +79,9 @@ class Counting(Encoder):
             progress=progress,
         )
 
-    def forward(self, tokens: Sequence[Sequence[int]], **how: Any) -> Any:
+    def forward(self, tokens: Sequence[Sequence[int]], **options: Any) -> Any:
         self.prompted += [self.tokenization.tokenizer.decode(list(ids)) for ids in tokens]
-        return super().forward(tokens, **how)
+        return super().forward(tokens, **options)
 
 
 def random_weights(encoder: Encoder) -> None:
@@ -120,11 +120,11 @@ def minilm() -> Encoder:
 
 def test_minilm_leaves_languages_that_it_cannot_read_out_of_its_mean(minilm: Encoder) -> None:
     mini = load_suite("mini")
-    tasks = [each for each in mini.tasks if each.task in ("MiniSTS", "MiniTopicClustering")]
+    tasks = [task for task in mini.tasks if task.task in ("MiniSTS", "MiniTopicClustering")]
     run = run_suite(minilm, mini.model_copy(update={"tasks": tuple(tasks)}))
     report = compare(run, run, variant_name="minilm")
-    left_out = {(each.task, each.subset) for each in report.tasks if not each.above_chance}
-    # The model reads English. Of Chinese it knows the characters, of French many words.
+    left_out = {(task.task, task.subset) for task in report.tasks if not task.above_chance}
+    # The model reads English. It also knows Chinese characters and many French words.
     assert left_out == {
         ("MiniSTS", "fr"),
         ("MiniSTS", "pl"),
@@ -132,9 +132,11 @@ def test_minilm_leaves_languages_that_it_cannot_read_out_of_its_mean(minilm: Enc
     }
     (note,) = [note for note in report.notes if note.startswith("left out of the mean")]
     assert "MiniTopicClustering pl (0.3, chance -0.1)" in note
-    counted = [each.baseline_score for each in report.tasks if each.above_chance]
-    by_task = [counted[:2], counted[2:]]
-    assert report.baseline_score == pytest.approx(np.mean([np.mean(each) for each in by_task]))
+    counted = [task.baseline_score for task in report.tasks if task.above_chance]
+    scores_by_task = [counted[:2], counted[2:]]
+    assert report.baseline_score == pytest.approx(
+        np.mean([np.mean(scores) for scores in scores_by_task])
+    )
 
 
 def test_minilm_scores_as_published(
@@ -154,18 +156,18 @@ def test_minilm_scores_as_published(
     run = run_suite(counting, suite, hub_dir=shared / "hub", store=minilm_store, options=exactly)
     scores = by_task(run)
     assert scores["STSBenchmark", "default"] == pytest.approx(0.820325, abs=1e-6)
-    # The English subset is the same pairs again: the same score, and no text encoded twice.
+    # The English subset has the same pairs: it has the same score, and no text is encoded twice.
     assert scores["STSBenchmarkMultilingualSTS", "en"] == scores["STSBenchmark", "default"]
     assert len(counting.asked) == len(set(counting.asked)) == run.encodings_now.n_encoded
-    assert {each.instruction for each in run.scores} == {None}
-    assert {each.n_samples for each in run.scores} == {1379}
-    assert all(each.dataset_revision.startswith("sha256:") for each in run.scores)
+    assert {score.instruction for score in run.scores} == {None}
+    assert {score.n_samples for score in run.scores} == {1379}
+    assert all(score.dataset_revision.startswith("sha256:") for score in run.scores)
 
 
 def evaluate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> EvalReport:
-    """What the command says of the last model that it is given."""
+    """The command's report of the last model that it is given."""
     command = ["gteopt", "evaluate", *map(str, arguments), "--device", "cpu", "--json"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as stopped:
@@ -185,9 +187,9 @@ def test_the_command_line_reproduces_a_published_figure(
     (tmp_path / "scores").symlink_to(minilm_store)
     suite = tmp_path / "own.yaml"
     suite.write_text("schema: gteopt.suite/1\nname: own\ntasks:\n  - task: STSBenchmark\n")
-    where = "--suite", suite, "--hub-dir", shared / "hub", "--out", tmp_path
+    suite_options = "--suite", suite, "--hub-dir", shared / "hub", "--out", tmp_path
     exactly = "--dtype", "float32", "--cache-dtype", "float32"
-    report = evaluate(monkeypatch, capsys, minilm.checkpoint.folder, *where, *exactly)
+    report = evaluate(monkeypatch, capsys, minilm.checkpoint.folder, *suite_options, *exactly)
     assert report.score == pytest.approx(0.820325, abs=1e-6)
     assert report.versions["dtype"] == "float32"
 
@@ -197,23 +199,24 @@ def test_runs_of_another_dtype_are_kept_apart(
 ) -> None:
     suite = tmp_path / "own.yaml"
     suite.write_text("schema: gteopt.suite/1\nname: own\ntasks:\n  - task: MiniSTS\n")
-    found: dict[str, float] = {}
+    score_of: dict[str, float] = {}
     for dtype in ("float32", "bfloat16", "float32", "auto"):
-        how = "nano", "--suite", suite, "--out", tmp_path, "--dtype", dtype
-        report = evaluate(monkeypatch, capsys, *how)
+        arguments = "nano", "--suite", suite, "--out", tmp_path, "--dtype", dtype
+        report = evaluate(monkeypatch, capsys, *arguments)
         assert report.versions["dtype"] == dtype.replace("auto", "bfloat16")
-        again = found.setdefault(report.versions["dtype"], report.score)
+        again = score_of.setdefault(report.versions["dtype"], report.score)
         assert report.score == again
-    assert found["float32"] != found["bfloat16"]
+    assert score_of["float32"] != score_of["bfloat16"]
     assert len(list((tmp_path / "scores" / "tasks").iterdir())) == 2
-    kept = {
+    mteb_scores = {
         path.parent.name.rpartition("-")[2]: json.loads(path.read_text())["scores"]["test"]
         for path in (tmp_path / "scores" / "results").rglob("MiniSTS.json")
     }
     by_dtype = {
-        dtype: np.mean([each["main_score"] for each in subsets]) for dtype, subsets in kept.items()
+        dtype: np.mean([subset["main_score"] for subset in subsets])
+        for dtype, subsets in mteb_scores.items()
     }
-    assert by_dtype == pytest.approx(found, abs=1e-6)
+    assert by_dtype == pytest.approx(score_of, abs=1e-6)
 
 
 def test_the_mini_suite_separates_good_from_bad(mini_run: SuiteRun) -> None:
@@ -231,7 +234,7 @@ def test_the_mini_suite_separates_good_from_bad(mini_run: SuiteRun) -> None:
     assert score["bf16"] > score["2-bit round-to-nearest"] + 0.02
     readme = (shipped_dir("eval/mini") / "README.md").read_text()
     written = re.findall(r"^\| gte-nano, ([^|]+) \|.*\*\*([\d.]+)\*\* \|$", readme, re.MULTILINE)
-    # Another processor rounds bf16 otherwise.
+    # Another processor rounds bf16 differently.
     assert {name: float(figure) for name, figure in written} == pytest.approx(score, abs=0.015)
 
 
@@ -243,8 +246,8 @@ def test_a_run_compared_with_itself_retains_everything(mini_run: SuiteRun) -> No
     assert not report.partial
     # Subsets are averaged within a task before tasks are.
     per_task: dict[str, list[float]] = {}
-    for each in report.tasks:
-        per_task.setdefault(each.task, []).append(each.score)
+    for task in report.tasks:
+        per_task.setdefault(task.task, []).append(task.score)
     means = [np.mean(scores) for scores in per_task.values()]
     assert report.score == pytest.approx(np.mean(means), abs=1e-12)
     assert len(means) == 5
@@ -280,13 +283,13 @@ def test_the_adapter_ranks_as_mteb_does_by_itself(nano: Encoder, code: str, tmp_
 
     cache = VectorCache(encoder, tmp_path, dtype="float32")
     model = TaskModel(cache, own_view(encoder), TaskInstruction(instruction))
-    where = {"task_metadata": task.metadata, "hf_split": "test", "hf_subset": "default"}
+    task_arguments = {"task_metadata": task.metadata, "hf_split": "test", "hf_subset": "default"}
     encode = {"encode_kwargs": {"batch_size": 32}, "num_proc": None}
-    found = []
+    results = []
     for search in (model, SearchEncoderWrapper(Plain(cache, own_view(nano), TaskInstruction()))):
-        search.index(data["corpus"], **where, **encode)
-        found.append(search.search(data["queries"], **where, **encode, top_k=10))
-    ours, theirs = found
+        search.index(data["corpus"], **task_arguments, **encode)
+        results.append(search.search(data["queries"], **task_arguments, **encode, top_k=10))
+    ours, theirs = results
     assert ours.keys() == theirs.keys()
     tolerance = 1e-6 if code == "float32" else 5e-3  # int8 codes are scored without renormalising
     overlap = []
@@ -300,7 +303,7 @@ def test_the_adapter_ranks_as_mteb_does_by_itself(nano: Encoder, code: str, tmp_
 def test_metrics_in_mtebs_layout_are_those_of_a_search_without_a_limit(
     nano: Encoder, tmp_path: Path
 ) -> None:
-    """What lies deeper than the search went is not there, instead of being wrong."""
+    """Metrics deeper than the search are absent, instead of wrong."""
     from gteopt.corpus.vector_cache import VectorCache
     from gteopt.evaluation.mini_tasks import MiniRetrieval
     from gteopt.evaluation.mteb_model import TaskModel
@@ -310,19 +313,19 @@ def test_metrics_in_mtebs_layout_are_those_of_a_search_without_a_limit(
     written = json.loads(path.read_text())["scores"]["test"][0]
 
     class Deep(TaskModel):
-        def search(self, queries: Any, *, task_metadata: Any, **how: Any) -> Any:
+        def search(self, queries: Any, *, task_metadata: Any, **options: Any) -> Any:
             all_of_them = task_metadata.model_copy(update={"main_score": "map"})
-            return super().search(queries, task_metadata=all_of_them, **how)
+            return super().search(queries, task_metadata=all_of_them, **options)
 
     task = MiniRetrieval()
     task.load_data()
     deep = Deep(VectorCache(nano, tmp_path), own_view(nano), TaskInstruction(task.metadata.prompt))
-    found = task.evaluate(deep, "test", encode_kwargs={"batch_size": 32})["default"]
-    assert found["recall_at_100"] > found["recall_at_10"]
-    deeper = {name for name in found if re.search(r"^nauc_|_at_(20|100|1000)$", name)}
-    assert found.keys() - written.keys() == deeper
-    for name in found.keys() & written.keys():
-        assert written[name] == pytest.approx(found[name], abs=1e-6, nan_ok=True), name
+    metrics = task.evaluate(deep, "test", encode_kwargs={"batch_size": 32})["default"]
+    assert metrics["recall_at_100"] > metrics["recall_at_10"]
+    deeper = {name for name in metrics if re.search(r"^nauc_|_at_(20|100|1000)$", name)}
+    assert metrics.keys() - written.keys() == deeper
+    for name in metrics.keys() & written.keys():
+        assert written[name] == pytest.approx(metrics[name], abs=1e-6, nan_ok=True), name
 
 
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # mteb's own
@@ -347,8 +350,8 @@ def test_plain_mteb_gives_the_same_scores() -> None:
 
     for name in QUICK:
         result = mteb.evaluate(Plain(), MINI_TASKS[name](), cache=None, show_progress_bar=False)
-        theirs = {each["hf_subset"]: each["main_score"] for each in result[0].scores["test"]}
-        ours = {each.subset: each.score for each in run.scores if each.task == name}
+        theirs = {row["hf_subset"]: row["main_score"] for row in result[0].scores["test"]}
+        ours = {score.subset: score.score for score in run.scores if score.task == name}
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
@@ -370,22 +373,22 @@ def test_labels_that_are_read_at_once_give_the_same_bits(nano: Encoder, tmp_path
     from gteopt.evaluation.tasks import read_labels_at_once_
 
     model = TaskModel(VectorCache(nano, tmp_path), own_view(nano), TaskInstruction())
-    found = []
+    scores = []
     for at_once in (False, True):
         task = MiniIntentClassification()
         task.load_data()
         if at_once:
             read_labels_at_once_(task)
             read_labels_at_once_(task)  # a task may be loaded twice
-        found.append(task.evaluate(model, "test", encode_kwargs={"batch_size": 32}))
-    assert found[0] == found[1]
+        scores.append(task.evaluate(model, "test", encode_kwargs={"batch_size": 32}))
+    assert scores[0] == scores[1]
 
 
 def test_an_instruction_that_a_model_cannot_take_is_said(minilm: Encoder) -> None:
-    own = {"task": "MiniSTS", "subsets": ["en"], "instruction": "Compare."}
-    assert any("MiniSTS" in note for note in run_suite(minilm, suite_of(own)).notes)
-    del own["instruction"]
-    assert not run_suite(minilm, suite_of(own)).notes
+    entry = {"task": "MiniSTS", "subsets": ["en"], "instruction": "Compare."}
+    assert any("MiniSTS" in note for note in run_suite(minilm, suite_of(entry)).notes)
+    del entry["instruction"]
+    assert not run_suite(minilm, suite_of(entry)).notes
 
 
 def test_symmetric_tasks_put_their_instruction_on_both_sides(nano: Encoder) -> None:
@@ -451,9 +454,9 @@ def test_a_killed_run_resumes_and_scores_nothing_twice(nano: Encoder, tmp_path: 
 
     fresh = run_suite(nano, suite)
     assert resumed.scores == fresh.scores
-    for side, each in fresh.fidelity_sample.items():
-        assert again.fidelity_sample[side].digests == each.digests
-        np.testing.assert_array_equal(again.fidelity_sample[side].vectors, each.vectors)
+    for side, sample in fresh.fidelity_sample.items():
+        assert again.fidelity_sample[side].digests == sample.digests
+        np.testing.assert_array_equal(again.fidelity_sample[side].vectors, sample.vectors)
 
 
 def test_a_stored_score_of_another_encoder_or_instruction_is_not_taken(
@@ -486,7 +489,7 @@ def test_nan_vectors_fail_their_task_and_leave_the_report_partial(nano: Encoder)
     table = broken.module.get_input_embeddings().weight  # type: ignore[operator]
     table.data[min(parallel - similar)] = torch.nan
     run = run_suite(broken, suite)
-    assert [each.task for each in run.failed] == ["MiniBitextMining"]
+    assert [failure.task for failure in run.failed] == ["MiniBitextMining"]
     assert "nano produced NaN or infinity for" in run.failed[0].reason
     sides = [row[side] for row in mini_rows("bitext") for side in ("en", "fr")]
     named = [text for text in sides if repr(text[:80]) in run.failed[0].reason]
@@ -494,7 +497,7 @@ def test_nan_vectors_fail_their_task_and_leave_the_report_partial(nano: Encoder)
     report = compare(baseline, run, variant_name="broken")
     assert report.partial
     assert report.retention == pytest.approx(1)
-    assert {each.task for each in report.tasks} == {"MiniSTS"}
+    assert {task.task for task in report.tasks} == {"MiniSTS"}
 
     table.data[:] = torch.nan
     with pytest.raises(NumericsError, match=r"broken has no score(.|\n)*MiniSTS(.|\n)*Mini"):
@@ -503,21 +506,21 @@ def test_nan_vectors_fail_their_task_and_leave_the_report_partial(nano: Encoder)
 
 def test_a_suite_keeps_its_interval_where_a_task_has_none(mini_run: SuiteRun) -> None:
     lost = [
-        each.model_copy(update={"no_samples": "the entries are lost"})
-        if each.task == "MiniSTS"
-        else each
-        for each in mini_run.scores
+        score.model_copy(update={"no_samples": "the entries are lost"})
+        if score.task == "MiniSTS"
+        else score
+        for score in mini_run.scores
     ]
     variant = replace(mini_run, scores=tuple(lost), encoder_sha256="0" * 64)
     report = compare(mini_run, variant, variant_name="variant")
     assert report.difference is not None
     assert report.retention_low is not None
     assert report.n_interval_tasks == 4
-    (note,) = [each for each in report.notes if "MiniSTS" in each]
+    (note,) = [text for text in report.notes if "MiniSTS" in text]
     assert "over 4 of 5 tasks" in note
-    whole = compare(mini_run, replace(mini_run, encoder_sha256="0" * 64), variant_name="whole")
-    assert whole.n_interval_tasks == 5
-    assert not [each for each in whole.notes if "interval" in each]
+    complete = compare(mini_run, replace(mini_run, encoder_sha256="0" * 64), variant_name="whole")
+    assert complete.n_interval_tasks == 5
+    assert not [text for text in complete.notes if "interval" in text]
 
 
 def test_missing_data_are_named_before_anything_is_encoded(nano: Encoder, tmp_path: Path) -> None:
@@ -577,7 +580,8 @@ def test_shipped_suites_are_valid(name: str) -> None:
 
 def test_runs_of_different_suites_are_not_compared(nano: Encoder) -> None:
     english, french = (
-        run_suite(nano, suite_of({"task": "MiniSTS", "subsets": [each]})) for each in ("en", "fr")
+        run_suite(nano, suite_of({"task": "MiniSTS", "subsets": [language]}))
+        for language in ("en", "fr")
     )
     with pytest.raises(InputError, match="score both on the same suite"):
         compare(english, french, variant_name="french")
@@ -607,5 +611,5 @@ def test_a_run_leaves_no_trace_in_the_process(
 
 def test_importing_the_package_loads_neither_mteb_nor_torch() -> None:
     code = "import sys, gteopt.evaluation; print({'mteb', 'torch'} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""Intervals cover the truth at the stated rate, for every statistic; verdicts say what they may."""
+"""Intervals cover the truth at the stated rate for every statistic. Verdicts claim no more."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ N_REPEATS = 300
 N_RESAMPLES = 300
 
 
-def both(statistic: Any, unit: str, variant: dict[str, Any], baseline: dict[str, Any]) -> Pair:
+def pair_of(statistic: Any, unit: str, variant: dict[str, Any], baseline: dict[str, Any]) -> Pair:
     return Samples(statistic, unit, variant), Samples(statistic, unit, baseline)
 
 
-def draw(pair: tuple[Samples, Samples | Resampled], **how: Any) -> Draws:
-    found = paired_draws(*pair, **how)
-    assert found is not None
-    return found
+def draw(pair: tuple[Samples, Samples | Resampled], **options: Any) -> Draws:
+    draws = paired_draws(*pair, **options)
+    assert draws is not None
+    return draws
 
 
 def ndcg(rng: np.random.Generator, n: int) -> Pair:
@@ -49,7 +49,7 @@ def ndcg(rng: np.random.Generator, n: int) -> Pair:
     ours = rng.beta(0.6, 0.6, n)
     moved = np.clip(ours + rng.normal(-0.1, 0.3, n), 0, 1)
     theirs = np.where(rng.random(n) < 0.3, moved, ours)
-    return both("mean", "query", {"values": theirs[None]}, {"values": ours[None]})
+    return pair_of("mean", "query", {"values": theirs[None]}, {"values": ours[None]})
 
 
 def accuracy(rng: np.random.Generator, n: int) -> Pair:
@@ -57,14 +57,14 @@ def accuracy(rng: np.random.Generator, n: int) -> Pair:
     ours = rng.random(n) < 0.8
     flipped = rng.random(n) < np.where(ours, 0.06, 0.1)
     values = (np.where(flipped, ~ours, ours).astype(float), ours.astype(float))
-    return both("mean", "document", {"values": values[0][None]}, {"values": values[1][None]})
+    return pair_of("mean", "document", {"values": values[0][None]}, {"values": values[1][None]})
 
 
 def similarity(rng: np.random.Generator, n: int) -> Pair:
     gold = rng.standard_normal(n)
     ours = gold + 0.8 * rng.standard_normal(n)
     theirs = ours + 0.4 * rng.standard_normal(n)
-    return both(
+    return pair_of(
         "spearman",
         "pair",
         {"similarities": theirs, "gold": gold},
@@ -73,17 +73,17 @@ def similarity(rng: np.random.Generator, n: int) -> Pair:
 
 
 def translations(rng: np.random.Generator, n: int) -> Pair:
-    gold, hard, other = np.arange(n), rng.random(n), rng.integers(0, n, n)
-    found = [np.where(hard < right, gold, other)[None] for right in (0.75, 0.8)]
-    arrays = [{"gold": gold, "predictions": each} for each in found]
-    return both("f1_weighted", "sentence", *arrays)
+    gold, hard, wrong = np.arange(n), rng.random(n), rng.integers(0, n, n)
+    predictions = [np.where(hard < right, gold, wrong)[None] for right in (0.75, 0.8)]
+    arrays = [{"gold": gold, "predictions": predicted} for predicted in predictions]
+    return pair_of("f1_weighted", "sentence", *arrays)
 
 
 def classes(rng: np.random.Generator, n: int) -> Pair:
-    gold, hard, other = rng.integers(0, 4, n), rng.random((5, n)), rng.integers(0, 4, (5, n))
-    found = [np.where(hard < right, gold, other) for right in (0.6, 0.7)]
-    arrays = [{"gold": gold, "predictions": each} for each in found]
-    return both("f1_macro", "document", *arrays)
+    gold, hard, wrong = rng.integers(0, 4, n), rng.random((5, n)), rng.integers(0, 4, (5, n))
+    predictions = [np.where(hard < right, gold, wrong) for right in (0.6, 0.7)]
+    arrays = [{"gold": gold, "predictions": predicted} for predicted in predictions]
+    return pair_of("f1_macro", "document", *arrays)
 
 
 def lucky(statistic: str) -> Maker:
@@ -93,20 +93,28 @@ def lucky(statistic: str) -> Maker:
     def make(rng: np.random.Generator, n: int) -> Pair:
         gold, hard = rng.integers(0, 4, n), rng.random(n)
         luck = rng.normal(0, 0.04, (n_sets, 1))
-        found = []
+        predictions = []
         for right in (0.6, 0.65):
             effort = 0.8 * hard + 0.2 * rng.random((n_sets, n))
             solved = effort < right + luck + rng.normal(0, 0.08, (n_sets, 1))
-            found.append(np.where(solved, gold, (gold + 1 + rng.integers(0, 3, (n_sets, n))) % 4))
+            predictions.append(
+                np.where(solved, gold, (gold + 1 + rng.integers(0, 3, (n_sets, n))) % 4)
+            )
         if statistic == "mean":
-            return both("mean", "document", *({"values": each == gold} for each in found))
-        return both(statistic, "document", *({"gold": gold, "predictions": e} for e in found))
+            return pair_of(
+                "mean", "document", *({"values": predicted == gold} for predicted in predictions)
+            )
+        return pair_of(
+            statistic,
+            "document",
+            *({"gold": gold, "predictions": predicted} for predicted in predictions),
+        )
 
     return make
 
 
 def sharing(statistic: str) -> Maker:
-    """Pairs among 100 texts, some of which a model misreads in every pair that they are in."""
+    """Pairs among 100 texts. A model misreads some texts in every pair that they are in."""
     n_texts = 100
 
     def make(rng: np.random.Generator, n: int) -> Pair:
@@ -117,11 +125,16 @@ def sharing(statistic: str) -> Maker:
         theirs = ours + damaged + 0.1 * rng.standard_normal(n)
         arrays: list[dict[str, Any]]
         if statistic == "spearman":
-            arrays = [{"gold": latent, "similarities": each} for each in (theirs, ours)]
+            arrays = [
+                {"gold": latent, "similarities": similarities} for similarities in (theirs, ours)
+            ]
         else:
             gold = (latent > 0.5).astype(int)
-            arrays = [{"gold": gold, "similarities": each[None]} for each in (theirs, ours)]
-        return both(statistic, "pair", *({**each, "texts": texts} for each in arrays))
+            arrays = [
+                {"gold": gold, "similarities": similarities[None]}
+                for similarities in (theirs, ours)
+            ]
+        return pair_of(statistic, "pair", *({**array, "texts": texts} for array in arrays))
 
     return make
 
@@ -131,8 +144,10 @@ def duplicates(statistic: str) -> Maker:
         gold = (rng.random(n) < 0.4).astype(int)
         ours = 1.2 * gold + rng.standard_normal(n)
         theirs = ours + 0.5 * rng.standard_normal(n)
-        arrays = [{"gold": gold, "similarities": each[None]} for each in (theirs, ours)]
-        return both(statistic, "pair", *arrays)
+        arrays = [
+            {"gold": gold, "similarities": similarities[None]} for similarities in (theirs, ours)
+        ]
+        return pair_of(statistic, "pair", *arrays)
 
     return make
 
@@ -157,24 +172,24 @@ def clusterings(statistic: str) -> Maker:
             solved = effort < right + luck + rng.normal(0, 0.05, (n_runs, 1))
             cluster = np.where(solved, gold, rng.integers(0, n_classes, (n_runs, n)))
             arrays.append({**fixed, "cluster": cluster.ravel()})
-        return both(statistic, "document", *arrays)
+        return pair_of(statistic, "document", *arrays)
 
     return make
 
 
 def summaries(rng: np.random.Generator, n: int) -> Pair:
-    """Each text's correlation of what people and what a model think of its 16 summaries."""
+    """For each text, the correlation of the grades by people and by a model of 16 summaries."""
     human = rng.standard_normal((n, 16))
     ours = 0.4 * human + rng.standard_normal((n, 16))
     theirs = ours + 0.5 * rng.standard_normal((n, 16))
-    found = []
-    for each in (theirs, ours):
-        ranks = [stats.rankdata(values, axis=1) - 8.5 for values in (each, human)]
-        found.append((ranks[0] * ranks[1]).mean(axis=1) / (ranks[0] ** 2).mean(axis=1))
-    return both("mean", "text", *({"values": values[None]} for values in found))
+    correlations = []
+    for grades in (theirs, ours):
+        ranks = [stats.rankdata(values, axis=1) - 8.5 for values in (grades, human)]
+        correlations.append((ranks[0] * ranks[1]).mean(axis=1) / (ranks[0] ** 2).mean(axis=1))
+    return pair_of("mean", "text", *({"values": values[None]} for values in correlations))
 
 
-# What is drawn, units, and the difference of the two models where it is known in closed form.
+# Maker of a sample, number of units, and the models' difference if it has a closed form.
 CASES: dict[str, tuple[Maker, int, float | None]] = {
     "retrieval and reranking (mean over queries)": (ndcg, 60, None),
     "classification (accuracy)": (accuracy, 120, 0.2 * 0.1 - 0.8 * 0.06),
@@ -202,8 +217,8 @@ CASES: dict[str, tuple[Maker, int, float | None]] = {
 def test_an_interval_covers_the_difference_at_its_rate(case: str) -> None:
     make, n_units, truth = CASES[case]
     rng = np.random.default_rng(7)
-    # The mean of the statistic at this number of units: metrics that are no means are biased.
-    scores = [[each.score() for each in make(rng, n_units)] for _ in range(800)]
+    # Metrics that are no means are biased: the truth is their mean at this number of units.
+    scores = [[samples.score() for samples in make(rng, n_units)] for _ in range(800)]
     true_score = float(np.mean([theirs for _, theirs in scores]))
     if truth is None:
         truth = float(np.mean([ours - theirs for ours, theirs in scores]))
@@ -215,20 +230,20 @@ def test_an_interval_covers_the_difference_at_its_rate(case: str) -> None:
         low, high = interval(draws.difference)
         covered += low <= truth <= high
         if number % 2 == 0:
-            own = own_draws(baseline, seed=number, n_resamples=N_RESAMPLES)
-            assert own is not None
-            low, high = interval(own)
+            baseline_draws = own_draws(baseline, seed=number, n_resamples=N_RESAMPLES)
+            assert baseline_draws is not None
+            low, high = interval(baseline_draws)
             own_covered += low <= true_score <= high
-    # What 95 % coverage gives in 999 of 1000 runs of this test.
-    for found, n in ((covered, n_repeats), (own_covered, n_repeats // 2)):
+    # Coverage of 95 % stays within these bounds in 999 of 1000 runs of this test.
+    for n_covered, n in ((covered, n_repeats), (own_covered, n_repeats // 2)):
         least, most = stats.binom.ppf([0.0005, 0.9995], n, 0.95)
-        assert least <= found <= most, f"{found / n:.3f}"
+        assert least <= n_covered <= most, f"{n_covered / n:.3f}"
 
 
-def as_if(kept: str, samples: Samples) -> Samples:
-    """The same without what makes units depend on each other."""
+def independent(ignoring: str, samples: Samples) -> Samples:
+    """The same samples without the arrays that make units depend on each other."""
     arrays = dict(samples.arrays)
-    if kept == "pairs apart":
+    if ignoring == "pairs apart":
         del arrays["texts"]
     else:
         arrays["values"] = arrays["values"].mean(axis=0, keepdims=True)
@@ -247,7 +262,7 @@ def as_if(kept: str, samples: Samples) -> Samples:
 def test_an_interval_that_ignores_what_units_share_covers_too_seldom(
     case: str, ignoring: str
 ) -> None:
-    """On what the test above covers at its rate."""
+    """The samples are those that the test above covers at its rate."""
     make, n_units, _ = CASES[case]
     rng = np.random.default_rng(7)
     pairs = [make(rng, n_units) for _ in range(800)]
@@ -255,7 +270,7 @@ def test_an_interval_that_ignores_what_units_share_covers_too_seldom(
     truth = float(np.mean(differences))
     covered = 0
     for number, (theirs, ours) in enumerate(pairs[:150]):
-        bare = as_if(ignoring, theirs), as_if(ignoring, ours)
+        bare = independent(ignoring, theirs), independent(ignoring, ours)
         low, high = interval(draw(bare, seed=number, n_resamples=100).difference)
         covered += low <= truth <= high
     assert covered < stats.binom.ppf(0.0005, 150, 0.95), f"{covered / 150:.3f}"
@@ -266,34 +281,36 @@ def test_pairs_of_their_own_texts_have_the_interval_of_independent_ones() -> Non
         maker = similarity if statistic == "spearman" else duplicates(statistic)
         pair = maker(np.random.default_rng(0), 150)
         texts = np.arange(300).reshape(2, 150)
-        own = [Samples(e.statistic, e.unit, {**e.arrays, "texts": texts}) for e in pair]
-        alike = draw((own[0], own[1]))
+        with_texts = [Samples(e.statistic, e.unit, {**e.arrays, "texts": texts}) for e in pair]
+        alike = draw((with_texts[0], with_texts[1]))
         np.testing.assert_array_equal(alike.difference, draw(pair).difference)
         assert alike.freedom == draw(pair).freedom
 
 
 def test_pairs_that_are_listed_twice_say_no_more_than_once() -> None:
-    """Also where they stand the other way round, and where both texts are one."""
+    """The second copy may swap the two texts, and both texts may be the same."""
     variant, baseline = similarity(np.random.default_rng(0), 400)
     texts = np.stack([np.arange(400), np.r_[np.arange(200), np.arange(400, 600)]])
     once, twice = [], []
-    for each in (variant, baseline):
-        once.append(Samples("spearman", "pair", {**each.arrays, "texts": texts}))
-        doubled = {name: np.tile(array, 2) for name, array in each.arrays.items()}
+    for samples in (variant, baseline):
+        once.append(Samples("spearman", "pair", {**samples.arrays, "texts": texts}))
+        doubled = {name: np.tile(array, 2) for name, array in samples.arrays.items()}
         again = np.concatenate([texts, texts[::-1]], axis=1)
         twice.append(Samples("spearman", "pair", {**doubled, "texts": again}))
-    expected = np.ptp(interval(draw((once[0], once[1])).difference))
-    found = np.ptp(interval(draw((twice[0], twice[1])).difference))
-    assert found == pytest.approx(expected, rel=0.08)  # two bootstraps of a thousand draws
+    width = np.ptp(interval(draw((once[0], once[1])).difference))
+    doubled_width = np.ptp(interval(draw((twice[0], twice[1])).difference))
+    assert doubled_width == pytest.approx(width, rel=0.08)  # two bootstraps of a thousand draws
 
 
 def test_pairs_of_one_text_that_did_not_change_are_no_proof_for_many() -> None:
-    """The rule of three counts what could have changed by itself."""
+    """The rule of three counts the units that could change independently."""
     gold = np.arange(40.0)
     widths = []
     for texts in (np.arange(80).reshape(2, 40), np.stack([np.arange(40) // 4, np.arange(40) + 10])):
-        own = Samples("spearman", "pair", {"gold": gold, "similarities": gold, "texts": texts})
-        widths.append(np.ptp(interval(draw((own, own)).difference)))
+        unchanged = Samples(
+            "spearman", "pair", {"gold": gold, "similarities": gold, "texts": texts}
+        )
+        widths.append(np.ptp(interval(draw((unchanged, unchanged)).difference)))
     assert widths[1] > 1.2 * widths[0]
 
 
@@ -331,8 +348,10 @@ def test_pairing_makes_the_interval_of_a_small_change_short() -> None:
 def test_a_large_sample_has_the_textbook_interval() -> None:
     variant, baseline = ndcg(np.random.default_rng(0), 20_000)
     draws = draw((variant, baseline))
-    each = (variant.arrays["values"] - baseline.arrays["values"])[0]
-    expected = stats.t.interval(0.95, len(each) - 1, each.mean(), stats.sem(each))
+    differences = (variant.arrays["values"] - baseline.arrays["values"])[0]
+    expected = stats.t.interval(
+        0.95, len(differences) - 1, differences.mean(), stats.sem(differences)
+    )
     assert interval(draws.difference) == pytest.approx(expected, rel=0.1)
 
 
@@ -346,87 +365,90 @@ def test_a_model_equals_itself_exactly() -> None:
 
 @pytest.mark.parametrize("rate", [0.005, 0.02, 0.05])
 def test_rare_changes_are_covered_even_where_none_was_seen(rate: float) -> None:
-    """Of 60 answers none may have changed; that is no proof that none ever does."""
+    """Perhaps none of 60 answers changed. That does not prove that none ever changes."""
     rng = np.random.default_rng(5)
     covered = 0
     for number in range(N_REPEATS):
         ours = (rng.random(60) < 0.6).astype(float)
         theirs = np.where(rng.random(60) < rate, 0.0, ours)
-        pair = both("mean", "document", {"values": theirs[None]}, {"values": ours[None]})
+        pair = pair_of("mean", "document", {"values": theirs[None]}, {"values": ours[None]})
         low, high = interval(draw(pair, seed=number, n_resamples=100).difference)
         covered += low <= -0.6 * rate <= high
     assert covered >= stats.binom.ppf(0.0005, N_REPEATS, 0.95), f"{covered / N_REPEATS:.3f}"
 
 
 def test_a_handful_of_units_has_no_interval() -> None:
-    """Halves of four pairs rank the same way or do not: the width was 0, and the claim certain."""
+    """Halves of four pairs have the same ranks, so an interval would have width 0."""
     gold = np.arange(4)
     arrays = [
-        {"gold": gold, "similarities": np.array(each)} for each in ([1, 2, 3, 4], [2, 1, 4, 3])
+        {"gold": gold, "similarities": np.array(ranks)} for ranks in ([1, 2, 3, 4], [2, 1, 4, 3])
     ]
-    assert paired_draws(*both("spearman", "pair", *arrays)) is None
-    many = [{name: np.tile(each, 3) for name, each in own.items()} for own in arrays]
-    assert paired_draws(*both("spearman", "pair", *many)) is not None
+    assert paired_draws(*pair_of("spearman", "pair", *arrays)) is None
+    repeated = [{name: np.tile(values, 3) for name, values in model.items()} for model in arrays]
+    assert paired_draws(*pair_of("spearman", "pair", *repeated)) is not None
 
 
 def test_p_values_of_few_units_are_as_rare_as_they_say() -> None:
-    """What Holm's correction for hundreds of claims reads are tails, and a t's are heavy."""
+    """Holm's correction for hundreds of claims reads tails, and a t distribution's are heavy."""
     rng = np.random.default_rng(0)
     n_repeats, small = 3000, 0.001
-    found = []
+    p_values = []
     for number in range(n_repeats):
         ours, theirs = rng.standard_normal((2, 10))
-        pair = both("mean", "query", {"values": theirs[None]}, {"values": ours[None]})
+        pair = pair_of("mean", "query", {"values": theirs[None]}, {"values": ours[None]})
         draws = draw(pair, seed=number, n_resamples=200)
-        found.append(p_value(pair[0].score() - pair[1].score(), draws))
-    assert sum(p < small for p in found) <= stats.binom.ppf(0.999, n_repeats, 2 * small)
+        p_values.append(p_value(pair[0].score() - pair[1].score(), draws))
+    assert sum(p < small for p in p_values) <= stats.binom.ppf(0.999, n_repeats, 2 * small)
     least, most = stats.binom.ppf([0.0005, 0.9995], n_repeats, 0.05)
-    assert least <= sum(p < 0.05 for p in found) <= most
+    assert least <= sum(p < 0.05 for p in p_values) <= most
 
 
-def test_a_mean_of_parts_knows_its_error_as_well_as_they_do_together() -> None:
-    """Welch and Satterthwaite: equal independent parts add up, the same part again does not."""
+def test_a_mean_of_independent_parts_has_the_sum_of_their_degrees_of_freedom() -> None:
+    """Degrees of freedom add up for independent parts, but not for copies (Satterthwaite)."""
     variant, baseline = ndcg(np.random.default_rng(0), 30)
-    one = draw((variant, baseline))
-    assert one.freedom == draw((variant, baseline), seed=1).freedom
-    assert mean_of([one, one]).freedom == pytest.approx(one.freedom)
+    part = draw((variant, baseline))
+    assert part.freedom == draw((variant, baseline), seed=1).freedom
+    assert mean_of([part, part]).freedom == pytest.approx(part.freedom)
     apart = [draw((variant, baseline), seed=number) for number in range(4)]
-    assert mean_of(apart).freedom == pytest.approx(4 * one.freedom, rel=0.1)
+    assert mean_of(apart).freedom == pytest.approx(4 * part.freedom, rel=0.1)
 
 
-def test_what_was_drawn_of_a_baseline_serves_every_comparison_with_it() -> None:
+def test_resamples_of_a_baseline_serve_every_comparison_with_it() -> None:
     for make, n, _ in CASES.values():
         variant, baseline = make(np.random.default_rng(0), n)
         drawn = resample(baseline, n_resamples=50)
-        for each in (variant, baseline):
-            anew, kept = draw((each, baseline), n_resamples=50), draw((each, drawn), n_resamples=50)
-            np.testing.assert_array_equal(kept.difference, anew.difference)
-            np.testing.assert_array_equal(kept.baseline, anew.baseline)
+        for samples in (variant, baseline):
+            anew, reused = (
+                draw((samples, baseline), n_resamples=50),
+                draw((samples, drawn), n_resamples=50),
+            )
+            np.testing.assert_array_equal(reused.difference, anew.difference)
+            np.testing.assert_array_equal(reused.baseline, anew.baseline)
 
 
 def test_the_same_seed_gives_the_same_interval_and_one_unit_gives_none() -> None:
     variant, baseline = ndcg(np.random.default_rng(0), 50)
-    first, again, other = (draw((variant, baseline), seed=seed) for seed in (0, 0, 1))
+    first, again, other_seed = (draw((variant, baseline), seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.difference, again.difference)
-    assert (first.difference != other.difference).any()
+    assert (first.difference != other_seed.difference).any()
     alone = Samples("mean", "query", {"values": np.array([[0.5]])})
     assert paired_draws(alone, alone) is None
 
 
 def test_translations_of_the_same_texts_are_not_taken_for_independent() -> None:
     variant, baseline = ndcg(np.random.default_rng(0), 100)
-    one = draw((variant, baseline))
-    same = draw((variant, baseline))
-    apart = draw(ndcg(np.random.default_rng(1), 100))  # as many queries of another task
-    width = np.ptp(interval(one.difference))
-    assert np.ptp(interval(mean_of([one, same]).difference)) == pytest.approx(width)
-    both_widths = math.hypot(width, np.ptp(interval(apart.difference)))
-    halved = np.ptp(interval(mean_of([one, apart]).difference))
+    english = draw((variant, baseline))
+    translated = draw((variant, baseline))
+    other_task = draw(ndcg(np.random.default_rng(1), 100))  # as many queries of another task
+    width = np.ptp(interval(english.difference))
+    assert np.ptp(interval(mean_of([english, translated]).difference)) == pytest.approx(width)
+    both_widths = math.hypot(width, np.ptp(interval(other_task.difference)))
+    halved = np.ptp(interval(mean_of([english, other_task]).difference))
     assert halved == pytest.approx(both_widths / 2, rel=0.15)
 
 
 def test_halves_leave_a_clustering_by_chance_at_zero_where_copies_do_not() -> None:
-    """Why documents are not drawn with replacement."""
+    """This is why documents are not drawn with replacement."""
     rng = np.random.default_rng(0)
     gold, cluster = np.repeat(np.arange(16), 3), rng.integers(0, 16, 48)
     drawn = rng.integers(0, 48, (200, 48))
@@ -446,8 +468,8 @@ def test_p_values_agree_with_the_interval_and_follow_the_normal_tail() -> None:
 
 
 def test_holm_corrects_as_in_the_textbook() -> None:
-    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
-    assert found == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+    corrected = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert corrected == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
 
 
 def test_holm_keeps_false_claims_of_a_family_at_one_in_twenty() -> None:
@@ -460,7 +482,7 @@ def test_holm_keeps_false_claims_of_a_family_at_one_in_twenty() -> None:
 
 
 def difference(value: float, half_width: float, freedom: float | None = None) -> Difference:
-    """As `difference_of` records one."""
+    """A difference as `difference_of` records it."""
     quantile = stats.norm.ppf(0.975) if freedom is None else stats.t.ppf(0.975, freedom)
     error = half_width / quantile
     tail = stats.norm if freedom is None else stats.t(freedom)
@@ -473,8 +495,8 @@ def difference(value: float, half_width: float, freedom: float | None = None) ->
     ("value", "half_width", "n_claims", "expected"),
     [
         (0.0015, 0.0065, 1, "equivalent"),
-        (-0.005, 0.003, 1, "equivalent"),  # surely worse, by less than matters
-        (-0.006, 0.0035, 20, "worse"),  # 20 claims: no longer surely within the margin
+        (-0.005, 0.003, 1, "equivalent"),  # certainly worse, but within the margin
+        (-0.006, 0.0035, 20, "worse"),  # with 20 claims no longer certainly within the margin
         (-0.016, 0.014, 1, "worse"),
         (0.026, 0.024, 1, "better"),
         (-0.016, 0.014, 20, "undecided"),  # does not survive the correction
@@ -497,13 +519,13 @@ def test_one_row_is_equivalent_where_its_interval_lies_within_the_margin(
 ) -> None:
     for value in np.linspace(-0.012, 0.012, 25):
         for half_width in (0.0011, 0.0043, 0.0081, 0.0125):
-            found = difference(float(value), half_width, freedom)
-            within = found.low >= -0.01 and found.high <= 0.01
-            assert (p_equivalent(found, 0.01) <= 0.025) == within
+            row = difference(float(value), half_width, freedom)
+            within = row.low >= -0.01 and row.high <= 0.01
+            assert (p_equivalent(row, 0.01) <= 0.025) == within
 
 
 def test_a_table_of_rows_at_the_margin_seldom_holds_a_false_equivalence() -> None:
-    """36 rows whose true difference is the margin: per row, most tables hold a false one."""
+    """The true difference is the margin. Corrected per row, most tables hold a false claim."""
     rng = np.random.default_rng(0)
     n_tables, n_rows, freedom, error = 2000, 36, 40, 0.003
     corrections: tuple[Correction, ...] = ("family", "row")

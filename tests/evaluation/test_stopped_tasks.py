@@ -1,4 +1,4 @@
-"""A task that is stopped once decided encodes less, says so, and passes for no whole score."""
+"""A task that stops once decided encodes less, says so, and never counts as a whole score."""
 
 from __future__ import annotations
 
@@ -45,32 +45,36 @@ def write_configs(folder: Path, configs: dict[str, tuple[str, list[dict[str, Any
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Suite, Path]:
-    """Hundreds of items of each kind of task that can be stopped, and one that cannot."""
+    """One task of each kind that can stop, with hundreds of items, and one that cannot."""
     hub_dir = tmp_path_factory.mktemp("hub")
     rng = np.random.default_rng(0)
-    on = [int(each) for each in rng.integers(0, 8, N)]
+    query_subjects = [int(number) for number in rng.integers(0, 8, N)]
     corpus = [{"_id": f"d{j}", "title": "", "text": sentence(rng, j % 8)} for j in range(64)]
-    own = hub_dir / "search"
-    write_rows(own / "corpus.jsonl", corpus)
-    queries = [{"_id": f"q{i}", "text": sentence(rng, subject)} for i, subject in enumerate(on)]
-    write_rows(own / "queries.jsonl", queries)
-    lines = [f"q{i}\td{j}\t1\n" for i, s in enumerate(on) for j in range(64) if j % 8 == s]
-    (own / "qrels").mkdir()
-    (own / "qrels" / "test.tsv").write_text("".join(lines))
+    search = hub_dir / "search"
+    write_rows(search / "corpus.jsonl", corpus)
+    queries = [
+        {"_id": f"q{i}", "text": sentence(rng, subject)} for i, subject in enumerate(query_subjects)
+    ]
+    write_rows(search / "queries.jsonl", queries)
+    lines = [
+        f"q{i}\td{j}\t1\n" for i, s in enumerate(query_subjects) for j in range(64) if j % 8 == s
+    ]
+    (search / "qrels").mkdir()
+    (search / "qrels" / "test.tsv").write_text("".join(lines))
     pairs = []
     for _ in range(N):
         a, b = rng.integers(0, 8, 2)
         grade = 4.0 * (a == b) + float(rng.random())
         pairs.append({"sentence1": sentence(rng, a), "sentence2": sentence(rng, b), "score": grade})
     write_rows(hub_dir / "pairs.jsonl", pairs)
-    many = [{"_id": f"d{j}", "title": "", "text": sentence(rng, j % 8)} for j in range(4 * N)]
+    reranked = [{"_id": f"d{j}", "title": "", "text": sentence(rng, j % 8)} for j in range(4 * N)]
     names = [f"q{i}_{k}" for i in range(N) for k in range(2)]
     candidates = {name: rng.permutation(4 * N)[:12].tolist() for name in names}
     relevant = {i: {candidates[f"q{i}_{k}"][0] for k in range(2)} for i in range(N)}
     write_configs(
         hub_dir / "mteb" / "MindSmallReranking",
         {
-            "corpus": ("corpus", many),
+            "corpus": ("corpus", reranked),
             "queries": (
                 "queries",
                 [{"_id": name, "text": sentence(rng, int(rng.integers(8)))} for name in names],
@@ -94,10 +98,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Suite, Path]:
         },
     )
     labels = [i % 2 for i in range(N)]
-    first = [int(each) for each in rng.integers(0, 8, N)]
+    first_subjects = [int(number) for number in rng.integers(0, 8, N)]
     sprint = {
-        "sent1": [sentence(rng, each) for each in first],
-        "sent2": [sentence(rng, (s + 1 - y) % 8) for s, y in zip(first, labels, strict=True)],
+        "sent1": [sentence(rng, subject) for subject in first_subjects],
+        "sent2": [
+            sentence(rng, (s + 1 - y) % 8) for s, y in zip(first_subjects, labels, strict=True)
+        ],
         "labels": labels,
     }
     write_configs(
@@ -109,7 +115,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Suite, Path]:
             "schema": "gteopt.suite/1",
             "name": "stops",
             "tasks": [
-                {"task": "search", "data": str(own)},
+                {"task": "search", "data": str(search)},
                 {"task": "pairs", "data": str(hub_dir / "pairs.jsonl")},
                 {"task": "MindSmallReranking"},
                 {"task": "SprintDuplicateQuestions", "splits": ["test"]},
@@ -122,84 +128,84 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Suite, Path]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The base, rounded weights, and four dimensions of it."""
+    """The base, its rounded weights, and its vectors cut to four dimensions."""
     scheme = {"bits": 8, "group_size": "per_channel", "symmetric": True}
-    few = {"n_texts": 24, "max_tokens": 16}
+    calibration = {"n_texts": 24, "max_tokens": 16}
     recipes: dict[str, dict[str, Any]] = {
         "int8": {"weights": {"method": "rtn", "scheme": scheme}},
         "tiny": {"weights": {"method": "none"}, "dims": {"n": 4, "method": "pca"}},
     }
-    made = {"nano": "nano"}
+    paths = {"nano": "nano"}
     for name, recipe in recipes.items():
-        full = {"schema": "gteopt.recipe/1", "name": name, "calibration": few, **recipe}
+        full = {"schema": "gteopt.recipe/1", "name": name, "calibration": calibration, **recipe}
         folder = tmp_path_factory.mktemp("stops") / name
         gteopt.quantize("nano", Recipe.model_validate(full), folder, device="cpu")
-        made[name] = str(folder)
-    return made
+        paths[name] = str(folder)
+    return paths
 
 
 def scored(
     sources: dict[str, str], data: tuple[Suite, Path], folder: Path, *, stops: bool
 ) -> dict[str, EvalReport]:
     suite, hub_dir = data
-    how = Setup(hub_dir=hub_dir, device="cpu", correction="row", stops=stops)
-    return score(sources, suite, folder, how=how, margin=0.1, progress=quiet)
+    setup = Setup(hub_dir=hub_dir, device="cpu", correction="row", stops=stops)
+    return score(sources, suite, folder, how=setup, margin=0.1, progress=quiet)
 
 
 @pytest.fixture(scope="module")
 def folders(
     sources: dict[str, str], data: tuple[Suite, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[bool, tuple[Path, dict[str, EvalReport]]]:
-    found = {}
+    results = {}
     for stops in (True, False):
         folder = tmp_path_factory.mktemp("stopped" if stops else "whole")
-        found[stops] = folder, scored(sources, data, folder, stops=stops)
-    return found
+        results[stops] = folder, scored(sources, data, folder, stops=stops)
+    return results
 
 
 Folders = dict[bool, tuple[Path, dict[str, EvalReport]]]
 
 
 def test_what_is_decided_encodes_less_and_says_after_how_many(folders: Folders) -> None:
-    stopped, whole = folders[True][1], folders[False][1]
+    stopped, complete = folders[True][1], folders[False][1]
     for name in ("int8", "tiny"):
-        assert stopped[name].n_encoded_texts < 0.9 * whole[name].n_encoded_texts, name
+        assert stopped[name].n_encoded_texts < 0.9 * complete[name].n_encoded_texts, name
         by_task = {task.task: task for task in stopped[name].tasks}
         parts = [task for task in by_task.values() if task.is_stopped]
         assert len(parts) >= 2
         for task in parts:
             assert task.sequential is not None
-            said = f"after {task.sequential.n_scored} of {task.sequential.n_all}"
-            assert any(task.task in note and said in note for note in stopped[name].notes)
+            expected = f"after {task.sequential.n_scored} of {task.sequential.n_all}"
+            assert any(task.task in note and expected in note for note in stopped[name].notes)
             assert task.difference is not None
             assert task.difference.verdict != "undecided"
         assert by_task["MiniTopicClustering"].sequential is None
-    assert stopped["nano"].n_encoded_texts == whole["nano"].n_encoded_texts
+    assert stopped["nano"].n_encoded_texts == complete["nano"].n_encoded_texts
     assert not any(task.is_stopped for task in stopped["nano"].tasks)
 
 
 def test_a_part_never_counts_as_a_whole_in_the_mean(folders: Folders) -> None:
     for report in (folders[True][1][name] for name in ("int8", "tiny")):
-        kept = [task for task in report.tasks if not task.is_stopped]
-        assert kept
-        assert report.score == pytest.approx(np.mean([task.score for task in kept]))
+        complete = [task for task in report.tasks if not task.is_stopped]
+        assert complete
+        assert report.score == pytest.approx(np.mean([task.score for task in complete]))
         assert report.partial
         assert report.difference is None
         assert report.retention_low is None
-        assert any(f"the {len(kept)} of 5 tasks scored whole" in note for note in report.notes)
+        assert any(f"the {len(complete)} of 5 tasks scored whole" in note for note in report.notes)
 
 
 def test_the_score_of_a_part_is_that_of_its_items_in_a_whole_run(folders: Folders) -> None:
     """The oracle is the entries of the run that was not stopped."""
     for name in ("int8", "tiny"):
-        whole = read_item_scores(folders[False][0] / "items" / f"{name}.parquet").item_scores
+        complete = read_item_scores(folders[False][0] / "items" / f"{name}.parquet").item_scores
         base = read_item_scores(folders[False][0] / "items" / "nano.parquet").item_scores
         for task in folders[True][1][name].tasks:
             key = task.task, task.split, task.subset
             if task.sequential is None or not task.is_stopped:
                 continue
             n = task.sequential.n_scored
-            assert task.score == pytest.approx(part_of(whole[key], n).score(), abs=2e-3)
+            assert task.score == pytest.approx(part_of(complete[key], n).score(), abs=2e-3)
             assert task.baseline_score == pytest.approx(part_of(base[key], n).score(), abs=1e-6)
 
 
@@ -211,27 +217,27 @@ def test_what_is_stored_is_found_again_and_a_whole_score_is_preferred(
         assert [task.score for task in report.tasks] == [
             task.score for task in folders[True][1][name].tasks
         ]
-    whole = scored(sources, data, folders[False][0], stops=True)
-    assert not any(task.is_stopped for report in whole.values() for task in report.tasks)
+    complete = scored(sources, data, folders[False][0], stops=True)
+    assert not any(task.is_stopped for report in complete.values() for task in report.tasks)
 
 
 def test_a_task_that_the_cache_does_not_hold_is_encoded_once(
     sources: dict[str, str], data: tuple[Suite, Path]
 ) -> None:
-    """Each look would read, and so encode, its documents again."""
+    """Every look would read its documents again, and therefore encode them again."""
     suite, hub_dir = data
     search = suite.model_copy(update={"tasks": suite.tasks[:1]})
     counts = []
     for stops in (True, False):
-        how = Setup(
+        setup = Setup(
             hub_dir=hub_dir,
             device="cpu",
             correction="row",
             stops=stops,
             options=EncodeOptions(cache_bytes=2000),
         )
-        two = {name: sources[name] for name in ("nano", "int8")}
-        reports = score(two, search, None, how=how, margin=0.1, progress=quiet)
+        two_sources = {name: sources[name] for name in ("nano", "int8")}
+        reports = score(two_sources, search, None, how=setup, margin=0.1, progress=quiet)
         counts.append(reports["int8"].n_encoded_texts)
         assert not any(task.is_stopped for task in reports["int8"].tasks)
     assert counts[0] == counts[1]
@@ -239,20 +245,20 @@ def test_a_task_that_the_cache_does_not_hold_is_encoded_once(
 
 def test_files_of_items_give_the_same_verdicts_without_a_model(folders: Folders) -> None:
     folder, reports = folders[True]
-    found = compare_item_scores(
+    comparison = compare_item_scores(
         folder / "items" / "nano.parquet",
         folder / "items" / "int8.parquet",
         margin=0.1,
         correction="row",
     )
-    ours = {task.task: task.difference for task in reports["int8"].tasks}
-    for task in found.tasks:
-        theirs = ours[task.task]
+    differences = {task.task: task.difference for task in reports["int8"].tasks}
+    for task in comparison.tasks:
+        expected = differences[task.task]
         assert task.difference is not None
-        assert theirs is not None
-        assert task.difference.verdict == theirs.verdict
-        assert task.difference.low == pytest.approx(theirs.low, abs=1e-9)
-    assert found.difference is None
+        assert expected is not None
+        assert task.difference.verdict == expected.verdict
+        assert task.difference.low == pytest.approx(expected.low, abs=1e-9)
+    assert comparison.difference is None
 
 
 def test_mtebs_own_result_files_hold_whole_scores_alone(folders: Folders) -> None:
@@ -261,4 +267,4 @@ def test_mtebs_own_result_files_hold_whole_scores_alone(folders: Folders) -> Non
     expected = [
         task.task for report in reports.values() for task in report.tasks if not task.is_stopped
     ]
-    assert sorted(each for each in files if each != "model_meta") == sorted(expected)
+    assert sorted(name for name in files if name != "model_meta") == sorted(expected)

@@ -1,4 +1,4 @@
-"""Looks at a difference on the way keep the stated error rate, and clear cases cost a part."""
+"""Interim looks at a difference keep the stated error rate, and clear cases need fewer items."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ QUARTERS = (0.25, 0.5, 0.75, 1.0)
 def test_boundaries_are_those_of_published_tables(
     fractions: tuple[float, ...], published: tuple[float, ...]
 ) -> None:
-    """Of the spending function that resembles O'Brien and Fleming, two-sided 5 %: the tables of
-    `ldbounds` and of Proschan, Lan & Wittes (2006).
+    """The spending function resembles O'Brien and Fleming's, two-sided at 5 %.
+
+    The tables are those of `ldbounds` and of Proschan, Lan & Wittes (2006).
     """
     assert boundaries(fractions, 0.05) == pytest.approx(published, abs=2e-4)
 
@@ -65,14 +66,14 @@ def run(changes: Floats, looks: list[Sequential], margin: float) -> tuple[str, f
     Degrees of freedom are those of `paired_draws`: 2n / (kurtosis - 1), at most n - 1.
     """
     for look in looks:
-        own = changes[: look.n_scored]
-        apart = (own - own.mean()) ** 2
-        kurtosis = look.n_scored * float((apart**2).sum()) / float(apart.sum()) ** 2
+        scored = changes[: look.n_scored]
+        squares = (scored - scored.mean()) ** 2
+        kurtosis = look.n_scored * float((squares**2).sum()) / float(squares.sum()) ** 2
         freedom = max(1.0, min(look.n_scored - 1, 2 * look.n_scored / (kurtosis - 1)))
-        error = own.std(ddof=1) / np.sqrt(look.n_scored) * widening(look, freedom)
+        error = scored.std(ddof=1) / np.sqrt(look.n_scored) * widening(look, freedom)
         half = error * float(stdtrit(freedom, 0.975))
-        value = float(own.mean())
-        found = Difference(
+        value = float(scored.mean())
+        difference = Difference(
             value=value,
             low=value - half,
             high=value + half,
@@ -80,16 +81,16 @@ def run(changes: Floats, looks: list[Sequential], margin: float) -> tuple[str, f
             p=1.0,
             freedom=freedom,
         )
-        certain = decided(found, margin, look.error_rate)
-        if certain is not None:
-            return certain, look.n_scored / look.n_all
+        verdict = decided(difference, margin, look.error_rate)
+        if verdict is not None:
+            return verdict, look.n_scored / look.n_all
     return "undecided", 1.0
 
 
 @pytest.mark.parametrize("n_claims", [1, 20])
 @pytest.mark.parametrize("shape", ["normal", "steps"])
 def test_a_difference_at_the_margin_is_seldom_called_equivalent(n_claims: int, shape: str) -> None:
-    """At most 2.5 %, shared by the claims, and as seldom better where it is only at the margin."""
+    """The claims share a rate of at most 2.5 %. The verdict "better" is as rare at the margin."""
     rng = np.random.default_rng(7)
     looks, n_trials, n = looks_of(4000, n_claims), 4000, 4000
     verdicts, margin = [], 0.01
@@ -105,7 +106,7 @@ def test_a_difference_at_the_margin_is_seldom_called_equivalent(n_claims: int, s
     assert verdicts.count("equivalent") / n_trials <= most
     assert verdicts.count("better") / n_trials <= most
     assert verdicts.count("worse") == 0
-    if n_claims == 1:  # and the rate is used: the test could fail
+    if n_claims == 1:  # the rate is used, so the test can fail
         assert verdicts.count("equivalent") / n_trials >= 0.01
 
 
@@ -127,38 +128,38 @@ def test_clear_cases_cost_a_fraction_and_get_the_right_verdict() -> None:
     rng = np.random.default_rng(3)
     looks = looks_of(4000)
     for mean, expected in ((0.0, "equivalent"), (-0.05, "worse"), (0.05, "better")):
-        found = [run(rng.normal(mean, 0.1, 4000), looks, 0.01) for _ in range(300)]
-        assert np.mean([verdict == expected for verdict, _ in found]) > 0.97
-        assert np.mean([share for _, share in found]) < 0.55, expected
+        trials = [run(rng.normal(mean, 0.1, 4000), looks, 0.01) for _ in range(300)]
+        assert np.mean([verdict == expected for verdict, _ in trials]) > 0.97
+        assert np.mean([share for _, share in trials]) < 0.55, expected
 
 
 def test_intervals_of_all_looks_hold_the_difference_together() -> None:
-    """At 95 %, by the bootstrap itself on scores of queries of which few change."""
+    """The bootstrap itself is used at 95 %, on scores of queries of which few change."""
     rng = np.random.default_rng(11)
     looks, n_trials, n = looks_of(600), 200, 600
     missed = 0
     for _ in range(n_trials):
         base = rng.choice([0.0, 0.39, 0.5, 0.63, 1.0], n)
         moved = np.where(rng.random(n) < 0.3, rng.choice([0.0, 0.39, 0.5, 0.63, 1.0], n), base)
-        pair = [Samples("mean", "query", {"values": each[None]}) for each in (moved, base)]
+        pair = [Samples("mean", "query", {"values": values[None]}) for values in (moved, base)]
         order = rng.permutation(n)
         for look in looks:
             rows = np.sort(order[: look.n_scored])
             ours, theirs = (
-                Samples("mean", "query", {"values": each.arrays["values"][:, rows]})
-                for each in pair
+                Samples("mean", "query", {"values": samples.arrays["values"][:, rows]})
+                for samples in pair
             )
             draws = paired_draws(ours, theirs, n_resamples=400)
             assert draws is not None
-            found = difference_of(widened(draws, look), ours.score() - theirs.score())
-            if not found.low <= 0 <= found.high:
+            difference = difference_of(widened(draws, look), ours.score() - theirs.score())
+            if not difference.low <= 0 <= difference.high:
                 missed += 1
                 break
     assert missed / n_trials <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / n_trials)
 
 
 def test_a_look_in_which_nothing_changed_is_no_proof() -> None:
-    """One answer in 200 changes for the worse: with 100 answers, mostly none is seen."""
+    """One answer in 200 gets worse, so 100 answers mostly show no change."""
     n = 800
     base = Samples("mean", "query", {"values": np.ones((1, n))})
     look = looks_of(n)[0]

@@ -1,4 +1,4 @@
-"""Searches whose score merges the wordings of one query, beside mteb by itself."""
+"""Searches whose score merges the wordings of a query score as in plain mteb."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def nano() -> Encoder:
 
 
 def write(hub_dir: Path, *, same_answers: bool) -> None:
-    """Two wordings of each query, with the same answers or with answers of their own."""
+    """Write two wordings of each query, with the same answers or with different ones."""
     rng = np.random.default_rng(5)
     documents = [f"about {SUBJECTS[j % 6]} number {rng.integers(1000)}" for j in range(N_DOCUMENTS)]
     queries: list[dict[str, Any]] = []
@@ -102,7 +102,7 @@ def test_the_score_of_merged_queries_is_that_of_plain_mteb(nano: Encoder, tmp_pa
 def test_the_order_in_which_judgments_are_read_decides_no_score(
     nano: Encoder, tmp_path: Path
 ) -> None:
-    """Of wordings with other answers, mteb takes those of the one that it has read last."""
+    """If wordings have different answers, mteb takes those of the wording that it read last."""
     write(tmp_path, same_answers=False)
     assert len({scored(nano, tmp_path).scores[0].score for _ in range(3)}) == 1
     for _ in range(3):

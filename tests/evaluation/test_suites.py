@@ -1,4 +1,4 @@
-"""Shipped suites say what mteb's benchmarks are; pins are kept; the offline scores are mteb's."""
+"""Shipped suites are mteb's benchmarks, and their pinned revisions are kept."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_benchmark_suite_is_mtebs_own_definition(name: str) -> None:
     import mteb
 
     benchmark, n_tasks = BENCHMARKS[name]
-    suite = {each.task: each for each in load_suite(name).tasks}
+    suite = {task.task: task for task in load_suite(name).tasks}
     assert len(suite) == n_tasks
     for task in mteb.get_benchmark(benchmark).tasks:
         entry = suite.pop(task.metadata.name)
@@ -57,7 +57,7 @@ def test_a_benchmark_suite_accounts_for_the_average_of_2024(name: str) -> None:
     ("name", "n_tasks"), [("mteb-en", 56), ("c-mteb", 35), ("mteb-fr", 26), ("mteb-pl", 26)]
 )
 def test_the_list_of_2024_is_there_with_every_task_pinned(name: str, n_tasks: int) -> None:
-    """Where mteb's definition has not moved, the suite itself is that list."""
+    """The suite itself is that list if mteb's definition has not changed."""
     now = load_suite(name).published
     assert now is not None
     moved = bool(now.missing or now.added)
@@ -66,12 +66,12 @@ def test_the_list_of_2024_is_there_with_every_task_pinned(name: str, n_tasks: in
     assert suite.published is not None
     assert not suite.published.missing
     assert not suite.published.added
-    names = {each.task for each in suite.tasks}
-    assert {each.partition(" (")[0] for each in now.missing} <= names
+    names = {task.task for task in suite.tasks}
+    assert {missing.partition(" (")[0] for missing in now.missing} <= names
     assert not set(now.added) & names
-    for each in suite.tasks:
-        assert each.revision or each.parts, each.task
-        assert each.splits
+    for task in suite.tasks:
+        assert task.revision or task.parts, task.task
+        assert task.splits
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -79,31 +79,31 @@ def test_a_lite_suite_covers_every_task_type_with_tasks_of_the_whole(name: str) 
     import mteb
 
     def types(suite: Suite) -> set[str]:
-        return {mteb.get_task(each.task).metadata.type for each in suite.tasks}
+        return {mteb.get_task(task.task).metadata.type for task in suite.tasks}
 
-    whole, lite = load_suite(name), load_suite(f"{name}-lite")
-    assert all(each in whole.tasks for each in lite.tasks)
-    assert types(lite) == types(whole)
+    full, lite = load_suite(name), load_suite(f"{name}-lite")
+    assert all(task in full.tasks for task in lite.tasks)
+    assert types(lite) == types(full)
     assert lite.minutes is not None
-    assert whole.minutes is not None
-    assert lite.minutes <= min(10, whole.minutes / 3)
+    assert full.minutes is not None
+    assert lite.minutes <= min(10, full.minutes / 3)
 
 
 def test_every_shipped_suite_loads_and_pins_what_it_downloads() -> None:
     from gteopt.evaluation.mini_tasks import MINI_TASKS
 
     for name in shipped_names("eval/suites"):
-        for each in load_suite(name).tasks:
-            assert each.task in MINI_TASKS or each.revision or each.parts, (name, each.task)
+        for task in load_suite(name).tasks:
+            assert task.task in MINI_TASKS or task.revision or task.parts, (name, task.task)
 
 
 def test_the_parts_of_an_aggregate_count_as_subsets_of_one_task(tmp_path: Path) -> None:
     from gteopt.evaluation.tasks import resolve
 
     suite = suite_of({"task": "CQADupstackRetrieval"})
-    found = resolve(suite, None)
-    assert len(found) == 12
-    assert {each.aggregate for each in found} == {"CQADupstackRetrieval"}
+    parts = resolve(suite, None)
+    assert len(parts) == 12
+    assert {part.aggregate for part in parts} == {"CQADupstackRetrieval"}
     with pytest.raises(InputError) as caught:
         resolve(suite, tmp_path)
     assert str(caught.value).count("hf download") == 12
@@ -142,8 +142,8 @@ def test_data_of_another_revision_than_pinned_are_refused(tmp_path: Path) -> Non
 def test_a_pinned_revision_is_what_the_hub_is_asked_for() -> None:
     from gteopt.evaluation.tasks import resolve
 
-    found = resolve(suite_of({"task": "STSBenchmark", "revision": "c" * 40}), None)[0]
-    assert found.task.metadata.dataset["revision"] == found.revision == "c" * 40
+    resolved = resolve(suite_of({"task": "STSBenchmark", "revision": "c" * 40}), None)[0]
+    assert resolved.task.metadata.dataset["revision"] == resolved.revision == "c" * 40
 
 
 def test_wrong_pins_of_a_suite_are_named_at_once(tmp_path: Path) -> None:
@@ -172,15 +172,15 @@ def test_the_offline_data_are_as_pinned(shared: Path) -> None:
 
 @pytest.mark.parametrize("name", [*BENCHMARKS, "offline"])
 def test_every_task_of_a_benchmark_has_an_instruction_of_its_own(name: str) -> None:
-    """None falls back on the sentence that mteb has for all tasks of a type."""
+    """No task uses the sentence that mteb has for all tasks of a type."""
     from gteopt.evaluation.tasks import resolve
 
-    for each in resolve(load_suite(name), None):
-        assert each.instruction != each.task.abstask_prompt, each.name
+    for resolved in resolve(load_suite(name), None):
+        assert resolved.instruction != resolved.task.abstask_prompt, resolved.name
 
 
 def test_instructions_are_those_of_gte_qwen2s_authors() -> None:
-    """Alibaba-NLP/gte-Qwen2-7B-instruct, scripts/eval_mteb.py: some of each kind."""
+    """Some of each kind, from scripts/eval_mteb.py of Alibaba-NLP/gte-Qwen2-7B-instruct."""
     from gteopt.evaluation.instructions import on_documents
     from gteopt.evaluation.tasks import resolve
 
@@ -210,13 +210,13 @@ def test_instructions_are_those_of_gte_qwen2s_authors() -> None:
             False,
         ),
     }
-    found = resolve(suite_of(*({"task": name} for name in expected)), None)
+    tasks = resolve(suite_of(*({"task": name} for name in expected)), None)
     assert {
-        each.name: (each.instruction, on_documents("gte-qwen", each.name)) for each in found
+        task.name: (task.instruction, on_documents("gte-qwen", task.name)) for task in tasks
     } == expected
     forums = resolve(suite_of({"task": "CQADupstackRetrieval"}), None)
-    assert all(on_documents("gte-qwen", each.name) for each in forums)
-    assert all("duplicates to" in each.instruction for each in forums)
+    assert all(on_documents("gte-qwen", task.name) for task in forums)
+    assert all("duplicates to" in task.instruction for task in forums)
     assert not on_documents("e5-mistral", "ArguAna")
     for name in ("ArguAna-PL", "ArguAna-Fa", "ArguAna-NL"):
         assert on_documents("gte-qwen", name)
@@ -226,7 +226,7 @@ def test_instructions_are_those_of_gte_qwen2s_authors() -> None:
 def test_a_suite_overrides_instruction_and_symmetry() -> None:
     from gteopt.evaluation.tasks import resolve
 
-    (found,) = resolve(
+    (task,) = resolve(
         suite_of({"task": "ArguAna", "instruction": "Refute.", "symmetric": False}), None
     )
-    assert (found.instruction, found.symmetric) == ("Refute.", False)
+    assert (task.instruction, task.symmetric) == ("Refute.", False)

@@ -1,4 +1,4 @@
-"""A part of a suite fits its time, and its stated error holds for models that chose nothing."""
+"""A part of a suite fits its time. Its stated error holds for models that did not choose it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SUITES = sorted(read_task_scores())
 
 
 def seconds(name: str, tokens_per_s: float = 5000) -> dict[str, float]:
-    """What each task of a suite takes at a speed."""
+    """Seconds that each task of a suite takes at a speed."""
     amounts = {task.task: amount_of(task, 512) for task in read_suite(name).tasks}
-    return {task: each.n_tokens / tokens_per_s for task, each in amounts.items() if each}
+    return {task: amount.n_tokens / tokens_per_s for task, amount in amounts.items() if amount}
 
 
 def scores_of(name: str) -> np.ndarray:
@@ -42,7 +42,7 @@ def test_no_organisation_has_models_that_choose_and_models_that_judge(name: str)
     sides: dict[str, set[int]] = {}
     for model, side in zip(known.models, known.choosing, strict=True):
         sides.setdefault(model.split("/")[0].lower(), set()).add(side)
-    assert all(len(each) == 1 for each in sides.values())
+    assert all(len(its_sides) == 1 for its_sides in sides.values())
     assert set(known.tasks) <= {task.task for task in read_suite(name).tasks}
 
 
@@ -58,14 +58,14 @@ def test_a_part_fits_its_time_and_says_what_it_stands_for(name: str, budget_s: f
     known = read_task_scores()[name]
     apart = scores_of(name)[np.array(known.choosing) == 0]
     columns = [known.tasks.index(task) for task in stands.weights]
-    found = stands.intercept + apart[:, columns] @ np.array(list(stands.weights.values()))
-    off = np.abs(found - apart.mean(axis=1))
+    forecasts = stands.intercept + apart[:, columns] @ np.array(list(stands.weights.values()))
+    off = np.abs(forecasts - apart.mean(axis=1))
     assert np.mean(off <= stands.error + 1e-12) >= RATE
 
 
 @pytest.mark.parametrize("name", SUITES)
 def test_the_stated_error_covers_models_that_neither_chose_nor_stated_it(name: str) -> None:
-    """Organisations are dealt to three sides again and again; the third only checks."""
+    """Organisations are divided into three sides many times. The third side only checks."""
     values, known, costs = scores_of(name), read_task_scores()[name], seconds(name)
     cost = np.array([costs[task] for task in known.tasks])
     owner = np.array([model.split("/")[0].lower() for model in known.models])
@@ -73,7 +73,7 @@ def test_the_stated_error_covers_models_that_neither_chose_nor_stated_it(name: s
     covered, n_checked, widths = 0, 0, []
     for _ in range(60):
         side = dict(zip(names, rng.integers(0, 3, len(names)), strict=True))
-        of_model = np.array([side[each] for each in owner])
+        of_model = np.array([side[organisation] for organisation in owner])
         choosing, stating, checking = (values[of_model == number] for number in range(3))
         if len(choosing) < 10 or len(stating) < 10:
             continue
@@ -82,7 +82,7 @@ def test_the_stated_error_covers_models_that_neither_chose_nor_stated_it(name: s
         off = np.abs(forecast.of(checking) - checking.mean(axis=1))
         covered, n_checked = covered + int((off <= error).sum()), n_checked + len(off)
         widths.append(error)
-    # Models of one organisation are alike, so that shares scatter more than independent models'.
+    # Models of one organisation are alike, so the share varies more than for independent ones.
     assert covered / n_checked >= RATE - 0.04
     assert np.median(widths) < 0.7 * np.std(values.mean(axis=1))  # says more than nothing
 
@@ -103,9 +103,11 @@ def test_a_choice_is_nearly_the_best_of_all() -> None:
     covariance = np.cov(values, rowvar=False)
 
     def unexplained(chosen: tuple[int, ...]) -> float:
-        own = list(chosen)
+        indices = list(chosen)
         to_mean = covariance.mean(axis=1)
-        explained = to_mean[own] @ np.linalg.solve(covariance[np.ix_(own, own)], to_mean[own])
+        explained = to_mean[indices] @ np.linalg.solve(
+            covariance[np.ix_(indices, indices)], to_mean[indices]
+        )
         return float(covariance.mean() - explained)
 
     for budget in (3.0, 8.0, 15.0):
@@ -145,12 +147,12 @@ def test_what_cannot_be_chosen_is_said() -> None:
 
 def test_a_folder_keeps_its_tasks_whatever_the_speed_is_next_time(tmp_path: Path) -> None:
     suite = read_suite("mteb-en")
-    first = within_budget({"nano": "nano"}, suite, 600.0, tmp_path)
+    kept = within_budget({"nano": "nano"}, suite, 600.0, tmp_path)
     again = within_budget({"nano": "nano"}, suite, 600.0, tmp_path, n_models=50)
-    other = within_budget({"nano": "nano"}, suite, 601.0, tmp_path, n_models=4)
-    assert again == first
-    assert other != first
-    assert Counter(task.task for task in first.tasks).most_common(1)[0][1] == 1
+    longer = within_budget({"nano": "nano"}, suite, 601.0, tmp_path, n_models=4)
+    assert again == kept
+    assert longer != kept
+    assert Counter(task.task for task in kept.tasks).most_common(1)[0][1] == 1
 
 
 def test_tasks_without_their_data_in_the_folder_are_not_chosen(tmp_path: Path) -> None:

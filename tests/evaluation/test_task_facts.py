@@ -1,4 +1,4 @@
-"""Facts of tasks are mteb's own; suites are filtered and changed by them without mteb."""
+"""Facts of tasks are mteb's own. They filter and change suites without importing mteb."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gteopt.evaluation.task_facts import (
 
 
 def suite_of(*tasks: str | dict[str, Any]) -> Suite:
-    entries = [{"task": each} if isinstance(each, str) else each for each in tasks]
+    entries = [{"task": task} if isinstance(task, str) else task for task in tasks]
     return Suite.model_validate({"schema": "gteopt.suite/1", "name": "test", "tasks": entries})
 
 
@@ -41,10 +41,10 @@ def test_facts_are_those_of_mteb(name: str) -> None:
     facts = read_task_facts()[name]
     assert facts.kind == metadata.type
     assert facts.data == metadata.dataset["path"]
-    assert facts.domains == tuple(sorted(each.lower() for each in metadata.domains))
-    own = metadata.hf_subsets_to_langscripts
+    assert facts.domains == tuple(sorted(domain.lower() for domain in metadata.domains))
+    scripts = metadata.hf_subsets_to_langscripts
     for subset, codes in facts.languages.items():
-        assert set(codes) == {code.partition("-")[0] for code in own[subset]}
+        assert set(codes) == {code.partition("-")[0] for code in scripts[subset]}
 
 
 def test_texts_and_characters_are_mtebs_statistics() -> None:
@@ -70,8 +70,8 @@ def test_a_suite_is_filtered_by_language_and_domain() -> None:
     legal = filter_suite(read_suite("rteb"), domains=["Legal"])
     assert legal.tasks
     assert all("legal" in known[task.task].domains for task in legal.tasks)
-    whole = read_suite("mteb-en")
-    assert filter_suite(whole, languages=["en"]).tasks == whole.tasks
+    english = read_suite("mteb-en")
+    assert filter_suite(english, languages=["en"]).tasks == english.tasks
     pairs = filter_suite(suite_of("MiniBitextMining"), languages=["en", "fr"])
     assert pairs.tasks[0].subsets == ("en-fr",)
 
@@ -88,7 +88,7 @@ def test_protocols_change_length_and_normalization_as_the_authors_scripts_do() -
     e5 = under_protocol(suite, read_protocol("e5-authors"))
     assert (e5.max_tokens, e5.normalize) == (512, True)
     assert [task.normalize for task in e5.tasks] == [False, None]
-    assert len({each.sha256({}) for each in (suite, gte, e5)}) == 3
+    assert len({changed.sha256({}) for changed in (suite, gte, e5)}) == 3
 
 
 def test_facts_and_suites_are_read_without_mteb_or_torch() -> None:
@@ -99,5 +99,5 @@ def test_facts_and_suites_are_read_without_mteb_or_torch() -> None:
         "filter_suite(read_suite('mteb-multi'), languages=['pl'])\n"
         "print({'mteb', 'torch', 'datasets'} & set(sys.modules))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""A task's own limit of tokens and treatment of lengths decide its vectors, and nothing else's."""
+"""A task's token limit and normalization decide the vectors of that task and no others."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def nano() -> Encoder:
     return gteopt.load("nano", device="cpu")
 
 
-def suite_of(*tasks: dict[str, Any], **more: Any) -> Suite:
-    document = {"schema": "gteopt.suite/1", "name": "test", "tasks": tasks, **more}
+def suite_of(*tasks: dict[str, Any], **fields: Any) -> Suite:
+    document = {"schema": "gteopt.suite/1", "name": "test", "tasks": tasks, **fields}
     return Suite.model_validate(document)
 
 
@@ -60,21 +60,23 @@ def test_vectors_keep_their_length_where_the_protocol_does_not_normalize(
 
     (task,) = resolve(suite_of({"task": "MiniSTS", "normalize": False}), None)
     model = TaskModel(vectors.of(task), own_view(nano), TaskInstruction())
-    found = model.encode([{"text": TEXTS}])
-    np.testing.assert_allclose(found, changed.embed(TEXTS, role="query"), rtol=1e-4, atol=1e-5)
+    encoded = model.encode([{"text": TEXTS}])
+    np.testing.assert_allclose(encoded, changed.embed(TEXTS, role="query"), rtol=1e-4, atol=1e-5)
     assert vectors.of(task) is not vectors.usual()
 
 
 def test_a_protocol_changes_classification_and_leaves_similarity(
     nano: Encoder, tmp_path: Path
 ) -> None:
-    """Cosines do not see lengths; logistic regression does."""
+    """Cosines ignore the lengths of vectors; logistic regression does not."""
     suite = suite_of({"task": "MiniIntentClassification"}, {"task": "MiniSTS", "subsets": ["en"]})
     usual = run_suite(nano, suite, store=tmp_path)
     authors = run_suite(nano, under_protocol(suite, read_protocol("gte-authors")), store=tmp_path)
-    scores, others = ({each.task: each.score for each in run.scores} for run in (usual, authors))
-    assert scores["MiniSTS"] == pytest.approx(others["MiniSTS"], abs=1e-3)
-    assert scores["MiniIntentClassification"] != others["MiniIntentClassification"]
+    usual_scores, authors_scores = (
+        {score.task: score.score for score in run.scores} for run in (usual, authors)
+    )
+    assert usual_scores["MiniSTS"] == pytest.approx(authors_scores["MiniSTS"], abs=1e-3)
+    assert usual_scores["MiniIntentClassification"] != authors_scores["MiniIntentClassification"]
     assert usual.suite_sha256 != authors.suite_sha256
 
 
@@ -98,7 +100,7 @@ def test_workers_give_the_bits_of_one_process_under_a_protocol(
         torch.set_num_threads(n_threads)
     assert together.scores == alone.scores
     assert together.notes == ()
-    vectors = [stored(tmp_path / each) for each in ("alone", "together")]
+    vectors = [stored(tmp_path / name) for name in ("alone", "together")]
     assert len(vectors[0]) > 100
     assert vectors[0] == vectors[1]
     assert len({folder for folder, _ in vectors[0]}) == 3
@@ -106,11 +108,11 @@ def test_workers_give_the_bits_of_one_process_under_a_protocol(
 
 def stored(store: Path) -> dict[tuple[str, bytes], bytes]:
     """Bytes of every vector on disk, by its cache and the key of its text."""
-    found: dict[tuple[str, bytes], bytes] = {}
+    vectors: dict[tuple[str, bytes], bytes] = {}
     for path in store.rglob("*.safetensors"):
         shard = load_file(path)
         if "keys" in shard:
             cache = path.relative_to(store).parts[0]
             pairs = zip(shard["keys"], shard["vectors"], strict=True)
-            found |= {(cache, key.tobytes()): row.tobytes() for key, row in pairs}
-    return found
+            vectors |= {(cache, key.tobytes()): row.tobytes() for key, row in pairs}
+    return vectors

@@ -1,4 +1,4 @@
-"""A user's own data become a task; everything that is wrong with them is said at once."""
+"""A user's own data become a task. All faults of the data are reported at once."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def test_own_data_score_as_the_same_data_do_as_a_task(nano: Encoder, tmp_path: P
     suite = with_data(with_data(theirs, beir(tmp_path / "library")), path)
     run = run_suite(nano, suite)
     assert not run.failed
-    score = {each.task: each.score for each in run.scores}
-    assert score["library"] == pytest.approx(score["MiniRetrieval"], abs=1e-9)
-    assert score["pairs"] == pytest.approx(score["MiniSTS"], abs=1e-9)
-    of_task = {each.task: each for each in run.scores}
+    score_of = {row.task: row.score for row in run.scores}
+    assert score_of["library"] == pytest.approx(score_of["MiniRetrieval"], abs=1e-9)
+    assert score_of["pairs"] == pytest.approx(score_of["MiniSTS"], abs=1e-9)
+    of_task = {row.task: row for row in run.scores}
     assert of_task["library"].n_samples == len(mini_rows("queries"))
     assert of_task["library"].dataset_revision.startswith("sha256:")
 
@@ -84,14 +84,14 @@ def test_a_suite_with_own_data_is_known_by_what_they_hold_wherever_they_lie(
     write_lines(tmp_path / "pairs.jsonl", rows)
     write_lines(tmp_path / "moved" / "pairs.jsonl", rows)
     write_lines(tmp_path / "longer" / "pairs.jsonl", [*rows, rows[0] | {"score": 9}])
-    here, moved, longer = (
+    original, moved, longer = (
         run_suite(nano, with_data(None, tmp_path / name), store=tmp_path / "store")
         for name in ("pairs.jsonl", "moved/pairs.jsonl", "longer/pairs.jsonl")
     )
-    assert here.suite_sha256 == moved.suite_sha256 != longer.suite_sha256
-    assert compare(here, moved, variant_name="moved").suite_sha256 == here.suite_sha256
+    assert original.suite_sha256 == moved.suite_sha256 != longer.suite_sha256
+    assert compare(original, moved, variant_name="moved").suite_sha256 == original.suite_sha256
     with pytest.raises(InputError, match="with other tasks or data"):
-        compare(here, longer, variant_name="longer")
+        compare(original, longer, variant_name="longer")
 
 
 def test_own_queries_carry_the_users_instruction(nano: Encoder, tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_own_queries_carry_the_users_instruction(nano: Encoder, tmp_path: Path) 
     texts = ["a cat", "a dog", "a boat", "a ship"]
     write_lines(path, [{"text1": t, "text2": "a ship", "label": i} for i, t in enumerate(texts)])
     run = run_suite(nano, with_data(None, path, instruction="Find vessels."))
-    assert [each.instruction for each in run.scores] == ["Find vessels."]
+    assert [result.instruction for result in run.scores] == ["Find vessels."]
 
 
 def test_cranfield_is_read_whole(shared: Path) -> None:
-    own = read_own(shared / "beir" / "cranfield")
-    assert isinstance(own, Collection)
-    assert (len(own.corpus), len(own.queries)) == (1400, 225)
-    assert list(own.qrels) == ["test"]
+    collection = read_own(shared / "beir" / "cranfield")
+    assert isinstance(collection, Collection)
+    assert (len(collection.corpus), len(collection.queries)) == (1400, 225)
+    assert list(collection.qrels) == ["test"]
 
 
 def test_every_fault_of_a_collection_is_named_with_its_line(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_every_fault_of_a_collection_is_named_with_its_line(tmp_path: Path) -> N
     (folder / "qrels" / "test.tsv").write_text(
         "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1 d1 1\nq1\td9\t1\nq9\td1\t1\nq1\td1\tyes\n"
     )
-    # No heading, though its third cell is no number: its first is a query.
+    # The first line is no heading: its first cell is a query, though its third is no number.
     (folder / "qrels" / "train.tsv").write_text("q1\td1\tone\nq1\td1\t1\nq1\td1\t2\n")
     with pytest.raises(InputError) as caught:
         read_own(folder)
@@ -141,7 +141,7 @@ def test_every_fault_of_a_collection_is_named_with_its_line(tmp_path: Path) -> N
 
 
 def test_one_fault_of_a_file_is_told_once(tmp_path: Path) -> None:
-    """What cannot be read judges nothing as relevant, which is no second fault."""
+    """An unreadable file judges nothing as relevant, but that is no second fault."""
     write_lines(tmp_path / "corpus.jsonl", [{"_id": "d1", "text": "one"}])
     write_lines(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "?"}])
     (tmp_path / "qrels").mkdir()
@@ -185,9 +185,9 @@ def test_numbers_as_ids_and_titles_are_texts_and_a_line_separator_ends_no_line(
     write_lines(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "?"}])
     (tmp_path / "qrels").mkdir()
     (tmp_path / "qrels" / "test.tsv").write_text("q1\t1\t1\n")
-    own = read_own(tmp_path)
-    assert isinstance(own, Collection)
-    assert own.corpus[0] == {"id": "1", "title": "1984", "text": "one\u2028two"}
+    collection = read_own(tmp_path)
+    assert isinstance(collection, Collection)
+    assert collection.corpus[0] == {"id": "1", "title": "1984", "text": "one\u2028two"}
 
 
 @pytest.mark.parametrize("grade", [str(2**62), "1e300", "1001", "0.5", "inf", "9" * 400])
@@ -210,9 +210,9 @@ def test_a_long_cell_of_a_table_is_read(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     long = "x" * 140_000
     path.write_text(f"sentence1,sentence2,score\n{long},b,1\nc,d,2\ne,f,3\n")
-    own = read_own(path)
-    assert isinstance(own, Pairs)
-    assert own.first[0] == long
+    pairs = read_own(path)
+    assert isinstance(pairs, Pairs)
+    assert pairs.first[0] == long
 
 
 def test_missing_files_of_a_collection_are_named_together(tmp_path: Path) -> None:
@@ -252,8 +252,8 @@ def test_faulty_own_data_stop_a_run_beside_other_missing_data(
     path.write_text("sentence1,sentence2,score\na,b,1\n")
     with pytest.raises(InputError) as caught:
         run_suite(nano, with_data(load_suite("stsb"), path), hub_dir=tmp_path)
-    own, lacking = str(caught.value).split("suite stsb-own", 1)
-    assert "1 pairs" in own
+    own_faults, lacking = str(caught.value).split("suite stsb-own", 1)
+    assert "1 pairs" in own_faults
     assert lacking.startswith(" lacks data")
     assert "mteb/banking77" in lacking
     with pytest.raises(InputError) as caught:
@@ -267,10 +267,10 @@ def test_pairs_are_read_whatever_separates_their_columns(tmp_path: Path, separat
     path = tmp_path / "pairs.csv"
     with path.open("w", newline="") as handle:
         csv.writer(handle, delimiter=separator).writerows(rows)
-    found = read_own(path)
-    assert isinstance(found, Pairs)
-    assert found.first == ("a, b; c",) * 3
-    assert (found.second, found.scores) == (("d 0", "d 1", "d 2"), (0.0, 1.0, 2.0))
+    pairs = read_own(path)
+    assert isinstance(pairs, Pairs)
+    assert pairs.first == ("a, b; c",) * 3
+    assert (pairs.second, pairs.scores) == (("d 0", "d 1", "d 2"), (0.0, 1.0, 2.0))
 
 
 def test_own_data_may_not_take_the_name_of_a_task(nano: Encoder, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_own_data_may_not_take_the_name_of_a_task(nano: Encoder, tmp_path: Path)
 
 @pytest.fixture
 def own_texts(tmp_path: Path) -> tuple[Path, list[str]]:
-    """A file of texts with an empty line and a repetition, and the texts that are meant."""
+    """A file of texts with an empty line and a repetition, and its different texts."""
     path = tmp_path / "texts.txt"
     texts = [row["text"].replace("\n", " ").strip() for row in mini_rows("corpus")][:60]
     path.write_text("\n".join([*texts, "", texts[0]]) + "\n", encoding="utf-8")
@@ -311,31 +311,38 @@ def test_own_texts_are_encoded_once_for_every_length_code_and_run(
     grid = Grid((256, 32), ("float32", "binary"))
 
     def compared() -> dict[str, FidelityReport]:
-        how = Setup(device="cpu", grid=grid)
-        return compare_texts(sources, path, tmp_path, how=how, progress=quiet)
+        setup = Setup(device="cpu", grid=grid)
+        return compare_texts(sources, path, tmp_path, how=setup, progress=quiet)
 
-    first = compared()
-    took = {name: (each.n_asked_texts, each.n_encoded_texts) for name, each in first.items()}
+    first_reports = compared()
+    took = {
+        name: (report.n_asked_texts, report.n_encoded_texts)
+        for name, report in first_reports.items()
+    }
     rows = [f"{name}-{n}-{code}" for name in sources for n in grid.dims for code in grid.codes]
     # "same" has the weights of "base", so that even its first row finds everything.
     assert took == {row: (60, 60 if row == rows[0] else 0) for row in rows}
-    assert "texts encoded: 60; encodings saved: 420" in str(fidelity_table(first).caption)
+    assert "texts encoded: 60; encodings saved: 420" in str(fidelity_table(first_reports).caption)
     # An oracle: the vectors of one call, without cache and rounding.
     vectors = nano.embed(texts)
     sample = sample_of(texts, vectors)
     for row, transform in zip(rows, fit_transforms(nano, grid.dims, grid.codes), strict=False):
         expected = fidelity(sample, sample, transform)
-        found = first[row].fidelity
-        assert found.neighbour_overlap == pytest.approx(expected.neighbour_overlap, abs=0.005)
-        assert found.spearman == pytest.approx(expected.spearman, abs=0.005)
-        assert first[row].bytes_per_vector == transform.bytes_per_vector
-        assert first[row] == read_record(tmp_path / "fidelity" / f"{row}.json", FidelityReport)
-    # A second run encodes nothing and says the same; a text more is encoded alone.
-    second = compared()
-    assert not any(each.n_encoded_texts for each in second.values())
-    assert {n: e.fidelity for n, e in second.items()} == {n: e.fidelity for n, e in first.items()}
+        measured = first_reports[row].fidelity
+        assert measured.neighbour_overlap == pytest.approx(expected.neighbour_overlap, abs=0.005)
+        assert measured.spearman == pytest.approx(expected.spearman, abs=0.005)
+        assert first_reports[row].bytes_per_vector == transform.bytes_per_vector
+        assert first_reports[row] == read_record(
+            tmp_path / "fidelity" / f"{row}.json", FidelityReport
+        )
+    # A second run encodes nothing and reports the same. One more text is encoded alone.
+    second_reports = compared()
+    assert not any(report.n_encoded_texts for report in second_reports.values())
+    assert {n: e.fidelity for n, e in second_reports.items()} == {
+        n: e.fidelity for n, e in first_reports.items()
+    }
     path.write_text(path.read_text(encoding="utf-8") + "One more.\n", encoding="utf-8")
-    assert sum(each.n_encoded_texts for each in compared().values()) == 1
+    assert sum(report.n_encoded_texts for report in compared().values()) == 1
 
 
 def test_examples_are_written_only_where_they_are_asked_for(
@@ -351,16 +358,16 @@ def test_examples_are_written_only_where_they_are_asked_for(
     compare_texts(sources, path, out, how=plain, progress=quiet)
     assert not (out / "examples").exists()
     compare_texts(sources, path, out, how=keeping, progress=quiet)
-    found = read_record(file, Examples)
-    assert len(found.examples) == 10
-    assert {example.text for example in found.examples} <= set(texts)
-    assert found == read_results(out).examples["same-32-binary"]
+    stored = read_record(file, Examples)
+    assert len(stored.examples) == 10
+    assert {example.text for example in stored.examples} <= set(texts)
+    assert stored == read_results(out).examples["same-32-binary"]
     report = html_page(read_results(out), title="own")
-    assert html.escape(found.examples[0].text[:200]) in report
+    assert html.escape(stored.examples[0].text[:200]) in report
     # A run without examples leaves no texts of the run before.
     compare_texts(sources, path, out, how=plain, progress=quiet)
     assert not file.exists()
-    assert html.escape(found.examples[0].text[:200]) not in html_page(
+    assert html.escape(stored.examples[0].text[:200]) not in html_page(
         read_results(out), title="own"
     )
     with pytest.raises(InputError, match="give --out"):
@@ -369,24 +376,24 @@ def test_examples_are_written_only_where_they_are_asked_for(
 
 def test_examples_of_an_own_collection_are_its_queries_with_its_documents(tmp_path: Path) -> None:
     folder = beir(tmp_path / "mine")
-    how = Setup(device="cpu", grid=Grid((32,), ("binary",)), examples=True)
-    # Another task of the suite, whose texts nobody asked for.
+    setup = Setup(device="cpu", grid=Grid((32,), ("binary",)), examples=True)
+    # The texts of another task of the suite are no examples.
     sts = next(task for task in load_suite("mini").tasks if task.task == "MiniSTS")
     mini = load_suite("mini").model_copy(update={"tasks": (sts,)})
     suite = with_data(mini, folder, instruction="Find what answers the question")
     sources = {"base": "nano", "same": "nano"}
-    score(sources, suite, tmp_path / "out", how=how, progress=quiet)
-    found = read_results(tmp_path / "out").examples
-    assert set(found) == {"base-32-binary", "same-32-binary"}
+    score(sources, suite, tmp_path / "out", how=setup, progress=quiet)
+    examples_of = read_results(tmp_path / "out").examples
+    assert set(examples_of) == {"base-32-binary", "same-32-binary"}
     queries = {row["text"] for row in mini_rows("queries")}
     documents = {row["text"] for row in mini_rows("corpus")}
-    examples = found["same-32-binary"].examples
+    examples = examples_of["same-32-binary"].examples
     assert len(examples) == 10
     assert {example.text for example in examples} <= queries
     for example in examples:
         assert len(example.before) == len(example.after) == 10
         assert {*example.before, *example.after} <= documents
-    assert found["same-32-binary"].texts == "mine"
+    assert examples_of["same-32-binary"].texts == "mine"
 
 
 def test_too_few_or_broken_texts_are_refused(tmp_path: Path) -> None:
@@ -396,7 +403,7 @@ def test_too_few_or_broken_texts_are_refused(tmp_path: Path) -> None:
         read_texts(path)
     assert "texts.jsonl:2: field text must be a text" in str(caught.value)
     assert "texts.jsonl:3: not JSON" in str(caught.value)
-    one = tmp_path / "one.txt"
-    one.write_text("a\na\n")
+    repeated = tmp_path / "one.txt"
+    repeated.write_text("a\na\n")
     with pytest.raises(InputError, match="1 different texts"):
-        read_texts(one)
+        read_texts(repeated)
