@@ -32,10 +32,10 @@ def suites(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdo
 
     Example: `gteopt suites`
     """
-    from gteopt.config.yaml_files import find_yaml, read_yaml, shipped_names
-    from gteopt.evaluation.suites import Suite
+    from gteopt.config.yaml_files import shipped_names
+    from gteopt.evaluation.suites import read_suite
 
-    shipped = [read_yaml(find_yaml("eval/suites", n), Suite) for n in shipped_names("eval/suites")]
+    shipped = [read_suite(name) for name in shipped_names("eval/suites")]
     rows = [
         {
             "name": suite.name,
