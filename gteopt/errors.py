@@ -43,6 +43,8 @@ class NumericsError(GteoptError):
     """A computation failed numerically (NaN, or a matrix that cannot be factorised)."""
 
 
+RESUMES = "finished work is kept, and the same command resumes it"
+"""End of a message about a command that was stopped and can be resumed."""
 _UNSEEN = ("Cc", "Cf", "Cs")
 """Unicode's categories of control, format and surrogate characters."""
 _NO_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "not enough memory")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gteopt.build.calibration_texts import few_tokens
 from gteopt.build.layer_plan import LayerPlan
 from gteopt.config.recipe import GptqWeights, LayerScheme, RtnWeights
-from gteopt.errors import GteoptError, NumericsError, is_out_of_memory
+from gteopt.errors import RESUMES, GteoptError, NumericsError, is_out_of_memory
 from gteopt.quant import gptq
 from gteopt.quant.affine import QuantizedWeight, pack, quantize_rtn, snr_db
 from gteopt.quant.hessian import HessianAccumulator
@@ -196,7 +196,6 @@ def memory_errors(name: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise GteoptError(
-            f"memory ran out at {name}; finished blocks are kept, and the same command goes on "
-            f"from there. Give it more memory (`gteopt inspect` says how much a build takes), "
-            f"another --device or less --activation-gb"
+            f"memory ran out at {name}; {RESUMES}. Give the build more memory (`gteopt inspect` "
+            f"says how much it takes), another --device or less --activation-gb"
         ) from error

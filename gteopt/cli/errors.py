@@ -9,7 +9,7 @@ from typing import Any
 from typer.core import TyperGroup
 
 from gteopt.cli.output import stderr
-from gteopt.errors import GteoptError
+from gteopt.errors import RESUMES, GteoptError
 from gteopt.interruption import raise_on_interrupt, was_interrupted
 
 
@@ -58,7 +58,7 @@ class Group(TyperGroup):
 
 def what_is_kept(command: str | None) -> str:
     """What an interrupted command has kept, as the end of a sentence."""
-    can_resume = "; finished work is kept, and the same command resumes it"
+    can_resume = f"; {RESUMES}"
     if command in ("optimize", "run", "quantize", "embed", "pull", "publish"):
         return can_resume
     if command in ("bench", "evaluate"):

@@ -24,7 +24,7 @@ from gteopt.corpus.jobs import RunShards
 from gteopt.corpus.rows import RowRange
 from gteopt.corpus.shard_encoder import AHEAD, Done, EmbedTask, ShardEncoder
 from gteopt.corpus.workers import Answer, WorkerLost, WorkerPool
-from gteopt.errors import GteoptError, UnsupportedError
+from gteopt.errors import RESUMES, GteoptError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -217,8 +217,5 @@ def _answer(future: Future[Done], device: str) -> Embedded:
 def _worded(error: Exception, device: str) -> UnsupportedError:
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        return UnsupportedError(
-            f"{error.strerror}{where}; what is finished is kept, and the same command goes on "
-            f"from there"
-        )
+        return UnsupportedError(f"{error.strerror}{where}; {RESUMES}")
     return UnsupportedError(f"a worker on {device} failed: {type(error).__name__}: {error}")

@@ -20,7 +20,7 @@ from gteopt.corpus.rows import RowRange
 from gteopt.corpus.shard_encoder import Done, EmbedTask, ShardEncoder
 from gteopt.corpus.shard_files import ShardRecord, done_footer, shard_name
 from gteopt.corpus.storage import Folder
-from gteopt.errors import GteoptError, InputError, UnsupportedError
+from gteopt.errors import RESUMES, GteoptError, InputError, UnsupportedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,8 +87,7 @@ def embed_on_ray(
                     yield Done(row["name"], record, row["operations"], row["worker"])
         except ray.exceptions.RayError as error:
             raise UnsupportedError(
-                f"the Ray cluster failed ({_last_line(error)}); what is finished is kept, and the "
-                f"same command goes on from there"
+                f"the Ray cluster failed ({_last_line(error)}); {RESUMES}"
             ) from error
         finally:
             joined.leave()

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gteopt.corpus.shards import LocalEncoding, Shard
-from gteopt.errors import GteoptError, IntegrityError, UnsupportedError
+from gteopt.errors import RESUMES, GteoptError, IntegrityError, UnsupportedError
 from gteopt.machine import gpu_name, machine, versions
 from gteopt.progress import Progress
 
@@ -223,8 +223,7 @@ class WorkerPool(Generic[_Job, _Item, _Answer]):
                 continue
         raise UnsupportedError(
             f"no worker was available for {_PATIENCE_S / 60:.0f} minutes "
-            f"({self._where}, {self.n_lost} lost); what is encoded is kept, and the same command "
-            f"goes on from there"
+            f"({self._where}, {self.n_lost} lost); {RESUMES}"
         )
 
     def _check_open(self) -> None:

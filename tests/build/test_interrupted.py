@@ -262,7 +262,7 @@ def test_killed_before_the_last_rename_the_next_run_renames(base: Path, tmp_path
     ("what", "message"),
     [
         ("disk", r"OSError: .*block-001\.part|OSError: .*block-001|OSError: .*activations"),
-        ("memory", r"GteoptError: memory ran out at layers\.1.*finished blocks are kept"),
+        ("memory", r"GteoptError: memory ran out at layers\.1.*finished work is kept"),
     ],
 )
 def test_what_runs_out_is_named_and_the_next_run_goes_on(
@@ -281,7 +281,7 @@ def test_a_device_without_memory_is_named_with_the_layer_and_the_next_run_goes_o
     base: Path, tmp_path: Path, who: str
 ) -> None:
     stopped = build(base, tmp_path / "out", "gptq-int4", who, 1, activation_bytes=1 << 30)
-    said = r"^GteoptError: memory ran out at layers\.1\.self_attn\.q_proj; finished blocks are kept"
+    said = r"^GteoptError: memory ran out at layers\.1\.self_attn\.q_proj; finished work is kept"
     assert re.search(said, stopped.error), stopped
     assert finished_blocks(tmp_path / "out") == 1
     assert build(base, tmp_path / "whole", "gptq-int4") == Ended(0, "")
