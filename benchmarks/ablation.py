@@ -1,16 +1,16 @@
-"""What each part of our 4-bit methods is worth: one added at a time, the same texts and bits.
+"""Measure what each part of our 4-bit methods is worth, at the same texts and bits.
 
     .venv/bin/python benchmarks/ablation.py --hub-dir ../shared/hub \
         --out benchmarks/results/ablation.json
 
-Calibration texts are `ONE_SOURCE` of `text_kinds.py`, test sentences those of STS-B; the error is
-1 - mean cosine to the float32 original. Rows that the file already holds stay until they are
-measured again: `--only "GPTQ + both, rotated"` names some of them. Tuning takes most of the time;
-`--steps 0` leaves it out.
+Each row adds one part to another row. Calibration texts are `ONE_SOURCE` of `text_kinds.py`, and
+test sentences are those of STS-B. The error is 1 - mean cosine to the float32 original. The file
+keeps its rows until they are measured again: `--only "GPTQ + both, rotated"` names the rows to
+measure. Tuning takes most of the time; `--steps 0` leaves it out.
 
-Two things are measured here and are in no recipe, for they gain too little. Rotation (QuaRot) needs
-a product with the back rotation behind the pooling. Hessians weighted by how much a token moves the
-vector (GuidedQuant, Kim et al. 2025) need a backward pass through the model.
+Two methods are measured here and are in no recipe, because they gain too little. Rotation (QuaRot)
+needs a product with the inverse rotation after the pooling. GuidedQuant (Kim et al. 2025) weights
+Hessians by how much a token moves the vector, which needs a backward pass through the model.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from model_folders import model_folder
 from numpy.typing import NDArray
-from peers_quality import model_folder
 from safetensors.torch import load_file, save_file
 from scipy.linalg import hadamard
 from text_kinds import ONE_SOURCE
@@ -90,7 +90,7 @@ ROTATED = {
         "W8A8, round to nearest (rtn-int8)",
     )
 }
-"""Of models with RMSNorm decoders."""
+"""Weights options by row, for decoders with RMSNorm."""
 GUIDED = {
     f"{name}, Hessian guided{half}": (share, gptaq_strength)
     for name, gptaq_strength in (
@@ -99,7 +99,7 @@ GUIDED = {
     )
     for share, half in ((1.0, ""), (0.5, " by half"))
 }
-"""Share of a token's weight that its gradient decides, and of what GPTAQ makes up for."""
+"""Share of a token's weight that its gradient decides, and GPTAQ's strength, by row."""
 BY_GRADIENTS = "both, bits chosen by gradients as in deep models"
 RECIPES = {
     "bits by layer (mixed-4.25)": "mixed-4.25",
@@ -111,7 +111,7 @@ TUNED: dict[str, Callable[[int], Schedule]] = {
     "GPTQ + both, codes too (gptq-int4-guided)": lambda n: Schedule(n_steps=n),
     "GPTQ + both, codes too, no drift term": lambda n: Schedule(n_steps=n, drift_weight=0.0),
 }
-"""By steps."""
+"""Schedule by row, for a number of steps."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--hub-dir", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["all-MiniLM-L6-v2", "gte-nano"])
-    parser.add_argument("--steps", type=int, default=400, help="of tuning")
+    parser.add_argument("--steps", type=int, default=400, help="steps of tuning")
     parser.add_argument("--only", nargs="+", help="combinations to run instead of all")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -139,41 +139,41 @@ def main() -> None:
     pairs = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
     texts = list(dict.fromkeys([p["sentence1"] for p in pairs] + [p["sentence2"] for p in pairs]))
     recipes = {name: _recipe(weights) for name, weights in SOLVED.items()}
-    recipes |= {name: load_recipe(each) for name, each in RECIPES.items()}
-    turned = {name: _recipe(weights) for name, weights in ROTATED.items()}
+    recipes |= {name: load_recipe(recipe) for name, recipe in RECIPES.items()}
+    rotated_recipes = {name: _recipe(weights) for name, weights in ROTATED.items()}
     rows: list[Row] = []
     if options.out.is_file():
-        rows = [Row(**each) for each in json.loads(options.out.read_text())["rows"]]
+        rows = [Row(**row) for row in json.loads(options.out.read_text())["rows"]]
     for model in options.models:
         source = model_folder(model)
         base = gteopt.load(source, dtype="float32")
-        wanted = base.encode(texts)
+        original = base.encode(texts)
         rotates = base.checkpoint.config["model_type"] == "qwen2"
-        rotations = turned if rotates else ()
+        rotations = rotated_recipes if rotates else ()
         for parts in [*recipes, *GUIDED, *rotations, *(TUNED if options.steps else ())]:
             if options.only and parts not in options.only:
                 continue
             watch = Stopwatch()
             if parts in recipes:
-                # Beyond so many blocks sensitivities are estimated.
-                most = 0 if parts == BY_GRADIENTS else DEEP_BLOCKS
-                with patch("gteopt.build.bit_budget.DEEP_BLOCKS", most):
+                # A model with more blocks than this has its sensitivities estimated by gradients.
+                deep_blocks = 0 if parts == BY_GRADIENTS else DEEP_BLOCKS
+                with patch("gteopt.build.bit_budget.DEEP_BLOCKS", deep_blocks):
                     encoder, bits = solved(source, recipes[parts], options.hub_dir)
-                found = encoder.encode(texts)
-            elif parts in turned:
+                vectors = encoder.encode(texts)
+            elif parts in rotated_recipes:
                 folder, back = rotated(source)
-                encoder, bits = solved(folder, turned[parts], options.hub_dir)
-                found = _unit(encoder.encode(texts) @ back)
+                encoder, bits = solved(folder, rotated_recipes[parts], options.hub_dir)
+                vectors = _unit(encoder.encode(texts) @ back)
             elif parts in GUIDED:
                 encoder, bits = guided(source, *GUIDED[parts], options.hub_dir)
-                found = encoder.encode(texts)
+                vectors = encoder.encode(texts)
             else:
                 schedule = TUNED[parts](options.steps)
                 encoder, bits = tuned(base, recipes["GPTQ + both"], schedule, options.hub_dir)
-                found = encoder.encode(texts)
+                vectors = encoder.encode(texts)
             build_s = watch.wall_s
-            error = 1 - float((found * wanted).sum(axis=1).mean())
-            rows = [each for each in rows if (each.model, each.parts) != (model, parts)]
+            error = 1 - float((vectors * original).sum(axis=1).mean())
+            rows = [row for row in rows if (row.model, row.parts) != (model, parts)]
             n_steps = options.steps if parts in TUNED else 0
             rows.append(Row(model, parts, bits, error, build_s, n_steps))
             print(f"{model:18}{parts:42}{bits:6.2f}{error:10.5f}{build_s:8.0f} s", flush=True)
@@ -194,21 +194,21 @@ def _recipe(weights: dict[str, Any]) -> Recipe:
 
 
 def solved(source: Path, recipe: Recipe, hub_dir: Path) -> tuple[Encoder, float]:
-    """A variant built in full, and its bits a weight."""
+    """Build a variant with all its steps; returns it with its bits per weight."""
     recipe = recipe.model_copy(update={"calibration": ONE_SOURCE, "format": "gteopt"})
     out = Path(tempfile.mkdtemp()) / "variant"
     manifest = gteopt.quantize(source, recipe, out, hub_dir=hub_dir, dtype="float32")
     if manifest.allocation is not None:
         return gteopt.load(out), manifest.allocation.bits_per_weight
-    sizes = [each.out_features * each.in_features for each in manifest.layers]
-    bits = [each.bits_per_weight for each in manifest.layers]
+    sizes = [layer.out_features * layer.in_features for layer in manifest.layers]
+    bits = [layer.bits_per_weight for layer in manifest.layers]
     return gteopt.load(out), sum(s * b for s, b in zip(sizes, bits, strict=True)) / sum(sizes)
 
 
 def tuned(
     base: Encoder, recipe: Recipe, schedule: Schedule, hub_dir: Path
 ) -> tuple[Encoder, float]:
-    """The model with weights that a solver found and tuning changed, and its bits a weight."""
+    """Tune the weights that a solver found; returns the encoder and its bits per weight."""
     variant, bits = solved(base.checkpoint.folder, recipe, hub_dir)
     start = {
         name: unpacked(module)
@@ -218,7 +218,7 @@ def tuned(
     texts = draw_texts(ONE_SOURCE, hub_dir=hub_dir)
     result = tune(base, start, tokenize(base.tokenization, texts, ONE_SOURCE.max_tokens), schedule)
     encoder = gteopt.load(base.checkpoint.folder, dtype="float32")
-    changed = {f"{name}.weight": each.dequantize() for name, each in result.weights.items()}
+    changed = {f"{name}.weight": codes.dequantize() for name, codes in result.weights.items()}
     encoder.module.load_state_dict({**changed, **result.rest}, strict=False)
     return encoder, bits
 
@@ -226,9 +226,9 @@ def tuned(
 def rotated(source: Path) -> tuple[Path, NDArray[np.float64]]:
     """The same Qwen2 with its residual stream rotated (QuaRot, Ashkboos et al. 2024, 2404.00456).
 
-    Norms are folded into the layers behind them; what stands on the residual stream, the token
-    table first, is multiplied by a randomised Hadamard matrix Q. The final norm's scale has no
-    layer behind it: vectors come out as y Q without it.
+    The scale of a norm is folded into the layers that follow it. The token table and each layer
+    that reads or writes the residual stream are multiplied by a randomised Hadamard matrix Q. No
+    layer follows the final norm, so the returned matrix contains its scale.
 
     Returns:
         A float32 model folder, and the matrix [D, D] that turns its vectors back.
@@ -264,9 +264,9 @@ def rotated(source: Path) -> tuple[Path, NDArray[np.float64]]:
 def guided(
     source: Path, share: float, gptaq_strength: float, hub_dir: Path
 ) -> tuple[Encoder, float]:
-    """GPTQ with each token weighted by its part in the vector, stage by stage as the build does it.
+    """GPTQ with weighted tokens, stage by stage as in a build; returns the encoder and its bits.
 
-    A token counts (1 - share) + share * s, s being its part in `saliences`.
+    The weight of a token is (1 - share) + share * s, where s is its value in `saliences`.
     """
     encoder = gteopt.load(source, dtype="float32")
     texts = draw_texts(ONE_SOURCE, hub_dir=hub_dir)
@@ -303,30 +303,30 @@ def guided(
 
 @torch.inference_mode()
 def reads(block: Block, layer: str, inputs: Sequence[BlockInput]) -> list[Tensor]:
-    """What a layer reads of the real tokens of each batch: [n, I]."""
-    found: list[Tensor] = []
+    """Inputs of a layer for each batch, without padding: [n, I]."""
+    inputs_read: list[Tensor] = []
     linear = block.linears()[layer]
-    handle = linear.register_forward_pre_hook(lambda _module, args: found.append(args[0]))
+    handle = linear.register_forward_pre_hook(lambda _module, args: inputs_read.append(args[0]))
     for i, batch in enumerate(inputs):
         block.run(i, batch.hidden)
     handle.remove()
-    return [rows[batch.real] for rows, batch in zip(found, inputs, strict=True)]
+    return [rows[batch.real] for rows, batch in zip(inputs_read, inputs, strict=True)]
 
 
 def saliences(
     encoder: Encoder, tokens: Sequence[Sequence[int]], n_probes: int = 4
 ) -> dict[str, list[Tensor]]:
-    """How much each real token of each layer's output moves the vector, on average 1.
+    """How much each token of each layer's output moves the vector; the mean of a layer is 1.
 
-    The vector's own distance to itself has no gradient; its expectation under small errors has
-    |d(r v)/dy|^2 for random directions r in its place (Gauss-Newton).
+    The value of a token is the mean of |d(r v)/dy|^2 over random directions r (Gauss-Newton), with
+    v the vector and y the token's output. Padding is left out.
 
     Returns:
-        By layer, one [n] a batch, in the order of `token_batches`.
+        For each layer, one [n] per batch, in the order of `token_batches`.
     """
     prefix, blocks = find_blocks(encoder.module, encoder.checkpoint.config["num_hidden_layers"])
     linears = {f"{prefix}.{n}": m for n, m in blocks.named_modules() if isinstance(m, nn.Linear)}
-    found: dict[str, list[Tensor]] = {name: [] for name in linears}
+    by_layer: dict[str, list[Tensor]] = {name: [] for name in linears}
     generator = torch.Generator().manual_seed(0)
     for batch in token_batches(tokens):
         ids, mask = encoder.pad(batch)
@@ -351,9 +351,9 @@ def saliences(
             for name, slope in zip(outputs, slopes, strict=True):
                 sums[name] = sums[name] + slope.square().sum(-1)
         for name in linears:
-            found[name].append(sums[name][mask.bool()])
-    means = {name: torch.cat(each).mean() for name, each in found.items()}
-    return {name: [part / means[name] for part in each] for name, each in found.items()}
+            by_layer[name].append(sums[name][mask.bool()])
+    means = {name: torch.cat(batches).mean() for name, batches in by_layer.items()}
+    return {name: [batch / means[name] for batch in parts] for name, parts in by_layer.items()}
 
 
 def _note(outputs: dict[str, Tensor], name: str, _module: nn.Module, _args: Any, out: Any) -> None:
@@ -366,7 +366,7 @@ def _unit(x: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def unpacked(module: Any) -> QuantizedWeight:
-    """Codes of a layer that dequantizes (what float32 variants have)."""
+    """Codes of a layer that dequantizes, as all layers of float32 variants do."""
     packed = PackedWeight(
         module.qweight, module.scale, module.qzero, module.scheme, module.in_features
     )

@@ -2,10 +2,10 @@
 
     python benchmarks/agreement.py            # benchmarks/results/agreement.json, minutes
 
-Data of real tasks are large. `synthetic_suite` writes a few texts for each in the Hub's layout, and
-all-MiniLM-L6-v2 in float32 is scored on them twice: by gteopt's runner, and by mteb's own loader of
-Sentence Transformers and its own evaluation. What the scores are means nothing, only their
-difference does. Up to five tasks of every type of the suite are taken, the shortest names first.
+The data of real tasks are large. `synthetic_suite.py` writes a few texts for each task in the Hub's
+layout. all-MiniLM-L6-v2 in float32 is scored on them by gteopt's runner, and by mteb's own loader
+and evaluation. Only the difference of the scores means something, because the texts are made up. Up
+to five tasks of each type are taken, the shortest names first.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from model_folders import model_folder
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
-from peers_quality import model_folder
 from reproduce import plain_scores
 from sentence_transformers import SentenceTransformer
 from synthetic_suite import write_suite_data
@@ -36,17 +36,17 @@ MOST_OF_A_TYPE = 5
 
 
 def chosen_tasks(suite: Suite) -> list[SuiteTask]:
-    """A few tasks of every type; aggregates are left out, as their parts are retrieval, too."""
-    facts, found = read_task_facts(), dict[str, list[SuiteTask]]()
+    """A few tasks of each type, without aggregates, whose parts are retrieval tasks anyway."""
+    facts, by_kind = read_task_facts(), dict[str, list[SuiteTask]]()
     for task in sorted(suite.tasks, key=lambda task: (len(task.task), task.task)):
-        own = facts[task.task]
-        if not own.parts and len(found.setdefault(own.kind, [])) < MOST_OF_A_TYPE:
-            found[own.kind].append(task)
-    return [task for kind in sorted(found) for task in found[kind]]
+        task_facts = facts[task.task]
+        if not task_facts.parts and len(by_kind.setdefault(task_facts.kind, [])) < MOST_OF_A_TYPE:
+            by_kind[task_facts.kind].append(task)
+    return [task for kind in sorted(by_kind) for task in by_kind[kind]]
 
 
 def main() -> None:
-    """Score both ways, task by task, and write the record."""
+    """Score each task both ways, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--out", type=Path, default=FOLDER / "results" / "agreement.json")
     arguments = parser.parse_args()

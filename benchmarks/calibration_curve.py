@@ -1,7 +1,7 @@
-"""What calibration texts are worth on kinds that nothing was calibrated on.
+"""Measure what calibration texts are worth, on kinds of text from other sources.
 
-Builds a recipe with different calibration texts and prints the error of every kind. One JSON holds
-all rows; a row is measured again when it is asked for:
+Builds a recipe with different calibration texts and prints the error of each kind of text. One JSON
+holds all rows. A run replaces the rows that it measures:
 
     .venv/bin/python benchmarks/calibration_curve.py --hub-dir ../shared/hub \
         --beir ../shared/beir/cranfield --n-texts 64 128 256 512 \
@@ -16,16 +16,16 @@ import argparse
 import json
 import shutil
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peers_quality import model_folder
+from model_folders import model_folder
 from text_kinds import ONE_SOURCE, encode_kinds, judged_texts, kind_errors, mean_and_worst
 
 import gteopt
 from gteopt.config.recipe import Calibration, load_recipe
 from gteopt.machine import machine, versions
+from gteopt.speed.clock import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Row:
 
 
 def main() -> None:
-    """Measure every combination that was asked for."""
+    """Measure the combinations that the options name."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--hub-dir", type=Path, required=True)
     parser.add_argument("--beir", type=Path, required=True)
@@ -56,9 +56,11 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["gptq-int4"])
     parser.add_argument("--n-texts", nargs="*", type=int, default=[64, 128, 256, 512])
     parser.add_argument("--max-tokens", type=int, default=512)
-    parser.add_argument("--files", nargs="*", type=Path, default=[], help="other sets of texts")
-    parser.add_argument("--stsb", action="store_true", help="STS-B sentences too")
-    parser.add_argument("--label", default="", help="what distinguishes these rows")
+    parser.add_argument(
+        "--files", nargs="*", type=Path, default=[], help="files of calibration texts"
+    )
+    parser.add_argument("--stsb", action="store_true", help="calibrate on STS-B too")
+    parser.add_argument("--label", default="", help="put before the names of rows")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     texts = judged_texts(options.hub_dir, options.beir)
@@ -81,16 +83,16 @@ def main() -> None:
             for label, spec in specs.items():
                 folder = Path(tempfile.mkdtemp())
                 recipe = load_recipe(name).model_copy(update={"calibration": spec})
-                started = time.process_time()
+                watch = Stopwatch()
                 manifest = gteopt.quantize(
                     source, recipe, folder / "out", hub_dir=options.hub_dir, dtype="float32"
                 )
-                cpu_s = time.process_time() - started
-                found = kind_errors(reference, encode_kinds(gteopt.load(folder / "out"), texts))
+                cpu_s = watch.cpu_s
+                kinds = kind_errors(reference, encode_kinds(gteopt.load(folder / "out"), texts))
                 shutil.rmtree(folder)
                 assert manifest.calibration is not None
-                mean, worst, _ = mean_and_worst(found)
-                errors = {kind: each.error for kind, each in found.items()}
+                mean, worst, _ = mean_and_worst(kinds)
+                errors = {kind: error.error for kind, error in kinds.items()}
                 n_tokens = manifest.calibration.n_tokens
                 row = Row(model, name, label, n_tokens, errors, mean, worst, cpu_s)
                 print(show(row), flush=True)
@@ -108,7 +110,7 @@ def show(row: Row) -> str:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Everything measured so far, and where."""
+    """Write all rows so far, with the machine and versions."""
     record = {
         "schema": "gteopt.calibration-curve/1",
         "rows": [asdict(row) for row in rows],

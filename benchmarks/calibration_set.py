@@ -1,15 +1,15 @@
 """Write gteopt/assets/calibration.jsonl: texts of many kinds, each with its source and license.
 
-Without --out, the licenses that come with the packages are written beside it too.
+Without --out, the licenses of the packages are written beside it too.
 
-The rows that were written for gteopt are kept as they are; the script makes all others anew. They
-come from `calibration_grammar.yaml` beside it and from the installed packages of the tested
-versions, so that the same environment writes the same file:
+Rows that were written for gteopt stay as they are, and the script makes all other rows anew. Their
+sources are `calibration_grammar.yaml` and installed packages of the tested versions, so that the
+same environment writes the same file:
 
     .venv/bin/python benchmarks/calibration_set.py
 
-Kinds are mixed by length, role, language and domain. None of the sets that variants are judged on
-is a source. Lengths are in characters here; tests/build/test_calibration_set.py counts tokens.
+Kinds are mixed by length, role, language and domain. No source is a data set that variants are
+judged on. Lengths are in characters here; tests/build/test_calibration_set.py counts tokens.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LENGTHS = {
     "function": (150, 1_500),
     "module": (2_000, 5_000),
 }
-"""Least and most characters of an English text of a kind."""
+"""Fewest and most characters of an English text, by kind."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Row:
 
 
 def main() -> None:
-    """Write the file again."""
+    """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--out", type=Path, help="another file")
+    parser.add_argument("--out", type=Path, help="another file to write")
     given = parser.parse_args().out
     out = given or ASSETS / "calibration.jsonl"
     if given is None:
@@ -84,16 +84,16 @@ def main() -> None:
 
 
 def licenses() -> str:
-    """The copyright notices that the texts of others are shipped under."""
+    """Copyright notices of the packages that texts are taken from."""
     parts = [
         "Texts in calibration.jsonl that are not our own come from these packages. The field "
         "source of a text names its package. Apache-2.0 is the license in LICENSE.\n"
     ]
     for package in sorted({*PROSE, *CODE, "botocore", "dashscope"}):
         files = distribution(package).files or []
-        wanted = "NOTICE" if package in APACHE else "LICENSE"
-        paths = [file for file in files if file.stem == wanted]
-        # What follows a line of dashes is about other software in the same wheel.
+        file_name = "NOTICE" if package in APACHE else "LICENSE"
+        paths = [file for file in files if file.stem == file_name]
+        # A line of dashes begins the notices of other software in the same wheel.
         texts = [re.split(r"\n-{4,}\n", file.read_text())[0].strip() for file in paths[:1]]
         parts.append("\n\n".join([f"== {origin(package)}", *texts]))
     python = Path(json.__file__).parent.parent / "LICENSE.txt"
@@ -102,11 +102,11 @@ def licenses() -> str:
 
 
 def make_rows() -> list[Row]:
-    """All rows, no text twice, in a fixed order."""
+    """All rows in a fixed order; no text occurs twice."""
     ours = list(written())
-    found = [*ours, *pages(ours), *from_grammar(), *prose(), *services(), *chinese(), *code()]
+    all_rows = [*ours, *pages(ours), *from_grammar(), *prose(), *services(), *chinese(), *code()]
     rows: dict[str, Row] = {}
-    for row in found:
+    for row in all_rows:
         rows.setdefault(row.text, row)
     return list(rows.values())
 
@@ -131,16 +131,16 @@ def written() -> Iterator[Row]:
 
 
 def pages(ours: Iterable[Row]) -> Iterator[Row]:
-    """Long pages of several of our own documents, as on a site of mixed news."""
+    """Long pages made of several documents that were written for gteopt."""
     draw = random.Random(1)
     texts: dict[str, list[str]] = {}
     for row in ours:
         if row.role == "document":
             texts.setdefault(row.language, []).append(row.text)
-    for language, own in texts.items():
+    for language, documents in texts.items():
         for length in (700, 1_000, 1_400, 1_800, 2_200, 2_600, 3_000, 3_500, 4_000, 5_000):
             limit = length // 3 if language == "zh" else length
-            order = draw.sample(own, len(own))
+            order = draw.sample(documents, len(documents))
             page = order[0]
             for text in order[1:]:
                 if len(page) + len(text) <= limit:
@@ -150,7 +150,7 @@ def pages(ours: Iterable[Row]) -> Iterator[Row]:
 
 
 def from_grammar() -> Iterator[Row]:
-    """Queries, sentences, documents and long documents of our own grammar."""
+    """Queries, sentences, documents and long documents from calibration_grammar.yaml."""
     grammar = yaml.safe_load(GRAMMAR.read_text(encoding="utf-8"))
     draw = random.Random(2)
     source = "calibration_grammar.yaml"
@@ -198,7 +198,7 @@ def prose() -> Iterator[Row]:
 
 
 def _paragraphs(chapters: Iterable[str]) -> Iterator[list[str]]:
-    """Chapters without their section marks, cut where they would be too long."""
+    """Words of each chapter without section marks, cut to the length of a long text."""
     for chapter in chapters:
         words = re.sub(r"[*=^~-]{3,}", "", chapter).split()
         yield words[: LENGTHS["long"][1] // 7]
@@ -211,18 +211,18 @@ def services() -> Iterator[Row]:
     for path in sorted((package_folder("botocore") / "data").glob("*/*/service-2.json.gz")):
         service = json.loads(gzip.decompress(path.read_bytes()))
         parts = [service.get("documentation", "")]
-        parts += [each.get("documentation", "") for each in service["operations"].values()]
+        parts += [action.get("documentation", "") for action in service["operations"].values()]
         plain = [html.unescape(re.sub(r"<[^>]+>", " ", part)) for part in parts]
         clean = [" ".join(part.split()) for part in plain]
         texts += [part for part in draw.sample(clean, min(6, len(clean))) if part]
     sentences = [re.split(r"(?<=\.) ", text)[0] for text in texts]
-    for kind, found, n_texts in (("sentence", sentences, 80), ("document", texts, 60)):
-        for text in draw.sample(fitting(found, kind), n_texts):
+    for kind, candidates, n_texts in (("sentence", sentences, 80), ("document", texts, 60)):
+        for text in draw.sample(fitting(candidates, kind), n_texts):
             yield Row("en", "document", None, text, kind, origin("botocore"), OUR_LICENSE)
 
 
 def chinese() -> Iterator[Row]:
-    """Chinese technical documents, whole sections and longer runs of them."""
+    """Chinese technical documents: single sections, and longer texts of several sections."""
     folder = package_folder("dashscope")
     sections: list[str] = []
     for path in sorted((folder / "examples").rglob("*.md")):
@@ -257,7 +257,7 @@ def code() -> Iterator[Row]:
 
 
 def package_folder(package: str) -> Path:
-    """Where an installed package lies."""
+    """Folder of an installed package."""
     spec = find_spec(MODULES.get(package, package))
     assert spec is not None, package
     assert spec.origin is not None, package
@@ -265,7 +265,7 @@ def package_folder(package: str) -> Path:
 
 
 def origin(package: str) -> str:
-    """A package with its version."""
+    """Name and version of a package, as the field `source` gives them."""
     return f"{package} {distribution(package).version}"
 
 
@@ -278,7 +278,7 @@ def trees(package: str) -> Iterator[ast.Module]:
 
 
 def docstrings(tree: ast.Module) -> Iterator[str]:
-    """What a module and its public functions and classes say of themselves."""
+    """Docstrings of a module and of its public functions and classes."""
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef
     for node in ast.walk(tree):
         if isinstance(node, kinds) and not getattr(node, "name", "").startswith("_"):
@@ -286,20 +286,20 @@ def docstrings(tree: ast.Module) -> Iterator[str]:
 
 
 def definitions(text: str) -> Iterator[str]:
-    """The functions and classes of a module's top level, as they are written."""
+    """Source text of the functions and classes at a module's top level."""
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield ast.get_source_segment(text, node) or ""
 
 
 def fitting(texts: Iterable[str], kind: str) -> list[str]:
-    """Distinct texts whose length is that of a kind."""
+    """Distinct texts whose length lies in the range of a kind."""
     least, most = LENGTHS[kind]
     return [text for text in dict.fromkeys(texts) if least <= len(text) <= most]
 
 
 def is_chinese(text: str) -> bool:
-    """Whether a fifth of the characters are Chinese."""
+    """Whether more than a fifth of the characters are Chinese."""
     return sum("一" <= c <= "鿿" for c in text) * 5 > len(text)
 
 

@@ -1,7 +1,7 @@
-"""A model of a published shape with random weights, in the memory of a device from the start.
+"""Make models of a published shape with random weights in the memory of a device.
 
-Every engine that is compared is made of the same weights, drawn with one seed where they are used;
-none is written to a disk or read from one, which for 15 GB takes longer than all measurements.
+All engines that are compared are made of the same weights, which are drawn on the device with one
+seed. No weight is written to a disk, because that takes longer than all measurements.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Source:
     """Weights that engines are made of.
 
     Attributes:
-        module: bfloat16 on `device`; nobody changes it.
-        n_layers: its blocks.
+        module: bfloat16 on `device`; never changed.
+        n_layers: blocks of `module`.
         of_layers: blocks of the published model.
     """
 
@@ -48,7 +48,7 @@ class Source:
 
     @staticmethod
     def draw(base: str, n_layers: int | None, device: torch.device) -> Source:
-        """Random weights of a shape that `gteopt.dummy.write_dummy` knows, with seed 0."""
+        """Random weights, with seed 0, of a shape that `random_model.write_dummy` knows."""
         config, whole = shape_of(base, n_layers)
         n = int(config["num_hidden_layers"])
         folder = Path(tempfile.mkdtemp()) / Path(base).name
@@ -56,27 +56,27 @@ class Source:
         save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
         checkpoint = open_checkpoint(folder)
         generator = torch.Generator(device).manual_seed(0)
-        weights = (each for part in range(n + 1) for each in random_part(config, part, generator))
+        weights = (item for part in range(n + 1) for item in random_part(config, part, generator))
         module = _placed(checkpoint, dict(weights), device)
         return Source(checkpoint, module, device, n, whole)
 
     def copy(self) -> nn.Module:
-        """A module of its own whose weights are the same memory."""
+        """A new module whose weights share the memory of `module`."""
         return _placed(self.checkpoint, self.module.state_dict(), self.device)
 
     @property
     def table_bytes(self) -> int:
-        """Of the weights that are no linear layer's inside the blocks."""
+        """Bytes of all weights except those of linear layers inside the blocks."""
         inside = {id(linear.weight) for _, linear in block_linears(self.module)}
         return sum(p.nbytes for p in self.module.parameters() if id(p) not in inside)
 
     @property
     def n_bytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all weights."""
         return sum(p.nbytes for p in self.module.parameters())
 
     def encoder(self, recipe: Recipe | None = None) -> Encoder:
-        """An encoder of these weights, quantized by a recipe that learns nothing from texts."""
+        """An encoder of these weights, quantized by a recipe that needs no calibration."""
         module = self.copy()
         if recipe is not None:
             assert isinstance(recipe.weights, RtnWeights)
@@ -101,9 +101,9 @@ class Source:
 
 def block_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Linear layers inside the blocks, by name."""
-    for name, each in module.named_modules():
-        if isinstance(each, nn.Linear) and name.startswith("layers."):
-            yield name, each
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and name.startswith("layers."):
+            yield name, layer
 
 
 def _placed(

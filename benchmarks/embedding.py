@@ -1,25 +1,25 @@
-"""Embedding a corpus beside other ways to do it, on one processor in the same run.
+"""Measure `gteopt embed` beside other ways to embed a corpus, on one processor in the same run.
 
     python benchmarks/embedding.py throughput     # texts a second, beside peers
     python benchmarks/embedding.py throughput --model qwen2     # a decoder's shape
     python benchmarks/embedding.py share          # processor seconds of embed beside encode
     python benchmarks/embedding.py memory         # peak memory by rows of the corpus
     python benchmarks/embedding.py resume         # seconds to find 100,000 shards done
-    python benchmarks/embedding.py kills          # bytes of jobs that were killed 20 times
+    python benchmarks/embedding.py kills          # folders of jobs that were killed 20 times
 
-Each adds its part to benchmarks/results/embedding.json (or --out), with machine, versions and
-command. Peers compute in the same precision, with as many threads, on the same texts, interleaved.
-On a machine with other work, processor seconds say more than seconds.
+Each command adds its part to benchmarks/results/embedding.json (or --out), with the machine and the
+versions. All ways take turns, in the same precision, with the same number of threads, on the same
+texts. On a machine with other work, processor seconds are more reliable than seconds.
 
 - `encode`: `Encoder.encode` of all texts in memory; nothing is stored.
-- `embed`: a job over a .jsonl file, from reading it to the last shard on disk, model loaded.
+- `embed`: a job from reading a .jsonl file to the last shard on disk; the model is loaded before.
 - `st_encode_save`: sentence-transformers' `encode`, then `numpy.save`.
-- `st_multi_process_save`: its `encode_multi_process` with one process, pool started beforehand.
+- `st_multi_process_save`: sentence-transformers' pool with one process, which is started before.
 - `datasets_map`: `datasets.map` around sentence-transformers, then `save_to_disk`.
-- `ray_data`: a plain Ray Data pipeline around it, then `write_parquet`; actors warm up beforehand.
+- `ray_data`: Ray Data's `map_batches` around sentence-transformers, then `write_parquet`.
 
-`memory` and `resume` measure the job and not the model. `memory` uses the embedded model's first
-block alone; `resume` writes 100,000 shards of one row with vectors of zeros.
+`memory` and `resume` measure the job and not the model. `memory` uses only the first block of the
+embedded model; `resume` writes 100,000 shards of one row with vectors of zeros.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 from killed_jobs import kill_jobs, rows_of
-from model_folders import SAID, folder_of
+from model_folders import NAMES, folder_of
 
 import gteopt
 from gteopt.build.calibration_texts import BUILTIN, draw_texts
@@ -54,20 +54,20 @@ from gteopt.machine import machine, versions
 from gteopt.speed.clock import Stopwatch
 
 ELSEWHERE = ("st_multi_process_save", "ray_data")
-"""Ways that compute in other processes, whose processor time is not this one's."""
-WHATS = ("throughput", "share", "memory", "resume", "kills")
+"""Ways that compute in other processes; the processor time of this process says nothing."""
+MEASUREMENTS = ("throughput", "share", "memory", "resume", "kills")
 RESULTS = Path(__file__).parent / "results" / "embedding.json"
 
 
 def texts_of(n: int) -> list[str]:
-    """Different texts of the builtin calibration set, of a dozen to a few hundred tokens."""
+    """Distinct texts of the builtin calibration set, of a dozen to a few hundred tokens."""
     drawn = draw_texts(Calibration(n_texts=1000, texts=BUILTIN))
-    bare = [each.text for each in drawn]
+    bare = [text.text for text in drawn]
     return [f"{bare[i % len(bare)]} {i}" for i in range(n)]
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    """A row a text."""
+    """Write one row per text."""
     with path.open("w", encoding="utf-8") as handle:
         for text in texts:
             handle.write(json.dumps({"text": text}) + "\n")
@@ -81,18 +81,18 @@ def job_of(encoder: Encoder, corpus: Path, out: Path, **options: Any) -> Job:
 
 
 def share(model: str, n_texts: int, repeats: int, folder: Path) -> dict[str, Any]:
-    """Processor seconds of `Encoder.encode` / those of a job over the same texts, in turns.
+    """Processor seconds of `Encoder.encode` / processor seconds of a job on the same texts.
 
-    Other work on the machine changes them less than seconds. A job reads its file, plans, writes
-    and syncs besides. What that takes is measured a second time with a model that computes nothing,
-    since it is smaller than what the seconds of the model vary by.
+    Other work on the machine changes processor seconds less than seconds. A job also reads its
+    file, plans, writes and syncs. That time is smaller than the noise of the model's time, so it is
+    measured a second time with a model that computes nothing.
     """
     texts = texts_of(n_texts)
     corpus = write_jsonl(folder / "corpus.jsonl", texts)
     encoder = gteopt.load(model, device="cpu", dtype="float32")
     encoder.encode(texts[:64])
     seconds: dict[str, list[float]] = {"encode": [], "embed": []}
-    beside: list[float] = []
+    overheads_s: list[float] = []
 
     def spent(way: Callable[[], object]) -> float:
         watch = Stopwatch()
@@ -115,27 +115,26 @@ def share(model: str, n_texts: int, repeats: int, folder: Path) -> dict[str, Any
             print(name, seconds[name][-1], flush=True)
     vectors = torch.full((64, encoder.full_dims), 0.1)
     encoder.forward = lambda tokens, **_: vectors[: len(tokens)]  # type: ignore[method-assign]
-    for _ in range(1 + repeats):  # the first one warms up
-        whole, alone = spent(embed), spent(lambda: encoder.encode(texts))
-        beside.append((whole - alone) / n_texts)
+    for _ in range(1 + repeats):  # the first turn warms up
+        job_s, encode_s = spent(embed), spent(lambda: encoder.encode(texts))
+        overheads_s.append((job_s - encode_s) / n_texts)
     model_s = median(seconds["encode"]) / n_texts
-    ratios = [a / b for a, b in zip(seconds["encode"], seconds["embed"], strict=True)]
     return {
         "n_texts": n_texts,
         "mean_tokens": round(float(np.mean(encoder.tokenization.lengths(texts))), 1),
         "threads": torch.get_num_threads(),
         "processor_seconds": seconds,
-        "share_of_encode": round(median(ratios), 4),
-        "beside_the_model_us_per_text": round(1e6 * median(beside[1:]), 1),
+        "share_of_encode": round(median_ratio(seconds["encode"], seconds["embed"]), 4),
+        "beside_the_model_us_per_text": round(1e6 * median(overheads_s[1:]), 1),
         "encode_us_per_text": round(1e6 * model_s, 1),
-        "share_without_noise": round(model_s / (model_s + median(beside[1:])), 4),
+        "share_without_noise": round(model_s / (model_s + median(overheads_s[1:])), 4),
     }
 
 
 def throughput(
     model: str, n_texts: int, repeats: int, folder: Path, with_ray: bool
 ) -> dict[str, Any]:
-    """Seconds of each way, interleaved."""
+    """Seconds and processor seconds of each way; all ways take turns."""
     import datasets
     from sentence_transformers import SentenceTransformer
 
@@ -188,28 +187,32 @@ def throughput(
             processor[name].append(round(watch.cpu_s, 3))
             print(name, seconds[name][-1], processor[name][-1], flush=True)
     st.stop_multi_process_pool(pool)
-    rates = {name: n_texts / median(each) for name, each in seconds.items()}
-    here = {name: processor[name] for name in ways if name not in ELSEWHERE}
+    rates = {name: n_texts / median(turns) for name, turns in seconds.items()}
+    processor_here = {name: processor[name] for name in ways if name not in ELSEWHERE}
     return {
         "n_texts": n_texts,
         "mean_tokens": round(float(np.mean(encoder.tokenization.lengths(texts))), 1),
         "threads": torch.get_num_threads(),
         "seconds": seconds,
-        "processor_seconds": here,
+        "processor_seconds": processor_here,
         "embed_to_others_by_processor_seconds": {
-            name: round(median(b / a for a, b in zip(here["embed"], each, strict=True)), 3)
-            for name, each in here.items()
+            name: round(median_ratio(turns, processor_here["embed"]), 3)
+            for name, turns in processor_here.items()
         },
         "texts_per_s": {name: round(rate, 1) for name, rate in rates.items()},
         "embed_to_others": {
-            name: round(median(b / a for a, b in zip(seconds["embed"], each, strict=True)), 3)
-            for name, each in seconds.items()
+            name: round(median_ratio(turns, seconds["embed"]), 3) for name, turns in seconds.items()
         },
     }
 
 
+def median_ratio(turns: list[float], other_turns: list[float]) -> float:
+    """Median over turns of the ratio of two ways in the same turn."""
+    return median(a / b for a, b in zip(turns, other_turns, strict=True))
+
+
 def ray_pipeline(model: str, corpus: Path, out: Path) -> Callable[[], None]:
-    """Read, `map_batches` with an actor around sentence-transformers, write."""
+    """A pipeline that reads, encodes with sentence-transformers in an actor, and writes."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -238,26 +241,26 @@ def ray_pipeline(model: str, corpus: Path, out: Path) -> Callable[[], None]:
 
 
 def memory(rows: list[int], folder: Path) -> list[dict[str, Any]]:
-    """Peak resident set of a process that embeds so many short texts."""
-    found = []
+    """Peak resident set of a process that embeds short texts, for each number of rows."""
+    runs = []
     for n in rows:
         corpus = folder / f"{n}.jsonl"
         with corpus.open("w") as handle:
             for i in range(n):
                 handle.write(f'{{"text": "row {i}"}}\n')
-        ran = subprocess.run(
+        child = subprocess.run(
             [sys.executable, __file__, "one-memory", str(corpus), str(folder / f"out{n}")],
             capture_output=True,
             text=True,
             check=True,
         )
-        found.append(json.loads(ran.stdout.strip().splitlines()[-1]) | {"rows": n})
-        print(found[-1], flush=True)
-    return found
+        runs.append(json.loads(child.stdout.strip().splitlines()[-1]) | {"rows": n})
+        print(runs[-1], flush=True)
+    return runs
 
 
 def one_memory(corpus: Path, out: Path) -> None:
-    """What `memory` runs in a process of its own."""
+    """The child process of `memory`: embed the corpus, and print peak memory and seconds."""
     encoder = gteopt.load("nano", device="cpu", dtype="float32")
     layers: Any = encoder.module.layers
     encoder.module.layers = layers[:1]
@@ -271,7 +274,7 @@ def one_memory(corpus: Path, out: Path) -> None:
 
 
 def shard_of_one_row(job: Job, identity: str, first: int) -> bytes:
-    """The bytes of a shard with a vector of zeros."""
+    """The bytes of a shard whose one vector is zero."""
     import pyarrow as pa
 
     vectors = np.zeros((1, job.record.decode.dims), np.float32)
@@ -289,12 +292,12 @@ def shard_of_one_row(job: Job, identity: str, first: int) -> bytes:
         n_tokens=1,
         sha256="",
     )
-    found: bytes = to_parquet(content, record, job.record.decode, "list").to_pybytes()
-    return found
+    shard: bytes = to_parquet(content, record, job.record.decode, "list").to_pybytes()
+    return shard
 
 
 def resume(n_shards: int, folder: Path) -> dict[str, Any]:
-    """Seconds from the start of a job to knowing that all its shards are done."""
+    """Seconds that a finished job takes to find all its shards done."""
     corpus = folder / "corpus.jsonl"
     with corpus.open("w") as handle:
         for i in range(n_shards):
@@ -305,13 +308,13 @@ def resume(n_shards: int, folder: Path) -> dict[str, Any]:
     job = job_of(encoder, corpus, out, **options)
     (out / DATA).mkdir(parents=True)
     identity = job.plan.files[0].identity
-    # A file for each number of digits; those of the others differ in their first row alone.
-    models = {
+    # Shards whose first row has equally many digits differ only in that number.
+    shard_parts = {
         len(str(first)): shard_of_one_row(job, identity, first).split(b'"first":%d,' % first)
         for first in (10**n for n in range(len(str(n_shards))))
     }
     for name, shard in job.plan.shards.items():
-        before, after = models[len(str(shard.first))]
+        before, after = shard_parts[len(str(shard.first))]
         (out / DATA / name).write_bytes(before + b'"first":%d,' % shard.first + after)
     write_record(job.folder, job.record)
     watch = Stopwatch()
@@ -330,53 +333,62 @@ def resume(n_shards: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse, measure, add to the results."""
+    """Measure one part and add it to the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=[*WHATS, "one-memory"])
+    parser.add_argument("measurement", choices=[*MEASUREMENTS, "one-memory"])
     parser.add_argument("paths", nargs="*", type=Path)
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--shards", type=int, default=100_000)
-    parser.add_argument("--model", choices=[*SAID], default="minilm")
+    parser.add_argument("--model", choices=[*NAMES], default="minilm")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of kills")
     parser.add_argument("--no-ray", action="store_true")
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    if asked.what == "one-memory":
-        one_memory(*asked.paths)
+    arguments = parser.parse_args()
+    if arguments.measurement == "one-memory":
+        one_memory(*arguments.paths)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        found: Any
-        if asked.what in ("throughput", "share"):
-            model = folder_of(asked.model)
-            if asked.what == "share":
-                found = share(model, asked.texts, asked.repeats, folder)
+        result: Any
+        if arguments.measurement in ("throughput", "share"):
+            model = folder_of(arguments.model)
+            if arguments.measurement == "share":
+                result = share(model, arguments.texts, arguments.repeats, folder)
             else:
-                found = throughput(model, asked.texts, asked.repeats, folder, not asked.no_ray)
-            found = {"model": SAID[asked.model], **found}
-        elif asked.what == "kills":
-            found = kill_jobs(
-                rows_of(folder / "corpus.jsonl", 402), folder, asked.kills, asked.seed
+                result = throughput(
+                    model, arguments.texts, arguments.repeats, folder, not arguments.no_ray
+                )
+            result = {"model": NAMES[arguments.model], **result}
+        elif arguments.measurement == "kills":
+            result = kill_jobs(
+                rows_of(folder / "corpus.jsonl", 402), folder, arguments.kills, arguments.seed
             )
-        elif asked.what == "memory":
-            found = {"model": "first block of nano, float32", "runs": memory(asked.rows, folder)}
+        elif arguments.measurement == "memory":
+            result = {
+                "model": "first block of nano, float32",
+                "runs": memory(arguments.rows, folder),
+            }
         else:
-            found = resume(asked.shards, folder)
-    known = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
-    part = asked.what if asked.model == "minilm" else f"{asked.what}_{asked.model}"
-    known[part] = {
+            result = resume(arguments.shards, folder)
+    results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    part = (
+        arguments.measurement
+        if arguments.model == "minilm"
+        else f"{arguments.measurement}_{arguments.model}"
+    )
+    results[part] = {
         "command": " ".join(["python", "benchmarks/embedding.py", *sys.argv[1:]]),
         "machine": machine().model_dump(),
         "versions": versions(),
-        "note": asked.note,
-        **found,
+        "note": arguments.note,
+        **result,
     }
-    asked.out.write_text(json.dumps(known, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

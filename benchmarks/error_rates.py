@@ -1,10 +1,10 @@
-"""How often intervals cover and verdicts are wrong, on synthetic scores of known difference.
+"""Measure how often intervals and verdicts are wrong, on synthetic scores of known difference.
 
     python benchmarks/error_rates.py          # benchmarks/results/error_rates.json, about a minute
 
-Coverage: of the 95 % interval of a difference, over resamplings of whole evaluations. Verdicts: how
-often a table holds a false "equivalent" where every row's true difference is the margin, and what
-the correction costs where the true difference is zero.
+Coverage: how often the 95 % interval of a difference contains the true one, over many evaluations.
+False equivalence: how often a table contains an "equivalent" if the true difference of every row is
+the margin. Cost: how many rows the correction leaves undecided if the true difference is zero.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ Pair = tuple[Samples, Samples]
 
 
 def queries(rng: np.random.Generator, n: int) -> Pair:
-    """NDCG of queries, three in ten of which change."""
-    ours = rng.beta(0.6, 0.6, n)
-    moved = np.clip(ours + rng.normal(-0.1, 0.3, n), 0, 1)
-    theirs = np.where(rng.random(n) < 0.3, moved, ours)
+    """Scores (nDCG) of queries; three in ten differ between variant and baseline."""
+    baseline = rng.beta(0.6, 0.6, n)
+    moved = np.clip(baseline + rng.normal(-0.1, 0.3, n), 0, 1)
+    variant = np.where(rng.random(n) < 0.3, moved, baseline)
     return tuple(  # type: ignore[return-value]
-        Samples("mean", "query", {"values": each[None]}) for each in (theirs, ours)
+        Samples("mean", "query", {"values": scores[None]}) for scores in (variant, baseline)
     )
 
 
 def answers(rng: np.random.Generator, n: int) -> Pair:
-    """Right and wrong answers, few of which flip."""
-    ours = rng.random(n) < 0.8
-    flipped = rng.random(n) < np.where(ours, 0.06, 0.1)
-    both = (np.where(flipped, ~ours, ours), ours)
+    """Right and wrong answers, of which the variant flips a few."""
+    baseline = rng.random(n) < 0.8
+    flipped = rng.random(n) < np.where(baseline, 0.06, 0.1)
+    both = (np.where(flipped, ~baseline, baseline), baseline)
     return tuple(  # type: ignore[return-value]
-        Samples("mean", "document", {"values": each.astype(float)[None]}) for each in both
+        Samples("mean", "document", {"values": right.astype(float)[None]}) for right in both
     )
 
 
 def similarities(rng: np.random.Generator, n: int) -> Pair:
-    """Graded pairs, ranked by two models of which one is noisier."""
+    """Similarities of graded pairs by two models; the variant is noisier."""
     gold = rng.standard_normal(n)
-    ours = gold + 0.8 * rng.standard_normal(n)
-    theirs = ours + 0.4 * rng.standard_normal(n)
+    baseline = gold + 0.8 * rng.standard_normal(n)
+    variant = baseline + 0.4 * rng.standard_normal(n)
     return tuple(  # type: ignore[return-value]
-        Samples("spearman", "pair", {"similarities": each, "gold": gold}) for each in (theirs, ours)
+        Samples("spearman", "pair", {"similarities": x, "gold": gold}) for x in (variant, baseline)
     )
 
 
 def duplicates(rng: np.random.Generator, n: int) -> Pair:
-    """Duplicates among pairs, by average precision."""
+    """Similarities of pairs, some of which are duplicates, for average precision."""
     gold = (rng.random(n) < 0.4).astype(int)
-    ours = 1.2 * gold + rng.standard_normal(n)
-    theirs = ours + 0.5 * rng.standard_normal(n)
+    baseline = 1.2 * gold + rng.standard_normal(n)
+    variant = baseline + 0.5 * rng.standard_normal(n)
     return tuple(  # type: ignore[return-value]
-        Samples("max_ap", "pair", {"similarities": each[None], "gold": gold})
-        for each in (theirs, ours)
+        Samples("max_ap", "pair", {"similarities": x[None], "gold": gold})
+        for x in (variant, baseline)
     )
 
 
@@ -79,7 +79,7 @@ CASES: dict[str, Callable[[np.random.Generator, int], Pair]] = {
 
 
 def coverage(case: str, n_units: int, n_repeats: int) -> dict[str, Any]:
-    """Share of evaluations whose interval holds the true difference."""
+    """Share of evaluations whose interval contains the true difference."""
     make = CASES[case]
     rng = np.random.default_rng(0)
     large = [make(rng, 20_000) for _ in range(20)]
@@ -94,7 +94,7 @@ def coverage(case: str, n_units: int, n_repeats: int) -> dict[str, Any]:
 
 
 def claim(value: float, error: float, freedom: float) -> Difference:
-    """A difference as the records hold it."""
+    """A difference with the interval and p-value that records have."""
     half_width = error * float(stats.t.ppf(0.975, freedom))
     return Difference(
         value=value,
@@ -107,35 +107,35 @@ def claim(value: float, error: float, freedom: float) -> Difference:
 
 
 def tables(true: float, n_rows: int, error: float, n_tables: int) -> dict[str, Any]:
-    """Tables of rows with one true difference: how many hold an "equivalent", and how many rows."""
+    """Shares of tables with an "equivalent" and of rows that are one, by correction."""
     rng = np.random.default_rng(n_rows)
     freedom = 200.0
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "true_difference": true,
         "n_rows": n_rows,
         "standard_error": error,
         "n_tables": n_tables,
     }
-    counts = {each: [0, 0] for each in get_args(Correction)}
+    counts = {correction: [0, 0] for correction in get_args(Correction)}
     for _ in range(n_tables):
         errors = error * np.sqrt(rng.chisquare(freedom, n_rows) / freedom)
         values = rng.normal(true, error, n_rows)
         claims = {
-            row: (claim(float(value), float(own), freedom), MARGIN)
-            for row, (value, own) in enumerate(zip(values, errors, strict=True))
+            row: (claim(float(value), float(row_error), freedom), MARGIN)
+            for row, (value, row_error) in enumerate(zip(values, errors, strict=True))
         }
         for correction, count in counts.items():
             n_equivalent = list(judge(claims, correction).values()).count("equivalent")
             count[0] += n_equivalent > 0
             count[1] += n_equivalent
     for correction, (n_with, n_all) in counts.items():
-        found[f"tables_{correction}"] = n_with / n_tables
-        found[f"rows_{correction}"] = n_all / (n_tables * n_rows)
-    return found
+        result[f"tables_{correction}"] = n_with / n_tables
+        result[f"rows_{correction}"] = n_all / (n_tables * n_rows)
+    return result
 
 
 def main() -> None:
-    """Simulate and write the record."""
+    """Simulate and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER / "results" / "error_rates.json")
     arguments = parser.parse_args()

@@ -1,17 +1,18 @@
-"""The GPU layers on the shapes of gte-Qwen2-7B: right against float64, and how fast.
+"""Check the GPU layers against float64 and time them, on the shapes of gte-Qwen2-7B.
 
     .venv/bin/python benchmarks/gpu_layers.py --out benchmarks/results/gpu_layers.json
 
-Each shape and number of tokens has a row a layer: ours, and what torch offers for the same weights
-(bfloat16 through cuBLAS; `torch._int_mm` with the scales applied by torch.compile; tinygemm's 4-bit
-product). Calls are interleaved and the median of their times is kept; the weights of a round do not
-fit the cache of the round before. `share_of_peak` is of the largest square product in that type
-that this very run reached, `bytes_per_s` counts weights and activations once.
+Each layer has a row for each shape and number of tokens. The layers are gteopt's, and torch's for
+the same weights: bfloat16 through cuBLAS, `torch._int_mm` with the scales applied by torch.compile,
+and tinygemm's 4-bit product. All layers take turns, and the time is the median over rounds. The
+cache is flushed before each call, so that weights come from memory. `share_of_peak` refers to the
+fastest square product of the same type in this run; `bytes_per_s` counts weights and activations
+once.
 
-At the end ours run under `torch.compile` too, on the first shape, without a graph break, and must
-give the same numbers. What fails has its error in the JSON, which is written shape by shape;
-`--minutes` ends the run early and says so there. `--tiles` measures every tile of the int8 product,
-and others of the product of 4-bit weights with few tokens.
+At the end, gteopt's layers run under `torch.compile` without a graph break, on the first shape, and
+must give the same numbers. The JSON is written after each shape; a layer that fails has its error
+there. `--minutes` ends the run early, which the JSON says. `--tiles` measures every tile of the
+int8 product, and more tiles of the product of 4-bit weights with few tokens.
 
 Without a GPU, `TRITON_INTERPRET=1 ... --device cpu --shapes 96x256 --tokens 1 5 70` checks the
 numbers and times nothing.
@@ -51,7 +52,7 @@ INT4_TILES = (
     cuda.Tile(16, 64, 128, 8, 4),
 )  # fmt: skip
 _CHECKED_TOKENS = 64
-"""Rows at either end that are compared with float64."""
+"""Number of tokens at each end that are compared with float64."""
 
 Product = Callable[[Tensor], Tensor]
 
@@ -61,13 +62,13 @@ class Row:
     """One layer on one shape.
 
     Attributes:
-        error: relative Frobenius error to the float64 product of the weight that the layer holds
-            and the unrounded input; bfloat16 alone is near 0.002.
-        compiled_error: the same under torch.compile; None where that was not tried.
-        time_us: median; None where nothing was timed.
-        share_of_peak: of the peak of the operands' type.
-        bytes_per_s: least traffic over time.
-        failure: in place of figures.
+        error: relative Frobenius error to the float64 product of the layer's weight and the
+            unrounded input; bfloat16 alone is near 0.002.
+        compiled_error: `error` under torch.compile; None if that was not tried.
+        time_us: median; None if nothing was timed.
+        share_of_peak: operations per second / measured peak of the operands' type.
+        bytes_per_s: bytes of weights, inputs and outputs / time.
+        failure: the error of a layer that failed.
     """
 
     layer: str
@@ -89,15 +90,15 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="outputs x inputs")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--tiles", action="store_true", help="other tiles of our products too")
-    parser.add_argument("--minutes", type=float, help="measure nothing more after so many")
+    parser.add_argument("--tiles", action="store_true", help="measure more tiles")
+    parser.add_argument("--minutes", type=float, help="end the run after this time")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     timed = device.type == "cuda"
     peaks = {kind: peak(kind, device) for kind in ("bf16", "int8", "fp8")} if timed else {}
-    print({kind: f"{each / 1e12:.0f} TFLOP/s" for kind, each in peaks.items()}, flush=True)
+    print({kind: f"{rate / 1e12:.0f} TFLOP/s" for kind, rate in peaks.items()}, flush=True)
     rows: list[Row] = []
     late = False
 
@@ -139,7 +140,7 @@ def main() -> None:
 
 
 def inputs_of(tokens: int, inputs: int, device: torch.device) -> Tensor:
-    """Seeded [T, I]; float32 without a GPU, where bfloat16 operands are taken as bit patterns."""
+    """Random inputs [T, I]: bfloat16 on a GPU, float32 in Triton's interpreter."""
     source = torch.Generator(device).manual_seed(tokens)
     x = torch.randn(tokens, inputs, generator=source, device=device)
     return x.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -152,7 +153,7 @@ def measured(
     peaks: dict[str, float],
     outputs: int,
 ) -> Iterator[Row]:
-    """A row a layer."""
+    """Check each layer on these inputs, time it on a GPU, and yield its row."""
     tokens, inputs = x.shape
     able: dict[str, tuple[Product, Tensor, str]] = {}
     rows = {name: Row(name, outputs, inputs, tokens) for name in layers}
@@ -162,7 +163,7 @@ def measured(
             able[name] = product, weight, kind
         except _TooManyTokens:
             del rows[name]
-        except Exception as error:  # of a peer's operator, or of a tile that does not fit
+        except Exception as error:  # a peer's operator may refuse, and a tile may not fit
             first = (str(error).strip().splitlines() or [""])[0]
             rows[name] = replace(rows[name], failure=f"{type(error).__name__}: {first}"[:160])
     for name, took in (interleaved(able, x, rounds) if peaks else {}).items():
@@ -177,11 +178,11 @@ def measured(
     yield from rows.values()
 
 
-def wrong(found: Tensor, x: Tensor, weight: Tensor) -> float:
+def wrong(output: Tensor, x: Tensor, weight: Tensor) -> float:
     """Relative error of the first and last tokens to float64."""
-    x, found = (torch.cat([t[:_CHECKED_TOKENS], t[-_CHECKED_TOKENS:]]) for t in (x, found))
+    x, output = (torch.cat([t[:_CHECKED_TOKENS], t[-_CHECKED_TOKENS:]]) for t in (x, output))
     exact = x.double() @ weight.double().T
-    return float((found.double() - exact).norm() / exact.norm())
+    return float((output.double() - exact).norm() / exact.norm())
 
 
 def compiled(
@@ -191,8 +192,8 @@ def compiled(
     tokens: Sequence[int],
     device: torch.device,
 ) -> Iterator[tuple[int, Row]]:
-    """Places of rows of our layers, and the rows with what torch.compile makes of them."""
-    # What Triton interprets cannot be compiled further.
+    """Index and new row of each row of our layers, with the error under torch.compile."""
+    # Kernels in Triton's interpreter cannot be compiled.
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     torch._dynamo.config.recompile_limit = 64  # layers share their code
     for name, (layer, weight, _) in layers.items():
@@ -212,44 +213,44 @@ def compiled(
 
 
 def show(shape: str, row: Row) -> None:
-    """A line of the table."""
-    found = f"{row.error:9.5f}" if row.error is not None else f"  {row.failure}"
+    """Print one line of the table."""
+    figures = f"{row.error:9.5f}" if row.error is not None else f"  {row.failure}"
     if row.time_us is not None:
-        found += f"{row.time_us:10.1f} us {row.share_of_peak:7.1%}"
-        found += f"{(row.bytes_per_s or 0) / 1e12:7.2f} TB/s"
-    print(f"{shape:12}{row.tokens:7} {row.layer:42}{found}", flush=True)
+        figures += f"{row.time_us:10.1f} us {row.share_of_peak:7.1%}"
+        figures += f"{(row.bytes_per_s or 0) / 1e12:7.2f} TB/s"
+    print(f"{shape:12}{row.tokens:7} {row.layer:42}{figures}", flush=True)
 
 
 _BYTES = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
 _TYPE = {"bf16": "bf16", "int8": "int8", "fp8": "fp8", "int4": "bf16"}
-"""The type that the tensor cores multiply."""
+"""Number type that the tensor cores multiply, by kind of weights."""
 
 
 def layers_of(
     outputs: int, inputs: int, device: torch.device, *, tiles: bool
 ) -> dict[str, tuple[Product, Tensor, str]]:
-    """Each layer with the weight [O, I] that it stands for and the kind of its weights."""
+    """Each layer with its dequantized weight [O, I] and the kind of its weights."""
     source = torch.Generator(device).manual_seed(0)
     dense = torch.randn(outputs, inputs, generator=source, device=device) / inputs**0.5
     whole = dense.bfloat16() if device.type == "cuda" else dense
-    found: dict[str, tuple[Product, Tensor, str]] = {
+    layers: dict[str, tuple[Product, Tensor, str]] = {
         "torch bf16": (lambda x: nn.functional.linear(x, whole), whole, "bf16")
     }
 
     def add(name: str, kind: str, scheme: LayerScheme, make: type[nn.Module]) -> PackedWeight:
         packed = pack(quantize_rtn(dense, scheme))
-        found[name] = make(packed, None).to(device), packed.unpack().dequantize(), kind
+        layers[name] = make(packed, None).to(device), packed.unpack().dequantize(), kind
         return packed
 
     symmetric = add("ours int8", "int8", W8A8, cuda.Int8LinearCuda)
     add("ours int8, token zero points", "int8", TOKEN_ZEROS, cuda.Int8LinearCuda)
     for tile in (*cuda.LARGE_TILES, *(cuda.int8_tile(n) for n in (16, 128))) if tiles else ():
         layer = cuda.Int8LinearCuda(symmetric, None).to(device)
-        what = f"ours int8, {tile.tokens}x{tile.outputs}x{tile.inputs} {tile.n_warps} warps"
-        what += f" {tile.n_stages} stages" + (", copies" if tile.copies else "")
-        found[what] = _tiled(layer, tile), symmetric.unpack().dequantize(), "int8"
+        name = f"ours int8, {tile.tokens}x{tile.outputs}x{tile.inputs} {tile.n_warps} warps"
+        name += f" {tile.n_stages} stages" + (", copies" if tile.copies else "")
+        layers[name] = _tiled(layer, tile), symmetric.unpack().dequantize(), "int8"
     if device.type == "cuda":
-        found["torch._int_mm, compiled"] = (
+        layers["torch._int_mm, compiled"] = (
             _compiled_int_mm(symmetric),
             symmetric.unpack().dequantize(),
             "int8",
@@ -261,18 +262,18 @@ def layers_of(
         eight = add("ours fp8", "fp8", FP8, cuda.Fp8LinearCuda)
         fast = cuda.Fp8LinearCuda(eight, None).to(device)
         fast.fast = True
-        found["ours fp8, fast accumulation"] = fast, eight.unpack().dequantize(), "fp8"
+        layers["ours fp8, fast accumulation"] = fast, eight.unpack().dequantize(), "fp8"
     four = add("ours int4", "int4", INT4, cuda.Int4LinearCuda)
     few = cuda.Int4LinearCuda(four, None).to(device)
     for tile in INT4_TILES if tiles else ():
-        what = f"ours int4, {tile.tokens}x{tile.outputs}x{tile.inputs}"
-        what += f" {tile.n_warps} warps {tile.n_stages} stages"
-        found[what] = _few_tokens(few, tile), four.unpack().dequantize(), "int4"
+        name = f"ours int4, {tile.tokens}x{tile.outputs}x{tile.inputs}"
+        name += f" {tile.n_warps} warps {tile.n_stages} stages"
+        layers[name] = _few_tokens(few, tile), four.unpack().dequantize(), "int4"
     add("ours nf4", "int4", NF4, cuda.Int4LinearCuda)
     add("dequantize, portable", "int4", INT4, DequantLinear)
     if device.type == "cuda":
-        found["torch tinygemm int4"] = _tinygemm(four), four.unpack().dequantize(), "int4"
-    return found
+        layers["torch tinygemm int4"] = _tinygemm(four), four.unpack().dequantize(), "int4"
+    return layers
 
 
 def _tiled(layer: cuda.Int8LinearCuda, tile: cuda.Tile) -> Product:
@@ -286,7 +287,7 @@ def _tiled(layer: cuda.Int8LinearCuda, tile: cuda.Tile) -> Product:
 
 
 class _TooManyTokens(Exception):
-    """A tile that is for fewer."""
+    """The tile is made for fewer tokens."""
 
 
 def _few_tokens(layer: cuda.Int4LinearCuda, tile: cuda.Tile) -> Product:
@@ -307,7 +308,7 @@ def _scaled_int_mm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _compiled_int_mm(packed: PackedWeight) -> Product:
-    """What torchao's dynamic int8 comes down to."""
+    """The product that torchao's dynamic int8 computes."""
     weight = (packed.qweight ^ 128).view(torch.int8).t()
     scale = packed.scale[:, 0].bfloat16()
 
@@ -315,8 +316,8 @@ def _compiled_int_mm(packed: PackedWeight) -> Product:
         # torch._int_mm takes more than 16 rows on a GPU.
         rows = max(32, len(x))
         wide = nn.functional.pad(x, (0, 0, 0, rows - len(x))) if rows > len(x) else x
-        found: Tensor = _scaled_int_mm(wide, weight, scale)
-        return found[: len(x)]
+        product: Tensor = _scaled_int_mm(wide, weight, scale)
+        return product[: len(x)]
 
     return padded
 
@@ -331,8 +332,8 @@ def _tinygemm(packed: PackedWeight) -> Product:
     grid = grid.bfloat16().contiguous()
 
     def product(x: Tensor) -> Tensor:
-        found: Tensor = torch.ops.aten._weight_int4pack_mm(x, weight, width, grid)
-        return found
+        output: Tensor = torch.ops.aten._weight_int4pack_mm(x, weight, width, grid)
+        return output
 
     return product
 
@@ -340,7 +341,7 @@ def _tinygemm(packed: PackedWeight) -> Product:
 def interleaved(
     layers: dict[str, tuple[Product, Tensor, str]], x: Tensor, rounds: int
 ) -> dict[str, float]:
-    """Median seconds of a call of each, one call of each a round, after three rounds unmeasured."""
+    """Median seconds of a call of each layer; three rounds of one call each warm up."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=x.device)
     times: dict[str, list[float]] = {name: [] for name in layers}
     for number in range(rounds + 3):
@@ -354,11 +355,11 @@ def interleaved(
             torch.cuda.synchronize()
             if number >= 3:
                 times[name].append(start.elapsed_time(end) / 1e3)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def peak(kind: str, device: torch.device) -> float:
-    """FLOP/s of the larger of two square products in this type."""
+    """FLOP/s of the faster of two square products in this type."""
     best = 0.0
     for n in (4096, 8192):
         x = torch.randn(n, n, device=device, dtype=torch.bfloat16)

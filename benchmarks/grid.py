@@ -1,13 +1,14 @@
-"""Every length and code of three weight variants from three encodings, against plain mteb.
+"""Compare one run over all lengths and codes of three variants with runs of plain mteb.
 
     python benchmarks/grid.py --hub-dir ../shared/hub --suite offline
 
-Scores gte-nano (baseline, int8, gptq-int4) at 256, 128, 64 and 32 dimensions in float32, int8 and
-binary with `gteopt evaluate --dims --vectors` in one cold run, and times it: loading, encoding,
-scores, intervals and fidelity. Against it stand as many separate runs of plain mteb (scores alone,
-no cache; the same encoder, forward pass, instructions and stored vectors), each of which encodes
-everything again. Two of them are measured for each variant, the longest and the shortest vectors;
-the others are taken to need the mean of the two.
+The one run scores gte-nano (baseline, int8, gptq-int4) at 256, 128, 64 and 32 dimensions in
+float32, int8 and binary, like `gteopt evaluate --dims --vectors` without a cache. Its time includes
+loading, encoding, scores, intervals and fidelity.
+
+Plain mteb needs a run for each row, which encodes all texts again and computes only scores.
+Encoder, forward pass, instructions and stored vectors are the same. Two runs of each variant are
+measured, with the longest and the shortest vectors. The others are assumed to take their mean.
 
 Writes benchmarks/results/grid.json: rows, times and conditions.
 """
@@ -71,14 +72,14 @@ class GridRow(Frozen):
 
 
 class Timing(Frozen):
-    """Seconds of the clock, and of this process's CPU alone."""
+    """Wall-clock seconds, and CPU seconds of this process."""
 
     wall_s: float
     cpu_s: float
 
 
 class PlainRun(Frozen):
-    """One run of plain mteb, measured; `score` is of the same vectors as a row's."""
+    """One measured run of plain mteb, on the vectors of the `GridRow` with the same names."""
 
     name: str
     dims: int
@@ -91,12 +92,12 @@ class GridResult(Frozen):
     """The whole comparison.
 
     Attributes:
-        grid: our one run, loading of the models included.
-        plain: runs of plain mteb that were measured, loading left out.
-        plain_rows: as many runs they stand for, one a row.
-        plain_cpu_s: that those would take: a variant's rows times the mean of its measured runs.
-        n_texts: encoded by us in all.
-        n_saved: encodings that the cache saved.
+        grid: our one run, with the loading of models.
+        plain: the measured runs of plain mteb, without the loading of models.
+        plain_rows: number of plain runs that all rows would need.
+        plain_cpu_s: predicted CPU seconds of those runs: `plain_rows` times the mean of `plain`.
+        n_texts: texts that our run encoded.
+        n_saved: encodings that our cache saved.
     """
 
     schema_: Literal["gteopt.grid/1"] = Field(default="gteopt.grid/1", alias="schema")
@@ -114,14 +115,14 @@ class GridResult(Frozen):
 
 
 class Plain(AbsEncoder):  # type: ignore[misc]
-    """What a user of mteb writes: encodes whatever it is handed, keeps nothing."""
+    """A model as users of mteb write it: encodes all texts that it gets, without a cache."""
 
     mteb_model_meta = ModelMeta.create_empty({"name": "plain/nano", "revision": "1"})
 
     def __init__(
         self, encoder: Encoder, vectors: VectorTransform, instructions: dict[str, str]
     ) -> None:
-        # Our runner's forward pass, padded or packed as it decides for this model.
+        # Our runner's forward pass, which is padded or packed as this model needs.
         self._encoding = LocalEncoding(encoder, BATCH_SIZE)
         self._vectors = vectors
         self._instructions = instructions
@@ -129,7 +130,7 @@ class Plain(AbsEncoder):  # type: ignore[misc]
     def encode(
         self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any
     ) -> npt.NDArray[np.float32]:
-        """What the stored vectors of a batch stand for."""
+        """Vectors of a batch, quantized and dequantized."""
         texts = tuple(text for batch in inputs for text in batch["text"])
         is_document = prompt_type == PromptType.document
         shard = Shard(
@@ -142,14 +143,14 @@ class Plain(AbsEncoder):  # type: ignore[misc]
 
 
 def main() -> None:
-    """Build, score, time, write."""
+    """Build, score, time, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hub-dir", type=Path, required=True)
     parser.add_argument("--suite", default="offline")
     parser.add_argument(
         "--dtype",
         default="float32" if emulates_bfloat16("cpu") else "bfloat16",
-        help="of both arms; bfloat16 where this processor multiplies it",
+        help="dtype of both sides; the default is bfloat16 if this processor multiplies it",
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -159,7 +160,7 @@ def main() -> None:
         for recipe in RECIPES:
             gteopt.quantize("nano", recipe, Path(folder) / recipe, device="cpu")
             sources[recipe] = str(Path(folder) / recipe)
-        started = Stopwatch()
+        watch = Stopwatch()
         reports = score(
             sources,
             suite,
@@ -173,7 +174,7 @@ def main() -> None:
             ),
             progress=quiet,
         )
-        grid = timing_of(started)
+        grid = timing_of(watch)
         print(f"grid: {grid.wall_s:.0f} s, {grid.cpu_s:.0f} s of CPU", flush=True)
         plain = []
         for name, source in sources.items():
@@ -182,14 +183,14 @@ def main() -> None:
                 (vectors,) = fit_transforms(encoder, (dims,), (code,))
                 plain.append(plain_run(name, encoder, vectors, suite, arguments.hub_dir))
                 print(plain[-1], flush=True)
-    asked = sum(report.n_asked_texts for report in reports.values())
-    encoded = sum(report.n_encoded_texts for report in reports.values())
-    plain_cpu_s = len(reports) * sum(each.timing.cpu_s for each in plain) / len(plain)
+    n_asked = sum(report.n_asked_texts for report in reports.values())
+    n_encoded = sum(report.n_encoded_texts for report in reports.values())
+    plain_cpu_s = len(reports) * sum(run.timing.cpu_s for run in plain) / len(plain)
     result = GridResult(
         suite=suite.name,
         rows=tuple(row_of(name, report) for name, report in reports.items()),
-        n_texts=encoded,
-        n_saved=asked - encoded,
+        n_texts=n_encoded,
+        n_saved=n_asked - n_encoded,
         grid=grid,
         plain=tuple(plain),
         plain_rows=len(reports),
@@ -208,34 +209,34 @@ def main() -> None:
     for row in result.rows:
         print(f"{row.name:32} {row.bytes_per_vector:5} bytes  {100 * row.score:.2f}  {row.verdict}")
     print(
-        f"{len(result.rows)} rows, {encoded:,} texts encoded, {asked - encoded:,} encodings saved: "
-        f"{grid.cpu_s:.0f} s of CPU; as many plain runs would take {plain_cpu_s:.0f} s, "
+        f"{len(result.rows)} rows, {n_encoded:,} texts encoded, {result.n_saved:,} encodings "
+        f"saved: {grid.cpu_s:.0f} s of CPU; as many plain runs would take {plain_cpu_s:.0f} s, "
         f"{result.speedup_cpu:.1f} times as much"
     )
 
 
 def timing_of(watch: Stopwatch) -> Timing:
-    """What a watch shows."""
+    """Seconds since the stopwatch was made."""
     return Timing(wall_s=watch.wall_s, cpu_s=watch.cpu_s)
 
 
 def plain_run(
     name: str, encoder: Encoder, vectors: VectorTransform, suite: Suite, hub_dir: Path
 ) -> PlainRun:
-    """One run of plain mteb on the suite, loading of the model left out."""
+    """One run of plain mteb on the suite, without the loading of the model."""
     with isolated(offline=True):
         tasks = resolve(suite, hub_dir)
-        model = Plain(encoder, vectors, {each.name: each.instruction for each in tasks})
-        started = Stopwatch()
-        scores = [list(plain_scores(model, each).values()) for each in tasks]
-        timing = timing_of(started)
-    mean = fmean(fmean(each) for each in scores)
+        model = Plain(encoder, vectors, {task.name: task.instruction for task in tasks})
+        watch = Stopwatch()
+        scores = [list(plain_scores(model, task).values()) for task in tasks]
+        timing = timing_of(watch)
+    mean = fmean(fmean(subsets) for subsets in scores)
     return PlainRun(name=name, dims=vectors.dims, code=vectors.code, score=mean, timing=timing)
 
 
 def row_of(name: str, report: EvalReport) -> GridRow:
-    """What is kept of a report."""
-    found = report.difference
+    """The row of a report."""
+    difference = report.difference
     assert report.dims is not None
     assert report.code is not None
     assert report.bytes_per_vector is not None
@@ -245,8 +246,10 @@ def row_of(name: str, report: EvalReport) -> GridRow:
         code=report.code,
         bytes_per_vector=report.bytes_per_vector,
         score=report.score,
-        difference=None if found is None else (found.value, found.low, found.high),
-        verdict=None if found is None else found.verdict,
+        difference=None
+        if difference is None
+        else (difference.value, difference.low, difference.high),
+        verdict=None if difference is None else difference.verdict,
         neighbour_overlap=report.fidelity.neighbour_overlap,
     )
 

