@@ -1,37 +1,39 @@
-"""Speed of gteopt beside what users can have today: one run, the same texts, turn by turn.
+"""Measure the speed of gteopt beside other engines: the same texts, in turns, in one run.
 
-Every engine maps texts to unit vectors, tokenization included. In each round every engine takes one
-turn per workload; what is reported is the median over rounds of the ratio to the reference
-(sentence-transformers, fp32 on a CPU, bf16 on a GPU) in the same round, so that a machine that
-slows down hits all alike.
+Each engine maps texts to unit vectors, with tokenization. In each round, every engine takes one
+turn per workload. The result is the median over rounds of the ratio to the reference in the same
+round, so that a slower machine slows all engines down alike. The reference is
+sentence-transformers, in fp32 on a CPU and in bf16 on a GPU.
 
     python benchmarks/peers_speed.py --models minilm --out peers_speed_cpu_minilm.json
     python benchmarks/peers_speed.py --device cuda --minutes 6 --out peers_speed_cuda.json
 
-The second takes a gte-Qwen2-7B of random weights, texts of 512 tokens, 32 at a time, and single
-queries of 16; it has not been run yet, as no GPU was at hand. The weights are drawn on the GPU and
-every engine is made of them there, the reference of themselves and the others, one after the other,
-of copies of what they change: 40 GB suffice and no disk is needed. Rows come in the order of their
-importance, and each is in the JSON once it is measured; what fails has its error there, and what
-the minutes left no time for says so. A later run puts its rows into the same JSON: `--missing`
-those without figures, `--only` those that are named. `--layers 8` measures a model of fewer blocks,
-which the JSON says. At the end it says which bars are met. `--where cpu` with a small shape
-(`--models FOLDER`, whose config.json says it) tries everything but the device.
+The second command measures gte-Qwen2-7B with random weights, on 32 texts of 512 tokens and on
+single queries of 16 tokens. It has not been run yet, because no GPU was available. The weights are
+drawn on the GPU, and each engine copies only the weights that it changes. The reference and one
+other engine are in memory at a time. 40 GB suffice, and no disk is needed.
 
-There, torchao's layers are compiled block by block, as its authors and torch's advise where
-compilation takes long: all blocks share what is compiled once for each of the two sizes.
+On a GPU, the most important rows come first. Each row is in the JSON once it is measured. A row
+that failed, or for which no time was left, says so there. A later run adds its rows to the same
+JSON: `--missing` measures the rows without figures, `--only` those that it names. `--layers 8`
+measures a model with fewer blocks, which the JSON says. At the end, the script prints which targets
+are met. To try the GPU's engines on a CPU, use `--where cpu` with a small shape (`--models FOLDER`,
+where the folder has a config.json).
 
-Peers whose libraries are missing, or that refuse a model, get their error in the table; an
-environment with them is made by `make speed-peers`. Models: all-MiniLM-L6-v2, and a bidirectional
-Qwen2 of the shape of a 0.5B one (hidden 896, 14/2 heads, MLP 4864) with random weights and
-`--layers` blocks; its cosines say only whether an engine computes the same thing, since random
-weights are harder to quantize than trained ones. Outputs are compared by cosine to
-`sentence-transformers fp32`.
+On a GPU, torchao's layers are compiled block by block. Its authors and torch's advise this for
+models that compile for long: all blocks share the code that is compiled for each of the two sizes.
 
-On a CPU there is one thread, and the clock is the CPU time of the process, which other work on the
-machine does not lengthen. An engine more than 8 times slower than the reference takes one turn.
-Arithmetic peaks are measured in the same run, as the best product of 1024 x 1024 by 1024 x 4096
-matrices that torch offers in each number type.
+A peer whose library is missing, or that refuses a model, has its error in the table. `make
+speed-peers` makes an environment with the peers. The models for a CPU are all-MiniLM-L6-v2, and a
+bidirectional Qwen2 of the 0.5B shape (hidden 896, 14/2 heads, MLP 4864) with random weights and
+`--layers` blocks. Cosines are those to the reference. On random weights, a cosine only shows
+whether an engine computes the same function, because random weights are harder to quantize than
+trained ones.
+
+On a CPU, engines use one thread. Times are CPU times of the process, which do not depend on other
+work on the machine. An engine more than 8 times slower than the reference takes one turn. The peaks
+of arithmetic are measured in the same run, by the fastest product of 1024 x 1024 by 1024 x 4096
+matrices that torch has for each number type.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ from gteopt.encoder.forward import operations
 from gteopt.encoder.skeleton import build_skeleton
 from gteopt.machine import machine, versions
 from gteopt.model.checkpoint import open_checkpoint
+from gteopt.speed.clock import Stopwatch
 from gteopt.speed.energy import Meter, meter
 from gteopt.speed.peaks import peak_gflops
 from gteopt.speed.texts import exact_texts
@@ -87,14 +90,14 @@ Engine = Callable[[Sequence[str]], Vectors]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a device is measured with.
+    """How a device is measured.
 
     Attributes:
         reference: the engine that ratios and cosines refer to.
-        workloads: name -> texts, tokens in each.
-        models: measured when none is named.
-        layers: blocks of random models when not said; None is all of them.
-        together: whether all engines are in memory at once, or the reference and one other.
+        workloads: number of texts and tokens per text, by name.
+        models: the models that are measured by default.
+        layers: default number of blocks of models with random weights; None for all blocks.
+        together: True if all engines are in memory at once; else the reference and one other.
     """
 
     device: str
@@ -127,19 +130,18 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Timing:
-    """One workload of one engine.
+    """Times of one engine on one workload.
 
     Attributes:
-        seconds: least over the rounds, for the whole workload.
-        ratio: median over rounds of reference seconds / these.
-        tokens_per_s: real tokens.
-        gflops: operations over `seconds`, as `gteopt.runtime.operations` counts them: those that
-            gteopt's engines do, which leave most of a last block out where one token is pooled;
-            all of them of others.
+        seconds: least time of the whole workload over the rounds.
+        ratio: median over rounds of the reference's seconds / this engine's seconds.
+        tokens_per_s: tokens without padding per second.
+        gflops: 10^9 operations per second of `seconds`, counted by `forward.operations`. A last
+            block of gteopt does fewer operations if the model pools one token.
         n_rounds: turns taken.
         median_s: median over the rounds; None in older files.
-        peak_ratio: on a GPU, `gflops` of the median / the measured peak of the number type.
-        joules_per_million_tokens: of the device, where it counts them; in bulk.
+        peak_ratio: operations per second of `median_s` / measured peak; None on a CPU.
+        joules_per_million_tokens: energy of the device in bulk; None if the device has no counter.
     """
 
     seconds: float
@@ -154,15 +156,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One engine on one model; `error` in place of figures where it could not run.
+    """One engine on one model; an engine that could not run has only `error`.
 
     Attributes:
-        weight_bytes: of gteopt's engines as they lie in memory; of others, on a GPU, what its
-            memory lost when they were made, and the weights that they left as they were.
-        made_s: from the model's folder, or on a GPU from its weights in memory, to the first
-            vector, quantization included.
+        weight_bytes: bytes of the weights in memory. For peers on a GPU, the memory that the engine
+            took plus the weights that it shares; None for peers on a CPU.
+        made_s: seconds from the model's folder to the first vector, with quantization; on a GPU,
+            from its weights in memory.
         graph_bytes: device memory of recorded forward passes (CUDA graphs).
-        note: why there are none, or why there are no figures of a workload.
+        note: why there are no CUDA graphs, or no figures of a workload.
     """
 
     model: str
@@ -181,66 +183,70 @@ def main() -> None:
     """Measure every engine on every model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--device", choices=list(SETTINGS), default="cpu")
-    parser.add_argument("--models", nargs="+", help="minilm, qwen2, or a name of a shipped shape")
+    parser.add_argument("--models", nargs="+", help="minilm, qwen2, or the name of a shipped shape")
     parser.add_argument("--layers", type=int, help="blocks of models with random weights")
     parser.add_argument("--only", nargs="+", help="engines to run beside the reference")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "--rounded", action="store_true", help="MiniLM by rtn recipes too: same kernels, no GPTQ"
+        "--rounded",
+        action="store_true",
+        help="use rtn recipes for MiniLM: the same kernels without GPTQ",
     )
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--minutes", type=float, help="on a GPU: begin no row after so many")
+    parser.add_argument("--minutes", type=float, help="on a GPU: begin no row after this time")
     parser.add_argument(
-        "--missing", action="store_true", help="on a GPU: only rows that --out has no figures of"
+        "--missing",
+        action="store_true",
+        help="on a GPU: measure only rows that have no figures in --out",
     )
-    parser.add_argument("--where", help="device that --device's engines run on: cpu, cuda:1")
+    parser.add_argument("--where", help="run the engines of --device here: cpu, cuda:1")
     options = parser.parse_args()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line a layer
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for each layer
     setting = SETTINGS[options.device]
     layers = options.layers or setting.layers
-    where = torch.device(options.where or setting.device)
-    if where.type == "cpu":
+    device = torch.device(options.where or setting.device)
+    if device.type == "cpu":
         torch.set_num_threads(1)
-    on_gpu = setting.device == "cuda"
+    for_gpu = setting.device == "cuda"
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-    peaks = peak_gflops(where) if on_gpu else arithmetic_peaks()
+    peaks = peak_gflops(device) if for_gpu else arithmetic_peaks()
     print("peaks, GFLOP/s:", ", ".join(f"{name} {value:.0f}" for name, value in peaks.items()))
-    run = Run(setting, where, options.rounds, peaks, meter(where), layers, options.out, deadline)
+    run = Run(setting, device, options.rounds, peaks, meter(device), layers, options.out, deadline)
     for model in options.models or setting.models:
-        if on_gpu:
-            source = Source.draw(model, layers, where)
+        if for_gpu:
+            source = Source.draw(model, layers, device)
             run.n_layers = source.n_layers
             base: Description = source.encoder()
             table = gpu_engines(source)
         else:
-            real = model == "minilm" and not options.rounded
+            calibrated = model == "minilm" and not options.rounded
             folder = folder_of(model, layers)
             base = describe(folder, device="cpu", dtype="bfloat16")  # no weights
-            own = engines(model, learn=real)
-            table = {name: partial(make, folder) for name, make in own.items()}
-        wanted = [*options.only, setting.reference] if options.only else list(table)
+            makers = engines(model, learn=calibrated)
+            table = {name: partial(make, folder) for name, make in makers.items()}
+        names = [*options.only, setting.reference] if options.only else list(table)
         if options.missing:
-            wanted = [*run.missing(model, wanted), setting.reference]
-        table = {name: table[name] for name in sorted(table, key=_place(wanted)) if name in wanted}
+            names = [*run.missing(model, names), setting.reference]
+        table = {name: table[name] for name in sorted(table, key=_place(names)) if name in names}
         run.measure(model, base, table)
-    if on_gpu:
+    if for_gpu:
         run.show_bars()
 
 
 def _place(names: Sequence[str]) -> Callable[[str], int]:
-    """Sorts by where a name stands among others."""
+    """Sort key: the index of a name, or the end if it is not among the names."""
     return lambda name: names.index(name) if name in names else len(names)
 
 
 def folder_of(model: str, n_layers: int | None) -> Path:
-    """The folder of a model for a CPU, made where its weights are random."""
+    """The folder of a model for a CPU; a model with random weights is made."""
     if model == "minilm":
         return model_folder("all-MiniLM-L6-v2")
     return random_qwen2(n_layers or 24)
 
 
 class Run:
-    """What is measured how, and the rows so far."""
+    """A run with its settings and the rows so far."""
 
     def __init__(
         self,
@@ -259,15 +265,15 @@ class Run:
         self.rows: list[Row] = self._earlier_rows()
 
     def _earlier_rows(self) -> list[Row]:
-        """Rows of an earlier run on the same GPU, which this one adds to."""
+        """Rows of an earlier run on the same GPU; this run adds to them."""
         if self.setting.together or self.out is None or not self.out.is_file():
             return []
         record = json.loads(self.out.read_text())
         same = record["machine"]["gpu"] == machine().gpu
-        return [_row_from(each) for each in record["rows"]] if same else []
+        return [_row_from(fields) for fields in record["rows"]] if same else []
 
     def missing(self, model: str, names: Sequence[str]) -> list[str]:
-        """Those of the names that have no figures yet, what has failed before behind the others."""
+        """The names that have no figures yet; names that failed before come last."""
         rows = {row.engine: row for row in self.rows if row.model == model}
         without = [name for name in names if name not in rows or not rows[name].timings]
         return sorted(without, key=lambda name: name in rows and rows[name].made_s is not None)
@@ -275,12 +281,12 @@ class Run:
     def measure(
         self, model: str, base: Description, table: Mapping[str, Callable[[], Engine]]
     ) -> None:
-        """Make every engine, check it, let all take turns, print the table.
+        """Make every engine, compare its vectors, measure all in turns, and print the table.
 
         Args:
-            model: its name.
-            base: tokenizes like all engines, and has the shapes of their layers.
-            table: name -> what makes an engine.
+            model: name of the model.
+            base: a model with the tokenizer and the layer shapes of all engines.
+            table: a function that makes the engine, by name.
         """
         texts = {
             name: exact_texts(base, n_texts, n_tokens, seed=0)
@@ -289,7 +295,7 @@ class Run:
         made: dict[str, Engine] = {}
         expected: Vectors | None = None
         columns = ("cosine", "bulk x", "GFLOP/s", "query x", "query ms", "weights GB")
-        print(f"\n{model:38}" + "".join(f"{each:>11}" for each in columns))
+        print(f"\n{model:38}" + "".join(f"{column:>11}" for column in columns))
         broken: str | None = None
         for group in self._groups(table):
             late = self.deadline is not None and time.monotonic() > self.deadline
@@ -298,10 +304,10 @@ class Run:
                     self._keep([Row(model, name, error=broken) for name in group[1:]])
                     continue
                 if late:
-                    why = "not run: the minutes that were given are over"
+                    why = "not run: the time of --minutes is over"
                     self._keep([Row(model, name, error=why) for name in group[1:]])
                     continue
-            for name in [each for each in made if each not in group]:
+            for name in [n for n in made if n not in group]:
                 del made[name]
             try:
                 rows, expected = self._measured(model, group, table, texts, base, made, expected)
@@ -313,7 +319,7 @@ class Run:
             broken = self._broken(group[-1])
 
     def _broken(self, last: str) -> str | None:
-        """Why nothing more can run in this process; None where all is well."""
+        """Why nothing more can run in this process; None if the device answers."""
         try:
             release(self.where)
             if self.where.type == "cuda":
@@ -323,15 +329,16 @@ class Run:
         return None
 
     def _keep(self, rows: Sequence[Row]) -> None:
-        """Show rows, and put them in the place of those of the same names: never an error in that
-        of figures.
+        """Print rows and write them to the file.
+
+        A row replaces the earlier row of its engine, but an error never replaces figures.
         """
         show(rows)
-        before = {(each.model, each.engine): each for each in self.rows}
+        by_engine = {(row.model, row.engine): row for row in self.rows}
         for row in rows:
-            if row.timings or not getattr(before.get((row.model, row.engine)), "timings", None):
-                before[row.model, row.engine] = row
-        self.rows = list(before.values())
+            if row.timings or not getattr(by_engine.get((row.model, row.engine)), "timings", None):
+                by_engine[row.model, row.engine] = row
+        self.rows = list(by_engine.values())
         self._write()
 
     def _measured(
@@ -344,12 +351,14 @@ class Run:
         made: dict[str, Engine],
         expected: Vectors | None,
     ) -> tuple[list[Row], Vectors]:
-        """Rows of those of a group that are not in `made` yet, where they are put, and the vectors
-        of the reference.
+        """Make and measure the engines of a group that are not in `made` yet, and add them to it.
+
+        Returns:
+            A row for each of these engines, and the vectors of the reference.
         """
         reference = self.setting.reference
         rows: dict[str, Row] = {}
-        for name in [each for each in group if each not in made]:
+        for name in [n for n in group if n not in made]:
             release(self.where)
             rows[name] = self._make(model, name, table[name], made, texts)
         if reference not in made:
@@ -361,7 +370,7 @@ class Run:
         for name in list(new):
             try:
                 vectors = made[name](texts["bulk"])
-            except Exception as error:  # too much memory, say
+            except Exception as error:  # such as too much memory
                 rows[name] = replace(rows[name], error=_first_line(error))
                 made.pop(name)
                 new.remove(name)
@@ -369,9 +378,9 @@ class Run:
             cosine = float((unit(vectors) * unit(expected)).sum(axis=1).mean())
             rows[name] = replace(rows[name], cosine=cosine)
             try:
-                for _ in range(2):  # as many as a compiler wants to see of a length
+                for _ in range(2):  # compilers may compile a length again at its second call
                     made[name](texts["query"])
-            except Exception as error:  # a product that wants more tokens, say
+            except Exception as error:  # such as a product that needs more tokens
                 unable.add((name, "query"))
                 rows[name] = replace(rows[name], note=f"query: {_first_line(error)}")
         if new:
@@ -381,7 +390,7 @@ class Run:
         return list(rows.values()), expected
 
     def _groups(self, table: Mapping[str, object]) -> Iterator[list[str]]:
-        """Engines that are in memory at the same time."""
+        """Names of the engines that are in memory at the same time."""
         reference = self.setting.reference
         if self.setting.together:
             yield list(table)
@@ -397,22 +406,22 @@ class Run:
         made: dict[str, Engine],
         texts: Mapping[str, list[str]],
     ) -> Row:
-        before, begin = allocated(self.where), time.perf_counter()
-        # Where compilers take long they see no sizes but those that are measured.
+        before, watch = allocated(self.where), Stopwatch()
+        # Engines that compile for long see only the sizes that are measured.
         alone = not self.setting.together
         try:
             engine = make()
             engine(texts["bulk"] if alone else ["one text before the clock starts"])
-        except Exception as error:  # a peer may refuse in any way; that it does is the result
-            return Row(model, name, error=_first_line(error), made_s=time.perf_counter() - begin)
+        except Exception as error:  # a peer may refuse in any way; the refusal is the result
+            return Row(model, name, error=_first_line(error), made_s=watch.wall_s)
         made[name] = engine
-        took, grown = time.perf_counter() - begin, allocated(self.where) - before
+        made_s, grown = watch.wall_s, allocated(self.where) - before
         if isinstance(engine, Ours):
-            own: int | None = engine.encoder.weight_bytes
+            weight_bytes: int | None = engine.encoder.weight_bytes
         else:
-            shared = engine.shared_bytes if isinstance(engine, Theirs) else 0
-            own = grown + shared or None
-        return Row(model, name, weight_bytes=own, made_s=took)
+            shared_bytes = engine.shared_bytes if isinstance(engine, Theirs) else 0
+            weight_bytes = grown + shared_bytes or None
+        return Row(model, name, weight_bytes=weight_bytes, made_s=made_s)
 
     def _timed(
         self,
@@ -423,26 +432,26 @@ class Run:
         base: Description,
     ) -> Row:
         timings = {}
-        peak = self.peaks.get(number_type(row.engine))
+        peak_rate = self.peaks.get(number_type(row.engine))
         for workload, (n_texts, n_tokens) in self.setting.workloads.items():
-            mine = seconds[row.engine][workload]
-            if not mine:
+            own_s = seconds[row.engine][workload]
+            if not own_s:
                 continue
-            theirs = seconds[self.setting.reference][workload]
-            best, typical, n = min(mine), median(mine), n_texts * n_tokens
-            done = operations_of(engine, base, [n_tokens] * n_texts)
+            reference_s = seconds[self.setting.reference][workload]
+            least_s, median_s, n_all_tokens = min(own_s), median(own_s), n_texts * n_tokens
+            n_operations = operations_of(engine, base, [n_tokens] * n_texts)
             joules = None
-            if workload == "bulk":  # seconds a row, and few of them are to be had on a GPU
-                joules = self.counter.per_call(partial(engine, texts[workload]), typical)
+            if workload == "bulk":  # it takes seconds, and time on a GPU is short
+                joules = self.counter.per_call(partial(engine, texts[workload]), median_s)
             timings[workload] = Timing(
-                seconds=best,
-                ratio=median(a / b for a, b in zip(theirs, mine, strict=False)),
-                tokens_per_s=n / best,
-                gflops=done / best / 1e9,
-                n_rounds=len(mine),
-                median_s=typical,
-                peak_ratio=None if peak is None else done / typical / 1e9 / peak,
-                joules_per_million_tokens=None if joules is None else joules / n * 1e6,
+                seconds=least_s,
+                ratio=median(a / b for a, b in zip(reference_s, own_s, strict=False)),
+                tokens_per_s=n_all_tokens / least_s,
+                gflops=n_operations / least_s / 1e9,
+                n_rounds=len(own_s),
+                median_s=median_s,
+                peak_ratio=None if peak_rate is None else n_operations / median_s / 1e9 / peak_rate,
+                joules_per_million_tokens=None if joules is None else joules / n_all_tokens * 1e6,
             )
         graphs = engine.encoder.cuda_graphs if isinstance(engine, Ours) else None
         return replace(
@@ -454,18 +463,19 @@ class Run:
         )
 
     def show_bars(self) -> None:
-        """Print which bars are met, and by how much."""
+        """Print the targets, and whether they are met."""
         print(
-            f"\nBars are for one H200 and all of gte-Qwen2-7B; this is {machine().gpu or 'a CPU'}."
+            f"\nTargets are for one H200 and all blocks of gte-Qwen2-7B. "
+            f"This machine has {machine().gpu or 'no GPU'}."
         )
-        print(f"{'bar':62}{'wanted':>10}{'found':>14}")
+        print(f"{'target':62}{'wanted':>10}{'measured':>14}")
         for bar in bars(self.rows, self.peaks):
-            found = "not measured" if bar.found is None else f"{bar.found:.4g}"
-            said = "" if bar.met is None else "met" if bar.met else f"MISSED by {bar.off_by:.1%}"
-            print(f"{bar.what:62}{bar.sign + f' {bar.wanted:g}':>10}{found:>14}  {said}")
+            measured = "not measured" if bar.found is None else f"{bar.found:.4g}"
+            verdict = "" if bar.met is None else "met" if bar.met else f"MISSED by {bar.off_by:.1%}"
+            print(f"{bar.what:62}{bar.sign + f' {bar.wanted:g}':>10}{measured:>14}  {verdict}")
 
     def _write(self) -> None:
-        """Everything measured so far, and where."""
+        """Write all rows so far, with the machine and versions."""
         if self.out is None:
             return
         record = {
@@ -492,7 +502,7 @@ class Run:
 
 
 def _row_from(fields: dict[str, Any]) -> Row:
-    timings = {name: Timing(**each) for name, each in fields.pop("timings").items()}
+    timings = {name: Timing(**timing) for name, timing in fields.pop("timings").items()}
     return Row(**fields, timings=timings)
 
 
@@ -507,15 +517,15 @@ def allocated(device: torch.device) -> int:
 
 
 def release(device: torch.device) -> None:
-    """Let go of engines that are no longer wanted."""
+    """Free the memory of engines that were deleted."""
     gc.collect()
     if device.type == "cuda":
-        torch.compiler.reset()  # compiled engines stay in its caches
+        torch.compiler.reset()  # its caches hold compiled engines
         torch.cuda.empty_cache()
 
 
 def number_type(engine: str) -> str:
-    """What an engine's products are of, by its name: of weights of 4 bits, what they become."""
+    """Number type of an engine's products, by its name; weights of 4 bits become bfloat16."""
     if "4-bit" in engine or "nf4" in engine:
         return "bfloat16"
     return next((kind for kind in ("int8", "fp8") if kind in engine), "bfloat16")
@@ -523,10 +533,10 @@ def number_type(engine: str) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """Something to reach on an H200 with the shape of gte-Qwen2-7B.
+    """A target on one H200 with the shape of gte-Qwen2-7B.
 
     Attributes:
-        found: None where a row that it needs was not measured.
+        found: the measured value; None if a row for it is missing.
     """
 
     what: str
@@ -536,21 +546,22 @@ class Bar:
 
     @property
     def met(self) -> bool | None:
-        """Whether it is reached; None where that was not measured."""
+        """Whether the target is met; None if it was not measured."""
         if self.found is None:
             return None
         return self.found >= self.wanted if self.sign == ">=" else self.found < self.wanted
 
     @property
     def off_by(self) -> float:
-        """How far what was found is from what was wanted, as a share of the latter."""
+        """Distance of the measured value from the target, as a share of the target."""
         return abs((self.found or 0) / self.wanted - 1)
 
 
 def bars(rows: Sequence[Row], peaks: Mapping[str, float]) -> list[Bar]:
-    """The bars of the GPU, whatever of them was measured; speeds are medians.
+    """All targets of the GPU; speeds are medians.
 
-    Ratios are those of the ratios to the reference, which each engine took turns with.
+    The ratio of two engines is the ratio of their ratios to the reference, because each engine took
+    turns only with the reference.
     """
     by_name = {row.engine: row for row in rows if row.timings}
 
@@ -574,7 +585,7 @@ def bars(rows: Sequence[Row], peaks: Mapping[str, float]) -> list[Bar]:
     bulk = of(bf16, "bulk")
     share = bulk.peak_ratio if bulk else None
     small = by_name[table].weight_bytes if table in by_name else None
-    found = [
+    targets = [
         Bar("bf16, bulk: share of the measured peak", ">=", 0.6, share),
         Bar("fp8, bulk: times bf16", ">=", 1.6, faster("gteopt fp8", bf16, "bulk")),
         Bar("fp8, bulk: tokens/s", ">=", 55_000, tokens_per_s("gteopt fp8")),
@@ -594,8 +605,8 @@ def bars(rows: Sequence[Row], peaks: Mapping[str, float]) -> list[Bar]:
     ):
         for workload in ("bulk", "query"):
             ahead = faster(mine, peer, workload)
-            found.append(Bar(f"{mine}, {workload}: times {peer}", ">=", 1, ahead))
-    return found
+            targets.append(Bar(f"{mine}, {workload}: times {peer}", ">=", 1, ahead))
+    return targets
 
 
 def take_turns(
@@ -605,7 +616,7 @@ def take_turns(
     n_rounds: int,
     unable: Set[tuple[str, str]] = frozenset(),
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every engine, workload and round: the process's own on a CPU, the wall's else."""
+    """CPU seconds (on a GPU: seconds) of every engine and workload, for each round."""
     clock = time.process_time if setting.device == "cpu" else time.perf_counter
     seconds: dict[str, dict[str, list[float]]] = {n: {w: [] for w in texts} for n in made}
     for workload, batch in texts.items():
@@ -615,18 +626,21 @@ def take_turns(
             for name in order:
                 if (name, workload) in unable:
                     continue
-                mine, theirs = seconds[name][workload], seconds[setting.reference][workload]
-                if mine and theirs and min(mine) > TOO_SLOW * min(theirs):
+                own_s, reference_s = seconds[name][workload], seconds[setting.reference][workload]
+                if own_s and reference_s and min(own_s) > TOO_SLOW * min(reference_s):
                     continue
                 begin = clock()
-                made[name](batch)  # vectors come back to the host, which waits for the device
-                mine.append(clock() - begin)
+                made[name](batch)  # waits for the device, because vectors are copied to the host
+                own_s.append(clock() - begin)
     return seconds
 
 
 def engines(model: str, *, learn: bool) -> dict[str, Callable[[Path], Engine]]:
-    """Name -> what makes an engine of the model in a folder; ours by GPTQ where there is something
-    to learn.
+    """By name, a function that makes an engine of the model in a folder.
+
+    Args:
+        model: "minilm", or a model whose exports do not work.
+        learn: quantize gteopt's engines with calibration (GPTQ), else by rounding.
     """
     table: dict[str, Callable[[Path], Engine]] = {
         "sentence-transformers fp32": partial(sentence_transformer, dtype=torch.float32),
@@ -655,8 +669,9 @@ def engines(model: str, *, learn: bool) -> dict[str, Callable[[Path], Engine]]:
 
 
 def gpu_engines(source: Source) -> dict[str, Callable[[], Engine]]:
-    """The same for one GPU and billions of weights, what matters most first. Not run yet: no GPU
-    was at hand.
+    """By name, a function that makes an engine for one GPU; the most important engines come first.
+
+    These engines have not been run yet, because no GPU was available.
     """
     peer = partial(bitsandbytes_on, source)
     compiled = partial(torchao_on, source)
@@ -677,20 +692,20 @@ def gpu_engines(source: Source) -> dict[str, Callable[[], Engine]]:
 
 
 def ours_on(source: Source, recipe: str | Recipe | None = None, *, fast: bool = False) -> Engine:
-    """Our encoder of weights in memory; `fast` is `Fp8LinearCuda`'s."""
-    found = source.encoder(load_recipe(recipe) if isinstance(recipe, str) else recipe)
-    for each in found.module.modules():
-        if hasattr(each, "fast"):
-            setattr(each, "fast", fast)  # noqa: B010 - modules declare no such attribute
-    return Ours(found)
+    """A gteopt encoder of weights in memory; `fast` sets fast accumulation in fp8 layers."""
+    encoder = source.encoder(load_recipe(recipe) if isinstance(recipe, str) else recipe)
+    for layer in encoder.module.modules():
+        if hasattr(layer, "fast"):
+            setattr(layer, "fast", fast)  # noqa: B010 - modules declare no such attribute
+    return Ours(encoder)
 
 
 def on_source(source: Source, module: nn.Module | None) -> Theirs:
-    """sentence-transformers around a module made of weights in memory, or around themselves."""
-    # The embedded model has the tokenizer and the pooling of random ones.
+    """sentence-transformers with a module of weights in memory; None is the unchanged module."""
+    # Models with random weights have the tokenizer and pooling of the embedded model.
     model = _sentence_transformer(open_checkpoint("nano").folder, str(source.device))
     _set_transformer(model, source.module if module is None else module)
-    # `encode` moves it to where it is, which torchao's tensors refuse under inference_mode.
+    # `encode` calls `to`, which torchao's tensors refuse under inference_mode.
     model.to = lambda *_: model
     return Theirs(model, source.n_bytes if module is None else source.table_bytes)
 
@@ -705,13 +720,13 @@ def torchao_on(source: Source, *, fp8: bool = False) -> Engine:
 
 
 def bitsandbytes_on(source: Source, kind: str) -> Engine:
-    """The linear layers of bitsandbytes in place of those inside the blocks."""
+    """bitsandbytes' linear layers inside the blocks of a copy of the model."""
     module = bitsandbytes_(source.copy(), kind, torch.bfloat16, str(source.device))
     return on_source(source, module)
 
 
 def with_short_table(name: str) -> Recipe:
-    """A recipe with `--embed-int8`."""
+    """A shipped recipe that also stores the token embeddings in int8."""
     recipe = load_recipe(name).with_int8_embedding()
     return recipe.model_copy(update={"name": f"{name}-embed-int8"})
 
@@ -733,14 +748,14 @@ def ours(folder: Path, dtype: str, backend: Backend = "torch") -> Engine:
 
 
 def ours_quantized(folder: Path, recipe: str, dtype: str, backend: Backend = "torch") -> Engine:
-    """One of our recipes on its own calibration texts; dtype of what stays unquantized."""
+    """A gteopt recipe with its own calibration; `dtype` is for layers that are not quantized."""
     out = built(folder, recipe)
     return Ours(gteopt.load(out, dtype=dtype, device="cpu", backend=backend))
 
 
 @cache
 def built(folder: Path, recipe: str) -> Path:
-    """An artifact, made once for all engines that load it."""
+    """An artifact, which is built once for all engines that load it."""
     out = Path(tempfile.mkdtemp()) / recipe
     gteopt.quantize(folder, recipe, out, dtype="float32", device="cpu")
     return out
@@ -750,7 +765,7 @@ class Theirs:
     """A `SentenceTransformer` as an engine.
 
     Attributes:
-        shared_bytes: of its weights that others have too.
+        shared_bytes: bytes of weights that it shares with other engines.
     """
 
     def __init__(self, model: Any, shared_bytes: int = 0) -> None:
@@ -758,12 +773,12 @@ class Theirs:
 
     def __call__(self, texts: Sequence[str]) -> Vectors:
         """Vectors of texts."""
-        found = self.model.encode(list(texts), batch_size=32, show_progress_bar=False)
-        return np.asarray(found, dtype=np.float32)
+        vectors = self.model.encode(list(texts), batch_size=32, show_progress_bar=False)
+        return np.asarray(vectors, dtype=np.float32)
 
 
 def sentence_transformer(folder: Path, dtype: torch.dtype) -> Engine:
-    """The library as its documentation says."""
+    """sentence-transformers, as its documentation says."""
     return Theirs(_sentence_transformer(folder, model_kwargs={"dtype": dtype}))
 
 
@@ -774,7 +789,7 @@ def _sentence_transformer(folder: Path, device: str = "cpu", **kwargs: Any) -> A
 
 
 def with_module(folder: Path, change: Callable[[nn.Module], nn.Module]) -> Engine:
-    """sentence-transformers with its transformer changed."""
+    """sentence-transformers with a changed transformer."""
     model = _sentence_transformer(folder, model_kwargs={"dtype": torch.float32})
     _set_transformer(model, change(_transformer(model)))
     return Theirs(model)
@@ -801,14 +816,14 @@ def torchao_compiled(folder: Path) -> Engine:
         return module
 
     engine = with_module(folder, change)
-    for n_texts, n_words in ((8, 100), (1, 12)):  # compiled before the clock starts
+    for n_texts, n_words in ((8, 100), (1, 12)):  # compile before the clock starts
         for _ in range(2):
             engine(["a " * n_words] * n_texts)
     return engine
 
 
 def torchao_(module: nn.Module, *, fp8: bool = False) -> nn.Module:
-    """The module with the linear layers of torchao."""
+    """Quantize the linear layers of a module in place with torchao; returns the module."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Int8DynamicActivationInt8WeightConfig,
@@ -833,12 +848,12 @@ def torch_dynamic(folder: Path) -> Engine:
 
 
 def bitsandbytes(folder: Path, kind: str) -> Engine:
-    """The linear layers of bitsandbytes in place of those inside the blocks."""
+    """sentence-transformers with bitsandbytes' linear layers inside the blocks."""
     return with_module(folder, lambda module: bitsandbytes_(module, kind, torch.float32, "cpu"))
 
 
 def bitsandbytes_(module: nn.Module, kind: str, dtype: torch.dtype, device: str) -> nn.Module:
-    """The module with the linear layers of bitsandbytes."""
+    """Put bitsandbytes' linear layers into the blocks of a module; returns the module."""
     for name, linear in list(block_linears(module)):
         parent, _, leaf = name.rpartition(".")
         new = bitsandbytes_linear(linear, kind, dtype, device)
@@ -850,7 +865,7 @@ def exported(folder: Path) -> Path:
     """The model's token vectors as an ONNX graph with free batch and length.
 
     sentence-transformers' own export needs optimum-onnx or optimum-intel, which exclude
-    transformers 5.17; what they run is onnxruntime's and nncf's quantization on such a graph.
+    transformers 5.17. Those libraries apply onnxruntime's and nncf's quantization to such a graph.
     """
     from transformers import AutoModel
 
@@ -872,8 +887,10 @@ def exported(folder: Path) -> Path:
 
 
 class TokenVectors(nn.Module):
-    """(ids, mask) -> hidden, without keyword arguments; the mask is added up by hand, since
-    transformers builds its own in a way that no export traces with a free length.
+    """(ids, mask) -> hidden, without keyword arguments.
+
+    It makes the additive mask itself, because no export traces the mask of transformers with a free
+    length.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -882,13 +899,13 @@ class TokenVectors(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token vectors [N, T, D]."""
-        added = (1.0 - mask[:, None, None, :].float()) * -10000.0
-        found: Tensor = self.module(input_ids=ids, attention_mask=added).last_hidden_state
-        return found
+        additive_mask = (1.0 - mask[:, None, None, :].float()) * -10000.0
+        hidden: Tensor = self.module(input_ids=ids, attention_mask=additive_mask).last_hidden_state
+        return hidden
 
 
 def with_graph(folder: Path, run: Callable[[Vectors, Vectors], Vectors]) -> Engine:
-    """Tokenizer, a graph (ids, mask) -> hidden, mean pooling."""
+    """An engine of a tokenizer, a graph (ids, mask) -> hidden, and mean pooling."""
     tokenizer = _sentence_transformer(folder).tokenizer
 
     def encode(texts: Sequence[str]) -> Vectors:
@@ -926,7 +943,7 @@ def onnx_int8(folder: Path) -> Engine:
 
 
 def openvino(folder: Path, int8: bool) -> Engine:
-    """OpenVINO on the exported graph: as it is, or with nncf's static int8 of 64 texts."""
+    """OpenVINO on the exported graph: unchanged, or in static int8 by nncf on 64 texts."""
     import openvino as ov
 
     model = ov.convert_model(str(exported(folder)))
@@ -954,14 +971,14 @@ def openvino(folder: Path, int8: bool) -> Engine:
 
 
 def random_qwen2(n_layers: int) -> Path:
-    """A folder with a bidirectional Qwen2 of a 0.5B's shape, the nano's tokenizer around it."""
+    """Folder of a bidirectional Qwen2 of the 0.5B shape with the embedded tokenizer."""
     from transformers import AutoModel, Qwen2Config
 
     nano = open_checkpoint("nano")
     folder = Path(tempfile.mkdtemp()) / "qwen2"
     shutil.copytree(nano.folder, folder)
-    fields = {k: v for k, v in nano.config.items() if k not in ("layer_types", "model_type")}
-    fields.update(
+    config_fields = {k: v for k, v in nano.config.items() if k not in ("layer_types", "model_type")}
+    config_fields.update(
         hidden_size=896,
         num_attention_heads=14,
         num_key_value_heads=2,
@@ -971,14 +988,14 @@ def random_qwen2(n_layers: int) -> Path:
         matryoshka_dimensions=[],
     )
     torch.manual_seed(0)
-    module = AutoModel.from_config(Qwen2Config(**fields), dtype=torch.float32)
+    module = AutoModel.from_config(Qwen2Config(**config_fields), dtype=torch.float32)
     module.save_pretrained(folder)
     pooling = folder / "1_Pooling" / "config.json"
-    said = json.loads(pooling.read_text())
+    pooling_config = json.loads(pooling.read_text())
     for key in ("word_embedding_dimension", "embedding_dimension"):
-        if key in said:
-            said[key] = 896
-    pooling.write_text(json.dumps(said))
+        if key in pooling_config:
+            pooling_config[key] = 896
+    pooling.write_text(json.dumps(pooling_config))
     return folder
 
 
@@ -992,7 +1009,7 @@ def operations_of(engine: Engine, base: Description, lengths: Sequence[int]) -> 
 
 
 def arithmetic_peaks() -> dict[str, float]:
-    """GFLOP/s of the best product that torch offers in each number type."""
+    """GFLOP/s of the fastest product that torch has for each number type."""
     x, w = torch.randn(1024, 1024), torch.randn(4096, 1024)
     peaks = {
         "fp32 MKL": fastest(lambda: nn.functional.linear(x, w)),
@@ -1007,10 +1024,10 @@ def arithmetic_peaks() -> dict[str, float]:
     weight = torch.ops.onednn.qlinear_prepack(codes, None)
 
     def int8() -> Tensor:
-        found: Tensor = torch.ops.onednn.qlinear_pointwise(
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
             tokens, 1.0, 0, weight, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return found
+        return product
 
     peaks["int8 oneDNN"] = fastest(int8)
     return peaks
@@ -1032,7 +1049,7 @@ def unit(vectors: Vectors) -> Vectors:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Lines of the table of one model."""
+    """Print rows of the table of one model."""
     for row in rows:
         if row.error is not None or row.cosine is None:
             print(f"{row.engine:38}   {row.error}", flush=True)
