@@ -720,7 +720,7 @@ def torchao_on(source: Source, *, fp8: bool = False) -> Engine:
 
 
 def bitsandbytes_on(source: Source, kind: str) -> Engine:
-    """bitsandbytes' linear layers inside the blocks of a copy of the model."""
+    """A copy of the model with linear layers of bitsandbytes inside the blocks."""
     module = bitsandbytes_(source.copy(), kind, torch.bfloat16, str(source.device))
     return on_source(source, module)
 

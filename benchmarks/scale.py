@@ -1,9 +1,9 @@
-"""Builds at the size of published models, from checkpoints with random weights.
+"""Measure builds at the size of published models, from checkpoints with random weights.
 
-The checkpoint has the shapes, tensor names and shard layout of the published one: float32
-safetensors shards of 5 GB with their index, and a head that no encoder reads. It has the embedded
-model's tokenizer, and calibration texts put together from the embedded ones. Time and memory of a
-build do not depend on what the weights are. Quality does, so none is reported here.
+The checkpoint has the shapes, tensor names and shard layout of the published checkpoint: float32
+safetensors shards of 5 GB with their index, and a head that no encoder reads. It has the tokenizer
+of the embedded model, and its calibration texts are joined from the built-in texts. Time and memory
+of a build do not depend on the values of the weights. Quality does, so no quality is reported.
 
     python benchmarks/scale.py build --shape gte-Qwen2-1.5B                      # on the CPU
     python benchmarks/scale.py build --shape gte-Qwen2-7B --device cuda --texts 128 --tokens 512
@@ -14,9 +14,9 @@ build do not depend on what the weights are. Quality does, so none is reported h
     python benchmarks/scale.py load --layers 8    # artifacts: time beside the disk's own, memory
     python benchmarks/scale.py load --layers 8 --disk 0.25 0.5 1    # on slower disks too, as root
 
-Each run is a process of its own, whose peak resident set is read from the operating system; it is
-written to benchmarks/results/scale.json (or --out), beside what `inspect` predicts. `--minutes`
-ends a build early; the row then says which blocks were done when.
+Each build runs in a separate process, whose peak resident set is read from the operating system.
+Results go to benchmarks/results/scale.json (or --out), with the prediction of `inspect`.
+`--minutes` ends a build early; its row has the time at which each block was finished.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -41,8 +40,12 @@ import torch
 from safetensors.torch import save_file
 
 import gteopt
+from gteopt.build.estimate import estimate
 from gteopt.config.recipe import Calibration, Recipe, load_recipe
 from gteopt.errors import InputError
+from gteopt.machine import machine, versions
+from gteopt.model.checkpoint import open_checkpoint
+from gteopt.speed.clock import Stopwatch
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 ASSETS = Path(gteopt.__file__).parent / "assets"
@@ -52,7 +55,7 @@ _ITEM_BYTES = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """What a Qwen2 checkpoint's config.json says of its size."""
+    """Sizes in the config.json of a Qwen2 checkpoint."""
 
     hidden: int
     layers: int
@@ -70,7 +73,7 @@ SMALL = Shape(512, 4, 8, 2, 2048, 20_480)
 
 
 def sizes_of(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Name and size of every tensor, as gte-Qwen2's files have them."""
+    """Name and size of every tensor in the files of a gte-Qwen2 of this shape."""
     d, kv = shape.hidden, shape.hidden // shape.heads * shape.kv_heads
     parts = {
         "input_layernorm.weight": (d,),
@@ -95,7 +98,7 @@ def sizes_of(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def write_configs(folder: Path, shape: Shape) -> None:
-    """config.json of this shape, and the embedded model's tokenizer."""
+    """Write config.json of this shape, and the embedded model's tokenizer."""
     nano = ASSETS / "nano"
     config = json.loads((nano / "config.json").read_text())
     config |= {
@@ -116,7 +119,7 @@ def write_configs(folder: Path, shape: Shape) -> None:
 def make_checkpoint(folder: Path, shape: Shape, device: str = "cpu") -> Path:
     """Write a random checkpoint of this shape; one shard is in memory at a time.
 
-    Weights are drawn on the device: a GPU takes seconds for 7 billion, a processor minutes.
+    Weights are drawn on the device, because a GPU draws them much faster than a processor.
     """
     folder.mkdir(parents=True)
     sizes = sizes_of(shape)
@@ -151,14 +154,14 @@ def _random(name: str, size: tuple[int, ...], generator: torch.Generator) -> tor
 
 
 def write_texts(path: Path, n_texts: int, n_tokens: int) -> None:
-    """Texts that are longer than `n_tokens`, from the embedded calibration texts end to end."""
+    """Write texts of more than `n_tokens` tokens, joined from the built-in calibration texts."""
     lines = (ASSETS / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
     source = [json.loads(line)["text"].replace("\n", " ") for line in lines]
     texts: list[str] = []
     at = 0
     while len(texts) < n_texts:
         text = ""
-        while len(text.split()) < n_tokens:  # a word is at least a token
+        while len(text.split()) < n_tokens:  # a word has at least one token
             text += f" {source[at % len(source)]}"
             at += 1
         texts.append(f"{len(texts)}{text}")
@@ -182,7 +185,7 @@ def resident(field):
     line = next(line for line in open("/proc/self/status") if field in line)
     return 1024 * int(line.split()[1])
 
-open_checkpoint(base).sha256  # once a process, and no part of a build's own time
+open_checkpoint(base).sha256  # hashed once per process; this time is not part of the build
 before = resident("VmRSS")
 blocks, blocks_cpu = [], []
 measured_bytes = None
@@ -195,8 +198,8 @@ def progress(what, done, total):
         blocks.append(round(time.perf_counter() - started, 2))
         blocks_cpu.append(round(time.process_time() - started_cpu, 2))
         print(what, done, total, blocks[-1], file=sys.stderr, flush=True)
-        print(json.dumps(seen()), flush=True)  # all there is, if it ends here
-def seen():
+        print(json.dumps(figures()), flush=True)  # the last line counts if the build ends early
+def figures():
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time(), 1),
@@ -204,7 +207,7 @@ def seen():
         "cpu_seconds_at_block": blocks_cpu,
         "imports_bytes": before,
         "peak_bytes": resident("VmHWM"),
-        "measuring_peak_bytes": measured_bytes,  # of sensitivities, where the recipe asks for them
+        "measuring_peak_bytes": measured_bytes,  # of sensitivities; None if the recipe needs none
         "peak_device_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
         "weight_bytes": None,
         "n_tokens": 0,
@@ -213,7 +216,7 @@ def seen():
 
 manifest = gteopt.quantize(base, wanted, out, device=device, progress=progress)
 print(json.dumps({
-    **seen(),
+    **figures(),
     "weight_bytes": manifest.weight_bytes,
     "n_tokens": manifest.calibration.n_tokens if manifest.calibration else 0,
 }))
@@ -229,23 +232,19 @@ def measure(
     work: Path,
     minutes: float | None = None,
 ) -> dict[str, object]:
-    """Build once in a process of its own; what `inspect` predicts, and what was seen."""
-    from gteopt.build.estimate import estimate
-    from gteopt.machine import machine, versions
-    from gteopt.model.checkpoint import open_checkpoint
-
+    """Build once in a separate process; returns what was measured and what `inspect` predicts."""
     with tempfile.TemporaryDirectory(dir=work) as temporary:
-        started = time.perf_counter()
+        watch = Stopwatch()
         base = make_checkpoint(Path(temporary) / "base", shape, device)
-        made_s = time.perf_counter() - started
+        made_s = watch.wall_s
         texts = Path(temporary) / "texts.txt"
         write_texts(texts, n_texts, n_tokens)
         spec = Calibration(texts=str(texts), n_texts=n_texts, max_tokens=n_tokens)
-        wanted = recipe.model_copy(update={"calibration": spec})
-        (predicted,) = estimate(open_checkpoint(base), [wanted], device=device)
+        calibrated = recipe.model_copy(update={"calibration": spec})
+        (predicted,) = estimate(open_checkpoint(base), [calibrated], device=device)
         out = Path(temporary) / "out"
         command = [sys.executable, "-c", _CHILD, str(base), str(out)]
-        command += [wanted.model_dump_json(by_alias=True), device]
+        command += [calibrated.model_dump_json(by_alias=True), device]
         ended_early = False
         try:
             limit = None if minutes is None else 60 * minutes
@@ -255,8 +254,8 @@ def measure(
             ended_early, printed = True, late.stdout or b""
         lines = printed.decode().splitlines()
         if not lines:
-            raise SystemExit("not one block was done in the minutes that were given")
-        seen = json.loads(lines[-1])
+            raise SystemExit("no block was finished within --minutes")
+        measured = json.loads(lines[-1])
     return {
         "shape": asdict(shape),
         "n_texts": n_texts,
@@ -267,7 +266,7 @@ def measure(
         "predicted_bytes": predicted.build_bytes,
         "predicted_s": round(predicted.build_s or 0.0, 1),
         "checkpoint_s": round(made_s, 1),
-        **seen,
+        **measured,
         **({"ended_early": True} if ended_early else {}),
         "machine": machine().model_dump(),
         "versions": versions(),
@@ -275,10 +274,10 @@ def measure(
 
 
 def keep(kind: str, row: dict[str, object], out: Path = RESULTS) -> None:
-    """Put one result into the file, in place of an earlier one of the same workload."""
+    """Put one row into the file, in place of an earlier row of the same workload."""
     results = json.loads(out.read_text()) if out.is_file() else {}
-    what = ("shape", "n_texts", "max_tokens", "recipe", "gptaq_strength", "device")
-    rows = [r for r in results.get(kind, []) if any(r[key] != row[key] for key in what)]
+    workload = ("shape", "n_texts", "max_tokens", "recipe", "gptaq_strength", "device")
+    rows = [r for r in results.get(kind, []) if any(r[key] != row[key] for key in workload)]
     results[kind] = [*rows, row]
     out.write_text(json.dumps(results, indent=1) + "\n")
     beyond = int(str(row["peak_bytes"])) - int(str(row["imports_bytes"]))
@@ -298,7 +297,7 @@ def keep(kind: str, row: dict[str, object], out: Path = RESULTS) -> None:
 
 
 def sweep(device: str, work: Path) -> None:
-    """One of layers, hidden size and calibration tokens changed at a time."""
+    """Measure builds in which layers, hidden size or calibration tokens change, one at a time."""
     recipe = load_recipe("gptq-int4")
     for layers in (2, 4, 8):
         keep("sweep", measure(replace(SMALL, layers=layers), 32, 128, recipe, device, work))
@@ -321,7 +320,7 @@ def resident(field):
     return 1024 * int(line.split()[1])
 
 for n_tokens in map(int, sys.argv[2:]):
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    open("/proc/self/clear_refs", "w").write("5")  # resets the peak
     before = resident("VmRSS")
     started = time.process_time()
     encoder.embed_tokens([[*(7 + i % 9000 for i in range(n_tokens - 1)), 20477]])
@@ -331,9 +330,7 @@ for n_tokens in map(int, sys.argv[2:]):
 
 
 def long_text(work: Path) -> None:
-    """Peak memory beyond the loaded model, of one text of each length."""
-    from gteopt.machine import machine, versions
-
+    """Measure the peak memory beyond the loaded model for one text of each length."""
     shape = Shape(256, 2, 4, 2, 1024, 20_480)
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         base = make_checkpoint(Path(temporary) / "base", shape)
@@ -389,14 +386,14 @@ def resident(field):
     line = next(line for line in open("/proc/self/status") if field in line)
     return 1024 * int(line.split()[1])
 
-gteopt.load("nano", backend=backend).encode(["a text"])  # imports, and what libraries take at first
+gteopt.load("nano", backend=backend).encode(["a text"])  # imports, and first use of libraries
 prepare()
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 before = resident("VmRSS")
 started, cpu = time.perf_counter(), time.process_time()
 encoder = gteopt.load(folder, backend=backend)
 load_s = time.perf_counter() - started
-encoder.encode(["a text"])  # OpenVINO puts weights into their order at first use
+encoder.encode(["a text"])  # OpenVINO reorders weights at their first use
 print(json.dumps({
     "load_s": load_s,
     "first_vector_s": time.perf_counter() - started,
@@ -407,17 +404,17 @@ print(json.dumps({
 """
 _LOAD_RUNS = 5
 _State = tuple[str, float | None]
-"""Cold or warm, and the disk's speed in GB/s where it is slowed down."""
+"""Cold or warm cache, and the limit of the disk's speed in GB/s, or None."""
 _BLKIO = Path("/sys/fs/cgroup/blkio")
-"""Where Linux slows a disk down for some processes (version 1 of its control groups)."""
+"""Where Linux limits the speed of a disk (version 1 of control groups)."""
 
 
 @contextmanager
 def _disk(folder: Path, gb_s: float | None) -> Iterator[list[str]]:
-    """What to put before a command so that the disk of `folder` gives it no more; None for all.
+    """Words before a command that limit its reads from the disk of `folder`; None is no limit.
 
     Raises:
-        InputError: this system has no such control, or not for this user.
+        InputError: this system cannot limit a disk, or this user may not.
     """
     if gb_s is None:
         yield []
@@ -442,35 +439,33 @@ def _disk(folder: Path, gb_s: float | None) -> Iterator[list[str]]:
 
 
 def _load(folder: Path, backend: str, states: Sequence[_State]) -> dict[_State, dict[str, float]]:
-    """Medians of `_LOAD_RUNS` loads and plain reads, each in a process of its own.
+    """Medians of `_LOAD_RUNS` loads and plain reads, each in a separate process.
 
-    By turns: a disk is slower for a minute after much was written, and that is everybody's.
+    All states take turns, because a disk is slower for a minute after large writes.
     """
-    seen: dict[_State, list[dict[str, float]]] = {state: [] for state in states}
-    for (cache, gb_s), runs in _LOAD_RUNS * list(seen.items()):
+    runs_of: dict[_State, list[dict[str, float]]] = {state: [] for state in states}
+    for (cache, limit_gb_s), runs in _LOAD_RUNS * list(runs_of.items()):
         run: dict[str, float] = {}
         for child in (_READ_CHILD, _LOAD_CHILD):
             command = [sys.executable, "-c", _LOAD_HEAD + child, str(folder), backend, cache]
-            with _disk(folder, gb_s) as slowly:
+            with _disk(folder, limit_gb_s) as slowly:
                 run |= json.loads(subprocess.check_output([*slowly, *command]))
         runs.append(run)
     return {
         state: {key: median(run[key] for run in runs) for key in runs[0]}
-        for state, runs in seen.items()
+        for state, runs in runs_of.items()
     }
 
 
 def loads(shape: Shape, work: Path, out: Path, disks: Sequence[float]) -> None:
-    """Time and memory of loading artifacts, beside a plain read of the same files.
+    """Measure time and memory of loading artifacts, beside a plain read of the same files.
 
     Args:
-        shape: of the base that the artifacts are of.
-        work: where they lie meanwhile, on the disk that is measured.
-        out: the results' file.
-        disks: speeds in GB/s that the disk is slowed down to, beside its own and the page cache's.
+        shape: shape of the base model.
+        work: folder for the artifacts, on the disk that is measured.
+        out: the results file.
+        disks: limits in GB/s; the disk without a limit and the page cache are measured too.
     """
-    from gteopt.machine import machine, versions
-
     rows: list[dict[str, Any]] = []
     states: list[_State] = [*(("cold", gb_s) for gb_s in (*disks, None)), ("warm", None)]
     with tempfile.TemporaryDirectory(dir=work) as temporary:
@@ -478,18 +473,18 @@ def loads(shape: Shape, work: Path, out: Path, disks: Sequence[float]) -> None:
         for recipe, backend in product(("rtn-int8", "rtn-int4", "nf4"), ("torch", "openvino")):
             folder = Path(temporary) / recipe
             manifest = gteopt.quantize(base, recipe, folder)
-            os.sync()  # what was written does not go to the disk beside what is read from it
-            for (cache, gb_s), seen in _load(folder, backend, states).items():
+            os.sync()  # so that no writes slow the reads down
+            for (cache, gb_s), medians in _load(folder, backend, states).items():
                 row = {"recipe": recipe, "format": manifest.format, "backend": backend}
-                rows.append({**row, "cache": cache, "disk_gb_s": gb_s, **seen})
-                n_bytes = seen["file_bytes"]
+                rows.append({**row, "cache": cache, "disk_gb_s": gb_s, **medians})
+                n_bytes = medians["file_bytes"]
                 where = cache if gb_s is None else f"{gb_s:g} GB/s"
                 print(
                     f"{recipe} ({manifest.format}) {backend} {where}: {n_bytes / 1e9:.2f} GB, "
-                    f"read in {seen['read_s']:.2f} s, loaded in {seen['load_s']:.2f}, a vector in "
-                    f"{seen['first_vector_s']:.2f} ({seen['cpu_s']:.2f} of CPU); peak "
-                    f"{seen['peak_bytes'] / n_bytes:.2f}, held {seen['held_bytes'] / n_bytes:.2f} "
-                    f"times the files",
+                    f"read in {medians['read_s']:.2f} s, loaded in {medians['load_s']:.2f}, "
+                    f"a vector in {medians['first_vector_s']:.2f} ({medians['cpu_s']:.2f} of CPU); "
+                    f"peak {medians['peak_bytes'] / n_bytes:.2f}, "
+                    f"held {medians['held_bytes'] / n_bytes:.2f} times the files",
                     flush=True,
                 )
     results = json.loads(out.read_text()) if out.is_file() else {}
@@ -509,27 +504,27 @@ _PANEL = (230, 130)
 
 
 def plot(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
-    """CPU time and memory over layers, hidden size and calibration tokens, as one SVG.
+    """Draw CPU time and memory over layers, hidden size and calibration tokens as one SVG.
 
-    Of memory both what was measured and, dashed, what `inspect` predicts.
+    A dashed line is the memory that `inspect` predicts.
     """
     rows, middle = results["sweep"], asdict(SMALL)
     n_usual = next(r["n_tokens"] for r in rows if r["n_texts"] == 32)
     parts = []
     for column, key in enumerate(("layers", "hidden", "n_tokens")):
-        others = [k for k in ("layers", "hidden") if k != key]
-        own = [r for r in rows if all(r["shape"][k] == middle[k] for k in others)]
-        own = [r for r in own if key == "n_tokens" or r["n_tokens"] == n_usual]
-        own.sort(key=lambda r: float(r["shape"].get(key, r["n_tokens"])))
-        xs = [float(r["shape"].get(key, r["n_tokens"])) for r in own]
-        seconds = [float(r["cpu_seconds"]) for r in own]
-        seen = [(r["peak_bytes"] - r["imports_bytes"]) / 1e6 for r in own]
-        predicted = [r["predicted_bytes"] / 1e6 for r in own]
+        fixed = [k for k in ("layers", "hidden") if k != key]
+        varied = [r for r in rows if all(r["shape"][k] == middle[k] for k in fixed)]
+        varied = [r for r in varied if key == "n_tokens" or r["n_tokens"] == n_usual]
+        varied.sort(key=lambda r: float(r["shape"].get(key, r["n_tokens"])))
+        xs = [float(r["shape"].get(key, r["n_tokens"])) for r in varied]
+        seconds = [float(r["cpu_seconds"]) for r in varied]
+        measured = [(r["peak_bytes"] - r["imports_bytes"]) / 1e6 for r in varied]
+        predicted = [r["predicted_bytes"] / 1e6 for r in varied]
         name = {"layers": "layers", "hidden": "hidden size", "n_tokens": "calibration tokens"}[key]
         parts.append(_panel(column, 0, "CPU seconds", name, xs, [seconds]))
-        parts.append(_panel(column, 1, "MB beyond the imports", name, xs, [seen, predicted]))
+        parts.append(_panel(column, 1, "MB beyond the imports", name, xs, [measured, predicted]))
     n_threads = rows[0]["n_threads"]
-    machine = f"{rows[0]['machine']['cpu']}, {n_threads} thread{'s' if n_threads > 1 else ''}"
+    conditions = f"{rows[0]['machine']['cpu']}, {n_threads} thread{'s' if n_threads > 1 else ''}"
     width, height = 3 * (_PANEL[0] + 80), 2 * (_PANEL[1] + 70) + 40
     target.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
@@ -537,7 +532,7 @@ def plot(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
         f'<rect width="{width}" height="{height}" fill="white"/>\n'
         f'<text x="20" y="20" font-size="13">A {rows[0]["recipe"]} build of {middle["layers"]} '
         f"layers, hidden size {middle['hidden']}, {n_usual:,} tokens, one of them varied at a time "
-        f"({machine}); dashed: predicted</text>\n" + "\n".join(parts) + "\n</svg>\n",
+        f"({conditions}); dashed: predicted</text>\n" + "\n".join(parts) + "\n</svg>\n",
         encoding="utf-8",
     )
 
@@ -545,7 +540,7 @@ def plot(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
 def _panel(
     column: int, row: int, title: str, x_title: str, xs: list[float], lines: list[list[float]]
 ) -> str:
-    """One set of axes from zero, a label at each point; the second line is dashed."""
+    """One panel: axes from zero, a label at each point; the second line is dashed."""
     width, height = _PANEL
     left, top = 50 + column * (width + 80), 55 + row * (height + 70)
     x_most, y_most = max(xs) * 1.05, max(max(line) for line in lines) * 1.1
@@ -574,45 +569,55 @@ def _panel(
 
 
 def main() -> None:
-    """Parse, measure, keep."""
+    """Run one measurement and write its results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["build", "sweep", "long", "load", "plot"])
+    parser.add_argument("measurement", choices=["build", "sweep", "long", "load", "plot"])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="gte-Qwen2-1.5B")
-    parser.add_argument("--layers", type=int, help="fewer than published, to try it out")
+    parser.add_argument("--layers", type=int, help="fewer blocks than published, for a trial")
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--recipe", default="gptq-int4")
-    parser.add_argument("--gptaq-strength", type=float, help="in place of the recipe's own")
+    parser.add_argument("--gptaq-strength", type=float, help="instead of the recipe's value")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--minutes", type=float, help="end the build after so many")
-    parser.add_argument("--disk", type=float, nargs="*", default=[], help="GB/s to slow it down to")
+    parser.add_argument("--minutes", type=float, help="end the build after this time")
+    parser.add_argument(
+        "--disk", type=float, nargs="*", default=[], help="limits of the disk in GB/s"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
-    asked = parser.parse_args()
-    asked.work.mkdir(parents=True, exist_ok=True)
-    if asked.what == "sweep":
-        sweep(asked.device, asked.work)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if arguments.measurement == "sweep":
+        sweep(arguments.device, arguments.work)
         return
-    if asked.what == "long":
-        long_text(asked.work)
+    if arguments.measurement == "long":
+        long_text(arguments.work)
         return
-    if asked.what == "plot":
+    if arguments.measurement == "plot":
         plot(json.loads(RESULTS.read_text()), RESULTS.with_suffix(".svg"))
         return
-    shape = SHAPES[asked.shape]
-    if asked.layers is not None:
-        shape = replace(shape, layers=asked.layers)
-    if asked.what == "load":
-        loads(shape, asked.work, asked.out, asked.disk)
+    shape = SHAPES[arguments.shape]
+    if arguments.layers is not None:
+        shape = replace(shape, layers=arguments.layers)
+    if arguments.measurement == "load":
+        loads(shape, arguments.work, arguments.out, arguments.disk)
         return
-    recipe = load_recipe(asked.recipe)
-    if asked.gptaq_strength is not None:
-        weights = recipe.weights.model_copy(update={"gptaq_strength": asked.gptaq_strength})
+    recipe = load_recipe(arguments.recipe)
+    if arguments.gptaq_strength is not None:
+        weights = recipe.weights.model_copy(update={"gptaq_strength": arguments.gptaq_strength})
         recipe = recipe.model_copy(update={"weights": weights})
-    row = measure(shape, asked.texts, asked.tokens, recipe, asked.device, asked.work, asked.minutes)
-    keep("builds", row, asked.out)
+    row = measure(
+        shape,
+        arguments.texts,
+        arguments.tokens,
+        recipe,
+        arguments.device,
+        arguments.work,
+        arguments.minutes,
+    )
+    keep("builds", row, arguments.out)
 
 
 if __name__ == "__main__":

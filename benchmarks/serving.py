@@ -1,23 +1,24 @@
-"""Throughput and latency of `gteopt serve` beside other servers and beside offline encoding.
+"""Measure throughput and latency of `gteopt serve` beside other servers and offline encoding.
 
     python benchmarks/serving.py run --seconds 8 --rounds 3
     python benchmarks/serving.py run --infinity ~/venv/bin/infinity_emb     # one more peer
     python benchmarks/serving.py run --model qwen2                          # a decoder's shape
-    python benchmarks/serving.py cpu --model wide                           # beside the device
+    python benchmarks/serving.py cpu --model wide             # processor time beside the device
     python benchmarks/serving.py soak --requests 100000 --connections 2000 --minutes 20
 
-All servers hold the same model in float32 with the same number of threads. They are loaded at once
-and take turns. One round measures each of them in each load, and ratios are of the same round.
+All servers have the same model in float32 and the same number of threads. All are in memory at once
+and take turns. One round measures each server under each load, and a ratio is between figures of
+one round.
 
-- alone: an open loop of short queries, Poisson arrivals, nothing else.
-- bulk: closed loops that send 16 texts of lognormal length a request, one after another.
-- mixed: both. Latency counts from the moment a query was due, so that a server that stalls is not
-  spared the queries behind.
+- alone: an open loop of short queries with Poisson arrivals, and no other load.
+- bulk: closed loops that send requests of 16 texts of lognormal length, one after another.
+- mixed: both. Latency counts from the moment at which a query is due, so a server that stalls also
+  pays for the queries that wait.
 
 `cpu` measures the processor time of a server beside its device thread, with answers in base64.
 `soak` counts lost and wrong answers while connections are opened and dropped, and samples memory.
 
-`offline` is `Encoder.encode` on the same texts in a process of its own: what no server can pass.
+`offline` is `Encoder.encode` on the same texts in a separate process; no server can be faster.
 `st-fastapi` is sentence-transformers in a FastAPI route, as its users write it.
 """
 
@@ -45,7 +46,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from model_folders import SAID, folder_of
+from model_folders import NAMES, folder_of
 
 from gteopt.machine import machine
 
@@ -53,16 +54,16 @@ RESULTS = Path(__file__).parent / "results" / "serving.json"
 BULK_TEXTS, N_BULK = 16, 8
 QUERIES_PER_S = 4.0
 NOTE = (
-    "other work had most of the machine (load_average of each round), so that the system decided "
-    "who waits: a server that computes in many threads is given more of the cores than one that "
-    "computes in one; only ratios of one round mean something"
+    "other work used most of the machine (load_average of each round). The system gave a server "
+    "with many computing threads more of the cores than a server with one. So only ratios of one "
+    "round mean something."
 )
 _SAMPLE_S = 10.0
 LIBRARIES = ("gteopt", "torch", "transformers", "sentence-transformers", "fastapi", "uvicorn")
 
 
 def corpus(n_texts: int, seed: int) -> list[str]:
-    """Texts of lognormal length: 60 words in the middle, 180 at most, all within MiniLM's limit."""
+    """Texts of lognormal length: median 60 words, at most 180, all within MiniLM's limit."""
     generator = random.Random(seed)
     prose = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     words = [word for word in prose.split() if word.isalpha() and word.islower()]
@@ -75,7 +76,7 @@ def corpus(n_texts: int, seed: int) -> list[str]:
 
 @dataclass
 class Server:
-    """A process that serves the model as `bench`."""
+    """A process that serves the model under the name `bench`."""
 
     name: str
     port: int
@@ -95,7 +96,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """A port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -103,7 +104,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(name: str, command: Sequence[str], port: int, threads: int) -> Iterator[Server]:
-    """A server that has answered once."""
+    """Start a server, wait for its first answer, and stop it at the end."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment |= {"TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1"}
     environment["INFINITY_ANONYMOUS_USAGE_STATS"] = "0"
@@ -128,7 +129,7 @@ def started(name: str, command: Sequence[str], port: int, threads: int) -> Itera
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """In the unit of the values; None of none."""
+    """A percentile in the unit of the values; None if there are no values."""
     return float(np.percentile(np.array(values), 100 * share)) if values else None
 
 
@@ -142,7 +143,7 @@ def load(
     queries: bool,
     seed: int,
 ) -> dict[str, float | None]:
-    """One measurement of one server."""
+    """Figures of one server under one load."""
     end = time.monotonic() + seconds
     tokens: list[int] = []
     latencies: list[float] = []
@@ -154,8 +155,8 @@ def load(
             chosen = generator.sample(texts, BULK_TEXTS)
             server.post(chosen, connection)
             took = time.monotonic() - began
-            inside = min(1.0, (end - began) / took)  # of the last request, its part before the end
-            tokens.append(int(inside * sum(lengths[each] for each in chosen)))
+            inside = min(1.0, (end - began) / took)  # share of the last request before the end
+            tokens.append(int(inside * sum(lengths[text] for text in chosen)))
 
     def query(due: float, text: str) -> None:
         connection = server.connect()
@@ -186,19 +187,19 @@ def load(
     return {
         "tokens_per_s": sum(tokens) / seconds if bulk else None,
         "n_queries": len(latencies),
-        "query_p50_ms": scaled(percentile(latencies, 0.5)),
-        "query_p95_ms": scaled(percentile(latencies, 0.95)),
+        "query_p50_ms": milliseconds(percentile(latencies, 0.5)),
+        "query_p95_ms": milliseconds(percentile(latencies, 0.95)),
         "batch_ms": 1000 * (after[0] - before[0]) / n_passes if n_passes else None,
     }
 
 
-def scaled(seconds: float | None) -> float | None:
-    """Milliseconds."""
+def milliseconds(seconds: float | None) -> float | None:
+    """Milliseconds; None stays None."""
     return None if seconds is None else 1000 * seconds
 
 
 def device_totals(server: Server) -> tuple[float, float]:
-    """Seconds of the device and passes so far; zeros for servers that do not say."""
+    """Seconds of the device and passes so far; zeros for other servers."""
     if not server.name.startswith("gteopt"):
         return 0.0, 0.0
     connection = server.connect()
@@ -212,12 +213,12 @@ def device_totals(server: Server) -> tuple[float, float]:
 
 
 def thread_seconds(process: psutil.Process) -> dict[int, float]:
-    """CPU time of each thread by its number."""
-    return {each.id: each.user_time + each.system_time for each in process.threads()}
+    """CPU time of each thread, by its id."""
+    return {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
 
 
 class Offline:
-    """`Encoder.encode` in a process of its own."""
+    """`Encoder.encode` in a separate process."""
 
     def __init__(self, threads: int, model: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -238,7 +239,7 @@ class Offline:
         return self._process.stdout.readline()
 
     def tokens_per_s(self, seconds: float) -> float:
-        """Of about so many seconds."""
+        """Tokens per second, measured for about this time."""
         return float(self._ask(str(seconds)))
 
     def close(self) -> None:
@@ -248,7 +249,7 @@ class Offline:
 
 
 def offline(model: str) -> None:
-    """The child of `Offline`."""
+    """The child process of `Offline`."""
     import gteopt
 
     encoder = gteopt.load(model, dtype="float32")
@@ -262,11 +263,10 @@ def offline(model: str) -> None:
             continue
         began, n_tokens = time.monotonic(), 0
         while time.monotonic() - began < float(line):
-            chosen = generator.sample(
-                texts, N_BULK * BULK_TEXTS
-            )  # as much as all clients have open
+            # As many texts as all clients together have in their requests.
+            chosen = generator.sample(texts, N_BULK * BULK_TEXTS)
             encoder.encode(chosen)
-            n_tokens += sum(lengths[each] for each in chosen)
+            n_tokens += sum(lengths[text] for text in chosen)
         print(n_tokens / (time.monotonic() - began), flush=True)
 
 
@@ -284,7 +284,7 @@ def st_fastapi(port: int, folder: str) -> None:
         input: list[str]
         encoding_format: str = "float"
 
-    # Annotations are strings in this file; the route looks them up among globals.
+    # Annotations are strings in this file, and the route looks them up in the globals.
     globals()["Body"] = Body
     app = FastAPI()
 
@@ -305,10 +305,10 @@ def st_fastapi(port: int, folder: str) -> None:
 
 
 def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str], int]]:
-    """What starts each server, and its port."""
-    found: dict[str, tuple[list[str], int]] = {}
+    """Command line and port of each server."""
+    by_name: dict[str, tuple[list[str], int]] = {}
     port = free_port()
-    own = [
+    serve = [
         sys.executable,
         "-m",
         "gteopt",
@@ -317,12 +317,12 @@ def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str], int]]:
         "--dtype",
         "float32",
     ]
-    found["gteopt"] = ([*own, "--port", str(port), "--max-queue-seconds", "600"], port)
+    by_name["gteopt"] = ([*serve, "--port", str(port), "--max-queue-seconds", "600"], port)
     try:
         version("fastapi")
         port = free_port()
         peer = [sys.executable, __file__, "st-fastapi"]
-        found["st-fastapi"] = ([*peer, str(port), "--folder", arguments.folder], port)
+        by_name["st-fastapi"] = ([*peer, str(port), "--folder", arguments.folder], port)
     except PackageNotFoundError:
         print("st-fastapi is left out: fastapi is not installed", file=sys.stderr)
     if arguments.infinity:
@@ -331,12 +331,12 @@ def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str], int]]:
         options += ["--dtype", "float32"]
         options += ["--engine", "torch", "--no-bettertransformer", "--port", str(port)]
         command = [arguments.infinity, "v2", "--model-id", arguments.folder]
-        found["infinity"] = ([*command, "--served-model-name", "bench", *options], port)
-    return found
+        by_name["infinity"] = ([*command, "--served-model-name", "bench", *options], port)
+    return by_name
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure every server in turns, and write the medians."""
+    """Measure all servers in turns, and write rounds and medians."""
     from gteopt.encoder.tokenization import Tokenization
     from gteopt.model.checkpoint import open_checkpoint
 
@@ -357,9 +357,9 @@ def run(arguments: argparse.Namespace) -> None:
                 "offline_tokens_per_s": limit.tokens_per_s(arguments.seconds),
             }
             for server in servers:
-                own = psutil.Process(server.process.pid)
-                threads = thread_seconds(own)
-                seen = {
+                process = psutil.Process(server.process.pid)
+                threads = thread_seconds(process)
+                loads = {
                     name: load(
                         server,
                         texts,
@@ -373,10 +373,10 @@ def run(arguments: argparse.Namespace) -> None:
                 }
                 spent = [
                     seconds - threads.get(thread, 0.0)
-                    for thread, seconds in thread_seconds(own).items()
+                    for thread, seconds in thread_seconds(process).items()
                 ]
                 measured[server.name] = {
-                    **seen,
+                    **loads,
                     "cpu_outside_busiest_thread": 1 - max(spent) / sum(spent),
                 }
             measured["offline_again_tokens_per_s"] = limit.tokens_per_s(arguments.seconds)
@@ -387,18 +387,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Over rounds, of each server; ratios are of the same round."""
-    found: dict[str, Any] = {}
-    names = [name for name, each in rounds[0].items() if isinstance(each, dict)]
+    """Medians over rounds for each server; a ratio is between figures of one round."""
+    by_server: dict[str, Any] = {}
+    names = [name for name, part in rounds[0].items() if isinstance(part, dict)]
     for name in names:
 
         def middle(
             of: Callable[[dict[str, Any]], float | None], server: str = name
         ) -> float | None:
-            values = [value for each in rounds if (value := of({**each, "own": each[server]}))]
+            values = [value for r in rounds if (value := of({**r, "own": r[server]}))]
             return median(values) if values else None
 
-        found[name] = {
+        by_server[name] = {
             "bulk_tokens_per_s": middle(lambda r: r["own"]["bulk"]["tokens_per_s"]),
             "share_of_offline": middle(
                 lambda r: (
@@ -421,57 +421,57 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
             ),
             "cpu_outside_busiest_thread": middle(lambda r: r["own"]["cpu_outside_busiest_thread"]),
         }
-    return found
+    return by_server
 
 
 def cpu(arguments: argparse.Namespace) -> None:
-    """Processor time of the server outside its busiest thread, which is the device's."""
+    """Measure processor time outside the busiest thread, which is the device thread."""
     texts = corpus(500, seed=5)
     command, port = commands(arguments)["gteopt"]
     with started("gteopt", command, port, arguments.threads) as server:
-        own, end = psutil.Process(server.process.pid), time.monotonic() + arguments.seconds
-        before, answers = thread_seconds(own), []
+        process, end = psutil.Process(server.process.pid), time.monotonic() + arguments.seconds
+        before, answer_bytes = thread_seconds(process), []
 
         def client(number: int) -> None:
             generator, connection = random.Random(number), server.connect()
             while time.monotonic() < end:
                 chosen = generator.sample(texts, BULK_TEXTS)
-                answers.append(len(server.post(chosen, connection)))
+                answer_bytes.append(len(server.post(chosen, connection)))
 
         with ThreadPoolExecutor(N_BULK) as pool:
             list(pool.map(client, range(N_BULK)))
-        after = thread_seconds(own)
+        after = thread_seconds(process)
     spent = sorted(seconds - before.get(thread, 0.0) for thread, seconds in after.items())
-    found = {
-        "texts": BULK_TEXTS * len(answers),
-        "bytes_per_text": round(sum(answers) / len(answers) / BULK_TEXTS),
+    result = {
+        "texts": BULK_TEXTS * len(answer_bytes),
+        "bytes_per_text": round(sum(answer_bytes) / len(answer_bytes) / BULK_TEXTS),
         "device_thread_cpu_s": round(spent[-1], 2),
         "other_threads_cpu_s": round(sum(spent[:-1]), 2),
         "share_outside_device_thread": round(sum(spent[:-1]) / sum(spent), 4),
     }
-    write("cpu", found, arguments)
-    print(json.dumps(found, indent=1))
+    write("cpu", result, arguments)
+    print(json.dumps(result, indent=1))
 
 
 def soak(arguments: argparse.Namespace) -> None:
-    """Many requests, some of which hang up, while answers and memory are looked at."""
+    """Send many requests, some of which hang up; check the answers and sample memory."""
     import gteopt
 
     encoder = gteopt.load(arguments.folder, dtype="float32")
-    texts = [text[:60] for text in corpus(200, seed=3)]  # short ones: requests are what counts
+    texts = [text[:60] for text in corpus(200, seed=3)]  # short texts, for many requests
     expected = encoder.encode(texts)
     command, port = commands(arguments)["gteopt"]
     with started("gteopt", command, port, arguments.threads) as server:
-        own = psutil.Process(server.process.pid)
+        process = psutil.Process(server.process.pid)
         counts = {"sent": 0, "answered": 0, "wrong": 0, "failed": 0, "dropped": 0}
-        lock, memory, began = threading.Lock(), [(0.0, own.memory_info().rss)], time.monotonic()
+        lock, memory, began = threading.Lock(), [(0.0, process.memory_info().rss)], time.monotonic()
 
         def count(kind: str) -> None:
             with lock:
                 counts[kind] += 1
                 passed = time.monotonic() - began
                 if passed > memory[-1][0] + _SAMPLE_S:
-                    memory.append((passed, own.memory_info().rss))
+                    memory.append((passed, process.memory_info().rss))
 
         def client(number: int) -> None:
             generator, connection = random.Random(number), server.connect()
@@ -486,13 +486,13 @@ def soak(arguments: argparse.Namespace) -> None:
                 count("sent")
                 try:
                     answer = json.loads(server.post([texts[j] for j in chosen], connection))
-                    found = np.array(
+                    vectors = np.array(
                         [
-                            np.frombuffer(base64.b64decode(each["embedding"]), "<f4")
-                            for each in answer["data"]
+                            np.frombuffer(base64.b64decode(item["embedding"]), "<f4")
+                            for item in answer["data"]
                         ]
                     )
-                    close = np.abs(found - expected[chosen]).max() <= 1e-5
+                    close = np.abs(vectors - expected[chosen]).max() <= 1e-5
                     count("answered" if close else "wrong")
                 except Exception:
                     count("failed")
@@ -500,22 +500,22 @@ def soak(arguments: argparse.Namespace) -> None:
 
         with ThreadPoolExecutor(N_BULK) as pool:
             list(pool.map(client, range(N_BULK)))
-        n_open = len(own.net_connections())
-    found = {
+        n_open = len(process.net_connections())
+    result = {
         **counts,
         "lost": counts["sent"] - counts["answered"] - counts["wrong"] - counts["failed"],
         "open_connections_at_the_end": n_open,
         "seconds": round(time.monotonic() - began, 1),
-        "memory_mb": [(round(at), round(each / 2**20, 1)) for at, each in memory],
+        "memory_mb": [(round(at), round(n_bytes / 2**20, 1)) for at, n_bytes in memory],
         "memory_slope_mb_per_minute": slope(memory),
     }
-    write("soak", found, arguments)
-    print(json.dumps(found, indent=1))
+    write("soak", result, arguments)
+    print(json.dumps(result, indent=1))
 
 
 def slope(memory: Sequence[tuple[float, int]]) -> float | None:
-    """MB a minute of the line through the samples of the second half; None of too few."""
-    late = [(at / 60, each / 2**20) for at, each in memory[len(memory) // 2 :]]
+    """MB per minute: slope of a line through the second half of the samples; None of too few."""
+    late = [(at / 60, n_bytes / 2**20) for at, n_bytes in memory[len(memory) // 2 :]]
     if len(late) < 3:
         return None
     minutes, megabytes = np.array(late).T
@@ -523,7 +523,7 @@ def slope(memory: Sequence[tuple[float, int]]) -> float | None:
 
 
 def drop(server: Server, text: str) -> None:
-    """Send a request and hang up before its answer."""
+    """Send a request, and close the connection before its answer."""
     body = json.dumps({"model": "bench", "input": text}).encode()
     head = f"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -531,7 +531,7 @@ def drop(server: Server, text: str) -> None:
 
 
 def write(part: str, content: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Put one part into the results file."""
+    """Put one part into the results file, with the machine and versions."""
     path = Path(arguments.out)
     whole = json.loads(path.read_text()) if path.is_file() else {}
     versions = {}
@@ -543,7 +543,7 @@ def write(part: str, content: dict[str, Any], arguments: argparse.Namespace) -> 
     part = part if arguments.model == "minilm" else f"{part}_{arguments.model}"
     whole[part] = {
         "command": f"python benchmarks/serving.py {' '.join(sys.argv[1:])}",
-        "model": SAID[arguments.model],
+        "model": NAMES[arguments.model],
         "threads": arguments.threads,
         "machine": machine().model_dump(),
         "versions": versions,
@@ -554,7 +554,7 @@ def write(part: str, content: dict[str, Any], arguments: argparse.Namespace) -> 
 
 
 def main() -> None:
-    """Parse and go."""
+    """Run one task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("task", choices=("run", "cpu", "soak", "offline", "st-fastapi"))
     parser.add_argument("port", nargs="?", type=int)
@@ -563,11 +563,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--connections", type=int, default=2_000, help="opened and dropped")
-    parser.add_argument("--minutes", type=float, default=60, help="after which a soak ends")
-    parser.add_argument("--model", choices=tuple(SAID), default="minilm")
-    parser.add_argument("--folder", help="of the model, where it is there already")
+    parser.add_argument("--minutes", type=float, default=60, help="end a soak after this time")
+    parser.add_argument("--model", choices=tuple(NAMES), default="minilm")
+    parser.add_argument("--folder", help="folder of the model, if it exists already")
     parser.add_argument("--note", default=NOTE)
-    parser.add_argument("--infinity", help="its executable")
+    parser.add_argument("--infinity", help="executable of infinity")
     parser.add_argument("--out", default=str(RESULTS))
     arguments = parser.parse_args()
     if arguments.task == "offline":

@@ -1,20 +1,19 @@
-"""The GPTQ solver's CPU time on the matrices of one block, before and after a change.
+"""Measure the GPTQ solver's CPU time on the matrices of one block, before and after a change.
 
-Each solver is a process of its own with one thread, so that CPU time is what it costs. "Before" is
-the package at another revision, unpacked from git into a temporary folder. Rounds alternate, and
-the least CPU time of each counts: a busy machine makes a run longer, never shorter. Inputs are
-random with a decaying spectrum and a few large features, as transformers have them; the same for
-all.
+Each solver runs in a separate process with one thread, so that its CPU time is its cost. "Before"
+is the package at another revision, unpacked from git into a temporary folder. Solvers take turns,
+and the least CPU time of each counts, because other work can only lengthen a run. All solvers get
+the same random inputs, with a decaying spectrum and a few large features, as in transformers.
 
     python benchmarks/solver.py --against eda514f        # both matrices, int4 and NF4
     python benchmarks/solver.py --against eda514f --shapes 3584x3584 --profile
     python benchmarks/solver.py --block                  # all layers of a 7B block, down_proj too
 
-Peers run in an environment of their own: give its Python with --peer-python, and with --peer-path
-a folder with GPTQModel's source where its package refuses this torch. They and we then solve the
-same problem, GPTQ with 4 bits in groups of 128 with zero points, in order of activation, with
-static groups; ours without GPTAQ's correction, beside the recipe as it ships. What cannot be
-imported there is left out, and the result says so.
+Peers run in another environment, whose Python --peer-python names. If GPTQModel's package refuses
+this torch, --peer-path names a folder with its source. All libraries then solve the same problem:
+GPTQ with 4 bits in groups of 128 with zero points, activation order and static groups. gteopt
+solves it without GPTAQ's correction, beside the recipe as it ships. A peer that cannot be imported
+has its error in the results.
 
     python benchmarks/solver.py --peer-python /tmp/peers/bin/python --recipes gptq-int4
 """
@@ -34,7 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "solver.json"
 ROOT = Path(__file__).parent.parent
 SHAPES = ("3584x3584", "18944x3584")
 BLOCK = {"3584x3584": 2, "512x3584": 2, "18944x3584": 2, "3584x18944": 1}
-"""Output x input features of a block of gte-Qwen2-7B, and how many layers have them."""
+"""Number of layers of a gte-Qwen2-7B block, by output x input features."""
 RECIPES = ("gptq-int4", "gptq-nf4")
 N_ROWS = 1024
 
@@ -54,7 +53,7 @@ x0 = x + 0.05 * torch.randn(n_rows, in_features, generator=generator)
 weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
 
 def output_snr_db(rounded):
-    # What is left of the layer's output on these inputs.
+    # Signal to rounding noise in the layer's output on these inputs.
     signal = (x @ weight.T).double().square().sum()
     noise = (x @ (rounded.float() - weight).T).double().square().sum()
     return round(10 * torch.log10(signal / noise).item(), 3)
@@ -84,7 +83,7 @@ with torch.inference_mode():
     statistics = HessianAccumulator(in_features, through=through)
     statistics.add(x, x0 if recipe.gptaq_strength else None)
     hessian = statistics.hessian
-    seen_s = time.process_time() - started
+    statistics_s = time.process_time() - started
     if profile:
         import cProfile, pstats
         watch = cProfile.Profile(time.process_time)
@@ -103,15 +102,15 @@ with torch.inference_mode():
         watch.disable()
         pstats.Stats(watch, stream=sys.stderr).sort_stats("tottime").print_stats(16)
 peak = peak_bytes()
-# Against what the original layer gives for the original inputs: what GPTAQ minimises.
-wanted = x0 @ weight.T
-error = x @ result.weight.dequantize().T - wanted
+# Error to the output of the original layer for the original inputs, which GPTAQ minimises.
+exact = x0 @ weight.T
+error = x @ result.weight.dequantize().T - exact
 print(json.dumps({
-    "statistics_cpu_s": round(seen_s, 2),
+    "statistics_cpu_s": round(statistics_s, 2),
     "solve_cpu_s": round(solved_s, 2),
     "output_snr_db": output_snr_db(result.weight.dequantize()),
     "snr_to_original_db": round(
-        10 * torch.log10(wanted.double().square().sum() / error.double().square().sum()).item(), 3),
+        10 * torch.log10(exact.double().square().sum() / error.double().square().sum()).item(), 3),
     "peak_bytes": peak,
 }))
 """
@@ -136,7 +135,7 @@ initialize_module_for_quantization(
 with torch.no_grad():
     started = time.process_time()
     hessian, n = accumulate_hessian(x, module, make_empty_hessian(module), torch.zeros(1))
-    seen_s = time.process_time() - started
+    statistics_s = time.process_time() - started
     started = time.process_time()
     initialize_observer(module, "weight")
     observe(module, base_name="weight")
@@ -145,7 +144,7 @@ with torch.no_grad():
     rounded, _, plain = quantize_weight(*batch, quant_args=args, blocksize=128, percdamp=0.01)
     solved_s = time.process_time() - started
 assert not plain.any(), "rounded to nearest instead"
-print(json.dumps({"statistics_cpu_s": round(seen_s, 2), "solve_cpu_s": round(solved_s, 2),
+print(json.dumps({"statistics_cpu_s": round(statistics_s, 2), "solve_cpu_s": round(solved_s, 2),
     "peak_bytes": peak_bytes(), "output_snr_db": output_snr_db(rounded[0])}))
 """
 )
@@ -166,11 +165,11 @@ with torch.no_grad():
     started = time.process_time()
     task.add_batch(x[None], None)
     task.finalize_hessian()
-    seen_s = time.process_time() - started
+    statistics_s = time.process_time() - started
     started = time.process_time()
     rounded = task.quantize()[0]
     solved_s = time.process_time() - started
-print(json.dumps({"statistics_cpu_s": round(seen_s, 2), "solve_cpu_s": round(solved_s, 2),
+print(json.dumps({"statistics_cpu_s": round(statistics_s, 2), "solve_cpu_s": round(solved_s, 2),
     "peak_bytes": peak_bytes(), "output_snr_db": output_snr_db(rounded)}))
 """
 )
@@ -191,11 +190,11 @@ print(json.dumps({name: installed(name) for name in names}))
 
 
 def run(code: str, arguments: list[str], path: Path, python: str = sys.executable) -> Any:
-    """What a child prints, or why there is nothing."""
+    """The JSON that a child process prints, or its last error line as `problem`."""
     environment = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [python, "-c", code, *arguments],
-        cwd=path if path.is_dir() else None,  # which Python looks in first
+        cwd=path if path.is_dir() else None,  # Python imports from here first
         env=environment,
         capture_output=True,
         text=True,
@@ -207,7 +206,7 @@ def run(code: str, arguments: list[str], path: Path, python: str = sys.executabl
 
 
 def unpack(revision: str, folder: Path) -> Path:
-    """The package as it was at a revision."""
+    """Unpack the package of a git revision into a folder; returns the folder."""
     archive = subprocess.run(
         ["git", "-C", str(ROOT), "archive", revision, "gteopt", "recipes"],
         check=True,
@@ -223,7 +222,7 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def beside_peers(sizes: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Ours on the peers' problem and each peer on one matrix, by turns; the best round of each."""
+    """Best round of gteopt and of each peer on one matrix and the same problem, in turns."""
     peer_path = options.peer_path or ROOT / "benchmarks"
     solvers = {
         "gteopt, the same problem": (_OURS, [*sizes, "gptq-int4", "same problem"], ROOT, None),
@@ -245,17 +244,19 @@ def beside_peers(sizes: list[str], options: argparse.Namespace) -> list[dict[str
 
 
 def main() -> None:
-    """Read the command line, measure, print and store."""
+    """Measure the solvers and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--against", help="revision to compare with")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--rows", type=int, default=N_ROWS)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--block", action="store_true", help="all shapes of a 7B block")
+    parser.add_argument("--block", action="store_true", help="all matrices of a 7B block")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--peer-python", help="Python of an environment with the peers")
-    parser.add_argument("--peer-path", type=Path, help="folders of peers' source, joined by :")
+    parser.add_argument(
+        "--peer-path", type=Path, help="folders of the peers' source, separated by :"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     from gteopt.machine import machine, versions
@@ -269,11 +270,11 @@ def main() -> None:
         for shape in shapes:
             sizes = [*shape.split("x"), str(options.rows)]
             for recipe in options.recipes:
-                own = [*sizes, recipe, "profile" if options.profile else "plain"]
+                solver_arguments = [*sizes, recipe, "profile" if options.profile else "plain"]
                 tries: dict[str, list[dict[str, Any]]] = {name: [] for name in paths}
                 for _ in range(options.rounds):
                     for name, path in paths.items():
-                        tries[name].append(run(_OURS, own, path))
+                        tries[name].append(run(_OURS, solver_arguments, path))
                 for name, measured in tries.items():
                     rows.append({"solver": name, "shape": shape, "recipe": recipe} | best(measured))
                     print(json.dumps(rows[-1]), flush=True)

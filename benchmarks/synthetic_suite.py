@@ -1,11 +1,11 @@
-"""A whole suite on synthetic data: does it end with an interval, and does a policy pick?
+"""Score a whole suite on synthetic data, to see its intervals and what a policy picks.
 
     python benchmarks/synthetic_suite.py            # benchmarks/results/synthetic_suite.json
     python benchmarks/synthetic_suite.py --suite mteb-fr
 
-Writes every data set of the suite in the Hub's layout, a few texts each, scores the embedded model
-and its rtn-int8 variant on all of them with plain `gteopt run`, and says how many tasks have a
-score, an interval and entries that make mteb's own score. Scores of such data mean nothing.
+Writes each data set of the suite in the Hub's layout, with a few texts. Scores the embedded model
+and its rtn-int8 variant on all data sets, like `gteopt run`. Counts the tasks with a score and with
+an interval. The scores mean nothing, because the texts are made up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
@@ -28,6 +27,7 @@ from gteopt.evaluation.suites import SuiteTask, read_suite
 from gteopt.evaluation.task_facts import TaskFacts, read_task_facts
 from gteopt.machine import machine, versions
 from gteopt.progress import quiet
+from gteopt.speed.clock import Stopwatch
 
 FOLDER = Path(__file__).parent
 SUBJECTS = [
@@ -60,28 +60,28 @@ N_PAIRS, N_QUERIES, N_DOCUMENTS, N_LABELLED = 40, 14, 40, 36
 
 Rows = list[dict[str, Any]]
 Configs = dict[str, dict[str, Rows]]
-"""Rows by config, then split."""
+"""Rows by config, then by split."""
 
 
 class Texts:
-    """Seeded sentences on a few subjects."""
+    """Random sentences on a few subjects."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
 
     def on(self, subject: int) -> str:
-        """A sentence on one subject."""
+        """A sentence on a subject."""
         words = " ".join(self.rng.choice(DETAILS, 3))
         return f"{words} {SUBJECTS[subject % len(SUBJECTS)]} number {self.rng.integers(1000)}"
 
     def any(self) -> tuple[int, str]:
-        """A subject and a sentence on it."""
+        """A random subject and a sentence on it."""
         subject = int(self.rng.integers(len(SUBJECTS)))
         return subject, self.on(subject)
 
 
 def similar(task: Any, texts: Texts) -> Rows:
-    """Pairs with a grade: of one subject or of two."""
+    """Pairs of sentences; pairs on the same subject have high grades."""
     first, second = task.column_names
     rows: Rows = []
     for _ in range(N_PAIRS):
@@ -92,7 +92,7 @@ def similar(task: Any, texts: Texts) -> Rows:
 
 
 def classified(task: Any, texts: Texts) -> Rows:
-    """Texts labelled by their subject."""
+    """Texts whose label is their subject."""
     rows = []
     for number in range(N_LABELLED):
         label = number % 3
@@ -111,7 +111,7 @@ def clustered(task: Any, texts: Texts) -> Rows:
 
 
 def paired(task: Any, texts: Texts) -> Rows:
-    """All pairs in one row, as these data sets have them."""
+    """All pairs in one row, which is the layout of these data sets."""
     labels = [number % 2 for number in range(N_PAIRS)]
     first = [texts.any() for _ in labels]
     second = [texts.on(a[0] + 1 - label) for a, label in zip(first, labels, strict=True)]
@@ -119,7 +119,7 @@ def paired(task: Any, texts: Texts) -> Rows:
 
 
 def summarized(task: Any, texts: Texts) -> Rows:
-    """Texts with summaries of people and of machines, and grades of the latter."""
+    """Texts with human and machine summaries, and grades of the machine summaries."""
     rows = []
     for number in range(12):
         rows.append(
@@ -127,42 +127,42 @@ def summarized(task: Any, texts: Texts) -> Rows:
                 "text": texts.on(number),
                 "human_summaries": [texts.on(number) for _ in range(3)],
                 "machine_summaries": [texts.on(number + shift) for shift in range(5)],
-                "relevance": [float(each) for each in texts.rng.uniform(1, 5, 5)],
+                "relevance": [float(grade) for grade in texts.rng.uniform(1, 5, 5)],
             }
         )
     return rows
 
 
 def searched(texts: Texts, split: str, *, reranks: bool, n_wordings: int) -> Configs:
-    """A corpus, queries and which documents answer them; candidates where a task reranks.
+    """A corpus, queries and judgements; candidates too if the task reranks.
 
-    Several wordings of one query have ids of one stem ("q3_0", "q3_1") and the same answers.
+    All wordings of a query have the same answers, and ids like "q3_0" and "q3_1".
     """
     documents = [texts.any() for _ in range(N_DOCUMENTS)]
-    asked = [texts.any() for _ in range(N_QUERIES)]
+    subjects_and_queries = [texts.any() for _ in range(N_QUERIES)]
     queries: list[tuple[str, str]] = []
     judged: Rows = []
-    for i, (wanted, text) in enumerate(asked):
-        others = [texts.on(wanted) for _ in range(n_wordings - 1)]
-        ids = [f"q{i}" if n_wordings == 1 else f"q{i}_{each}" for each in range(n_wordings)]
-        queries += zip(ids, [text, *others], strict=True)
+    for i, (query_subject, text) in enumerate(subjects_and_queries):
+        other_wordings = [texts.on(query_subject) for _ in range(n_wordings - 1)]
+        ids = [f"q{i}" if n_wordings == 1 else f"q{i}_{number}" for number in range(n_wordings)]
+        queries += zip(ids, [text, *other_wordings], strict=True)
         judged += [
-            {"query-id": each, "corpus-id": f"d{j}", "score": 1}
-            for each in ids
+            {"query-id": query_id, "corpus-id": f"d{j}", "score": 1}
+            for query_id in ids
             for j, (subject, _) in enumerate(documents)
-            if subject == wanted or j == i
+            if subject == query_subject or j == i
         ]
     rows = [{"_id": f"d{j}", "title": "", "text": text} for j, (_, text) in enumerate(documents)]
-    found: Configs = {
+    configs: Configs = {
         "corpus": {"corpus": rows},
-        "queries": {"queries": [{"_id": each, "text": text} for each, text in queries]},
+        "queries": {"queries": [{"_id": query_id, "text": text} for query_id, text in queries]},
         "default": {split: judged},
     }
     if reranks:
-        every = [f"d{j}" for j in range(N_DOCUMENTS)]
-        ranked = [{"query-id": each, "corpus-ids": every} for each, _ in queries]
-        found["top_ranked"] = {split: ranked}
-    return found
+        all_documents = [f"d{j}" for j in range(N_DOCUMENTS)]
+        ranked = [{"query-id": query_id, "corpus-ids": all_documents} for query_id, _ in queries]
+        configs["top_ranked"] = {split: ranked}
+    return configs
 
 
 BY_KIND: dict[str, Callable[[Any, Texts], Rows]] = {
@@ -187,22 +187,22 @@ def configs_of(task: Any, facts: TaskFacts, entry: SuiteTask, texts: Texts) -> C
     if facts.kind == "Classification":
         splits = ["train", *splits]
     subsets = entry.subsets or ("default",)
-    if getattr(task, "fast_loading", False):  # all subsets in one table, with their names
-        named = [(subset, each) for subset in subsets for each in splits]
+    if getattr(task, "fast_loading", False):  # one table has all subsets, with their names
         rows = {
-            (subset, each): [{**row, "lang": subset} for row in make(task, texts)]
-            for subset, each in named
+            (subset, name): [{**row, "lang": subset} for row in make(task, texts)]
+            for subset in subsets
+            for name in splits
         }
         return {
             "default": {
-                each: [row for subset in subsets for row in rows[subset, each]] for each in splits
+                name: [row for subset in subsets for row in rows[subset, name]] for name in splits
             }
         }
-    return {subset: {each: make(task, texts) for each in splits} for subset in subsets}
+    return {subset: {name: make(task, texts) for name in splits} for subset in subsets}
 
 
 def write_data(folder: Path, configs: Configs) -> None:
-    """One JSON file a config and split, and a card that names them, as on the Hub."""
+    """Write a JSON file for each config and split, and a card that names the files."""
     folder.mkdir(parents=True, exist_ok=True)
     card = ["---", "configs:"]
     for config, splits in configs.items():
@@ -215,7 +215,7 @@ def write_data(folder: Path, configs: Configs) -> None:
 
 
 def write_suite_data(suite_name: str, hub_dir: Path) -> int:
-    """Data for every task of a suite; returns how many data sets that are."""
+    """Write data for every task of a suite; returns the number of data sets."""
     import mteb
 
     facts = read_task_facts()
@@ -225,20 +225,20 @@ def write_suite_data(suite_name: str, hub_dir: Path) -> int:
         for name in names:
             task = mteb.get_task(name, hf_subsets=list(entry.subsets or ()) or None)
             texts = Texts(len(by_folder))
-            own = configs_of(task, facts[name], entry, texts)
-            by_folder.setdefault(facts[name].data, {}).update(own)
+            configs = configs_of(task, facts[name], entry, texts)
+            by_folder.setdefault(facts[name].data, {}).update(configs)
     for data, configs in by_folder.items():
         write_data(hub_dir / data, configs)
     return len(by_folder)
 
 
 def main() -> None:
-    """Score, choose, and write the record."""
+    """Score, choose, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", default="mteb-en")
     parser.add_argument("--out", type=Path, default=FOLDER / "results" / "synthetic_suite.json")
     arguments = parser.parse_args()
-    started = time.monotonic()
+    watch = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="gteopt-synthetic-") as scratch:
         hub_dir, out = Path(scratch, "hub"), Path(scratch, "results")
         n_data = write_suite_data(arguments.suite, hub_dir)
@@ -280,7 +280,7 @@ def main() -> None:
         "retention": [report.retention_low, report.retention, report.retention_high],
         "picked": choice.picked,
         "reason": choice.reason,
-        "seconds": round(time.monotonic() - started),
+        "seconds": round(watch.wall_s),
         "note": "two cores shared with other work",
         "machine": machine().model_dump(),
         "versions": {**versions(), "mteb": version("mteb"), "datasets": version("datasets")},

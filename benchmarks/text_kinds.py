@@ -1,8 +1,7 @@
-"""Texts of seven kinds that nothing is calibrated on, and how far a variant moves each kind.
+"""Judge variants on seven kinds of text that are not used for calibration.
 
-What is judged comes from other sources than the shipped calibration texts: BANKING77, STS-B and
-its translations, LCQMC, Cranfield, and the source of two packages that
-`calibration_set.py` leaves out.
+The texts come from other sources than the shipped calibration texts: BANKING77, STS-B and its
+translations, LCQMC, Cranfield, and two packages that `calibration_set.py` does not use.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ KINDS = (
 )
 CODE = ("pydantic", "jinja2")
 ONE_SOURCE = Calibration(texts="mteb/stsbenchmark-sts", column="sentence1", n_texts=256)
-"""Sentences of STS-B alone, what quantizers of embedding models are often calibrated on."""
+"""Only sentences of STS-B, on which quantizers of embedding models are often calibrated."""
 N_NEAREST = 10
 
 
@@ -42,8 +41,8 @@ class KindError:
 
     Attributes:
         error: 1 - mean cosine to the original.
-        p1_cosine: the cosine that 99 of 100 texts exceed.
-        neighbour_overlap: share of a text's 10 nearest, of all kinds, that stay among them.
+        p1_cosine: the cosine that 99 % of the texts exceed.
+        neighbour_overlap: share of a text's 10 nearest texts of all kinds that stay nearest.
     """
 
     error: float
@@ -52,13 +51,13 @@ class KindError:
 
 
 def judged_texts(hub_dir: Path, beir: Path) -> dict[str, list[str]]:
-    """Kind -> texts, drawn with a seed."""
+    """Texts by kind, drawn with a fixed seed."""
     draw = random.Random(0)
 
     def column(name: str, *keys: str, language: str | None = None) -> list[str]:
         rows = map(json.loads, (hub_dir / name).read_text(encoding="utf-8").splitlines())
-        wanted = (row for row in rows if language in (None, row.get("lang")))
-        return list(dict.fromkeys(row[key] for row in wanted for key in keys))
+        in_language = (row for row in rows if language in (None, row.get("lang")))
+        return list(dict.fromkeys(row[key] for row in in_language for key in keys))
 
     def some(texts: list[str], n_texts: int) -> list[str]:
         return draw.sample(texts, min(n_texts, len(texts)))
@@ -67,8 +66,8 @@ def judged_texts(hub_dir: Path, beir: Path) -> dict[str, list[str]]:
     documents = [row["text"] for row in corpus if len(row["text"]) > 300]
     languages: list[str] = []
     for language in ("fr", "pl", "zh"):
-        own = column("mteb/stsb_multi_mt/test.jsonl", "sentence1", language=language)
-        languages += some(own, 40)
+        sentences = column("mteb/stsb_multi_mt/test.jsonl", "sentence1", language=language)
+        languages += some(sentences, 40)
     return {
         "queries": some(column("mteb/banking77/test.jsonl", "text"), 100),
         "sentences": some(
@@ -87,30 +86,30 @@ def functions(package: str) -> list[str]:
     spec = find_spec(package)
     assert spec is not None, package
     assert spec.origin is not None, package
-    found: list[str] = []
+    pieces: list[str] = []
     for path in sorted(Path(spec.origin).parent.glob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.parse(text).body:
             piece = ast.get_source_segment(text, node) or ""
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and len(piece) > 200:
-                found.append(piece[:2_000])
-    return found
+                pieces.append(piece[:2_000])
+    return pieces
 
 
 def encode_kinds(
     encoder: Encoder, texts: Mapping[str, list[str]]
 ) -> dict[str, NDArray[np.float32]]:
-    """The vectors [N, D] of every kind; queries with the model's prompt for them."""
+    """Vectors [N, D] of each kind; queries have the model's prompt for queries."""
     return {
-        kind: encoder.encode(own, role="query" if kind == "queries" else "document")
-        for kind, own in texts.items()
+        kind: encoder.encode(kind_texts, role="query" if kind == "queries" else "document")
+        for kind, kind_texts in texts.items()
     }
 
 
 def kind_errors(
     reference: Mapping[str, NDArray[np.float32]], variant: Mapping[str, NDArray[np.float32]]
 ) -> dict[str, KindError]:
-    """Kind -> how far the variant is from the original."""
+    """How far the variant is from the original, by kind."""
     pairs = zip(_nearest(reference), _nearest(variant), strict=True)
     kept = iter([len(set(a) & set(b)) / N_NEAREST for a, b in pairs])
     errors: dict[str, KindError] = {}
@@ -125,13 +124,17 @@ def kind_errors(
 
 
 def mean_and_worst(errors: Mapping[str, KindError]) -> tuple[float, float, str]:
-    """The mean error over kinds, the largest, and whose it is."""
+    """Mean error over kinds, error of the worst kind, and name of the worst kind."""
     worst = max(errors, key=lambda kind: errors[kind].error)
-    return float(np.mean([each.error for each in errors.values()])), errors[worst].error, worst
+    return (
+        float(np.mean([kind_error.error for kind_error in errors.values()])),
+        errors[worst].error,
+        worst,
+    )
 
 
 def _nearest(kinds: Mapping[str, NDArray[np.float32]]) -> NDArray[np.intp]:
-    """Of each text of each kind, in order, the nearest texts of all kinds."""
+    """Indices [N, 10] of the nearest texts of all kinds, for each text in the order of kinds."""
     vectors = np.concatenate(list(kinds.values()))
     similarity = vectors @ vectors.T
     np.fill_diagonal(similarity, -np.inf)

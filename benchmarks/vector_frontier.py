@@ -1,10 +1,10 @@
-"""Neighbours kept and nDCG@10 over bytes a vector, the best of each library, as a picture.
+"""Draw neighbours kept and nDCG@10 over bytes per vector, for the best codes of each library.
 
     python benchmarks/vector_frontier.py   # vector_codes.json to vector_codes.svg, both in results/
 
-Lines join the code of a library that keeps the most neighbours at each number of bytes; what keeps
-less than fewer bytes do is left out. Below is the nDCG@10 of the same codes by Cranfield's
-judgements. A dashed line is what no code of normally distributed vectors passes.
+A line joins the codes of a library that keep the most neighbours at each number of bytes. A code is
+left out if a code of fewer bytes keeps as many. The lower panels show the nDCG@10 of the same codes
+by Cranfield's judgements. The dashed line is the limit of codes for normally distributed vectors.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Axis:
     """The vertical axis of a panel.
 
     Attributes:
-        value: place in a `Point` of what is drawn.
-        full: value at its upper end.
-        step: between marks.
-        top: vertical place of the upper end.
+        value: index in a `Point` of the value that is drawn.
+        full: value at the upper end.
+        step: distance between marks.
+        top: vertical position of the upper end, in pixels.
     """
 
     value: int
@@ -45,16 +45,16 @@ class Axis:
 
 
 def frontier(rows: list[dict[str, Any]]) -> list[Point]:
-    """(bytes, share kept, nDCG) of codes that no shorter or equal one beats, shortest first."""
-    found: list[Point] = []
+    """(bytes, share kept, nDCG) of codes that keep more than all shorter codes, shortest first."""
+    points: list[Point] = []
     for row in sorted(rows, key=lambda row: (row["n_bytes"], -row["neighbours_kept"])):
-        if not found or row["neighbours_kept"] > found[-1][1]:
-            found.append((row["n_bytes"], row["neighbours_kept"], row["ndcg_at_10"]))
-    return found
+        if not points or row["neighbours_kept"] > points[-1][1]:
+            points.append((row["n_bytes"], row["neighbours_kept"], row["ndcg_at_10"]))
+    return points
 
 
 def panel(rows: list[dict[str, Any]], left: int, axis: Axis) -> list[str]:
-    """One model's picture: bytes on a logarithmic axis, per cent from 0 up."""
+    """One panel of a model: bytes on a logarithmic axis, percent from 0."""
     sizes = [row["n_bytes"] for row in rows]
     low, high = math.log2(min(sizes)), math.log2(max(sizes))
 
@@ -92,19 +92,19 @@ def panel(rows: list[dict[str, Any]], left: int, axis: Axis) -> list[str]:
 
 
 def picture(rows: list[dict[str, Any]]) -> str:
-    """The SVG: two panels a model and a legend; it has no colours of its own for the page."""
+    """The SVG: two panels for each model and a legend; its background is transparent."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     second = _TOP + _HEIGHT + _BETWEEN
     parts: list[str] = []
     for number, model in enumerate(models):
-        own = [row for row in rows if row["model"] == model]
+        model_rows = [row for row in rows if row["model"] == model]
         left = _LEFT + number * (_WIDTH + _LEFT + 10)
         parts.append(f'<text x="{left}" y="18" font-weight="600">{escape(model)}</text>')
-        parts += panel(own, left, Axis(1, 1.0, 0.2, _TOP))
-        most = max(row["ndcg_at_10"] for row in own)
+        parts += panel(model_rows, left, Axis(1, 1.0, 0.2, _TOP))
+        most = max(row["ndcg_at_10"] for row in model_rows)
         step = 0.1 if most > 0.2 else 0.05
         parts.append(f'<text x="{left}" y="{second - 8}">nDCG@10, %</text>')
-        parts += panel(own, left, Axis(2, math.ceil(most / step) * step, step, second))
+        parts += panel(model_rows, left, Axis(2, math.ceil(most / step) * step, step, second))
     y = second + _HEIGHT + _BOTTOM
     for number, (library, colour) in enumerate(_COLOURS.items()):
         x = _LEFT + number * 160

@@ -1,9 +1,9 @@
-"""A whole build at the size of a published model: killed once in the middle, resumed, loaded.
+"""Measure a whole build at the size of a published model: killed once, resumed, and loaded.
 
-The base has the published layout (float32 shards of 5 GB with their index, and a head that no
-encoder reads) and random weights, so no quality is reported. Each step is a process of its own.
-The figures are written after each block, so a run that is ended keeps what it has seen; started
-again with the same folder, it goes on.
+The base has the layout of the published model (float32 shards of 5 GB with their index, and a head
+that no encoder reads) and random weights, so no quality is reported. Each step runs in a separate
+process. Figures are written after each block. A run that was ended continues when it is started
+again with the same folder.
 
     nice -n 19 python benchmarks/whole.py --work /a/disk/with/50/GB --threads 2
 """
@@ -28,6 +28,7 @@ from gteopt.config.recipe import Calibration, Recipe, load_recipe
 from gteopt.machine import machine, versions
 from gteopt.model.artifact import stage_folder
 from gteopt.records.files import write_atomically
+from gteopt.speed.clock import Stopwatch
 
 RESULTS = Path(__file__).parent / "results" / "whole.json"
 
@@ -41,7 +42,7 @@ def field(file, name):
     line = next(line for line in open(f"/proc/self/{file}") if line.startswith(name))
     return int(line.split()[1])
 
-def seen():
+def figures():
     return {
         "at": round(time.time(), 1),
         "wall_s": round(time.perf_counter() - started, 1),
@@ -50,8 +51,8 @@ def seen():
         "read_bytes": field("io", "rchar"),
     }
 
-def say(**what):
-    print(json.dumps({**what, **seen()}), flush=True)
+def say(**event):
+    print(json.dumps({**event, **figures()}), flush=True)
 
 started = time.perf_counter()
 """
@@ -63,11 +64,11 @@ from gteopt.config.recipe import Recipe
 base, recipe = sys.argv[1:]
 wanted = Recipe.model_validate_json(recipe)
 inspect("nano", recipe=wanted)  # the imports
-before = seen()
-found = inspect(base, recipe=wanted)
-(one,) = found.estimates
-after = seen()
-say(n_parameters=found.n_parameters, estimate=json.loads(one.model_dump_json()),
+before = figures()
+report = inspect(base, recipe=wanted)
+(estimate,) = report.estimates
+after = figures()
+say(n_parameters=report.n_parameters, estimate=json.loads(estimate.model_dump_json()),
     own_cpu_s=round(after["cpu_s"] - before["cpu_s"], 2),
     own_read_bytes=after["read_bytes"] - before["read_bytes"])
 """
@@ -101,59 +102,67 @@ say(what="encoded", n_tokens=len(tokens[0]), n_dims=len(vector),
 
 
 def main() -> None:
-    """Parse; run the steps that the folder lacks; keep what each of them says."""
+    """Run the steps whose results the folder lacks, and write the figures of each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="gte-Qwen2-7B")
-    parser.add_argument("--layers", type=int, help="fewer than published, to try it out")
+    parser.add_argument("--layers", type=int, help="fewer blocks than published, for a trial")
     parser.add_argument("--texts", type=int, default=127)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--recipe", default="gptq-int4")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--kill-at", type=int, default=6, help="in this block, counted from 0")
+    parser.add_argument(
+        "--kill-at", type=int, default=6, help="block in which the build is killed, counted from 0"
+    )
     parser.add_argument("--kill-after", type=float, default=60, help="seconds into that block")
-    parser.add_argument("--work", type=Path, required=True, help="keeps base and artifact")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for the base and the artifact"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    shape = SHAPES[asked.shape]
-    if asked.layers is not None:
-        shape = replace(shape, layers=asked.layers)
-    asked.work.mkdir(parents=True, exist_ok=True)
-    base, texts, out = asked.work / "base", asked.work / "texts.txt", asked.work / "artifact"
+    arguments = parser.parse_args()
+    shape = SHAPES[arguments.shape]
+    if arguments.layers is not None:
+        shape = replace(shape, layers=arguments.layers)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    base, texts, out = (
+        arguments.work / "base",
+        arguments.work / "texts.txt",
+        arguments.work / "artifact",
+    )
     results: dict[str, Any] = {
         "shape": asdict(shape),
-        "n_threads": asked.threads,
+        "n_threads": arguments.threads,
         "niceness": os.nice(0),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "machine": machine().model_dump(),
         "versions": versions(),
         "lives": [],
     }
-    if asked.out.is_file():
-        results |= json.loads(asked.out.read_text())
+    if arguments.out.is_file():
+        results |= json.loads(arguments.out.read_text())
     if not (base / "config.json").is_file():
         shutil.rmtree(base, ignore_errors=True)
-        started = time.perf_counter()
+        watch = Stopwatch()
         make_checkpoint(base, shape)
-        results["checkpoint_s"] = round(time.perf_counter() - started, 1)
+        results["checkpoint_s"] = round(watch.wall_s, 1)
     files = sorted(base.glob("*.safetensors"))
     results["base_bytes"] = sum(path.stat().st_size for path in files)
     results["n_shards"] = len(files)
-    write_texts(texts, asked.texts, asked.tokens)
-    spec = Calibration(texts=str(texts), n_texts=asked.texts, max_tokens=asked.tokens)
-    recipe = load_recipe(asked.recipe).model_copy(update={"calibration": spec})
-    os.environ["OMP_NUM_THREADS"] = str(asked.threads)
+    write_texts(texts, arguments.texts, arguments.tokens)
+    spec = Calibration(texts=str(texts), n_texts=arguments.texts, max_tokens=arguments.tokens)
+    recipe = load_recipe(arguments.recipe).model_copy(update={"calibration": spec})
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     if "inspected" not in results:
         (results["inspected"],) = _lines(_INSPECT, str(base), recipe.model_dump_json(by_alias=True))
-        _keep(results, asked.out)
-    kill = (asked.kill_at, asked.kill_after)
+        _keep(results, arguments.out)
+    kill = (arguments.kill_at, arguments.kill_after)
     while not (out / "gteopt.json").is_file():
         was_killed = any("killed" in life for life in results["lives"])
-        _build(results, asked.out, (base, out, recipe), None if was_killed else kill)
+        _build(results, arguments.out, (base, out, recipe), None if was_killed else kill)
     results["loaded"] = _lines(_LOAD, str(out), texts.read_text().replace("\n", " "))
     _compare(results, out)
-    _keep(results, asked.out)
+    _keep(results, arguments.out)
 
 
 def _child(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -162,7 +171,7 @@ def _child(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def _lines(code: str, *arguments: str) -> list[dict[str, Any]]:
-    """What a child says, when it has ended."""
+    """Run a child to its end; returns the events that it printed."""
     child = _child(code, *arguments)
     printed, _ = child.communicate()
     if child.returncode:
@@ -176,7 +185,7 @@ def _build(
     job: tuple[Path, Path, Recipe],
     kill: tuple[int, float] | None,
 ) -> None:
-    """One life of the build; ended by SIGKILL where `kill` says in which block and when."""
+    """One life of the build; `kill` is the block, and the seconds in it, at which it is killed."""
     base, out, recipe = job
     finished = _finished(out)
     life: dict[str, Any] = {"events": [], "blocks_found": len(finished)}
@@ -194,7 +203,7 @@ def _build(
             life["killed"] = True
             break
     life["returncode"] = child.wait()
-    # What an earlier life finished is read and not made again.
+    # A block of an earlier life is read and not made again.
     life["blocks_kept"] = sum(_finished(out).get(name) == at for name, at in finished.items())
     _keep(results, kept)
     if life["returncode"] and "killed" not in life:
@@ -202,18 +211,18 @@ def _build(
 
 
 def _finished(out: Path) -> dict[str, int]:
-    """Finished blocks of an unfinished build, by their files and when these were written."""
+    """Times at which the files of finished blocks were written, by file name."""
     notes = stage_folder(out).rglob("block-*.json")
     return {path.name: path.stat().st_mtime_ns for path in notes}
 
 
 def _compare(results: dict[str, Any], out: Path) -> None:
-    """Sizes of the artifact's files beside what `inspect` had said."""
+    """Add the sizes of the artifact's files and the predictions of `inspect` to the results."""
     weights = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
-    said = results["inspected"]["estimate"]
+    estimate = results["inspected"]["estimate"]
     results["sizes"] = {
         "weight_files_bytes": weights,
-        "predicted_weight_bytes": said["weight_bytes"],
+        "predicted_weight_bytes": estimate["weight_bytes"],
         "folder_bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
     }
 
