@@ -115,12 +115,12 @@ def code_lines(text: str) -> Iterator[str]:
 
 def unknown_commands(text: str) -> list[str]:
     """Code whose gteopt command, option of it or Python file does not exist."""
-    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    options = {
+    group: Any = typer.main.get_command(app)
+    options: dict[str, set[str]] = {
         verb: {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
-        for verb, command in commands.items()
+        for verb, command in group.commands.items()
     }
-    every_option = set().union(*options.values())
+    every_option = set[str]().union(*options.values())
 
     def is_known(line: str) -> bool:
         line = line.partition(" #")[0]
