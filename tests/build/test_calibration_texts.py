@@ -1,4 +1,4 @@
-"""Calibration counts what the model really computes on, and nothing else."""
+"""Calibration counts the tokens that the model computes on, and no padding."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def minilm() -> Encoder:
 def test_the_builtin_set_has_both_roles_and_texts_without_latin_letters() -> None:
     texts = draw_texts(Calibration(n_texts=10_000))
     assert len(texts) >= 256
-    queries = [each for each in texts if each.role == "query"]
+    queries = [text for text in texts if text.role == "query"]
     assert 0.2 < len(queries) / len(texts) < 0.6
-    assert all(each.instruction for each in queries)
-    assert not any(each.instruction for each in texts if each.role == "document")
-    assert sum(any("一" <= c <= "鿿" for c in each.text) for each in texts) >= 64
-    assert sum(any(c in "ąęłśźż" for c in each.text) for each in texts) >= 48
-    lengths = [len(each.text) for each in texts]
+    assert all(text.instruction for text in queries)
+    assert not any(text.instruction for text in texts if text.role == "document")
+    assert sum(any("一" <= c <= "鿿" for c in text.text) for text in texts) >= 64
+    assert sum(any(c in "ąęłśźż" for c in text.text) for text in texts) >= 48
+    lengths = [len(text.text) for text in texts]
     assert min(lengths) < 30
     assert max(lengths) > 700
 
@@ -61,11 +61,11 @@ def test_drawing_is_seeded_and_the_hash_tells_draws_apart(nano: Encoder) -> None
 
 def test_texts_cut_at_the_recipes_length_are_counted(nano: Encoder) -> None:
     texts = [CalibrationText("bridge " * n) for n in (1, 30, 60, 90)]
-    lengths = nano.tokenization.lengths([each.text for each in texts])
+    lengths = nano.tokenization.lengths([text.text for text in texts])
     for max_tokens in (4, lengths[1], lengths[2] - 1, lengths[3]):
         tokens = tokenize(nano.tokenization, texts, max_tokens)
-        found = record(Calibration(), texts, tokens, longest=512)
-        assert found.n_cut == sum(n > max_tokens for n in lengths)
+        recorded = record(Calibration(), texts, tokens, longest=512)
+        assert recorded.n_cut == sum(n > max_tokens for n in lengths)
 
 
 def test_texts_cut_at_the_models_length_are_told_once_and_with_that_length(
@@ -74,9 +74,9 @@ def test_texts_cut_at_the_models_length_are_told_once_and_with_that_length(
     texts = [CalibrationText("bridge " * 3000)]
     tokens = tokenize(nano.tokenization, texts, 4096)
     longest = nano.tokenization.max_tokens
-    found = record(Calibration(max_tokens=4096), texts, tokens, longest=longest)
-    assert (found.max_tokens, found.n_cut, len(tokens[0])) == (longest, 1, longest)
-    assert not recwarn.list  # the record says it
+    recorded = record(Calibration(max_tokens=4096), texts, tokens, longest=longest)
+    assert (recorded.max_tokens, recorded.n_cut, len(tokens[0])) == (longest, 1, longest)
+    assert not recwarn.list  # the record says so
 
 
 def test_calibration_sees_prompt_and_end_token_as_the_encoder_does(nano: Encoder) -> None:
@@ -123,32 +123,34 @@ def test_layers_that_share_an_input_stand_in_one_stage_in_running_order(nano: En
 
 
 def test_padding_never_counts(nano: Encoder) -> None:
-    """The oracle encodes each text alone, where nothing is padded."""
+    """The oracle encodes each text alone, without padding."""
     tokens = tokenize(nano.tokenization, draw_texts(Calibration(n_texts=16)), 96)
     blocks, inputs = open_blocks(nano, tokens)
     assert any(not bool(batch.real.all()) for batch in inputs)
     layer = f"{blocks[0].name}.mlp.gate_proj"
     statistics = accumulate_hessian(blocks[0], layer, inputs)
-    seen: list[torch.Tensor] = []
+    layer_inputs: list[torch.Tensor] = []
     linear = nano.module.get_submodule(layer)
     assert isinstance(linear, nn.Linear)
-    hook = linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, -2)))
+    hook = linear.register_forward_pre_hook(
+        lambda _m, args: layer_inputs.append(args[0].flatten(0, -2))
+    )
     for ids in tokens:
         nano.embed_tokens([ids])
     hook.remove()
-    rows = torch.cat(seen).double()
+    rows = torch.cat(layer_inputs).double()
     assert statistics.n_rows == len(rows) == sum(map(len, tokens))
     expected = rows.T @ rows
-    found = statistics.hessian.double()
-    ratio = found.diagonal().sum() / expected.diagonal().sum()  # whatever factor it keeps
+    hessian = statistics.hessian.double()
+    ratio = hessian.diagonal().sum() / expected.diagonal().sum()  # any constant factor is allowed
     torch.testing.assert_close(
-        found / ratio, expected, rtol=1e-4, atol=1e-4 * float(expected.max())
+        hessian / ratio, expected, rtol=1e-4, atol=1e-4 * float(expected.max())
     )
 
 
 def test_sentences_are_added_to_passages_only() -> None:
     texts = [CalibrationText("One. Two! 三。四。"), CalibrationText("q. r.", "query", "Find")]
-    assert [each.text for each in with_sentences(texts)] == [
+    assert [text.text for text in with_sentences(texts)] == [
         "One. Two! 三。四。", "q. r.", "One.", "Two!", "三。", "四。",
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Every build stores the vector that whoever loads its artifact computes for the same text."""
+"""Every build stores the vector of one text, and its artifact computes the same vector."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     def counting(encoder: Any, *arguments: Any) -> None:
         reload_block_(encoder, *arguments)
         blocks = encoder.module.layers.children()
-        held.append(sum(_is_there(each) for each in blocks))
+        held.append(sum(_is_there(block) for block in blocks))
 
     monkeypatch.setattr("gteopt.build.canary.reload_block_", counting)
     gteopt.quantize("nano", "rtn-int8", tmp_path / "out")

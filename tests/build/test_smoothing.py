@@ -38,8 +38,8 @@ def error(x: Tensor, weight: Tensor, exact: Tensor) -> float:
     codes, scale, zero = quantize_tokens(x, symmetric=False)
     assert zero is not None
     steps = (codes.double() - zero.double()) * scale.double()
-    found = steps @ quantize_rtn(weight, SCHEME).dequantize().double().T
-    return float((found - exact).square().sum() / exact.square().sum())
+    product = steps @ quantize_rtn(weight, SCHEME).dequantize().double().T
+    return float((product - exact).square().sum() / exact.square().sum())
 
 
 def first_block(encoder: Encoder) -> tuple[Block, list[BlockInput]]:
@@ -60,12 +60,12 @@ def test_an_outlier_feature_is_given_to_the_weights() -> None:
     x, weight = seeded(512, 64), seeded(96, 64, seed=1) / 8
     x[:, 5] *= 60
     exact = x.double() @ weight.double().T
-    found = choose_smoothing(x, [weight], SCHEME)
-    assert found.scale is not None
-    assert found.error_before == pytest.approx(error(x, weight, exact), rel=1e-3)
-    after = error(x / found.scale, weight * found.scale, exact)
-    assert found.error_after == pytest.approx(after, rel=1e-3)
-    assert after < 0.2 * found.error_before
+    smoothing = choose_smoothing(x, [weight], SCHEME)
+    assert smoothing.scale is not None
+    assert smoothing.error_before == pytest.approx(error(x, weight, exact), rel=1e-3)
+    after = error(x / smoothing.scale, weight * smoothing.scale, exact)
+    assert smoothing.error_after == pytest.approx(after, rel=1e-3)
+    assert after < 0.2 * smoothing.error_before
 
 
 def test_a_learned_scale_beats_every_strength_of_the_formula() -> None:
@@ -73,12 +73,12 @@ def test_a_learned_scale_beats_every_strength_of_the_formula() -> None:
     encoder = load("minilm")
     block, inputs = first_block(encoder)
     layer = block.linears()[f"{block.name}.attention.output.dense"]
-    seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    layer_inputs: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: layer_inputs.append(args[0]))
     for i, batch in enumerate(inputs):
         block.run(i, batch.hidden)
     handle.remove()
-    x = torch.cat([each[batch.real] for each, batch in zip(seen, inputs, strict=True)])
+    x = torch.cat([rows[batch.real] for rows, batch in zip(layer_inputs, inputs, strict=True)])
     weight = layer.weight.detach()
     exact = x.double() @ weight.double().T
     by_formula = []
@@ -86,15 +86,15 @@ def test_a_learned_scale_beats_every_strength_of_the_formula() -> None:
         for strength in (i / 40 for i in range(41)):
             scale = size**strength / weight.abs().amax(0) ** (1 - strength)
             by_formula.append(error(x / scale, weight * scale, exact))
-    found = choose_smoothing(x, [weight], SCHEME)
-    assert found.scale is not None
-    assert error(x / found.scale, weight * found.scale, exact) < 0.95 * min(by_formula)
+    smoothing = choose_smoothing(x, [weight], SCHEME)
+    assert smoothing.scale is not None
+    assert error(x / smoothing.scale, weight * smoothing.scale, exact) < 0.95 * min(by_formula)
 
 
 def test_inputs_without_outliers_are_left_alone() -> None:
-    found = choose_smoothing(seeded(512, 64), [seeded(96, 64, seed=1)], SCHEME)
-    assert found.scale is None
-    assert (found.strength, found.error_after) == (0, found.error_before)
+    smoothing = choose_smoothing(seeded(512, 64), [seeded(96, 64, seed=1)], SCHEME)
+    assert smoothing.scale is None
+    assert (smoothing.strength, smoothing.error_after) == (0, smoothing.error_before)
 
 
 def test_features_that_share_their_source_share_their_scale() -> None:
@@ -102,11 +102,11 @@ def test_features_that_share_their_source_share_their_scale() -> None:
     x[:, 1] *= 40
     x[:, 6] *= 20
     tied = torch.tensor([0, 1, 0, 1, 2, 3, 2, 3])
-    found = choose_smoothing(x, [weight], SCHEME, tied)
-    assert found.scale is not None
-    assert len(set(found.scale.tolist())) == 4
+    smoothing = choose_smoothing(x, [weight], SCHEME, tied)
+    assert smoothing.scale is not None
+    assert len(set(smoothing.scale.tolist())) == 4
     for row in range(4):
-        assert len(set(found.scale[tied == row].tolist())) == 1
+        assert len(set(smoothing.scale[tied == row].tolist())) == 1
 
 
 def test_a_feature_that_is_never_active_is_not_touched() -> None:
@@ -114,33 +114,33 @@ def test_a_feature_that_is_never_active_is_not_touched() -> None:
     x[:, 1] *= 40
     x[:, 3] = 0
     weight[:, 4] = 0
-    found = choose_smoothing(x, [weight], SCHEME)
-    assert found.scale is not None
-    assert torch.equal(found.scale[3:5], torch.ones(2))
+    smoothing = choose_smoothing(x, [weight], SCHEME)
+    assert smoothing.scale is not None
+    assert torch.equal(smoothing.scale[3:5], torch.ones(2))
 
 
 @pytest.mark.parametrize(("model", "n_layers"), [("nano", 7), ("minilm", 1)])
 def test_a_smoothed_block_computes_what_it_did(model: str, n_layers: int) -> None:
-    """In full precision: the nano with grouped queries, MiniLM behind its value projection."""
+    """In full precision; the nano has grouped queries, MiniLM is smoothed behind its values."""
     encoder = load(model)
     block, inputs = first_block(encoder)
     schemes = dict.fromkeys(block.linears(), SCHEME)
     exact = [block.run(i, batch.hidden)[batch.real] for i, batch in enumerate(inputs)]
-    weights = {name: each.weight.clone() for name, each in block.linears().items()}
-    seen = smooth_block_(block, inputs, schemes, str(encoder.checkpoint.config["model_type"]))
-    assert len(seen) == n_layers
-    moved = [name for name, found in seen.items() if found.scale is not None]
+    weights = {name: linear.weight.clone() for name, linear in block.linears().items()}
+    smoothings = smooth_block_(block, inputs, schemes, str(encoder.checkpoint.config["model_type"]))
+    assert len(smoothings) == n_layers
+    moved = [name for name, smoothing in smoothings.items() if smoothing.scale is not None]
     assert moved
     for name in moved:
         assert not torch.allclose(block.linears()[name].weight, weights[name])
-        assert seen[name].error_after < 0.95 * seen[name].error_before
+        assert smoothings[name].error_after < 0.95 * smoothings[name].error_before
     for i, batch in enumerate(inputs):
-        found = block.run(i, batch.hidden)[batch.real]
-        assert float((found - exact[i]).norm() / exact[i].norm()) < 5e-6
+        hidden = block.run(i, batch.hidden)[batch.real]
+        assert float((hidden - exact[i]).norm() / exact[i].norm()) < 5e-6
 
 
 def test_int8_is_closer_to_the_base_than_without_smoothing(tmp_path: Path, shared: Path) -> None:
-    """On held-out sentences, and against rounding with symmetric tokens."""
+    """On held-out sentences; the plain rounding has symmetric activations."""
     lines = (shared / "hub/mteb/stsb_multi_mt/test.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["sentence1"] for line in lines[::12]]
     base = gteopt.load("nano", dtype="float32").encode(texts)
@@ -150,8 +150,8 @@ def test_int8_is_closer_to_the_base_than_without_smoothing(tmp_path: Path, share
     lost = {}
     for name, recipe in (("int8", int8), ("plain", plain), ("rtn", load_recipe("rtn-int8"))):
         manifest = gteopt.quantize("nano", recipe, tmp_path / name, dtype="float32")
-        found = gteopt.load(tmp_path / name).encode(texts)
-        lost[name] = 1 - float((base * found).sum(axis=1).mean())
+        vectors = gteopt.load(tmp_path / name).encode(texts)
+        lost[name] = 1 - float((base * vectors).sum(axis=1).mean())
         assert all((layer.smoothing is not None) == (name == "int8") for layer in manifest.layers)
     assert lost["int8"] < 0.9 * lost["plain"]
     assert lost["int8"] < 0.7 * lost["rtn"]

@@ -1,4 +1,4 @@
-"""Tuning starts at the solver's weight, has the right gradients, and brings vectors back."""
+"""Tuning starts at the solver's weight, has the right gradients, and lowers the error."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_a_straight_through_estimator(scheme: LayerScheme
     rounded = latent.round().clamp(*code_range(scheme)).detach()
     if scheme.number_format == "nf4":
         levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)
-        # What moving by one code changes: half the way from the last neighbour to the next.
+        # The slope at a level is half the distance between its two neighbours.
         padded = torch.cat([2 * levels[:1] - levels[1:2], levels, 2 * levels[-1:] - levels[-2:-1]])
         slope = (padded[2:] - padded[:-2]) / 2
         at = rounded.int()
@@ -79,10 +79,10 @@ def test_gradients_are_those_of_a_straight_through_estimator(scheme: LayerScheme
     weight = (steps * log_scale.exp()[..., None]).flatten(1)
     (weight - target.double()).square().sum().backward()  # type: ignore[no-untyped-call]
 
-    for found, wanted in ((tunable.latent, latent), (tunable.log_scale, log_scale)):
-        assert found.grad is not None
+    for parameter, wanted in ((tunable.latent, latent), (tunable.log_scale, log_scale)):
+        assert parameter.grad is not None
         assert wanted.grad is not None
-        torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(parameter.grad.double(), wanted.grad, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +106,13 @@ def rounded(nano: Encoder) -> dict[str, QuantizedWeight]:
 def test_tuned_codes_bring_held_out_vectors_closer_and_the_teacher_stays_as_it_was(
     nano: Encoder, tokens: list[list[int]], rounded: Mapping[str, QuantizedWeight]
 ) -> None:
-    held_out = [each.text for each in draw_texts(Calibration(n_texts=400, max_tokens=64))[200:]]
+    held_out = [drawn.text for drawn in draw_texts(Calibration(n_texts=400, max_tokens=64))[200:]]
     before = {name: p.clone() for name, p in nano.module.state_dict().items()}
     wanted = nano.embed(held_out)
 
     def error(weights: Mapping[str, QuantizedWeight], rest: Mapping[str, torch.Tensor]) -> float:
         other = gteopt.load("nano", dtype="float32")
-        changed = {f"{name}.weight": each.dequantize() for name, each in weights.items()}
+        changed = {f"{name}.weight": weight.dequantize() for name, weight in weights.items()}
         other.module.load_state_dict({**changed, **rest}, strict=False)
         return float(1 - (other.embed(held_out) * wanted).sum(axis=1).mean())
 
@@ -233,12 +233,12 @@ def test_a_model_too_large_to_tune_at_once_is_refused_only_where_that_was_asked_
 def test_scales_norms_and_biases_of_a_block_bring_its_output_closer_on_other_texts(
     nano: Encoder, rounded: Mapping[str, QuantizedWeight]
 ) -> None:
-    """By more than a twenty-fifth, and no code has changed."""
+    """The error falls by more than 4 %, and no code changes."""
     texts = draw_texts(Calibration(n_texts=120, max_tokens=48))
     blocks, inputs = open_blocks(nano, tokenize(nano.tokenization, texts[:80], 48))
     wanted = [batch.copy() for batch in inputs]
     advance_(blocks[0], wanted)
-    start = {n: each for n, each in rounded.items() if n.startswith(f"{blocks[0].name}.")}
+    start = {n: weight for n, weight in rounded.items() if n.startswith(f"{blocks[0].name}.")}
     schedule = tuning.BLOCK_SCHEDULES["standard"]
     assert schedule is not None
     tuned = tune_block(blocks[0], start, inputs, wanted, replace(schedule, n_steps=20))
@@ -250,13 +250,13 @@ def test_scales_norms_and_biases_of_a_block_bring_its_output_closer_on_other_tex
 
     def error(weights: Mapping[str, QuantizedWeight], rest: Mapping[str, torch.Tensor]) -> float:
         changed = copy_block(blocks[0])
-        own = {f"{n[within:]}.weight": each.dequantize() for n, each in weights.items()}
-        own |= {n[within:]: p for n, p in rest.items()}
-        changed.module.load_state_dict(own, strict=False)
+        state = {f"{n[within:]}.weight": weight.dequantize() for n, weight in weights.items()}
+        state |= {n[within:]: p for n, p in rest.items()}
+        changed.module.load_state_dict(state, strict=False)
         errors = []
         with torch.inference_mode():
             for i, batch in enumerate(inputs):
-                out, exact = (each.run(i, batch.hidden) for each in (changed, blocks[0]))
+                out, exact = (block.run(i, batch.hidden) for block in (changed, blocks[0]))
                 left = (out - exact).square().sum(-1) / exact.square().sum(-1)
                 errors.append(left[batch.real])
         return float(torch.cat(errors).mean())
@@ -266,7 +266,7 @@ def test_scales_norms_and_biases_of_a_block_bring_its_output_closer_on_other_tex
 
 @pytest.fixture
 def large(guided: Recipe, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """As if the nano were too large to be tuned at once, which its recipe leaves open."""
+    """A recipe that tunes block by block, because the nano counts as too large here."""
     monkeypatch.setattr("gteopt.build.layer_plan.MOST_WEIGHTS", 1_000_000)
     few = replace(tuning.BLOCK_SCHEDULES["standard"] or Schedule(0), n_steps=6)
     monkeypatch.setitem(tuning.BLOCK_SCHEDULES, "standard", few)
@@ -291,12 +291,12 @@ def test_a_block_whose_tuning_makes_things_worse_keeps_what_the_solver_left(
     blocks, inputs = open_blocks(nano, tokens)
     wanted = [batch.copy() for batch in inputs]
     advance_(blocks[0], wanted)
-    start = {n: each for n, each in rounded.items() if n.startswith(f"{blocks[0].name}.")}
+    start = {n: weight for n, weight in rounded.items() if n.startswith(f"{blocks[0].name}.")}
     before = {n: p.clone() for n, p in blocks[0].module.state_dict().items()}
     wild = Schedule(n_steps=3, codes_rate=3.0, scales_rate=0.5, rest_rate=0.3)
-    found = tune_block(blocks[0], start, inputs, wanted, wild)
-    assert found.record.error_after == found.record.error_before > 0
-    assert all(torch.equal(found.weights[n].codes, start[n].codes) for n in start)
+    tuned = tune_block(blocks[0], start, inputs, wanted, wild)
+    assert tuned.record.error_after == tuned.record.error_before > 0
+    assert all(torch.equal(tuned.weights[n].codes, start[n].codes) for n in start)
     after = blocks[0].module.state_dict()
     assert all(torch.equal(p, after[n]) for n, p in before.items())
 

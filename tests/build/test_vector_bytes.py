@@ -1,4 +1,4 @@
-"""An artifact whose vectors were chosen by their bytes, from the recipe to other libraries."""
+"""A recipe that gives only the bytes of a vector: its artifact, here and in other libraries."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_bytes_of_a_recipe_choose_a_code_that_every_library_compares_alike(tmp_p
     np.testing.assert_allclose(theirs.encode(TEXTS), rows, atol=1e-5)
     assert theirs.similarity_fn_name == "dot"
     np.testing.assert_allclose(theirs.similarity(rows, rows), rows @ rows.T, atol=1e-5)
-    # Other vectors of the same weights share their cache, and unit rows are cosines again.
+    # Other vectors of the same weights keep the weights' hash; unit rows have cosines again.
     gteopt.truncate(tmp_path / "small", tmp_path / "full")
     settings = json.loads((tmp_path / "full" / "config_sentence_transformers.json").read_text())
     assert settings["similarity_fn_name"] == "cosine"

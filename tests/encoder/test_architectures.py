@@ -1,5 +1,6 @@
-"""Every architecture of the table in docs/models.md: a tiny random model of it gives the vectors of
-Sentence Transformers, is quantized, and its artifact opens in both libraries.
+"""Every architecture of the table in docs/models.md, as a tiny random model.
+
+It gives the vectors of Sentence Transformers, is quantized, and its artifact opens in both.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def test_the_vectors_are_those_of_sentence_transformers(model: Path) -> None:
-    found = gteopt.load(model, dtype="float32").encode(TEXTS)
-    # Alone: padding of a batch may not change a vector, and in some architectures it does there.
+    vectors = gteopt.load(model, dtype="float32").encode(TEXTS)
+    # Text by text: there, padding changes the vectors of some architectures.
     wanted = np.concatenate([sentence_transformer(model).encode([text]) for text in TEXTS])
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(vectors, wanted, atol=1e-5)
 
 
 def test_a_copy_opens_in_sentence_transformers(model: Path, tmp_path: Path) -> None:
@@ -70,12 +71,12 @@ def test_an_artifact_opens_in_both_libraries(model: Path, scheme: str, tmp_path:
         return
     manifest = gteopt.quantize(model, recipe(tmp_path, scheme), out, dtype="float32")
     assert manifest.layers
-    found = gteopt.load(out).encode(TEXTS)
-    assert cosines(found, gteopt.load(model, dtype="float32").encode(TEXTS)).min() > 0.9
-    # This library is a part of the interop environment, where the same line runs.
+    vectors = gteopt.load(out).encode(TEXTS)
+    assert cosines(vectors, gteopt.load(model, dtype="float32").encode(TEXTS)).min() > 0.9
+    # Only the interop environment has compressed-tensors.
     if manifest.format == "compressed-tensors" and find_spec("compressed_tensors"):
         theirs = np.concatenate([sentence_transformer(out).encode([text]) for text in TEXTS])
-        assert cosines(found, theirs).min() > 0.99
+        assert cosines(vectors, theirs).min() > 0.99
 
 
 def run(*command: str) -> str:
@@ -85,14 +86,14 @@ def run(*command: str) -> str:
 def test_a_build_says_which_share_of_the_weights_stays_in_experts(tmp_path: Path) -> None:
     model = make("qwen3_moe", tmp_path / "qwen3_moe")
     manifest = gteopt.quantize(model, recipe(tmp_path, "4 bits"), tmp_path / "out", dtype="float32")
-    experts = [each for each in manifest.unquantized if each.name.endswith("experts")]
+    experts = [module for module in manifest.unquantized if module.name.endswith("experts")]
     assert len(experts) == 2
-    share = sum(each.n_parameters for each in experts) / manifest.base.n_parameters
+    share = sum(module.n_parameters for module in experts) / manifest.base.n_parameters
     assert manifest.expert_share == share
     assert f"| experts | {share:.0%} of all weights" in (tmp_path / "out" / "README.md").read_text()
     shown = run(sys.executable, "-m", "gteopt", "inspect", str(tmp_path / "out"))
     assert f"{share:.0%} of all weights in experts" in " ".join(shown.split())
     assert any(f"are {share:.0%} of all weights" in note for note in gteopt.inspect(model).notes)
-    assert {each.reason.partition(": ")[2] for each in experts} == {
+    assert {module.reason.partition(": ")[2] for module in experts} == {
         f"{share:.0%} of all weights stay as they are for that"
     }

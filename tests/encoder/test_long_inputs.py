@@ -16,25 +16,25 @@ from tests.support.models import MODELS, Model, publish
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the largest tensor that any operation gives out."""
+    """Notes the size of the largest tensor that an operation returns."""
 
     n_values: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for each in tree_leaves(out):
-            if isinstance(each, torch.Tensor):
-                self.n_values = max(self.n_values, each.numel())
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.n_values = max(self.n_values, leaf.numel())
         return out
 
 
 def largest(encoder: gteopt.Encoder, lengths: list[int]) -> int:
     ids = [[*(3 + i % 200 for i in range(n - 1)), 2] for n in lengths]
-    seen = Largest()  # type: ignore[no-untyped-call]
-    with seen:
+    mode = Largest()  # type: ignore[no-untyped-call]
+    with mode:
         vectors = encoder.embed_tokens(ids)
     assert np.isfinite(vectors).all()
-    return seen.n_values
+    return mode.n_values
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
@@ -49,10 +49,10 @@ def test_no_tensor_grows_with_the_square_of_the_length(tmp_path: Path, model: Mo
     publish(tmp_path / model.name, model, prefix=prefix)
     encoder = gteopt.load(tmp_path / model.name, dtype="float32")
     n = 2048
-    one, two = largest(encoder, [n]), largest(encoder, [2 * n])
-    assert two <= 2 * one
-    assert two < n * n  # a mask [2 n, 2 n] would be four times that
-    assert largest(encoder, [2 * n, 2 * n - 500]) <= two  # and padding asks for none
+    short, long = largest(encoder, [n]), largest(encoder, [2 * n])
+    assert long <= 2 * short
+    assert long < n * n  # a mask [2 n, 2 n] would be four times that
+    assert largest(encoder, [2 * n, 2 * n - 500]) <= long  # padding needs no mask either
 
 
 def test_a_long_text_has_one_vector_in_any_company(tmp_path: Path) -> None:

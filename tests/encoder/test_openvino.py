@@ -72,12 +72,12 @@ def padded() -> tuple[Tensor, Tensor]:
 def alone(module: Any) -> list[Tensor]:
     """Token vectors of each text in float64 without padding, by the module itself."""
     ids, _ = padded()
-    found = []
+    hidden = []
     for row, length in zip(ids, LENGTHS, strict=True):
         mask = torch.ones(1, length, dtype=torch.int64)
         out = module.double()(input_ids=row[None, :length], attention_mask=mask)
-        found.append(out.last_hidden_state[0])
-    return found
+        hidden.append(out.last_hidden_state[0])
+    return hidden
 
 
 def quantized(module: Any, scheme: LayerScheme) -> dict[str, ReadLayer]:
@@ -98,8 +98,8 @@ def test_the_graph_computes_what_the_module_does(name: str) -> None:
     graph = OpenVinoModel(
         {**CONFIGS[name], **module.config.to_dict()}, weights, dtype=torch.float32
     )
-    found = graph(*padded())
-    for row, length, expected in zip(found, LENGTHS, alone(module), strict=True):
+    hidden = graph(*padded())
+    for row, length, expected in zip(hidden, LENGTHS, alone(module), strict=True):
         assert (row[:length] - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
@@ -112,11 +112,11 @@ def test_the_last_block_computes_one_token_where_pooling_reads_one(
     config = {**CONFIGS[name], **module.config.to_dict()}
     weights = Weights(module.state_dict())
     graph = OpenVinoModel(config, weights, dtype=torch.float32, reads=pooling)
-    found, at = graph(*padded()), -1 if pooling == "lasttoken" else 0
+    hidden, at = graph(*padded()), -1 if pooling == "lasttoken" else 0
     sees_itself_alone = pooling == "cls" and name in ("qwen2 causal", "mistral")
     assert graph.pools is not sees_itself_alone
-    assert found.shape[1] == (1 if graph.pools else max(LENGTHS))
-    for row, expected in zip(found, alone(module), strict=True):
+    assert hidden.shape[1] == (1 if graph.pools else max(LENGTHS))
+    for row, expected in zip(hidden, alone(module), strict=True):
         assert (row[0] - expected[at]).abs().max() < 2e-5 * expected[at].abs().max()
 
 
@@ -129,8 +129,8 @@ def test_packed_weights_stand_for_the_same_numbers(
     packed = quantized(module, SCHEMES[name])
     config = {**CONFIGS["qwen2"], **module.config.to_dict()}
     graph = OpenVinoModel(config, Weights(module.state_dict(), packed), dtype=torch.float32)
-    found = graph(*padded())
-    for row, length, expected in zip(found, LENGTHS, alone(module), strict=True):
+    hidden = graph(*padded())
+    for row, length, expected in zip(hidden, LENGTHS, alone(module), strict=True):
         assert (row[:length] - expected).norm() < 2e-5 * expected.norm()
     kind = "nf" if SCHEMES[name].number_format == "nf4" else "int"
     assert graph.kernels == {f"openvino.{kind}{SCHEMES[name].bits}": len(packed)}
@@ -144,8 +144,8 @@ def test_codes_stay_packed() -> None:
         Weights(module.state_dict(), packed),
         dtype=torch.float32,
     )
-    own = {f"{name}.weight" for name in packed}
-    rest = sum(t.nbytes for name, t in module.state_dict().items() if name not in own)
+    packed_names = {f"{name}.weight" for name in packed}
+    rest = sum(t.nbytes for name, t in module.state_dict().items() if name not in packed_names)
     # The angles of the rotary embedding are a constant too: half a head of float32.
     assert graph.weight_bytes == sum(p.weight.n_bytes for p in packed.values()) + rest + 4 * 16
 
@@ -158,7 +158,7 @@ def test_act_order_reaches_the_right_columns() -> None:
         assert isinstance(linear, nn.Linear)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(linear.in_features, generator=generator)
-        # Column c multiplies input order[c]: in order, the same layer has its columns put back.
+        # Column c multiplies input order[c], so the module's weight gets its columns reordered.
         linear.weight.data = linear.weight[:, order.argsort()]
         packed[name] = replace(read, order=order)
     graph = OpenVinoModel(
@@ -166,8 +166,8 @@ def test_act_order_reaches_the_right_columns() -> None:
         Weights(module.state_dict(), packed),
         dtype=torch.float32,
     )
-    found = graph(*padded())
-    for row, length, expected in zip(found, LENGTHS, alone(module), strict=True):
+    hidden = graph(*padded())
+    for row, length, expected in zip(hidden, LENGTHS, alone(module), strict=True):
         assert (row[:length] - expected).norm() < 2e-5 * expected.norm()
 
 
@@ -183,22 +183,22 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_artifact_has_the_same_vectors_on_both_backends(artifact: Path) -> None:
     texts = ["A bridge.", "Photosynthesis turns light into sugar, in every leaf of a plant.", "水"]
-    torch_own = gteopt.load(artifact, dtype="float32")
+    torch_encoder = gteopt.load(artifact, dtype="float32")
     fast = gteopt.load(artifact, dtype="float32", backend="openvino")
     assert fast.backend == "openvino"
     assert fast.kernels == {"openvino.int8": 28}
-    assert fast.number_type == torch_own.number_type == "int8"
-    assert abs(fast.weight_bytes / torch_own.weight_bytes - 1) < 0.01
+    assert fast.number_type == torch_encoder.number_type == "int8"
+    assert abs(fast.weight_bytes / torch_encoder.weight_bytes - 1) < 0.01
     base = gteopt.load("nano", dtype="float32").encode(texts)
-    own, found = torch_own.encode(texts), fast.encode(texts)
-    # Both round the inputs of products to 8 bits, this one the finer: as close to the base.
-    assert (1 - (found * base).sum(1)).max() < 1.2 * (1 - (own * base).sum(1)).max()
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    by_torch, by_openvino = torch_encoder.encode(texts), fast.encode(texts)
+    # Both round inputs to 8 bits, OpenVINO in groups, so it is as close to the base.
+    assert (1 - (by_openvino * base).sum(1)).max() < 1.2 * (1 - (by_torch * base).sum(1)).max()
+    np.testing.assert_allclose(np.linalg.norm(by_openvino, axis=1), 1, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
 def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The nano with inputs rounded by scales of calibration."""
+    """The nano with static activations."""
     out = tmp_path_factory.mktemp("openvino") / "static"
     calibration = {"calibration": Calibration(n_texts=96, max_tokens=64)}
     gteopt.quantize("nano", load_recipe("int8-static").model_copy(update=calibration), out)
@@ -211,10 +211,10 @@ def test_static_activations_are_the_same_numbers_on_every_backend(static: Path) 
     assert fast.kernels == {"openvino.int8 (static)": 28}
     assert fast.number_type == "int8"
     assert gteopt.load("nano", dtype="float32", backend="openvino").number_type == "float32"
-    found, own = fast.encode(texts), gteopt.load(static, dtype="float32").encode(texts)
+    by_openvino, by_torch = fast.encode(texts), gteopt.load(static, dtype="float32").encode(texts)
     base = gteopt.load("nano", dtype="float32").encode(texts)
-    # Sums run in another order, and a number next to a tie may get another code.
-    apart, error = (1 - (found * other).sum(1).min() for other in (own, base))
+    # Sums run in another order, so a value next to a tie may get another code.
+    apart, error = (1 - (by_openvino * other).sum(1).min() for other in (by_torch, base))
     assert error < 0.005
     assert apart < 0.05 * error
 
@@ -242,9 +242,11 @@ def test_batches_do_not_change_a_vector(artifact: Path) -> None:
 
 
 def test_cached_vectors_of_the_backends_are_kept_apart(artifact: Path) -> None:
-    one, other = (gteopt.load(artifact, backend=each) for each in ("torch", "openvino"))
-    assert vector_identity(one) != vector_identity(other)
-    assert f"openvino {version('openvino')}" in vector_identity(other)["arithmetic"]
+    by_torch, by_openvino = (
+        gteopt.load(artifact, backend=backend) for backend in ("torch", "openvino")
+    )
+    assert vector_identity(by_torch) != vector_identity(by_openvino)
+    assert f"openvino {version('openvino')}" in vector_identity(by_openvino)["arithmetic"]
 
 
 def test_variants_are_judged_on_it_and_the_baseline_on_torch(
@@ -255,13 +257,13 @@ def test_variants_are_judged_on_it_and_the_baseline_on_torch(
     texts.write_text("\n".join(lines), encoding="utf-8")
     sources = {"nano": "nano", "int8": str(artifact)}
     close = {
-        each: compare_texts(sources, texts, None, how=Setup(backend=each), progress=quiet)
-        for each in BACKENDS
+        backend: compare_texts(sources, texts, None, how=Setup(backend=backend), progress=quiet)
+        for backend in BACKENDS
     }
     assert close["openvino"]["nano"].fidelity == close["torch"]["nano"].fidelity
-    found = {each: close[each]["int8"].fidelity.mean_cosine for each in BACKENDS}
-    assert found["openvino"] != found["torch"]  # another arithmetic, of the same weights:
-    assert 1 - found["openvino"] < 1.2 * (1 - found["torch"])
+    cosines = {backend: close[backend]["int8"].fidelity.mean_cosine for backend in BACKENDS}
+    assert cosines["openvino"] != cosines["torch"]  # the same weights, another arithmetic
+    assert 1 - cosines["openvino"] < 1.2 * (1 - cosines["torch"])
 
 
 def test_a_bench_says_what_ran_where(artifact: Path) -> None:
@@ -275,13 +277,14 @@ def test_a_bench_says_what_ran_where(artifact: Path) -> None:
     sources = {"nano": "nano", "int8": str(artifact)}
     report = bench(sources, baseline="nano", spec=spec, backend="openvino")
     assert report.variants["int8"].kernels == {"openvino.int8": 28}
-    assert not any("openvino" in each for each in report.variants["nano"].kernels)
+    assert not any("openvino" in kernel for kernel in report.variants["nano"].kernels)
     assert report.versions["backend"] == "openvino"
 
 
 def test_the_exported_graph_runs_without_gteopt(artifact: Path, tmp_path: Path) -> None:
-    """Sentence Transformers wants optimum-intel for it, which excludes the transformers here; what
-    that reads is the graph, its two inputs and its output, beside the module files.
+    """openvino opens the graph, as optimum-intel does for Sentence Transformers.
+
+    optimum-intel itself does not install beside this version of transformers.
     """
     out = tmp_path / "exported"
     export_openvino(artifact, out)
@@ -295,7 +298,7 @@ def test_the_exported_graph_runs_without_gteopt(artifact: Path, tmp_path: Path) 
     last = compiled(inputs)["last_hidden_state"][0, -1]
     expected = gteopt.load(artifact, dtype="float32", backend="openvino")
     (vector,) = expected.encode(["A bridge over the river."])
-    # Another group size of rounded inputs is this library's default.
+    # OpenVINO's default group size of rounded inputs is another.
     assert vector @ (last / np.linalg.norm(last)) > 0.9995
     with pytest.raises(InputError, match="exists"):
         export_openvino(artifact, out)
@@ -305,7 +308,7 @@ def test_the_exported_graph_runs_without_gteopt(artifact: Path, tmp_path: Path) 
 def test_an_export_that_the_disk_has_no_room_for_says_so(
     artifact: Path, tmp_path: Path, most_bytes: int
 ) -> None:
-    """A limit on the size of a file stands for a full disk, with an error of the same kind."""
+    """A limit on the size of files raises the same kind of error as a full disk."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
@@ -319,7 +322,7 @@ def test_an_export_that_the_disk_has_no_room_for_says_so(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_it_cannot_compute_is_refused(artifact: Path, tmp_path: Path) -> None:
+def test_what_openvino_cannot_compute_is_refused(artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean openvino"):
         gteopt.load(artifact, backend="openvin")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match=r"not in torch\.float64"):

@@ -38,12 +38,12 @@ def small(folder: Path) -> Manifest:
 def test_a_lookup_gives_the_dequantized_rows(dtype: torch.dtype) -> None:
     table = pack(quantize_rtn(torch.randn(300, 96), ROWS))
     ids = torch.tensor([[0, 299, 7], [7, 7, 1]])
-    found = PackedEmbedding(table, dtype)(ids)
-    assert (found.dtype, found.shape) == (dtype, (2, 3, 96))
+    rows = PackedEmbedding(table, dtype)(ids)
+    assert (rows.dtype, rows.shape) == (dtype, (2, 3, 96))
     exact = table.unpack().dequantize()[ids]
     # bfloat16 rounds the scale and the product
     bound = 0 if dtype == torch.float32 else 2**-7
-    assert ((found.float() - exact).abs() <= bound * exact.abs()).all()
+    assert ((rows.float() - exact).abs() <= bound * exact.abs()).all()
     assert PackedEmbedding(table, dtype)(ids[:, :0]).shape == (2, 0, 96)
 
 
@@ -52,7 +52,7 @@ def test_the_table_takes_a_byte_a_number_on_disk_and_in_memory(
 ) -> None:
     full = gteopt.quantize("nano", "rtn-int4", folder / "full")
     table = open_checkpoint("nano").tensors["embed_tokens.weight"]
-    saved = table[0] * (table[1] - 2)  # of two bytes a number, less a float16 scale a row
+    saved = table[0] * (table[1] - 2)  # one byte a number, less a float16 scale a row
     assert full.weight_bytes - small.weight_bytes == pytest.approx(saved, rel=0.01)
     stored = load_file(folder / "small" / "weights" / "rest.safetensors")
     assert stored["embed_tokens.qweight"].shape == table
@@ -67,12 +67,12 @@ def test_vectors_stay_where_they_were(folder: Path, small: Manifest) -> None:
     assert small.format == "gteopt"
     assert small.embedding is not None
     assert small.embedding.weight_snr_db > 35
-    assert "embed_tokens" not in {each.name for each in small.unquantized}
-    own = load_recipe("rtn-int4").model_copy(update={"format": "gteopt"})
-    gteopt.quantize("nano", own, folder / "plain", dtype="float32")
+    assert "embed_tokens" not in {module.name for module in small.unquantized}
+    plain = load_recipe("rtn-int4").model_copy(update={"format": "gteopt"})
+    gteopt.quantize("nano", plain, folder / "plain", dtype="float32")
     wanted = gteopt.load(folder / "plain").encode(TEXTS)
-    found = gteopt.load(folder / "small", dtype="float32").encode(TEXTS)
-    assert (found * wanted).sum(axis=1).min() > 0.9995
+    vectors = gteopt.load(folder / "small", dtype="float32").encode(TEXTS)
+    assert (vectors * wanted).sum(axis=1).min() > 0.9995
 
 
 def test_a_shortened_artifact_keeps_its_table(folder: Path, small: Manifest) -> None:
@@ -94,7 +94,7 @@ def test_minilm_has_a_table_too(tmp_path: Path) -> None:
     assert (gteopt.load(tmp_path / "out").encode(TEXTS) * base).sum(axis=1).min() > 0.99
 
 
-def test_what_cannot_hold_it_is_refused() -> None:
+def test_recipes_that_cannot_hold_an_int8_table_are_refused() -> None:
     with pytest.raises(InputError, match="recipe bf16: embedding: int8 needs quantized weights"):
         load_recipe("bf16").with_int8_embedding()
     gptq = load_recipe("gptq-int4").model_copy(update={"format": "gptq"})

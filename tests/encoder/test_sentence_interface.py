@@ -1,4 +1,4 @@
-"""`gteopt.load(...)` does what Sentence Transformers, the oracle, does by the same names."""
+"""Each method of an encoder returns what Sentence Transformers' method of that name returns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Pair = tuple[Encoder, Any]
 
 @pytest.fixture(scope="module", params=["minilm", "nano", "prompted"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """gteopt's encoder and Sentence Transformers' of one model; "prompted" is E5's habit."""
+    """One model in gteopt and in Sentence Transformers; "prompted" has prompts like E5's."""
     folder = MODELS.get(request.param)
     if folder is None:
         folder = shutil.copytree(MODELS["minilm"], tmp_path_factory.mktemp("prompted") / "model")
@@ -74,29 +74,29 @@ def test_a_call_returns_what_sentence_transformers_returns(pair: Pair, call: str
     ours, theirs = pair
     if call == "prompt name" and "query" not in theirs.prompts:
         pytest.skip("this model names no prompts")
-    found, wanted = CALLS[call](ours), CALLS[call](theirs)
+    result, wanted = CALLS[call](ours), CALLS[call](theirs)
     if isinstance(wanted, (int, str)):
-        assert found == wanted
+        assert result == wanted
         return
-    assert type(found) is type(wanted)
+    assert type(result) is type(wanted)
     if isinstance(wanted, list):
-        assert {type(each) for each in found} == {torch.Tensor}
-        found, wanted = torch.stack(found), torch.stack(wanted)
-    assert found.shape == wanted.shape
-    assert found.dtype == wanted.dtype
+        assert {type(tensor) for tensor in result} == {torch.Tensor}
+        result, wanted = torch.stack(result), torch.stack(wanted)
+    assert result.shape == wanted.shape
+    assert result.dtype == wanted.dtype
     # Sums run in another order: unpadded here, padded there.
-    np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(result), np.asarray(wanted), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["binary", "ubinary"])
 def test_signs_lie_in_bytes_as_in_sentence_transformers(pair: Pair, precision: Any) -> None:
     theirs = pair[1]
-    found, wanted = (model.encode(TEXTS, precision=precision) for model in pair)
-    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-    differing = np.bitwise_count((found ^ wanted).view(np.uint8)).sum()
+    signs, wanted = (model.encode(TEXTS, precision=precision) for model in pair)
+    assert (signs.dtype, signs.shape) == (wanted.dtype, wanted.shape)
+    differing = np.bitwise_count((signs ^ wanted).view(np.uint8)).sum()
     near_zero = (np.abs(theirs.encode(TEXTS)) < 2e-5).sum()
     assert differing <= near_zero
-    assert (found == wanted).mean() > 0.99
+    assert (signs == wanted).mean() > 0.99
 
 
 @pytest.mark.parametrize("code", ["int8", "binary"])

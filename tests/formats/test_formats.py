@@ -1,4 +1,4 @@
-"""Packed weights survive other libraries' layouts exactly, and theirs are read by the letter."""
+"""Packed weights survive other libraries' layouts exactly, and those are read as specified."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def random_weight(scheme: LayerScheme, *, least_zero: int = 0, seed: int = 0) ->
 
 
 def holds(format: str, scheme: LayerScheme) -> bool:
-    """Which format is for which scheme."""
+    """Whether a format can hold a scheme."""
     if format == "bitsandbytes":
         return scheme in BNB
     whole = scheme.number_format == "int" and scheme.activation_bits == 16
@@ -93,9 +93,9 @@ def bits_of(row: Tensor, bits: int, n: int) -> list[int]:
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_weight_survives_every_layout_that_can_hold_it(format: Any, scheme: LayerScheme) -> None:
     form = FORMATS[format]
-    found = form.problems({"a": scheme}, {"a": SHAPE})
+    problems = form.problems({"a": scheme}, {"a": SHAPE})
     if not holds(format, scheme):
-        assert re.search("activation|number_format|holds only NF4", " ".join(found))
+        assert re.search("activation|number_format|holds only NF4", " ".join(problems))
         return
     weight = random_weight(scheme)
     config = form.quantization_config({"a": scheme}, [], "layers", "gteopt")
@@ -113,7 +113,7 @@ def test_a_weight_survives_every_layout_that_can_hold_it(format: Any, scheme: La
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
 @pytest.mark.parametrize("version", [1, 2])
 def test_gptq_means_what_its_specification_says(scheme: LayerScheme, version: gptq.Version) -> None:
-    """Decoded by the letter of AutoGPTQ: word by word, zero points plus one in version 1."""
+    """The oracle decodes as AutoGPTQ: word by word, zero points plus one in version 1."""
     weight = random_weight(scheme, least_zero=1)
     tensors = gptq.to_tensors(weight, version=version)
     codes = torch.tensor([bits_of(row, scheme.bits, 128) for row in tensors["qweight"].t()])
@@ -129,7 +129,7 @@ def test_gptq_means_what_its_specification_says(scheme: LayerScheme, version: gp
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, *EIGHT], ids=name_of)
 def test_compressed_tensors_means_what_its_specification_says(scheme: LayerScheme) -> None:
-    """Decoded by the letter: signed integers, 2^(bits - 1) added before they are packed."""
+    """The oracle decodes signed integers, to which packing has added 2^(bits - 1)."""
     weight = random_weight(scheme)
     tensors = FORMATS["compressed-tensors"].to_tensors(weight)
     half = 1 << (scheme.bits - 1)
@@ -154,7 +154,7 @@ def test_compressed_tensors_means_what_its_specification_says(scheme: LayerSchem
 
 @pytest.mark.parametrize("scheme", [NF4, NF4_WIDE], ids=name_of)
 def test_nf4_means_what_its_specification_says(scheme: LayerScheme) -> None:
-    """Decoded by the letter of bitsandbytes: flat, the first of two codes in the high half."""
+    """The oracle decodes as bitsandbytes: flat, the first of two codes in the high half."""
     weight = random_weight(scheme)
     tensors = FORMATS["bitsandbytes"].to_tensors(weight)
     state = json.loads(bytes(tensors["weight.quant_state.bitsandbytes__nf4"].tolist()))
@@ -268,7 +268,7 @@ def test_zero_points_that_borrowed_from_their_neighbours_are_read_back(bits: Any
 def test_a_symmetric_checkpoint_with_the_wrong_version_is_read_right(
     written: gptq.Version, label: str
 ) -> None:
-    """optimum 2.3 saves version 1 and calls it version 2: STS-B 15 instead of 82, when believed."""
+    """optimum 2.3 saves version 1 and labels it version 2."""
     scheme = LayerScheme(bits=4, group_size=32, symmetric=True)
     weight = random_weight(scheme)
     tensors = gptq.to_tensors(weight, version=written)
@@ -276,18 +276,18 @@ def test_a_symmetric_checkpoint_with_the_wrong_version_is_read_right(
     assert same(gptq.from_tensors(config, "a", SHAPE, tensors).weight, weight)
 
 
-@pytest.mark.parametrize("activation_order", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
 def test_act_order_checkpoints_multiply_like_their_weight_dequantized_by_hand(
-    activation_order: Any,
+    format: Any,
 ) -> None:
     scheme = LayerScheme(bits=4, group_size=32, symmetric=False)
     weight = random_weight(scheme)
-    form = FORMATS[activation_order]
+    form = FORMATS[format]
     config = form.quantization_config({"a": scheme}, [], "layers", "gteopt")
     tensors = form.to_tensors(weight)
     groups = torch.arange(128).div(32, rounding_mode="floor")
     groups = groups[torch.randperm(128, generator=torch.Generator().manual_seed(1))]
-    tensors["g_idx" if activation_order == "gptq" else "weight_g_idx"] = groups.int()
+    tensors["g_idx" if format == "gptq" else "weight_g_idx"] = groups.int()
     plain = weight.unpack()
     steps = plain.codes.float() - plain.zero.float()[:, groups]
     by_hand = steps * plain.scale.float()[:, groups]
@@ -298,7 +298,7 @@ def test_act_order_checkpoints_multiply_like_their_weight_dequantized_by_hand(
         read.weight, None, device=torch.device("cpu"), dtype=torch.float32, order=read.order
     )
     torch.testing.assert_close(layer(x), x @ by_hand.t(), rtol=1e-5, atol=1e-5)
-    tensors["g_idx" if activation_order == "gptq" else "weight_g_idx"][0] = groups[1]
+    tensors["g_idx" if format == "gptq" else "weight_g_idx"][0] = groups[1]
     if int(groups[0]) != int(groups[1]):
         with pytest.raises(IntegrityError, match="does not put 32 input features into each of 4"):
             form.from_tensors(config, "a", SHAPE, tensors)
@@ -368,9 +368,9 @@ def int4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_every_format_gives_the_same_vectors(int4: dict[str, Path]) -> None:
-    own = gteopt.load(int4["gteopt"]).encode(TEXTS)
+    vectors = gteopt.load(int4["gteopt"]).encode(TEXTS)
     for format in INT4:
-        np.testing.assert_array_equal(gteopt.load(int4[format]).encode(TEXTS), own)
+        np.testing.assert_array_equal(gteopt.load(int4[format]).encode(TEXTS), vectors)
         config = json.loads((int4[format] / "config.json").read_text())
         assert config["is_causal"] is False
         assert config["matryoshka_dimensions"] == [256, 128, 64, 32]
@@ -401,7 +401,7 @@ def test_weights_beyond_one_file_are_written_as_shards_with_an_index(
 def test_a_checkpoint_of_another_maker_opens_without_a_manifest(
     format: str, int4: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Inside a model with a head, as quantizers of causal models save it."""
+    """Its tensors have a prefix and a head, as quantizers of causal models save them."""
     foreign = Path(shutil.copytree(int4[format], tmp_path / "foreign"))
     (foreign / "gteopt.json").unlink()
     tensors = load_file(foreign / "model.safetensors")
@@ -411,8 +411,8 @@ def test_a_checkpoint_of_another_maker_opens_without_a_manifest(
     encoder = gteopt.load(foreign)
     assert encoder.manifest is None
     np.testing.assert_array_equal(encoder.encode(TEXTS), gteopt.load(int4["gteopt"]).encode(TEXTS))
-    seen = inspect(foreign)
-    assert (seen.estimates, seen.n_parameters) == ((), inspect("nano").n_parameters)
+    facts = inspect(foreign)
+    assert (facts.estimates, facts.n_parameters) == ((), inspect("nano").n_parameters)
     with pytest.raises(InputError, match="already quantized"):
         gteopt.quantize(foreign, "int8", tmp_path / "x")
     tensors.pop("model.norm.weight")
@@ -438,8 +438,8 @@ def test_layers_of_several_schemes_and_skipped_ones_are_written_and_read(tmp_pat
 def test_bitsandbytes_checkpoints_give_the_vectors_of_our_own_layout(
     name: str, tmp_path: Path
 ) -> None:
-    own = load_recipe(name).model_copy(update={"format": "gteopt"})
-    gteopt.quantize("nano", own, tmp_path / "own")
+    native = load_recipe(name).model_copy(update={"format": "gteopt"})
+    gteopt.quantize("nano", native, tmp_path / "own")
     made = gteopt.quantize("nano", name, tmp_path / "theirs")
     assert made.format == "bitsandbytes"
     (tmp_path / "theirs" / "gteopt.json").unlink()

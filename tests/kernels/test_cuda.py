@@ -1,9 +1,8 @@
-"""The GPU kernels against float64 and the portable layers, without a GPU in Triton's interpreter.
+"""The GPU kernels against float64 and the portable layers; without a GPU, Triton interprets them.
 
-What the interpreter cannot do is not claimed here: it multiplies bfloat16 operands as bit patterns,
-so products of decoded 4-bit weights are checked in float32, and its conversions to short floats
-truncate or drop carries, so those are compared by their error. `benchmarks/gpu_layers.py` checks
-both on a GPU.
+The interpreter has two faults. It multiplies bfloat16 operands as bit patterns, so products of
+decoded 4-bit weights are checked in float32. Its conversions to 8-bit floats truncate or drop
+carries, so their error is checked. `benchmarks/gpu_layers.py` checks both on a GPU.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ def packed(out_features: int, in_features: int, scheme: LayerScheme) -> PackedWe
     return pack(quantize_rtn(seeded(out_features, in_features, seed=out_features) / 8, scheme))
 
 
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    difference = (found.double() - exact.double()).norm()
+def relative_error(computed: torch.Tensor, exact: torch.Tensor) -> float:
+    difference = (computed.double() - exact.double()).norm()
     return float(difference / exact.double().norm()) if exact.numel() else float(difference)
 
 
@@ -145,11 +144,11 @@ def test_every_tile_of_the_int8_product_gives_the_same_bits(cuda: ModuleType) ->
         layer = cuda.Int8LinearCuda(weight, seeded(70, seed=1))
         for n_tokens in (3, 150):
             codes = layer.quantize(seeded(n_tokens, 272, seed=2) + 1)
-            own = (layer.weight, layer.scale, layer.row_sum, layer.bias, torch.float32)
-            first = cuda.int8_product(*codes, *own, cuda.int8_tile(n_tokens))
+            operands = (layer.weight, layer.scale, layer.row_sum, layer.bias, torch.float32)
+            first = cuda.int8_product(*codes, *operands, cuda.int8_tile(n_tokens))
             for tile in cuda.LARGE_TILES:
                 if not tile.copies or capability >= (9, 0):
-                    assert torch.equal(cuda.int8_product(*codes, *own, tile), first)
+                    assert torch.equal(cuda.int8_product(*codes, *operands, tile), first)
 
 
 @pytest.mark.parametrize("n_tokens", [0, 1, 20, 100])
@@ -177,11 +176,11 @@ def test_a_decoded_layer_is_exactly_the_dequantized_one(
     assert torch.equal(decoded, weight.unpack().dequantize())
 
 
-def test_weights_that_a_step_would_cross_groups_of_are_left_to_the_portable_layer(
+def test_weights_whose_groups_no_step_fits_are_left_to_the_portable_layer(
     cuda: ModuleType,
 ) -> None:
     kind, four, eight = torch.bfloat16, cuda.Int4LinearCuda, cuda.Fp8LinearCuda
-    assert not four.fits(packed(8, 96, ROW), kind)  # a row of 96: no power of two divides it
+    assert not four.fits(packed(8, 96, ROW), kind)  # a row of 96: its step is no power of two
     assert not four.fits(packed(8, 128, W8A8), kind)
     assert not eight.fits(packed(8, 128, FP8), kind)
     assert eight.fits(packed(48, 128, FP8), kind)
@@ -189,7 +188,7 @@ def test_weights_that_a_step_would_cross_groups_of_are_left_to_the_portable_laye
 
 
 def skip_without_row_scales() -> None:
-    """Torch 2.11 has such a product on GPUs only."""
+    """Torch 2.11 has a product with a scale for each row on GPUs only."""
     ones = torch.ones(16, 16).to(DEVICE, torch.float8_e4m3fn)
     scale = torch.ones(16, 1, device=DEVICE)
     try:
@@ -208,7 +207,7 @@ def test_8_bit_float_products_err_no_more_than_their_rounding(cuda: ModuleType) 
     bias = seeded(64, seed=1).bfloat16()
     x = seeded(33, 256, seed=2).bfloat16()
     floats, scale = cuda.round_tokens(x)
-    most = torch.full_like(scale, grid.E4M3_MAX)  # a GPU multiplies by a number's reciprocal
+    most = torch.full_like(scale, grid.E4M3_MAX)  # a GPU divides by a tensor exactly
     assert torch.equal(scale, x.float().abs().amax(1, keepdim=True) / most)
     # Three bits of fraction: at most 1/16 of a value, twice that where the carry is dropped.
     assert float(((floats.float() * scale - x.float()).abs() / x.float().abs()).median()) <= 1 / 16
@@ -249,7 +248,7 @@ def test_what_comes_before_a_rounding_is_computed_in_float32(
         for symmetric in (True, False):
             codes, scale, zero = cuda.quantize_tokens(x, symmetric=symmetric, before=before)
             steps = codes.float() if zero is None else codes.float() - zero[:, None]
-            # Half a step, and what float32 rounds: a code next to a tie may be either.
+            # Half a step plus float32 rounding: a value next to a tie may get either code.
             assert float(((steps * scale - exact).abs() / scale).max()) <= 0.502
             assert (
                 float(
@@ -269,7 +268,7 @@ def test_what_operators_say_of_their_results_is_what_they_return(cuda: ModuleTyp
     """Schema, aliasing, and shapes without data, on odd numbers of tokens and features."""
     ops = torch.ops.gteopt
     x, bias = seeded(5, 256), seeded(70, seed=1)
-    eight, four, nf4 = (packed(70, 256, each) for each in (TOKEN_ZEROS, INT4, NF4))
+    eight, four, nf4 = (packed(70, 256, scheme) for scheme in (TOKEN_ZEROS, INT4, NF4))
     layer = cuda.Int8LinearCuda(eight, bias)
     codes, scale, zero = ops.quantize_tokens(x, False, None, None, 0.0)
     int8 = (codes, scale, zero, layer.weight, layer.scale, layer.row_sum, layer.bias)
@@ -283,10 +282,12 @@ def test_what_operators_say_of_their_results_is_what_they_return(cuda: ModuleTyp
         (ops.rotate_, (seeded(3, 2, 16), seeded(3, 1, 16), seeded(3, 1, 16))),
     ]
     for weight in (four, nf4):
-        each = cuda.Int4LinearCuda(weight, bias)
-        own = (each.qweight, each.scale, each.zero, each.levels)
-        calls.append((ops.int4_product, (x, *own, bias, each.middle, [16, 32, 128, 4, 4])))
-        calls.append((ops.decode_int4, (*own, each.middle, torch.float32)))
+        int4_layer = cuda.Int4LinearCuda(weight, bias)
+        operands = (int4_layer.qweight, int4_layer.scale, int4_layer.zero, int4_layer.levels)
+        calls.append(
+            (ops.int4_product, (x, *operands, bias, int4_layer.middle, [16, 32, 128, 4, 4]))
+        )
+        calls.append((ops.decode_int4, (*operands, int4_layer.middle, torch.float32)))
     for operator, arguments in calls:
         checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(operator.default, arguments, test_utils=checks)
@@ -310,14 +311,14 @@ def test_torch_compile_takes_a_layer_whole(cuda: ModuleType, scheme: LayerScheme
 
 
 def test_the_benchmark_of_layers_runs_to_its_end_and_writes_what_it_found(tmp_path: Path) -> None:
-    """All but the device: Triton interprets, nothing is timed."""
+    """Triton interprets the kernels, and nothing is timed."""
     pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
     root, out = Path(__file__).resolve().parent.parent.parent, tmp_path / "layers.json"
     script = str(root / "benchmarks" / "gpu_layers.py")
-    what = ["--device", "cpu", "--shapes", "80x256", "--tokens", "1", "70", "--tiles"]
+    options = ["--device", "cpu", "--shapes", "80x256", "--tokens", "1", "70", "--tiles"]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, script, *what, "--out", str(out)],
+        [sys.executable, script, *options, "--out", str(out)],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -336,7 +337,7 @@ def test_the_benchmark_of_layers_runs_to_its_end_and_writes_what_it_found(tmp_pa
 
 
 def test_kernels_compile_for_an_h100_to_tensor_core_products_that_fit_it(tmp_path: Path) -> None:
-    """227 KiB: CUDA C++ Programming Guide, technical specifications of capability 9.0."""
+    """Shared memory of 227 KiB: CUDA C++ Programming Guide, compute capability 9.0."""
     pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -349,11 +350,11 @@ def test_kernels_compile_for_an_h100_to_tensor_core_products_that_fit_it(tmp_pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for each in json.loads(done.stdout):
-        assert each["shared_bytes"] <= 227 << 10, each
-        assert each["spills"] == 0, each
-        if each["kernel"] in ("_int8_kernel", "_int8_copy_kernel", "_int4_kernel"):
-            assert each["tensor_core_products"] > 0, each
-        if each["kernel"] in ("_int8_kernel", "_int8_copy_kernel"):
-            assert each["int8_products"] > 0, each
-        assert (each["copies"] > 0) == (each["kernel"] == "_int8_copy_kernel"), each
+    for kernel in json.loads(done.stdout):
+        assert kernel["shared_bytes"] <= 227 << 10, kernel
+        assert kernel["spills"] == 0, kernel
+        if kernel["kernel"] in ("_int8_kernel", "_int8_copy_kernel", "_int4_kernel"):
+            assert kernel["tensor_core_products"] > 0, kernel
+        if kernel["kernel"] in ("_int8_kernel", "_int8_copy_kernel"):
+            assert kernel["int8_products"] > 0, kernel
+        assert (kernel["copies"] > 0) == (kernel["kernel"] == "_int8_copy_kernel"), kernel

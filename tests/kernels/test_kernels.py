@@ -1,5 +1,6 @@
-"""Every runtime layer against a product in float64: of the dequantized weight and, where a scheme
-rounds activations, of those that it rounds them to.
+"""Every runtime layer against a float64 product of the dequantized weight.
+
+Where a scheme rounds activations, the product is that of the rounded activations.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def packed(out_features: int, in_features: int, scheme: LayerScheme) -> PackedWe
     return pack(quantize_rtn(seeded(out_features, in_features, seed=out_features) / 8, scheme))
 
 
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    difference = (found.double() - exact).norm()
+def relative_error(computed: torch.Tensor, exact: torch.Tensor) -> float:
+    difference = (computed.double() - exact).norm()
     return float(difference / exact.norm()) if exact.numel() else float(difference)
 
 
@@ -69,7 +70,7 @@ def exact_product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | No
 
 
 def rounded_product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> Any:
-    """The product in float64 of the activations that a scheme rounds x to on this machine."""
+    """The float64 product of x, rounded as its scheme rounds activations on this machine."""
     scheme, flat = weight.scheme, x.reshape(-1, weight.in_features)
     if scheme.activation_static:
         assert weight.inputs is not None
@@ -92,7 +93,7 @@ def rounded_product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | 
 
 
 def as_here(reference: Int8Reference) -> Int8Reference:
-    """With the bits of activations that this CPU multiplies exactly."""
+    """Set the bits of activations that this CPU multiplies exactly."""
     reference.bits = activation_bits()
     return reference
 
@@ -154,7 +155,7 @@ def test_the_integer_product_equals_its_float_reference(
             y = fast(x)
             assert y.dtype == dtype
             assert y.shape == (*shape, out_features)
-            # Sums are exact in int32; what differs is the order of float32 roundings.
+            # Sums are exact in int32; only the order of float32 roundings differs.
             bound = 2e-6 if dtype == torch.float32 else 4e-3
             assert relative_error(y, reference(x).double()) <= bound
 
@@ -166,7 +167,7 @@ def test_the_integer_product_equals_its_float_reference(
 def test_every_scheme_multiplies_as_float64_does_on_random_shapes(
     scheme: LayerScheme, dtype: torch.dtype
 ) -> None:
-    """What is chosen for it, and what computes it where nothing faster can."""
+    """Both the layer that is chosen for the scheme and the portable one."""
     source = random.Random(0)
     width = scheme.group_size if isinstance(scheme.group_size, int) else 1
     for _ in range(6):
@@ -187,13 +188,13 @@ def test_every_scheme_multiplies_as_float64_does_on_random_shapes(
             if isinstance(layer, Int8Reference):
                 as_here(layer)
             if scheme.activation_static and activation_bits() < 8:
-                continue  # see test_inputs.py: it takes every second code there
+                continue  # test_static_activations.py checks 7 bits
             assert relative_error(layer(x), exact) <= BOUND[dtype]
 
 
 @pytest.mark.parametrize("scheme", [W8A8, TOKEN_ZEROS, OUTLIERS, STATIC, FP8, NF4, INT4], ids=str)
 def test_torch_compile_changes_no_bit(scheme: LayerScheme) -> None:
-    """Whole where nothing is held in an order of a library's own, which it cannot look into."""
+    """A layer compiles as a whole unless a library holds its weights in a private layout."""
     weight = packed(64, 256, scheme)
     if scheme.activation_static:
         grid = InputGrid(torch.full((256,), 0.05), torch.full((256,), 128.0))
@@ -224,16 +225,16 @@ def test_a_table_in_8_bits_looks_up_what_float64_does() -> None:
     ids = torch.tensor([[3, 49], [0, 3]])
     exact = weight.unpack().dequantize().double()[ids]
     for dtype in (torch.float32, torch.bfloat16):
-        found = PackedEmbedding(weight, dtype)(ids)
-        assert found.dtype == dtype
-        assert relative_error(found, exact) <= BOUND[dtype]
+        rows = PackedEmbedding(weight, dtype)(ids)
+        assert rows.dtype == dtype
+        assert relative_error(rows, exact) <= BOUND[dtype]
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)], ids=str)
 def test_a_gpu_gets_what_its_capability_multiplies(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the table alone: no GPU is there, only what it would say of itself."""
+    """The test needs no GPU: it sets the capability that a GPU would report."""
     pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
     cuda = importlib.import_module("gteopt.kernels.cuda")
     has_cores = capability >= (8, 0)
@@ -266,7 +267,7 @@ def test_the_integer_product_is_close_to_the_unquantized_one() -> None:
 
 
 def test_the_largest_codes_are_summed_exactly() -> None:
-    """x86 without VNNI saturates at 16 bits; fewer bits of activations are taken there."""
+    """x86 without VNNI saturates at 16 bits, so activations have fewer bits there."""
     extreme = PackedWeight(
         qweight=torch.full((64, 512), 255, dtype=torch.uint8),  # code 127
         scale=torch.ones(64, 1, dtype=torch.float16),
@@ -331,7 +332,7 @@ def test_tokens_are_rounded_by_their_own_range_only() -> None:
 
 
 def test_zero_points_give_a_one_sided_token_all_256_codes() -> None:
-    x = seeded(6, 64).abs() + 0.1  # as behind GELU: nothing on the other side
+    x = seeded(6, 64).abs() + 0.1  # one-sided, as behind GELU
     x[1] = -x[1]
     x[2] = 0
     x[3, :32] = 0
@@ -349,7 +350,7 @@ def test_zero_points_give_a_one_sided_token_all_256_codes() -> None:
 
 
 def test_outliers_are_multiplied_as_they_are() -> None:
-    """LLM.int8(): the integer product of what is small plus the full product of what is not."""
+    """LLM.int8(): the integer product of small activations plus the float product of outliers."""
     weight = packed(96, 64, OUTLIERS)
     x = seeded(20, 64)
     x[:, 7] *= 40
@@ -383,7 +384,7 @@ def test_nf4_multiplies_as_float64_does(dtype: torch.dtype, group_size: GroupSiz
 
 
 def e4m3(code: int) -> float:
-    """The float that a byte is, by Micikevicius et al. 2022, table 1; NaN for 0x7f and 0xff."""
+    """The number of a byte by Micikevicius et al. 2022, table 1; NaN for 0x7f and 0xff."""
     sign, exponent, mantissa = -1 if code >> 7 else 1, code >> 3 & 15, code & 7
     if exponent == 0:
         return sign * mantissa / 8 * 2.0**-6
@@ -391,7 +392,7 @@ def e4m3(code: int) -> float:
 
 
 def test_the_8_bit_float_product_is_its_definition_in_float64() -> None:
-    """Every byte decoded by its bits, every input rounded to the nearest of them, ties to even."""
+    """The oracle decodes bytes bit by bit and rounds inputs to the nearest, ties to even."""
     floats = torch.tensor([e4m3(code) for code in range(127)], dtype=torch.float64)
     weight = packed(96, 64, FP8)
     table = torch.tensor([e4m3(code) for code in range(256)], dtype=torch.float64)

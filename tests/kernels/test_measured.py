@@ -1,4 +1,4 @@
-"""Which product an int8 layer takes is measured, kept, and never changes what it computes."""
+"""Measured times choose the int8 product of a layer; the choice never changes a bit."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_slow_product_is_not_chosen(tmp_path: Path, monkeypatch: pytest.Monkey
             time.sleep(0.02)
             return self._fast(codes, zero)
 
-    # It comes first, so that the choice without measuring would take it.
+    # The slow product comes first, so a choice without measurement would take it.
     others = dict(INT8_PRODUCTS)
     for name in others:
         monkeypatch.delitem(INT8_PRODUCTS, name)
@@ -137,8 +137,8 @@ def test_a_file_that_is_not_ours_is_ignored_with_a_reason(tmp_path: Path, damage
     if damage == "cut short":
         file.write_text(content[: len(content) // 2])
     else:
-        own = machine().cpu
-        file.write_text(content.replace(own, "another processor"))
+        cpu = machine().cpu
+        file.write_text(content.replace(cpu, "another processor"))
     with pytest.warns(UserWarning, match="kernels are measured anew"):
         times = kept_times({KEY: LAYER}, torch.bfloat16, tmp_path)
     assert times.keys() == {KEY}
@@ -165,7 +165,7 @@ def test_a_second_copy_must_pay_and_decoding_must_win_clearly() -> None:
     assert decoding_wins({"layer": 3}, {"layer": slow})
 
 
-def test_what_is_decoded_is_part_of_what_caches_are_keyed_by() -> None:
+def test_decoded_layers_change_the_key_of_caches() -> None:
     dtype = torch.bfloat16
     exact = Ways({KEY: Products("fbgemm", "onednn")})
     assert arithmetic(CPU, exact) == arithmetic(CPU, DETERMINISTIC)

@@ -54,7 +54,7 @@ def test_one_flipped_bit_in_any_weight_file_is_found(artifact: Path, position: i
 def test_weights_are_hashed_beside_what_reads_them(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a load takes as long as its slowest part, not as all of them one after the other."""
+    """A load then takes as long as its slowest part, not as long as the sum."""
     reading = Event()
 
     def hash_after_that(path: Path) -> str:
@@ -88,7 +88,7 @@ def test_missing_extra_and_shortened_files_are_all_named_at_once(artifact: Path)
     "path", ["../own.txt", "/etc/hostname", "a/../../own.txt", "C:\\own.txt", ""]
 )
 def test_a_manifest_that_leads_out_of_its_folder_is_refused(artifact: Path, path: str) -> None:
-    """It may come from anywhere, and what it names is read, copied and removed."""
+    """A manifest may come from anywhere; files that it names are read, copied and removed."""
     manifest = json.loads((artifact / "gteopt.json").read_text())
     manifest["files"][0]["path"] = path
     (artifact / "gteopt.json").write_text(json.dumps(manifest))
@@ -163,7 +163,7 @@ def test_a_place_that_no_artifact_can_be_put_at_is_refused_before_any_work(
 
 
 def test_an_artifact_can_be_put_on_another_file_system(original: Path, tmp_path: Path) -> None:
-    """It is staged beside its place: a rename does not cross file systems."""
+    """It is staged beside its place, because a rename does not cross file systems."""
     shared = Path("/dev/shm")
     if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("this machine has no second file system at /dev/shm")
@@ -175,7 +175,7 @@ def test_an_artifact_can_be_put_on_another_file_system(original: Path, tmp_path:
 
 @pytest.mark.parametrize("recipe", ["bf16", "rtn-int4", "rtn-int8"])
 def test_copied_weights_outlive_their_files(tmp_path: Path, recipe: str) -> None:
-    """In a process of its own: a mapped file that is cut ends it with a bus error."""
+    """In a child process, which a truncated mapped file would end with a bus error."""
     gteopt.quantize("nano", recipe, tmp_path / "out", dtype="float32")
     script = (
         "import sys, numpy as np, gteopt; from pathlib import Path\n"

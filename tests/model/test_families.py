@@ -1,4 +1,4 @@
-"""Each family, as its authors publish it, computes what an independent forward pass says.
+"""Each family, as its authors publish it, gives the vectors of an independent forward pass.
 
 The checkpoints are small and random, with the published format: config.json, tensor names, module
 files. The forward pass is written out here in float64, one unpadded text at a time.
@@ -43,7 +43,7 @@ def text_ids(encoder: Encoder, model: Model, text: str) -> list[int]:
 
 
 def prefixes(model: Model) -> tuple[str, str]:
-    """Where the transformer's names stand in a file without and with the language model's head."""
+    """Prefixes of the transformer's tensors without and with the language model's head."""
     nested = "embedding_model." if model.latent is not None else ""
     return nested, f"{nested}model."
 
@@ -66,12 +66,12 @@ def test_vectors_equal_the_float64_forward_pass_alone_and_batched(published: Pub
     expected = [
         forward_float64(model, weights, text_ids(encoder, model, text), 0) for text in TEXTS
     ]
-    found = encoder.encode(TEXTS)
-    assert np.abs(found - np.stack(expected)).max() < 2e-5
+    vectors = encoder.encode(TEXTS)
+    assert np.abs(vectors - np.stack(expected)).max() < 2e-5
     alone = np.concatenate([encoder.encode([text]) for text in TEXTS])
-    assert np.abs(alone - found).max() < 1e-5
+    assert np.abs(alone - vectors).max() < 1e-5
     tokens = encoder.tokenization.tokenize(TEXTS)
-    assert np.abs(encoder.embed_tokens(tokens, padding="left") - found).max() < 1e-5
+    assert np.abs(encoder.embed_tokens(tokens, padding="left") - vectors).max() < 1e-5
 
 
 def test_queries_carry_the_familys_prompt_and_pooling_leaves_out_what_it_should(
@@ -87,8 +87,8 @@ def test_queries_carry_the_familys_prompt_and_pooling_leaves_out_what_it_should(
         forward_float64(model, weights, text_ids(encoder, model, prompt + text), n_prompt)
         for text in TEXTS
     ]
-    found = encoder.encode(TEXTS, role="query", instruction=INSTRUCTION)
-    assert np.abs(found - np.stack(expected)).max() < 2e-5
+    vectors = encoder.encode(TEXTS, role="query", instruction=INSTRUCTION)
+    assert np.abs(vectors - np.stack(expected)).max() < 2e-5
 
 
 def test_the_other_attention_direction_gives_clearly_other_vectors(published: Published3) -> None:
@@ -125,7 +125,7 @@ def test_a_build_of_each_family_is_close_and_opens_again(
     manifest = gteopt.quantize(folder, recipe, tmp_path / "out", dtype="float32")
     assert len(manifest.layers) == 21
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    trained = [64, 32] if model.name.startswith("Qwen3") else None  # published without a word of it
+    trained = [64, 32] if model.name.startswith("Qwen3") else None  # no folder names them
     assert config.get("matryoshka_dimensions") == trained
     assert manifest.base.family == open_checkpoint(folder).family.name  # type: ignore[union-attr]
     base, variant = gteopt.load(folder, dtype="float32"), gteopt.load(tmp_path / "out")
@@ -133,10 +133,10 @@ def test_a_build_of_each_family_is_close_and_opens_again(
         cosines = (base.encode(TEXTS, role=role) * variant.encode(TEXTS, role=role)).sum(1)
         assert cosines.min() > 0.999
     assert variant.weight_bytes < 0.9 * base.weight_bytes
-    left = {each.name: each.n_parameters for each in manifest.unquantized}
+    left = {module.name: module.n_parameters for module in manifest.unquantized}
     if model.latent is not None:
-        own = sum(t.numel() for name, t in weights.items() if name.startswith("latent_"))
-        assert left["latent_attention_model"] == own
+        n_latent = sum(t.numel() for name, t in weights.items() if name.startswith("latent_"))
+        assert left["latent_attention_model"] == n_latent
         assert manifest.format == "gteopt"
         assert manifest.base.n_parameters == sum(t.numel() for t in weights.values())
 
@@ -219,9 +219,9 @@ def other_prompts(folder: Path) -> None:
     ("folder_name", "change", "known"),
     [
         ("as-published", None, True),
-        ("my-model", None, True),  # its prompts tell
-        ("as-published", without_hints, True),  # its name tells
-        ("my-model", other_prompts, False),  # another encoder: as its folder says
+        ("my-model", None, True),  # recognised by its prompts
+        ("as-published", without_hints, True),  # recognised by its name
+        ("my-model", other_prompts, False),  # another encoder, which runs as its folder says
     ],
 )
 def test_language_model_configs_are_told_apart_by_name_or_prompts(
@@ -251,15 +251,19 @@ def mean_pooling(folder: Path) -> None:
 def test_another_bidirectional_qwen2_is_run_as_its_folder_says(
     tmp_path: Path, change: Callable[[Path], None], pooling: str
 ) -> None:
-    """`is_causal: false` alone is no gte-Qwen: no end token, prompt or pooling of that family."""
+    """`is_causal: false` alone brings no end token, prompt or pooling of gte-Qwen."""
     folder = tmp_path / "my-model"
     model = replace(MODELS[0], auto_map=False, config={**MODELS[0].config, "is_causal": False})
     publish(folder, model)
     assert open_checkpoint(folder).family is not None
     change(folder)
-    found = open_checkpoint(folder)
-    assert (found.family, found.attention, found.pooling) == (None, "bidirectional", pooling)
-    assert found.end_token is None
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.family, checkpoint.attention, checkpoint.pooling) == (
+        None,
+        "bidirectional",
+        pooling,
+    )
+    assert checkpoint.end_token is None
 
 
 def test_what_cannot_be_told_is_refused_until_the_user_names_the_family(tmp_path: Path) -> None:
@@ -276,7 +280,7 @@ def test_what_cannot_be_told_is_refused_until_the_user_names_the_family(tmp_path
     named = gteopt.load(folder, family="e5-mistral", dtype="float32")
     gteopt.quantize(folder, "bf16", tmp_path / "out", family="e5-mistral", dtype="float32")
     assert " --family e5-mistral " in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    again = gteopt.load(tmp_path / "out")  # its manifest remembers
+    again = gteopt.load(tmp_path / "out")  # its manifest names the family
     assert again.checkpoint.family == named.checkpoint.family
     np.testing.assert_allclose(again.encode(TEXTS), named.encode(TEXTS), atol=1e-6)
 
@@ -291,12 +295,12 @@ def test_published_models_have_mtebs_license_and_the_width_of_their_shape(name: 
 
 def test_every_shipped_shape_has_the_published_number_of_parameters() -> None:
     counted_otherwise = {
-        # Half of Gemma's four norms a layer, and the norms of queries and keys, are left out there.
+        # mteb leaves out half of Gemma's four norms a layer, and the norms of queries and keys.
         "harrier-oss-v1-270m": 18 * 2 * (640 + 256),
         "harrier-oss-v1-0.6b": 28 * 2 * 128,
         "harrier-oss-v1-27b": 62 * 2 * (5376 + 128),
-        "embeddinggemma-300m": -2 * 768 * 3072,  # its Dense modules, which are no transformer
-        "GritLM-7B": -32_000 * 4096,  # the language model's head
+        "embeddinggemma-300m": -2 * 768 * 3072,  # mteb counts its Dense modules, too
+        "GritLM-7B": -32_000 * 4096,  # mteb counts the language model's head, too
     }
     for full in PUBLISHED:
         name = full.rpartition("/")[2]
@@ -304,12 +308,12 @@ def test_every_shipped_shape_has_the_published_number_of_parameters() -> None:
             continue
         theirs = mteb.get_model_meta(full).n_parameters
         assert theirs is not None
-        found = inspect(name, recipe=load_recipe("bf16"))
-        rounded = 10 ** (len(str(theirs)) - len(str(theirs).rstrip("0")))  # a round number is one
-        off = found.n_parameters - theirs - counted_otherwise.get(name, 0)
+        facts = inspect(name, recipe=load_recipe("bf16"))
+        rounded = 10 ** (len(str(theirs)) - len(str(theirs).rstrip("0")))  # some counts are rounded
+        off = facts.n_parameters - theirs - counted_otherwise.get(name, 0)
         assert abs(off) < max(1, rounded), name
-        assert (found.id, found.dims, found.sha256) == (name, PUBLISHED[full].dims, None)
-        assert found.family == PUBLISHED[full].family
+        assert (facts.id, facts.dims, facts.sha256) == (name, PUBLISHED[full].dims, None)
+        assert facts.family == PUBLISHED[full].family
 
 
 SMALL = {
@@ -373,23 +377,23 @@ def test_a_small_model_of_a_published_shape_gives_sentence_transformers_vectors(
 
 
 def test_gritlm_averages_the_text_alone_and_sees_it_in_both_directions(tmp_path: Path) -> None:
-    """As the authors' `encode` does: the prompt, its start token included, is out of the mean."""
+    """As the authors' `encode` does: the mean leaves out the prompt and its start token."""
     import transformers
     from tokenizers.processors import TemplateProcessing
 
     folder = tmp_path / "model"
-    mistral = next(each for each in MODELS if each.name.startswith("e5"))
+    mistral = next(model for model in MODELS if model.name.startswith("e5"))
     weights = publish(folder, replace(mistral, st=False), prefix="model.", head=True)
     path = folder / "config.json"
-    own = {**json.loads(path.read_text()), "architectures": ["MistralForCausalLM"]}
+    config = {**json.loads(path.read_text()), "architectures": ["MistralForCausalLM"]}
     code = {"auto_map": {"AutoModel": "modeling_gritlm7b.MistralModel"}}
-    path.write_text(json.dumps(own | code))
+    path.write_text(json.dumps(config | code))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     tokenizer.save_pretrained(folder)
-    fields = {key: value for key, value in own.items() if key != "model_type"}
+    fields = {key: value for key, value in config.items() if key != "model_type"}
     fields |= {"is_causal": False, "sliding_window": None}
     module = transformers.MistralModel(transformers.MistralConfig(**fields)).eval()
     module.load_state_dict(weights)
@@ -407,15 +411,15 @@ def test_gritlm_averages_the_text_alone_and_sees_it_in_both_directions(tmp_path:
     asked = f"<|user|>\n{INSTRUCTION}\n<|embed|>\n"
     for text in (text for text in TEXTS if text):
         bare = by_the_authors(text, "<|embed|>\n")
-        for each in (encoder, again):
-            (found_document,) = each.encode([text], role="document")
+        for model in (encoder, again):
+            (found_document,) = model.encode([text], role="document")
             np.testing.assert_allclose(found_document, bare, atol=1e-5)
         np.testing.assert_allclose(theirs.encode([text])[0], bare, atol=1e-5)
         (found_query,) = encoder.encode([text], role="query", instruction=INSTRUCTION)
         np.testing.assert_allclose(found_query, by_the_authors(text, asked), atol=1e-5)
     queries = again.encode(TEXTS[:3], role="query")
-    found = np.concatenate([theirs.encode([t], prompt_name="query") for t in TEXTS[:3]])
-    np.testing.assert_allclose(found, queries, atol=1e-5)
+    their_queries = np.concatenate([theirs.encode([t], prompt_name="query") for t in TEXTS[:3]])
+    np.testing.assert_allclose(their_queries, queries, atol=1e-5)
 
 
 def test_inspect_tells_the_familys_facts(tmp_path: Path) -> None:
@@ -426,26 +430,26 @@ def test_inspect_tells_the_familys_facts(tmp_path: Path) -> None:
         publish(folder, model, prefix=prefixes(model)[0])
         facts[model.name] = inspect(f"{owner}/{model.name}", hub_dir=tmp_path)
     assert {f.license for f in facts.values()} == {"apache-2.0", "mit", "cc-by-nc-4.0"}
-    # Where the folder states a limit, that is what holds; else the family's.
+    # The limit of the folder holds; without one, the limit of the family.
     stated = [512 if model.st else None for model in MODELS]
     trained = [32_768, 32_768, 32_768, 4096, 32_768]
-    limits = [own or family for own, family in zip(stated, trained, strict=True)]
+    limits = [limit or family for limit, family in zip(stated, trained, strict=True)]
     assert [facts[name].max_tokens for name in IDS] == limits
     assert facts["Qwen3-Embedding-0.6B"].matryoshka_dims == (64, 32)
     assert facts["NV-Embed-v1"].pooling == "latent"
     assert facts["NV-Embed-v1"].license == "cc-by-nc-4.0"
     around = [(facts[name].start_token, facts[name].end_token) for name in IDS]
     assert around == [(None, "<|endoftext|>")] * 3 + [("<s>", "</s>")] * 2
-    assert all(each.published_scores for each in facts.values())
+    assert all(model_facts.published_scores for model_facts in facts.values())
     assert any("the folder cuts texts at 512 tokens" in note for note in facts[IDS[0]].notes)
 
 
 def test_replayed_blocks_give_the_models_own_output_however_often(published: Published3) -> None:
-    """Published configs say `use_cache: true`: keys of an earlier run must not be seen."""
+    """Published configs say `use_cache: true`, but no run may see keys of an earlier one."""
     from gteopt.build.replay import advance_, behind_blocks, open_blocks, running_order
 
     _, folder, _ = published
-    assert "use_cache" not in json.loads((folder / "config.json").read_text())  # so it is true
+    assert "use_cache" not in json.loads((folder / "config.json").read_text())  # true by default
     encoder = gteopt.load(folder, dtype="float32")
     tokens = sorted(encoder.tokenization.tokenize(TEXTS, role="query"), key=len)
     blocks, inputs = open_blocks(encoder, tokens)
@@ -453,5 +457,5 @@ def test_replayed_blocks_give_the_models_own_output_however_often(published: Pub
         for _ in range(2):
             running_order(block, inputs)
         advance_(block, inputs)
-    found = behind_blocks(encoder, blocks, [batch.hidden for batch in inputs], inputs)
-    np.testing.assert_allclose(found.numpy(), encoder.embed_tokens(tokens), atol=1e-5)
+    replayed = behind_blocks(encoder, blocks, [batch.hidden for batch in inputs], inputs)
+    np.testing.assert_allclose(replayed.numpy(), encoder.embed_tokens(tokens), atol=1e-5)

@@ -75,8 +75,8 @@ def sequence(folder: Path, *kinds: str) -> None:
 )
 def test_modules_run_in_their_order(bert: Path, kinds: tuple[str, ...]) -> None:
     sequence(bert, *kinds)
-    found = gteopt.load(bert, dtype="float32").embed(TEXTS)
-    np.testing.assert_allclose(found, alone(sentence_transformer(bert)), atol=1e-5)
+    vectors = gteopt.load(bert, dtype="float32").embed(TEXTS)
+    np.testing.assert_allclose(vectors, alone(sentence_transformer(bert)), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -84,18 +84,18 @@ def test_modules_run_in_their_order(bert: Path, kinds: tuple[str, ...]) -> None:
 )
 def test_every_pooling_mode_is_that_of_sentence_transformers(bert: Path, mode: Any) -> None:
     edit(bert / "1_Pooling" / "config.json", pooling_mode=mode)
-    found = gteopt.load(bert, dtype="float32").embed(TEXTS)
-    np.testing.assert_allclose(found, alone(sentence_transformer(bert)), atol=1e-5)
+    vectors = gteopt.load(bert, dtype="float32").embed(TEXTS)
+    np.testing.assert_allclose(vectors, alone(sentence_transformer(bert)), atol=1e-5)
 
 
 def test_the_default_prompt_and_the_similarity_are_kept(bert: Path, tmp_path: Path) -> None:
     sequence(bert, "Transformer", "Pooling")
-    said = {
+    settings = {
         "prompts": {"topic": "About: "},
         "default_prompt_name": "topic",
         "similarity_fn_name": "dot",
     }
-    edit(bert / "config_sentence_transformers.json", **said)
+    edit(bert / "config_sentence_transformers.json", **settings)
     wanted = alone(sentence_transformer(bert))
     np.testing.assert_allclose(gteopt.load(bert, dtype="float32").encode(TEXTS), wanted, atol=1e-5)
     gteopt.quantize(bert, "bf16", tmp_path / "out", dtype="float32")
@@ -107,9 +107,9 @@ def test_the_default_prompt_and_the_similarity_are_kept(bert: Path, tmp_path: Pa
 def test_a_prompt_that_pooling_leaves_out_is_left_out(bert: Path) -> None:
     edit(bert / "1_Pooling" / "config.json", include_prompt=False)
     edit(bert / "config_sentence_transformers.json", prompts={"query": "find this text: "})
-    found = gteopt.load(bert, dtype="float32").encode(TEXTS, role="query")
+    vectors = gteopt.load(bert, dtype="float32").encode(TEXTS, role="query")
     wanted = alone(sentence_transformer(bert), prompt_name="query")
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(vectors, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -196,10 +196,10 @@ def test_of_two_sets_of_weights_the_one_that_transformers_reads_is_taken(bert: P
     before = open_checkpoint(bert).sha256
     index = {"weight_map": {"x": "model-00001-of-00001.safetensors"}}
     edit(bert / "model.safetensors.index.json", **index)
-    found = open_checkpoint(bert)
-    assert [path.name for path in found.weight_files] == ["model.safetensors"]
-    assert any("two sets of weights" in note for note in found.notes)
-    assert found.sha256 != before
+    checkpoint = open_checkpoint(bert)
+    assert [path.name for path in checkpoint.weight_files] == ["model.safetensors"]
+    assert any("two sets of weights" in note for note in checkpoint.notes)
+    assert checkpoint.sha256 != before
 
 
 def test_weights_that_are_no_numbers_are_named(bert: Path, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_last_token_model_without_an_end_token_is_told_what_its_vectors_are_of
     edit(folder / "tokenizer.json", post_processor=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gteopt.load(folder).encode(TEXTS)  # the mean has no need of one
+        gteopt.load(folder).encode(TEXTS)  # mean pooling needs no end token
     edit(folder / "1_Pooling" / "config.json", pooling_mode="lasttoken")
     with pytest.warns(UserWarning, match="the vector is that of the last word"):
         gteopt.load(folder).encode(TEXTS)
@@ -241,14 +241,14 @@ def test_the_folders_pooling_wins_over_the_familys_and_is_said(tmp_path: Path) -
     """stella's layout: gte-Qwen2's remote code, and mean pooling."""
     folder = make("qwen2", tmp_path / "qwen2")
     edit(folder / "config.json", auto_map={"AutoModel": "modeling_qwen.Qwen2Model"})
-    found = open_checkpoint(folder)
-    assert found.family is not None
-    assert (found.family.name, found.pooling, found.attention) == (
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.family is not None
+    assert (checkpoint.family.name, checkpoint.pooling, checkpoint.attention) == (
         "gte-qwen",
         "mean",
         "bidirectional",
     )
-    assert any("gteopt follows the folder" in note for note in found.notes)
+    assert any("gteopt follows the folder" in note for note in checkpoint.notes)
 
 
 def test_names_in_a_folder_reach_no_terminal_with_control_characters(bert: Path) -> None:

@@ -1,4 +1,4 @@
-"""A model that is a table of token vectors: loaded, shortened and coded; its table stays."""
+"""A model that is a table of token vectors is loaded, shortened and coded, never quantized."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = ["A bridge.", "Photosynthesis turns light into sugar.", "\u6c34", "", "A
 
 @pytest.fixture(scope="module")
 def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As sentence-transformers saves one."""
+    """A static embedding as sentence-transformers saves it."""
     tokenizer = Tokenizer.from_file(str(ASSETS / "nano" / "tokenizer.json"))
     n_tokens = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def theirs(folder: Path) -> SentenceTransformer:
 
 
 def in_a_folder_of_its_own(static: Path, target: Path) -> Path:
-    """As older releases save it."""
+    """The same model as older releases save it."""
     folder = Path(shutil.copytree(static, target))
     modules = json.loads((folder / "modules.json").read_text())
     modules[0]["path"] = "0_StaticEmbedding"
@@ -66,8 +66,8 @@ def test_texts_are_cut_where_the_tokenizers_file_says(static: Path, tmp_path: Pa
     tokenizer.save(str(folder / "tokenizer.json"))
     long = [" ".join(TEXTS[:2])]
     with pytest.warns(UserWarning, match="longer than 8 tokens"):
-        found = gteopt.load(folder, dtype="float32").encode(long)
-    np.testing.assert_allclose(found, theirs(folder).encode(long), atol=1e-6)
+        vectors = gteopt.load(folder, dtype="float32").encode(long)
+    np.testing.assert_allclose(vectors, theirs(folder).encode(long), atol=1e-6)
 
 
 @pytest.mark.parametrize("dims", [None, 16])
@@ -82,10 +82,10 @@ def test_an_artifact_opens_in_both_libraries(
     engines = (out / "README.md").read_text(encoding="utf-8").partition("## Engines")[2]
     assert "Sentence Transformers" in engines
     assert "vLLM" not in engines
-    found = gteopt.load(out).encode(TEXTS[:3])
+    vectors = gteopt.load(out).encode(TEXTS[:3])
     wanted = theirs(static).encode(TEXTS[:3])[:, : dims or 64]
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    np.testing.assert_allclose(vectors, wanted, atol=1e-6)
     np.testing.assert_allclose(theirs(out).encode(TEXTS[:3]), wanted, atol=1e-6)
     assert gteopt.verify(out).base.n_parameters == gteopt.inspect(static).n_parameters
 
@@ -104,9 +104,9 @@ def test_int8_vectors_are_those_of_the_same_values(static: Path, tmp_path: Path)
 def test_a_recipe_for_weights_says_that_there_are_none(static: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="has no layers to quantize"):
         gteopt.quantize(static, "int8", tmp_path / "out")
-    estimates = {each.recipe: each for each in gteopt.inspect(static).estimates}
+    estimates = {estimate.recipe: estimate for estimate in gteopt.inspect(static).estimates}
     assert estimates["bf16"].engines == ("sentence-transformers", "gteopt")
-    problems = {name: each.problem for name, each in estimates.items()}
+    problems = {name: estimate.problem for name, estimate in estimates.items()}
     assert problems["bf16"] is None
     assert "has no layers to quantize" in str(problems["gptq-int4"])
 

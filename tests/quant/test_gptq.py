@@ -200,17 +200,17 @@ def test_damping_is_raised_tenfold_until_the_hessian_factorises() -> None:
 
 
 def test_the_factor_of_a_wide_layers_inverse_is_that_of_float64() -> None:
-    """In several strips, from fewer rows than features: as badly conditioned as damping lets it.
+    """Fewer rows than features: the Hessian is as badly conditioned as damping allows.
 
-    What float32 costs is of the order of 2^-24 * cond(L).
+    The error of float32 is of the order of 2^-24 * cond(L).
     """
     hessian = hessian_of(correlated(700, 1100, seed=4))
     hessian = (hessian + hessian.T) / 2  # to the last bit
-    found = factorise_inverse(hessian, act_order=True, damping=0.01)
-    order, factor = found.order, found.upper
+    inverse = factorise_inverse(hessian, act_order=True, damping=0.01)
+    order, factor = inverse.order, inverse.upper
     assert torch.equal(order, torch.argsort(hessian.diagonal(), descending=True, stable=True))
     damped = hessian.double()[order][:, order]
-    damped += found.damping * damped.diagonal().mean() * torch.eye(1100, dtype=torch.float64)
+    damped += inverse.damping * damped.diagonal().mean() * torch.eye(1100, dtype=torch.float64)
     cond = torch.linalg.cond(damped)
     assert cond > 1e4
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
@@ -274,11 +274,11 @@ def test_the_accumulated_hessian_is_the_mean_outer_product_of_all_rows() -> None
 def drifted(
     n_rows: int, seed: int = 5, through: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, HessianAccumulator]:
-    """Inputs of the original model, those of a quantized one, and their statistics by halves."""
+    """Inputs of the original model, inputs of a quantized one, and statistics of both."""
     exact = correlated(n_rows, 64, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     x = exact + exact @ torch.randn(64, 64, generator=generator) / 30
-    x = x + torch.randn(n_rows, 64, generator=generator) / 10  # which nothing can make up for
+    x = x + torch.randn(n_rows, 64, generator=generator) / 10  # no weight can compensate noise
     accumulator = HessianAccumulator(64, through=through)
     for rows in (slice(0, n_rows // 3), slice(n_rows // 3, None)):
         accumulator.add(x[rows], exact[rows])
@@ -288,71 +288,73 @@ def drifted(
 EIGHT_BITS = LayerScheme(bits=8, group_size=32, symmetric=False)
 
 
-def solved_for(weight: torch.Tensor, seen: HessianAccumulator, share: float = 1.0) -> torch.Tensor:
-    """What GPTQ makes of a weight whose inputs deviate, dequantized."""
-    found = solve(
+def solved_for(
+    weight: torch.Tensor, statistics: HessianAccumulator, share: float = 1.0
+) -> torch.Tensor:
+    """The dequantized solution of GPTQ for inputs that deviate from the original's."""
+    solved = solve(
         weight,
-        seen.hessian,
+        statistics.hessian,
         EIGHT_BITS,
         GptqOptions(damping=1e-6, clip_search=False, gptaq_strength=share),
-        cross_term=seen.cross_term(weight),
+        cross_term=statistics.cross_term(weight),
     )
-    return found.weight.dequantize()
+    return solved.weight.dequantize()
 
 
 @pytest.mark.parametrize("through", [False, True])
 def test_the_compensated_weight_is_the_least_squares_fit_of_the_originals_outputs(
     through: bool,
 ) -> None:
-    """With codes so fine that they hide nothing."""
+    """Eight bits make the rounding error negligible."""
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(7))
-    exact, x, seen = drifted(400, through=weight if through else None)
+    exact, x, statistics = drifted(400, through=weight if through else None)
     outputs = (exact @ weight.T).double()
     best = torch.linalg.lstsq(x.double(), outputs).solution.T
-    found = solved_for(weight, seen)
+    compensated = solved_for(weight, statistics)
     left, least, before = (
-        float((x.double() @ each.double().T - outputs).square().sum())
-        for each in (found, best, weight)
+        float((x.double() @ candidate.double().T - outputs).square().sum())
+        for candidate in (compensated, best, weight)
     )
     assert left <= 1.02 * least
     assert least < 0.5 * before
-    half = solved_for(weight, seen, share=0.5)
-    assert (half - (weight + found) / 2).norm() < 0.1 * (found - weight).norm()
+    half = solved_for(weight, statistics, share=0.5)
+    assert (half - (weight + compensated) / 2).norm() < 0.1 * (compensated - weight).norm()
 
 
-def test_the_cross_term_is_the_same_summed_before_and_behind_it() -> None:
+def test_the_cross_term_is_the_same_from_sums_before_and_behind_the_weight() -> None:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(7))
     exact, x, before = drifted(400)
     _, _, behind = drifted(400, through=weight)
     expected = weight.double() @ (exact - x).double().T @ x.double() / 400
-    for seen in (before, behind):
-        cross_term = seen.cross_term(weight)
+    for statistics in (before, behind):
+        cross_term = statistics.cross_term(weight)
         assert cross_term is not None
         torch.testing.assert_close(cross_term.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_without_an_error_in_the_inputs_nothing_is_compensated() -> None:
     x = correlated(200, 64, seed=3)
-    seen, plain = HessianAccumulator(64), HessianAccumulator(64)
-    seen.add(x, x)
+    statistics, plain = HessianAccumulator(64), HessianAccumulator(64)
+    statistics.add(x, x)
     plain.add(x)
     assert plain.cross_term(torch.ones(16, 64)) is None
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
-    assert torch.equal(solved_for(weight, seen), solved_for(weight, plain))
+    assert torch.equal(solved_for(weight, statistics), solved_for(weight, plain))
 
 
 def test_codes_for_the_compensated_weight_are_closer_to_the_originals_outputs() -> None:
-    """On rows that the solver has not seen, by more than a tenth."""
+    """On rows that the solver has not seen, the error falls by more than a tenth."""
     scheme = LayerScheme(bits=4, group_size=32, symmetric=False)
     exact, x, _ = drifted(4000)
-    seen = HessianAccumulator(64)
-    seen.add(x[:2000], exact[:2000])
+    statistics = HessianAccumulator(64)
+    statistics.add(x[:2000], exact[:2000])
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(7))
     errors = []
-    for cross_term in (None, seen.cross_term(weight)):
+    for cross_term in (None, statistics.cross_term(weight)):
         codes = solve(
             weight,
-            seen.hessian,
+            statistics.hessian,
             scheme,
             GptqOptions(),
             cross_term=cross_term,
@@ -371,6 +373,6 @@ def test_output_snr_is_the_signal_to_noise_of_the_layers_output() -> None:
         x.double() @ (weight - approximation).T.double(),
     )
     expected = 10 * math.log10(float(outputs.square().sum() / errors.square().sum()))
-    found = output_snr_db(weight, approximation, hessian_of(x))
-    assert found == pytest.approx(expected, abs=1e-3)
+    snr = output_snr_db(weight, approximation, hessian_of(x))
+    assert snr == pytest.approx(expected, abs=1e-3)
     assert output_snr_db(weight, weight, hessian_of(x)) == math.inf

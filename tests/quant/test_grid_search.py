@@ -27,16 +27,16 @@ def test_one_search_for_two_importances_gives_the_grids_of_two_searches(
 ) -> None:
     weight, importance = seeded(40, 128), seeded(128, seed=1).square()
     both = fit_grids(weight, scheme, [importance, None], clip_search=True)
-    for found, wanted in zip(both, (importance, None), strict=True):
+    for grid, wanted in zip(both, (importance, None), strict=True):
         alone = fit_grid(weight, scheme, clip_search=True, importance=wanted)
-        assert all(torch.equal(*pair) for pair in zip(found, alone, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(grid, alone, strict=True))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_error_that_the_search_counts_is_no_worse_than_that_of_the_whole_range(
     scheme: LayerScheme,
 ) -> None:
-    """Judged by rounding in full, which looks nothing up in a table of cells."""
+    """Full rounding judges both, without the table of cells that the search uses."""
     weight = seeded(200, 128)
     searched, whole = (
         (quantize_rtn(weight, scheme, clip_search=search).dequantize() - weight).square()

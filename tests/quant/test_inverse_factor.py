@@ -1,4 +1,4 @@
-"""Which precision a Hessian is factorised in, and what the solver makes of either."""
+"""The precision that a Hessian is factorised in, and its effect on the solver's error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_float32_is_kept_where_it_holds_and_float64_made_where_it_does_not() -> 
     x = seeded(400, 96) @ seeded(96, 96, seed=1)
     hessian = x.T @ x / len(x)
     assert factorise_inverse(hessian, act_order=True, damping=0.01).dtype == torch.float32
-    # One feature a million times as large as what the damping adds to the others.
+    # One direction is over a million times as large as the mean diagonal.
     direction = torch.ones(96)
     hessian += 1e6 * hessian.diagonal().mean() * torch.outer(direction, direction)
     used = factorise_inverse(hessian, act_order=True, damping=1e-9)

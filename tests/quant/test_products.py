@@ -22,8 +22,8 @@ def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def error(computed: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((computed.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "strided"])

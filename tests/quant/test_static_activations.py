@@ -1,4 +1,4 @@
-"""Static activations: the grid of a layer's inputs, the layers that use it, and what it costs."""
+"""Static activations: the grid of a layer's inputs, its error, and the layers that use it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
 
 
 def outlying(n: int, in_features: int, seed: int = 0) -> Tensor:
-    """Inputs whose features differ in size and in their middles, as behind a LayerNorm."""
+    """Inputs whose features differ in scale and mean, as behind a LayerNorm."""
     sizes = torch.logspace(-1, 1, in_features)[
         torch.randperm(in_features, generator=torch.Generator().manual_seed(9))
     ]
@@ -39,10 +39,10 @@ def outlying(n: int, in_features: int, seed: int = 0) -> Tensor:
 
 
 def seen_of(x: Tensor) -> SeenInputs:
-    seen = SeenInputs(x.shape[1])
+    inputs = SeenInputs(x.shape[1])
     for part in torch.split(x, 37):
-        seen.add(part)
-    return seen
+        inputs.add(part)
+    return inputs
 
 
 def output_error(x: Tensor, weight: Tensor, grid: InputGrid) -> float:
@@ -73,12 +73,14 @@ def between_ties(n: int, grid: InputGrid) -> Tensor:
 
 def test_ranges_and_moments_are_those_of_all_inputs() -> None:
     x = outlying(500, 24)
-    seen = seen_of(x)
-    assert seen.n_rows == 500
-    torch.testing.assert_close(seen.low, x.amin(0))
-    torch.testing.assert_close(seen.high, x.amax(0))
-    torch.testing.assert_close(seen.mean.double(), x.double().mean(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(seen.square.double(), x.double().square().mean(0), rtol=1e-4, atol=0)
+    inputs = seen_of(x)
+    assert inputs.n_rows == 500
+    torch.testing.assert_close(inputs.low, x.amin(0))
+    torch.testing.assert_close(inputs.high, x.amax(0))
+    torch.testing.assert_close(inputs.mean.double(), x.double().mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        inputs.square.double(), x.double().square().mean(0), rtol=1e-4, atol=0
+    )
 
 
 def test_what_calibration_showed_is_off_by_at_most_half_a_scale() -> None:
@@ -90,14 +92,16 @@ def test_what_calibration_showed_is_off_by_at_most_half_a_scale() -> None:
     assert bool(((beyond > -1e-3) & (beyond < 255 + 1e-3)).all())
 
 
-def test_scales_lie_between_one_for_all_and_each_feature_by_itself() -> None:
-    seen = seen_of(outlying(4000, 96))
+def test_fitted_scales_beat_one_range_for_all_and_a_range_for_each_feature() -> None:
+    inputs = seen_of(outlying(4000, 96))
     fresh = outlying(4000, 96, seed=5)  # other inputs of the same kind
     weight = seeded(64, 96, seed=2)
-    span, middle = seen.high - seen.low, (seen.high + seen.low) / 2
-    found = output_error(fresh, weight, fit_inputs(seen))
+    span, middle = inputs.high - inputs.low, (inputs.high + inputs.low) / 2
+    fitted_error = output_error(fresh, weight, fit_inputs(inputs))
     for scale, share in ((span.max().expand(96) / 255, 0.4), (span / 255, 0.8)):
-        assert found < share * output_error(fresh, weight, InputGrid(scale, 128 - middle / scale))
+        assert fitted_error < share * output_error(
+            fresh, weight, InputGrid(scale, 128 - middle / scale)
+        )
 
 
 def test_features_that_never_moved_stay_finite_and_bounded() -> None:
@@ -126,8 +130,8 @@ def test_layers_multiply_the_rounded_inputs_as_float64_does(
     exact = (exact if bias is None else exact + bias.double()).view(*tokens, 40)
     layer = make_linear(weight, bias, device=CPU, dtype=torch.float32)
     assert isinstance(layer, StaticInt8LinearCpu)
-    for each in (layer, Int8Reference(weight, bias)):
-        y = each(asked)
+    for int8_layer in (layer, Int8Reference(weight, bias)):
+        y = int8_layer(asked)
         assert y.shape == (*tokens, 40)
         assert (y.double() - exact).norm() <= 2e-6 * exact.norm() + 1e-9
 
@@ -160,7 +164,7 @@ def test_a_packed_layer_reloads_with_its_grid_and_not_without() -> None:
         PackedWeight.from_tensors(STATIC, 48, tensors)
 
 
-def test_recipes_that_cannot_be_are_refused() -> None:
+def test_recipes_that_contradict_static_activations_are_refused() -> None:
     with pytest.raises(ValueError, match="needs calibration texts; use method: gptq"):
         RtnWeights(method="rtn", scheme=STATIC)
     with pytest.raises(ValueError, match="static inputs already have a scale for each feature"):

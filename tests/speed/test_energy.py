@@ -1,4 +1,4 @@
-"""Energy is what a counter says, and nothing where nothing counts."""
+"""Energy is what a counter reports, and null without a counter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_energy_of_a_call_is_that_of_enough_calls_over_their_number() -> None:
     calls: list[int] = []
     counter = Meter(lambda: 100.0 + 3.0 * len(calls), "three joules a call")
     assert counter.per_call(lambda: calls.append(1), 0.25) == 3.0
-    assert len(calls) == 8  # two seconds of them
+    assert len(calls) == 8  # two seconds of calls
     assert counter.per_call(lambda: calls.append(1), 60.0) == 3.0
     assert len(calls) == 9
 

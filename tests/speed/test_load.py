@@ -20,7 +20,7 @@ def test_own_work_is_not_counted_as_that_of_others() -> None:
     assert 0 <= with_own_child <= 1
     meter = LoadMeter()
     child = subprocess.Popen([sys.executable, "-c", SPIN.format(30)])
-    time.sleep(1.5)  # while it runs, its time is nobody's that we have waited for
+    time.sleep(1.5)  # a child counts as our own only once we have waited for it
     other = meter.of_others()
     child.kill()
     child.wait()

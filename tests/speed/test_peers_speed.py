@@ -1,4 +1,4 @@
-"""The comparison for GPUs runs to its end without one: all but the device, on a small shape."""
+"""The speed comparison for GPUs runs to its end on a CPU, on a small shape."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def compared(folder: Path, *options: str) -> dict[str, Any]:
     (shape / "config.json").write_text(json.dumps(config))
     script = str(ROOT / "benchmarks" / "peers_speed.py")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    what = ["--device", "cuda", "--where", "cpu", "--rounds", "1"]
+    fixed = ["--device", "cuda", "--where", "cpu", "--rounds", "1"]
     places = ["--models", str(shape), "--out", str(folder / "out.json")]
     done = subprocess.run(
-        [sys.executable, script, *what, *places, *options],
+        [sys.executable, script, *fixed, *places, *options],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
-    return found
+    record: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return record
 
 
 def test_rows_are_added_run_by_run_and_bars_follow_from_them(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_rows_beyond_the_time_say_so_and_are_what_a_later_run_measures(tmp_path:
     ours = ("gteopt bf16", "gteopt int8")
     record = compared(tmp_path, "--minutes", "0", "--layers", "1", "--only", *ours)
     rows = {row["engine"]: row for row in record["rows"]}
-    assert rows["sentence-transformers bf16"]["timings"]  # what all others need
+    assert rows["sentence-transformers bf16"]["timings"]  # all others are compared with it
     assert all("minutes" in rows[name]["error"] for name in ours)
     assert record["layers_of_random_models"] == 1
     record = compared(tmp_path, "--missing", "--layers", "1", "--only", *ours)

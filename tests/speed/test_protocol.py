@@ -1,4 +1,4 @@
-"""The bench measures what it says, on the embedded model in real child processes."""
+"""The bench measures what it reports, on the embedded model in real child processes."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def report() -> BenchReport:
 
     sources = {"copy": str(NANO), "none": "nano"}
     ballast = np.ones(BALLAST_BYTES, dtype=np.uint8)
-    found = bench(sources, baseline="none", spec=SPEC, device="cpu", progress=progress)
+    measured = bench(sources, baseline="none", spec=SPEC, device="cpu", progress=progress)
     assert ballast.all()  # was held in this process while the children ran
-    return found
+    return measured
 
 
 def test_every_variant_is_reported_with_the_baseline_first(report: BenchReport) -> None:
@@ -171,14 +171,19 @@ def test_all_that_is_wrong_is_said_at_once_before_anything_is_measured() -> None
 def test_a_set_of_workloads_is_measured_as_far_as_the_model_reads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The long one is a batch of 16,384 tokens at each length, and a corpus of mixed lengths."""
+    """The long set has batches of 16,384 tokens at each length, and texts of mixed lengths."""
     long = BenchSpec.model_validate({"workloads": "long"})
-    assert [each.name for each in long.workloads] == [
+    assert [workload.name for workload in long.workloads] == [
         "128x128", "32x512", "8x2048", "2x8192", "1x32768", "128x~128",
     ]  # fmt: skip
-    assert {each.batch_size * each.tokens for each in long.workloads[:4]} == {16_384}
+    assert {workload.batch_size * workload.tokens for workload in long.workloads[:4]} == {16_384}
     limit = open_checkpoint("nano").max_tokens
-    assert [each.longest for each in fitting(long, limit).workloads] == [128, 512, 2048, 512]
+    assert [workload.longest for workload in fitting(long, limit).workloads] == [
+        128,
+        512,
+        2048,
+        512,
+    ]
     assert default_workloads("cuda:1") == "long"
     assert default_workloads("cpu") == "short"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -219,9 +224,9 @@ def test_a_child_that_dies_is_reported_with_its_last_line() -> None:
 
 
 def test_the_machine_is_described_without_gaps() -> None:
-    found = machine()
-    assert found.cpu
-    assert 1 <= found.n_cores <= torch.get_num_threads() * 1024
-    assert found.memory_bytes > 10**8
-    assert (found.gpu is None) == (not torch.cuda.is_available())
+    here = machine()
+    assert here.cpu
+    assert 1 <= here.n_cores <= torch.get_num_threads() * 1024
+    assert here.memory_bytes > 10**8
+    assert (here.gpu is None) == (not torch.cuda.is_available())
     assert versions()["numpy"] == np.__version__

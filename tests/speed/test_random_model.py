@@ -1,4 +1,4 @@
-"""Random weights of a published shape can be measured like a model, and say what they are."""
+"""Random weights of a published shape can be measured like a model, and the report says so."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def n_parameters(config: dict[str, int]) -> int:
     """Counted by hand: linear layers of the blocks and the token embeddings, norms left out."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     width = config.get("head_dim", hidden // config["num_attention_heads"])
-    q, kv = (config[f"num_{each}_heads"] * width for each in ("attention", "key_value"))
+    q, kv = (config[f"num_{kind}_heads"] * width for kind in ("attention", "key_value"))
     block = 2 * hidden * q + 2 * hidden * kv + 3 * hidden * inner
     return config["num_hidden_layers"] * block + config["vocab_size"] * hidden
 
@@ -97,10 +97,10 @@ def test_a_folder_of_random_weights_is_a_model_with_sane_activations(
         encoder.tokenization.tokenize(["one text of some words", "and another"])
     )
     hidden = encoder.module(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-    sizes = [float(each.std()) for each in hidden.hidden_states]
+    sizes = [float(states.std()) for states in hidden.hidden_states]
     assert all(0.01 < size < 10 for size in sizes)
     vectors = encoder.encode(["one text of some words", "and another"])
-    assert abs(float(vectors[0] @ vectors[1])) < 0.9  # what is read is not lost on the way
+    assert abs(float(vectors[0] @ vectors[1])) < 0.9  # the text decides the vector
 
 
 def test_what_cannot_be_built_is_refused_with_what_can(
@@ -156,7 +156,7 @@ def test_a_backend_that_does_not_know_the_architecture_refuses_before_anything_i
     assert not told
 
 
-def test_such_a_model_is_refused_with_the_other_problems_of_a_bench(tmp_path: Path) -> None:
+def test_a_bench_refuses_an_unknown_architecture_beside_its_other_problems(tmp_path: Path) -> None:
     config = {**SMALL, "model_type": "qwen3"}
     shape = tmp_path / "shape"
     shape.mkdir()
@@ -189,7 +189,7 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
         report = bench_dummy(
             str(small), ["rtn-int8"], spec=spec, n_layers=2, keep=kept.append, device="cpu"
         )
-    assert [len(each.variants) for each in kept][:2] == [1, 2]
+    assert [len(partial.variants) for partial in kept][:2] == [1, 2]
     assert report.dummy is not None
     assert report.dummy.shallow_layers in (1, None)
     assert (report.dummy.n_layers, report.dummy.of_layers) == (2, 3)
@@ -198,7 +198,7 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
     linear = n_parameters({**SMALL, "num_hidden_layers": 2, "vocab_size": 0})  # type: ignore[dict-item]
     for variant in report.variants.values():
         equal, mixed = variant.throughput
-        # Of the last block all but keys and values are computed for the one pooled token.
+        # The last block computes all but keys and values for the one pooled token only.
         once = 2 * 64 * 64 + 3 * 64 * 128
         operations = 2 * ((linear - once) * 32 + once) + 4 * 64 * 32 * (32 + 1)
         assert equal.gflops == pytest.approx(operations * equal.texts_per_s / 1e9)
@@ -225,33 +225,33 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
     assert set(cells[-1]) == {f"{1460 * share:.2f}"}
     assert set(limits_table(report).columns[-1].cells) == {"–"}
     assert [cell for cell in cells[1] if "~" in str(cell)] == ["5x~32"] * 2
-    assert set(cells[5]) == set(cells[6]) == {"–"}  # no price of a part of a model
+    assert set(cells[5]) == set(cells[6]) == {"–"}  # a part of a model has no price
     assert "more than the peak" not in str(limits_table(with_share(priced, 1.05)).caption)
     assert "more than the peak" in str(limits_table(with_share(priced, 1.9)).caption)
     assert whole_model_table(one_depth) is None
 
-    # Whatever the line through two depths is, a third depth lies on it.
+    # Times are linear in depth here, so a third depth lies on the line through two.
     def at_depth(depth: int) -> BenchReport:
         variants = {
-            name: own.model_copy(
+            name: variant.model_copy(
                 update={
-                    "latency": own.latency.model_copy(update={"p50_ms": 1 + 3.0 * depth}),
+                    "latency": variant.latency.model_copy(update={"p50_ms": 1 + 3.0 * depth}),
                     "weight_bytes": 1000 + 50 * depth,
                     "throughput": tuple(
-                        each.model_copy(update={"tokens_per_s": 1000 / (2 + depth)})
-                        for each in own.throughput
+                        row.model_copy(update={"tokens_per_s": 1000 / (2 + depth)})
+                        for row in variant.throughput
                     ),
                 }
             )
-            for name, own in report.variants.items()
+            for name, variant in report.variants.items()
         }
         return report.model_copy(update={"variants": variants})
 
     whole = extrapolate(at_depth(8), at_depth(4), (8, 4), 28)
-    for name, own in at_depth(28).variants.items():
-        assert whole[name].query_ms == pytest.approx(own.latency.p50_ms)
-        assert whole[name].tokens_per_s == pytest.approx(own.tokens_per_s)
-        assert whole[name].weight_bytes == own.weight_bytes
+    for name, variant in at_depth(28).variants.items():
+        assert whole[name].query_ms == pytest.approx(variant.latency.p50_ms)
+        assert whole[name].tokens_per_s == pytest.approx(variant.tokens_per_s)
+        assert whole[name].weight_bytes == variant.weight_bytes
     with pytest.raises(InputError, match="not slower with 8 blocks than with 4"):
         extrapolate(at_depth(4), at_depth(8), (8, 4), 28)
     dummy = report.dummy.model_copy(update={"whole": whole, "shallow_layers": 4})
@@ -277,13 +277,13 @@ def test_a_model_that_memory_holds_is_measured_whole(
 def with_share(report: BenchReport, share: float) -> BenchReport:
     """The report with this share of the peak in every row."""
     variants = {
-        name: each.model_copy(
+        name: variant.model_copy(
             update={
                 "throughput": tuple(
-                    row.model_copy(update={"peak_ratio": share}) for row in each.throughput
+                    row.model_copy(update={"peak_ratio": share}) for row in variant.throughput
                 )
             }
         )
-        for name, each in report.variants.items()
+        for name, variant in report.variants.items()
     }
     return report.model_copy(update={"variants": variants})

@@ -110,20 +110,20 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gpt_neox": ("gpt_neox", _ENCODER),
     "opt": ("opt", {**_ENCODER, "ffn_dim": 128, "word_embed_proj_dim": _WIDTH}),
 }
-"""What it is called in docs/models.md -> model_type and config."""
+"""Name in docs/models.md -> model_type and config."""
 SCHEMES = {
     "4 bits": ("rtn", "{bits: 4, group_size: 32, symmetric: false}"),
     "8 bits": ("rtn", "{bits: 8, group_size: per_channel, symmetric: true, activation_bits: 8}"),
     "GPTQ": ("gptq", "{bits: 4, group_size: 32, symmetric: false}"),
 }
-"""What docs/models.md calls a build -> method and scheme of its recipe."""
+"""Name of a build in docs/models.md -> method and scheme of its recipe."""
 REFUSED = {
     ("albert", "4 bits"): "no list of transformer blocks",
     ("albert", "8 bits"): "no list of transformer blocks",
     ("albert", "GPTQ"): "no list of transformer blocks",
     ("t5", "GPTQ"): "its blocks hand on more than hidden states",
 }
-"""Architecture and scheme -> what the refusal says."""
+"""Architecture and scheme -> message of the refusal."""
 
 
 def make(name: str, folder: Path) -> Path:
@@ -140,7 +140,7 @@ def make(name: str, folder: Path) -> Path:
         else transformers.AutoModel.from_config(config)
     )
     for parameter in model.parameters():
-        if parameter.dim() == 1:  # norms and biases that do nothing would hide their loss
+        if parameter.dim() == 1:  # a norm of 1 or a bias of 0 would hide its loss
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
     model.eval().save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):

@@ -1,4 +1,4 @@
-"""Compile the GPU kernels for a GPU that need not be there; write what came out, as JSON.
+"""Compile the GPU kernels without a GPU, and write facts of the machine code as JSON.
 
 Run by test_cuda.py in a process of its own: Triton decides at import whether it compiles or
 interprets.
@@ -83,25 +83,25 @@ def _compile(
     if name == "_int8_copy_kernel":
         sizes = {"codes": constants["TOKENS"], "weight": constants["OUTPUTS"]}
         pointers = pointers | {
-            each: f"tensordesc<i8[{n}, {constants['INPUTS']}]>" for each, n in sizes.items()
+            argument: f"tensordesc<i8[{n}, {constants['INPUTS']}]>" for argument, n in sizes.items()
         }
     signature = {
-        each: "constexpr" if each in constants else pointers.get(each, "i32")
-        for each in kernel.arg_names
+        argument: "constexpr" if argument in constants else pointers.get(argument, "i32")
+        for argument in kernel.arg_names
     }
-    # What a launch finds out by itself: pointers and the layers' sizes are multiples of 16.
+    # A launch finds this out by itself: pointers and layers' sizes are multiples of 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, each in enumerate(kernel.arg_names)
-        if pointers.get(each, "").startswith("*") or each in ("n_inputs", "n_outputs")
+        for i, argument in enumerate(kernel.arg_names)
+        if pointers.get(argument, "").startswith("*") or argument in ("n_inputs", "n_outputs")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": n_warps, "num_stages": n_stages}
-    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = found.asm["ptx"]
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = binary.asm["ptx"]
     return {
         "kernel": name,
-        "shared_bytes": found.metadata.shared,
+        "shared_bytes": binary.metadata.shared,
         "tensor_core_products": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
         "copies": ptx.count("cp.async.bulk.tensor"),
         "int8_products": ptx.count(".s32.s8.s8"),

@@ -26,7 +26,7 @@ from gteopt.encoder.description import Description
 from gteopt.encoder.encoder import Encoder
 
 TEXTS = [f"entry {i}: " + "wings and air, " * (i % 5 + 1) for i in range(40)]
-"""Of different lengths, and all different."""
+"""Texts of different lengths, no two alike."""
 
 
 def write_jsonl(path: Path, texts: Sequence[object] = TEXTS, column: str = "text") -> Path:

@@ -43,12 +43,12 @@ class Repo:
         """Commit and files of `main` or of a commit."""
         if revision == "main":
             return self.commits[-1]
-        return next((each for each in self.commits if each[0] == revision), None)
+        return next((commit for commit in self.commits if commit[0] == revision), None)
 
 
 @dataclass
 class Hub:
-    """The state that handlers share, and what tests set and look at.
+    """The state that handlers share, and that tests set and read.
 
     Attributes:
         token: the one access token that is valid; it may write to `owner` only.
@@ -59,9 +59,9 @@ class Hub:
         hold_upload: SHA-256 of uploads that are read and then left without an answer.
         cut_download: by path, after how many bytes to cut a download; once.
         hold_download: by path, after how many bytes to send no more; once.
-        xorbs: chunks that came by the Xet protocol, by the hash of what they came in.
-        xet_bytes: how much of that arrived.
-        n_shards: how many Xet uploads to settle; the next is left without an answer.
+        xorbs: by hash of the xorb, chunks that came by the Xet protocol.
+        xet_bytes: bytes of xorbs that arrived.
+        n_shards: number of Xet uploads to answer; the next one gets no answer.
         echo_token: repeat the client's token in error messages, as a careless server may.
     """
 
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
     state: Hub
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Write no log."""
 
     def do_GET(self) -> None:
         self._answer()
@@ -155,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    # -- who may do what
+    # -- permissions
 
     def _caller_is_known(self) -> bool:
         given = self.headers.get("Authorization")
@@ -246,8 +246,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _preupload(self, repo: Repo, files: list[dict[str, Any]]) -> None:
         answers = []
-        for each in files:
-            path, large = each["path"], each["path"].endswith(_LARGE)
+        for file in files:
+            path, large = file["path"], file["path"].endswith(_LARGE)
             there = repo.files.get(path)
             oid = None
             if there is not None:
@@ -258,10 +258,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _batch(self, wanted: dict[str, Any]) -> None:
         objects = []
-        for each in wanted["objects"]:
-            answer = {"oid": each["oid"], "size": each["size"]}
-            if each["oid"] not in self.state.storage:
-                href = f"{self.state.endpoint}/storage/{each['oid']}"
+        for entry in wanted["objects"]:
+            answer = {"oid": entry["oid"], "size": entry["size"]}
+            if entry["oid"] not in self.state.storage:
+                href = f"{self.state.endpoint}/storage/{entry['oid']}"
                 answer["actions"] = {"upload": {"href": href, "header": {}}}
             objects.append(answer)
         self._json({"transfer": "basic", "objects": objects})
@@ -319,14 +319,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _describe(self, path: str) -> None:
         if match := re.fullmatch(r"(.+)/tree/([^/]+)", path):
             _, files = self._tree(match[1], match[2])
-            self._json([_tree_entry(each, files[each]) for each in files])
+            self._json([_tree_entry(file, files[file]) for file in files])
             return
         match = re.fullmatch(r"([^/]+/[^/]+)(?:/revision/(.+))?", path)
         if match is None:
             raise _Refused(404, f"no such call: {path}")
         commit, files = self._tree(match[1], match[2] or "main")
         private = self.state.repos[match[1]].private
-        siblings = [_sibling(each, files[each]) for each in files]
+        siblings = [_sibling(file, files[file]) for file in files]
         self._json({"id": match[1], "sha": commit, "private": private, "siblings": siblings})
 
     def _send_file(self, path: str) -> None:
@@ -389,7 +389,7 @@ def _commit_id(parent: str, files: dict[str, bytes]) -> str:
 
 
 def _pointer(content: bytes) -> bytes:
-    """What git itself stores for a large file."""
+    """The pointer that git stores for a large file."""
     oid = hashlib.sha256(content).hexdigest()
     return (
         f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(content)}\n"

@@ -2,8 +2,8 @@
 
     python -m tests.support.killed_jobs CORPUS OUT N_KILLS SEED [SHARD_ROWS]
 
-The model is loaded once, and each run is a fork of this process, which SIGKILL ends in the middle
-of whatever it does. Prints how many shards the runs embedded in all, and how many there are.
+The model is loaded once. Each run is a fork of this process, and SIGKILL ends it at a random time.
+Prints the number of kills, of rows and of bad rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.embedding import embed_with
 
 
 def main(corpus: str, out: str, n_kills: str, seed: str, shard_rows: str = "4") -> None:
-    """See the module."""
+    """Run the job; the module's docstring names the arguments."""
     import gteopt
 
     torch.set_num_threads(1)  # a forked process has no threads but its own

@@ -19,10 +19,11 @@ class Model:
     """One published layout at a small size.
 
     Attributes:
-        config: of the transformer.
-        causal, window: what a token sees: nothing behind it, nothing `window` or more before it.
+        config: config of the transformer.
+        causal: whether a token sees no later token.
+        window: a token sees no token that lies `window` or more before it.
         start, end: token ids around a text.
-        template: of a query.
+        template: template of a query.
     """
 
     name: str
@@ -215,9 +216,9 @@ def publish(
     names = sorted(stored)
     shards = {"model-00001-of-00002.safetensors": names[::2]}
     shards["model-00002-of-00002.safetensors"] = names[1::2]
-    for file, own in shards.items():
-        save_file({n: stored[n] for n in own}, folder / file, metadata={"format": "pt"})
-    weight_map = {name: file for file, own in shards.items() for name in own}
+    for file, shard in shards.items():
+        save_file({n: stored[n] for n in shard}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, shard in shards.items() for name in shard}
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config: dict[str, Any] = dict(model.config)
@@ -291,7 +292,9 @@ def forward_float64(
         half = width // 2
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
-    distance = torch.arange(n)[:, None] - torch.arange(n)[None]  # how far behind a key lies
+    distance = (
+        torch.arange(n)[:, None] - torch.arange(n)[None]
+    )  # how far before its query a key lies
     hidden_keys = torch.zeros(n, n, dtype=torch.bool)
     if model.causal:
         hidden_keys |= distance < 0
@@ -308,7 +311,7 @@ def forward_float64(
         if c["model_type"] == "qwen3":
             q = norm(q, p + "self_attn.q_norm.weight")
             k = norm(k, p + "self_attn.k_norm.weight")
-        k, v = (each.repeat_interleave(heads // kv, 0) for each in (rotate(k), v))
+        k, v = (projected.repeat_interleave(heads // kv, 0) for projected in (rotate(k), v))
         scores = (rotate(q) @ k.transpose(-1, -2) / width**0.5).masked_fill(hidden_keys, -torch.inf)
         mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(n, -1)
         x = x + linear(mixed, p + "self_attn.o_proj")

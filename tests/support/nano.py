@@ -55,7 +55,7 @@ def peak_bytes(script: str, *arguments: object) -> int:
         "open('/proc/self/clear_refs', 'w').write('5')  # the peak starts here\n"
         f"before = resident('VmRSS')\n{script}\nprint(resident('VmHWM') - before)"
     )
-    # Otherwise glibc keeps what is freed, and the peak shows its habits.
+    # By default glibc keeps freed memory, which would raise the peak.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

@@ -1,4 +1,4 @@
-"""Vectors that lie as a model's do."""
+"""Random vectors with the statistics of a model's vectors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def unit(x: npt.NDArray[np.floating]) -> Floats:
 
 
 def like_texts(seed: int, n: int, dims: int = 64, mean_cosine: float = 0.0) -> Floats:
-    """Unit rows around 40 shared centres, of falling variance in directions of no axis.
+    """Unit rows around 40 shared centres, with falling variance in random directions.
 
     Args:
-        seed: of the rows; centres and directions are always the same.
-        n: how many.
-        dims: of a row.
-        mean_cosine: of two rows, by a direction that all share: a narrow cone.
+        seed: seed of the rows; centres and directions are always the same.
+        n: number of rows.
+        dims: dimensions of a row.
+        mean_cosine: mean cosine of two rows; above 0, all rows lie in one cone.
     """
     shared = np.random.default_rng(99)
     scale = np.arange(1, dims + 1) ** -0.5

@@ -1,8 +1,8 @@
-"""What the Xet protocol uploads, put together again: for the hub that tests run.
+"""Files from what the Xet protocol uploads, for the hub that tests run.
 
-Clients cut files into chunks, send chunks in xorbs (each chunk with a header of 8 bytes, compressed
-or not), and then a shard, which says of which chunks of which xorbs each file consists and what its
-SHA-256 is. Formats: huggingface/xet-core, xet_core_structures (version 0 of a chunk, 2 of a shard).
+Clients cut files into chunks and send the chunks in xorbs. A chunk has a header of 8 bytes and may
+be compressed. Then a shard lists the chunks and the SHA-256 of each file.
+Formats: huggingface/xet-core, xet_core_structures (version 0 of a chunk, 2 of a shard).
 """
 
 from __future__ import annotations

@@ -100,7 +100,10 @@ def test_bits_go_where_variance_is_and_none_is_left() -> None:
     assert bits.sum() == 96
     assert (np.diff(bits) <= 0).all()
     assert allot_bits(np.ones(16), 32).tolist() == [2] * 16
-    assert allot_bits(np.array([1.0, 0.0]), 32).tolist() == [8, 0]  # what is constant needs none
+    assert allot_bits(np.array([1.0, 0.0]), 32).tolist() == [
+        8,
+        0,
+    ]  # a constant dimension needs none
 
 
 @pytest.mark.parametrize("n_bytes", [1, 5, 12, 24, 48, 64])
@@ -122,7 +125,7 @@ def test_few_texts_fit_a_codebook_that_unseen_ones_are_closer_to_than_to_k_means
     theirs.train(x)
     decoded = theirs.decode(theirs.compute_codes(unseen))  # type: ignore[call-arg, func-returns-value]
     error = np.linalg.norm(unseen - np.asarray(decoded))
-    # What a PCA leaves out is an error, too.
+    # The part that a PCA leaves out is an error, too.
     lost = np.square(unseen).sum() - np.square(z).sum()
     coded = np.square(ours.dequantize(ours.quantize(z)) - z).sum()
     assert np.sqrt(lost + coded) < 0.9 * error
@@ -157,17 +160,17 @@ def test_a_faiss_index_codes_as_we_do_and_finds_what_we_find(
     assert index.ntotal == 500
     scores, rows = index.search(queries, 5)
     asked = transform.project(queries)
-    found, ours = search(transform, asked, codes, 5)
+    our_rows, our_scores = search(transform, asked, codes, 5)
     of_rows, _ = to_faiss(transform, codes).search(asked, 5)
     np.testing.assert_allclose(of_rows, scores, atol=1e-5)
     if code == "binary":  # whole numbers with many ties
-        np.testing.assert_allclose(1 - 2 * scores / transform.dims, ours, atol=1e-6)
-    elif code == "int8":  # we compare codes with codes at first
+        np.testing.assert_allclose(1 - 2 * scores / transform.dims, our_scores, atol=1e-6)
+    elif code == "int8":  # our first stage compares codes with codes
         exact = asked @ transform.dequantize(codes).T
         np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :5], atol=1e-5)
     else:
-        np.testing.assert_allclose(scores, ours, atol=1e-5)
-        assert (rows == found).mean() > 0.98
+        np.testing.assert_allclose(scores, our_scores, atol=1e-5)
+        assert (rows == our_rows).mean() > 0.98
     added = to_faiss(transform)
     added.add(transform.project(documents))
     again, _ = added.search(asked, 5)
@@ -199,8 +202,8 @@ def test_an_index_opens_where_gteopt_is_not_imported(tmp_path: Path) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
-    found, _ = search(transform, transform.project(queries), codes, 4)
-    assert ran.stdout.strip() == str(found.tolist())
+    rows, _ = search(transform, transform.project(queries), codes, 4)
+    assert ran.stdout.strip() == str(rows.tolist())
 
 
 def test_a_code_without_a_counterpart_in_faiss_is_refused_with_those_that_have_one() -> None:

@@ -16,15 +16,15 @@ from tests.support.vectors import like_texts
 def neighbours_kept(transform: VectorTransform, queries: Floats, documents: Floats) -> float:
     """Share of the 10 nearest in float32 that are among the 10 nearest by codes."""
     codes = transform.quantize(transform.project(documents))
-    found, _ = search(transform, transform.project(queries), codes, 10)
+    rows, _ = search(transform, transform.project(queries), codes, 10)
     wanted, _ = search(identity(documents.shape[1]), queries, documents, 10)
-    pairs = zip(found, wanted, strict=True)
+    pairs = zip(rows, wanted, strict=True)
     return float(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in pairs]))
 
 
 @pytest.mark.parametrize("mean_cosine", [0.0, 0.83])
 def test_what_is_chosen_for_bytes_is_best_on_texts_that_nobody_saw(mean_cosine: float) -> None:
-    """Also in a narrow cone, where signs that are not centred say hardly anything."""
+    """Also in a narrow cone, where signs that are not centred hold little information."""
     x = like_texts(1, 600, mean_cosine=mean_cosine)
     queries, documents = (like_texts(s, n, mean_cosine=mean_cosine) for s, n in ((2, 60), (3, 900)))
     transform = fit(x, None, Vectors(bytes=8))
@@ -80,9 +80,9 @@ def test_a_model_whose_vectors_keep_their_length_is_judged_by_dot_products() -> 
     transform = fit(x, None, Vectors(bytes=16), similarity="dot")
     assert {trial.similarity for trial in transform.trials} == {"dot"}
     codes = transform.quantize(transform.project(x))
-    found, _ = search(transform, transform.project(x[:50]), codes, 10)
+    rows, _ = search(transform, transform.project(x[:50]), codes, 10)
     wanted = np.argsort(-(x[:50] @ x.T), axis=1, kind="stable")[:, :10]
-    pairs = zip(found, wanted, strict=True)
+    pairs = zip(rows, wanted, strict=True)
     assert np.mean([len(np.intersect1d(a, b)) / 10 for a, b in pairs]) > 0.6
 
 
@@ -99,14 +99,14 @@ def test_all_bytes_of_float32_are_the_vectors_themselves() -> None:
         (120, 8, "needs at least 200 calibration texts to choose by, found 120"),
     ],
 )
-def test_bytes_that_cannot_be_are_refused_with_what_can(
+def test_bytes_that_no_code_has_are_refused_with_the_nearest(
     n_texts: int, n_bytes: int, expected: str
 ) -> None:
     with pytest.raises(InputError, match=expected):
         fit(like_texts(7, n_texts), None, Vectors(bytes=n_bytes))
 
 
-def test_texts_that_are_all_alike_are_refused_and_nan_is() -> None:
+def test_texts_that_are_all_alike_and_nan_are_refused() -> None:
     alike = np.tile(like_texts(8, 1), (300, 1))
     with pytest.raises(InputError, match="300 calibration texts are too few or too much alike"):
         fit(alike, None, Vectors(code="pq", bytes=8))
@@ -120,7 +120,7 @@ def test_dimensions_that_are_constant_get_no_bits() -> None:
     x = like_texts(9, 300)
     x[:, 20:] = 0.1
     transform = fit(x, None, Vectors(code="pq", bytes=8))
-    # One direction holds what all rows share, and the 20 others vary.
+    # One direction holds the common part of all rows, and 20 others vary.
     assert transform.dims <= 21
 
 
@@ -140,7 +140,7 @@ def test_settings_that_contradict_each_other_are_refused(
         Vectors.model_validate(vectors)
 
 
-def test_bytes_leave_no_dims_to_be_given() -> None:
+def test_a_recipe_with_bytes_and_dims_is_refused() -> None:
     content = {"schema": "gteopt.recipe/1", "name": "x", "vectors": {"bytes": 48}}
     assert Recipe.model_validate(content).vectors.code == "auto"
     with pytest.raises(ValueError, match="leave dims out"):

@@ -1,4 +1,4 @@
-"""The picture of codes over bytes: which codes it shows, and the limit that no code passes."""
+"""The figure of codes over bytes: which codes it shows, and the limit that no code passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def codes() -> dict[str, Any]:
 
 
 def normal_vectors(codes: dict[str, Any], n_dims: int = 16) -> Any:
-    """Vectors whose principal dimensions fall in variance as 1 / i."""
+    """Normal vectors; dimension i has the variance 1 / i."""
     draw = np.random.default_rng(0)
     sizes = 1 / (1 + np.arange(n_dims))
     x = [draw.normal(size=(n, n_dims)) * np.sqrt(sizes) for n in (400, 400, 60)]
@@ -28,25 +28,25 @@ def normal_vectors(codes: dict[str, Any], n_dims: int = 16) -> Any:
 
 
 def kept(codes: dict[str, Any], collection: Any, n_bytes: int) -> float:
-    _, _, found = next(codes["gaussian_limit"](collection, n_bytes))
-    row = codes["row_of"]("normal", collection, "limit", "limit", n_bytes, found)
+    _, _, ranking = next(codes["gaussian_limit"](collection, n_bytes))
+    row = codes["row_of"]("normal", collection, "limit", "limit", n_bytes, ranking)
     return float(row.neighbours_kept)
 
 
 def test_no_code_of_ours_keeps_more_of_normal_vectors_than_the_limit(codes: dict[str, Any]) -> None:
     collection = normal_vectors(codes)
-    _, n_bytes, found = next(codes["ours"](collection, N_BYTES))
-    ours = codes["row_of"]("normal", collection, "gteopt", "", n_bytes, found).neighbours_kept
+    _, n_bytes, ranking = next(codes["ours"](collection, N_BYTES))
+    ours = codes["row_of"]("normal", collection, "gteopt", "", n_bytes, ranking).neighbours_kept
     assert n_bytes <= N_BYTES
     assert 0.1 < ours <= kept(codes, collection, N_BYTES)
 
 
 def test_the_limit_rises_with_bytes_up_to_everything(codes: dict[str, Any]) -> None:
     collection = normal_vectors(codes)
-    found = [kept(codes, collection, n_bytes) for n_bytes in (1, 2, 4, 8, 64)]
-    assert found == sorted(found)
-    assert found[0] < 0.7
-    assert found[-1] > 0.99
+    shares = [kept(codes, collection, n_bytes) for n_bytes in (1, 2, 4, 8, 64)]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.7
+    assert shares[-1] > 0.99
 
 
 def test_the_frontier_leaves_out_what_fewer_bytes_beat() -> None:

@@ -44,8 +44,8 @@ def true_top(queries: Array, documents: Array, k: int) -> Array:
     return np.argsort(-(queries @ documents.T), axis=1, kind="stable")[:, :k]
 
 
-def recall(found: Array, truth: Array) -> float:
-    pairs = zip(found, truth, strict=True)
+def recall(retrieved: Array, truth: Array) -> float:
+    pairs = zip(retrieved, truth, strict=True)
     return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in pairs]))
 
 
@@ -92,7 +92,7 @@ def test_pca_rows_are_orthonormal_and_span_scikit_learns_subspace() -> None:
 
 
 def nearest_by_codes(transform: VectorTransform, x: Array, k: int) -> Array:
-    """Each row's nearest others by what the codes stand for, written out."""
+    """The nearest other rows of each row, by dequantized codes."""
     z = transform.dequantize(transform.quantize(transform.project(x))).astype("f8")
     scores = z @ z.T - 9 * np.eye(len(z))
     return np.argsort(-scores.round(9), axis=1, kind="stable")[:, :k]
@@ -102,7 +102,7 @@ def nearest_by_codes(transform: VectorTransform, x: Array, k: int) -> Array:
 def test_auto_takes_what_keeps_more_neighbours_of_texts_it_was_not_fitted_on(
     code: VectorCode,
 ) -> None:
-    """Searched by the codes that are stored, one neighbour of a hundred, a quarter at a time."""
+    """The oracle searches stored codes for one neighbour in a hundred, a quarter at a time."""
     rng = np.random.default_rng(5)
     turned = rng.normal(size=(400, 12)) @ np.linalg.qr(rng.normal(size=(64, 64)))[0][:12]
     stored = Vectors(code=code, rescore=1)
@@ -110,7 +110,7 @@ def test_auto_takes_what_keeps_more_neighbours_of_texts_it_was_not_fitted_on(
         transform = fit(x, Dims(n=dims, method="auto"), stored)
         kept = transform.record().neighbours_kept
         assert kept is not None
-        if dims == 12 and code == "float32":  # few directions, that lie anywhere
+        if dims == 12 and code == "float32":  # few directions, not along the axes
             assert kept["pca"] > 0.95 > kept["slice"]
         best = max(kept, key=lambda way: kept[way])
         assert (transform.method, transform.rotated) == (best.split()[0], best == "pca rotated")
@@ -121,8 +121,8 @@ def test_auto_takes_what_keeps_more_neighbours_of_texts_it_was_not_fitted_on(
                 wanted = nearest_by_codes(identity(64), held_out, k)
                 few = Dims.model_validate({"n": dims, "method": method})
                 plain = fit(others, few, Vectors() if code == "binary" else stored)  # not rotated
-                found = nearest_by_codes(replace(plain, code=code), held_out, k)
-                shares.append(recall(found, wanted))
+                neighbours = nearest_by_codes(replace(plain, code=code), held_out, k)
+                shares.append(recall(neighbours, wanted))
             assert kept[method] == pytest.approx(np.mean(shares), abs=6e-3)
         again = VectorTransform.from_tensors(transform.record(), x.shape[1], transform.to_tensors())
         assert again.record() == transform.record()
@@ -292,8 +292,8 @@ def test_binary_scores_equal_a_count_of_differing_bits(dims: int) -> None:
     x, queries = clustered(17, 60, dims), clustered(18, 5, dims)
     transform = fit(x, None, Vectors(code="binary", rescore=1))
     indices, scores = nearest(transform, queries, transform.quantize(x), 60)
-    for query, found, values in zip(queries, indices, scores, strict=True):
-        for document, value in zip(found, values, strict=True):
+    for query, documents, values in zip(queries, indices, scores, strict=True):
+        for document, value in zip(documents, values, strict=True):
             differing = sum((a > 0) != (b > 0) for a, b in zip(query, x[document], strict=True))
             assert value == pytest.approx(1 - 2 * differing / dims, abs=1e-6)
 
@@ -307,8 +307,7 @@ def test_float_search_equals_a_full_sort() -> None:
 
 
 def near_ties(n: int, dims: int) -> Array:
-    """Vectors that float32 cannot order: some copied, the others apart by one or two units in the
-    last place of some dimensions."""
+    """Vectors that float32 cannot order: copies, and others that differ in the last place."""
     rng = np.random.default_rng(51)
     rows = np.repeat(clustered(52, n // 20, dims), 20, axis=0)
     steps = rng.integers(-2, 3, rows.shape) * (rng.random(rows.shape) < 0.1)
@@ -324,7 +323,7 @@ def test_a_search_ranks_as_float64_does_to_the_last_tie(
     code: VectorCode, dims: int, products: Products
 ) -> None:
     ties = near_ties(2000, dims)
-    # Among others, so that few are summed in float64, and alone, so that nearly all are.
+    # Ties among other vectors need few float64 sums, ties alone need nearly all.
     for documents in (np.concatenate([clustered(53, 4000, dims), ties]), ties):
         queries = np.concatenate([clustered(54, 20, dims), documents[::100]])
         transform = fit(documents[::7], None, Vectors(code=code, rescore=1))
@@ -336,9 +335,9 @@ def test_a_search_ranks_as_float64_does_to_the_last_tie(
         decoded = transform.dequantize(stored).astype(np.float64)
         scores = (coded @ decoded.T).astype(np.float32)
         expected = np.argsort(-scores, axis=1, kind="stable")[:, :10]
-        indices, found = search.nearest()
+        indices, values = search.nearest()
         np.testing.assert_array_equal(indices, expected)
-        np.testing.assert_array_equal(found, np.take_along_axis(scores, expected, axis=1))
+        np.testing.assert_array_equal(values, np.take_along_axis(scores, expected, axis=1))
 
 
 def test_products_that_find_no_room_on_a_device_are_those_of_the_cpu(
@@ -355,7 +354,7 @@ def test_products_that_find_no_room_on_a_device_are_those_of_the_cpu(
 
 
 def test_no_float32_product_within_the_bound_can_hide_a_best_one() -> None:
-    """The worst that rounding may do: the whole bound, down for the best and up for all others."""
+    """The worst rounding within the bound: down for the best, up for all others."""
     documents, queries = near_ties(3000, 64), clustered(56, 12)
     gamma = 64 * 2.0**-24 / (1 - 64 * 2.0**-24)
 
@@ -379,16 +378,16 @@ def test_int8_search_loses_no_more_than_its_coding_error() -> None:
     documents, queries = clustered(21, 2000), clustered(22, 50)
     transform = fit(clustered(23, 300), None, Vectors(code="int8"))
     stored = transform.quantize(documents)
-    found, _ = nearest(transform, queries, stored, 10)
+    indices, _ = nearest(transform, queries, stored, 10)
     truth = true_top(queries, documents, 10)
-    # |q.d' - q.d| <= |d' - d| for unit q, once for the document found and once for the one lost.
+    # |q.d' - q.d| <= |d' - d| for unit q: once for a hit, once for the document it displaces.
     error = np.linalg.norm(transform.dequantize(stored) - documents, axis=1).max()
     exact = queries @ documents.T
-    worst_found = np.take_along_axis(exact, found, axis=1).min(axis=1)
+    worst_found = np.take_along_axis(exact, indices, axis=1).min(axis=1)
     tenth = np.take_along_axis(exact, truth, axis=1)[:, -1]
     assert (worst_found >= tenth - 2 * error).all()
     assert error < 0.02
-    assert recall(found, truth) >= 0.95
+    assert recall(indices, truth) >= 0.95
 
 
 @pytest.mark.parametrize(("code", "least_gain"), [("int8", 0.0), ("binary", 0.05)])
@@ -413,8 +412,8 @@ def test_rescored_scores_are_float_query_times_decoded_document() -> None:
     stored = transform.quantize(documents)
     indices, scores = nearest(transform, queries, stored, 10)
     decoded = transform.dequantize(stored)
-    for query, found, values in zip(queries, indices, scores, strict=True):
-        np.testing.assert_allclose(values, decoded[found] @ query, atol=1e-6)
+    for query, row, values in zip(queries, indices, scores, strict=True):
+        np.testing.assert_allclose(values, decoded[row] @ query, atol=1e-6)
         assert (np.diff(values) <= 0).all()
 
 
@@ -427,10 +426,10 @@ def test_equal_documents_come_in_order_of_their_index(
     documents = np.repeat(clustered(29, 4), 25, axis=0)
     transform = fit(clustered(30, 50), None, Vectors(code=code, rescore=rescore))
     indices, scores = nearest(transform, clustered(31, 6), transform.quantize(documents), 60)
-    for found, values in zip(indices, scores, strict=True):
+    for row, values in zip(indices, scores, strict=True):
         tied = np.diff(values) == 0
         assert tied.sum() >= 50
-        assert (np.diff(found)[tied] > 0).all()
+        assert (np.diff(row)[tied] > 0).all()
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -450,14 +449,14 @@ def test_blocks_do_not_change_the_answer(
 
 
 def in_two_stages(transform: VectorTransform, query: Array, codes: Array, k: int) -> Array:
-    """`search` of one query without blocks: the best by codes, these by the float query."""
+    """`search` of one query without blocks: candidates by codes, ranked by the float query."""
     stored = transform.dequantize(codes).astype(np.float64)
     coded = transform.dequantize(transform.quantize(query[None]))[0].astype(np.float64)
     by_code = (stored @ coded).astype(np.float32)
     candidates = np.sort(np.argsort(-by_code, kind="stable")[: k * transform.rescore])
     scores = (stored[candidates] @ query.astype(np.float64)).astype(np.float32)
-    found: Array = candidates[np.argsort(-scores, kind="stable")[:k]]
-    return found
+    best: Array = candidates[np.argsort(-scores, kind="stable")[:k]]
+    return best
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -465,20 +464,20 @@ def in_two_stages(transform: VectorTransform, query: Array, codes: Array, k: int
 def test_a_corpus_that_comes_in_pieces_is_searched_as_one(
     code: VectorCode, cuts: list[int]
 ) -> None:
-    """With every document twice, so that ties lie in different pieces."""
-    # 48: 2 / 48 is no float32, so that scores which are not rounded alike would break ties.
+    """Every document occurs twice, so ties lie in different pieces."""
+    # With 48 dimensions, scores that are not rounded alike would break ties: 2 / 48 is no float32.
     documents, queries = np.tile(clustered(45, 200, 48), (2, 1)), clustered(46, 9, 48)
     transform = fit(documents, None, Vectors(code=code, rescore=4))
     stored = transform.quantize(documents)
     search = Search(transform, queries, 12)
     for piece in np.split(stored, cuts):
         search.add(piece)
-    whole, found = nearest(transform, queries, stored, 12), search.nearest()
-    np.testing.assert_array_equal(found[0], whole[0])
-    np.testing.assert_array_equal(found[1], whole[1])
+    whole, in_pieces = nearest(transform, queries, stored, 12), search.nearest()
+    np.testing.assert_array_equal(in_pieces[0], whole[0])
+    np.testing.assert_array_equal(in_pieces[1], whole[1])
     if code != "float32":
         oracle = [in_two_stages(transform, query, stored, 12) for query in queries]
-        np.testing.assert_array_equal(found[0], oracle)
+        np.testing.assert_array_equal(in_pieces[0], oracle)
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -486,11 +485,11 @@ def test_candidates_scored_pair_by_pair_rank_as_a_search_among_them(code: Vector
     documents, queries = clustered(47, 120), clustered(48, 6)
     transform = fit(documents, None, Vectors(code=code, rescore=3))
     stored = transform.quantize(documents)
-    for query, own in zip(queries, np.split(np.repeat(stored, 2, axis=0), 6), strict=True):
-        by_code, rescored = transform.score_pairs(np.tile(query, (len(own), 1)), own)
+    for query, candidates in zip(queries, np.split(np.repeat(stored, 2, axis=0), 6), strict=True):
+        by_code, rescored = transform.score_pairs(np.tile(query, (len(candidates), 1)), candidates)
         best = transform.best_of(by_code, rescored, 10)
-        found, scores = nearest(transform, query[None], own, 10)
-        np.testing.assert_array_equal(best, found[0])
+        indices, scores = nearest(transform, query[None], candidates, 10)
+        np.testing.assert_array_equal(best, indices[0])
         np.testing.assert_array_equal(rescored[best], scores[0])
 
 
@@ -503,9 +502,9 @@ def test_the_memory_of_a_search_does_not_grow_with_the_corpus() -> None:
         tracemalloc.start()
         for _ in range(n_blocks):
             search.add(block)
-        found = tracemalloc.get_traced_memory()[1]
+        peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return found
+        return peak_bytes
 
     assert peak(64) < 1.1 * peak(1) < 16 * block.nbytes
 
@@ -602,14 +601,14 @@ def test_wrong_shapes_are_refused_with_both_shapes() -> None:
 
 
 def test_the_search_of_bits_is_the_stable_order_of_hamming_distances() -> None:
-    """Nearly all ties: 3000 codes of 12 bits, more than one block, some queries among them."""
+    """3000 codes of 12 bits are nearly all ties, and they fill more than one block."""
     rng = np.random.default_rng(3)
     vectors = rng.standard_normal((3000, 12)).astype(np.float32)
     transform = fit(vectors, None, Vectors(code="binary", rescore=1))
     codes = transform.quantize(vectors)
     queries = vectors[::100]
-    found, scores = nearest(transform, queries, codes, 50)
-    for row, values, query in zip(found, scores, transform.quantize(queries), strict=True):
+    indices, scores = nearest(transform, queries, codes, 50)
+    for row, values, query in zip(indices, scores, transform.quantize(queries), strict=True):
         distances = np.unpackbits(query ^ codes, axis=1).sum(axis=1)
         expected = np.argsort(distances, kind="stable")[:50]
         np.testing.assert_array_equal(row, expected)
