@@ -15,7 +15,9 @@ N_BYTES = 4
 
 @pytest.fixture(scope="module")
 def codes() -> dict[str, Any]:
-    return runpy.run_path(str(BENCHMARKS / "vector_codes.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        return runpy.run_path(str(BENCHMARKS / "vector_codes.py"))
 
 
 def normal_vectors(codes: dict[str, Any], n_dims: int = 16) -> Any:
