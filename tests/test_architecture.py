@@ -62,7 +62,7 @@ def files(package: Path = PACKAGE) -> dict[str, Path]:
 
 
 def units() -> dict[str, list[Path]]:
-    """Top-level module or package -> its files; __init__ and __main__ are for users, no units."""
+    """Top-level module or package -> its files, without the top __init__ and __main__."""
     out: dict[str, list[Path]] = {}
     for name, path in files().items():
         if name not in ("gteopt", "gteopt.__main__"):
@@ -71,7 +71,7 @@ def units() -> dict[str, list[Path]]:
 
 
 def file_circles(package: Path = PACKAGE) -> list[list[str]]:
-    """Files that import one another in a loop, types left out."""
+    """Files that import one another in a loop; imports for types do not count."""
     known = files(package)
     graph = {
         name: {other for other, for_types in _imports(path) if not for_types and other in known}

@@ -34,7 +34,7 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (None, None, "400000 100000", 4),
         ("150000 100000", None, NO_QUOTA, 2),  # one and a half: the half is worth a thread
         ("50000 100000", None, None, 1),
-        (NO_QUOTA, "300000 100000", "800000 100000", 3),  # the tightest counts, wherever it is
+        (NO_QUOTA, "300000 100000", "800000 100000", 3),  # the tightest quota counts, in any group
         ("6400000 100000", None, None, 16),
         ("nonsense", "", None, 16),
     ],

@@ -41,7 +41,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "gteopt.policy/1": Policy,
 }
 SHORT = 25
-"""Most words of a sentence."""
+"""The largest number of words in a sentence."""
 LONG = {"cli.md": 10_000}
 """Pages whose sentences may still be longer."""
 
@@ -207,10 +207,10 @@ def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
     prose = FENCED.sub("", text_of(page))
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose):
         path, _, anchor = target.partition("#")
-        there = (page.parent / path).resolve() if path else page
-        assert there.exists(), target
+        linked_page = (page.parent / path).resolve() if path else page
+        assert linked_page.exists(), target
         if anchor:
-            assert anchor in anchors(there), target
+            assert anchor in anchors(linked_page), target
 
 
 def anchors(page: Path) -> set[str]:

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def metadata(text: str) -> dict[str, Any]:
-    """What the hub's own client reads from a card."""
+    """The metadata that the Hub's client reads from a card."""
     data: dict[str, Any] = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
     return data
 

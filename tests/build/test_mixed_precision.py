@@ -128,7 +128,7 @@ def test_losses_are_the_same_with_one_block_in_memory_and_room_for_few_trials() 
     streamed = load_checkpoint(checkpoint, RuntimeOptions(dtype="float32"), later=plan.blocks)
     assert streamed.streams
     measured = losses(streamed, tokens, choices)
-    for name in choices:  # sums of weights that lie elsewhere may differ in their last bits
+    for name in choices:  # the memory layout may change the last bits of sums
         assert measured[name] == pytest.approx(wanted[name], rel=1e-3)
     at_once = 5 * sum(map(len, tokens)) * 256 * 4  # room for 5 of 12 trials, without padding
     walks = list(measure(streamed, tokens, choices, state_bytes=at_once))
@@ -199,7 +199,7 @@ def test_estimates_are_the_same_with_one_block_in_memory_and_hidden_states_on_di
     streamed = load_checkpoint(checkpoint, RuntimeOptions(dtype="float32"), later=plan.blocks)
     assert streamed.streams
     estimates = estimated(streamed, tokens, choices, StateSpill(0, tmp_path))
-    for name in choices:  # sums of weights that lie elsewhere may differ in their last bits
+    for name in choices:  # the memory layout may change the last bits of sums
         assert estimates[name] == pytest.approx(wanted[name], rel=1e-3)
     assert len(list(tmp_path.glob("input-*"))) == 4
     assert all(p.is_meta for p in streamed.module.get_submodule(str(plan.blocks)).parameters())

@@ -35,7 +35,7 @@ def test_bytes_of_a_recipe_choose_a_code_that_every_library_compares_alike(tmp_p
     np.testing.assert_allclose(theirs.encode(TEXTS), rows, atol=1e-5)
     assert theirs.similarity_fn_name == "dot"
     np.testing.assert_allclose(theirs.similarity(rows, rows), rows @ rows.T, atol=1e-5)
-    # Other vectors of the same weights keep the weights' hash; unit rows have cosines again.
+    # Artifacts of the same weights share their hash. Unit rows are compared by cosine again.
     gteopt.truncate(tmp_path / "small", tmp_path / "full")
     settings = json.loads((tmp_path / "full" / "config_sentence_transformers.json").read_text())
     assert settings["similarity_fn_name"] == "cosine"

@@ -50,7 +50,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def test_the_vectors_are_those_of_sentence_transformers(model: Path) -> None:
     vectors = gteopt.load(model, dtype="float32").encode(TEXTS)
-    # Text by text: there, padding changes the vectors of some architectures.
+    # Text by text: padding in Sentence Transformers changes vectors of some architectures.
     wanted = np.concatenate([sentence_transformer(model).encode([text]) for text in TEXTS])
     np.testing.assert_allclose(vectors, wanted, atol=1e-5)
 

@@ -81,7 +81,7 @@ def test_packed_texts_have_the_vectors_of_the_module_alone(name: str, pooling: P
     exact = own_forward(module.double(), pooling)
     vectors = forward(module, TOKENS)
     assert float((vectors - exact).norm() / exact.norm()) <= 1e-6  # angles stay float32
-    assert (exact[0] - exact[2]).abs().max() > 1e-2  # texts differ at all
+    assert (exact[0] - exact[2]).abs().max() > 1e-2  # the texts have different vectors
     vectors = forward(module.float(), TOKENS).double()
     assert float((vectors - exact).norm() / exact.norm()) <= 2e-6
 

@@ -81,7 +81,7 @@ def alone(module: Any) -> list[Tensor]:
 
 
 def quantized(module: Any, scheme: LayerScheme) -> dict[str, ReadLayer]:
-    """Every linear layer of the blocks, rounded; the module gets the values of the codes."""
+    """Round every linear layer of the blocks; the module gets the dequantized weights."""
     packed = {}
     for name, linear in module.named_modules():
         if isinstance(linear, nn.Linear) and "layer" in name:
@@ -173,7 +173,7 @@ def test_act_order_reaches_the_right_columns() -> None:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The nano in int8, its token table too."""
+    """The nano in int8, with an int8 token table."""
     out = tmp_path_factory.mktemp("openvino") / "int8"
     recipe = load_recipe("rtn-int8")
     weights = recipe.weights.model_copy(update={"embed_int8": True})
@@ -298,7 +298,7 @@ def test_the_exported_graph_runs_without_gteopt(artifact: Path, tmp_path: Path) 
     last = compiled(inputs)["last_hidden_state"][0, -1]
     expected = gteopt.load(artifact, dtype="float32", backend="openvino")
     (vector,) = expected.encode(["A bridge over the river."])
-    # OpenVINO's default group size of rounded inputs is another.
+    # OpenVINO's default has another group size for rounded inputs.
     assert vector @ (last / np.linalg.norm(last)) > 0.9995
     with pytest.raises(InputError, match="exists"):
         export_openvino(artifact, out)

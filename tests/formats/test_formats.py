@@ -231,13 +231,17 @@ def test_compressed_tensors_is_told_how_tokens_are_quantized(
     assert (config["format"], config["ignore"]) == (form, ["head"])
     group = config["config_groups"]["group_0"]
     assert group["weights"]["type"] == ("float" if scheme.number_format == "e4m3" else "int")
-    told = group["input_activations"]
+    input_scheme = group["input_activations"]
     if activations is None:
-        assert told is None
+        assert input_scheme is None
         return
-    assert (told["type"], told["symmetric"]) == activations
-    assert (told["strategy"], told["dynamic"], told["num_bits"]) == ("token", True, 8)
-    told["strategy"] = "tensor"
+    assert (input_scheme["type"], input_scheme["symmetric"]) == activations
+    assert (input_scheme["strategy"], input_scheme["dynamic"], input_scheme["num_bits"]) == (
+        "token",
+        True,
+        8,
+    )
+    input_scheme["strategy"] = "tensor"
     tensors = format.to_tensors(random_weight(scheme))
     with pytest.raises(UnsupportedError, match=r"strategy: tensor.*are not supported"):
         format.from_tensors(config, "a", SHAPE, tensors)

@@ -1,4 +1,4 @@
-"""An artifact is whole, as recorded, and refused otherwise."""
+"""An artifact is complete and as its manifest records it, or it is refused."""
 
 from __future__ import annotations
 

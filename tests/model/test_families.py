@@ -372,8 +372,11 @@ def test_a_small_model_of_a_published_shape_gives_sentence_transformers_vectors(
         assert encoder.tokenization.prompt("query", INSTRUCTION) == asked
     else:
         prompts = PUBLISHED[name].query_prompt, PUBLISHED[name].document_prompt
-        told = encoder.tokenization.prompt("query"), encoder.tokenization.prompt("document")
-        assert told == prompts
+        encoder_prompts = (
+            encoder.tokenization.prompt("query"),
+            encoder.tokenization.prompt("document"),
+        )
+        assert encoder_prompts == prompts
 
 
 def test_gritlm_averages_the_text_alone_and_sees_it_in_both_directions(tmp_path: Path) -> None:

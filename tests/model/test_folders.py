@@ -1,4 +1,4 @@
-"""What a Sentence Transformers folder says is what happens, or it is refused by name."""
+"""gteopt does what a Sentence Transformers folder says, or refuses it and says why."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_the_folders_pooling_wins_over_the_familys_and_is_said(tmp_path: Path) -
 
 
 def test_names_in_a_folder_reach_no_terminal_with_control_characters(bert: Path) -> None:
-    """Neither in errors of gteopt nor in what transformers reports while it loads."""
+    """This holds for errors of gteopt and for the load report of transformers."""
     weights = load_file(bert / "model.safetensors")
     weights["encoder.layer.0.\x1b[2J\x1b]0;title\x07.weight"] = torch.zeros(2)
     save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})

@@ -137,7 +137,7 @@ def test_vectors_of_any_script_equal_the_float64_forward_pass(real: Real) -> Non
 
 
 def test_special_tokens_in_a_users_text_do_not_move_what_is_pooled(real: Real) -> None:
-    """They become special ids, as in the authors' tokenizers, but pooling reads the appended one.
+    """They become special ids, as in the authors' tokenizers; pooling reads the appended end id.
 
     Lengths, never ids, tell which tokens are padding.
     """

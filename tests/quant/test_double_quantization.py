@@ -1,4 +1,4 @@
-"""Double quantization against its definition, and through everything that stores it."""
+"""Double quantization against its definition, and in each format that stores it."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_prices_are_machine_hours_over_tokens() -> None:
 
 
 def test_a_backend_that_does_not_know_the_architecture_refuses_before_anything_is_built() -> None:
-    told: list[str] = []
+    steps: list[str] = []
     with pytest.raises(UnsupportedError, match="this is a qwen3 one; use backend torch"):
         bench_dummy(
             "Qwen3-Embedding-0.6B",
@@ -151,9 +151,9 @@ def test_a_backend_that_does_not_know_the_architecture_refuses_before_anything_i
             spec=BenchSpec(),
             n_layers=1,
             backend="openvino",
-            progress=lambda what, done, total: told.append(what),
+            progress=lambda what, done, total: steps.append(what),
         )
-    assert not told
+    assert not steps
 
 
 def test_a_bench_refuses_an_unknown_architecture_beside_its_other_problems(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
     )
     kept: list[BenchReport] = []
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no estimate for the whole model")  # noise
+        warnings.filterwarnings("ignore", "no estimate for the whole model")  # times are noisy
         report = bench_dummy(
             str(small), ["rtn-int8"], spec=spec, n_layers=2, keep=kept.append, device="cpu"
         )

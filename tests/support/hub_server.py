@@ -158,10 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
     # -- permissions
 
     def _caller_is_known(self) -> bool:
-        given = self.headers.get("Authorization")
-        if given is not None and given != f"Bearer {self.state.token}":
+        authorization = self.headers.get("Authorization")
+        if authorization is not None and authorization != f"Bearer {self.state.token}":
             raise _Refused(401, "Invalid credentials in Authorization header")
-        return given is not None
+        return authorization is not None
 
     def _check_may_write(self, repo: str) -> None:
         if not self._caller_is_known():
@@ -173,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         known = self._caller_is_known()
         repo = self.state.repos.get(name)
         if repo is None or (repo.private and not known):
-            # The real hub tells strangers the same of a missing and of a private repository.
+            # Strangers get the same answer for a missing and for a private repository.
             raise _Refused(404 if known else 401, "Repository not found", "RepoNotFound")
         return repo
 
@@ -248,10 +248,10 @@ class _Handler(BaseHTTPRequestHandler):
         answers = []
         for file in files:
             path, large = file["path"], file["path"].endswith(_LARGE)
-            there = repo.files.get(path)
+            stored = repo.files.get(path)
             oid = None
-            if there is not None:
-                oid = hashlib.sha256(there).hexdigest() if large else _git_sha1(there)
+            if stored is not None:
+                oid = hashlib.sha256(stored).hexdigest() if large else _git_sha1(stored)
             mode = "lfs" if large else "regular"
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self._json({"files": answers})

@@ -102,7 +102,7 @@ def nearest_by_codes(transform: VectorTransform, x: Array, k: int) -> Array:
 def test_auto_takes_what_keeps_more_neighbours_of_texts_it_was_not_fitted_on(
     code: VectorCode,
 ) -> None:
-    """The oracle searches stored codes for one neighbour in a hundred, a quarter at a time."""
+    """The oracle holds out a quarter of the texts at a time and searches it by stored codes."""
     rng = np.random.default_rng(5)
     turned = rng.normal(size=(400, 12)) @ np.linalg.qr(rng.normal(size=(64, 64)))[0][:12]
     stored = Vectors(code=code, rescore=1)
