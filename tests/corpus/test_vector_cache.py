@@ -241,30 +241,30 @@ def test_a_cache_without_write_permission_is_read_and_says_once_that_it_stores_n
 
     for name in ("os.utime", "tempfile.NamedTemporaryFile", "pathlib.Path.unlink"):
         monkeypatch.setattr(name, refuse)
-    said: list[str] = []
-    cache = VectorCache(nano, tmp_path, say=said.append)
+    notes: list[str] = []
+    cache = VectorCache(nano, tmp_path, say=notes.append)
     cache.embed(texts_of(12, "a"), "document", None)
-    assert (cache.counts.n_encoded, said) == (0, [])
+    assert (cache.counts.n_encoded, notes) == (0, [])
     for _ in range(2):
         for salt in "bc":
-            found = cache.embed(texts_of(12, salt), "document", None)
-            np.testing.assert_allclose(found, nano.embed(texts_of(12, salt)), atol=2**-11)
+            vectors = cache.embed(texts_of(12, salt), "document", None)
+            np.testing.assert_allclose(vectors, nano.embed(texts_of(12, salt)), atol=2**-11)
     assert cache.counts.n_encoded == 24
     assert shards(tmp_path) == [shard]
-    (note,) = said
+    (note,) = notes
     assert f"{shard.parent} cannot be written ({os.strerror(code)})" in note
 
     # A damaged shard stays where it is, and its texts are encoded.
     content = bytearray(shard.read_bytes())
     content[-9] ^= 1
     shard.write_bytes(content)
-    said.clear()
-    cache = VectorCache(nano, tmp_path, say=said.append)
+    notes.clear()
+    cache = VectorCache(nano, tmp_path, say=notes.append)
     for _ in range(2):
         cache.embed(texts_of(12, "a"), "document", None)
         cache.embed(texts_of(3, "a"), "document", None)
     assert cache.counts.n_encoded == 12
-    assert [f"cannot be removed ({os.strerror(code)})" in note for note in said] == [True, False]
+    assert [f"cannot be removed ({os.strerror(code)})" in note for note in notes] == [True, False]
 
 
 def test_shards_that_may_not_be_removed_count_as_used_room(

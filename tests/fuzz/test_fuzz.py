@@ -1,6 +1,6 @@
-"""Foreign files are data: whatever is in them, the answer is a vector or an error of gteopt's own.
+"""Foreign files are data: for any content, the answer is a vector or an error of gteopt.
 
-Short and seeded here; `make fuzz` runs many more examples of each surface.
+These runs are short and seeded. `make fuzz` runs many more examples of each surface.
 """
 
 from __future__ import annotations
@@ -110,31 +110,33 @@ def mutated(content: Any, data: st.DataObject) -> Any:
 @given(data=st.data(), file=st.sampled_from(FILES))
 def test_any_json_of_a_model_folder(base: Path, data: st.DataObject, file: str) -> None:
     path = base / file
-    whole = path.read_bytes()
+    original = path.read_bytes()
     try:
         if data.draw(st.booleans()):
-            path.write_text(json.dumps(mutated(json.loads(whole), data)))
+            path.write_text(json.dumps(mutated(json.loads(original), data)))
         else:
-            at = data.draw(st.integers(0, len(whole)))
-            path.write_bytes(whole[:at] + data.draw(st.binary(max_size=8)) + whole[at + 3 :])
+            at = data.draw(st.integers(0, len(original)))
+            path.write_bytes(original[:at] + data.draw(st.binary(max_size=8)) + original[at + 3 :])
         encode_or_refuse(base)
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 @FUZZ
 @given(data=st.data())
 def test_any_bytes_of_a_weight_file(base: Path, data: st.DataObject) -> None:
     path = base / "model.safetensors"
-    whole = path.read_bytes()
+    original = path.read_bytes()
     try:
-        (n_header,) = struct.unpack("<Q", whole[:8])
+        (n_header,) = struct.unpack("<Q", original[:8])
         at = data.draw(st.integers(0, n_header + 8))
-        cut = data.draw(st.sampled_from([None, 0, 7, n_header, len(whole) - 1]))
-        path.write_bytes((whole[:at] + data.draw(st.binary(max_size=8)) + whole[at + 2 :])[:cut])
+        cut = data.draw(st.sampled_from([None, 0, 7, n_header, len(original) - 1]))
+        path.write_bytes(
+            (original[:at] + data.draw(st.binary(max_size=8)) + original[at + 2 :])[:cut]
+        )
         encode_or_refuse(base)
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 PACKED = {
@@ -152,8 +154,8 @@ def packed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         weights = {"method": "rtn", "scheme": scheme}
         recipe = {"schema": "gteopt.recipe/1", "name": "packed", "format": form, "weights": weights}
         folders[form] = tmp_path_factory.mktemp("packed") / form
-        made = Recipe.model_validate(recipe)
-        assert gteopt.quantize(base, made, folders[form], dtype="float32").format == form
+        validated = Recipe.model_validate(recipe)
+        assert gteopt.quantize(base, validated, folders[form], dtype="float32").format == form
         (folders[form] / "gteopt.json").unlink()
         encode_or_refuse(folders[form])
     return folders
@@ -166,12 +168,12 @@ def test_anything_that_another_library_quantized(
 ) -> None:
     folder = packed[form]
     config, weights = folder / "config.json", folder / "model.safetensors"
-    whole = {path: path.read_bytes() for path in (config, weights)}
+    originals = {path: path.read_bytes() for path in (config, weights)}
     try:
         if data.draw(st.booleans()):
-            read = json.loads(whole[config])
-            said = mutated(read["quantization_config"], data)
-            config.write_text(json.dumps({**read, "quantization_config": said}))
+            config_fields = json.loads(originals[config])
+            quantization = mutated(config_fields["quantization_config"], data)
+            config.write_text(json.dumps({**config_fields, "quantization_config": quantization}))
         else:
             tensors = load_file(weights)
             name = data.draw(st.sampled_from(sorted(tensors)))
@@ -185,7 +187,7 @@ def test_anything_that_another_library_quantized(
             save_file(tensors, weights, metadata={"format": "pt"})
         encode_or_refuse(folder)
     finally:
-        for path, content in whole.items():
+        for path, content in originals.items():
             path.write_bytes(content)
 
 
@@ -194,20 +196,22 @@ def test_anything_that_another_library_quantized(
 def test_any_change_of_an_artifact_is_refused(artifact: Path, data: st.DataObject) -> None:
     files = sorted(path for path in artifact.rglob("*") if path.is_file())
     path = data.draw(st.sampled_from([file for file in files if file.name != "README.md"]))
-    whole = path.read_bytes()
-    at = data.draw(st.integers(0, len(whole) - 1))
+    original = path.read_bytes()
+    at = data.draw(st.integers(0, len(original) - 1))
     changed = (
-        whole[:at] + bytes([whole[at] ^ (1 << data.draw(st.integers(0, 7)))]) + whole[at + 1 :]
+        original[:at]
+        + bytes([original[at] ^ (1 << data.draw(st.integers(0, 7)))])
+        + original[at + 1 :]
     )
     try:
         path.write_bytes(changed)
-        if path.name == "gteopt.json":  # its own hash is the artifact's name: another one
+        if path.name == "gteopt.json":  # the hash of this file is the artifact's identity
             encode_or_refuse(artifact)
         else:
             with pytest.raises(GteoptError):
                 verify(artifact)
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 @FUZZ
@@ -255,6 +259,6 @@ def test_no_path_leads_out_of_a_model_folder(base: Path, tmp_path: Path, name: s
     modules = json.loads((folder / "modules.json").read_text())
     modules[1]["path"] = name
     (folder / "modules.json").write_text(json.dumps(modules))
-    said = r"out of the folder|outside of the model folder|longer than a path"
-    with pytest.raises(GteoptError, match=said):
+    message = r"out of the folder|outside of the model folder|longer than a path"
+    with pytest.raises(GteoptError, match=message):
         gteopt.load(folder)

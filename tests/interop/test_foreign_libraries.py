@@ -1,7 +1,7 @@
 """Other libraries open what gteopt writes, and gteopt opens what they write, with equal vectors.
 
-The libraries exclude one another's newest versions; `make interop` makes the environment that has
-them and runs this.
+The newest versions of these libraries exclude one another. `make interop` makes an environment that
+has them, and runs these tests.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ WRITTEN: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 NOISE = {
-    # bitsandbytes multiplies a whole column in float16 where any text has an outlier there; ours
-    # never lets a text's vector depend on its neighbours.
+    # bitsandbytes multiplies a whole column in float16 where any text has an outlier there. In
+    # gteopt a text's vector never depends on its neighbours.
     "bitsandbytes int8": 0.999,
     # GPTQModel's 4-bit CPU kernel (TorchAtenLinear) multiplies in bfloat16: 0.99990 on MiniLM.
     "optimum int4 asymmetric, act-order": 0.9997,
 }
-"""Bounds where the arithmetic of the two differs; elsewhere it is 0.9999."""
+"""Least cosines where the arithmetic of the two differs; elsewhere the bound is 0.9999."""
 
 
 def folder_of(base: str) -> Path:
@@ -76,8 +76,8 @@ def their_vectors(folder: Path) -> NDArray[np.float32]:
 def whole_activations(folder: Path) -> None:
     """Leave the inputs of quantized layers as they are, so that the weights alone are compared.
 
-    compressed-tensors spreads a token over 127.5 steps where vLLM and gteopt take 127, and rounds
-    zero points otherwise; that alone is an error as large as that of 8-bit activations.
+    compressed-tensors spreads a token over 127.5 steps, but vLLM and gteopt take 127. It also
+    rounds zero points differently. That error is as large as the one of 8-bit activations.
     """
     config = json.loads((folder / "config.json").read_text())
     for group in config["quantization_config"]["config_groups"].values():
@@ -115,11 +115,11 @@ def test_sentence_transformers_gives_the_vectors_of_what_gteopt_wrote(
 @pytest.mark.parametrize("base", ["nano", "minilm"])
 def test_sentence_transformers_opens_layers_of_different_bits(base: str, tmp_path: Path) -> None:
     """What `mixed-*` recipes write: layers of 2 to 16 bits in one checkpoint."""
-    few = Calibration(n_texts=8, max_tokens=32)
-    recipe = load_recipe("mixed-4.25").model_copy(update={"calibration": few})
-    made = gteopt.quantize(folder_of(base), recipe, tmp_path / "out", dtype="float32")
-    assert made.format == "compressed-tensors"
-    assert len({layer.scheme.bits for layer in made.layers}) > 1
+    calibration = Calibration(n_texts=8, max_tokens=32)
+    recipe = load_recipe("mixed-4.25").model_copy(update={"calibration": calibration})
+    manifest = gteopt.quantize(folder_of(base), recipe, tmp_path / "out", dtype="float32")
+    assert manifest.format == "compressed-tensors"
+    assert len({layer.scheme.bits for layer in manifest.layers}) > 1
     ours = gteopt.load(tmp_path / "out", dtype="float32").encode(TEXTS)
     assert least_cosine(ours, their_vectors(tmp_path / "out")) >= 0.9999
 
@@ -144,7 +144,7 @@ def with_llm_compressor(folder: Path, scheme: str) -> None:
     oneshot(model=model, recipe=rounding)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, save_compressed=True)
-    # Kept by transformers, which would leave the model compressed: see formats/.
+    # transformers keeps this flag. Without it the model would stay compressed: see formats/.
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["dequantize"] = True
     (folder / "config.json").write_text(json.dumps(config))
@@ -175,7 +175,7 @@ def with_optimum(folder: Path, sym: bool) -> None:
     model.config.quantization_config = quantizer.to_dict()
     (folder / "model.safetensors").unlink()
     quantizer.save(model, str(folder))
-    # It asks for this at load, and does not save it.
+    # optimum asks for this field at load, but does not save it.
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["block_name_to_quantize"] = quantizer.block_name_to_quantize
     (folder / "config.json").write_text(json.dumps(config))
@@ -214,7 +214,7 @@ def test_gteopt_gives_the_vectors_of_what_others_wrote(
 
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_nf4_is_what_bitsandbytes_makes_of_the_same_weight(block_size: int) -> None:
-    """Codes bit for bit, but where float16 rounds the scale and a weight lies between two codes."""
+    """Codes are equal, except where the scale is rounded and a weight lies between two codes."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     from gteopt.quant.affine import quantize_rtn

@@ -1,4 +1,4 @@
-"""What is published comes back: over real HTTP, whole, resumable, the token kept nowhere."""
+"""A published artifact comes back whole over real HTTP, and no file holds the token."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MACHINE = Machine(cpu="a CPU", n_cores=2, memory_bytes=8 * 10**9, gpu=None, os="
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that nothing but gteopt opens: its weights lie in several files, in a folder."""
+    """An artifact that only gteopt opens: its weights lie in several files of a folder."""
     out = tmp_path_factory.mktemp("publish") / "small"
     gteopt.quantize("nano", load_recipe("rtn-int4").model_copy(update={"format": "gteopt"}), out)
     return out
@@ -69,7 +69,7 @@ def on_hub(hub: Hub) -> dict[str, bytes]:
 
 
 def large_files(artifact: Path) -> dict[str, str]:
-    """By path, the SHA-256 of each file that travels as a large one."""
+    """SHA-256, by path, of the files that are sent as large files."""
     files = read_manifest(artifact).files
     return {f.path: f.sha256 for f in files if f.path.endswith(("safetensors", "tokenizer.json"))}
 
@@ -78,36 +78,38 @@ def test_a_published_artifact_comes_back_the_same_and_the_token_is_kept_nowhere(
     user: User, artifact: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "back"
-    done = user.publish(artifact, "--private")
+    published = user.publish(artifact, "--private")
     assert user.hub.repos[REPO].private
-    assert done["commit"] == user.hub.repos[REPO].commits[-1][0]
-    assert all(each["sent"] for each in done["files"])
+    assert published["commit"] == user.hub.repos[REPO].commits[-1][0]
+    assert all(file["sent"] for file in published["files"])
     assert user.run("pull", REPO, "--out", out).returncode == 0
     assert contents(out) == on_hub(user.hub)
-    assert artifact_sha256(out) == done["artifact_sha256"]
+    assert artifact_sha256(out) == published["artifact_sha256"]
     assert verify(out).published_from == artifact_sha256(artifact)
-    ours, theirs = contents(artifact), contents(out)
-    assert {path for path in ours if ours[path] != theirs[path]} == {"README.md", "gteopt.json"}
+    local, pulled = contents(artifact), contents(out)
+    assert {path for path in local if local[path] != pulled[path]} == {"README.md", "gteopt.json"}
     np.testing.assert_array_equal(
         gteopt.load(out).encode(TEXTS), gteopt.load(artifact).encode(TEXTS)
     )
     again = user.run("pull", REPO, "--out", out)
-    assert (again.returncode, contents(out) == theirs) == (0, True)
-    kept = [contents(tmp_path), contents(artifact.parent), on_hub(user.hub)]
-    assert [path for files in kept for path, data in files.items() if TOKEN.encode() in data] == []
+    assert (again.returncode, contents(out) == pulled) == (0, True)
+    all_files = [contents(tmp_path), contents(artifact.parent), on_hub(user.hub)]
+    assert [
+        path for files in all_files for path, data in files.items() if TOKEN.encode() in data
+    ] == []
 
 
 def test_what_the_card_says_of_loading_is_true(user: User, tmp_path: Path) -> None:
-    """Of an unquantized artifact, which needs no other library: from the hub, and pulled.
+    """An unquantized artifact, which needs no other library, loads from the Hub and when pulled.
 
-    Tokenizers of chat models, as most bases' are, write a template that is no JSON.
+    Tokenizers of chat models write a template that is no JSON.
     """
     plain, out = tmp_path / "plain", tmp_path / "pulled"
     base = tmp_path / "base"
     shutil.copytree(open_checkpoint("nano").folder, base)
     (base / "chat_template.jinja").write_text("{{ messages }}")
     gteopt.quantize(base, "bf16", plain, dtype="float32")
-    assert "chat_template.jinja" in {each.path for each in read_manifest(plain).files}
+    assert "chat_template.jinja" in {file.path for file in read_manifest(plain).files}
     user.publish(plain, "--license", "cc-by-nc-sa-4.0")
     card = on_hub(user.hub)["README.md"].decode()
     for line in (f'gteopt.load("{REPO}")', f'SentenceTransformer("{REPO}")'):
@@ -117,9 +119,9 @@ def test_what_the_card_says_of_loading_is_true(user: User, tmp_path: Path) -> No
         "import numpy as np, gteopt\n"
         "from sentence_transformers import SentenceTransformer\n"
         f"texts = {TEXTS!r}\n"
-        f'found = [gteopt.load("{REPO}", dtype="float32").encode(texts)]\n'
-        f'found += [SentenceTransformer(p).encode(texts) for p in ("{REPO}", {str(out)!r})]\n'
-        f"np.save({str(tmp_path / 'found.npy')!r}, np.stack(found))\n"
+        f'vectors = [gteopt.load("{REPO}", dtype="float32").encode(texts)]\n'
+        f'vectors += [SentenceTransformer(p).encode(texts) for p in ("{REPO}", {str(out)!r})]\n'
+        f"np.save({str(tmp_path / 'vectors.npy')!r}, np.stack(vectors))\n"
     )
     env = os.environ | {
         "HF_ENDPOINT": user.hub.endpoint,
@@ -129,8 +131,8 @@ def test_what_the_card_says_of_loading_is_true(user: User, tmp_path: Path) -> No
     }
     subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True)
     wanted = gteopt.load(plain, dtype="float32").encode(TEXTS)
-    for found in np.load(tmp_path / "found.npy"):
-        np.testing.assert_allclose(found, wanted, atol=2e-6)
+    for vectors in np.load(tmp_path / "vectors.npy"):
+        np.testing.assert_allclose(vectors, wanted, atol=2e-6)
 
 
 def test_a_second_publication_sends_nothing_and_a_new_card_only_itself(
@@ -140,7 +142,7 @@ def test_a_second_publication_sends_nothing_and_a_new_card_only_itself(
     n_commits = len(user.hub.repos[REPO].commits)
     user.hub.forget_traffic()
     again = user.publish(artifact)
-    assert not any(each["sent"] for each in again["files"])
+    assert not any(file["sent"] for file in again["files"])
     assert {line.split()[0] for line in user.hub.requests} == {"GET", "HEAD"}
     assert len(user.hub.repos[REPO].commits) == n_commits
     write_results(tmp_path / "results", artifact_sha256(artifact))
@@ -160,7 +162,7 @@ def test_a_connection_cut_in_a_file_costs_that_file_only(user: User, artifact: P
     cut = large["weights/rest.safetensors"]
     user.hub.cut_upload[cut] = 1_000_000
     user.publish(artifact)
-    sizes = {each.sha256: each.n_bytes for each in read_manifest(artifact).files}
+    sizes = {file.sha256: file.n_bytes for file in read_manifest(artifact).files}
     for sha256 in large.values():
         extra = 1_000_000 if sha256 == cut else 0
         assert user.hub.received[sha256] == pytest.approx(sizes[sha256] + extra, abs=1 << 16)
@@ -181,11 +183,11 @@ def test_two_publications_to_one_repository_never_run_at_once(user: User, artifa
 
 def test_a_killed_publication_goes_on_and_is_never_half_seen(user: User, artifact: Path) -> None:
     large = large_files(artifact)
-    last = large["tokenizer.json"]
-    user.hub.hold_upload.add(last)
+    held = large["tokenizer.json"]
+    user.hub.hold_upload.add(held)
     child = user.start("publish", artifact, "--repo", REPO)
     assert user.hub.held.wait(120)
-    while set(user.hub.storage) != set(large.values()) - {last}:
+    while set(user.hub.storage) != set(large.values()) - {held}:
         assert child.poll() is None
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
@@ -195,12 +197,12 @@ def test_a_killed_publication_goes_on_and_is_never_half_seen(user: User, artifac
     user.hub.release.set()
     user.hub.forget_traffic()
     user.publish(artifact)
-    assert set(user.hub.received) == {last}
+    assert set(user.hub.received) == {held}
     assert set(on_hub(user.hub)) == set(contents(artifact))
 
 
 def test_a_killed_xet_upload_goes_on_too(hub: Hub, artifact: Path, tmp_path: Path) -> None:
-    """By the protocol that huggingface_hub prefers: killed after the first, largest file."""
+    """The client uses huggingface_hub's preferred protocol and is killed after the largest file."""
     user = User(hub, tmp_path / "home", xet=True)
     hub.n_shards = 1
     child = user.start("publish", artifact, "--repo", REPO)
@@ -214,8 +216,8 @@ def test_a_killed_xet_upload_goes_on_too(hub: Hub, artifact: Path, tmp_path: Pat
     hub.n_shards = 1 << 30
     hub.forget_traffic()
     user.publish(artifact)
-    # Chunks that had arrived without being settled travel again or not, by the order in which the
-    # client packs them; what was settled never does.
+    # Chunks that arrived but were not settled may be sent again. That depends on the order in which
+    # the client packs them. Settled chunks are never sent again.
     assert hub.xet_bytes < sum(len(on_hub(hub)[path]) for path in large if not large[path])
     assert hub.received == {}
     assert set(on_hub(hub)) == set(contents(artifact))
@@ -236,13 +238,13 @@ def test_a_killed_pull_goes_on_and_leaves_nothing_that_looks_whole(
         tmp_path / ".back.pull.partial",
     )
     size = len(user.hub.repos[REPO].files[path])
-    # All but the last 100 bytes: the client writes to disk by pieces of 10 MB.
+    # All but the last 100 bytes: the client writes to disk in pieces of 10 MB.
     user.hub.hold_download[path] = size - 100
     child = user.start("pull", REPO, "--out", out)
     assert user.hub.held.wait(120)
 
     def noted(name: str) -> bool:
-        """The client has a file's commit, hash and time, without which it fetches it anew."""
+        """Whether the client has a file's commit, hash and time, so that it keeps the file."""
         notes = partial / ".cache" / "huggingface" / "download" / f"{name}.metadata"
         return notes.is_file() and len(notes.read_text().splitlines()) == 3
 
@@ -256,7 +258,7 @@ def test_a_killed_pull_goes_on_and_leaves_nothing_that_looks_whole(
     user.hub.forget_traffic()
     user.hub.cut_download[path] = size - 100
     assert user.run("pull", REPO, "--out", out).returncode == 0
-    # A killed client fetches the file at hand anew; where the connection was cut, it goes on.
+    # A killed client fetches the current file again. After a cut connection it goes on.
     assert set(user.hub.served) - {"gteopt.json"} == {path}
     assert size <= user.hub.served[path] < size + 1000
     assert contents(out) == on_hub(user.hub)
@@ -269,14 +271,14 @@ def test_a_repository_that_was_tampered_with_is_refused_and_named(
     user.publish(artifact)
     files = user.hub.repos[REPO].files
     path, out = "weights/block-001.safetensors", tmp_path / "back"
-    right = files[path]
-    files[path] = right[:-1] + bytes([right[-1] ^ 1])
+    intact = files[path]
+    files[path] = intact[:-1] + bytes([intact[-1] ^ 1])
     ran = user.run("pull", REPO, "--out", out)
     assert ran.returncode == 1
     assert f"{path} has changed" in ran.stderr
     assert "config.json" not in ran.stderr
     assert not out.exists()
-    files[path] = right
+    files[path] = intact
     user.hub.forget_traffic()
     assert user.run("pull", REPO, "--out", out).returncode == 0
     assert [p for p in user.hub.served if p.endswith("safetensors")] == [path]
@@ -310,24 +312,24 @@ def test_a_dry_run_writes_what_is_then_sent_and_needs_no_network(
 def test_what_the_owner_put_beside_an_artifact_stays_and_does_not_spoil_it(
     user: User, artifact: Path, tmp_path: Path
 ) -> None:
-    """A new version replaces what the old one listed, in another layout all of its weights."""
+    """A new version replaces the files of the old one, even if its weights are laid out anew."""
     user.publish(artifact)
-    own = {"LICENSE": b"mine", "img/curve.png": b"\x89PNG", "try it.ipynb": b"{}"}
-    user.hub.repos[REPO].files.update(own)
+    owner_files = {"LICENSE": b"mine", "img/curve.png": b"\x89PNG", "try it.ipynb": b"{}"}
+    user.hub.repos[REPO].files.update(owner_files)
     newer = tmp_path / "newer"
     gteopt.quantize("nano", "rtn-int4", newer)
     ran = user.run("publish", newer, "--repo", REPO)
     assert ran.returncode == 0, ran.stderr
-    for path in own:
+    for path in owner_files:
         assert re.search(rf"^{path} +kept, not part of the artifact *$", ran.stdout, re.MULTILINE)
-    assert on_hub(user.hub) == own | {
+    assert on_hub(user.hub) == owner_files | {
         path: data for path, data in on_hub(user.hub).items() if path in contents(newer)
     }
-    assert set(on_hub(user.hub)) == {*own, *contents(newer)}
+    assert set(on_hub(user.hub)) == {*owner_files, *contents(newer)}
     assert "weights/rest.safetensors" in contents(artifact)
     again = user.publish(newer)
-    assert (again["deleted"], again["kept"]) == ([], sorted(own))
-    # As Sentence Transformers brings it: every file, into the folder that gteopt opens, too.
+    assert (again["deleted"], again["kept"]) == ([], sorted(owner_files))
+    # Sentence Transformers downloads every file into the folder that gteopt opens too.
     folder = tmp_path / "all"
     for path, data in on_hub(user.hub).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -368,17 +370,17 @@ def test_who_may_not_write_is_told_so_without_the_token(
 def test_other_peoples_content_is_never_replaced(
     user: User, artifact: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
-    gteopt.quantize("nano", "bf16", other)
-    user.publish(other)
+    bf16 = tmp_path / "other"
+    gteopt.quantize("nano", "bf16", bf16)
+    user.publish(bf16)
     before = on_hub(user.hub)
     ran = user.run("publish", artifact, "--repo", REPO)
     assert "holds another artifact, bf16 of nano; this is rtn-int4 of nano" in ran.stderr
-    ran = user.run("publish", other, "--repo", REPO, "--private")
+    ran = user.run("publish", bf16, "--repo", REPO, "--private")
     assert f"{REPO} exists and is public" in ran.stderr
     assert on_hub(user.hub) == before
     del user.hub.repos[REPO].files["gteopt.json"]
-    ran = user.run("publish", other, "--repo", REPO)
+    ran = user.run("publish", bf16, "--repo", REPO)
     assert f"{REPO} holds other files and no artifact (1_Pooling/config.json" in ran.stderr
     ran = user.run("pull", REPO, "--out", tmp_path / "back")
     assert f"{REPO} is not an artifact: it has no gteopt.json" in ran.stderr
@@ -397,7 +399,7 @@ def test_a_bad_name_and_a_dead_network_are_named(
     ran = user.run("pull", REPO, "--revision", "v2", "--out", out)
     assert f"{REPO} has no such revision" in ran.stderr
     user.hub.forget_traffic()
-    out.write_text("mine")  # which no network could make a place for an artifact
+    out.write_text("mine")  # a file cannot become the artifact's folder
     ran = user.run("pull", REPO, "--out", out)
     assert (ran.returncode, user.hub.requests) == (1, [])
     assert f"--out {out} is a file; give a folder that does not exist yet" in ran.stderr
@@ -415,7 +417,7 @@ def write_results(
     baseline: str = "b" * 64,
     lengths: Literal["equal", "lognormal"] = "equal",
 ) -> None:
-    """Records as `bench` and `evaluate` write them, of an artifact and a baseline by hash."""
+    """Write records as `bench` and `evaluate` do, for an artifact and a baseline by hash."""
     shared: Any = {"task_type": "STS", "split": "test", "metric": "cosine_spearman", "n_samples": 9}
     tasks = (
         TaskScore(
@@ -475,9 +477,9 @@ def write_results(
     )
     write_record(folder / "eval" / "small.json", report)
     speeds = {}
-    for name, each, ratio in (("nano", baseline, 1.0), ("small", sha256, 0.75)):
+    for name, digest, ratio in (("nano", baseline, 1.0), ("small", sha256, 0.75)):
         speeds[name] = VariantBench(
-            artifact_sha256=each,
+            artifact_sha256=digest,
             weight_bytes=10_000_000,
             load_s=0.1,
             imports_process_bytes=100,
@@ -547,8 +549,8 @@ def test_results_are_in_the_cards_tables_and_in_the_hubs_metadata(
     assert (entry.metric_type, entry.metric_value) == ("cosine_spearman", 66.12)
     assert entry.dataset_revision == "b0fddb56ed78048fa8b90373c8a3cfc37b684831"
     assert data.license == "cc-by-nc-sa-4.0"
-    for each in (base, difference):
-        assert each.unique_identifier == entry.unique_identifier
+    for extra in (base, difference):
+        assert extra.unique_identifier == entry.unique_identifier
     assert (base.metric_type, base.metric_value) == ("cosine_spearman_baseline", 66.29)
     assert base.metric_name == "cosine_spearman of the baseline nano"
     assert (difference.metric_type, difference.metric_value) == (
@@ -580,8 +582,8 @@ def test_the_model_index_has_the_hubs_form_and_comes_back_as_it_went(
     assert set(result["dataset"]) <= {"type", "name", "config", "split", "revision", "args"}
     for metric in result["metrics"]:
         assert {"type", "value"} <= set(metric) <= {"type", "value", "name", "config", "args"}
-    # Leaderboards look a score up by its type, which must be there once.
-    types = [each["type"] for each in result["metrics"]]
+    # Leaderboards look a score up by its type, so that type must occur once.
+    types = [metric["type"] for metric in result["metrics"]]
     assert types.count("cosine_spearman") == 1
     assert len(set(types)) == len(types) == 3
 
@@ -594,58 +596,58 @@ def test_lengths_that_differ_are_published_as_such(artifact: Path, tmp_path: Pat
 
 
 def commands_of(card: str) -> list[list[str]]:
-    """Every command line of ours, in blocks and in sentences."""
+    """Every gteopt command line, in code blocks and in sentences."""
     blocks = re.findall(r"```sh\n(.*?)```", card, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     lines += re.findall(r"`(gteopt [^`]+)`", card)
     return [shlex.split(line) for line in lines if line.startswith("gteopt ")]
 
 
-@pytest.mark.parametrize("asked", ["data", "suite"])
+@pytest.mark.parametrize("judged_on", ["data", "suite"])
 def test_every_command_of_a_published_card_runs_as_it_stands(
-    user: User, artifact: Path, tmp_path: Path, asked: str
+    user: User, artifact: Path, tmp_path: Path, judged_on: str
 ) -> None:
     pytest.importorskip("openvino")
-    there = tmp_path / "a private folder"
-    there.mkdir()
+    private = tmp_path / "a private folder"
+    private.mkdir()
     rows = [f"A bridge of {n} arches.,{n} arches carry it.,{n % 5}" for n in range(12)]
-    (there / "pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *rows]))
-    (there / "mine.yaml").write_text(
+    (private / "pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *rows]))
+    (private / "mine.yaml").write_text(
         "schema: gteopt.suite/1\nname: mine\ntasks:\n- task: MiniSTS\n"
     )
     wanted = {
-        "data": ["--data", there / "pairs.csv", "--instruction", "Find what it's like."],
-        "suite": ["--suite", there / "mine.yaml", "--baseline", "nano"],
-    }[asked]
-    results = there / "results"
+        "data": ["--data", private / "pairs.csv", "--instruction", "Find what it's like."],
+        "suite": ["--suite", private / "mine.yaml", "--baseline", "nano"],
+    }[judged_on]
+    results = private / "results"
     ran = user.run("evaluate", artifact, *wanted, "--device", "cpu", "--out", results)
     assert ran.returncode == 0, ran.stderr
     user.publish(artifact, "--results", results)
     card = on_hub(user.hub)["README.md"].decode()
     assert "private folder" not in card
-    if asked == "data":
-        (digest,) = {each.dataset_revision for each in read_eval(results / "eval").tasks}
+    if judged_on == "data":
+        (digest,) = {task.dataset_revision for task in read_eval(results / "eval").tasks}
         assert f"`pairs.csv` is the publisher's own data (SHA-256 `{digest[7:23]}`)" in card
     else:
         assert "`mine.yaml` is the file of the suite named above" in card
     commands = commands_of(card)
-    assert [each[1] for each in commands] == ["pull", "evaluate", "quantize", "export"]
-    for words in commands if asked == "data" else commands[:2]:
-        if words[1] == "quantize":  # which makes what was pulled, under the same name
+    assert [words[1] for words in commands] == ["pull", "evaluate", "quantize", "export"]
+    for words in commands if judged_on == "data" else commands[:2]:
+        if words[1] == "quantize":  # its --out would be the folder that was pulled
             words[-1] = "MADE"
         if words[1] == "evaluate":
             words += ["--out", "again"]
-        ran = user.run(*words[1:], cwd=there)
+        ran = user.run(*words[1:], cwd=private)
         assert ran.returncode == 0, ran.stderr
-    if asked == "data":
-        assert (there / "NEW" / "openvino" / "openvino_model.xml").is_file()
-        assert artifact_sha256(there / "MADE") == artifact_sha256(artifact)
-    again, first = read_eval(there / "again" / "eval"), read_eval(results / "eval")
-    assert (again.score, again.asked) == (first.score, first.asked)
+    if judged_on == "data":
+        assert (private / "NEW" / "openvino" / "openvino_model.xml").is_file()
+        assert artifact_sha256(private / "MADE") == artifact_sha256(artifact)
+    repeated, original = read_eval(private / "again" / "eval"), read_eval(results / "eval")
+    assert (repeated.score, repeated.asked) == (original.score, original.asked)
 
 
 def read_eval(folder: Path) -> EvalReport:
-    (path,) = (each for each in folder.glob("*.json") if each.stem != "nano")
+    (path,) = (file for file in folder.glob("*.json") if file.stem != "nano")
     return read_record(path, EvalReport)
 
 
@@ -663,9 +665,9 @@ def test_closeness_on_texts_without_labels_is_on_the_card_and_called_what_it_is(
         "\n".join(f"{text} {i}" for text in TEXTS for i in range(9))
     )
     judges = gteopt.Judges(texts=tmp_path / "texts.txt")
-    found = gteopt.evaluate(artifact, judges, out=tmp_path / "results")["small"]
+    report = gteopt.evaluate(artifact, judges, out=tmp_path / "results")["small"]
     text = readme(artifact, results=tmp_path / "results")
-    assert f"| 10 nearest neighbours kept | {found.fidelity.neighbour_overlap:.1%} |" in text
+    assert f"| 10 nearest neighbours kept | {report.fidelity.neighbour_overlap:.1%} |" in text
     assert "No labels were used" in text
     assert "Quality was not measured on labels" in text
     assert "--texts texts.txt" in text
@@ -675,23 +677,23 @@ def test_closeness_on_texts_without_labels_is_on_the_card_and_called_what_it_is(
         prepare(tmp_path / "other", REPO, results=tmp_path / "results")
 
 
-@pytest.mark.parametrize("kept", ["eval", "bench.json"])
+@pytest.mark.parametrize("record", ["eval", "bench.json"])
 def test_results_of_another_artifact_are_refused_whole_or_in_part(
-    artifact: Path, tmp_path: Path, kept: str
+    artifact: Path, tmp_path: Path, record: str
 ) -> None:
     write_results(tmp_path, "f" * 64)
     with pytest.raises(InputError, match=r"it holds small \(ffffffffffff\)"):
         prepare(artifact, REPO, results=tmp_path)
-    own = tmp_path / "own"
-    write_results(own, artifact_sha256(artifact))
-    (own / kept).rename(tmp_path / "kept")
-    (tmp_path / kept).rename(own / kept)
+    right = tmp_path / "own"
+    write_results(right, artifact_sha256(artifact))
+    (right / record).rename(tmp_path / "kept")
+    (tmp_path / record).rename(right / record)
     with pytest.raises(InputError, match="other artifacts"):
-        prepare(artifact, REPO, results=own)
+        prepare(artifact, REPO, results=right)
 
 
 @pytest.mark.parametrize(
-    ("stated", "given", "outcome"),
+    ("stated", "user_license", "outcome"),
     [
         ("apache-2.0", None, None),
         ("MIT", None, None),
@@ -713,14 +715,14 @@ def test_results_of_another_artifact_are_refused_whole_or_in_part(
     ],
 )
 def test_a_license_is_obeyed(
-    stated: str | None, given: str | None, outcome: str | type[GteoptError] | None
+    stated: str | None, user_license: str | None, outcome: str | type[GteoptError] | None
 ) -> None:
     if isinstance(outcome, type):
         with pytest.raises(outcome):
-            read_terms("base", stated, given)
+            read_terms("base", stated, user_license)
         return
-    terms = read_terms("base", stated, given)
-    assert terms.license == str(stated or given).lower()
+    terms = read_terms("base", stated, user_license)
+    assert terms.license == str(stated or user_license).lower()
     if outcome is None:
         assert terms.binds is None
     else:
@@ -745,7 +747,7 @@ def test_the_license_that_a_user_gives_is_on_the_card_as_the_users_word(
     data: Any = ModelCard(text).data
     assert data.license == "apache-2.0"
     assert "`apache-2.0`, stated by the publisher, not by the base" in text
-    # The hub takes the names that it knows, and others beside `other` only.
+    # The Hub accepts names that it knows. Other names need `other` beside them.
     data = ModelCard(readme(silent, license="Their-License 2")).data
     assert (data.license, data.license_name) == ("other", "their-license-2")
 

@@ -1,4 +1,4 @@
-"""Records survive the disk: whole, exact, or refused."""
+"""Records come back from the disk whole and exact, or are refused."""
 
 from __future__ import annotations
 
@@ -220,11 +220,11 @@ def test_a_folder_without_results_is_refused_with_what_it_lacks(tmp_path: Path) 
 
 
 def test_an_evaluation_or_own_texts_alone_are_results(tmp_path: Path) -> None:
-    own = evaluation("small").model_copy(update={"artifact_sha256": "x", "baseline_sha256": "x"})
-    write_record(tmp_path / "eval" / "small.json", own)
+    report = evaluation("small").model_copy(update={"artifact_sha256": "x", "baseline_sha256": "x"})
+    write_record(tmp_path / "eval" / "small.json", report)
     results = read_results(tmp_path)
     assert (results.bench, results.benched, results.baseline) == (None, {}, "small")
-    common = own.model_dump(include={"fidelity", "machine", "versions", "artifact_sha256"})
+    common = report.model_dump(include={"fidelity", "machine", "versions", "artifact_sha256"})
     texts = FidelityReport(
         variant="int8",
         baseline="nano",

@@ -174,8 +174,8 @@ def test_metrics_are_read_from_where_the_reports_keep_them() -> None:
     }
     report = evaluation("cpu", retention=0.9, overlap=0.8, cosine=0.7, spearman=0.6)
     choice = choose(policy(SMALLEST), results(variants, [report]))
-    found = {c.name: c.metrics for c in choice.candidates}
-    assert found["cpu"] == {
+    metrics = {c.name: c.metrics for c in choice.candidates}
+    assert metrics["cpu"] == {
         "retention": 0.9,
         "mean_cosine": 0.7,
         "neighbour_overlap": 0.8,
@@ -187,8 +187,8 @@ def test_metrics_are_read_from_where_the_reports_keep_them() -> None:
         "speed_ratio": pytest.approx(0.077),
         "index_bytes": 88,
     }
-    assert found["gpu"]["peak_memory_bytes"] == 55
-    assert "retention" not in found["gpu"]
+    assert metrics["gpu"]["peak_memory_bytes"] == 55
+    assert "retention" not in metrics["gpu"]
 
 
 def test_a_limit_exactly_met_is_kept() -> None:
@@ -250,8 +250,8 @@ def test_a_pick_that_was_measured_slower_says_so_first() -> None:
     variants = {"base": bench(), "a": bench(weight_bytes=1, ratio=0.63)}
     judged = results(variants, [evaluation("a")])
     choice = choose(policy(SMALLEST), judged)
-    first = pick_lines(judged.model_copy(update={"choice": choice}))[0]
-    assert first.startswith("Pick: a: slower in this measurement, 0.63 x the baseline's speed")
+    first_line = pick_lines(judged.model_copy(update={"choice": choice}))[0]
+    assert first_line.startswith("Pick: a: slower in this measurement, 0.63 x the baseline's speed")
 
 
 def test_a_nan_counts_as_unmeasured() -> None:
@@ -283,11 +283,11 @@ def test_the_baseline_equals_itself_without_an_evaluation() -> None:
 
 
 def test_a_tie_is_not_broken_by_a_retention_within_the_intervals() -> None:
-    # The demo's own figures: 0.19 points of retention are noise, 11.5 of the neighbours are not.
-    whole = evaluation("int4", retention=0.9937, overlap=0.911, within=(0.987, 1.000))
+    # A difference of 0.19 points of retention is noise; 11.5 points of neighbours are not.
+    uncut = evaluation("int4", retention=0.9937, overlap=0.911, within=(0.987, 1.000))
     short = evaluation("int4-pca", retention=0.9956, overlap=0.796, within=(0.986, 1.005))
-    found = results({"int4": bench(), "int4-pca": bench()}, [whole, short])
-    choice = choose(policy(SMALLEST, retention_low=Limit(min=0.97)), found)
+    measured = results({"int4": bench(), "int4-pca": bench()}, [uncut, short])
+    choice = choose(policy(SMALLEST, retention_low=Limit(min=0.97)), measured)
     assert choice.picked == "int4"
     assert "retention 99.37 % (95 % interval 98.7 to 100.0 %, score undecided" in choice.reason
     assert "tied with int4-pca (neighbour overlap 79.6 %)" in choice.reason
@@ -321,7 +321,7 @@ def test_a_speed_ties_with_what_it_beats_by_less_than_the_measurements_noise(
 
 
 def test_a_speed_counts_beside_the_baselines_and_not_by_the_clock_of_another_hour() -> None:
-    # The machine was busy while int8 was measured, and its baseline with it.
+    # The machine was busy while int8 and its baseline were measured.
     variants = {
         "base": bench(tokens_per_s=1000),
         "int8": bench(tokens_per_s=700, ratio=1.4),
@@ -337,22 +337,22 @@ def test_a_speed_counts_beside_the_baselines_and_not_by_the_clock_of_another_hou
 
 def test_a_retention_without_interval_keeps_no_limit_on_its_lower_end() -> None:
     limits = {"retention_low": Limit(min=0.9)}
-    found = results({"a": bench()}, [evaluation("a", retention=0.99)])
-    choice = choose(policy(SMALLEST, **limits), found)
+    measured = results({"a": bench()}, [evaluation("a", retention=0.99)])
+    choice = choose(policy(SMALLEST, **limits), measured)
     assert choice.picked is None
     assert "retention of 99 % has no interval (no task has one)" in choice.reason
-    own = evaluation("base", retention=1.0).model_copy(update={"artifact_sha256": "b"})
+    base_report = evaluation("base", retention=1.0).model_copy(update={"artifact_sha256": "b"})
     variants = {"base": bench().model_copy(update={"artifact_sha256": "b"})}
-    assert choose(policy(SMALLEST, **limits), results(variants, [own])).picked == "base"
+    assert choose(policy(SMALLEST, **limits), results(variants, [base_report])).picked == "base"
 
 
 def test_without_a_bench_the_index_is_known_and_the_rest_says_what_measures_it() -> None:
     report = evaluation("a").model_copy(update={"bytes_per_vector": 64})
-    found = Results(bench=None, evals={"a": report}, choice=None)
-    choice = choose(policy(Objective(minimise="index_bytes")), found)
+    measured = Results(bench=None, evals={"a": report}, choice=None)
+    choice = choose(policy(Objective(minimise="index_bytes")), measured)
     assert choice.picked == "a"
     assert choice.candidates[0].metrics["index_bytes"] == 64e6
-    weights = choose(policy(SMALLEST), found)
+    weights = choose(policy(SMALLEST), measured)
     assert weights.picked is None
     assert "weight size was not measured" in weights.reason
     assert "`gteopt bench --out` measures it" in weights.reason
@@ -395,16 +395,18 @@ def test_a_partial_evaluation_is_never_picked_silently() -> None:
 
 def test_without_any_retention_variants_are_chosen_by_neighbours_and_that_is_said() -> None:
     why = "the baseline base scores -0.6300, so retention is undefined"
-    none = {"retention": None, "no_retention": why, "baseline_score": -0.63}
+    undefined = {"retention": None, "no_retention": why, "baseline_score": -0.63}
     evals = [
-        evaluation(name, overlap=overlap).model_copy(update=none)
+        evaluation(name, overlap=overlap).model_copy(update=undefined)
         for name, overlap in (("close", 0.9), ("far", 0.4))
     ]
     measured = results({"close": bench(), "far": bench(weight_bytes=5 * MB)}, evals)
     choice = choose(policy(SMALLEST, neighbour_overlap=Limit(min=0.8)), measured)
     assert choice.picked == "close"
     assert f"NO retention: {why}" in choice.reason
-    assert [each.name for each in choice.candidates if each.on_pareto_front] == ["close"]
+    assert [candidate.name for candidate in choice.candidates if candidate.on_pareto_front] == [
+        "close"
+    ]
     none_fits = choose(policy(SMALLEST, retention=Limit(min=0.9)), measured)
     assert none_fits.picked is None
 
@@ -446,16 +448,16 @@ def test_the_front_leaves_the_score_out_where_an_evaluation_is_partial() -> None
     variants = {"a": bench(), "b": bench()}
     near, good = evaluation("a", overlap=0.9, retention=0.8), evaluation("b", overlap=0.8)
     failed = (FailedTask(task="t", reason="r"),)
-    for last, front in (
+    for second, front in (
         (good, {"a", "b"}),
         (evaluation("b", overlap=0.8, failed=failed), {"a"}),
     ):
-        choice = choose(policy(SMALLEST), results(variants, [near, last]))
+        choice = choose(policy(SMALLEST), results(variants, [near, second]))
         assert {c.name for c in choice.candidates if c.on_pareto_front} == front
 
 
 def test_the_front_is_drawn_on_the_end_of_the_interval_that_the_policy_limits() -> None:
-    # b's score may be better, a's surely is not worse.
+    # The score of b may be better, but the lower end of its interval is worse.
     variants = {name: bench() for name in "ab"}
     evals = [
         evaluation("a", retention=0.98, within=(0.97, 0.99)),
@@ -474,7 +476,7 @@ def test_what_breaks_a_limit_pushes_nothing_off_the_front() -> None:
     assert {c.name for c in choice.candidates if c.on_pareto_front} == {"quick"}
 
 
-def test_of_a_tie_only_those_on_the_front_are_picked() -> None:
+def test_only_variants_on_the_front_are_picked_from_a_tie() -> None:
     # The same vectors in half the bytes: the name alone would pick `a`.
     variants = {"a": bench(index_bytes=1000), "b": bench(index_bytes=500)}
     assert choose(policy(SMALLEST), results(variants, [evaluation(n) for n in "ab"])).picked == "b"
@@ -537,11 +539,11 @@ def dominates(a: dict[Metric, float], b: dict[Metric, float], axes: list[Metric]
 @pytest.mark.parametrize("seed", range(50))
 def test_the_front_equals_brute_force(seed: int) -> None:
     metrics = random_metrics(seed)
-    whole = {name: found for name, found in metrics.items() if set(METRICS) <= found.keys()}
+    complete = {name: values for name, values in metrics.items() if set(METRICS) <= values.keys()}
     expected = {
         name
-        for name in whole
-        if not any(dominates(other, whole[name], METRICS) for other in whole.values())
+        for name in complete
+        if not any(dominates(rival, complete[name], METRICS) for rival in complete.values())
     }
     assert pareto_front(metrics, set(METRICS)) == expected
 

@@ -57,7 +57,7 @@ REASON = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class DemoVariant:
     name: str
     weight_bytes: int
     dims: int
@@ -70,12 +70,14 @@ class Given:
 
 
 DEMO = (
-    Given("none", 16_781_824, 256, "float32", 1024, 1.01, 1.0, 1.0, 1.0),
-    Given("int8", 13_700_000, 256, "float32", 1024, 1.42, 0.9991, 0.9989, 0.973),
-    Given("gptq-int4", 12_100_000, 256, "float32", 1024, 0.96, 0.9937, 0.9912, 0.921),
-    Given("gptq-int4-pca128", 12_100_000, 128, "float32", 512, 0.95, 0.9841, 0.9912, 0.884),
-    Given("int8-slice64-int8", 13_700_000, 64, "int8", 64, 1.40, 0.9612, 0.9989, 0.801),
-    Given("gptq-int4-slice128-binary", 12_100_000, 128, "binary", 16, 0.94, 0.9423, 0.9912, 0.742),
+    DemoVariant("none", 16_781_824, 256, "float32", 1024, 1.01, 1.0, 1.0, 1.0),
+    DemoVariant("int8", 13_700_000, 256, "float32", 1024, 1.42, 0.9991, 0.9989, 0.973),
+    DemoVariant("gptq-int4", 12_100_000, 256, "float32", 1024, 0.96, 0.9937, 0.9912, 0.921),
+    DemoVariant("gptq-int4-pca128", 12_100_000, 128, "float32", 512, 0.95, 0.9841, 0.9912, 0.884),
+    DemoVariant("int8-slice64-int8", 13_700_000, 64, "int8", 64, 1.40, 0.9612, 0.9989, 0.801),
+    DemoVariant(
+        "gptq-int4-slice128-binary", 12_100_000, 128, "binary", 16, 0.94, 0.9423, 0.9912, 0.742
+    ),
 )
 TASKS = (
     ("MiniRetrieval", "Retrieval", "en", "ndcg_at_10", 0.8123),
@@ -86,14 +88,14 @@ TASKS = (
 )
 
 
-def test_the_dotted_line_joins_what_is_sure_and_not_what_was_measured(demo: Results) -> None:
+def test_the_dotted_line_joins_lower_ends_and_not_measured_values(demo: Results) -> None:
     # (MB, lower end of retention): the second is not better than the first of the same size.
     assert pareto_line([(20, 98), (10, 95), (10, 97)], larger_is_better=False) == [
         (10, 97),
         (20, 98),
     ]
     assert pareto_line([(20, 98), (10, 95)], larger_is_better=True) == [(20, 98)]
-    # In the chart it is drawn on lower ends: int8 keeps 99.91 %, and surely 98.61 %.
+    # The chart's line joins lower ends: int8 keeps 99.91 %, and at least 98.61 %.
     size = without_plotly(html_page(judged(demo), title="demo")).split('id="chart-size"')[1]
     line = json.loads(re.search(r"\[(\{.*?\}),\{", size)[1])  # type: ignore[index]
     assert line["mode"] == "lines"
@@ -101,13 +103,13 @@ def test_the_dotted_line_joins_what_is_sure_and_not_what_was_measured(demo: Resu
 
 
 def test_rows_give_the_baseline_first_and_every_ratio_against_it(demo: Results) -> None:
-    found = rows(demo)
-    assert [row.name for row in found] == [given.name for given in DEMO]
-    for row, given in zip(found, DEMO, strict=True):
-        assert row.weight_ratio == given.weight_bytes / DEMO[0].weight_bytes
-        assert row.speed_ratio == pytest.approx(given.speed)
-        assert row.retention == given.retention
-        assert (row.dims, row.vector_bytes) == (given.dims, given.bytes_per_vector)
+    table_rows = rows(demo)
+    assert [row.name for row in table_rows] == [variant.name for variant in DEMO]
+    for row, variant in zip(table_rows, DEMO, strict=True):
+        assert row.weight_ratio == variant.weight_bytes / DEMO[0].weight_bytes
+        assert row.speed_ratio == pytest.approx(variant.speed)
+        assert row.retention == variant.retention
+        assert (row.dims, row.vector_bytes) == (variant.dims, variant.bytes_per_vector)
 
 
 def test_the_verdict_names_each_broken_limit_in_numbers(demo: Results) -> None:
@@ -129,8 +131,8 @@ def test_every_metric_that_a_policy_can_limit_has_a_verdict(demo: Results, metri
     choice = demo.choice.model_copy(update={"picked": None, "candidates": tuple(candidates)})
     for row in rows(demo.model_copy(update={"choice": choice})):
         if row.name in {c.name for c in candidates}:
-            limit, found = metric_amount(metric, 1.0), metric_amount(metric, 2.0)
-            assert row.verdict == f"{METRIC_WORDS[metric]} {found} > {limit}"
+            limit, value = metric_amount(metric, 1.0), metric_amount(metric, 2.0)
+            assert row.verdict == f"{METRIC_WORDS[metric]} {value} > {limit}"
 
 
 def test_a_variant_without_an_evaluation_has_a_row_without_scores(demo: Results) -> None:
@@ -147,8 +149,10 @@ def test_the_terminal_table_fits_with_every_name_on_one_line(demo: Results, widt
     text = rendered(demo, width)
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
-    for given in DEMO:
-        assert any(given.name in line and f"{given.dims}" in line for line in lines), given.name
+    for variant in DEMO:
+        assert any(variant.name in line and f"{variant.dims}" in line for line in lines), (
+            variant.name
+        )
     assert any(line.lstrip().startswith("✓ gptq-int4-pca128 ") for line in lines)
     assert "✗ int8-slice64-int8: retention 96.12 % < 97 %" in text
 
@@ -173,9 +177,9 @@ def test_a_narrow_terminal_loses_whole_columns_which_are_named_and_no_digit(
 def test_variants_that_find_no_room_side_by_side_stand_below(demo: Results) -> None:
     text = printed(eval_table(demo.evals), 60)
     assert max(map(len, text.splitlines())) <= 60
-    for given in DEMO:
-        assert given.name in text
-        assert f"{TASKS[0][-1] * given.retention * 100:.2f}" in text
+    for variant in DEMO:
+        assert variant.name in text
+        assert f"{TASKS[0][-1] * variant.retention * 100:.2f}" in text
 
 
 def test_the_bench_table_shows_every_workload_of_every_variant(demo: Results) -> None:
@@ -184,9 +188,9 @@ def test_the_bench_table_shows_every_workload_of_every_variant(demo: Results) ->
     assert max(map(len, text.splitlines())) <= 100
     for workload in demo.bench.spec.workloads:
         assert f"{workload.batch_size}×{workload.tokens}" in text
-    for given in DEMO:
-        line = next(line for line in text.splitlines() if f"{given.name} " in line)
-        assert line.count(f"{31_000 * given.speed:,.0f}") == len(demo.bench.spec.workloads)
+    for variant in DEMO:
+        line = next(line for line in text.splitlines() if f"{variant.name} " in line)
+        assert line.count(f"{31_000 * variant.speed:,.0f}") == len(demo.bench.spec.workloads)
 
 
 def test_the_evaluation_table_shows_every_task_and_language(demo: Results) -> None:
@@ -202,11 +206,11 @@ def test_the_evaluation_table_shows_every_task_and_language(demo: Results) -> No
 
 
 def test_differences_are_shown_with_their_intervals_and_verdicts(demo: Results) -> None:
-    own = demo.evals["int8"]
-    found = Difference(value=-0.004, low=-0.007, high=-0.001, verdict="worse", p=0.004)
-    tasks = [each.model_copy(update={"difference": found}) for each in own.tasks]
+    report = demo.evals["int8"]
+    difference = Difference(value=-0.004, low=-0.007, high=-0.001, verdict="worse", p=0.004)
+    tasks = [task.model_copy(update={"difference": difference}) for task in report.tasks]
     tasks[0] = tasks[0].model_copy(update={"difference": None, "no_interval": "only 4 queries"})
-    judged = own.model_copy(update={"difference": found, "tasks": tuple(tasks)})
+    judged = report.model_copy(update={"difference": difference, "tasks": tuple(tasks)})
     evals = {**demo.evals, "int8": judged}
     text = printed(eval_table({"int8": judged}), 100)
     assert "-0.40" in text
@@ -277,7 +281,7 @@ def test_what_tokens_cost_is_on_the_page(demo: Results) -> None:
             "peak_gflops": {"float32": 420.0},
             "spec": BenchSpec(workloads=(workload,)),
             "variants": {
-                name: each.model_copy(
+                name: measured.model_copy(
                     update={
                         "throughput": tuple(
                             record.model_copy(
@@ -287,11 +291,11 @@ def test_what_tokens_cost_is_on_the_page(demo: Results) -> None:
                                     "gflops": 260.0,
                                 }
                             )
-                            for record in each.throughput[:1]
+                            for record in measured.throughput[:1]
                         )
                     }
                 )
-                for name, each in demo.bench.variants.items()
+                for name, measured in demo.bench.variants.items()
             },
         }
     )
@@ -314,7 +318,7 @@ def test_a_page_is_made_of_an_evaluation_or_of_own_texts_alone(demo: Results) ->
     assert "Scores by task" in page
     assert "Speed and cost" not in page
     assert "Not measured (<code>gteopt bench --out</code>)" in page
-    own = demo.evals["int8"]
+    report = demo.evals["int8"]
     texts = FidelityReport(
         variant="int8",
         baseline="none",
@@ -326,13 +330,13 @@ def test_a_page_is_made_of_an_evaluation_or_of_own_texts_alone(demo: Results) ->
         n_asked_texts=9,
         n_encoded_texts=9,
         notes=("a note of its own",),
-        **own.model_dump(
+        **report.model_dump(
             include={"artifact_sha256", "baseline_sha256", "fidelity", "machine", "versions"}
         ),
     )
     alone = Results(bench=None, evals={}, fidelity={"int8": texts}, choice=None)
     page = html_page(alone, title="own texts")
-    assert f"<td>{own.fidelity.neighbour_overlap:.4f}</td>" in page
+    assert f"<td>{report.fidelity.neighbour_overlap:.4f}</td>" in page
     assert "1,024 texts of mine.txt, against none" in page
     assert "a note of its own" in page
     assert "Scores by task" not in page
@@ -362,8 +366,8 @@ def test_the_page_without_plotly_is_small(demo: Results) -> None:
 
 def test_the_report_is_written_whole_and_holds_the_page(demo: Results, tmp_path: Path) -> None:
     path = write_report(tmp_path, demo, "demo")
-    whole = html_page(demo, title="demo", folder=str(tmp_path))
-    assert path.read_text(encoding="utf-8") == whole
+    page = html_page(demo, title="demo", folder=str(tmp_path))
+    assert path.read_text(encoding="utf-8") == page
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -381,7 +385,7 @@ def test_chromium_renders_every_variant_without_error_or_request(
     n_charts = 8 if n_variants > 2 else 7  # two variants of one vector size have no index chart
     assert page.n_charts == n_charts
     assert page.n_charts_drawn == n_charts
-    names = {given.name for given in many(n_variants)}
+    names = {variant.name for variant in many(n_variants)}
     assert names <= page.texts
 
 
@@ -413,14 +417,14 @@ def test_the_table_sorts_filters_hides_columns_and_saves_what_it_shows(
     path.write_text(page.replace("</body>", f"<script>{SCRIPT}</script></body>"), encoding="utf-8")
     dom, log, _ = browse(path, 1280, tmp_path)
     assert "CONSOLE" not in log, log
-    said = dict(re.findall(r'data-(rising|falling|filtered|csv|hidden)="([^"]*)"', dom))
-    by_speed = [given.name for given in sorted(DEMO, key=lambda given: given.speed)]
-    assert said["rising"].split(",") == by_speed
-    assert said["falling"].split(",") == by_speed[::-1]
-    kept = [given.name for given in DEMO if "int8" in given.name]
-    assert int(said["filtered"]) == len(kept)
-    assert int(said["csv"]) == len(kept) + 1
-    assert said["hidden"] == "true"
+    shown = dict(re.findall(r'data-(rising|falling|filtered|csv|hidden)="([^"]*)"', dom))
+    by_speed = [variant.name for variant in sorted(DEMO, key=lambda variant: variant.speed)]
+    assert shown["rising"].split(",") == by_speed
+    assert shown["falling"].split(",") == by_speed[::-1]
+    matching = [variant.name for variant in DEMO if "int8" in variant.name]
+    assert int(shown["filtered"]) == len(matching)
+    assert int(shown["csv"]) == len(matching) + 1
+    assert shown["hidden"] == "true"
 
 
 SWITCH = r"""
@@ -461,8 +465,8 @@ def folder(demo: Results, tmp_path: Path) -> Path:
     results = judged(demo)
     write_record(tmp_path / "bench.json", demo.bench)
     for name, report in results.evals.items():
-        own = {"artifact_sha256": "1" * 64} if name == "none" else {}
-        write_record(tmp_path / "eval" / f"{name}.json", report.model_copy(update=own))
+        changes = {"artifact_sha256": "1" * 64} if name == "none" else {}
+        write_record(tmp_path / "eval" / f"{name}.json", report.model_copy(update=changes))
     bench = demo.bench.variants
     own_bench = bench["none"].model_copy(update={"artifact_sha256": "1" * 64})
     variants = {**bench, "none": own_bench}
@@ -484,10 +488,10 @@ def test_switching_the_policy_shows_what_gteopt_choose_picks_by_it(
     dom, log, urls = browse(path, 1280, tmp_path)
     assert "CONSOLE" not in log, log
     assert urls == []
-    said = json.loads(unescape(re.search(r'data-said="([^"]*)"', dom)[1]))  # type: ignore[index]
-    assert set(said) == {"balanced (applied)", *picks} - {"balanced"}
+    by_policy = json.loads(unescape(re.search(r'data-said="([^"]*)"', dom)[1]))  # type: ignore[index]
+    assert set(by_policy) == {"balanced (applied)", *picks} - {"balanced"}
     for name, picked in picks.items():
-        shown = said["balanced (applied)" if name == "balanced" else name]
+        shown = by_policy["balanced (applied)" if name == "balanced" else name]
         assert shown["rows"] == ([picked] if picked else [])
         assert (picked or "Nothing can be recommended") in shown["answer"]
         assert name in shown["limits"]
@@ -495,8 +499,8 @@ def test_switching_the_policy_shows_what_gteopt_choose_picks_by_it(
         assert shown["coloured"] == ([picked] if picked not in (None, "none") else [])
         assert bool(shown["use"]) == (picked is not None)
         verdicts = {row.name: row.verdict for row in rows(judged_by[name])}
-        for each, words in verdicts.items():
-            assert shown["verdicts"][each].endswith(words)
+        for row_name, words in verdicts.items():
+            assert shown["verdicts"][row_name].endswith(words)
 
 
 def test_a_policy_that_needs_labels_says_so_on_a_page_without_any(
@@ -511,30 +515,30 @@ def test_a_policy_that_needs_labels_says_so_on_a_page_without_any(
 
 def two_runs(folder: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Copies of a results folder; in the second, int8 is a fifth smaller and a point worse."""
-    first, second = tmp_path / "runs" / "monday", tmp_path / "runs" / "friday"
-    for copy in (first, second):
+    monday, friday = tmp_path / "runs" / "monday", tmp_path / "runs" / "friday"
+    for copy in (monday, friday):
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("runs"))
-    bench = read_record(second / "bench.json", BenchReport)
-    own = bench.variants["int8"]
-    smaller = own.model_copy(update={"weight_bytes": round(0.8 * own.weight_bytes)})
+    bench = read_record(friday / "bench.json", BenchReport)
+    int8 = bench.variants["int8"]
+    smaller = int8.model_copy(update={"weight_bytes": round(0.8 * int8.weight_bytes)})
     machine = MACHINE.model_copy(update={"cpu": "Ampere Altra"})
     changed = {"variants": {**bench.variants, "int8": smaller}, "machine": machine}
-    write_record(second / "bench.json", bench.model_copy(update=changed))
-    report = read_record(second / "eval" / "int8.json", EvalReport)
+    write_record(friday / "bench.json", bench.model_copy(update=changed))
+    report = read_record(friday / "eval" / "int8.json", EvalReport)
     assert report.retention is not None
     worse = report.model_copy(update={"retention": report.retention - 0.01})
-    write_record(second / "eval" / "int8.json", worse)
-    (second / "eval" / "gptq-int4.json").unlink()
-    return first, second
+    write_record(friday / "eval" / "int8.json", worse)
+    (friday / "eval" / "gptq-int4.json").unlink()
+    return monday, friday
 
 
 def test_a_page_of_two_runs_says_what_changed_and_what_was_not_measured_alike(
     folder: Path, tmp_path: Path
 ) -> None:
-    first, second = two_runs(folder, tmp_path)
-    judge(first, load_policy("balanced"))
-    path = write_comparison(first, second)
-    assert path == first / "report-beside-friday.html"
+    monday, friday = two_runs(folder, tmp_path)
+    judge(monday, load_policy("balanced"))
+    path = write_comparison(monday, friday)
+    assert path == monday / "report-beside-friday.html"
     dom, log, urls = browse(path, 1280, tmp_path)
     assert "CONSOLE" not in log, log
     assert urls == []
@@ -548,7 +552,7 @@ def test_a_page_of_two_runs_says_what_changed_and_what_was_not_measured_alike(
     weights = "Weights<small>MB</small></th><td>13.7</td><td>11.0</td><td>-20.0 %</td>"
     assert weights in of_int8
     assert "<td>-1.00 points</td>" in of_int8
-    assert "Cosine" not in of_int8  # which did not change
+    assert "Cosine" not in of_int8  # the cosine did not change
     assert ">none</th>" not in figures
     of_int4 = figures.split(">gptq-int4</th>")[1].split("rowgroup")[0]
     assert f"<small>98.1–100.7</small></td><td>{MISSING}</td><td>{MISSING}</td>" in of_int4
@@ -559,9 +563,9 @@ def test_a_page_of_two_runs_says_what_changed_and_what_was_not_measured_alike(
 
 
 def test_two_runs_alike_have_nothing_that_differs(folder: Path, tmp_path: Path) -> None:
-    both = [read_results(folder)] * 2
-    assert beside.differences(("a", "b"), both) == []
-    page = comparison_page(("a", "b"), both)
+    runs = [read_results(folder)] * 2
+    assert beside.differences(("a", "b"), runs) == []
+    page = comparison_page(("a", "b"), runs)
     assert "Measured under different conditions" not in page
     assert "Every figure is the same." in page
 
@@ -636,8 +640,8 @@ def demo() -> Results:
     return demo_results(DEMO)
 
 
-def many(n_variants: int) -> list[Given]:
-    """The demo's variants, or that many around them, crowded as real ones are."""
+def many(n_variants: int) -> list[DemoVariant]:
+    """The first of the demo's variants, or all and more around them, as crowded as real ones."""
     if n_variants <= len(DEMO):
         return list(DEMO[:n_variants])
     extra = [
@@ -653,7 +657,7 @@ def many(n_variants: int) -> list[Given]:
     return [*DEMO, *extra]
 
 
-def demo_results(variants: tuple[Given, ...] | list[Given]) -> Results:
+def demo_results(variants: tuple[DemoVariant, ...] | list[DemoVariant]) -> Results:
     spec = BenchSpec()
     policy = Policy(
         schema="gteopt.policy/1",
@@ -667,60 +671,60 @@ def demo_results(variants: tuple[Given, ...] | list[Given]) -> Results:
         bench=BenchReport(
             spec=spec,
             baseline="none",
-            variants={given.name: variant_bench(given, spec) for given in variants},
+            variants={variant.name: variant_bench(variant, spec) for variant in variants},
             device="cpu",
             n_threads=2,
             machine=MACHINE,
             versions=VERSIONS,
         ),
-        evals={given.name: eval_report(given) for given in variants},
+        evals={variant.name: eval_report(variant) for variant in variants},
         choice=Choice(
             policy=policy,
             picked=picked,
             reason=REASON.replace("gptq-int4-pca128", picked),
-            candidates=tuple(candidate(given) for given in variants),
+            candidates=tuple(candidate(variant) for variant in variants),
         ),
     )
 
 
-def variant_bench(given: Given, spec: BenchSpec) -> VariantBench:
+def variant_bench(variant: DemoVariant, spec: BenchSpec) -> VariantBench:
     return VariantBench(
         artifact_sha256="0" * 64,
-        weight_bytes=given.weight_bytes,
+        weight_bytes=variant.weight_bytes,
         load_s=0.31,
         imports_process_bytes=402_000_000,
-        peak_process_bytes=402_000_000 + 3 * given.weight_bytes,
+        peak_process_bytes=402_000_000 + 3 * variant.weight_bytes,
         peak_device_bytes=None,
         latency=LatencyRecord(
             tokens=spec.query_tokens,
             n_queries=spec.n_queries,
-            p50_ms=2.91 / given.speed,
-            p95_ms=3.44 / given.speed,
-            p99_ms=5.02 / given.speed,
+            p50_ms=2.91 / variant.speed,
+            p95_ms=3.44 / variant.speed,
+            p99_ms=5.02 / variant.speed,
         ),
         throughput=tuple(
             ThroughputRecord(
                 batch_size=workload.batch_size,
                 tokens=workload.tokens,
-                texts_per_s=31_000 * given.speed / workload.tokens,
-                tokens_per_s=31_000 * given.speed,
-                baseline_ratio=given.speed,
-                ratios=tuple(given.speed + place / 1000 for place in (-3, -2, -1, 0, 1, 2, 3)),
+                texts_per_s=31_000 * variant.speed / workload.tokens,
+                tokens_per_s=31_000 * variant.speed,
+                baseline_ratio=variant.speed,
+                ratios=tuple(variant.speed + place / 1000 for place in (-3, -2, -1, 0, 1, 2, 3)),
             )
             for workload in spec.workloads
         ),
-        kernels={"torch.linear": 28} if given.name == "none" else {"int4": 28},
-        dims=given.dims,
-        code=given.code,
-        bytes_per_vector=given.bytes_per_vector,
-        index_bytes_per_million=given.bytes_per_vector * 1_000_000,
+        kernels={"torch.linear": 28} if variant.name == "none" else {"int4": 28},
+        dims=variant.dims,
+        code=variant.code,
+        bytes_per_vector=variant.bytes_per_vector,
+        index_bytes_per_million=variant.bytes_per_vector * 1_000_000,
     )
 
 
-def eval_report(given: Given) -> EvalReport:
+def eval_report(variant: DemoVariant) -> EvalReport:
     baseline = sum(score for *_, score in TASKS) / len(TASKS)
     return EvalReport(
-        variant=given.name,
+        variant=variant.name,
         artifact_sha256="0" * 64,
         baseline="none",
         baseline_sha256="1" * 64,
@@ -733,7 +737,7 @@ def eval_report(given: Given) -> EvalReport:
                 split="test",
                 subset=subset,
                 metric=metric,
-                score=score * given.retention,
+                score=score * variant.retention,
                 baseline_score=score,
                 instruction="Retrieve passages that answer the question"
                 if task_type == "Retrieval"
@@ -745,18 +749,18 @@ def eval_report(given: Given) -> EvalReport:
         ),
         failed=(),
         partial=False,
-        score=baseline * given.retention,
+        score=baseline * variant.retention,
         baseline_score=baseline,
-        retention=given.retention,
+        retention=variant.retention,
         dims=1024,
         code="float32",
         bytes_per_vector=4096,
         fidelity=Fidelity(
             n_texts=1024,
-            mean_cosine=given.cosine,
-            p1_cosine=2 * given.cosine - 1,
-            neighbour_overlap=given.overlap,
-            spearman=0.5 + given.overlap / 2,
+            mean_cosine=variant.cosine,
+            p1_cosine=2 * variant.cosine - 1,
+            neighbour_overlap=variant.overlap,
+            spearman=0.5 + variant.overlap / 2,
             n_queries=512,
             n_documents=512,
             n_all_documents=512,
@@ -766,19 +770,19 @@ def eval_report(given: Given) -> EvalReport:
     )
 
 
-def candidate(given: Given) -> Candidate:
+def candidate(variant: DemoVariant) -> Candidate:
     broken = []
-    if given.retention < 0.97:
+    if variant.retention < 0.97:
         broken.append(
-            BrokenLimit(metric="retention", bound="min", limit=0.97, found=given.retention)
+            BrokenLimit(metric="retention", bound="min", limit=0.97, found=variant.retention)
         )
-    if given.code == "binary":
+    if variant.code == "binary":
         broken.append(BrokenLimit(metric="neighbour_overlap", bound="min", limit=0.8, found=None))
     return Candidate(
-        name=given.name,
-        metrics={"retention": given.retention, "weight_bytes": given.weight_bytes},
+        name=variant.name,
+        metrics={"retention": variant.retention, "weight_bytes": variant.weight_bytes},
         broken=tuple(broken),
-        on_pareto_front=not broken and given.name != "none",
+        on_pareto_front=not broken and variant.name != "none",
     )
 
 
@@ -832,16 +836,18 @@ def browse(path: Path, width: int, scratch: Path) -> tuple[str, str, list[str]]:
         timeout=120,
         check=True,
     )
-    # Chromium asks for things of its own (updates, time); those have no page as their initiator.
+    # Chromium also asks for updates and for the time. No page is the initiator of these requests.
     events = net_log.read_text().splitlines()
     requests = [event for event in events if '"initiator":' in event]
-    own = [event for event in requests if '"initiator":"not an origin"' not in event]
-    urls = [url for event in own for url in re.findall(r'"url":"((?:https?|wss?):[^"]*)"', event)]
+    from_page = [event for event in requests if '"initiator":"not an origin"' not in event]
+    urls = [
+        url for event in from_page for url in re.findall(r'"url":"((?:https?|wss?):[^"]*)"', event)
+    ]
     return run.stdout, run.stderr, urls
 
 
 class Page(HTMLParser):
-    """What a test asks of a rendered page."""
+    """Texts and charts of a rendered page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -850,8 +856,8 @@ class Page(HTMLParser):
         self.n_charts_drawn = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
-        kinds = given.get("class", "").split()
+        attributes = {name: value or "" for name, value in attrs}
+        kinds = attributes.get("class", "").split()
         self.n_charts += "plotly-graph-div" in kinds
         # The first of the layers that plotly stacks holds the drawn axes and points.
         self.n_charts_drawn += tag == "g" and "cartesianlayer" in kinds

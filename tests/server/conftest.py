@@ -1,4 +1,4 @@
-"""A real server on loopback that several test files ask."""
+"""A real server on loopback that several test files use."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def minilm() -> str:
 
 @pytest.fixture(scope="session")
 def server(minilm: str) -> Iterator[Running]:
-    with running({"nano": "nano", "minilm": minilm}) as found:
-        yield found
+    with running({"nano": "nano", "minilm": minilm}) as started:
+        yield started

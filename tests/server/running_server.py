@@ -22,12 +22,12 @@ from gteopt.server.settings import Settings
 
 @dataclass
 class Running:
-    """A server at work.
+    """A running server.
 
     Attributes:
-        url: where it listens.
-        service: what is behind it.
-        client: asks it.
+        url: address on which the server listens.
+        service: the service that computes its answers.
+        client: sends requests to the server.
     """
 
     url: str
@@ -55,7 +55,7 @@ def running(
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         listener.listen()
-        # Signals are the main thread's.
+        # Only the main thread can handle signals.
         thread = threading.Thread(target=lambda: asyncio.run(server._serve([listener])))
         thread.start()
         try:

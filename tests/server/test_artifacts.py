@@ -1,4 +1,4 @@
-"""What an artifact stores decides what it is served with: ranges, lengths, quality, its page."""
+"""A served artifact has what it stores: its ranges, lengths, quality and page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOT_FINITE = base64.b64encode(np.full(2, np.nan, "<f2").tobytes()).decode()
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The nano, rounded to 8 bits, with 128 dimensions of one byte each."""
+    """The model nano, rounded to 8 bits, with 128 dimensions of one byte each."""
     folder = tmp_path_factory.mktemp("served")
     recipe = load_recipe("rtn-int8")
     gteopt.quantize("nano", recipe, folder / "int8")
@@ -40,28 +40,28 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def short(artifact: Path) -> Iterator[Running]:
-    with running({"short": str(artifact)}) as found:
-        yield found
+    with running({"short": str(artifact)}) as server:
+        yield server
 
 
 def test_int8_is_coded_with_the_stored_ranges(short: Running) -> None:
     encoder = short.service.models["short"].encoder
     expected = encoder.vectors.quantize(encoder.encode(TEXTS))
     answer = short.embed(model="short", input=TEXTS, output_dtype="int8").json()
-    found = np.array([each["embedding"] for each in answer["data"]])
+    codes = np.array([row["embedding"] for row in answer["data"]])
     # A value on the edge between two codes may fall to either side.
-    assert np.abs(found - expected).max() <= 1
-    assert (found != expected).mean() < 0.01
+    assert np.abs(codes - expected).max() <= 1
+    assert (codes != expected).mean() < 0.01
     assert answer["output_dtype"] == "int8"
     moved = short.embed(model="short", input=TEXTS, output_dtype="uint8").json()
     np.testing.assert_array_equal(
-        np.array([each["embedding"] for each in moved["data"]]) - 128, found
+        np.array([row["embedding"] for row in moved["data"]]) - 128, codes
     )
     packed = short.embed(
         model="short", input=TEXTS, output_dtype="int8", encoding_format="base64"
     ).json()
-    bytes_of = [base64.b64decode(each["embedding"]) for each in packed["data"]]
-    np.testing.assert_array_equal([np.frombuffer(each, np.int8) for each in bytes_of], found)
+    bytes_of = [base64.b64decode(row["embedding"]) for row in packed["data"]]
+    np.testing.assert_array_equal([np.frombuffer(content, np.int8) for content in bytes_of], codes)
 
 
 def test_a_shortened_artifact_supports_the_lengths_that_it_still_has(short: Running) -> None:
@@ -74,9 +74,9 @@ def test_a_shortened_artifact_supports_the_lengths_that_it_still_has(short: Runn
 
 
 def test_text_embeddings_inference_clients_get_bare_vectors(short: Running) -> None:
-    found = short.client.post("/embed", json={"inputs": TEXTS}).json()
+    vectors = short.client.post("/embed", json={"inputs": TEXTS}).json()
     expected = short.service.models["short"].encoder.encode(TEXTS)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
 
 
 def test_a_damaged_artifact_is_not_served(artifact: Path, tmp_path: Path) -> None:
@@ -105,8 +105,8 @@ def test_an_artifact_that_computes_another_vector_is_not_served(
 ) -> None:
     encoder = gteopt.load(artifact)
     assert encoder.manifest is not None
-    other = encoder.encode(["a text about something else"])[0]
-    vector = other if change == "another text" else encoder.encode([CANARY])[0, :64]
+    other_vector = encoder.encode(["a text about something else"])[0]
+    vector = other_vector if change == "another text" else encoder.encode([CANARY])[0, :64]
     stored = encoder.manifest.model_copy(update={"canary": CanaryRecord.of(CANARY, vector)})
     object.__setattr__(encoder.checkpoint, "manifest", stored)
     with pytest.raises(NumericsError, match="that the artifact stores"):
@@ -164,9 +164,9 @@ def test_info_repeats_license_retention_and_fidelity_of_the_results(artifact: Pa
         machine=machine(),
         versions={},
     )
-    other = report.model_copy(update={"variant": "other", "artifact_sha256": "d" * 64})
-    for each in (report, other):
-        write_record(artifact.parent / "eval" / f"{each.variant}.json", each)
+    other_report = report.model_copy(update={"variant": "other", "artifact_sha256": "d" * 64})
+    for record in (report, other_report):
+        write_record(artifact.parent / "eval" / f"{record.variant}.json", record)
     try:
         about = Served("a", str(artifact), encoder).about
     finally:
@@ -221,7 +221,7 @@ def test_the_cost_of_a_pass_is_its_time_on_idle_cores(
     wall_s: float,
     alone_s: float,
 ) -> None:
-    """Of a pass that takes 1 ms of CPU time for each token; clocks are in these milliseconds."""
+    """A pass takes 1 ms of CPU time for each token. Clocks are in these milliseconds."""
     served = Served("a", str(artifact), gteopt.load(artifact, device="cpu"))
     now = {"perf_counter": 0.0, "process_time": 0.0, "thread_time": 0.0}
 
@@ -253,14 +253,14 @@ def test_what_is_padded_is_computed_in_groups_of_like_length(
     monkeypatch.setattr(Encoder, "pads", property(lambda self: True))
     padded = Served("short", served.source, served.encoder)
     longest = max(map(len, tokens))
-    lengths = [len(each) for each in tokens]
+    lengths = [len(ids) for ids in tokens]
     assert 0 < padded.padding(lengths) < 0.4 * (longest * len(tokens) - sum(lengths))
     np.testing.assert_allclose(padded.compute(tokens), served.encoder.encode(texts), atol=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_the_page_shows_what_is_served(short: Running, tmp_path: Path) -> None:
-    done = subprocess.run(
+    ran = subprocess.run(
         [
             *("chromium", "--headless", "--no-sandbox", "--disable-gpu"),
             *(f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000", "--dump-dom"),
@@ -270,6 +270,6 @@ def test_the_page_shows_what_is_served(short: Running, tmp_path: Path) -> None:
         text=True,
         timeout=300,
     )
-    assert "short" in done.stdout.partition("<tbody>")[2].partition("</tbody>")[0], done.stderr
-    assert "128, 64, 32" in done.stdout
-    assert short.url in done.stdout.partition('id="example"')[2]
+    assert "short" in ran.stdout.partition("<tbody>")[2].partition("</tbody>")[0], ran.stderr
+    assert "128, 64, 32" in ran.stdout
+    assert short.url in ran.stdout.partition('id="example"')[2]

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request, the answer says what, and the next request is served."""
+"""The answer to a wrong request names its fault, and the next request is served."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def test_unknown_routes_and_methods_get_the_error_object(
 def narrow() -> Iterator[Running]:
     """A server with limits that a test reaches."""
     settings = Settings(max_body_bytes=10_000, body_timeout_s=0.5, max_request_tokens=400)
-    with running({"nano": "nano"}, settings) as found:
-        yield found
+    with running({"nano": "nano"}, settings) as server:
+        yield server
 
 
 def test_a_body_beyond_the_limit_is_refused(narrow: Running) -> None:

@@ -1,4 +1,4 @@
-"""The queue is fair, work-conserving and within its budget, whatever arrives when."""
+"""The queue is fair, work-conserving and within its budget for any arrivals."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Server:
     batches: list[list[Item]] = field(default_factory=list)
 
     def run(self, arrivals: Sequence[tuple[float, Job]]) -> None:
-        coming = sorted(arrivals, key=lambda each: each[0])
-        left = {each: len(each.costs) for _, each in coming}
+        coming = sorted(arrivals, key=lambda arrival: arrival[0])
+        left = {request: len(request.costs) for _, request in coming}
         while coming or len(self.queue):
             while coming and coming[0][0] <= self.now:
                 self.queue.push(coming.pop(0)[1])
@@ -59,8 +59,8 @@ class Server:
 
 
 def shared_finishes(arrivals: Sequence[tuple[float, Job]]) -> dict[Job, float]:
-    """When a server that could work on all requests at once, in equal shares, would end each."""
-    coming = sorted(arrivals, key=lambda each: each[0])
+    """End of each request on a server that works on all at once, in equal shares."""
+    coming = sorted(arrivals, key=lambda arrival: arrival[0])
     left: dict[Job, float] = {}
     now, finished = 0.0, {}
     while coming or left:
@@ -73,11 +73,11 @@ def shared_finishes(arrivals: Sequence[tuple[float, Job]]) -> dict[Job, float]:
         until_next = coming[0][0] - now if coming else math.inf
         step = min(until_done, until_next)
         now += step
-        for each in list(left):
-            left[each] -= step / len(left) if until_next < until_done else min(left.values())
-            if left[each] <= 1e-9:
-                finished[each] = now
-        left = {each: work for each, work in left.items() if each not in finished}
+        for request in list(left):
+            left[request] -= step / len(left) if until_next < until_done else min(left.values())
+            if left[request] <= 1e-9:
+                finished[request] = now
+        left = {request: work for request, work in left.items() if request not in finished}
     return finished
 
 
@@ -103,7 +103,9 @@ def test_every_text_is_served_once_in_batches_of_one_lane_within_the_budget(
     arrivals = [(at, job(costs, key, budget, lane)) for at, costs, key, lane in requests]
     server.run(arrivals)
     served = sorted((id(i.job), i.position) for batch in server.batches for i in batch)
-    assert served == sorted((id(each), i) for _, each in arrivals for i in range(len(each.costs)))
+    assert served == sorted(
+        (id(request), i) for _, request in arrivals for i in range(len(request.costs))
+    )
     for batch in server.batches:
         assert len({item.job.lane for item in batch}) == 1
         assert len(batch) == 1 or sum(item.cost_s for item in batch) <= budget
@@ -116,15 +118,17 @@ def test_every_text_is_served_once_in_batches_of_one_lane_within_the_budget(
 def test_a_request_ends_no_later_than_under_equal_shares_and_two_texts(
     requests: list[tuple[float, list[float], str, str]],
 ) -> None:
-    """PGPS (Parekh and Gallager 1993, theorem 1): one text; another as a text is not interrupted
-    by those who arrive while it runs."""
+    """PGPS (Parekh and Gallager 1993, theorem 1) adds one text.
+
+    Another is added because a text is not interrupted by requests that arrive while it runs.
+    """
     server = Server(FairQueue())
     arrivals = [(at, job(costs, budget_s=1.0)) for at, costs, _, _ in requests]
     server.run(arrivals)
     shared = shared_finishes(arrivals)
-    largest = max(cost for _, each in arrivals for cost in each.costs)
-    for _, each in arrivals:
-        assert server.finished[each] <= shared[each] + 2 * largest + 1e-6
+    largest = max(cost for _, request in arrivals for cost in request.costs)
+    for _, request in arrivals:
+        assert server.finished[request] <= shared[request] + 2 * largest + 1e-6
 
 
 @settings(max_examples=10, deadline=None)
@@ -133,11 +137,11 @@ def test_an_endless_stream_of_short_requests_does_not_starve_a_long_one(
     n_texts: int, short: int
 ) -> None:
     long = job([5.0] * n_texts, budget_s=5.0)
-    # As much work a second as the device can do, so that some short request always waits.
+    # The stream is as much work as the device can do, so some short request always waits.
     stream = [(float(at), job([float(short)], budget_s=5.0)) for at in range(0, 300, short)]
     server = Server(FairQueue())
     server.run([(0.0, long), *stream])
-    # Those who arrive while a batch runs count from its end on.
+    # Requests that arrive while a batch runs count from the end of the batch.
     assert server.finished[long] <= shared_finishes([(0.0, long), *stream])[long] + 2 * 6 + 5
 
 
@@ -146,7 +150,7 @@ def test_a_short_query_does_not_wait_behind_a_corpus_of_the_same_key() -> None:
     query = job([0.2], budget_s=20.0)
     server = Server(FairQueue())
     server.run([*bulk, (101.0, query)])
-    # What is left of the pass at work, and its own.
+    # It waits for the rest of the current pass and for its own pass.
     assert server.finished[query] - 101.0 <= 20.0 + 0.2
 
 
@@ -166,7 +170,7 @@ def test_nineteen_of_twenty_queries_under_bulk_load_take_two_and_a_half_passes(
     bulk = [(due * i / 40, job(lengths * 4, budget_s=pass_s)) for i in range(40)]
     server = Server(FairQueue())
     server.run([*bulk, *queries])
-    waits = sorted(server.finished[each] - at for at, each in queries)
+    waits = sorted(server.finished[query] - at for at, query in queries)
     assert waits[int(0.95 * len(waits))] <= 2.5 * pass_s
 
 
@@ -190,7 +194,7 @@ def test_a_key_that_comes_back_soon_owes_what_it_has_used() -> None:
         queue.push(greedy)
         while greedy.n_left:
             queue.compose()
-    # It had as many turns as the other one, and not one after another.
+    # It had as many turns as the other key, and not in a row.
     assert queue.queued_s == pytest.approx(50 - 5, abs=1)
 
 
@@ -244,16 +248,16 @@ def test_dropped_requests_leave_nothing_behind(
 ) -> None:
     queue = FairQueue()
     jobs = [job(costs, key, 5.0, lane) for _, costs, key, lane in requests]
-    for each in jobs:
-        queue.push(each)
+    for request in jobs:
+        queue.push(request)
     queue.compose()
     gone = data.draw(st.lists(st.sampled_from(jobs), unique_by=id))
-    for each in gone:
-        queue.drop(each)
+    for request in gone:
+        queue.drop(request)
     served: list[Item] = []
     while len(queue):
         served += queue.compose()
-    assert not {id(item.job) for item in served} & {id(each) for each in gone}
+    assert not {id(item.job) for item in served} & {id(request) for request in gone}
     assert queue.compose() == []
     assert queue.queued_s == pytest.approx(0, abs=1e-9)
 
@@ -265,12 +269,14 @@ def test_only_the_texts_that_fail_by_themselves_fail() -> None:
         calls.append(len(texts))
         if bad & set(texts):
             raise ValueError(f"cannot take {bad & set(texts)}")
-        return [10 * each for each in texts]
+        return [10 * text for text in texts]
 
     bad = {13}
     outcomes = bisect_failures(run, range(64))
-    assert [each.row for each in outcomes] == [10 * i if i not in bad else None for i in range(64)]
-    assert [i for i, each in enumerate(outcomes) if each.error is not None] == [13]
+    assert [outcome.row for outcome in outcomes] == [
+        10 * i if i not in bad else None for i in range(64)
+    ]
+    assert [i for i, outcome in enumerate(outcomes) if outcome.error is not None] == [13]
     assert len(calls) == 1 + 2 * 6
 
 
@@ -285,9 +291,9 @@ def test_a_fatal_error_is_not_bisected() -> None:
 def test_the_cost_model_recovers_the_curve_that_made_the_times() -> None:
     true = CostModel(8e-3, 1e-4, 35e-6, 1e-9)
     shapes = [[16], [16] * 32, [256] * 4, [512] * 8, [4096], [16, 300, 800], [2048] * 2, [64] * 64]
-    found = CostModel.fit([(lengths, true.pass_s(lengths)) for lengths in shapes])
+    fitted = CostModel.fit([(lengths, true.pass_s(lengths)) for lengths in shapes])
     for part in ("overhead_s", "per_text_s", "per_token_s", "per_square_s"):
-        assert getattr(found, part) == pytest.approx(getattr(true, part), rel=1e-3)
+        assert getattr(fitted, part) == pytest.approx(getattr(true, part), rel=1e-3)
 
 
 @given(st.floats(1e-4, 0.1), st.sampled_from([0.5, 0.9, 0.95]))
@@ -299,9 +305,9 @@ def test_a_batch_of_the_budget_reaches_the_share_of_the_best_throughput(
 
 
 def arriving(cost: float, key: str = "") -> Job:
-    found = job([cost], key)
-    found.is_long = is_long(cost, 30.0)
-    return found
+    request = job([cost], key)
+    request.is_long = is_long(cost, 30.0)
+    return request
 
 
 def test_a_queue_full_of_long_requests_still_takes_short_ones() -> None:

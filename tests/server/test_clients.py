@@ -1,4 +1,4 @@
-"""Clients that people use besides the OpenAI SDK, and requests that nobody would think of."""
+"""Clients besides the OpenAI SDK, and generated requests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_langchain_gets_our_vectors_when_it_sends_text(server: Running) -> None:
 
 
 def test_llama_index_gets_our_vectors(server: Running) -> None:
-    """It sends a query and documents alike, so that queries carry no instruction."""
+    """It sends queries in the same way as documents, so queries carry no instruction."""
     llama_index = pytest.importorskip(
         "llama_index.embeddings.openai",
         reason="run by hand: pip install llama-index-embeddings-openai",
@@ -46,12 +46,12 @@ def test_llama_index_gets_our_vectors(server: Running) -> None:
 
 
 class Alphabet:
-    """A tokenizer of the kind that OpenAI's are, small enough to be written here."""
+    """A small tokenizer with the interface of OpenAI's."""
 
     name = "alphabet"
 
     def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(each) for each in ids)
+        return "".join(chr(token_id) for token_id in ids)
 
 
 def test_foreign_token_ids_are_refused_with_the_line_that_mends_the_client(
@@ -64,10 +64,12 @@ def test_foreign_token_ids_are_refused_with_the_line_that_mends_the_client(
 
 def test_foreign_token_ids_are_decoded_where_the_server_knows_their_tokenizer() -> None:
     with running({"nano": "nano"}, Settings(decoder=Alphabet())) as server:
-        answer = server.embed(input=[[ord(each) for each in text] for text in TEXTS]).json()
+        answer = server.embed(
+            input=[[ord(character) for character in text] for text in TEXTS]
+        ).json()
         expected = server.service.models["nano"].encoder.encode(TEXTS)
-        found = np.array([each["embedding"] for each in answer["data"]])
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        vectors = np.array([row["embedding"] for row in answer["data"]])
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
         wrong = server.embed(input=[[2**31 - 1]])
         assert wrong.status_code == 400
         assert wrong.json()["error"]["param"] == "input[0]"
@@ -97,7 +99,7 @@ def test_no_generated_request_breaks_the_server_or_its_own_description(server: R
         def check(case: Any) -> None:
             response = case.call(base_url=server.url)
             assert response.status_code < 500, response.text
-            # Which models and lengths there are, no schema says.
+            # The schema does not say which models and lengths exist.
             case.validate_response(response, excluded_checks=[positive_data_acceptance])
 
         check()

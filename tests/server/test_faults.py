@@ -1,4 +1,4 @@
-"""A fault fails what it has to, nothing else, and the server goes on."""
+"""A fault fails only the requests that it concerns, and the server goes on."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ Compute = Callable[[Sequence[Sequence[int]]], NDArray[np.float32]]
 @pytest.fixture(scope="module")
 def fragile() -> Iterator[Running]:
     """A server with room for half a second of work."""
-    with running({"nano": "nano"}, Settings(max_queue_s=0.5)) as found:
-        yield found
+    with running({"nano": "nano"}, Settings(max_queue_s=0.5)) as server:
+        yield server
 
 
 @pytest.fixture
 def inject(fragile: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[[Compute | None], None]:
     """Make passes over the text POISON do something else; the real model computes the others."""
     served = fragile.service.models["nano"]
-    own = served.compute
+    real_compute = served.compute
     poison = list(served.encoder.tokenization.tokenize([POISON])[0])
 
     def set_fault(fault: Callable[[NDArray[np.float32], list[int]], NDArray[np.float32]]) -> None:
         def compute(
             tokens: Sequence[Sequence[int]], between_blocks: Callable[[], None] | None = None
         ) -> NDArray[np.float32]:
-            bad = [i for i, each in enumerate(tokens) if list(each) == poison]
-            rows = own(tokens)
+            bad = [i for i, ids in enumerate(tokens) if list(ids) == poison]
+            rows = real_compute(tokens)
             return fault(rows, bad) if bad else rows
 
         monkeypatch.setattr(served, "compute", compute)
@@ -65,15 +65,15 @@ def test_one_bad_text_fails_alone(
     inject(fault)
     texts = [f"text {i} of {code}" for i in range(40)]
     texts[17] = POISON
-    whole = fragile.embed(input=texts)
-    assert whole.status_code == 500
-    assert whole.json()["error"]["code"] == code
-    assert whole.json()["error"]["param"] == "input[17]"
+    failed = fragile.embed(input=texts)
+    assert failed.status_code == 500
+    assert failed.json()["error"]["code"] == code
+    assert failed.json()["error"]["param"] == "input[17]"
     partial = fragile.embed(input=texts, on_error="null").json()
-    assert [i for i, each in enumerate(partial["data"]) if each["embedding"] is None] == [17]
+    assert [i for i, row in enumerate(partial["data"]) if row["embedding"] is None] == [17]
     expected = fragile.service.models["nano"].encoder.encode(texts)
-    found = np.array([each["embedding"] for i, each in enumerate(partial["data"]) if i != 17])
-    np.testing.assert_allclose(found, np.delete(expected, 17, axis=0), atol=1e-5)
+    vectors = np.array([row["embedding"] for i, row in enumerate(partial["data"]) if i != 17])
+    np.testing.assert_allclose(vectors, np.delete(expected, 17, axis=0), atol=1e-5)
     assert fragile.embed(input="after it").status_code == 200
     assert fragile.client.get("/livez").status_code == 200
 
@@ -91,19 +91,19 @@ def test_a_bad_text_does_not_fail_the_requests_that_it_is_batched_with(
 def test_a_short_query_is_answered_while_a_slow_pass_is_at_work() -> None:
     with running({"nano": "nano"}) as server:
         served = server.service.models["nano"]
-        own, gate, calls = served.compute, threading.Event(), []
+        real_compute, gate, calls = served.compute, threading.Event(), []
 
         def compute(
             tokens: Sequence[Sequence[int]], between_blocks: Callable[[], None] | None = None
         ) -> NDArray[np.float32]:
-            calls.append(([len(each) for each in tokens], between_blocks is not None))
+            calls.append(([len(ids) for ids in tokens], between_blocks is not None))
 
             def step() -> None:
                 assert gate.wait(240)  # until the query waits
                 assert between_blocks is not None
                 between_blocks()
 
-            return own(tokens, None if between_blocks is None else step)
+            return real_compute(tokens, None if between_blocks is None else step)
 
         served.compute = compute  # type: ignore[method-assign]
         long = "word " * 2000
@@ -115,14 +115,14 @@ def test_a_short_query_is_answered_while_a_slow_pass_is_at_work() -> None:
             until(lambda: server.service.engine.n_waiting == 1)
             gate.set()
             answers = [query.result().json(), slow.result().json()]
-        found = [each["data"][0]["embedding"] for each in answers]
+        vectors = [answer["data"][0]["embedding"] for answer in answers]
         expected = served.encoder.encode(["a short query", long])
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
         assert [interruptible for _, interruptible in calls] == [True, False]
 
 
 class Gate:
-    """A pass that waits until it is let go."""
+    """A pass that waits until the test opens the gate."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -137,7 +137,7 @@ class Gate:
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < deadline, "it never happens"
+        assert time.monotonic() < deadline, "the condition never holds"
         time.sleep(0.01)
 
 
@@ -179,27 +179,27 @@ def test_a_full_queue_refuses_whole_requests_with_the_time_to_come_back(
     with ThreadPoolExecutor(10) as pool:
         held = pool.submit(fragile.embed, input=POISON)
         assert gate.entered.wait(120)
-        asked = [pool.submit(fragile.embed, input=bulk) for _ in range(9)]
-        until(lambda: any(each.done() for each in asked))
-        # What has no room is told so at once; a short query has room still.
-        refused = next(each.result() for each in asked if each.done())
+        requests = [pool.submit(fragile.embed, input=bulk) for _ in range(9)]
+        until(lambda: any(request.done() for request in requests))
+        # A request without room is refused at once. A short query still has room.
+        refused = next(request.result() for request in requests if request.done())
         query = pool.submit(fragile.embed, input="a short query")
         until(lambda: query.running() or query.done())
         gate.open.set()
-        answers = [each.result() for each in asked]
+        answers = [request.result() for request in requests]
         assert held.result().status_code == query.result().status_code == 200
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["code"] == "queue_full"
-    assert {each.status_code for each in answers} == {200, 429}
-    for answer in (each for each in answers if each.status_code == 200):
+    assert {answer.status_code for answer in answers} == {200, 429}
+    for answer in (response for response in answers if response.status_code == 200):
         assert len(answer.json()["data"]) == len(bulk)
 
 
 def test_a_text_that_was_asked_for_before_does_not_reach_the_device() -> None:
     def texts_computed(server: Running) -> str:
         lines = server.client.get("/metrics").text.splitlines()
-        return next(each for each in lines if each.startswith("gteopt_batch_texts_sum"))
+        return next(line for line in lines if line.startswith("gteopt_batch_texts_sum"))
 
     with running({"nano": "nano"}, Settings(cache_bytes=1 << 20)) as caching:
         first = caching.embed(input=["cached text", "another"]).json()
@@ -208,8 +208,8 @@ def test_a_text_that_was_asked_for_before_does_not_reach_the_device() -> None:
         assert texts_computed(caching) == before
         caching.embed(input="cached text", input_type="query")
         assert texts_computed(caching) != before
-    vectors = [each["embedding"] for each in first["data"]]
-    assert [each["embedding"] for each in again["data"]] == vectors[::-1]
+    vectors = [row["embedding"] for row in first["data"]]
+    assert [row["embedding"] for row in again["data"]] == vectors[::-1]
     assert again["usage"] == first["usage"]
 
 
@@ -232,7 +232,7 @@ def test_a_reload_loses_no_request(fragile: Running) -> None:
         stop.set()
     assert answer.status_code == 200, answer.text
     assert fragile.service.models["nano"] is not old
-    assert set().union(*(each.result() for each in asking)) == {200}
+    assert set().union(*(future.result() for future in asking)) == {200}
 
 
 def test_a_reload_that_fails_leaves_what_served(fragile: Running) -> None:
@@ -254,9 +254,11 @@ def test_another_vector_than_at_load_makes_it_not_ready(
     fragile: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = fragile.service.models["nano"]
-    own = served.compute
+    real_compute = served.compute
     fragile.service._ready_at = float("-inf")
-    monkeypatch.setattr(served, "compute", lambda tokens, *_: np.roll(own(tokens), 1, axis=1))
+    monkeypatch.setattr(
+        served, "compute", lambda tokens, *_: np.roll(real_compute(tokens), 1, axis=1)
+    )
     answer = fragile.client.get("/readyz")
     assert answer.status_code == 503
     assert "another vector" in answer.json()["reason"]
@@ -265,30 +267,30 @@ def test_another_vector_than_at_load_makes_it_not_ready(
 
 
 def test_a_device_that_hangs_or_dies_is_not_alive() -> None:
-    with running({"nano": "nano"}) as found:
-        gate, engine = Gate(), found.service.engine
+    with running({"nano": "nano"}) as server:
+        gate, engine = Gate(), server.service.engine
         engine._hang_s = 0.2
         engine.call(lambda: None).result()
-        served = found.service.models["nano"]
-        own = served.compute
+        served = server.service.models["nano"]
+        real_compute = served.compute
 
         def hangs(
             tokens: Sequence[Sequence[int]], between_blocks: Callable[[], None] | None = None
         ) -> NDArray[np.float32]:
-            return gate(own(tokens), [])
+            return gate(real_compute(tokens), [])
 
         served.compute = hangs  # type: ignore[method-assign]
         with ThreadPoolExecutor(1) as pool:
-            held = pool.submit(found.embed, input="hangs")
+            held = pool.submit(server.embed, input="hangs")
             assert gate.entered.wait(120)
             served.cost = type(served.cost)(0, 0, 1e-9, 0)
             engine._pass = engine._pass and (engine._pass[0], 1e-6)
-            until(lambda: found.client.get("/livez").status_code == 503)
-            assert found.client.get("/readyz").status_code == 503
-            assert found.embed(input="nobody computes it").status_code == 503
+            until(lambda: server.client.get("/livez").status_code == 503)
+            assert server.client.get("/readyz").status_code == 503
+            assert server.embed(input="nobody computes it").status_code == 503
             gate.open.set()
             assert held.result().status_code == 200
-        assert found.client.get("/livez").status_code == 200
+        assert server.client.get("/livez").status_code == 200
 
         def dies(
             tokens: Sequence[Sequence[int]], between_blocks: Callable[[], None] | None = None
@@ -296,7 +298,7 @@ def test_a_device_that_hangs_or_dies_is_not_alive() -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
         served.compute = dies  # type: ignore[method-assign]
-        answer = found.embed(input="the last one")
+        answer = server.embed(input="the last one")
         assert answer.status_code == 503
         assert "illegal memory access" in answer.json()["error"]["message"]
-        assert found.client.get("/livez").status_code == 503
+        assert server.client.get("/livez").status_code == 503

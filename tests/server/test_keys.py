@@ -1,4 +1,4 @@
-"""Keys: who may ask, how much, and what a wrong file is told."""
+"""Keys: who may ask, how much, and the errors of a wrong file."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def keys(tmp_path: Path) -> Keys:
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     path = tmp_path_factory.mktemp("keys") / "keys.txt"
     path.write_text(f"a {SECRET}\nb {ADMIN} admin=1\nc {POOR} requests_per_minute=2\n")
-    with running({"nano": "nano"}, keys=read_keys(path)) as found:
-        yield found
+    with running({"nano": "nano"}, keys=read_keys(path)) as server:
+        yield server
 
 
 def test_a_key_is_found_by_its_secret_alone(keys: Keys) -> None:
-    found = keys.find(ADMIN)
-    assert found is not None
-    assert (found.name, found.weight, found.admin) == ("office", 4.0, 1.0)
+    key = keys.find(ADMIN)
+    assert key is not None
+    assert (key.name, key.weight, key.admin) == ("office", 4.0, 1.0)
     assert keys.find(SECRET[:-1]) is None
     assert keys.find(hashlib.sha256(ADMIN.encode()).hexdigest()) is None
 
@@ -68,7 +68,7 @@ def test_an_allowance_refills_with_time() -> None:
     now = 1.0
     assert allowance.take(1) is None
     now = 1000.0
-    assert allowance.take(90) is None  # more than a minute's worth, when all of it is there
+    assert allowance.take(90) is None  # a full allowance gives more than a minute's
     assert allowance.take(1) == pytest.approx(31.0)
 
 
@@ -89,10 +89,10 @@ def test_only_known_keys_are_answered(guarded: Running) -> None:
 def test_a_key_beyond_its_limit_is_told_when_to_come_back(guarded: Running) -> None:
     headers = {"authorization": f"Bearer {POOR}"}
     body = {"model": "nano", "input": "a"}
-    statuses = [guarded.client.post("/v1/embeddings", json=body, headers=headers) for _ in range(3)]
-    assert [each.status_code for each in statuses] == [200, 200, 429]
-    assert 1 <= int(statuses[-1].headers["retry-after"]) <= 31
-    assert statuses[-1].json()["error"]["code"] == "rate_limit_exceeded"
+    answers = [guarded.client.post("/v1/embeddings", json=body, headers=headers) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 31
+    assert answers[-1].json()["error"]["code"] == "rate_limit_exceeded"
 
 
 def test_only_an_admin_key_may_reload(guarded: Running) -> None:

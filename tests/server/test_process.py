@@ -1,4 +1,4 @@
-"""`gteopt serve` as a process: signals, exit codes, the port, what is said to the user."""
+"""`gteopt serve` as a process: signals, exit codes, the port, and messages to the user."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         assert process.stdout is not None
         url = None
         for line in process.stdout:
-            if found := re.search(r"http://[\d.]+:\d+", line):
-                url = found[0]
+            if match := re.search(r"http://[\d.]+:\d+", line):
+                url = match[0]
                 break
         assert url is not None, process.stderr and process.stderr.read()
         yield process, url
@@ -63,18 +63,18 @@ def test_sigterm_ends_what_is_at_work_and_exits_with_0() -> None:
             return httpx.post(f"{url}/v1/embeddings", json=bulk, timeout=300)
 
         with ThreadPoolExecutor(2) as pool:
-            asked = [pool.submit(ask) for _ in range(2)]
+            futures = [pool.submit(ask) for _ in range(2)]
             while "gteopt_batch_texts_count 0.0" in httpx.get(f"{url}/metrics").text:
                 time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
-            answers = [each.result() for each in asked]
-        assert [each.status_code for each in answers] == [200, 200]
-        assert [len(each.json()["data"]) for each in answers] == [150, 150]
+            answers = [future.result() for future in futures]
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert [len(answer.json()["data"]) for answer in answers] == [150, 150]
         _, log = process.communicate(timeout=300)
         assert process.returncode == 0, log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-    requests = [each for each in lines if each.get("route") == "/v1/embeddings"]
-    assert [each["inputs"] for each in requests] == [150, 150]
+    requests = [line for line in lines if line.get("route") == "/v1/embeddings"]
+    assert [request["inputs"] for request in requests] == [150, 150]
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/livez")
 
@@ -118,11 +118,11 @@ def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = subprocess.run(
+        ran = subprocess.run(
             command("nano", "--port", port), capture_output=True, text=True, timeout=300
         )
-    assert done.returncode == 1
-    assert f"--port {port} of 127.0.0.1: Address already in use; give another port" in done.stderr
+    assert ran.returncode == 1
+    assert f"--port {port} of 127.0.0.1: Address already in use; give another port" in ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -137,28 +137,28 @@ def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
 def test_what_is_wrong_at_the_start_is_said_before_anything_is_loaded(
     arguments: list[str], says: str
 ) -> None:
-    found = CliRunner().invoke(app, ["serve", *arguments])
-    assert isinstance(found.exception, InputError)
-    assert re.search(says, str(found.exception))
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert isinstance(result.exception, InputError)
+    assert re.search(says, str(result.exception))
 
 
 def test_an_artifact_that_is_not_there_or_damaged_is_one_line(tmp_path: Path) -> None:
-    found = CliRunner().invoke(app, ["serve", str(tmp_path / "none"), "--port", "0"])
-    assert isinstance(found.exception, GteoptError)
-    assert "none" in str(found.exception)
+    result = CliRunner().invoke(app, ["serve", str(tmp_path / "none"), "--port", "0"])
+    assert isinstance(result.exception, GteoptError)
+    assert "none" in str(result.exception)
 
 
 def test_a_missing_extra_gives_the_line_that_installs_it(tmp_path: Path) -> None:
     (tmp_path / "uvicorn.py").write_text("raise ImportError('no', name='uvicorn')\n")
-    done = subprocess.run(
+    ran = subprocess.run(
         command("nano"),
         capture_output=True,
         text=True,
         timeout=300,
         env={**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
     )
-    assert done.returncode == 1
-    assert "pip install 'gteopt[serve]'" in done.stderr
+    assert ran.returncode == 1
+    assert "pip install 'gteopt[serve]'" in ran.stderr
 
 
 def test_names_of_artifacts_are_given_or_the_folder_s_own() -> None:

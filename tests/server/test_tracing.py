@@ -1,4 +1,4 @@
-"""A request is a span of the caller's trace, with what the log says of it."""
+"""A request is a span of the caller's trace, with the facts that the log gives."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ def test_a_request_is_a_span_of_the_callers_trace(server: Running) -> None:
     body = {"model": "nano", "input": ["a text", "another"]}
     assert server.client.post("/v1/embeddings", json=body, headers=headers).status_code == 200
     assert server.client.get("/v1/models/nobody", headers=headers).status_code == 404
-    fine, failed = memory.get_finished_spans()
-    assert fine.name == "POST /v1/embeddings"
-    assert f"{fine.context.trace_id:032x}" == caller.split("-")[1]
-    assert (fine.attributes["gteopt.model"], fine.attributes["gteopt.inputs"]) == ("nano", 2)
-    assert fine.attributes["gteopt.tokens"] > 2
+    succeeded, failed = memory.get_finished_spans()
+    assert succeeded.name == "POST /v1/embeddings"
+    assert f"{succeeded.context.trace_id:032x}" == caller.split("-")[1]
+    assert (succeeded.attributes["gteopt.model"], succeeded.attributes["gteopt.inputs"]) == (
+        "nano",
+        2,
+    )
+    assert succeeded.attributes["gteopt.tokens"] > 2
     assert failed.status.is_ok is False
