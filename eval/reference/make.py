@@ -2,10 +2,10 @@
 
     python eval/reference/make.py ../shared/reference
 
-Writes a JSON file a model beside it, and the table of README.md. A file has the model's scores on
-the tasks, splits and subsets of the shipped suites, from a table of many models, and the averages
-on its card from the family table. Of a score that was run and one that was claimed, the former
-counts.
+Writes one JSON file per model beside this script, and the table of README.md. A file has the
+model's scores on the tasks, splits and subsets of the shipped suites, from a table of many models.
+The averages on its model card come from the family table. A score that was run counts before a
+score that the card claims.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ MODELS = (
     "sentence-transformers/all-MiniLM-L6-v2",
 )
 
-# Protocol and precision of what the card of a model claims; None where no script says.
+# Protocol and precision of the scores on a model's card; None if no script says the precision.
 AUTHORS: dict[str, tuple[str, str | None]] = {
     "Alibaba-NLP/gte-Qwen2-7B-instruct": ("gte-authors", "float16"),
     "Alibaba-NLP/gte-Qwen1.5-7B-instruct": ("gte-authors", "float16"),
     "intfloat/e5-mistral-7b-instruct": ("e5-authors", "float16"),
 }
-AT_ALL = ("authors", None)
+UNKNOWN_AUTHORS = ("authors", None)
 
 Key = tuple[str, str, str]
 
 
 def main(source: Path) -> None:
-    """Write every model's file."""
+    """Write the file of each model, and the table of README.md."""
     wanted = _wanted()
-    found: dict[str, dict[Key, ReferenceScore]] = {model: {} for model in MODELS}
+    by_model: dict[str, dict[Key, ReferenceScore]] = {model: {} for model in MODELS}
     with gzip.open(source / "mteb_scores.csv.gz", "rt", encoding="utf-8") as handle:
         rows = sorted(csv.DictReader(handle), key=lambda row: row["revision"] != "external")
-    for row in rows:  # later rows win
+    for row in rows:  # a later row replaces an earlier one
         key = row["task"], row["split"], row["subset"]
-        if row["model"] in found and key in wanted and row["main_score"] != "nan":
-            found[row["model"]][key] = ReferenceScore(
+        if row["model"] in by_model and key in wanted and row["main_score"] != "nan":
+            by_model[row["model"]][key] = ReferenceScore(
                 task=row["task"],
                 split=row["split"],
                 subset=row["subset"],
                 score=float(row["main_score"]),
                 revision=row["revision"],
                 dataset_revision=_or_none(row["dataset_revision"]),
-                protocol=AUTHORS.get(row["model"], AT_ALL)[0]
+                protocol=AUTHORS.get(row["model"], UNKNOWN_AUTHORS)[0]
                 if row["revision"] == "external"
                 else "mteb",
             )
@@ -85,9 +85,9 @@ def main(source: Path) -> None:
                 )
                 for name, percent in averages.items()
             ),
-            authors_protocol=AUTHORS.get(model, AT_ALL)[0],
-            authors_precision=AUTHORS.get(model, AT_ALL)[1],
-            scores=tuple(found[model][key] for key in sorted(found[model])),
+            authors_protocol=AUTHORS.get(model, UNKNOWN_AUTHORS)[0],
+            authors_precision=AUTHORS.get(model, UNKNOWN_AUTHORS)[1],
+            scores=tuple(by_model[model][key] for key in sorted(by_model[model])),
         )
         path = FOLDER / f"{model.partition('/')[2]}.json"
         write_atomically(path, _a_line_each(reference).encode())
@@ -101,18 +101,18 @@ def main(source: Path) -> None:
 
 
 def _cell(reference: Reference, benchmark: str) -> str:
-    """The card's average, and the mean of the scores here over how many of the suite's tasks."""
-    card = {each.benchmark: each for each in reference.averages}.get(benchmark)
+    """A table cell: average of the card, mean of the file's scores, and number of their tasks."""
+    card = {average.benchmark: average for average in reference.averages}.get(benchmark)
     suite = read_suite(SUITES[benchmark])
-    scores = {(each.task, each.split, each.subset): each.score for each in reference.scores}
+    scores = {(s.task, s.split, s.subset): s.score for s in reference.scores}
     means = []
     for entry in suite.tasks:
         keys = itertools.product(
             [entry.task], entry.splits or ("test",), entry.subsets or ("default",)
         )
-        found = [scores[key] for key in keys if key in scores]
-        if found:
-            means.append(sum(found) / len(found))
+        task_scores = [scores[key] for key in keys if key in scores]
+        if task_scores:
+            means.append(sum(task_scores) / len(task_scores))
     mean = f"{100 * sum(means) / len(means):.2f} ({len(means)} of {len(suite.tasks)})"
     return f"{100 * card.score:.2f} / {mean}" if card else f"- / {mean}"
 
@@ -122,24 +122,24 @@ def _or_none(text: str) -> str | None:
 
 
 def _wanted() -> set[Key]:
-    """Task, split and subset of everything in the shipped suites; aggregates whole and in parts."""
-    wanted: set[Key] = set()
+    """Task, split and subset of all tasks in the shipped suites; aggregates also by their parts."""
+    keys: set[Key] = set()
     for name in shipped_names("eval/suites"):
         for entry in read_suite(name).tasks:
             names = [entry.task, *(entry.parts or ())]
             for split in entry.splits or ("test",):
                 for subset in entry.subsets or ("default",):
-                    wanted |= {(task, split, subset) for task in names}
-    return wanted
+                    keys |= {(task, split, subset) for task in names}
+    return keys
 
 
 def _a_line_each(reference: Reference) -> str:
-    """JSON with one average or score a line, so that a diff shows which one moved."""
+    """JSON with one score or average per line, so that a diff shows what changed."""
     plain = reference.model_dump(mode="json", by_alias=True)
     parts = []
     for name, value in plain.items():
         if isinstance(value, list):
-            lines = ",\n".join(f"    {json.dumps(each)}" for each in value)
+            lines = ",\n".join(f"    {json.dumps(item)}" for item in value)
             parts.append(f'  "{name}": [\n{lines}\n  ]' if value else f'  "{name}": []')
         else:
             parts.append(f'  "{name}": {json.dumps(value)}')

@@ -2,13 +2,14 @@
 
     python eval/suites/make.py ../shared/reference
 
-Writes the YAML files beside it and the tables of README.md between their markers. What is in a
-benchmark comes from the installed mteb; what predicts its mean comes from published scores.
+Writes the YAML files beside this script, and the tables of README.md between their markers. The
+tasks of a benchmark come from the installed mteb. The tasks of a lite suite are chosen by published
+scores.
 
-A lite suite is the best of all subsets of a fixed size: it covers every task type, keeps a budget
-of minutes, and its plain mean has the highest correlation with the mean of the whole benchmark over
-the models of the training half. The search is exhaustive. The figures in README.md are of the other
-half of the models, which share no organisation with the first.
+A lite suite is the best of all subsets of a fixed size that cover every task type within a budget
+of minutes. The best is the subset whose mean correlates best with the mean of the whole benchmark,
+over half of the models. The search is exhaustive. The figures in README.md come from the other half
+of the models, and no organisation has models in both halves.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from gteopt.evaluation.suites import Suite, SuiteTask
 from gteopt.evaluation.task_facts import amount_of, read_task_facts
 
 FOLDER = Path(__file__).parent
-TOKENS_PER_S = 36_000  # assumed: a 7B encoder in bf16 on one H200, short and long texts mixed
-N_EXTRA = 2  # tasks of a lite suite beyond one of each type
+TOKENS_PER_S = 36_000  # assumed for a 7B encoder in bf16 on one H200, with short and long texts
+N_EXTRA = 2  # tasks of a lite suite besides one of each type
 MAX_TASK_MINUTES = 5.0
-MAX_SUBSETS = 200  # of a task with more (41,412 pairs of languages), only the sums are kept
+MAX_SUBSETS = 200  # a task with more subsets (pairs of languages) has only their sums in tasks.json
 LITE_MINUTES = {"mteb-en": 10.0, "c-mteb": 10.0, "mteb-fr": 10.0, "mteb-pl": 5.0}
-MIN_MODELS = 40  # a task with fewer scores is left out of the mean that is predicted
-_NOT_TEXT = {"no", "yes", "on", "off", "y", "n"}  # YAML 1.1 reads them as truth values
+MIN_MODELS = 40  # a task with scores of fewer models is left out of the predicted mean
+_NOT_TEXT = {"no", "yes", "on", "off", "y", "n"}  # YAML 1.1 reads these words as true or false
 _TEXT_FIELDS = (
     "text_statistics",
     "text1_statistics",
@@ -58,12 +59,12 @@ Matrix = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of mteb's benchmarks, and the average of 2024 that it descends from.
+    """One of mteb's benchmarks, and how its tasks differ from those of the average of 2024.
 
     Attributes:
-        n_published: tasks in the averages published in 2024.
-        missing: tasks (with subset) of those averages that mteb's definition no longer has.
-        added: tasks of mteb's definition that those averages did not have.
+        n_published: number of tasks in the average published in 2024.
+        missing: tasks (with subset) of that average that mteb's definition lacks today.
+        added: tasks of mteb's definition that are not in that average.
     """
 
     suite: str
@@ -117,10 +118,10 @@ BENCHMARKS = (
 
 @dataclass(frozen=True)
 class Later:
-    """A benchmark of mteb's that no average of 2024 was published for.
+    """A benchmark of mteb without an average that was published in 2024.
 
     Attributes:
-        summary: what the suite lists; `{n}` is its number of tasks.
+        summary: summary of the suite; `{n}` is its number of tasks.
     """
 
     suite: str
@@ -140,9 +141,9 @@ class Scores:
     """Published scores of the models that have every task.
 
     Attributes:
-        tasks: those of the benchmark that enough models have.
-        values: [models, tasks], 0 to 1.
-        in_training: [models] bool.
+        tasks: tasks of the benchmark that enough models have.
+        values: scores [models, tasks], 0 to 1.
+        in_training: bool [models]; True for models of the training half.
     """
 
     models: list[str]
@@ -153,11 +154,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Lite:
-    """A chosen subset; the figures are of models that did not take part in the choice.
+    """A chosen subset; its figures are of models that were not used for the choice.
 
     Attributes:
-        spread: standard deviation of the held-out models' full means; what `rmse` is to be seen by.
-        upper_spearman, upper_rmse: among the better half of the held-out models.
+        spread: standard deviation of the held-out models' full means, to compare `rmse` with.
+        upper_spearman, upper_rmse: figures of the better half of the held-out models.
     """
 
     tasks: list[str]
@@ -175,14 +176,14 @@ class Lite:
 
 
 def main(reference: Path) -> None:
-    """Write every suite and the README's tables."""
+    """Write all suites, tasks.json and the tables of README.md."""
     published = published_scores(reference / "mteb_scores.csv.gz")
     suites, lites = [], []
     facts: dict[str, Any] = {}
-    for each in (*BENCHMARKS, *LATER):
-        tasks = list(mteb.get_benchmark(each.name).tasks)
-        if isinstance(each, Benchmark):
-            tasks += tasks_of_2024(each)
+    for benchmark in (*BENCHMARKS, *LATER):
+        tasks = list(mteb.get_benchmark(benchmark.name).tasks)
+        if isinstance(benchmark, Benchmark):
+            tasks += tasks_of_2024(benchmark)
         for task in tasks:
             if task.metadata.is_public:
                 _merge(facts, task)
@@ -194,27 +195,27 @@ def main(reference: Path) -> None:
         _merge_mini(facts, task_class())
     whole = {"schema": "gteopt.tasks/1", "mteb": mteb.__version__, "tasks": facts}
     lines = json.dumps(whole, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    # A line a task, so that a change shows as one.
+    # One line per task, so that a diff shows which task changed.
     (FOLDER / "tasks.json").write_text(lines.replace('},"', '},\n"') + "\n", encoding="utf-8")
     read_task_facts.cache_clear()
     for later in LATER:
         _write_later(later)
-    for each in BENCHMARKS:
-        _write_2024(each)
-    for each in BENCHMARKS:
-        tasks = {task.metadata.name: task for task in mteb.get_benchmark(each.name).tasks}
+    for benchmark in BENCHMARKS:
+        _write_2024(benchmark)
+    for benchmark in BENCHMARKS:
+        tasks = {task.metadata.name: task for task in mteb.get_benchmark(benchmark.name).tasks}
         minutes = {name: _task_minutes(task) for name, task in tasks.items()}
         scores = scores_of(published, tasks)
-        lite = _choose(scores, tasks, minutes, LITE_MINUTES[each.suite])
-        _write(each, list(tasks.values()), sum(minutes.values()))
-        _write_lite(each, [tasks[name] for name in lite.tasks], lite)
+        lite = _choose(scores, tasks, minutes, LITE_MINUTES[benchmark.suite])
+        _write(benchmark, list(tasks.values()), sum(minutes.values()))
+        _write_lite(benchmark, [tasks[name] for name in lite.tasks], lite)
         types = len({task.metadata.type for task in tasks.values()})
         suites.append(
-            f"| `{each.suite}` | {each.name} | {len(tasks)} | {types} | {each.n_published} | "
-            f"{_minutes(sum(minutes.values()))} |"
+            f"| `{benchmark.suite}` | {benchmark.name} | {len(tasks)} | {types} | "
+            f"{benchmark.n_published} | {_minutes(sum(minutes.values()))} |"
         )
         lites.append(
-            f"| `{each.suite}-lite` | {len(lite.tasks)} | {_minutes(lite.minutes)} | "
+            f"| `{benchmark.suite}-lite` | {len(lite.tasks)} | {_minutes(lite.minutes)} | "
             f"{lite.n_training} | {lite.n_held_out} | {lite.training_pearson:.3f} | "
             f"{lite.pearson:.3f} | {lite.spearman:.3f} | {100 * lite.rmse:.2f} | "
             f"{100 * lite.spread:.2f} | {lite.upper_spearman:.3f} | {100 * lite.upper_rmse:.2f} |"
@@ -227,37 +228,40 @@ def main(reference: Path) -> None:
     readme.write_text(text, encoding="utf-8")
 
 
-def tasks_of_2024(each: Benchmark) -> list[Any]:
-    """The tasks that the average of 2024 is over, as the installed mteb has them."""
+def tasks_of_2024(benchmark: Benchmark) -> list[Any]:
+    """The tasks of the average of 2024, as the installed mteb defines them."""
     kept = [
-        task for task in mteb.get_benchmark(each.name).tasks if task.metadata.name not in each.added
+        task
+        for task in mteb.get_benchmark(benchmark.name).tasks
+        if task.metadata.name not in benchmark.added
     ]
-    for name in each.missing:
+    for name in benchmark.missing:
         task, _, subset = name.removesuffix(")").partition(" (")
         whole = mteb.get_task(task)
         splits = [split for split in whole.eval_splits if split.startswith("test")]
         kept.append(
             mteb.get_task(task, hf_subsets=[subset] if subset else None, eval_splits=splits)
         )
-    assert len(kept) == each.n_published, each.suite
+    assert len(kept) == benchmark.n_published, benchmark.suite
     return kept
 
 
 def published_scores(path: Path) -> dict[str, dict[tuple[str, str, str], float]]:
-    """Score by model, then task, split and subset; a score that was run before a claimed one."""
-    found: dict[str, dict[tuple[str, str, str], float]] = defaultdict(dict)
+    """Scores by model and by (task, split, subset); a score that was run replaces a claimed one."""
+    by_model: dict[str, dict[tuple[str, str, str], float]] = defaultdict(dict)
     with gzip.open(path, "rt", encoding="utf-8") as handle:
         rows = sorted(csv.DictReader(handle), key=lambda row: row["revision"] != "external")
-    for row in rows:  # later rows win
+    for row in rows:  # a later row replaces an earlier one
         if row["main_score"] != "nan":
             key = (row["task"], row["split"], row["subset"])
-            found[row["model"]][key] = float(row["main_score"])
-    return found
+            by_model[row["model"]][key] = float(row["main_score"])
+    return by_model
 
 
 def scores_of(
     published: dict[str, dict[tuple[str, str, str], float]], tasks: dict[str, Any]
 ) -> Scores:
+    """Mean scores over splits and subsets, of the models that have all tasks."""
     table: dict[str, dict[str, float]] = {}
     for model, scores in published.items():
         of_task: dict[str, list[float]] = defaultdict(list)
@@ -265,7 +269,7 @@ def scores_of(
             task = tasks.get(name)
             if task is not None and split in task.eval_splits and subset in task.hf_subsets:
                 of_task[name].append(score)
-        table[model] = {name: float(np.mean(each)) for name, each in of_task.items()}
+        table[model] = {name: float(np.mean(values)) for name, values in of_task.items()}
     kept = [name for name in tasks if sum(name in row for row in table.values()) >= MIN_MODELS]
     models = sorted(model for model, row in table.items() if all(name in row for name in kept))
     return Scores(
@@ -277,23 +281,24 @@ def scores_of(
 
 
 def _in_training(models: list[str]) -> npt.NDArray[np.bool_]:
-    """Half of the models, by organisation: no two sizes of one model lie on both sides."""
+    """True for half of the models; all models of an organisation are in the same half."""
     organisation = [model.split("/")[0].lower() for model in models]
     n_models = Counter(organisation)
     sides: tuple[set[str], set[str]] = (set(), set())
-    for each in sorted(n_models, key=lambda name: (-n_models[name], name)):
-        min(sides, key=lambda side: sum(n_models[name] for name in side)).add(each)
+    for largest in sorted(n_models, key=lambda name: (-n_models[name], name)):
+        min(sides, key=lambda side: sum(n_models[name] for name in side)).add(largest)
     return np.array([name in sides[0] for name in organisation])
 
 
 def _choose(
     scores: Scores, tasks: dict[str, Any], minutes: dict[str, float], budget: float
 ) -> Lite:
-    """The subset whose mean correlates best with the mean of all, by trying every one.
+    """Try all subsets, and return the one whose mean correlates best with the full mean.
 
-    With covariances C of task scores and c = C 1 / n their covariances with the full mean, the mean
-    of a subset S of k tasks correlates with it at sum(c_S) / sqrt(sum(C_SS) var(full)), so that a
-    subset costs a few sums. S is one task of each type and `N_EXTRA` = 2 others.
+    C is the covariance of task scores, and c = C 1 / n is the covariance of each task with the full
+    mean. The mean of a subset S correlates with the full mean at
+    sum(c_S) / sqrt(sum(C_SS) var(full)), so a subset costs only a few sums. S has one task of each
+    type and `N_EXTRA` = 2 others.
     """
     train = scores.values[scores.in_training]
     covariance = np.cov(train, rowvar=False)
@@ -302,7 +307,7 @@ def _choose(
     types = [tasks[name].metadata.type for name in scores.tasks]
     allowed = [i for i in range(len(types)) if cost[i] <= MAX_TASK_MINUTES]
     of_type = [
-        # Where every task of a type is long, its shortest one stands for it.
+        # If all tasks of a type are too long, its shortest task is used.
         [i for i in allowed if types[i] == kind]
         or [min((i for i in range(len(types)) if types[i] == kind), key=lambda i: cost[i])]
         for kind in sorted(set(types))
@@ -345,7 +350,7 @@ def _choose(
 
 
 def _task_minutes(task: Any) -> float:
-    """Minutes that encoding a task's texts takes, at the assumed rate."""
+    """Minutes to encode a task's texts at the assumed rate."""
     entry = SuiteTask.model_validate(yaml.safe_load(_entry(task))[0])
     amount = amount_of(entry)
     assert amount is not None
@@ -353,24 +358,24 @@ def _task_minutes(task: Any) -> float:
 
 
 def _merge(facts: dict[str, Any], task: Any) -> None:
-    """Add a task's facts; subsets and splits add up over the suites that have it."""
+    """Add the facts of a task; its subsets and splits from several suites are merged."""
     metadata = task.metadata
     if hasattr(metadata, "tasks"):
         for part in metadata.tasks:
             _merge(facts, part)
         facts[metadata.name] = {
             "kind": metadata.type,
-            "domains": sorted(each.lower() for each in metadata.domains or ()),
+            "domains": sorted(domain.lower() for domain in metadata.domains or ()),
             "languages": {"default": _languages(metadata.languages)},
             "parts": [part.metadata.name for part in metadata.tasks],
         }
         return
-    found = facts.setdefault(
+    task_facts = facts.setdefault(
         metadata.name,
         {
             "kind": metadata.type,
             "data": metadata.dataset["path"],
-            "domains": sorted(each.lower() for each in metadata.domains or ()),
+            "domains": sorted(domain.lower() for domain in metadata.domains or ()),
             "languages": {},
             "sizes": {},
         },
@@ -384,14 +389,16 @@ def _merge(facts: dict[str, Any], task: Any) -> None:
     languages = {subset: _languages(by_subset[subset]) for subset in task.hf_subsets}
     if len(languages) > MAX_SUBSETS:
         languages = {"*": sorted({code for codes in languages.values() for code in codes})}
-        sizes = {split: {"*": _total(each.values())} for split, each in sizes.items()}
-    found["languages"] |= languages
-    for split, own in sizes.items():
-        found["sizes"].setdefault(split, {}).update(own)
+        sizes = {
+            split: {"*": _total(subset_sizes.values())} for split, subset_sizes in sizes.items()
+        }
+    task_facts["languages"] |= languages
+    for split, subset_sizes in sizes.items():
+        task_facts["sizes"].setdefault(split, {}).update(subset_sizes)
 
 
 def _merge_mini(facts: dict[str, Any], task: Any) -> None:
-    """Add a task of the mini set, whose texts are here to be counted."""
+    """Add the facts of a task of the mini set, whose texts are counted."""
     task.load_data()
     sizes: dict[str, dict[str, int]] = {}
     for subset in task.hf_subsets:
@@ -426,13 +433,13 @@ def _languages(codes: Any) -> list[str]:
 
 def _total(sizes: Iterable[dict[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
-    for each in sizes:
-        total.update(each)
+    for size in sizes:
+        total.update(size)
     return dict(total)
 
 
 def _size(task: Any, whole: dict[str, Any], subset: str) -> dict[str, int]:
-    """Distinct texts and characters of a subset, from mteb's descriptive statistics of a split."""
+    """Numbers of distinct texts and of characters, from mteb's statistics of a split."""
     metadata = task.metadata
     size = {"n_texts": 0, "n_characters": 0, "n_documents": 0, "n_document_characters": 0}
     stats = whole.get("hf_subset_descriptive_stats", {}).get(subset, whole)
@@ -440,15 +447,15 @@ def _size(task: Any, whole: dict[str, Any], subset: str) -> dict[str, int]:
         if not text or not field.endswith(_TEXT_FIELDS):
             continue
         average, n = text["average_text_length"], text["unique_texts"]
-        what = ("n_documents", "n_document_characters")
+        keys = ("n_documents", "n_document_characters")
         if not field.startswith("documents"):
-            what = ("n_texts", "n_characters")
+            keys = ("n_texts", "n_characters")
             if metadata.type == "Classification":
                 labels = stats["label_statistics"]["unique_labels"]
-                # Ten training sets, which repeat texts; not counted less for that.
+                # Ten training sets; texts that they repeat are counted again.
                 n += task.n_experiments * task.samples_per_label * labels
-        size[what[0]] += n
-        size[what[1]] += round(average * n)
+        size[keys[0]] += n
+        size[keys[1]] += round(average * n)
     return {name: n for name, n in size.items() if n}
 
 
@@ -463,74 +470,75 @@ def _entry(task: Any) -> str:
         ]
         return "\n".join([f"  - {fields[0]}", f"    {fields[1]}", "    parts:", *parts])
     if list(task.hf_subsets) != ["default"] and len(task.hf_subsets) <= MAX_SUBSETS:
-        subsets = ", ".join(f'"{each}"' if each in _NOT_TEXT else each for each in task.hf_subsets)
+        subsets = ", ".join(f'"{name}"' if name in _NOT_TEXT else name for name in task.hf_subsets)
         fields.append(f"subsets: [{subsets}]")
     fields.append(f"splits: [{', '.join(task.eval_splits)}]")
     fields.append(f'revision: "{metadata.dataset["revision"]}"')
     return f"  - {{{', '.join(fields)}}}"
 
 
-def _write(each: Benchmark, tasks: list[Any], minutes: float) -> None:
+def _write(benchmark: Benchmark, tasks: list[Any], minutes: float) -> None:
     lines = [
-        f"# Made by eval/suites/make.py from mteb {mteb.__version__}'s {each.name}.",
+        f"# Made by eval/suites/make.py from mteb {mteb.__version__}'s {benchmark.name}.",
         "schema: gteopt.suite/1",
-        f"name: {each.suite}",
-        f"summary: MTEB in {each.title}, {len(tasks)} tasks ({each.name}).",
+        f"name: {benchmark.suite}",
+        f"summary: MTEB in {benchmark.title}, {len(tasks)} tasks ({benchmark.name}).",
         f"minutes: {minutes:.0f}",
         "# The averages published in 2024 differ from this benchmark by these tasks.",
-        f"published: {{n_tasks: {each.n_published}, missing: {json.dumps(each.missing)}, "
-        f"added: {json.dumps(each.added)}}}",
+        f"published: {{n_tasks: {benchmark.n_published}, missing: {json.dumps(benchmark.missing)}, "
+        f"added: {json.dumps(benchmark.added)}}}",
         "tasks:",
         *(_entry(task) for task in tasks),
     ]
-    (FOLDER / f"{each.suite}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (FOLDER / f"{benchmark.suite}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_2024(each: Benchmark) -> None:
-    """The list of 2024, where mteb's definition has moved since."""
-    if not each.missing and not each.added:
+def _write_2024(benchmark: Benchmark) -> None:
+    """Write the suite of the average of 2024, if mteb's definition differs from it today."""
+    if not benchmark.missing and not benchmark.added:
         return
-    tasks = tasks_of_2024(each)
+    tasks = tasks_of_2024(benchmark)
     minutes = sum(_task_minutes(task) for task in tasks)
     lines = [
         f"# Made by eval/suites/make.py from mteb {mteb.__version__}'s tasks.",
         "schema: gteopt.suite/1",
-        f"name: {each.suite}-2024",
-        f"summary: MTEB in {each.title}, the {len(tasks)} tasks of the averages published in 2024.",
+        f"name: {benchmark.suite}-2024",
+        f"summary: MTEB in {benchmark.title}, the {len(tasks)} tasks of the averages published in "
+        "2024.",
         f"minutes: {minutes:.0f}",
-        f"published: {{n_tasks: {each.n_published}}}",
+        f"published: {{n_tasks: {benchmark.n_published}}}",
         "tasks:",
         *(_entry(task) for task in tasks),
     ]
-    (FOLDER / f"{each.suite}-2024.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (FOLDER / f"{benchmark.suite}-2024.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_later(each: Later) -> None:
-    tasks = [task for task in mteb.get_benchmark(each.name).tasks if task.metadata.is_public]
+def _write_later(benchmark: Later) -> None:
+    tasks = [task for task in mteb.get_benchmark(benchmark.name).tasks if task.metadata.is_public]
     minutes = sum(_task_minutes(task) for task in tasks)
     lines = [
-        f"# Made by eval/suites/make.py from mteb {mteb.__version__}'s {each.name}.",
+        f"# Made by eval/suites/make.py from mteb {mteb.__version__}'s {benchmark.name}.",
         "schema: gteopt.suite/1",
-        f"name: {each.suite}",
-        f"summary: {each.summary.format(n=len(tasks))} ({each.name}).",
+        f"name: {benchmark.suite}",
+        f"summary: {benchmark.summary.format(n=len(tasks))} ({benchmark.name}).",
         f"minutes: {minutes:.0f}",
         "tasks:",
         *(_entry(task) for task in tasks),
     ]
-    (FOLDER / f"{each.suite}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (FOLDER / f"{benchmark.suite}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_lite(each: Benchmark, tasks: list[Any], lite: Lite) -> None:
+def _write_lite(benchmark: Benchmark, tasks: list[Any], lite: Lite) -> None:
     lines = [
         f"# Made by eval/suites/make.py: the best of {lite.n_subsets:,} subsets; see README.md.",
         "schema: gteopt.suite/1",
-        f"name: {each.suite}-lite",
-        f"summary: {len(tasks)} short tasks whose mean predicts that of {each.suite}.",
+        f"name: {benchmark.suite}-lite",
+        f"summary: {len(tasks)} short tasks whose mean predicts that of {benchmark.suite}.",
         f"minutes: {lite.minutes:.1f}",
         "tasks:",
         *(_entry(task) for task in tasks),
     ]
-    (FOLDER / f"{each.suite}-lite.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (FOLDER / f"{benchmark.suite}-lite.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _minutes(minutes: float) -> str:
