@@ -1,10 +1,10 @@
-"""Fills the generated tables of README.md and of the pages in docs/.
+"""Fill the generated tables of README.md and of the pages in docs/.
 
     python docs/generate.py           # write them
     python docs/generate.py --check   # exit 1 and name the pages that are out of date
 
-A page says `<!-- table NAME -->` and `<!-- /table -->`; what stands between is replaced. Figures
-come from benchmarks/results, fields from the pydantic types, recipes from their YAML files.
+The text between `<!-- table NAME -->` and `<!-- /table -->` of a page is replaced. Figures come
+from benchmarks/results, fields from the pydantic types, and recipes from their YAML files.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Rows = Iterable[Sequence[str]]
 
 
 def main() -> int:
-    """Write every page, or say which ones would change."""
+    """Write all pages, or name the pages that would change."""
     stale = [page for page in PAGES if filled(page) != page.read_text(encoding="utf-8")]
     if "--check" in sys.argv:
         for page in stale:
@@ -66,10 +66,10 @@ def main() -> int:
 
 
 def filled(page: Path) -> str:
-    """The text of a page with its generated tables as they should be."""
+    """The text of a page with up-to-date tables."""
 
-    def table(found: re.Match[str]) -> str:
-        return found[1] + TABLES[found[2]]() + "\n" + found[3]
+    def table(marked: re.Match[str]) -> str:
+        return marked[1] + TABLES[marked[2]]() + "\n" + marked[3]
 
     return MARKED.sub(table, page.read_text(encoding="utf-8"))
 
@@ -81,13 +81,13 @@ def markdown(headings: Sequence[str], rows: Rows) -> str:
 
 
 def read(name: str) -> Any:
-    """One file of benchmarks/results."""
+    """The content of one file of benchmarks/results."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 # Figures ------------------------------------------------------------------------------------------
 
-MINILM_ROWS = (  # what the README calls it, its row in peers_quality, its row in peers_speed
+MINILM_ROWS = (  # name in the README, row in peers_quality, row in peers_speed
     ("bf16", None, "gteopt bf16"),
     ("bf16, OpenVINO", None, "gteopt bf16, OpenVINO"),
     ("`int8-weight`", "gteopt int8-weight", None),
@@ -104,7 +104,7 @@ MINILM_ROWS = (  # what the README calls it, its row in peers_quality, its row i
 
 
 def minilm() -> str:
-    """Quality and speed of all-MiniLM-L6-v2 on one processor, peers in italics."""
+    """Quality and speed of all-MiniLM-L6-v2 on one processor, with peers in italics."""
     quality = {
         row["peer"]: row
         for row in read("peers_quality")["rows"]
@@ -127,12 +127,12 @@ def minilm() -> str:
     for label, of_quality, of_speed in MINILM_ROWS:
         cells = ["16" if "bf16" in label else "–", "–", "–", "–", "–", "–"]
         if of_quality:
-            found = quality[of_quality]
+            quality_row = quality[of_quality]
             cells[:4] = [
-                f"{found['bits_per_weight']:.2f}",
-                f"{1 - found['mean_cosine']:.5f}",
-                f"{100 * found['neighbour_overlap']:.1f} %",
-                f"{100 * found['stsb_spearman']:.2f}",
+                f"{quality_row['bits_per_weight']:.2f}",
+                f"{1 - quality_row['mean_cosine']:.5f}",
+                f"{100 * quality_row['neighbour_overlap']:.1f} %",
+                f"{100 * quality_row['stsb_spearman']:.2f}",
             ]
         if of_speed:
             timings = speed[of_speed]["timings"]
@@ -150,20 +150,20 @@ def minilm() -> str:
 
 
 def peers_quality() -> str:
-    """Every quantizer on both models, gteopt's and others', from the closest on within its bits."""
+    """All quantizers on both models, grouped by bits and sorted by error."""
     models = ("all-MiniLM-L6-v2", "gte-nano")
     by_peer: dict[str, dict[str, Any]] = {}
     for row in read("peers_quality")["rows"]:
         by_peer.setdefault(row["peer"], {})[row["model"]] = row
     measured: list[tuple[int, float, list[str]]] = []
-    for peer, found in by_peer.items():
-        whole = [row for row in found.values() if not row["error"]]
-        if not whole:
+    for peer, by_model in by_peer.items():
+        built = [row for row in by_model.values() if not row["error"]]
+        if not built:
             continue
-        bits = max(row["bits_per_weight"] for row in whole)
+        bits = max(row["bits_per_weight"] for row in built)
         cells = [peer, f"{bits:.2f}"]
         for model in models:
-            row = found.get(model)
+            row = by_model.get(model)
             if row is None:
                 cells += ["–", "–", "–"]
             elif row["error"]:
@@ -175,9 +175,9 @@ def peers_quality() -> str:
                     f"{row['build_s']:.0f} s",
                 ]
         group = 0 if bits > 6 else 1 if bits >= 4 else 2
-        first = found.get(models[0]) or found[models[1]]
+        first = by_model.get(models[0]) or by_model[models[1]]
         measured.append((group, 1 - (first["mean_cosine"] or 0), cells))
-    rows = [cells for *_, cells in sorted(measured, key=lambda each: each[:2])]
+    rows = [cells for *_, cells in sorted(measured, key=lambda entry: entry[:2])]
     return markdown(
         (
             "variant",
@@ -194,7 +194,7 @@ def peers_quality() -> str:
 
 
 def calibration() -> str:
-    """What calibration texts are worth, on kinds of text that nothing was calibrated on."""
+    """Errors by calibration texts, on kinds of text from other sources."""
     rows = [
         (
             row["model"],
@@ -214,7 +214,7 @@ def calibration() -> str:
 
 
 def failures() -> str:
-    """Peers that failed on a model, with the first words of why."""
+    """Peers that failed on a model, with the first words of their errors."""
     return markdown(
         ("peer", "model", "what it said"),
         [
@@ -245,17 +245,17 @@ def static_ranges() -> str:
 
 
 def ablation() -> str:
-    """What each part of the method is worth."""
+    """Errors and build times as parts of the method are added."""
     by_parts: dict[str, dict[str, Any]] = {}
     for row in read("ablation")["rows"]:
         parts = row["parts"].replace(" (compensate)", "")
         by_parts.setdefault(parts, {})[row["model"]] = row
     rows = []
-    for parts, found in by_parts.items():
-        bits = max(row["bits_per_weight"] for row in found.values())
+    for parts, by_model in by_parts.items():
+        bits = max(row["bits_per_weight"] for row in by_model.values())
         cells = [parts, f"{bits:.2f}"]
         for model in ("all-MiniLM-L6-v2", "gte-nano"):
-            row = found.get(model)
+            row = by_model.get(model)
             cells += (
                 ["–", "–"] if row is None else [f"{row['error']:.5f}", f"{row['build_s']:.0f} s"]
             )
@@ -291,19 +291,19 @@ def speed(name: str) -> Callable[[], str]:
 
 
 def speed_makers() -> str:
-    """Ratios of all-MiniLM-L6-v2 on processors of two makers, each to float32 in its own run."""
+    """Speed of all-MiniLM-L6-v2 on processors of two makers, relative to float32 in its run."""
     amd = {row["engine"]: row["timings"] for row in read("peers_speed_cpu_minilm")["rows"]}
     rows = []
     for row in read("peers_speed_cpu_amx")["rows"]:
         both = (amd[row["engine"]], row["timings"])
-        cells = [f"{each[load]['ratio']:.2f}" for load in ("bulk", "query") for each in both]
+        cells = [f"{timings[load]['ratio']:.2f}" for load in ("bulk", "query") for timings in both]
         rows.append((row["engine"], *cells))
     headings = ("bulk: AMD", "bulk: Intel", "query: AMD", "query: Intel")
     return markdown(("engine", *headings), rows)
 
 
 def solver_peers() -> str:
-    """The solver beside those of other libraries, on one problem."""
+    """Solvers of gteopt and of other libraries on one problem."""
     rows = [
         (
             row["solver"],
@@ -323,15 +323,15 @@ def solver_peers() -> str:
 def peaks() -> str:
     """Operations a second of the best large product, by number type and run."""
     runs = ("minilm", "qwen2", "avx2")
-    found = {run: read(f"peers_speed_cpu_{run}")["peaks_gflops"] for run in runs}
+    by_run = {run: read(f"peers_speed_cpu_{run}")["peaks_gflops"] for run in runs}
     return markdown(
         ("product", *(f"{run} run, GFLOP/s" for run in runs)),
-        [(kind, *(f"{found[run][kind]:.0f}" for run in runs)) for kind in found["minilm"]],
+        [(kind, *(f"{by_run[run][kind]:.0f}" for run in runs)) for kind in by_run["minilm"]],
     )
 
 
 def vector_codes() -> str:
-    """Neighbours kept at equal bytes: ours, and the best code of each other library."""
+    """Neighbours kept at equal bytes: gteopt's code, and the best code of each other library."""
     rows = read("vector_codes")["rows"]
     cells = []
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -346,8 +346,8 @@ def vector_codes() -> str:
         ours = best["gteopt"]
         line = [model, str(n_bytes), ours["code"], f"**{ours['neighbours_kept']:.3f}**"]
         for by in ("faiss", "sentence-transformers"):
-            other = best.get(by)
-            line.append(f"{other['neighbours_kept']:.3f} ({other['code']})" if other else "")
+            peer = best.get(by)
+            line.append(f"{peer['neighbours_kept']:.3f} ({peer['code']})" if peer else "")
         limit = best.get("Gaussian limit")
         line.append(f"{limit['neighbours_kept']:.3f}" if limit else "")
         cells.append([*line, f"{ours['ndcg_at_10']:.3f}"])
@@ -364,15 +364,15 @@ def vector_codes() -> str:
 
 
 def vector_margin() -> str:
-    """How far ahead of sentence-transformers' own codes ours are, and how far any code could be."""
+    """Lead over sentence-transformers' codes: of gteopt's codes, and of an ideal code."""
     cells = []
     rows = read("vector_codes")["rows"]
     sizes = sorted({row["n_bytes"] for row in rows if row["by"] != "gteopt"})
     for n_bytes in sizes:
         for model in dict.fromkeys(row["model"] for row in rows):
-            own = [row for row in rows if (row["model"], row["n_bytes"]) == (model, n_bytes)]
+            size_rows = [row for row in rows if (row["model"], row["n_bytes"]) == (model, n_bytes)]
             kept = {
-                by: 100 * max(row["neighbours_kept"] for row in own if row["by"] == by)
+                by: 100 * max(row["neighbours_kept"] for row in size_rows if row["by"] == by)
                 for by in ("gteopt", "sentence-transformers", "Gaussian limit")
             }
             peer = kept["sentence-transformers"]
@@ -383,11 +383,11 @@ def vector_margin() -> str:
 
 def grid() -> str:
     """Scores and neighbours over lengths and codes."""
-    found = {row["name"]: row for row in read("grid")["rows"]}
+    by_name = {row["name"]: row for row in read("grid")["rows"]}
     rows = []
     for dims in (256, 128, 64, 32):
         for code in ("float32", "int8", "binary"):
-            of_row = [found[f"{name}-{dims}-{code}"] for name in ("nano", "int8", "gptq-int4")]
+            of_row = [by_name[f"{name}-{dims}-{code}"] for name in ("nano", "int8", "gptq-int4")]
             cells = [str(dims), code, f"{of_row[0]['bytes_per_vector']:,}"]
             for row in of_row:
                 cells += [
@@ -433,11 +433,11 @@ PUBLISHED_RETENTION = (
     ("Cohere embed-v4", "as served", "int8", 100.1, "paired from published MTEB results"),
     ("Cohere embed-v4", "as served", "binary", 95.2, "paired from published MTEB results"),
 )
-"""Model, weights, vectors, retention in per cent and where it was published."""
+"""Model, weights, vectors, retention in percent, and source."""
 
 
 def retention() -> str:
-    """What recipes and codes keep of gte-nano's score, with what is published of others."""
+    """Retention of recipes and codes for gte-nano, and published retention of other models."""
     names = {"nano": "float32", "int8": "`int8`", "gptq-int4": "`gptq-int4`"}
     rows = []
     for row in read("grid")["rows"]:
@@ -446,7 +446,7 @@ def retention() -> str:
             continue
         value, low, high = row["difference"]
         base = row["score"] - value
-        kept, *ends = (100 * (1 + each / base) for each in (value, low, high))
+        kept, *ends = (100 * (1 + change / base) for change in (value, low, high))
         rows.append(
             [
                 "gte-nano",
@@ -467,20 +467,20 @@ def retention() -> str:
 
 
 def grid_time() -> str:
-    """What the grid took, and what separate runs of plain mteb would take."""
-    found = read("grid")
+    """CPU time of the grid in one run, and in separate runs of plain mteb."""
+    result = read("grid")
     return markdown(
         ("run", "CPU time", "texts encoded", "encodings saved"),
         [
             (
                 "one run of `gteopt evaluate`",
-                f"{found['grid']['cpu_s']:,.0f} s",
-                f"{found['n_texts']:,}",
-                f"{found['n_saved']:,}",
+                f"{result['grid']['cpu_s']:,.0f} s",
+                f"{result['n_texts']:,}",
+                f"{result['n_saved']:,}",
             ),
             (
-                f"{found['plain_rows']} runs of plain mteb, predicted from {len(found['plain'])}",
-                f"{found['plain_cpu_s']:,.0f} s ({found['speedup_cpu']:.1f} times)",
+                f"{result['plain_rows']} runs of plain mteb, predicted from {len(result['plain'])}",
+                f"{result['plain_cpu_s']:,.0f} s ({result['speedup_cpu']:.1f} times)",
                 "–",
                 "–",
             ),
@@ -489,7 +489,7 @@ def grid_time() -> str:
 
 
 def builds() -> str:
-    """Builds of published shapes: time, and memory beside its prediction."""
+    """Builds of published shapes: time, memory, and predicted memory."""
     rows = []
     for row in read("scale")["builds"]:
         beyond = row["peak_bytes"] - row["imports_bytes"]
@@ -512,7 +512,7 @@ def builds() -> str:
 
 
 _SHAPES = {1536: "1.5B", 3584: "7B"}
-"""Hidden size -> the gte-Qwen2 that has it."""
+"""Name of the gte-Qwen2, by hidden size."""
 
 
 def build_times() -> str:
@@ -535,7 +535,7 @@ def build_times() -> str:
 
 
 def loads() -> str:
-    """Loads of eight blocks of the gte-Qwen2-1.5B shape from disks of several speeds."""
+    """Load times of eight gte-Qwen2-1.5B blocks from disks of several speeds."""
     rows = []
     for row in read("scale")["load"]["rows"]:
         disk = "as it is" if row["disk_gb_s"] is None else f"{row['disk_gb_s']:g} GB/s"
@@ -555,7 +555,7 @@ def loads() -> str:
 
 
 def serving() -> str:
-    """Servers beside one another: medians over rounds."""
+    """Medians over rounds for each server."""
 
     def ms(value: float | None) -> str:
         return "–" if value is None else f"{value:,.0f} ms"
@@ -578,14 +578,14 @@ def serving() -> str:
 
 
 def soaked() -> str:
-    """What became of many requests, some of which hung up."""
-    found = read("serving")["soak"]
-    memory = found["memory_mb"]
+    """Answers and memory of a server under many requests, some of which hung up."""
+    soak = read("serving")["soak"]
+    memory = soak["memory_mb"]
     after_two = next((mb for at, mb in memory if at >= 120), memory[-1][1])
-    slope = found["memory_slope_mb_per_minute"]
+    slope = soak["memory_slope_mb_per_minute"]
     row = (
-        *(f"{found[name]:,}" for name in ("answered", "wrong", "lost", "failed", "dropped")),
-        f"{found['seconds']:,.0f} s",
+        *(f"{soak[name]:,}" for name in ("answered", "wrong", "lost", "failed", "dropped")),
+        f"{soak['seconds']:,.0f} s",
         f"{after_two:,.0f} MB",
         f"{memory[-1][1]:,.0f} MB",
         "–" if slope is None else f"{slope:.2f} MB a minute",
@@ -596,25 +596,25 @@ def soaked() -> str:
 
 
 def device_share() -> str:
-    """What a server costs beside the thread that computes."""
-    found = read("serving")["cpu_wide"]
+    """CPU time of a server outside the thread that computes."""
+    result = read("serving")["cpu_wide"]
     row = (
-        found["model"],
-        f"{found['texts']:,}",
-        f"{found['bytes_per_text']:,}",
-        f"{found['device_thread_cpu_s']:.1f} s",
-        f"{found['other_threads_cpu_s']:.1f} s",
-        f"{found['share_outside_device_thread']:.1%}",
+        result["model"],
+        f"{result['texts']:,}",
+        f"{result['bytes_per_text']:,}",
+        f"{result['device_thread_cpu_s']:.1f} s",
+        f"{result['other_threads_cpu_s']:.1f} s",
+        f"{result['share_outside_device_thread']:.1%}",
     )
     headings = ("model", "texts", "bytes a text in base64", "CPU of the device thread")
     return markdown((*headings, "of the others", "share of the others"), [row])
 
 
 def embedded() -> str:
-    """What `gteopt embed` costs beside the model, and what became of jobs that were killed."""
-    found = read("embedding")
-    resumed, killed, runs = found["resume"], found["kills"], found["memory"]["runs"]
-    peers = found["throughput"]["embed_to_others_by_processor_seconds"]
+    """Costs of `gteopt embed` beside the model, and results of jobs that were killed."""
+    results = read("embedding")
+    resumed, killed, runs = results["resume"], results["kills"], results["memory"]["runs"]
+    peers = results["throughput"]["embed_to_others_by_processor_seconds"]
     kills = ", ".join(f"{n} {who}" for who, n in sorted(killed["n_kills"].items()))
     rows = [
         (
@@ -635,12 +635,12 @@ def embedded() -> str:
             for name in SHOWN_PEERS
         ),
     ]
-    for name in sorted(name for name in found if name.partition("_")[0] == "share"):
-        share = found[name]
+    for name in sorted(name for name in results if name.partition("_")[0] == "share"):
+        share = results[name]
         took = share["beside_the_model_us_per_text"]
-        said = f"{took:,.0f} µs of {share['encode_us_per_text'] + took:,.0f} µs a text"
-        what = f"CPU beside the model ({share['model']})"
-        rows.append((what, f"{said}: {share['share_without_noise']:.2%} of `encode`"))
+        times = f"{took:,.0f} µs of {share['encode_us_per_text'] + took:,.0f} µs a text"
+        label = f"CPU beside the model ({share['model']})"
+        rows.append((label, f"{times}: {share['share_without_noise']:.2%} of `encode`"))
     return markdown(("what", "measured"), rows)
 
 
@@ -648,7 +648,7 @@ SHOWN_PEERS = {
     "st_encode_save": "sentence-transformers' `encode` and `numpy.save`",
     "datasets_map": "`datasets.map` around it",
 }
-"""Other ways to embed a corpus, in the process that is measured."""
+"""Other ways to embed a corpus in the same process, and how the table names them."""
 
 
 def long_texts() -> str:
@@ -666,34 +666,36 @@ def machines() -> str:
     """Where each results file was measured."""
     rows = []
     for path in sorted(RESULTS.glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        first = (found.get("rows") or found.get("builds") or [{}])[0]
-        machine = found.get("machine") or first.get("machine")
-        versions = found.get("versions") or first.get("versions") or {}
+        results = json.loads(path.read_text(encoding="utf-8"))
+        first = (results.get("rows") or results.get("builds") or [{}])[0]
+        machine = results.get("machine") or first.get("machine")
+        versions = results.get("versions") or first.get("versions") or {}
         if not machine:
             continue
         names = ("torch", "transformers", "sentence-transformers", "openvino")
-        said = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
-        threads = found.get("n_threads") or first.get("n_threads") or versions.get("torch_threads")
+        libraries = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+        threads = (
+            results.get("n_threads") or first.get("n_threads") or versions.get("torch_threads")
+        )
         rows.append(
             (
                 f"[{path.name}](../benchmarks/results/{path.name})",
                 machine["cpu"],
                 str(threads or "–"),
                 machine["gpu"] or "none",
-                said,
+                libraries,
             )
         )
     return markdown(("file", "processor", "threads", "GPU", "versions"), rows)
 
 
 def budget() -> str:
-    """How far off the forecast of a suite is, by suite and time."""
+    """Error of the predicted score, by suite and time budget."""
     rows = []
     for name in sorted(read_task_scores()):
         suite = read_suite(name)
         amounts = {task.task: amount_of(task, 512) for task in suite.tasks}
-        seconds = {task: each.n_tokens / 5000 for task, each in amounts.items() if each}
+        seconds = {task: amount.n_tokens / 5000 for task, amount in amounts.items() if amount}
         cells = []
         for minutes in (2, 10, 30, 120):
             stands = part_within(suite, seconds, 60.0 * minutes).stands_for
@@ -703,7 +705,7 @@ def budget() -> str:
 
 
 def coverage() -> str:
-    """How often intervals hold the true difference."""
+    """How often intervals contain the true difference."""
     return markdown(
         ("scores", "units", "evaluations", "covered"),
         [
@@ -714,7 +716,7 @@ def coverage() -> str:
 
 
 def false_equivalence() -> str:
-    """How many tables hold a false equivalence, with and without the correction."""
+    """Share of tables with a false equivalence, with and without the correction."""
     return markdown(
         ("rows of the table", "tables", "family-wise", "per row"),
         [
@@ -730,7 +732,7 @@ def false_equivalence() -> str:
 
 
 def equivalence_cost() -> str:
-    """How many rows of no difference are called equivalent, with and without the correction."""
+    """Share of equal rows that are called equivalent, with and without the correction."""
     return markdown(
         ("rows of the table", "standard error / margin", "family-wise", "per row"),
         [
@@ -746,31 +748,31 @@ def equivalence_cost() -> str:
 
 
 def agreement() -> str:
-    """Of a suite's tasks, how many scores are reproduced from their entries, by kind."""
-    found = read("synthetic_suite")
-    without = Counter(read_task_facts()[task].kind for task in found["without_interval"])
+    """Numbers of scores, and of scores with an interval, by type of task."""
+    result = read("synthetic_suite")
+    without = Counter(read_task_facts()[task].kind for task in result["without_interval"])
     return markdown(
         ("type of task", "scores", "with entries that give mteb's score again, and an interval"),
-        [(kind, str(n), str(n - without[kind])) for kind, n in found["n_rows_by_kind"].items()],
+        [(kind, str(n), str(n - without[kind])) for kind, n in result["n_rows_by_kind"].items()],
     )
 
 
 def beside_mteb() -> str:
-    """How far gteopt's scores are from plain mteb's, by kind of task."""
+    """Greatest difference between gteopt's and plain mteb's scores, by type of task."""
     rows = read("agreement")["rows"]
-    found = []
+    cells = []
     for kind in sorted({row["kind"] for row in rows}):
-        own = [row for row in rows if row["kind"] == kind]
-        most = max(abs(row["gteopt"] - row["plain_mteb"]) for row in own)
-        n_tasks = len({row["task"] for row in own})
-        found.append((kind, str(n_tasks), str(len(own)), f"{most:.1e}" if most else "0"))
+        kind_rows = [row for row in rows if row["kind"] == kind]
+        most = max(abs(row["gteopt"] - row["plain_mteb"]) for row in kind_rows)
+        n_tasks = len({row["task"] for row in kind_rows})
+        cells.append((kind, str(n_tasks), str(len(kind_rows)), f"{most:.1e}" if most else "0"))
     headings = ("type of task", "tasks", "scores", "greatest difference of a score, 0 to 1")
-    return markdown(headings, found)
+    return markdown(headings, cells)
 
 
 # What a user writes -------------------------------------------------------------------------------
 
-HOMES = {  # where a type's own table stands
+HOMES = {  # page and heading with the table of a type
     "NoWeights": "recipes.md#weights",
     "RtnWeights": "recipes.md#weights",
     "GptqWeights": "recipes.md#weights",
@@ -815,12 +817,12 @@ UNITS = {
 
 
 def fields(*documents: type[BaseModel]) -> Callable[[], str]:
-    """A table of the fields of one or several types, each under its name."""
+    """A table of the fields of one or several types."""
 
     def table() -> str:
         rows = []
         for document in documents:
-            said = described(document)
+            meanings = described(document)
             for name, info in document.model_fields.items():
                 name = info.alias or name
                 rows.append(
@@ -829,7 +831,7 @@ def fields(*documents: type[BaseModel]) -> Callable[[], str]:
                         allowed(info.annotation, info),
                         default(info),
                         UNITS.get(f"{document.__name__}.{name}") or UNITS.get(name, "–"),
-                        said.get(name, ""),
+                        meanings.get(name, ""),
                     )
                 )
         return markdown(("field", "type", "default", "unit", "meaning"), rows)
@@ -838,24 +840,24 @@ def fields(*documents: type[BaseModel]) -> Callable[[], str]:
 
 
 def described(document: type[BaseModel]) -> dict[str, str]:
-    """Descriptions of fields: of `Field`, else of the docstring's `Attributes` section."""
-    said: dict[str, str] = {}
+    """Descriptions of fields, from `Field` or from the docstring's `Attributes` section."""
+    meanings: dict[str, str] = {}
     for parent in reversed(document.__mro__):
         if not (isinstance(parent, type) and issubclass(parent, BaseModel)) or not parent.__doc__:
             continue
         section = inspect.cleandoc(parent.__doc__).partition("Attributes:\n")[2]
-        for found in re.finditer(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
-            for name in found[1].split(", "):
-                said[name] = " ".join(found[2].split()).rstrip(".").replace("|", "\\|")
-    said["schema"] = "which version of which document this is; required"
+        for entry in re.finditer(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
+            for name in entry[1].split(", "):
+                meanings[name] = " ".join(entry[2].split()).rstrip(".").replace("|", "\\|")
+    meanings["schema"] = "which version of which document this is; required"
     for name, info in document.model_fields.items():
         if info.description:
-            said[info.alias or name] = info.description
-    return said
+            meanings[info.alias or name] = info.description
+    return meanings
 
 
 def allowed(annotation: Any, info: FieldInfo | None = None) -> str:
-    """A type as a user would write its values."""
+    """A type in the words of the docs, such as "list of text"."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Metric:
         return "[metric](choosing.md#every-metric)"
@@ -866,8 +868,8 @@ def allowed(annotation: Any, info: FieldInfo | None = None) -> str:
     if origin is tuple:
         return f"list of {allowed(arguments[0])}"
     if origin is dict:
-        what = "role" if get_args(arguments[0]) == get_args(ColumnRole) else "metric"
-        return f"{allowed(arguments[1])} by {what}"
+        key = "role" if get_args(arguments[0]) == get_args(ColumnRole) else "metric"
+        return f"{allowed(arguments[1])} by {key}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}]({HOMES[annotation.__name__]})"
     if hasattr(annotation, "__metadata__"):
@@ -887,8 +889,8 @@ def bounds(info: FieldInfo | None) -> str:
     for argument in get_args(info.annotation):
         metadata += getattr(argument, "__metadata__", ())
     parts = []
-    for each in metadata:
-        for inner in getattr(each, "metadata", [each]):
+    for item in metadata:
+        for inner in getattr(item, "metadata", [item]):
             parts += [
                 f"{sign} {getattr(inner, key):g}"
                 for key, sign in signs.items()
@@ -898,7 +900,7 @@ def bounds(info: FieldInfo | None) -> str:
 
 
 def default(info: FieldInfo) -> str:
-    """What holds where the field is left out."""
+    """The default value, in the words of the docs."""
     value = info.default
     if info.default_factory is not None:
         return "empty"
@@ -911,12 +913,12 @@ def default(info: FieldInfo) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, tuple):
-        return ", ".join(f"`{each.name}`" for each in value)
+        return ", ".join(f"`{item.name}`" for item in value)
     return f"`{value}`"
 
 
 def recipes() -> str:
-    """Every shipped recipe with its summary."""
+    """All shipped recipes with their summaries and papers."""
     rows = []
     for name in shipped_names("recipes"):
         text = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -929,7 +931,7 @@ def recipes() -> str:
 
 
 def policies() -> str:
-    """Every shipped policy: its limits and objective."""
+    """All shipped policies with their limits and objectives."""
     rows = []
     for name in shipped_names("recipes/policies"):
         policy = load_policy(name)
@@ -946,7 +948,7 @@ def policies() -> str:
 
 
 def families() -> str:
-    """What gteopt knows of the published models of its families."""
+    """Facts that gteopt knows about published models."""
     poolings = {
         "lasttoken": "last token",
         "latent": "latent attention, mean",
@@ -991,13 +993,13 @@ def families() -> str:
 
 
 def architectures() -> str:
-    """What the conformance test does with each architecture of its list."""
+    """Results of the conformance test for each architecture."""
     known = runpy.run_path(str(ROOT / "tests" / "support" / "architectures.py"))
     rows = []
     for name, (kind, _) in known["ARCHITECTURES"].items():
         builds = [known["REFUSED"].get((name, scheme)) for scheme in known["SCHEMES"]]
-        said = [f"no: {why}" if why else "yes" for why in builds]
-        rows.append((name, f"`{kind}`", "yes", *said, "yes"))
+        answers = [f"no: {why}" if why else "yes" for why in builds]
+        rows.append((name, f"`{kind}`", "yes", *answers, "yes"))
     headings = ("architecture", "`model_type`", "same vectors", *known["SCHEMES"])
     return markdown((*headings, "opens in Sentence Transformers"), rows)
 

@@ -1,4 +1,4 @@
-"""Quantize a model, open the artifact, and see how close its vectors are to the model's.
+"""Quantize a model, open the artifact, and compare its vectors with the model's.
 
 Run: python examples/own_model.py [MODEL] [FOLDER]
 """

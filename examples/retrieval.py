@@ -1,4 +1,4 @@
-"""Search the same documents with a model and with its 8-bit variant, by faiss.
+"""Search the same documents with a model and with its 8-bit variant, in faiss.
 
 Run: python examples/retrieval.py [FOLDER]
 """
@@ -22,12 +22,12 @@ documents = [
 ]
 queries = ["how do plants make energy", "when can I borrow a book"]
 
-found = {}
+results = {}
 for source in ("nano", folder):
     encoder = gteopt.load(source)
-    index = faiss.IndexFlatIP(encoder.dims)  # vectors have unit length: products are cosines
+    index = faiss.IndexFlatIP(encoder.dims)  # inner products of unit vectors are cosines
     index.add(encoder.encode(documents))
-    _, found[str(source)] = index.search(encoder.encode(queries, role="query"), 2)
+    _, results[str(source)] = index.search(encoder.encode(queries, role="query"), 2)
 for number, query in enumerate(queries):
-    for source, best in found.items():
-        print(f"{query!r} with {source}: {documents[best[number][0]]!r}")
+    for source, nearest in results.items():
+        print(f"{query!r} with {source}: {documents[nearest[number][0]]!r}")
