@@ -1,8 +1,8 @@
 """Measure `gteopt embed` beside other ways to embed a corpus, on one processor in the same run.
 
-    python benchmarks/embedding.py throughput     # texts a second, beside peers
+    python benchmarks/embedding.py throughput     # texts per second, beside peers
     python benchmarks/embedding.py throughput --model qwen2     # a decoder's shape
-    python benchmarks/embedding.py share          # processor seconds of embed beside encode
+    python benchmarks/embedding.py share          # processor time of embed beside encode
     python benchmarks/embedding.py memory         # peak memory by rows of the corpus
     python benchmarks/embedding.py resume         # seconds to find 100,000 shards done
     python benchmarks/embedding.py kills          # folders of jobs that were killed 20 times

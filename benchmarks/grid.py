@@ -2,9 +2,9 @@
 
     python benchmarks/grid.py --hub-dir ../shared/hub --suite offline
 
-The one run scores gte-nano (baseline, int8, gptq-int4) at 256, 128, 64 and 32 dimensions in
-float32, int8 and binary, like `gteopt evaluate --dims --vectors` without a cache. Its time includes
-loading, encoding, scores, intervals and fidelity.
+The one run scores gte-nano (baseline, int8, gptq-int4) at four lengths in float32, int8 and binary,
+like `gteopt evaluate --dims --vectors` without a cache. Its time includes loading, encoding,
+scores, intervals and fidelity.
 
 Plain mteb needs a run for each row, which encodes all texts again and computes only scores.
 Encoder, forward pass, instructions and stored vectors are the same. Two runs of each variant are

@@ -1,9 +1,8 @@
 """Find or make the folders of the models that benchmarks measure.
 
-`minilm` is the published all-MiniLM-L6-v2. `qwen2` has random weights in the shape of Qwen2 0.5B
-(hidden 896, 14/2 heads, MLP 4864), bidirectional, with 12 blocks and the embedded tokenizer. `wide`
-has one block of gte-Qwen2-7B. Its vectors have 3,584 dimensions, so a server has much to send and
-little to compute.
+`minilm` is the published all-MiniLM-L6-v2. `qwen2` is a bidirectional Qwen2 of the 0.5B shape with
+random weights, 12 blocks and the embedded tokenizer. `wide` has one block of gte-Qwen2-7B. Its
+vectors are long, so a server has much to send and little to compute.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ Everything is float32 except quantized weights and 8-bit activations. Activation
 if this processor's product takes 7. Everyone calibrates on the same token ids: those of the first
 built-in texts (--n-texts).
 
-Variants are judged on the kinds of text of `text_kinds.py`, which come from other sources. For each
-kind, the JSON has 1 - mean cosine to the float32 original, the cosine of the worst 1 %, and the
-share of the 10 nearest texts that stay. Bits are those of the quantized layers as stored, with
+Variants are judged on the kinds of text of `text_kinds.py`, which come from other sources. The JSON
+has the fields of `KindError` for each kind. Bits are those of the quantized layers as stored, with
 scales and zero points.
 """
 

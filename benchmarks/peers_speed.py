@@ -2,16 +2,16 @@
 
 Each engine maps texts to unit vectors, with tokenization. In each round, every engine takes one
 turn per workload. The result is the median over rounds of the ratio to the reference in the same
-round, so that a slower machine slows all engines down alike. The reference is
+round. If the machine gets slower, it slows all engines down alike. The reference is
 sentence-transformers, in fp32 on a CPU and in bf16 on a GPU.
 
     python benchmarks/peers_speed.py --models minilm --out peers_speed_cpu_minilm.json
     python benchmarks/peers_speed.py --device cuda --minutes 6 --out peers_speed_cuda.json
 
-The second command measures gte-Qwen2-7B with random weights, on 32 texts of 512 tokens and on
-single queries of 16 tokens. It has not been run yet, because no GPU was available. The weights are
-drawn on the GPU, and each engine copies only the weights that it changes. The reference and one
-other engine are in memory at a time. 40 GB suffice, and no disk is needed.
+The second command measures gte-Qwen2-7B with random weights, on long texts in batches and on short
+queries (`SETTINGS`). It has not been run yet, because no GPU was available. The weights are drawn
+on the GPU, and each engine copies only the weights that it changes. The reference and one other
+engine are in memory at a time. 40 GB suffice, and no disk is needed.
 
 On a GPU, the most important rows come first. Each row is in the JSON once it is measured. A row
 that failed, or for which no time was left, says so there. A later run adds its rows to the same
@@ -20,20 +20,19 @@ measures a model with fewer blocks, which the JSON says. At the end, the script 
 are met. To try the GPU's engines on a CPU, use `--where cpu` with a small shape (`--models FOLDER`,
 where the folder has a config.json).
 
-On a GPU, torchao's layers are compiled block by block. Its authors and torch's advise this for
-models that compile for long: all blocks share the code that is compiled for each of the two sizes.
+On a GPU, torchao's layers are compiled block by block. The authors of torchao and torch advise this
+for models that compile for long. All blocks share the code that is compiled for each of the two
+sizes.
 
 A peer whose library is missing, or that refuses a model, has its error in the table. `make
-speed-peers` makes an environment with the peers. The models for a CPU are all-MiniLM-L6-v2, and a
-bidirectional Qwen2 of the 0.5B shape (hidden 896, 14/2 heads, MLP 4864) with random weights and
-`--layers` blocks. Cosines are those to the reference. On random weights, a cosine only shows
-whether an engine computes the same function, because random weights are harder to quantize than
-trained ones.
+speed-peers` makes an environment with the peers. The models for a CPU are all-MiniLM-L6-v2 and a
+bidirectional Qwen2 of the 0.5B shape, with random weights and `--layers` blocks. Cosines are those
+to the reference. On random weights, a cosine only shows whether an engine computes the same
+function, because random weights are harder to quantize than trained ones.
 
 On a CPU, engines use one thread. Times are CPU times of the process, which do not depend on other
 work on the machine. An engine more than 8 times slower than the reference takes one turn. The peaks
-of arithmetic are measured in the same run, by the fastest product of 1024 x 1024 by 1024 x 4096
-matrices that torch has for each number type.
+of arithmetic are measured in the same run (`arithmetic_peaks`).
 """
 
 from __future__ import annotations
@@ -1009,7 +1008,7 @@ def operations_of(engine: Engine, base: Description, lengths: Sequence[int]) -> 
 
 
 def arithmetic_peaks() -> dict[str, float]:
-    """GFLOP/s of the fastest product that torch has for each number type."""
+    """GFLOP/s of a product of 1024 x 1024 by 1024 x 4096 matrices, for each number type."""
     x, w = torch.randn(1024, 1024), torch.randn(4096, 1024)
     peaks = {
         "fp32 MKL": fastest(lambda: nn.functional.linear(x, w)),

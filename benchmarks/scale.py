@@ -1,9 +1,9 @@
 """Measure builds at the size of published models, from checkpoints with random weights.
 
-The checkpoint has the shapes, tensor names and shard layout of the published checkpoint: float32
-safetensors shards of 5 GB with their index, and a head that no encoder reads. It has the tokenizer
-of the embedded model, and its calibration texts are joined from the built-in texts. Time and memory
-of a build do not depend on the values of the weights. Quality does, so no quality is reported.
+The checkpoint has the shapes, tensor names and shards of the published checkpoint: float32 shards
+of 5 GB with their index, and a head that no encoder reads. It has the tokenizer of the embedded
+model, and its calibration texts are joined from the built-in texts. Time and memory of a build do
+not depend on the values of the weights. Quality does, so no quality is reported.
 
     python benchmarks/scale.py build --shape gte-Qwen2-1.5B                      # on the CPU
     python benchmarks/scale.py build --shape gte-Qwen2-7B --device cuda --texts 128 --tokens 512
@@ -11,8 +11,8 @@ of a build do not depend on the values of the weights. Quality does, so no quali
     python benchmarks/scale.py sweep    # cost over layers, hidden size and calibration tokens
     python benchmarks/scale.py plot     # the sweep as benchmarks/results/scale.svg
     python benchmarks/scale.py long     # memory of one text of up to 32,000 tokens
-    python benchmarks/scale.py load --layers 8    # artifacts: time beside the disk's own, memory
-    python benchmarks/scale.py load --layers 8 --disk 0.25 0.5 1    # on slower disks too, as root
+    python benchmarks/scale.py load --layers 8    # time and memory of loading artifacts
+    python benchmarks/scale.py load --layers 8 --disk 0.25 0.5 1    # slower disks too; as root
 
 Each build runs in a separate process, whose peak resident set is read from the operating system.
 Results go to benchmarks/results/scale.json (or --out), with the prediction of `inspect`.

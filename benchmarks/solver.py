@@ -7,7 +7,7 @@ the same random inputs, with a decaying spectrum and a few large features, as in
 
     python benchmarks/solver.py --against eda514f        # both matrices, int4 and NF4
     python benchmarks/solver.py --against eda514f --shapes 3584x3584 --profile
-    python benchmarks/solver.py --block                  # all layers of a 7B block, down_proj too
+    python benchmarks/solver.py --block                  # all layers of a 7B block
 
 Peers run in another environment, whose Python --peer-python names. If GPTQModel's package refuses
 this torch, --peer-path names a folder with its source. All libraries then solve the same problem:

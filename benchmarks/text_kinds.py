@@ -1,7 +1,7 @@
 """Judge variants on seven kinds of text that are not used for calibration.
 
-The texts come from other sources than the shipped calibration texts: BANKING77, STS-B and its
-translations, LCQMC, Cranfield, and two packages that `calibration_set.py` does not use.
+Their sources are BANKING77, STS-B and its translations, LCQMC, Cranfield, and two packages.
+`calibration_set.py` uses none of them for the shipped calibration texts.
 """
 
 from __future__ import annotations

@@ -306,8 +306,8 @@ def st(collection: Collection, n_bytes: int) -> CodedRows:
 def gaussian_limit(collection: Collection, n_bytes: int) -> CodedRows:
     """An ideal code of normally distributed vectors with the covariance of the documents.
 
-    Reverse water-filling (Cover and Thomas 2006, Theorem 10.3.3): with eigenvalues l_i of the
-    documents' covariance, distortions D_i = min(l_i, level) have the rate
+    Reverse water-filling (Cover and Thomas 2006, Theorem 10.3.3): the documents' covariance has
+    eigenvalues l_i. Distortions D_i = min(l_i, level) have the rate
     sum_i log2(l_i / D_i) / 2 bits. The code is simulated by its test channel. A real code cannot
     reach it for such vectors, but a code that uses more than the covariance may be better.
     """

@@ -1,9 +1,8 @@
 """Measure a whole build at the size of a published model: killed once, resumed, and loaded.
 
-The base has the layout of the published model (float32 shards of 5 GB with their index, and a head
-that no encoder reads) and random weights, so no quality is reported. Each step runs in a separate
-process. Figures are written after each block. A run that was ended continues when it is started
-again with the same folder.
+The base is a checkpoint of `scale.py` with the layout of the published model. Its weights are
+random, so no quality is reported. Each step runs in a separate process. Figures are written after
+each block. A run that was ended continues when it is started again with the same folder.
 
     nice -n 19 python benchmarks/whole.py --work /a/disk/with/50/GB --threads 2
 """

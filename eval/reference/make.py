@@ -50,13 +50,13 @@ Key = tuple[str, str, str]
 
 def main(source: Path) -> None:
     """Write the file of each model, and the table of README.md."""
-    wanted = _wanted()
+    suite_keys = _wanted()
     by_model: dict[str, dict[Key, ReferenceScore]] = {model: {} for model in MODELS}
     with gzip.open(source / "mteb_scores.csv.gz", "rt", encoding="utf-8") as handle:
         rows = sorted(csv.DictReader(handle), key=lambda row: row["revision"] != "external")
     for row in rows:  # a later row replaces an earlier one
         key = row["task"], row["split"], row["subset"]
-        if row["model"] in by_model and key in wanted and row["main_score"] != "nan":
+        if row["model"] in by_model and key in suite_keys and row["main_score"] != "nan":
             by_model[row["model"]][key] = ReferenceScore(
                 task=row["task"],
                 split=row["split"],
