@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from model_folders import model_folder
 from numpy.typing import NDArray
+from results_files import conditions, write_results
 from safetensors.torch import load_file, save_file
 from scipy.linalg import hadamard
 from text_kinds import ONE_SOURCE
@@ -51,7 +52,6 @@ from gteopt.build.sensitivity import DEEP_BLOCKS
 from gteopt.build.tuning import Schedule, tune
 from gteopt.config.recipe import LayerScheme, Recipe, load_recipe
 from gteopt.encoder.encoder import Encoder
-from gteopt.machine import machine, versions
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, pack
 from gteopt.quant.gptq import GptqOptions, solve
 from gteopt.quant.hessian import HessianAccumulator
@@ -181,11 +181,10 @@ def main() -> None:
                 "schema": "gteopt.ablation/2",
                 "calibration": ONE_SOURCE.model_dump(),
                 "rows": [asdict(row) for row in rows],
-                "machine": machine().model_dump(),
-                "versions": versions(),
+                **conditions(),
                 "n_threads": torch.get_num_threads(),
             }
-            options.out.write_text(json.dumps(record, indent=2) + "\n")
+            write_results(options.out, record, indent=2)
 
 
 def _recipe(weights: dict[str, Any]) -> Recipe:

@@ -19,6 +19,7 @@ from pathlib import Path
 from model_folders import model_folder
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from reproduce import plain_scores
+from results_files import conditions, write_results
 from sentence_transformers import SentenceTransformer
 from synthetic_suite import write_suite_data
 
@@ -28,7 +29,6 @@ from gteopt.evaluation.runner import EncodeOptions, run_suite
 from gteopt.evaluation.suites import Suite, SuiteTask, read_suite
 from gteopt.evaluation.task_facts import read_task_facts
 from gteopt.evaluation.tasks import resolve
-from gteopt.machine import machine, versions
 
 FOLDER = Path(__file__).parent
 SUITE = "mteb-en"
@@ -78,10 +78,9 @@ def main() -> None:
         "command": "python benchmarks/agreement.py",
         "model": "sentence-transformers/all-MiniLM-L6-v2",
         "rows": rows,
-        "machine": machine().model_dump(),
-        "versions": {**versions(), "mteb": version("mteb"), "dtype": "float32"},
+        **conditions({"mteb": version("mteb"), "dtype": "float32"}),
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, record)
 
 
 if __name__ == "__main__":

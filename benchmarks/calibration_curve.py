@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from model_folders import model_folder
+from results_files import conditions, write_results
 from text_kinds import ONE_SOURCE, encode_kinds, judged_texts, kind_errors, mean_and_worst
 
 import gteopt
 from gteopt.config.recipe import Calibration, load_recipe
-from gteopt.machine import machine, versions
 from gteopt.speed.clock import Stopwatch
 
 
@@ -114,10 +114,9 @@ def write(path: Path, rows: list[Row]) -> None:
     record = {
         "schema": "gteopt.calibration-curve/1",
         "rows": [asdict(row) for row in rows],
-        "machine": machine().model_dump(),
-        "versions": versions(),
+        **conditions(),
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_results(path, record, indent=2)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ import numpy as np
 import torch
 from killed_jobs import kill_jobs, rows_of
 from model_folders import NAMES, folder_of
+from results_files import conditions, write_part
 
 import gteopt
 from gteopt.build.calibration_texts import BUILTIN, draw_texts
@@ -50,7 +51,6 @@ from gteopt.corpus.jobs import Job, Request, embed_here, prepare, run, working_a
 from gteopt.corpus.plan import write_record
 from gteopt.corpus.shard_files import DATA, ShardContent, ShardRecord, to_parquet
 from gteopt.encoder.encoder import Encoder
-from gteopt.machine import machine, versions
 from gteopt.speed.clock import Stopwatch
 
 ELSEWHERE = ("st_multi_process_save", "ray_data")
@@ -374,20 +374,18 @@ def main() -> None:
             }
         else:
             result = resume(arguments.shards, folder)
-    results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     part = (
         arguments.measurement
         if arguments.model == "minilm"
         else f"{arguments.measurement}_{arguments.model}"
     )
-    results[part] = {
+    content = {
         "command": " ".join(["python", "benchmarks/embedding.py", *sys.argv[1:]]),
-        "machine": machine().model_dump(),
-        "versions": versions(),
+        **conditions(),
         "note": arguments.note,
         **result,
     }
-    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    write_part(arguments.out, part, content, indent=2)
     print(json.dumps(result, indent=2))
 
 

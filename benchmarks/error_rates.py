@@ -10,18 +10,17 @@ the margin. Cost: how many rows the correction leaves undecided if the true diff
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from results_files import conditions, write_results
 from scipy import stats
 
 from gteopt.evaluation.per_item_scores import Samples
 from gteopt.evaluation.statistics import interval, judge, paired_draws
-from gteopt.machine import machine, versions
 from gteopt.records.evaluation import Correction, Difference
 
 FOLDER = Path(__file__).parent
@@ -145,10 +144,9 @@ def main() -> None:
         "false_equivalence": [tables(MARGIN, n, 0.003, 1000) for n in (1, 8, 36)],
         "cost": [tables(0.0, n, error, 300) for n in (1, 8, 36) for error in (0.002, 0.003, 0.004)],
         "note": "two cores shared with other work",
-        "machine": machine().model_dump(),
-        "versions": {**versions(), "scipy": version("scipy")},
+        **conditions({"scipy": version("scipy")}),
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ numbers and times nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,14 +28,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from results_files import conditions, write_results
 from torch import Tensor, nn
 
 from gteopt.config.recipe import LayerScheme
 from gteopt.kernels import cuda
 from gteopt.kernels.reference import DequantLinear
-from gteopt.machine import machine, versions
 from gteopt.quant.affine import PackedWeight, pack, quantize_rtn
-from gteopt.records.files import write_atomically
 
 SHAPES = ("18944x3584", "3584x18944", "3584x3584", "512x3584")
 """Outputs x inputs: gate and up, down, query and output, key and value."""
@@ -112,10 +110,9 @@ def main() -> None:
             "ended_early": late,
             "int8_tiles": {str(k): list(v) for k, v in cuda.fastest_tiles().items()},
             "rows": [asdict(row) for row in rows],
-            "machine": machine().model_dump(),
-            "versions": versions(),
+            **conditions(),
         }
-        write_atomically(options.out, (json.dumps(record, indent=2) + "\n").encode())
+        write_results(options.out, record, indent=2)
 
     for shape in options.shapes:
         outputs, inputs = map(int, shape.split("x"))

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from model_folders import model_folder as model_folder
 from numpy.typing import NDArray
+from results_files import write_results
 from text_kinds import encode_kinds, judged_texts, kind_errors, mean_and_worst
 from torch import nn
 
@@ -133,7 +134,7 @@ def write(path: Path, calibration: Calibration, rows: list[Row]) -> None:
         "versions": {**before, **versions(), **peer_versions(PEERS)},
         "n_threads": torch.get_num_threads(),
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_results(path, record, indent=2)
 
 
 def measure(

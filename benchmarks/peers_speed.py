@@ -60,6 +60,7 @@ from device_models import Source
 from model_folders import model_folder
 from numpy.typing import NDArray
 from peers_quality import bitsandbytes_linear, block_linears, peer_versions
+from results_files import conditions, write_results
 from torch import Tensor, nn
 
 import gteopt
@@ -67,7 +68,7 @@ from gteopt.config.recipe import Recipe, load_recipe
 from gteopt.encoder.description import Backend, Description, describe
 from gteopt.encoder.forward import operations
 from gteopt.encoder.skeleton import build_skeleton
-from gteopt.machine import machine, versions
+from gteopt.machine import machine
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.speed.clock import Stopwatch
 from gteopt.speed.energy import Meter, meter
@@ -487,8 +488,7 @@ class Run:
             "layers_of_random_models": self.n_layers,
             "peaks_gflops": self.peaks,
             "rows": [asdict(row) for row in self.rows],
-            "machine": machine().model_dump(),
-            "versions": {**versions(), **peer_versions(PEERS)},
+            **conditions(peer_versions(PEERS)),
             "n_threads": torch.get_num_threads(),
             "clock": "CPU time of the process" if self.setting.device == "cpu" else "wall",
             "energy": self.counter.source,
@@ -497,7 +497,7 @@ class Run:
             record["bars"] = [
                 {**asdict(bar), "met": bar.met} for bar in bars(self.rows, self.peaks)
             ]
-        self.out.write_text(json.dumps(record, indent=2) + "\n")
+        write_results(self.out, record, indent=2)
 
 
 def _row_from(fields: dict[str, Any]) -> Row:

@@ -1,8 +1,8 @@
 """Measure builds at the size of published models, from checkpoints with random weights.
 
-The checkpoint has the shapes, tensor names and shards of the published checkpoint: float32 shards
-of 5 GB with their index, and a head that no encoder reads. It has the tokenizer of the embedded
-model, and its calibration texts are joined from the built-in texts. Time and memory of a build do
+The checkpoint has the shapes, tensor names and shards of the published checkpoint. Its shards are
+float32 and have 5 GB each. It also has the head, which no encoder reads, and the tokenizer of the
+embedded model. Calibration texts are joined from the built-in texts. Time and memory of a build do
 not depend on the values of the weights. Quality does, so no quality is reported.
 
     python benchmarks/scale.py build --shape gte-Qwen2-1.5B                      # on the CPU
@@ -37,13 +37,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from results_files import conditions, read_results, write_part, write_results
 from safetensors.torch import save_file
 
 import gteopt
 from gteopt.build.estimate import estimate
 from gteopt.config.recipe import Calibration, Recipe, load_recipe
 from gteopt.errors import InputError
-from gteopt.machine import machine, versions
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.speed.clock import Stopwatch
 
@@ -268,18 +268,16 @@ def measure(
         "checkpoint_s": round(made_s, 1),
         **measured,
         **({"ended_early": True} if ended_early else {}),
-        "machine": machine().model_dump(),
-        "versions": versions(),
+        **conditions(),
     }
 
 
 def keep(kind: str, row: dict[str, object], out: Path = RESULTS) -> None:
     """Put one row into the file, in place of an earlier row of the same workload."""
-    results = json.loads(out.read_text()) if out.is_file() else {}
+    results = read_results(out)
     workload = ("shape", "n_texts", "max_tokens", "recipe", "gptaq_strength", "device")
     rows = [r for r in results.get(kind, []) if any(r[key] != row[key] for key in workload)]
-    results[kind] = [*rows, row]
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(out, {**results, kind: [*rows, row]})
     beyond = int(str(row["peak_bytes"])) - int(str(row["imports_bytes"]))
     print(
         f"{kind} {row['shape']} {row['n_tokens']} tokens: {row['seconds']} s "
@@ -338,15 +336,13 @@ def long_text(work: Path) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     names = ("n_tokens", "peak_bytes", "cpu_seconds")
     rows = [dict(zip(names, json.loads(line), strict=True)) for line in done.stdout.splitlines()]
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    results["long"] = {
+    content = {
         "shape": asdict(shape),
         "dtype": "float32",
         "texts": rows,
-        "machine": machine().model_dump(),
-        "versions": versions(),
+        **conditions(),
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_part(RESULTS, "long", content)
     print(rows)
 
 
@@ -487,16 +483,14 @@ def loads(shape: Shape, work: Path, out: Path, disks: Sequence[float]) -> None:
                     f"held {medians['held_bytes'] / n_bytes:.2f} times the files",
                     flush=True,
                 )
-    results = json.loads(out.read_text()) if out.is_file() else {}
-    results["load"] = {
+    content = {
         "shape": asdict(shape),
         "n_runs": _LOAD_RUNS,
         "n_threads": torch.get_num_threads(),
         "rows": rows,
-        "machine": machine().model_dump(),
-        "versions": versions(),
+        **conditions(),
     }
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_part(out, "load", content)
 
 
 _PANEL = (230, 130)

@@ -47,6 +47,7 @@ from typing import Any
 import numpy as np
 import psutil
 from model_folders import NAMES, folder_of
+from results_files import write_part
 
 from gteopt.machine import machine
 
@@ -532,8 +533,6 @@ def drop(server: Server, text: str) -> None:
 
 def write(part: str, content: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Put one part into the results file, with the machine and versions."""
-    path = Path(arguments.out)
-    whole = json.loads(path.read_text()) if path.is_file() else {}
     versions = {}
     for name in LIBRARIES:
         try:
@@ -541,7 +540,7 @@ def write(part: str, content: dict[str, Any], arguments: argparse.Namespace) -> 
         except PackageNotFoundError:
             versions[name] = "not installed"
     part = part if arguments.model == "minilm" else f"{part}_{arguments.model}"
-    whole[part] = {
+    described = {
         "command": f"python benchmarks/serving.py {' '.join(sys.argv[1:])}",
         "model": NAMES[arguments.model],
         "threads": arguments.threads,
@@ -550,7 +549,7 @@ def write(part: str, content: dict[str, Any], arguments: argparse.Namespace) -> 
         "note": arguments.note,
         **content,
     }
-    path.write_text(json.dumps(whole, indent=1) + "\n")
+    write_part(Path(arguments.out), part, described)
 
 
 def main() -> None:

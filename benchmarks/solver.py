@@ -29,6 +29,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from results_files import conditions, write_part
+
 RESULTS = Path(__file__).parent / "results" / "solver.json"
 ROOT = Path(__file__).parent.parent
 SHAPES = ("3584x3584", "18944x3584")
@@ -259,8 +261,6 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    from gteopt.machine import machine, versions
-
     shapes = list(BLOCK) if options.block else options.shapes
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -290,19 +290,17 @@ def main() -> None:
         print("CPU seconds a block:", totals)
     arguments = " ".join(["python", "benchmarks/solver.py", *sys.argv[1:]])
     key = "block" if options.block else "peers" if options.peer_python else "matrices"
-    results = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    results[key] = {
+    content = {
         "command": arguments.replace(str(options.out), options.out.name),
         "note": "two shared cores, busy with other work; CPU time, one thread",
         "rows": rows,
         "block_cpu_s": totals,
-        "machine": machine().model_dump(),
-        "versions": versions(),
+        **conditions(),
     }
     if options.peer_python:
         where = options.peer_path or ROOT / "benchmarks"
-        results[key]["peer_versions"] = run(_PEER_VERSIONS, [], where, options.peer_python)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+        content["peer_versions"] = run(_PEER_VERSIONS, [], where, options.peer_python)
+    write_part(options.out, key, content)
 
 
 if __name__ == "__main__":

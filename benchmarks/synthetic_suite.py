@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results_files import conditions, write_results
 
 from gteopt.commands.run import run
 from gteopt.config.plan import Plan
 from gteopt.evaluation.suites import SuiteTask, read_suite
 from gteopt.evaluation.task_facts import TaskFacts, read_task_facts
-from gteopt.machine import machine, versions
 from gteopt.progress import quiet
 from gteopt.speed.clock import Stopwatch
 
@@ -282,10 +282,9 @@ def main() -> None:
         "reason": choice.reason,
         "seconds": round(watch.wall_s),
         "note": "two cores shared with other work",
-        "machine": machine().model_dump(),
-        "versions": {**versions(), "mteb": version("mteb"), "datasets": version("datasets")},
+        **conditions({"mteb": version("mteb"), "datasets": version("datasets")}),
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, record)
     print(json.dumps({name: record[name] for name in ("n_tasks", "failed", "picked", "reason")}))
 
 

@@ -31,11 +31,11 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 from model_folders import model_folder
+from results_files import conditions, write_results
 from sentence_transformers.util.quantization import quantize_embeddings
 
 import gteopt
 from gteopt.config.recipe import Vectors
-from gteopt.machine import machine, versions
 from gteopt.speed.clock import Stopwatch
 from gteopt.vectors.fit import fit
 from gteopt.vectors.search import search
@@ -129,13 +129,12 @@ def write(out: Path, rows: list[Row]) -> None:
     kept = [row for row in before if (row["model"], row["by"], row["n_bytes"]) not in new]
     content = {
         "command": "python benchmarks/vector_codes.py --cranfield ../shared/beir/cranfield",
-        "machine": machine().model_dump(),
-        "versions": {**versions(), "faiss": faiss.__version__},
+        **conditions({"faiss": faiss.__version__}),
         "n_threads": 1,
         "note": "other work ran on the machine; these figures do not depend on it",
         "rows": [*kept, *map(asdict, rows)],
     }
-    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_results(out, content)
 
 
 def read(model: str, folder: Path, cache: Path) -> Collection:

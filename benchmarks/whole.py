@@ -21,12 +21,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from results_files import conditions, read_results, write_results
 from scale import SHAPES, make_checkpoint, write_texts
 
 from gteopt.config.recipe import Calibration, Recipe, load_recipe
-from gteopt.machine import machine, versions
 from gteopt.model.artifact import stage_folder
-from gteopt.records.files import write_atomically
 from gteopt.speed.clock import Stopwatch
 
 RESULTS = Path(__file__).parent / "results" / "whole.json"
@@ -134,12 +133,10 @@ def main() -> None:
         "n_threads": arguments.threads,
         "niceness": os.nice(0),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "machine": machine().model_dump(),
-        "versions": versions(),
+        **conditions(),
         "lives": [],
     }
-    if arguments.out.is_file():
-        results |= json.loads(arguments.out.read_text())
+    results |= read_results(arguments.out)
     if not (base / "config.json").is_file():
         shutil.rmtree(base, ignore_errors=True)
         watch = Stopwatch()
@@ -227,7 +224,7 @@ def _compare(results: dict[str, Any], out: Path) -> None:
 
 
 def _keep(results: dict[str, Any], out: Path) -> None:
-    write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+    write_results(out, results)
 
 
 if __name__ == "__main__":

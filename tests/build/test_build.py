@@ -445,6 +445,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 @pytest.fixture
 def scale(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """benchmarks/scale.py."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
     spec = importlib.util.spec_from_file_location("scale", BENCHMARKS / "scale.py")
     assert spec is not None
     assert spec.loader is not None
