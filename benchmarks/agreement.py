@@ -1,6 +1,6 @@
-"""Plain mteb beside gteopt on synthetic data: do both give the same score, task by task?
+"""Compare the scores of gteopt and of plain mteb on synthetic data, task by task.
 
-    python benchmarks/agreement.py            # benchmarks/results/agreement.json, minutes
+    python benchmarks/agreement.py            # minutes; writes benchmarks/results/agreement.json
 
 The data of real tasks are large. `synthetic_suite.py` writes a few texts for each task in the Hub's
 layout. all-MiniLM-L6-v2 in float32 is scored on them by gteopt's runner, and by mteb's own loader

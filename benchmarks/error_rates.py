@@ -1,6 +1,6 @@
 """Measure how often intervals and verdicts are wrong, on synthetic scores of known difference.
 
-    python benchmarks/error_rates.py          # benchmarks/results/error_rates.json, about a minute
+    python benchmarks/error_rates.py    # a minute; writes benchmarks/results/error_rates.json
 
 Coverage: how often the 95 % interval of a difference contains the true one, over many evaluations.
 False equivalence: how often a table contains an "equivalent" if the true difference of every row is

@@ -1,6 +1,6 @@
 """Score a whole suite on synthetic data, to see its intervals and what a policy picks.
 
-    python benchmarks/synthetic_suite.py            # benchmarks/results/synthetic_suite.json
+    python benchmarks/synthetic_suite.py    # writes benchmarks/results/synthetic_suite.json
     python benchmarks/synthetic_suite.py --suite mteb-fr
 
 Writes each data set of the suite in the Hub's layout, with a few texts. Scores the embedded model
