@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from gteopt.commands.embed import embed
+from gteopt.speed.clock import Stopwatch
 
 DEVICES = "cpu,cpu"
 SHARD_ROWS = 4
@@ -48,9 +49,9 @@ def kill_jobs(corpus: Path, folder: Path, n_kills: int, seed: int) -> dict[str, 
         seed: seed of the moments and the victims.
     """
     whole = folder / "whole"
-    began = time.monotonic()
+    watch = Stopwatch()
     _end(_fork(corpus, whole))
-    longest_s = time.monotonic() - began
+    longest_s = watch.wall_s
     expected = folder_bytes(whole)
     killed, moments = Killed(n_shards=_n_shards(expected)), random.Random(seed)
     while sum(killed.kills.values()) < n_kills:

@@ -616,7 +616,7 @@ def take_turns(
     unable: Set[tuple[str, str]] = frozenset(),
 ) -> dict[str, dict[str, list[float]]]:
     """CPU seconds (on a GPU: seconds) of every engine and workload, for each round."""
-    clock = time.process_time if setting.device == "cpu" else time.perf_counter
+    on_cpu = setting.device == "cpu"
     seconds: dict[str, dict[str, list[float]]] = {n: {w: [] for w in texts} for n in made}
     for workload, batch in texts.items():
         repeats = 1 if workload == "bulk" else 5
@@ -628,9 +628,9 @@ def take_turns(
                 own_s, reference_s = seconds[name][workload], seconds[setting.reference][workload]
                 if own_s and reference_s and min(own_s) > TOO_SLOW * min(reference_s):
                     continue
-                begin = clock()
+                watch = Stopwatch()
                 made[name](batch)  # waits for the device, because vectors are copied to the host
-                own_s.append(clock() - begin)
+                own_s.append(watch.cpu_s if on_cpu else watch.wall_s)
     return seconds
 
 
@@ -1036,9 +1036,9 @@ def fastest(call: Callable[[], object]) -> float:
     """GFLOP/s of the fastest of a few calls."""
     seconds = []
     for _ in range(5):
-        begin = time.process_time()
+        watch = Stopwatch()
         call()
-        seconds.append(time.process_time() - begin)
+        seconds.append(watch.cpu_s)
     return 2 * 1024 * 1024 * 4096 / min(seconds) / 1e9
 
 
