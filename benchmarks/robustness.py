@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -49,11 +50,15 @@ class Setting:
 
     Attributes:
         weights: fields of the recipe's weights.
+        calibration: fields of the recipe's calibration.
+        largest_loss: above which a layer with static activations rounds by token.
         shrinkage: share of the Hessian's off-diagonal elements that is taken away.
         weigh: weight of a text's tokens by its length, its kind and the tokens of each kind.
     """
 
     weights: tuple[tuple[str, Any], ...] = ()
+    calibration: tuple[tuple[str, Any], ...] = ()
+    largest_loss: float | None = None
     shrinkage: float = 0.0
     weigh: Weigh | None = None
 
@@ -64,6 +69,13 @@ SETTINGS = {
     "shrinkage 0.05": Setting(shrinkage=0.05),
     "shrinkage 0.1": Setting(shrinkage=0.1),
     "shrinkage 0.2": Setting(shrinkage=0.2),
+    "no random texts": Setting(calibration=(("random_texts", 0),)),
+    "24 random texts": Setting(calibration=(("random_texts", 24),)),
+    "48 random texts": Setting(calibration=(("random_texts", 48),)),
+    "96 random texts": Setting(calibration=(("random_texts", 96),)),
+    "every layer static": Setting(largest_loss=math.inf),
+    "static to a loss of 4": Setting(largest_loss=4),
+    "static, no random texts": Setting(calibration=(("random_texts", 0),), largest_loss=math.inf),
     "damping 0.05": Setting((("damping", 0.05),)),
     "tokens weigh 1/L^0.5": Setting(weigh=lambda length, _kind, _all: length**-0.5),
     "tokens weigh 1/L": Setting(weigh=lambda length, _kind, _all: 1 / length),
@@ -166,8 +178,11 @@ def build(base: Encoder, recipe: Recipe, setting: Setting, out: Path) -> None:
     """Write a variant, solved with one setting changed."""
     assert recipe.weights.method == "gptq"
     weights = recipe.weights.model_copy(update=dict(setting.weights))
-    recipe = recipe.model_copy(update={"weights": weights})
+    texts = recipe.calibration.model_copy(update=dict(setting.calibration))
+    recipe = recipe.model_copy(update={"weights": weights, "calibration": texts})
     with ExitStack() as stack:
+        if setting.largest_loss is not None:
+            stack.enter_context(patch("gteopt.build.blocks.LARGEST_LOSS", setting.largest_loss))
         if setting.shrinkage:
             shrunk = _shrinking(setting.shrinkage)
             stack.enter_context(patch("gteopt.quant.gptq.prepare", shrunk))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -44,8 +45,9 @@ from gteopt.machine import give_back
 from gteopt.progress import Progress
 from gteopt.quant import gptq
 from gteopt.quant.affine import PARTS, PackedWeight, QuantizedWeight, pack, snr_db
+from gteopt.quant.held_out_ranges import LARGEST_LOSS, fit_held_out
 from gteopt.quant.smoothquant import Smoothing
-from gteopt.quant.static_activations import fit_inputs
+from gteopt.quant.static_activations import SeenInputs
 from gteopt.records.files import write_atomically
 from gteopt.records.manifest import LayerRecord, SmoothingRecord, TuningRecord
 
@@ -344,14 +346,20 @@ def _read_inputs(
     weights: GptqWeights,
 ) -> LayerInputs:
     """Statistics of the inputs of these layers, which all read the same tensor."""
-    grid, mean = None, None
+    grid, mean, loss = None, None, None
     if weights.scheme.activation_static:
-        ranges = watch_inputs(block, layers[0], inputs)
-        grid, mean = fit_inputs(ranges), ranges.mean
+        kinds = watch_inputs(block, layers[0], inputs)
+        linears = block.linears()
+        squares = [linears[name].weight.float().square().sum(0) for name in layers]
+        fitted = fit_held_out(kinds, torch.stack(squares).sum(0))
+        loss = fitted.loss
+        if loss <= LARGEST_LOSS:
+            grid = fitted.grid
+            mean = reduce(SeenInputs.union, [kind.seen for kind in kinds]).mean
     statistics = accumulate_hessian(
         block, layers[0], inputs, compared, is_alone=len(layers) == 1, grid=grid
     )
-    return LayerInputs(statistics, grid, mean)
+    return LayerInputs(statistics, grid, mean, static_loss=loss)
 
 
 def _bias(linear: nn.Linear, codes: QuantizedWeight, inputs: LayerInputs | None) -> Tensor | None:

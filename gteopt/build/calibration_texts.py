@@ -11,11 +11,11 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from gteopt.config.recipe import Calibration
+from gteopt.config.recipe import Calibration, GptqWeights, Recipe
 from gteopt.config.text_files import is_unicode, read_lines, read_rows
 from gteopt.encoder.tokenization import Role, Tokenization, Tokens
 from gteopt.errors import InputError, join_problems
@@ -28,16 +28,23 @@ TOKENS_AN_INPUT = 4
 """Calibration tokens that a layer needs for each input feature: with fewer, its Hessian is a poor
 estimate."""
 
+_PARTS = 4
+_RANDOM_TEXTS, _RANDOM_TOKENS = 24, 50
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """One text with its role."""
+    """One text with its role.
+
+    Attributes:
+        kind: name of the texts that are like it, such as a language; "" if unknown.
+    """
 
     text: str
     role: Role = "document"
     instruction: str | None = None
+    kind: str = field(default="", compare=False)
 
 
 def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[CalibrationText, ...]:
@@ -57,6 +64,37 @@ def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[Calib
     if not texts:
         raise InputError(f"calibration texts '{spec.texts}' hold no text")
     return tuple(texts[: spec.n_texts])
+
+
+def n_random_texts(recipe: Recipe) -> int:
+    """Number of texts of random tokens that a build of the recipe adds."""
+    if recipe.calibration.random_texts is not None:
+        return recipe.calibration.random_texts
+    weights = recipe.weights
+    is_static = isinstance(weights, GptqWeights) and weights.scheme.activation_static
+    return _RANDOM_TEXTS if is_static else 0
+
+
+def random_texts(recipe: Recipe, tokenization: Tokenization) -> tuple[CalibrationText, ...]:
+    """Texts of tokens that are drawn at random from the whole vocabulary; they are a kind.
+
+    A text in another script or language moves a layer's inputs far outside the ranges of the
+    calibration texts. Random tokens show such inputs without a text in that language. Many
+    tokenizers turn an unknown script into their unknown token, so its share rises from 0 in the
+    first text to almost 1 in the last.
+    """
+    tokenizer = tokenization.tokenizer
+    special, unknown = set(tokenizer.all_special_ids), tokenizer.unk_token_id
+    vocabulary = [i for i in range(len(tokenizer)) if i not in special]
+    draw = random.Random(recipe.calibration.seed)
+    n_texts = n_random_texts(recipe)
+    texts = []
+    for position in range(n_texts):
+        ids = draw.choices(vocabulary, k=_RANDOM_TOKENS)
+        if unknown is not None:
+            ids = [unknown if draw.random() < position / n_texts else i for i in ids]
+        texts.append(CalibrationText(tokenizer.decode(ids), kind="random tokens"))
+    return tuple(texts)
 
 
 def tokenize(
@@ -80,19 +118,33 @@ def tokenize(
     return [ids_by_position[i] for i in range(len(texts))]
 
 
+def number_kinds(texts: Sequence[CalibrationText]) -> list[int]:
+    """A number for each text's kind, so that one kind can be held out at a time.
+
+    If all texts are of one kind, they are cut into four parts. A part that is held out is then new,
+    but it is like the others.
+    """
+    names = list(dict.fromkeys(text.kind for text in texts))
+    if len(names) > 1:
+        return [names.index(text.kind) for text in texts]
+    return [i % _PARTS for i in range(len(texts))]
+
+
 def record(
     spec: Calibration,
     texts: Sequence[CalibrationText],
     tokens: Sequence[Tokens],
     *,
+    n_random: int,
     longest: int,
 ) -> CalibrationRecord:
     """The manifest's record of the texts.
 
     Args:
         spec: the recipe's calibration settings.
-        texts: the drawn texts.
+        texts: the drawn texts, then the texts of random tokens.
         tokens: token ids of each text.
+        n_random: number of the texts of random tokens.
         longest: the most tokens that the model takes; the recipe may allow more.
     """
     rows = [[text.role, text.instruction, text.text] for text in texts]
@@ -100,7 +152,8 @@ def record(
     name = spec.texts if spec.texts == BUILTIN else Path(spec.texts).name
     return CalibrationRecord(
         source=name,
-        n_texts=len(texts),
+        n_texts=len(texts) - n_random,
+        n_random=n_random,
         n_tokens=sum(len(ids) for ids in tokens),
         max_tokens=min(spec.max_tokens, longest),
         n_cut=sum(ids.is_cut for ids in tokens),
@@ -141,7 +194,7 @@ def _read_builtin() -> tuple[list[CalibrationText], list[CalibrationText]]:
     for line in (ASSETS / "calibration.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         is_first = row["source"] == "written for gteopt" and row["kind"] != "long"
-        text = CalibrationText(row["text"], row["role"], row["instruction"])
+        text = CalibrationText(row["text"], row["role"], row["instruction"], row["language"])
         (first if is_first else others).append(text)
     return first, others
 
@@ -157,7 +210,7 @@ def _read_texts(spec: Calibration, hub_dir: Path | None) -> Iterator[Calibration
 
 
 def _read_file(path: Path, column: str) -> list[CalibrationText]:
-    """Lines of a .txt, or rows with `column` and optionally `role` and `instruction`.
+    """Lines of a .txt, or rows with `column` and optionally `role`, `instruction` and `kind`.
 
     Raises:
         InputError: lists all bad lines.
@@ -169,7 +222,7 @@ def _read_file(path: Path, column: str) -> list[CalibrationText]:
     else:
         for number, row in read_rows(path, problems):
             text, role = row.get(column), row.get("role") or "document"
-            instruction = row.get("instruction") or None
+            instruction, kind = row.get("instruction") or None, row.get("kind") or ""
             if column not in row:
                 shown = ", ".join(str(name)[:40] for name in list(row)[:10])
                 problems.append(
@@ -181,8 +234,10 @@ def _read_file(path: Path, column: str) -> list[CalibrationText]:
                 problems.append(f"{path}:{number}: role must be query or document")
             elif not isinstance(instruction, str | None):
                 problems.append(f"{path}:{number}: instruction must be a text")
+            elif not isinstance(kind, str):
+                problems.append(f"{path}:{number}: kind must be a text")
             elif text.strip():
-                texts.append(CalibrationText(text, cast(Role, role), instruction))
+                texts.append(CalibrationText(text, cast(Role, role), instruction, kind))
     if problems:
         shown_problems = problems[:20]
         if len(problems) > 20:

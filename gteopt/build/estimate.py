@@ -18,7 +18,13 @@ from torch import nn
 from gteopt.build import tuning
 from gteopt.build.bit_budget import SENSITIVITY_TEXTS
 from gteopt.build.build_time import build_seconds
-from gteopt.build.calibration_texts import draw_texts, few_tokens, tokenize
+from gteopt.build.calibration_texts import (
+    draw_texts,
+    few_tokens,
+    n_random_texts,
+    random_texts,
+    tokenize,
+)
 from gteopt.build.layer_plan import (
     LayerPlan,
     n_latent_parameters,
@@ -74,13 +80,13 @@ def estimate(
             estimate uses the most tokens that the recipe allows.
     """
     base = _Base(checkpoint, build_skeleton(checkpoint), parse_dtype(dtype).itemsize)
-    n_tokens: dict[Calibration, int] = {}
+    n_tokens: dict[tuple[Calibration, int], int] = {}
     for recipe in recipes:
-        texts = recipe.calibration
+        texts = recipe.calibration, n_random_texts(recipe)
         try:
             plan = plan_layers(checkpoint, recipe, base.skeleton)
             if texts not in n_tokens:
-                n_tokens[texts] = _padded_tokens(checkpoint, texts, hub_dir)
+                n_tokens[texts] = _padded_tokens(checkpoint, recipe, hub_dir)
             if recipe.dims is not None and recipe.dims.n > checkpoint.dims:
                 raise ValueError(f"the model has only {checkpoint.dims} dimensions")
         except (GteoptError, ValueError) as error:
@@ -247,12 +253,13 @@ class _Build:
         return 2 if needs_original(self.recipe, self.plan) else 1
 
 
-def _padded_tokens(checkpoint: Checkpoint, spec: Calibration, hub_dir: Path | None) -> int:
+def _padded_tokens(checkpoint: Checkpoint, recipe: Recipe, hub_dir: Path | None) -> int:
     """Tokens of the calibration texts, including padding."""
+    spec = recipe.calibration
     try:
-        tokens = tokenize(
-            Tokenization(checkpoint), draw_texts(spec, hub_dir=hub_dir), spec.max_tokens
-        )
+        tokenization = Tokenization(checkpoint)
+        texts = draw_texts(spec, hub_dir=hub_dir) + random_texts(recipe, tokenization)
+        tokens = tokenize(tokenization, texts, spec.max_tokens)
     except GteoptError:
         return spec.n_texts * spec.max_tokens
     return sum(len(batch) * max(map(len, batch)) for batch in token_batches(tokens))

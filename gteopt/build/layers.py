@@ -37,17 +37,19 @@ class LayerInputs:
         grid: how inputs are rounded, if activations are static.
         mean: mean of the inputs before rounding, float32 [I], if activations are static.
         factor: factor of the inverse Hessian, if several layers share it.
+        static_loss: see `HeldOutGrid.loss`; None if the recipe has no static activations.
     """
 
     statistics: HessianAccumulator
     grid: InputGrid | None = None
     mean: Tensor | None = None
     factor: InverseFactor | None = None
+    static_loss: float | None = None
 
     def to(self, device: str) -> LayerInputs:
         """The statistics and the grid on another device, without the factor."""
         grid = None if self.grid is None else self.grid.to(device)
-        return LayerInputs(self.statistics.to(device), grid)
+        return LayerInputs(self.statistics.to(device), grid, static_loss=self.static_loss)
 
     def factorised(self, name: str, weights: GptqWeights) -> LayerInputs:
         """A copy with the factor; `name` names the layer in errors."""
@@ -84,6 +86,12 @@ def quantize_layer(
     output_snr = None
     if inputs is not None and inputs.grid is not None:  # the inputs are in units of these scales
         weight = weight * inputs.grid.scale
+    elif inputs is not None and inputs.static_loss is not None:
+        scheme = scheme.model_copy(update={"activation_static": False})
+        notes.append(
+            "inputs are rounded by each token's range, because fixed scales lose "
+            f"{inputs.static_loss:.1f} times as much on a kind of text that they were not fitted on"
+        )
     if isinstance(weights, RtnWeights):
         codes = quantize_rtn(weight, scheme, clip_search=weights.clip_search)
     else:

@@ -23,7 +23,13 @@ from gteopt.build.blocks import (
     shard_path,
     tune_blocks,
 )
-from gteopt.build.calibration_texts import draw_texts, record, tokenize
+from gteopt.build.calibration_texts import (
+    draw_texts,
+    number_kinds,
+    random_texts,
+    record,
+    tokenize,
+)
 from gteopt.build.fit_vectors import check_vectors, needs_texts
 from gteopt.build.kept_states import KeptStates
 from gteopt.build.layer_plan import (
@@ -159,17 +165,21 @@ def _quantize(run: BuildRun) -> Manifest:
         options = RuntimeOptions(run.device, run.dtype)
         encoder = load_checkpoint(checkpoint, options, later=plan.blocks)
     base = describe_base(checkpoint, encoder)
-    tokens = tokenize(encoder.tokenization, texts, recipe.calibration.max_tokens)
+    random = random_texts(recipe, encoder.tokenization) if texts else ()
+    layer_texts = texts + random
+    tokens = tokenize(encoder.tokenization, layer_texts, recipe.calibration.max_tokens)
     calibration = None
     if texts:
         longest = encoder.tokenization.max_tokens
-        calibration = record(recipe.calibration, texts, tokens, longest=longest)
+        calibration = record(
+            recipe.calibration, layer_texts, tokens, n_random=len(random), longest=longest
+        )
     embedding = _pack_embedding_(encoder) if recipe.embedding == "int8" else None
     allocation: AllocationRecord | None = None
     if plan.choices:
         with memory_errors("the measurement of sensitivities"):
             plan, allocation = allocate_schemes(run, encoder, plan, tokens)
-    layers, tuning = _quantize_layers(run, encoder, plan, tokens)
+    layers, tuning = _quantize_layers(run, encoder, plan, tokens, number_kinds(layer_texts))
     write_model(encoder, stage, blocks=plan.blocks, layers=layers, format=plan.format)
     parts = Parts(
         base=base,
@@ -185,7 +195,11 @@ def _quantize(run: BuildRun) -> Manifest:
 
 
 def _quantize_layers(
-    run: BuildRun, encoder: Encoder, plan: LayerPlan, tokens: Sequence[Sequence[int]]
+    run: BuildRun,
+    encoder: Encoder,
+    plan: LayerPlan,
+    tokens: Sequence[Sequence[int]],
+    kinds: Sequence[int],
 ) -> tuple[tuple[LayerRecord, ...], TuningRecord | None]:
     """Quantize all blocks, and tune the whole model if the plan says so."""
     if plan.blocks is None:
@@ -201,7 +215,9 @@ def _quantize_layers(
         n_kinds = 2 if needs_original(run.recipe, plan) else 1
         spill = StateSpill(run.activation_bytes // n_kinds, run.activations)
         with memory_errors(blocks[0].name):
-            blocks, inputs = open_blocks(encoder, tokens, dtype=replay_dtype(encoder), spill=spill)
+            blocks, inputs = open_blocks(
+                encoder, tokens, kinds=kinds, dtype=replay_dtype(encoder), spill=spill
+            )
     build = BlockBuild(encoder, run.recipe, plan, run.devices, run.progress)
     # States of at most the token table's size never raise the peak disk of the build, because the
     # table is written only at the end.

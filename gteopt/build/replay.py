@@ -24,12 +24,15 @@ from gteopt.encoder.loading import fill_
 from gteopt.errors import NumericsError, UnsupportedError
 from gteopt.kernels.cpu import multiplies_bfloat16
 from gteopt.quant.gptq import is_finite
+from gteopt.quant.held_out_ranges import KindInputs
 from gteopt.quant.hessian import HessianAccumulator
 from gteopt.quant.static_activations import InputGrid, SeenInputs
 
 BATCH_TOKENS = 2048
 """Padded tokens that run through a block at once. For so many tokens, a wide layer's output takes
 160 MB in float32 (18,944 features)."""
+SAMPLED_ROWS = 256
+"""Inputs of a layer, of each kind of text, that its grid is judged on."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,20 @@ class BlockInput:
     Attributes:
         real: [N, T] bool, False on padding.
         pooled: [N, T], the tokens whose hidden states are pooled.
+        kinds: [N] int64, number of each text's kind.
     """
 
     def __init__(
-        self, hidden: Tensor, real: Tensor, pooled: Tensor, file: Path | None = None
+        self,
+        hidden: Tensor,
+        real: Tensor,
+        pooled: Tensor,
+        file: Path | None = None,
+        kinds: Tensor | None = None,
     ) -> None:
         self.real = real
         self.pooled = pooled
+        self.kinds = torch.zeros(len(real), dtype=torch.long) if kinds is None else kinds
         self._file = file
         self._held: Tensor | None = None
         self.hidden = hidden
@@ -70,7 +80,11 @@ class BlockInput:
     def copy(self) -> BlockInput:
         """An independent copy of the batch with the same hidden states."""
         file = None if self._file is None else self._file.with_name(f"copy-{self._file.name}")
-        return BlockInput(self.hidden, self.real, self.pooled, file)
+        return BlockInput(self.hidden, self.real, self.pooled, file, self.kinds)
+
+    def kinds_of_rows(self) -> Tensor:
+        """[n], the kind of each token that is not padding, in the order of `hidden[real]`."""
+        return self.kinds.repeat_interleave(self.real.sum(1).cpu())
 
     @property
     def hidden(self) -> Tensor:
@@ -170,6 +184,7 @@ def open_blocks(
     encoder: Encoder,
     tokens: Sequence[Sequence[int]],
     *,
+    kinds: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     spill: StateSpill | None = None,
 ) -> tuple[list[Block], list[BlockInput]]:
@@ -182,6 +197,7 @@ def open_blocks(
     Args:
         encoder: the model; its blocks' weights may still be in their files.
         tokens: token ids of the texts.
+        kinds: number of each text's kind; None if all texts are of one kind.
         dtype: dtype of the hidden states and of the blocks' other arguments; None means the
             model's.
         spill: where hidden states are stored; None keeps all in memory.
@@ -193,7 +209,9 @@ def open_blocks(
         encoder.module, encoder.checkpoint.config.get("num_hidden_layers")
     )
     originals = list(block_list)
-    batches = list(token_batches(tokens))
+    positions = list(_batch_positions(tokens))
+    batches = [[tokens[i] for i in batch] for batch in positions]
+    text_kinds = torch.tensor([0] * len(tokens) if kinds is None else kinds)
     dtype = dtype or encoder.dtype
     fill_(encoder, f"{name}.0")
     returns_tuple = _returns_tuple(encoder, originals[0], batches[0][0][:4])
@@ -203,7 +221,7 @@ def open_blocks(
     try:
         for i, recorder in enumerate(recorders):
             block_list[i] = recorder
-        for batch in batches:
+        for batch, of_batch in zip(batches, positions, strict=True):
             ids, mask = encoder.pad(batch)
             encoder.module(input_ids=ids, attention_mask=mask)
             hidden = recorders[0].hidden.to(dtype)
@@ -213,7 +231,8 @@ def open_blocks(
                 file = spill.file(f"batch-{len(inputs):05}")
             else:
                 kept_bytes += n_bytes
-            inputs.append(BlockInput(hidden, mask.bool(), encoder.pool_mask(batch, mask), file))
+            pooled = encoder.pool_mask(batch, mask)
+            inputs.append(BlockInput(hidden, mask.bool(), pooled, file, text_kinds[of_batch]))
     finally:
         for i, original in enumerate(originals):
             block_list[i] = original
@@ -350,12 +369,18 @@ def behind_blocks(
 
 def token_batches(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
     """Batches of texts of similar length, each of at most `BATCH_TOKENS` padded tokens."""
-    batch: list[Sequence[int]] = []
-    for ids in sorted(tokens, key=len):
-        if batch and (len(batch) + 1) * len(ids) > BATCH_TOKENS:
+    for batch in _batch_positions(tokens):
+        yield [tokens[i] for i in batch]
+
+
+def _batch_positions(tokens: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """The positions in `tokens` of each batch's texts."""
+    batch: list[int] = []
+    for i in sorted(range(len(tokens)), key=lambda i: len(tokens[i])):
+        if batch and (len(batch) + 1) * len(tokens[i]) > BATCH_TOKENS:
             yield batch
             batch = []
-        batch.append(ids)
+        batch.append(i)
     yield batch
 
 
@@ -444,17 +469,31 @@ def accumulate_hessian(
     return accumulator
 
 
-def watch_inputs(block: Block, layer: str, inputs: Sequence[BlockInput]) -> SeenInputs:
-    """Ranges and moments of the inputs of one linear layer, over all real tokens of all batches.
+def watch_inputs(block: Block, layer: str, inputs: Sequence[BlockInput]) -> list[KindInputs]:
+    """The inputs of one linear layer, over all real tokens of all batches, by kind of text.
 
     Raises:
         NumericsError: the activations hold NaN or infinity.
     """
     linear = _linear(block, layer)
-    ranges = SeenInputs(linear.in_features, linear.weight.device)
+    n_rows = torch.cat([batch.kinds_of_rows() for batch in inputs]).bincount()
+    # A batch holds texts of one length. Equal steps take sampled rows from all batches.
+    steps = (n_rows // SAMPLED_ROWS).clamp_min(1).tolist()
+    seen = [SeenInputs(linear.in_features, linear.weight.device) for _ in steps]
+    sampled: list[list[Tensor]] = [[] for _ in steps]
     for i, batch in enumerate(inputs):
-        ranges.add(_layer_inputs(block, layer, i, batch))
-    return ranges
+        rows = _layer_inputs(block, layer, i, batch)
+        row_kinds = batch.kinds_of_rows().to(rows.device)
+        for kind in row_kinds.unique().tolist():
+            of_kind = rows[row_kinds == kind]
+            first = -seen[kind].n_rows % steps[kind]
+            seen[kind].add(of_kind)
+            sampled[kind].append(of_kind[first :: steps[kind]].float())
+    return [
+        KindInputs(of_kind, torch.cat(parts))
+        for of_kind, parts in zip(seen, sampled, strict=True)
+        if parts
+    ]
 
 
 def _linear(block: Block, layer: str) -> nn.Linear:

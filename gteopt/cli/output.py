@@ -196,6 +196,8 @@ def _calibrated_on(manifest: Manifest, calibration: CalibrationRecord) -> str:
         f"calibrated on {calibration.n_tokens:,} tokens of {calibration.n_texts:,} texts "
         f"({calibration.source})"
     )
+    if calibration.n_random:
+        size += f" and {calibration.n_random} of random tokens"
     widths = (layer.in_features for layer in manifest.layers if layer.method == "gptq")
     warning = few_tokens(calibration.n_tokens, max(widths, default=0))
     return size if warning is None else f"{size}\nWarning: {warning}"

@@ -411,7 +411,12 @@ def _write_split(
     builtin = draw_texts(Calibration(n_texts=n_builtin))
     rows = [{"text": text} for text in calibrated]
     rows += [
-        {"text": text.text, "role": text.role, "instruction": text.instruction or ""}
+        {
+            "text": text.text,
+            "role": text.role,
+            "instruction": text.instruction or "",
+            "kind": text.kind,
+        }
         for text in builtin
     ]
     calibration, judged = out / "calibration.jsonl", out / "held-out.jsonl"

@@ -234,6 +234,9 @@ class Calibration(Frozen):
         n_texts: largest number of texts, drawn at random.
         max_tokens: longer texts are cut to this length for calibration.
         seed: random seed of the draw.
+        random_texts: number of texts of random tokens, which layers see beside the others. They
+            stand for languages and scripts that no text is in. None means 24 for static
+            activations, else 0.
     """
 
     texts: str = "builtin"
@@ -242,6 +245,7 @@ class Calibration(Frozen):
     n_texts: Annotated[int, Field(ge=1)] = 512
     max_tokens: Annotated[int, Field(ge=8)] = 512
     seed: int = 0
+    random_texts: Annotated[int, Field(ge=0)] | None = None
 
 
 class Dims(Frozen):

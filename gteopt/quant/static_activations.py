@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 LARGEST_CODE = 255
-_STRENGTH = 0.65
-_HEADROOM = 1.05
-"""Strength and headroom of `fit_inputs`, chosen for the mean cosine on texts that calibration did
-not see (MiniLM, gte-nano). A headroom below 1 clips outlying features."""
+STRENGTH, HEADROOM = 0.65, 1.05
+"""Defaults of `fit_inputs`, chosen for the mean cosine on texts that calibration did not see
+(MiniLM, gte-nano). A headroom below 1 clips outlying features."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,21 @@ class SeenInputs:
         self.mean.lerp_(x.mean(0), share)
         self.square.lerp_(x.square().mean(0), share)
 
+    def union(self, other: SeenInputs) -> SeenInputs:
+        """Ranges and moments of the inputs of both."""
+        both = SeenInputs(len(self.low), self.low.device)
+        both.n_rows = self.n_rows + other.n_rows
+        both.low = torch.minimum(self.low, other.low)
+        both.high = torch.maximum(self.high, other.high)
+        share = other.n_rows / max(1, both.n_rows)
+        both.mean = self.mean.lerp(other.mean, share)
+        both.square = self.square.lerp(other.square, share)
+        return both
 
-def fit_inputs(inputs: SeenInputs) -> InputGrid:
+
+def fit_inputs(
+    inputs: SeenInputs, *, strength: float = STRENGTH, headroom: float = HEADROOM
+) -> InputGrid:
     """Fit a grid to the ranges of the inputs that were seen.
 
     Let r_j be the range of feature j, R the widest range and a the strength. Then scale_j =
@@ -97,7 +109,7 @@ def fit_inputs(inputs: SeenInputs) -> InputGrid:
     widest = span.max().clamp_min(torch.finfo(torch.float32).tiny * 2**60)
     # A feature that was constant gets a range as well, because other texts may change it.
     share = (span / widest).clamp_min(2.0**-8)
-    scale = _HEADROOM * widest * share**_STRENGTH / LARGEST_CODE
+    scale = headroom * widest * share**strength / LARGEST_CODE
     # The middle of the range is exactly a code, so that a constant feature has no error.
     middle = (inputs.high + inputs.low) / 2
     return InputGrid(scale, (LARGEST_CODE + 1) / 2 - middle / scale)

@@ -46,11 +46,13 @@ class CalibrationRecord(Frozen):
     """The calibration texts of a build; `sha256` covers texts, roles, instructions and order.
 
     Attributes:
+        n_random: number of texts of random tokens, which `n_texts` does not count.
         n_cut: texts that were cut because they were longer than `max_tokens`.
     """
 
     source: str
     n_texts: int
+    n_random: int
     n_tokens: int
     max_tokens: int
     n_cut: int

@@ -196,6 +196,24 @@ def test_int8_runs_on_integers_and_stays_close(
     assert mean_cosine(gteopt.load("nano").encode(texts), encoder.encode(texts)) > least
 
 
+def test_int8_static_stays_close_in_a_script_that_no_calibration_text_is_in(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Ranges of the texts alone were off by 0.12 here."""
+    texts = [text for text in draw_texts(Calibration()) if text.kind in ("en", "fr", "de", "es")]
+    file = tmp_path / "latin.jsonl"
+    rows = [{"text": text.text, "role": text.role, "kind": text.kind} for text in texts]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calibration = Calibration(texts=str(file), n_texts=96, max_tokens=64)
+    recipe = load_recipe("int8-static").model_copy(update={"calibration": calibration})
+    manifest = gteopt.quantize("nano", recipe, folder / "latin")
+    assert manifest.calibration is not None
+    assert (manifest.calibration.n_texts, manifest.calibration.n_random) == (96, 24)
+    chinese = [text.text for text in draw_texts(Calibration()) if text.kind == "zh"][:40]
+    exact = gteopt.load("nano").encode(chinese)
+    assert mean_cosine(exact, gteopt.load(folder / "latin").encode(chinese)) > 0.998
+
+
 @pytest.mark.parametrize(
     ("method", "code"), [("slice", "float32"), ("pca", "float32"), ("pca", "binary")]
 )

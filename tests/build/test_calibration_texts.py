@@ -13,12 +13,15 @@ import gteopt
 from gteopt.build.calibration_texts import (
     CalibrationText,
     draw_texts,
+    n_random_texts,
+    number_kinds,
+    random_texts,
     record,
     tokenize,
     with_sentences,
 )
 from gteopt.build.replay import accumulate_hessian, advance_, open_blocks, running_order
-from gteopt.config.recipe import Calibration
+from gteopt.config.recipe import Calibration, load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
 
@@ -203,3 +206,28 @@ def test_a_missing_source_says_what_would_work(tmp_path: Path) -> None:
         draw_texts(Calibration(texts="bultin"))
     with pytest.raises(InputError, match="hf download --repo-type dataset a/b"):
         draw_texts(Calibration(texts="a/b"), hub_dir=tmp_path)
+
+
+def test_random_texts_reach_the_whole_vocabulary_and_hold_no_special_token(nano: Encoder) -> None:
+    recipe = load_recipe("int8-static")
+    texts = random_texts(recipe, nano.tokenization)
+    assert texts == random_texts(recipe, nano.tokenization)
+    assert len(texts) == n_random_texts(recipe) == 24
+    tokenizer = nano.tokenization.tokenizer
+    encoded = tokenizer([text.text for text in texts], add_special_tokens=False)["input_ids"]
+    ids = [i for of_text in encoded for i in of_text]
+    assert not set(ids) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+    shares = torch.tensor(ids).float().histc(4, 0, len(tokenizer)) / len(ids)
+    assert bool((shares > 0.1).all())
+    assert n_random_texts(load_recipe("gptq-int4")) == 0
+    calibration = recipe.calibration.model_copy(update={"random_texts": 3})
+    fewer = recipe.model_copy(update={"calibration": calibration})
+    assert len(random_texts(fewer, nano.tokenization)) == 3
+
+
+def test_kinds_are_numbered_by_name_and_one_kind_is_dealt_into_parts() -> None:
+    texts = [CalibrationText(f"text {i}", kind=kind) for i, kind in enumerate("abacc")]
+    assert number_kinds(texts) == [0, 1, 0, 2, 2]
+    alike = [CalibrationText(f"text {i}") for i in range(9)]
+    assert len(set(number_kinds(alike))) > 1
+    assert {text.kind for text in draw_texts(Calibration())} >= {"en", "zh", "pl", "fr", "code"}

@@ -198,11 +198,33 @@ def test_an_artifact_has_the_same_vectors_on_both_backends(artifact: Path) -> No
 
 @pytest.fixture(scope="module")
 def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The nano with static activations."""
+    """The nano with static activations in every layer."""
     out = tmp_path_factory.mktemp("openvino") / "static"
     calibration = {"calibration": Calibration(n_texts=96, max_tokens=64)}
-    gteopt.quantize("nano", load_recipe("int8-static").model_copy(update=calibration), out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gteopt.build.blocks.LARGEST_LOSS", np.inf)
+        gteopt.quantize("nano", load_recipe("int8-static").model_copy(update=calibration), out)
     return out
+
+
+def test_layers_with_static_and_with_dynamic_inputs_run_side_by_side(tmp_path: Path) -> None:
+    calibration = {"calibration": Calibration(n_texts=96, max_tokens=64)}
+    recipe = load_recipe("int8-static").model_copy(update=calibration)
+    manifest = gteopt.quantize("nano", recipe, tmp_path / "mixed")
+    n_static = sum(layer.scheme.activation_static for layer in manifest.layers)
+    by_token = [layer for layer in manifest.layers if not layer.scheme.activation_static]
+    assert 0 < n_static < 28
+    assert all("each token's range" in (layer.note or "") for layer in by_token)
+    texts = ["A bridge.", "Photosynthesis turns light into sugar, in every leaf of a plant.", "水"]
+    base = gteopt.load("nano", dtype="float32").encode(texts)
+    for backend in ("torch", "openvino"):
+        encoder = gteopt.load(tmp_path / "mixed", dtype="float32", backend=backend)
+        assert encoder.number_type == "int8"
+        assert (1 - (encoder.encode(texts) * base).sum(1)).max() < 0.002
+    assert encoder.kernels == {
+        "openvino.int8 (static)": n_static,
+        "openvino.int8": 28 - n_static,
+    }
 
 
 def test_static_activations_are_the_same_numbers_on_every_backend(static: Path) -> None:
