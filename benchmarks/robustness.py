@@ -40,6 +40,7 @@ from gteopt.machine import machine, versions
 from gteopt.paths import ASSETS
 from gteopt.quant import gptq
 from gteopt.quant.hessian import HessianAccumulator
+from gteopt.records.manifest import Manifest
 
 Weigh = Callable[[int, str, Counter[str]], float]
 
@@ -99,6 +100,8 @@ class Row:
     Attributes:
         calibration: the texts, and what is left out of them.
         errors: kind -> 1 - mean cosine.
+        n_layers: quantized layers.
+        n_static: those among them with static activations.
         cpu_s: CPU time of the build.
     """
 
@@ -109,6 +112,8 @@ class Row:
     errors: dict[str, float]
     mean: float
     worst: float
+    n_layers: int
+    n_static: int
     cpu_s: float
 
 
@@ -139,13 +144,15 @@ def main() -> None:
             for setting in options.settings:
                 folder = Path(tempfile.mkdtemp())
                 started = time.process_time()
-                build(base, recipe, SETTINGS[setting], folder / "out")
+                layers = build(base, recipe, SETTINGS[setting], folder / "out").layers
                 cpu_s = time.process_time() - started
                 found = kind_errors(reference, encode_kinds(gteopt.load(folder / "out"), judged))
                 shutil.rmtree(folder)
                 mean, worst, _ = mean_and_worst(found)
                 errors = {kind: each.error for kind, each in found.items()}
-                row = Row(model, name, label, setting, errors, mean, worst, cpu_s)
+                n_static = sum(layer.scheme.activation_static for layer in layers)
+                counts = len(layers), n_static
+                row = Row(model, name, label, setting, errors, mean, worst, *counts, cpu_s)
                 key = (model, name, label, setting)
                 rows = [r for r in rows if (r.model, r.recipe, r.calibration, r.setting) != key]
                 rows.append(row)
@@ -174,7 +181,7 @@ def builtin() -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def build(base: Encoder, recipe: Recipe, setting: Setting, out: Path) -> None:
+def build(base: Encoder, recipe: Recipe, setting: Setting, out: Path) -> Manifest:
     """Write a variant, solved with one setting changed."""
     assert recipe.weights.method == "gptq"
     weights = recipe.weights.model_copy(update=dict(setting.weights))
@@ -189,7 +196,7 @@ def build(base: Encoder, recipe: Recipe, setting: Setting, out: Path) -> None:
         if setting.weigh is not None:
             accumulator = _weighing(text_weights(base, recipe.calibration, setting.weigh))
             stack.enter_context(patch("gteopt.build.replay.HessianAccumulator", accumulator))
-        gteopt.quantize(base.checkpoint.folder, recipe, out, dtype="float32")
+        return gteopt.quantize(base.checkpoint.folder, recipe, out, dtype="float32")
 
 
 def text_weights(base: Encoder, spec: Calibration, weigh: Weigh) -> list[Tensor]:

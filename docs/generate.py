@@ -225,23 +225,25 @@ def failures() -> str:
     )
 
 
-def static_ranges() -> str:
-    """What fixed input scales lose on a language that calibration did not see."""
+def new_language() -> str:
+    """The error of recipes that were calibrated without three languages."""
     rows = [
         (
             row["model"],
-            row["language"],
-            row["grid"],
-            f"{row['like']:.5f}",
-            f"{row['like'] / row['like_per_token']:.1f}",
-            f"{row['new']:.5f}",
-            f"{row['new'] / row['new_per_token']:.1f}",
+            f"`{row['recipe']}`",
+            row["setting"],
+            "–" if row["n_static"] == 0 else f"{row['n_static']} of {row['n_layers']}",
+            f"{row['errors']['sentences']:.5f}",
+            f"{row['errors']['fr, pl, zh']:.5f}",
+            f"{row['errors']['zh questions']:.5f}",
+            f"{row['mean']:.5f}",
+            f"{row['worst']:.5f}",
         )
-        for row in read("static_ranges")["rows"]
+        for row in read("robustness")["rows"]
+        if row["calibration"].endswith("no fr, no pl, no zh")
     ]
-    return markdown(
-        ("model", "left out", "scales", "like texts", "ratio", "new language", "ratio"), rows
-    )
+    heads = ("sentences", "fr, pl, zh", "zh questions", "mean of kinds", "worst kind")
+    return markdown(("model", "recipe", "setting", "static", *heads), rows)
 
 
 def ablation() -> str:
@@ -1009,7 +1011,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "minilm": minilm,
     "vector-margin": vector_margin,
     "peers-quality": peers_quality,
-    "static-ranges": static_ranges,
+    "new-language": new_language,
     "calibration": calibration,
     "failures": failures,
     "ablation": ablation,
