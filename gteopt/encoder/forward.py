@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gteopt.kernels import gpu_kernels
-from gteopt.kernels.cpu import Int4LinearCpu, multiplies_bfloat16
+from gteopt.kernels.cpu import multiplies_bfloat16
+from gteopt.kernels.cpu_int4 import Int4LinearCpu
 from gteopt.kernels.reference import DequantLinear
 from gteopt.model.families import Pooling
 

@@ -21,12 +21,12 @@ from gteopt.config.recipe import LayerScheme
 from gteopt.kernels.cpu import (
     DecodedLinearCpu,
     DenseLinearCpu,
-    Int4LinearCpu,
     Int8LinearCpu,
     StaticInt8LinearCpu,
     activation_bits,
     multiplies_bfloat16,
 )
+from gteopt.kernels.cpu_int4 import Int4LinearCpu
 from gteopt.kernels.measured import DETERMINISTIC, Layer, Ways
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
 from gteopt.quant.affine import PackedWeight

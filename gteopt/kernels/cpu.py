@@ -16,17 +16,12 @@ from torch import Tensor, nn
 from gteopt.config.recipe import LayerScheme
 from gteopt.kernels.reference import DequantLinear, take_outliers
 from gteopt.quant.affine import PackedWeight
-from gteopt.quant.packing import pack_codes
 
-_FEW_TOKENS = 96
+FEW_TOKENS = 96
 """Up to this many tokens, torch's 4-bit product is faster than a dense product of decoded weights.
 On one core of a Zen 5 server it is at least twice as fast at 16 tokens, and equal near 100."""
 _TINY = torch.finfo(torch.float32).tiny
 """The least scale of a token; the codes of a token of zeros are zero with any scale."""
-_TILES = (64, 32)
-"""Output features that torch's 4-bit layout interleaves: on AVX-512, on AVX2."""
-_LAYOUT_ROWS = 512
-"""Rows that are converted to torch's 4-bit layout at once: whole tiles, which stay in the cache."""
 _WEIGHT_ROWS = 256
 """Rows of a 16-bit weight that are converted to float32 at once for few tokens, so that they stay
 in the cache. On one core of a Zen 3 server with 16 tokens, this is 1.3 to 4.5 times as fast as
@@ -83,7 +78,7 @@ class DenseLinearCpu(nn.Linear):
     def _widened(self, x: Tensor) -> Tensor:
         wide = x.float()
         bias = None if self.bias is None else self.bias.float()
-        if len(x) > _FEW_TOKENS:
+        if len(x) > FEW_TOKENS:
             return nn.functional.linear(wide, self.weight.float(), bias).to(x.dtype)
         y = wide.new_empty(self.out_features, len(x))
         for start in range(0, self.out_features, _WEIGHT_ROWS):
@@ -217,7 +212,7 @@ class _ByTokens:
         self._few, self._many = few, many
 
     def __call__(self, codes: Tensor, zero: int) -> Tensor:
-        return (self._few if len(codes) <= _FEW_TOKENS else self._many)(codes, zero)
+        return (self._few if len(codes) <= FEW_TOKENS else self._many)(codes, zero)
 
 
 @dataclass(frozen=True)
@@ -225,7 +220,7 @@ class Products:
     """The products of an int8 layer, by their names in `INT8_PRODUCTS`.
 
     Attributes:
-        few: for up to `_FEW_TOKENS` tokens in a call.
+        few: for up to `FEW_TOKENS` tokens in a call.
         many: for more tokens.
     """
 
@@ -235,7 +230,7 @@ class Products:
     def __str__(self) -> str:
         if self.few == self.many:
             return self.few
-        return f"{self.few} to {_FEW_TOKENS} tokens, {self.many} beyond"
+        return f"{self.few} to {FEW_TOKENS} tokens, {self.many} beyond"
 
 
 @lru_cache(maxsize=1)
@@ -476,111 +471,3 @@ class DecodedLinearCpu(DenseLinearCpu):
         kind = scheme.number_format if scheme.number_format != "int" else f"int{scheme.bits}"
         short = dtype == torch.bfloat16 and multiplies_bfloat16()
         return f"decoded ({kind} weights, {'bf16' if short else 'fp32'} products)"
-
-
-class Int4LinearCpu(nn.Module):
-    """4-bit weights in torch's CPU layout, bfloat16 or float32 inputs, sums in float32.
-
-    Few tokens use torch's 4-bit product of bfloat16 inputs. For many tokens, the weight is decoded
-    from the same layout and multiplied densely, so that one packed copy serves both.
-
-    Buffers: qweight uint8 [O, I / 2] in torch's layout; grid bfloat16 [G, O, 2], holding scale s
-    and offset (8 - zero) * s of the value (code - 8) * s + offset; bias bfloat16 [O] or None.
-    """
-
-    kernel = "cpu.int4"
-    few_tokens = _FEW_TOKENS
-    qweight: Tensor
-    grid: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
-        super().__init__()
-        self.in_features, self.out_features = weight.in_features, weight.out_features
-        # Queried here, because torch.compile can trace neither call.
-        self._tile = torch_tile()
-        self._kind = torch.bfloat16 if multiplies_bfloat16() else torch.float32
-        scale = weight.scale.float()
-        offset = (8 - weight.zero.float()) * scale
-        grid = torch.stack([scale, offset], dim=-1).transpose(0, 1).contiguous()
-        self.register_buffer("qweight", _to_torch_layout(weight.qweight.cpu(), self._tile))
-        self.register_buffer("grid", grid.bfloat16())
-        self.register_buffer("bias", None if bias is None else bias.bfloat16())
-
-    @staticmethod
-    def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
-        """Whether torch's 4-bit product takes this weight and a model of this dtype."""
-        return dtype == torch.bfloat16 and int4_runs_here(weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] to [..., O], in x's dtype."""
-        flat = x.reshape(-1, self.in_features)
-        if len(flat) <= _FEW_TOKENS:
-            width = self.in_features // len(self.grid)
-            product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                flat.bfloat16().contiguous(), self.qweight, width, self.grid
-            ).to(x.dtype)
-        else:
-            product = torch.mm(flat.to(self._kind), self._dequantized(self._kind)).to(x.dtype)
-        if self.bias is not None:
-            product = product + self.bias
-        return product.view(*x.shape[:-1], self.out_features)
-
-    def _dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The transposed weight [I, O] in `dtype`."""
-        n_groups = len(self.grid)
-        codes = _from_torch_layout(self.qweight, self._tile)  # [O/tile, I, tile]
-        steps = codes.transpose(0, 1).reshape(n_groups, -1, self.out_features)  # [G, I/G, O]
-        # Contiguous copies, because torch multiplies strided values eight times as slowly.
-        scale, offset = (
-            part.contiguous() for part in self.grid.to(dtype).unsqueeze(1).unbind(-1)
-        )  # each [G, 1, O]
-        values = steps.view(torch.int8).sub_(8).to(dtype).mul_(scale).add_(offset)
-        return values.view(self.in_features, self.out_features)
-
-
-def int4_runs_here(weight: PackedWeight) -> bool:
-    """Whether `Int4LinearCpu` can hold this weight on this machine."""
-    width = weight.in_features // weight.scale.shape[1]
-    if (weight.scheme.bits, weight.scheme.number_format) != (4, "int"):
-        return False
-    tile = torch_tile()
-    return tile > 0 and weight.out_features % tile == 0 and width in (32, 64, 128, 256)
-
-
-@lru_cache(maxsize=1)
-def torch_tile() -> int:
-    """Output features that torch's 4-bit layout interleaves here; 0 if the layout is unknown.
-
-    The layout depends on the machine's vector width, so each known layout is compared with torch's.
-    """
-    codes = torch.arange(64 * 64).mul(7).remainder(16).to(torch.uint8).view(64, 64)
-    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-    for tile in _TILES:
-        if torch.equal(_to_torch_layout(pack_codes(codes, 4), tile), theirs):
-            return tile
-    return 0
-
-
-def _to_torch_layout(qweight: Tensor, tile: int) -> Tensor:
-    """Packed codes uint8 [O, I / 2] to torch's packed uint8 [O, I / 2].
-
-    `_convert_weight_to_int4pack_for_cpu` does the same in five times the time, from codes of four
-    bytes. Each tile of output features has tile / 2 bytes for each input feature. Byte i holds
-    output feature i in its low half, and tile / 2 + i in its high half.
-    """
-    packed = torch.empty_like(qweight)
-    parts = (torch.split(matrix, _LAYOUT_ROWS) for matrix in (qweight, packed))
-    for rows, out in zip(*parts, strict=True):
-        halves = rows.view(len(rows) // tile, 2, tile // 2, -1)
-        low, high = halves.unbind(1)  # [O/tile, tile/2, I/2], two input features a byte
-        pairs = out.view(len(low), -1, 2, tile // 2)  # [O/tile, I/2, 2, tile/2]
-        pairs[:, :, 0] = (low & 15 | high << 4).transpose(1, 2)
-        pairs[:, :, 1] = (low >> 4 | high & 240).transpose(1, 2)
-    return packed
-
-
-def _from_torch_layout(packed: Tensor, tile: int) -> Tensor:
-    """Torch's packed uint8 [O, I / 2] to uint8 codes [O/tile, I, tile]."""
-    tiles = packed.view(len(packed) // tile, -1, tile // 2)
-    return torch.cat([tiles & 15, tiles >> 4], dim=-1)

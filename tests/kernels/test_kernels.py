@@ -21,11 +21,10 @@ from gteopt.config.recipe import Bits, GroupSize, LayerScheme
 from gteopt.kernels import KERNELS, choose, make_linear
 from gteopt.kernels.cpu import (
     DenseLinearCpu,
-    Int4LinearCpu,
     Int8LinearCpu,
     activation_bits,
-    int4_runs_here,
 )
+from gteopt.kernels.cpu_int4 import Int4LinearCpu, int4_runs_here
 from gteopt.kernels.reference import (
     DequantLinear,
     Fp8Reference,
