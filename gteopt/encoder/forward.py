@@ -416,7 +416,10 @@ def _by_blocks(
     If one of its `layers` decodes its weight in each call, there is one part: decoding again for
     each part would take longer than the cache saves.
     """
-    decodes = any(isinstance(layer, DequantLinear | Int4LinearCpu) for layer in layers)
+    decodes = any(
+        isinstance(layer, DequantLinear) or (isinstance(layer, Int4LinearCpu) and layer.decodes)
+        for layer in layers
+    )
     if x.device.type != "cpu" or len(x) <= _TOKEN_BLOCK or decodes:
         return function(x)
     return torch.cat([function(part) for part in x.split(_TOKEN_BLOCK)])  # type: ignore[no-untyped-call]

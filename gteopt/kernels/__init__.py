@@ -30,7 +30,6 @@ from gteopt.kernels.cpu_int4 import Int4LinearCpu
 from gteopt.kernels.measured import DETERMINISTIC, Layer, Ways
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
 from gteopt.quant.affine import PackedWeight
-from gteopt.quant.grid import group_width
 
 Product = Literal["int8", "int8 static", "int8 outliers", "fp8", "4-bit", "weights"]
 """What a scheme multiplies: 8-bit numbers on both sides, 4-bit weights, or any other weights with
@@ -94,16 +93,17 @@ def choose(
     kernel = _first(weight, device, dtype)
     if device.type != "cpu":
         return kernel
-    if kernel in (Int8LinearCpu, StaticInt8LinearCpu):
+    decoded = partial(DecodedLinearCpu, dtype=dtype)
+    if kernel in (Int8LinearCpu, StaticInt8LinearCpu, Int4LinearCpu):
         key = Layer(weight.scheme, weight.out_features, weight.in_features).key(dtype)
-        if weight.scheme.activation_outliers is not None or key not in ways.int8:
+        if weight.scheme.activation_outliers is not None or key not in ways.products:
             return kernel
-        products = ways.int8[key]
-        if products is not None:
-            return partial(kernel, products=products)
-        return partial(DecodedLinearCpu, dtype=dtype)
+        products = ways.products[key]
+        if products is None:
+            return decoded
+        return partial(kernel, products=products)
     if kernel is DequantLinear and ways.decodes:
-        return partial(DecodedLinearCpu, dtype=dtype)
+        return decoded
     return kernel
 
 
@@ -131,15 +131,7 @@ def kernel_name(
     ways: Ways = DETERMINISTIC,
 ) -> str:
     """The `kernel` name of a weight's layer, with the most tokens for which it multiplies codes."""
-    shape = (out_features, -(-in_features * scheme.bits // 8))
-    n_groups = in_features // group_width(in_features, scheme.group_size)
-    without_data = PackedWeight(
-        qweight=torch.empty(shape, dtype=torch.uint8, device="meta"),
-        scale=torch.empty(out_features, n_groups, dtype=torch.float16, device="meta"),
-        qzero=None,
-        scheme=scheme,
-        in_features=in_features,
-    )
+    without_data = Layer(scheme, out_features, in_features).without_data()
     kernel: Any = choose(without_data, device, dtype, ways)
     if isinstance(kernel, partial):
         if kernel.func is DecodedLinearCpu:

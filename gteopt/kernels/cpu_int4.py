@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from gteopt.kernels.cpu import FEW_TOKENS, multiplies_bfloat16
+from gteopt.kernels.cpu import FEW_TOKENS, Products, multiplies_bfloat16
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.packing import pack_codes
 
@@ -15,16 +15,23 @@ _TILES = (64, 32)
 """Output features that torch's 4-bit layout interleaves: on AVX-512, on AVX2."""
 _LAYOUT_ROWS = 512
 """Rows that are converted to torch's 4-bit layout at once: whole tiles, which stay in the cache."""
+CODES, EACH_CALL, KEPT = INT4_PRODUCTS = ("codes", "decoded in each call", "kept decoded")
+"""Products of a 4-bit layer: torch's of the codes; a dense one of the weight, which each call
+decodes; a dense one of the weight, which the layer has decoded once."""
+AS_PACKED = Products(CODES, EACH_CALL)
+"""The products of a layer that nothing was measured for; it holds its codes alone."""
 
 
 class Int4LinearCpu(nn.Module):
     """4-bit weights in torch's CPU layout, bfloat16 or float32 inputs, sums in float32.
 
     Few tokens use torch's 4-bit product of bfloat16 inputs. For many tokens, the weight is decoded
-    from the same layout and multiplied densely, so that one packed copy serves both.
+    from the same layout and multiplied densely, so that one packed copy serves both. A layer may
+    keep the decoded weight beside its codes, which takes four or eight times their memory.
 
     Buffers: qweight uint8 [O, I / 2] in torch's layout; grid bfloat16 [G, O, 2], holding scale s
-    and offset (8 - zero) * s of the value (code - 8) * s + offset; bias bfloat16 [O] or None.
+    and offset (8 - zero) * s of the value (code - 8) * s + offset; bias bfloat16 [O] or None;
+    decoded bfloat16 or float32 [O, I] or None.
     """
 
     kernel = "cpu.int4"
@@ -32,10 +39,15 @@ class Int4LinearCpu(nn.Module):
     qweight: Tensor
     grid: Tensor
     bias: Tensor | None
+    decoded: Tensor | None
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None, products: Products | None = None
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.kernel = self.name_here(products)
+        self._products = products or AS_PACKED
         # Queried here, because torch.compile can trace neither call.
         self._tile = torch_tile()
         self._kind = torch.bfloat16 if multiplies_bfloat16() else torch.float32
@@ -45,6 +57,19 @@ class Int4LinearCpu(nn.Module):
         self.register_buffer("qweight", _to_torch_layout(weight.qweight.cpu(), self._tile))
         self.register_buffer("grid", grid.bfloat16())
         self.register_buffer("bias", None if bias is None else bias.bfloat16())
+        keeps = KEPT in (self._products.few, self._products.many)
+        decoded = self._dequantized(self._kind).t().contiguous() if keeps else None
+        self.register_buffer("decoded", decoded)
+
+    @classmethod
+    def name_here(cls, products: Products | None = None) -> str:
+        """`kernel` of a layer on this machine."""
+        return cls.kernel if products is None else f"{cls.kernel} ({products})"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a call with many tokens decodes the weight."""
+        return self._products.many == EACH_CALL
 
     @staticmethod
     def fits(weight: PackedWeight, dtype: torch.dtype) -> bool:
@@ -54,11 +79,14 @@ class Int4LinearCpu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
         flat = x.reshape(-1, self.in_features)
-        if len(flat) <= FEW_TOKENS:
+        how = self._products.few if len(flat) <= FEW_TOKENS else self._products.many
+        if how == CODES:
             width = self.in_features // len(self.grid)
             product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 flat.bfloat16().contiguous(), self.qweight, width, self.grid
             ).to(x.dtype)
+        elif self.decoded is not None:
+            product = nn.functional.linear(flat.to(self._kind), self.decoded).to(x.dtype)
         else:
             product = torch.mm(flat.to(self._kind), self._dequantized(self._kind)).to(x.dtype)
         if self.bias is not None:

@@ -1,7 +1,7 @@
 """Measures which product each quantized layer of a model should use on this processor.
 
-Hides: the workloads, the choice, the file with the times. Refuses to know: models, files of
-weights. Weights are random, because the time of a product does not depend on them.
+Hides: the workloads, the choice, the file with the times of what is `compared`. Refuses to know:
+models, files of weights. Weights are random, because the time of a product does not depend on them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -24,6 +25,7 @@ from gteopt.config.recipe import LayerScheme
 from gteopt.errors import InputError, IntegrityError, suggest
 from gteopt.frozen import Frozen
 from gteopt.kernels.cpu import (
+    INT8_PRODUCTS,
     DecodedLinearCpu,
     Int8LinearCpu,
     Products,
@@ -31,11 +33,15 @@ from gteopt.kernels.cpu import (
     exact_products,
     multiplies_bfloat16,
 )
+from gteopt.kernels.cpu_int4 import AS_PACKED, CODES, EACH_CALL, KEPT, Int4LinearCpu
 from gteopt.machine import machine
 from gteopt.quant.affine import PackedWeight
+from gteopt.quant.grid import group_width
+from gteopt.quant.packing import packed_width
 from gteopt.quant.static_activations import InputGrid
 from gteopt.records.files import read_record, write_record
 
+_Input = TypeVar("_Input")
 _DECODED = "decoded"
 _FEW, _MANY = 16, 1024
 """Tokens of the two workloads; a large layer is measured with fewer than the second."""
@@ -64,21 +70,63 @@ class Layer:
 
     def key(self, dtype: torch.dtype) -> str:
         """The layer's key in the stored times."""
-        rounding = "static" if self.scheme.activation_static else "by token"
-        zeros = "" if self.scheme.activation_symmetric else " with zero points"
-        kind = str(dtype).removeprefix("torch.")
-        return f"int8 {rounding}{zeros} {self.out_features}x{self.in_features} {kind}"
+        shape = f"{self.out_features}x{self.in_features} {str(dtype).removeprefix('torch.')}"
+        scheme = self.scheme
+        if scheme.activation_bits == 16:
+            return f"{scheme.number_format}{scheme.bits} in groups of {self._group} {shape}"
+        rounding = "static" if scheme.activation_static else "by token"
+        zeros = "" if scheme.activation_symmetric else " with zero points"
+        return f"int8 {rounding}{zeros} {shape}"
+
+    def without_data(self) -> PackedWeight:
+        """Its weight on the meta device."""
+        return self._weight(lambda *shape: torch.empty(shape, dtype=torch.uint8, device="meta"))
+
+    def random(self) -> PackedWeight:
+        """A weight of its shape and scheme with random codes."""
+        generator = torch.Generator().manual_seed(0)
+        # A byte of 8-bit floats that is no number has all bits of 0x7f set.
+        end = 0x7F if self.scheme.number_format == "e4m3" else 256
+        return self._weight(
+            lambda *shape: torch.randint(0, end, shape, dtype=torch.uint8, generator=generator)
+        )
+
+    @property
+    def _group(self) -> int:
+        return group_width(self.in_features, self.scheme.group_size)
+
+    def _weight(self, codes: Callable[..., Tensor]) -> PackedWeight:
+        """A weight whose tensors of bytes are made by their shape."""
+        scheme, rows = self.scheme, self.out_features
+        inputs: InputGrid | None = None
+        qweight = codes(rows, packed_width(self.in_features, scheme.bits))
+        n_groups = self.in_features // self._group
+        if scheme.activation_static:
+            ones = torch.ones(self.in_features, device=qweight.device)
+            inputs = InputGrid(ones / 32, ones * 128)
+        return PackedWeight(
+            qweight=qweight,
+            scale=torch.full((rows, n_groups), 0.01, dtype=torch.float16, device=qweight.device),
+            qzero=None if scheme.symmetric else codes(rows, packed_width(n_groups, scheme.bits)),
+            scheme=scheme,
+            in_features=self.in_features,
+            inputs=inputs,
+        )
 
 
 class LayerTimes(Frozen):
-    """Microseconds of a layer by its product, for few and for many tokens."""
+    """Microseconds by what computes, for few and for many tokens."""
 
     few: dict[str, float]
     many: dict[str, float]
 
 
 class KernelTimes(Frozen):
-    """Times measured on one processor, with one version of torch and one number of threads."""
+    """Times measured on one processor, with one version of torch and one number of threads.
+
+    Attributes:
+        layers: times by `Layer.key`, or by the key of what else was `compared`.
+    """
 
     schema_: Literal["gteopt.kernels/1"] = "gteopt.kernels/1"
     processor: str
@@ -92,18 +140,23 @@ class Ways:
     """Which product each layer uses. Layers that are not named use the first one of this torch.
 
     Attributes:
-        int8: products of int8 layers by `Layer.key`; None decodes the weights once.
-        decodes: whether weights other than 8-bit and 4-bit integers are decoded once too.
+        products: of int8 and 4-bit layers by `Layer.key`; None decodes the weights once.
+        decodes: whether all other quantized weights are decoded once too.
     """
 
-    int8: Mapping[str, Products | None] = field(default_factory=dict)
+    products: Mapping[str, Products | None] = field(default_factory=dict)
     decodes: bool = False
 
     @property
     def rounding(self) -> str:
-        """The decoded layers; all int8 products give the same bits."""
-        decoded = sorted(key for key, products in self.int8.items() if products is None)
-        return ", ".join([*decoded, *(["others"] if self.decodes else [])])
+        """Layers whose results may have other bits; all int8 products give the same."""
+        decoded = [key for key, products in self.products.items() if products is None]
+        four_bits = [
+            f"{key} by {products}"
+            for key, products in self.products.items()
+            if products is not None and products.few not in INT8_PRODUCTS
+        ]
+        return ", ".join([*sorted(decoded + four_bits), *(["others"] if self.decodes else [])])
 
 
 DETERMINISTIC = Ways()
@@ -124,29 +177,32 @@ def ways_for(
     Raises:
         InputError: the choice is unknown, or this machine lacks the product.
     """
+    if choice == "deterministic" or dtype == torch.float64:
+        return DETERMINISTIC
     all_layers = list(layers)
     counts = Counter(layer.key(dtype) for layer in all_layers if _is_int8(layer.scheme))
     int8 = {layer.key(dtype): layer for layer in all_layers if _is_int8(layer.scheme)}
-    if choice == "deterministic" or dtype == torch.float64:
-        return DETERMINISTIC
+    int4 = {layer.key(dtype): layer for layer in all_layers if _is_int4(layer, dtype)}
     if choice == "decoded":
-        return Ways(dict.fromkeys(int8), decodes=True)
+        return Ways(dict.fromkeys([*int8, *int4]), decodes=True)
     if choice in exact_products():
         return Ways(dict.fromkeys(int8, Products(choice, choice)))
     if choice != "measured":
         allowed = ["measured", "deterministic", _DECODED, *exact_products()]
         raise InputError(f"unknown kernels '{choice}' for this CPU: {suggest(choice, allowed)}")
     if not exact_products():
-        int8 = {}
-    times = kept_times(int8, dtype, folder) if int8 else {}
+        int8, counts = {}, Counter()
+    times = kept_times({**int8, **int4}, dtype, folder)
     # All memory counts, not free memory, because all processes of a machine must choose alike.
-    decoded_bytes = dtype.itemsize * sum(
-        layer.out_features * layer.in_features for layer in all_layers
-    )
+    widest = max(dtype.itemsize, 2 if multiplies_bfloat16() else 4)
+    decoded_bytes = widest * sum(layer.out_features * layer.in_features for layer in all_layers)
     may_grow = decoded_bytes * _MEMORY_SHARE <= machine().memory_bytes
+    four_bits = {key: pick_int4(times[key], may_grow=may_grow) for key in int4}
+    chosen = {key: products for key, products in four_bits.items() if products != AS_PACKED}
     if may_grow and decoding_wins(counts, times):
-        return Ways(dict.fromkeys(int8), decodes=True)
-    return Ways({key: pick(times[key], may_grow=may_grow) for key in int8}, decodes=may_grow)
+        return Ways({**dict.fromkeys(int8), **chosen}, decodes=True)
+    packed = {key: pick(times[key], may_grow=may_grow) for key in int8}
+    return Ways({**packed, **chosen}, decodes=may_grow)
 
 
 def pick(times: LayerTimes, *, may_grow: bool = True) -> Products:
@@ -164,6 +220,25 @@ def pick(times: LayerTimes, *, may_grow: bool = True) -> Products:
 
     one = min(names, key=slowdown)
     return Products(few, many) if may_grow and slowdown(one) > _SECOND_COPY else Products(one, one)
+
+
+def pick_int4(times: LayerTimes, *, may_grow: bool = True) -> Products | None:
+    """The products of a 4-bit layer, of which none is slower than the decoded weight's.
+
+    Args:
+        times: of `CODES`, `EACH_CALL` and the decoded weight.
+        may_grow: whether the layer may hold its decoded weight.
+
+    Returns:
+        The products; None decodes the weight once, and drops the codes.
+    """
+    few, many = times.few, times.many
+    smallest = Products(CODES, min((CODES, EACH_CALL), key=many.__getitem__))
+    if not may_grow:
+        return smallest
+    if many[smallest.many] <= _CLEARLY * many[_DECODED]:
+        return None if few[CODES] > _CLEARLY * few[_DECODED] else smallest
+    return Products(CODES, KEPT) if _CLEARLY * few[CODES] < few[_DECODED] else None
 
 
 def decoding_wins(counts: Mapping[str, int], times: Mapping[str, LayerTimes]) -> bool:
@@ -189,10 +264,41 @@ def decoding_wins(counts: Mapping[str, int], times: Mapping[str, LayerTimes]) ->
 def kept_times(
     layers: Mapping[str, Layer], dtype: torch.dtype, folder: Path | None = None
 ) -> dict[str, LayerTimes]:
-    """Times of layers by key; layers without stored times are measured, and their times stored.
+    """Times of layers by key; layers without stored times are measured, and their times stored."""
+    comparisons = {
+        key: Comparison(frozenset(_makers(layer, dtype)), partial(_measure, layer, dtype))
+        for key, layer in layers.items()
+    }
+    return compared(comparisons, folder)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidates that compute the same.
+
+    Attributes:
+        names: names of all candidates.
+        measure: measures the time of each candidate.
+    """
+
+    names: frozenset[str]
+    measure: Callable[[], LayerTimes]
+
+
+def compared(
+    comparisons: Mapping[str, Comparison], folder: Path | None = None
+) -> dict[str, LayerTimes]:
+    """Times of comparisons by key; those without stored times are measured, and stored.
 
     One process measures at a time, so that all processes choose alike.
+
+    Args:
+        comparisons: comparisons by key. The key stands for everything that the times depend on,
+            except for processor, threads and torch.
+        folder: where times are stored; None uses the Hub client's folder for assets.
     """
+    if not comparisons:
+        return {}
     known = KernelTimes(
         processor=machine().cpu,
         torch=str(torch.__version__),
@@ -202,24 +308,36 @@ def kept_times(
     folder = folder or cached_assets_path("gteopt", "kernels")
     name = sha256(known.model_dump_json().encode()).hexdigest()[:16]
     path = Path(folder) / f"{name}.json"
+
+    def lacking(kept: Mapping[str, LayerTimes]) -> list[str]:
+        none = LayerTimes(few={}, many={})
+        return [
+            n for n, each in comparisons.items() if not each.names <= kept.get(n, none).few.keys()
+        ]
+
     kept = _read(path, known)
-    if layers.keys() <= kept.keys():
+    if not lacking(kept):
         return kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=_LOCK_S):
             kept = _read(path, known)
-            kept |= {
-                key: _measure(layer, dtype) for key, layer in layers.items() if key not in kept
-            }
+            kept |= {key: comparisons[key].measure() for key in lacking(kept)}
             write_record(path, known.model_copy(update={"layers": kept}))
     except (OSError, Timeout) as error:
         warnings.warn(
-            f"{path}: the times of kernels cannot be kept ({error}); every load measures anew",
+            f"{path}: the times of kernels cannot be kept ({error}); every process measures anew",
             stacklevel=2,
         )
-        kept |= {key: _measure(layer, dtype) for key, layer in layers.items() if key not in kept}
+        kept = _of_this_process(path)
+        kept |= {key: comparisons[key].measure() for key in lacking(kept)}
     return kept
+
+
+@lru_cache
+def _of_this_process(path: Path) -> dict[str, LayerTimes]:
+    """Times that cannot be stored in a file, so that all loads of this process choose alike."""
+    return {}
 
 
 def _read(path: Path, expected: KernelTimes) -> dict[str, LayerTimes]:
@@ -238,8 +356,7 @@ def _read(path: Path, expected: KernelTimes) -> dict[str, LayerTimes]:
             stacklevel=3,
         )
         return {}
-    names = set(exact_products())
-    return {key: times for key, times in stored.layers.items() if names <= times.few.keys()}
+    return dict(stored.layers)
 
 
 def _is_int8(scheme: LayerScheme) -> bool:
@@ -250,33 +367,47 @@ def _is_int8(scheme: LayerScheme) -> bool:
     )
 
 
+def _is_int4(layer: Layer, dtype: torch.dtype) -> bool:
+    wide = layer.scheme.activation_bits == 16
+    return wide and Int4LinearCpu.fits(layer.without_data(), dtype)
+
+
+def _makers(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[PackedWeight], nn.Module]]:
+    """Makers of an int8 or 4-bit layer by each product, and of the decoded one."""
+    makers: dict[str, Callable[[PackedWeight], nn.Module]] = {}
+    if _is_int8(layer.scheme):
+        kind = StaticInt8LinearCpu if layer.scheme.activation_static else Int8LinearCpu
+        for name in exact_products():
+            makers[name] = _maker(kind, Products(name, name))
+    else:
+        for name in (CODES, EACH_CALL):
+            makers[name] = _maker(Int4LinearCpu, Products(CODES, name))
+    makers[_DECODED] = lambda weight: DecodedLinearCpu(weight, None, dtype)
+    return makers
+
+
+def _maker(
+    kind: type[Int8LinearCpu] | type[StaticInt8LinearCpu] | type[Int4LinearCpu], products: Products
+) -> Callable[[PackedWeight], nn.Module]:
+    return lambda weight: kind(weight, None, products)
+
+
 def _measure(layer: Layer, dtype: torch.dtype) -> LayerTimes:
     """Times of a layer by each product, with rounding of activations and scaling of results."""
-    weight = _random(layer)
-    kind = StaticInt8LinearCpu if layer.scheme.activation_static else Int8LinearCpu
-    makers: dict[str, Callable[[], nn.Module]] = {
-        name: _maker(kind, weight, Products(name, name)) for name in exact_products()
-    }
-    makers[_DECODED] = lambda: DecodedLinearCpu(weight, None, dtype)
+    weight = layer.random()
     many = min(_MANY, max(_LEAST_MANY, _MANY_WORK // (layer.out_features * layer.in_features)))
     slow = dtype == torch.bfloat16 and not multiplies_bfloat16()
     inputs = [
         torch.randn(n, layer.in_features).to(torch.float32 if slow else dtype) for n in (_FEW, many)
     ]
     times: dict[str, list[float]] = {}
-    for name, make in makers.items():  # one at a time, so that a large weight is in memory once
-        module = make()
-        times[name] = [_microseconds(module, x) - _saved(module, x) for x in inputs]
+    for name, make in _makers(layer, dtype).items():
+        module = make(weight)  # one at a time, so that a large weight is in memory once
+        times[name] = [microseconds(module, x) - _saved(module, x) for x in inputs]
     return LayerTimes(
         few={name: few for name, (few, _) in times.items()},
         many={name: many for name, (_, many) in times.items()},
     )
-
-
-def _maker(
-    kind: type[Int8LinearCpu] | type[StaticInt8LinearCpu], weight: PackedWeight, products: Products
-) -> Callable[[], nn.Module]:
-    return lambda: kind(weight, None, products)
 
 
 def _saved(layer: nn.Module, x: Tensor) -> float:
@@ -284,10 +415,10 @@ def _saved(layer: nn.Module, x: Tensor) -> float:
 
     Layers with the same input, such as query, key and value, share it within a model.
     """
-    return _microseconds(layer.quantize, x) / 2 if isinstance(layer, Int8LinearCpu) else 0.0
+    return microseconds(layer.quantize, x) / 2 if isinstance(layer, Int8LinearCpu) else 0.0
 
 
-def _microseconds(call: Callable[[Tensor], object], x: Tensor) -> float:
+def microseconds(call: Callable[[_Input], object], x: _Input) -> float:
     """The time of the fastest of a few calls, because other processes only make calls slower."""
     times: list[float] = []
     with torch.inference_mode():
@@ -297,20 +428,3 @@ def _microseconds(call: Callable[[Tensor], object], x: Tensor) -> float:
             call(x)
             times.append(time.perf_counter() - start)
     return round(min(times) * 1e6, 2)
-
-
-def _random(layer: Layer) -> PackedWeight:
-    shape = layer.out_features, layer.in_features
-    generator = torch.Generator().manual_seed(0)
-    inputs = None
-    if layer.scheme.activation_static:
-        ones = torch.ones(layer.in_features)
-        inputs = InputGrid(ones / 32, ones * 128)
-    return PackedWeight(
-        qweight=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
-        scale=torch.full((layer.out_features, 1), 0.01, dtype=torch.float16),
-        qzero=None,
-        scheme=layer.scheme,
-        in_features=layer.in_features,
-        inputs=inputs,
-    )

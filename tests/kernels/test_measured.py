@@ -1,4 +1,4 @@
-"""Measured times choose the int8 product of a layer; the choice never changes a bit."""
+"""Measured times choose the product of a layer; the choice changes no more than it says."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 
 import gteopt.kernels.measured
-from gteopt.config.recipe import LayerScheme
+from gteopt.config.recipe import GroupSize, LayerScheme
 from gteopt.errors import InputError
 from gteopt.kernels import arithmetic, kernel_name, make_linear
-from gteopt.kernels.cpu import INT8_PRODUCTS, Products, exact_products
+from gteopt.kernels.cpu import INT8_PRODUCTS, Products, activation_bits, exact_products
+from gteopt.kernels.cpu_int4 import (
+    CODES,
+    EACH_CALL,
+    INT4_PRODUCTS,
+    KEPT,
+    Int4LinearCpu,
+    int4_runs_here,
+)
 from gteopt.kernels.measured import (
     DETERMINISTIC,
     KernelTimes,
@@ -24,16 +32,21 @@ from gteopt.kernels.measured import (
     decoding_wins,
     kept_times,
     pick,
+    pick_int4,
     ways_for,
 )
 from gteopt.machine import machine
-from gteopt.quant.affine import pack, quantize_rtn
+from gteopt.quant.affine import pack, quantize_rtn, quantize_tokens
 from gteopt.records.files import read_record
 
 CPU = torch.device("cpu")
 W8A8 = LayerScheme(bits=8, group_size="per_channel", symmetric=True, activation_bits=8)
 ZEROS = W8A8.model_copy(update={"activation_symmetric": False})
 NF4 = LayerScheme(bits=4, group_size=64, symmetric=True, number_format="nf4")
+STATIC = ZEROS.model_copy(update={"activation_static": True})
+FP8 = W8A8.model_copy(update={"number_format": "e4m3"})
+INT4 = LayerScheme(bits=4, group_size=128, symmetric=False)
+INT3 = LayerScheme(bits=3, group_size=64, symmetric=False)
 LAYER = Layer(W8A8, 64, 128)
 KEY = LAYER.key(torch.bfloat16)
 
@@ -59,6 +72,106 @@ def test_every_exact_product_gives_the_same_bits(scheme: LayerScheme, dtype: tor
         for n_tokens in (1, 16, 97, 200):
             x = seeded(n_tokens, 128, seed=2).to(dtype)
             assert torch.equal(layer(x), first(x)), (few, many, n_tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", list(INT8_PRODUCTS))
+def test_every_int8_product_multiplies_codes_as_float64_does(name: str, dtype: torch.dtype) -> None:
+    if name not in exact_products():
+        pytest.skip(f"{name} does not sum exactly on this processor")
+    weight, bias = pack(quantize_rtn(seeded(64, 128), ZEROS)), seeded(64, seed=1)
+    ways = ways_of(ZEROS, Products(name, name), dtype)
+    layer = make_linear(weight, bias, device=CPU, dtype=dtype, ways=ways)
+    x = seeded(120, 128, seed=2).abs().to(dtype)  # one-sided, so that zero points matter
+    codes, scale, zero = quantize_tokens(x, symmetric=False, bits=activation_bits())
+    assert zero is not None
+    rounded = (codes.double() - zero.double()) * scale.double()
+    exact = rounded @ weight.unpack().dequantize().double().T + bias.to(dtype).double()
+    bound = 2e-6 if dtype == torch.float32 else 4e-3
+    for n in (1, 120):
+        assert (layer(x[:n]).double() - exact[:n]).norm() <= bound * exact[:n].norm()
+
+
+@pytest.mark.parametrize("group_size", [32, 128, "per_channel"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_product_of_a_4_bit_layer_multiplies_as_float64_does(
+    group_size: GroupSize, symmetric: bool
+) -> None:
+    scheme = LayerScheme(bits=4, group_size=group_size, symmetric=symmetric)
+    weight, bias = pack(quantize_rtn(seeded(64, 128), scheme)), seeded(64, seed=1).bfloat16()
+    if not int4_runs_here(weight):
+        pytest.skip("torch's 4-bit layout on this CPU is neither that of AVX-512 nor of AVX2")
+    choices = [*itertools.starmap(Products, itertools.product(INT4_PRODUCTS, repeat=2)), None]
+    for products in choices:
+        ways = ways_of(scheme, products, torch.bfloat16)
+        layer = make_linear(weight, bias, device=CPU, dtype=torch.bfloat16, ways=ways)
+        for n_tokens in (1, 96, 97, 300):
+            x = seeded(n_tokens, 128, seed=2).bfloat16()
+            exact = x.double() @ weight.unpack().dequantize().double().T + bias.double()
+            assert (layer(x).double() - exact).norm() <= 8e-3 * exact.norm(), (products, n_tokens)
+        about = {"device": CPU, "dtype": torch.bfloat16, "ways": ways}
+        assert kernel_name(scheme, 64, 128, **about) == layer.kernel
+
+
+def test_a_kept_weight_takes_memory_and_is_not_decoded_again() -> None:
+    weight = pack(quantize_rtn(seeded(64, 128), INT4))
+    if not int4_runs_here(weight):
+        pytest.skip("torch's 4-bit layout on this CPU is neither that of AVX-512 nor of AVX2")
+    kept = Int4LinearCpu(weight, None, Products(CODES, KEPT))
+    packed = Int4LinearCpu(weight, None)
+    extra = sum(t.nbytes for t in kept.buffers()) - sum(t.nbytes for t in packed.buffers())
+    assert extra in (2 * 64 * 128, 4 * 64 * 128)
+    assert (packed.decodes, kept.decodes) == (True, False)
+    for n_tokens in (16, 200):
+        x = seeded(n_tokens, 128, seed=1).bfloat16()
+        torch.testing.assert_close(kept(x), packed(x), rtol=1e-2, atol=1e-2)
+
+
+def test_a_4_bit_layer_is_never_slower_than_its_decoded_weight_where_memory_allows() -> None:
+    def times(few: tuple[float, float], many: tuple[float, float, float]) -> LayerTimes:
+        codes, dense = few
+        return LayerTimes(
+            few={CODES: codes, EACH_CALL: codes, "decoded": dense},
+            many=dict(zip((CODES, EACH_CALL, "decoded"), many, strict=True)),
+        )
+
+    usual = times((10, 30), (300, 200, 100))
+    assert pick_int4(usual) == Products(CODES, KEPT)
+    assert pick_int4(usual, may_grow=False) == Products(CODES, EACH_CALL)
+    slow_codes = times((30, 25), (300, 200, 100))
+    assert pick_int4(slow_codes) is None
+    fast_codes = times((10, 30), (90, 200, 100))
+    assert pick_int4(fast_codes) == Products(CODES, CODES)
+    assert pick_int4(fast_codes, may_grow=False) == Products(CODES, CODES)
+
+
+def test_a_4_bit_layer_keeps_its_weight_decoded_only_where_memory_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer(INT4, 64, 128)
+    if not int4_runs_here(layer.without_data()):
+        pytest.skip("torch's 4-bit layout on this CPU is neither that of AVX-512 nor of AVX2")
+    key = layer.key(torch.bfloat16)
+    times = LayerTimes(
+        few={CODES: 1.0, EACH_CALL: 1.0, "decoded": 2.0},
+        many={CODES: 9.0, EACH_CALL: 4.0, "decoded": 2.0},
+    )
+    monkeypatch.setattr(gteopt.kernels.measured, "_measure", lambda layer, dtype: times)
+    ways = ways_for([layer], torch.bfloat16, "measured", folder=tmp_path)
+    assert ways.products == {key: Products(CODES, KEPT)}
+    assert key in ways.rounding
+    small = machine().model_copy(update={"memory_bytes": 8 * 64 * 128})
+    monkeypatch.setattr("gteopt.kernels.measured.machine", lambda: small)
+    ways = ways_for([layer], torch.bfloat16, "measured", folder=tmp_path)
+    assert ways == DETERMINISTIC  # the products that it has without measuring, and no more memory
+    assert ways_for([layer], torch.bfloat16, "decoded").products == {key: None}
+
+
+@pytest.mark.parametrize("scheme", [W8A8, ZEROS, STATIC, NF4, INT4, INT3, FP8], ids=str)
+def test_a_random_layer_of_any_scheme_computes_numbers(scheme: LayerScheme) -> None:
+    weight = Layer(scheme, 64, 128).random()
+    layer = make_linear(weight, None, device=CPU, dtype=torch.bfloat16)
+    assert layer(seeded(3, 128).bfloat16()).isfinite().all()
 
 
 @pytest.mark.parametrize("scheme", [W8A8, NF4], ids=["int8", "nf4"])
@@ -147,9 +260,11 @@ def test_a_file_that_is_not_ours_is_ignored_with_a_reason(tmp_path: Path, damage
 
 def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="every load measures anew"):
+    with pytest.warns(UserWarning, match="every process measures anew"):
         times = kept_times({KEY: LAYER}, torch.bfloat16, tmp_path / "file")
     assert times.keys() == {KEY}
+    with pytest.warns(UserWarning, match="every process measures anew"):
+        assert kept_times({KEY: LAYER}, torch.bfloat16, tmp_path / "file") == times
 
 
 def test_a_second_copy_must_pay_and_decoding_must_win_clearly() -> None:
