@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gteopt.kernels.cpu import FEW_TOKENS, Products, multiplies_bfloat16
+from gteopt.kernels.reference import DECODED_AT_ONCE
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.packing import pack_codes
 
@@ -95,14 +96,20 @@ class Int4LinearCpu(nn.Module):
 
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
         """The transposed weight [I, O] in `dtype`."""
-        n_groups = len(self.grid)
-        codes = _from_torch_layout(self.qweight, self._tile)  # [O/tile, I, tile]
-        steps = codes.transpose(0, 1).reshape(n_groups, -1, self.out_features)  # [G, I/G, O]
+        n_groups, width = len(self.grid), self.in_features // len(self.grid)
         # Contiguous copies, because torch multiplies strided values eight times as slowly.
         scale, offset = (
             part.contiguous() for part in self.grid.to(dtype).unsqueeze(1).unbind(-1)
         )  # each [G, 1, O]
-        values = steps.view(torch.int8).sub_(8).to(dtype).mul_(scale).add_(offset)
+        values = scale.new_empty(n_groups, width, self.out_features)
+        n = max(1, DECODED_AT_ONCE // (width * self.out_features))
+        for first in range(0, n_groups, n):
+            groups = slice(first, first + n)
+            features = slice(first * width, (first + n) * width)
+            codes = _from_torch_layout(self.qweight, self._tile, features)  # [O/tile, I', tile]
+            steps = codes.transpose(0, 1).reshape(-1, width, self.out_features).view(torch.int8)
+            part = values[groups].copy_(steps.sub_(8))
+            part.mul_(scale[groups]).add_(offset[groups])
         return values.view(self.in_features, self.out_features)
 
 
@@ -147,7 +154,7 @@ def _to_torch_layout(qweight: Tensor, tile: int) -> Tensor:
     return packed
 
 
-def _from_torch_layout(packed: Tensor, tile: int) -> Tensor:
-    """Torch's packed uint8 [O, I / 2] to uint8 codes [O/tile, I, tile]."""
-    tiles = packed.view(len(packed) // tile, -1, tile // 2)
+def _from_torch_layout(packed: Tensor, tile: int, features: slice) -> Tensor:
+    """Torch's packed uint8 [O, I / 2] to uint8 codes [O/tile, I', tile] of I' input features."""
+    tiles = packed.view(len(packed) // tile, -1, tile // 2)[:, features]
     return torch.cat([tiles & 15, tiles >> 4], dim=-1)

@@ -413,6 +413,26 @@ def test_the_8_bit_float_product_is_its_definition_in_float64() -> None:
     assert relative_error(layer(x.bfloat16()), exact_product(x, weight, bias)) < 0.05
 
 
+@pytest.mark.parametrize("scheme", [W8A8, FP8, NF4, INT4, INT3], ids=str)
+def test_a_weight_that_is_decoded_in_parts_is_the_same_weight(
+    scheme: LayerScheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = packed(192, 256, scheme)
+    makers: list[Any] = [DequantLinear]
+    if int4_runs_here(weight):
+        makers.append(Int4LinearCpu)
+    for make, dtype in itertools.product(makers, (torch.float32, torch.bfloat16)):
+        found = []
+        for most in (1 << 18, 192 * 128, 5 * 256):
+            monkeypatch.setattr("gteopt.kernels.reference.DECODED_AT_ONCE", most)
+            monkeypatch.setattr("gteopt.kernels.cpu_int4.DECODED_AT_ONCE", most)
+            layer = make(weight, None)
+            decode = layer._dequantized if make is Int4LinearCpu else layer.dequantized
+            found.append(decode(dtype))
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
 def test_few_and_many_tokens_agree_in_4_bits() -> None:
     weight = packed(192, 256, INT4)
     if not int4_runs_here(weight):
