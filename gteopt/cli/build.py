@@ -16,6 +16,7 @@ from gteopt.cli.options import (
     ActivationGb,
     Artifact,
     AsJson,
+    BackendOption,
     Base,
     Device,
     EffortOption,
@@ -243,6 +244,7 @@ def inspect(
         ),
     ] = "auto",
     kernels: Kernels = "deterministic",
+    backend: BackendOption = "torch",
     as_json: AsJson = False,
 ) -> None:
     """Show facts of a model, and estimates for every recipe before anything is built.
@@ -269,6 +271,7 @@ def inspect(
         dtype=dtype,
         device=device,
         kernels=kernels,
+        backend=backend,
         activation_bytes=int(activation_gb * 2**30),
     )
     if as_json:

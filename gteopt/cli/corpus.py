@@ -19,12 +19,13 @@ from gteopt.cli.options import (
     OUTPUT,
     WHERE,
     AsJson,
+    BackendOption,
     Device,
     HubDir,
     Kernels,
     price_option,
 )
-from gteopt.cli.output import print_json, show_progress, stderr, stdout
+from gteopt.cli.output import print_json, show_backend, show_progress, stderr, stdout
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -131,10 +132,7 @@ def embed(
         str,
         typer.Option(help="dtype that the model computes in", rich_help_panel=WHERE),
     ] = "auto",
-    backend: Annotated[
-        Literal["torch", "openvino"],
-        typer.Option(help="library that computes the model", rich_help_panel=WHERE),
-    ] = "torch",
+    backend: BackendOption = "torch",
     kernels: Kernels = "deterministic",
     device: Device = "auto",
     devices: Annotated[
@@ -387,6 +385,8 @@ def _show_embedded(report: EmbedReport) -> None:
         f"{report.n_bad:,} dead letters; {report.n_vectors:,} vectors, {size}",
         soft_wrap=True,
     )
+    if report.backend is not None and report.backend_reason is not None:
+        show_backend(report.out, report.backend, report.backend_reason)
     seconds = max(report.seconds, 1e-9)
     stdout.print(
         f"shards: {report.shards_now:,} now, {report.shards_before:,} before; "

@@ -160,9 +160,9 @@ HubDir = Annotated[
     ),
 ]
 BackendOption = Annotated[
-    Literal["torch", "openvino"],
+    Literal["auto", "torch", "openvino"],
     typer.Option(
-        help="library that computes variants; openvino is faster on CPUs with VNNI or AMX",
+        help="library that computes variants; auto measures once which is faster here",
         rich_help_panel=WHERE,
     ),
 ]

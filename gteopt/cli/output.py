@@ -47,6 +47,12 @@ def show_progress() -> AbstractContextManager[Steps]:
     return shown(stderr)
 
 
+def show_backend(name: str, backend: str, reason: str) -> None:
+    """A line on stderr: which backend "auto" took for what is named, and why."""
+    said = f"{name}: computed by {backend}, which auto took: {reason}"
+    stderr.print(said, style="dim", highlight=False, soft_wrap=True)
+
+
 def print_json(content: object) -> None:
     """Print indented JSON on stdout."""
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))

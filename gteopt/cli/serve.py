@@ -20,7 +20,7 @@ from gteopt.cli.options import (
     finite,
     price_option,
 )
-from gteopt.cli.output import stderr, stdout
+from gteopt.cli.output import show_backend, stderr, stdout
 
 if TYPE_CHECKING:
     from gteopt.server.service import Service
@@ -154,6 +154,9 @@ def serve(
 
 def _show_served(url: str, service: Service) -> None:
     for name, served in service.models.items():
+        runtime = served.encoder.runtime
+        if runtime.backend_reason is not None:
+            show_backend(name, runtime.backend, runtime.backend_reason)
         stdout.print(
             f"{name}: {served.encoder.name}, {served.encoder.dims} dimensions, up to "
             f"{served.tokenization.max_tokens:,} tokens a text, about {served.batch_tokens:,} "

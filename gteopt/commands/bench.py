@@ -18,7 +18,7 @@ import torch
 from gteopt.build.quantize import quantize
 from gteopt.config.plan import BenchSpec
 from gteopt.config.recipe import Recipe, load_recipe
-from gteopt.encoder.description import Backend, pick_device
+from gteopt.encoder.description import AskedBackend, pick_device
 from gteopt.encoder.openvino import refuse_unknown
 from gteopt.errors import InputError, IntegrityError, join_problems
 from gteopt.machine import machine, versions
@@ -331,7 +331,7 @@ class _Conditions:
 
     spec: BenchSpec
     device: str
-    backend: Backend
+    backend: AskedBackend
     kernels: str
     baseline: str
     baseline_sha256: str

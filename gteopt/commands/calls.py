@@ -15,7 +15,7 @@ from gteopt.commands.judges import Judges, evaluate_on
 from gteopt.commands.names import named
 from gteopt.config.plan import BenchSpec
 from gteopt.config.policy import DEFAULT_MARGIN, Policy, load_policy
-from gteopt.encoder.description import Backend
+from gteopt.encoder.description import AskedBackend
 from gteopt.errors import InputError
 from gteopt.progress import Progress, quiet
 from gteopt.records.bench import BenchReport
@@ -33,7 +33,7 @@ def bench(
     out: str | Path | None = None,
     hub_dir: Path | None = None,
     device: str = "auto",
-    backend: Backend = "torch",
+    backend: AskedBackend = "torch",
     kernels: str = "deterministic",
     progress: Progress = quiet,
 ) -> BenchReport:

@@ -146,9 +146,14 @@ def parse_options(options: dict[str, Any]) -> tuple[EmbedOptions, Where, Wishes]
 def requested(
     inputs: str | Sequence[str], model: str | Path, out: str | Path, options: EmbedOptions
 ) -> Request:
-    """A request with an absolute path to the model, so that every worker finds it."""
+    """A request with an absolute path to the model, so that every worker finds it.
+
+    With "auto", a job that goes on keeps the backend that it began with.
+    """
     names = (inputs,) if isinstance(inputs, str) else tuple(inputs)
     source = str(Path(model).absolute()) if Path(model).is_dir() else str(model)
+    if options.backend == "auto" and (begun := read_record(Folder(out))) is not None:
+        options = options.model_copy(update={"backend": begun.settings["backend"]})
     return Request(names, source, out, options)
 
 

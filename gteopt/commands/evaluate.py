@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from gteopt.build.fit_vectors import fit_transforms
 from gteopt.commands.own_examples import OwnTexts, write_examples
@@ -20,7 +21,7 @@ from gteopt.config.plan import ColumnRole
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.config.recipe import CODES_BY_DIMS, VectorCode
 from gteopt.corpus.workers import Workers
-from gteopt.encoder.description import Backend, Description, describe
+from gteopt.encoder.description import AskedBackend, Description, describe
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import load
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
@@ -42,7 +43,7 @@ from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.user_data import read_texts
 from gteopt.evaluation.views import View, own_view, view_of
 from gteopt.model.artifact import is_artifact, read_manifest
-from gteopt.model.checkpoint import NANO, open_checkpoint
+from gteopt.model.checkpoint import NANO, Checkpoint, open_checkpoint
 from gteopt.progress import Progress
 from gteopt.records.evaluation import Correction, EvalReport, FidelityReport
 from gteopt.records.examples import Examples
@@ -104,7 +105,8 @@ class Setup:
         hub_dir: see `load`.
         device: see `load`.
         dtype: dtype of the computation; see `load`.
-        backend: backend of the variants, see `load`; the baseline uses torch.
+        backend: backend of the variants, see `load`; the baseline uses torch. With "auto", the
+            backend of a report of the same files in the results folder is used again.
         kernels: kernels of the variants, see `load`; the baseline's are deterministic.
         grid: dimensions and codes to judge; None judges the vectors that each variant makes.
         workers: processes that encode instead of this process on `device`. With a grid, this
@@ -119,7 +121,7 @@ class Setup:
     hub_dir: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
-    backend: Backend = "torch"
+    backend: AskedBackend = "torch"
     kernels: str = "deterministic"
     grid: Grid | None = None
     workers: Workers | None = None
@@ -153,7 +155,7 @@ def score(
     """
     _check_folder(folder, how)
     check_data(suite, how.hub_dir)
-    _check_all(sources, folder, how)
+    backends = _check_all(sources, folder, how)
     reports: dict[str, EvalReport] = {}
     baseline = None
     drawn: BaselineDraws = {}
@@ -162,14 +164,14 @@ def score(
     for name, next_name in zip(sources, [*list(sources)[1:], None], strict=True):
         opened = ahead
         if opened is None or how.grid is not None:  # a grid is fitted on a loaded model
-            is_first = baseline is None
-            opened = _open(name, sources[name], how, progress, is_baseline=is_first, ahead=ahead)
+            own_how = _setup_of(name, sources, backends, how)
+            opened = _open(name, sources[name], own_how, progress, ahead=ahead)
         ahead = None
         options = opened.options
         if how.workers is not None and next_name is not None and not how.stops:
             # Without a grid, only a model's description is opened, which takes no memory.
-            without_grid = replace(how, grid=None)
-            ahead = _open(next_name, sources[next_name], without_grid, progress, is_baseline=False)
+            without_grid = replace(_setup_of(next_name, sources, backends, how), grid=None)
+            ahead = _open(next_name, sources[next_name], without_grid, progress)
             if not _same_vectors(opened, ahead):  # the same vectors come from the cache
                 options = replace(options, start_next=_beginning(ahead, suite, folder, how))
         views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
@@ -235,7 +237,7 @@ def compare_texts(
         InputError: examples without a results folder; or see `score`.
     """
     _check_folder(folder, how)
-    _check_all(sources, None, how)
+    backends = _check_all(sources, None, how)
     texts = read_texts(file, columns)
     examples: dict[str, Examples] = {}
     known = {digest_of(text): text for text in texts}
@@ -243,7 +245,7 @@ def compare_texts(
     reports: dict[str, FidelityReport] = {}
     baseline = None
     for name, source in sources.items():
-        opened = _open(name, source, how, progress, is_baseline=baseline is None)
+        opened = _open(name, source, _setup_of(name, sources, backends, how), progress)
         views, own, notes = opened.views, own_view(opened.encoder, name), opened.notes
         run = run_texts(
             opened.encoder, texts, store=_store(folder), options=opened.options, progress=progress
@@ -295,8 +297,23 @@ def _write(
     write_examples(reports_folder.parent, reports, examples)
 
 
-def _check_all(sources: Mapping[str, str], folder: Path | None, how: Setup) -> None:
+def _setup_of(
+    name: str, sources: Mapping[str, str], backends: Mapping[str, AskedBackend], how: Setup
+) -> Setup:
+    """How a source is encoded. The first is the baseline, which torch encodes deterministically."""
+    if name == next(iter(sources)):
+        return replace(how, backend="torch", kernels="deterministic")
+    return replace(how, backend=backends[name])
+
+
+def _check_all(
+    sources: Mapping[str, str], folder: Path | None, how: Setup
+) -> dict[str, AskedBackend]:
     """Open every source, so that a damaged or misspelt one is refused before a long evaluation.
+
+    Returns:
+        The backend of each. With "auto" it is the one that a report of the same files has, so that
+        an evaluation goes on as it began.
 
     Raises:
         InputError: lists all problems, including reports of another backend that would be lost.
@@ -305,9 +322,12 @@ def _check_all(sources: Mapping[str, str], folder: Path | None, how: Setup) -> N
     if how.workers is not None and how.kernels != "deterministic":
         problems.append(f"kernels {how.kernels}: several processes need deterministic kernels")
     dims: dict[str, int] = {}
+    checkpoints: dict[str, Checkpoint] = {}
+    backends: dict[str, AskedBackend] = dict.fromkeys(sources, how.backend)
     for name, source in sources.items():
         try:
-            dims[name] = open_checkpoint(source, hub_dir=how.hub_dir).dims
+            checkpoints[name] = open_checkpoint(source, hub_dir=how.hub_dir)
+            dims[name] = checkpoints[name].dims
         except GteoptError as error:
             problems.append(f"{name} ({source}): {error}")
     baseline = next(iter(sources))
@@ -322,13 +342,18 @@ def _check_all(sources: Mapping[str, str], folder: Path | None, how: Setup) -> N
             old = read_record(path, EvalReport)
             backend = old.versions.get("backend", how.backend)
             row = re.sub(rf"-\d+-({'|'.join(CODES_BY_DIMS)})$", "", old.variant)
-            if {row, old.variant} & set(list(sources)[1:]) and backend != how.backend:
-                problems.append(
-                    f"{path} holds scores of {old.variant} with backend {backend}; remove it, or "
-                    f"give another --out for backend {how.backend}"
-                )
+            for name in {row, old.variant} & set(list(sources)[1:]):
+                if how.backend == "auto":
+                    if name in checkpoints and old.artifact_sha256 == checkpoints[name].sha256:
+                        backends[name] = cast("AskedBackend", backend)
+                elif backend != how.backend:
+                    problems.append(
+                        f"{path} holds scores of {old.variant} with backend {backend}; remove it, "
+                        f"or give another --out for backend {how.backend}"
+                    )
     if problems:
         raise InputError(join_problems("the evaluation cannot start", problems))
+    return backends
 
 
 @dataclass(frozen=True)
@@ -352,21 +377,19 @@ def _open(
     how: Setup,
     progress: Progress,
     *,
-    is_baseline: bool,
     ahead: _Opened | None = None,
 ) -> _Opened:
     """Open a source; `ahead` is its description, if workers already encode with it."""
     options, notes = how.options, list[str]()
     device = how.device if how.workers is None else how.workers.device
-    kernels = "deterministic" if is_baseline else how.kernels
-    opener: Callable[..., Description] = partial(load, kernels=kernels)
+    opener: Callable[..., Description] = partial(load, kernels=how.kernels)
     if how.workers is not None and how.grid is None:
         opener = describe
     encoder = opener(
         source,
         device=device,
         dtype=how.dtype,
-        backend="torch" if is_baseline else how.backend,
+        backend=how.backend,
         hub_dir=how.hub_dir,
     )
     if ahead is not None:
@@ -381,6 +404,8 @@ def _open(
         )
         options = replace(options, encode=encode, encoded_on=str(how.workers))
     encoder.name = name  # the name in every line of progress and every note
+    if (reason := encoder.runtime.backend_reason) is not None:
+        notes.append(f"{name} was computed by {encoder.backend}, which auto took: {reason}")
     views = {name: own_view(encoder, name)}
     if how.grid is not None:
         assert isinstance(encoder, Encoder)

@@ -21,7 +21,14 @@ from gteopt.build.estimate import count_parameters, estimate
 from gteopt.build.quantize import ACTIVATION_BYTES
 from gteopt.config.recipe import Recipe, load_recipe
 from gteopt.config.yaml_files import shipped_names
-from gteopt.encoder.description import dtype_of, parse_dtype, pick_device
+from gteopt.encoder.description import (
+    AskedBackend,
+    RuntimeOptions,
+    dtype_of,
+    parse_dtype,
+    pick_device,
+    taken_backend,
+)
 from gteopt.encoder.packed_weights import quantized_layers
 from gteopt.encoder.skeleton import build_skeleton
 from gteopt.errors import HubUnreachableError, InputError
@@ -45,6 +52,7 @@ def inspect(
     dtype: str = "bfloat16",
     device: str = "auto",
     kernels: str = "deterministic",
+    backend: AskedBackend = "torch",
     activation_bytes: int = ACTIVATION_BYTES,
 ) -> Inspection:
     """Describe a base, an artifact, or a model that another library quantized.
@@ -61,6 +69,7 @@ def inspect(
         dtype: see `quantize`.
         device: see `quantize`; this machine need not have it.
         kernels: kernels of an artifact on a CPU; see `load`.
+        backend: "auto" finds the fastest backend; see `load`.
         activation_bytes: see `quantize`.
 
     Raises:
@@ -84,6 +93,7 @@ def inspect(
                 f"{source} is quantized or an artifact; recipe {recipe.name} needs a base"
             )
         recipes = [recipe] if recipe else [load_recipe(name) for name in shipped_names("recipes")]
+        options = RuntimeOptions(device, backend=backend, kernels=kernels)
         estimates = estimate(
             checkpoint,
             recipes if is_base else (),
@@ -118,7 +128,7 @@ def inspect(
             estimated_for=conditions if is_base else None,
             manifest=manifest,
             kernels=_kernels(checkpoint, device, kernels),
-        )
+        ).model_copy(update=_fastest(checkpoint, options))
 
 
 @contextmanager
@@ -189,6 +199,15 @@ def _kernels(checkpoint: Checkpoint, device: str, kernels: str) -> dict[str, int
         shape = layer.out_features, layer.in_features
         names[layer.name] = kernel_name(layer.scheme, *shape, device=where, dtype=kind, ways=ways)
     return dict(sorted(Counter(names.values()).items()))
+
+
+def _fastest(checkpoint: Checkpoint, options: RuntimeOptions) -> dict[str, str | None]:
+    """`backend` and `backend_reason` of an `Inspection`; nothing if "auto" was not asked for."""
+    is_here = _kind_of(options.device) == "cpu" or torch.cuda.is_available()
+    if options.backend != "auto" or not is_here:
+        return {}
+    taken = taken_backend(checkpoint, options)
+    return {"backend": taken.backend, "backend_reason": taken.reason}
 
 
 def _kind_of(device: str) -> str:

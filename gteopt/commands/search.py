@@ -7,6 +7,7 @@ test of the folder, not a database.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gteopt.corpus.exports import INDEX, shards_of
 from gteopt.corpus.plan import EmbeddingRecord, read_record
 from gteopt.corpus.shard_files import read_footer, read_shard, vectors_of
 from gteopt.corpus.storage import Folder
+from gteopt.encoder.description import pick_device
 from gteopt.encoder.loading import load
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.frozen import Frozen
@@ -145,7 +147,14 @@ def _encoded(
     recorded_dir = None if record.hub_dir is None else Path(record.hub_dir)
     dtype = record.settings["dtype"] or "auto"
     source = str(model or record.model)
-    encoder = load(source, device=device, dtype=dtype, hub_dir=hub_dir or recorded_dir)
+    openvino = record.settings["backend"] == "openvino" and pick_device(device).type == "cpu"
+    encoder = load(
+        source,
+        device=device,
+        dtype=dtype,
+        backend="openvino" if openvino and find_spec("openvino") is not None else "torch",
+        hub_dir=hub_dir or recorded_dir,
+    )
     if encoder.sha256 != record.settings["model"]:
         raise InputError(
             f"{source} did not make these vectors (its SHA-256 is {encoder.sha256[:16]}, not "

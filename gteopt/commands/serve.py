@@ -51,7 +51,7 @@ class ServerRuntime:
     port: int = 8000
     device: str = "auto"
     dtype: str = "auto"
-    backend: Literal["torch", "openvino"] = "torch"
+    backend: Literal["auto", "torch", "openvino"] = "torch"
     kernels: str = "deterministic"
     hub_dir: Path | None = None
 

@@ -73,6 +73,8 @@ class EmbedReport(Frozen):
         seconds: from the first shard to the last.
         workers: what each worker did in this run, sorted by its name.
         dollars: cost of this run; None without a price.
+        backend: the library that computed the vectors.
+        backend_reason: why "auto" took that library in this run; None otherwise.
         peak_ratio: operations a second of this run, divided by those of the fastest large matrix
             product of any number type on the same device; None if that was not measured.
     """
@@ -94,6 +96,8 @@ class EmbedReport(Frozen):
     seconds: float
     workers: tuple[WorkerShare, ...] = ()
     dollars: float | None = None
+    backend: str | None = None
+    backend_reason: str | None = None
     peak_ratio: float | None = None
 
     @property
@@ -108,6 +112,7 @@ class Job:
 
     Attributes:
         record: embedding.json as it is before the run.
+        backend_reason: see `EmbedReport`.
     """
 
     task: EmbedTask
@@ -115,6 +120,7 @@ class Job:
     corpus: Corpus
     record: EmbeddingRecord
     folder: Folder
+    backend_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,8 @@ def prepare(
     Raises:
         InputError: inputs cannot be read, or the folder belongs to another job.
     """
-    options = request.options
+    # "auto" has been decided; every worker takes the same.
+    options = request.options.model_copy(update={"backend": encoder.backend})
     folder = Folder(request.out)
     corpus = find_corpus(request.inputs, role=options.role, hub_dir=wishes.hub_dir)
     stored = _stored(encoder, options)
@@ -219,7 +226,7 @@ def prepare(
         rescore=transform.rescore if transform.rescores else 1,
         files=tuple(FileCount(file=f, n_rows=n) for f, n in zip(files, rows, strict=True)),
     )
-    return Job(task, plan, corpus, record, folder)
+    return Job(task, plan, corpus, record, folder, encoder.runtime.backend_reason)
 
 
 def working_alone(out: str | Path) -> AbstractContextManager[None]:
@@ -319,16 +326,14 @@ def run(
         record = record.model_copy(update={"n_duplicate_ids": n_twice})
     if not unchanged or before != record:
         write_record(folder, record)
-    report = _report(folder, record, tally, len(plan.shards), len(todo))
+    report = _report(job, record, tally, len(todo))
     events("end", report.model_dump())
     return report
 
 
-def _report(
-    folder: Folder, record: EmbeddingRecord, tally: Tally, n_shards: int, n_todo: int
-) -> EmbedReport:
+def _report(job: Job, record: EmbeddingRecord, tally: Tally, n_todo: int) -> EmbedReport:
     return EmbedReport(
-        out=str(folder),
+        out=str(job.folder),
         n_rows=record.n_rows,
         n_embedded=sum(file.n_embedded for file in record.files),
         n_vectors=record.n_vectors,
@@ -337,7 +342,7 @@ def _report(
         n_tokens=record.n_tokens,
         n_duplicate_ids=record.n_duplicate_ids,
         n_bytes=record.n_vectors * record.decode.bytes_per_vector,
-        shards_before=n_shards - n_todo,
+        shards_before=len(job.plan.shards) - n_todo,
         shards_now=n_todo,
         texts_now=tally.n_texts,
         tokens_now=tally.n_tokens,
@@ -345,6 +350,8 @@ def _report(
         seconds=tally.seconds,
         workers=tuple(tally.workers[name] for name in sorted(tally.workers)),
         dollars=tally.dollars,
+        backend=record.settings["backend"],
+        backend_reason=job.backend_reason,
     )
 
 

@@ -85,7 +85,8 @@ class EmbedOptions(Frozen):
         batch_size: texts computed together.
         shard_rows: the most rows of the input in one shard.
         dtype: dtype that the model computes in; see `gteopt.load`.
-        backend: see `gteopt.load`.
+        backend: see `gteopt.load`. With "auto", a job that goes on keeps the backend that it began
+            with.
         kernels: see `gteopt.load`.
     """
 
@@ -101,7 +102,7 @@ class EmbedOptions(Frozen):
     batch_size: int = Field(default=32, ge=1)
     shard_rows: int = Field(default=SHARD_ROWS, ge=1)
     dtype: str = "auto"
-    backend: Literal["torch", "openvino"] = "torch"
+    backend: Literal["auto", "torch", "openvino"] = "torch"
     kernels: str = "deterministic"
 
     @field_validator("long", mode="before")

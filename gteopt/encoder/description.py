@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from gteopt.encoder.fastest_backend import Taken, fastest_backend
 from gteopt.encoder.tokenization import Tokenization
 from gteopt.errors import InputError, UnsupportedError, suggest
 from gteopt.kernels import arithmetic
@@ -27,6 +28,8 @@ from gteopt.records.manifest import Manifest, Similarity
 from gteopt.vectors.transform import VectorTransform, identity
 
 Backend = Literal["torch", "openvino"]
+AskedBackend = Literal["auto", "torch", "openvino"]
+"""A backend as users name it; "auto" chooses the fastest, see `fastest_backend`."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -39,12 +42,14 @@ class Runtime:
         dtype: dtype of the layers that are not quantized.
         backend: the library that computes.
         ways: how quantized layers multiply on a CPU.
+        backend_reason: why "auto" took this backend; None if the user named it.
     """
 
     device: torch.device
     dtype: torch.dtype
     backend: Backend = "torch"
     ways: Ways = DETERMINISTIC
+    backend_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class RuntimeOptions:
 
     device: str = "auto"
     dtype: str = "auto"
-    backend: Backend = "torch"
+    backend: AskedBackend = "torch"
     kernels: str = "deterministic"
     cuda_graphs: bool = False
 
@@ -157,7 +162,7 @@ def describe(
     *,
     device: str,
     dtype: str = "auto",
-    backend: Backend = "torch",
+    backend: AskedBackend = "torch",
     hub_dir: Path | None = None,
     revision: str | None = None,
 ) -> Description:
@@ -175,8 +180,22 @@ def describe(
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
     """
     checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision)
-    kind = parse_dtype(dtype_of(checkpoint, dtype))
-    return Description(checkpoint, Runtime(torch.device(device), kind, backend))
+    kind, where = parse_dtype(dtype_of(checkpoint, dtype)), torch.device(device)
+    taken = fastest_backend(checkpoint, where, kind) if backend == "auto" else Taken(backend)
+    runtime = Runtime(where, kind, taken.backend, backend_reason=taken.reason)
+    return Description(checkpoint, runtime)
+
+
+def taken_backend(checkpoint: Checkpoint, options: RuntimeOptions) -> Taken:
+    """The backend that options name; for "auto", the fastest with their device and dtype.
+
+    Raises:
+        InputError, UnsupportedError: see `pick_device`, `parse_dtype` and `fastest_backend`.
+    """
+    if options.backend != "auto":
+        return Taken(options.backend)
+    kind = parse_dtype(dtype_of(checkpoint, options.dtype))
+    return fastest_backend(checkpoint, pick_device(options.device), kind, options.kernels)
 
 
 def dtype_of(checkpoint: Checkpoint, dtype: str) -> str:

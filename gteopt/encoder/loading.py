@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from gteopt.encoder.description import (
-    Backend,
+    AskedBackend,
     Description,
     Runtime,
     RuntimeOptions,
@@ -24,6 +24,7 @@ from gteopt.encoder.description import (
     dtype_of,
     parse_dtype,
     pick_device,
+    taken_backend,
 )
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.openvino import OpenVinoModel, Weights
@@ -58,7 +59,7 @@ def load(
     *,
     device: str | int | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    backend: Backend = "torch",
+    backend: AskedBackend = "torch",
     kernels: str = "deterministic",
     cuda_graphs: bool = True,
     hub_dir: Path | None = None,
@@ -75,12 +76,13 @@ def load(
         dtype: "auto" is bfloat16 for a base, and for an artifact the dtype that it was built in.
             Also "bfloat16", "float32", "float64", or a torch.dtype.
         backend: "torch" or "openvino". OpenVINO is faster on a CPU for the architectures and
-            layers that it supports, and rounds activations of quantized products to 8 bits.
+            layers that it supports, and rounds activations of quantized products to 8 bits. "auto"
+            uses the faster one: the first load of a shape on a machine measures both.
         kernels: of the torch backend's quantized layers on a CPU. "deterministic" uses kernels
             that every machine has, and keeps weights packed. "measured" uses the fastest: the
             first load of a shape on a machine measures them, and the times are stored. A name
-            fixes the kernel: "fbgemm" or "onednn" for int8 products, "decoded" for weights that
-            are decoded once.
+            fixes the kernel: "fbgemm", "onednn" or "int_mm" for int8 products, "decoded" for
+            weights that are decoded once.
         cuda_graphs: on a GPU, record the forward pass of single short texts and replay it. This
             takes memory, and time for the first text of each of a few lengths.
         hub_dir: folder in the Hub's layout; if given, the network is never used.
@@ -126,7 +128,8 @@ def load_checkpoint(
         InputError: the backend or kernel is unknown.
         UnsupportedError: the backend cannot compute this model, or not on this device.
     """
-    backend = options.backend
+    taken = taken_backend(checkpoint, options)
+    backend = taken.backend
     device = (
         _openvino_device(options.device) if backend == "openvino" else pick_device(options.device)
     )
@@ -140,7 +143,7 @@ def load_checkpoint(
         give_back()
     elif backend != "torch":
         raise InputError(
-            f"unknown backend '{backend}': {suggest(str(backend), ['torch', 'openvino'])}"
+            f"unknown backend '{backend}': {suggest(str(backend), ['auto', 'torch', 'openvino'])}"
         )
     elif checkpoint.is_quantized:
         if device.type == "cpu":
@@ -154,7 +157,7 @@ def load_checkpoint(
     if openvino_model is None:
         speed_up_linears_(module, device)
     return Encoder(
-        Description(checkpoint, Runtime(device, dtype, backend, ways)),
+        Description(checkpoint, Runtime(device, dtype, backend, ways, taken.reason)),
         module,
         _load_head(checkpoint, device, dtype),
         openvino_model=openvino_model,

@@ -175,7 +175,7 @@ def load_packed(
         swap_embedding_(module, *stored.table, device, dtype)
     bytes_since_trim = 0
     for name, layer, n_bytes in _build_layers(stored, device, dtype, ways):
-        _put_(module, name, layer)
+        put_(module, name, layer)
         bytes_since_trim += n_bytes
         if bytes_since_trim > _TRIM_BYTES:
             give_back()
@@ -224,7 +224,7 @@ def swap_embedding_(
     module: nn.Module, name: str, table: PackedWeight, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Replace the embedding `name` inside `module` with its packed form."""
-    _put_(module, name, PackedEmbedding(table, dtype).to(device))
+    put_(module, name, PackedEmbedding(table, dtype).to(device))
 
 
 def swap_linear_(
@@ -236,10 +236,11 @@ def swap_linear_(
     dtype: torch.dtype,
 ) -> None:
     """Replace the linear layer `name` inside `module` with its packed form; see `make_linear`."""
-    _put_(module, name, make_linear(packed, bias, device=device, dtype=dtype))
+    put_(module, name, make_linear(packed, bias, device=device, dtype=dtype))
 
 
-def _put_(module: nn.Module, name: str, part: nn.Module) -> None:
+def put_(module: nn.Module, name: str, part: nn.Module) -> None:
+    """Replace the submodule `name` of `module`."""
     parent, _, leaf = name.rpartition(".")
     if not hasattr(part, "weight"):
         # T5 reads the dtype of a linear layer's `weight` if it is a tensor.

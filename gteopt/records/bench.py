@@ -77,6 +77,8 @@ class VariantBench(Frozen):
         peak_process_bytes: its peak resident set over load and one batch, imports included.
         peak_device_bytes: its peak allocated device memory; None on a CPU.
         kernels: number of linear layers by kernel.
+        backend: the library that computed the variant; None in older records.
+        backend_reason: why "auto" took this backend; None if the user named it.
         dims: dimensions of a stored vector.
         code: how each dimension is stored.
         bytes_per_vector: bytes of one stored vector.
@@ -94,6 +96,8 @@ class VariantBench(Frozen):
     latency: LatencyRecord
     throughput: tuple[ThroughputRecord, ...]
     kernels: dict[str, int]
+    backend: str | None = None
+    backend_reason: str | None = None
     dims: int
     code: VectorCode
     bytes_per_vector: int

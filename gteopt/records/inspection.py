@@ -66,6 +66,8 @@ class Inspection(Frozen):
         manifest: manifest of an artifact; None for a base.
         kernels: number of linear layers by kernel of the torch backend, on the requested device.
             None where this machine lacks the device, and for other libraries' files.
+        backend: the fastest backend on this machine; None if it was not asked for.
+        backend_reason: why it is the fastest.
     """
 
     schema_: Literal["gteopt.inspection/1"] = Field("gteopt.inspection/1", alias="schema")
@@ -93,3 +95,5 @@ class Inspection(Frozen):
     estimated_for: EstimateConditions | None
     manifest: Manifest | None
     kernels: dict[str, int] | None = None
+    backend: str | None = None
+    backend_reason: str | None = None

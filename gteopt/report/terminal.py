@@ -102,6 +102,12 @@ def bench_table(report: BenchReport) -> Table:
 
 def _backend_note(report: BenchReport) -> str:
     backend = report.versions.get("backend", "torch")
+    if backend == "auto":
+        return "".join(
+            f"; {name} runs on {variant.backend}: {variant.backend_reason}"
+            for name, variant in report.variants.items()
+            if variant.backend_reason is not None
+        )
     if backend == "torch":
         return ""
     return f"; the variants run on {backend}, {report.baseline} on torch"
@@ -347,13 +353,22 @@ def facts_table(inspection: Inspection) -> Table:
     }
     if inspection.sha256 is not None:
         facts["sha256"] = inspection.sha256
-    if inspection.kernels is not None:
-        facts["linear layers"] = ", ".join(f"{n} {name}" for name, n in inspection.kernels.items())
+    facts |= _how_it_runs(inspection)
     for name, value in facts.items():
         table.add_row(name, value)
     for note in inspection.notes:
         table.add_row("note", note)
     return table
+
+
+def _how_it_runs(inspection: Inspection) -> dict[str, str]:
+    """The kernels and the backend of a model on this machine, if they were asked for."""
+    facts = {}
+    if inspection.kernels is not None:
+        facts["linear layers"] = ", ".join(f"{n} {name}" for name, n in inspection.kernels.items())
+    if inspection.backend is not None:
+        facts["backend"] = f"{inspection.backend}: {inspection.backend_reason}"
+    return facts
 
 
 def estimates_table(inspection: Inspection) -> Table:
@@ -422,7 +437,7 @@ def artifact_table(inspection: Inspection, manifest: Manifest) -> Table:
         "opened by": engines_in_words(engines),
         "license": base.license or "not stated",
         "files": f"{len(manifest.files)}, all hashed",
-    }
+    } | _how_it_runs(inspection)
     for name, value in facts.items():
         table.add_row(name, value)
     return table

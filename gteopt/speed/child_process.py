@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from gteopt.config.plan import Workload
-from gteopt.encoder.description import Backend
+from gteopt.encoder.description import AskedBackend
 from gteopt.encoder.loading import load
 from gteopt.encoder.skeleton import build_skeleton
 from gteopt.encoder.tokenization import load_tokenizer
@@ -33,7 +33,7 @@ class FootprintQuestion(Frozen):
 
     source: str
     device: str
-    backend: Backend = "torch"
+    backend: AskedBackend = "torch"
     kernels: str = "deterministic"
     hub_dir: Path | None
     workload: Workload

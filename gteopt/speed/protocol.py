@@ -41,6 +41,7 @@ The protocol:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TypedDict, Unpack
@@ -49,7 +50,12 @@ import numpy as np
 import torch
 
 from gteopt.config.plan import BenchSpec, Workload, WorkloadSet
-from gteopt.encoder.description import Backend, RuntimeOptions, pick_device
+from gteopt.encoder.description import (
+    AskedBackend,
+    RuntimeOptions,
+    pick_device,
+    taken_backend,
+)
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import load_checkpoint
 from gteopt.encoder.openvino import refuse_unknown
@@ -73,14 +79,15 @@ class BenchOptions(TypedDict, total=False):
         skip_too_long: skip workloads with texts longer than a model takes, instead of raising; the
             report's `spec` then lacks them.
         device: as for `load`; the default is "auto".
-        backend: backend of the variants, as for `load`; the baseline runs on torch.
+        backend: backend of the variants, as for `load`; "auto" chooses one for each variant. The
+            baseline runs on torch.
         kernels: kernels of the variants, as for `load`; the baseline's are deterministic.
         hub_dir: as for `load`.
     """
 
     skip_too_long: bool
     device: str
-    backend: Backend
+    backend: AskedBackend
     kernels: str
     hub_dir: Path | None
 
@@ -122,30 +129,35 @@ def bench(
     checkpoints, spec = open_all(sources, baseline, spec, hub_dir, skip, backend)
     order = [baseline, *(name for name in sources if name != baseline)]
     largest = max(spec.workloads, key=lambda workload: workload.batch_size * workload.tokens)
+    runtimes = {baseline: RuntimeOptions(device, cuda_graphs=True)}
+    reasons: dict[str, str | None] = {baseline: None}
+    for name in order[1:]:
+        asked = RuntimeOptions(device, backend=backend, kernels=kernels, cuda_graphs=True)
+        taken = taken_backend(checkpoints[name], asked)
+        runtimes[name], reasons[name] = replace(asked, backend=taken.backend), taken.reason
     footprints: dict[str, Footprint] = {}
     for name in order:
         question = FootprintQuestion(
             source=sources[name],
             device=device,
-            backend="torch" if name == baseline else backend,
-            kernels="deterministic" if name == baseline else kernels,
+            backend=runtimes[name].backend,
+            kernels=runtimes[name].kernels,
             hub_dir=hub_dir,
             workload=largest,
         )
         footprints[name] = ask_child(name, question)
         progress("measuring load time and memory", len(footprints), len(order))
 
-    reference = load_checkpoint(checkpoints[baseline], RuntimeOptions(device, cuda_graphs=True))
+    reference = load_checkpoint(checkpoints[baseline], runtimes[baseline])
     session = _Session(spec, baseline, reference, backend, kernels)
     variants: dict[str, VariantBench] = {}
     for name in order:
         encoder = reference
         if name != baseline:
-            runtime = RuntimeOptions(
-                str(reference.device), backend=backend, kernels=kernels, cuda_graphs=True
-            )
-            encoder = load_checkpoint(checkpoints[name], runtime)
-        variants[name] = session.measure(name, encoder, footprints[name], progress)
+            where = replace(runtimes[name], device=str(reference.device))
+            encoder = load_checkpoint(checkpoints[name], where)
+        measured = session.measure(name, encoder, footprints[name], progress)
+        variants[name] = measured.model_copy(update={"backend_reason": reasons[name]})
         del encoder  # before the next one is loaded
         release_memory()
         keep(session.report(variants))
@@ -170,7 +182,7 @@ def open_all(
     spec: BenchSpec,
     hub_dir: Path | None,
     skip_too_long: bool,
-    backend: Backend = "torch",
+    backend: AskedBackend = "torch",
 ) -> tuple[dict[str, Checkpoint], BenchSpec]:
     """Open the models, and keep the workloads that all of them can run; arguments as for `bench`.
 
@@ -220,7 +232,7 @@ class _Session:
         spec: BenchSpec,
         baseline: str,
         reference: Encoder,
-        backend: Backend,
+        backend: AskedBackend,
         kernels: str,
     ) -> None:
         """Measure the device's peaks, and start to count the load of other programs."""
@@ -274,6 +286,7 @@ class _Session:
             latency=latency,
             throughput=throughput,
             kernels=encoder.kernels,
+            backend=encoder.backend,
             dims=encoder.dims,
             code=encoder.vectors.code,
             bytes_per_vector=bytes_per_vector,

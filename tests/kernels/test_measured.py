@@ -109,8 +109,8 @@ def test_every_product_of_a_4_bit_layer_multiplies_as_float64_does(
             x = seeded(n_tokens, 128, seed=2).bfloat16()
             exact = x.double() @ weight.unpack().dequantize().double().T + bias.double()
             assert (layer(x).double() - exact).norm() <= 8e-3 * exact.norm(), (products, n_tokens)
-        about = {"device": CPU, "dtype": torch.bfloat16, "ways": ways}
-        assert kernel_name(scheme, 64, 128, **about) == layer.kernel
+        named = kernel_name(scheme, 64, 128, device=CPU, dtype=torch.bfloat16, ways=ways)
+        assert named == layer.kernel
 
 
 def test_a_kept_weight_takes_memory_and_is_not_decoded_again() -> None:
