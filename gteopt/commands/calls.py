@@ -96,19 +96,20 @@ def evaluate(
         InputError: nothing to evaluate on, data that cannot be read, or two artifacts of one name.
 
     Example:
-        >>> judges = gteopt.Judges(data=Path("tickets.csv"))
+        >>> judges = gteopt.Judges(data="tickets.csv")
         >>> reports = gteopt.evaluate("artifacts/nano-int4", judges, out="artifacts/results")
     """
     if judges.data is None and judges.texts is None and judges.suite is None:
         raise InputError("nothing to evaluate on; give Judges a suite, data or texts")
     if not 0 < margin < 1:
         raise InputError(f"margin {margin:g}: give a difference of scores, between 0 and 1")
-    judges.check()  # before the artifacts are read
+    how = how or Setup()
+    judges = judges.located(how.hub_dir)  # before the artifacts are read
     listed = _listed(artifacts)
     sources = named([str(baseline) if baseline is not None else base_of(listed), *listed])
     folder = None if out is None else Path(out)
     evals, fidelity = evaluate_on(
-        judges, sources, folder, how=how or Setup(), margin=margin, progress=progress
+        judges, sources, folder, how=how, margin=margin, progress=progress
     )
     return evals if judges.texts is None else fidelity
 

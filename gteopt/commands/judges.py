@@ -6,7 +6,7 @@ Hides: how a suite is filtered and extended. Refuses to know: encoders, printing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gteopt.commands.estimate_evaluation import within_budget
@@ -15,6 +15,7 @@ from gteopt.config.amounts import parse_seconds
 from gteopt.config.plan import ColumnRole
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.errors import InputError
+from gteopt.evaluation.hub_tables import local_table
 from gteopt.evaluation.suites import Suite, with_data
 from gteopt.evaluation.task_facts import filter_suite
 from gteopt.evaluation.tasks import load_suite
@@ -28,7 +29,8 @@ class Judges:
     """The data that variants are judged on; without any, texts that ship with gteopt.
 
     Attributes:
-        data: labelled pairs, queries with passages, or a BEIR folder.
+        data: labelled pairs, queries with passages, a BEIR folder, or the name of a data set:
+            ORG/NAME, ORG/NAME:SPLIT or ORG/NAME:FILE.
         texts: texts without labels, instead of a suite and data.
         columns: role and name of columns, where names do not tell their roles.
         suite: a shipped suite, or a file.
@@ -36,29 +38,40 @@ class Judges:
         budget: time for the suite ("30m"); None scores all of its tasks.
 
     Example:
-        >>> gteopt.Judges(data=Path("pairs.csv"))
+        >>> gteopt.Judges(data="pairs.csv")
         >>> gteopt.Judges(suite="mteb-en", languages=("en",), budget="30m")
     """
 
-    data: Path | None = None
-    texts: Path | None = None
+    data: str | Path | None = None
+    texts: str | Path | None = None
     columns: tuple[tuple[ColumnRole, str], ...] = ()
     suite: str | None = None
     languages: tuple[str, ...] = ()
     budget: str | None = None
 
-    def check(self) -> None:
-        """Read the data once, so that its faults are reported before slow steps.
+    def located(self, hub_dir: Path | None = None) -> Judges:
+        """The same with the file of a data set instead of its name.
+
+        The data are read once, so that their faults are reported before slow steps.
+
+        Args:
+            hub_dir: folder in the Hub's layout with the data set; downloaded from the Hub if None.
 
         Raises:
-            InputError: lists the faults of the data; or texts are given with a suite or data.
+            InputError: no such data set; the faults of the data; texts with a suite or data; or
+                columns without data or texts.
         """
         if self.texts is not None and (self.suite is not None or self.data is not None):
             raise InputError("texts has no labels to score; leave out suite and data")
-        if self.data is not None:
-            read_own(self.data, dict(self.columns))
+        if self.columns and self.data is None and self.texts is None:
+            raise InputError("columns names the columns of data or texts; give one of them")
         if self.texts is not None:
-            read_texts(self.texts, dict(self.columns))
+            read_texts(Path(self.texts), dict(self.columns))
+        if self.data is None:
+            return self
+        data = local_table(Path(self.data), hub_dir=hub_dir)
+        read_own(data, dict(self.columns))
+        return replace(self, data=data)
 
     def load_suite(
         self,
@@ -70,7 +83,7 @@ class Judges:
     ) -> Suite | None:
         """The suite with own data as one more task; None where texts without labels decide.
 
-        With a budget, only the tasks that fit it are kept.
+        With a budget, only the tasks that fit it are kept. The data have to be located before.
 
         Args:
             sources: models by name, the baseline first; their speed decides what fits a budget.
@@ -79,7 +92,7 @@ class Judges:
             n_models: see `within_budget`.
 
         Raises:
-            InputError: an unknown suite or language, or own data that cannot be read.
+            InputError: an unknown suite or language, or a budget without a suite.
         """
         has_own = self.data is not None or self.texts is not None
         name = self.suite or (None if has_own else "mini")
@@ -94,10 +107,7 @@ class Judges:
                 sources, suite, budget_s, folder, hub_dir=hub_dir, n_models=n_models
             )
         if self.data is not None:
-            read_own(self.data, dict(self.columns))  # finds faults before anything is built
-            suite = with_data(suite, self.data, columns=dict(self.columns))
-        if self.texts is not None:
-            read_texts(self.texts, dict(self.columns))
+            suite = with_data(suite, Path(self.data), columns=dict(self.columns))
         return suite
 
 
@@ -113,13 +123,13 @@ def evaluate_on(
     """Scores of sources on a suite and data, or their fidelity on texts; one of the two is empty.
 
     Raises:
-        InputError: see `Judges.check`, `Judges.load_suite` and `score`.
+        InputError: see `Judges.located`, `Judges.load_suite` and `score`.
     """
-    judges.check()
+    judges = judges.located(how.hub_dir)
     if judges.texts is not None:
-        columns = dict(judges.columns)
+        texts, columns = Path(judges.texts), dict(judges.columns)
         return {}, compare_texts(
-            sources, judges.texts, folder, how=how, columns=columns, progress=progress
+            sources, texts, folder, how=how, columns=columns, progress=progress
         )
     suite = judges.load_suite(sources, folder, hub_dir=how.hub_dir)
     assert suite is not None

@@ -121,9 +121,8 @@ def propose(
         InputError: data or limits that cannot be read; or no recipe can meet the limits, with the
             smallest size that a recipe can reach.
     """
-    judges.check()
-    labelled = judges.texts is None
-    policy = limits.policy(labelled=labelled)
+    judges = judges.located(search.hub_dir)
+    policy = limits.policy(labelled=judges.texts is None)
     inspection = inspect(model, hub_dir=search.hub_dir, device=search.device)
     if inspection.estimated_for is None:
         raise InputError(
@@ -134,10 +133,10 @@ def propose(
     if not chosen:
         raise InputError(_nothing_fits(trials, limits, search))
     recipes = [trial.recipe for trial in chosen]
-    held_out = judges.texts
+    held_out = None if judges.texts is None else Path(judges.texts)
     languages = _languages(judges, inspection)
     notes = list(_notes(judges, languages))
-    if split := _split_texts(judges):
+    if split := _split_texts(held_out, judges):
         calibration, held_out = _write_split(split, out, dict(judges.columns).get("text", "text"))
         recipes = [_calibrated(recipe, calibration) for recipe in recipes]
         notes.append(
@@ -152,7 +151,7 @@ def propose(
         base=model,
         recipes=names,
         suite=judges.suite,
-        data=judges.data,
+        data=None if judges.data is None else Path(judges.data),
         columns=dict(judges.columns),
         texts=held_out,
         languages=languages,
@@ -214,7 +213,7 @@ def optimize(
 
     Example:
         >>> limits = gteopt.Limits(max_weights="40MB", min_quality="99%")
-        >>> results = gteopt.optimize("./my-model", gteopt.Judges(data=Path("pairs.csv")), limits,
+        >>> results = gteopt.optimize("./my-model", gteopt.Judges(data="pairs.csv"), limits,
         ...     out="out")
     """
     search = search or Search()
@@ -386,14 +385,14 @@ def _languages(judges: Judges, inspection: Inspection) -> tuple[str, ...]:
     return () if part == suite else inspection.languages
 
 
-def _split_texts(judges: Judges) -> tuple[list[str], list[str]] | None:
+def _split_texts(file: Path | None, judges: Judges) -> tuple[list[str], list[str]] | None:
     """The user's texts to calibrate on and to judge on; None where there are too few.
 
     A variant is closest on the texts that it was calibrated on, so no text is in both.
     """
-    if judges.texts is None:
+    if file is None:
         return None
-    texts = read_texts(judges.texts, dict(judges.columns))
+    texts = read_texts(file, dict(judges.columns))
     if len(texts) < _ENOUGH_TO_SPLIT:
         return None
     n_calibrated = min(_MOST_CALIBRATED, len(texts) // 4)

@@ -80,7 +80,7 @@ def run(
     where = _Where(hub_dir, device, progress)
     recipes = resolved.recipes
     if plan.screening is not None:
-        screening = _screened(plan, resolved, where, workers)
+        screening = _screened(resolved, where, workers)
         recipes = [recipe for recipe in recipes if recipe.name in screening.kept]
     artifacts = build_variants(
         plan.base, recipes, folder / "variants", hub_dir=hub_dir, device=device, progress=progress
@@ -116,20 +116,24 @@ class _Where:
 
 @dataclass(frozen=True)
 class _Resolved:
-    """The objects that a plan names; the suite is None where own texts without labels decide."""
+    """The objects that a plan names; the suite is None where own texts without labels decide.
 
+    Attributes:
+        plan: the plan, with the file of its data set where it has the name.
+    """
+
+    plan: Plan
     recipes: list[Recipe]
     suite: Suite | None
     policy: Policy
 
 
-def _screened(
-    plan: Plan, resolved: _Resolved, where: _Where, workers: Workers | None
-) -> ScreeningRecord:
+def _screened(resolved: _Resolved, where: _Where, workers: Workers | None) -> ScreeningRecord:
     """Screen the variants at effort fast.
 
     A variant whose recipe has effort fast is built in its final folder, so it is built only once.
     """
+    plan = resolved.plan
     artifacts: dict[str, Path] = {}
     for parent, is_final in ((plan.out / "variants", True), (plan.out / "screening", False)):
         recipes = [
@@ -278,7 +282,9 @@ def _resolve(plan: Plan, beside: Path | None, hub_dir: Path | None) -> _Resolved
     suite: Suite | None = None
     policy: Policy | None = None
     try:
-        suite = _load_suite(plan, hub_dir)
+        judges = _judges(plan).located(hub_dir)
+        plan = plan.model_copy(update={"data": judges.data})
+        suite = _load_suite(plan, judges, hub_dir)
     except GteoptError as error:
         problems.append(str(error))
     try:
@@ -291,12 +297,11 @@ def _resolve(plan: Plan, beside: Path | None, hub_dir: Path | None) -> _Resolved
         problems.append(str(error))
     if problems or policy is None:
         raise InputError(join_problems(f"plan {plan.name} cannot run", problems))
-    return _Resolved(recipes, suite, policy)
+    return _Resolved(plan, recipes, suite, policy)
 
 
-def _load_suite(plan: Plan, hub_dir: Path | None) -> Suite | None:
-    """See `Judges.load_suite`."""
-    judges = Judges(
+def _judges(plan: Plan) -> Judges:
+    return Judges(
         data=plan.data,
         texts=plan.texts,
         columns=tuple(plan.columns.items()),
@@ -304,6 +309,10 @@ def _load_suite(plan: Plan, hub_dir: Path | None) -> Suite | None:
         languages=plan.languages,
         budget=plan.budget,
     )
+
+
+def _load_suite(plan: Plan, judges: Judges, hub_dir: Path | None) -> Suite | None:
+    """See `Judges.load_suite`."""
     n_variants = min(len(plan.recipes), plan.screening.keep if plan.screening else 10**6)
     return judges.load_suite(
         {BASELINE: plan.base}, plan.out, hub_dir=hub_dir, n_models=1 + n_variants

@@ -128,7 +128,8 @@ class Plan(Frozen):
         base: "nano", a folder, or `<org>/<name>`.
         recipes: shipped names, or files relative to the plan's folder.
         suite: a shipped name or a file; `mini` where neither `data` nor `texts` is given.
-        data: your own labelled data, scored as one more task; relative to the working directory.
+        data: your own labelled data, scored as one more task: a path relative to the working
+            directory, or the name of a data set (ORG/NAME).
         columns: which column of `data` or `texts` holds what; needed where names do not tell.
         texts: your own texts without labels; fidelity is then judged instead of scores.
         languages: languages of the suite to score; empty scores all.

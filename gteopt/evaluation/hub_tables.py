@@ -30,7 +30,7 @@ def local_table(path: Path, *, hub_dir: Path | None = None) -> Path:
         `path` if it exists, or the file of the data set. Any other path is returned unchanged.
 
     Raises:
-        InputError: no such data set or split, or several files of the split.
+        InputError: no such data set or split, several files of the split, or no network.
     """
     named = _NAME.fullmatch(path.as_posix())
     if path.exists() or named is None or (path.suffix in FORMS and named["part"] is None):
@@ -50,18 +50,17 @@ def local_table(path: Path, *, hub_dir: Path | None = None) -> Path:
 
 def _downloaded(name: str, part: str | None) -> Path:
     """The file of a split from the Hub; no other file is downloaded."""
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from gteopt.model import hub
 
     try:
-        files = HfApi().list_repo_files(name, repo_type="dataset")
-        file = _file_of_split(files, name, part)
-        return Path(hf_hub_download(name, file, repo_type="dataset"))
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        found = hub.find(name, kind="dataset")
+    except InputError as error:
+        raise type(error)(f"--data {name}: there is no such file; on the Hub: {error}") from None
+    if found is None:
         raise InputError(
-            f"--data {name}: there is no such file, and the Hub returns no data set of this name "
-            f"({str(error).splitlines()[0]}); give a file, a folder, or --hub-dir"
-        ) from error
+            f"--data {name}: there is no such file; on the Hub: {hub.nothing_there(name)}"
+        )
+    return hub.cached_file(found, _file_of_split(found.content, name, part), kind="dataset")
 
 
 def _file_of_split(files: Sequence[str], name: str, part: str | None) -> str:

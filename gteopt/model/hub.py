@@ -16,8 +16,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    DatasetInfo,
+    HfApi,
+    ModelInfo,
+    get_token,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -31,6 +39,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from gteopt.errors import GteoptError, HubUnreachableError, InputError
 
+RepositoryKind = Literal["model", "dataset"]
 _MADE_BY_THE_HUB = frozenset({".gitattributes"})
 """Files that the hub adds when it creates a repository; no user's content."""
 _STEP_BYTES = 8 << 20
@@ -75,7 +84,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository at one commit."""
+    """A repository of a model or a data set at one commit."""
 
     id: str
     commit: str
@@ -130,7 +139,9 @@ def check_token() -> None:
         )
 
 
-def find(repo: str, revision: str | None = None) -> Repository | None:
+def find(
+    repo: str, revision: str | None = None, *, kind: RepositoryKind = "model"
+) -> Repository | None:
     """The repository at a branch, tag or commit; None if the token can see no such repository.
 
     Raises:
@@ -138,7 +149,11 @@ def find(repo: str, revision: str | None = None) -> Repository | None:
     """
     with _plainly(repo):
         try:
-            info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+            info: ModelInfo | DatasetInfo = (
+                HfApi().model_info(repo, revision=revision, files_metadata=True)
+                if kind == "model"
+                else HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+            )
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
@@ -267,6 +282,18 @@ def snapshot(repo: str, patterns: Iterable[str], revision: str | None = None) ->
             HfApi().snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
         )
     return Snapshot(folder, folder.name)
+
+
+def cached_file(repository: Repository, path: str, kind: RepositoryKind = "model") -> Path:
+    """Bring one file into the client's cache, where it stays, and return its path there.
+
+    Raises:
+        InputError: no access, no network.
+    """
+    with _plainly(repository.id):
+        return Path(
+            HfApi().hf_hub_download(repository.id, path, repo_type=kind, revision=repository.commit)
+        )
 
 
 @dataclass(frozen=True)

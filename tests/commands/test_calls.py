@@ -9,8 +9,10 @@ import pytest
 
 import gteopt
 from gteopt.commands.evaluate import Setup
+from gteopt.commands.optimize import propose
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.errors import InputError
+from gteopt.records.evaluation import EvalReport
 from gteopt.report.compare import item_rows
 
 QUICK = BenchSpec(
@@ -80,6 +82,26 @@ def test_two_results_folders_are_compared_item_by_item(workspace: Path, tmp_path
     assert (comparison.notes, table_rows[0]["tasks"]) == ((), "1")
 
 
+def test_data_may_be_the_name_of_a_data_set(workspace: Path, tmp_path: Path) -> None:
+    file = tmp_path / "hub/org/pairs/test.csv"
+    file.parent.mkdir(parents=True)
+    rows = ["sentence1,sentence2,score", *(f"rain {i},rain {i * i},{i}" for i in range(24))]
+    file.write_text("\n".join(rows))
+    setup = Setup(hub_dir=tmp_path / "hub")
+    named = gteopt.Judges(data="org/pairs:test")
+    by_name = gteopt.evaluate(workspace / "int8", named, how=setup)["int8"]
+    assert isinstance(by_name, EvalReport)
+    by_file = gteopt.evaluate(workspace / "int8", gteopt.Judges(data=str(file)))["int8"]
+    assert isinstance(by_file, EvalReport)
+    assert (by_name.score, by_name.suite_sha256) == (by_file.score, by_file.suite_sha256)
+    limits = gteopt.Limits(max_weights="13MB")
+    search = gteopt.Search(hub_dir=tmp_path / "hub")
+    assert propose("nano", named, limits, search, out=tmp_path / "out").plan.data == file
+    with pytest.raises(InputError, match="no file of dev"):
+        int8 = workspace / "int8"
+        gteopt.compare(int8, int8, gteopt.Judges(data="org/pairs:dev"), how=setup)
+
+
 def test_a_wrong_call_is_told_before_anything_is_measured(workspace: Path) -> None:
     with pytest.raises(InputError, match="nothing to evaluate on"):
         gteopt.evaluate(workspace / "int8", gteopt.Judges())
@@ -90,6 +112,9 @@ def test_a_wrong_call_is_told_before_anything_is_measured(workspace: Path) -> No
         gteopt.evaluate(workspace / "int8", texts_and_suite)
     with pytest.raises(InputError, match="budget '1': write the unit"):
         gteopt.evaluate(workspace / "int8", gteopt.Judges(suite="mini", budget="1"))
+    columns_alone = gteopt.Judges(suite="mini", columns=(("query", "q"),))
+    with pytest.raises(InputError, match="columns names the columns of data or texts"):
+        gteopt.evaluate(workspace / "int8", columns_alone)
     with pytest.raises(InputError, match="margin 2"):
         gteopt.evaluate(workspace / "int8", gteopt.Judges(texts=workspace / "texts.txt"), margin=2)
     with pytest.raises(InputError, match="did you mean balanced"):

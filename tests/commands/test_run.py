@@ -12,7 +12,7 @@ from gteopt.commands.bench import ReportFile, measure
 from gteopt.commands.choose import judge
 from gteopt.commands.evaluate import base_of
 from gteopt.commands.run import run
-from gteopt.config.plan import BenchSpec, Plan, PlanBench, Workload
+from gteopt.config.plan import BenchSpec, Plan, PlanBench, Workload, load_plan
 from gteopt.config.policy import Limit, Objective, Policy
 from gteopt.errors import InputError
 from gteopt.model.artifact import artifact_sha256
@@ -329,6 +329,26 @@ def test_every_problem_of_a_plan_is_told_before_anything_is_built(tmp_path: Path
     assert "gptq-int4 is named twice" in message
     assert "did you mean balanced" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_may_name_a_data_set(tmp_path: Path) -> None:
+    data = tmp_path / "hub/org/pairs/test.csv"
+    data.parent.mkdir(parents=True)
+    rows = ["sentence1,sentence2,score", *(f"rain {i},rain {i * i},{i}" for i in range(24))]
+    data.write_text("\n".join(rows))
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        f"schema: gteopt.plan/1\nname: named\nbase: nano\nrecipes: [rtn-int8]\ndata: org/pairs\n"
+        f"screening: {{n_texts: 20, keep: 1}}\nout: {tmp_path / 'out'}\n"
+        f"bench: {SPEC.model_dump_json(exclude={'price_per_hour'})}\n"
+    )
+    found = run(load_plan(str(file)), hub_dir=tmp_path / "hub").evals["rtn-int8"]
+    assert [task.task for task in found.tasks] == ["test"]
+    assert found.asked == ("--data", "pairs")
+    assert "rain 529" in (tmp_path / "out/screening/texts.txt").read_text()
+    unknown = load_plan(str(file)).model_copy(update={"data": Path("org/nosuch")})
+    with pytest.raises(InputError, match=r"plan named cannot run.*\n.*download.*org/nosuch"):
+        run(unknown, hub_dir=tmp_path / "hub")
 
 
 def test_the_baseline_of_artifacts_is_their_common_base(

@@ -52,6 +52,7 @@ class Hub:
 
     Attributes:
         token: the one access token that is valid; it may write to `owner` only.
+        repos: by name; that of a data set begins with `datasets/`.
         requests: method and path of every request.
         received: by SHA-256, bytes of file bodies that arrived, cut-off ones included.
         served: by path, bytes of file bodies that were sent.
@@ -136,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json({"accessToken": _XET_TOKEN, "exp": exp, "casUrl": url})
             elif path.startswith("/api/models/"):
                 self._describe(path.removeprefix("/api/models/"))
+            elif path.startswith("/api/datasets/"):
+                self._describe(path.removeprefix("/api/datasets/"), "datasets/")
             else:
                 self._send_file(path)
         except _Refused as refused:
@@ -316,21 +319,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     # -- reading
 
-    def _describe(self, path: str) -> None:
+    def _describe(self, path: str, kind: str = "") -> None:
         if match := re.fullmatch(r"(.+)/tree/([^/]+)", path):
-            _, files = self._tree(match[1], match[2])
+            _, files = self._tree(kind + match[1], match[2])
             self._json([_tree_entry(file, files[file]) for file in files])
             return
         match = re.fullmatch(r"([^/]+/[^/]+)(?:/revision/(.+))?", path)
         if match is None:
             raise _Refused(404, f"no such call: {path}")
-        commit, files = self._tree(match[1], match[2] or "main")
-        private = self.state.repos[match[1]].private
+        commit, files = self._tree(kind + match[1], match[2] or "main")
+        private = self.state.repos[kind + match[1]].private
         siblings = [_sibling(file, files[file]) for file in files]
         self._json({"id": match[1], "sha": commit, "private": private, "siblings": siblings})
 
     def _send_file(self, path: str) -> None:
-        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        match = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if match is None:
             raise _Refused(404, f"no such call: {path}")
         commit, files = self._tree(match[1], match[2])
