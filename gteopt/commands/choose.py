@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gteopt.commands.names import side_by_side
 from gteopt.config.policy import Policy, load_policy
 from gteopt.config.yaml_files import shipped_names
 from gteopt.errors import InputError
@@ -78,15 +79,14 @@ def write_comparison(first: Path, second: Path) -> Path:
 
     folders = (first, second)
     both = [read_results(folder) for folder in folders]
-    name, other = (folder.resolve().name for folder in folders)
-    names = (name, other) if name != other else (str(first), str(second))
+    names = side_by_side(first, second)
     pairs = {}
     for variant in both[0].evals.keys() & both[1].evals.keys():
         files = [folder / "items" / f"{variant}.parquet" for folder in folders]
         suites = {results.evals[variant].suite_sha256 for results in both}
         if len(suites) == 1 and all(file.is_file() for file in files):
             pairs[variant] = compare_item_scores(*files)
-    path = first / f"report-beside-{other}.html"
+    path = first / f"report-beside-{second.resolve().name}.html"
     in_order = {variant: pairs[variant] for variant in both[0].evals if variant in pairs}
     write_atomically(path, comparison_page(names, both, pairs=in_order).encode())
     return path

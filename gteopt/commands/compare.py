@@ -5,12 +5,12 @@ Hides: which of the two kinds a source is. Refuses to know: printing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gteopt.commands.evaluate import Setup
 from gteopt.commands.judges import Judges, evaluate_on
+from gteopt.commands.names import side_by_side
 from gteopt.errors import GteoptError, InputError
 from gteopt.evaluation.compare import compare_item_scores
 from gteopt.model.artifact import is_artifact, read_manifest
@@ -25,7 +25,7 @@ class Comparison:
     """Two artifacts or two results folders side by side; fields that do not apply are empty.
 
     Attributes:
-        names: names of the two.
+        names: names of the two, never the same.
         manifests: manifests of two artifacts.
         evals: scores of the second artifact with the first as baseline; differences have paired
             intervals.
@@ -70,7 +70,7 @@ def compare(
         >>> gteopt.compare("artifacts/nano-int4", "artifacts/nano-int8")
     """
     sources = [Path(first), Path(second)]
-    names = _names(sources)
+    names = side_by_side(*sources)
     if all(is_artifact(source) for source in sources):
         manifests = tuple(read_manifest(source) for source in sources)
         if judges is None:
@@ -100,8 +100,3 @@ def _from_items(first: Path, second: Path) -> tuple[dict[str, ItemComparison], l
         except GteoptError as error:
             notes.append(f"{path.stem}: no interval, because {error}")
     return comparisons, notes
-
-
-def _names(sources: Sequence[Path]) -> tuple[str, str]:
-    first, second = (source.resolve().name for source in sources)
-    return (first, second) if first != second else (str(sources[0]), str(sources[1]))

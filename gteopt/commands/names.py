@@ -23,3 +23,14 @@ def named(sources: Sequence[str]) -> dict[str, str]:
             )
         by_name[name] = source
     return by_name
+
+
+def side_by_side(first: Path, second: Path) -> tuple[str, str]:
+    """Different names for two sources: their folders' names, or else the paths as they were given.
+
+    A source that is given twice gets a number behind its name.
+    """
+    names = first.resolve().name, second.resolve().name
+    if names[0] == names[1]:
+        names = str(first), str(second)
+    return names if names[0] != names[1] else (f"{names[0]} (1)", f"{names[1]} (2)")

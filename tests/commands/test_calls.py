@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import gteopt
+from gteopt.cli.app import app
+from gteopt.commands.choose import write_comparison
 from gteopt.commands.evaluate import Setup
 from gteopt.commands.optimize import propose
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.errors import InputError
 from gteopt.records.evaluation import EvalReport
-from gteopt.report.compare import item_rows
+from gteopt.report.compare import comparison_rows, item_rows
 
 QUICK = BenchSpec(
     query_tokens=8, n_queries=10, repeats=1, warmup=0, workloads=(Workload(batch_size=1, tokens=8),)
@@ -46,9 +50,35 @@ def test_all_lie_in_one_folder_and_the_choice_is_written_there(results: Path) ->
 
 
 def test_two_artifacts_are_compared(workspace: Path, results: Path) -> None:
-    comparison = gteopt.compare(workspace / "int8", workspace / "int8")
+    gteopt.quantize("nano", "rtn-int4", workspace / "int4")
+    comparison = gteopt.compare(workspace / "int8", workspace / "int4")
+    assert comparison.names == ("int8", "int4")
     assert len(comparison.manifests) == 2
     assert len(gteopt.compare(results, results).results) == 2
+
+
+def test_what_is_compared_with_itself_or_with_a_namesake_has_a_column_of_its_own(
+    workspace: Path, results: Path, tmp_path: Path
+) -> None:
+    namesake = shutil.copytree(workspace / "int8", tmp_path / "int8")
+    texts = gteopt.Judges(texts=workspace / "texts.txt")
+    for second in (workspace / "int8", namesake):
+        comparison = gteopt.compare(workspace / "int8", second, texts)
+        rows = comparison_rows(comparison.names, comparison.manifests, ())
+        assert all(len(row) == 3 for row in rows)
+        assert set(comparison.fidelity) == set(comparison.names)
+        fidelity = comparison.fidelity[comparison.names[1]].fidelity
+        assert fidelity.mean_cosine == pytest.approx(1)
+    for second in (results, shutil.copytree(results, tmp_path / "results")):
+        comparison = gteopt.compare(results, second)
+        rows = comparison_rows(comparison.names, (), comparison.results)
+        assert rows
+        assert all(row[comparison.names[0]] == row[comparison.names[1]] for row in rows)
+        assert all(len(row) == 3 for row in rows)
+        page = write_comparison(results, second).read_text(encoding="utf-8")
+        assert all(f"<b>{name}</b>" in page for name in comparison.names)
+    shown = CliRunner().invoke(app, ("compare", str(results), str(results), "--json"))
+    assert all(len(row) == 3 for row in json.loads(shown.stdout)["rows"])
 
 
 def test_kernels_are_those_that_were_asked_for_and_the_record_says_so(workspace: Path) -> None:
