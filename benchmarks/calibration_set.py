@@ -1,6 +1,7 @@
 """Write gteopt/assets/calibration.jsonl: texts of many kinds, each with its source and license.
 
-Without --out, the licenses of the packages are written beside it too.
+Without --out, the licenses that come with the packages and `calibration_set.json`, which holds
+SHA-256s, are written too.
 
 Rows that were written for gteopt stay as they are, and the script makes all other rows anew. Their
 sources are `calibration_grammar.yaml` and installed packages of the tested versions, so that the
@@ -8,8 +9,11 @@ same environment writes the same file:
 
     .venv/bin/python benchmarks/calibration_set.py
 
-Kinds are mixed by length, role, language and domain. No source is a data set that variants are
-judged on. Lengths are in characters here; tests/build/test_calibration_set.py counts tokens.
+botocore is the exception: s3fs decides which of its versions is installed, and another version
+gives other texts. So the rows of another version are kept as well; --renew makes them anew.
+
+Kinds are mixed by length, role, language and domain. None of the sets that variants are judged on
+is a source. Lengths are in characters here; tests/build/test_calibration_set.py counts tokens.
 """
 
 from __future__ import annotations
@@ -24,10 +28,12 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import yaml
 
@@ -35,6 +41,9 @@ from gteopt.paths import ASSETS
 
 OURS = "written for gteopt"
 OUR_LICENSE = "Apache-2.0"
+RECORD = Path(__file__).with_suffix(".json")
+"""The SHA-256 of the shipped file, and of every text of a row that may be kept, by its source."""
+SHIPPED = ASSETS / "calibration.jsonl"
 GRAMMAR = Path(__file__).parent / "calibration_grammar.yaml"
 SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
 PROSE = {"scipy": "BSD-3-Clause", "networkx": "BSD-3-Clause", "sympy": "BSD-3-Clause"}
@@ -73,18 +82,31 @@ class Row:
 def main() -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--out", type=Path, help="another file to write")
-    given = parser.parse_args().out
-    out = given or ASSETS / "calibration.jsonl"
-    if given is None:
-        (ASSETS / "calibration_licenses.txt").write_text(licenses(), encoding="utf-8")
-    lines = [json.dumps(asdict(row), ensure_ascii=False) for row in make_rows()]
+    parser.add_argument("--out", type=Path, help="another file")
+    parser.add_argument("--renew", action="store_true", help="keep no rows of botocore")
+    given = parser.parse_args()
+    out = given.out or SHIPPED
+    rows = make_rows(renew=given.renew)
+    lines = [json.dumps(asdict(row), ensure_ascii=False) for row in rows]
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if given.out is None:
+        (ASSETS / "calibration_licenses.txt").write_text(licenses(rows), encoding="utf-8")
+        RECORD.write_text(json.dumps(hashes(rows), indent=1) + "\n", encoding="utf-8")
     print(f"{len(lines):,} texts, {out.stat().st_size:,} bytes")
 
 
-def licenses() -> str:
-    """Copyright notices of the packages that texts are taken from."""
+def hashes(rows: Iterable[Row]) -> dict[str, Any]:
+    """What `RECORD` holds, of the shipped file and its rows."""
+    kept: dict[str, list[str]] = {}
+    for row in rows:
+        if row.source.startswith("botocore "):
+            kept.setdefault(row.source, []).append(sha256(row.text.encode()).hexdigest())
+    return {"sha256": sha256(SHIPPED.read_bytes()).hexdigest(), "kept": kept}
+
+
+def licenses(rows: Iterable[Row]) -> str:
+    """The copyright notices that the texts of others are shipped under."""
+    sources = {row.source.split(" ")[0]: row.source for row in rows}
     parts = [
         "Texts in calibration.jsonl that are not our own come from these packages. The field "
         "source of a text names its package. Apache-2.0 is the license in LICENSE.\n"
@@ -95,16 +117,21 @@ def licenses() -> str:
         paths = [file for file in files if file.stem == file_name]
         # A line of dashes begins the notices of other software in the same wheel.
         texts = [re.split(r"\n-{4,}\n", file.read_text())[0].strip() for file in paths[:1]]
-        parts.append("\n\n".join([f"== {origin(package)}", *texts]))
+        parts.append("\n\n".join([f"== {sources[package]}", *texts]))
     python = Path(json.__file__).parent.parent / "LICENSE.txt"
     parts.append(f"== {STDLIB}\n\n{python.read_text(encoding='utf-8').strip()}")
     return "\n\n".join(parts) + "\n"
 
 
-def make_rows() -> list[Row]:
-    """All rows in a fixed order; no text occurs twice."""
-    ours = list(written())
-    all_rows = [*ours, *pages(ours), *from_grammar(), *prose(), *services(), *chinese(), *code()]
+def make_rows(*, renew: bool = False) -> list[Row]:
+    """All rows, no text twice, in a fixed order.
+
+    Args:
+        renew: make rows of botocore anew, whichever version is installed.
+    """
+    ours, kept = list(written()), [] if renew else kept_services()
+    of_services = kept or services()
+    found = [*ours, *pages(ours), *from_grammar(), *prose(), *of_services, *chinese(), *code()]
     rows: dict[str, Row] = {}
     for row in all_rows:
         rows.setdefault(row.text, row)
@@ -113,7 +140,7 @@ def make_rows() -> list[Row]:
 
 def written() -> Iterator[Row]:
     """The rows of the shipped file that have no other source."""
-    for line in (ASSETS / "calibration.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in SHIPPED.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row.get("source", OURS) == OURS and row.get("kind") != "long":
             kind = "query" if row["role"] == "query" else "document"
@@ -202,6 +229,23 @@ def _paragraphs(chapters: Iterable[str]) -> Iterator[list[str]]:
     for chapter in chapters:
         words = re.sub(r"[*=^~-]{3,}", "", chapter).split()
         yield words[: LENGTHS["long"][1] // 7]
+
+
+def kept_services() -> list[Row]:
+    """The rows of the shipped file that are of another version of botocore than the installed one.
+
+    Raises:
+        SystemExit: they are not those that `RECORD` knows.
+    """
+    lines = SHIPPED.read_text(encoding="utf-8").splitlines()
+    shipped = [Row(**json.loads(line)) for line in lines]
+    rows = [row for row in shipped if row.source.startswith("botocore ")]
+    if any(row.source == origin("botocore") for row in rows):
+        return []
+    known = json.loads(RECORD.read_text(encoding="utf-8"))["kept"]
+    if hashes(rows)["kept"] != known:
+        raise SystemExit(f"{SHIPPED}: rows of botocore are not those whose SHA-256s {RECORD} holds")
+    return rows
 
 
 def services() -> Iterator[Row]:
