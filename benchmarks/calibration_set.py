@@ -131,7 +131,7 @@ def make_rows(*, renew: bool = False) -> list[Row]:
     """
     ours, kept = list(written()), [] if renew else kept_services()
     of_services = kept or services()
-    found = [*ours, *pages(ours), *from_grammar(), *prose(), *of_services, *chinese(), *code()]
+    all_rows = [*ours, *pages(ours), *from_grammar(), *prose(), *of_services, *chinese(), *code()]
     rows: dict[str, Row] = {}
     for row in all_rows:
         rows.setdefault(row.text, row)

@@ -34,6 +34,9 @@ from gteopt.model.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint
 from gteopt.quant.grid import group_size_problems
 from gteopt.records.manifest import EXPERTS, UnquantizedRecord
 
+_READS_WEIGHTS = ("t5", "mt5", "umt5", "longt5")
+"""Architectures whose code in transformers casts its input to the number type of `wo.weight`."""
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -107,8 +110,7 @@ def plan_layers(
     format: FormatName | None = None
     if schemes:
         shapes = {n: Shape(linears[n].out_features, linears[n].in_features) for n in schemes}
-        is_nested = checkpoint.latent is not None
-        format = "gteopt" if is_nested else _plan_format(recipe, schemes, choices, shapes)
+        format = _plan_format(checkpoint, recipe, schemes, choices, shapes)
     return LayerPlan(
         schemes=schemes,
         notes=notes,
@@ -252,23 +254,25 @@ def _fitting(
 
 
 def _plan_format(
+    checkpoint: Checkpoint,
     recipe: Recipe,
     schemes: Mapping[str, LayerScheme],
     choices: Mapping[str, tuple[LayerScheme, ...]],
     shapes: Mapping[str, Shape],
 ) -> FormatName:
     """The format for these layers; with a budget, a format that can hold every choice."""
-    if recipe.embedding == "int8":
+    if recipe.embedding == "int8" or checkpoint.latent is not None:
         return "gteopt"
+    reads_weights = checkpoint.config.get("model_type") in _READS_WEIGHTS
     if not choices:
-        return choose_format(recipe.format, schemes, shapes)
+        return choose_format(recipe.format, schemes, shapes, reads_weights=reads_weights)
     any_scheme = {
         f"{name} ({i})": scheme for name, c in choices.items() for i, scheme in enumerate(c)
     }
     any_shape = {
         f"{name} ({i})": shapes[name] for name, c in choices.items() for i in range(len(c))
     }
-    return choose_format(recipe.format, any_scheme, any_shape)
+    return choose_format(recipe.format, any_scheme, any_shape, reads_weights=reads_weights)
 
 
 def _unquantized(

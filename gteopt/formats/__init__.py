@@ -53,25 +53,49 @@ FORMATS: dict[FormatName, Format] = {
 """The formats by `quant_method`; `format: auto` takes the first one that can hold a variant."""
 
 
+_KEPT_PACKED: frozenset[FormatName] = frozenset({"gptq", "bitsandbytes"})
+"""Formats whose libraries keep weights packed in memory; others decode them at load."""
+
+
 def choose_format(
-    wanted: FormatChoice, schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]
+    wanted: FormatChoice,
+    schemes: Mapping[str, LayerScheme],
+    shapes: Mapping[str, Shape],
+    *,
+    reads_weights: bool = False,
 ) -> FormatName:
     """Choose the format for these layers: `wanted`, or for `auto` the first one that can hold them.
 
     `auto` gives `gteopt` when no other library's format can hold the layers.
 
+    Args:
+        wanted: the recipe's format.
+        schemes: the scheme of each layer.
+        shapes: the shape of each layer.
+        reads_weights: transformers' forward pass reads `weight` of a layer, and so fails where a
+            library keeps the layer packed.
+
     Raises:
         InputError: the wanted format cannot hold the layers; lists every reason.
     """
+
+    def problems(name: FormatName) -> list[str]:
+        found = FORMATS[name].problems(schemes, shapes)
+        if reads_weights and name in _KEPT_PACKED:
+            found.append(
+                "the architecture's forward pass reads the weight of a layer, which libraries of "
+                "this format keep packed"
+            )
+        return found
+
     if wanted == "auto":
-        fits = (name for name, form in FORMATS.items() if not form.problems(schemes, shapes))
-        return next(fits, "gteopt")
-    problems = FORMATS[wanted].problems(schemes, shapes) if wanted in FORMATS else []
-    if problems:
+        return next((name for name in FORMATS if not problems(name)), "gteopt")
+    found = problems(wanted) if wanted in FORMATS else []
+    if found:
         subject = (
             f"format {wanted} cannot hold this variant; choose another format, or format: auto"
         )
-        raise InputError(join_problems(subject, problems))
+        raise InputError(join_problems(subject, found))
     return wanted
 
 

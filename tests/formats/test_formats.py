@@ -342,6 +342,15 @@ def test_the_standard_layout_is_taken_whenever_one_can_hold_the_layers() -> None
         assert word in str(caught.value)
 
 
+def test_layers_whose_weights_a_forward_pass_reads_are_never_kept_packed() -> None:
+    schemes, shapes = {"a": LayerScheme(bits=4, group_size=64, symmetric=False)}, {"a": SHAPE}
+    assert choose_format("auto", schemes, shapes, reads_weights=True) == "compressed-tensors"
+    assert choose_format("auto", {"a": NF4}, shapes, reads_weights=True) == "gteopt"
+    for wanted in ("gptq", "bitsandbytes"):
+        with pytest.raises(InputError, match="forward pass reads the weight of a layer"):
+            choose_format(wanted, schemes, shapes, reads_weights=True)
+
+
 def test_other_quantizers_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedError, match=r"quantized by 'awq' cannot be read.*gptq"):
         format_of({"quant_method": "awq"})
