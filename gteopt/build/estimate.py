@@ -107,6 +107,7 @@ def estimate(
 def _estimate_build(build: _Build) -> RecipeEstimate:
     """Size, memory, disk and time of one build that can be made."""
     base, recipe, schemes = build.base, build.recipe, build.plan.schemes
+    architecture = str(base.checkpoint.artifact_config["model_type"])
     memory = _memory(build)
     solves = isinstance(recipe.weights, GptqWeights)
     widest = max((base.linears[name].in_features for name in schemes), default=0)
@@ -127,7 +128,7 @@ def _estimate_build(build: _Build) -> RecipeEstimate:
             device=build.device,
         ),
         format=build.plan.format,
-        engines=engines_of(recipe, build.plan.format, is_table=base.checkpoint.is_table),
+        engines=engines_of(recipe, build.plan.format, architecture=architecture),
         n_tokens=build.n_tokens if solves else None,
         warning=few_tokens(build.n_tokens, widest) if solves else None,
         problem=None,

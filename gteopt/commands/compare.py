@@ -5,7 +5,7 @@ Hides: which of the two kinds a source is. Refuses to know: printing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gteopt.commands.evaluate import Setup
@@ -14,6 +14,7 @@ from gteopt.commands.names import side_by_side
 from gteopt.errors import GteoptError, InputError
 from gteopt.evaluation.compare import compare_item_scores
 from gteopt.model.artifact import is_artifact, read_manifest
+from gteopt.model.foreign import read_json
 from gteopt.progress import Progress, quiet
 from gteopt.records.evaluation import EvalReport, FidelityReport, ItemComparison
 from gteopt.records.manifest import Manifest
@@ -27,6 +28,7 @@ class Comparison:
     Attributes:
         names: names of the two, never the same.
         manifests: manifests of two artifacts.
+        architectures: `model_type` of each artifact's config.json.
         evals: scores of the second artifact with the first as baseline; differences have paired
             intervals.
         fidelity: closeness of the second artifact to the first on texts.
@@ -38,6 +40,7 @@ class Comparison:
 
     names: tuple[str, str]
     manifests: tuple[Manifest, ...] = ()
+    architectures: tuple[str, ...] = ()
     evals: dict[str, EvalReport] = field(default_factory=dict)
     fidelity: dict[str, FidelityReport] = field(default_factory=dict)
     results: tuple[Results, ...] = ()
@@ -73,11 +76,12 @@ def compare(
     names = side_by_side(*sources)
     if all(is_artifact(source) for source in sources):
         manifests = tuple(read_manifest(source) for source in sources)
+        compared = Comparison(names, manifests, tuple(map(_architecture, sources)))
         if judges is None:
-            return Comparison(names, manifests)
+            return compared
         by_name = {name: str(source) for name, source in zip(names, sources, strict=True)}
         evals, fidelity = evaluate_on(judges, by_name, None, how=how or Setup(), progress=progress)
-        return Comparison(names, manifests, evals=evals, fidelity=fidelity)
+        return replace(compared, evals=evals, fidelity=fidelity)
     if any(is_artifact(source) for source in sources):
         raise InputError(
             f"{first} and {second}: only one is an artifact; give two artifacts or two results "
@@ -100,3 +104,7 @@ def _from_items(first: Path, second: Path) -> tuple[dict[str, ItemComparison], l
         except GteoptError as error:
             notes.append(f"{path.stem}: no interval, because {error}")
     return comparisons, notes
+
+
+def _architecture(artifact: Path) -> str:
+    return str(read_json(artifact / "config.json").get("model_type"))

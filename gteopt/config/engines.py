@@ -26,11 +26,19 @@ OPENS: dict[FormatName | None, tuple[Engine, ...]] = {
 vLLM is not listed for gptq: its kernels for that format read only symmetric weights of 4 and 8
 bits. It does read the same weights as compressed-tensors.
 """
+_OF_ARCHITECTURE: dict[str, tuple[Engine, ...]] = {
+    "static_embedding": ("sentence-transformers", "gteopt"),
+    "nvembed": ("gteopt", "openvino"),
+}
+"""Engines by `model_type`, for architectures that few engines open.
+
+A table of token vectors has no transformer. Other engines lack NV-Embed's latent-attention pooling.
+"""
 _ONLY_GTEOPT_CODES = ("int8", "binary")
 
 
 def engines_of(
-    recipe: Recipe, format: FormatName | None, *, is_table: bool = False
+    recipe: Recipe, format: FormatName | None, *, architecture: str = ""
 ) -> tuple[Engine, ...]:
     """The engines that open a recipe's variant and return its vectors.
 
@@ -39,12 +47,10 @@ def engines_of(
     Args:
         recipe: the recipe of the variant.
         format: checkpoint format of its weights.
-        is_table: the base is a table of token vectors, without a transformer.
+        architecture: `model_type` of its config.json.
     """
-    engines = OPENS[format]
-    if is_table:
-        readers = ("gteopt", "sentence-transformers")
-        engines = tuple(engine for engine in engines if engine in readers)
+    readers = _OF_ARCHITECTURE.get(architecture, get_args(Engine))
+    engines = tuple(engine for engine in OPENS[format] if engine in readers)
     if recipe.vectors.code in _ONLY_GTEOPT_CODES:
         return tuple(engine for engine in engines if engine in ("gteopt", "openvino"))
     if recipe.dims is not None and recipe.dims.method != "slice":

@@ -17,7 +17,10 @@ from gteopt.report.rows import COLUMNS, names_in_mean, rows
 
 
 def comparison_rows(
-    names: tuple[str, str], manifests: Sequence[Manifest], results: Sequence[Results]
+    names: tuple[str, str],
+    manifests: Sequence[Manifest],
+    results: Sequence[Results],
+    architectures: Sequence[str] = (),
 ) -> list[dict[str, str]]:
     """One row per fact that both artifacts have, or per figure of either folder.
 
@@ -25,9 +28,13 @@ def comparison_rows(
         names: headings of the two columns.
         manifests: manifests of two artifacts; empty for results folders.
         results: contents of two results folders.
+        architectures: `model_type` of each artifact's config.json.
     """
     if manifests:
-        facts = [_artifact_facts(manifest) for manifest in manifests]
+        facts = [
+            _artifact_facts(manifest, architecture)
+            for manifest, architecture in zip(manifests, architectures, strict=True)
+        ]
         return [{"": fact, names[0]: facts[0][fact], names[1]: facts[1][fact]} for fact in facts[0]]
     compared: list[dict[str, str]] = []
     lines = [{row.name: row for row in rows(folder)} for folder in results]
@@ -63,7 +70,7 @@ def item_rows(items: Mapping[str, ItemComparison], names: tuple[str, str]) -> li
     return compared
 
 
-def _artifact_facts(manifest: Manifest) -> dict[str, str]:
+def _artifact_facts(manifest: Manifest, architecture: str) -> dict[str, str]:
     base, vectors = manifest.base, manifest.vectors
     bits = [layer.bits_per_weight for layer in manifest.layers]
     return {
@@ -75,5 +82,7 @@ def _artifact_facts(manifest: Manifest) -> dict[str, str]:
         "vectors": f"{vectors.dims} x {vectors.code}",
         "bytes a vector": f"{vectors.bytes_per_vector:,}",
         "format": manifest.format or "not quantized",
-        "opened by": ", ".join(engines_of(manifest.recipe, manifest.format)),
+        "opened by": ", ".join(
+            engines_of(manifest.recipe, manifest.format, architecture=architecture)
+        ),
     }

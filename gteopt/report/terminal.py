@@ -419,8 +419,10 @@ def artifact_table(inspection: Inspection, manifest: Manifest) -> Table:
     base, vectors = manifest.base, manifest.vectors
     snr = [layer.output_snr_db for layer in manifest.layers if layer.output_snr_db is not None]
     calibration, share = manifest.calibration, manifest.expert_share
-    is_table = inspection.architecture == "static_embedding"
-    engines = engines_of(manifest.recipe, manifest.format, is_table=is_table)
+    # For NV-Embed, `inspect` states the architecture of the transformer in it.
+    is_nested = inspection.pooling == "latent"
+    architecture = "nvembed" if is_nested else inspection.architecture
+    engines = engines_of(manifest.recipe, manifest.format, architecture=architecture)
     facts = {
         "made of": f"{base.id} by {manifest.recipe.name}, {base.n_parameters:,} parameters",
         "weights": f"{decimal(manifest.weight_bytes, precision=2)}, "

@@ -64,7 +64,7 @@ def test_what_is_compared_with_itself_or_with_a_namesake_has_a_column_of_its_own
     texts = gteopt.Judges(texts=workspace / "texts.txt")
     for second in (workspace / "int8", namesake):
         comparison = gteopt.compare(workspace / "int8", second, texts)
-        rows = comparison_rows(comparison.names, comparison.manifests, ())
+        rows = comparison_rows(comparison.names, comparison.manifests, (), comparison.architectures)
         assert all(len(row) == 3 for row in rows)
         assert set(comparison.fidelity) == set(comparison.names)
         fidelity = comparison.fidelity[comparison.names[1]].fidelity
@@ -127,8 +127,8 @@ def test_data_may_be_the_name_of_a_data_set(workspace: Path, tmp_path: Path) -> 
     limits = gteopt.Limits(max_weights="13MB")
     search = gteopt.Search(hub_dir=tmp_path / "hub")
     assert propose("nano", named, limits, search, out=tmp_path / "out").plan.data == file
+    int8 = workspace / "int8"
     with pytest.raises(InputError, match="no file of dev"):
-        int8 = workspace / "int8"
         gteopt.compare(int8, int8, gteopt.Judges(data="org/pairs:dev"), how=setup)
 
 

@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 import gteopt
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.paths import ASSETS
+from gteopt.report.compare import comparison_rows
+from gteopt.report.terminal import artifact_table
 
 TEXTS = ["A bridge.", "Photosynthesis turns light into sugar.", "\u6c34", "", "A bridge. " * 300]
 
@@ -109,6 +111,19 @@ def test_a_recipe_for_weights_says_that_there_are_none(static: Path, tmp_path: P
     problems = {name: estimate.problem for name, estimate in estimates.items()}
     assert problems["bf16"] is None
     assert "has no layers to quantize" in str(problems["gptq-int4"])
+
+
+def test_no_list_names_an_engine_that_does_not_open_a_table(static: Path, tmp_path: Path) -> None:
+    gteopt.quantize(static, "bf16", tmp_path / "full", dtype="float32")
+    gteopt.truncate(tmp_path / "full", tmp_path / "int8", vectors="int8")
+    found = gteopt.compare(tmp_path / "full", tmp_path / "int8")
+    rows = comparison_rows(found.names, found.manifests, (), found.architectures)
+    opened = next(row for row in rows if row[""] == "opened by")
+    assert opened == {"": "opened by", "full": "sentence-transformers, gteopt", "int8": "gteopt"}
+    inspection = gteopt.inspect(tmp_path / "full")
+    assert inspection.manifest is not None
+    cells = artifact_table(inspection, inspection.manifest).columns[1].cells
+    assert "sentence-transformers, gteopt" in [str(cell) for cell in cells]
 
 
 def test_a_table_under_another_name_and_a_pickle_are_refused(static: Path, tmp_path: Path) -> None:
