@@ -5,6 +5,7 @@
     python benchmarks/serving.py run --model qwen2                          # a decoder's shape
     python benchmarks/serving.py cpu --model wide             # processor time beside the device
     python benchmarks/serving.py soak --requests 100000 --connections 2000 --minutes 20
+    python benchmarks/serving.py soak --mixed --minutes 20                  # texts of all lengths
 
 All servers have the same model in float32 and the same number of threads. All are in memory at once
 and take turns. One round measures each server under each load, and a ratio is between figures of
@@ -459,7 +460,9 @@ def soak(arguments: argparse.Namespace) -> None:
     import gteopt
 
     encoder = gteopt.load(arguments.folder, dtype="float32")
-    texts = [text[:60] for text in corpus(200, seed=3)]  # short texts, for many requests
+    texts = corpus(200, seed=3)
+    if not arguments.mixed:
+        texts = [text[:60] for text in texts]  # short texts, for many requests
     expected = encoder.encode(texts)
     command, port = commands(arguments)["gteopt"]
     with started("gteopt", command, port, arguments.threads) as server:
@@ -508,6 +511,7 @@ def soak(arguments: argparse.Namespace) -> None:
         "open_connections_at_the_end": n_open,
         "seconds": round(time.monotonic() - began, 1),
         "memory_mb": [(round(at), round(n_bytes / 2**20, 1)) for at, n_bytes in memory],
+        "memory_growth_after_two_minutes": growth(memory),
         "memory_slope_mb_per_minute": slope(memory),
     }
     write("soak", result, arguments)
@@ -521,6 +525,12 @@ def slope(memory: Sequence[tuple[float, int]]) -> float | None:
         return None
     minutes, megabytes = np.array(late).T
     return round(float(np.polyfit(minutes, megabytes, 1)[0]), 3)
+
+
+def growth(memory: Sequence[tuple[float, int]]) -> float | None:
+    """Share by which the last sample is above the first after two minutes; None without one."""
+    late = [n_bytes for at, n_bytes in memory if at >= 120]
+    return round(late[-1] / late[0] - 1, 4) if late else None
 
 
 def drop(server: Server, text: str) -> None:
@@ -539,6 +549,7 @@ def write(part: str, content: dict[str, Any], arguments: argparse.Namespace) -> 
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
+    part = f"{part}_mixed" if part == "soak" and arguments.mixed else part
     part = part if arguments.model == "minilm" else f"{part}_{arguments.model}"
     described = {
         "command": f"python benchmarks/serving.py {' '.join(sys.argv[1:])}",
@@ -562,6 +573,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--connections", type=int, default=2_000, help="opened and dropped")
+    parser.add_argument("--mixed", action="store_true", help="a soak's texts have all lengths")
     parser.add_argument("--minutes", type=float, default=60, help="end a soak after this time")
     parser.add_argument("--model", choices=tuple(NAMES), default="minilm")
     parser.add_argument("--folder", help="folder of the model, if it exists already")

@@ -116,7 +116,7 @@ def serve(
     from gteopt.commands.serve import serve as serve_until_stopped
 
     check_installed()
-    # Batches differ in shape, and oneDNN caches compiled kernels for 1,024 shapes by default.
+    # Passes have some hundred shapes; oneDNN caches compiled kernels for 1,024 by default.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     from gteopt.server.keys import read_keys
     from gteopt.server.settings import Settings

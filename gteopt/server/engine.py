@@ -31,6 +31,7 @@ from gteopt.server.batching import (
     is_long,
     seconds_to_wait,
 )
+from gteopt.server.memory import return_free_memory
 
 _IDLE_WAIT_S = 1.0
 _HANG_S = 120.0
@@ -39,6 +40,8 @@ _HANG_RATIO = 50.0
 _FATAL = ("cuda error", "device-side assert", "illegal memory access", "unspecified launch failure")
 _PACE_MEMORY = 0.9
 """Weight of the past in the running mean of measured over predicted time."""
+_TRIM_S = 60.0
+"""Least seconds between two calls that return free memory to the system; a call takes some ms."""
 _SLOW_S = 0.1
 """Predicted seconds above which a pass lets small requests run between the model's blocks."""
 Floats = NDArray[np.float32]
@@ -177,6 +180,7 @@ class Engine:
         self._pass: tuple[float, float] | None = None
         self._pace = 1.0
         self._inside_s = 0.0
+        self._trimmed_at = time.monotonic()
         self._device = threading.Thread(target=self._run, name="device", daemon=True)
         self.death: BaseException | None = None
 
@@ -287,6 +291,9 @@ class Engine:
                 if self._tasks:
                     task, future = self._tasks.pop(0)
                     return lambda: self._perform(task, future)
+                if time.monotonic() - self._trimmed_at > _TRIM_S:
+                    self._trimmed_at = time.monotonic()
+                    return return_free_memory
                 if batch := self._queue.compose():
                     self._running = {item.job for item in batch if isinstance(item.job, Work)}
                     return lambda: self._compute(batch)

@@ -25,6 +25,7 @@ from gteopt.records.canary import CANARY, LEAST_COSINE, CanaryRecord
 from gteopt.records.results_folder import read_results
 from gteopt.server import answers
 from gteopt.server.batching import Budget, CostModel
+from gteopt.server.memory import pass_padding
 
 Floats = NDArray[np.float32]
 _SAME_COSINE = 0.999
@@ -101,6 +102,7 @@ class Served:
         self.canary_text = self._stored.text if self._stored else CANARY
         self.canary: Floats = np.zeros(encoder.dims, np.float32)
         self._pads = encoder.pads
+        self._pads_pass = not encoder.pads and encoder.runtime.device.type == "cpu"
 
     def warm_up(
         self,
@@ -171,10 +173,12 @@ class Served:
         order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
         rows = np.empty((len(tokens), self.encoder.dims), np.float32)
         for group in self._groups(order, [len(ids) for ids in tokens]):
-            vectors = self.encoder.embed_tokens(
-                [tokens[i] for i in group], between_blocks=between_blocks
-            )
-            rows[group] = self.encoder.vectors.project(vectors)
+            texts = [tokens[i] for i in group]
+            if self._pads_pass:
+                added = pass_padding([len(ids) for ids in texts])
+                texts += [[texts[0][0]] * n_tokens for n_tokens in added]
+            vectors = self.encoder.embed_tokens(texts, between_blocks=between_blocks)
+            rows[group] = self.encoder.vectors.project(vectors[: len(group)])
         return rows
 
     def _after_block(self, step: Callable[[], None]) -> Callable[[], None]:
@@ -189,6 +193,8 @@ class Served:
 
     def padding(self, lengths: Sequence[int]) -> int:
         """Number of padding tokens in a pass over texts of these lengths; 0 without padding."""
+        if self._pads_pass:
+            return sum(pass_padding(lengths))
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         groups = self._groups(order, lengths) if self._pads else []
         return sum(lengths[group[0]] - lengths[i] for group in groups for i in group)
