@@ -119,7 +119,7 @@ def test_one_file_of_a_data_set_on_the_hub_is_downloaded_once(user: User, tmp_pa
         ("org/nosuch", "there is no such file; on the Hub: there is no repository org/nosuch"),
         ("org/model", "there is no repository org/model that you may see"),
         ("org/hidden", "there is no repository org/hidden that you may see"),
-        ("org/sharded", "has several files of test (a/test.csv, b/test.csv); give one"),
+        ("org/sharded", "has several files of test (a/test.csv, b/test.csv); name one"),
         ("org/pairs:dev", "has no file of dev"),
         ("org/-pairs", "there is no such file; on the Hub: org/-pairs: Repo id must"),
     ],

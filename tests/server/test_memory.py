@@ -46,7 +46,8 @@ def test_vectors_are_those_without_padding_and_the_metrics_count_it(
     nano: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = nano.service.models["nano"]
-    own, totals = served.encoder.embed_tokens, []
+    own = served.encoder.embed_tokens
+    totals: list[int] = []
 
     def seen(tokens: Sequence[Sequence[int]], **how: Any) -> Any:
         totals.append(sum(map(len, tokens)))
