@@ -11,7 +11,7 @@ from typing import Protocol
 class Progress(Protocol):
     """Receives how far a long step is; the command line draws a bar from it."""
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, /) -> None:
         """`done` of `total` units of the step `what` are finished."""
 
 

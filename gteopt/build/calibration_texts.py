@@ -135,8 +135,8 @@ def record(
     texts: Sequence[CalibrationText],
     tokens: Sequence[Tokens],
     *,
-    n_random: int,
     longest: int,
+    n_random: int = 0,
 ) -> CalibrationRecord:
     """The manifest's record of the texts.
 
@@ -144,8 +144,8 @@ def record(
         spec: the recipe's calibration settings.
         texts: the drawn texts, then the texts of random tokens.
         tokens: token ids of each text.
-        n_random: number of the texts of random tokens.
         longest: the most tokens that the model takes; the recipe may allow more.
+        n_random: number of the texts of random tokens.
     """
     rows = [[text.role, text.instruction, text.text] for text in texts]
     content = json.dumps(rows, ensure_ascii=False).encode()

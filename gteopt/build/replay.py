@@ -484,7 +484,7 @@ def watch_inputs(block: Block, layer: str, inputs: Sequence[BlockInput]) -> list
     for i, batch in enumerate(inputs):
         rows = _layer_inputs(block, layer, i, batch)
         row_kinds = batch.kinds_of_rows().to(rows.device)
-        for kind in row_kinds.unique().tolist():
+        for kind in sorted(set(row_kinds.tolist())):
             of_kind = rows[row_kinds == kind]
             first = -seen[kind].n_rows % steps[kind]
             seen[kind].add(of_kind)

@@ -124,9 +124,9 @@ def with_service(generator: Any, folder: Path, version: str, patch: pytest.Monke
 
 
 def shipped_version() -> str:
-    versions = {row["source"] for row in rows() if row["source"].startswith("botocore ")}
-    assert len(versions) == 1
-    return versions.pop().removeprefix("botocore ")
+    sources = {str(row["source"]) for row in rows()}
+    (botocore,) = (source for source in sources if source.startswith("botocore "))
+    return botocore.removeprefix("botocore ")
 
 
 def test_rows_of_another_version_are_kept_and_those_of_the_same_are_made_anew(
