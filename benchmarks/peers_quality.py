@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from model_folders import model_folder as model_folder
+from model_folders import model_folder
 from numpy.typing import NDArray
 from results_files import write_results
 from text_kinds import encode_kinds, judged_texts, kind_errors, mean_and_worst

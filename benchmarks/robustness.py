@@ -27,7 +27,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from peers_quality import model_folder
+from model_folders import model_folder
+from results_files import conditions, read_results, write_results
 from text_kinds import encode_kinds, judged_texts, kind_errors, mean_and_worst
 from torch import Tensor
 
@@ -36,7 +37,6 @@ from gteopt.build.calibration_texts import draw_texts, tokenize
 from gteopt.build.replay import token_batches
 from gteopt.config.recipe import Calibration, Recipe, load_recipe
 from gteopt.encoder.encoder import Encoder
-from gteopt.machine import machine, versions
 from gteopt.paths import ASSETS
 from gteopt.quant import gptq
 from gteopt.quant.hessian import HessianAccumulator
@@ -133,8 +133,8 @@ def main() -> None:
     spec = calibration(options.n_texts, options.without)
     label = f"builtin, {options.n_texts} texts" + "".join(f", no {x}" for x in options.without)
     rows: list[Row] = []
-    if options.out and options.out.is_file():
-        rows = [Row(**row) for row in json.loads(options.out.read_text())["rows"]]
+    if options.out:
+        rows = [Row(**row) for row in read_results(options.out).get("rows", ())]
     for model in options.models:
         source = model_folder(model)
         base = gteopt.load(source, dtype="float32")
@@ -146,10 +146,11 @@ def main() -> None:
                 started = time.process_time()
                 layers = build(base, recipe, SETTINGS[setting], folder / "out").layers
                 cpu_s = time.process_time() - started
-                found = kind_errors(reference, encode_kinds(gteopt.load(folder / "out"), judged))
+                variant = gteopt.load(folder / "out")
+                by_kind = kind_errors(reference, encode_kinds(variant, judged))
                 shutil.rmtree(folder)
-                mean, worst, _ = mean_and_worst(found)
-                errors = {kind: each.error for kind, each in found.items()}
+                mean, worst, _ = mean_and_worst(by_kind)
+                errors = {kind: of_kind.error for kind, of_kind in by_kind.items()}
                 n_static = sum(layer.scheme.activation_static for layer in layers)
                 counts = len(layers), n_static
                 row = Row(model, name, label, setting, errors, mean, worst, *counts, cpu_s)
@@ -241,13 +242,8 @@ def _shrinking(share: float) -> Callable[..., Any]:
 
 def write(path: Path, rows: list[Row]) -> None:
     """Everything measured so far, and where."""
-    record = {
-        "schema": "gteopt.robustness/1",
-        "rows": [asdict(row) for row in rows],
-        "machine": machine().model_dump(),
-        "versions": versions(),
-    }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    rows_in_json = [asdict(row) for row in rows]
+    write_results(path, {"schema": "gteopt.robustness/1", "rows": rows_in_json, **conditions()})
 
 
 if __name__ == "__main__":
