@@ -536,6 +536,37 @@ def build_times() -> str:
     return markdown(("recipe", "shape", "calibration tokens", "predicted CPU", "CPU"), rows)
 
 
+def whole() -> str:
+    """A build of all blocks of the gte-Qwen2-7B shape, beside the predictions of `inspect`."""
+    results = read("whole")
+    predicted = results["inspected"]["estimate"]
+    lives = [life["events"] for life in results["lives"]]
+    last = [events[-1] for events in lives]
+    kept = results["lives"][-1]
+    loaded, encoded = results["loaded"][1:]
+    seconds = sum(event["wall_s"] for event in last)
+    cpu_seconds = sum(event["cpu_s"] for event in last)
+    peak = max(event["peak_bytes"] for event in last)
+    rows = [
+        ("wall time", f"{seconds:,.0f} s", f"{predicted['build_s']:,.0f} s"),
+        ("CPU time", f"{cpu_seconds:,.0f} s", "–"),
+        ("peak memory", f"{peak / 1e9:.2f} GB", f"{predicted['build_bytes'] / 1e9:.2f} GB"),
+        (
+            "weight files",
+            f"{results['sizes']['weight_files_bytes'] / 1e9:.3f} GB",
+            f"{predicted['weight_bytes'] / 1e9:.3f} GB",
+        ),
+        ("blocks kept after the kill", f"{kept['blocks_kept']} of {kept['blocks_found']}", "all"),
+        ("load of the artifact", f"{loaded['wall_s'] - results['loaded'][0]['wall_s']:.1f} s", "–"),
+        (
+            f"first text, {encoded['n_tokens']} tokens",
+            f"{encoded['wall_s'] - loaded['wall_s']:.1f} s",
+            "–",
+        ),
+    ]
+    return markdown(("", "measured", "`inspect`"), rows)
+
+
 def loads() -> str:
     """Load times of eight gte-Qwen2-1.5B blocks from disks of several speeds."""
     rows = []
@@ -1012,6 +1043,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vector-margin": vector_margin,
     "peers-quality": peers_quality,
     "new-language": new_language,
+    "whole": whole,
     "calibration": calibration,
     "failures": failures,
     "ablation": ablation,
