@@ -15,9 +15,9 @@ from gteopt.cli.errors import (
     Group,
     Interrupted,
     fail,
+    resume_hint,
     show_warning,
     typed_command,
-    what_is_kept,
 )
 from gteopt.cores import n_threads
 from gteopt.errors import GteoptError, is_out_of_memory
@@ -102,13 +102,13 @@ def main() -> None:
         where = f" ({error.filename})" if error.filename else ""
         # safetensors raises errors without a number when the disk is full.
         is_full = error.errno in DISK_FULL or error.errno is None
-        kept = what_is_kept(typed_command())
+        kept = resume_hint(typed_command())
         advice = kept if is_full else "; give a folder that exists and is writable"
         fail(f"{error.strerror or error}{where}{advice}")
     except (RuntimeError, MemoryError) as error:
         if "--debug" in sys.argv or not is_out_of_memory(error):
             raise
-        first_line, kept = str(error).partition("\n")[0], what_is_kept(typed_command())
+        first_line, kept = str(error).partition("\n")[0], resume_hint(typed_command())
         fail(f"out of memory ({first_line}); use smaller batches or another --device{kept}")
 
 

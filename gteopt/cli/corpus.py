@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.filesize import decimal
 
-from gteopt.cli.errors import fail, what_is_kept
+from gteopt.cli.errors import fail, resume_hint
 from gteopt.cli.options import (
     EMBED,
     FIND,
@@ -256,7 +256,7 @@ def embed(
                     **options,
                 )
     except command.Terminated:
-        fail(f"terminated{what_is_kept('embed')}", TERMINATED)
+        fail(f"terminated{resume_hint('embed')}", TERMINATED)
     if dry_run:
         _show_estimate(estimate, as_json=as_json)
     elif verify:
@@ -306,7 +306,7 @@ def search(
 
     Example: `gteopt search vectors "how do plants make energy" --top 10`
     """
-    from gteopt.commands.search import compare as compare_results
+    from gteopt.commands.search import compare_results
     from gteopt.commands.search import search as search_folder
 
     texts = [*(query or ()), *_lines(queries)]

@@ -47,7 +47,7 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or was_interrupted():
-                kept = what_is_kept(ctx.invoked_subcommand)
+                kept = resume_hint(ctx.invoked_subcommand)
                 raise Interrupted(f"interrupted{kept}") from error
             name = getattr(error, "option_name", None)
             if (hint := OPTION_HINTS.get(str(name))) is not None and hasattr(error, "message"):
@@ -56,7 +56,7 @@ class Group(TyperGroup):
             raise
 
 
-def what_is_kept(command: str | None) -> str:
+def resume_hint(command: str | None) -> str:
     """What an interrupted command has kept, as the end of a sentence."""
     can_resume = f"; {RESUMES}"
     if command in ("optimize", "run", "quantize", "embed", "pull", "publish"):

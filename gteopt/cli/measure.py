@@ -461,11 +461,11 @@ def evaluate(
     say("importing torch and the evaluation library")
     from gteopt.commands.evaluate import Setup, base_of, compare_texts, parse_grid, score
     from gteopt.evaluation.runner import EncodeOptions
-    from gteopt.evaluation.tasks import check_suite
+    from gteopt.evaluation.tasks import check_tasks
     from gteopt.report.terminal import eval_table, fidelity_table, grid_table
 
     if loaded is not None:
-        check_suite(loaded, suite or loaded.name)
+        check_tasks(loaded, suite or loaded.name)
     sources = named([baseline or base_of(artifacts), *artifacts])
     grid = parse_grid(dims, vectors) if dims or vectors else None
     options = EncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 from gteopt.build.st_folder import WEIGHTS, _write_json
 from gteopt.encoder.description import parse_dtype
 from gteopt.encoder.loading import openvino_weights
-from gteopt.encoder.openvino import save
+from gteopt.encoder.openvino import save_openvino_model
 from gteopt.encoder.skeleton import build_skeleton, whole_config
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.model.artifact import MANIFEST
@@ -65,7 +65,7 @@ def export_openvino(
         _write_json(unfinished / "config.json", config)
         kind = parse_dtype(manifest.base.dtype)
         weights = openvino_weights(checkpoint, build_skeleton(checkpoint), kind)
-        save(whole_config(checkpoint), weights, unfinished)
+        save_openvino_model(whole_config(checkpoint), weights, unfinished)
         unfinished.replace(out)
     except shutil.Error as error:  # its message is a list of files and reasons
         raise OSError(f"{out} cannot be written: {error.args[0][0][2]}") from error

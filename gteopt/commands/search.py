@@ -109,7 +109,7 @@ def search(
     ]
 
 
-def compare(ours: Sequence[SearchResult], theirs: Sequence[SearchResult]) -> Comparison:
+def compare_results(ours: Sequence[SearchResult], theirs: Sequence[SearchResult]) -> Comparison:
     """The share of one variant's rows that another variant finds too, matched by id."""
     shares: list[tuple[str, float]] = []
     for our_result, their_result in zip(ours, theirs, strict=True):

@@ -108,10 +108,10 @@ def fastest_backend(
         return Taken("torch", str(error))
     finally:
         give_back()
-    return choose(times)
+    return choose_backend(times)
 
 
-def choose(times: LayerTimes) -> Taken:
+def choose_backend(times: LayerTimes) -> Taken:
     """The faster backend, by the times of a short text and of a batch."""
     few, many = (each[_OPENVINO] / each[_TORCH] for each in (times.few, times.many))
     reason = (

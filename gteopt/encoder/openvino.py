@@ -125,7 +125,7 @@ class OpenVinoModel:
         return torch.from_numpy(np.array(outputs[0], dtype=np.float32))
 
 
-def save(config: Mapping[str, Any], weights: Weights, folder: Path) -> None:
+def save_openvino_model(config: Mapping[str, Any], weights: Weights, folder: Path) -> None:
     """Write `openvino/openvino_model.xml` and `.bin` into a Sentence Transformers folder.
 
     The folder then opens with `backend="openvino"`. Static activations are rounded on every

@@ -48,11 +48,11 @@ def load_suite(name_or_file: str) -> Suite:
     """
     path = find_yaml("eval/suites", name_or_file)
     suite = read_yaml(path, Suite)
-    check_suite(suite, str(path))
+    check_tasks(suite, str(path))
     return suite
 
 
-def check_suite(suite: Suite, name: str) -> None:
+def check_tasks(suite: Suite, name: str) -> None:
     """Refuse a suite with tasks, subsets or splits that mteb does not have.
 
     Raises:

@@ -50,7 +50,7 @@ class Int4LinearCpu(nn.Module):
         self.kernel = self.name_here(products)
         self._products = products or AS_PACKED
         # Queried here, because torch.compile can trace neither call.
-        self._tile = torch_tile()
+        self._tile = int4_tile()
         self._kind = torch.bfloat16 if multiplies_bfloat16() else torch.float32
         scale = weight.scale.float()
         offset = (8 - weight.zero.float()) * scale
@@ -118,12 +118,12 @@ def int4_runs_here(weight: PackedWeight) -> bool:
     width = weight.in_features // weight.scale.shape[1]
     if (weight.scheme.bits, weight.scheme.number_format) != (4, "int"):
         return False
-    tile = torch_tile()
+    tile = int4_tile()
     return tile > 0 and weight.out_features % tile == 0 and width in (32, 64, 128, 256)
 
 
 @lru_cache(maxsize=1)
-def torch_tile() -> int:
+def int4_tile() -> int:
     """Output features that torch's 4-bit layout interleaves here; 0 if the layout is unknown.
 
     The layout depends on the machine's vector width, so each known layout is compared with torch's.

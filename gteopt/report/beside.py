@@ -11,7 +11,7 @@ from html import escape
 
 from gteopt.records.evaluation import EvalReport, FidelityReport, ItemComparison
 from gteopt.records.results_folder import Results
-from gteopt.report.markup import interval, scrolled, section
+from gteopt.report.markup import interval_text, scrolled, section
 from gteopt.report.rows import COLUMNS, MISSING, Column, Row, machine_line, rows
 from gteopt.report.wording import points
 
@@ -146,7 +146,7 @@ def _cell(column: Column, row: Row | None) -> str:
     if row is None:
         return MISSING
     sure = column.attribute == "retention" and row.retention_low is not None
-    below = f"<small>{interval(row)}</small>" if sure else ""
+    below = f"<small>{interval_text(row)}</small>" if sure else ""
     return f"{escape(column.text(row))}{below}"
 
 

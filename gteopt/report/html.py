@@ -33,7 +33,14 @@ from gteopt.report.charts import (
 )
 from gteopt.report.conditions import conditions
 from gteopt.report.examples import examples_section
-from gteopt.report.markup import charts, description, interval, scrolled, section, table_tools
+from gteopt.report.markup import (
+    charts,
+    description,
+    interval_text,
+    scrolled,
+    section,
+    table_controls,
+)
 from gteopt.report.policy_switch import answer_of, answers, kind, mark, menu, part
 from gteopt.report.rows import (
     COLUMNS,
@@ -266,7 +273,7 @@ def _variants_table(lines: Sequence[Row], policy: Policy | None) -> str:
         cells = ""
         for column in columns:
             has_interval = column.attribute == "retention" and row.retention_low is not None
-            below = f"<small>{interval(row)}</small>" if has_interval else ""
+            below = f"<small>{interval_text(row)}</small>" if has_interval else ""
             value = getattr(row, column.attribute)
             sort_key = "" if value is None else f"{value:.10g}"
             cells += f'<td data-value="{sort_key}">{escape(column.text(row))}{below}</td>'
@@ -280,7 +287,7 @@ def _variants_table(lines: Sequence[Row], policy: Policy | None) -> str:
         for place, column in enumerate(columns, 1)
     )
     tools = f"<details><summary>columns</summary><div>{boxes}</div></details>"
-    return table_tools("table-variants", "variants", tools) + scrolled(
+    return table_controls("table-variants", "variants", tools) + scrolled(
         "Table of variants",
         '<table id="table-variants" class="variants sortable"><thead><tr><th scope="col" '
         f'data-title="Variant">Variant<small>&nbsp;</small></th>{head}</tr></thead>'

@@ -32,7 +32,7 @@ def description(facts: dict[str, str]) -> str:
     return f"<dl>{items}</dl>"
 
 
-def table_tools(table: str, name: str, more: str = "") -> str:
+def table_controls(table: str, name: str, more: str = "") -> str:
     """The controls above a table that can be sorted, filtered and saved."""
     return (
         f'<div class="tools" data-table="{table}"><input type="search" placeholder="filter" '
@@ -41,7 +41,7 @@ def table_tools(table: str, name: str, more: str = "") -> str:
     )
 
 
-def interval(row: Row) -> str:
+def interval_text(row: Row) -> str:
     """The 95 % interval of a row's retention, which must have one."""
     assert row.retention_low is not None
     assert row.retention_high is not None

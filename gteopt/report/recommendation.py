@@ -10,7 +10,7 @@ from html import escape
 
 from gteopt.records.choice import Choice
 from gteopt.records.results_folder import Results
-from gteopt.report.markup import interval, scrolled, section
+from gteopt.report.markup import interval_text, scrolled, section
 from gteopt.report.pick import is_slower, pick_lines
 from gteopt.report.rows import MISSING, Row, megabytes
 from gteopt.report.wording import METRIC_WORDS, metric_amount
@@ -59,7 +59,9 @@ def _tiles(results: Results, baseline: Row, row: Row) -> Iterator[tuple[str, str
         sure = "" if ends is None else f" ({ends[0]:.2f}–{ends[1]:.2f})"
         yield kind, f"{row.speed_ratio:.2f}×", f"the baseline’s throughput{sure}: {words}"
     if row.retention is not None:
-        sure = f" ({interval(row)}: {row.score_verdict})" if row.retention_low is not None else ""
+        sure = (
+            f" ({interval_text(row)}: {row.score_verdict})" if row.retention_low is not None else ""
+        )
         kind = {"worse": "cost", "better": "gain"}.get(row.score_verdict or "", "")
         yield kind, f"{row.retention * 100:.1f} %", f"of the baseline’s score{sure}"
     if row.neighbour_overlap is not None:

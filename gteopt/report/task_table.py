@@ -10,7 +10,7 @@ from html import escape
 
 from gteopt.records.evaluation import BesidePublished, EvalReport, TaskScore
 from gteopt.records.results_folder import Results
-from gteopt.report.markup import scrolled, table_tools
+from gteopt.report.markup import scrolled, table_controls
 from gteopt.report.rows import (
     MISSING,
     Row,
@@ -71,7 +71,7 @@ def tasks_table(results: Results, lines: Sequence[Row]) -> str:
         f'<select aria-label="Language"><option value="">all languages</option>{tools}</select>'
     )
     below = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    filters = table_tools("table-tasks", "tasks", select if len(subsets) > 1 else "")
+    filters = table_controls("table-tasks", "tasks", select if len(subsets) > 1 else "")
     return filters + scrolled("Table of task scores", table, "tasks") + below
 
 

@@ -16,7 +16,7 @@ from gteopt.commands.evaluate import Setup, compare_texts
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.corpus.vector_cache import vector_identity
 from gteopt.encoder.description import AskedBackend, RuntimeOptions, taken_backend
-from gteopt.encoder.fastest_backend import _Blocks, choose, fastest_backend
+from gteopt.encoder.fastest_backend import _Blocks, choose_backend, fastest_backend
 from gteopt.encoder.packed_weights import quantized_layers
 from gteopt.errors import UnsupportedError
 from gteopt.kernels.measured import DETERMINISTIC, LayerTimes
@@ -59,11 +59,11 @@ def measured_as(times: LayerTimes, monkeypatch: pytest.MonkeyPatch) -> list[str]
 
 
 def test_openvino_must_be_clearly_faster_over_both_workloads() -> None:
-    assert choose(FAST).backend == "openvino"
-    assert choose(SLOW).backend == "torch"
+    assert choose_backend(FAST).backend == "openvino"
+    assert choose_backend(SLOW).backend == "torch"
     about_equal = LayerTimes(few={"torch": 10, "openvino": 9}, many={"torch": 10, "openvino": 9})
-    assert choose(about_equal).backend == "torch"
-    assert "2.00 of torch's time for a text of 16 tokens" in str(choose(SLOW).reason)
+    assert choose_backend(about_equal).backend == "torch"
+    assert "2.00 of torch's time for a text of 16 tokens" in str(choose_backend(SLOW).reason)
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "rtn-int8", "rtn-int4", "nf4"])
@@ -209,7 +209,7 @@ def test_an_embedding_job_goes_on_with_the_backend_that_it_began_with(
     lost.unlink()
     # As on another machine, or with another version of a library.
     monkeypatch.setattr(
-        gteopt.encoder.fastest_backend, "choose", lambda times: pytest.fail("decided again")
+        gteopt.encoder.fastest_backend, "choose_backend", lambda times: pytest.fail("decided again")
     )
     again = gteopt.embed(str(corpus), int8, out, shard_rows=4, backend="auto")
     assert (again.backend, again.shards_now, again.backend_reason) == ("openvino", 1, None)
