@@ -35,9 +35,9 @@ from gteopt.build.layer_plan import (
 from gteopt.build.quantize import ACTIVATION_BYTES
 from gteopt.build.replay import BATCH_TOKENS, emulates_bfloat16, token_batches
 from gteopt.build.sensitivity import DEEP_BLOCKS, N_PROBES
-from gteopt.config.engines import engines_of
 from gteopt.config.recipe import Calibration, GptqWeights, LayerScheme, Recipe
 from gteopt.encoder.description import parse_dtype
+from gteopt.encoder.engines import engines_of_variant
 from gteopt.encoder.skeleton import build_skeleton
 from gteopt.encoder.tokenization import Tokenization
 from gteopt.errors import GteoptError
@@ -107,7 +107,6 @@ def estimate(
 def _estimate_build(build: _Build) -> RecipeEstimate:
     """Size, memory, disk and time of one build that can be made."""
     base, recipe, schemes = build.base, build.recipe, build.plan.schemes
-    architecture = str(base.checkpoint.artifact_config["model_type"])
     memory = _memory(build)
     solves = isinstance(recipe.weights, GptqWeights)
     widest = max((base.linears[name].in_features for name in schemes), default=0)
@@ -128,7 +127,7 @@ def _estimate_build(build: _Build) -> RecipeEstimate:
             device=build.device,
         ),
         format=build.plan.format,
-        engines=engines_of(recipe, build.plan.format, architecture=architecture),
+        engines=engines_of_variant(base.checkpoint, recipe, build.plan.format, schemes.values()),
         n_tokens=build.n_tokens if solves else None,
         warning=few_tokens(build.n_tokens, widest) if solves else None,
         problem=None,

@@ -136,7 +136,7 @@ def compare(
             how=Setup(hub_dir=hub_dir, device=device),
             progress=progress,
         )
-    rows = comparison_rows(pair.names, pair.manifests, pair.results, pair.architectures)
+    rows = comparison_rows(pair.names, pair.manifests, pair.results, pair.engines)
     if style == "json":
         measured = [*pair.evals.values(), *pair.fidelity.values(), *pair.items.values()]
         records = [json.loads(record.model_dump_json(by_alias=True)) for record in measured]

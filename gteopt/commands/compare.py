@@ -11,10 +11,12 @@ from pathlib import Path
 from gteopt.commands.evaluate import Setup
 from gteopt.commands.judges import Judges, evaluate_on
 from gteopt.commands.names import side_by_side
+from gteopt.config.engines import Engine
+from gteopt.encoder.engines import engines_of_artifact
 from gteopt.errors import GteoptError, InputError
 from gteopt.evaluation.compare import compare_item_scores
 from gteopt.model.artifact import is_artifact, read_manifest
-from gteopt.model.foreign import read_json
+from gteopt.model.checkpoint import open_checkpoint
 from gteopt.progress import Progress, quiet
 from gteopt.records.evaluation import EvalReport, FidelityReport, ItemComparison
 from gteopt.records.manifest import Manifest
@@ -28,7 +30,7 @@ class Comparison:
     Attributes:
         names: names of the two, never the same.
         manifests: manifests of two artifacts.
-        architectures: `model_type` of each artifact's config.json.
+        engines: engines that open each artifact.
         evals: scores of the second artifact with the first as baseline; differences have paired
             intervals.
         fidelity: closeness of the second artifact to the first on texts.
@@ -40,7 +42,7 @@ class Comparison:
 
     names: tuple[str, str]
     manifests: tuple[Manifest, ...] = ()
-    architectures: tuple[str, ...] = ()
+    engines: tuple[tuple[Engine, ...], ...] = ()
     evals: dict[str, EvalReport] = field(default_factory=dict)
     fidelity: dict[str, FidelityReport] = field(default_factory=dict)
     results: tuple[Results, ...] = ()
@@ -76,7 +78,7 @@ def compare(
     names = side_by_side(*sources)
     if all(is_artifact(source) for source in sources):
         manifests = tuple(read_manifest(source) for source in sources)
-        compared = Comparison(names, manifests, tuple(map(_architecture, sources)))
+        compared = Comparison(names, manifests, tuple(map(_engines, sources)))
         if judges is None:
             return compared
         by_name = {name: str(source) for name, source in zip(names, sources, strict=True)}
@@ -106,5 +108,5 @@ def _from_items(first: Path, second: Path) -> tuple[dict[str, ItemComparison], l
     return comparisons, notes
 
 
-def _architecture(artifact: Path) -> str:
-    return str(read_json(artifact / "config.json").get("model_type"))
+def _engines(artifact: Path) -> tuple[Engine, ...]:
+    return engines_of_artifact(open_checkpoint(str(artifact), headers_only=True))

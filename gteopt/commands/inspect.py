@@ -29,6 +29,7 @@ from gteopt.encoder.description import (
     pick_device,
     taken_backend,
 )
+from gteopt.encoder.engines import engines_of_artifact
 from gteopt.encoder.packed_weights import quantized_layers
 from gteopt.encoder.skeleton import build_skeleton
 from gteopt.errors import HubUnreachableError, InputError
@@ -62,9 +63,7 @@ def inspect(
 
     Args:
         source: see `open_checkpoint`.
-        hub_dir: see `open_checkpoint`.
-        revision: see `open_checkpoint`.
-        family: see `open_checkpoint`.
+        hub_dir, revision, family: see `open_checkpoint`.
         recipe: the recipe to estimate; None estimates every shipped recipe.
         dtype: see `quantize`.
         device: see `quantize`; this machine need not have it.
@@ -127,6 +126,7 @@ def inspect(
             estimates=tuple(estimates),
             estimated_for=conditions if is_base else None,
             manifest=manifest,
+            engines=engines_of_artifact(checkpoint),
             kernels=_kernels(checkpoint, device, kernels),
         ).model_copy(update=_fastest(checkpoint, options))
 

@@ -38,7 +38,11 @@ _ONLY_GTEOPT_CODES = ("int8", "binary")
 
 
 def engines_of(
-    recipe: Recipe, format: FormatName | None, *, architecture: str = ""
+    recipe: Recipe,
+    format: FormatName | None,
+    *,
+    architecture: str = "",
+    openvino: bool = True,
 ) -> tuple[Engine, ...]:
     """The engines that open a recipe's variant and return its vectors.
 
@@ -48,9 +52,15 @@ def engines_of(
         recipe: the recipe of the variant.
         format: checkpoint format of its weights.
         architecture: `model_type` of its config.json.
+        openvino: whether the OpenVINO backend supports its architecture and its layers;
+            `encoder.engines` knows.
     """
     readers = _OF_ARCHITECTURE.get(architecture, get_args(Engine))
-    engines = tuple(engine for engine in OPENS[format] if engine in readers)
+    engines = tuple(
+        engine
+        for engine in OPENS[format]
+        if engine in readers and (openvino or engine != "openvino")
+    )
     if recipe.vectors.code in _ONLY_GTEOPT_CODES:
         return tuple(engine for engine in engines if engine in ("gteopt", "openvino"))
     if recipe.dims is not None and recipe.dims.method != "slice":

@@ -64,6 +64,7 @@ class Inspection(Frozen):
         estimates: one for each recipe for a base; empty for an artifact.
         estimated_for: conditions of the estimates; None for an artifact.
         manifest: manifest of an artifact; None for a base.
+        engines: engines that open an artifact; each estimate for a base has its own.
         kernels: number of linear layers by kernel of the torch backend, on the requested device.
             None where this machine lacks the device, and for other libraries' files.
         backend: the fastest backend on this machine; None if it was not asked for.
@@ -94,6 +95,7 @@ class Inspection(Frozen):
     estimates: tuple[RecipeEstimate, ...]
     estimated_for: EstimateConditions | None
     manifest: Manifest | None
+    engines: tuple[Engine, ...] = ()
     kernels: dict[str, int] | None = None
     backend: str | None = None
     backend_reason: str | None = None

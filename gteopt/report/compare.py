@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.filesize import decimal
 
-from gteopt.config.engines import engines_of
+from gteopt.config.engines import Engine
 from gteopt.records.evaluation import ItemComparison
 from gteopt.records.manifest import Manifest
 from gteopt.records.results_folder import Results
@@ -20,7 +20,7 @@ def comparison_rows(
     names: tuple[str, str],
     manifests: Sequence[Manifest],
     results: Sequence[Results],
-    architectures: Sequence[str] = (),
+    engines: Sequence[Sequence[Engine]] = (),
 ) -> list[dict[str, str]]:
     """One row per fact that both artifacts have, or per figure of either folder.
 
@@ -28,12 +28,12 @@ def comparison_rows(
         names: headings of the two columns.
         manifests: manifests of two artifacts; empty for results folders.
         results: contents of two results folders.
-        architectures: `model_type` of each artifact's config.json.
+        engines: engines that open each artifact.
     """
     if manifests:
         facts = [
-            _artifact_facts(manifest, architecture)
-            for manifest, architecture in zip(manifests, architectures, strict=True)
+            _artifact_facts(manifest, openers)
+            for manifest, openers in zip(manifests, engines, strict=True)
         ]
         return [{"": fact, names[0]: facts[0][fact], names[1]: facts[1][fact]} for fact in facts[0]]
     compared: list[dict[str, str]] = []
@@ -70,7 +70,7 @@ def item_rows(items: Mapping[str, ItemComparison], names: tuple[str, str]) -> li
     return compared
 
 
-def _artifact_facts(manifest: Manifest, architecture: str) -> dict[str, str]:
+def _artifact_facts(manifest: Manifest, engines: Sequence[Engine]) -> dict[str, str]:
     base, vectors = manifest.base, manifest.vectors
     bits = [layer.bits_per_weight for layer in manifest.layers]
     return {
@@ -82,7 +82,5 @@ def _artifact_facts(manifest: Manifest, architecture: str) -> dict[str, str]:
         "vectors": f"{vectors.dims} x {vectors.code}",
         "bytes a vector": f"{vectors.bytes_per_vector:,}",
         "format": manifest.format or "not quantized",
-        "opened by": ", ".join(
-            engines_of(manifest.recipe, manifest.format, architecture=architecture)
-        ),
+        "opened by": ", ".join(engines),
     }

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from gteopt.config.engines import engines_in_words, engines_of
+from gteopt.config.engines import engines_in_words
 from gteopt.records.bench import BenchReport
 from gteopt.records.evaluation import EvalReport, FidelityReport, TaskScore, Verdict
 from gteopt.records.inspection import Inspection
@@ -419,10 +419,6 @@ def artifact_table(inspection: Inspection, manifest: Manifest) -> Table:
     base, vectors = manifest.base, manifest.vectors
     snr = [layer.output_snr_db for layer in manifest.layers if layer.output_snr_db is not None]
     calibration, share = manifest.calibration, manifest.expert_share
-    # For NV-Embed, `inspect` states the architecture of the transformer in it.
-    is_nested = inspection.pooling == "latent"
-    architecture = "nvembed" if is_nested else inspection.architecture
-    engines = engines_of(manifest.recipe, manifest.format, architecture=architecture)
     facts = {
         "made of": f"{base.id} by {manifest.recipe.name}, {base.n_parameters:,} parameters",
         "weights": f"{decimal(manifest.weight_bytes, precision=2)}, "
@@ -436,7 +432,7 @@ def artifact_table(inspection: Inspection, manifest: Manifest) -> Table:
         if calibration
         else "none",
         "format": manifest.format or "not quantized",
-        "opened by": engines_in_words(engines),
+        "opened by": engines_in_words(inspection.engines),
         "license": base.license or "not stated",
         "files": f"{len(manifest.files)}, all hashed",
     } | _how_it_runs(inspection)

@@ -411,9 +411,8 @@ class Served:
     @cached_property
     def quality(self) -> list[dict[str, Any]]:
         """Evaluations of the artifact in its results folder; empty without such a folder."""
-        folder = Path(self.source).resolve().parent
         try:
-            results = read_results(folder)
+            results = read_results(_results_folder(Path(self.source).resolve()))
         except GteoptError:
             return []
         rows: list[dict[str, Any]] = []
@@ -433,6 +432,12 @@ class Served:
                     }
                 )
         return rows
+
+
+def _results_folder(artifact: Path) -> Path:
+    """The folder that holds an artifact; for OUT/variants/NAME, as `run` writes it, OUT."""
+    folder = artifact.parent
+    return folder.parent if folder.name == "variants" else folder
 
 
 def pass_seconds(run: Callable[[], object], device: str) -> float:

@@ -64,7 +64,7 @@ def test_what_is_compared_with_itself_or_with_a_namesake_has_a_column_of_its_own
     texts = gteopt.Judges(texts=workspace / "texts.txt")
     for second in (workspace / "int8", namesake):
         comparison = gteopt.compare(workspace / "int8", second, texts)
-        rows = comparison_rows(comparison.names, comparison.manifests, (), comparison.architectures)
+        rows = comparison_rows(comparison.names, comparison.manifests, (), comparison.engines)
         assert all(len(row) == 3 for row in rows)
         assert set(comparison.fidelity) == set(comparison.names)
         fidelity = comparison.fidelity[comparison.names[1]].fidelity

@@ -17,3 +17,4 @@ def test_an_architecture_that_few_engines_know_leaves_the_others_out() -> None:
     )
     assert engines_of(coded, None, architecture="static_embedding") == ("gteopt",)
     assert engines_of(coded, None, architecture="qwen2") == ("gteopt", "openvino")
+    assert engines_of(coded, None, architecture="modernbert", openvino=False) == ("gteopt",)

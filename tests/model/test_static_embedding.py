@@ -117,7 +117,7 @@ def test_no_list_names_an_engine_that_does_not_open_a_table(static: Path, tmp_pa
     gteopt.quantize(static, "bf16", tmp_path / "full", dtype="float32")
     gteopt.truncate(tmp_path / "full", tmp_path / "int8", vectors="int8")
     found = gteopt.compare(tmp_path / "full", tmp_path / "int8")
-    rows = comparison_rows(found.names, found.manifests, (), found.architectures)
+    rows = comparison_rows(found.names, found.manifests, (), found.engines)
     opened = next(row for row in rows if row[""] == "opened by")
     assert opened == {"": "opened by", "full": "sentence-transformers, gteopt", "int8": "gteopt"}
     inspection = gteopt.inspect(tmp_path / "full")

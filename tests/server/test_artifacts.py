@@ -129,8 +129,12 @@ def test_a_stored_vector_without_numbers_is_refused(vector: str) -> None:
         CanaryRecord(text="a", vector=vector)
 
 
-def test_info_repeats_license_retention_and_fidelity_of_the_results(artifact: Path) -> None:
-    """The artifact lies beside the records in a results folder, as `run` leaves it."""
+@pytest.mark.parametrize("place", ["NAME", "variants/NAME"])
+def test_info_repeats_license_retention_and_fidelity_of_the_results(
+    artifact: Path, place: str, tmp_path: Path
+) -> None:
+    """`run` leaves an artifact in `variants` of its results folder; others lie in it directly."""
+    artifact = Path(shutil.copytree(artifact, tmp_path / place))
     encoder = gteopt.load(artifact)
     fidelity = Fidelity(
         n_texts=100,
@@ -166,11 +170,8 @@ def test_info_repeats_license_retention_and_fidelity_of_the_results(artifact: Pa
     )
     other_report = report.model_copy(update={"variant": "other", "artifact_sha256": "d" * 64})
     for record in (report, other_report):
-        write_record(artifact.parent / "eval" / f"{record.variant}.json", record)
-    try:
-        about = Served("a", str(artifact), encoder).about
-    finally:
-        shutil.rmtree(artifact.parent / "eval")
+        write_record(tmp_path / "eval" / f"{record.variant}.json", record)
+    about = Served("a", str(artifact), encoder).about
     assert encoder.manifest is not None
     assert about["license"] == encoder.manifest.base.license
     (quality,) = about["quality"]
