@@ -63,7 +63,9 @@ def inspect(
 
     Args:
         source: see `open_checkpoint`.
-        hub_dir, revision, family: see `open_checkpoint`.
+        hub_dir: see `open_checkpoint`.
+        revision: see `open_checkpoint`.
+        family: see `open_checkpoint`.
         recipe: the recipe to estimate; None estimates every shipped recipe.
         dtype: see `quantize`.
         device: see `quantize`; this machine need not have it.
@@ -84,8 +86,7 @@ def inspect(
     kind = _kind_of(device)
     conditions = EstimateConditions(dtype=dtype, device=kind, activation_bytes=activation_bytes)
     with _opened(str(source), hub_dir, revision, family) as checkpoint:
-        manifest = checkpoint.manifest
-        template, lengths = checkpoint.query_template, checkpoint.matryoshka_dims
+        manifest, lengths = checkpoint.manifest, checkpoint.matryoshka_dims
         is_base = manifest is None and not checkpoint.is_quantized
         if recipe is not None and not is_base:
             raise InputError(
@@ -113,7 +114,7 @@ def inspect(
             normalised=checkpoint.normalise,
             start_token=checkpoint.start_token,
             end_token=checkpoint.end_token,
-            query_prompt=template or checkpoint.prompt("query"),
+            query_prompt=checkpoint.query_template or checkpoint.prompt("query"),
             document_prompt=checkpoint.prompt("document"),
             dims=manifest.vectors.dims if manifest else checkpoint.dims,
             matryoshka_dims=manifest.vectors.still_trained(lengths) if manifest else lengths,
