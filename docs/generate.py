@@ -716,7 +716,7 @@ def machines() -> str:
                 machine["cpu"],
                 str(threads or "–"),
                 machine["gpu"] or "none",
-                libraries,
+                libraries or "not known",
             )
         )
     return markdown(("file", "processor", "threads", "GPU", "versions"), rows)

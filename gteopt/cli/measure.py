@@ -151,8 +151,13 @@ def bench(
         int, typer.Option(min=10, help="number of single queries to time", rich_help_panel=MEASURE)
     ] = 50,
     repeats: Annotated[
-        int, typer.Option(min=1, help="counted runs of each workload", rich_help_panel=MEASURE)
-    ] = 5,
+        int,
+        typer.Option(
+            min=1,
+            help="counted runs of each workload; with 6 or more, speed ratios get an interval",
+            rich_help_panel=MEASURE,
+        ),
+    ] = 7,
     price_per_hour: Annotated[
         float | None, price_option(MEASURE, "price of the machine in dollars per hour, for costs")
     ] = None,

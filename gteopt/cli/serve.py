@@ -110,7 +110,7 @@ def serve(
 ) -> None:
     """Serve artifacts as an OpenAI-compatible embeddings API.
 
-    Example: `gteopt serve artifacts/demo/gptq-int4`
+    Example: `gteopt serve artifacts/demo/variants/gptq-int4`
     """
     from gteopt.commands.serve import ServerRuntime, check_installed, log_to, open_decoder
     from gteopt.commands.serve import serve as serve_until_stopped
