@@ -82,8 +82,8 @@ def optimize(
     min_quality: Annotated[
         str | None,
         typer.Option(
-            help="share of the score to keep at 95 % confidence, such as 99%; without labels, share "
-            "of neighbours to keep. When left out: 95 % of the score and 70 % of neighbours",
+            help="share of the score to keep at 95 % confidence, such as 99%; without labels, "
+            "share of neighbours to keep. When left out: 95 % of the score and 70 % of neighbours",
             rich_help_panel=LIMITS,
         ),
     ] = None,

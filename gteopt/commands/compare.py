@@ -70,6 +70,7 @@ def compare(
 
     Raises:
         InputError: neither two artifacts nor two results folders; data that cannot be read.
+        IntegrityError: an artifact was altered.
 
     Example:
         >>> gteopt.compare("artifacts/nano-int4", "artifacts/nano-int8")
