@@ -170,7 +170,8 @@ Kernels = Annotated[
     str,
     typer.Option(
         "--kernels",
-        help="kernels of quantized layers on a CPU: deterministic, measured, decoded, or a name",
+        help="products of quantized layers on a CPU: deterministic, measured, decoded, fbgemm, "
+        "onednn or int_mm",
         rich_help_panel=WHERE,
     ),
 ]
@@ -245,7 +246,11 @@ ActivationGb = Annotated[
 ]
 Out = Annotated[
     Path,
-    typer.Option(help="folder for the new artifact; must not exist yet", rich_help_panel=OUTPUT),
+    typer.Option(
+        help="folder for the new artifact, new or empty; if it already is this artifact, nothing "
+        "changes",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Base = Annotated[str, typer.Argument(help="'nano', a folder, or ORG/NAME", callback=known_model)]
 Artifact = Annotated[Path, typer.Argument(help="artifact folder", callback=existing_folder)]
