@@ -941,6 +941,8 @@ def default(info: FieldInfo) -> str:
         return "required"
     if value is None or value == () or value == "":
         return "none" if value is None else "empty"
+    if isinstance(value, NoWeights):
+        return "`method: none`"
     if isinstance(value, BaseModel):
         return "its defaults"
     if isinstance(value, bool):
